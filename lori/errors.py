@@ -1,0 +1,51 @@
+"""Every error this package raises on purpose.
+
+LoriError
+├── ModelError            the base model cannot be found, fetched or used
+├── TemplateError         a conversation cannot be written as a prompt
+└── AdapterError
+    ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
+    └── UnknownAdapterError   no adapter of that name; carries the near matches
+"""
+
+from collections.abc import Sequence
+
+
+class LoriError(Exception):
+    """Root of the tree: catch it to catch all that `lori` raises on purpose."""
+
+
+class ModelError(LoriError):
+    """The base model cannot be found, fetched or used."""
+
+
+class TemplateError(LoriError):
+    """A conversation cannot be written as a prompt with the asked template."""
+
+
+class AdapterError(LoriError):
+    """Root of what can be wrong with an adapter."""
+
+
+class AdapterFormatError(AdapterError):
+    """A folder is not a sound adapter: `faults` lists everything that was found."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        self.source = source
+        self.faults = tuple(faults)
+        super().__init__(f"{source} is not a sound adapter: " + "; ".join(self.faults))
+
+
+class UnknownAdapterError(AdapterError):
+    """No adapter is called `name`; `near` are known names that look like it."""
+
+    def __init__(self, name: str, near: Sequence[str], known: Sequence[str]) -> None:
+        self.name = name
+        self.near = tuple(near)
+        if near:
+            hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
+        elif known:
+            hint = "known are " + ", ".join(repr(n) for n in known[:20]) + ("…" if len(known) > 20 else "")
+        else:
+            hint = "no adapter is loaded"
+        super().__init__(f"there is no adapter {name!r}: {hint}")

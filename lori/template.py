@@ -1,0 +1,62 @@
+"""How a prompt is written: one function for training, evaluation and serving, so that they cannot differ.
+
+`chat` is the base model's own chat template; `plain` is the text as it stands.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from jinja2 import TemplateError as JinjaError
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from lori.errors import TemplateError
+
+Template = Literal["chat", "plain"]
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], template: Template) -> str:
+    """Returns the text that the model continues.
+
+    A string is one user's message under `chat`, and stands as it is under `plain`; messages under `plain` are joined by
+    newlines. Raises `TemplateError` where the chat template refuses the messages or the tokenizer has none.
+    """
+    if template == "plain":
+        return prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
+    if not tokenizer.chat_template:
+        raise TemplateError("the base model's tokenizer has no chat template; use the template 'plain'")
+    messages = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+    try:
+        text = tokenizer.apply_chat_template(
+            [message.model_dump() for message in messages], tokenize=False, add_generation_prompt=True
+        )
+    except JinjaError as error:
+        raise TemplateError(f"the chat template refuses these messages: {error}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def render_completion(prompt: str, completion: str, template: Template) -> str:
+    """Returns the completion as it follows the rendered `prompt` in training.
+
+    The chat template ends in a newline, so leading space goes. A plain prompt that ends in no space, with a completion that
+    begins with none, would run two words into one: a newline parts them.
+    """
+    if template == "chat":
+        return completion.lstrip()
+    glued = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
+    return "\n" + completion if glued else completion
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the token ids of rendered `text`: no token is added, since a template writes its own."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,114 @@
+"""`python -m training.answer`: lets the base model answer prompts itself, in the form that `training.fit --mix` reads.
+
+An adapter trained on its own task alone acts on every input. Mixing in the base model's own answers to other inputs teaches it
+to leave those alone; merges keep what each adapter learned only then.
+"""
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from tqdm import tqdm
+
+from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.errors import LoriError
+from lori.template import Template, encode, render_prompt
+from training.data import DataError, Row, read_rows
+
+
+class AnswerConfig(BaseSettings):
+    """Lets the base model answer prompts itself, in the form that `training.fit --mix` reads."""
+
+    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True, use_attribute_docstrings=True)
+
+    data: list[str]
+    """JSONL files whose prompts are answered; what they say as completion is not read."""
+    output: Path
+    """The JSONL file to write."""
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded model if absent."""
+    template: Template = "chat"
+    """How prompts are written; recorded in each row, since an answer is right under its own template only."""
+    num_rows: int = Field(default=0, ge=0)
+    """How many prompts of each file are answered, drawn at random; 0 is all."""
+    max_tokens: int = Field(default=96, ge=1)
+    """Longest answer; one cut here is marked `truncated`, and no end-of-text is trained after it."""
+    temperature: float = Field(default=1.0, ge=0)
+    """1 draws from the base model as it is, so that training on the rows asks for no change; 0 is greedy."""
+    batch_size: int = Field(default=64, ge=1)
+    """Prompts answered together."""
+    seed: int = 0
+    """Draws the rows and the answers."""
+    dtype: str = Field(default="auto", pattern="^(auto|bfloat16|float32)$")
+    """Weights and products: auto, bfloat16 or float32."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 is torch's own choice."""
+
+
+def chosen_rows(config: AnswerConfig) -> list[Row]:
+    """Returns the rows to answer, shortest first so that a batch holds little padding."""
+    rows: list[Row] = []
+    for source in config.data:
+        found = read_rows(source, needs_completion=False)
+        if 0 < config.num_rows < len(found):
+            found = random.Random(config.seed).sample(found, config.num_rows)
+        rows += found
+    return sorted(rows, key=lambda row: len(row.prompt_text))
+
+
+@torch.inference_mode()
+def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[dict[str, object]]:
+    """Yields each row with the base model's own completion, in the order of `rows`."""
+    for start in range(0, len(rows), config.batch_size):
+        batch = rows[start : start + config.batch_size]
+        prompts = [encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)) for row in batch]
+        for row, ids in zip(batch, _generate(base, prompts, config), strict=True):
+            ended = base.tokenizer.eos_token_id in ids
+            if ended:
+                ids = ids[: ids.index(base.tokenizer.eos_token_id)]
+            text = base.tokenizer.decode(ids, skip_special_tokens=True)
+            if text.strip():
+                yield row.answered(text, config.template, truncated=not ended)
+
+
+def _generate(base: BaseModel, prompts: list[list[int]], config: AnswerConfig) -> list[list[int]]:
+    width = max(map(len, prompts))
+    pad = base.tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0} if config.temperature else {}
+    out = base.model.generate(  # type: ignore[operator]  # transformers types generate as a tensor or a module
+        input_ids=ids, attention_mask=mask, max_new_tokens=config.max_tokens, pad_token_id=pad, **sampling
+    )
+    rows: list[list[int]] = out[:, width:].tolist()
+    return rows
+
+
+def main() -> int:
+    """Runs the program and returns its exit code."""
+    config = AnswerConfig(_cli_parse_args=True)  # type: ignore[call-arg]  # pydantic-settings fills the fields from argv
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        rows = chosen_rows(config)
+        base = load_base_model(config.model, resolve_dtype(config.dtype))
+    except (LoriError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    torch.manual_seed(config.seed)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    with config.output.open("w", encoding="utf-8") as file:
+        for row in tqdm(answers(base, rows, config), total=len(rows), unit="row", disable=None):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Reads training data and writes it as tokens. Knows files, rows and templates; nothing of models or steps.
+
+A row is `prompt` and `completion`, or `messages` whose last one is the assistant's. `template` in a row overrides the run's.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from lori.template import Message, Template, encode, render_completion, render_prompt
+
+logger = logging.getLogger(__name__)
+
+
+class DataError(Exception):
+    """The data cannot be used: says which file and line, what was found and what was expected."""
+
+
+class Row(BaseModel):
+    """One example. Fields that training does not read (a label, a licence) are kept for whoever does."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str | list[Message] = ""
+    completion: str | None = None
+    messages: list[Message] | None = None
+    template: Template | None = None
+    truncated: bool = False
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Row":
+        if self.messages is not None:
+            if self.prompt or self.completion is not None:
+                raise ValueError("has both 'messages' and 'prompt' or 'completion', expected one form")
+            if len(self.messages) < 2 or self.messages[-1].role != "assistant":
+                raise ValueError("'messages' must end with an assistant's message after at least one other")
+            self.prompt, self.completion, self.messages = self.messages[:-1], self.messages[-1].content, None
+        if not self.prompt:
+            raise ValueError("has no 'prompt' and no 'messages'")
+        return self
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as one string, for sorting and messages."""
+        return self.prompt if isinstance(self.prompt, str) else "\n".join(m.content for m in self.prompt)
+
+    def answered(self, completion: str, template: Template, truncated: bool) -> dict[str, Any]:
+        """Returns this row as a JSON object with another completion, given under `template`."""
+        prompt = self.prompt if isinstance(self.prompt, str) else [m.model_dump() for m in self.prompt]
+        return {"prompt": prompt, "completion": completion, "template": template, "truncated": truncated}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example as tokens: the loss is on `ids[num_prompt:]`."""
+
+    ids: tuple[int, ...]
+    num_prompt: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_rows(source: str, needs_completion: bool = True) -> list[Row]:
+    """Reads a JSONL file, or the `train` split of a hub data set where no such file exists.
+
+    Rows without a completion are dropped with a count when one is needed. Raises `DataError` with every bad line's number.
+    """
+    objects = _read_jsonl(Path(source)) if Path(source).is_file() else _read_hub(source)
+    rows, faults, num_without = [], [], 0
+    for number, found in objects:
+        try:
+            row = Row.model_validate(found)
+        except ValidationError as error:
+            faults.append(f"line {number}: " + "; ".join(_say(e) for e in error.errors()))
+            continue
+        if needs_completion and not row.completion:
+            num_without += 1
+            continue
+        rows.append(row)
+    if faults:
+        raise DataError(f"{source} has {len(faults)} bad rows: " + " | ".join(faults[:10]))
+    if num_without:
+        logger.warning("%s: %d rows without a completion are left out", source, num_without)
+    if not rows:
+        raise DataError(f"{source} has no usable row: expected 'prompt' and 'completion', or 'messages', in each")
+    return rows
+
+
+def _say(error: Any) -> str:
+    where = ".".join(map(str, error["loc"]))
+    return f"{where}: {error['msg']}" if where else error["msg"].removeprefix("Value error, ")
+
+
+def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
+    objects, faults = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                objects.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                faults.append(f"line {number}: not JSON ({error})")
+    if faults:
+        raise DataError(f"{path} has {len(faults)} bad lines: " + " | ".join(faults[:10]))
+    return objects
+
+
+def _read_hub(name: str) -> list[tuple[int, Any]]:
+    try:
+        from datasets import load_dataset  # noqa: PLC0415  # an extra; reading a file must not need it
+    except ImportError as error:
+        raise DataError(f"{name!r} is no file, and hub data sets need: pip install 'lori-server[train]'") from error
+    try:
+        return list(enumerate(load_dataset(name, split="train"), 1))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name!r} is neither a file nor a hub data set that can be loaded: {error}") from error
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int
+) -> list[Example]:
+    """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
+
+    The prompt is encoded by itself, as the server encodes it. Rows longer than `max_length` tokens are left out and counted.
+    """
+    examples, num_long = [], 0
+    for row in rows:
+        assert row.completion is not None
+        used = row.template or template
+        text = render_prompt(tokenizer, row.prompt, used)
+        prompt = encode(tokenizer, text)
+        completion = encode(tokenizer, render_completion(text, row.completion, used))
+        ids = prompt + completion + ([] if row.truncated else [tokenizer.eos_token_id])
+        if len(ids) > max_length:
+            num_long += 1
+        else:
+            examples.append(Example(tuple(ids), len(prompt)))
+    if num_long:
+        logger.warning("%d of %d rows are longer than %d tokens and left out", num_long, len(rows), max_length)
+    if not examples:
+        raise DataError(f"every row is longer than {max_length} tokens")
+    return examples

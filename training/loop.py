@@ -1,0 +1,116 @@
+"""One phase of training: steps over planned batches, with checkpoints. Knows nothing of masks, adapters or files' formats."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from training.data import Example
+from training.packing import PackedBatch, pack
+
+State = dict[str, Any]
+
+
+def completion_loss(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Returns the cross-entropy of the completions' tokens: a mean in each example, then a mean over examples.
+
+    Logits are computed for those tokens only.
+    """
+    decoder = model.get_decoder()
+    hidden = decoder(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, groups=batch.groups
+    ).last_hidden_state[0]
+    logits = model.get_output_embeddings()(hidden[batch.predicting]).float()  # (P, V)
+    return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+
+
+def rate_at(step: int, num_steps: int, warmup: float) -> float:
+    """Returns the share of the peak rate at `step`: a linear rise, then a cosine to zero."""
+    num_warmup = max(1, round(num_steps * warmup))
+    if step < num_warmup:
+        return (step + 1) / num_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - num_warmup) / max(1, num_steps - num_warmup)))
+
+
+class Phase:
+    """One phase of training, resumable at any step."""
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, batches: Sequence[Sequence[Example]], lr: float, warmup: float, max_norm: float
+    ) -> None:
+        self.name, self.model, self.batches, self.max_norm = name, model, batches, max_norm
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: rate_at(step, len(batches), warmup)
+        )
+        self.step = 0
+        self.losses: list[float] = []
+
+    def state(self) -> State:
+        """Returns all that `restore` needs."""
+        return {
+            "name": self.name,
+            "step": self.step,
+            "losses": self.losses,
+            "parameters": {n: p.detach() for n, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def restore(self, state: State) -> None:
+        """Goes back to where `state` was taken."""
+        assert state["name"] == self.name
+        self.step, self.losses = state["step"], state["losses"]
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def run(self, save_every: int, save: Callable[[State], None]) -> None:
+        """Trains to the last batch, with a bar of loss, tokens/s and time left; calls `save` every `save_every` steps."""
+        self.model.train()
+        started, num_tokens = time.monotonic(), 0
+        with tqdm(total=len(self.batches), initial=self.step, desc=self.name, unit="step") as bar:
+            for examples in self.batches[self.step :]:
+                self.losses.append(self._train_on(pack(examples)))
+                self.step += 1
+                num_tokens += sum(map(len, examples))
+                recent = self.losses[-20:]
+                rate = num_tokens / (time.monotonic() - started)
+                bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", tokens_per_s=f"{rate:.0f}", refresh=False)
+                bar.update()
+                if self.step % save_every == 0 and self.step < len(self.batches):
+                    save(self.state())
+        self.model.eval()
+
+    def _train_on(self, batch: PackedBatch) -> float:
+        loss = completion_loss(self.model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def write_checkpoint(path: Path, state: State) -> None:
+    """Writes `state` aside, then renames it: a crash leaves the old checkpoint or the new one."""
+    scratch = path.with_suffix(".part")
+    torch.save(state, scratch)
+    os.replace(scratch, path)
+
+
+def read_checkpoint(path: Path) -> State:
+    """Reads what `write_checkpoint` wrote; tensors and plain values only."""
+    state: State = torch.load(path, weights_only=True)
+    return state

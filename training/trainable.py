@@ -1,0 +1,93 @@
+"""The trainable delta of LoRI on a frozen linear layer: y = W x + (alpha / r) B (A x), arXiv 2504.07448, section 3.
+
+LoRI-D trains all of B. LoRI-S trains only the entries that a mask keeps: they alone exist as parameters.
+Shapes: T tokens, N inputs, D outputs, R rank, K kept entries.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lori.basis import Basis
+from lori.sparse import SparseB
+
+
+class DenseDelta(nn.Module):
+    """LoRI-D: every entry of B (D, R), from zero."""
+
+    def __init__(self, num_outputs: int, rank: int) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(num_outputs, rank))
+
+    def dense(self) -> torch.Tensor:
+        """Returns B, (D, R) fp32."""
+        return self.b
+
+
+class MaskedDelta(nn.Module):
+    """LoRI-S: the entries of B (D, R) where `mask` is true, from zero."""
+
+    positions: torch.Tensor
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.shape = mask.shape
+        self.register_buffer("positions", mask.flatten().nonzero().squeeze(1))  # (K,)
+        self.values = nn.Parameter(torch.zeros(self.positions.shape))
+
+    def dense(self) -> torch.Tensor:
+        """Returns B, (D, R) fp32, zero where the mask is false."""
+        flat = torch.zeros(self.shape.numel(), device=self.values.device)
+        return flat.index_put((self.positions,), self.values).view(self.shape)
+
+    def sparse(self) -> SparseB:
+        """Returns B as an adapter holds it."""
+        mask = torch.zeros(self.shape.numel(), dtype=torch.bool)
+        mask[self.positions.cpu()] = True
+        return SparseB(mask.view(self.shape), self.values.detach().cpu().clone())
+
+
+class TrainableLinear(nn.Module):
+    """A frozen linear layer with A's rows below W's, so that W x and A x are one product, and a trainable delta."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear, a: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        self.num_outputs, self.scale = linear.out_features, scale
+        self.register_buffer("weight", torch.cat([linear.weight.detach(), a.to(linear.weight)]))  # (D + R, N)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.delta: DenseDelta | MaskedDelta = DenseDelta(linear.out_features, a.shape[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (…, N) to (…, D)."""
+        both = F.linear(x, self.weight)
+        y, s = both.split([self.num_outputs, both.shape[-1] - self.num_outputs], dim=-1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y + F.linear(s, self.scale * self.delta.dense().to(s.dtype))
+
+
+def wrap(model: nn.Module, targets: Iterable[str], basis: Basis, rank: int, alpha: float) -> dict[str, TrainableLinear]:
+    """Replaces every linear layer of `model` whose name ends in one of `targets`; returns them by full name, in model order.
+
+    Raises `ValueError` naming each target that is not there.
+    """
+    targets = list(targets)
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+    }
+    if missing := [t for t in targets if not any(name.rpartition(".")[2] == t for name in found)]:
+        raise ValueError(f"target_modules names {missing}, and no linear layer of the model is called so")
+    wrapped = {}
+    for name, linear in found.items():
+        a = basis.draw(name, rank, linear.in_features)
+        wrapped[name] = TrainableLinear(linear, a, alpha / rank)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, wrapped[name])
+    return wrapped
