@@ -35,6 +35,8 @@ class AnswerConfig(BaseSettings):
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: Template = "chat"
     """How prompts are written; recorded in each row, since an answer is right under its own template only."""
+    only_unanswered: bool = False
+    """Answers only rows that have no completion of their own."""
     num_rows: int = Field(default=0, ge=0)
     """How many prompts of each file are answered, drawn at random; 0 is all."""
     max_tokens: int = Field(default=96, ge=1)
@@ -56,6 +58,8 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
     rows: list[Row] = []
     for source in config.data:
         found = read_rows(source, needs_completion=False)
+        if config.only_unanswered:
+            found = [row for row in found if not row.completion]
         if 0 < config.num_rows < len(found):
             found = random.Random(config.seed).sample(found, config.num_rows)
         rows += found

@@ -100,7 +100,7 @@ def _say(error: Any) -> str:
 
 def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
     objects, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 objects.append((number, json.loads(line)))

@@ -33,7 +33,8 @@ UNWRITTEN_DIGEST = "0" * 64
 def load_examples(config: FitConfig, base: BaseModel) -> tuple[list[Example], list[Example]]:
     """Returns the examples to learn and the examples to mix in."""
     rows = [row for source in config.data for row in read_rows(source)]
-    data = [e for t in config.template for e in tokenize(base.tokenizer, rows, t, config.max_length)]
+    rows = [r.model_copy(update={"template": t}) for r in rows for t in ([r.template] if r.template else config.template)]
+    data = tokenize(base.tokenizer, rows, config.template[0], config.max_length)
     rows = [row for source in config.mix for row in read_rows(source)]
     mix = tokenize(base.tokenizer, rows, config.template[0], config.max_length) if rows else []
     return data, mix

@@ -1,0 +1,115 @@
+"""Accepts or refuses: every 4xx about a request's content is decided here, before the first byte. No tensor, no asyncio."""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lori.pool import Resident
+from lori.store import unknown_adapter
+from lori.template import Message, Template, render_prompt
+from server.engine.request import AdapterTerm, Request
+
+DEFAULT_MAX_TOKENS = 128
+
+
+class RefusedError(Exception):
+    """A request asks for what cannot be: names the field, what was found and what was expected."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {message}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request as a client means it, whatever route it came by."""
+
+    prompt: str | Sequence[Message]
+    template: Template | None = None
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+    echo: bool = False
+
+
+class Admission:
+    """Turns what clients ask into requests that the engine can run."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, residents: Mapping[str, Resident], max_context: int) -> None:
+        self._tokenizer, self._residents, self._max_context = tokenizer, residents, max_context
+
+    def admit(self, ask: Ask) -> Request:
+        """Returns the request. Raises `RefusedError`, `TemplateError` or `UnknownAdapterError`."""
+        residents = self._find(ask.adapters)
+        weights = self._weights(ask, len(residents))
+        field = "prompt" if isinstance(ask.prompt, str) else "messages"
+        if isinstance(ask.prompt, str):
+            text = ask.prompt
+        else:
+            text = render_prompt(self._tokenizer, ask.prompt, ask.template or self._template(residents))
+        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        if not encoding.ids:
+            raise RefusedError(field, "is empty, expected at least one token")
+        return Request(
+            id=f"gen-{secrets.token_hex(8)}",
+            prompt_text=text,
+            prompt_ids=tuple(encoding.ids),
+            prompt_offsets=tuple(start for start, _ in encoding.offsets),
+            terms=tuple(
+                AdapterTerm(r.adapter.name, r.adapter.version, r.slot, weight, r.adapter.config.scale)
+                for r, weight in zip(residents, weights, strict=True)
+            ),
+            max_tokens=self._max_tokens(ask, field, len(encoding.ids)),
+            temperature=ask.temperature,
+            seed=secrets.randbits(31) if ask.seed is None else ask.seed,
+            stop=ask.stop,
+            num_logprobs=ask.num_logprobs,
+            echo=ask.echo,
+        )
+
+    def _find(self, names: Sequence[str]) -> list[Resident]:
+        for place, name in enumerate(names):
+            if name not in self._residents:
+                raise unknown_adapter(name, self._residents)
+            if name in names[:place]:
+                raise RefusedError("adapter", f"names {name!r} twice, expected each adapter once")
+        return [self._residents[name] for name in names]
+
+    def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
+        if ask.weights is None:
+            return (1 / num_adapters,) * num_adapters if num_adapters else ()
+        if len(ask.weights) != num_adapters:
+            raise RefusedError("weights", f"has {len(ask.weights)} numbers, expected {num_adapters}, one for each adapter")
+        return ask.weights
+
+    def _template(self, residents: Sequence[Resident]) -> Template:
+        if not residents:
+            return "chat"
+        preferred = residents[0].adapter.config.lori.templates
+        shared = [t for t in preferred if all(t in r.adapter.config.lori.templates for r in residents)]
+        if not shared:
+            learnt = "; ".join(f"{r.adapter.name}: {', '.join(r.adapter.config.lori.templates)}" for r in residents)
+            raise RefusedError("template", f"these adapters were trained on no common template ({learnt}), expected one here")
+        return shared[0]
+
+    def _max_tokens(self, ask: Ask, field: str, num_prompt: int) -> int:
+        room = self._max_context - num_prompt
+        if ask.max_tokens is None:
+            if room < 1:
+                raise RefusedError(field, f"has {num_prompt} tokens, expected fewer than the context's {self._max_context}")
+            return min(DEFAULT_MAX_TOKENS, room)
+        if ask.max_tokens > room:
+            raise RefusedError(
+                "max_tokens",
+                f"{ask.max_tokens} with a prompt of {num_prompt} tokens exceeds the context of {self._max_context}, "
+                f"expected at most {max(0, room)}",
+            )
+        if not ask.max_tokens and not ask.echo:
+            raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
+        return ask.max_tokens

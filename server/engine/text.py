@@ -1,0 +1,42 @@
+"""Turns a sequence's tokens into text as they come: never half a character, never past a stop string."""
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+def held_back(text: str, stops: tuple[str, ...]) -> int:
+    """Returns how many last characters of `text` could be the beginning of a stop string."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for count in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-count:]) for stop in stops):
+            return count
+    return 0
+
+
+class TextStream:
+    """The text of one sequence's output. `is_stopped` once a stop string was met; text from it on is never given out."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], stops: tuple[str, ...]) -> None:
+        self._tokenizer, self._stops = tokenizer, stops
+        self._decoder = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._waiting = ""
+        self.num_characters = 0
+        self.is_stopped = False
+
+    def push(self, token: int) -> str:
+        """Takes the next token and returns the text that is now sure."""
+        piece = self._decoder.step(self._tokenizer, token) or ""
+        self.num_characters += len(piece)
+        text = self._waiting + piece
+        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.is_stopped, self._waiting = True, ""
+            return text[: min(ends)]
+        keep = held_back(text, self._stops)
+        self._waiting = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """Returns the text that waited for a stop string, at the end."""
+        text, self._waiting = self._waiting, ""
+        return text

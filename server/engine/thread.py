@@ -1,0 +1,103 @@
+"""The one bridge between asyncio and the engine: commands go in by a queue, events come out on the event loop.
+
+The engine runs in a thread of its own. If it dies, every request hears an error, and `is_alive` turns false.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+
+from server.engine.engine import Engine
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request
+
+logger = logging.getLogger(__name__)
+
+Command = Callable[[Engine], None] | None
+
+
+class EngineDeadError(Exception):
+    """The engine is not running; nothing can be answered any more."""
+
+
+class EngineThread:
+    """Runs an engine; use from the event loop alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._events: dict[str, asyncio.Queue[Event]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.is_alive = False
+
+    def start(self) -> None:
+        """Starts the thread; events will be heard on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.is_alive = True
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Lets the current step end, ends the thread, and tells whoever still waits."""
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are waiting or running."""
+        return len(self._events)
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        """Yields the events of a request as they come; closing the generator aborts the request."""
+        if not self.is_alive:
+            raise EngineDeadError("the engine is not running")
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events[request.id] = events
+        self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
+        try:
+            while True:
+                event = await events.get()
+                yield event
+                if isinstance(event, DoneEvent | ErrorEvent):
+                    return
+        finally:
+            del self._events[request.id]
+            self._commands.put(lambda engine: engine.abort(request.id))
+
+    def _emit(self, request_id: str, event: Event) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._hear, request_id, event)
+
+    def _hear(self, request_id: str, event: Event) -> None:
+        if request_id in self._events:
+            self._events[request_id].put_nowait(event)
+
+    def _run(self) -> None:
+        reason = "the server is stopping"
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001  # whatever it was, every request and /ready hear of it
+            reason = f"the engine died: {error!r}"
+            logger.exception("the engine died; every request fails and the server is not ready any more")
+        finally:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._die, reason)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                # An idle engine sleeps here; a busy one only looks.
+                command = self._commands.get(block=not self._engine.scheduler.has_work)
+            except queue.Empty:
+                self._engine.step()
+                continue
+            if command is None:
+                return
+            command(self._engine)
+
+    def _die(self, reason: str) -> None:
+        self.is_alive = False
+        for events in self._events.values():
+            events.put_nowait(ErrorEvent(reason))

@@ -1,0 +1,79 @@
+"""Builds a service from settings: base model, adapters, engine."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.format import module_shapes
+from lori.pool import AdapterPool
+from lori.store import adapter_folders, load_all
+from server.engine.admission import Admission
+from server.engine.engine import Engine
+from server.engine.kv_cache import BlockAllocator
+from server.engine.request import Request, Sequence
+from server.engine.runner import PROBE_LENGTH, Runner, check, prepare, probe
+from server.engine.scheduler import Chunk, Scheduler
+from server.engine.thread import EngineThread
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+DEMO_ADAPTERS = Path(__file__).parent / "adapters"
+
+
+def load_service(settings: Settings) -> Service:
+    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    base = load_base_model(settings.model, resolve_dtype(settings.dtype))
+    adapters = load_all(_folders(settings), base.digest, module_shapes(base.model))
+    expected = prepare(base.model)
+    pool = AdapterPool(base.model, adapters)
+    num_blocks = _num_blocks(settings, base)
+    runner = Runner(base.model, pool, num_blocks, settings.block_size)
+    _check(runner, base, expected, settings.block_size)
+    scheduler = Scheduler(BlockAllocator(num_blocks, settings.block_size), settings.max_batch, settings.max_step_tokens)
+    max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
+    logger.info(
+        "%s in %s on %s, %d threads; %d adapters resident in %.1f MiB; keys and values of %d tokens in %.0f MiB",
+        base.name, str(base.model.dtype).removeprefix("torch."), base.model.device, torch.get_num_threads(),
+        len(adapters), pool.num_bytes / 2**20, num_blocks * settings.block_size, runner.memory.num_bytes / 2**20,
+    )
+    return Service(
+        settings=settings,
+        base_model=base.name,
+        residents=pool.residents,
+        admission=Admission(base.tokenizer, pool.residents, max_context),
+        engine=EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base))),
+        metrics=Metrics(base.name),
+    )
+
+
+def _folders(settings: Settings) -> dict[str, Path]:
+    demo = adapter_folders([DEMO_ADAPTERS]) if settings.demo_adapters and settings.model is None else {}
+    own = adapter_folders([settings.adapters]) if settings.adapters else {}
+    for name in demo.keys() & own.keys():
+        logger.info("%s is served in place of the demo adapter %r", own[name], name)
+    return demo | own
+
+
+def _num_blocks(settings: Settings, base: BaseModel) -> int:
+    num_bytes = Runner.bytes_per_token(base.model) * settings.block_size
+    return max(1, int(settings.kv_cache_gib * 2**30) // num_bytes)
+
+
+def _check(runner: Runner, base: BaseModel, expected: torch.Tensor, block_size: int) -> None:
+    ids = tuple(probe(base.model).tolist())
+    sequence = Sequence(Request("probe", "", ids, (), (), 0, 0.0, 0, (), None, False))
+    sequence.blocks = list(range(-(-PROBE_LENGTH // block_size)))
+    check(runner, base.model, expected, [Chunk(sequence, 0, PROBE_LENGTH)])
+
+
+def _stop_ids(base: BaseModel) -> Iterable[int]:
+    configured = base.model.generation_config.eos_token_id if base.model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return {i for i in (*ids, base.tokenizer.eos_token_id) if i is not None}

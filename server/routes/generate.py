@@ -1,0 +1,157 @@
+"""POST /generate: this server's own route. Translates only."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+from pydantic import BaseModel
+
+from server.engine.admission import Ask
+from server.engine.request import DoneEvent, ErrorEvent, TextEvent, TokenLogprob
+from server.engine.request import Request as EngineRequest
+from server.errors import EngineError
+from server.routes.dependencies import get_service
+from server.schemas import (
+    DoneData,
+    ErrorReply,
+    GenerateBody,
+    GenerateReply,
+    Logprobs,
+    ResolvedAdapter,
+    TokenData,
+    Usage,
+    error_reply,
+)
+from server.service import Service
+
+router = APIRouter()
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "A field is not as expected"},
+    404: {"model": ErrorReply, "description": "An adapter is not known"},
+    413: {"model": ErrorReply, "description": "The body is too long"},
+    429: {"model": ErrorReply, "description": "The queue is full"},
+    500: {"model": ErrorReply, "description": "The engine failed"},
+    503: {"model": ErrorReply, "description": "The engine is not running"},
+}
+
+
+@router.post("/generate", response_model=GenerateReply, responses=REFUSALS)
+async def generate(
+    body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
+) -> GenerateReply | Response:
+    """Continues a prompt or answers messages, with any adapters of the server added together."""
+    request = await service.admit(to_ask(body))
+    if body.stream:
+        return EventSourceResponse(stream(service, request), headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache"})
+    reply = await until_disconnect(http, service, request)
+    # A client that has gone hears nothing; 499 is what proxies' logs call it.
+    return Response(status_code=499) if reply is None else reply
+
+
+def to_ask(body: GenerateBody) -> Ask:
+    """Returns what a body asks for."""
+    names = [body.adapter] if isinstance(body.adapter, str) else body.adapter or []
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    prompt = body.prompt if body.messages is None else body.messages
+    assert prompt is not None
+    return Ask(
+        prompt=prompt,
+        template=body.template,
+        adapters=tuple(names),
+        weights=None if body.weights is None else tuple(body.weights),
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        seed=body.seed,
+        stop=tuple(stops),
+        num_logprobs=body.logprobs,
+        echo=body.echo,
+    )
+
+
+async def until_disconnect(http: Request, service: Service, request: EngineRequest) -> GenerateReply | None:
+    """Returns the whole reply, or None where the client left first: the request is aborted then."""
+    reply: GenerateReply | None = None
+
+    async def answer() -> None:
+        nonlocal reply
+        reply = await collect(service, request)
+        group.cancel_scope.cancel()
+
+    async def watch() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        group.cancel_scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(answer)
+            group.start_soon(watch)
+    except* EngineError as errors:
+        raise errors.exceptions[0] from errors
+    return reply
+
+
+async def collect(service: Service, request: EngineRequest) -> GenerateReply:
+    """Returns the whole reply. Raises `EngineError`."""
+    texts: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    async with aclosing(service.generate(request)) as events:
+        async for event in events:
+            match event:
+                case TextEvent():
+                    texts.append(event.text)
+                    logprobs += event.logprobs
+                case DoneEvent():
+                    done = done_data(request, event)
+                case ErrorEvent():
+                    raise EngineError(event.message)
+    return GenerateReply(text="".join(texts), logprobs=to_logprobs(request, logprobs), **done.model_dump())
+
+
+async def stream(service: Service, request: EngineRequest) -> AsyncIterator[bytes]:
+    """Yields the reply as server-sent events."""
+    async with aclosing(service.generate(request)) as events:
+        async for event in events:
+            match event:
+                case TextEvent():
+                    yield sse("token", TokenData(text=event.text, logprobs=to_logprobs(request, event.logprobs)))
+                case DoneEvent():
+                    yield sse("done", done_data(request, event))
+                case ErrorEvent():
+                    detail = error_reply(500, "InternalServerError", event.message, None)
+                    yield sse("error", ErrorReply.model_validate(detail))
+
+
+def sse(name: str, data: BaseModel) -> bytes:
+    """Returns one server-sent event."""
+    return format_sse_event(event=name, data_str=data.model_dump_json())
+
+
+def done_data(request: EngineRequest, event: DoneEvent) -> DoneData:
+    """Returns what is known at the end."""
+    num_prompt, num_completion = event.num_prompt_tokens, event.num_completion_tokens
+    return DoneData(
+        id=request.id,
+        adapter=[ResolvedAdapter(name=t.name, version=t.version, weight=t.weight) for t in request.terms],
+        finish_reason=event.finish_reason,
+        usage=Usage(
+            prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion
+        ),
+        seed=request.seed,
+    )
+
+
+def to_logprobs(request: EngineRequest, found: Sequence[TokenLogprob]) -> Logprobs | None:
+    """Returns log-probabilities as they are on the wire, where the request asked for them."""
+    if request.num_logprobs is None:
+        return None
+    return Logprobs(
+        tokens=[one.token for one in found],
+        token_logprobs=[one.value for one in found],
+        top_logprobs=[one.top for one in found] if request.num_logprobs else None,
+        text_offset=[one.text_offset for one in found],
+    )

@@ -1,0 +1,61 @@
+"""GET /health, /ready, /adapters and /metrics. Translates only."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from lori.adapter import Adapter
+from server.engine.thread import EngineDeadError
+from server.routes.dependencies import get_service
+from server.schemas import AdapterInfo, AdapterList, ErrorReply, Health
+from server.service import Service
+
+router = APIRouter()
+ServiceOf = Annotated[Service, Depends(get_service)]
+
+
+@router.get("/health")
+async def health() -> Health:
+    """Answers as long as the process does."""
+    return Health(status="ok")
+
+
+@router.get("/ready", responses={503: {"model": ErrorReply}})
+async def ready(service: ServiceOf) -> Health:
+    """Answers 200 while requests can be answered."""
+    if not service.engine.is_alive:
+        raise EngineDeadError("the engine is not running")
+    return Health(status="ready")
+
+
+@router.get("/adapters")
+async def adapters(service: ServiceOf) -> AdapterList:
+    """Lists the adapters that a request can name."""
+    return AdapterList(
+        base_model=service.base_model,
+        adapters=[describe(resident.adapter) for resident in service.residents.values()],
+    )
+
+
+def describe(adapter: Adapter) -> AdapterInfo:
+    """Returns what a client is told of an adapter."""
+    config = adapter.config
+    return AdapterInfo(
+        name=adapter.name,
+        version=adapter.version,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        sparsity=config.lori.sparsity,
+        num_kept=adapter.num_kept,
+        templates=list(config.lori.templates),
+        merge_weights=config.lori.merge_weights,
+        metrics=config.lori.metrics,
+    )
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: ServiceOf) -> Response:
+    """Prometheus's text format."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

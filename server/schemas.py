@@ -1,0 +1,180 @@
+"""What is on the wire of this server's own routes."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from lori.template import Message, Template
+
+MAX_LOGPROBS = 20
+MAX_WEIGHT = 16.0
+
+
+def _is_text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half of a surrogate pair at character {error.start}, expected Unicode text") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+
+
+class GenerateBody(BaseModel):
+    """The body of POST /generate."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "safety"]},
+                {"prompt": "Customer: My card has not arrived.\nIntent:", "adapter": "intent", "stop": "\n"},
+            ]
+        },
+    )
+
+    prompt: Text | None = None
+    """Text to continue, as it stands. Either this or `messages`."""
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    """A conversation to answer, written with the adapter's own template."""
+    template: Template | None = None
+    """How `messages` are written, where it is not to be the adapter's own way."""
+    adapter: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    """The adapter's name, or several names: their deltas are added. Absent: the base model."""
+    weights: list[Weight] | None = None
+    """One for each adapter; absent: each 1/n."""
+    max_tokens: int | None = Field(default=None, ge=0)
+    """The longest answer; absent: 128, or what the context has left. 0 generates nothing, to score a text with `echo`."""
+    temperature: float = Field(default=0.0, ge=0, le=100, allow_inf_nan=False)
+    """0 takes the likeliest token each time."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Draws the tokens; absent: a random one, named in the reply."""
+    stop: Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] | None = None
+    """The answer ends before any of these."""
+    echo: bool = False
+    """The reply's text, and its log-probabilities, begin with the prompt."""
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Adds log-probabilities, with this many alternatives for each token."""
+    stream: bool = False
+    """Sends the answer as server-sent events: `token` events, then `done` or `error`."""
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            both = "both" if self.prompt is not None else "neither"
+            raise ValueError(f"expected either 'prompt' or 'messages', found {both}")
+        if self.template is not None and self.messages is None:
+            raise ValueError("'template' is for 'messages'; a 'prompt' stands as it is")
+        if self.weights is not None and self.adapter is None:
+            raise ValueError("'weights' needs 'adapter'")
+        if self.stop == "":
+            raise ValueError("'stop' is empty, expected text")
+        for message in self.messages or []:
+            _is_text(message.content)
+        return self
+
+
+class ResolvedAdapter(BaseModel):
+    """An adapter as the request used it."""
+
+    name: str
+    version: str
+    weight: float
+
+
+class Usage(BaseModel):
+    """Tokens that a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities in the form of OpenAI's completions: one entry for each token of the reply's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class GenerateReply(BaseModel):
+    """The reply of POST /generate."""
+
+    id: str
+    text: str
+    adapter: list[ResolvedAdapter]
+    finish_reason: Literal["stop", "stop_sequence", "length", "cancelled"]
+    usage: Usage
+    seed: int
+    logprobs: Logprobs | None = None
+
+
+class TokenData(BaseModel):
+    """The data of a `token` event."""
+
+    text: str
+    logprobs: Logprobs | None = None
+
+
+class DoneData(BaseModel):
+    """The data of the `done` event: the reply without its text."""
+
+    id: str
+    adapter: list[ResolvedAdapter]
+    finish_reason: Literal["stop", "stop_sequence", "length", "cancelled"]
+    usage: Usage
+    seed: int
+
+
+class AdapterInfo(BaseModel):
+    """An adapter that can be asked for."""
+
+    name: str
+    version: str
+    rank: int
+    alpha: float
+    sparsity: float
+    num_kept: int
+    templates: list[Template]
+    merge_weights: dict[str, tuple[float, float]]
+    metrics: dict[str, float]
+
+
+class AdapterList(BaseModel):
+    """The reply of GET /adapters."""
+
+    base_model: str
+    adapters: list[AdapterInfo]
+
+
+class Health(BaseModel):
+    """The reply of GET /health and GET /ready."""
+
+    status: Literal["ok", "ready"]
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong: `param` is the field, where it was one."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorReply(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def error_reply(status: int, kind: str, message: str, param: str | None) -> dict[str, Any]:
+    """Returns the body of an error. A message may quote what the client sent, be it text or not."""
+    sound = message.encode("utf-8", "backslashreplace").decode()
+    return ErrorReply(error=ErrorDetail(message=sound, type=kind, param=param, code=status)).model_dump()

@@ -1,0 +1,61 @@
+"""What the routes work with: one admitted request in, its events out, and the server's own facts."""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.concurrency import run_in_threadpool
+
+from lori.pool import Resident
+from server.engine.admission import Admission, Ask
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
+from server.engine.thread import EngineThread
+from server.errors import BusyError
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One served base model."""
+
+    settings: Settings
+    base_model: str
+    residents: Mapping[str, Resident]
+    admission: Admission
+    engine: EngineThread
+    metrics: Metrics
+
+    async def admit(self, ask: Ask) -> Request:
+        """Returns the request, or raises what the error table knows. Long prompts are encoded off the event loop."""
+        if self.engine.num_requests >= self.settings.max_requests:
+            raise BusyError(f"{self.engine.num_requests} requests are waiting or running, which is the limit; try again")
+        request = await run_in_threadpool(self.admission.admit, ask)
+        for term in request.terms:
+            self.metrics.adapter_requests.labels(term.name).inc()
+        return request
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        """Yields the request's events and counts them; closing it aborts the request."""
+        started, is_first = time.monotonic(), True
+        self.metrics.requests.inc()
+        try:
+            async with aclosing(self.engine.generate(request)) as events:
+                async for event in events:
+                    if is_first and isinstance(event, TextEvent):
+                        self.metrics.first_token.observe(time.monotonic() - started)
+                        is_first = False
+                    if isinstance(event, DoneEvent):
+                        self._count(event)
+                    elif isinstance(event, ErrorEvent):
+                        self.metrics.success.labels(self.base_model, "error").inc()
+                    yield event
+        finally:
+            self.metrics.requests.dec()
+            self.metrics.latency.observe(time.monotonic() - started)
+
+    def _count(self, event: DoneEvent) -> None:
+        self.metrics.prompt_tokens.inc(event.num_prompt_tokens)
+        self.metrics.generation_tokens.inc(event.num_completion_tokens)
+        self.metrics.success.labels(self.base_model, event.finish_reason).inc()

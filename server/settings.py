@@ -1,0 +1,42 @@
+"""Everything that `python -m server` can be told, by flag or by environment variable, each default written once."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Serves one base model and its LoRI adapters over HTTP. Each flag is also an environment variable: LORI_PORT=8000."""
+
+    model_config = SettingsConfigDict(
+        cli_kebab_case=True, cli_implicit_flags=True, use_attribute_docstrings=True, env_prefix="LORI_", frozen=True
+    )
+
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 lets other machines in."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """The port to listen on; 0 takes a free one."""
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent."""
+    adapters: Path | None = None
+    """A folder of adapters. An adapter in it comes before a demo adapter of the same name."""
+    demo_adapters: bool = True
+    """Serves the demo adapters too, on the embedded model."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights and products: auto is bfloat16 where the machine computes in it."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 is torch's own choice."""
+    kv_cache_gib: float = Field(default=1.0, gt=0)
+    """Memory for the keys and values of all running requests, in GiB."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens that a block of KV memory holds."""
+    max_batch: int = Field(default=64, ge=1)
+    """Requests that run together; more of them wait."""
+    max_step_tokens: int = Field(default=512, ge=2)
+    """Tokens computed in one step; long prompts are cut to fit, so that they do not stall the others."""
+    max_requests: int = Field(default=1024, ge=1)
+    """Requests running and waiting; one more is answered 429."""
+    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    """The longest request body; a longer one is answered 413."""
