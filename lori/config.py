@@ -4,10 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lori.basis import GENERATOR, Basis
+from lori.basis import Basis
 from lori.template import Template
-
-FORMAT_VERSION = 1
 
 
 class BasisConfig(BaseModel):
@@ -15,7 +13,7 @@ class BasisConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    generator: Literal["philox-u24-1"] = GENERATOR
+    generator: Literal["philox-u24-1"] = "philox-u24-1"
     seed: int = Field(ge=0, lt=2**63)
     stream: int = Field(ge=0, lt=2**63)
 
@@ -29,7 +27,7 @@ class LoriSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     basis: BasisConfig
     basis_digest: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 of A over all modules: loading draws A again and compares."""

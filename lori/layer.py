@@ -44,7 +44,12 @@ class LoriLinear(nn.Module):
 
 
 def attach(
-    model: nn.Module, targets: Mapping[str, tuple[int, int]], bases: Sequence[Basis], rank: int, num_slots: int, active: ActiveRoute
+    model: nn.Module,
+    targets: Mapping[str, tuple[int, int]],
+    bases: Sequence[Basis],
+    rank: int,
+    num_slots: int,
+    active: ActiveRoute,
 ) -> dict[str, Operands]:
     """Replaces the linear layers that `targets` names, (D, N) each, and returns their empty operands by name.
 

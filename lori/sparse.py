@@ -17,7 +17,8 @@ class SparseB:
     values: torch.Tensor
 
     def __post_init__(self) -> None:
-        assert self.mask.dtype == torch.bool and self.mask.dim() == 2
+        assert self.mask.dtype == torch.bool
+        assert self.mask.dim() == 2
         assert self.values.shape == (int(self.mask.sum()),)
 
     @classmethod

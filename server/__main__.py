@@ -23,7 +23,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:
-        settings = Settings(_cli_parse_args=True)  # type: ignore[call-arg]  # pydantic-settings reads argv
+        settings = Settings(_cli_parse_args=True)
         service = load_service(settings)
     except ValidationError as error:
         faults = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]

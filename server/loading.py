@@ -40,16 +40,27 @@ def load_service(settings: Settings) -> Service:
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     logger.info(
         "%s in %s on %s, %d threads; %d adapters resident in %.1f MiB; keys and values of %d tokens in %.0f MiB",
-        base.name, str(base.model.dtype).removeprefix("torch."), base.model.device, torch.get_num_threads(),
-        len(adapters), pool.num_bytes / 2**20, num_blocks * settings.block_size, runner.memory.num_bytes / 2**20,
+        base.name,
+        str(base.model.dtype).removeprefix("torch."),
+        base.model.device,
+        torch.get_num_threads(),
+        len(adapters),
+        pool.num_bytes / 2**20,
+        num_blocks * settings.block_size,
+        runner.memory.num_bytes / 2**20,
     )
+    engine = EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base)))
+    metrics = Metrics(base.name)
+    metrics.watch("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running))
+    metrics.watch("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: len(scheduler.waiting))
+    metrics.watch("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: scheduler.allocator.usage)
     return Service(
         settings=settings,
         base_model=base.name,
         residents=pool.residents,
         admission=Admission(base.tokenizer, pool.residents, max_context),
-        engine=EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base))),
-        metrics=Metrics(base.name),
+        engine=engine,
+        metrics=metrics,
     )
 
 

@@ -1,7 +1,7 @@
 """What the routes work with: one admitted request in, its events out, and the server's own facts."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -36,10 +36,9 @@ class Service:
             self.metrics.adapter_requests.labels(term.name).inc()
         return request
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events and counts them; closing it aborts the request."""
         started, is_first = time.monotonic(), True
-        self.metrics.requests.inc()
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
@@ -52,7 +51,6 @@ class Service:
                         self.metrics.success.labels(self.base_model, "error").inc()
                     yield event
         finally:
-            self.metrics.requests.dec()
             self.metrics.latency.observe(time.monotonic() - started)
 
     def _count(self, event: DoneEvent) -> None:

@@ -76,7 +76,7 @@ def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[
             ended = base.tokenizer.eos_token_id in ids
             if ended:
                 ids = ids[: ids.index(base.tokenizer.eos_token_id)]
-            text = base.tokenizer.decode(ids, skip_special_tokens=True)
+            text = base.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
             if text.strip():
                 yield row.answered(text, config.template, truncated=not ended)
 
@@ -96,7 +96,7 @@ def _generate(base: BaseModel, prompts: list[list[int]], config: AnswerConfig) -
 
 def main() -> int:
     """Runs the program and returns its exit code."""
-    config = AnswerConfig(_cli_parse_args=True)  # type: ignore[call-arg]  # pydantic-settings fills the fields from argv
+    config = AnswerConfig(_cli_parse_args=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -29,7 +29,7 @@ class FitConfig(BaseSettings):
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: list[Template] = Field(default=["chat"], min_length=1)
-    """How prompts are written, the preferred one first; the server uses it for `messages`. With both, each row is learnt both ways."""
+    """How prompts are written; with both, each row is learnt both ways. The server prefers the first for `messages`."""
     rank: int = Field(default=32, ge=1)
     """Rows of A (r)."""
     alpha: float = Field(default=64, gt=0)

@@ -122,9 +122,7 @@ def _read_hub(name: str) -> list[tuple[int, Any]]:
         raise DataError(f"{name!r} is neither a file nor a hub data set that can be loaded: {error}") from error
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int
-) -> list[Example]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int) -> list[Example]:
     """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
 
     The prompt is encoded by itself, as the server encodes it. Rows longer than `max_length` tokens are left out and counted.

@@ -46,9 +46,7 @@ class Run:
     def __init__(self, config: FitConfig, base: BaseModel, data: list[Example], mix: list[Example]) -> None:
         self.config, self.base = config, base
         self.basis = Basis(config.basis_seed, config.stream)
-        self.layers: dict[str, TrainableLinear] = wrap(
-            base.model, config.target_modules, self.basis, config.rank, config.alpha
-        )
+        self.layers: dict[str, TrainableLinear] = wrap(base.model, config.target_modules, self.basis, config.rank, config.alpha)
         self.batches = {
             "LoRI-D": self._plan(data, mix, config.calibration_steps or config.steps, config.seed),
             "LoRI-S": self._plan(data, mix, config.steps, config.seed + 1),
@@ -108,8 +106,7 @@ class Run:
                 content_digest=UNWRITTEN_DIGEST,
                 sparsity=config.sparsity,
                 templates=tuple(config.template),
-                training=record
-                | {"command": command, "seconds": round(seconds), "phases": phases, "versions": _versions()},
+                training=record | {"command": command, "seconds": round(seconds), "phases": phases, "versions": _versions()},
             ),
         )
 
@@ -148,7 +145,7 @@ def fit(config: FitConfig, command: str) -> Path:
 def main() -> int:
     """Runs the program and returns its exit code."""
     try:
-        config = FitConfig(_cli_parse_args=True)  # type: ignore[call-arg]  # pydantic-settings fills the fields from argv
+        config = FitConfig(_cli_parse_args=True)
         folder = fit(config, shlex.join(["python", "-m", "training.fit", *sys.argv[1:]]))
     except ValidationError as error:
         faults = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]

@@ -49,9 +49,7 @@ class Phase:
         self.name, self.model, self.batches, self.max_norm = name, model, batches, max_norm
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: rate_at(step, len(batches), warmup)
-        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_at(step, len(batches), warmup))
         self.step = 0
         self.losses: list[float] = []
 
@@ -95,7 +93,7 @@ class Phase:
 
     def _train_on(self, batch: PackedBatch) -> float:
         loss = completion_loss(self.model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
         self.optimizer.step()
         self.schedule.step()

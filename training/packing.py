@@ -39,7 +39,9 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     for example in examples:
         starts.append(starts[-1] + len(example))
     places: dict[int, list[torch.Tensor]] = {}
-    predicting, targets, weights = [], [], []
+    predicting: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
     for example, start in zip(examples, starts, strict=False):
         places.setdefault(len(example).bit_length(), []).append(torch.arange(start, start + len(example)))
         predicting += range(start + example.num_prompt - 1, start + len(example) - 1)
@@ -49,9 +51,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.tensor([[i for example in examples for i in example.ids]]),
         position_ids=torch.cat([torch.arange(len(example)) for example in examples])[None],
-        groups=tuple(
-            torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=-1) for group in places.values()
-        ),
+        groups=tuple(torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=-1) for group in places.values()),
         predicting=torch.tensor(predicting),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),

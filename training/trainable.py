@@ -68,7 +68,8 @@ class TrainableLinear(nn.Module):
         y, s = both.split([self.num_outputs, both.shape[-1] - self.num_outputs], dim=-1)
         if self.bias is not None:
             y = y + self.bias
-        return y + F.linear(s, self.scale * self.delta.dense().to(s.dtype))
+        out: torch.Tensor = y + F.linear(s, self.scale * self.delta.dense().to(s.dtype))
+        return out
 
 
 def wrap(model: nn.Module, targets: Iterable[str], basis: Basis, rank: int, alpha: float) -> dict[str, TrainableLinear]:

@@ -66,4 +66,3 @@ class Operands:
     def num_bytes(self) -> int:
         """What the operands hold, in bytes."""
         return sum(t.numel() * t.element_size() for t in (self.pool, self.basis_of))
-

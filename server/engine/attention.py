@@ -100,9 +100,7 @@ def _decode(
     return torch.einsum("bghl,blge->bghe", scores.softmax(-1).to(v.dtype), v).flatten(1, 2)
 
 
-def _prefill(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, window: int | None
-) -> torch.Tensor:
+def _prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, window: int | None) -> torch.Tensor:
     num_tokens, num_keys = query.shape[0], keys.shape[0]
     q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))  # (1, H|G, C|L, E)
     gqa = q.shape[1] != k.shape[1]

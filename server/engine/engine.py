@@ -114,7 +114,9 @@ class Engine:
     def _logprob(self, token: int, offset: int, value: float | None, top: dict[int, float]) -> TokenLogprob:
         decode = self._tokenizer.backend_tokenizer.decode
         return TokenLogprob(
-            decode([token], skip_special_tokens=False), offset, value,
+            decode([token], skip_special_tokens=False),
+            offset,
+            value,
             {decode([t], skip_special_tokens=False): v for t, v in top.items()},
         )
 

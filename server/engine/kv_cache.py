@@ -13,6 +13,11 @@ class BlockAllocator:
         """Blocks that nobody owns."""
         return len(self._free)
 
+    @property
+    def usage(self) -> float:
+        """The share of all blocks that is owned."""
+        return 1 - self.num_free / self.num_blocks
+
     def num_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)

@@ -22,7 +22,9 @@ class Runner:
 
     def __init__(self, model: PreTrainedModel, pool: AdapterPool, num_blocks: int, block_size: int) -> None:
         self._model, self._pool, self._block_size = model, pool, block_size
-        self._like = model.get_input_embeddings().weight
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        self._like = weight
         num_layers, num_heads, head_size = _kv_shape(model)
         self.memory = KvMemory(num_layers, num_blocks * block_size, num_heads, head_size, self._like)
 
@@ -108,8 +110,9 @@ def prepare(model: PreTrainedModel) -> torch.Tensor:
 
 def probe(model: PreTrainedModel) -> torch.Tensor:
     """Returns token ids (PROBE_LENGTH,) spread over the vocabulary."""
-    size = model.get_input_embeddings().num_embeddings
-    return (torch.arange(PROBE_LENGTH) * 7919 % size).to(model.device)
+    size = model.config.get_text_config().vocab_size
+    ids: torch.Tensor = (torch.arange(PROBE_LENGTH) * 7919 % size).to(model.device)
+    return ids
 
 
 def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, chunks: Items[Chunk]) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 
 from server.engine.engine import Engine
@@ -49,7 +49,7 @@ class EngineThread:
         """Requests that are waiting or running."""
         return len(self._events)
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the events of a request as they come; closing the generator aborts the request."""
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
@@ -78,7 +78,7 @@ class EngineThread:
         reason = "the server is stopping"
         try:
             self._serve()
-        except Exception as error:  # noqa: BLE001  # whatever it was, every request and /ready hear of it
+        except Exception as error:  # whatever it was, every request and /ready hear of it
             reason = f"the engine died: {error!r}"
             logger.exception("the engine died; every request fails and the server is not ready any more")
         finally:

@@ -138,9 +138,7 @@ def done_data(request: EngineRequest, event: DoneEvent) -> DoneData:
         id=request.id,
         adapter=[ResolvedAdapter(name=t.name, version=t.version, weight=t.weight) for t in request.terms],
         finish_reason=event.finish_reason,
-        usage=Usage(
-            prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion
-        ),
+        usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion),
         seed=request.seed,
     )
 

@@ -1,0 +1,19 @@
+"""Fixtures that more than one folder of tests uses."""
+
+import os
+from pathlib import Path
+
+# Every test works offline: whatever comes from outside must be there before.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tests.tiny import save_tiny_model
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random Llama with a byte-level tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
