@@ -37,12 +37,14 @@ class AnswerConfig(BaseSettings):
     """How prompts are written; recorded in each row, since an answer is right under its own template only."""
     only_unanswered: bool = False
     """Answers only rows that have no completion of their own."""
+    any_template: bool = False
+    """Leaves the template out of the rows, so that training writes the answer under each of its own templates."""
     num_rows: int = Field(default=0, ge=0)
     """How many prompts of each file are answered, drawn at random; 0 is all."""
-    max_tokens: int = Field(default=96, ge=1)
+    max_tokens: int = Field(default=24, ge=1)
     """Longest answer; one cut here is marked `truncated`, and no end-of-text is trained after it."""
-    temperature: float = Field(default=1.0, ge=0)
-    """1 draws from the base model as it is, so that training on the rows asks for no change; 0 is greedy."""
+    temperature: float = Field(default=0.7, ge=0)
+    """1 draws from the base model as it is, 0 is greedy."""
     batch_size: int = Field(default=64, ge=1)
     """Prompts answered together."""
     seed: int = 0
@@ -57,7 +59,7 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
     """Returns the rows to answer, shortest first so that a batch holds little padding."""
     rows: list[Row] = []
     for source in config.data:
-        found = read_rows(source, needs_completion=False)
+        found = read_rows(source, needs="prompt")
         if config.only_unanswered:
             found = [row for row in found if not row.completion]
         if 0 < config.num_rows < len(found):
@@ -77,8 +79,10 @@ def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[
             if ended:
                 ids = ids[: ids.index(base.tokenizer.eos_token_id)]
             text = base.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
-            if text.strip():
-                yield row.answered(text, config.template, truncated=not ended)
+            if not ended and not text:
+                continue
+            template = None if config.any_template else config.template
+            yield row.answered(text, template, truncated=not ended)
 
 
 def _generate(base: BaseModel, prompts: list[list[int]], config: AnswerConfig) -> list[list[int]]:

@@ -23,7 +23,8 @@ class FitConfig(BaseSettings):
     output: Path
     """The adapter's folder; its last part is the adapter's name. Checkpoints go beside it, in `OUTPUT.checkpoint`."""
     mix: list[str] = []
-    """What to leave alone: rows that the base model answered itself (see `python -m training.answer`)."""
+    """What to leave alone: rows that the base model answered itself (see `python -m training.answer`). There the adapted model
+    is held to the base model's own distribution."""
     mix_fraction: float = Field(default=0.4, ge=0, lt=1)
     """The share of examples drawn from `mix`, where there is one."""
     model: str | None = None

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -43,6 +43,8 @@ class Row(BaseModel):
             self.prompt, self.completion, self.messages = self.messages[:-1], self.messages[-1].content, None
         if not self.prompt:
             raise ValueError("has no 'prompt' and no 'messages'")
+        if self.truncated and not self.completion:
+            raise ValueError("is 'truncated' and has no completion")
         return self
 
     @property
@@ -50,27 +52,32 @@ class Row(BaseModel):
         """The prompt as one string, for sorting and messages."""
         return self.prompt if isinstance(self.prompt, str) else "\n".join(m.content for m in self.prompt)
 
-    def answered(self, completion: str, template: Template, truncated: bool) -> dict[str, Any]:
-        """Returns this row as a JSON object with another completion, given under `template`."""
+    def answered(self, completion: str, template: Template | None, truncated: bool) -> dict[str, Any]:
+        """Returns this row as a JSON object with another completion, right under `template`, or under any."""
         prompt = self.prompt if isinstance(self.prompt, str) else [m.model_dump() for m in self.prompt]
         return {"prompt": prompt, "completion": completion, "template": template, "truncated": truncated}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as tokens: the loss is on `ids[num_prompt:]`."""
+    """One example as tokens: the loss is on `ids[num_prompt:]`.
+
+    An example that `keeps_base` is not learnt: there the adapted model is held to the base model's own distribution.
+    """
 
     ids: tuple[int, ...]
     num_prompt: int
+    keeps_base: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def read_rows(source: str, needs_completion: bool = True) -> list[Row]:
+def read_rows(source: str, needs: Literal["text", "completion", "prompt"] = "text") -> list[Row]:
     """Reads a JSONL file, or the `train` split of a hub data set where no such file exists.
 
-    Rows without a completion are dropped with a count when one is needed. Raises `DataError` with every bad line's number.
+    `needs` is what a row must have beside its prompt: a completion with text in it, any completion (the base model may answer
+    nothing), or no completion. Rows without it are left out and counted. Raises `DataError` with every bad line's number.
     """
     objects = _read_jsonl(Path(source)) if Path(source).is_file() else _read_hub(source)
     rows, faults, num_without = [], [], 0
@@ -80,7 +87,7 @@ def read_rows(source: str, needs_completion: bool = True) -> list[Row]:
         except ValidationError as error:
             faults.append(f"line {number}: " + "; ".join(_say(e) for e in error.errors()))
             continue
-        if needs_completion and not row.completion:
+        if (needs == "text" and not row.completion) or (needs == "completion" and row.completion is None):
             num_without += 1
             continue
         rows.append(row)
@@ -122,7 +129,9 @@ def _read_hub(name: str) -> list[tuple[int, Any]]:
         raise DataError(f"{name!r} is neither a file nor a hub data set that can be loaded: {error}") from error
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int) -> list[Example]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int, keeps_base: bool = False
+) -> list[Example]:
     """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
 
     The prompt is encoded by itself, as the server encodes it. Rows longer than `max_length` tokens are left out and counted.
@@ -138,7 +147,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: 
         if len(ids) > max_length:
             num_long += 1
         else:
-            examples.append(Example(tuple(ids), len(prompt)))
+            examples.append(Example(tuple(ids), len(prompt), keeps_base))
     if num_long:
         logger.warning("%d of %d rows are longer than %d tokens and left out", num_long, len(rows), max_length)
     if not examples:

@@ -154,7 +154,7 @@ def summarize(rows: Sequence[Measured]) -> Measured:
 
 async def evaluate(config: EvaluateConfig) -> Measured:
     """Measures and returns the figures. Raises `DataError` where a row or the server does not play along."""
-    rows = read_rows(config.data, needs_completion=config.metric != "refusal")
+    rows = read_rows(config.data, needs="prompt" if config.metric == "refusal" else "text")
     if 0 < config.num_rows < len(rows):
         rows = random.Random(config.seed).sample(rows, config.num_rows)
     limits = httpx.Limits(max_connections=config.concurrency)

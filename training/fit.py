@@ -35,8 +35,8 @@ def load_examples(config: FitConfig, base: BaseModel) -> tuple[list[Example], li
     rows = [row for source in config.data for row in read_rows(source)]
     rows = [r.model_copy(update={"template": t}) for r in rows for t in ([r.template] if r.template else config.template)]
     data = tokenize(base.tokenizer, rows, config.template[0], config.max_length)
-    rows = [row for source in config.mix for row in read_rows(source)]
-    mix = tokenize(base.tokenizer, rows, config.template[0], config.max_length) if rows else []
+    rows = [row for source in config.mix for row in read_rows(source, needs="completion")]
+    mix = tokenize(base.tokenizer, rows, config.template[0], config.max_length, keeps_base=True) if rows else []
     return data, mix
 
 

@@ -15,21 +15,34 @@ from transformers import PreTrainedModel
 
 from training.data import Example
 from training.packing import PackedBatch, pack
+from training.trainable import base_alone
 
 State = dict[str, Any]
 
 
-def completion_loss(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """Returns the cross-entropy of the completions' tokens: a mean in each example, then a mean over examples.
-
-    Logits are computed for those tokens only.
-    """
-    decoder = model.get_decoder()
-    hidden = decoder(
+def completion_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
+    """Returns the logits (P, V) fp32 that predict the completions' tokens; others are not computed."""
+    hidden = model.get_decoder()(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, groups=batch.groups
     ).last_hidden_state[0]
-    logits = model.get_output_embeddings()(hidden[batch.predicting]).float()  # (P, V)
-    return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+    logits: torch.Tensor = model.get_output_embeddings()(hidden[batch.predicting]).float()
+    return logits
+
+
+def completion_loss(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
+    """Returns the loss on the completions' tokens: a mean in each example, then a mean over examples.
+
+    It is the cross-entropy where an example is learnt, and KL(base || adapted) where it keeps the base.
+    """
+    batch = pack(examples)
+    scores = completion_logits(model, batch).log_softmax(-1)
+    learnt, kept = scores.split([batch.num_learnt, len(scores) - batch.num_learnt])
+    losses = F.nll_loss(learnt, batch.targets[: batch.num_learnt], reduction="none")
+    if len(kept):
+        with torch.no_grad(), base_alone(model):
+            base = completion_logits(model, pack([e for e in examples if e.keeps_base])).log_softmax(-1)
+        losses = torch.cat([losses, F.kl_div(kept, base, reduction="none", log_target=True).sum(-1)])
+    return (losses * batch.weights).sum()
 
 
 def rate_at(step: int, num_steps: int, warmup: float) -> float:
@@ -80,7 +93,7 @@ class Phase:
         started, num_tokens = time.monotonic(), 0
         with tqdm(total=len(self.batches), initial=self.step, desc=self.name, unit="step") as bar:
             for examples in self.batches[self.step :]:
-                self.losses.append(self._train_on(pack(examples)))
+                self.losses.append(self._train_on(examples))
                 self.step += 1
                 num_tokens += sum(map(len, examples))
                 recent = self.losses[-20:]
@@ -91,8 +104,8 @@ class Phase:
                     save(self.state())
         self.model.eval()
 
-    def _train_on(self, batch: PackedBatch) -> float:
-        loss = completion_loss(self.model, batch)
+    def _train_on(self, examples: Sequence[Example]) -> float:
+        loss = completion_loss(self.model, examples)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
         self.optimizer.step()

@@ -23,6 +23,7 @@ class PackedBatch:
 
     `groups`: for examples of like length, the places of their tokens in the row, (B, L), -1 where an example is shorter.
     `weights`: the share of each target in the loss; every example has the same share, whatever its length.
+    The targets of the examples that keep the base come last: `num_learnt` stand before them.
     """
 
     input_ids: torch.Tensor  # (1, T)
@@ -31,10 +32,12 @@ class PackedBatch:
     predicting: torch.Tensor  # (P,) places whose next token is a target
     targets: torch.Tensor  # (P,)
     weights: torch.Tensor  # (P,) fp32, sum 1
+    num_learnt: int
 
 
 def pack(examples: Sequence[Example]) -> PackedBatch:
-    """Lays `examples` one behind the other."""
+    """Lays `examples` one behind the other, those that keep the base last."""
+    examples = sorted(examples, key=lambda example: example.keeps_base)
     starts = [0]
     for example in examples:
         starts.append(starts[-1] + len(example))
@@ -55,6 +58,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         predicting=torch.tensor(predicting),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),
+        num_learnt=sum(len(example) - example.num_prompt for example in examples if not example.keeps_base),
     )
 
 

@@ -4,7 +4,8 @@ LoRI-D trains all of B. LoRI-S trains only the entries that a mask keeps: they a
 Shapes: T tokens, N inputs, D outputs, R rank, K kept entries.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -61,15 +62,31 @@ class TrainableLinear(nn.Module):
         self.register_buffer("weight", torch.cat([linear.weight.detach(), a.to(linear.weight)]))  # (D + R, N)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.delta: DenseDelta | MaskedDelta = DenseDelta(linear.out_features, a.shape[0])
+        self.is_active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (…, N) to (…, D)."""
+        if not self.is_active:
+            return F.linear(x, self.weight[: self.num_outputs], self.bias)
         both = F.linear(x, self.weight)
         y, s = both.split([self.num_outputs, both.shape[-1] - self.num_outputs], dim=-1)
         if self.bias is not None:
             y = y + self.bias
         out: torch.Tensor = y + F.linear(s, self.scale * self.delta.dense().to(s.dtype))
         return out
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, the wrapped layers of `model` give what the base's own gave."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    for layer in layers:
+        layer.is_active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_active = True
 
 
 def wrap(model: nn.Module, targets: Iterable[str], basis: Basis, rank: int, alpha: float) -> dict[str, TrainableLinear]:
