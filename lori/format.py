@@ -62,10 +62,10 @@ def _digested_fields(config: AdapterConfig) -> dict[str, object]:
     }
 
 
-def save_adapter(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB], card: str = "") -> Adapter:
+def save_adapter(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB]) -> Adapter:
     """Writes an adapter, its content digest filled in, and returns it as it will be read.
 
-    Written aside, synced and renamed: a crash leaves the old folder or the new one. `card` becomes README.md.
+    Written aside, synced and renamed: a crash leaves the old folder or the new one.
     """
     weights = weight_bytes(modules)
     digest = content_digest(weights, _digested_fields(config))
@@ -76,13 +76,18 @@ def save_adapter(folder: Path, config: AdapterConfig, modules: Mapping[str, Spar
         scratch.chmod(0o755)
         _write(scratch / WEIGHTS_FILE, weights)
         _write(scratch / CONFIG_FILE, (config.model_dump_json(indent=2) + "\n").encode())
-        if card:
-            _write(scratch / "README.md", card.encode())
         _put_in_place(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     rounded = {name: SparseB(b.mask, b.values.to(VALUE_DTYPE)) for name, b in modules.items()}
     return Adapter(folder.name, config, rounded)
+
+
+def write_config(folder: Path, config: AdapterConfig, card: str) -> None:
+    """Replaces the config of a saved adapter, what was measured since, and its card (README.md). The weights stay as they are."""
+    for name, text in (("README.md", card), (CONFIG_FILE, config.model_dump_json(indent=2) + "\n")):
+        _write(folder / f".{name}", text.encode())
+        (folder / f".{name}").replace(folder / name)
 
 
 def _write(path: Path, content: bytes) -> None:

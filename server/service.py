@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from lori.pool import Resident
 from server.engine.admission import Admission, Ask
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
-from server.engine.thread import EngineThread
+from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError
 from server.metrics import Metrics
 from server.settings import Settings
@@ -29,6 +29,8 @@ class Service:
 
     async def admit(self, ask: Ask) -> Request:
         """Returns the request, or raises what the error table knows. Long prompts are encoded off the event loop."""
+        if not self.engine.is_alive:
+            raise EngineDeadError("the engine is not running")
         if self.engine.num_requests >= self.settings.max_requests:
             raise BusyError(f"{self.engine.num_requests} requests are waiting or running, which is the limit; try again")
         request = await run_in_threadpool(self.admission.admit, ask)

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
 from tests.tiny import save_tiny_model
 
 torch.set_num_threads(2)

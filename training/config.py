@@ -31,6 +31,8 @@ class FitConfig(BaseSettings):
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: list[Template] = Field(default=["chat"], min_length=1)
     """How prompts are written; with both, each row is learnt both ways. The server prefers the first for `messages`."""
+    about: str = ""
+    """A sentence for the adapter's card: what it does, from which data under which licence."""
     rank: int = Field(default=32, ge=1)
     """Rows of A (r)."""
     alpha: float = Field(default=64, gt=0)

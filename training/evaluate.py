@@ -4,7 +4,6 @@ It sees what a client sees: POST /generate and its log-probabilities.
 """
 
 import asyncio
-import json
 import random
 import re
 import sys
@@ -18,6 +17,9 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from tqdm.asyncio import tqdm
 
+from lori.errors import LoriError
+from lori.format import read_config, write_config
+from training.card import render_card
 from training.data import DataError, Row, read_rows
 
 REFUSAL = re.compile(r"\b(can't|cannot|can not|won't|unable to|not able to|must decline|sorry)\b", re.IGNORECASE)
@@ -54,8 +56,9 @@ class EvaluateConfig(BaseSettings):
     """Longest answer, where one is generated."""
     seed: int = 0
     """Draws the rows."""
-    output: Path | None = None
-    """A JSON Lines file that the result is added to."""
+    record: Path | None = None
+    """An adapter's folder whose config and card take the result: of the base, of the adapter alone, or of a merge that begins
+    with it, whose weights the card then recommends."""
 
 
 class Client:
@@ -164,20 +167,31 @@ async def evaluate(config: EvaluateConfig) -> Measured:
         return summarize(await tqdm.gather(*(measure(client, row) for row in rows), unit="row", disable=None))
 
 
+def record(folder: Path, config: EvaluateConfig, result: Measured) -> None:
+    """Writes a result into the config and the card of the adapter in `folder`."""
+    adapter = read_config(folder)
+    weights = config.weights or [1 / len(config.adapter) for _ in config.adapter]
+    who = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, config.adapter, strict=True)) or "base"
+    figures = {f"{who}: {name}": round(value, 4) for name, value in result.items() if name != "rows"}
+    changes: dict[str, Any] = {"metrics": adapter.lori.metrics | figures}
+    if len(config.adapter) == 2 and config.adapter[0] == folder.name:
+        changes["merge_weights"] = adapter.lori.merge_weights | {config.adapter[1]: tuple(weights)}
+    adapter = adapter.model_copy(update={"lori": adapter.lori.model_copy(update=changes)})
+    write_config(folder, adapter, render_card(folder.name, adapter))
+
+
 def main() -> int:
     """Runs the program and returns its exit code."""
     config = EvaluateConfig(_cli_parse_args=True)
     try:
         result = asyncio.run(evaluate(config))
-    except (DataError, httpx.HTTPError) as error:
+    except (DataError, LoriError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, value in result.items():
         print(f"{name:40} {value:.4f}" if name != "rows" else f"{name:40} {value:.0f}")
-    if config.output:
-        asked = config.model_dump(mode="json", include={"data", "metric", "adapter", "weights", "form", "num_rows"})
-        with config.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asked | {"result": result}) + "\n")
+    if config.record:
+        record(config.record, config, result)
     return 0
 
 

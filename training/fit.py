@@ -4,7 +4,6 @@ Freeze the base; draw A from its seed; train all of B (LoRI-D); keep the largest
 train only those entries on the same A (LoRI-S).
 """
 
-import json
 import shlex
 import sys
 import time
@@ -18,9 +17,10 @@ from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Basis
 from lori.config import AdapterConfig, BasisConfig, LoriSection
 from lori.errors import LoriError
-from lori.format import save_adapter
+from lori.format import save_adapter, write_config
 from lori.mask import top_k_mask
 from training.batches import plan_batches
+from training.card import render_card
 from training.config import FitConfig
 from training.data import DataError, Example, read_rows, tokenize
 from training.loop import Phase, State, read_checkpoint, write_checkpoint
@@ -89,7 +89,7 @@ class Run:
         """Returns the config of the trained adapter; `save_adapter` fills in the content digest."""
         config = self.config
         inputs = {name: (config.rank, layer.weight.shape[1]) for name, layer in self.layers.items()}
-        record = config.model_dump(mode="json", exclude={"output", "resume", "save_every", "threads"})
+        record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"})
         phases = {
             name: {"steps": len(batches), "tokens": sum(len(e) for b in batches for e in b), "loss": _tail(self.losses[name])}
             for name, batches in self.batches.items()
@@ -106,7 +106,9 @@ class Run:
                 content_digest=UNWRITTEN_DIGEST,
                 sparsity=config.sparsity,
                 templates=tuple(config.template),
-                training=record | {"command": command, "seconds": round(seconds), "phases": phases, "versions": _versions()},
+                training=record
+                | {"command": command, "threads": torch.get_num_threads()}
+                | {"seconds": round(seconds), "phases": phases, "versions": _versions()},
             ),
         )
 
@@ -136,8 +138,8 @@ def fit(config: FitConfig, command: str) -> Path:
         assert isinstance(layer.delta, MaskedDelta)
         modules[name] = layer.delta.sparse()
     trained = run.adapter_config(time.monotonic() - started, command)
-    card = f"# {config.output.name}\n\n```\n{json.dumps(trained.lori.training, indent=2)}\n```\n"
-    save_adapter(config.output, trained, modules, card)
+    adapter = save_adapter(config.output, trained, modules)
+    write_config(config.output, adapter.config, render_card(adapter.name, adapter.config))
     run.checkpoint.unlink(missing_ok=True)
     return config.output
 

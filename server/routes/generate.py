@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, TokenLogprob
 from server.engine.request import Request as EngineRequest
+from server.engine.thread import EngineDeadError
 from server.errors import EngineError
 from server.routes.dependencies import get_service
 from server.schemas import (
@@ -90,7 +91,7 @@ async def until_disconnect(http: Request, service: Service, request: EngineReque
         async with anyio.create_task_group() as group:
             group.start_soon(answer)
             group.start_soon(watch)
-    except* EngineError as errors:
+    except* (EngineError, EngineDeadError) as errors:
         raise errors.exceptions[0] from errors
     return reply
 

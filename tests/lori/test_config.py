@@ -57,7 +57,7 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
         ({}, {"sparsity": 1.0}, "lori.sparsity"),
         ({}, {"sparsity": -0.1}, "lori.sparsity"),
         ({}, {"templates": []}, "lori.templates"),
-        ({}, {"templates": ["chatml"]}, "lori.templates.0"),
+        ({}, {"templates": ["chat", "chatml"]}, "lori.templates.1"),
         ({}, {"basis": {"seed": -1, "stream": 0}}, "lori.basis.seed"),
         ({}, {"basis": {"seed": 0, "stream": 2**63}}, "lori.basis.stream"),
         ({}, {"basis": {"seed": 0, "stream": 0, "generator": "torch"}}, "lori.basis.generator"),

@@ -17,7 +17,7 @@ from training.loop import Phase
 from training.packing import ATTENTION
 from training.trainable import DenseDelta, MaskedDelta
 
-WORDS = "red blue green black white".split()
+WORDS = ["red", "blue", "green", "black", "white"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,51 @@
+"""Fixtures of the server's tests: a tiny model, adapters for it, and one real server for the whole session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from lori.base_model import BaseModel, load_base_model
+from tests.server.live import Live, start
+from tests.server.rig import save_writer_model, write_adapters
+from tests.tiny import tiny_tokenizer
+
+MAX_BODY_BYTES = 16384
+KV_TOKENS = 8192
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny models' tokenizer: a token for every byte."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def writer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny model that writes printable ASCII for ever."""
+    return save_writer_model(tmp_path_factory.mktemp("models") / "tiny-writer")
+
+
+@pytest.fixture(scope="session")
+def writer(writer_model: Path) -> BaseModel:
+    """That model as transformers runs it. Not to be changed."""
+    return load_base_model(str(writer_model), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def adapters(writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the adapters math, safety and intent for that model."""
+    return write_adapters(tmp_path_factory.mktemp("adapters"), writer)
+
+
+@pytest.fixture(scope="session")
+def live(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A real server with that model and those adapters. Its KV memory holds two requests of 4000 tokens, not three."""
+    num_bytes = KV_TOKENS * 2 * 2 * 2 * 16 * 4
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
+    flags += ["--max-step-tokens", "48", "--max-batch", "16"]
+    flags += ["--kv-cache-gib", str(num_bytes / 2**30), "--max-body-bytes", str(MAX_BODY_BYTES)]
+    with start(tmp_path_factory.mktemp("live") / "log", *flags) as server:
+        yield server

@@ -1,0 +1,122 @@
+"""Starts real servers: `python -m server` as a process, or an app with a fake below it in a thread of the test's own process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.app import create_app
+from server.service import Service
+
+LIMIT_S = 120
+"""How long anything may take on a busy machine before a test gives up."""
+REPOSITORY = Path(__file__).parents[2]
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
+ADDRESS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
+
+
+def wait_until(is_so: Callable[[], bool], what: str) -> None:
+    """Polls until `is_so`, or fails."""
+    end = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert time.monotonic() < end, f"waited {LIMIT_S} s for {what}"
+        time.sleep(0.01)
+
+
+def run_main(log: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """Starts `python -m server` with `flags` alone: nothing of the environment's settings, no network. Both streams go to `log`."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")} | {"HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "server", *flags], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A server that answers at `url`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    client: httpx.Client
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def generate(self, **body: object) -> dict[str, Any]:
+        """Returns the reply of POST /generate, which must be 200."""
+        reply = self.client.post("/generate", json=body)
+        assert reply.status_code == 200, reply.text
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Returns the sum of a metric's samples that have `labels`; 0 where there is none yet."""
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        return sum(s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items())
+
+    def wait_for(self, **numbers: int) -> None:
+        """Waits until `running` and `waiting` requests are as many as said."""
+        names = {"running": RUNNING, "waiting": WAITING}
+        for key, number in numbers.items():
+            wait_until(lambda key=key, number=number: self.metric(names[key]) == number, f"{number} {key} requests")
+
+
+@contextmanager
+def start(log: Path, *flags: str) -> Iterator[Live]:
+    """Runs a server on a free port until the block ends."""
+    process = run_main(log, "--port", "0", *flags)
+    try:
+        wait_until(lambda: process.poll() is not None or ADDRESS.search(log.read_text()) is not None, "the server")
+        found = ADDRESS.search(log.read_text())
+        assert found, log.read_text()
+        with httpx.Client(base_url=found[1], timeout=LIMIT_S) as client:
+            yield Live(found[1], process, log, client)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def serve_here(service: Service) -> Iterator[httpx.Client]:
+    """Serves the app of `service` on a free port, from a thread of this process, until the block ends."""
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started, "the server")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def events(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields name and data of the server-sent events in `lines`."""
+    name, data = "", ""
+    for line in lines:
+        key, _, value = line.partition(": ")
+        if key == "event":
+            name = value
+        elif key == "data":
+            data += value
+        elif not line:
+            yield name, json.loads(data)
+            name, data = "", ""

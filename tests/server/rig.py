@@ -1,0 +1,228 @@
+"""Engines that a test steps by hand, the tiny models and random adapters for them, and fakes of a model."""
+
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lori.adapter import Adapter
+from lori.base_model import BaseModel, load_base_model
+from lori.basis import Basis
+from lori.config import AdapterConfig, BasisConfig, LoriSection
+from lori.format import module_shapes, save_adapter
+from lori.pool import AdapterPool, Resident
+from lori.sparse import SparseB
+from lori.store import adapter_folders, load_all
+from lori.template import Template, encode
+from server.engine.admission import Admission, Ask
+from server.engine.engine import Engine
+from server.engine.kv_cache import BlockAllocator
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent, TokenLogprob
+from server.engine.request import Sequence as EngineSequence
+from server.engine.runner import Runner, prepare
+from server.engine.scheduler import Chunk, Scheduler
+from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EOS = 256
+
+
+def save_writer_model(folder: Path) -> Path:
+    """Writes a tiny Llama whose likeliest token is always printable ASCII, so never the end, with a context of 4096 tokens."""
+    config = tiny_llama_config(EOS + 1, max_position_embeddings=4096, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, config))
+    printable = encode(tiny_tokenizer(), string.ascii_letters + string.digits + string.punctuation + " ")
+    is_muted = torch.ones(EOS + 1, dtype=torch.bool)
+    is_muted[printable] = False
+    with torch.no_grad():
+        model.get_output_embeddings().weight[is_muted] = 0  # Some of the 95 others always score above 0.
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_adapter(
+    folder: Path,
+    base: BaseModel,
+    *,
+    seed: int,
+    rank: int = 4,
+    stream: int = 0,
+    targets: Sequence[str] = ALL_LINEAR,
+    templates: tuple[Template, ...] = ("chat",),
+) -> Adapter:
+    """Writes an adapter for `base` with a random B, 30% of it kept, large enough to change what the model says."""
+    shapes = {name: s for name, s in module_shapes(base.model).items() if name.rpartition(".")[2] in targets}
+    random = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, (num_outputs, _) in shapes.items():
+        mask = torch.rand(num_outputs, rank, generator=random) < 0.3
+        modules[name] = SparseB.from_dense(torch.randn(num_outputs, rank, generator=random), mask)
+    basis = Basis(stream=stream)
+    config = AdapterConfig(
+        base_model_name_or_path=base.name,
+        r=rank,
+        lora_alpha=2.0 * rank,
+        target_modules=tuple(targets),
+        lori=LoriSection(
+            basis=BasisConfig(seed=basis.seed, stream=basis.stream),
+            basis_digest=basis.digest({name: (rank, num_inputs) for name, (_, num_inputs) in shapes.items()}),
+            base_digest=base.digest,
+            content_digest="0" * 64,
+            sparsity=0.7,
+            templates=templates,
+        ),
+    )
+    return save_adapter(folder, config, modules)
+
+
+def write_adapters(place: Path, base: BaseModel) -> Path:
+    """Writes the adapters that the tests of the server name: of two ranks, two bases and different targets."""
+    write_adapter(place / "math", base, seed=1)
+    write_adapter(place / "safety", base, seed=2, templates=("chat", "plain"))
+    write_adapter(place / "intent", base, seed=3, rank=6, stream=1, targets=("q_proj", "down_proj"), templates=("plain",))
+    return place
+
+
+def fold(model: PreTrainedModel, terms: Iterable[tuple[Adapter, float]]) -> PreTrainedModel:
+    """Adds weight * alpha / r * B A of each adapter to the weights of `model`, in fp32, and returns it."""
+    with torch.no_grad():
+        for adapter, weight in terms:
+            for name, b in adapter.modules.items():
+                w = model.get_submodule(name).weight
+                assert isinstance(w, torch.Tensor)
+                w += weight * adapter.config.scale * b.dense() @ adapter.basis.draw(name, adapter.config.r, w.shape[1])
+    return model
+
+
+def greedy(model: PreTrainedModel, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
+    """Returns what transformers' own `generate` continues with."""
+    ids = torch.tensor([list(prompt_ids)])
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=EOS)
+    assert isinstance(whole, torch.Tensor)
+    return whole[0, len(prompt_ids) :].tolist()
+
+
+@dataclass(slots=True)
+class Heard:
+    """What one request said, and its sequence."""
+
+    sequence: EngineSequence
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.sequence.output_ids
+
+    @property
+    def text(self) -> str:
+        return "".join(e.text for e in self.events if isinstance(e, TextEvent))
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [one for e in self.events if isinstance(e, TextEvent) for one in e.logprobs]
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.events) and isinstance(self.events[-1], DoneEvent | ErrorEvent)
+
+    @property
+    def done(self) -> DoneEvent:
+        last = self.events[-1]
+        assert isinstance(last, DoneEvent)
+        assert sum(isinstance(e, DoneEvent) for e in self.events) == 1
+        return last
+
+
+@dataclass(slots=True)
+class Rig:
+    """An engine in the hands of a test: no thread, no queue. After `run` all memory is free again."""
+
+    engine: Engine
+    admission: Admission
+    runner: Runner
+    residents: Mapping[str, Resident]
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.engine.scheduler
+
+    def submit(self, request: Request) -> Heard:
+        events: list[Event] = []
+        self.engine.submit(request, events.append)
+        return Heard(self.scheduler.waiting[-1], events)
+
+    def ask(self, ask: Ask) -> Heard:
+        return self.submit(self.admission.admit(ask))
+
+    def finish(self) -> None:
+        while self.scheduler.has_work:
+            self.engine.step()
+            self.scheduler.check_integrity()
+        assert self.scheduler.allocator.num_free == self.scheduler.allocator.num_blocks
+
+    def run(self, asks: Sequence[Ask], joins: Sequence[int] | None = None) -> list[Heard]:
+        """Runs `asks` together to their ends; each joins before the step that `joins` names, the first by default."""
+        at = dict(enumerate(joins or [0] * len(asks)))
+        heard: dict[int, Heard] = {}
+        for step in range(max(at.values()) + 1):
+            for place in (p for p, join in at.items() if join == step):
+                heard[place] = self.ask(asks[place])
+            self.engine.step()
+        self.finish()
+        return [heard[place] for place in range(len(asks))]
+
+
+def build(
+    folder: Path,
+    adapters: Path | None = None,
+    *,
+    max_batch: int = 8,
+    max_step_tokens: int = 16,
+    num_blocks: int = 512,
+    block_size: int = 4,
+) -> Rig:
+    """Returns a rig on the fp32 model in `folder`, put together as `server.loading` does it."""
+    base = load_base_model(str(folder), torch.float32)
+    folders = adapter_folders([adapters]) if adapters else {}
+    loaded = load_all(folders, base.digest, module_shapes(base.model))
+    prepare(base.model)
+    pool = AdapterPool(base.model, loaded)
+    runner = Runner(base.model, pool, num_blocks, block_size)
+    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_batch, max_step_tokens)
+    context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
+    engine = Engine(scheduler, runner, base.tokenizer, [EOS])
+    return Rig(engine, Admission(base.tokenizer, pool.residents, context), runner, pool.residents)
+
+
+class ScriptedRunner:
+    """A fake of the runner: after any prompt the likeliest tokens are those of `script`, one after the other, then the first token."""
+
+    def __init__(self, script: Sequence[int]) -> None:
+        self._script = script
+
+    def forward(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> torch.Tensor:
+        places = [(c.sequence, p) for c in chunks for p in range(c.start, c.stop)]
+        logits = torch.zeros(len(positions), EOS + 1)
+        for row, position in enumerate(positions):
+            sequence, place = places[position]
+            output = place + 1 - len(sequence.request.prompt_ids)
+            logits[row, self._script[output] if 0 <= output < len(self._script) else 0] = 10.0
+        return logits
+
+
+def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_step_tokens: int = 16) -> Rig:
+    """Returns a rig whose model says `script`."""
+    scheduler = Scheduler(BlockAllocator(256, 4), 4, max_step_tokens)
+    runner = cast(Runner, ScriptedRunner(script))
+    return Rig(Engine(scheduler, runner, tokenizer, [EOS]), Admission(tokenizer, {}, 1024), runner, {})
+
+
+def request(
+    num_prompt: int = 4, max_tokens: int = 4, *, name: str = "request", seed: int = 0, temperature: float = 0.0
+) -> Request:
+    """Returns an admitted request of plain values, for what looks at nothing else."""
+    return Request(name, "", tuple(range(num_prompt)), (0,) * num_prompt, (), max_tokens, temperature, seed, (), None, False)

@@ -1,0 +1,183 @@
+"""What is accepted, with which defaults, and what every refusal says."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lori.errors import TemplateError, UnknownAdapterError
+from lori.pool import Resident
+from lori.template import Message, Template
+from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
+from tests.server.rig import EOS, build
+
+CONTEXT = 200
+Residents = Mapping[str, Resident]
+
+
+@pytest.fixture(scope="module")
+def residents(writer_model: Path, adapters: Path) -> Residents:
+    """math (chat), safety (chat, plain) and intent (plain)."""
+    return build(writer_model, adapters).residents
+
+
+@pytest.fixture
+def admission(tokenizer: PreTrainedTokenizerFast, residents: Residents) -> Admission:
+    return Admission(tokenizer, residents, CONTEXT)
+
+
+MESSAGES = (Message(role="system", content="Be brief."), Message(role="user", content="é?"))
+
+
+def refusal(admission: Admission, ask: Ask) -> RefusedError:
+    with pytest.raises(RefusedError) as caught:
+        admission.admit(ask)
+    assert str(caught.value).startswith(f"{caught.value.field}: ")
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("ask", "field", "said"),
+    [
+        pytest.param(
+            Ask(prompt="x", adapters=("math", "safety"), weights=(1.0,)), "weights", "has 1 numbers, expected 2", id="few weights"
+        ),
+        pytest.param(Ask(prompt="x", adapters=("math",), weights=(1.0, 2.0)), "weights", "has 2 numbers, expected 1", id="many"),
+        pytest.param(Ask(prompt="x", adapters=("math",), weights=()), "weights", "has 0 numbers, expected 1", id="no weights"),
+        pytest.param(Ask(prompt="x", weights=(1.0,)), "weights", "has 1 numbers, expected 0", id="weights of nothing"),
+        pytest.param(
+            Ask(prompt="x", adapters=("math", "safety", "math")),
+            "adapter",
+            "'math' twice, expected each adapter once",
+            id="twice",
+        ),
+        pytest.param(Ask(prompt=""), "prompt", "is empty, expected at least one token", id="empty prompt"),
+        pytest.param(
+            Ask(prompt=(Message(role="user", content=""),), template="plain"),
+            "messages",
+            "is empty, expected",
+            id="empty messages",
+        ),
+        pytest.param(Ask(prompt="x" * 200), "prompt", "has 200 tokens, expected fewer than the context's 200", id="long prompt"),
+        pytest.param(
+            Ask(prompt="x" * 150, max_tokens=51),
+            "max_tokens",
+            "51 with a prompt of 150 tokens exceeds the context of 200, expected at most 50",
+            id="beyond the context",
+        ),
+        pytest.param(Ask(prompt="x" * 300, max_tokens=1), "max_tokens", "expected at most 0", id="prompt beyond the context"),
+        pytest.param(Ask(prompt="x", max_tokens=0), "max_tokens", "is 0 without echo", id="nothing to answer"),
+        pytest.param(
+            Ask(prompt=MESSAGES, adapters=("math", "intent")),
+            "template",
+            "no common template (math: chat; intent: plain), expected one here",
+            id="no common template",
+        ),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_was_found_and_expected(admission: Admission, ask: Ask, field: str, said: str) -> None:
+    error = refusal(admission, ask)
+    assert error.field == field
+    assert said in str(error)
+
+
+@pytest.mark.parametrize(("name", "near"), [("maths", ("math",)), ("MATH", ()), ("safty", ("safety",)), ("../math", ("math",))])
+def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, name: str, near: tuple[str, ...]) -> None:
+    with pytest.raises(UnknownAdapterError) as caught:
+        admission.admit(Ask(prompt="x", adapters=("safety", name)))
+    assert caught.value.name == name
+    assert caught.value.near == near
+    assert f"'{name}'" in str(caught.value)
+    assert ("did you mean" if near else "known are 'intent', 'math', 'safety'") in str(caught.value)
+
+
+def test_a_server_without_adapters_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UnknownAdapterError, match="no adapter is loaded"):
+        Admission(tokenizer, {}, CONTEXT).admit(Ask(prompt="x", adapters=("math",)))
+
+
+def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedTokenizerFast, residents: Residents) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(TemplateError, match="no chat template"):
+        Admission(bare, residents, CONTEXT).admit(Ask(prompt=MESSAGES))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weights_are_one_nth_by_default(admission: Admission, residents: Residents, count: int) -> None:
+    names = ("intent", "math", "safety")[:count]
+    request = admission.admit(Ask(prompt="x", adapters=names))
+    for term, name in zip(request.terms, names, strict=True):
+        adapter = residents[name].adapter
+        assert (term.name, term.version, term.slot) == (name, adapter.version, residents[name].slot)
+        assert term.weight == 1 / count
+        assert term.scale == adapter.config.lora_alpha / adapter.config.r
+    assert len(request.terms) == count
+
+
+def test_weights_go_with_their_adapters(admission: Admission) -> None:
+    request = admission.admit(Ask(prompt="x", adapters=("safety", "math"), weights=(0.0, -1.5)))
+    assert [(term.name, term.weight) for term in request.terms] == [("safety", 0.0), ("math", -1.5)]
+
+
+def test_a_request_without_adapters_is_for_the_base(admission: Admission) -> None:
+    assert admission.admit(Ask(prompt="x")).terms == ()
+
+
+def test_a_prompt_stands_as_it_is(admission: Admission) -> None:
+    request = admission.admit(Ask(prompt="aé€😀z", adapters=("math",)))
+    assert request.prompt_text == "aé€😀z"
+    assert request.prompt_offsets == (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4)
+    assert len(request.prompt_ids) == len(request.prompt_offsets)
+
+
+CHAT = "<|system|>Be brief.<|end|><|user|>é?<|end|><|assistant|>"
+PLAIN = "Be brief.\né?"
+
+
+@pytest.mark.parametrize(
+    ("names", "template", "text"),
+    [
+        ((), None, CHAT),
+        ((), "plain", PLAIN),
+        (("math",), None, CHAT),
+        (("intent",), None, PLAIN),
+        (("safety",), None, CHAT),  # the one it prefers
+        (("safety", "intent"), None, PLAIN),  # the one they share
+        (("intent", "safety"), None, PLAIN),
+        (("math", "safety"), None, CHAT),
+        (("math", "intent"), "plain", PLAIN),  # the one that was asked for
+        (("intent",), "chat", CHAT),
+    ],
+)
+def test_messages_are_written_with_the_template_that_the_adapters_share(
+    admission: Admission, names: tuple[str, ...], template: Template | None, text: str
+) -> None:
+    assert admission.admit(Ask(prompt=MESSAGES, adapters=names, template=template)).prompt_text == text
+
+
+def test_the_chat_templates_special_tokens_are_one_token_each(admission: Admission) -> None:
+    request = admission.admit(Ask(prompt=(Message(role="user", content="x"),)))
+    assert request.prompt_ids.count(EOS) == 1
+
+
+@pytest.mark.parametrize(("num_prompt", "expected"), [(1, DEFAULT_MAX_TOKENS), (CONTEXT - 128, 128), (CONTEXT - 3, 3)])
+def test_the_answer_is_as_long_as_the_default_or_what_the_context_has_left(
+    admission: Admission, num_prompt: int, expected: int
+) -> None:
+    assert admission.admit(Ask(prompt="x" * num_prompt)).max_tokens == expected
+
+
+def test_prompt_and_answer_may_fill_the_context(admission: Admission) -> None:
+    assert admission.admit(Ask(prompt="x" * 150, max_tokens=50)).max_tokens == 50
+    assert admission.admit(Ask(prompt="x" * CONTEXT, max_tokens=0, echo=True)).max_tokens == 0
+
+
+def test_seeds_are_random_by_default_and_kept_where_given(admission: Admission) -> None:
+    seeds = {admission.admit(Ask(prompt="x")).seed for _ in range(20)}
+    assert len(seeds) > 15
+    assert admission.admit(Ask(prompt="x", seed=0)).seed == 0
+
+
+def test_every_request_has_an_id_of_its_own(admission: Admission) -> None:
+    assert len({admission.admit(Ask(prompt="x")).id for _ in range(50)}) == 50

@@ -1,0 +1,138 @@
+"""Tokens to text as they come: never half a character, never past a stop string."""
+
+import random
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from lori.template import encode
+from server.engine.text import TextStream, held_back
+
+
+def pieces(
+    tokenizer: PreTrainedTokenizerFast, text: str, stops: tuple[str, ...] = (), prompt: str = "Say: "
+) -> tuple[list[str], TextStream]:
+    """Pushes the tokens of `text` until a stop, then flushes; returns what came out, push by push, and the stream."""
+    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, prompt)), stops)
+    out = []
+    for token in encode(tokenizer, text):
+        out.append(stream.push(token))
+        if stream.is_stopped:
+            break
+    return [*out, stream.flush()], stream
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, stream = pieces(tokenizer, "aé€😀b")
+    assert out == ["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]
+    assert stream.num_characters == 5
+
+
+def test_half_a_character_at_the_end_is_not_given_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x")), ())
+    tokens = encode(tokenizer, "ab€")[:-1]
+    assert "".join([*map(stream.push, tokens), stream.flush()]) == "ab"
+
+
+def test_bytes_that_are_no_character_do_not_end_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    lone = encode(tokenizer, "€")[1]
+    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x")), ())
+    assert "".join(map(stream.push, [*encode(tokenizer, "a"), lone, *encode(tokenizer, "bc")])) == "a\ufffdbc"
+
+
+def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, _ = pieces(tokenizer, "a<|end|>b")
+    assert "".join(out) == "ab"
+
+
+@pytest.mark.parametrize("prompt", ["", "é", "ends with a space ", "ends in the replacement character \ufffd"])
+def test_the_prompt_is_never_part_of_the_text(tokenizer: PreTrainedTokenizerFast, prompt: str) -> None:
+    out, stream = pieces(tokenizer, "answer", prompt=prompt)
+    assert out == [*"answer", ""]
+    assert stream.num_characters == 6
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """The kind that Llama 2, Mistral and Gemma have: a character without a token of its own, a newline say, is written in bytes."""
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
+    vocab |= {character: len(vocab) + place for place, character in enumerate("▁abcxyz")}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def test_byte_tokens_that_make_no_character_after_one_that_does_are_no_error() -> None:
+    """A model at some temperature can say any tokens: a newline, half a character and a letter ended the engine."""
+    tokenizer = byte_fallback_tokenizer()
+    stream = TextStream(tokenizer, tuple(tokenizer.encode("abc").ids), ())
+    text = "".join(stream.push(tokenizer.token_to_id(token)) for token in ("a", "<0x0A>", "<0xE2>", "x", "y"))
+    assert text.startswith("a\n")
+    assert text.endswith("xy")
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "count"),
+    [
+        ("abc", (), 0),
+        ("abc", ("x",), 0),
+        ("abc", ("c",), 0),  # a whole stop string is no beginning of one
+        ("abc", ("cd",), 1),
+        ("abc", ("bcd", "cx"), 2),
+        ("aaa", ("aab",), 2),
+        ("ab", ("abab",), 2),
+        ("", ("ab",), 0),
+        ("x€", ("€uro",), 1),
+    ],
+)
+def test_as_much_is_held_back_as_could_begin_a_stop(text: str, stops: tuple[str, ...], count: int) -> None:
+    assert held_back(text, stops) == count
+
+
+def test_a_stop_string_is_found_across_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, stream = pieces(tokenizer, "one ENDtwo", ("END",))
+    assert out == ["o", "n", "e", " ", "", "", "", ""]
+    assert stream.is_stopped
+
+
+def test_what_only_began_like_a_stop_is_given_out_as_soon_as_it_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, stream = pieces(tokenizer, "an ENDgame", ("ENDING",))
+    assert out == ["a", "n", " ", "", "", "", "ENDg", "a", "m", "e", ""]
+    assert not stream.is_stopped
+
+
+def test_what_is_held_back_at_the_end_is_flushed_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, stream = pieces(tokenizer, "the EN", ("END",))
+    assert out == ["t", "h", "e", " ", "", "", "EN"]
+    assert stream.flush() == ""
+    assert stream.num_characters == 6
+
+
+def test_nothing_of_a_stop_or_after_it_is_flushed(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, stream = pieces(tokenizer, "aENDbENDc", ("END",))
+    assert "".join(out) == "a"
+    assert stream.flush() == ""
+
+
+def test_a_stop_of_several_bytes_a_character_is_found(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, stream = pieces(tokenizer, "aé€ü😀z", ("€ü",))
+    assert "".join(out) == "aé"
+    assert stream.is_stopped
+
+
+def test_of_two_stops_that_end_together_the_one_that_begins_first_cuts(tokenizer: PreTrainedTokenizerFast) -> None:
+    out, _ = pieces(tokenizer, "xxabc", ("c", "abc"))
+    assert "".join(out) == "xx"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_text_is_cut_where_its_first_stop_begins(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choices("ab€", k=40))
+    stops = tuple("".join(rng.choices("ab€", k=rng.randint(2, 7))) for _ in range(rng.randint(0, 3)))
+    # The text as it grows, up to the first character that completes a stop.
+    grown = next((text[:n] for n in range(len(text) + 1) if any(stop in text[:n] for stop in stops)), None)
+    expected = text if grown is None else grown[: min(grown.find(stop) for stop in stops if stop in grown)]
+    out, stream = pieces(tokenizer, text, stops)
+    assert "".join(out) == expected
+    assert stream.is_stopped == (grown is not None)

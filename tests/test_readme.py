@@ -1,0 +1,98 @@
+"""README's commands do what it says."""
+
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.live import Live, events, start
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LOCAL = "http://localhost:8000"
+
+
+def section(title: str) -> str:
+    """Returns the text under a heading."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def asked_and_answered() -> list[tuple[str, str]]:
+    """Returns each curl of the page with the answer shown below it."""
+    blocks = BLOCK.findall(section("Ask it"))
+    return [(one[1], two[1]) for one, two in itertools.pairwise(blocks) if one[1].startswith("curl")]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """The server as README's first command starts it, on a free port."""
+    with start(tmp_path_factory.mktemp("demo") / "log") as server:
+        yield server
+
+
+def test_there_is_a_curl_for_each_form_of_adapter() -> None:
+    bodies = [json.loads(shlex.split(curl)[-1]) for curl, _ in asked_and_answered()]
+    forms = {type(body.get("adapter")) for body in bodies}
+    assert forms >= {type(None), str, list}
+    assert any("weights" in body for body in bodies)
+
+
+@pytest.mark.parametrize(("curl", "shown"), asked_and_answered())
+def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> None:
+    words = shlex.split(curl)
+    [url] = [word for word in words if word.startswith(LOCAL)]
+    headers = dict(h.split(": ") for flag, h in itertools.pairwise(words) if flag == "-H")
+    reply = demo.client.post(url.removeprefix(LOCAL), content=words[-1], headers=headers)
+    if "event: " in shown:
+        told, expected = list(events(reply.text.splitlines())), list(events(shown.splitlines()))
+        assert [name for name, _ in told] == [name for name, _ in expected]
+        assert [data.get("text") for _, data in told] == [data.get("text") for _, data in expected]
+    else:
+        told, expected = reply.json(), json.loads(shown)
+        assert told.keys() >= expected.keys()
+        # What differs from run to run.
+        assert {k: v for k, v in told.items() if k in expected and k not in ("id", "seed")} == {
+            k: v for k, v in expected.items() if k not in ("id", "seed")
+        }
+
+
+def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
+    first = BLOCK.findall(section("Train your own"))[0][1]
+    fit, serve = (shlex.split(line.replace(".venv/bin/python", sys.executable)) for line in first.splitlines())
+    rows = [{"prompt": f"Q: {i}?\nA:", "completion": " forty-two"} for i in range(4)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fit[fit.index("--steps") + 1] = "2"
+    done = subprocess.run(fit, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("saved adapters/my\n")
+    assert serve[1:] == ["-m", "server", "--adapters", "adapters"]
+    with start(tmp_path / "log", "--adapters", str(tmp_path / "adapters")) as server:
+        names = [adapter["name"] for adapter in server.client.get("/adapters").json()["adapters"]]
+        assert names == ["intent", "math", "my", "nlu", "safety"]
+        reply = server.generate(prompt="Q: 1?\nA:", adapter="my", max_tokens=4)
+        assert reply["adapter"][0]["name"] == "my"
+
+
+def test_the_commands_of_answer_fit_and_evaluate_are_understood() -> None:
+    # They run for minutes: their flags are checked, and what they do has tests of its own.
+    second = BLOCK.findall(section("Train your own"))[1][1]
+    for line in second.splitlines():
+        words = shlex.split(line.replace(".venv/bin/python", sys.executable))
+        done = subprocess.run([*words[:3], "--help"], capture_output=True, text=True, check=True)
+        assert all(word in done.stdout for word in words if word.startswith("--")), line
+
+
+def test_the_tree_has_a_line_for_every_module() -> None:
+    tree = section("How it works")
+    modules = [p for package in ("lori", "server", "training") for p in (ROOT / package).rglob("*.py")]
+    missing = [str(p.relative_to(ROOT)) for p in modules if p.name != "__init__.py" and f" {p.name} " not in tree]
+    assert not missing

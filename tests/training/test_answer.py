@@ -1,0 +1,57 @@
+"""`training.answer`: the base model's own answers, as rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lori.base_model import load_base_model
+from lori.template import encode, render_prompt
+from training.answer import AnswerConfig, answers, chosen_rows
+from training.data import Row
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "asked.jsonl"
+    rows = [{"prompt": f"{'why ' * i}?", "completion": "because"} if i % 3 else {"prompt": f"{'how ' * i}?"} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_for(data: Path, **changes: object) -> AnswerConfig:
+    return AnswerConfig.model_validate({"data": [str(data)], "output": data.with_name("out.jsonl"), "max_tokens": 5} | changes)
+
+
+def test_rows_can_be_drawn_and_only_the_unanswered_chosen(data: Path) -> None:
+    assert len(chosen_rows(config_for(data))) == 12
+    unanswered = chosen_rows(config_for(data, only_unanswered=True))
+    assert len(unanswered) == 4
+    assert all("how" in row.prompt_text or row.prompt_text == "?" for row in unanswered)
+    drawn = chosen_rows(config_for(data, num_rows=5))
+    assert len(drawn) == 5
+    assert drawn == chosen_rows(config_for(data, num_rows=5))
+    assert drawn != chosen_rows(config_for(data, num_rows=5, seed=1))
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Path, template: str) -> None:
+    # Prompts of a batch are padded to one width; the padding must not show.
+    config = config_for(data, temperature=0, template=template, batch_size=7)
+    base = load_base_model(str(tiny_model), torch.float32)
+    rows = chosen_rows(config)
+    found = {str(row["prompt"]): row for row in answers(base, rows, config)}
+    for row in rows:
+        ids = torch.tensor([encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template))])
+        out = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+        text = base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert found[row.prompt_text]["completion"] == text
+        assert found[row.prompt_text]["template"] == template
+        assert found[row.prompt_text]["truncated"] == (base.tokenizer.eos_token_id not in out[0, ids.shape[1] :])
+
+
+def test_an_answer_can_be_right_under_any_template() -> None:
+    assert Row(prompt="p").answered("text", None, truncated=False) == {
+        "prompt": "p", "completion": "text", "template": None, "truncated": False
+    }  # fmt: skip

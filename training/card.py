@@ -1,0 +1,60 @@
+"""An adapter's card, README.md in its folder: written from its config alone, so that the two cannot disagree."""
+
+from lori.config import AdapterConfig
+
+
+def render_card(name: str, config: AdapterConfig) -> str:
+    """Returns the card of the adapter `name` in Markdown, with the hub's front matter."""
+    lori = config.lori
+    training = lori.training
+    lines = [
+        "---",
+        f"base_model: {config.base_model_name_or_path}",
+        "library_name: lori-server",
+        "tags: [lori, lora, peft]",
+        "---",
+        f"# {name}",
+        "",
+        training.get("about", ""),
+        "",
+        f"A LoRI adapter (arXiv 2504.07448) on {config.base_model_name_or_path}: rank {config.r}, alpha {config.lora_alpha:g}, "
+        f"{1 - lori.sparsity:.0%} of B kept, basis seed {lori.basis.seed}, stream {lori.basis.stream}. "
+        f"Version `{lori.content_digest[:12]}`. Trained on the template {' and '.join(lori.templates)}.",
+        "",
+        "## Trained by",
+        "```bash",
+        *training.get("prepare", []),
+        training.get("command", ""),
+        "```",
+        *_phases(training),
+    ]
+    if lori.metrics:
+        lines += ["", "## Measured on held-out rows, through the server", "| who | what | figure |", "|---|---|---|"]
+        lines += [f"| {who} | {what} | {value:.3f} |" for (who, what), value in _figures(lori.metrics)]
+    if lori.merge_weights:
+        lines += ["", "## Weights for merges", "| with | own weight | its weight |", "|---|---|---|"]
+        lines += [f"| {partner} | {own:g} | {other:g} |" for partner, (own, other) in sorted(lori.merge_weights.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _phases(training: dict[str, object]) -> list[str]:
+    phases = training.get("phases")
+    if not isinstance(phases, dict):
+        return []
+    versions = training.get("versions")
+    made_with = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""
+    rows = [f"| {name} | {p['steps']} | {p['tokens']} | {p['loss']:.3f} |" for name, p in phases.items()]
+    return [
+        f"Seed {training.get('seed')}; {training.get('seconds')} s, {training.get('threads')} CPU thread(s); {made_with}.",
+        "",
+        "| phase | steps | tokens | loss at the end |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _figures(metrics: dict[str, float]) -> list[tuple[tuple[str, str], float]]:
+    split = [
+        ((who or what, what if who else ""), value) for key, value in metrics.items() for who, _, what in [key.partition(": ")]
+    ]
+    return sorted(split, key=lambda row: (row[0][1], row[0][0] != "base", row[0][0]))
