@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -52,40 +53,35 @@ class Engine:
         chunks = self.scheduler.plan()
         if not chunks:
             return
-        wanted = [self._wanted(chunk) for chunk in chunks]
-        positions, row = [], 0
-        for chunk, rows in zip(chunks, wanted, strict=True):
-            positions += [row + r for r in rows]
-            row += chunk.stop - chunk.start
-        logits = self._runner.forward(chunks, positions)
-        at = 0
-        lasts: dict[Sequence, int] = {}
-        for chunk, rows in zip(chunks, wanted, strict=True):
+        spans = [self._wanted(chunk) for chunk in chunks]
+        starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
+        positions = [start + row for start, span in zip(starts, spans, strict=False) for row in span]
+        parts = self._runner.forward(chunks, positions).split([len(span) for span in spans])
+        for chunk, logits in zip(chunks, parts, strict=True):
             if self._scores_prompt(chunk.sequence):
-                self._score(chunk, logits[at : at + len(rows)])
-            at += len(rows)
-            if chunk.is_last:
-                lasts[chunk.sequence] = at - 1
-        tokens: dict[Sequence, int] = {}
-        if lasts:
-            last_logits = logits[list(lasts.values())]
-            tokens = dict(zip(lasts, sample(last_logits, list(lasts)), strict=True))
-            self._note_outputs(last_logits, tokens)
+                self._score(chunk, logits)
+        tokens = self._sample({c.sequence: logits[-1] for c, logits in zip(chunks, parts, strict=True) if c.is_last})
         for chunk in chunks:
             self._commit(chunk, tokens.get(chunk.sequence))
 
     def _scores_prompt(self, sequence: Sequence) -> bool:
         return sequence.request.echo and sequence.request.num_logprobs is not None and not sequence.output_ids
 
-    def _wanted(self, chunk: Chunk) -> list[int]:
-        # Rows of the chunk whose logits are needed: all that predict a prompt token to be scored, and the one to sample from.
-        rows: list[int] = []
-        if self._scores_prompt(chunk.sequence):
-            num_prompt = len(chunk.sequence.request.prompt_ids)
-            rows += range(min(chunk.stop, num_prompt - 1) - chunk.start)
-        if chunk.is_last:
-            rows.append(chunk.stop - chunk.start - 1)
-        return rows
+    def _wanted(self, chunk: Chunk) -> range:
+        # Rows of the chunk whose logits are needed: those that predict a prompt token to be scored, and the one to sample from.
+        last = chunk.stop - chunk.start - 1
+        if not self._scores_prompt(chunk.sequence):
+            return range(last, last + 1) if chunk.is_last else range(0)
+        num_scored = min(chunk.stop, len(chunk.sequence.request.prompt_ids) - 1) - chunk.start
+        return range(last + 1 if chunk.is_last else num_scored)
+
+    def _sample(self, rows: dict[Sequence, torch.Tensor]) -> dict[Sequence, int]:
+        if not rows:
+            return {}
+        logits = torch.stack(list(rows.values()))
+        tokens = dict(zip(rows, sample(logits, list(rows)), strict=True))
+        self._note_outputs(logits, tokens)
+        return tokens
 
     def _score(self, chunk: Chunk, logits: torch.Tensor) -> None:
         request, live = chunk.sequence.request, self._live[chunk.sequence]
