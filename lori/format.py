@@ -28,15 +28,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 VALUE_DTYPE = torch.bfloat16
 
 
-def module_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns (D, N) of every linear layer of `model`, by full name: what an adapter is checked against."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-
-
 def weight_bytes(modules: Mapping[str, SparseB]) -> bytes:
     """Returns the content of adapter_model.safetensors: the same modules give the same bytes."""
     tensors = {}
@@ -65,29 +56,54 @@ def _digested_fields(config: AdapterConfig) -> dict[str, object]:
 def save_adapter(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB]) -> Adapter:
     """Writes an adapter, its content digest filled in, and returns it as it will be read.
 
-    Written aside, synced and renamed: a crash leaves the old folder or the new one.
+    Written aside, synced and renamed: a reader sees the old folder or the new one, or none for the moment between two renames.
+    A crash in that moment leaves the old one beside, hidden, its name ending in `.old`. Raises `AdapterFormatError` for what
+    could not be loaded again: values that are not finite, a config that is not sound.
     """
-    weights = weight_bytes(modules)
+    rounded = {name: SparseB(b.mask, b.values.to(VALUE_DTYPE)) for name, b in modules.items()}
+    if faults := [
+        f"{name}: values that are not finite in {VALUE_DTYPE}" for name, b in rounded.items() if not b.values.isfinite().all()
+    ]:
+        raise AdapterFormatError(str(folder), faults)
+    weights = weight_bytes(rounded)
     digest = content_digest(weights, _digested_fields(config))
     config = config.model_copy(update={"lori": config.lori.model_copy(update={"content_digest": digest})})
+    config_file = _config_bytes(folder, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         scratch.chmod(0o755)
         _write(scratch / WEIGHTS_FILE, weights)
-        _write(scratch / CONFIG_FILE, (config.model_dump_json(indent=2) + "\n").encode())
+        _write(scratch / CONFIG_FILE, config_file)
         _put_in_place(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    rounded = {name: SparseB(b.mask, b.values.to(VALUE_DTYPE)) for name, b in modules.items()}
     return Adapter(folder.name, config, rounded)
 
 
 def write_config(folder: Path, config: AdapterConfig, card: str) -> None:
-    """Replaces the config of a saved adapter, what was measured since, and its card (README.md). The weights stay as they are."""
-    for name, text in (("README.md", card), (CONFIG_FILE, config.model_dump_json(indent=2) + "\n")):
-        _write(folder / f".{name}", text.encode())
+    """Replaces the config of a saved adapter, what was measured since, and its card (README.md). The weights stay as they are.
+
+    Raises `AdapterFormatError` where the config is not sound.
+    """
+    for name, content in (("README.md", card.encode()), (CONFIG_FILE, _config_bytes(folder, config))):
+        _write(folder / f".{name}", content)
         (folder / f".{name}").replace(folder / name)
+
+
+def _config_bytes(folder: Path, config: AdapterConfig) -> bytes:
+    # Read again before it is written: a copy with changes was never checked.
+    content = (config.model_dump_json(indent=2) + "\n").encode()
+    _parse_config(folder, content)
+    return content
+
+
+def _parse_config(folder: Path, content: bytes) -> AdapterConfig:
+    try:
+        return AdapterConfig.model_validate_json(content)
+    except ValidationError as error:
+        faults = [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
+        raise AdapterFormatError(str(folder), faults) from error
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -102,7 +118,11 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         # A folder cannot be renamed over one that is not empty: the old one steps aside first.
         aside = scratch.with_name(scratch.name + ".old")
         folder.rename(aside)
-        scratch.rename(folder)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            aside.rename(folder)
+            raise
         shutil.rmtree(aside)
     else:
         scratch.rename(folder)
@@ -116,12 +136,10 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 def read_config(folder: Path) -> AdapterConfig:
     """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
     try:
-        return AdapterConfig.model_validate_json((folder / CONFIG_FILE).read_bytes())
+        content = (folder / CONFIG_FILE).read_bytes()
     except OSError as error:
         raise AdapterFormatError(str(folder), [f"{CONFIG_FILE} cannot be read: {error.strerror}"]) from error
-    except ValidationError as error:
-        faults = [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
-        raise AdapterFormatError(str(folder), faults) from error
+    return _parse_config(folder, content)
 
 
 def load_adapter(folder: Path, base_digest: str, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
@@ -136,7 +154,7 @@ def load_adapter(folder: Path, base_digest: str, shapes: Mapping[str, tuple[int,
         tensors = load_tensors(weights)
     except OSError as error:
         raise AdapterFormatError(str(folder), [f"{WEIGHTS_FILE} cannot be read: {error.strerror}"]) from error
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:  # the last three: what torch cannot hold
         raise AdapterFormatError(str(folder), [f"{WEIGHTS_FILE} is not a safetensors file: {error}"]) from error
     faults = []
     if (found := content_digest(weights, _digested_fields(config))) != config.lori.content_digest:
@@ -149,7 +167,10 @@ def load_adapter(folder: Path, base_digest: str, shapes: Mapping[str, tuple[int,
     targets = {n: s for n, s in shapes.items() if n.rpartition(".")[2] in config.target_modules}
     modules = _read_modules(tensors, targets, config.r, faults)
     inputs = {name: (config.r, num_inputs) for name, (_, num_inputs) in targets.items()}
-    if not faults and (drawn := config.lori.basis.basis().digest(inputs)) != config.lori.basis_digest:
+    known = {name.rpartition(".")[2] for name in targets}
+    faults += [f"target_modules: the base has no linear layer called {t!r}" for t in config.target_modules if t not in known]
+    # Not drawn where no module has the shape it should: the rank may be anything.
+    if modules and (drawn := config.lori.basis.basis().digest(inputs)) != config.lori.basis_digest:
         faults.append(f"A drawn again has the digest {drawn}, expected {config.lori.basis_digest}")
     if faults:
         raise AdapterFormatError(str(folder), faults)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lori.basis import Basis
 from lori.kernels import Operands, Route, add_delta
@@ -41,6 +42,18 @@ class LoriLinear(nn.Module):
             y += self.bias
         add_delta(y, s.unflatten(1, (self.num_bases, -1)), self.operands, route)
         return y.view(*x.shape[:-1], self.num_outputs)
+
+
+def module_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Returns (D, N) of every linear layer of `model` that can take a delta, by full name in model order.
+
+    The output embeddings are not among them.
+    """
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
 
 
 def attach(

@@ -40,7 +40,7 @@ def load_all(folders: Mapping[str, Path], base_digest: str, shapes: Mapping[str,
         except AdapterFormatError as error:
             faults += [f"{error.source}: {fault}" for fault in error.faults]
     if faults:
-        raise AdapterFormatError("the store", faults)
+        raise AdapterFormatError("the store of adapters", faults)
     return adapters
 
 

@@ -4,15 +4,28 @@
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from jinja2 import TemplateError as JinjaError
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from lori.errors import TemplateError
 
 Template = Literal["chat", "plain"]
+
+
+def _is_text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half of a surrogate pair at character {error.start}, expected Unicode text") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+"""Text that a tokenizer can read: JSON can hold half a surrogate pair, UTF-8 cannot."""
 
 
 class Message(BaseModel):
@@ -21,7 +34,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], template: Template) -> str:
@@ -39,7 +52,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         text = tokenizer.apply_chat_template(
             [message.model_dump() for message in messages], tokenize=False, add_generation_prompt=True
         )
-    except JinjaError as error:
+    except (JinjaError, TypeError, ValueError) as error:
         raise TemplateError(f"the chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text
@@ -57,6 +70,7 @@ def render_completion(prompt: str, completion: str, template: Template) -> str:
     return "\n" + completion if glued else completion
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the token ids of rendered `text`: no token is added, since a template writes its own."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
+    """Returns the token ids and offsets of rendered `text`: no token is added, since a template writes its own."""
+    encoding: Encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    return encoding

@@ -9,6 +9,7 @@ import uvicorn
 from pydantic import ValidationError
 
 from lori.errors import LoriError
+from lori.flags import flag_faults
 from server.app import create_app
 from server.loading import load_service
 from server.settings import Settings
@@ -26,8 +27,7 @@ def main() -> int:
         settings = Settings(_cli_parse_args=True)
         service = load_service(settings)
     except ValidationError as error:
-        faults = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
-        print("error: " + "; ".join(faults), file=sys.stderr)
+        print(f"error: {flag_faults(error)}", file=sys.stderr)
         return 2
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TypedDict
 from fastapi import FastAPI
 
 from server.body_limit import BodyLimit
-from server.errors import add_error_handlers
+from server.errors import REFUSALS, add_error_handlers
 from server.routes import generate, operations
 from server.service import Service
 
@@ -33,6 +33,7 @@ def create_app(service: Service) -> FastAPI:
         version=version("lori-server"),
         summary="One base model, many LoRI adapters, merged in every request.",
         lifespan=lifespan,
+        responses=REFUSALS,
     )
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
     app.include_router(generate.router)

@@ -1,13 +1,10 @@
 """Refuses bodies that are too long, by their header where it says so, else as they come."""
 
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.schemas import error_reply
-
-
-class _TooLongError(Exception):
-    pass
 
 
 class BodyLimit:
@@ -17,30 +14,24 @@ class BodyLimit:
         self._app, self._max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, counting what it sends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        num_bytes, is_begun = 0, False
+        said = f"the body is longer than {self._max_bytes} bytes"
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(told) > self._max_bytes:
+            reply = JSONResponse(error_reply(413, "BadRequestError", said, None), 413, {"Connection": "close"})
+            await reply(scope, receive, send)
+            return
+        num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
-                raise _TooLongError
+                raise HTTPException(413, said, {"Connection": "close"})
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal is_begun
-            is_begun = True
-            await send(message)
-
-        try:
-            if int(dict(scope["headers"]).get(b"content-length", b"0")) > self._max_bytes:
-                raise _TooLongError
-            await self._app(scope, counted, noted)
-        except _TooLongError:
-            if is_begun:
-                raise
-            said = f"the body is longer than {self._max_bytes} bytes"
-            await JSONResponse(error_reply(413, "BadRequestError", said, None), 413)(scope, receive, send)
+        await self._app(scope, counted, send)

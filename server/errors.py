@@ -1,6 +1,8 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -8,9 +10,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lori.errors import TemplateError, UnknownAdapterError
+from lori.template import Message
 from server.engine.admission import RefusedError
 from server.engine.thread import EngineDeadError
-from server.schemas import error_reply
+from server.schemas import ErrorReply, GenerateBody, error_reply
 
 logger = logging.getLogger(__name__)
 
@@ -31,28 +34,37 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     EngineError: (500, "InternalServerError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
+FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields}
 FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter"}
 
 
-def _answer(status: int, kind: str, message: str, param: str | None = None) -> JSONResponse:
-    headers = {"Retry-After": "1"} if status == 429 else None
+def _answer(
+    status: int, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     return JSONResponse(error_reply(status, kind, message, param), status, headers)
 
 
-def _say(error: dict[str, object]) -> tuple[str, str]:
-    # pydantic's places name the branch of a union too: only keys of the body and indices say something to a client.
-    places = error["loc"]
-    assert isinstance(places, tuple)
-    names = [str(p) for p in places[1:] if isinstance(p, int) or (isinstance(p, str) and p.isidentifier())]
-    field = ".".join(n for n in names if n not in ("str", "list", "constrained"))
+def _say(error: dict[str, Any]) -> tuple[str, str]:
+    # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
+    *places, last = error["loc"]
+    known = [p for p in places[1:] if isinstance(p, int) or p in FIELDS_OF_BODIES]
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        return field, "unknown field"
+        return _join([*known, last]), "unknown field"
     if error["type"] == "json_invalid":
         return "", f"the body is not JSON: {message}"
-    if error["type"] in ("missing", "value_error") or "input" not in error:
+    field = _join([*known, last] if isinstance(last, int) or last in FIELDS_OF_BODIES else known)
+    if isinstance(error.get("input"), bytes):
+        return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
+    if error["type"] == "missing":
+        return field, message if field else "the body is empty, a JSON object is required"
+    if error["type"] == "value_error":
         return field, message
     return field, f"{message}, found {_short(error['input'])}"
+
+
+def _join(places: list[Any]) -> str:
+    return ".".join(map(str, places))
 
 
 def _short(value: object) -> str:
@@ -71,7 +83,8 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
 async def on_http(_: Request, error: Exception) -> JSONResponse:
     """Answers an unknown route, a wrong method, and what the framework itself refuses."""
     assert isinstance(error, HTTPException)
-    return _answer(error.status_code, "NotFoundError" if error.status_code == 404 else "BadRequestError", str(error.detail))
+    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
+    return _answer(error.status_code, kind, str(error.detail), headers=error.headers)
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
@@ -79,7 +92,7 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     kind = type(error)
     field = error.field if isinstance(error, RefusedError) else FIELDS.get(kind)
     status, name = TABLE[kind]
-    return _answer(status, name, str(error), field)
+    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None)
 
 
 async def on_unknown(request: Request, error: Exception) -> JSONResponse:
@@ -95,3 +108,10 @@ def add_error_handlers(app: FastAPI) -> None:
     for kind in TABLE:
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(Exception, on_unknown)
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorReply, "description": "The request is refused: the field, what was found, what was expected"},
+    "5XX": {"model": ErrorReply, "description": "The engine failed, or is not running"},
+}
+"""What every route may answer beside its own."""

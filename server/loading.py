@@ -7,21 +7,24 @@ from pathlib import Path
 import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
-from lori.format import module_shapes
+from lori.errors import ModelError
+from lori.layer import module_shapes
 from lori.pool import AdapterPool
 from lori.store import adapter_folders, load_all
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockAllocator
-from server.engine.request import Request, Sequence
-from server.engine.runner import PROBE_LENGTH, Runner, check, prepare, probe
-from server.engine.scheduler import Chunk, Scheduler
+from server.engine.probe import check, use_paged_attention
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
 from server.engine.thread import EngineThread
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
+MIN_CONTEXT = 16
+"""Tokens of KV memory below which nothing can be served."""
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"
 
 
@@ -31,11 +34,14 @@ def load_service(settings: Settings) -> Service:
         torch.set_num_threads(settings.threads)
     base = load_base_model(settings.model, resolve_dtype(settings.dtype))
     adapters = load_all(_folders(settings), base.digest, module_shapes(base.model))
-    expected = prepare(base.model)
+    expected = use_paged_attention(base.model)
     pool = AdapterPool(base.model, adapters)
     num_blocks = _num_blocks(settings, base)
-    runner = Runner(base.model, pool, num_blocks, settings.block_size)
-    _check(runner, base, expected, settings.block_size)
+    try:
+        runner = Runner(base.model, pool, num_blocks, settings.block_size)
+    except RuntimeError as error:
+        raise ModelError(f"--kv-cache-gib {settings.kv_cache_gib:g}: {' '.join(str(error).split())}") from error
+    check(runner, base.model, expected, settings.block_size)
     scheduler = Scheduler(BlockAllocator(num_blocks, settings.block_size), settings.max_batch, settings.max_step_tokens)
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     logger.info(
@@ -49,6 +55,7 @@ def load_service(settings: Settings) -> Service:
         num_blocks * settings.block_size,
         runner.memory.num_bytes / 2**20,
     )
+    by_name = {adapter.name: adapter for adapter in adapters}
     engine = EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base)))
     metrics = Metrics(base.name)
     metrics.watch("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running))
@@ -57,8 +64,8 @@ def load_service(settings: Settings) -> Service:
     return Service(
         settings=settings,
         base_model=base.name,
-        residents=pool.residents,
-        admission=Admission(base.tokenizer, pool.residents, max_context),
+        adapters=by_name,
+        admission=Admission(base.tokenizer, by_name, max_context),
         engine=engine,
         metrics=metrics,
     )
@@ -74,14 +81,13 @@ def _folders(settings: Settings) -> dict[str, Path]:
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:
     num_bytes = Runner.bytes_per_token(base.model) * settings.block_size
-    return max(1, int(settings.kv_cache_gib * 2**30) // num_bytes)
-
-
-def _check(runner: Runner, base: BaseModel, expected: torch.Tensor, block_size: int) -> None:
-    ids = tuple(probe(base.model).tolist())
-    sequence = Sequence(Request("probe", "", ids, (), (), 0, 0.0, 0, (), None, False))
-    sequence.blocks = list(range(-(-PROBE_LENGTH // block_size)))
-    check(runner, base.model, expected, [Chunk(sequence, 0, PROBE_LENGTH)])
+    num_blocks = int(settings.kv_cache_gib * 2**30) // num_bytes
+    if num_blocks * settings.block_size < MIN_CONTEXT:
+        raise ModelError(
+            f"--kv-cache-gib {settings.kv_cache_gib:g} holds {num_blocks * settings.block_size} tokens of {base.name}, "
+            f"expected at least {MIN_CONTEXT}"
+        )
+    return num_blocks
 
 
 def _stop_ids(base: BaseModel) -> Iterable[int]:

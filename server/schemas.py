@@ -4,21 +4,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from lori.template import Message, Template
+from lori.template import Message, Template, Text
+from server.engine.request import FinishReason
 
 MAX_LOGPROBS = 20
 MAX_WEIGHT = 16.0
 
 
-def _is_text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds half of a surrogate pair at character {error.start}, expected Unicode text") from error
+def _is_not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("is empty, expected text")
     return value
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
+StopText = Annotated[Text, AfterValidator(_is_not_empty)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
@@ -53,7 +52,7 @@ class GenerateBody(BaseModel):
     """0 takes the likeliest token each time."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Draws the tokens; absent: a random one, named in the reply."""
-    stop: Text | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     """The answer ends before any of these."""
     echo: bool = False
     """The reply's text, and its log-probabilities, begin with the prompt."""
@@ -71,10 +70,6 @@ class GenerateBody(BaseModel):
             raise ValueError("'template' is for 'messages'; a 'prompt' stands as it is")
         if self.weights is not None and self.adapter is None:
             raise ValueError("'weights' needs 'adapter'")
-        if self.stop == "":
-            raise ValueError("'stop' is empty, expected text")
-        for message in self.messages or []:
-            _is_text(message.content)
         return self
 
 
@@ -95,24 +90,12 @@ class Usage(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """Log-probabilities in the form of OpenAI's completions: one entry for each token of the reply's text."""
+    """Log-probabilities in the form of OpenAI's completions: one entry for each token, those that end the text included."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
-
-
-class GenerateReply(BaseModel):
-    """The reply of POST /generate."""
-
-    id: str
-    text: str
-    adapter: list[ResolvedAdapter]
-    finish_reason: Literal["stop", "stop_sequence", "length", "cancelled"]
-    usage: Usage
-    seed: int
-    logprobs: Logprobs | None = None
 
 
 class TokenData(BaseModel):
@@ -127,9 +110,16 @@ class DoneData(BaseModel):
 
     id: str
     adapter: list[ResolvedAdapter]
-    finish_reason: Literal["stop", "stop_sequence", "length", "cancelled"]
+    finish_reason: FinishReason
     usage: Usage
     seed: int
+
+
+class GenerateReply(DoneData):
+    """The reply of POST /generate."""
+
+    text: str
+    logprobs: Logprobs | None = None
 
 
 class AdapterInfo(BaseModel):

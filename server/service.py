@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
 
-from lori.pool import Resident
+from lori.adapter import Adapter
 from server.engine.admission import Admission, Ask
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
 from server.engine.thread import EngineDeadError, EngineThread
@@ -22,40 +22,43 @@ class Service:
 
     settings: Settings
     base_model: str
-    residents: Mapping[str, Resident]
+    adapters: Mapping[str, Adapter]
     admission: Admission
     engine: EngineThread
     metrics: Metrics
 
     async def admit(self, ask: Ask) -> Request:
         """Returns the request, or raises what the error table knows. Long prompts are encoded off the event loop."""
-        if not self.engine.is_alive:
-            raise EngineDeadError("the engine is not running")
-        if self.engine.num_requests >= self.settings.max_requests:
-            raise BusyError(f"{self.engine.num_requests} requests are waiting or running, which is the limit; try again")
+        self._check_room()
         request = await run_in_threadpool(self.admission.admit, ask)
+        # Others may have come meanwhile.
+        self._check_room()
         for term in request.terms:
             self.metrics.adapter_requests.labels(term.name).inc()
         return request
 
+    def _check_room(self) -> None:
+        if not self.engine.is_alive:
+            raise EngineDeadError("the engine is not running")
+        if self.engine.num_requests >= self.settings.max_requests:
+            raise BusyError(f"{self.engine.num_requests} requests are waiting or running, which is the limit; try again")
+
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events and counts them; closing it aborts the request."""
-        started, is_first = time.monotonic(), True
+        started, is_first, reason = time.monotonic(), True, "cancelled"
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
-                    if is_first and isinstance(event, TextEvent):
+                    if is_first and isinstance(event, TextEvent) and not event.is_prompt:
                         self.metrics.first_token.observe(time.monotonic() - started)
                         is_first = False
                     if isinstance(event, DoneEvent):
-                        self._count(event)
+                        reason = event.finish_reason
+                        self.metrics.prompt_tokens.inc(event.num_prompt_tokens)
+                        self.metrics.generation_tokens.inc(event.num_completion_tokens)
                     elif isinstance(event, ErrorEvent):
-                        self.metrics.success.labels(self.base_model, "error").inc()
+                        reason = "error"
                     yield event
         finally:
+            self.metrics.success.labels(self.metrics.base_model, reason).inc()
             self.metrics.latency.observe(time.monotonic() - started)
-
-    def _count(self, event: DoneEvent) -> None:
-        self.metrics.prompt_tokens.inc(event.num_prompt_tokens)
-        self.metrics.generation_tokens.inc(event.num_completion_tokens)
-        self.metrics.success.labels(self.base_model, event.finish_reason).inc()

@@ -1,9 +1,9 @@
 """Everything that `python -m server` can be told, by flag or by environment variable, each default written once."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -11,7 +11,12 @@ class Settings(BaseSettings):
     """Serves one base model and its LoRI adapters over HTTP. Each flag is also an environment variable: LORI_PORT=8000."""
 
     model_config = SettingsConfigDict(
-        cli_kebab_case=True, cli_implicit_flags=True, use_attribute_docstrings=True, env_prefix="LORI_", frozen=True
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        use_attribute_docstrings=True,
+        env_prefix="LORI_",
+        env_ignore_empty=True,
+        frozen=True,
     )
 
     host: str = "127.0.0.1"
@@ -28,7 +33,7 @@ class Settings(BaseSettings):
     """Weights and products: auto is bfloat16 where the machine computes in it."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
-    kv_cache_gib: float = Field(default=1.0, gt=0)
+    kv_cache_gib: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Memory for the keys and values of all running requests, in GiB."""
     block_size: int = Field(default=16, ge=1)
     """Tokens that a block of KV memory holds."""
@@ -40,3 +45,9 @@ class Settings(BaseSettings):
     """Requests running and waiting; one more is answered 429."""
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     """The longest request body; a longer one is answered 413."""
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if self.max_step_tokens <= self.max_batch:
+            raise ValueError(f"max_step_tokens is {self.max_step_tokens}, expected more than max_batch, {self.max_batch}")
+        return self

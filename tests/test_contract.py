@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lori.base_model import load_base_model
-from lori.format import load_adapter, module_shapes
+from lori.format import load_adapter
+from lori.layer import module_shapes
 from server.engine.admission import Ask
 from server.engine.request import Sequence
 from server.engine.runner import Runner

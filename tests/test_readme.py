@@ -94,5 +94,5 @@ def test_the_commands_of_answer_fit_and_evaluate_are_understood() -> None:
 def test_the_tree_has_a_line_for_every_module() -> None:
     tree = section("How it works")
     modules = [p for package in ("lori", "server", "training") for p in (ROOT / package).rglob("*.py")]
-    missing = [str(p.relative_to(ROOT)) for p in modules if p.name != "__init__.py" and f" {p.name} " not in tree]
+    missing = [str(p.relative_to(ROOT)) for p in modules if p.name != "__init__.py" and f"  {p.name} " not in tree]
     assert not missing

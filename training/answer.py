@@ -10,22 +10,21 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 from tqdm import tqdm
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.errors import LoriError
 from lori.template import Template, encode, render_prompt
-from training.data import DataError, Row, read_rows
+from training.command_line import CommandLine
+from training.data import Row, read_rows
 
 
-class AnswerConfig(BaseSettings):
+class AnswerConfig(CommandLine):
     """Lets the base model answer prompts itself, in the form that `training.fit --mix` reads."""
-
-    model_config = SettingsConfigDict(cli_kebab_case=True, cli_implicit_flags=True, use_attribute_docstrings=True)
 
     data: list[str]
     """JSONL files whose prompts are answered; what they say as completion is not read."""
@@ -49,7 +48,7 @@ class AnswerConfig(BaseSettings):
     """Prompts answered together."""
     seed: int = 0
     """Draws the rows and the answers."""
-    dtype: str = Field(default="auto", pattern="^(auto|bfloat16|float32)$")
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products: auto, bfloat16 or float32."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
@@ -73,13 +72,13 @@ def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[
     """Yields each row with the base model's own completion, in the order of `rows`."""
     for start in range(0, len(rows), config.batch_size):
         batch = rows[start : start + config.batch_size]
-        prompts = [encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)) for row in batch]
+        prompts = [encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)).ids for row in batch]
         for row, ids in zip(batch, _generate(base, prompts, config), strict=True):
             ended = base.tokenizer.eos_token_id in ids
             if ended:
                 ids = ids[: ids.index(base.tokenizer.eos_token_id)]
             text = base.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
-            if not ended and not text:
+            if not ended and not text.strip():
                 continue
             template = None if config.any_template else config.template
             yield row.answered(text, template, truncated=not ended)
@@ -90,7 +89,9 @@ def _generate(base: BaseModel, prompts: list[list[int]], config: AnswerConfig) -
     pad = base.tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0} if config.temperature else {}
+    # Everything is said: a model's own generation config may sample, cut or penalise.
+    drawn = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    sampling = drawn if config.temperature else {"do_sample": False, "repetition_penalty": 1.0}
     out = base.model.generate(  # type: ignore[operator]  # transformers types generate as a tensor or a module
         input_ids=ids, attention_mask=mask, max_new_tokens=config.max_tokens, pad_token_id=pad, **sampling
     )
@@ -100,14 +101,14 @@ def _generate(base: BaseModel, prompts: list[list[int]], config: AnswerConfig) -
 
 def main() -> int:
     """Runs the program and returns its exit code."""
-    config = AnswerConfig(_cli_parse_args=True)
+    config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
         rows = chosen_rows(config)
         base = load_base_model(config.model, resolve_dtype(config.dtype))
-    except (LoriError, DataError) as error:
+    except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     torch.manual_seed(config.seed)

@@ -4,25 +4,22 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from lori.store import NAME
 from lori.template import Template
+from training.command_line import CommandLine
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class FitConfig(BaseSettings):
+class FitConfig(CommandLine):
     """Trains a LoRI adapter (arXiv 2504.07448) and writes it as a folder that the server loads."""
-
-    model_config = SettingsConfigDict(
-        cli_kebab_case=True, cli_implicit_flags=True, use_attribute_docstrings=True, frozen=True, extra="forbid"
-    )
 
     data: list[str]
     """What to learn: JSONL files (`prompt` and `completion`, or `messages`, a line) or hub data sets."""
     output: Path
     """The adapter's folder; its last part is the adapter's name. Checkpoints go beside it, in `OUTPUT.checkpoint`."""
-    mix: list[str] = []
+    mix: list[str] = Field(default=[])
     """What to leave alone: rows that the base model answered itself (see `python -m training.answer`). There the adapted model
     is held to the base model's own distribution."""
     mix_fraction: float = Field(default=0.4, ge=0, lt=1)
@@ -33,13 +30,15 @@ class FitConfig(BaseSettings):
     """How prompts are written; with both, each row is learnt both ways. The server prefers the first for `messages`."""
     about: str = ""
     """A sentence for the adapter's card: what it does, from which data under which licence."""
+    prepare: list[str] = Field(default=[])
+    """Commands that made the data, for the adapter's card."""
     rank: int = Field(default=32, ge=1)
     """Rows of A (r)."""
     alpha: float = Field(default=64, gt=0)
     """The delta is scaled by alpha / rank."""
     sparsity: float = Field(default=0.9, ge=0, lt=1)
     """The share of B's entries that LoRI-S sets to zero."""
-    target_modules: list[str] = list(PROJECTIONS)
+    target_modules: list[str] = Field(default=list(PROJECTIONS))
     """Last parts of the names of the linear layers that get a delta."""
     basis_seed: int = Field(default=0, ge=0)
     """Draws A. Adapters with the same seed and stream share it, and add."""
@@ -75,7 +74,11 @@ class FitConfig(BaseSettings):
     """CPU threads; 0 is torch's own choice."""
 
     @model_validator(mode="after")
-    def _distinct_templates(self) -> "FitConfig":
+    def _is_sound(self) -> "FitConfig":
+        if not NAME.fullmatch(self.output.name):
+            raise ValueError(
+                f"output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
+            )
         if len(set(self.template)) != len(self.template):
             raise ValueError(f"template names one twice: {self.template}")
         return self

@@ -13,12 +13,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
+from lori.errors import LoriError
 from lori.template import Message, Template, encode, render_completion, render_prompt
 
 logger = logging.getLogger(__name__)
 
 
-class DataError(Exception):
+class DataError(LoriError):
     """The data cannot be used: says which file and line, what was found and what was expected."""
 
 
@@ -130,26 +131,31 @@ def _read_hub(name: str) -> list[tuple[int, Any]]:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int, keeps_base: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    templates: Sequence[Template],
+    max_length: int,
+    keeps_base: bool = False,
 ) -> list[Example]:
     """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
 
-    The prompt is encoded by itself, as the server encodes it. Rows longer than `max_length` tokens are left out and counted.
+    A row that names no template of its own gives an example under each of `templates`. The prompt is encoded by itself, as the
+    server encodes it. Examples longer than `max_length` tokens are left out and counted, and those with nothing to predict.
     """
-    examples, num_long = [], 0
+    examples, num_long, num_empty = [], 0, 0
     for row in rows:
-        assert row.completion is not None
-        used = row.template or template
-        text = render_prompt(tokenizer, row.prompt, used)
-        prompt = encode(tokenizer, text)
-        completion = encode(tokenizer, render_completion(text, row.completion, used))
-        ids = prompt + completion + ([] if row.truncated else [tokenizer.eos_token_id])
-        if len(ids) > max_length:
-            num_long += 1
-        else:
-            examples.append(Example(tuple(ids), len(prompt), keeps_base))
-    if num_long:
-        logger.warning("%d of %d rows are longer than %d tokens and left out", num_long, len(rows), max_length)
+        for template in [row.template] if row.template else templates:
+            assert row.completion is not None
+            text = render_prompt(tokenizer, row.prompt, template)
+            prompt = encode(tokenizer, text).ids
+            completion = encode(tokenizer, render_completion(text, row.completion, template)).ids
+            completion += [] if row.truncated else [tokenizer.eos_token_id]
+            num_empty += not completion
+            num_long += len(prompt) + len(completion) > max_length
+            if completion and len(prompt) + len(completion) <= max_length:
+                examples.append(Example((*prompt, *completion), len(prompt), keeps_base))
+    if num_long or num_empty:
+        logger.warning("left out: %d examples longer than %d tokens, %d with an empty answer", num_long, max_length, num_empty)
     if not examples:
-        raise DataError(f"every row is longer than {max_length} tokens")
+        raise DataError(f"no example is left: {num_long} are longer than {max_length} tokens, {num_empty} have an empty answer")
     return examples

@@ -4,6 +4,7 @@ Freeze the base; draw A from its seed; train all of B (LoRI-D); keep the largest
 train only those entries on the same A (LoRI-S).
 """
 
+import logging
 import shlex
 import sys
 import time
@@ -11,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Basis
@@ -33,10 +33,9 @@ UNWRITTEN_DIGEST = "0" * 64
 def load_examples(config: FitConfig, base: BaseModel) -> tuple[list[Example], list[Example]]:
     """Returns the examples to learn and the examples to mix in."""
     rows = [row for source in config.data for row in read_rows(source)]
-    rows = [r.model_copy(update={"template": t}) for r in rows for t in ([r.template] if r.template else config.template)]
-    data = tokenize(base.tokenizer, rows, config.template[0], config.max_length)
+    data = tokenize(base.tokenizer, rows, config.template, config.max_length)
     rows = [row for source in config.mix for row in read_rows(source, needs="completion")]
-    mix = tokenize(base.tokenizer, rows, config.template[0], config.max_length, keeps_base=True) if rows else []
+    mix = tokenize(base.tokenizer, rows, config.template, config.max_length, keeps_base=True) if rows else []
     return data, mix
 
 
@@ -146,14 +145,11 @@ def fit(config: FitConfig, command: str) -> Path:
 
 def main() -> int:
     """Runs the program and returns its exit code."""
+    config = FitConfig.from_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        config = FitConfig(_cli_parse_args=True)
         folder = fit(config, shlex.join(["python", "-m", "training.fit", *sys.argv[1:]]))
-    except ValidationError as error:
-        faults = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
-        print("error: " + "; ".join(faults), file=sys.stderr)
-        return 2
-    except (LoriError, DataError, ValueError) as error:
+    except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"saved {folder}")

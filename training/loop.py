@@ -22,11 +22,14 @@ State = dict[str, Any]
 
 def completion_logits(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
     """Returns the logits (P, V) fp32 that predict the completions' tokens; others are not computed."""
-    hidden = model.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, groups=batch.groups
-    ).last_hidden_state[0]
-    logits: torch.Tensor = model.get_output_embeddings()(hidden[batch.predicting]).float()
-    return logits
+    logits: torch.Tensor = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.predicting,
+        groups=batch.groups,
+    ).logits
+    return logits[0].float()
 
 
 def completion_loss(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
@@ -89,7 +92,6 @@ class Phase:
 
     def run(self, save_every: int, save: Callable[[State], None]) -> None:
         """Trains to the last batch, with a bar of loss, tokens/s and time left; calls `save` every `save_every` steps."""
-        self.model.train()
         started, num_tokens = time.monotonic(), 0
         with tqdm(total=len(self.batches), initial=self.step, desc=self.name, unit="step") as bar:
             for examples in self.batches[self.step :]:
@@ -102,7 +104,6 @@ class Phase:
                 bar.update()
                 if self.step % save_every == 0 and self.step < len(self.batches):
                     save(self.state())
-        self.model.eval()
 
     def _train_on(self, examples: Sequence[Example]) -> float:
         loss = completion_loss(self.model, examples)

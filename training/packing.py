@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from lori.errors import ModelError
 from training.data import Example
 
 ATTENTION = "lori_packed"
@@ -71,12 +72,19 @@ def packed_attention(
     *,
     groups: Sequence[torch.Tensor],
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each example: (1, H, T, E) and (1, G, T, E) give (1, T, H, E).
 
-    Padding stands behind the tokens of an example, where a causal mask hides it.
+    Padding stands behind the tokens of an example, where a causal mask hides it. Raises `ModelError` for what it does not do:
+    scores with a soft cap, and examples that outgrow a sliding window.
     """
+    if softcap is not None:
+        raise ModelError("training a model that caps its attention scores is not supported")
+    if sliding_window is not None and any(places.shape[1] > sliding_window for places in groups):
+        raise ModelError(f"an example is longer than the model's sliding window: pass --max-length {sliding_window}")
     out = torch.empty_like(query[0].transpose(0, 1))  # (T, H, E)
     for places in groups:
         real = places >= 0

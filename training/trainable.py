@@ -10,8 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lori.basis import Basis
+from lori.errors import ModelError
+from lori.layer import module_shapes
 from lori.sparse import SparseB
 
 
@@ -89,23 +92,20 @@ def base_alone(model: nn.Module) -> Iterator[None]:
             layer.is_active = True
 
 
-def wrap(model: nn.Module, targets: Iterable[str], basis: Basis, rank: int, alpha: float) -> dict[str, TrainableLinear]:
+def wrap(model: PreTrainedModel, targets: Iterable[str], basis: Basis, rank: int, alpha: float) -> dict[str, TrainableLinear]:
     """Replaces every linear layer of `model` whose name ends in one of `targets`; returns them by full name, in model order.
 
-    Raises `ValueError` naming each target that is not there.
+    Raises `ModelError` naming each target that is not there.
     """
     targets = list(targets)
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
-    }
-    if missing := [t for t in targets if not any(name.rpartition(".")[2] == t for name in found)]:
-        raise ValueError(f"target_modules names {missing}, and no linear layer of the model is called so")
+    names = [name for name in module_shapes(model) if name.rpartition(".")[2] in targets]
+    if missing := [t for t in targets if not any(name.rpartition(".")[2] == t for name in names)]:
+        raise ModelError(f"target_modules names {missing}, and no linear layer of the model that can be adapted is called so")
     wrapped = {}
-    for name, linear in found.items():
-        a = basis.draw(name, rank, linear.in_features)
-        wrapped[name] = TrainableLinear(linear, a, alpha / rank)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        wrapped[name] = TrainableLinear(linear, basis.draw(name, rank, linear.in_features), alpha / rank)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped[name])
     return wrapped

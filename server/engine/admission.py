@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from lori.pool import Resident
+from lori.adapter import Adapter
 from lori.store import unknown_adapter
-from lori.template import Message, Template, render_prompt
+from lori.template import Message, Template, encode, render_prompt
 from server.engine.request import AdapterTerm, Request
 
 DEFAULT_MAX_TOKENS = 128
@@ -41,19 +41,19 @@ class Ask:
 class Admission:
     """Turns what clients ask into requests that the engine can run."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, residents: Mapping[str, Resident], max_context: int) -> None:
-        self._tokenizer, self._residents, self._max_context = tokenizer, residents, max_context
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, Adapter], max_context: int) -> None:
+        self._tokenizer, self._adapters, self._max_context = tokenizer, adapters, max_context
 
     def admit(self, ask: Ask) -> Request:
         """Returns the request. Raises `RefusedError`, `TemplateError` or `UnknownAdapterError`."""
-        residents = self._find(ask.adapters)
-        weights = self._weights(ask, len(residents))
+        adapters = self._find(ask.adapters)
+        weights = self._weights(ask, len(adapters))
         field = "prompt" if isinstance(ask.prompt, str) else "messages"
         if isinstance(ask.prompt, str):
             text = ask.prompt
         else:
-            text = render_prompt(self._tokenizer, ask.prompt, ask.template or self._template(residents))
-        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            text = render_prompt(self._tokenizer, ask.prompt, ask.template or self._template(adapters))
+        encoding = encode(self._tokenizer, text)
         if not encoding.ids:
             raise RefusedError(field, "is empty, expected at least one token")
         return Request(
@@ -62,8 +62,7 @@ class Admission:
             prompt_ids=tuple(encoding.ids),
             prompt_offsets=tuple(start for start, _ in encoding.offsets),
             terms=tuple(
-                AdapterTerm(r.adapter.name, r.adapter.version, r.slot, weight, r.adapter.config.scale)
-                for r, weight in zip(residents, weights, strict=True)
+                AdapterTerm(r.name, r.version, weight, r.config.scale) for r, weight in zip(adapters, weights, strict=True)
             ),
             max_tokens=self._max_tokens(ask, field, len(encoding.ids)),
             temperature=ask.temperature,
@@ -73,13 +72,13 @@ class Admission:
             echo=ask.echo,
         )
 
-    def _find(self, names: Sequence[str]) -> list[Resident]:
+    def _find(self, names: Sequence[str]) -> list[Adapter]:
         for place, name in enumerate(names):
-            if name not in self._residents:
-                raise unknown_adapter(name, self._residents)
+            if name not in self._adapters:
+                raise unknown_adapter(name, self._adapters)
             if name in names[:place]:
                 raise RefusedError("adapter", f"names {name!r} twice, expected each adapter once")
-        return [self._residents[name] for name in names]
+        return [self._adapters[name] for name in names]
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
         if ask.weights is None:
@@ -88,27 +87,28 @@ class Admission:
             raise RefusedError("weights", f"has {len(ask.weights)} numbers, expected {num_adapters}, one for each adapter")
         return ask.weights
 
-    def _template(self, residents: Sequence[Resident]) -> Template:
-        if not residents:
+    def _template(self, adapters: Sequence[Adapter]) -> Template:
+        if not adapters:
             return "chat"
-        preferred = residents[0].adapter.config.lori.templates
-        shared = [t for t in preferred if all(t in r.adapter.config.lori.templates for r in residents)]
-        if not shared:
-            learnt = "; ".join(f"{r.adapter.name}: {', '.join(r.adapter.config.lori.templates)}" for r in residents)
-            raise RefusedError("template", f"these adapters were trained on no common template ({learnt}), expected one here")
-        return shared[0]
+        learnt = {adapter.name: adapter.config.lori.templates for adapter in adapters}
+        for template in learnt[adapters[0].name]:
+            if all(template in templates for templates in learnt.values()):
+                return template
+        said = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in learnt.items())
+        raise RefusedError("template", f"these adapters were trained on no common template ({said}), expected one here")
 
     def _max_tokens(self, ask: Ask, field: str, num_prompt: int) -> int:
         room = self._max_context - num_prompt
+        # A prompt that only scores may fill the context; one that is to be continued must leave room for a token.
+        if room < (0 if ask.max_tokens == 0 else 1):
+            raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self._max_context} with the answer")
         if ask.max_tokens is None:
-            if room < 1:
-                raise RefusedError(field, f"has {num_prompt} tokens, expected fewer than the context's {self._max_context}")
             return min(DEFAULT_MAX_TOKENS, room)
         if ask.max_tokens > room:
             raise RefusedError(
                 "max_tokens",
                 f"{ask.max_tokens} with a prompt of {num_prompt} tokens exceeds the context of {self._max_context}, "
-                f"expected at most {max(0, room)}",
+                f"expected at most {room}",
             )
         if not ask.max_tokens and not ask.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")

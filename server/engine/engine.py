@@ -109,11 +109,14 @@ class Engine:
 
     def _logprob(self, token: int, offset: int, value: float | None, top: dict[int, float]) -> TokenLogprob:
         decode = self._tokenizer.backend_tokenizer.decode
+        alike: dict[str, float] = {}
+        for other, score in top.items():  # the likeliest first: of tokens that look the same it stays
+            alike.setdefault(decode([other], skip_special_tokens=False), score)
         return TokenLogprob(
             decode([token], skip_special_tokens=False),
             offset,
             value,
-            {decode([t], skip_special_tokens=False): v for t, v in top.items()},
+            alike,
         )
 
     def _commit(self, chunk: Chunk, token: int | None) -> None:
@@ -136,7 +139,7 @@ class Engine:
         if reason:
             text += live.text.flush()
         if text or live.logprobs:
-            live.emit(TextEvent(text, tuple(live.logprobs)))
+            live.emit(TextEvent(text, tuple(live.logprobs), is_prompt=not sequence.output_ids))
             live.logprobs.clear()
         if reason:
             self.scheduler.finish(sequence)

@@ -15,7 +15,6 @@ class AdapterTerm:
 
     name: str
     version: str
-    slot: int
     weight: float
     scale: float
 
@@ -51,10 +50,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TextEvent:
-    """More text, and the log-probabilities of tokens since the last event. Text may be empty: half a character waits."""
+    """More text, and the log-probabilities of tokens since the last event. Text may be empty: half a character waits.
+
+    `is_prompt`: no token was generated yet, this is the echo.
+    """
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    is_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

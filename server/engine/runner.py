@@ -8,19 +8,17 @@ from collections.abc import Sequence as Items
 import torch
 from transformers import PreTrainedModel
 
-from lori.errors import ModelError
 from lori.kernels import Route, Term
 from lori.pool import AdapterPool
 from server.engine.attention import ATTENTION, ChunkKeys, KvMemory, StepKeys
 from server.engine.scheduler import Chunk
-
-PROBE_LENGTH = 12
 
 
 class Runner:
     """The base model with its adapters and its KV memory of `num_blocks` blocks."""
 
     def __init__(self, model: PreTrainedModel, pool: AdapterPool, num_blocks: int, block_size: int) -> None:
+        assert model.config._attn_implementation == ATTENTION
         self._model, self._pool, self._block_size = model, pool, block_size
         weight = model.get_input_embeddings().weight
         assert isinstance(weight, torch.Tensor)
@@ -44,26 +42,24 @@ class Runner:
         places = [p for c in chunks for p in range(c.start, c.stop)]
         self._pool.active.route = self._route(chunks)
         device = self._like.device
-        hidden = self._model.get_decoder()(
+        logits: torch.Tensor = self._model(
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([places], device=device),
             use_cache=False,
+            logits_to_keep=torch.tensor(positions, dtype=torch.int64, device=device),
             memory=self.memory,
             step=self._step_keys(chunks),
-        ).last_hidden_state[0]
+        ).logits
         self._pool.active.route = None
-        return self._logits(hidden[torch.tensor(positions, dtype=torch.int64, device=device)])
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model.get_output_embeddings()(hidden).float()
-        cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits[0].float()
 
     def _route(self, chunks: Items[Chunk]) -> Route | None:
         terms, row = [], 0
         for chunk in chunks:
             stop = row + chunk.stop - chunk.start
-            terms += [Term(row, stop, t.slot, t.weight * t.scale) for t in chunk.sequence.request.terms if t.weight]
+            terms += [
+                Term(row, stop, self._pool.slot(t.name), t.weight * t.scale) for t in chunk.sequence.request.terms if t.weight
+            ]
             row = stop
         return Route.of(terms, row, self._like.device) if terms else None
 
@@ -98,32 +94,3 @@ def _kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
-
-
-def prepare(model: PreTrainedModel) -> torch.Tensor:
-    """Switches `model` to paged attention and returns the logits (PROBE_LENGTH, V) that it gave before, for `check`."""
-    with torch.inference_mode():
-        before: torch.Tensor = model(probe(model)[None]).logits[0].float()
-    model.set_attn_implementation(ATTENTION)
-    return before
-
-
-def probe(model: PreTrainedModel) -> torch.Tensor:
-    """Returns token ids (PROBE_LENGTH,) spread over the vocabulary."""
-    size = model.config.get_text_config().vocab_size
-    ids: torch.Tensor = (torch.arange(PROBE_LENGTH) * 7919 % size).to(model.device)
-    return ids
-
-
-def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, chunks: Items[Chunk]) -> None:
-    """Raises `ModelError` unless the runner gives the model's own logits for `chunks`, which hold the probe."""
-    try:
-        found = runner.forward(chunks, range(PROBE_LENGTH))
-    except (NotImplementedError, TypeError) as error:
-        raise ModelError(f"models of type {model.config.model_type!r} are not served: {error}") from error
-    likeness = torch.nn.functional.cosine_similarity(found, expected).min().item()
-    if likeness < 0.99:
-        raise ModelError(
-            f"models of type {model.config.model_type!r} are not served: paged attention gives other logits than the "
-            f"model itself (cosine {likeness:.3f})"
-        )

@@ -27,7 +27,9 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[int]:
         level = torch.tensor(
             [uniform(s.request.seed, len(s.output_ids)) for s in chosen], dtype=torch.float64, device=logits.device
         )
-        mass = (logits[drawn].double() / heat[:, None]).softmax(-1).cumsum(-1)  # (P, V)
+        # Below zero before it is divided: a tiny temperature gives minus infinity, and never infinity less infinity.
+        scores = logits[drawn].double()
+        mass = ((scores - scores.amax(-1, keepdim=True)) / heat[:, None]).softmax(-1).cumsum(-1)  # (P, V)
         picked = torch.searchsorted(mass, (level * mass[:, -1])[:, None], right=True)[:, 0]
         tokens[drawn] = picked.clamp(max=logits.shape[1] - 1)
     ids: list[int] = tokens.tolist()

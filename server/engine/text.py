@@ -1,7 +1,10 @@
 """Turns a sequence's tokens into text as they come: never half a character, never past a stop string."""
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+HALF_CHARACTER = "\ufffd"
+NUM_CONTEXT = 8
+"""Prompt tokens that the first output token's text may depend on."""
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> int:
@@ -18,14 +21,16 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], stops: tuple[str, ...]) -> None:
         self._tokenizer, self._stops = tokenizer, stops
-        self._decoder = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        # A token's text may depend on those before it: [prefix, read) is known text, decoded again beside what is new.
+        self._ids = list(prompt_ids[-NUM_CONTEXT:])
+        self._prefix, self._read = 0, len(self._ids)
         self._waiting = ""
         self.num_characters = 0
         self.is_stopped = False
 
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that is now sure."""
-        piece = self._decoder.step(self._tokenizer, token) or ""
+        piece = self._decode(token)
         self.num_characters += len(piece)
         text = self._waiting + piece
         ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -40,3 +45,12 @@ class TextStream:
         """Returns the text that waited for a stop string, at the end."""
         text, self._waiting = self._waiting, ""
         return text
+
+    def _decode(self, token: int) -> str:
+        self._ids.append(token)
+        known = self._tokenizer.decode(self._ids[self._prefix : self._read], skip_special_tokens=True)
+        text = self._tokenizer.decode(self._ids[self._prefix :], skip_special_tokens=True)
+        if len(text) <= len(known) or text.endswith(HALF_CHARACTER):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return text[len(known) :]

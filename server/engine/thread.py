@@ -52,7 +52,9 @@ class EngineThread:
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the events of a request as they come; closing the generator aborts the request."""
         if not self.is_alive:
-            raise EngineDeadError("the engine is not running")
+            # It was alive when the request was admitted: a stream may have begun.
+            yield ErrorEvent("the engine is not running")
+            return
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._events[request.id] = events
         self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))

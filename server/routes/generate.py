@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, TokenLogprob
 from server.engine.request import Request as EngineRequest
-from server.engine.thread import EngineDeadError
 from server.errors import EngineError
 from server.routes.dependencies import get_service
 from server.schemas import (
@@ -30,17 +29,14 @@ from server.schemas import (
 from server.service import Service
 
 router = APIRouter()
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorReply, "description": "A field is not as expected"},
-    404: {"model": ErrorReply, "description": "An adapter is not known"},
-    413: {"model": ErrorReply, "description": "The body is too long"},
-    429: {"model": ErrorReply, "description": "The queue is full"},
-    500: {"model": ErrorReply, "description": "The engine failed"},
-    503: {"model": ErrorReply, "description": "The engine is not running"},
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string", "description": "`token` events, then `done` or `error`"}}}
+    }
 }
 
 
-@router.post("/generate", response_model=GenerateReply, responses=REFUSALS)
+@router.post("/generate", response_model=GenerateReply, responses=STREAM)
 async def generate(
     body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
 ) -> GenerateReply | Response:
@@ -91,7 +87,7 @@ async def until_disconnect(http: Request, service: Service, request: EngineReque
         async with anyio.create_task_group() as group:
             group.start_soon(answer)
             group.start_soon(watch)
-    except* (EngineError, EngineDeadError) as errors:
+    except* EngineError as errors:
         raise errors.exceptions[0] from errors
     return reply
 

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from lori.adapter import Adapter
 from server.engine.thread import EngineDeadError
 from server.routes.dependencies import get_service
-from server.schemas import AdapterInfo, AdapterList, ErrorReply, Health
+from server.schemas import AdapterInfo, AdapterList, Health
 from server.service import Service
 
 router = APIRouter()
@@ -22,7 +22,7 @@ async def health() -> Health:
     return Health(status="ok")
 
 
-@router.get("/ready", responses={503: {"model": ErrorReply}})
+@router.get("/ready")
 async def ready(service: ServiceOf) -> Health:
     """Answers 200 while requests can be answered."""
     if not service.engine.is_alive:
@@ -35,7 +35,7 @@ async def adapters(service: ServiceOf) -> AdapterList:
     """Lists the adapters that a request can name."""
     return AdapterList(
         base_model=service.base_model,
-        adapters=[describe(resident.adapter) for resident in service.residents.values()],
+        adapters=[describe(adapter) for adapter in service.adapters.values()],
     )
 
 

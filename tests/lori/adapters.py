@@ -10,12 +10,13 @@ from lori.basis import Basis
 from lori.config import AdapterConfig, BasisConfig, LoriSection
 from lori.sparse import SparseB
 
+# Bitmaps of 27 bits, and of 48, which are whole bytes.
 SHAPES = {
     "layers.0.q_proj": (9, 5),
-    "layers.0.up_proj": (13, 7),
+    "layers.0.up_proj": (16, 7),
     "layers.0.o_proj": (5, 9),
     "layers.1.q_proj": (9, 5),
-    "layers.1.up_proj": (13, 7),
+    "layers.1.up_proj": (16, 7),
 }
 TARGETS = ("q_proj", "up_proj")
 BASE_DIGEST = "b" * 64

@@ -26,12 +26,12 @@ from lori.format import (
     WEIGHTS_FILE,
     content_digest,
     load_adapter,
-    module_shapes,
     read_config,
     save_adapter,
     weight_bytes,
     write_config,
 )
+from lori.layer import module_shapes
 from lori.sparse import SparseB
 from tests.lori.adapters import BASE_DIGEST, RANK, SHAPES, TARGETS, make_config, make_modules
 
@@ -46,6 +46,14 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path) -> Adapter:
     return load_adapter(folder, BASE_DIGEST, SHAPES)
+
+
+def load_if_sound(folder: Path) -> Adapter | None:
+    """Returns the adapter, or `None` where it is refused; any other error is the test's failure."""
+    try:
+        return load(folder)
+    except AdapterFormatError:
+        return None
 
 
 def faults_of(folder: Path) -> tuple[str, ...]:
@@ -390,7 +398,7 @@ def test_every_fault_is_listed_at_once(folder: Path) -> None:
         "trained on the base a/base (cccccccccccc)",
         "layers.0.q_proj.mask: missing",
         "layers.9.q_proj.mask: unknown tensor",
-        "layers.0.up_proj.mask: torch.uint8 (9,), expected torch.uint8 (5,)",
+        "layers.0.up_proj.mask: torch.uint8 (9,), expected torch.uint8 (6,)",
         "layers.0.up_proj.values: torch.float32 of 1 dimensions",
         "layers.1.q_proj: the mask keeps ",
         "layers.1.up_proj.values: 1 values are not finite",
@@ -547,32 +555,24 @@ def test_one_wrong_byte_in_the_weights_is_always_found(folder: Path) -> None:
 
 
 def test_one_wrong_byte_in_a_signed_file_gives_an_adapter_or_a_format_error(folder: Path) -> None:
-    raw, num_loaded = json.loads((folder / CONFIG_FILE).read_bytes()), 0
+    raw, loaded = json.loads((folder / CONFIG_FILE).read_bytes()), []
     for weights in corruptions((folder / WEIGHTS_FILE).read_bytes(), 400, random.Random(2)):
         (folder / WEIGHTS_FILE).write_bytes(weights)
         sign(folder, raw)
-        try:
-            adapter = load(folder)
-        except AdapterFormatError as error:
-            assert error.faults
-        else:
-            num_loaded += 1
-            assert all(b.values.isfinite().all() for b in adapter.modules.values())
-    assert 0 < num_loaded < 400  # a changed value is a sound adapter, a changed header is none
+        loaded.append(load_if_sound(folder))
+    sound = [adapter for adapter in loaded if adapter]
+    assert 0 < len(sound) < 400  # a changed value is a sound adapter, a changed header is none
+    assert all(b.values.isfinite().all() for adapter in sound for b in adapter.modules.values())
 
 
 def test_one_wrong_byte_in_the_config_never_gives_another_adapter(folder: Path) -> None:
-    before, num_refused = effect(load(folder)), 0
+    before, loaded = effect(load(folder)), []
     for config in corruptions((folder / CONFIG_FILE).read_bytes(), 600, random.Random(3)):
         (folder / CONFIG_FILE).write_bytes(config)
-        try:
-            after = effect(load(folder))
-        except AdapterFormatError as error:
-            num_refused += 1
-            assert error.faults
-        else:
-            assert after == before  # white space or a record changed
-    assert num_refused > 300
+        loaded.append(load_if_sound(folder))
+    sound = [adapter for adapter in loaded if adapter]
+    assert 0 < len(sound) < 300  # white space or a record changed
+    assert all(effect(adapter) == before for adapter in sound)
 
 
 # --- what an adapter is checked against
@@ -586,8 +586,8 @@ def test_module_shapes_are_every_linear_layer_by_full_name(tiny_model: Path) -> 
         "mlp.gate_proj": (80, 48), "mlp.up_proj": (80, 48), "mlp.down_proj": (48, 80),
     }  # fmt: skip
     expected = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
-    assert shapes == expected | {"lm_head": (model.config.vocab_size, 48)}
-    assert list(shapes)[0] == "model.layers.0.self_attn.q_proj"
+    assert shapes == expected
+    assert next(iter(shapes)) == "model.layers.0.self_attn.q_proj"
 
 
 def test_adapters_on_a_part_of_the_layers_do_not_need_the_others(tmp_path: Path) -> None:

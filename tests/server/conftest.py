@@ -8,12 +8,20 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel, load_base_model
-from tests.server.live import Live, start
+from tests.server.live import MAX_BODY_BYTES, Live, start
 from tests.server.rig import save_writer_model, write_adapters
 from tests.tiny import tiny_tokenizer
 
-MAX_BODY_BYTES = 16384
 KV_TOKENS = 8192
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from a second thread, and lose much to it on a machine that is busy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

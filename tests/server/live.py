@@ -22,6 +22,8 @@ from server.service import Service
 
 LIMIT_S = 120
 """How long anything may take on a busy machine before a test gives up."""
+MAX_BODY_BYTES = 16384
+"""What the session's server takes."""
 REPOSITORY = Path(__file__).parents[2]
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
@@ -37,8 +39,9 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
 
 
 def run_main(log: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """Starts `python -m server` with `flags` alone: nothing of the environment's settings, no network. Both streams go to `log`."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")} | {"HF_HUB_OFFLINE": "1"}
+    """Starts `python -m server` with `flags` alone: no settings of the environment, no network. Both streams go to `log`."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "server", *flags], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT

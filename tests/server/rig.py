@@ -1,6 +1,8 @@
 """Engines that a test steps by hand, the tiny models and random adapters for them, and fakes of a model."""
 
 import string
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +15,19 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Basis
 from lori.config import AdapterConfig, BasisConfig, LoriSection
-from lori.format import module_shapes, save_adapter
-from lori.pool import AdapterPool, Resident
+from lori.format import save_adapter
+from lori.layer import module_shapes
+from lori.pool import AdapterPool
 from lori.sparse import SparseB
 from lori.store import adapter_folders, load_all
 from lori.template import Template, encode
 from server.engine.admission import Admission, Ask
-from server.engine.engine import Engine
+from server.engine.engine import Emit, Engine
 from server.engine.kv_cache import BlockAllocator
+from server.engine.probe import use_paged_attention
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
-from server.engine.runner import Runner, prepare
+from server.engine.runner import Runner
 from server.engine.scheduler import Chunk, Scheduler
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
@@ -35,7 +39,7 @@ def save_writer_model(folder: Path) -> Path:
     """Writes a tiny Llama whose likeliest token is always printable ASCII, so never the end, with a context of 4096 tokens."""
     config = tiny_llama_config(EOS + 1, max_position_embeddings=4096, tie_word_embeddings=False)
     model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder, config))
-    printable = encode(tiny_tokenizer(), string.ascii_letters + string.digits + string.punctuation + " ")
+    printable = encode(tiny_tokenizer(), string.ascii_letters + string.digits + string.punctuation + " ").ids
     is_muted = torch.ones(EOS + 1, dtype=torch.bool)
     is_muted[printable] = False
     with torch.no_grad():
@@ -142,13 +146,19 @@ class Rig:
     """An engine in the hands of a test: no thread, no queue. After `run` all memory is free again."""
 
     engine: Engine
+    tokenizer: PreTrainedTokenizerBase
     admission: Admission
     runner: Runner
-    residents: Mapping[str, Resident]
+    adapters: Mapping[str, Adapter]
 
     @property
     def scheduler(self) -> Scheduler:
         return self.engine.scheduler
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     def submit(self, request: Request) -> Heard:
         events: list[Event] = []
@@ -189,17 +199,18 @@ def build(
     base = load_base_model(str(folder), torch.float32)
     folders = adapter_folders([adapters]) if adapters else {}
     loaded = load_all(folders, base.digest, module_shapes(base.model))
-    prepare(base.model)
+    use_paged_attention(base.model)
     pool = AdapterPool(base.model, loaded)
     runner = Runner(base.model, pool, num_blocks, block_size)
     scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_batch, max_step_tokens)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
     engine = Engine(scheduler, runner, base.tokenizer, [EOS])
-    return Rig(engine, Admission(base.tokenizer, pool.residents, context), runner, pool.residents)
+    by_name = {adapter.name: adapter for adapter in loaded}
+    return Rig(engine, base.tokenizer, Admission(base.tokenizer, by_name, context), runner, by_name)
 
 
 class ScriptedRunner:
-    """A fake of the runner: after any prompt the likeliest tokens are those of `script`, one after the other, then the first token."""
+    """A fake of the runner: after any prompt the likeliest tokens are those of `script`, one after the other."""
 
     def __init__(self, script: Sequence[int]) -> None:
         self._script = script
@@ -218,7 +229,58 @@ def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_s
     """Returns a rig whose model says `script`."""
     scheduler = Scheduler(BlockAllocator(256, 4), 4, max_step_tokens)
     runner = cast(Runner, ScriptedRunner(script))
-    return Rig(Engine(scheduler, runner, tokenizer, [EOS]), Admission(tokenizer, {}, 1024), runner, {})
+    return Rig(Engine(scheduler, runner, tokenizer, [EOS]), tokenizer, Admission(tokenizer, {}, 1024), runner, {})
+
+
+class FakeScheduler:
+    """Has work while the engine has requests; counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self.emits: dict[str, Emit] = {}
+
+    @property
+    def has_work(self) -> bool:
+        self.num_asked += 1
+        return bool(self.emits)
+
+
+@dataclass
+class FakeEngine:
+    """Says "x" to each request in every step, of about a millisecond, `num_steps` times; dies in step `dies_at`."""
+
+    num_steps: int = 3
+    dies_at: int | None = None
+    scheduler: FakeScheduler = field(default_factory=FakeScheduler)
+    said: dict[str, int] = field(default_factory=dict)
+    aborted: list[str] = field(default_factory=list)
+    step_count: int = 0
+    threads: set[str] = field(default_factory=set)
+    may_step: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.may_step.set()
+
+    def submit(self, request: Request, emit: Emit) -> None:
+        self.scheduler.emits[request.id] = emit
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self.scheduler.emits.pop(request_id, None)
+
+    def step(self) -> None:
+        assert self.may_step.wait(60)
+        self.threads.add(threading.current_thread().name)
+        self.step_count += 1
+        time.sleep(0.001)
+        if self.step_count == self.dies_at:
+            raise RuntimeError("out of luck")
+        for name, emit in list(self.scheduler.emits.items()):
+            emit(TextEvent("x"))
+            self.said[name] = self.said.get(name, 0) + 1
+            if self.said[name] == self.num_steps:
+                del self.scheduler.emits[name]
+                emit(DoneEvent("length", 1, self.num_steps))
 
 
 def request(

@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lori.adapter import Adapter
 from lori.errors import TemplateError, UnknownAdapterError
-from lori.pool import Resident
 from lori.template import Message, Template
 from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
 from tests.server.rig import EOS, build
 
 CONTEXT = 200
-Residents = Mapping[str, Resident]
+Adapters = Mapping[str, Adapter]
 
 
 @pytest.fixture(scope="module")
-def residents(writer_model: Path, adapters: Path) -> Residents:
+def loaded(writer_model: Path, adapters: Path) -> Adapters:
     """math (chat), safety (chat, plain) and intent (plain)."""
-    return build(writer_model, adapters).residents
+    return build(writer_model, adapters).adapters
 
 
 @pytest.fixture
-def admission(tokenizer: PreTrainedTokenizerFast, residents: Residents) -> Admission:
-    return Admission(tokenizer, residents, CONTEXT)
+def admission(tokenizer: PreTrainedTokenizerFast, loaded: Adapters) -> Admission:
+    return Admission(tokenizer, loaded, CONTEXT)
 
 
 MESSAGES = (Message(role="system", content="Be brief."), Message(role="user", content="é?"))
@@ -59,14 +59,21 @@ def refusal(admission: Admission, ask: Ask) -> RefusedError:
             "is empty, expected",
             id="empty messages",
         ),
-        pytest.param(Ask(prompt="x" * 200), "prompt", "has 200 tokens, expected fewer than the context's 200", id="long prompt"),
+        pytest.param(
+            Ask(prompt="x" * 200), "prompt", "has 200 tokens, and the context holds 200 with the answer", id="long prompt"
+        ),
         pytest.param(
             Ask(prompt="x" * 150, max_tokens=51),
             "max_tokens",
             "51 with a prompt of 150 tokens exceeds the context of 200, expected at most 50",
             id="beyond the context",
         ),
-        pytest.param(Ask(prompt="x" * 300, max_tokens=1), "max_tokens", "expected at most 0", id="prompt beyond the context"),
+        pytest.param(
+            Ask(prompt="x" * 300, max_tokens=1),
+            "prompt",
+            "has 300 tokens, and the context holds 200",
+            id="prompt beyond the context",
+        ),
         pytest.param(Ask(prompt="x", max_tokens=0), "max_tokens", "is 0 without echo", id="nothing to answer"),
         pytest.param(
             Ask(prompt=MESSAGES, adapters=("math", "intent")),
@@ -97,19 +104,19 @@ def test_a_server_without_adapters_says_so(tokenizer: PreTrainedTokenizerFast) -
         Admission(tokenizer, {}, CONTEXT).admit(Ask(prompt="x", adapters=("math",)))
 
 
-def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedTokenizerFast, residents: Residents) -> None:
+def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedTokenizerFast, loaded: Adapters) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(TemplateError, match="no chat template"):
-        Admission(bare, residents, CONTEXT).admit(Ask(prompt=MESSAGES))
+        Admission(bare, loaded, CONTEXT).admit(Ask(prompt=MESSAGES))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_weights_are_one_nth_by_default(admission: Admission, residents: Residents, count: int) -> None:
+def test_weights_are_one_nth_by_default(admission: Admission, loaded: Adapters, count: int) -> None:
     names = ("intent", "math", "safety")[:count]
     request = admission.admit(Ask(prompt="x", adapters=names))
     for term, name in zip(request.terms, names, strict=True):
-        adapter = residents[name].adapter
-        assert (term.name, term.version, term.slot) == (name, adapter.version, residents[name].slot)
+        adapter = loaded[name]
+        assert (term.name, term.version) == (name, adapter.version)
         assert term.weight == 1 / count
         assert term.scale == adapter.config.lora_alpha / adapter.config.r
     assert len(request.terms) == count

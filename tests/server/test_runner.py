@@ -41,7 +41,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "mistral with a window of 8": lambda: MistralConfig(**SIZES, head_dim=16, sliding_window=8),
     "gemma3 with a window of 8 in some layers": lambda: Gemma3TextConfig(
-        **SIZES | {"tie_word_embeddings": True},
+        **SIZES,
         head_dim=16,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
@@ -88,7 +88,7 @@ def test_scarce_memory_changes_the_order_alone(tmp_path: Path) -> None:
     assert [h.tokens for h in heard] == [greedy(reference, h.sequence.request.prompt_ids, 16) for h in heard]
 
 
-def test_a_model_of_a_tied_output_is_served_as_it_ends(tiny_model: Path) -> None:
+def test_a_model_whose_output_is_its_embedding_is_served(tiny_model: Path) -> None:
     rig = build(tiny_model)
     reference = load_base_model(str(tiny_model), torch.float32).model
     heard = run(rig, 12)

@@ -14,9 +14,9 @@ def pieces(
     tokenizer: PreTrainedTokenizerFast, text: str, stops: tuple[str, ...] = (), prompt: str = "Say: "
 ) -> tuple[list[str], TextStream]:
     """Pushes the tokens of `text` until a stop, then flushes; returns what came out, push by push, and the stream."""
-    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, prompt)), stops)
+    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, prompt).ids), stops)
     out = []
-    for token in encode(tokenizer, text):
+    for token in encode(tokenizer, text).ids:
         out.append(stream.push(token))
         if stream.is_stopped:
             break
@@ -30,15 +30,15 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer: PreTrainedTokenize
 
 
 def test_half_a_character_at_the_end_is_not_given_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x")), ())
-    tokens = encode(tokenizer, "ab€")[:-1]
+    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x").ids), ())
+    tokens = encode(tokenizer, "ab€").ids[:-1]
     assert "".join([*map(stream.push, tokens), stream.flush()]) == "ab"
 
 
 def test_bytes_that_are_no_character_do_not_end_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    lone = encode(tokenizer, "€")[1]
-    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x")), ())
-    assert "".join(map(stream.push, [*encode(tokenizer, "a"), lone, *encode(tokenizer, "bc")])) == "a\ufffdbc"
+    lone = encode(tokenizer, "€").ids[1]
+    stream = TextStream(tokenizer.backend_tokenizer, tuple(encode(tokenizer, "x").ids), ())
+    assert "".join(map(stream.push, [*encode(tokenizer, "a").ids, lone, *encode(tokenizer, "bc").ids])) == "a\ufffdbc"
 
 
 def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -54,7 +54,7 @@ def test_the_prompt_is_never_part_of_the_text(tokenizer: PreTrainedTokenizerFast
 
 
 def byte_fallback_tokenizer() -> Tokenizer:
-    """The kind that Llama 2, Mistral and Gemma have: a character without a token of its own, a newline say, is written in bytes."""
+    """The kind that Llama 2, Mistral and Gemma have: a character without a token, a newline say, is written in bytes."""
     vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)}
     vocab |= {character: len(vocab) + place for place, character in enumerate("▁abcxyz")}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))

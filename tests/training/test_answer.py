@@ -43,7 +43,7 @@ def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Pat
     rows = chosen_rows(config)
     found = {str(row["prompt"]): row for row in answers(base, rows, config)}
     for row in rows:
-        ids = torch.tensor([encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template))])
+        ids = torch.tensor([encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)).ids])
         out = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         text = base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert found[row.prompt_text]["completion"] == text

@@ -69,21 +69,21 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_named() -> None:
 
 def test_the_completion_ends_with_end_of_text_and_follows_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
-    [example] = tokenize(tokenizer, [Row(prompt="Ask:", completion=" yes")], "plain", 100)
+    [example] = tokenize(tokenizer, [Row(prompt="Ask:", completion=" yes")], ["plain"], 100)
     assert example.num_prompt == 4
     assert example.ids[4:] == (*tokenizer(" yes").input_ids, tokenizer.eos_token_id)
 
 
 def test_a_truncated_completion_gets_no_end_of_text() -> None:
     tokenizer = tiny_tokenizer()
-    [example] = tokenize(tokenizer, [Row(prompt="Ask:", completion=" ye", truncated=True)], "plain", 100)
+    [example] = tokenize(tokenizer, [Row(prompt="Ask:", completion=" ye", truncated=True)], ["plain"], 100)
     assert tokenizer.eos_token_id not in example.ids
 
 
 def test_a_row_s_own_template_wins() -> None:
     tokenizer = tiny_tokenizer()
     plain, chat = tokenize(
-        tokenizer, [Row(prompt="p", completion=" c"), Row(prompt="p", completion=" c", template="chat")], "plain", 100
+        tokenizer, [Row(prompt="p", completion=" c"), Row(prompt="p", completion=" c", template="chat")], ["plain"], 100
     )
     assert tokenizer.decode(plain.ids) == "p c<|end|>"
     assert tokenizer.decode(chat.ids) == "<|user|>p<|end|><|assistant|>c<|end|>"
@@ -91,7 +91,7 @@ def test_a_row_s_own_template_wins() -> None:
 
 def test_long_rows_are_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     rows = [Row(prompt="p" * 50, completion="c"), Row(prompt="p", completion="c")]
-    assert len(tokenize(tiny_tokenizer(), rows, "plain", 20)) == 1
-    assert "1 of 2 rows are longer than 20 tokens" in caplog.text
-    with pytest.raises(DataError, match="every row is longer"):
-        tokenize(tiny_tokenizer(), rows[:1], "plain", 20)
+    assert len(tokenize(tiny_tokenizer(), rows, ["plain"], 20)) == 1
+    assert "1 examples longer than 20 tokens" in caplog.text
+    with pytest.raises(DataError, match="no example is left: 1 are longer"):
+        tokenize(tiny_tokenizer(), rows[:1], ["plain"], 20)

@@ -48,7 +48,7 @@ def test_a_loss_is_the_model_s_own(server: Live, tiny_model: Path, tmp_path: Pat
     base = load_base_model(str(tiny_model), torch.float32)
     values: list[float] = []
     for row in rows:
-        prompt, completion = (encode(base.tokenizer, str(row[key])) for key in ("prompt", "completion"))
+        prompt, completion = (encode(base.tokenizer, str(row[key])).ids for key in ("prompt", "completion"))
         scores = base.model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
         values += [-scores[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
     assert found["loss"] == pytest.approx(sum(values) / len(values), abs=1e-4)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lori.base_model import load_base_model
-from lori.format import load_adapter, module_shapes
+from lori.format import load_adapter
+from lori.layer import module_shapes
 from training.config import FitConfig
 from training.fit import Run, fit, load_examples
 from training.loop import Phase

@@ -8,6 +8,7 @@ from torch import nn
 
 from lori.base_model import load_base_model
 from lori.basis import Basis
+from lori.errors import ModelError
 from training.trainable import MaskedDelta, TrainableLinear, wrap
 
 
@@ -47,7 +48,7 @@ def test_the_layer_adds_scale_b_a_x() -> None:
 
 def test_wrap_says_which_target_is_missing(tiny_model: Path) -> None:
     model = load_base_model(str(tiny_model), torch.float32).model
-    with pytest.raises(ValueError, match=r"\['c_attn'\]"):
+    with pytest.raises(ModelError, match=r"\['c_attn'\]"):
         wrap(model, ["q_proj", "c_attn"], Basis(), 4, 8.0)
 
 

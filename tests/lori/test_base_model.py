@@ -1,0 +1,165 @@
+"""The base model: found, loaded and identified."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lori.base_model import base_digest, default_dtype, load_base_model, resolve_dtype
+from lori.embedded import EMBEDDED_NAME
+from lori.errors import ModelError
+from tests.tiny import save_tiny_model, tiny_llama_config
+
+GOLDEN_DIGEST = "abebcf5a6a26d9027521fc121720ccc71d6a4a00dc6663786f379f996f1ac721"
+EMBEDDED_DIGEST = "23d16d967005cc191b855aad759cee2bdd69859c6d0e7dd625b5cca157c4561b"
+
+
+def counted_model(**changes: Any) -> PreTrainedModel:
+    """Returns a tiny Llama whose parameters count up, so that they are the same on any machine."""
+    model = AutoModelForCausalLM.from_config(tiny_llama_config(257, **changes), dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data = (torch.arange(parameter.numel()) % 97 / 64 - 0.75).view(parameter.shape)
+    return model
+
+
+# --- loading
+
+
+def test_a_folder_is_loaded_for_inference(tiny_model: Path) -> None:
+    base = load_base_model(str(tiny_model), torch.float32)
+    assert base.name == "tiny-llama"
+    assert base.model.dtype == torch.float32
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert base.digest == base_digest(base.model)
+    assert base.tokenizer.decode(base.tokenizer("Hé").input_ids) == "Hé"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_is_the_one_that_is_asked_for(tiny_model: Path, attention: str) -> None:
+    assert load_base_model(str(tiny_model), torch.float32, attention).model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "nobody/nothing"])
+def test_a_model_that_is_not_there_is_named(name: str) -> None:
+    with pytest.raises(ModelError, match=f"^cannot load the base model '{name}': "):
+        load_base_model(name, torch.float32)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"^cannot load the base model '{tmp_path}': "):
+        load_base_model(str(tmp_path), torch.float32)
+
+
+def test_an_attention_that_nobody_knows_is_a_model_error(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="nonsense"):
+        load_base_model(str(tiny_model), torch.float32, "nonsense")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def cut_weights(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()  # not in place: a loaded model may have mapped it
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda folder: (folder / "model.safetensors").unlink(), id="no weights"),
+        pytest.param(lambda folder: (folder / "config.json").write_text("{"), id="config is not JSON"),
+        pytest.param(lambda folder: edit_config(folder, model_type="zzz"), id="unknown architecture"),
+        pytest.param(lambda folder: edit_config(folder, model_type="vit"), id="no language model"),
+        pytest.param(lambda folder: (folder / "tokenizer.json").write_text("{"), id="broken tokenizer"),
+        # Was a SafetensorError: what a download that was cut off leaves.
+        pytest.param(cut_weights, id="weights cut off"),
+        # Was a RuntimeError.
+        pytest.param(lambda folder: edit_config(folder, intermediate_size=96), id="weights of another shape"),
+        # Was loaded, with random numbers for the third layer.
+        pytest.param(lambda folder: edit_config(folder, num_hidden_layers=3), id="weights of a layer missing"),
+    ],
+)
+def test_a_damaged_model_is_a_model_error(tiny_model: Path, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "damaged")
+    damage(folder)
+    with pytest.raises(ModelError, match=f"^cannot load the base model '{folder}': "):
+        load_base_model(str(folder), torch.float32)
+
+
+# --- identity
+
+
+def test_a_base_is_the_same_in_fp32_and_bf16(tiny_model: Path) -> None:
+    wide, narrow = (load_base_model(str(tiny_model), dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert (wide.model.dtype, narrow.model.dtype) == (torch.float32, torch.bfloat16)
+    assert wide.digest == narrow.digest
+
+
+def test_a_base_is_the_same_under_another_name(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    ours, theirs = load_base_model(str(tiny_model), torch.float32), load_base_model(str(copy), torch.float32)
+    assert (ours.digest, theirs.name) == (theirs.digest, "copy")
+
+
+def test_other_weights_are_another_base(tiny_model: Path, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    assert load_base_model(str(other), torch.float32).digest != load_base_model(str(tiny_model), torch.float32).digest
+
+
+def test_digest_is_the_same_for_ever() -> None:
+    # It is in the file of every adapter: if this fails, no adapter loads any more.
+    assert base_digest(counted_model()) == GOLDEN_DIGEST
+
+
+@torch.no_grad()
+def test_digest_sees_every_parameter() -> None:
+    model = counted_model()
+    digests = {GOLDEN_DIGEST}
+    for _, parameter in model.named_parameters():
+        before = parameter.clone()
+        parameter.mul_(1.0625)
+        digests.add(base_digest(model))
+        parameter.copy_(before)
+    assert len(digests) == 1 + len(list(model.parameters()))
+    assert base_digest(model) == GOLDEN_DIGEST
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 1}, {"intermediate_size": 81}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}]
+)
+def test_digest_sees_the_architecture(changes: dict[str, Any]) -> None:
+    assert base_digest(counted_model(**changes)) != GOLDEN_DIGEST
+
+
+def test_digest_is_the_same_before_and_after_freezing() -> None:
+    assert base_digest(counted_model().eval().requires_grad_(False)) == GOLDEN_DIGEST
+
+
+# --- dtypes
+
+
+def test_dtypes_by_name() -> None:
+    assert resolve_dtype("float32") == torch.float32
+    assert resolve_dtype("bfloat16") == torch.bfloat16
+    assert resolve_dtype("auto") == default_dtype()
+    assert default_dtype() in (torch.float32, torch.bfloat16)
+
+
+# --- the embedded model
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_the_one_that_adapters_were_trained_on() -> None:
+    base = load_base_model(None, torch.bfloat16)
+    assert base.name == EMBEDDED_NAME
+    assert base.digest == EMBEDDED_DIGEST
+    assert base.tokenizer.chat_template

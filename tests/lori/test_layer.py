@@ -1,0 +1,178 @@
+"""The served linear layer: y = W x + b + sum of weight * scale * B A x.
+
+Shapes: T tokens, N inputs, D outputs, R rank.
+"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from lori.basis import Basis
+from lori.kernels import Operands, Route, Term
+from lori.layer import ActiveRoute, LoriLinear, attach
+
+NUM_OUTPUTS, NUM_INPUTS, RANK = 33, 21, 5
+BASES = (Basis(seed=1), Basis(seed=1, stream=1))
+RANKS_AND_BASES = ((5, 0), (3, 1), (5, 1))  # of three slots
+TERMS = (Term(0, 2, 0, 1.5), Term(1, 4, 1, -0.5), Term(1, 2, 2, 2.0), Term(5, 6, 2, 0.25))
+NUM_TOKENS = 6
+
+
+class Rig:
+    """A layer, the linear layer that it stands for, and the B of its slots."""
+
+    def __init__(self, bias: bool, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.linear = nn.Linear(NUM_INPUTS, NUM_OUTPUTS, bias=bias, dtype=dtype)
+        self.active = ActiveRoute()
+        operands = Operands(len(RANKS_AND_BASES), RANK, NUM_OUTPUTS, dtype, "cpu")
+        self.deltas = [torch.randn(NUM_OUTPUTS, rank).to(dtype) for rank, _ in RANKS_AND_BASES]
+        for slot, (b, (_, basis)) in enumerate(zip(self.deltas, RANKS_AND_BASES, strict=True)):
+            operands.put(slot, b, basis)
+        blocks = [basis.draw("layer", RANK, NUM_INPUTS) for basis in BASES]
+        self.layer = LoriLinear(self.linear, blocks, operands, self.active)
+
+    def expected(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (T, D) fp64 for x (T, N): each token through its own folded weight."""
+        y = torch.empty(len(x), NUM_OUTPUTS, dtype=torch.float64)
+        for t in range(len(x)):
+            weight = self.linear.weight.double()
+            for term in TERMS:
+                if term.start <= t < term.stop:
+                    rank, basis = RANKS_AND_BASES[term.slot]
+                    a = BASES[basis].draw("layer", rank, NUM_INPUTS).double()
+                    weight = weight + term.weight * self.deltas[term.slot].double() @ a
+            y[t] = weight @ x[t].double()
+        return y if self.linear.bias is None else y + self.linear.bias.double()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(NUM_TOKENS,), (1, NUM_TOKENS), (2, 3), (3, 1, 2)])
+@torch.inference_mode()
+def test_the_deltas_of_the_route_are_added(shape: tuple[int, ...], bias: bool) -> None:
+    rig = Rig(bias)
+    x = torch.randn(NUM_TOKENS, NUM_INPUTS)
+    rig.active.route = Route.of(TERMS, NUM_TOKENS)
+    y = rig.layer(x.view(*shape, NUM_INPUTS))
+    assert y.shape == (*shape, NUM_OUTPUTS)
+    torch.testing.assert_close(y.reshape(NUM_TOKENS, NUM_OUTPUTS).double(), rig.expected(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_bf16_is_as_near_as_its_rounding(bias: bool) -> None:
+    rig = Rig(bias, torch.bfloat16)
+    x = torch.randn(NUM_TOKENS, NUM_INPUTS).bfloat16()
+    rig.active.route = Route.of(TERMS, NUM_TOKENS)
+    y = rig.layer(x)
+    assert y.dtype == torch.bfloat16
+    # A, A x, weight * A x, W x and y are rounded to 2**-9 each, on sums of magnitude about 10.
+    torch.testing.assert_close(y.double(), rig.expected(x), rtol=2**-6, atol=0.06)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 7, 64])
+@torch.inference_mode()
+def test_without_a_route_it_is_the_plain_layer_bit_for_bit(dtype: torch.dtype, bias: bool, num_tokens: int) -> None:
+    rig = Rig(bias, dtype)
+    x = torch.randn(1, num_tokens, NUM_INPUTS).to(dtype)
+    assert torch.equal(rig.layer(x), rig.linear(x))
+
+
+@torch.inference_mode()
+def test_a_route_is_for_one_step_only() -> None:
+    rig = Rig(bias=True)
+    x = torch.randn(NUM_TOKENS, NUM_INPUTS)
+    rig.active.route = Route.of(TERMS, NUM_TOKENS)
+    with_route = rig.layer(x)
+    rig.active.route = None
+    assert torch.equal(rig.layer(x), rig.linear(x))
+    assert not torch.allclose(with_route, rig.linear(x))
+
+
+@torch.inference_mode()
+def test_inputs_and_weights_are_not_changed() -> None:
+    rig = Rig(bias=True)
+    x = torch.randn(NUM_TOKENS, NUM_INPUTS)
+    before = x.clone(), rig.layer.weight.clone(), rig.linear.bias.clone()
+    rig.active.route = Route.of(TERMS, NUM_TOKENS)
+    rig.layer(x)
+    assert all(torch.equal(old, new) for old, new in zip(before, (x, rig.layer.weight, rig.linear.bias), strict=True))
+
+
+class Block(nn.Module):
+    """Two linear layers, one of them without a bias, and one that is no target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj, self.up = nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 4, bias=False)
+
+
+def frozen_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).requires_grad_(False)
+
+
+def test_attach_replaces_the_targets_and_nothing_else() -> None:
+    model = frozen_model()
+    before = dict(model.named_modules())
+    operands = attach(model, {"0.q_proj": (9, 6), "1.up": (4, 6)}, BASES, RANK, 3, ActiveRoute())
+    after = dict(model.named_modules())
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] is not before[name]} == {"0.q_proj", "1.up"}
+    assert all(isinstance(after[name], LoriLinear) for name in ("0.q_proj", "1.up"))
+    assert {name: tuple(o.pool.shape) for name, o in operands.items()} == {"0.q_proj": (3, RANK, 9), "1.up": (3, RANK, 4)}
+
+
+def test_attach_to_a_layer_of_the_model_itself() -> None:
+    model = Block().requires_grad_(False)
+    attach(model, {"q_proj": (9, 6)}, BASES, RANK, 1, ActiveRoute())
+    assert isinstance(model.q_proj, LoriLinear)
+
+
+def test_attached_layers_read_one_route_and_the_operands_that_are_returned() -> None:
+    model, plain, active = frozen_model(), frozen_model(), ActiveRoute()
+    operands = attach(model, {"0.q_proj": (9, 6), "1.q_proj": (9, 6)}, BASES, RANK, 2, active)
+    x = torch.randn(4, 6)
+    for index, block in enumerate((model[0], model[1])):
+        b = torch.randn(9, RANK)
+        operands[f"{index}.q_proj"].put(1, b, 1)
+        active.route = Route.of([Term(0, 4, 1, 0.5)], 4)
+        a = BASES[1].draw(f"{index}.q_proj", RANK, 6)  # drawn under the layer's full name
+        torch.testing.assert_close(block.q_proj(x), plain[index].q_proj(x) + 0.5 * x @ a.T @ b.T, rtol=1e-5, atol=1e-5)
+
+
+def test_empty_slots_add_nothing() -> None:
+    model, plain, active = frozen_model(), frozen_model(), ActiveRoute()
+    attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, active)
+    active.route = Route.of([Term(0, 4, 1, 3.0)], 4)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(model[0].q_proj(x), plain[0].q_proj(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operands_and_basis_take_the_layer_s_dtype(dtype: torch.dtype) -> None:
+    model = frozen_model().to(dtype)
+    operands = attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, ActiveRoute())
+    assert operands["0.q_proj"].pool.dtype == dtype
+    assert model[0].q_proj.weight.dtype == dtype
+    drawn = BASES[1].draw("0.q_proj", RANK, 6).to(dtype)
+    assert torch.equal(model[0].q_proj.weight[9 + RANK :], drawn)
+
+
+def test_a_replaced_weight_is_freed() -> None:
+    model = frozen_model()
+    weight = weakref.ref(model[0].q_proj.weight)
+    attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, ActiveRoute())
+    gc.collect()
+    assert weight() is None
+
+
+def test_attached_weights_take_no_gradient() -> None:
+    model = frozen_model()
+    attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, ActiveRoute())
+    assert not model[0].q_proj(torch.randn(2, 6)).requires_grad

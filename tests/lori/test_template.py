@@ -1,0 +1,123 @@
+"""How a prompt and its completion are written."""
+
+import pytest
+from pydantic import ValidationError
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from lori.errors import TemplateError
+from lori.template import Message, encode, render_completion, render_prompt
+from tests.tiny import tiny_tokenizer
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of its own for each test, which may change its template."""
+    return tiny_tokenizer()
+
+
+CONVERSATION = [
+    Message(role="system", content="Be brief."),
+    Message(role="user", content="Hi {{ there }}"),
+    Message(role="assistant", content="Yes?"),
+    Message(role="user", content="Bye "),
+]
+
+
+def test_messages_under_chat_are_the_tokenizer_s_own_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert render_prompt(tokenizer, CONVERSATION, "chat") == (
+        "<|system|>Be brief.<|end|><|user|>Hi {{ there }}<|end|><|assistant|>Yes?<|end|><|user|>Bye <|end|><|assistant|>"
+    )  # fmt: skip
+
+
+def test_a_string_under_chat_is_one_user_s_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert render_prompt(tokenizer, " Hi", "chat") == "<|user|> Hi<|end|><|assistant|>"
+    assert render_prompt(tokenizer, " Hi", "chat") == render_prompt(tokenizer, [Message(role="user", content=" Hi")], "chat")
+
+
+def test_a_string_under_plain_stands_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert render_prompt(tokenizer, " {{ x }}\n", "plain") == " {{ x }}\n"
+    assert render_prompt(tokenizer, "", "plain") == ""
+
+
+def test_messages_under_plain_are_lines(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert render_prompt(tokenizer, CONVERSATION, "plain") == "Be brief.\nHi {{ there }}\nYes?\nBye "
+
+
+@pytest.mark.parametrize("none", [None, ""])
+def test_a_tokenizer_without_a_template_can_be_plain_only(tokenizer: PreTrainedTokenizerFast, none: str | None) -> None:
+    tokenizer.chat_template = none
+    with pytest.raises(TemplateError, match="has no chat template; use the template 'plain'"):
+        render_prompt(tokenizer, "Hi", "chat")
+    assert render_prompt(tokenizer, "Hi", "plain") == "Hi"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no system message, please') }}", "no system message, please"),
+        ("{{ messages[9]['role'] }}", "no element 9"),
+        ("{% if %}", "end of statement block"),
+        # Was a TypeError, and so not the client's mistake but a 500.
+        ("{{ messages[0]['content'] + 1 }}", "str"),
+    ],
+    ids=["refuses", "undefined", "syntax", "type"],
+)
+def test_a_template_that_raises_is_a_template_error(tokenizer: PreTrainedTokenizerFast, template: str, reason: str) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(TemplateError, match=f"^the chat template refuses these messages: .*{reason}"):
+        render_prompt(tokenizer, "Hi", "chat")
+
+
+def test_a_conversation_of_no_messages_is_a_template_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    # Was transformers' ValueError.
+    with pytest.raises(TemplateError):
+        render_prompt(tokenizer, [], "chat")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"role": "tool", "content": "x"}, {"role": "user"}, {"role": "user", "content": "x", "name": "y"}]
+)
+def test_a_message_that_is_not_sound_is_refused(fields: dict[str, str]) -> None:
+    with pytest.raises(ValidationError):
+        Message.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("Is it so?", "yes", "\nyes"),
+        ("Is it so?", " yes", " yes"),
+        ("Is it so? ", "yes", "yes"),
+        ("Is it so?\n", "yes", "yes"),
+        ("Is it so?\t", " yes", " yes"),
+        ("Is it so?", "\nyes", "\nyes"),
+        ("", "yes", "yes"),
+        ("Is it so?", "", ""),
+        ("Is it so?", "yes \n", "\nyes \n"),
+    ],
+)
+def test_a_plain_completion_is_parted_from_its_prompt(prompt: str, completion: str, expected: str) -> None:
+    assert render_completion(prompt, completion, "plain") == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"), [("yes", "yes"), (" yes", "yes"), ("\n\tyes \n", "yes \n"), ("", ""), (" ", "")]
+)
+def test_a_chat_completion_has_no_leading_space(completion: str, expected: str) -> None:
+    assert render_completion("<|assistant|>", completion, "chat") == expected
+
+
+def test_encode_adds_no_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = encode(tokenizer, "Hé <|end|>").ids
+    assert len(ids) == len("Hé ".encode()) + 1  # one a byte, one for the special token that stands in the text
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids) == "Hé <|end|>"
+    assert encode(tokenizer, "").ids == []
+
+
+def test_encode_adds_no_token_where_the_tokenizer_would(tokenizer: PreTrainedTokenizerFast) -> None:
+    end = ("<|end|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
+    assert len(tokenizer("Hi").input_ids) == 3
+    assert len(encode(tokenizer, "Hi").ids) == 2

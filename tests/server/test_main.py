@@ -1,0 +1,120 @@
+"""`python -m server` as a process: how it ends, and what it says where it cannot start."""
+
+import json
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from lori.errors import LoriError
+from server.loading import load_service
+from server.settings import Settings
+from tests.server.live import LIMIT_S, events, run_main, start
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The exit code of a server that cannot start, and the lines that it printed."""
+
+    code: int
+    lines: list[str]
+
+
+@pytest.fixture(scope="module")
+def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Servers with wrong flags, by what is wrong. Started together: each takes seconds to import what it needs."""
+    place = tmp_path_factory.mktemp("main")
+    flags = {
+        "bad flags": ["--port", "99999", "--max-batch", "none"],
+        "no model": ["--model", "no/such-model"],
+        "unsound adapters": ["--model", str(writer_model), "--adapters", str(unsound(adapters, place / "adapters"))],
+    }
+    processes = {name: run_main(place / name, *args) for name, args in flags.items()}
+    try:
+        return {name: Ended(p.wait(LIMIT_S), (place / name).read_text().splitlines()) for name, p in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def unsound(adapters: Path, place: Path) -> Path:
+    """Copies `adapters` and spoils two of three: math in its config, safety in its weights."""
+    shutil.copytree(adapters, place)
+    config = json.loads((place / "math" / "adapter_config.json").read_text())
+    config["lori"]["base_digest"] = "1" * 64
+    config["lora_alpha"] = 1.0
+    (place / "math" / "adapter_config.json").write_text(json.dumps(config))
+    (place / "safety" / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    return place
+
+
+def test_bad_flags_are_named_all_at_once(cannot_start: dict[str, Ended]) -> None:
+    ended = cannot_start["bad flags"]
+    assert ended.code == 2
+    assert len(ended.lines) == 1
+    assert "--port: " in ended.lines[0]
+    assert "--max-batch: " in ended.lines[0]
+
+
+def test_unsound_adapters_are_reported_whole(cannot_start: dict[str, Ended]) -> None:
+    ended = cannot_start["unsound adapters"]
+    assert ended.code == 1
+    (said,) = (line for line in ended.lines if line.startswith("error: "))
+    for part in ("math: content digest", "math: trained on the base", "safety: adapter_model.safetensors is not"):
+        assert part in said
+    assert "intent" not in said
+    assert "Traceback (most recent call last):" not in ended.lines
+
+
+def test_an_unknown_model_is_one_clear_line(cannot_start: dict[str, Ended]) -> None:
+    ended = cannot_start["no model"]
+    assert ended.code == 1
+    assert ended.lines[0].startswith("error: cannot load the base model 'no/such-model': ")
+    assert len(ended.lines) == 1
+
+
+def test_sigterm_lets_a_running_request_finish_and_ends_well(writer_model: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
+    with start(tmp_path / "log", *flags) as live:
+        body = {"prompt": "a", "max_tokens": 600, "stream": True}
+        with live.client.stream("POST", "/generate", json=body) as reply:
+            heard = events(reply.iter_lines())
+            next(heard)
+            live.process.send_signal(signal.SIGTERM)
+            *tokens, (last, done) = heard
+        assert last == "done"
+        assert done["finish_reason"] == "length"
+        assert done["usage"]["completion_tokens"] == 600
+        assert len(tokens) == 599
+        assert live.process.wait(LIMIT_S) == 0
+        assert "Traceback" not in live.log.read_text()
+        with pytest.raises(httpx.ConnectError):
+            live.client.get("/health")
+
+
+def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        Settings(_cli_parse_args=["--no-such-flag", "1"])
+    assert caught.value.code == 2
+    assert "--no-such-flag" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        pytest.param({"max_batch": 64, "max_step_tokens": 2}, "max.step.tokens", id="a step without room for prompts"),
+        pytest.param({"block_size": 4, "kv_cache_gib": 1e-9}, "kv.cache.gib", id="hardly any memory"),
+        pytest.param({"kv_cache_gib": float("inf")}, "kv.cache.gib", id="endless memory"),
+        pytest.param({"kv_cache_gib": 1e9}, "kv.cache.gib", id="more memory than there is"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(writer_model: Path, flags: dict[str, Any], named: str) -> None:
+    """Whichever flag a person gets wrong, `main` can only say so if it is one of these two errors."""
+    with pytest.raises((ValidationError, LoriError), match=named):
+        load_service(Settings(model=str(writer_model), dtype="float32", **flags))

@@ -1,0 +1,211 @@
+"""The bridge between asyncio and the engine, with engines that a test can make fail."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from server.engine.admission import Ask
+from server.engine.engine import Engine
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
+from server.engine.thread import EngineThread
+from tests.server.live import LIMIT_S
+from tests.server.rig import FakeEngine, build, request
+
+
+def bridge(engine: FakeEngine | Engine) -> EngineThread:
+    return EngineThread(cast(Engine, engine))
+
+
+def run(test: Coroutine[object, object, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, LIMIT_S))
+
+
+async def listen(events: AsyncGenerator[Event, None]) -> list[Event]:
+    async with aclosing(events):
+        return [event async for event in events]
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.005)
+
+
+def named(name: str) -> Request:
+    return request(name=name)
+
+
+WHOLE = [TextEvent("x")] * 3 + [DoneEvent("length", 1, 3)]
+
+
+def test_each_request_hears_its_own_events_in_order() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        thread = bridge(engine)
+        thread.start()
+        heard = await asyncio.gather(*(listen(thread.generate(named(f"request {i}"))) for i in range(20)))
+        assert heard == [WHOLE] * 20
+        assert thread.num_requests == 0
+        await thread.stop()
+        assert engine.threads == {"engine"}, "no step runs on the event loop"
+
+    run(test())
+
+
+def test_requests_are_counted_while_they_last() -> None:
+    async def test() -> None:
+        engine = FakeEngine(num_steps=10**9)
+        thread = bridge(engine)
+        thread.start()
+        one, other = thread.generate(named("one")), thread.generate(named("other"))
+        await anext(one)
+        assert thread.num_requests == 1
+        await anext(other)
+        assert thread.num_requests == 2
+        await one.aclose()
+        assert thread.num_requests == 1
+        await other.aclose()
+        assert thread.num_requests == 0
+        await thread.stop()
+
+    run(test())
+
+
+def test_closing_the_generator_aborts_its_request_alone() -> None:
+    async def test() -> None:
+        engine = FakeEngine(num_steps=10**9)
+        thread = bridge(engine)
+        thread.start()
+        one, other = thread.generate(named("one")), thread.generate(named("other"))
+        assert await anext(one) == await anext(other) == TextEvent("x")
+        await one.aclose()
+        await until(lambda: engine.aborted == ["one"])
+        assert await anext(other) == TextEvent("x")
+        await other.aclose()
+        await until(lambda: engine.aborted == ["one", "other"])
+        await thread.stop()
+
+    run(test())
+
+
+def test_cancelling_whoever_listens_aborts_the_request() -> None:
+    async def test() -> None:
+        engine = FakeEngine(num_steps=10**9)
+        thread = bridge(engine)
+        thread.start()
+        task = asyncio.create_task(listen(thread.generate(named("one"))))
+        await until(lambda: engine.step_count > 3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: engine.aborted == ["one"])
+        await thread.stop()
+
+    run(test())
+
+
+def test_when_the_engine_dies_everybody_hears_of_it() -> None:
+    async def test() -> None:
+        engine = FakeEngine(num_steps=10**9, dies_at=50)
+        thread = bridge(engine)
+        thread.start()
+        assert thread.is_alive
+        heard = await asyncio.gather(*(listen(thread.generate(named(f"request {i}"))) for i in range(5)))
+        for events in heard:
+            assert isinstance(events[-1], ErrorEvent)
+            assert "out of luck" in events[-1].message
+            assert set(events[:-1]) <= {TextEvent("x")}
+        assert not thread.is_alive
+        assert thread.num_requests == 0
+        assert isinstance(await anext(thread.generate(named("late"))), ErrorEvent)
+        await thread.stop()
+
+    run(test())
+
+
+def test_a_request_that_comes_between_the_death_and_its_news_hears_of_it_too() -> None:
+    """The thread is gone and its last word waits on the event loop: a request submitted now must not wait for ever."""
+
+    async def test() -> None:
+        engine = FakeEngine(dies_at=1)
+        engine.may_step.clear()
+        thread = bridge(engine)
+        thread.start()
+        first = asyncio.create_task(listen(thread.generate(named("first"))))
+        await until(lambda: "first" in engine.scheduler.emits)
+        late = asyncio.create_task(listen(thread.generate(named("late"))))
+        # From here to the next await the event loop stands still, and `late` is before the news in its queue.
+        engine.may_step.set()
+        end = time.monotonic() + LIMIT_S
+        while any(t.name == "engine" for t in threading.enumerate()):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        assert thread.is_alive, "the news waits"
+        for events in await asyncio.gather(first, late):
+            assert isinstance(events[-1], ErrorEvent)
+        assert not thread.is_alive
+        await thread.stop()
+
+    run(test())
+
+
+def test_an_engine_that_was_never_started_answers_nothing() -> None:
+    async def test() -> None:
+        assert isinstance(await anext(bridge(FakeEngine()).generate(named("early"))), ErrorEvent)
+
+    run(test())
+
+
+def test_stopping_tells_whoever_still_waits() -> None:
+    async def test() -> None:
+        thread = bridge(FakeEngine(num_steps=10**9))
+        thread.start()
+        task = asyncio.create_task(listen(thread.generate(named("one"))))
+        await until(lambda: thread.num_requests == 1)
+        await thread.stop()
+        events = await task
+        assert isinstance(events[-1], ErrorEvent)
+        assert "stopping" in events[-1].message
+        assert not thread.is_alive
+
+    run(test())
+
+
+def test_an_idle_engine_sleeps() -> None:
+    async def test() -> None:
+        engine = FakeEngine()
+        thread = bridge(engine)
+        thread.start()
+        await asyncio.sleep(0.3)  # a loop that looked for work would have looked thousands of times
+        assert engine.step_count == 0
+        assert engine.scheduler.num_asked <= 1
+        await listen(thread.generate(named("one")))
+        await until(lambda: engine.aborted == ["one"])
+        num_asked = engine.scheduler.num_asked
+        await asyncio.sleep(0.3)
+        assert engine.step_count == 3
+        assert engine.scheduler.num_asked <= num_asked + 1
+        await thread.stop()
+
+    run(test())
+
+
+def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
+    async def test() -> None:
+        rig = build(writer_model)
+        thread = bridge(rig.engine)
+        thread.start()
+        events = thread.generate(rig.admission.admit(Ask(prompt="a", max_tokens=400)))
+        await anext(events)
+        await events.aclose()
+        await until(lambda: not rig.scheduler.has_work)
+        await thread.stop()
+        rig.scheduler.check_integrity()
+        assert rig.scheduler.allocator.num_free == rig.scheduler.allocator.num_blocks
+
+    run(test())
