@@ -123,7 +123,10 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         except OSError:
             aside.rename(folder)
             raise
-        shutil.rmtree(aside)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink()
     else:
         scratch.rename(folder)
     parent = os.open(folder.parent, os.O_RDONLY)

@@ -52,7 +52,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         text = tokenizer.apply_chat_template(
             [message.model_dump() for message in messages], tokenize=False, add_generation_prompt=True
         )
-    except (JinjaError, TypeError, ValueError) as error:
+    except (JinjaError, TypeError, ValueError, ArithmeticError) as error:
         raise TemplateError(f"the chat template refuses these messages: {error}") from error
     assert isinstance(text, str)
     return text

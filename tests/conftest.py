@@ -11,7 +11,8 @@ import torch
 
 from tests.tiny import save_tiny_model
 
-torch.set_num_threads(2)
+# More threads than that wait for each other on a busy machine; the tensors are tiny.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ class TextStream:
         # A token's text may depend on those before it: [prefix, read) is known text, decoded again beside what is new.
         self._ids = list(prompt_ids[-NUM_CONTEXT:])
         self._prefix, self._read = 0, len(self._ids)
+        while self._text(self._prefix, self._read).startswith(HALF_CHARACTER):
+            self._prefix += 1  # The context began inside a character.
         self._waiting = ""
         self.num_characters = 0
         self.is_stopped = False
@@ -48,9 +50,11 @@ class TextStream:
 
     def _decode(self, token: int) -> str:
         self._ids.append(token)
-        known = self._tokenizer.decode(self._ids[self._prefix : self._read], skip_special_tokens=True)
-        text = self._tokenizer.decode(self._ids[self._prefix :], skip_special_tokens=True)
+        known, text = self._text(self._prefix, self._read), self._text(self._prefix, len(self._ids))
         if len(text) <= len(known) or text.endswith(HALF_CHARACTER):
             return ""
         self._prefix, self._read = self._read, len(self._ids)
         return text[len(known) :]
+
+    def _text(self, start: int, stop: int) -> str:
+        return self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)

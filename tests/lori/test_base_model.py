@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lori.base_model import base_digest, default_dtype, load_base_model, resolve_dtype
 from lori.embedded import EMBEDDED_NAME
 from lori.errors import ModelError
+from lori.template import encode
 from tests.tiny import save_tiny_model, tiny_llama_config
 
 GOLDEN_DIGEST = "abebcf5a6a26d9027521fc121720ccc71d6a4a00dc6663786f379f996f1ac721"
@@ -92,6 +93,32 @@ def test_a_damaged_model_is_a_model_error(tiny_model: Path, tmp_path: Path, dama
     folder = shutil.copytree(tiny_model, tmp_path / "damaged")
     damage(folder)
     with pytest.raises(ModelError, match=f"^cannot load the base model '{folder}': "):
+        load_base_model(str(folder), torch.float32)
+
+
+def edit_tokenizer(folder: Path, **changes: Any) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | changes))
+
+
+def test_a_tokenizer_that_cuts_and_pads_does_neither(tiny_model: Path, tmp_path: Path) -> None:
+    # Some files on the hub say so: a long prompt would be cut in silence.
+    folder = shutil.copytree(tiny_model, tmp_path / "cutting")
+    padding = {"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    edit_tokenizer(
+        folder,
+        truncation={"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        padding=padding | {"pad_type_id": 0, "pad_token": "!"},
+    )
+    tokenizer = load_base_model(str(folder), torch.float32).tokenizer
+    assert len(encode(tokenizer, "x" * 9).ids) == 9
+
+
+def test_a_tokenizer_without_a_fast_form_is_a_model_error(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "slow")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    with pytest.raises(ModelError, match=r"has no fast form \(tokenizer.json\)"):
         load_base_model(str(folder), torch.float32)
 
 

@@ -27,8 +27,8 @@ POPULARITY: dict[str, Popularity] = {
 SIZES = [(1, 1, 1, 1, 1), (2, 1, 3, 5, 2), (7, 2, 5, 33, 6), (17, 3, 8, 40, 9), (33, 1, 32, 129, 16)]
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
 """The largest relative error of rounding once to a dtype; fp32 has its own bound."""
-ROUNDED_OPERANDS = {"reference": 0, "stacked": 2}
-"""How often a kernel rounds an operand to y's dtype before the fp32 sum: `stacked` does with the weight, and with weight * s."""
+ROUNDED_OPERANDS = {"reference": 0, "stacked": 1}
+"""How often a kernel rounds an operand to y's dtype before the fp32 sum: `stacked` does with weight * s."""
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,16 @@ Shapes: T tokens, N inputs, D outputs, R rank.
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lori.basis import Basis
 from lori.kernels import Operands, Route, Term
-from lori.layer import ActiveRoute, LoriLinear, attach
+from lori.layer import ActiveRoute, LoriLinear, attach, module_shapes
 
 NUM_OUTPUTS, NUM_INPUTS, RANK = 33, 21, 5
 BASES = (Basis(seed=1), Basis(seed=1, stream=1))
@@ -176,3 +178,15 @@ def test_attached_weights_take_no_gradient() -> None:
     model = frozen_model()
     attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, ActiveRoute())
     assert not model[0].q_proj(torch.randn(2, 6)).requires_grad
+
+
+def test_module_shapes_are_every_linear_layer_but_the_output_embeddings(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    shapes = module_shapes(model)
+    layer = {
+        "self_attn.q_proj": (64, 48), "self_attn.k_proj": (32, 48), "self_attn.v_proj": (32, 48), "self_attn.o_proj": (48, 64),
+        "mlp.gate_proj": (80, 48), "mlp.up_proj": (80, 48), "mlp.down_proj": (48, 80),
+    }  # fmt: skip
+    expected = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    assert shapes == expected
+    assert next(iter(shapes)) == "model.layers.0.self_attn.q_proj"

@@ -83,6 +83,13 @@ def test_a_message_that_is_not_sound_is_refused(fields: dict[str, str]) -> None:
         Message.model_validate(fields)
 
 
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    # JSON can hold it, and the tokenizer raised a TypeError on it.
+    with pytest.raises(ValidationError, match="half of a surrogate pair at character 2"):
+        Message.model_validate({"role": "user", "content": "Hi\ud83d"})
+    assert Message(role="user", content="Hi\U0001f600").content == "Hi\U0001f600"
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected"),
     [
@@ -114,6 +121,10 @@ def test_encode_adds_no_token(tokenizer: PreTrainedTokenizerFast) -> None:
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == "Hé <|end|>"
     assert encode(tokenizer, "").ids == []
+
+
+def test_encode_tells_where_each_token_stands_in_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode(tokenizer, "Hé<|end|>").offsets == [(0, 1), (1, 2), (1, 2), (2, 9)]
 
 
 def test_encode_adds_no_token_where_the_tokenizer_would(tokenizer: PreTrainedTokenizerFast) -> None:

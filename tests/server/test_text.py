@@ -62,6 +62,21 @@ def byte_fallback_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("has_byte_fallback", [False, True])
+def test_any_text_after_any_prompt_comes_out_as_it_is(
+    tokenizer: PreTrainedTokenizerFast, has_byte_fallback: bool, seed: int
+) -> None:
+    """Also where what is looked at of the prompt would begin in the middle of a character."""
+    backend = byte_fallback_tokenizer() if has_byte_fallback else tokenizer.backend_tokenizer
+    rng = random.Random(seed)
+    prompt, text = ("".join(rng.choices("ab€😀é\ufffd c", k=rng.randint(1, 14))) for _ in range(2))
+    stream = TextStream(backend, tuple(backend.encode(prompt).ids), ())
+    pieces_of_text = [stream.push(token) for token in backend.encode(text + "a").ids]
+    assert "".join(pieces_of_text) == text + "a"
+    assert stream.num_characters == len(text) + 1
+
+
 def test_byte_tokens_that_make_no_character_after_one_that_does_are_no_error() -> None:
     """A model at some temperature can say any tokens: a newline, half a character and a letter ended the engine."""
     tokenizer = byte_fallback_tokenizer()

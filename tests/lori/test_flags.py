@@ -1,0 +1,47 @@
+"""What a program says of its flags."""
+
+from typing import Self
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from lori.flags import flag_faults
+
+
+class Settings(BaseModel):
+    """Flags that can be wrong in several ways."""
+
+    max_batch: int = Field(default=1, ge=1)
+    place: str = "here"
+    low: int = 0
+    high: int = 1
+    weights: list[float] = []
+
+    @field_validator("place")
+    @classmethod
+    def _no_spaces(cls, value: str) -> str:
+        if " " in value:
+            raise ValueError("holds a space")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError("--low is above --high")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"max_batch": 0}, "--max-batch: Input should be greater than or equal to 1"),
+        ({"place": "a b"}, "--place: holds a space"),
+        ({"low": 2}, "--low is above --high"),
+        ({"weights": [1, "x"]}, "--weights-1: Input should be a valid number, unable to parse string as a number"),
+        ({"max_batch": 0, "place": "a b"}, "--max-batch: Input should be greater than or equal to 1; --place: holds a space"),
+    ],
+)
+def test_every_fault_is_told_by_its_flag_in_one_line(fields: dict[str, object], expected: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings.model_validate(fields)
+    assert flag_faults(caught.value) == expected
