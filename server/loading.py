@@ -76,7 +76,7 @@ def _folders(settings: Settings) -> dict[str, Path]:
     own = adapter_folders([settings.adapters]) if settings.adapters else {}
     for name in demo.keys() & own.keys():
         logger.info("%s is served in place of the demo adapter %r", own[name], name)
-    return demo | own
+    return dict(sorted((demo | own).items()))
 
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:

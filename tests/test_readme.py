@@ -53,7 +53,7 @@ def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> Non
     headers = dict(h.split(": ") for flag, h in itertools.pairwise(words) if flag == "-H")
     reply = demo.client.post(url.removeprefix(LOCAL), content=words[-1], headers=headers)
     if "event: " in shown:
-        told, expected = list(events(reply.text.splitlines())), list(events(shown.splitlines()))
+        told, expected = list(events(reply.text.splitlines())), list(events([*shown.splitlines(), ""]))
         assert [name for name, _ in told] == [name for name, _ in expected]
         assert [data.get("text") for _, data in told] == [data.get("text") for _, data in expected]
     else:
