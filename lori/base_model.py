@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lori.embedded import EMBEDDED_NAME, embedded_model
 from lori.errors import ModelError
@@ -43,6 +44,9 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     `attention` is the name of an attention function that transformers knows. Raises `ModelError` where there is none.
     """
     folder = str(embedded_model()) if name is None else name
+    if (folder.startswith((".", "/")) or Path(folder).exists()) and not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"cannot load the base model {folder!r}: there is no {Path(folder) / 'config.json'}")
+    disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

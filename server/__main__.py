@@ -2,7 +2,9 @@
 
 import logging
 import signal
+import socket
 import sys
+import threading
 from types import FrameType
 
 import uvicorn
@@ -11,10 +13,12 @@ from pydantic import ValidationError
 from lori.errors import LoriError
 from lori.flags import flag_faults
 from server.app import create_app
+from server.engine.thread import EngineThread
 from server.loading import load_service
 from server.settings import Settings
 
 DRAIN_S = 30
+GRACE_S = 5
 
 
 def main() -> int:
@@ -25,21 +29,44 @@ def main() -> int:
         signal.signal(number, _end)
     try:
         settings = Settings(_cli_parse_args=True)
+        _check_port(settings.host, settings.port)
         service = load_service(settings)
     except ValidationError as error:
         print(f"error: {flag_faults(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
+        return 1
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    uvicorn.run(
-        create_app(service),
-        host=settings.host,
-        port=settings.port,
-        log_level="info",
-        timeout_graceful_shutdown=DRAIN_S,
+    config = uvicorn.Config(
+        create_app(service), host=settings.host, port=settings.port, timeout_graceful_shutdown=DRAIN_S + GRACE_S
     )
+    DrainingServer(config, service.engine).run()
     return 0
+
+
+class DrainingServer(uvicorn.Server):
+    """Stops the engine when running requests have had their time, so that each hears an error before its connection ends."""
+
+    def __init__(self, config: uvicorn.Config, engine: EngineThread) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops accepting, waits for running requests, and ends what is left."""
+        timer = threading.Timer(DRAIN_S, self._engine.request_stop)
+        timer.start()
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+def _check_port(host: str, port: int) -> None:
+    # Loading takes seconds; a port that is taken is better said before.
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
 
 
 def _end(_: int, __: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from server.engine.thread import EngineDeadError
 from server.schemas import ErrorReply, GenerateBody, error_reply
 
 logger = logging.getLogger(__name__)
+MAX_FAULTS = 10
 
 
 class BusyError(Exception):
@@ -76,7 +77,9 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
     """Answers a body that does not fit its schema, with every fault."""
     assert isinstance(error, RequestValidationError)
     faults = list(dict.fromkeys(_say(e) for e in error.errors()))
-    said = "; ".join(f"{field}: {message}" if field else message for field, message in faults)
+    said = "; ".join(f"{field}: {message}" if field else message for field, message in faults[:MAX_FAULTS])
+    if len(faults) > MAX_FAULTS:
+        said += f"; and {len(faults) - MAX_FAULTS} more"
     return _answer(400, "BadRequestError", said, faults[0][0] or None)
 
 

@@ -9,6 +9,7 @@ from server.engine.request import FinishReason
 
 MAX_LOGPROBS = 20
 MAX_WEIGHT = 16.0
+MAX_FIELDS = 64
 
 
 def _is_not_empty(value: str) -> str:
@@ -18,6 +19,7 @@ def _is_not_empty(value: str) -> str:
 
 
 StopText = Annotated[Text, AfterValidator(_is_not_empty)]
+AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 
 
@@ -38,13 +40,13 @@ class GenerateBody(BaseModel):
 
     prompt: Text | None = None
     """Text to continue, as it stands. Either this or `messages`."""
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
     """A conversation to answer, written with the adapter's own template."""
     template: Template | None = None
     """How `messages` are written, where it is not to be the adapter's own way."""
-    adapter: Text | Annotated[list[Text], Field(min_length=1)] | None = None
-    """The adapter's name, or several names: their deltas are added. Absent: the base model."""
-    weights: list[Weight] | None = None
+    adapter: AdapterName | Annotated[list[AdapterName], Field(max_length=64, fail_fast=True)] | None = None
+    """The adapter's name, or several names: their deltas are added. Absent, or an empty list: the base model."""
+    weights: Annotated[list[Weight], Field(max_length=64, fail_fast=True)] | None = None
     """One for each adapter; absent: each 1/n."""
     max_tokens: int | None = Field(default=None, ge=0)
     """The longest answer; absent: 128, or what the context has left. 0 generates nothing, to score a text with `echo`."""
@@ -52,7 +54,7 @@ class GenerateBody(BaseModel):
     """0 takes the likeliest token each time."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Draws the tokens; absent: a random one, named in the reply."""
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     """The answer ends before any of these."""
     echo: bool = False
     """The reply's text, and its log-probabilities, begin with the prompt."""
@@ -60,6 +62,14 @@ class GenerateBody(BaseModel):
     """Adds log-probabilities, with this many alternatives for each token."""
     stream: bool = False
     """Sends the answer as server-sent events: `token` events, then `done` or `error`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: Any) -> Any:
+        # Each unknown field is an error of its own: a body of nothing else would cost seconds.
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise ValueError(f"the body has {len(body)} fields, expected at most {MAX_FIELDS}")
+        return body
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

@@ -33,7 +33,7 @@ class Settings(BaseSettings):
     """Weights and products: auto is bfloat16 where the machine computes in it."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
-    kv_cache_gib: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    kv_cache_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
     """Memory for the keys and values of all running requests, in GiB."""
     block_size: int = Field(default=16, ge=1)
     """Tokens that a block of KV memory holds."""
@@ -43,11 +43,11 @@ class Settings(BaseSettings):
     """Tokens computed in one step; long prompts are cut to fit, so that they do not stall the others."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests running and waiting; one more is answered 429."""
-    max_body_bytes: int = Field(default=4 << 20, ge=1024)
+    max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """The longest request body; a longer one is answered 413."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> Self:
         if self.max_step_tokens <= self.max_batch:
-            raise ValueError(f"max_step_tokens is {self.max_step_tokens}, expected more than max_batch, {self.max_batch}")
+            raise ValueError(f"--max-step-tokens is {self.max_step_tokens}, expected more than --max-batch, {self.max_batch}")
         return self

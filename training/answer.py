@@ -113,9 +113,12 @@ def main() -> int:
         return 1
     torch.manual_seed(config.seed)
     config.output.parent.mkdir(parents=True, exist_ok=True)
+    num_answers = 0
     with config.output.open("w", encoding="utf-8") as file:
         for row in tqdm(answers(base, rows, config), total=len(rows), unit="row", disable=None):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            num_answers += 1
+    print(f"wrote {num_answers} answers to {config.output}")
     return 0
 
 

@@ -77,7 +77,7 @@ class FitConfig(CommandLine):
     def _is_sound(self) -> "FitConfig":
         if not NAME.fullmatch(self.output.name):
             raise ValueError(
-                f"output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
+                f"--output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
             )
         if len(set(self.template)) != len(self.template):
             raise ValueError(f"template names one twice: {self.template}")

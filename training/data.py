@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from lori.errors import LoriError
-from lori.template import Message, Template, encode, render_completion, render_prompt
+from lori.template import Message, Template, Text, encode, render_completion, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    prompt: str | list[Message] = ""
-    completion: str | None = None
+    prompt: Text | list[Message] = ""
+    completion: Text | None = None
     messages: list[Message] | None = None
     template: Template | None = None
     truncated: bool = False
@@ -108,11 +108,15 @@ def _say(error: Any) -> str:
 
 def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
     objects, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 objects.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 faults.append(f"line {number}: not JSON ({error})")
     if faults:
         raise DataError(f"{path} has {len(faults)} bad lines: " + " | ".join(faults[:10]))
@@ -120,10 +124,12 @@ def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
 
 
 def _read_hub(name: str) -> list[tuple[int, Any]]:
+    if Path(name).suffix in (".json", ".jsonl") or name.startswith((".", "/")) or Path(name).exists():
+        raise DataError(f"there is no file {name!r}")
     try:
         from datasets import load_dataset  # noqa: PLC0415  # an extra; reading a file must not need it
     except ImportError as error:
-        raise DataError(f"{name!r} is no file, and hub data sets need: pip install 'lori-server[train]'") from error
+        raise DataError(f"{name!r} is no file, and hub data sets need: pip install '.[train]'") from error
     try:
         return list(enumerate(load_dataset(name, split="train"), 1))
     except (OSError, ValueError, RuntimeError) as error:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import httpx
 from pydantic import Field
-from tqdm.asyncio import tqdm
+from tqdm import tqdm
 
 from lori.errors import LoriError
 from lori.format import read_config, write_config
@@ -76,7 +76,8 @@ class Client:
         async with self._gate:
             reply = await self._http.post("/generate", json=fields)
         if reply.is_error:
-            raise DataError(f"the server answered {reply.status_code}: {reply.text}")
+            said = reply.json()["error"]["message"] if "json" in reply.headers.get("content-type", "") else reply.text
+            raise DataError(f"the server answered {reply.status_code}: {said}")
         answer: dict[str, Any] = reply.json()
         return answer
 
@@ -165,8 +166,24 @@ async def evaluate(config: EvaluateConfig) -> Measured:
     limits = httpx.Limits(max_connections=config.concurrency)
     async with httpx.AsyncClient(base_url=config.url, timeout=600, limits=limits) as http:
         client = Client(config, http)
-        measure = MEASURES[config.metric]
-        return summarize(await tqdm.gather(*(measure(client, row) for row in rows), unit="row", disable=None))
+        return summarize(await _measure_all(client, rows, config.metric))
+
+
+async def _measure_all(client: Client, rows: Sequence[Row], metric: Metric) -> list[Measured]:
+    # The first row that fails ends all others, and its error is the one that is told.
+    with tqdm(total=len(rows), unit="row", disable=None) as bar:
+
+        async def measure(row: Row) -> Measured:
+            found = await MEASURES[metric](client, row)
+            bar.update()
+            return found
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(measure(row)) for row in rows]
+        except* (LoriError, httpx.HTTPError) as errors:
+            raise errors.exceptions[0] from errors
+    return [task.result() for task in tasks]
 
 
 def record(folder: Path, config: EvaluateConfig, result: Measured) -> None:
@@ -189,7 +206,10 @@ def main() -> int:
         result = asyncio.run(evaluate(config))
         if config.record:
             record(config.record, config, result)
-    except (LoriError, httpx.HTTPError) as error:
+    except httpx.TransportError as error:
+        print(f"error: no answer from {config.url} ({error}): is `python -m server` running there?", file=sys.stderr)
+        return 1
+    except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, value in result.items():

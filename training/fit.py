@@ -22,20 +22,26 @@ from lori.mask import top_k_mask
 from training.batches import plan_batches
 from training.card import render_card
 from training.config import FitConfig
-from training.data import DataError, Example, read_rows, tokenize
+from training.data import DataError, Example, Row, read_rows, tokenize
 from training.loop import Phase, State, read_checkpoint, write_checkpoint
 from training.packing import ATTENTION
 from training.trainable import MaskedDelta, TrainableLinear, wrap
 
+logger = logging.getLogger(__name__)
 UNWRITTEN_DIGEST = "0" * 64
+
+
+def read_all(config: FitConfig) -> tuple[list[Row], list[Row]]:
+    """Returns the rows to learn and the rows to mix in."""
+    data = [row for source in config.data for row in read_rows(source)]
+    return data, [row for source in config.mix for row in read_rows(source, needs="completion")]
 
 
 def load_examples(config: FitConfig, base: BaseModel) -> tuple[list[Example], list[Example]]:
     """Returns the examples to learn and the examples to mix in."""
-    rows = [row for source in config.data for row in read_rows(source)]
-    data = tokenize(base.tokenizer, rows, config.template, config.max_length)
-    rows = [row for source in config.mix for row in read_rows(source, needs="completion")]
-    mix = tokenize(base.tokenizer, rows, config.template, config.max_length, keeps_base=True) if rows else []
+    learnt, kept = read_all(config)
+    data = tokenize(base.tokenizer, learnt, config.template, config.max_length)
+    mix = tokenize(base.tokenizer, kept, config.template, config.max_length, keeps_base=True) if kept else []
     return data, mix
 
 
@@ -61,6 +67,8 @@ class Run:
     def train(self) -> None:
         """Runs both phases, from the checkpoint where one is to be resumed."""
         state = read_checkpoint(self.checkpoint) if self.config.resume and self.checkpoint.exists() else None
+        if self.config.resume and state is None:
+            logger.warning("%s is not there: starting from the beginning", self.checkpoint)
         if state and state["config"] != self._identity():
             raise DataError(f"{self.checkpoint} is of a run with other options; resume with those, or remove it")
         if state is None or state["name"] == "LoRI-D":
@@ -127,6 +135,7 @@ def fit(config: FitConfig, command: str) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    read_all(config)  # What is wrong with the data is said before the model is loaded.
     base = load_base_model(config.model, resolve_dtype(config.dtype), attention=ATTENTION)
     data, mix = load_examples(config, base)
     run = Run(config, base, data, mix)
@@ -148,10 +157,14 @@ def main() -> int:
     config = FitConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        folder = fit(config, shlex.join(["python", "-m", "training.fit", *sys.argv[1:]]))
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        folder = fit(config, shlex.join(["python", "-m", "training.fit", *words]))
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command with --resume goes on from the last {config.save_every} steps", file=sys.stderr)
+        return 130
     print(f"saved {folder}")
     return 0
 

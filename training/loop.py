@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training.data import Example
+from training.data import DataError, Example
 from training.packing import PackedBatch, pack
 from training.trainable import base_alone
 
@@ -91,7 +92,10 @@ class Phase:
         self.schedule.load_state_dict(state["schedule"])
 
     def run(self, save_every: int, save: Callable[[State], None]) -> None:
-        """Trains to the last batch, with a bar of loss, tokens/s and time left; calls `save` every `save_every` steps."""
+        """Trains to the last batch, with a bar of loss, tokens/s and time left.
+
+        Calls `save` every `save_every` steps and at the end.
+        """
         started, num_tokens = time.monotonic(), 0
         with tqdm(total=len(self.batches), initial=self.step, desc=self.name, unit="step") as bar:
             for examples in self.batches[self.step :]:
@@ -102,7 +106,7 @@ class Phase:
                 rate = num_tokens / (time.monotonic() - started)
                 bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}", tokens_per_s=f"{rate:.0f}", refresh=False)
                 bar.update()
-                if self.step % save_every == 0 and self.step < len(self.batches):
+                if self.step % save_every == 0 or self.step == len(self.batches):
                     save(self.state())
 
     def _train_on(self, examples: Sequence[Example]) -> float:
@@ -123,6 +127,9 @@ def write_checkpoint(path: Path, state: State) -> None:
 
 
 def read_checkpoint(path: Path) -> State:
-    """Reads what `write_checkpoint` wrote; tensors and plain values only."""
-    state: State = torch.load(path, weights_only=True)
+    """Reads what `write_checkpoint` wrote; tensors and plain values only. Raises `DataError` where it is not whole."""
+    try:
+        state: State = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} is no checkpoint that can be read: {error}") from error
     return state

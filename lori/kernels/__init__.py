@@ -4,8 +4,8 @@ Semantics, for each token t of a step:
 
     y[t] += sum over the terms (start <= t < stop) of weight * B_slot s[t]
 
-accumulated in fp32, written in y's dtype; `stacked` rounds weight * s to that dtype first. y: (T, D), changed in place, rows may be strided. s: (T, A, R), A x of each basis, in
-y's dtype. T tokens, D outputs, A bases, R rank.
+accumulated in fp32, written in y's dtype; `stacked` rounds weight * s to that dtype first. y: (T, D), changed in place, rows may
+be strided. s: (T, A, R), A x of each basis, in y's dtype. T tokens, D outputs, A bases, R rank.
 """
 
 import torch

@@ -54,8 +54,10 @@ class Admission:
         else:
             text = render_prompt(self._tokenizer, ask.prompt, ask.template or self._template(adapters))
         encoding = encode(self._tokenizer, text)
-        if not encoding.ids:
+        # Its lists are made only of what is not refused: a long text's would take seconds.
+        if not len(encoding):
             raise RefusedError(field, "is empty, expected at least one token")
+        max_tokens = self._max_tokens(ask, field, len(encoding))
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
@@ -64,7 +66,7 @@ class Admission:
             terms=tuple(
                 AdapterTerm(r.name, r.version, weight, r.config.scale) for r, weight in zip(adapters, weights, strict=True)
             ),
-            max_tokens=self._max_tokens(ask, field, len(encoding.ids)),
+            max_tokens=max_tokens,
             temperature=ask.temperature,
             seed=secrets.randbits(31) if ask.seed is None else ask.seed,
             stop=ask.stop,

@@ -28,8 +28,8 @@ class ChunkKeys:
 class StepKeys:
     """Where a step's keys are: `write` (T,) takes the new ones.
 
-    The first B tokens of the step decode: `decode_keys` (B, L) are the places of what they see, `decode_lengths` (B,) how many
-    of those are real. All places count tokens in the KV memory.
+    The first B tokens of the step decode: `decode_keys` (B, L), L padded to a round number, are the places of what they see,
+    `decode_lengths` (B,) how many of those are real. All places count tokens in the KV memory.
     """
 
     write: torch.Tensor
@@ -97,6 +97,8 @@ def _decode(
     grouped = query.unflatten(1, (num_kv_heads, -1)) * scaling  # (B, G, H/G, E)
     scores = torch.einsum("bghe,blge->bghl", grouped, k).float()
     scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    # What is not seen may be another request's, and not finite: a weight of zero would not hide it.
+    v = v.masked_fill(~seen[:, :, None, None], 0)
     return torch.einsum("bghl,blge->bghe", scores.softmax(-1).to(v.dtype), v).flatten(1, 2)
 
 

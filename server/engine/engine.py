@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from server.engine.request import DoneEvent, Event, FinishReason, Request, Sequence, TextEvent, TokenLogprob
+from server.engine.request import DoneEvent, ErrorEvent, Event, FinishReason, Request, Sequence, TextEvent, TokenLogprob
 from server.engine.runner import Runner
 from server.engine.sampler import log_probabilities, sample
 from server.engine.scheduler import Chunk, Scheduler
@@ -57,12 +57,23 @@ class Engine:
         starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
         positions = [start + row for start, span in zip(starts, spans, strict=False) for row in span]
         parts = self._runner.forward(chunks, positions).split([len(span) for span in spans])
-        for chunk, logits in zip(chunks, parts, strict=True):
+        sound = [(chunk, logits) for chunk, logits in zip(chunks, parts, strict=True) if self._is_sound(chunk, logits)]
+        for chunk, logits in sound:
             if self._scores_prompt(chunk.sequence):
                 self._score(chunk, logits)
-        tokens = self._sample({c.sequence: logits[-1] for c, logits in zip(chunks, parts, strict=True) if c.is_last})
-        for chunk in chunks:
+        tokens = self._sample({chunk.sequence: logits[-1] for chunk, logits in sound if chunk.is_last})
+        for chunk, _ in sound:
             self._commit(chunk, tokens.get(chunk.sequence))
+
+    def _is_sound(self, chunk: Chunk, logits: torch.Tensor) -> bool:
+        # A sequence whose numbers overflow fails by itself.
+        if not len(logits) or bool(logits.amax(-1).isfinite().all()):
+            return True
+        self.scheduler.finish(chunk.sequence)
+        live = self._live.pop(chunk.sequence)
+        del self._by_id[chunk.sequence.request.id]
+        live.emit(ErrorEvent("the model's numbers overflow under these adapters and weights"))
+        return False
 
     def _scores_prompt(self, sequence: Sequence) -> bool:
         return sequence.request.echo and sequence.request.num_logprobs is not None and not sequence.output_ids

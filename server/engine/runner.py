@@ -13,6 +13,8 @@ from lori.pool import AdapterPool
 from server.engine.attention import ATTENTION, ChunkKeys, KvMemory, StepKeys
 from server.engine.scheduler import Chunk
 
+PAD_TO = 64
+
 
 class Runner:
     """The base model with its adapters and its KV memory of `num_blocks` blocks."""
@@ -74,7 +76,7 @@ class Runner:
         decoding = keys[:num_decoding]
         return StepKeys(
             write=torch.cat([k[c.start :] for k, c in zip(keys, chunks, strict=True)]).to(device),
-            decode_keys=torch.nn.utils.rnn.pad_sequence(decoding, batch_first=True).to(device) if decoding else torch.empty(0),
+            decode_keys=_stack(decoding).to(device),
             decode_lengths=torch.tensor([len(k) for k in decoding], device=device),
             chunks=tuple(parts),
         )
@@ -94,3 +96,12 @@ def _kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
+
+
+def _stack(places: Items[torch.Tensor]) -> torch.Tensor:
+    # (B, L) with L a multiple of PAD_TO: on a CPU each new shape of a bf16 product is compiled once more.
+    longest = max(map(len, places), default=0)
+    stacked = torch.zeros(len(places), -(-longest // PAD_TO) * PAD_TO, dtype=torch.int64)
+    for row, found in zip(stacked, places, strict=True):
+        row[: len(found)] = found
+    return stacked

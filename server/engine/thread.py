@@ -39,9 +39,13 @@ class EngineThread:
         self.is_alive = True
         self._thread.start()
 
-    async def stop(self) -> None:
-        """Lets the current step end, ends the thread, and tells whoever still waits."""
+    def request_stop(self) -> None:
+        """Lets the current step end, then ends the thread and tells whoever still waits. Returns at once."""
         self._commands.put(None)
+
+    async def stop(self) -> None:
+        """Stops the engine and waits until it has ended."""
+        self.request_stop()
         await asyncio.to_thread(self._thread.join)
 
     @property

@@ -1,6 +1,7 @@
 """Requests together: each has exactly what it has alone, and what its adapters' deltas folded into the weights would give."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lori.base_model import BaseModel
 from lori.template import encode
 from server.engine.admission import Ask
-from server.engine.request import TextEvent, TokenLogprob
-from tests.server.rig import EOS, Rig, build, fold, scripted
+from server.engine.request import ErrorEvent, TextEvent, TokenLogprob
+from tests.server.rig import EOS, Rig, build, fold, scripted, write_adapter
 from tests.tiny import save_tiny_model, tiny_llama_config
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -304,3 +305,17 @@ def test_aborting_what_has_ended_or_never_was_does_nothing(rig: Rig) -> None:
     rig.engine.abort("gen-unknown")
     rig.engine.step()
     assert heard.done.finish_reason == "length"
+
+
+def test_numbers_that_overflow_fail_their_own_request_alone(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+    """What it left in the KV memory reached shorter requests through their padding: a weight of zero does not hide a NaN."""
+    write_adapter(tmp_path / "huge", writer, seed=9)
+    rig = build(writer_model, tmp_path)
+    asks = [Ask(prompt="a" * n, max_tokens=8) for n in (3, 30)]
+    alone = [heard.text for heard in rig.run(asks)]
+    huge = Ask(prompt="b" * 40, adapters=("huge",), weights=(1e38,), max_tokens=8)
+    scored = replace(huge, echo=True, num_logprobs=2, max_tokens=0)
+    *failed, one, two = rig.run([huge, scored, *asks])
+    assert all(isinstance(heard.events[-1], ErrorEvent) and "overflow" in heard.events[-1].message for heard in failed)
+    assert [one.text, two.text] == alone
+    assert [heard.text for heard in rig.run(asks)] == alone

@@ -231,7 +231,6 @@ BAD = [
     bad("a template for a prompt", {"prompt": "x", "template": "chat"}, None, "'template'"),
     bad("an unknown template", {"messages": MESSAGES, "template": "poem"}, "template", "found 'poem'"),
     bad("no common template", {"messages": MESSAGES, "adapter": ["math", "intent"]}, "template", "no common template"),
-    bad("no adapters", {"prompt": "x", "adapter": []}, "adapter", "at least 1"),
     bad("adapter is a number", {"prompt": "x", "adapter": 7}, "adapter", "found 7"),
     bad("an adapter twice", {"prompt": "x", "adapter": ["math", "math"]}, "adapter", "'math' twice"),
     bad("few weights", {"prompt": "x", "adapter": ["math", "safety"], "weights": [1]}, "weights", "has 1 numbers, expected 2"),
