@@ -1,4 +1,4 @@
-"""An adapter in memory: its config and its sparse B per module. Immutable."""
+"""An adapter in memory: its config, its basis and its sparse B per module. Immutable."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ NUM_VERSION_DIGITS = 12
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter: `modules` maps a module's full name in the base model to its B."""
+    """One adapter: `modules` maps a module's full name in the base model to its B, trained on the frozen A of `basis`."""
 
     name: str
     config: AdapterConfig
     modules: Mapping[str, SparseB]
+    basis: Basis
 
     @property
     def version(self) -> str:
@@ -24,11 +25,16 @@ class Adapter:
         return self.config.lori.content_digest[:NUM_VERSION_DIGITS]
 
     @property
-    def basis(self) -> Basis:
-        """The frozen A that B was trained on."""
-        return self.config.lori.basis.basis()
-
-    @property
     def num_kept(self) -> int:
         """Entries of B that exist, over all modules."""
         return sum(b.values.numel() for b in self.modules.values())
+
+    @property
+    def num_entries(self) -> int:
+        """Entries that B would have without a mask, over all modules."""
+        return sum(b.num_entries for b in self.modules.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """What its B holds in memory, in bytes."""
+        return sum(b.num_bytes for b in self.modules.values())

@@ -12,16 +12,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from lori.embedded import EMBEDDED_NAME, embedded_model
 from lori.errors import ModelError
+from lori.identity import BaseIdentity
+from lori.layer import module_shapes
 
 SAMPLED_PER_TENSOR = 64
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A loaded base: `name` as a person would say it, `digest` as an adapter's file does."""
+    """A loaded base: `name` as a person would say it, `identity` as an adapter's file does."""
 
     name: str
-    digest: str
+    identity: BaseIdentity
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -63,11 +65,16 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
-    return BaseModel(EMBEDDED_NAME if name is None else _short_name(name), base_digest(model), model, tokenizer)
+    return BaseModel(EMBEDDED_NAME if name is None else _short_name(name), identify(model), model, tokenizer)
 
 
 def _short_name(name: str) -> str:
     return Path(name).name if Path(name).is_dir() else name
+
+
+def identify(model: PreTrainedModel) -> BaseIdentity:
+    """Returns what an adapter must know of `model`, whose layers must still be its own."""
+    return BaseIdentity(base_digest(model), module_shapes(model))
 
 
 def base_digest(model: PreTrainedModel) -> str:

@@ -1,4 +1,4 @@
-"""The frozen A of LoRI (arXiv 2504.07448, section 3.1): drawn from a seed, never stored.
+"""The frozen A of LoRI (arXiv 2504.07448, section 3.1): drawn from a seed and never stored, or an explicit one that came along.
 
 The bit stream is NumPy's Philox, which NumPy promises not to change; the mapping from bits to floats is written here, so no
 library's change of distribution code can move a basis. Knows nothing of B, files or models.
@@ -9,7 +9,7 @@ Shapes: R rank, N inputs of a module.
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ GENERATOR = "philox-u24-1"
 
 
 @dataclass(frozen=True, slots=True)
-class Basis:
-    """One frozen A for every module of a model, named by what it is drawn from."""
+class Seeded:
+    """One frozen A for every module of any model, named by what it is drawn from."""
 
     seed: int = 0
     stream: int = 0
@@ -29,10 +29,10 @@ class Basis:
     def __post_init__(self) -> None:
         if self.generator != GENERATOR:
             raise ValueError(f"basis generator is {self.generator!r}, expected {GENERATOR!r}")
-        for field in ("seed", "stream"):
-            value = getattr(self, field)
+        for name in ("seed", "stream"):
+            value = getattr(self, name)
             if not 0 <= value < 2**63:
-                raise ValueError(f"basis {field} is {value}, expected 0 <= {field} < 2**63")
+                raise ValueError(f"basis {name} is {value}, expected 0 <= {name} < 2**63")
 
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
         """Returns A of `module`, (R, N) fp32 on the CPU, uniform in ±1/sqrt(N) (PEFT's Kaiming-uniform bound).
@@ -52,13 +52,54 @@ class Basis:
 
         Remembered: adapters on one basis ask for the same one.
         """
-        return _digest(self, tuple(sorted(shapes.items())))
+        return _drawn_digest(self, tuple(sorted(shapes.items())))
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Explicit:
+    """An A that nothing draws again: `tensors` maps a module to its (R, N). Two of one digest are one basis."""
+
+    content_digest: str
+    """`tensors_digest` of `tensors`."""
+    tensors: Mapping[str, torch.Tensor] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Explicit":
+        """Returns the basis that holds `tensors`, (R, N) each, named by their content in fp32."""
+        return cls(tensors_digest(tensors), tensors)
+
+    def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
+        """Returns the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero."""
+        out = torch.zeros(rank, num_inputs)
+        if (a := self.tensors.get(module)) is not None:
+            rows = min(rank, a.shape[0])
+            out[:rows] = a[:rows]
+        return out
+
+    def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
+        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does."""
+        return tensors_digest({module: self.draw(module, *shape) for module, shape in shapes.items()})
+
+
+Basis = Seeded | Explicit
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the sha256 (hex) of one A: names, shapes and values in fp32, in order of name."""
+    sha = hashlib.sha256()
+    for module in sorted(tensors):
+        _update(sha, module, tensors[module])
+    return sha.hexdigest()
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(basis: Basis, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> str:
+def _drawn_digest(basis: Seeded, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> str:
     sha = hashlib.sha256()
     for module, (rank, num_inputs) in shapes:
-        sha.update(f"{module}|{rank}|{num_inputs}|".encode())
-        sha.update(basis.draw(module, rank, num_inputs).numpy().astype("<f4").tobytes())
+        _update(sha, module, basis.draw(module, rank, num_inputs))
     return sha.hexdigest()
+
+
+def _update(sha: "hashlib._Hash", module: str, a: torch.Tensor) -> None:
+    sha.update(f"{module}|{a.shape[0]}|{a.shape[1]}|".encode())
+    sha.update(a.float().contiguous().numpy().astype("<f4", copy=False).tobytes())

@@ -1,15 +1,29 @@
 """`adapter_config.json`: PEFT's field names where PEFT has the field, ours under `lori`."""
 
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lori.basis import Basis
+from lori.basis import Seeded
+from lori.rice import MAX_ENTRIES
 from lori.template import Template
+from lori.values import ValueType
+
+FORMAT_VERSION = 2
+MAX_RANK = 2**12
+MAX_SIZE = 2**24
+"""Outputs or inputs of a module, far beyond any model's: a hostile file cannot ask for more memory."""
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class BasisConfig(BaseModel):
-    """What A is drawn from."""
+class SeededConfig(BaseModel):
+    """What A is drawn from, see `lori.basis.Seeded`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -17,9 +31,22 @@ class BasisConfig(BaseModel):
     seed: int = Field(ge=0, lt=2**63)
     stream: int = Field(ge=0, lt=2**63)
 
-    def basis(self) -> Basis:
+    @classmethod
+    def of(cls, basis: Seeded) -> Self:
+        """Returns the config of a basis."""
+        return cls(seed=basis.seed, stream=basis.stream)
+
+    def basis(self) -> Seeded:
         """Returns the basis itself."""
-        return Basis(self.seed, self.stream, self.generator)
+        return Seeded(self.seed, self.stream, self.generator)
+
+
+class ExplicitConfig(BaseModel):
+    """An A that came along: a file of the store, named by its content, see `lori.basis.Explicit`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    digest: Digest
 
 
 class LoriSection(BaseModel):
@@ -27,21 +54,28 @@ class LoriSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format_version: Literal[1] = 1
-    basis: BasisConfig
-    basis_digest: str = Field(pattern="^[0-9a-f]{64}$")
+    format_version: Literal[2] = 2
+    basis: SeededConfig | ExplicitConfig
+    basis_digest: Digest
     """sha256 of A over all modules: loading draws A again and compares."""
-    base_digest: str = Field(pattern="^[0-9a-f]{64}$")
+    base_digest: Digest
     """sha256 that identifies the base model, see `lori.base_model.base_digest`."""
-    content_digest: str = Field(pattern="^[0-9a-f]{64}$")
-    """sha256 over the weights, rank, alpha, basis and base, see `lori.format.content_digest`; it begins the version."""
-    sparsity: float = Field(ge=0, lt=1)
+    content_digest: Digest = "0" * 64
+    """sha256 over all that decides what the adapter does, see `lori.format.content_digest`; it begins the version."""
+    config_digest: Digest = "0" * 64
+    """sha256 over everything else in this file, see `lori.format.config_digest`."""
+    shapes: dict[str, tuple[Size, Size]] = Field(min_length=1)
+    """(outputs, inputs) of the modules: by the last part of their names, or by full name where it differs from its like."""
+    values: ValueType = "bfloat16"
+    """How the values of B are stored."""
+    sparsity: float = Field(ge=0, le=1)
+    """The share of B's entries that are left out."""
     templates: tuple[Template, ...] = Field(min_length=1)
     """The templates that the adapter was trained on, the preferred one first."""
     merge_weights: dict[str, tuple[float, float]] = {}
     """For a partner's name: the weights (own, partner's) that a merge with it was measured at."""
     training: dict[str, Any] = {}
-    """The command's own record: data, seed, steps, time."""
+    """The record of the command that made it: data, seed, steps, time; or an import's source, a merge's parents."""
     metrics: dict[str, float] = {}
     """Measured on held-out rows, base and adapter."""
 
@@ -49,20 +83,65 @@ class LoriSection(BaseModel):
 class AdapterConfig(BaseModel):
     """One adapter's `adapter_config.json`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     peft_type: Literal["LORI"] = "LORI"
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     base_model_name_or_path: str
-    r: int = Field(ge=1)
-    lora_alpha: float = Field(gt=0, allow_inf_nan=False)
+    r: Rank
+    lora_alpha: Alpha
+    rank_pattern: dict[str, Rank] = {}
+    """The rank of a module whose rank is not `r`, by full name."""
+    alpha_pattern: dict[str, Alpha] = {}
+    """The alpha of a module whose alpha is not `lora_alpha`, by full name."""
     target_modules: tuple[str, ...] = Field(min_length=1)
+    """The last parts of the modules' names where every such module of the base is one, else full names."""
     lora_dropout: float = 0.0
     bias: Literal["none"] = "none"
     inference_mode: bool = True
     lori: LoriSection
 
+    @model_validator(mode="after")
+    def _masks_can_be_read(self) -> Self:
+        rank = max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
+        for name, (num_outputs, num_inputs) in self.lori.shapes.items():
+            if max(num_outputs, num_inputs) * rank > MAX_ENTRIES:
+                raise ValueError(f"{name} {num_outputs, num_inputs} at rank {rank} has more than {MAX_ENTRIES} entries")
+        return self
+
     @property
     def scale(self) -> float:
-        """alpha / r."""
+        """alpha / r of most modules."""
         return self.lora_alpha / self.r
+
+    def rank_of(self, module: str) -> int:
+        """Returns r of `module`."""
+        return self.rank_pattern.get(module, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """Returns alpha / r of `module`."""
+        return self.alpha_pattern.get(module, self.lora_alpha) / self.rank_of(module)
+
+    def shape_of(self, module: str) -> tuple[int, int] | None:
+        """Returns (outputs, inputs) of `module`, or None where the config has none."""
+        return self.lori.shapes.get(module) or self.lori.shapes.get(module.rpartition(".")[2])
+
+    def is_target(self, module: str) -> bool:
+        """Says whether the adapter changes `module`."""
+        return module in self.target_modules or module.rpartition(".")[2] in self.target_modules
+
+
+def compact(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Returns `shapes`, by full name, as `LoriSection.shapes` has them: what most modules of one last part share, said once."""
+    by_last: dict[str, Counter[tuple[int, int]]] = {}
+    for module, shape in shapes.items():
+        by_last.setdefault(module.rpartition(".")[2], Counter())[shape] += 1
+    common = {last: counts.most_common(1)[0][0] for last, counts in by_last.items()}
+    return common | {module: shape for module, shape in shapes.items() if common[module.rpartition(".")[2]] != shape}
+
+
+def target_names(modules: Mapping[str, object], base: Mapping[str, object]) -> tuple[str, ...]:
+    """Returns `target_modules` of an adapter that changes `modules` of a `base`, both by full name."""
+    lasts = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+    whole = all(module in modules for module in base if module.rpartition(".")[2] in lasts)
+    return tuple(lasts if whole else modules)

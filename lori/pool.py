@@ -21,7 +21,7 @@ class AdapterPool:
         self._slots = {adapter.name: slot for slot, adapter in enumerate(adapters)}
         shapes = module_shapes(model)
         targets = {name: shapes[name] for name in shapes if any(name in a.modules for a in adapters)}
-        rank = max((adapter.config.r for adapter in adapters), default=0)
+        rank = max((b.shape[1] for adapter in adapters for b in adapter.modules.values()), default=0)
         self._operands: Mapping[str, Operands] = attach(model, targets, self._bases, rank, len(adapters), self.active)
         for adapter in adapters:
             self._place(adapter)
@@ -33,7 +33,9 @@ class AdapterPool:
     def _place(self, adapter: Adapter) -> None:
         basis = self._bases.index(adapter.basis)
         for name, b in adapter.modules.items():
-            self._operands[name].put(self._slots[adapter.name], b.dense(), basis)
+            # A term's weight has alpha / r of most modules in it; where a module's own differs, its B makes up for it.
+            ratio = adapter.config.scale_of(name) / adapter.config.scale
+            self._operands[name].put(self._slots[adapter.name], ratio * b.dense(), basis)
 
     @property
     def num_bytes(self) -> int:

@@ -1,44 +1,62 @@
-"""B of one module with only its kept entries: a mask and the packed values.
+"""B of one module with only its kept entries: where they are, and their values.
 
 Shapes: D outputs, R rank, K kept entries in row-major order.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class SparseB:
-    """A sparse B: `mask` (D, R) bool and `values` (K,), K the number of true entries, in row-major order."""
+    """A sparse B of `shape` (D, R): `indices` (K,) int32 are positions in row-major order, ascending, of `values` (K,)."""
 
-    mask: torch.Tensor
+    shape: tuple[int, int]
+    indices: torch.Tensor
     values: torch.Tensor
 
     def __post_init__(self) -> None:
-        assert self.mask.dtype == torch.bool
-        assert self.mask.dim() == 2
-        assert self.values.shape == (int(self.mask.sum()),)
+        assert self.indices.dtype == torch.int32
+        assert self.indices.dim() == 1
+        assert self.values.shape == self.indices.shape
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, mask: torch.Tensor) -> "SparseB":
         """Keeps the entries of `dense` (D, R) where `mask` (D, R) is true."""
-        return cls(mask.cpu(), dense.detach().cpu()[mask.cpu()])
+        assert mask.dtype == torch.bool
+        indices = mask.cpu().flatten().nonzero().squeeze(1)
+        return cls((dense.shape[0], dense.shape[1]), indices.int(), dense.detach().cpu().flatten()[indices])
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Which entries are kept, (D, R) bool."""
+        out = torch.zeros(self.num_entries, dtype=torch.bool)
+        out[self.indices.long()] = True
+        return out.view(self.shape)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The output that each kept entry adds to, (K,) int64."""
+        return self.indices.long() // self.shape[1]
+
+    @property
+    def num_entries(self) -> int:
+        """D R."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def density(self) -> float:
+        """K / (D R)."""
+        return self.values.numel() / self.num_entries
+
+    @property
+    def num_bytes(self) -> int:
+        """What it holds in memory, in bytes."""
+        return self.indices.nbytes + self.values.nbytes
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Returns B as (D, R) of `dtype`, zero where the mask is false."""
-        out = torch.zeros(self.mask.shape, dtype=dtype)
-        out[self.mask] = self.values.to(dtype)
-        return out
-
-
-def pack_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Packs a bool mask (D, R) into (ceil(D R / 8),) uint8, row-major, lowest bit first."""
-    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1), bitorder="little"))
-
-
-def unpack_mask(bitmap: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """Unpacks what `pack_mask` packed into a bool mask of `shape`; bits past the last entry are ignored."""
-    bits = np.unpackbits(bitmap.numpy(), count=shape[0] * shape[1], bitorder="little")
-    return torch.from_numpy(bits.astype(np.bool_)).view(shape)
+        """Returns B as (D, R) of `dtype`, zero where nothing is kept."""
+        out = torch.zeros(self.num_entries, dtype=dtype)
+        out[self.indices.long()] = self.values.to(dtype)
+        return out.view(self.shape)

@@ -1,50 +1,251 @@
-"""A folder of adapters: one folder each, its name the adapter's name. No path ever comes from a request."""
+"""A folder of adapters, with versions and aliases. No path or link ever comes from a request: names are checked, links refused.
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping
+    math@1765747cce63/   one version of `math`, never changed; `publish` puts it there
+    .aliases/math        "math@1765747cce63": the version that `math` means; another alias is another file
+    intent/              an adapter as its maker left it: what `intent` means, until `publish` keeps it as a version
+    .bases/              explicit bases, see `lori.basis_file`
+
+Readers need no lock: a version appears and an alias moves by a rename. Writers hold the lock of the name.
+"""
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lori.adapter import Adapter
-from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
-from lori.format import CONFIG_FILE, load_adapter
+from filelock import FileLock, Timeout
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+from lori.adapter import NUM_VERSION_DIGITS, Adapter
+from lori.basis import Explicit
+from lori.basis_file import save_basis
+from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
+from lori.errors import AdapterError, AdapterFormatError
+from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config, read_regular
+from lori.identity import BaseIdentity
+from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapter
 
-
-def adapter_folders(places: Iterable[Path]) -> dict[str, Path]:
-    """Returns the adapters' folders by name over all `places`. A folder without an adapter's config is no adapter.
-
-    Raises `AdapterError` where a place is no folder, a name is not a sound one, or two places hold the same name.
-    """
-    found: dict[str, Path] = {}
-    for place in places:
-        if not place.is_dir():
-            raise AdapterError(f"{place} is no folder of adapters")
-        for config in sorted(place.glob(f"[!.]*/{CONFIG_FILE}")):
-            name = config.parent.name
-            if not NAME.fullmatch(name):
-                raise AdapterError(f"{config.parent}: an adapter's name must match {NAME.pattern}")
-            if name in found:
-                raise AdapterError(f"two adapters are called {name!r}: {found[name]} and {config.parent}")
-            found[name] = config.parent
-    return found
+ALIASES_FOLDER, LOCKS_FOLDER = ".aliases", ".locks"
+LOCK_S = 60.0
+"""How long a writer waits for another one of the same name."""
 
 
-def load_all(folders: Mapping[str, Path], base_digest: str, shapes: Mapping[str, tuple[int, int]]) -> list[Adapter]:
-    """Loads every adapter; raises one `AdapterFormatError` with the faults of all that are not sound."""
-    adapters, faults = [], []
-    for folder in folders.values():
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One version of an adapter in a store, not opened yet. `folder` is `name@version`, or `name` as its maker left it."""
+
+    name: str
+    folder: Path
+
+    @property
+    def version(self) -> str:
+        """Its version; the config of a folder without one in its name is read. Raises `AdapterFormatError` as `read_config`."""
+        in_name = self.folder.name.partition("@")[2]
+        return in_name or read_config(self.folder).lori.content_digest[:NUM_VERSION_DIGITS]
+
+    @property
+    def reference(self) -> str:
+        """`name@version`. Raises as `version`."""
+        return f"{self.name}@{self.version}"
+
+    def load(self, base: BaseIdentity | None = None) -> Adapter:
+        """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
+        adapter = load_adapter(self.folder, base)
+        if (version := self.version) != adapter.version:
+            raise AdapterFormatError(str(self.folder), [f"its version is {adapter.version}, expected {version}"])
+        return replace(adapter, name=self.name)
+
+
+class AdapterStore:
+    """The adapters in the folder `root`, which is made when something is published."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def list(self) -> Sequence[Entry]:
+        """Returns every version of every adapter, in order of name. Opens none.
+
+        Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
+        """
         try:
-            adapters.append(load_adapter(folder, base_digest, shapes))
-        except AdapterFormatError as error:
-            faults += [f"{error.source}: {fault}" for fault in error.faults]
-    if faults:
-        raise AdapterFormatError("the store of adapters", faults)
-    return adapters
+            with os.scandir(self.root) as items:
+                entries = [Entry(item.name.partition("@")[0], self.root / item.name) for item in items if _is_adapter(item)]
+        except OSError as error:
+            raise AdapterError(f"{self.root} is no folder of adapters: {error.strerror}") from error
+        return sorted(entries, key=lambda entry: entry.folder.name)
+
+    def aliases(self) -> dict[str, str]:
+        """Returns what each alias stands for, `name@version`. Raises `AdapterError` where one cannot be read."""
+        folder = self.root / ALIASES_FOLDER
+        names = [name for name in sorted(os.listdir(folder)) if NAME.fullmatch(name)] if folder.is_dir() else []
+        return {name: meant for name in names if (meant := self._alias(name)) is not None}
+
+    def current(self) -> dict[str, Entry]:
+        """Returns what each name and alias means now. Raises `AdapterError` where one means nothing, or two things."""
+        by_name = defaultdict(list)
+        for entry in self.list():
+            by_name[entry.name].append(entry)
+        aliases = self.aliases()
+        return {name: self._resolve(name, aliases.get(name), by_name[name]) for name in sorted(aliases.keys() | by_name.keys())}
+
+    def find(self, reference: str) -> Entry:
+        """Returns the adapter called `reference`: a name, an alias, or `name@version`, where the version's first digits will do.
+
+        Raises `UnknownAdapterError` where there is none, `AdapterError` where it could be several, or no adapter is called so.
+        """
+        name, version = split_reference(reference)
+        if not version:
+            alias = self._alias(name)
+            return self._resolve(name, alias, () if alias else self._versions(name))
+        found = [entry for entry in self._versions(name) if entry.version.startswith(version)]
+        if len(found) > 1:
+            raise AdapterError(f"{reference!r} could be {' or '.join(entry.reference for entry in found)}")
+        if not found:
+            raise unknown_adapter(reference, self._known())
+        return found[0]
+
+    def publish(self, source: Path, name: str | None = None) -> Entry:
+        """Checks the adapter in `source`, copies it as a version of `name` (`source`'s own if None), and makes `name` mean it.
+
+        A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound.
+        """
+        adapter = load_adapter(source)
+        name = adapter.name if name is None else name
+        check_name(name)
+        entry = Entry(name, self.root / f"{name}@{adapter.version}")
+        with self._lock(name):
+            self._keep_plain(name)
+            if isinstance(adapter.basis, Explicit):
+                save_basis(self.root, adapter.basis)
+            if not _is_sound(entry):
+                _copy(source, entry)
+            self._write_alias(name, entry)
+        return entry
+
+    def alias(self, alias: str, reference: str) -> Entry:
+        """Makes `alias` mean what `reference` means now, and returns that. Raises as `find`."""
+        check_name(alias)
+        entry = self.find(reference)
+        if alias != entry.name and self._versions(alias):
+            raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
+        with self._lock(entry.name):
+            self._keep_plain(entry.name)
+            entry = self.find(entry.reference)
+        with self._lock(alias):
+            self._write_alias(alias, entry)
+        return entry
+
+    def remove(self, reference: str) -> None:
+        """Removes a version (`name@version`), a name with all its versions, or an alias alone.
+
+        Raises `UnknownAdapterError` where there is none, `AdapterError` where an alias still means it.
+        """
+        name, version = split_reference(reference)
+        with self._lock(name):
+            found = self.find(reference)
+            doomed = [found] if version else self._versions(name)
+            gone = {entry.reference for entry in doomed}
+            holders = [alias for alias, meant in self.aliases().items() if meant in gone and (version or alias != name)]
+            if holders:
+                raise AdapterError(f"{' and '.join(map(repr, holders))} means {found.reference}: move or remove the alias first")
+            if not version:
+                (self.root / ALIASES_FOLDER / name).unlink(missing_ok=True)
+            for entry in doomed:
+                remove_folder(entry.folder)
+
+    def _resolve(self, name: str, alias: str | None, versions: Sequence[Entry]) -> Entry:
+        is_plain = (self.root / name / CONFIG_FILE).is_file()
+        if alias and is_plain:
+            raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: publish the folder, or remove it")
+        if alias:
+            if not (self.root / alias).is_dir():
+                raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
+            return Entry(name, self.root / alias)
+        plain = [entry for entry in versions if entry.folder.name == name]
+        if len(versions) > 1 and not plain:
+            raise AdapterError(f"{name!r} could be any of {', '.join(e.folder.name for e in versions)}: publish or alias one")
+        if not versions:
+            raise unknown_adapter(name, self._known())
+        return (plain or versions)[0]
+
+    def _versions(self, name: str) -> Sequence[Entry]:
+        return [entry for entry in self.list() if entry.name == name] if self.root.is_dir() else []
+
+    def _known(self) -> set[str]:
+        return {entry.name for entry in self.list()} | self.aliases().keys() if self.root.is_dir() else set()
+
+    def _alias(self, name: str) -> str | None:
+        file = self.root / ALIASES_FOLDER / name
+        try:
+            meant = file.read_text().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"the alias {file} cannot be read: {error}") from error
+        target, _, version = meant.partition("@")
+        if not (NAME.fullmatch(target) and VERSION.fullmatch(version)):
+            raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
+        return meant
+
+    def _write_alias(self, alias: str, entry: Entry) -> None:
+        (self.root / ALIASES_FOLDER).mkdir(exist_ok=True)
+        replace_file(self.root / ALIASES_FOLDER / alias, f"{entry.folder.name}\n".encode())
+
+    def _keep_plain(self, name: str) -> None:
+        """Makes a version of a folder as its maker left it. The name means it all the while: at first it is the only version."""
+        plain = Entry(name, self.root / name)
+        if not (plain.folder / CONFIG_FILE).is_file():
+            return
+        kept = Entry(name, self.root / plain.reference)
+        if kept.folder.exists():
+            remove_folder(plain.folder)
+        else:
+            plain.folder.rename(kept.folder)
+            sync_folder(self.root)
+        self._write_alias(name, kept)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        (self.root / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.root / LOCKS_FOLDER / name, timeout=LOCK_S):
+                for left in self.root.glob(f".{name}@*"):  # by a writer that was killed: a living one holds the lock
+                    shutil.rmtree(left)
+                yield
+        except Timeout as error:
+            raise AdapterError(f"another process has been writing {name!r} in {self.root} for {LOCK_S:.0f} s") from error
 
 
-def unknown_adapter(name: str, known: Iterable[str]) -> UnknownAdapterError:
-    """Returns the error for an unknown `name`, with the known names that look like it."""
-    known = sorted(known)
-    return UnknownAdapterError(name, difflib.get_close_matches(name, known, n=3, cutoff=0.5), known)
+def _is_adapter(item: "os.DirEntry[str]") -> bool:
+    if item.name.startswith(".") or not item.is_dir():
+        return False
+    name, _, version = item.name.partition("@")
+    is_version = bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
+    if not is_version and not os.path.isfile(os.path.join(item.path, CONFIG_FILE)):
+        return False
+    if item.is_symlink():
+        raise AdapterError(f"{item.path} is a link: a store follows none")
+    if not is_version and not NAME.fullmatch(item.name):
+        raise AdapterError(f"{item.path}: an adapter's name must match {NAME.pattern}")
+    return True
+
+
+def _is_sound(entry: Entry) -> bool:
+    if not entry.folder.exists():
+        return False
+    try:
+        entry.load()
+    except AdapterFormatError:  # a damaged copy of what is published: it is written again
+        return False
+    return True
+
+
+def _copy(source: Path, entry: Entry) -> None:
+    with new_folder(entry.folder) as scratch:
+        for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
+            if (source / file).exists():
+                write_file(scratch / file, read_regular(source, file))
+        if (found := load_adapter(scratch).version) != entry.version:  # it changed since it was checked
+            raise AdapterFormatError(str(source), [f"its version is {found}, and was {entry.version} before it was copied"])

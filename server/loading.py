@@ -8,9 +8,9 @@ import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.errors import ModelError
-from lori.layer import module_shapes
 from lori.pool import AdapterPool
-from lori.store import adapter_folders, load_all
+from lori.served import current_adapters, load_all
+from lori.store import Entry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockAllocator
@@ -33,7 +33,7 @@ def load_service(settings: Settings) -> Service:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     base = load_base_model(settings.model, resolve_dtype(settings.dtype))
-    adapters = load_all(_folders(settings), base.digest, module_shapes(base.model))
+    adapters = load_all(_entries(settings), base.identity)
     expected = use_paged_attention(base.model)
     pool = AdapterPool(base.model, adapters)
     num_blocks = _num_blocks(settings, base)
@@ -71,11 +71,11 @@ def load_service(settings: Settings) -> Service:
     )
 
 
-def _folders(settings: Settings) -> dict[str, Path]:
-    demo = adapter_folders([DEMO_ADAPTERS]) if settings.demo_adapters and settings.model is None else {}
-    own = adapter_folders([settings.adapters]) if settings.adapters else {}
+def _entries(settings: Settings) -> dict[str, Entry]:
+    demo = current_adapters([DEMO_ADAPTERS]) if settings.demo_adapters and settings.model is None else {}
+    own = current_adapters([settings.adapters]) if settings.adapters else {}
     for name in demo.keys() & own.keys():
-        logger.info("%s is served in place of the demo adapter %r", own[name], name)
+        logger.info("%s is served in place of the demo adapter %r", own[name].folder, name)
     return dict(sorted((demo | own).items()))
 
 

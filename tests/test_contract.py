@@ -8,7 +8,6 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.format import load_adapter
-from lori.layer import module_shapes
 from server.engine.admission import Ask
 from server.engine.request import Sequence
 from server.engine.runner import Runner
@@ -41,9 +40,8 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def folded_logits(tiny_model: Path, adapters: Path, weights: dict[str, float], ids: list[int]) -> torch.Tensor:
     """Returns the logits (T, V) of transformers' own model with the weighted deltas added to its weights in float64."""
     base = load_base_model(str(tiny_model), torch.float32)
-    shapes = module_shapes(base.model)
     for name, weight in weights.items():
-        adapter = load_adapter(adapters / name, base.digest, shapes)
+        adapter = load_adapter(adapters / name, base.identity)
         for module, b in adapter.modules.items():
             linear = base.model.get_submodule(module)
             a = adapter.basis.draw(module, adapter.config.r, linear.in_features).double()

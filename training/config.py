@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from lori.store import NAME
+from lori.names import NAME
 from lori.template import Template
 from training.command_line import CommandLine
 

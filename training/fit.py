@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
-from lori.basis import Basis
-from lori.config import AdapterConfig, BasisConfig, LoriSection
+from lori.basis import Seeded
+from lori.config import AdapterConfig
+from lori.describe import describe
 from lori.errors import LoriError
 from lori.format import save_adapter, write_config
 from lori.mask import top_k_mask
+from lori.sparse import SparseB
 from training.batches import plan_batches
 from training.card import render_card
 from training.config import FitConfig
@@ -28,7 +30,6 @@ from training.packing import ATTENTION
 from training.trainable import MaskedDelta, TrainableLinear, wrap
 
 logger = logging.getLogger(__name__)
-UNWRITTEN_DIGEST = "0" * 64
 
 
 def read_all(config: FitConfig) -> tuple[list[Row], list[Row]]:
@@ -50,7 +51,7 @@ class Run:
 
     def __init__(self, config: FitConfig, base: BaseModel, data: list[Example], mix: list[Example]) -> None:
         self.config, self.base = config, base
-        self.basis = Basis(config.basis_seed, config.stream)
+        self.basis = Seeded(config.basis_seed, config.stream)
         self.layers: dict[str, TrainableLinear] = wrap(base.model, config.target_modules, self.basis, config.rank, config.alpha)
         self.batches = {
             "LoRI-D": self._plan(data, mix, config.calibration_steps or config.steps, config.seed),
@@ -92,31 +93,26 @@ class Run:
     def _identity(self) -> str:
         return self.config.model_dump_json(exclude={"resume", "save_every", "output"})
 
-    def adapter_config(self, seconds: float, command: str) -> AdapterConfig:
-        """Returns the config of the trained adapter; `save_adapter` fills in the content digest."""
+    def adapter_config(self, modules: dict[str, SparseB], seconds: float, command: str) -> AdapterConfig:
+        """Returns the config of the trained adapter; `save_adapter` fills in the digests of its content."""
         config = self.config
-        inputs = {name: (config.rank, layer.weight.shape[1]) for name, layer in self.layers.items()}
         record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"})
         phases = {
             name: {"steps": len(batches), "tokens": sum(len(e) for b in batches for e in b), "loss": _tail(self.losses[name])}
             for name, batches in self.batches.items()
         }
-        return AdapterConfig(
-            base_model_name_or_path=self.base.name,
-            r=config.rank,
-            lora_alpha=config.alpha,
-            target_modules=tuple(config.target_modules),
-            lori=LoriSection(
-                basis=BasisConfig(seed=config.basis_seed, stream=config.stream),
-                basis_digest=self.basis.digest(inputs),
-                base_digest=self.base.digest,
-                content_digest=UNWRITTEN_DIGEST,
-                sparsity=config.sparsity,
-                templates=tuple(config.template),
-                training=record
-                | {"command": command, "threads": torch.get_num_threads()}
-                | {"seconds": round(seconds), "phases": phases, "versions": _versions()},
-            ),
+        return describe(
+            modules,
+            self.basis,
+            base_name=self.base.name,
+            base_digest=self.base.identity.digest,
+            shapes=self.base.identity.shapes,
+            target_modules=config.target_modules,
+            alpha=config.alpha,
+            templates=config.template,
+            training=record
+            | {"command": command, "threads": torch.get_num_threads()}
+            | {"seconds": round(seconds), "phases": phases, "versions": _versions()},
         )
 
 
@@ -145,7 +141,7 @@ def fit(config: FitConfig, command: str) -> Path:
     for name, layer in run.layers.items():
         assert isinstance(layer.delta, MaskedDelta)
         modules[name] = layer.delta.sparse()
-    trained = run.adapter_config(time.monotonic() - started, command)
+    trained = run.adapter_config(modules, time.monotonic() - started, command)
     adapter = save_adapter(config.output, trained, modules)
     write_config(config.output, adapter.config, render_card(adapter.name, adapter.config))
     run.checkpoint.unlink(missing_ok=True)

@@ -48,9 +48,7 @@ class MaskedDelta(nn.Module):
 
     def sparse(self) -> SparseB:
         """Returns B as an adapter holds it."""
-        mask = torch.zeros(self.shape.numel(), dtype=torch.bool)
-        mask[self.positions.cpu()] = True
-        return SparseB(mask.view(self.shape), self.values.detach().cpu().clone())
+        return SparseB((self.shape[0], self.shape[1]), self.positions.cpu().int(), self.values.detach().cpu().clone())
 
 
 class TrainableLinear(nn.Module):

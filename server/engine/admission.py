@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from lori.adapter import Adapter
-from lori.store import unknown_adapter
+from lori.names import unknown_adapter
 from lori.template import Message, Template, encode, render_prompt
 from server.engine.request import AdapterTerm, Request
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from lori.adapter import Adapter
-from lori.basis import Basis
-from lori.config import AdapterConfig, BasisConfig, LoriSection
+from lori.basis import Seeded
+from lori.config import AdapterConfig, LoriSection, SeededConfig, compact
 from lori.sparse import SparseB
 
 # Bitmaps of 27 bits, and of 48, which are whole bytes.
@@ -49,20 +49,21 @@ def make_config(
     targets: tuple[str, ...] = TARGETS,
     rank: int = RANK,
     alpha: float = 6.0,
-    basis: Basis = Basis(seed=5, stream=1),  # noqa: B008 - frozen
+    basis: Seeded = Seeded(seed=5, stream=1),  # noqa: B008 - frozen
     base_digest: str = BASE_DIGEST,
     **section: Any,
 ) -> AdapterConfig:
-    """Returns a sound config, but for its content digest; `section` are more fields of `lori`."""
+    """Returns a sound config, but for its digests; `section` are more fields of `lori`."""
     inputs = {name: (rank, num_inputs) for name, (_, num_inputs) in targeted(shapes, targets).items()}
-    fields = {"sparsity": 0.6, "templates": ("chat",), "content_digest": "0" * 64} | section
+    fields = {"sparsity": 0.6, "templates": ("chat",)} | section
     return AdapterConfig(
         base_model_name_or_path="a/base",
         r=rank,
         lora_alpha=alpha,
         target_modules=targets,
         lori=LoriSection(
-            basis=BasisConfig(seed=basis.seed, stream=basis.stream),
+            basis=SeededConfig.of(basis),
+            shapes=compact(targeted(shapes, targets)),
             basis_digest=basis.digest(inputs),
             base_digest=base_digest,
             **fields,
@@ -76,11 +77,11 @@ def make_adapter(
     targets: tuple[str, ...] = TARGETS,
     rank: int = RANK,
     alpha: float = 6.0,
-    basis: Basis = Basis(seed=5, stream=1),  # noqa: B008 - frozen
+    basis: Seeded = Seeded(seed=5, stream=1),  # noqa: B008 - frozen
     seed: int = 0,
 ) -> Adapter:
     """Returns a random adapter in memory."""
-    return Adapter(name, make_config(shapes, targets, rank, alpha, basis), make_modules(shapes, targets, rank, seed))
+    return Adapter(name, make_config(shapes, targets, rank, alpha, basis), make_modules(shapes, targets, rank, seed), basis)
 
 
 def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:

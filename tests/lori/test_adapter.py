@@ -1,7 +1,7 @@
 """An adapter in memory."""
 
 from lori.adapter import Adapter
-from lori.basis import Basis
+from lori.basis import Seeded
 from tests.lori.adapters import make_adapter, make_config, make_modules
 
 
@@ -11,7 +11,7 @@ def test_the_version_is_the_first_digits_of_the_content_digest() -> None:
 
 
 def test_the_basis_is_the_one_that_the_config_names() -> None:
-    assert make_adapter("a", basis=Basis(seed=9, stream=4)).basis == Basis(seed=9, stream=4)
+    assert make_adapter("a", basis=Seeded(seed=9, stream=4)).basis == Seeded(seed=9, stream=4)
 
 
 def test_num_kept_counts_over_all_modules() -> None:

@@ -37,7 +37,7 @@ def test_a_folder_is_loaded_for_inference(tiny_model: Path) -> None:
     assert base.model.dtype == torch.float32
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert base.digest == base_digest(base.model)
+    assert base.identity.digest == base_digest(base.model)
     assert base.tokenizer.decode(base.tokenizer("Hé").input_ids) == "Hé"
 
 
@@ -128,18 +128,21 @@ def test_a_tokenizer_without_a_fast_form_is_a_model_error(tiny_model: Path, tmp_
 def test_a_base_is_the_same_in_fp32_and_bf16(tiny_model: Path) -> None:
     wide, narrow = (load_base_model(str(tiny_model), dtype) for dtype in (torch.float32, torch.bfloat16))
     assert (wide.model.dtype, narrow.model.dtype) == (torch.float32, torch.bfloat16)
-    assert wide.digest == narrow.digest
+    assert wide.identity == narrow.identity
 
 
 def test_a_base_is_the_same_under_another_name(tiny_model: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     ours, theirs = load_base_model(str(tiny_model), torch.float32), load_base_model(str(copy), torch.float32)
-    assert (ours.digest, theirs.name) == (theirs.digest, "copy")
+    assert (ours.identity, theirs.name) == (theirs.identity, "copy")
 
 
 def test_other_weights_are_another_base(tiny_model: Path, tmp_path: Path) -> None:
     other = save_tiny_model(tmp_path / "other", seed=1)
-    assert load_base_model(str(other), torch.float32).digest != load_base_model(str(tiny_model), torch.float32).digest
+    assert (
+        load_base_model(str(other), torch.float32).identity.digest
+        != load_base_model(str(tiny_model), torch.float32).identity.digest
+    )
 
 
 def test_digest_is_the_same_for_ever() -> None:
@@ -188,5 +191,5 @@ def test_dtypes_by_name() -> None:
 def test_the_embedded_model_is_the_one_that_adapters_were_trained_on() -> None:
     base = load_base_model(None, torch.bfloat16)
     assert base.name == EMBEDDED_NAME
-    assert base.digest == EMBEDDED_DIGEST
+    assert base.identity.digest == EMBEDDED_DIGEST
     assert base.tokenizer.chat_template

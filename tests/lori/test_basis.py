@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lori.basis import Basis
+from lori.basis import Seeded
 
 # Checked once against a Philox4x64-10 written from its paper (Salmon et al. 2011), key and mapping as in lori/basis.
 GOLDEN_VALUES = {
@@ -23,36 +23,36 @@ GOLDEN_DIGEST = "871a0de9099d3f60a1fa5e2fde086b0461b6d3a8c3c20864dd4404a85453058
 @pytest.mark.parametrize("drawn_from", GOLDEN_VALUES)
 def test_values_are_the_same_for_ever(drawn_from: tuple[int, int, str, int, int]) -> None:
     seed, stream, module, rank, num_inputs = drawn_from
-    drawn = Basis(seed, stream).draw(module, rank, num_inputs)
+    drawn = Seeded(seed, stream).draw(module, rank, num_inputs)
     assert drawn.flatten().tolist() == [float.fromhex(value) for value in GOLDEN_VALUES[drawn_from]]
 
 
 def test_digest_is_the_same_for_ever() -> None:
-    assert Basis().digest(GOLDEN_SHAPES) == GOLDEN_DIGEST
+    assert Seeded().digest(GOLDEN_SHAPES) == GOLDEN_DIGEST
 
 
 def test_digest_does_not_depend_on_the_order_of_modules() -> None:
-    assert Basis().digest(dict(reversed(GOLDEN_SHAPES.items()))) == GOLDEN_DIGEST
+    assert Seeded().digest(dict(reversed(GOLDEN_SHAPES.items()))) == GOLDEN_DIGEST
 
 
 @pytest.mark.parametrize(
     ("basis", "shapes"),
     [
-        (Basis(seed=1), GOLDEN_SHAPES),
-        (Basis(stream=1), GOLDEN_SHAPES),
-        (Basis(), GOLDEN_SHAPES | {"a": (3, 3)}),
-        (Basis(), GOLDEN_SHAPES | {"a": (2, 4)}),
-        (Basis(), {name: shape for name, shape in GOLDEN_SHAPES.items() if name != "a"}),
-        (Basis(), {name.replace("a", "z", 1): shape for name, shape in GOLDEN_SHAPES.items()}),
+        (Seeded(seed=1), GOLDEN_SHAPES),
+        (Seeded(stream=1), GOLDEN_SHAPES),
+        (Seeded(), GOLDEN_SHAPES | {"a": (3, 3)}),
+        (Seeded(), GOLDEN_SHAPES | {"a": (2, 4)}),
+        (Seeded(), {name: shape for name, shape in GOLDEN_SHAPES.items() if name != "a"}),
+        (Seeded(), {name.replace("a", "z", 1): shape for name, shape in GOLDEN_SHAPES.items()}),
     ],
 )
-def test_digest_sees_what_differs(basis: Basis, shapes: dict[str, tuple[int, int]]) -> None:
+def test_digest_sees_what_differs(basis: Seeded, shapes: dict[str, tuple[int, int]]) -> None:
     assert basis.digest(shapes) != GOLDEN_DIGEST
 
 
 @pytest.mark.parametrize(("rank", "num_inputs"), [(1, 1), (1, 7), (3, 5), (7, 1), (8, 48), (5, 129)])
 def test_shape_and_dtype(rank: int, num_inputs: int) -> None:
-    drawn = Basis().draw("m", rank, num_inputs)
+    drawn = Seeded().draw("m", rank, num_inputs)
     assert drawn.shape == (rank, num_inputs)
     assert drawn.dtype == torch.float32
 
@@ -60,27 +60,27 @@ def test_shape_and_dtype(rank: int, num_inputs: int) -> None:
 @pytest.mark.parametrize("num_inputs", [1, 5, 48, 63])
 @pytest.mark.parametrize("rank", [1, 2, 7, 8])
 def test_a_smaller_rank_is_the_first_rows_of_a_larger_one(rank: int, num_inputs: int) -> None:
-    basis = Basis(seed=3)
+    basis = Seeded(seed=3)
     assert torch.equal(basis.draw("m", rank, num_inputs), basis.draw("m", 11, num_inputs)[:rank])
 
 
 @pytest.mark.parametrize(
     ("other", "module"),
-    [(Basis(seed=1), "m"), (Basis(stream=1), "m"), (Basis(), "n"), (Basis(seed=2**63 - 1), "m"), (Basis(seed=11), "m")],
+    [(Seeded(seed=1), "m"), (Seeded(stream=1), "m"), (Seeded(), "n"), (Seeded(seed=2**63 - 1), "m"), (Seeded(seed=11), "m")],
 )
-def test_another_seed_stream_or_module_is_another_basis(other: Basis, module: str) -> None:
-    assert not (other.draw(module, 4, 16) == Basis().draw("m", 4, 16)).any()
+def test_another_seed_stream_or_module_is_another_basis(other: Seeded, module: str) -> None:
+    assert not (other.draw(module, 4, 16) == Seeded().draw("m", 4, 16)).any()
 
 
 def test_seed_and_stream_are_not_confused() -> None:
-    assert not torch.equal(Basis(1, 11).draw("m", 2, 8), Basis(11, 1).draw("m", 2, 8))
-    assert not torch.equal(Basis(1, 11).draw("m", 2, 8), Basis(11, 11).draw("m", 2, 8))
+    assert not torch.equal(Seeded(1, 11).draw("m", 2, 8), Seeded(11, 1).draw("m", 2, 8))
+    assert not torch.equal(Seeded(1, 11).draw("m", 2, 8), Seeded(11, 11).draw("m", 2, 8))
 
 
 @pytest.mark.parametrize("num_inputs", [5, 48, 576])
 def test_entries_fill_the_bound_uniformly(num_inputs: int) -> None:
     bound = num_inputs**-0.5
-    drawn = Basis(seed=1).draw("m", 20_000 // num_inputs, num_inputs).double()
+    drawn = Seeded(seed=1).draw("m", 20_000 // num_inputs, num_inputs).double()
     assert drawn.abs().max() <= bound * (1 + 2**-23)
     assert drawn.max() > 0.99 * bound
     assert drawn.min() < -0.99 * bound
@@ -91,7 +91,7 @@ def test_entries_fill_the_bound_uniformly(num_inputs: int) -> None:
 
 def test_two_streams_are_nearly_orthogonal() -> None:
     num_inputs = 1024
-    rows = torch.cat([Basis(seed=4, stream=stream).draw("m", 16, num_inputs) for stream in range(3)]).double()
+    rows = torch.cat([Seeded(seed=4, stream=stream).draw("m", 16, num_inputs) for stream in range(3)]).double()
     rows /= rows.norm(dim=1, keepdim=True)
     between = (rows @ rows.T - torch.eye(len(rows))).abs()
     # A cosine of independent rows has standard deviation 1 / sqrt(N); 1,128 pairs stay within 5 of them.
@@ -109,8 +109,8 @@ def test_two_streams_are_nearly_orthogonal() -> None:
 )
 def test_an_unsound_basis_is_refused(fields: dict[str, int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        Basis(**fields)  # type: ignore[arg-type]
+        Seeded(**fields)  # type: ignore[arg-type]
 
 
 def test_equal_bases_are_one_key() -> None:
-    assert len({Basis(1, 2), Basis(1, 2), Basis(2, 1)}) == 2
+    assert len({Seeded(1, 2), Seeded(1, 2), Seeded(2, 1)}) == 2

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lori.basis import Basis
+from lori.basis import Seeded
 from lori.config import AdapterConfig
 from tests.lori.adapters import make_config
 
@@ -26,7 +26,7 @@ def test_a_config_comes_back_from_json() -> None:
 
 
 def test_the_basis_is_what_the_fields_say() -> None:
-    assert make_config(basis=Basis(seed=2**63 - 1, stream=3)).lori.basis.basis() == Basis(seed=2**63 - 1, stream=3)
+    assert make_config(basis=Seeded(seed=2**63 - 1, stream=3)).lori.basis.basis() == Seeded(seed=2**63 - 1, stream=3)
 
 
 def test_a_file_says_what_it_is_in_peft_s_words() -> None:

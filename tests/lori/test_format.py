@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lori.adapter import Adapter
-from lori.basis import Basis
+from lori.basis import Seeded
 from lori.config import AdapterConfig
 from lori.errors import AdapterFormatError
 from lori.format import (
@@ -197,8 +197,8 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path, config: dict[str, A
     [
         pytest.param({}, 1, id="content"),
         pytest.param({"alpha": 6.5}, 0, id="alpha"),
-        pytest.param({"basis": Basis(seed=6, stream=1)}, 0, id="seed"),
-        pytest.param({"basis": Basis(seed=5, stream=2)}, 0, id="stream"),
+        pytest.param({"basis": Seeded(seed=6, stream=1)}, 0, id="seed"),
+        pytest.param({"basis": Seeded(seed=5, stream=2)}, 0, id="stream"),
         pytest.param({"base_digest": "c" * 64}, 0, id="base"),
     ],
 )
@@ -350,8 +350,8 @@ def test_another_base_is_refused_and_named(folder: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("basis", [Basis(seed=6, stream=1), Basis(seed=5, stream=0)])
-def test_a_basis_that_is_not_the_trained_one_is_refused(folder: Path, basis: Basis) -> None:
+@pytest.mark.parametrize("basis", [Seeded(seed=6, stream=1), Seeded(seed=5, stream=0)])
+def test_a_basis_that_is_not_the_trained_one_is_refused(folder: Path, basis: Seeded) -> None:
     trained = json.loads((folder / CONFIG_FILE).read_bytes())["lori"]["basis_digest"]
     forge(folder, config=lambda raw: raw["lori"]["basis"].update(seed=basis.seed, stream=basis.stream))
     drawn = make_config(basis=basis).lori.basis_digest

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lori.basis import Basis
+from lori.basis import Seeded
 from lori.kernels import Operands, Route, Term
 from lori.layer import ActiveRoute, LoriLinear, attach, module_shapes
 
 NUM_OUTPUTS, NUM_INPUTS, RANK = 33, 21, 5
-BASES = (Basis(seed=1), Basis(seed=1, stream=1))
+BASES = (Seeded(seed=1), Seeded(seed=1, stream=1))
 RANKS_AND_BASES = ((5, 0), (3, 1), (5, 1))  # of three slots
 TERMS = (Term(0, 2, 0, 1.5), Term(1, 4, 1, -0.5), Term(1, 2, 2, 2.0), Term(5, 6, 2, 0.25))
 NUM_TOKENS = 6

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lori.adapter import Adapter
-from lori.basis import Basis
+from lori.basis import Seeded
 from lori.kernels import Route, Term
 from lori.layer import LoriLinear, module_shapes
 from lori.pool import AdapterPool
@@ -30,9 +30,9 @@ def adapters(model: PreTrainedModel) -> list[Adapter]:
     """Three adapters: two on one basis with different ranks and targets, one on another stream."""
     shapes = module_shapes(model)
     return [
-        make_adapter("wide", shapes, ("q_proj", "v_proj", "down_proj"), 8, 16.0, Basis(seed=3), seed=1),
-        make_adapter("narrow", shapes, ("q_proj", "up_proj"), 3, 4.5, Basis(seed=3, stream=7), seed=2),
-        make_adapter("shared", shapes, ("down_proj", "o_proj"), 5, 5.0, Basis(seed=3), seed=3),
+        make_adapter("wide", shapes, ("q_proj", "v_proj", "down_proj"), 8, 16.0, Seeded(seed=3), seed=1),
+        make_adapter("narrow", shapes, ("q_proj", "up_proj"), 3, 4.5, Seeded(seed=3, stream=7), seed=2),
+        make_adapter("shared", shapes, ("down_proj", "o_proj"), 5, 5.0, Seeded(seed=3), seed=3),
     ]
 
 

@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
-from lori.basis import Basis
-from lori.config import AdapterConfig, BasisConfig, LoriSection
+from lori.basis import Seeded
+from lori.describe import describe
 from lori.format import save_adapter
-from lori.layer import module_shapes
 from lori.pool import AdapterPool
+from lori.served import current_adapters, load_all
 from lori.sparse import SparseB
-from lori.store import adapter_folders, load_all
 from lori.template import Template, encode
 from server.engine.admission import Admission, Ask
 from server.engine.engine import Emit, Engine
@@ -59,26 +58,22 @@ def write_adapter(
     templates: tuple[Template, ...] = ("chat",),
 ) -> Adapter:
     """Writes an adapter for `base` with a random B, 30% of it kept, large enough to change what the model says."""
-    shapes = {name: s for name, s in module_shapes(base.model).items() if name.rpartition(".")[2] in targets}
+    shapes = {name: s for name, s in base.identity.shapes.items() if name.rpartition(".")[2] in targets}
     random = torch.Generator().manual_seed(seed)
     modules = {}
     for name, (num_outputs, _) in shapes.items():
         mask = torch.rand(num_outputs, rank, generator=random) < 0.3
         modules[name] = SparseB.from_dense(torch.randn(num_outputs, rank, generator=random), mask)
-    basis = Basis(stream=stream)
-    config = AdapterConfig(
-        base_model_name_or_path=base.name,
-        r=rank,
-        lora_alpha=2.0 * rank,
-        target_modules=tuple(targets),
-        lori=LoriSection(
-            basis=BasisConfig(seed=basis.seed, stream=basis.stream),
-            basis_digest=basis.digest({name: (rank, num_inputs) for name, (_, num_inputs) in shapes.items()}),
-            base_digest=base.digest,
-            content_digest="0" * 64,
-            sparsity=0.7,
-            templates=templates,
-        ),
+    config = describe(
+        modules,
+        Seeded(stream=stream),
+        base_name=base.name,
+        base_digest=base.identity.digest,
+        shapes=shapes,
+        target_modules=targets,
+        alpha=2.0 * rank,
+        templates=templates,
+        training={},
     )
     return save_adapter(folder, config, modules)
 
@@ -197,8 +192,7 @@ def build(
 ) -> Rig:
     """Returns a rig on the fp32 model in `folder`, put together as `server.loading` does it."""
     base = load_base_model(str(folder), torch.float32)
-    folders = adapter_folders([adapters]) if adapters else {}
-    loaded = load_all(folders, base.digest, module_shapes(base.model))
+    loaded = load_all(current_adapters([adapters]) if adapters else {}, base.identity)
     use_paged_attention(base.model)
     pool = AdapterPool(base.model, loaded)
     runner = Runner(base.model, pool, num_blocks, block_size)

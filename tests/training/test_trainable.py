@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lori.base_model import load_base_model
-from lori.basis import Basis
+from lori.basis import Seeded
 from lori.errors import ModelError
 from training.trainable import MaskedDelta, TrainableLinear, wrap
 
@@ -49,11 +49,11 @@ def test_the_layer_adds_scale_b_a_x() -> None:
 def test_wrap_says_which_target_is_missing(tiny_model: Path) -> None:
     model = load_base_model(str(tiny_model), torch.float32).model
     with pytest.raises(ModelError, match=r"\['c_attn'\]"):
-        wrap(model, ["q_proj", "c_attn"], Basis(), 4, 8.0)
+        wrap(model, ["q_proj", "c_attn"], Seeded(), 4, 8.0)
 
 
 def test_wrap_leaves_only_deltas_trainable(tiny_model: Path) -> None:
     model = load_base_model(str(tiny_model), torch.float32).model
-    layers = wrap(model, ["q_proj", "down_proj"], Basis(), 4, 8.0)
+    layers = wrap(model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
     assert sorted(layers) == [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.q_proj")]
     assert all(name.endswith(".delta.b") for name, p in model.named_parameters() if p.requires_grad)

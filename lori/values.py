@@ -1,0 +1,62 @@
+"""How the values of B are rounded and stored: bf16, fp16, fp32, or int8 with one bf16 scale per output row.
+
+Shapes: D outputs, K kept entries.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import torch
+
+from lori.sparse import SparseB
+
+ValueType = Literal["bfloat16", "float16", "float32", "int8"]
+VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
+INT8_MAX = 127
+
+
+def stored_dtype(value_type: ValueType) -> torch.dtype:
+    """Returns the dtype of the values on disk."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[value_type]
+
+
+def rounded(b: SparseB, value_type: ValueType) -> SparseB:
+    """Returns `b` as it will be read after it was stored as `value_type`; int8 is read as fp32.
+
+    Rounding what was rounded changes nothing. What the type cannot hold becomes infinite.
+    """
+    if value_type != "int8":
+        return SparseB(b.shape, b.indices, b.values.to(stored_dtype(value_type)))
+    quantized, scales = quantize(b)
+    return SparseB(b.shape, b.indices, dequantize(quantized, scales, b.rows))
+
+
+def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns int8 values (K,) and bf16 scales (D,): each row's largest magnitude is 127 times its scale.
+
+    Scales that bf16 holds only as a subnormal are zero, and their rows with them.
+    """
+    values, rows = b.values.float(), b.rows
+    peaks = torch.zeros(b.shape[0]).scatter_reduce(0, rows, values.abs(), "amax")
+    scales = (peaks / INT8_MAX).bfloat16()
+    scales[scales < torch.finfo(torch.bfloat16).smallest_normal] = 0.0
+    steps = scales.float()[rows]
+    quantized = torch.where(steps > 0, values / steps, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
+    # Infinities and NaN are for the caller to refuse: no int8 holds them.
+    return quantized.nan_to_num(0.0).to(torch.int8), scales
+
+
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
+    return quantized.float() * scales.float()[rows]
+
+
+def rounding_error(modules: Iterable[SparseB], value_type: ValueType) -> float:
+    """Returns |rounded - B| / |B| in the Frobenius norm over all modules together."""
+    error = norm = 0.0
+    for b in modules:
+        exact = b.values.double()
+        error += float((rounded(b, value_type).values.double() - exact).square().sum())
+        norm += float(exact.square().sum())
+    return math.sqrt(error / norm) if norm else 0.0
