@@ -46,6 +46,7 @@ class ExplicitConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    generator: Literal["explicit"] = "explicit"
     digest: Digest
 
 
@@ -55,7 +56,7 @@ class LoriSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     format_version: Literal[2] = 2
-    basis: SeededConfig | ExplicitConfig
+    basis: SeededConfig | ExplicitConfig = Field(discriminator="generator")
     basis_digest: Digest
     """sha256 of A over all modules: loading draws A again and compares."""
     base_digest: Digest

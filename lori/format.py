@@ -5,7 +5,7 @@ The folder verifies itself: one digest covers all that decides what the adapter 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,27 +90,34 @@ def _sealed(folder: Path, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
 
 
 def parse_config(folder: Path, content: bytes) -> AdapterConfig:
-    """Returns the config that `content` is; `folder` is for the message.
+    """Returns the config that `content` is, whatever its digest; `folder` is for the message.
 
     Raises `AdapterFormatError` with everything that is wrong with it.
     """
     try:
-        config = AdapterConfig.model_validate_json(content)
-        found = config_digest(content)
+        return AdapterConfig.model_validate_json(content)
     except ValidationError as error:
         faults = [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
         raise AdapterFormatError(str(folder), faults) from error
-    except ValueError as error:
-        raise AdapterFormatError(str(folder), [f"{CONFIG_FILE}: JSON: {error}"]) from error
-    if found != config.lori.config_digest:
-        fault = f"{CONFIG_FILE}: its digest is {found}, expected {config.lori.config_digest}: it was changed or damaged"
-        raise AdapterFormatError(str(folder), [fault])
-    return config
+
+
+def _digest_faults(config: AdapterConfig, content: bytes) -> list[str]:
+    try:
+        found = config_digest(content)
+    except ValueError as error:  # what pydantic's parser takes and Python's does not: a number of 5,000 digits
+        return [f"{CONFIG_FILE}: JSON: {error}"]
+    if found == config.lori.config_digest:
+        return []
+    return [f"{CONFIG_FILE}: its digest is {found}, expected {config.lori.config_digest}: it was changed, or is damaged"]
 
 
 def read_config(folder: Path) -> AdapterConfig:
     """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
-    return parse_config(folder, read_regular(folder, CONFIG_FILE))
+    content = read_regular(folder, CONFIG_FILE)
+    config = parse_config(folder, content)
+    if faults := _digest_faults(config, content):
+        raise AdapterFormatError(str(folder), faults)
+    return config
 
 
 def read_regular(folder: Path, name: str) -> bytes:
@@ -137,38 +144,47 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     Raises `AdapterFormatError` with every fault: missing, unknown and misshapen tensors, wrong dtypes, counts that differ,
     values that are not finite, content that is not what the digests say, another base, another A.
     """
-    config = read_config(folder)
+    content = read_regular(folder, CONFIG_FILE)
+    config = parse_config(folder, content)
     weights = read_regular(folder, WEIGHTS_FILE)
     try:
         tensors = load_tensors(weights)
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:  # the last three: what torch cannot hold
         raise AdapterFormatError(str(folder), [f"{WEIGHTS_FILE} is not a safetensors file: {error}"]) from error
-    faults = []
+    faults = _digest_faults(config, content)
     if (found := content_digest(weights, config)) != config.lori.content_digest:
         faults.append(f"content digest is {found}, expected {config.lori.content_digest}")
     if base:
-        faults += _base_faults(config, base)
+        shape_faults = _shape_faults(config, base)
+        faults += _base_faults(config, base) + shape_faults
         expected = [module for module in base.shapes if config.is_target(module)]
+        may_draw = not shape_faults
     else:
-        expected = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+        expected = sorted({name.rpartition(".")[0] for name in tensors}, key=_natural)
+        may_draw = not faults
         faults += [f"{module}: not among target_modules" for module in expected if not config.is_target(module)]
-    # Only shapes that are the base's, or the maker's own, are drawn: they could be anything.
-    is_sound = not faults
     modules = read_modules(tensors, config, expected, faults)
-    basis = _checked_basis(folder, config, modules, faults) if is_sound and modules else None
+    # A of shapes that nothing bears out is not drawn: it could take all memory.
+    basis = _checked_basis(folder, config, expected, faults) if may_draw and modules else None
     if faults or basis is None:
         raise AdapterFormatError(str(folder), faults or ["it has no modules"])
     return Adapter(name_of(folder), config, modules, basis)
 
 
-def _checked_basis(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB], faults: list[str]) -> Basis | None:
+def _natural(module: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in module.split(".")]
+
+
+def _checked_basis(folder: Path, config: AdapterConfig, modules: Iterable[str], faults: list[str]) -> Basis | None:
     try:
         basis = _basis(folder, config)
     except AdapterFormatError as error:
         faults += error.faults
         return None
-    inputs = {module: (b.shape[1], _num_inputs(config, module)) for module, b in modules.items()}
-    if (drawn := basis.digest(inputs)) != config.lori.basis_digest:
+    shapes = {module: shape for module in modules if (shape := config.shape_of(module))}
+    drawn = basis.digest({module: (config.rank_of(module), num_inputs) for module, (_, num_inputs) in shapes.items()})
+    if drawn != config.lori.basis_digest:
         faults.append(f"A drawn again has the digest {drawn}, expected {config.lori.basis_digest}")
     return basis
 
@@ -183,19 +199,19 @@ def _base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
     targets = {module for module in base.shapes if config.is_target(module)}
     known = targets | {module.rpartition(".")[2] for module in targets}
     faults += [f"target_modules: the base has no linear layer called {t!r}" for t in config.target_modules if t not in known]
-    for module, shape in base.shapes.items():
-        if module in targets and (found := config.shape_of(module)) not in (None, shape):
-            faults.append(f"{module}: (outputs, inputs) are {found}, expected {shape}")
     return faults
+
+
+def _shape_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
+    found = {module: config.shape_of(module) for module in base.shapes if config.is_target(module)}
+    return [
+        f"{module}: lori.shapes has {shape}, expected {base.shapes[module]}"
+        for module, shape in found.items()
+        if shape not in (None, base.shapes[module])
+    ]
 
 
 def _basis(folder: Path, config: AdapterConfig) -> Basis:
     if isinstance(config.lori.basis, ExplicitConfig):
         return load_basis(folder.parent, config.lori.basis.digest)
     return config.lori.basis.basis()
-
-
-def _num_inputs(config: AdapterConfig, module: str) -> int:
-    shape = config.shape_of(module)
-    assert shape is not None
-    return shape[1]

@@ -46,7 +46,7 @@ def decode(code: Code, num_entries: int, num_kept: int) -> Indices:
     cut = len(code) - k * num_bytes
     ends = np.flatnonzero(np.unpackbits(code[: max(cut, 0)], bitorder="little").view(np.bool_)).astype(np.int32)
     if cut < 0 or len(ends) != num_kept:
-        raise ValueError(f"the mask keeps {len(ends)} entries, expected {num_kept}")
+        raise ValueError(f"the mask's code holds {len(ends)} entries, expected {num_kept}")
     if num_kept and (num_zeros := int(ends[-1]) + 1 - num_kept) > num_entries >> k:  # before a shift that could overflow
         raise ValueError(f"the mask's gaps make at least {num_zeros << k} entries, expected at most {num_entries}")
     order = np.arange(num_kept, dtype=np.int32)

@@ -23,7 +23,7 @@ from lori.basis import Explicit
 from lori.basis_file import save_basis
 from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_config, read_regular
+from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, name_of, read_config, read_regular
 from lori.identity import BaseIdentity
 from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapter
 
@@ -128,11 +128,13 @@ class AdapterStore:
         """Makes `alias` mean what `reference` means now, and returns that. Raises as `find`."""
         check_name(alias)
         entry = self.find(reference)
-        if alias != entry.name and self._versions(alias):
+        owner = name_of(entry.folder)
+        version = f"{owner}@{entry.version}"
+        if alias != owner and self._versions(alias):
             raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
-        with self._lock(entry.name):
-            self._keep_plain(entry.name)
-            entry = self.find(entry.reference)
+        with self._lock(owner):
+            self._keep_plain(owner)
+            entry = self.find(version)
         with self._lock(alias):
             self._write_alias(alias, entry)
         return entry

@@ -44,7 +44,7 @@ def read_modules(
     for module in expected:
         wanted = [f"{module}.{part}" for part in parts(config.lori.values)]
         if (shape := config.shape_of(module)) is None:
-            faults.append(f"{module}: lori.shapes has no shape for it")
+            faults.append(f"{module}: lori.shapes has nothing for it")
         elif all(name in tensors for name in wanted):
             mask, values, *scales = (tensors[name] for name in wanted)
             b = _read_module(module, (shape[0], config.rank_of(module)), mask, values, scales, config.lori.values, faults)

@@ -8,6 +8,7 @@ import torch
 from lori.adapter import Adapter
 from lori.basis import Seeded
 from lori.config import AdapterConfig, LoriSection, SeededConfig, compact
+from lori.identity import BaseIdentity
 from lori.sparse import SparseB
 
 # Bitmaps of 27 bits, and of 48, which are whole bytes.
@@ -20,6 +21,7 @@ SHAPES = {
 }
 TARGETS = ("q_proj", "up_proj")
 BASE_DIGEST = "b" * 64
+BASE = BaseIdentity(BASE_DIGEST, SHAPES)
 RANK = 3
 
 

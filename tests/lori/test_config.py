@@ -7,8 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from lori.basis import Seeded
-from lori.config import AdapterConfig
+from lori.config import AdapterConfig, compact, target_names
 from tests.lori.adapters import make_config
+
+SEEDED = {"generator": "philox-u24-1", "seed": 0, "stream": 0}
 
 
 def document(changes: dict[str, Any], section: dict[str, Any]) -> str:
@@ -34,7 +36,7 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
     assert written["peft_type"] == "LORI"
     assert written["task_type"] == "CAUSAL_LM"
     assert written["target_modules"] == ["q_proj", "up_proj"]
-    assert written["lori"]["format_version"] == 1
+    assert written["lori"]["format_version"] == 2
     assert written["lori"]["basis"] == {"generator": "philox-u24-1", "seed": 5, "stream": 1}
 
 
@@ -53,15 +55,24 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
         ({"target_modules": []}, {}, "target_modules"),
         ({"bias": "all"}, {}, "bias"),
         ({"task_type": "SEQ_CLS"}, {}, "task_type"),
-        ({}, {"format_version": 2}, "lori.format_version"),
-        ({}, {"sparsity": 1.0}, "lori.sparsity"),
+        ({}, {"format_version": 1}, "lori.format_version"),
+        ({}, {"sparsity": 1.1}, "lori.sparsity"),
         ({}, {"sparsity": -0.1}, "lori.sparsity"),
         ({}, {"templates": []}, "lori.templates"),
         ({}, {"templates": ["chat", "chatml"]}, "lori.templates.1"),
-        ({}, {"basis": {"seed": -1, "stream": 0}}, "lori.basis.seed"),
-        ({}, {"basis": {"seed": 0, "stream": 2**63}}, "lori.basis.stream"),
-        ({}, {"basis": {"seed": 0, "stream": 0, "generator": "torch"}}, "lori.basis.generator"),
-        ({}, {"basis": {"seed": 0, "stream": 0, "sed": 0}}, "lori.basis.sed"),
+        ({}, {"basis": SEEDED | {"seed": -1}}, "lori.basis.philox-u24-1.seed"),
+        ({}, {"basis": SEEDED | {"stream": 2**63}}, "lori.basis.philox-u24-1.stream"),
+        ({}, {"basis": SEEDED | {"generator": "torch"}}, "lori.basis"),
+        ({}, {"basis": {"seed": 0, "stream": 0}}, "lori.basis"),
+        ({}, {"basis": SEEDED | {"sed": 0}}, "lori.basis.philox-u24-1.sed"),
+        ({}, {"basis": {"generator": "explicit", "digest": "b"}}, "lori.basis.explicit.digest"),
+        ({}, {"values": "float8"}, "lori.values"),
+        ({}, {"shapes": {}}, "lori.shapes"),
+        ({}, {"shapes": {"q_proj": [9, 0]}}, "lori.shapes.q_proj.1"),
+        ({"r": 4097}, {}, "r"),
+        ({"rank_pattern": {"layers.0.q_proj": 0}}, {}, "rank_pattern.layers.0.q_proj"),
+        ({"alpha_pattern": {"layers.0.q_proj": 0.0}}, {}, "alpha_pattern.layers.0.q_proj"),
+        ({"r": 33}, {"shapes": {"q_proj": [2**24, 5]}}, ""),
         ({}, {"basis_digest": "B" * 64}, "lori.basis_digest"),
         ({}, {"base_digest": "b" * 63}, "lori.base_digest"),
         ({}, {"content_digest": "b" * 65}, "lori.content_digest"),
@@ -88,3 +99,35 @@ def test_a_config_does_not_change() -> None:
         config.r = 7  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         config.lori.sparsity = 0.0  # type: ignore[misc]
+
+
+def test_a_module_has_its_own_rank_and_alpha_where_the_patterns_say_so() -> None:
+    raw = json.loads(document({"rank_pattern": {"layers.0.q_proj": 8}, "alpha_pattern": {"layers.1.q_proj": 9.0}}, {}))
+    config = AdapterConfig.model_validate(raw)
+    assert [config.rank_of(f"layers.{i}.q_proj") for i in range(3)] == [8, 3, 3]
+    assert [config.scale_of(f"layers.{i}.q_proj") for i in range(3)] == [6 / 8, 9 / 3, 6 / 3]
+
+
+def test_shapes_are_said_once_and_exceptions_by_full_name() -> None:
+    shapes = {f"layers.{i}.q_proj": (8, 4) for i in range(3)} | {"layers.1.q_proj": (8, 6), "lm.up_proj": (2, 3)}
+    found = compact(shapes)
+    assert found == {"q_proj": (8, 4), "layers.1.q_proj": (8, 6), "up_proj": (2, 3)}
+    config = AdapterConfig.model_validate_json(document({}, {"shapes": found}))
+    assert {module: config.shape_of(module) for module in shapes} == shapes
+    assert config.shape_of("layers.0.k_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["layers.0.q_proj", "layers.1.q_proj"], ("q_proj",)),
+        (["layers.0.q_proj"], ("layers.0.q_proj",)),
+        (["layers.0.q_proj", "layers.1.q_proj", "layers.1.o_proj"], ("layers.0.q_proj", "layers.1.q_proj", "layers.1.o_proj")),
+    ],
+)
+def test_targets_are_last_parts_only_where_every_such_module_is_one(modules: list[str], expected: tuple[str, ...]) -> None:
+    base = [f"layers.{i}.{name}" for i in range(2) for name in ("q_proj", "o_proj")]
+    names = target_names(dict.fromkeys(modules), dict.fromkeys(base))
+    assert names == expected
+    config = make_config().model_copy(update={"target_modules": names})
+    assert [module for module in base if config.is_target(module)] == [module for module in base if module in modules]

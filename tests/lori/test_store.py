@@ -1,103 +1,347 @@
-"""A folder of adapters."""
+"""A folder of adapters: versions, aliases, and many hands at once."""
 
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CONFIG_FILE, WEIGHTS_FILE, save_adapter
-from lori.store import adapter_folders, load_all, unknown_adapter
-from tests.lori.adapters import BASE_DIGEST, SHAPES, make_config, make_modules
+from lori.adapter import Adapter
+from lori.basis import Explicit, Seeded
+from lori.basis_file import basis_file, load_basis, save_basis
+from lori.config import ExplicitConfig
+from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
+from lori.format import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from lori.store import ALIASES_FOLDER, AdapterStore
+from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, targeted
 
 
-def touch(place: Path, *names: str) -> Path:
-    for name in names:
-        (place / name).mkdir(parents=True)
-        (place / name / CONFIG_FILE).write_text("{}")
-    return place
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    """An empty store."""
+    return AdapterStore(tmp_path / "store")
 
 
-def test_folders_are_found_by_name_over_all_places(tmp_path: Path) -> None:
-    a, b = touch(tmp_path / "a", "math", "safety-2.0"), touch(tmp_path / "b", "0_law")
-    found = adapter_folders([a, b])
-    assert found == {"math": a / "math", "safety-2.0": a / "safety-2.0", "0_law": b / "0_law"}
-    assert list(found) == ["math", "safety-2.0", "0_law"]
+def make(folder: Path, seed: int = 0, **config: Any) -> Adapter:
+    return save_adapter(folder, make_config(**config), make_modules(seed=seed))
 
 
-def test_no_places_hold_no_adapters(tmp_path: Path) -> None:
-    assert adapter_folders([]) == {}
-    assert adapter_folders([tmp_path]) == {}
+def publish(store: AdapterStore, tmp_path: Path, name: str, seed: int = 0) -> str:
+    """Publishes a random adapter and returns its version."""
+    version = make(tmp_path / "made" / name, seed).version
+    assert store.publish(tmp_path / "made" / name).version == version
+    return version
 
 
-def test_hidden_folders_files_and_folders_without_a_config_are_no_adapters(tmp_path: Path) -> None:
-    touch(tmp_path, "math", ".math-scratch", "outer/inner")
-    (tmp_path / "Not An Adapter").mkdir()
-    (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / CONFIG_FILE).write_text("{}")
-    assert list(adapter_folders([tmp_path])) == ["math"]
+# --- publish, find, list
 
 
-@pytest.mark.parametrize("name", ["Math", "ma th", "-math", "_math", "máth", "a" * 65, "math+law", "math\n"])
-def test_a_name_that_is_not_sound_is_refused(tmp_path: Path, name: str) -> None:
-    touch(tmp_path, name)
-    with pytest.raises(AdapterError, match="an adapter's name must match") as caught:
-        adapter_folders([tmp_path])
-    assert str(tmp_path / name) in str(caught.value)
+def test_what_is_published_is_found_by_name_and_by_version(store: AdapterStore, tmp_path: Path) -> None:
+    old, new = publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)
+    assert old != new
+    assert store.find("math").version == new
+    assert store.find(f"math@{old}").version == store.find(f"math@{old[:6]}").version == old
+    assert {entry.reference for entry in store.list()} == {f"math@{old}", f"math@{new}"}
+    assert store.aliases() == {"math": f"math@{new}"}
+    assert store.find("math").load(BASE).version == new
 
 
-@pytest.mark.parametrize("name", ["a", "0", "a" * 64, "a.b-c_d"])
-def test_a_sound_name_is_accepted(tmp_path: Path, name: str) -> None:
-    assert list(adapter_folders([touch(tmp_path, name)])) == [name]
+def test_a_published_adapter_is_the_same_bytes_and_its_card(store: AdapterStore, tmp_path: Path) -> None:
+    make(tmp_path / "math")
+    (tmp_path / "math" / "README.md").write_text("# math\n")
+    (tmp_path / "math" / "notes.txt").write_text("not part of it")
+    folder = store.publish(tmp_path / "math").folder
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
+        name: (tmp_path / "math" / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE, "README.md")
+    }
 
 
-def test_one_name_in_two_places_is_refused_with_both(tmp_path: Path) -> None:
-    a, b = touch(tmp_path / "a", "math"), touch(tmp_path / "b", "math")
-    with pytest.raises(AdapterError) as caught:
-        adapter_folders([a, b])
-    assert str(caught.value) == f"two adapters are called 'math': {a / 'math'} and {b / 'math'}"
+def test_publishing_again_changes_nothing(store: AdapterStore, tmp_path: Path) -> None:
+    version = publish(store, tmp_path, "math")
+    before = os.stat(store.find("math").folder / WEIGHTS_FILE)
+    assert publish(store, tmp_path, "math") == version
+    assert os.stat(store.find("math").folder / WEIGHTS_FILE).st_ino == before.st_ino
 
 
-@pytest.mark.parametrize("name", ["none", "a-file"])
-def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "a-file").write_text("x")
-    with pytest.raises(AdapterError, match="is no folder of adapters") as caught:
-        adapter_folders([tmp_path, tmp_path / name])
-    assert str(tmp_path / name) in str(caught.value)
+def test_publishing_mends_a_damaged_copy(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    (store.find("math").folder / WEIGHTS_FILE).write_bytes(b"")
+    publish(store, tmp_path, "math")
+    assert store.find("math").load(BASE)
 
 
-def test_load_all_loads_every_adapter_by_its_name(tmp_path: Path) -> None:
-    for seed, name in enumerate(["b", "a"]):
-        save_adapter(tmp_path / name, make_config(), make_modules(seed=seed))
-    adapters = load_all(adapter_folders([tmp_path]), BASE_DIGEST, SHAPES)
-    assert [adapter.name for adapter in adapters] == ["a", "b"]
-    assert adapters[0].version != adapters[1].version
+def test_an_adapter_can_be_published_under_another_name(store: AdapterStore, tmp_path: Path) -> None:
+    make(tmp_path / "made")
+    assert store.publish(tmp_path / "made", "law").load().name == "law"
 
 
-def test_load_all_gathers_the_faults_of_all_bad_adapters(tmp_path: Path) -> None:
-    for name in ("a", "b", "c"):
-        save_adapter(tmp_path / name, make_config(), make_modules())
-    (tmp_path / "a" / WEIGHTS_FILE).unlink()
-    (tmp_path / "c" / CONFIG_FILE).write_text('{"r": 0}')
-    with pytest.raises(AdapterFormatError) as caught:
-        load_all(adapter_folders([tmp_path]), BASE_DIGEST, SHAPES)
-    faults = caught.value.faults
-    assert f"{tmp_path / 'a'}: {WEIGHTS_FILE} cannot be read: No such file or directory" in faults
-    assert any(fault.startswith(f"{tmp_path / 'c'}: {CONFIG_FILE}: r: ") for fault in faults)
-    assert any(fault.startswith(f"{tmp_path / 'c'}: {CONFIG_FILE}: lora_alpha: ") for fault in faults)
-    assert not any(fault.startswith(f"{tmp_path / 'b'}: ") for fault in faults)
-    assert all(fault in str(caught.value) for fault in faults)
+def test_what_is_not_sound_is_not_published(store: AdapterStore, tmp_path: Path) -> None:
+    make(tmp_path / "math")
+    (tmp_path / "math" / WEIGHTS_FILE).write_bytes(b"x")
+    with pytest.raises(AdapterFormatError):
+        store.publish(tmp_path / "math")
+    assert not store.root.exists()
 
 
-def test_near_names_are_told_nearest_first() -> None:
-    error = unknown_adapter("saftey", iter(["math", "safety", "safe", "nlu"]))
-    assert error.name == "saftey"
-    assert error.near == ("safety", "safe")
-    assert str(error) == "there is no adapter 'saftey': did you mean 'safety' or 'safe'?"
+def test_a_version_whose_folder_lies_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+    version = publish(store, tmp_path, "math")
+    store.find("math").folder.rename(store.root / "math@0123456789ab")
+    with pytest.raises(AdapterFormatError, match=f"its version is {version}, expected 0123456789ab"):
+        store.find("math@0123").load()
 
 
-def test_known_names_are_told_in_order_where_none_is_near() -> None:
-    assert str(unknown_adapter("zzz", ["math", "code"])) == "there is no adapter 'zzz': known are 'code', 'math'"
+def test_an_ambiguous_version_names_what_it_could_be(store: AdapterStore) -> None:
+    for version in ("aa0000000000", "aa1111111111"):
+        (store.root / f"math@{version}").mkdir(parents=True)
+    with pytest.raises(AdapterError, match="'math@aa' could be math@aa0000000000 or math@aa1111111111"):
+        store.find("math@aa")
+    with pytest.raises(AdapterError, match="'math' could be any of math@aa0000000000, math@aa1111111111"):
+        store.find("math")
+    assert store.find("math@aa0").version == "aa0000000000"
 
 
-def test_at_most_three_near_names() -> None:
-    assert len(unknown_adapter("math", [f"math{i}" for i in range(9)]).near) == 3
+@pytest.mark.parametrize("reference", ["law", "law@aa", "math@ffffffffffff"])
+def test_what_is_not_there_is_unknown(store: AdapterStore, tmp_path: Path, reference: str) -> None:
+    with pytest.raises(UnknownAdapterError):
+        store.find(reference)
+    publish(store, tmp_path, "math")
+    with pytest.raises(UnknownAdapterError):
+        store.find(reference)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["../made", "/etc", "made/math", ".", "..", "", "Math", ".aliases", "math@", "math@../x", "math@XYZ", "math\0", "a" * 65],
+)
+@pytest.mark.parametrize("act", [AdapterStore.find, AdapterStore.remove])
+def test_no_reference_leads_out_of_the_store(
+    store: AdapterStore, tmp_path: Path, act: Callable[[AdapterStore, str], Any], reference: str
+) -> None:
+    publish(store, tmp_path, "math")
+    if reference == "math@":
+        reference = "math@@"
+    with pytest.raises(AdapterError):
+        act(store, reference)
+    assert (tmp_path / "made" / "math" / CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("name", ["Math", "../x", "a/b", "", ".hidden"])
+def test_no_unsound_name_is_published_or_aliased(store: AdapterStore, tmp_path: Path, name: str) -> None:
+    publish(store, tmp_path, "math")
+    with pytest.raises(AdapterError, match="is no adapter's name"):
+        store.publish(tmp_path / "made" / "math", name)
+    with pytest.raises(AdapterError, match="is no adapter's name"):
+        store.alias(name, "math")
+
+
+def test_a_link_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere")
+    store.root.mkdir()
+    (store.root / "math").symlink_to(tmp_path / "elsewhere")
+    for act in (store.list, store.current, lambda: store.find("math")):
+        with pytest.raises(AdapterError, match="is a link: a store follows none"):
+            act()
+
+
+def test_an_alias_file_cannot_lead_out_of_the_store(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    (store.root / ALIASES_FOLDER / "law").write_text("../made/math@aa")
+    with pytest.raises(AdapterError, match="expected name@version"):
+        store.find("law")
+
+
+# --- aliases
+
+
+def test_an_alias_moves(store: AdapterStore, tmp_path: Path) -> None:
+    old, new = publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)
+    store.alias("prod", f"math@{old}")
+    assert store.find("prod").version == old
+    assert store.find("prod").load().name == "prod"
+    store.alias("prod", "math")
+    store.alias("latest", "prod")
+    assert store.find("prod").version == store.find("latest").version == new
+    store.alias("math", f"math@{old}")  # roll back
+    assert store.find("math").version == old
+    assert set(store.current()) == {"math", "prod", "latest"}
+
+
+def test_an_adapter_s_name_cannot_mean_another_adapter(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math", 1)
+    publish(store, tmp_path, "law", 2)
+    with pytest.raises(AdapterError, match="'law' is an adapter"):
+        store.alias("law", "math")
+
+
+# --- folders as their makers left them
+
+
+def test_a_plain_folder_is_the_adapter_of_its_name(store: AdapterStore) -> None:
+    saved = make(store.root / "math")
+    assert store.find("math").version == saved.version
+    assert store.find(f"math@{saved.version}").folder == store.root / "math"
+    assert [entry.reference for entry in store.list()] == [f"math@{saved.version}"]
+
+
+def test_publishing_keeps_a_plain_folder_as_a_version(store: AdapterStore, tmp_path: Path) -> None:
+    old = make(store.root / "math").version
+    new = publish(store, tmp_path, "math", 2)
+    assert store.find("math").version == new
+    assert store.find(f"math@{old}").load(BASE).version == old
+    assert not (store.root / "math").exists()
+
+
+def test_a_plain_folder_can_be_published_in_place(store: AdapterStore) -> None:
+    version = make(store.root / "math").version
+    assert store.publish(store.root / "math").folder == store.root / f"math@{version}"
+    assert store.find("math").load(BASE).version == version
+    assert [entry.folder.name for entry in store.list()] == [f"math@{version}"]
+
+
+def test_an_alias_of_a_plain_folder_keeps_it_as_a_version(store: AdapterStore) -> None:
+    version = make(store.root / "math").version
+    store.alias("prod", "math")
+    assert store.find("prod").version == store.find("math").version == version
+
+
+def test_a_folder_trained_over_an_alias_is_not_passed_over_in_silence(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math", 1)
+    make(store.root / "math", 2)
+    for act in (store.current, lambda: store.find("math")):
+        with pytest.raises(AdapterError, match="'math' is an alias and a folder of its own"):
+            act()
+    assert store.publish(store.root / "math").version == store.find("math").version
+
+
+# --- remove
+
+
+def test_a_removed_version_is_gone_and_the_others_stay(store: AdapterStore, tmp_path: Path) -> None:
+    old, new = publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)
+    store.remove(f"math@{old[:8]}")
+    assert [entry.version for entry in store.list()] == [new]
+    with pytest.raises(UnknownAdapterError):
+        store.find(f"math@{old}")
+
+
+def test_a_removed_name_is_gone_with_all_its_versions(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math", 1)
+    publish(store, tmp_path, "math", 2)
+    publish(store, tmp_path, "law", 3)
+    store.remove("math")
+    assert list(store.current()) == ["law"]
+    assert sorted(path.name for path in store.root.iterdir()) == [".aliases", ".locks", store.find("law").folder.name]
+
+
+def test_what_an_alias_means_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
+    version = publish(store, tmp_path, "math")
+    store.alias("prod", "math")
+    for reference in ("math", f"math@{version}"):
+        with pytest.raises(AdapterError, match=r"means math@.*: move or remove the alias first"):
+            store.remove(reference)
+    store.remove("prod")
+    assert list(store.current()) == ["math"]
+    store.remove("math")
+    assert store.list() == []
+
+
+# --- explicit bases
+
+
+def test_an_explicit_basis_comes_along_and_is_kept_once(store: AdapterStore, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    basis = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    save_basis(made, basis)
+    for name, seed in (("a", 1), ("b", 2)):
+        config = make_config(basis=Seeded(9))
+        section = config.lori.model_copy(update={"basis": ExplicitConfig(digest=basis.content_digest)})
+        save_adapter(made / name, config.model_copy(update={"lori": section}), make_modules(seed=seed))
+        store.publish(made / name)
+    assert [file.name for file in (store.root / ".bases").iterdir()] == [f"{basis.content_digest}.safetensors"]
+    a, b = store.find("a").load(BASE), store.find("b").load(BASE)
+    assert a.basis is b.basis
+    assert a.basis == basis
+    basis_file(made, basis.content_digest).unlink()
+    del a, b, basis
+    with pytest.raises(AdapterFormatError, match="its basis cannot be read: No such file"):
+        load_adapter(made / "a")
+
+
+def test_a_damaged_basis_is_refused(store: AdapterStore) -> None:
+    basis = Explicit.of({"m": Seeded(9).draw("m", 3, 5)})
+    file, digest = save_basis(store.root, basis), basis.content_digest
+    del basis
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AdapterFormatError, match=f"expected {digest}"):
+        load_basis(store.root, digest)
+
+
+# --- many
+
+
+def test_ten_thousand_adapters_are_listed_without_opening_one(store: AdapterStore) -> None:
+    (store.root / ALIASES_FOLDER).mkdir(parents=True)
+    for i in range(10_000):
+        (store.root / f"tenant-{i:05}@{i:012x}").mkdir()  # nothing in it: it could not be opened
+        (store.root / ALIASES_FOLDER / f"tenant-{i:05}").write_text(f"tenant-{i:05}@{i:012x}")
+    assert len(store.list()) == len(store.current()) == 10_000
+    assert store.find("tenant-04321").version == f"{4321:012x}"
+
+
+# --- many hands at once
+
+
+def test_readers_see_one_version_or_the_other_while_writers_move_it(store: AdapterStore, tmp_path: Path) -> None:
+    versions = {publish(store, tmp_path / str(seed), "math", seed) for seed in range(3)}
+    stop, seen = threading.Event(), set()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(store.find("math").load(BASE).version)
+
+    def write(seed: int) -> None:
+        for _ in range(10):
+            store.publish(tmp_path / str(seed) / "made" / "math")
+
+    with ThreadPoolExecutor(5) as pool:
+        readers = [pool.submit(read) for _ in range(2)]
+        for writer in [pool.submit(write, seed) for seed in range(3)]:
+            writer.result()
+        stop.set()
+        for reader in readers:
+            reader.result()
+    assert seen <= versions
+    assert {entry.version for entry in store.list()} == versions
+
+
+def _publish_for_ever(root: Path, made: Path) -> None:
+    store = AdapterStore(root)
+    while True:
+        for folder in sorted(made.iterdir()):
+            entry = store.publish(folder, "math")
+            store.alias("prod", "math")
+            store.remove("prod")
+            for other in store.list():
+                if other.version != entry.version:
+                    store.remove(other.reference)
+
+
+def test_a_writer_that_is_killed_leaves_a_sound_store(store: AdapterStore, tmp_path: Path) -> None:
+    made = {make(tmp_path / "made" / str(seed), seed).version for seed in range(3)}
+    store.publish(tmp_path / "made" / "0", "math")
+    context = get_context("spawn")
+    for i in range(4):
+        writer = context.Process(target=_publish_for_ever, args=(store.root, tmp_path / "made"))
+        writer.start()
+        writer.join(1.5 + 0.13 * i)
+        writer.kill()
+        writer.join()
+        assert store.find("math").load(BASE).version in made
+    store.publish(tmp_path / "made" / "1", "math")  # no lock is left held
+    assert not list(store.root.glob(".math@*"))

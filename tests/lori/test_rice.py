@@ -1,0 +1,113 @@
+"""The code of a mask."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori.rice import MAX_ENTRIES, Code, Indices, decode, encode, parameter
+
+
+def random_indices(num_entries: int, density: float, seed: int = 0) -> Indices:
+    return np.flatnonzero(np.random.default_rng(seed).random(num_entries) < density).astype(np.int32)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.03, 0.1, 0.2, 0.35, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("num_entries", [1, 7, 8, 9, 64, 1000, 20_000])
+def test_a_mask_comes_back(num_entries: int, density: float) -> None:
+    indices = random_indices(num_entries, density)
+    code = encode(indices, num_entries)
+    assert code.dtype == np.uint8
+    back = decode(code, num_entries, len(indices))
+    assert back.dtype == np.int32
+    assert (back == indices).all()
+
+
+@given(st.integers(1, 4000).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+def test_any_mask_comes_back(mask: tuple[int, set[int]]) -> None:
+    num_entries, kept = mask
+    indices = np.array(sorted(kept), np.int32)
+    assert (decode(encode(indices, num_entries), num_entries, len(kept)) == indices).all()
+
+
+@pytest.mark.parametrize("index", [0, 1, MAX_ENTRIES // 2, MAX_ENTRIES - 1])
+def test_one_entry_of_the_largest_mask_comes_back(index: int) -> None:
+    indices = np.array([index], np.int32)
+    assert decode(encode(indices, MAX_ENTRIES), MAX_ENTRIES, 1).tolist() == [index]
+
+
+def test_a_dense_mask_is_a_bitmap() -> None:
+    indices = random_indices(801, 0.6)
+    bits = np.zeros(801, np.bool_)
+    bits[indices] = True
+    assert (encode(indices, 801) == np.packbits(bits[: indices[-1] + 1], bitorder="little")).all()
+
+
+def test_the_code_by_hand() -> None:
+    # 40 entries and 4 kept: k = 3. Gaps 2, 0, 12, 20: quotients 0, 0, 1, 2; remainders 2, 0, 4, 4.
+    indices = np.array([2, 3, 16, 37], np.int32)
+    assert parameter(40, 4) == 3
+    assert encode(indices, 40).tolist() == [0b1001011, 0b0000, 0b0001, 0b1100]
+
+
+@pytest.mark.parametrize(("density", "bits"), [(0.05, 0.2864), (0.1, 0.4690), (0.2, 0.7219)])
+def test_a_random_mask_takes_little_more_than_its_entropy(density: float, bits: float) -> None:
+    num_entries = 400_000
+    taken = 8 * len(encode(random_indices(num_entries, density), num_entries)) / num_entries
+    assert 0.995 * bits < taken < 1.03 * bits
+
+
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.2, 0.3, 0.5])
+def test_the_parameter_is_the_best_for_a_random_mask(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_entries = 200_000
+    indices = random_indices(num_entries, density)
+    chosen = parameter(num_entries, len(indices))
+    sizes = {}
+    for k in range(10):
+        monkeypatch.setattr("lori.rice.parameter", lambda *_, k=k: k)
+        sizes[k] = len(encode(indices, num_entries))
+    assert sizes[chosen] <= 1.005 * min(sizes.values())
+
+
+def tampered() -> list[tuple[str, Code, int, int]]:
+    indices = random_indices(1000, 0.1)
+    code, kept = encode(indices, 1000), len(indices)
+    unary = len(code) - 3 * ((kept + 7) // 8)
+    flipped = code.copy()
+    flipped[0] ^= 0x80
+    padded = code.copy()
+    assert kept % 8
+    padded[-1] |= 0x80
+    longer = np.insert(code, unary, 0)
+    return [
+        ("holds", code[:-1], 1000, kept),
+        ("holds", code, 1000, kept - 8),
+        ("holds", flipped, 1000, kept),
+        ("holds", code[:2], 1000, kept),
+        ("past its last", padded, 1000, kept),
+        ("unary part", longer, 1000, kept),
+        ("of 960", code, 960, kept),
+        ("at least 128 entries, expected at most 100", np.array([0b100, 0, 0, 0, 0, 0, 0], np.uint8), 100, 1),
+        ("holds 0 entries, expected 1", np.zeros(0, np.uint8), 8, 1),
+        ("holds 1 entries, expected 0", np.ones(1, np.uint8), 8, 0),
+        ("unary part", np.zeros(1, np.uint8), 8, 0),
+    ]
+
+
+@pytest.mark.parametrize(("message", "code", "num_entries", "num_kept"), tampered())
+def test_what_is_no_code_of_such_a_mask_is_refused(message: str, code: Code, num_entries: int, num_kept: int) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(code, num_entries, num_kept)
+
+
+@given(st.binary(max_size=60), st.integers(1, 5000), st.integers(0, 200))
+def test_any_bytes_are_a_mask_or_refused(content: bytes, num_entries: int, num_kept: int) -> None:
+    code = np.frombuffer(content, np.uint8)
+    try:
+        indices = decode(code, num_entries, num_kept)
+    except ValueError:
+        return
+    assert len(indices) == num_kept
+    assert (np.diff(indices, prepend=-1) > 0).all()
+    assert not num_kept or indices[-1] < num_entries
+    assert (encode(indices, num_entries) == code).all()  # one mask has one code

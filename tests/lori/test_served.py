@@ -1,0 +1,110 @@
+"""The adapters that a server is started with."""
+
+from pathlib import Path
+
+import pytest
+
+from lori.errors import AdapterError, AdapterFormatError
+from lori.format import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lori.names import unknown_adapter
+from lori.served import current_adapters, load_all
+from lori.store import AdapterStore
+from tests.lori.adapters import BASE, make_config, make_modules
+
+
+def touch(place: Path, *names: str) -> Path:
+    for name in names:
+        (place / name).mkdir(parents=True)
+        (place / name / CONFIG_FILE).write_text("{}")
+    return place
+
+
+def folders(*places: Path) -> dict[str, Path]:
+    return {name: entry.folder for name, entry in current_adapters(places).items()}
+
+
+def test_folders_are_found_by_name_over_all_places(tmp_path: Path) -> None:
+    a, b = touch(tmp_path / "a", "math", "safety-2.0"), touch(tmp_path / "b", "0_law")
+    found = folders(a, b)
+    assert found == {"math": a / "math", "safety-2.0": a / "safety-2.0", "0_law": b / "0_law"}
+    assert list(found) == ["math", "safety-2.0", "0_law"]
+
+
+def test_no_places_hold_no_adapters(tmp_path: Path) -> None:
+    assert folders() == {}
+    assert folders(tmp_path) == {}
+
+
+def test_hidden_folders_files_and_folders_without_a_config_are_no_adapters(tmp_path: Path) -> None:
+    touch(tmp_path, "math", ".math-scratch", "outer/inner")
+    (tmp_path / "Not An Adapter").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / CONFIG_FILE).write_text("{}")
+    assert list(folders(tmp_path)) == ["math"]
+
+
+@pytest.mark.parametrize("name", ["Math", "ma th", "-math", "_math", "máth", "a" * 65, "math+law", "math\n", "math@XYZ"])
+def test_a_name_that_is_not_sound_is_refused(tmp_path: Path, name: str) -> None:
+    touch(tmp_path, name)
+    with pytest.raises(AdapterError, match="an adapter's name must match") as caught:
+        folders(tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a" * 64, "a.b-c_d"])
+def test_a_sound_name_is_accepted(tmp_path: Path, name: str) -> None:
+    assert list(folders(touch(tmp_path, name))) == [name]
+
+
+def test_one_name_in_two_places_is_refused_with_both(tmp_path: Path) -> None:
+    a, b = touch(tmp_path / "a", "math"), touch(tmp_path / "b", "math")
+    with pytest.raises(AdapterError) as caught:
+        folders(a, b)
+    assert str(caught.value) == f"two adapters are called 'math': {a / 'math'} and {b / 'math'}"
+
+
+@pytest.mark.parametrize("name", ["none", "a-file"])
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a-file").write_text("x")
+    with pytest.raises(AdapterError, match="is no folder of adapters") as caught:
+        folders(tmp_path, tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_every_adapter_is_loaded_under_the_name_it_is_asked_for_by(tmp_path: Path) -> None:
+    for seed, name in enumerate(["b", "a"]):
+        save_adapter(tmp_path / name, make_config(), make_modules(seed=seed))
+    AdapterStore(tmp_path).alias("prod", "a")
+    adapters = load_all(current_adapters([tmp_path]), BASE)
+    assert [adapter.name for adapter in adapters] == ["a", "b", "prod"]
+    assert adapters[0].version == adapters[2].version != adapters[1].version
+
+
+def test_load_all_gathers_the_faults_of_all_bad_adapters(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        save_adapter(tmp_path / name, make_config(), make_modules())
+    (tmp_path / "a" / WEIGHTS_FILE).unlink()
+    (tmp_path / "c" / CONFIG_FILE).write_text('{"r": 0}')
+    with pytest.raises(AdapterFormatError) as caught:
+        load_all(current_adapters([tmp_path]), BASE)
+    faults = caught.value.faults
+    assert f"{tmp_path / 'a'}: {WEIGHTS_FILE} cannot be read: No such file or directory" in faults
+    assert any(fault.startswith(f"{tmp_path / 'c'}: {CONFIG_FILE}: r: ") for fault in faults)
+    assert any(fault.startswith(f"{tmp_path / 'c'}: {CONFIG_FILE}: lora_alpha: ") for fault in faults)
+    assert not any(fault.startswith(f"{tmp_path / 'b'}: ") for fault in faults)
+    assert all(fault in str(caught.value) for fault in faults)
+
+
+def test_near_names_are_told_nearest_first() -> None:
+    error = unknown_adapter("saftey", iter(["math", "safety", "safe", "nlu"]))
+    assert error.name == "saftey"
+    assert error.near == ("safety", "safe")
+    assert str(error) == "there is no adapter 'saftey': did you mean 'safety' or 'safe'?"
+
+
+def test_known_names_are_told_in_order_where_none_is_near() -> None:
+    assert str(unknown_adapter("zzz", ["math", "code"])) == "there is no adapter 'zzz': known are 'code', 'math'"
+
+
+def test_at_most_three_near_names() -> None:
+    assert len(unknown_adapter("math", [f"math{i}" for i in range(9)]).near) == 3
