@@ -24,6 +24,12 @@ class Adapter:
         """The first digits of the content's digest: another content is another version."""
         return self.config.lori.content_digest[:NUM_VERSION_DIGITS]
 
+    def shape_of(self, module: str) -> tuple[int, int]:
+        """Returns (outputs, inputs) of `module`, which must be one that it changes."""
+        shape = self.config.shape_of(module)
+        assert shape is not None
+        return shape
+
     @property
     def num_kept(self) -> int:
         """Entries of B that exist, over all modules."""

@@ -27,8 +27,13 @@ def save_basis(store: Path, basis: Explicit) -> Path:
     file = basis_file(store, basis.content_digest)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, save_tensors({module: a.contiguous() for module, a in basis.tensors.items()}))
+        replace_file(file, basis_bytes(basis))
     return file
+
+
+def basis_bytes(basis: Explicit) -> bytes:
+    """Returns the content of a basis's file."""
+    return save_tensors({module: a.contiguous() for module, a in basis.tensors.items()})
 
 
 def load_basis(store: Path, digest: str) -> Explicit:

@@ -6,6 +6,7 @@ The folder verifies itself: one digest covers all that decides what the adapter 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from lori.config import AdapterConfig, ExplicitConfig
 from lori.durable import new_folder, replace_file, write_file
 from lori.errors import AdapterFormatError
 from lori.identity import BaseIdentity
+from lori.names import natural
 from lori.sparse import SparseB
-from lori.values import rounded
+from lori.values import ValueType, rounded
 from lori.weights import read_modules, weight_bytes
 
 CONFIG_FILE = "adapter_config.json"
@@ -47,28 +49,50 @@ def config_digest(content: bytes) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+def stored_as(adapter: Adapter, values: ValueType) -> Adapter:
+    """Returns `adapter`, its config saying that B's values are stored as `values`."""
+    section = adapter.config.lori.model_copy(update={"values": values})
+    return replace(adapter, config=adapter.config.model_copy(update={"lori": section}))
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An adapter as it will be read, its digests filled in and its values rounded, and the files it will be read from."""
+
+    adapter: Adapter
+    files: Mapping[str, bytes]
+
+
+def seal(adapter: Adapter) -> Sealed:
+    """Returns what `adapter` is on disk. The digests in its config do not matter; its values are rounded to `config.lori.values`.
+
+    Raises `AdapterFormatError` for what could not be loaded again: values that are not finite, a config that is not sound.
+    """
+    value_type = adapter.config.lori.values
+    kept = {name: rounded(b, value_type) for name, b in adapter.modules.items()}
+    if faults := [
+        f"{name}: values that are not finite in {value_type}"
+        for name, b in kept.items()
+        if not (b.values.isfinite().all() and adapter.modules[name].values.isfinite().all())
+    ]:
+        raise AdapterFormatError(adapter.name, faults)
+    weights = weight_bytes(adapter.modules, value_type)
+    section = adapter.config.lori.model_copy(update={"content_digest": content_digest(weights, adapter.config)})
+    config, content = _seal_config(adapter.name, adapter.config.model_copy(update={"lori": section}))
+    return Sealed(replace(adapter, config=config, modules=kept), {WEIGHTS_FILE: weights, CONFIG_FILE: content})
+
+
 def save_adapter(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB]) -> Adapter:
-    """Writes an adapter, its digests filled in, and returns it as it will be read, its values rounded to `config.lori.values`.
+    """Writes an adapter, see `seal`, and returns it as it will be read.
 
     Written aside, synced and renamed, see `lori.durable.new_folder`. An explicit basis must lie in the same store, see
-    `lori.basis_file`. Raises `AdapterFormatError` for what could not be loaded again: values that are not finite, a config that
-    is not sound.
+    `lori.basis_file`. Raises `AdapterFormatError` as `seal`.
     """
-    basis = _basis(folder, config)
-    kept = {name: rounded(b, config.lori.values) for name, b in modules.items()}
-    if faults := [
-        f"{name}: values that are not finite in {config.lori.values}"
-        for name, b in kept.items()
-        if not (b.values.isfinite().all() and modules[name].values.isfinite().all())
-    ]:
-        raise AdapterFormatError(str(folder), faults)
-    weights = weight_bytes(modules, config.lori.values)
-    section = config.lori.model_copy(update={"content_digest": content_digest(weights, config)})
-    config, content = _sealed(folder, config.model_copy(update={"lori": section}))
+    sealed = seal(Adapter(name_of(folder), config, modules, _basis(folder, config)))
     with new_folder(folder) as scratch:
-        write_file(scratch / WEIGHTS_FILE, weights)
-        write_file(scratch / CONFIG_FILE, content)
-    return Adapter(name_of(folder), config, kept, basis)
+        for name, content in sealed.files.items():
+            write_file(scratch / name, content)
+    return sealed.adapter
 
 
 def write_config(folder: Path, config: AdapterConfig, card: str) -> None:
@@ -76,21 +100,21 @@ def write_config(folder: Path, config: AdapterConfig, card: str) -> None:
 
     Raises `AdapterFormatError` where the config is not sound.
     """
-    _, content = _sealed(folder, config)
+    _, content = _seal_config(str(folder), config)
     replace_file(folder / CARD_FILE, card.encode())
     replace_file(folder / CONFIG_FILE, content)
 
 
-def _sealed(folder: Path, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
+def _seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
     """Returns `config` with its own digest, and its JSON, which is read again: a copy with changes was never checked."""
     digest = config_digest(config.model_dump_json().encode())
     section = config.lori.model_copy(update={"config_digest": digest})
     content = (config.model_copy(update={"lori": section}).model_dump_json(indent=2) + "\n").encode()
-    return parse_config(folder, content), content
+    return _parse_config(source, content), content
 
 
-def parse_config(folder: Path, content: bytes) -> AdapterConfig:
-    """Returns the config that `content` is, whatever its digest; `folder` is for the message.
+def _parse_config(source: str, content: bytes) -> AdapterConfig:
+    """Returns the config that `content` is, whatever its digest; `source` is for the message.
 
     Raises `AdapterFormatError` with everything that is wrong with it.
     """
@@ -98,7 +122,7 @@ def parse_config(folder: Path, content: bytes) -> AdapterConfig:
         return AdapterConfig.model_validate_json(content)
     except ValidationError as error:
         faults = [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
-        raise AdapterFormatError(str(folder), faults) from error
+        raise AdapterFormatError(source, faults) from error
 
 
 def _digest_faults(config: AdapterConfig, content: bytes) -> list[str]:
@@ -114,7 +138,7 @@ def _digest_faults(config: AdapterConfig, content: bytes) -> list[str]:
 def read_config(folder: Path) -> AdapterConfig:
     """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
     content = read_regular(folder, CONFIG_FILE)
-    config = parse_config(folder, content)
+    config = _parse_config(str(folder), content)
     if faults := _digest_faults(config, content):
         raise AdapterFormatError(str(folder), faults)
     return config
@@ -145,7 +169,7 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     values that are not finite, content that is not what the digests say, another base, another A.
     """
     content = read_regular(folder, CONFIG_FILE)
-    config = parse_config(folder, content)
+    config = _parse_config(str(folder), content)
     weights = read_regular(folder, WEIGHTS_FILE)
     try:
         tensors = load_tensors(weights)
@@ -160,7 +184,7 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
         expected = [module for module in base.shapes if config.is_target(module)]
         may_draw = not shape_faults
     else:
-        expected = sorted({name.rpartition(".")[0] for name in tensors}, key=_natural)
+        expected = sorted({name.rpartition(".")[0] for name in tensors}, key=natural)
         may_draw = not faults
         faults += [f"{module}: not among target_modules" for module in expected if not config.is_target(module)]
     modules = read_modules(tensors, config, expected, faults)
@@ -169,11 +193,6 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     if faults or basis is None:
         raise AdapterFormatError(str(folder), faults or ["it has no modules"])
     return Adapter(name_of(folder), config, modules, basis)
-
-
-def _natural(module: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdecimal() and part.isascii() else (-1, part) for part in module.split(".")]
 
 
 def _checked_basis(folder: Path, config: AdapterConfig, modules: Iterable[str], faults: list[str]) -> Basis | None:

@@ -29,6 +29,11 @@ def split_reference(reference: str) -> tuple[str, str]:
     return name, version
 
 
+def natural(module: str) -> list[tuple[bool, int, str]]:
+    """Returns a key that puts `layers.2` before `layers.10`."""
+    return [(part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in module.split(".")]
+
+
 def unknown_adapter(name: str, known: Iterable[str]) -> UnknownAdapterError:
     """Returns the error for an unknown `name`, with the known names that look like it."""
     known = sorted(known)

@@ -11,7 +11,7 @@ Readers need no lock: a version appears and an alias moves by a rename. Writers 
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lori.basis import Explicit
 from lori.basis_file import save_basis
 from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, name_of, read_config, read_regular
+from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, name_of, read_config, read_regular, seal
 from lori.identity import BaseIdentity
 from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapter
 
@@ -112,16 +112,28 @@ class AdapterStore:
         A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound.
         """
         adapter = load_adapter(source)
-        name = adapter.name if name is None else name
-        check_name(name)
-        entry = Entry(name, self.root / f"{name}@{adapter.version}")
-        with self._lock(name):
-            self._keep_plain(name)
+        files = {file: read_regular(source, file) for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) if (source / file).exists()}
+        return self._put(replace(adapter, name=adapter.name if name is None else name), files)
+
+    def add(self, adapter: Adapter) -> Entry:
+        """Publishes an adapter that was just made, see `lori.format.seal`, under its name. Raises as `seal`."""
+        sealed = seal(adapter)
+        return self._put(sealed.adapter, sealed.files)
+
+    def _put(self, adapter: Adapter, files: Mapping[str, bytes]) -> Entry:
+        check_name(adapter.name)
+        entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
+        with self._lock(adapter.name):
+            self._keep_plain(adapter.name)
             if isinstance(adapter.basis, Explicit):
                 save_basis(self.root, adapter.basis)
             if not _is_sound(entry):
-                _copy(source, entry)
-            self._write_alias(name, entry)
+                with new_folder(entry.folder) as scratch:
+                    for file, content in files.items():
+                        write_file(scratch / file, content)
+                    if (found := load_adapter(scratch).version) != adapter.version:  # its files changed since it was checked
+                        raise AdapterFormatError(str(scratch), [f"its version is {found}, expected {adapter.version}"])
+            self._write_alias(adapter.name, entry)
         return entry
 
     def alias(self, alias: str, reference: str) -> Entry:
@@ -242,12 +254,3 @@ def _is_sound(entry: Entry) -> bool:
     except AdapterFormatError:  # a damaged copy of what is published: it is written again
         return False
     return True
-
-
-def _copy(source: Path, entry: Entry) -> None:
-    with new_folder(entry.folder) as scratch:
-        for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE):
-            if (source / file).exists():
-                write_file(scratch / file, read_regular(source, file))
-        if (found := load_adapter(scratch).version) != entry.version:  # it changed since it was checked
-            raise AdapterFormatError(str(source), [f"its version is {found}, and was {entry.version} before it was copied"])

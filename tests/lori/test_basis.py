@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lori.basis import Seeded
+from lori.basis import Explicit, Seeded
 
 # Checked once against a Philox4x64-10 written from its paper (Salmon et al. 2011), key and mapping as in lori/basis.
 GOLDEN_VALUES = {
@@ -114,3 +114,31 @@ def test_an_unsound_basis_is_refused(fields: dict[str, int], complaint: str) -> 
 
 def test_equal_bases_are_one_key() -> None:
     assert len({Seeded(1, 2), Seeded(1, 2), Seeded(2, 1)}) == 2
+
+
+# --- an explicit basis
+
+
+def explicit() -> Explicit:
+    return Explicit.of({"a": Seeded(7).draw("a", 3, 5), "b": Seeded(7).draw("b", 2, 4)})
+
+
+def test_an_explicit_basis_is_named_by_its_content() -> None:
+    basis = explicit()
+    assert basis.content_digest == Seeded(7).digest({"a": (3, 5), "b": (2, 4)}) == basis.digest({"b": (2, 4), "a": (3, 5)})
+    assert basis == explicit()
+    assert hash(basis) == hash(explicit())
+    assert basis != Explicit.of({"a": Seeded(7).draw("a", 3, 5)})
+
+
+def test_its_first_rows_are_drawn_and_what_it_lacks_is_zero() -> None:
+    basis = explicit()
+    assert torch.equal(basis.draw("a", 2, 5), Seeded(7).draw("a", 2, 5))
+    assert torch.equal(basis.draw("a", 4, 5), torch.cat([Seeded(7).draw("a", 3, 5), torch.zeros(1, 5)]))
+    assert torch.equal(basis.draw("none", 2, 6), torch.zeros(2, 6))
+
+
+def test_a_basis_of_bf16_is_named_by_its_values() -> None:
+    half = {"a": torch.tensor([[0.5, -0.25]], dtype=torch.bfloat16)}
+    assert Explicit.of(half) == Explicit.of({"a": half["a"].float()})
+    assert Explicit.of(half).draw("a", 1, 2).dtype == torch.float32

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lori.mask import num_kept, top_k_mask
+from lori.mask import GRANULARITIES, Granularity, group_of, num_kept, top_k_mask
 
 SHAPES = {"b": (7, 3), "a": (1, 5), "c": (4, 4)}  # not in alphabetical order on purpose
 NUM_ENTRIES = 42
@@ -85,3 +85,42 @@ def test_parameters_and_strided_deltas_are_read_as_they_stand() -> None:
 def test_an_unsound_sparsity_is_refused(sparsity: float) -> None:
     with pytest.raises(ValueError, match="expected 0 <= sparsity < 1"):
         top_k_mask(random_deltas(), sparsity)
+
+
+# --- granularities (as the reference's extract_mask.py groups them)
+
+NAMES = [f"model.layers.{i}.{part}" for i in range(3) for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+
+
+@pytest.mark.parametrize(
+    ("granularity", "num_groups"), [("model", 1), ("module", 2), ("layer", 3), ("projection", 3), ("matrix", 9)]
+)
+def test_each_group_keeps_its_own_largest(granularity: Granularity, num_groups: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    deltas = {name: torch.randn(5 + i % 3, 4, generator=g) * 10**i for i, name in enumerate(NAMES)}
+    masks = top_k_mask(deltas, 0.75, granularity)
+    assert list(masks) == NAMES
+    groups: dict[str, list[str]] = {}
+    for name in NAMES:
+        groups.setdefault(group_of(name, granularity), []).append(name)
+    assert len(groups) == num_groups
+    for members in groups.values():
+        kept = torch.cat([deltas[name][masks[name]].abs() for name in members])
+        dropped = torch.cat([deltas[name][~masks[name]].abs() for name in members])
+        assert len(kept) == num_kept(len(kept) + len(dropped), 0.75)
+        assert kept.min() >= dropped.max()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "group"),
+    [("model", ""), ("module", "self_attn"), ("layer", "model.layers.12"), ("projection", "q_proj"), ("matrix", None)],
+)
+def test_a_group_is_named_by_what_its_modules_share(granularity: Granularity, group: str | None) -> None:
+    module = "model.layers.12.self_attn.q_proj"
+    assert group_of(module, granularity) == (module if group is None else group)
+
+
+def test_a_name_without_a_number_is_one_layer() -> None:
+    assert group_of("encoder.dense.up_proj", "layer") == ""
+    assert group_of("encoder.dense.up_proj", "module") == "encoder.dense"
+    assert set(GRANULARITIES) == {"model", "module", "layer", "projection", "matrix"}

@@ -1,0 +1,155 @@
+"""The commands that look at adapters: inspect, verify, compare, duplicates."""
+
+import dataclasses
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lori.adapter import Adapter
+from lori.cli.output import number, percent, print_fields, print_json, print_table, size
+from lori.cli.places import AdapterArgument, AdaptersArgument, JsonOption, ModelOption, find_entries, find_entry, load_model
+from lori.cli.storing import describe_basis, folder_bytes
+from lori.compare import Comparison, ModuleComparison, similarity_matrix
+from lori.compare import compare as compare_adapters
+from lori.duplicates import near_duplicates
+from lori.errors import AdapterFormatError
+from lori.statistics import ModuleStatistics, TotalStatistics, statistics, total
+
+PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.", show_default=False)]
+
+
+def inspect(adapter: AdapterArgument, plot: PlotOption = None, json: JsonOption = False) -> None:
+    """Show an adapter: what it is, and a row for each module."""
+    entry = find_entry(adapter)
+    loaded = entry.load()
+    modules = statistics(loaded)
+    if plot:
+        _save(_plots().plot_statistics(f"{loaded.name}@{loaded.version}", modules), plot)
+    num_bytes = folder_bytes(entry.folder)
+    if json:
+        print_json(
+            {"name": loaded.name, "version": loaded.version, "bytes": num_bytes, "bytes_in_memory": loaded.num_bytes}
+            | {"config": loaded.config.model_dump(mode="json"), "total": _values(total(modules))}
+            | {"modules": [_values(row) for row in modules]}
+        )
+        return
+    print_fields(_fields(loaded, num_bytes))
+    columns = ["module", "outputs", "rank", "kept", "density", "empty rows", "largest", "|B|", "|delta|"]
+    rows = [[row.module, str(row.shape[0]), str(row.shape[1]), *_cells(row)] for row in modules]
+    print_table(columns, [*rows, ["all", "", "", *_cells(total(modules))]])
+    if plot:
+        print(f"drew {plot}")
+
+
+def _fields(adapter: Adapter, num_bytes: int) -> list[tuple[str, str]]:
+    config, section = adapter.config, adapter.config.lori
+    fields = [
+        ("adapter", f"{adapter.name}@{adapter.version}"),
+        ("base", f"{config.base_model_name_or_path} ({section.base_digest[:12]})"),
+        ("rank, alpha", f"{config.r}, {config.lora_alpha:g}"),
+        ("basis", describe_basis(config)),
+        ("size", f"{size(num_bytes)} on disk, values in {section.values}; {size(adapter.num_bytes)} in memory"),
+        ("templates", ", ".join(section.templates)),
+    ]
+    fields += [(f"merge with {name}", f"weights {own:g} and {other:g}") for name, (own, other) in section.merge_weights.items()]
+    return fields + [(name, f"{value:.3f}") for name, value in section.metrics.items()]
+
+
+def _cells(row: ModuleStatistics | TotalStatistics) -> list[str]:
+    kept = [str(row.num_kept), percent(row.density), percent(row.empty_rows)]
+    return kept + [f"{value:.3g}" for value in (row.max_abs, row.norm_b, row.norm_delta)]
+
+
+def _values(row: ModuleStatistics | TotalStatistics) -> dict[str, Any]:
+    return dataclasses.asdict(row) | {"density": row.density, "empty_rows": row.empty_rows}
+
+
+def verify(adapters: AdaptersArgument, model: ModelOption = None, json: JsonOption = False) -> None:
+    """Verify adapters, or all of a store: digests, masks, values, A drawn again; with --model, that they are for that base."""
+    base = load_model(model).identity if model else None
+    rows = []
+    for entry in [entry for path in adapters for entry in find_entries(path)]:
+        row: dict[str, Any] = {"adapter": entry.folder.name, "folder": str(entry.folder), "faults": []}
+        try:
+            entry.load(base)
+        except AdapterFormatError as error:
+            row["faults"] = list(error.faults)
+        rows.append(row)
+    if json:
+        print_json(rows)
+    else:
+        for row in rows:
+            print(f"{row['adapter']}: {'not sound' if row['faults'] else 'sound'}", *(f"  {f}" for f in row["faults"]), sep="\n")
+    if any(row["faults"] for row in rows):
+        raise typer.Exit(1)
+
+
+def compare(adapters: AdaptersArgument, plot: PlotOption = None, json: JsonOption = False) -> None:
+    """Compare adapters before merging them: two module by module, more in pairs. Cosines and norms are of their deltas."""
+    loaded = [find_entry(path).load() for path in adapters]
+    if len(loaded) < 2:
+        raise typer.BadParameter("expected two adapters or more", param_hint="ADAPTERS")
+    names = [adapter.name for adapter in loaded]
+    labels = names if len(set(names)) == len(names) else [f"{adapter.name}@{adapter.version[:6]}" for adapter in loaded]
+    pairs = {(labels[i], labels[j]): compare_adapters(loaded[i], loaded[j]) for i, j in combinations(range(len(loaded)), 2)}
+    if plot:
+        _save(_plots().plot_matrix(labels, similarity_matrix(loaded)), plot)
+    if json:
+        print_json([_compared(a, b, comparison) for (a, b), comparison in pairs.items()])
+        return
+    columns = ["overlap", "by chance", "sign conflict", "cosine", "|a|", "|b|", "|a + b|"]
+    if len(pairs) == 1:
+        ((a, b), comparison), *_ = pairs.items()
+        rows = [[row.module, *_comparison_cells(row)] for row in comparison.modules]
+        print_table(["module", *columns], [*rows, ["all", *_comparison_cells(comparison.total)]], f"a: {a}, b: {b}")
+    else:
+        print_table(["a", "b", *columns], [[a, b, *_comparison_cells(pair.total)] for (a, b), pair in pairs.items()])
+    if plot:
+        print(f"drew {plot}")
+
+
+def _comparison_cells(row: ModuleComparison) -> list[str]:
+    shares = [percent(share) for share in (row.overlap, row.chance_overlap, row.sign_conflict)]
+    return [*shares, *(number(value) for value in (row.cosine, row.norm_a, row.norm_b, row.norm_sum))]
+
+
+def _compared(a: str, b: str, comparison: Comparison) -> dict[str, Any]:
+    fields = ("overlap", "chance_overlap", "sign_conflict", "cosine", "norm_a", "norm_b", "norm_sum")
+
+    def values(row: ModuleComparison) -> dict[str, Any]:
+        return {"module": row.module} | {field: getattr(row, field) for field in fields}
+
+    return {"a": a, "b": b, "total": values(comparison.total), "modules": [values(row) for row in comparison.modules]}
+
+
+def duplicates(
+    store: AdaptersArgument,
+    threshold: Annotated[float, typer.Option(help="The least cosine of two deltas.", min=0.5, max=1.0)] = 0.95,
+    json: JsonOption = False,
+) -> None:
+    """Find near duplicates among adapters, or in stores."""
+    entries = [entry for path in store for entry in find_entries(path)]
+    found = near_duplicates({str(entry.folder): entry.load for entry in entries}, threshold)
+    if json:
+        print_json([dataclasses.asdict(pair) for pair in found])
+    elif found:
+        print_table(["a", "b", "cosine"], [[Path(pair.a).name, Path(pair.b).name, f"{pair.cosine:.4f}"] for pair in found])
+    else:
+        print(f"no two of {len(entries)} adapters have a cosine of {threshold:g} or more")
+
+
+def _plots() -> Any:
+    try:
+        from lori import plots  # noqa: PLC0415  # matplotlib is an extra
+    except ImportError as error:
+        raise typer.BadParameter(f"needs matplotlib: pip install 'lori-server[plot]' ({error})", param_hint="--plot") from error
+    return plots
+
+
+def _save(figure: Any, path: Path) -> None:
+    _plots().save_figure(figure, path)
+
+
+COMMANDS = (inspect, verify, compare, duplicates)

@@ -1,0 +1,38 @@
+"""The program `python -m lori`: its commands, and how each of them ends."""
+
+import sys
+
+import typer
+
+from lori.cli import looking, making, storing
+from lori.errors import AdapterFormatError, LoriError
+
+PROGRAM = "python -m lori"
+
+app = typer.Typer(
+    help=(
+        "Adapters on this machine. An ADAPTER is a folder, or `store/name`, or `store/name@version`. "
+        "Exit codes: 0 fine, 1 something is wrong, 2 the command is."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (looking, making, storing):
+    for command in module.COMMANDS:
+        app.command(command.__name__.rstrip("_"))(command)
+
+
+def main() -> int:
+    """Runs the program and returns its exit code."""
+    try:
+        app(prog_name=PROGRAM)
+    except AdapterFormatError as error:
+        print(
+            f"error: {error.source} is not a sound adapter:", *(f"  {fault}" for fault in error.faults), sep="\n", file=sys.stderr
+        )
+        return 1
+    except (LoriError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

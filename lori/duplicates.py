@@ -1,0 +1,139 @@
+"""Near duplicates among very many adapters: a count sketch of each finds the candidates, the exact cosine confirms them.
+
+The sketch is Charikar, Chen and Farach-Colton's (2002): every coordinate of a vector is added, with a random sign, to a random
+one of W buckets, so that inner products of sketches estimate those of the vectors, with a relative error of about 1/sqrt(W).
+The vector is the delta in an orthonormal frame of A's rows: (alpha/r) B Lᵀ with Aᵀ = Q L, whose inner products on one A are
+those of the deltas. Shapes: n adapters, W buckets, D outputs, N inputs, R rank of a module.
+"""
+
+import functools
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lori.adapter import Adapter
+from lori.basis import Basis
+from lori.compare import similarity_matrix
+
+NUM_BUCKETS = 4096
+MARGIN = 4.0 / math.sqrt(NUM_BUCKETS)
+"""How far below the threshold the cosine of two sketches may be: four times the error of deltas that are far apart."""
+ROUNDING = 1e-12
+"""A copy's cosine is 1 up to this much."""
+BLOCK = 512
+"""Sketches that are multiplied with all others at once."""
+GROUP = 16
+"""Adapters that are in memory to be compared with one."""
+NUM_FRAMES = 1024
+"""Frames of a module that are remembered: those of a few bases."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """An orthonormal frame of the rows of one module's A."""
+
+    key: int
+    """Names module and A: 64 bits of a digest of its name and of A's first row, which A of every rank has."""
+    factor: torch.Tensor
+    """Lᵀ (R, min(R, N)) fp64: A's rows in the frame. A smaller rank has its first rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Two adapters whose deltas have almost one direction: `cosine` is exact. One may be a multiple of the other."""
+
+    a: str
+    b: str
+    cosine: float
+
+
+def near_duplicates(entries: Mapping[str, Callable[[], Adapter]], threshold: float = 0.95) -> list[Duplicate]:
+    """Returns the pairs of `entries` of one base model whose deltas' cosine is at least `threshold`, in order of the entries.
+
+    Each entry is loaded once for its sketch, and again for each adapter that it may be a duplicate of; few are in memory at a
+    time. Adapters that share no A are not found; an explicit copy of a drawn A is that A. What time it takes grows with the
+    number of duplicates. Raises `ValueError` unless 0 < threshold <= 1, and what loading raises.
+    """
+    if not 0.0 < threshold <= 1.0:
+        raise ValueError(f"threshold is {threshold}, expected 0 < threshold <= 1")
+    names = list(entries)
+    partners = _candidates(*_sketches(entries), threshold - MARGIN)
+    found = []
+    for i in tqdm(sorted(partners), desc="comparing", unit="adapter", disable=None):
+        adapter = entries[names[i]]()
+        for group in _groups([names[j] for j in partners[i]]):
+            cosines = similarity_matrix([adapter, *(entries[name]() for name in group)])[0, 1:]
+            found += [Duplicate(names[i], b, float(c)) for b, c in zip(group, cosines, strict=True) if c >= threshold - ROUNDING]
+    return found
+
+
+def frame_of(basis: Basis, module: str, rank: int, num_inputs: int) -> Frame:
+    """Returns the frame of the first `rank` rows of A of `module`, (R, N)."""
+    a = basis.draw(module, rank, num_inputs)
+    digest = hashlib.sha256(f"{module}|".encode() + a[0].numpy().astype("<f4", copy=False).tobytes()).digest()
+    return Frame(int.from_bytes(digest[:8], "little"), torch.linalg.qr(a.double().T, mode="r").R.T)
+
+
+def sketch(adapter: Adapter, frame: Callable[[Basis, str, int, int], Frame] = frame_of) -> NDArray[np.float32]:
+    """Returns the count sketch (W,) fp32 of an adapter's delta; `frame` may remember what `frame_of` returned.
+
+    On one A the inner product of two sketches estimates <ΔW_a, ΔW_b>; on two it is about zero.
+    """
+    out = np.zeros(NUM_BUCKETS)
+    for module, b in adapter.modules.items():
+        own = frame(adapter.basis, module, b.shape[1], adapter.shape_of(module)[1])
+        delta = (adapter.config.scale_of(module) * b.dense(torch.float64) @ own.factor).numpy()  # (D, min(R, N))
+        out += _count_sketch(delta, own.key)
+    return out.astype(np.float32)
+
+
+def _count_sketch(matrix: NDArray[np.float64], key: int) -> NDArray[np.float64]:
+    """Returns the count sketch (W,) of a matrix (D, C); bucket and sign are those of (key, row, column)."""
+    rows, columns = np.ogrid[: matrix.shape[0], : matrix.shape[1]]
+    hashed = _mixed((rows.astype(np.uint64) << np.uint64(32) | columns.astype(np.uint64)) ^ np.uint64(key))
+    buckets = (hashed % np.uint64(NUM_BUCKETS)).astype(np.int64)
+    signed = np.where(hashed >> np.uint64(63), matrix, -matrix)
+    return np.asarray(np.bincount(buckets.ravel(), signed.ravel(), NUM_BUCKETS), np.float64)
+
+
+def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Returns uint64 of which every bit depends on every bit of `words` (the finalizer of MurmurHash3, Appleby 2011)."""
+    words = (words ^ words >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
+    words = (words ^ words >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
+    return words ^ words >> np.uint64(33)
+
+
+def _sketches(entries: Mapping[str, Callable[[], Adapter]]) -> tuple[NDArray[np.float32], Sequence[str]]:
+    """Returns the sketches (n, W) at length 1, or 0 where the delta is zero, and the digest of each one's base model."""
+    frame = functools.lru_cache(NUM_FRAMES)(frame_of)
+    out = np.zeros((len(entries), NUM_BUCKETS), np.float32)
+    bases = []
+    for i, load in enumerate(tqdm(entries.values(), desc="sketching", unit="adapter", disable=None)):
+        adapter = load()
+        out[i] = sketch(adapter, frame)
+        bases.append(adapter.config.lori.base_digest)
+    norms = np.linalg.norm(out, axis=1, keepdims=True)
+    out /= np.where(norms > 0, norms, 1)
+    return out, bases
+
+
+def _candidates(sketches: NDArray[np.float32], bases: Sequence[str], least: float) -> dict[int, list[int]]:
+    """Returns for each adapter the later ones of its base model whose sketches' cosine is at least `least`."""
+    out: defaultdict[int, list[int]] = defaultdict(list)
+    for start in range(0, len(sketches), BLOCK):
+        cosines = sketches[start : start + BLOCK] @ sketches[start:].T
+        for i, j in np.argwhere(np.triu(cosines >= least, 1)).tolist():
+            if bases[start + i] == bases[start + j]:
+                out[start + i].append(start + j)
+    return out
+
+
+def _groups(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + GROUP] for start in range(0, len(names), GROUP))

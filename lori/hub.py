@@ -1,0 +1,74 @@
+"""Where an adapter's folder is: on this machine, or on the Hugging Face hub, from which it is fetched."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, some of which pass through
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lori.errors import AdapterError
+from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+
+SCHEME = "hf://"
+SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+"""All that is fetched: never a pickle."""
+
+
+def resolve(source: str) -> Path:
+    """Returns the folder that `source` means: a path, or `hf://owner/name` with maybe `@revision`, which is fetched.
+
+    What was fetched before is not fetched again. Raises `AdapterError` where there is none, saying what to do.
+    """
+    if source.startswith(SCHEME):
+        return _fetch(source)
+    folder = Path(source).expanduser()
+    if not source or not folder.is_dir():  # "" would be the folder that one is in
+        raise AdapterError(f"there is no folder {source!r}: expected one, or {SCHEME}owner/name[@revision]")
+    return folder
+
+
+def _fetch(source: str) -> Path:
+    found = SOURCE.fullmatch(source)
+    if found is None or ".." in source:
+        raise AdapterError(f"{source!r} is malformed, expected {SCHEME}owner/name[@revision]")
+    repo, revision = found["id"], found["revision"]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
+    except HFValidationError as error:
+        raise AdapterError(f"{source!r} is malformed, expected {SCHEME}owner/name[@revision]: {error}") from error
+    except GatedRepoError as error:
+        raise AdapterError(f"{source} is gated: ask for access on the hub, then log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise AdapterError(f"the hub has no {repo}, or it is private: if it is yours, log in with `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise AdapterError(f"{repo} has no revision {revision!r}") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _unreachable(repo, error) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise AdapterError(f"{source} cannot be fetched: {_text(error)}") from error
+    except HTTPError as error:
+        raise _unreachable(repo, error) from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{source} is not an adapter: it has no {CONFIG_FILE}")
+    return folder
+
+
+def _unreachable(repo: str, error: Exception) -> AdapterError:
+    return AdapterError(
+        f"the hub cannot be reached for {repo}: connect (HF_HUB_OFFLINE must not be set), "
+        f"or download it elsewhere and pass the folder ({_text(error.__cause__ or error)})"
+    )
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())

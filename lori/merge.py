@@ -1,0 +1,225 @@
+"""Adapters merged into one, in memory: what the weighted adapters add to a base, as one adapter that adds it alone.
+
+T_i = (alpha_i / r_i) B_i is what adapter i adds on its basis. On one basis the T_i of several adapters add, at the greatest of
+their ranks. On several, `linear` sets the A's below one another and the B's side by side: that draws every A, and the rank is the
+sum. A server that applies several adapters in one request needs neither: its terms add as they are.
+
+Shapes: D outputs, N inputs, R rank.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from pydantic import ValidationError
+
+from lori.adapter import NUM_VERSION_DIGITS, Adapter
+from lori.basis import Basis, Explicit
+from lori.config import AdapterConfig
+from lori.describe import describe
+from lori.errors import AdapterError
+from lori.format import content_digest
+from lori.merge_methods import MergeMethod, MergeOptions, SignMethod, combine, nonzero, placed, prune
+from lori.sparse import SparseB
+from lori.template import Template
+from lori.values import ValueType, rounded
+from lori.weights import weight_bytes
+
+__all__ = ["DEFAULTS", "MergeMethod", "MergeOptions", "SignMethod", "merge"]
+
+DEFAULTS = MergeOptions()
+Columns = Mapping[Basis, range]
+"""Which columns of a merged B stand on the A of which basis."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    adapter: Adapter
+    digest: str
+    weight: float
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    method: MergeMethod = DEFAULTS.method,
+    *,
+    name: str = "merged",
+    values: ValueType = "float32",
+    density: float = DEFAULTS.density,
+    sign: SignMethod = DEFAULTS.sign,
+    seed: int = DEFAULTS.seed,
+) -> Adapter:
+    """Returns a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
+
+    Its B is computed in float64 and rounded to `values`. The digests of its content and its config are zeros until it is saved,
+    see `lori.format.seal`. Adapters on several bases give one on an explicit basis, which the store must hold with it.
+
+    The order of the adapters makes no difference to a bit. The weights of an adapter that is named twice add; one of weight 0
+    counts for nothing, with any method: not its modules, nor its basis, nor its vote. Where all weights are 0 the result has the
+    modules of one of them and keeps no entry. What comes out zero is left out, except that one adapter of weight 1 gives itself.
+    Where the adapters agree on alpha / r in all modules they share, the result has it too; else its alpha / r is 1.
+
+    Raises `AdapterError` for options, weights and adapters that do not go together, and values that `values` cannot hold.
+    """
+    options = MergeOptions(method, density, sign, seed)
+    terms = _terms(adapters, weights)
+    _check_one_basis(terms, options)
+    shapes = _shapes(terms)
+    columns = {module: _columns(_having(terms, module), module) for module in shapes}
+    is_folded = _is_folded(terms, shapes)
+    if options.method == "linear" and [term.weight for term in terms] == [1.0]:
+        modules = {module: rounded(b, values) for module, b in terms[0].adapter.modules.items()}
+    else:
+        exact = {module: _combined(terms, module, columns[module], is_folded, options) for module in shapes}
+        modules = {module: nonzero(rounded(b, values)) for module, b in exact.items()}
+    _check_finite(modules, values)
+    basis = _basis(terms, columns, shapes)
+    alphas = {module: _alpha(terms, module, b.shape[1], is_folded) for module, b in modules.items()}
+    return Adapter(name, _config(terms, modules, basis, shapes, alphas, values, options), modules, basis)
+
+
+def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
+    """Returns the adapters that count, each once, in an order that does not depend on the caller's."""
+    if not adapters or len(adapters) != len(weights):
+        raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
+    named: dict[tuple[str, str], tuple[Adapter, list[float]]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        named.setdefault((_digest(adapter), adapter.name), (adapter, []))[1].append(float(weight))
+    terms = [_Term(named[key][0], key[0], sum(sorted(named[key][1]))) for key in sorted(named)]
+    if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in terms if not math.isfinite(t.weight)]:
+        raise AdapterError(f"the weight {', '.join(faults)}, expected finite numbers")
+    if len({term.adapter.config.lori.base_digest for term in terms}) > 1:
+        bases = ", ".join(f"{t.adapter.name!r} on {_base_name(t.adapter.config)}" for t in terms)
+        raise AdapterError(f"adapters of different base models cannot be merged, expected one base: {bases}")
+    return [term for term in terms if term.weight] or terms[:1]
+
+
+def _digest(adapter: Adapter) -> str:
+    """Returns the content digest of `adapter`: the one it will have, where it was never saved and its own is still zeros."""
+    saved = adapter.config.lori.content_digest
+    if saved.strip("0"):
+        return saved
+    return content_digest(weight_bytes(adapter.modules, adapter.config.lori.values), adapter.config)
+
+
+def _base_name(config: AdapterConfig) -> str:
+    return f"{config.base_model_name_or_path} ({config.lori.base_digest[:NUM_VERSION_DIGITS]})"
+
+
+def _check_one_basis(terms: Sequence[_Term], options: MergeOptions) -> None:
+    names: dict[Basis, list[str]] = {}
+    for term in terms:
+        names.setdefault(term.adapter.basis, []).append(term.adapter.name)
+    if options.method != "linear" and len(names) > 1:
+        found = "; ".join(f"{basis} of {', '.join(map(repr, of))}" for basis, of in names.items())
+        raise AdapterError(f"{options.method} merges adapters on one basis, found {found}: only linear merges these")
+
+
+def _having(terms: Sequence[_Term], module: str) -> list[_Term]:
+    return [term for term in terms if module in term.adapter.modules]
+
+
+def _shapes(terms: Sequence[_Term]) -> dict[str, tuple[int, int]]:
+    """Returns (D, N) of every module that any of the adapters changes."""
+    shapes: dict[str, tuple[int, int]] = {}
+    faults = []
+    for term in terms:
+        for module in term.adapter.modules:
+            shape = term.adapter.shape_of(module)
+            if shapes.setdefault(module, shape) != shape:
+                faults.append(f"{module} is {shape} in {term.adapter.name!r}, expected {shapes[module]}")
+    if faults:
+        raise AdapterError(f"the adapters' modules differ in (outputs, inputs): {'; '.join(faults)}")
+    return shapes
+
+
+def _columns(terms: Sequence[_Term], module: str) -> Columns:
+    """Returns the columns of each basis: as many as the greatest rank on it, for A of a lower rank is its first rows."""
+    ranks: dict[Basis, int] = {}
+    for term in terms:
+        ranks[term.adapter.basis] = max(ranks.get(term.adapter.basis, 0), term.adapter.modules[module].shape[1])
+    ends = accumulate(ranks.values())
+    return {basis: range(end - rank, end) for (basis, rank), end in zip(ranks.items(), ends, strict=True)}
+
+
+def _is_folded(terms: Sequence[_Term], modules: Iterable[str]) -> bool:
+    """Says whether the adapters' alpha / r must go into B: they differ in some module, or there are several bases."""
+    scales = (len({term.adapter.config.scale_of(module) for term in _having(terms, module)}) for module in modules)
+    return len({term.adapter.basis for term in terms}) > 1 or max(scales) > 1
+
+
+def _combined(terms: Sequence[_Term], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
+    """Returns the merged B of `module`, (D, R) float64."""
+    having = _having(terms, module)
+    rank = sum(map(len, columns.values()))
+    deltas = []
+    for term in having:
+        b = term.adapter.modules[module]
+        scale = term.adapter.config.scale_of(module) if is_folded else 1.0
+        delta = prune(SparseB(b.shape, b.indices, b.values.double() * scale), options, f"{term.digest}|{module}")
+        deltas.append(placed(delta, rank, columns[term.adapter.basis].start))
+    return combine(deltas, [term.weight for term in having], options)
+
+
+def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:
+    if bad := [module for module, b in modules.items() if not b.values.isfinite().all()]:
+        raise AdapterError(f"the merge has values that are not finite in {values}, in {', '.join(bad)}: expected lower weights")
+
+
+def _basis(terms: Sequence[_Term], columns: Mapping[str, Columns], shapes: Mapping[str, tuple[int, int]]) -> Basis:
+    """Returns the basis of the merge: the adapters' own, or an explicit one with the A's of all of theirs."""
+    bases = dict.fromkeys(term.adapter.basis for term in terms)
+    if len(bases) == 1:
+        return terms[0].adapter.basis
+    drawn = {
+        module: [basis.draw(module, len(own), shapes[module][1]) for basis, own in columns[module].items()] for module in shapes
+    }
+    return Explicit.of({module: torch.cat(parts) for module, parts in drawn.items()})
+
+
+def _alpha(terms: Sequence[_Term], module: str, rank: int, is_folded: bool) -> float:
+    """Returns alpha of `module` in the merge: of an adapter that has its rank, so that alpha / r is the same to a bit."""
+    if is_folded:
+        return float(rank)
+    config = next(t.adapter.config for t in _having(terms, module) if t.adapter.modules[module].shape[1] == rank)
+    return config.alpha_pattern.get(module, config.lora_alpha)
+
+
+def _config(
+    terms: Sequence[_Term],
+    modules: Mapping[str, SparseB],
+    basis: Basis,
+    shapes: Mapping[str, tuple[int, int]],
+    alphas: Mapping[str, float],
+    values: ValueType,
+    options: MergeOptions,
+) -> AdapterConfig:
+    configs = [term.adapter.config for term in terms]
+    parents = [{"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight} for t in terms]
+    try:
+        return describe(
+            modules,
+            basis,
+            base_name=configs[0].base_model_name_or_path,
+            base_digest=configs[0].lori.base_digest,
+            shapes=shapes,
+            target_modules=list(dict.fromkeys(target for config in configs for target in config.target_modules)),
+            alpha=Counter(alphas.values()).most_common(1)[0][0],
+            alpha_pattern=alphas,
+            values=values,
+            templates=_templates(configs),
+            training={"merge": {**options.used, "adapters": parents}},
+        )
+    except ValidationError as error:
+        faults = "; ".join(fault["msg"] for fault in error.errors())
+        raise AdapterError(f"the merge would be no adapter that can be read: {faults}") from error
+
+
+def _templates(configs: Sequence[AdapterConfig]) -> Sequence[Template]:
+    """Returns the templates that all share, as the first prefers them; all of the first one's where they share none."""
+    first, *rest = (config.lori.templates for config in configs)
+    return [template for template in first if all(template in other for other in rest)] or first

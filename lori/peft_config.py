@@ -1,0 +1,140 @@
+"""PEFT's `adapter_config.json`: what of it decides what a LoRA adapter does. Knows no tensors.
+
+Names and meanings are those of PEFT's `LoraConfig` (peft/tuners/lora/config.py, 0.21).
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic_core import from_json
+
+from lori.config import Alpha, Rank
+from lori.errors import AdapterFormatError
+from lori.format import CONFIG_FILE, read_regular
+
+Value = TypeVar("Value")
+
+HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
+"""How A and B may have begun; every other named way also changed the weights of the base."""
+
+INERT = frozenset(
+    (
+        "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "layers_pattern",
+        "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size", "revision",
+        "runtime_config",
+    )
+)  # fmt: skip
+"""Fields that change nothing once the weights are there: they chose the modules, or began the training."""
+
+SWITCHES = frozenset(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"))
+"""Fields that PEFT takes for a wish even where they are empty."""
+
+
+def _known_init(value: bool | str | None) -> bool | str | None:
+    if isinstance(value, str) and value.lower() not in HARMLESS_INITS:
+        raise ValueError(
+            "it may have changed the base's weights: only an adapter that PEFT converted to plain LoRA can be imported"
+        )
+    return value
+
+
+def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
+    for key in pattern or {}:
+        try:
+            re.compile(_regex(key))
+        except re.error as error:
+            raise ValueError(f"{key!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def _regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+PeftAlpha = Annotated[Alpha, PlainSerializer(lambda alpha: int(alpha) if alpha.is_integer() else alpha, return_type=int | float)]
+"""Written as PEFT writes it: an integer where it is one."""
+
+
+class PeftConfig(BaseModel):
+    """The fields that matter of a LoRA adapter's config. Modules are named by PEFT's patterns, see `matched`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    peft_type: Literal["LORA"]
+    task_type: str | None = "CAUSAL_LM"
+    base_model_name_or_path: str | None = None
+    peft_version: str | None = None
+    r: Rank
+    lora_alpha: PeftAlpha
+    rank_pattern: Annotated[dict[str, Rank] | None, AfterValidator(_regexes)] = None
+    alpha_pattern: Annotated[dict[str, PeftAlpha] | None, AfterValidator(_regexes)] = None
+    use_rslora: bool = False
+    """The scale is alpha / sqrt(r), not alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
+    target_modules: tuple[str, ...] | str | None = None
+    bias: Literal["none"] = "none"
+    lora_dropout: float = 0.0
+    init_lora_weights: Annotated[bool | str | None, AfterValidator(_known_init)] = True
+    inference_mode: bool = True
+
+    def rank_of(self, module: str) -> int:
+        """Returns r of `module`, its full name in the base."""
+        return matched(self.rank_pattern or {}, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """Returns the alpha of `module` whose alpha / r is PEFT's scale, with rsLoRA too."""
+        alpha = matched(self.alpha_pattern or {}, module, self.lora_alpha)
+        return alpha * math.sqrt(self.rank_of(module)) if self.use_rslora else alpha
+
+
+def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
+    """Returns the value of the first key that matches `module`, else `default`.
+
+    A key is a regular expression for the whole name, or for all of it after some dot (PEFT, `get_pattern_key` in
+    peft/utils/other.py). The order of the file decides, not how much a key matches.
+    """
+    for key, value in pattern.items():
+        if re.match(_regex(key), module):
+            return value
+    return pattern.get(module, default)
+
+
+def exact(module: str) -> str:
+    """Returns the pattern that matches `module`, a full name, and nothing else."""
+    return "^" + re.escape(module)
+
+
+def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
+    """Returns the config of the PEFT adapter in `folder`; whatever is wrong with it is added to `faults`.
+
+    What plain LoRA has not, and would change what the adapter does, is wrong: so is a field that is set and not known.
+    """
+    try:
+        document = from_json(read_regular(folder, CONFIG_FILE))
+        if isinstance(document, dict):
+            faults += _unsupported(document)
+        return PeftConfig.model_validate(document)
+    except AdapterFormatError as error:
+        faults += error.faults
+    except ValidationError as error:
+        faults += [f"{CONFIG_FILE}: {_place(e['loc'])}: {e['msg']}, found {reprlib.repr(e['input'])}" for e in error.errors()]
+    except ValueError as error:
+        faults.append(f"{CONFIG_FILE}: JSON: {error}")
+    return None
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location)) or "JSON"
+
+
+def _unsupported(document: Mapping[str, Any]) -> list[str]:
+    unknown = {name: value for name, value in document.items() if name not in PeftConfig.model_fields and name not in INERT}
+    return [
+        f"{CONFIG_FILE}: {name} is {reprlib.repr(value)}: it changes what the adapter does, and only plain LoRA can be imported"
+        for name, value in unknown.items()
+        if value or (name in SWITCHES and value is not None and value is not False)
+    ]

@@ -1,0 +1,60 @@
+"""One of our adapters as a PEFT LoRA folder, which PEFT, vLLM, LoRAX and SGLang can serve. Does not import PEFT.
+
+Shapes: D outputs, R rank, N inputs of a module.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as save_tensors
+
+from lori.adapter import Adapter
+from lori.config import AdapterConfig
+from lori.durable import new_folder, write_file
+from lori.errors import AdapterError
+from lori.format import CONFIG_FILE, WEIGHTS_FILE
+from lori.peft_config import PeftConfig, exact
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
+
+
+def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes `adapter` to the new `folder` as PEFT does, and returns it: A (R, N) drawn again, B (D, R) dense, both in `dtype`.
+
+    fp32 is exact; fp16 and bf16 are half the size and round A and B. Raises `AdapterError` where `folder` is there already, or
+    where `dtype` cannot hold a value.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise AdapterError(f"{folder} is there already: an export goes to a new folder")
+    tensors = _tensors(adapter, dtype)
+    if too_large := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise AdapterError(f"{dtype} cannot hold values of {', '.join(too_large)}: export as torch.float32")
+    with new_folder(folder) as scratch:
+        write_file(scratch / WEIGHTS_FILE, save_tensors(tensors, metadata={"format": "pt"}))
+        write_file(
+            scratch / CONFIG_FILE, peft_config(adapter.config).model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
+        )
+    return folder
+
+
+def peft_config(config: AdapterConfig) -> PeftConfig:
+    """Returns the config that PEFT reads for an adapter of `config`; its patterns match one module each."""
+    return PeftConfig(
+        peft_type="LORA",
+        base_model_name_or_path=config.base_model_name_or_path,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        rank_pattern={exact(module): rank for module, rank in config.rank_pattern.items()},
+        alpha_pattern={exact(module): alpha for module, alpha in config.alpha_pattern.items()},
+        target_modules=config.target_modules,
+    )
+
+
+def _tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for module, b in adapter.modules.items():
+        a = adapter.basis.draw(module, b.shape[1], adapter.shape_of(module)[1])  # (R, N)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.to(dtype)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.dense(dtype)
+    return tensors

@@ -1,0 +1,251 @@
+"""A PEFT LoRA adapter, such as the paper's authors publish, as one of ours: an explicit basis, and a B of its nonzero entries.
+
+Reads safetensors only, never a pickle. Does not import PEFT.
+
+Shapes: D outputs, R rank, N inputs of a module.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from lori.adapter import Adapter
+from lori.basis import Basis, Explicit, Seeded
+from lori.config import target_names
+from lori.describe import describe
+from lori.errors import AdapterError, AdapterFormatError
+from lori.format import WEIGHTS_FILE
+from lori.identity import BaseIdentity
+from lori.mask import top_k_mask
+from lori.names import check_name
+from lori.peft_config import PeftConfig, read_peft_config
+from lori.sparse import SparseB
+from lori.template import Template
+from lori.values import ValueType
+
+PICKLE_FILE = "adapter_model.bin"
+TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
+"""`<path>.lora_A.weight`, or with the name that the adapter had in PEFT, `<path>.lora_A.default.weight`."""
+EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)(\.base_layer)?\.(weight|bias)")
+"""What PEFT saves by itself where the vocabulary was resized."""
+WRAPPERS = frozenset(("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module"))
+"""What PEFT, `torch.compile` and data parallelism put before a module's name, in any number."""
+FEATURES = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_": "LoRA of embeddings",
+    "lora_B.bias": "a bias of lora_B",
+    "modules_to_save": "a module that was trained whole",
+}
+"""Parts of the names of tensors that plain LoRA has not."""
+DTYPES: dict[torch.dtype, ValueType] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float32: "float32",
+}
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A (R, N) and B (D, R) of one module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """An adapter in memory, not saved yet, and what its reader should be told."""
+
+    adapter: Adapter
+    """On the shared default basis where its A is exactly that, else on an explicit one. Its values are not rounded yet."""
+    ignored: tuple[str, ...]
+    """Tensors of the file that were left out: embeddings that PEFT saved by itself."""
+    error: float
+    """|delta - pruned delta| / |delta| in the Frobenius norm over all modules; 0 where nothing was pruned."""
+
+
+def import_peft(
+    folder: Path,
+    base_name: str,
+    base: BaseIdentity,
+    *,
+    name: str,
+    sparsity: float | None = None,
+    values: ValueType | None = None,
+    templates: Sequence[Template] = ("chat",),
+) -> Imported:
+    """Reads the PEFT LoRA adapter in `folder`, made for `base`, and calls it `name`.
+
+    Every nonzero entry of B is kept, which is exact; with `sparsity` at most 1 - `sparsity` of all entries, the largest ones (see
+    `_sizes`), and never a zero. `values` is how B will be stored, None for its dtype in the file. Raises `AdapterFormatError`
+    with every fault of the folder, `AdapterError` for a `name` or a `sparsity` that cannot be.
+    """
+    check_name(name)
+    if sparsity is not None and not 0.0 <= sparsity < 1.0:
+        raise AdapterError(f"sparsity is {sparsity}, expected 0 <= sparsity < 1")
+    config, pairs, ignored = _read(folder, base)
+    alphas = {module: config.alpha_of(module) for module in pairs}
+    scales = {module: alphas[module] / config.rank_of(module) for module in pairs}
+    masks = {module: b != 0 for module, (_, b) in pairs.items()}
+    if sparsity is not None:
+        largest = top_k_mask(_sizes(pairs, scales), sparsity)
+        masks = {module: mask & largest[module] for module, mask in masks.items()}
+    error = _error(pairs, scales, masks)
+    modules = {module: SparseB.from_dense(b, masks[module]) for module, (_, b) in pairs.items()}
+    basis = _basis({module: a for module, (a, _) in pairs.items()})
+    pruning = {} if sparsity is None else {"sparsity": sparsity, "error": error}
+    try:
+        described = describe(
+            modules,
+            basis,
+            base_name=base_name,
+            base_digest=base.digest,
+            shapes=base.shapes,
+            target_modules=target_names(modules, base.shapes),
+            alpha=Counter(alphas.values()).most_common(1)[0][0],
+            alpha_pattern=alphas,
+            values=values or _value_type(b for _, b in pairs.values()),
+            templates=templates,
+            training={"imported": _source(config) | pruning},
+        )
+    except ValidationError as invalid:
+        raise AdapterFormatError(str(folder), [e["msg"] for e in invalid.errors()]) from invalid
+    return Imported(Adapter(name, described, modules, basis), ignored, error)
+
+
+def module_of(path: str, modules: Collection[str]) -> str | None:
+    """Returns which of `modules`, full names in the base, `path` means: the longest that it ends with, after wrappers only."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if (name := ".".join(parts[i:])) in modules:
+            return name
+        if part not in WRAPPERS:
+            return None
+    return None
+
+
+def _read(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair], tuple[str, ...]]:
+    """Returns config, A and B by module in the base's order, and the names of the tensors that were ignored."""
+    faults: list[str] = []
+    config = read_peft_config(folder, faults)
+    tensors, ignored = _read_tensors(folder, base, faults)
+    pairs: dict[str, Pair] = {}
+    for module in base.shapes:
+        if module not in tensors:
+            continue
+        if absent := [part for part in "AB" if part not in tensors[module]]:
+            faults.append(f"{module}: it has no lora_{absent[0]}")
+            continue
+        a, b = tensors[module]["A"], tensors[module]["B"]
+        rank = config.rank_of(module) if config else a.shape[0] if a.dim() else 0
+        num_outputs, num_inputs = base.shapes[module]
+        faults += _tensor_faults(f"{module}.lora_A", a, (rank, num_inputs))
+        faults += _tensor_faults(f"{module}.lora_B", b, (num_outputs, rank))
+        pairs[module] = (a, b)
+    if faults or config is None:
+        raise AdapterFormatError(str(folder), faults)
+    return config, pairs, ignored
+
+
+def _read_tensors(
+    folder: Path, base: BaseIdentity, faults: list[str]
+) -> tuple[dict[str, dict[str, torch.Tensor]], tuple[str, ...]]:
+    """Returns {module: {"A": …, "B": …}}, as far as they are there, and the names of the tensors that were ignored."""
+    tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    ignored = []
+    if not (folder / WEIGHTS_FILE).is_file():
+        faults.append(_no_weights(folder))
+        return tensors, ()
+    try:
+        # Opened, not read: saved embeddings can be most of the file.
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            keys = sorted(file.keys())
+            for key in keys:
+                found = TENSOR.fullmatch(key)
+                module = module_of(found["path"], base.shapes) if found else None
+                if found and module and found["part"] not in tensors[module]:
+                    tensors[module][found["part"]] = file.get_tensor(key).clone()  # the file is only mapped
+                elif EMBEDDING.fullmatch(key):
+                    ignored.append(key)
+                else:
+                    faults.append(_unknown(key, module, found))
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError) as error:  # the last three: what torch cannot hold
+        faults.append(f"{WEIGHTS_FILE} is not a safetensors file: {error}")
+        return tensors, ()
+    if not any(TENSOR.fullmatch(key) for key in keys):
+        faults.append(f"{WEIGHTS_FILE}: it has no lora_A and no lora_B")
+    return tensors, tuple(ignored)
+
+
+def _no_weights(folder: Path) -> str:
+    if (folder / WEIGHTS_FILE).exists():
+        return f"{WEIGHTS_FILE} is not a regular file"
+    if (folder / PICKLE_FILE).exists():
+        return (
+            f"there is only {PICKLE_FILE}, a pickle, which can run any code and is never read: "
+            "load the adapter with PEFT and write it with save_pretrained(folder, safe_serialization=True)"
+        )
+    return f"there is no {WEIGHTS_FILE}"
+
+
+def _unknown(key: str, module: str | None, found: re.Match[str] | None) -> str:
+    if module and found:
+        return f"{key}: a second lora_{found['part']} of {module}"
+    if found:
+        return f"{key}: the base has no linear layer called {found['path']!r}"
+    feature = next((feature for part, feature in FEATURES.items() if part in key), None)
+    return f"{key}: {feature}, and only plain LoRA can be imported" if feature else f"{key}: unknown tensor"
+
+
+def _tensor_faults(name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> Iterable[str]:
+    if tensor.dtype not in DTYPES:
+        yield f"{name}: {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}"
+    elif num_bad := tensor.numel() - int(tensor.isfinite().sum()):
+        yield f"{name}: {num_bad} values are not finite"
+    if tuple(tensor.shape) != shape:
+        yield f"{name}: shape is {tuple(tensor.shape)}, expected {shape}"
+
+
+def _value_type(tensors: Iterable[torch.Tensor]) -> ValueType:
+    """Returns the dtype of `tensors`, or fp32, which holds them all, where they differ."""
+    dtypes = {b.dtype for b in tensors}
+    return DTYPES[dtypes.pop()] if len(dtypes) == 1 else "float32"
+
+
+def _source(config: PeftConfig) -> dict[str, Any]:
+    source = {"format": "peft", "from": config.base_model_name_or_path, "peft_version": config.peft_version}
+    return {key: value for key, value in source.items() if value}
+
+
+def _basis(tensors: Mapping[str, torch.Tensor]) -> Basis:
+    """Returns the shared default basis where `tensors` are exactly its A, as in an export of ours, else an explicit one."""
+    default = Seeded()
+    is_default = all(a.dtype == torch.float32 and torch.equal(a, default.draw(module, *a.shape)) for module, a in tensors.items())
+    return default if is_default else Explicit.of(tensors)
+
+
+def _sizes(pairs: Mapping[str, Pair], scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Returns what each entry of B adds to the delta, (D, R) by module: scale |B[d, j]| |A[j]|, its Frobenius norm.
+
+    The paper ranks |B| alone, over one scale and rows of A that are about as long as each other; here neither need be. Where the
+    rows of A are orthogonal, as random ones nearly are, no other choice of as many entries is nearer to the delta.
+    """
+    return {module: scales[module] * b.float().abs() * a.float().norm(dim=1) for module, (a, b) in pairs.items()}
+
+
+def _error(pairs: Mapping[str, Pair], scales: Mapping[str, float], masks: Mapping[str, torch.Tensor]) -> float:
+    """Returns |delta - masked delta| / |delta| in the Frobenius norm over all modules together."""
+    lost = total = 0.0
+    for module, (a, b) in pairs.items():
+        total += scales[module] ** 2 * _squared_norm(a, b)
+        lost += scales[module] ** 2 * _squared_norm(a, b.masked_fill(masks[module], 0.0))
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def _squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns |B A|² = sum((BᵀB) ∘ (A Aᵀ)), in fp64 and without the (D, N) product."""
+    a, b = a.double(), b.double()
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))

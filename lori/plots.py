@@ -1,0 +1,116 @@
+"""Pictures of adapters, with matplotlib (the extra `plot`): figures that are nobody's current one, drawn without a display."""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from lori.errors import AdapterError
+from lori.mask import group_of
+from lori.statistics import ModuleStatistics, total
+
+FORMATS = ("png", "svg", "pdf")
+DPI = 150
+CELL_WIDTH, CELL_HEIGHT = 0.55, 0.26
+"""Of a heat map that holds numbers, in inches."""
+FONT_SIZE, NUMBER_SIZE = 9, 7
+LETTER = 0.08
+"""What a letter of a label takes, in inches."""
+NO_LAYER = "–"
+"""Labels the row of modules that are in no layer."""
+
+
+def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure:
+    """Returns heat maps, layer x projection, of the density of B and of the norm of the delta, side by side.
+
+    A row is a layer, a column the last part of a module's name; modules that share both (experts) are taken together.
+    """
+    cells: defaultdict[tuple[str, str], list[ModuleStatistics]] = defaultdict(list)
+    for row in statistics:
+        cells[group_of(row.module, "layer"), row.module.rpartition(".")[2]].append(row)
+    layers, projections = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+
+    def grid(value: Callable[[Sequence[ModuleStatistics]], float]) -> NDArray[np.float64]:
+        return np.array([[value(cells[i, j]) if (i, j) in cells else math.nan for j in projections] for i in layers])
+
+    figure = _figure(2 * (CELL_WIDTH * len(projections) + 1.8), CELL_HEIGHT * len(layers) + 1.8)
+    figure.suptitle(name, parse_math=False)
+    density, strength = figure.subplots(1, 2)
+    _heat_map(density, grid(lambda rows: 100 * total(rows).density), "kept entries of B (%)", "viridis", ".1f")
+    _heat_map(strength, grid(lambda rows: total(rows).norm_delta), "norm of ΔW", "viridis", ".3g")
+    for axes in (density, strength):
+        _label(axes, projections, _layer_labels(layers))
+        axes.set_xlabel("projection")
+        axes.set_ylabel("layer")
+    return figure
+
+
+def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
+    """Returns a heat map of the cosines `matrix` (n, n) of the adapters `names` (n,), zero in the middle of its colours."""
+    assert matrix.shape == (len(names), len(names))
+    side = CELL_WIDTH * len(names) + 0.7 + LETTER * max(map(len, names))
+    figure = _figure(side + 0.8, side)
+    axes = figure.subplots()
+    _heat_map(axes, matrix, "cosine of ΔW", "RdBu_r", "z.2f", Normalize(-1.0, 1.0))
+    _label(axes, names, names)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as what the suffix of `path` says, one of `FORMATS`.
+
+    Raises `AdapterError` for another suffix, or where the file cannot be written.
+    """
+    if (suffix := path.suffix.lower().removeprefix(".")) not in FORMATS:
+        raise AdapterError(f"{path} ends in {path.suffix!r}, expected {' or '.join('.' + known for known in FORMATS)}")
+    try:
+        figure.savefig(path, format=suffix, dpi=DPI)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _heat_map(axes: Axes, grid: NDArray[np.float64], title: str, colours: str, spec: str, norm: Normalize | None = None) -> None:
+    """Draws `grid` (rows, columns) with its numbers, a colour bar and a title; NaN stays blank."""
+    largest = float(np.nanmax(grid, initial=0.0))
+    norm = norm or Normalize(0.0, largest or 1.0)
+    image = axes.imshow(grid, cmap=colours, norm=norm, aspect="auto")
+    axes.set_title(title, fontsize=FONT_SIZE)
+    for (i, j), value in np.ndenumerate(grid):
+        if not math.isnan(value):
+            ink = _ink(float(norm(float(value))), colours)
+            axes.text(j, i, format(value, spec), ha="center", va="center", fontsize=NUMBER_SIZE, color=ink)
+    bar = axes.figure.colorbar(image, ax=axes)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
+
+
+def _ink(position: float, colours: str) -> str:
+    """Returns the colour of text that is seen on the colour at `position`, 0 to 1, by its relative luminance (ITU-R BT.709)."""
+    red, green, blue, _ = colormaps[colours](position)
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"
+
+
+def _label(axes: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.tick_params(labelsize=FONT_SIZE)
+
+
+def _layer_labels(layers: Sequence[str]) -> list[str]:
+    """Returns the number of each layer, or its whole name where two have one number."""
+    counts = Counter(layer.rpartition(".")[2] for layer in layers)
+    short = [layer.rpartition(".")[2] for layer in layers]
+    return [(number if counts[number] == 1 else layer) or NO_LAYER for layer, number in zip(layers, short, strict=True)]

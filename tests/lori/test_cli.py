@@ -1,0 +1,291 @@
+"""`python -m lori`, as a person or a script runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lori.base_model import load_base_model
+from lori.basis import Seeded
+from lori.cli.program import main
+from lori.describe import describe
+from lori.format import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from lori.store import AdapterStore
+from tests.lori.adapters import RANK, make_config, make_modules
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs the program in this process and returns its exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lori", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store of three adapters as their makers left them, on one basis."""
+    for seed, name in enumerate(("math", "law", "code")):
+        save_adapter(tmp_path / "store" / name, make_config(basis=Seeded()), make_modules(seed=seed))
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def tiny_adapter(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The tiny model, and a random adapter for it on the shared basis."""
+    base = load_base_model(str(tiny_model), torch.float32)
+    modules = make_modules(base.identity.shapes, ("q_proj", "down_proj"), rank=4, density=0.1)
+    config = describe(
+        modules,
+        Seeded(),
+        base_name=base.name,
+        base_digest=base.identity.digest,
+        shapes=base.identity.shapes,
+        target_modules=("q_proj", "down_proj"),
+        alpha=8.0,
+        templates=("chat",),
+        training={},
+    )
+    save_adapter(tmp_path / "tiny", config, modules)
+    return tiny_model, tmp_path / "tiny"
+
+
+def test_the_module_runs_and_its_exit_code_means_something(store: Path) -> None:
+    command = [sys.executable, "-m", "lori", "verify", str(store)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "code: sound\nlaw: sound\nmath: sound\n"
+    (store / "law" / WEIGHTS_FILE).write_bytes(b"x")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "law: not sound\n  adapter_model.safetensors is not a safetensors file" in done.stdout
+
+
+def test_a_wrong_command_is_2(run: Run, store: Path) -> None:
+    for arguments in (["bake"], ["list"], ["list", store, "--nonsense"], ["merge", store / "math", "-o", store / "x", "-w", "a"]):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert err
+
+
+@pytest.mark.parametrize("command", ["list", "inspect", "verify", "compare", "duplicates", "merge", "import", "export", "pack"])
+def test_every_command_has_help(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage: python -m lori" in out
+
+
+# --- list
+
+
+def test_list_is_a_table_or_json(run: Run, store: Path) -> None:
+    code, out, _ = run("list", store)
+    assert code == 0
+    for entry in AdapterStore(store).list():
+        assert f"{entry.name} " in out
+        assert entry.version in out
+    rows = json.loads(run("list", store, "--json")[1])
+    assert [row["name"] for row in rows] == ["code", "law", "math"]
+    assert {row["rank"] for row in rows} == {RANK}
+    assert rows[2]["bytes"] == sum(file.stat().st_size for file in (store / "math").iterdir())
+
+
+def test_list_shows_what_is_not_sound_and_says_so_by_its_code(run: Run, store: Path) -> None:
+    (store / "law" / CONFIG_FILE).write_text("{")
+    code, out, _ = run("list", store)
+    assert code == 1
+    assert "adapter_config.json: JSON: Invalid JSON" in out
+    assert run("list", store, "--brief")[0] == 1  # its version is in the config
+    AdapterStore(store).publish(store / "math")
+    (AdapterStore(store).find("math").folder / CONFIG_FILE).write_text("{")
+    shutil.rmtree(store / "law")
+    code, out, _ = run("list", store, "--brief")
+    assert code == 0  # nothing was opened
+    assert "math" in out
+
+
+def test_a_store_that_is_not_there_is_an_error(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("list", tmp_path / "none")
+    assert (code, out) == (1, "")
+    assert err == f"error: {tmp_path / 'none'} is no folder of adapters: No such file or directory\n"
+
+
+# --- inspect, verify
+
+
+def test_inspect_shows_every_module(run: Run, store: Path) -> None:
+    code, out, _ = run("inspect", store / "math")
+    assert code == 0
+    for name, b in make_modules(seed=0).items():
+        line = next(line for line in out.splitlines() if name in line)
+        assert f" {b.values.numel()} " in line
+    found = json.loads(run("inspect", store / "math", "--json")[1])
+    assert [row["module"] for row in found["modules"]] == list(make_modules())
+    assert found["total"]["num_kept"] == sum(row["num_kept"] for row in found["modules"])
+    assert found["config"]["r"] == RANK
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_inspect_draws(run: Run, store: Path, tmp_path: Path, suffix: str) -> None:
+    assert run("inspect", store / "math", "--plot", tmp_path / f"x.{suffix}")[0] == 0
+    assert (tmp_path / f"x.{suffix}").stat().st_size > 1000
+
+
+def test_a_picture_of_an_unknown_kind_is_an_error(run: Run, store: Path, tmp_path: Path) -> None:
+    code, _, err = run("inspect", store / "math", "--plot", tmp_path / "x.bmp")
+    assert code == 1
+    assert ".png" in err
+
+
+def test_every_fault_has_a_line_of_its_own(run: Run, store: Path) -> None:
+    tensors = load_file(store / "math" / WEIGHTS_FILE)
+    tensors.pop("layers.0.q_proj.mask")
+    save_file(tensors, store / "math" / WEIGHTS_FILE)
+    code, _, err = run("inspect", store / "math")
+    assert code == 1
+    assert err.splitlines()[0] == f"error: {store / 'math'} is not a sound adapter:"
+    assert len([line for line in err.splitlines() if line.startswith("  ")]) >= 1
+    assert json.loads(run("verify", store / "math", "--json")[1])[0]["faults"]
+
+
+def test_verify_against_another_base_says_so(run: Run, store: Path, tiny_model: Path) -> None:
+    code, out, _ = run("verify", store / "math", "--model", tiny_model)
+    assert code == 1
+    assert "expected the base that is served" in out
+
+
+def test_an_unknown_adapter_is_an_error_with_near_names(run: Run, store: Path) -> None:
+    code, _, err = run("inspect", store / "mth")
+    assert (code, err) == (1, "error: there is no adapter 'mth': did you mean 'math'?\n")
+
+
+# --- compare, duplicates
+
+
+def test_compare_of_two_is_by_module_and_of_more_in_pairs(run: Run, store: Path, tmp_path: Path) -> None:
+    code, out, _ = run("compare", store / "math", store / "law")
+    assert code == 0
+    assert all(name in out for name in make_modules())
+    pairs = json.loads(run("compare", store / "math", store / "law", store / "code", "--json", "--plot", tmp_path / "x.png")[1])
+    assert [(pair["a"], pair["b"]) for pair in pairs] == [("math", "law"), ("math", "code"), ("law", "code")]
+    assert all(-1 < pair["total"]["cosine"] < 1 for pair in pairs)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_compare_of_one_is_refused(run: Run, store: Path) -> None:
+    assert run("compare", store / "math")[0] == 2
+
+
+def test_versions_of_one_name_are_told_apart(run: Run, store: Path) -> None:
+    AdapterStore(store).publish(store / "law", "math")
+    versions = [entry.version for entry in AdapterStore(store).list() if entry.name == "math"]
+    _, out, _ = run("compare", *(f"{store}/math@{version}" for version in versions), "--json")
+    (pair,) = json.loads(out)
+    assert {pair["a"], pair["b"]} == {f"math@{version[:6]}" for version in versions}
+
+
+def test_duplicates_are_found(run: Run, store: Path) -> None:
+    AdapterStore(store).publish(store / "law", "copy")
+    code, out, _ = run("duplicates", store, "--json")
+    assert code == 0
+    (pair,) = json.loads(out)
+    assert {Path(pair["a"]).name.partition("@")[0], Path(pair["b"]).name} == {"copy", "law"}
+    assert "no two of 1 adapters" in run("duplicates", store / "law")[1]
+
+
+# --- merge, alias, remove
+
+
+def test_merge_publishes_a_new_adapter(run: Run, store: Path) -> None:
+    code, out, _ = run("merge", store / "math", store / "law", "-w", 1, "-w", -0.5, "-o", store / "both", "--values", "float32")
+    assert code == 0
+    assert out.startswith("published both@")
+    both, parts = load_adapter(AdapterStore(store).find("both").folder), [load_adapter(store / name) for name in ("math", "law")]
+    for name, b in both.modules.items():
+        expected = parts[0].modules[name].dense() - 0.5 * parts[1].modules[name].dense()
+        torch.testing.assert_close(both.config.scale_of(name) * b.dense(), parts[0].config.scale * expected)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude"])
+def test_merge_by_another_method(run: Run, store: Path, method: str) -> None:
+    code, _, _ = run("merge", store / "math", store / "law", "--method", method, "--density", 0.4, "-o", store / "both")
+    assert code == 0
+    assert load_adapter(AdapterStore(store).find("both").folder).config.lori.training["merge"]["method"] == method
+
+
+def test_a_weight_too_few_is_refused(run: Run, store: Path) -> None:
+    code, _, err = run("merge", store / "math", store / "law", "-w", 1, "-o", store / "both")
+    assert code == 2
+    assert "expected 2" in err
+
+
+def test_an_alias_is_made_and_removed(run: Run, store: Path) -> None:
+    assert run("alias", store, "prod", "math")[0] == 0
+    assert "prod" in run("list", store)[1]
+    assert run("remove", store, "math")[0] == 1  # prod means it
+    assert run("remove", store, "prod")[0] == run("remove", store, "math")[0] == 0
+    assert set(AdapterStore(store).current()) == {"law", "code"}
+
+
+# --- in and out
+
+
+def test_an_adapter_goes_to_peft_and_comes_back(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
+    model, folder = tiny_adapter
+    assert run("export", folder, tmp_path / "peft")[0] == 0
+    code, out, err = run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--values", "bfloat16")
+    assert (code, err) == (0, "")
+    assert "published peft@" in out
+    back, before = load_adapter(AdapterStore(tmp_path / "in").find("peft").folder), load_adapter(folder)
+    assert all(torch.equal(back.modules[name].values, b.values) for name, b in before.modules.items())
+
+
+def test_a_dense_lora_is_pruned_only_where_asked(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
+    model, folder = tiny_adapter
+    run("export", folder, tmp_path / "peft")
+    tensors = load_file(tmp_path / "peft" / WEIGHTS_FILE)
+    save_file({k: v + 0.01 if "lora_B" in k else v for k, v in tensors.items()}, tmp_path / "peft" / WEIGHTS_FILE)
+    code, out, err = run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--name", "whole")
+    assert code == 0
+    assert "100.0% of its B is kept" in err
+    code, out, err = run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--name", "part", "--sparsity", 0.9)
+    assert (code, err) == (0, "")
+    assert "pruning changed the delta by " in out
+    assert load_adapter(AdapterStore(tmp_path / "in").find("part").folder).config.lori.sparsity == pytest.approx(0.9, abs=0.01)
+
+
+def test_one_of_ours_is_imported_as_it_is(run: Run, store: Path, tmp_path: Path) -> None:
+    assert run("import", store / "math", tmp_path / "in", "--name", "sums")[0] == 0
+    assert AdapterStore(tmp_path / "in").find("sums").version == AdapterStore(store).find("math").version
+    assert run("import", store / "math", tmp_path / "in", "--sparsity", 0.9)[0] == 2
+
+
+@pytest.mark.parametrize("source", ["none", "hf://no-such"])
+def test_a_source_that_is_not_there_is_an_error(run: Run, tmp_path: Path, source: str) -> None:
+    code, _, err = run("import", source, tmp_path / "in")
+    assert code == 1
+    assert source in err
+
+
+def test_pack_and_unpack(run: Run, store: Path, tmp_path: Path) -> None:
+    code, out, _ = run("pack", store / "math", tmp_path / "math.lori", "--values", "int8")
+    assert code == 0
+    assert "values stored as int8 differ by " in out
+    assert run("unpack", tmp_path / "math.lori", tmp_path / "in")[0] == 0
+    assert load_adapter(AdapterStore(tmp_path / "in").find("math").folder).config.lori.values == "int8"
+    (tmp_path / "math.lori").write_text("x")
+    assert run("unpack", tmp_path / "math.lori", tmp_path / "in")[0] == 1

@@ -1,0 +1,181 @@
+"""Where an adapter comes from: a folder, or a hub, here a small one on this machine's loopback."""
+
+import hashlib
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+from lori.errors import AdapterError
+from lori.hub import resolve
+
+COMMIT = "c0ffee" + "0" * 34
+FILES = {
+    "adapter_config.json": b'{"peft_type": "LORA"}',
+    "adapter_model.safetensors": b"weights",
+    "README.md": b"# card",
+    "adapter_model.bin": b"a pickle",
+    "sub/adapter_config.json": b"{}",
+    "tokenizer.json": b"{}",
+}
+
+
+@dataclass
+class Hub:
+    """Repositories by id, and what was asked for."""
+
+    repos: dict[str, dict[str, bytes]]
+    errors: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Status and the hub's own code, by repository."""
+    requested: list[str] = field(default_factory=list)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the few calls that a download makes."""
+
+    hub: Hub
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def _answer(self, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requested.append(path)
+        status, code, content = self._find(path.strip("/").split("/"))
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def _find(self, parts: list[str]) -> tuple[int, str, bytes]:
+        repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        if repo in self.hub.errors:
+            return *self.hub.errors[repo], b""
+        files = self.hub.repos.get(repo)
+        if files is None:
+            return 404, "RepoNotFound", b""
+        if parts[0] != "api":
+            return 200, "", files["/".join(parts[4:])]
+        if parts[5] not in ("main", "v1", COMMIT):
+            return 404, "RevisionNotFound", b""
+        if parts[4] == "revision":
+            return 200, "", json.dumps({"id": repo, "sha": COMMIT}).encode()
+        tree = [{"type": "file", "path": path, "size": len(content), "oid": "0"} for path, content in files.items()]
+        return 200, "", json.dumps(tree).encode()
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub with one adapter, `own/math`, and an empty cache."""
+    hub = Hub({"own/math": FILES, "own/model": {"config.json": b"{}"}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    point_at(monkeypatch, f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
+    yield hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def point_at(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
+    """Does what HF_ENDPOINT and HF_HUB_CACHE do before the library is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub where nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    point_at(monkeypatch, f"http://127.0.0.1:{port}", tmp_path)
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("source", ["nowhere/at/all", "https://huggingface.co/own/math", "own/math", ""])
+def test_no_folder_is_refused_and_the_forms_are_told(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterError, match=r"hf://owner/name\[@revision\]") as caught:
+        resolve(source)
+    assert repr(source) in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["hf://own/math", "hf://own/math@main", "hf://own/math@v1", f"hf://own/math@{COMMIT}"])
+def test_an_adapter_is_fetched_without_any_pickle(hub: Hub, source: str) -> None:
+    folder = resolve(source)
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert found == {name: FILES[name] for name in wanted}
+    assert not any(path.endswith((".bin", "tokenizer.json")) for path in hub.requested)
+
+
+def test_what_was_fetched_is_found_again_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = resolve("hf://own/math")
+    num_requests = len(hub.requested)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("hf://own/math") == folder
+    assert len(hub.requested) == num_requests
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["", "math", "own/math/sub", "own/math@", "own/math@a@b", "own/math@../x", "own/ma th", "-own/math", "/math"],
+)
+def test_a_malformed_id_is_refused_before_anything_is_asked(hub: Hub, source: str) -> None:
+    with pytest.raises(AdapterError, match="malformed") as caught:
+        resolve(f"hf://{source}")
+    assert repr(f"hf://{source}") in str(caught.value)
+    assert hub.requested == []
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hf://own/unknown", "the hub has no own/unknown"),
+        ("hf://own/math@v9", "own/math has no revision 'v9'"),
+        ("hf://own/gated", "hf://own/gated is gated"),
+        (f"hf://own/gated@{COMMIT}", f"hf://own/gated@{COMMIT} is gated"),
+        ("hf://own/model", "hf://own/model is not an adapter: it has no adapter_config.json"),
+        ("hf://own/broken", "the hub cannot be reached for own/broken"),
+        (f"hf://own/broken@{COMMIT}", f"hf://own/broken@{COMMIT} cannot be fetched"),
+    ],
+)
+def test_what_the_hub_refuses_is_told(hub: Hub, source: str, expected: str) -> None:
+    hub.errors |= {"own/gated": (403, "GatedRepo"), "own/broken": (500, "")}
+    with pytest.raises(AdapterError) as caught:
+        resolve(source)
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.usefixtures("closed")
+@pytest.mark.parametrize("source", ["hf://own/math", f"hf://own/math@{COMMIT}"])
+@pytest.mark.parametrize("is_offline", [False, True], ids=["nobody listens", "HF_HUB_OFFLINE"])
+def test_without_a_network_the_way_out_is_told(source: str, is_offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    with pytest.raises(AdapterError, match=r"the hub cannot be reached for own/math: connect .* or download it elsewhere"):
+        resolve(source)
