@@ -172,7 +172,7 @@ def test_health_ready_and_adapters(live: Live) -> None:
     assert reply["base_model"] == "tiny-writer"
     assert [a["name"] for a in reply["adapters"]] == ["intent", "math", "safety"]
     math = reply["adapters"][1]
-        assert (math["rank"], math["alpha"], math["templates"]) == (4, 8.0, ["chat"])
+    assert (math["rank"], math["alpha"], math["templates"]) == (4, 8.0, ["chat"])
     assert math["num_kept"] > 0
     assert len(math["version"]) == 12
 
