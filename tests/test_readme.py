@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lori.store import AdapterStore
 from tests.server.live import Live, events, start
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,17 @@ def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> Non
         assert {k: v for k, v in told.items() if k in expected and k not in ("id", "seed")} == {
             k: v for k, v in expected.items() if k not in ("id", "seed")
         }
+
+
+def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
+    for line in BLOCK.findall(section("Keep, merge and move adapters"))[0][1].splitlines():
+        command = shlex.split(line.replace(".venv/bin/python", sys.executable))
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), line
+    assert {entry.name for entry in AdapterStore(tmp_path / "adapters").list()} == {"both", "again"}
+    assert AdapterStore(tmp_path / "elsewhere").find("both").load()
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("math.png", "cosines.png"))
 
 
 def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
