@@ -7,17 +7,18 @@ math/adapter_config.json, math/adapter_model.safetensors, math/README.md
 import io
 import re
 import struct
-import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.basis_file import BASES_FOLDER, basis_bytes
+from lori.basis_file import BASES_FOLDER, basis_bytes, load_basis, parse_basis
+from lori.config_file import CONFIG_FILE
 from lori.durable import replace_file
 from lori.errors import AdapterFormatError
-from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, read_regular, seal, stored_as
-from lori.names import NAME
+from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, seal, stored_as
+from lori.names import NAME, check_name
 from lori.store import AdapterStore, Entry
 from lori.values import ValueType
 
@@ -29,28 +30,26 @@ UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, Runtim
 OLDEST = (1980, 1, 1, 0, 0, 0)
 
 
-def pack(entry: Entry, file: Path, values: ValueType | None = None) -> Adapter:
-    """Writes `entry` to `file` and returns what was written; `values` stores its B otherwise, which is another version.
+def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -> Adapter:
+    """Writes the adapter in `folder` to `file`, as `name`, and returns it; `values` stores its B otherwise: another version.
 
     The same adapter gives the same bytes. Raises `AdapterFormatError` where it is not sound.
     """
-    adapter = entry.load()
-    if values is None or values == adapter.config.lori.values:
-        files = {name: read_regular(entry.folder, name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    else:
-        sealed = seal(stored_as(adapter, values))
-        adapter, files = sealed.adapter, dict(sealed.files)
-    if (entry.folder / CARD_FILE).exists():
-        files[CARD_FILE] = read_regular(entry.folder, CARD_FILE)
-    members = {f"{entry.name}/{name}": content for name, content in files.items()}
+    check_name(name)
+    faults: list[str] = []
+    files = read_files(folder, faults)
+    adapter = parse_adapter(name, files, partial(load_basis, folder.parent), source=str(folder), faults=faults)
+    if values and values != adapter.config.lori.values:
+        adapter = stored_as(adapter, values)
+        files = {**files, **seal(adapter).files}
+    members = {f"{name}/{part}": content for part, content in files.items()}
     if isinstance(adapter.basis, Explicit):
         members[f"{BASES_FOLDER}/{adapter.basis.content_digest}.safetensors"] = basis_bytes(adapter.basis)
-    with tempfile.SpooledTemporaryFile() as scratch:
-        with zipfile.ZipFile(scratch, "w") as archive:
-            for name, content in members.items():
-                archive.writestr(zipfile.ZipInfo(name, OLDEST), content)
-        scratch.seek(0)
-        replace_file(file, scratch.read())
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for member, part in members.items():
+            archive.writestr(zipfile.ZipInfo(member, OLDEST), part)
+    replace_file(file, content.getvalue())
     return adapter
 
 
@@ -66,12 +65,15 @@ def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
             members = {member.filename: archive.read(member) for member in archive.infolist()}
     except UNREADABLE as error:
         raise AdapterFormatError(str(file), [f"it is not an archive: {error}"]) from error
-    with tempfile.TemporaryDirectory(prefix="lori-") as scratch:
-        for member, content in members.items():
-            target = Path(scratch) / member
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(content)
-        return store.publish(Path(scratch) / own, name)
+
+    def basis_of(digest: str) -> Explicit:
+        member = f"{BASES_FOLDER}/{digest}.safetensors"
+        if member not in members:
+            raise AdapterFormatError(str(file), [f"{member}: missing"])
+        return parse_basis(str(file), members[member], digest)
+
+    files = {member.partition("/")[2]: part for member, part in members.items() if member.startswith(f"{own}/")}
+    return store.put(parse_adapter(own if name is None else name, files, basis_of, source=str(file)), files)
 
 
 def _checked_name(file: Path, members: list[zipfile.ZipInfo]) -> str:
@@ -88,7 +90,7 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo]) -> str:
     faults += [f"{name!r}: there twice" for name in sorted({name for name in names if names.count(name) > 1})]
     faults += [f"{member.filename!r}: compressed" for member in members if member.compress_type != zipfile.ZIP_STORED]
     if len(owners) != 1 or not NAME.fullmatch(own):
-        faults.append(f"it holds {sorted(owners)}, expected one adapter")
+        faults.append(f"it holds {sorted(owners)}, expected one adapter, its name matching {NAME.pattern}")
     if (num_bytes := sum(member.file_size for member in members)) > MAX_BYTES:
         faults.append(f"it holds {num_bytes} bytes, expected {MAX_BYTES} at most")
     if faults:

@@ -65,16 +65,17 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
-    return BaseModel(EMBEDDED_NAME if name is None else _short_name(name), identify(model), model, tokenizer)
+    name = EMBEDDED_NAME if name is None else _short_name(name)
+    return BaseModel(name, identify(model, name), model, tokenizer)
 
 
 def _short_name(name: str) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def identify(model: PreTrainedModel) -> BaseIdentity:
-    """Returns what an adapter must know of `model`, whose layers must still be its own."""
-    return BaseIdentity(base_digest(model), module_shapes(model))
+def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
+    """Returns what an adapter must know of `model`, called `name`, whose layers must still be its own."""
+    return BaseIdentity(name, base_digest(model), module_shapes(model))
 
 
 def base_digest(model: PreTrainedModel) -> str:

@@ -34,6 +34,9 @@ class Seeded:
             if not 0 <= value < 2**63:
                 raise ValueError(f"basis {name} is {value}, expected 0 <= {name} < 2**63")
 
+    def __str__(self) -> str:
+        return f"seed {self.seed}, stream {self.stream}"
+
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
         """Returns A of `module`, (R, N) fp32 on the CPU, uniform in ±1/sqrt(N) (PEFT's Kaiming-uniform bound).
 
@@ -68,6 +71,9 @@ class Explicit:
         """Returns the basis that holds `tensors`, (R, N) each, named by their content in fp32."""
         return cls(tensors_digest(tensors), tensors)
 
+    def __str__(self) -> str:
+        return explicit_name(self.content_digest)
+
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
         """Returns the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero."""
         out = torch.zeros(rank, num_inputs)
@@ -82,6 +88,11 @@ class Explicit:
 
 
 Basis = Seeded | Explicit
+
+
+def explicit_name(digest: str) -> str:
+    """Returns what a person calls the explicit basis of this digest."""
+    return f"its own A, {digest[:12]}"
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -4,17 +4,16 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save
 
 from lori.basis import Explicit
 from lori.durable import replace_file
 from lori.errors import AdapterFormatError
+from lori.tensor_file import parse_tensors
 
 BASES_FOLDER = ".bases"
 
-_loaded: WeakValueDictionary[str, Explicit] = WeakValueDictionary()
+_loaded: WeakValueDictionary[Path, Explicit] = WeakValueDictionary()
 
 
 def basis_file(store: Path, digest: str) -> Path:
@@ -23,17 +22,17 @@ def basis_file(store: Path, digest: str) -> Path:
 
 
 def save_basis(store: Path, basis: Explicit) -> Path:
-    """Puts a basis in `store`, where it is not there yet, and returns its file."""
-    file = basis_file(store, basis.content_digest)
-    if not file.exists():
+    """Puts a basis in `store`, where it is not there yet or is damaged, and returns its file."""
+    file, content = basis_file(store, basis.content_digest), basis_bytes(basis)
+    if not file.is_file() or file.read_bytes() != content:
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, basis_bytes(basis))
+        replace_file(file, content)
     return file
 
 
 def basis_bytes(basis: Explicit) -> bytes:
     """Returns the content of a basis's file."""
-    return save_tensors({module: a.contiguous() for module, a in basis.tensors.items()})
+    return save({module: a.contiguous() for module, a in basis.tensors.items()})
 
 
 def load_basis(store: Path, digest: str) -> Explicit:
@@ -41,24 +40,32 @@ def load_basis(store: Path, digest: str) -> Explicit:
 
     Raises `AdapterFormatError` where it is not there or not sound.
     """
-    if (basis := _loaded.get(digest)) is not None:
-        return basis
-    file = basis_file(store, digest)
+    file = basis_file(store.absolute(), digest)
+    known = _loaded.get(file)
+    if known is not None and file.is_file():
+        return known
     try:
-        tensors = load_tensors(file.read_bytes())
+        content = file.read_bytes()
     except OSError as error:
         fault = f"its basis cannot be read: {error.strerror} (an adapter with an A of its own is moved with it: pack and unpack)"
         raise AdapterFormatError(str(file), [fault]) from error
-    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:  # the last three: what torch cannot hold
-        raise AdapterFormatError(str(file), [f"it is not a safetensors file: {error}"]) from error
-    if faults := [f"{m}: not a matrix of finite floats" for m, a in tensors.items() if not is_matrix(a)]:
-        raise AdapterFormatError(str(file), faults)
+    basis = parse_basis(str(file), content, digest)
+    _loaded[file] = basis
+    return basis
+
+
+def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
+    """Returns the basis that `content` is. Raises `AdapterFormatError`, with `source`, where it is not the one of this digest."""
+    faults: list[str] = []
+    tensors = parse_tensors(source, content, faults) or {}
+    faults += [f"{module}: not a matrix of finite floats" for module, a in tensors.items() if not _is_matrix(a)]
+    if faults:
+        raise AdapterFormatError(source, faults)
     basis = Explicit.of(tensors)
     if basis.content_digest != digest:
-        raise AdapterFormatError(str(file), [f"its digest is {basis.content_digest}, expected {digest}"])
-    return _loaded.setdefault(digest, basis)
+        raise AdapterFormatError(source, [f"its basis has the digest {basis.content_digest}, expected {digest}"])
+    return basis
 
 
-def is_matrix(tensor: torch.Tensor) -> bool:
-    """Says whether `tensor` is a matrix of finite floats."""
+def _is_matrix(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() == 2 and bool(tensor.isfinite().all())

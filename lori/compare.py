@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lori.adapter import Adapter
-from lori.errors import AdapterError
+from lori.adapter import Adapter, common_shapes
 from lori.inner_products import inner_products, module_order
 from lori.sparse import SparseB
 
@@ -104,7 +103,7 @@ def compare(a: Adapter, b: Adapter, weights: tuple[float, float] = (1.0, 1.0)) -
     other, so overlap and sign conflict are None; cosine and norms are exact on any bases. Raises `AdapterError` where the base
     models, or the shapes of a module, differ.
     """
-    _check_comparable((a, b))
+    common_shapes((a, b))  # or it makes no sense
     rows = tuple(_compare_module(a, b, module, weights) for module in module_order((a, b)))
     return Comparison(rows, _total(rows))
 
@@ -114,7 +113,7 @@ def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
 
     Each A is drawn once. Raises as `compare`.
     """
-    _check_comparable(adapters)
+    common_shapes(adapters)  # or it makes no sense
     inner = np.zeros((len(adapters), len(adapters)))
     for module in module_order(adapters):
         inner += inner_products(adapters, module)
@@ -182,20 +181,3 @@ def _total(rows: Sequence[ModuleComparison]) -> ModuleComparison:
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _check_comparable(adapters: Sequence[Adapter]) -> None:
-    shapes: dict[str, tuple[str, tuple[int, int]]] = {}
-    for adapter in adapters:
-        expected, found = adapters[0].config, adapter.config
-        if found.lori.base_digest != expected.lori.base_digest:
-            raise AdapterError(
-                f"{adapter.name} was trained on {found.base_model_name_or_path} ({found.lori.base_digest[:12]}), expected the "
-                f"base of {adapters[0].name}, {expected.base_model_name_or_path} ({expected.lori.base_digest[:12]})"
-            )
-        for module in adapter.modules:
-            owner, shape = shapes.setdefault(module, (adapter.name, adapter.shape_of(module)))
-            if adapter.shape_of(module) != shape:
-                raise AdapterError(
-                    f"{module}: (outputs, inputs) are {adapter.shape_of(module)} in {adapter.name}, {shape} in {owner}"
-                )

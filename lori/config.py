@@ -4,14 +4,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from lori.basis import Seeded
+from lori.basis import Basis, Explicit, Seeded, explicit_name
+from lori.module_names import last
 from lori.rice import MAX_ENTRIES
 from lori.template import Template
 from lori.values import ValueType
 
-FORMAT_VERSION = 2
+NUM_VERSION_DIGITS = 12
+"""Of a digest, where a person reads it."""
 MAX_RANK = 2**12
 MAX_SIZE = 2**24
 """Outputs or inputs of a module, far beyond any model's: a hostile file cannot ask for more memory."""
@@ -27,14 +29,12 @@ class SeededConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    generator: Literal["philox-u24-1"] = "philox-u24-1"
+    generator: Literal["philox-u24-1"]
     seed: int = Field(ge=0, lt=2**63)
     stream: int = Field(ge=0, lt=2**63)
 
-    @classmethod
-    def of(cls, basis: Seeded) -> Self:
-        """Returns the config of a basis."""
-        return cls(seed=basis.seed, stream=basis.stream)
+    def __str__(self) -> str:
+        return str(self.basis())
 
     def basis(self) -> Seeded:
         """Returns the basis itself."""
@@ -49,21 +49,37 @@ class ExplicitConfig(BaseModel):
     generator: Literal["explicit"] = "explicit"
     digest: Digest
 
+    def __str__(self) -> str:
+        return explicit_name(self.digest)
+
+
+def basis_config(basis: Basis) -> SeededConfig | ExplicitConfig:
+    """Returns what a config says of `basis`."""
+    if isinstance(basis, Explicit):
+        return ExplicitConfig(digest=basis.content_digest)
+    return SeededConfig(generator=basis.generator, seed=basis.seed, stream=basis.stream)
+
+
+def _is_read(version: object) -> object:
+    if version == 1:
+        raise ValueError("format 1 is not read any more: train again, or save its values in format 2")
+    return version
+
 
 class LoriSection(BaseModel):
     """What PEFT has no field for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format_version: Literal[2] = 2
+    format_version: Annotated[Literal[2], BeforeValidator(_is_read)] = 2
     basis: SeededConfig | ExplicitConfig = Field(discriminator="generator")
     basis_digest: Digest
     """sha256 of A over all modules: loading draws A again and compares."""
     base_digest: Digest
     """sha256 that identifies the base model, see `lori.base_model.base_digest`."""
-    content_digest: Digest = "0" * 64
+    content_digest: Digest
     """sha256 over all that decides what the adapter does, see `lori.format.content_digest`; it begins the version."""
-    config_digest: Digest = "0" * 64
+    config_digest: Digest
     """sha256 over everything else in this file, see `lori.format.config_digest`."""
     shapes: dict[str, tuple[Size, Size]] = Field(min_length=1)
     """(outputs, inputs) of the modules: by the last part of their names, or by full name where it differs from its like."""
@@ -111,6 +127,11 @@ class AdapterConfig(BaseModel):
         return self
 
     @property
+    def base_name(self) -> str:
+        """The base model's name and the first digits of its digest."""
+        return f"{self.base_model_name_or_path} ({self.lori.base_digest[:NUM_VERSION_DIGITS]})"
+
+    @property
     def scale(self) -> float:
         """alpha / r of most modules."""
         return self.lora_alpha / self.r
@@ -125,24 +146,24 @@ class AdapterConfig(BaseModel):
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
         """Returns (outputs, inputs) of `module`, or None where the config has none."""
-        return self.lori.shapes.get(module) or self.lori.shapes.get(module.rpartition(".")[2])
+        return self.lori.shapes.get(module) or self.lori.shapes.get(last(module))
 
     def is_target(self, module: str) -> bool:
         """Says whether the adapter changes `module`."""
-        return module in self.target_modules or module.rpartition(".")[2] in self.target_modules
+        return module in self.target_modules or last(module) in self.target_modules
 
 
 def compact(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Returns `shapes`, by full name, as `LoriSection.shapes` has them: what most modules of one last part share, said once."""
     by_last: dict[str, Counter[tuple[int, int]]] = {}
     for module, shape in shapes.items():
-        by_last.setdefault(module.rpartition(".")[2], Counter())[shape] += 1
+        by_last.setdefault(last(module), Counter())[shape] += 1
     common = {last: counts.most_common(1)[0][0] for last, counts in by_last.items()}
-    return common | {module: shape for module, shape in shapes.items() if common[module.rpartition(".")[2]] != shape}
+    return common | {module: shape for module, shape in shapes.items() if common[last(module)] != shape}
 
 
 def target_names(modules: Mapping[str, object], base: Mapping[str, object]) -> tuple[str, ...]:
     """Returns `target_modules` of an adapter that changes `modules` of a `base`, both by full name."""
-    lasts = dict.fromkeys(module.rpartition(".")[2] for module in modules)
-    whole = all(module in modules for module in base if module.rpartition(".")[2] in lasts)
+    lasts = dict.fromkeys(last(module) for module in modules)
+    whole = all(module in modules for module in base if last(module) in lasts)
     return tuple(lasts if whole else modules)

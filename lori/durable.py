@@ -1,11 +1,16 @@
 """Files and folders that a crash leaves whole: the old ones or the new ones."""
 
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2(2), which Python does not wrap."""
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -33,8 +38,8 @@ def replace_file(path: Path, content: bytes) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a hidden folder beside `folder` to write in, and puts it in place, over an old one, unless the block raises.
 
-    A reader sees the old folder or the new one, or none for the moment between two renames. A crash in that moment leaves the old
-    one beside, hidden, its name ending in `.old`.
+    A reader finds the old folder or the new one, after a crash too. (Where the file system cannot exchange two names in one step,
+    there is a moment between two renames: a crash in it leaves the old folder beside, hidden, its name ending in `.old`.)
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -44,11 +49,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync_folder(scratch)
         _put_in_place(scratch, folder)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _discard(scratch)  # what was written, or after an exchange what was there before
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
-    if folder.exists():
+    if not (folder.exists() or folder.is_symlink()):
+        scratch.rename(folder)
+    elif not _exchange(scratch, folder):
         # A folder cannot be renamed over one that is not empty: the old one steps aside first.
         aside = scratch.with_name(scratch.name + ".old")
         folder.rename(aside)
@@ -57,13 +64,28 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         except OSError:
             aside.rename(folder)
             raise
-        if aside.is_dir() and not aside.is_symlink():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink()
-    else:
-        scratch.rename(folder)
+        _discard(aside)
     sync_folder(folder.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchanges two names in one step; returns False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(error, os.strerror(error), str(b))
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -3,36 +3,40 @@
 The folder verifies itself: one digest covers all that decides what the adapter does, another the rest of the config.
 """
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+import torch
 
 from lori.adapter import Adapter
-from lori.basis import Basis
-from lori.basis_file import load_basis
-from lori.config import AdapterConfig, ExplicitConfig
+from lori.basis import Basis, Explicit
+from lori.basis_file import load_basis, save_basis
+from lori.config import NUM_VERSION_DIGITS, AdapterConfig, ExplicitConfig, basis_config
+from lori.config_file import CONFIG_FILE, parse_config, seal_config
 from lori.durable import new_folder, replace_file, write_file
 from lori.errors import AdapterFormatError
 from lori.identity import BaseIdentity
-from lori.names import natural
-from lori.sparse import SparseB
-from lori.values import ValueType, rounded
+from lori.module_names import last, natural
+from lori.tensor_file import parse_tensors
+from lori.values import ValueType
 from lori.weights import read_modules, weight_bytes
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes"}} | dict.fromkeys(
     ("r", "lora_alpha", "rank_pattern", "alpha_pattern"), True
 )
 """The fields of the config that decide what an adapter does."""
+
+Files = Mapping[str, bytes]
+BasisOf = Callable[[str], Explicit]
+"""Returns the explicit basis of a digest. Raises `AdapterFormatError` where it has none."""
 
 
 def content_digest(weights: bytes, config: AdapterConfig) -> str:
@@ -42,119 +46,98 @@ def content_digest(weights: bytes, config: AdapterConfig) -> str:
     return sha.hexdigest()
 
 
-def config_digest(content: bytes) -> str:
-    """Returns the sha256 (hex) of a config's JSON, its own digest left out: however it is spaced and ordered."""
-    document = json.loads(content)
-    del document["lori"]["config_digest"]
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-
-
-def stored_as(adapter: Adapter, values: ValueType) -> Adapter:
-    """Returns `adapter`, its config saying that B's values are stored as `values`."""
-    section = adapter.config.lori.model_copy(update={"values": values})
-    return replace(adapter, config=adapter.config.model_copy(update={"lori": section}))
-
-
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """An adapter as it will be read, its digests filled in and its values rounded, and the files it will be read from."""
+    """An adapter as it is read, its digests filled in and its values rounded, and the files it is read from."""
 
     adapter: Adapter
-    files: Mapping[str, bytes]
+    files: Files
 
 
 def seal(adapter: Adapter) -> Sealed:
     """Returns what `adapter` is on disk. The digests in its config do not matter; its values are rounded to `config.lori.values`.
 
-    Raises `AdapterFormatError` for what could not be loaded again: values that are not finite, a config that is not sound.
+    The files are read again, so what is sealed can be loaded. Raises `AdapterFormatError` with every fault of what could not:
+    values that are not finite, a config that is not sound or not this adapter's, no modules.
     """
-    value_type = adapter.config.lori.values
-    kept = {name: rounded(b, value_type) for name, b in adapter.modules.items()}
-    if faults := [
-        f"{name}: values that are not finite in {value_type}"
-        for name, b in kept.items()
-        if not (b.values.isfinite().all() and adapter.modules[name].values.isfinite().all())
-    ]:
+    if faults := [f"{name}: values that are not finite" for name, b in adapter.modules.items() if not b.values.isfinite().all()]:
         raise AdapterFormatError(adapter.name, faults)
-    weights = weight_bytes(adapter.modules, value_type)
-    section = adapter.config.lori.model_copy(update={"content_digest": content_digest(weights, adapter.config)})
-    config, content = _seal_config(adapter.name, adapter.config.model_copy(update={"lori": section}))
-    return Sealed(replace(adapter, config=config, modules=kept), {WEIGHTS_FILE: weights, CONFIG_FILE: content})
+    config = adapter.config
+    if config.lori.basis != basis_config(adapter.basis):
+        raise AdapterFormatError(adapter.name, [f"its basis is {adapter.basis}, and its config's {config.lori.basis}"])
+    weights = weight_bytes(adapter.modules, config.lori.values)
+    section = config.lori.model_copy(update={"content_digest": content_digest(weights, config)})
+    _, content = seal_config(adapter.name, config.model_copy(update={"lori": section}))
+    files = {CONFIG_FILE: content, WEIGHTS_FILE: weights}
+    kept = parse_adapter(adapter.name, files, lambda _: _explicit(adapter.basis))
+    if faults := [f"{name}: rank {b.shape[1]}" for name, b in adapter.modules.items() if kept.modules[name].shape != b.shape]:
+        raise AdapterFormatError(adapter.name, [f"{fault}, and not so in its config" for fault in faults])
+    in_order = {name: kept.modules[name] for name in adapter.modules}
+    return Sealed(replace(kept, modules=in_order), files)
 
 
-def save_adapter(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB]) -> Adapter:
-    """Writes an adapter, see `seal`, and returns it as it will be read.
+def stored_as(adapter: Adapter, values: ValueType) -> Adapter:
+    """Returns `adapter` as it is where B's values are stored as `values`."""
+    section = adapter.config.lori.model_copy(update={"values": values})
+    return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section}))).adapter
 
-    Written aside, synced and renamed, see `lori.durable.new_folder`. An explicit basis must lie in the same store, see
-    `lori.basis_file`. Raises `AdapterFormatError` as `seal`.
+
+def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
+    """Writes an adapter, see `seal`, and its basis where it is an explicit one, and returns it as it is read.
+
+    Written aside, synced and put in place, see `lori.durable.new_folder`. Raises `AdapterFormatError` as `seal`.
     """
-    sealed = seal(Adapter(name_of(folder), config, modules, _basis(folder, config)))
+    sealed = seal(replace(adapter, name=name_of(folder)))
+    if isinstance(adapter.basis, Explicit):
+        save_basis(folder.parent, adapter.basis)
     with new_folder(folder) as scratch:
         for name, content in sealed.files.items():
             write_file(scratch / name, content)
     return sealed.adapter
 
 
-def write_config(folder: Path, config: AdapterConfig, card: str) -> None:
-    """Replaces the config of a saved adapter, what was measured since, and its card (README.md). The weights stay as they are.
+def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
+    """Replaces the config of a saved adapter, what was measured since, and its card. What the adapter does stays as it is.
 
-    Raises `AdapterFormatError` where the config is not sound.
+    Raises `AdapterFormatError` where the config is not sound, or says that the adapter does something else.
     """
-    _, content = _seal_config(str(folder), config)
+    _, content = seal_config(str(folder), config)
+    if content_digest(_read(folder / WEIGHTS_FILE), config) != config.lori.content_digest:
+        raise AdapterFormatError(str(folder), ["the new config is not that of its weights"])
     replace_file(folder / CARD_FILE, card.encode())
     replace_file(folder / CONFIG_FILE, content)
 
 
-def _seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
-    """Returns `config` with its own digest, and its JSON, which is read again: a copy with changes was never checked."""
-    digest = config_digest(config.model_dump_json().encode())
-    section = config.lori.model_copy(update={"config_digest": digest})
-    content = (config.model_copy(update={"lori": section}).model_dump_json(indent=2) + "\n").encode()
-    return _parse_config(source, content), content
-
-
-def _parse_config(source: str, content: bytes) -> AdapterConfig:
-    """Returns the config that `content` is, whatever its digest; `source` is for the message.
-
-    Raises `AdapterFormatError` with everything that is wrong with it.
-    """
-    try:
-        return AdapterConfig.model_validate_json(content)
-    except ValidationError as error:
-        faults = [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
-        raise AdapterFormatError(source, faults) from error
-
-
-def _digest_faults(config: AdapterConfig, content: bytes) -> list[str]:
-    try:
-        found = config_digest(content)
-    except ValueError as error:  # what pydantic's parser takes and Python's does not: a number of 5,000 digits
-        return [f"{CONFIG_FILE}: JSON: {error}"]
-    if found == config.lori.config_digest:
-        return []
-    return [f"{CONFIG_FILE}: its digest is {found}, expected {config.lori.config_digest}: it was changed, or is damaged"]
-
-
 def read_config(folder: Path) -> AdapterConfig:
     """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
-    content = read_regular(folder, CONFIG_FILE)
-    config = _parse_config(str(folder), content)
-    if faults := _digest_faults(config, content):
+    faults: list[str] = []
+    content = read_file(folder, CONFIG_FILE, faults)
+    config = None if content is None else parse_config(content, faults)
+    if config is None or faults:
         raise AdapterFormatError(str(folder), faults)
     return config
 
 
-def read_regular(folder: Path, name: str) -> bytes:
-    """Returns the content of a file.
+def read_files(folder: Path, faults: list[str]) -> Files:
+    """Returns the content of an adapter's files by name, its card's too; what cannot be read is added to `faults`."""
+    names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if (folder / CARD_FILE).exists() else [])]
+    found = {name: read_file(folder, name, faults) for name in names}
+    return {name: content for name, content in found.items() if content is not None}
 
-    Raises `AdapterFormatError` where it cannot be read, or is a pipe or a device, which may never end.
-    """
+
+def read_file(folder: Path, name: str, faults: list[str]) -> bytes | None:
+    """Returns the content of a regular file; where it cannot be read, that is added to `faults`."""
     try:
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise AdapterFormatError(str(folder), [f"{name} is not a regular file"])
-        return (folder / name).read_bytes()
+        return _read(folder / name)
     except OSError as error:
-        raise AdapterFormatError(str(folder), [f"{name} cannot be read: {error.strerror}"]) from error
+        faults.append(f"{name} cannot be read: {error.strerror}")
+        return None
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))  # a pipe or a device may never end
+    return path.read_bytes()
 
 
 def name_of(folder: Path) -> str:
@@ -165,39 +148,71 @@ def name_of(folder: Path) -> str:
 def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     """Reads an adapter and checks it, against `base` too where that is given.
 
-    Raises `AdapterFormatError` with every fault: missing, unknown and misshapen tensors, wrong dtypes, counts that differ,
-    values that are not finite, content that is not what the digests say, another base, another A.
+    Raises `AdapterFormatError` with every fault: files that cannot be read, missing, unknown and misshapen tensors, wrong dtypes,
+    counts that differ, values that are not finite, content that is not what the digests say, another base, another A.
     """
-    content = read_regular(folder, CONFIG_FILE)
-    config = _parse_config(str(folder), content)
-    weights = read_regular(folder, WEIGHTS_FILE)
-    try:
-        tensors = load_tensors(weights)
-    except (SafetensorError, KeyError, RuntimeError, TypeError) as error:  # the last three: what torch cannot hold
-        raise AdapterFormatError(str(folder), [f"{WEIGHTS_FILE} is not a safetensors file: {error}"]) from error
-    faults = _digest_faults(config, content)
-    if (found := content_digest(weights, config)) != config.lori.content_digest:
-        faults.append(f"content digest is {found}, expected {config.lori.content_digest}")
-    if base:
-        shape_faults = _shape_faults(config, base)
-        faults += _base_faults(config, base) + shape_faults
-        expected = [module for module in base.shapes if config.is_target(module)]
-        may_draw = not shape_faults
-    else:
-        expected = sorted({name.rpartition(".")[0] for name in tensors}, key=natural)
-        may_draw = not faults
-        faults += [f"{module}: not among target_modules" for module in expected if not config.is_target(module)]
-    modules = read_modules(tensors, config, expected, faults)
+    faults: list[str] = []
+    files = read_files(folder, faults)
+    return parse_adapter(name_of(folder), files, partial(load_basis, folder.parent), base, source=str(folder), faults=faults)
+
+
+def parse_adapter(
+    name: str,
+    files: Files,
+    basis_of: BasisOf,
+    base: BaseIdentity | None = None,
+    *,
+    source: str | None = None,
+    faults: Iterable[str] = (),
+) -> Adapter:
+    """Returns the adapter that `files` are, called `name`, checked as `load_adapter` does; `faults` are those of reading them.
+
+    Raises `AdapterFormatError` with every fault, of `source`, or of `name`.
+    """
+    faults = list(faults)
+    config = parse_config(files[CONFIG_FILE], faults) if CONFIG_FILE in files else None
+    weights = files.get(WEIGHTS_FILE)
+    tensors = None if weights is None else parse_tensors(WEIGHTS_FILE, weights, faults)
+    adapter = None
+    if config and base:
+        faults += _base_faults(config, base)
+    if config and weights is not None and tensors is not None:
+        if (found := content_digest(weights, config)) != config.lori.content_digest:
+            faults.append(f"content digest is {found}, expected {config.lori.content_digest}")
+        adapter = _assembled(name, config, tensors, basis_of, base, faults)
+    if faults or adapter is None:
+        raise AdapterFormatError(source or name, faults)
+    return adapter
+
+
+def _assembled(
+    name: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, torch.Tensor],
+    basis_of: BasisOf,
+    base: BaseIdentity | None,
+    faults: list[str],
+) -> Adapter | None:
     # A of shapes that nothing bears out is not drawn: it could take all memory.
-    basis = _checked_basis(folder, config, expected, faults) if may_draw and modules else None
-    if faults or basis is None:
-        raise AdapterFormatError(str(folder), faults or ["it has no modules"])
-    return Adapter(name_of(folder), config, modules, basis)
+    may_draw = not faults
+    if base:
+        may_draw = not _shape_faults(config, base)
+        expected = [module for module in base.shapes if config.is_target(module)]
+    else:
+        expected = sorted({tensor.rpartition(".")[0] for tensor in tensors}, key=natural)
+        faults += [f"{module}: not among target_modules" for module in expected if not config.is_target(module)]
+    if not expected:
+        faults.append("it has no modules")
+    modules = read_modules(tensors, config, expected, faults)
+    basis = _basis(config, expected, basis_of, faults) if may_draw and modules else None
+    return Adapter(name, config, modules, basis) if basis else None
 
 
-def _checked_basis(folder: Path, config: AdapterConfig, modules: Iterable[str], faults: list[str]) -> Basis | None:
+def _basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, faults: list[str]) -> Basis | None:
+    """Returns the basis of `config`; where it is none, or another one, that is added to `faults`."""
+    said = config.lori.basis
     try:
-        basis = _basis(folder, config)
+        basis = basis_of(said.digest) if isinstance(said, ExplicitConfig) else said.basis()
     except AdapterFormatError as error:
         faults += error.faults
         return None
@@ -211,14 +226,11 @@ def _checked_basis(folder: Path, config: AdapterConfig, modules: Iterable[str], 
 def _base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
     faults = []
     if config.lori.base_digest != base.digest:
-        faults.append(
-            f"trained on the base {config.base_model_name_or_path} ({config.lori.base_digest[:12]}), "
-            f"expected the base that is served ({base.digest[:12]})"
-        )
+        faults.append(f"trained on the base {config.base_name}, expected {base.name} ({base.digest[:NUM_VERSION_DIGITS]})")
     targets = {module for module in base.shapes if config.is_target(module)}
-    known = targets | {module.rpartition(".")[2] for module in targets}
+    known = targets | {last(module) for module in targets}
     faults += [f"target_modules: the base has no linear layer called {t!r}" for t in config.target_modules if t not in known]
-    return faults
+    return faults + _shape_faults(config, base)
 
 
 def _shape_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
@@ -230,7 +242,6 @@ def _shape_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
     ]
 
 
-def _basis(folder: Path, config: AdapterConfig) -> Basis:
-    if isinstance(config.lori.basis, ExplicitConfig):
-        return load_basis(folder.parent, config.lori.basis.digest)
-    return config.lori.basis.basis()
+def _explicit(basis: Basis) -> Explicit:
+    assert isinstance(basis, Explicit)
+    return basis

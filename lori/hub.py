@@ -15,8 +15,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 
+from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from lori.format import CARD_FILE, WEIGHTS_FILE
 
 SCHEME = "hf://"
 SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")
@@ -35,6 +36,12 @@ def resolve(source: str) -> Path:
     if not source or not folder.is_dir():  # "" would be the folder that one is in
         raise AdapterError(f"there is no folder {source!r}: expected one, or {SCHEME}owner/name[@revision]")
     return folder
+
+
+def name_in(source: str) -> str:
+    """Returns what an adapter from `source` is called where nobody says otherwise: the last part of the path or the hub id."""
+    path = source.removeprefix(SCHEME).partition("@")[0] if source.startswith(SCHEME) else Path(source).absolute().name
+    return path.rpartition("/")[2].partition("@")[0].lower()
 
 
 def _fetch(source: str) -> Path:

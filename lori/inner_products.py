@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from lori.adapter import Adapter
 from lori.basis import Basis
-from lori.mask import group_of
-from lori.names import natural
+from lori.module_names import last, layer, natural
 
 
 def inner_products(adapters: Sequence[Adapter], module: str) -> NDArray[np.float64]:
@@ -47,8 +46,8 @@ def module_order(adapters: Iterable[Adapter]) -> list[str]:
     places = {target: i for i, target in enumerate(targets)}
 
     def key(module: str) -> tuple[object, ...]:
-        place = places.get(module, places.get(module.rpartition(".")[2], len(places)))
-        return natural(group_of(module, "layer")), place, natural(module)
+        place = places.get(module, places.get(last(module), len(places)))
+        return natural(layer(module)), place, natural(module)
 
     return sorted({module for adapter in adapters for module in adapter.modules}, key=key)
 

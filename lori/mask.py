@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
+from lori.module_names import block, last, layer
+
 Granularity = Literal["model", "module", "layer", "projection", "matrix"]
 """What is ranked together: everything; attention and MLP apart; each layer; each kind of projection; each B."""
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
@@ -22,20 +24,13 @@ def num_kept(num_entries: int, sparsity: float) -> int:
 
 
 def group_of(module: str, granularity: Granularity) -> str:
-    """Returns the group in which the entries of `module`, a full name such as `model.layers.3.self_attn.q_proj`, are ranked.
+    """Returns the group in which the entries of `module`, its full name, are ranked.
 
-    The paper's five granularities (appendix, "mask granularity"; reference code: `extract_mask.py`). A layer is all up to the
-    first number in the name; a module is what lies between the layer and the projection, over all layers.
+    The five granularities are the paper's (appendix on masks; `extract_mask.py` of its code). A module is attention or MLP, over
+    all layers.
     """
-    parts = module.split(".")
-    layer = next((i for i, part in enumerate(parts) if part.isdecimal()), -1)
-    return {
-        "model": "",
-        "module": ".".join(parts[layer + 1 : -1]),
-        "layer": ".".join(parts[: layer + 1]),
-        "projection": parts[-1],
-        "matrix": module,
-    }[granularity]
+    parts = {"model": "", "module": block(module), "layer": layer(module), "projection": last(module), "matrix": module}
+    return parts[granularity]
 
 
 def top_k_mask(

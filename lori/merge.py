@@ -8,7 +8,6 @@ Shapes: D outputs, N inputs, R rank.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,21 +15,18 @@ from itertools import accumulate
 import torch
 from pydantic import ValidationError
 
-from lori.adapter import NUM_VERSION_DIGITS, Adapter
+from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis, Explicit
-from lori.config import AdapterConfig
-from lori.describe import describe
+from lori.config import NUM_VERSION_DIGITS, AdapterConfig
 from lori.errors import AdapterError
-from lori.format import content_digest
-from lori.merge_methods import MergeMethod, MergeOptions, SignMethod, combine, nonzero, placed, prune
+from lori.format import seal
+from lori.identity import BaseIdentity
+from lori.merge_methods import DEFAULTS, MergeMethod, MergeOptions, SignMethod, combine, nonzero, placed, prune
+from lori.new_config import new_config
 from lori.sparse import SparseB
 from lori.template import Template
 from lori.values import ValueType, rounded
-from lori.weights import weight_bytes
 
-__all__ = ["DEFAULTS", "MergeMethod", "MergeOptions", "SignMethod", "merge"]
-
-DEFAULTS = MergeOptions()
 Columns = Mapping[Basis, range]
 """Which columns of a merged B stand on the A of which basis."""
 
@@ -55,8 +51,7 @@ def merge(
 ) -> Adapter:
     """Returns a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
 
-    Its B is computed in float64 and rounded to `values`. The digests of its content and its config are zeros until it is saved,
-    see `lori.format.seal`. Adapters on several bases give one on an explicit basis, which the store must hold with it.
+    Its B is computed in float64 and rounded to `values`. Adapters on several bases give one on an explicit basis.
 
     The order of the adapters makes no difference to a bit. The weights of an adapter that is named twice add; one of weight 0
     counts for nothing, with any method: not its modules, nor its basis, nor its vote. Where all weights are 0 the result has the
@@ -68,7 +63,7 @@ def merge(
     options = MergeOptions(method, density, sign, seed)
     terms = _terms(adapters, weights)
     _check_one_basis(terms, options)
-    shapes = _shapes(terms)
+    shapes = common_shapes([term.adapter for term in terms])
     columns = {module: _columns(_having(terms, module), module) for module in shapes}
     is_folded = _is_folded(terms, shapes)
     if options.method == "linear" and [term.weight for term in terms] == [1.0]:
@@ -79,7 +74,7 @@ def merge(
     _check_finite(modules, values)
     basis = _basis(terms, columns, shapes)
     alphas = {module: _alpha(terms, module, b.shape[1], is_folded) for module, b in modules.items()}
-    return Adapter(name, _config(terms, modules, basis, shapes, alphas, values, options), modules, basis)
+    return seal(Adapter(name, _config(terms, modules, basis, shapes, alphas, values, options), modules, basis)).adapter
 
 
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
@@ -88,26 +83,12 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]
         raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
     named: dict[tuple[str, str], tuple[Adapter, list[float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
-        named.setdefault((_digest(adapter), adapter.name), (adapter, []))[1].append(float(weight))
+        named.setdefault((adapter.config.lori.content_digest, adapter.name), (adapter, []))[1].append(float(weight))
     terms = [_Term(named[key][0], key[0], sum(sorted(named[key][1]))) for key in sorted(named)]
     if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in terms if not math.isfinite(t.weight)]:
         raise AdapterError(f"the weight {', '.join(faults)}, expected finite numbers")
-    if len({term.adapter.config.lori.base_digest for term in terms}) > 1:
-        bases = ", ".join(f"{t.adapter.name!r} on {_base_name(t.adapter.config)}" for t in terms)
-        raise AdapterError(f"adapters of different base models cannot be merged, expected one base: {bases}")
+    common_shapes([term.adapter for term in terms])
     return [term for term in terms if term.weight] or terms[:1]
-
-
-def _digest(adapter: Adapter) -> str:
-    """Returns the content digest of `adapter`: the one it will have, where it was never saved and its own is still zeros."""
-    saved = adapter.config.lori.content_digest
-    if saved.strip("0"):
-        return saved
-    return content_digest(weight_bytes(adapter.modules, adapter.config.lori.values), adapter.config)
-
-
-def _base_name(config: AdapterConfig) -> str:
-    return f"{config.base_model_name_or_path} ({config.lori.base_digest[:NUM_VERSION_DIGITS]})"
 
 
 def _check_one_basis(terms: Sequence[_Term], options: MergeOptions) -> None:
@@ -121,20 +102,6 @@ def _check_one_basis(terms: Sequence[_Term], options: MergeOptions) -> None:
 
 def _having(terms: Sequence[_Term], module: str) -> list[_Term]:
     return [term for term in terms if module in term.adapter.modules]
-
-
-def _shapes(terms: Sequence[_Term]) -> dict[str, tuple[int, int]]:
-    """Returns (D, N) of every module that any of the adapters changes."""
-    shapes: dict[str, tuple[int, int]] = {}
-    faults = []
-    for term in terms:
-        for module in term.adapter.modules:
-            shape = term.adapter.shape_of(module)
-            if shapes.setdefault(module, shape) != shape:
-                faults.append(f"{module} is {shape} in {term.adapter.name!r}, expected {shapes[module]}")
-    if faults:
-        raise AdapterError(f"the adapters' modules differ in (outputs, inputs): {'; '.join(faults)}")
-    return shapes
 
 
 def _columns(terms: Sequence[_Term], module: str) -> Columns:
@@ -201,15 +168,12 @@ def _config(
     configs = [term.adapter.config for term in terms]
     parents = [{"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight} for t in terms]
     try:
-        return describe(
+        return new_config(
             modules,
             basis,
-            base_name=configs[0].base_model_name_or_path,
-            base_digest=configs[0].lori.base_digest,
-            shapes=shapes,
+            BaseIdentity(configs[0].base_model_name_or_path, configs[0].lori.base_digest, shapes),
+            alphas=alphas,
             target_modules=list(dict.fromkeys(target for config in configs for target in config.target_modules)),
-            alpha=Counter(alphas.values()).most_common(1)[0][0],
-            alpha_pattern=alphas,
             values=values,
             templates=_templates(configs),
             training={"merge": {**options.used, "adapters": parents}},

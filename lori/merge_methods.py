@@ -72,6 +72,9 @@ class MergeOptions:
         return used
 
 
+DEFAULTS = MergeOptions()
+
+
 def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
     """Returns those entries of `b` that the method combines; `drawn_from` names the adapter and the module to a random one."""
     if options.method == "linear":

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from lori.adapter import NUM_VERSION_DIGITS
+from lori.config import NUM_VERSION_DIGITS
 from lori.errors import AdapterError, UnknownAdapterError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -27,11 +27,6 @@ def split_reference(reference: str) -> tuple[str, str]:
     if at and not VERSION.fullmatch(version):
         raise AdapterError(f"{reference!r} has the version {version!r}, expected up to {NUM_VERSION_DIGITS} hexadecimal digits")
     return name, version
-
-
-def natural(module: str) -> list[tuple[bool, int, str]]:
-    """Returns a key that puts `layers.2` before `layers.10`."""
-    return [(part.isdecimal(), len(part) if part.isdecimal() else 0, part) for part in module.split(".")]
 
 
 def unknown_adapter(name: str, known: Iterable[str]) -> UnknownAdapterError:

@@ -14,8 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, Val
 from pydantic_core import from_json
 
 from lori.config import Alpha, Rank
-from lori.errors import AdapterFormatError
-from lori.format import CONFIG_FILE, read_regular
+from lori.config_file import CONFIG_FILE
+from lori.format import read_file
 
 Value = TypeVar("Value")
 
@@ -113,13 +113,14 @@ def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
 
     What plain LoRA has not, and would change what the adapter does, is wrong: so is a field that is set and not known.
     """
+    content = read_file(folder, CONFIG_FILE, faults)
+    if content is None:
+        return None
     try:
-        document = from_json(read_regular(folder, CONFIG_FILE))
+        document = from_json(content)
         if isinstance(document, dict):
             faults += _unsupported(document)
         return PeftConfig.model_validate(document)
-    except AdapterFormatError as error:
-        faults += error.faults
     except ValidationError as error:
         faults += [f"{CONFIG_FILE}: {_place(e['loc'])}: {e['msg']}, found {reprlib.repr(e['input'])}" for e in error.errors()]
     except ValueError as error:

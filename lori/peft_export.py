@@ -10,9 +10,10 @@ from safetensors.torch import save as save_tensors
 
 from lori.adapter import Adapter
 from lori.config import AdapterConfig
+from lori.config_file import CONFIG_FILE
 from lori.durable import new_folder, write_file
 from lori.errors import AdapterError
-from lori.format import CONFIG_FILE, WEIGHTS_FILE
+from lori.format import WEIGHTS_FILE
 from lori.peft_config import PeftConfig, exact
 
 PREFIX = "base_model.model."

@@ -7,7 +7,7 @@ Shapes: D outputs, R rank, N inputs of a module.
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +15,22 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit, Seeded
 from lori.config import target_names
-from lori.describe import describe
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import WEIGHTS_FILE
+from lori.format import WEIGHTS_FILE, seal
 from lori.identity import BaseIdentity
 from lori.mask import top_k_mask
 from lori.names import check_name
+from lori.new_config import new_config
 from lori.peft_config import PeftConfig, read_peft_config
 from lori.sparse import SparseB
 from lori.template import Template
-from lori.values import ValueType
+from lori.tensor_file import UNREADABLE
+from lori.values import ValueType, rounding_error
 
 PICKLE_FILE = "adapter_model.bin"
 TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
@@ -60,16 +61,17 @@ class Imported:
     """An adapter in memory, not saved yet, and what its reader should be told."""
 
     adapter: Adapter
-    """On the shared default basis where its A is exactly that, else on an explicit one. Its values are not rounded yet."""
+    """On the shared default basis where its A is exactly that, else on an explicit one."""
     ignored: tuple[str, ...]
     """Tensors of the file that were left out: embeddings that PEFT saved by itself."""
-    error: float
+    pruning_error: float
     """|delta - pruned delta| / |delta| in the Frobenius norm over all modules; 0 where nothing was pruned."""
+    rounding_error: float
+    """|rounded B - B| / |B| likewise, where the values are stored in another type than they had; see `lori.values`."""
 
 
 def import_peft(
     folder: Path,
-    base_name: str,
     base: BaseIdentity,
     *,
     name: str,
@@ -86,9 +88,9 @@ def import_peft(
     check_name(name)
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
         raise AdapterError(f"sparsity is {sparsity}, expected 0 <= sparsity < 1")
-    config, pairs, ignored = _read(folder, base)
-    alphas = {module: config.alpha_of(module) for module in pairs}
-    scales = {module: alphas[module] / config.rank_of(module) for module in pairs}
+    peft, pairs, ignored = _read(folder, base)
+    alphas = {module: peft.alpha_of(module) for module in pairs}
+    scales = {module: alphas[module] / peft.rank_of(module) for module in pairs}
     masks = {module: b != 0 for module, (_, b) in pairs.items()}
     if sparsity is not None:
         largest = top_k_mask(_sizes(pairs, scales), sparsity)
@@ -98,22 +100,20 @@ def import_peft(
     basis = _basis({module: a for module, (a, _) in pairs.items()})
     pruning = {} if sparsity is None else {"sparsity": sparsity, "error": error}
     try:
-        described = describe(
+        config = new_config(
             modules,
             basis,
-            base_name=base_name,
-            base_digest=base.digest,
-            shapes=base.shapes,
+            base,
+            alphas=alphas,
             target_modules=target_names(modules, base.shapes),
-            alpha=Counter(alphas.values()).most_common(1)[0][0],
-            alpha_pattern=alphas,
             values=values or _value_type(b for _, b in pairs.values()),
             templates=templates,
-            training={"imported": _source(config) | pruning},
+            training={"imported": _source(peft) | pruning},
         )
     except ValidationError as invalid:
         raise AdapterFormatError(str(folder), [e["msg"] for e in invalid.errors()]) from invalid
-    return Imported(Adapter(name, described, modules, basis), ignored, error)
+    rounding = rounding_error(modules.values(), config.lori.values)
+    return Imported(seal(Adapter(name, config, modules, basis)).adapter, ignored, error, rounding)
 
 
 def module_of(path: str, modules: Collection[str]) -> str | None:
@@ -172,7 +172,7 @@ def _read_tensors(
                     ignored.append(key)
                 else:
                     faults.append(_unknown(key, module, found))
-    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError) as error:  # the last three: what torch cannot hold
+    except (OSError, *UNREADABLE) as error:
         faults.append(f"{WEIGHTS_FILE} is not a safetensors file: {error}")
         return tensors, ()
     if not any(TENSOR.fullmatch(key) for key in keys):

@@ -1,6 +1,6 @@
 """A folder of adapters, with versions and aliases. No path or link ever comes from a request: names are checked, links refused.
 
-    math@1765747cce63/   one version of `math`, never changed; `publish` puts it there
+    math@1765747cce63/   one version of `math`, which always does the same; `publish` puts it there
     .aliases/math        "math@1765747cce63": the version that `math` means; another alias is another file
     intent/              an adapter as its maker left it: what `intent` means, until `publish` keeps it as a version
     .bases/              explicit bases, see `lori.basis_file`
@@ -11,19 +11,22 @@ Readers need no lock: a version appears and an alias moves by a rename. Writers 
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lori.adapter import NUM_VERSION_DIGITS, Adapter
+from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.basis_file import save_basis
+from lori.basis_file import BASES_FOLDER, basis_file, load_basis, save_basis
+from lori.config import NUM_VERSION_DIGITS, ExplicitConfig
+from lori.config_file import CONFIG_FILE
 from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, load_adapter, name_of, read_config, read_regular, seal
+from lori.format import Files, load_adapter, name_of, parse_adapter, read_config, read_files, seal
 from lori.identity import BaseIdentity
 from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapter
 
@@ -98,7 +101,8 @@ class AdapterStore:
         name, version = split_reference(reference)
         if not version:
             alias = self._alias(name)
-            return self._resolve(name, alias, () if alias else self._versions(name))
+            is_direct = alias or (self.root / name / CONFIG_FILE).is_file()
+            return self._resolve(name, alias, () if is_direct else self._versions(name))
         found = [entry for entry in self._versions(name) if entry.version.startswith(version)]
         if len(found) > 1:
             raise AdapterError(f"{reference!r} could be {' or '.join(entry.reference for entry in found)}")
@@ -111,30 +115,47 @@ class AdapterStore:
 
         A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound.
         """
-        adapter = load_adapter(source)
-        files = {file: read_regular(source, file) for file in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE) if (source / file).exists()}
-        return self._put(replace(adapter, name=adapter.name if name is None else name), files)
+        faults: list[str] = []
+        files = read_files(source, faults)
+        name = name_of(source) if name is None else name
+        return self.put(parse_adapter(name, files, partial(load_basis, source.parent), source=str(source), faults=faults), files)
 
     def add(self, adapter: Adapter) -> Entry:
         """Publishes an adapter that was just made, see `lori.format.seal`, under its name. Raises as `seal`."""
         sealed = seal(adapter)
-        return self._put(sealed.adapter, sealed.files)
+        return self.put(sealed.adapter, sealed.files)
 
-    def _put(self, adapter: Adapter, files: Mapping[str, bytes]) -> Entry:
+    def put(self, adapter: Adapter, files: Files) -> Entry:
+        """Publishes `adapter`, which `files` were read as, under its name."""
         check_name(adapter.name)
         entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
         with self._lock(adapter.name):
             self._keep_plain(adapter.name)
-            if isinstance(adapter.basis, Explicit):
-                save_basis(self.root, adapter.basis)
-            if not _is_sound(entry):
-                with new_folder(entry.folder) as scratch:
-                    for file, content in files.items():
-                        write_file(scratch / file, content)
-                    if (found := load_adapter(scratch).version) != adapter.version:  # its files changed since it was checked
-                        raise AdapterFormatError(str(scratch), [f"its version is {found}, expected {adapter.version}"])
+            with self._basis_kept(adapter):
+                self._write(entry.folder, files)
             self._write_alias(adapter.name, entry)
         return entry
+
+    @contextmanager
+    def _basis_kept(self, adapter: Adapter) -> Iterator[None]:
+        """Inside, the adapter's basis is in the store, and no removal takes it for one that nobody needs."""
+        if not isinstance(adapter.basis, Explicit):
+            yield
+            return
+        with self._lock(BASES_FOLDER):
+            save_basis(self.root, adapter.basis)
+            yield
+
+    def _write(self, folder: Path, files: Files) -> None:
+        if not folder.exists():
+            with new_folder(folder) as scratch:
+                for name, content in files.items():
+                    write_file(scratch / name, content)
+            return
+        # The same content, since the version is: a record that was measured since, or a copy that was damaged.
+        for name, content in files.items():
+            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+                replace_file(folder / name, content)
 
     def alias(self, alias: str, reference: str) -> Entry:
         """Makes `alias` mean what `reference` means now, and returns that. Raises as `find`."""
@@ -151,38 +172,56 @@ class AdapterStore:
             self._write_alias(alias, entry)
         return entry
 
-    def remove(self, reference: str) -> None:
-        """Removes a version (`name@version`), a name with all its versions, or an alias alone.
+    def remove(self, reference: str) -> Sequence[str]:
+        """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns the versions gone.
+
+        An explicit basis that no other adapter needs goes with them.
 
         Raises `UnknownAdapterError` where there is none, `AdapterError` where an alias still means it.
         """
         name, version = split_reference(reference)
         with self._lock(name):
-            found = self.find(reference)
-            doomed = [found] if version else self._versions(name)
+            doomed = [self.find(reference)] if version else self._versions(name)
+            if not doomed and self._alias(name) is None:
+                raise unknown_adapter(reference, self._known())
             gone = {entry.reference for entry in doomed}
-            holders = [alias for alias, meant in self.aliases().items() if meant in gone and (version or alias != name)]
+            holders = {alias: meant for alias, meant in self.aliases().items() if meant in gone and (version or alias != name)}
             if holders:
-                raise AdapterError(f"{' and '.join(map(repr, holders))} means {found.reference}: move or remove the alias first")
+                said = ", ".join(f"{alias!r} means {meant}" for alias, meant in holders.items())
+                raise AdapterError(f"{said}: move or remove the alias first")
+            bases = {file for entry in doomed if (file := self._basis_file(entry))}
             if not version:
                 (self.root / ALIASES_FOLDER / name).unlink(missing_ok=True)
             for entry in doomed:
                 remove_folder(entry.folder)
+        if bases:
+            with self._lock(BASES_FOLDER):
+                for file in bases - {self._basis_file(entry) for entry in self.list()}:
+                    file.unlink(missing_ok=True)
+        return sorted(gone)
+
+    def _basis_file(self, entry: Entry) -> Path | None:
+        """Returns the file of an adapter's explicit basis; None where it has none, or cannot be read."""
+        try:
+            basis = read_config(entry.folder).lori.basis
+        except AdapterFormatError:  # it cannot be loaded either: it needs no basis
+            return None
+        return basis_file(self.root, basis.digest) if isinstance(basis, ExplicitConfig) else None
 
     def _resolve(self, name: str, alias: str | None, versions: Sequence[Entry]) -> Entry:
-        is_plain = (self.root / name / CONFIG_FILE).is_file()
+        plain = self.root / name
+        is_plain = (plain / CONFIG_FILE).is_file()
         if alias and is_plain:
             raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: publish the folder, or remove it")
-        if alias:
-            if not (self.root / alias).is_dir():
-                raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
-            return Entry(name, self.root / alias)
-        plain = [entry for entry in versions if entry.folder.name == name]
-        if len(versions) > 1 and not plain:
+        if alias and not (self.root / alias).is_dir():
+            raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
+        if alias or is_plain:
+            return Entry(name, _no_link(self.root / alias if alias else plain))
+        if len(versions) > 1:
             raise AdapterError(f"{name!r} could be any of {', '.join(e.folder.name for e in versions)}: publish or alias one")
         if not versions:
             raise unknown_adapter(name, self._known())
-        return (plain or versions)[0]
+        return versions[0]
 
     def _versions(self, name: str) -> Sequence[Entry]:
         return [entry for entry in self.list() if entry.name == name] if self.root.is_dir() else []
@@ -239,18 +278,13 @@ def _is_adapter(item: "os.DirEntry[str]") -> bool:
     is_version = bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
     if not is_version and not os.path.isfile(os.path.join(item.path, CONFIG_FILE)):
         return False
-    if item.is_symlink():
-        raise AdapterError(f"{item.path} is a link: a store follows none")
+    _no_link(Path(item.path))
     if not is_version and not NAME.fullmatch(item.name):
         raise AdapterError(f"{item.path}: an adapter's name must match {NAME.pattern}")
     return True
 
 
-def _is_sound(entry: Entry) -> bool:
-    if not entry.folder.exists():
-        return False
-    try:
-        entry.load()
-    except AdapterFormatError:  # a damaged copy of what is published: it is written again
-        return False
-    return True
+def _no_link(folder: Path) -> Path:
+    if folder.is_symlink():
+        raise AdapterError(f"{folder} is a link: a store follows none")
+    return folder

@@ -4,14 +4,16 @@
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from jinja2 import TemplateError as JinjaError
 from pydantic import AfterValidator, BaseModel, ConfigDict
-from tokenizers import Encoding
-from transformers import PreTrainedTokenizerBase
 
 from lori.errors import TemplateError
+
+if TYPE_CHECKING:  # what reads adapters alone need not wait for transformers
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
 
 Template = Literal["chat", "plain"]
 
@@ -37,7 +39,7 @@ class Message(BaseModel):
     content: Text
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], template: Template) -> str:
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message], template: Template) -> str:
     """Returns the text that the model continues.
 
     A string is one user's message under `chat`, and stands as it is under `plain`; messages under `plain` are joined by
@@ -70,7 +72,7 @@ def render_completion(prompt: str, completion: str, template: Template) -> str:
     return "\n" + completion if glued else completion
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoding:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> "Encoding":
     """Returns the token ids and offsets of rendered `text`: no token is added, since a template writes its own."""
     encoding: Encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     return encoding

@@ -9,7 +9,6 @@ import torch
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.errors import ModelError
 from lori.pool import AdapterPool
-from lori.served import current_adapters, load_all
 from lori.store import Entry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -21,6 +20,7 @@ from server.engine.thread import EngineThread
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
+from server.stores import current_adapters, load_all
 
 logger = logging.getLogger(__name__)
 MIN_CONTEXT = 16

@@ -1,6 +1,6 @@
 """An adapter's card, README.md in its folder: written from its config alone, so that the two cannot disagree."""
 
-from lori.config import AdapterConfig, ExplicitConfig, SeededConfig
+from lori.config import NUM_VERSION_DIGITS, AdapterConfig
 
 
 def render_card(name: str, config: AdapterConfig) -> str:
@@ -18,8 +18,8 @@ def render_card(name: str, config: AdapterConfig) -> str:
         training.get("about", ""),
         "",
         f"A LoRI adapter (arXiv 2504.07448) on {config.base_model_name_or_path}: rank {config.r}, alpha {config.lora_alpha:g}, "
-        f"{1 - lori.sparsity:.0%} of B kept, {_basis(lori.basis)}. "
-        f"Version `{lori.content_digest[:12]}`. Trained on the template {' and '.join(lori.templates)}.",
+        f"{1 - lori.sparsity:.0%} of B kept, basis {lori.basis}. "
+        f"Version `{lori.content_digest[:NUM_VERSION_DIGITS]}`. Trained on the template {' and '.join(lori.templates)}.",
         "",
         "## Trained by",
         "```bash",
@@ -35,14 +35,6 @@ def render_card(name: str, config: AdapterConfig) -> str:
         lines += ["", "## Weights for merges", "| with | own weight | its weight |", "|---|---|---|"]
         lines += [f"| {partner} | {own:g} | {other:g} |" for partner, (own, other) in sorted(lori.merge_weights.items())]
     return "\n".join(lines) + "\n"
-
-
-def _basis(basis: SeededConfig | ExplicitConfig) -> str:
-    return (
-        f"A of its own, {basis.digest[:12]}"
-        if isinstance(basis, ExplicitConfig)
-        else f"basis seed {basis.seed}, stream {basis.stream}"
-    )
 
 
 def _phases(training: dict[str, object]) -> list[str]:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from lori.names import NAME
 from lori.template import Template
+from lori.values import ValueType
 from training.command_line import CommandLine
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,6 +39,8 @@ class FitConfig(CommandLine):
     """The delta is scaled by alpha / rank."""
     sparsity: float = Field(default=0.9, ge=0, lt=1)
     """The share of B's entries that LoRI-S sets to zero."""
+    values: ValueType = "bfloat16"
+    """How B's values are stored."""
     target_modules: list[str] = Field(default=list(PROJECTIONS))
     """Last parts of the names of the linear layers that get a delta."""
     basis_seed: int = Field(default=0, ge=0)

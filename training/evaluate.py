@@ -17,7 +17,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from lori.errors import LoriError
-from lori.format import read_config, write_config
+from lori.format import name_of, read_config, write_record
 from lori.template import render_completion
 from training.card import render_card
 from training.command_line import CommandLine
@@ -193,10 +193,10 @@ def record(folder: Path, config: EvaluateConfig, result: Measured) -> None:
     who = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, config.adapter, strict=True)) or "base"
     figures = {f"{who}: {name}": round(value, 4) for name, value in result.items() if name != "rows"}
     changes: dict[str, Any] = {"metrics": adapter.lori.metrics | figures}
-    if len(config.adapter) == 2 and config.adapter[0] == folder.name:
+    if len(config.adapter) == 2 and config.adapter[0] == name_of(folder):
         changes["merge_weights"] = adapter.lori.merge_weights | {config.adapter[1]: tuple(weights)}
     adapter = adapter.model_copy(update={"lori": adapter.lori.model_copy(update=changes)})
-    write_config(folder, adapter, render_card(folder.name, adapter))
+    write_record(folder, adapter, render_card(name_of(folder), adapter))
 
 
 def main() -> int:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
+from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Seeded
 from lori.config import AdapterConfig
-from lori.describe import describe
 from lori.errors import LoriError
-from lori.format import save_adapter, write_config
+from lori.format import save_adapter, write_record
 from lori.mask import top_k_mask
+from lori.new_config import new_config
 from lori.sparse import SparseB
 from training.batches import plan_batches
 from training.card import render_card
@@ -101,14 +102,13 @@ class Run:
             name: {"steps": len(batches), "tokens": sum(len(e) for b in batches for e in b), "loss": _tail(self.losses[name])}
             for name, batches in self.batches.items()
         }
-        return describe(
+        return new_config(
             modules,
             self.basis,
-            base_name=self.base.name,
-            base_digest=self.base.identity.digest,
-            shapes=self.base.identity.shapes,
+            self.base.identity,
+            alphas=dict.fromkeys(modules, config.alpha),
             target_modules=config.target_modules,
-            alpha=config.alpha,
+            values=config.values,
             templates=config.template,
             training=record
             | {"command": command, "threads": torch.get_num_threads()}
@@ -142,8 +142,8 @@ def fit(config: FitConfig, command: str) -> Path:
         assert isinstance(layer.delta, MaskedDelta)
         modules[name] = layer.delta.sparse()
     trained = run.adapter_config(modules, time.monotonic() - started, command)
-    adapter = save_adapter(config.output, trained, modules)
-    write_config(config.output, adapter.config, render_card(adapter.name, adapter.config))
+    adapter = save_adapter(Adapter(config.output.name, trained, modules, run.basis), config.output)
+    write_record(config.output, adapter.config, render_card(adapter.name, adapter.config))
     run.checkpoint.unlink(missing_ok=True)
     return config.output
 

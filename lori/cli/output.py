@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lori.adapter import Adapter
-from lori.values import ValueType, rounding_error
+from lori.store import Entry
 
 WIDTH = 200
 """Columns of a table that no terminal shows: a file or a pipe cuts nothing."""
@@ -28,7 +29,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if all(_is_number(row[i]) for row in rows) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(_printable(cell)) for cell in row))
     _console().print(table)
 
 
@@ -36,19 +37,26 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     """Prints names and values, one pair a line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in fields:
-        grid.add_row(Text(name, style="bold"), Text(value))
+        grid.add_row(Text(_printable(name), style="bold"), Text(_printable(value)))
     _console().print(grid)
+
+
+def print_made(entry: Entry, adapter: Adapter, notes: dict[str, float | list[str]], as_json: bool) -> None:
+    """Says what a command published: its name, its size, and what else there is to know of it by name."""
+    num_bytes = folder_bytes(entry.folder)
+    if as_json:
+        found = {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "bytes": num_bytes}
+        print_json(found | {"density": adapter.density} | notes)
+        return
+    for what, value in notes.items():
+        if value and isinstance(value, float):
+            print(f"{what.replace('_', ' ')}: {100 * value:.2g}%")
+    print(f"published {entry.reference}: {percent(adapter.density)} of B kept, {size(num_bytes)}")
 
 
 def warn(message: str) -> None:
     """Says on stderr what the user should know."""
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def say_rounding(adapter: Adapter, values: ValueType) -> None:
-    """Says the error that storing B's values as `values` makes, where it makes one."""
-    if error := rounding_error(adapter.modules.values(), values):
-        print(f"values stored as {values} differ by {100 * error:.2g}% of B's norm")
+    print(f"warning: {_printable(message)}", file=sys.stderr)
 
 
 def percent(share: float | None) -> str:
@@ -56,9 +64,9 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}%"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """Returns a number, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
+def number(value: float | None) -> str:
+    """Returns a number to three digits, or a dash."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def size(num_bytes: float) -> str:
@@ -70,9 +78,19 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} GB"
 
 
+def folder_bytes(folder: Path) -> int:
+    """Returns what the files of an adapter's folder hold, in bytes."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
 def _is_number(cell: str) -> bool:
     return cell in ("", "–") or cell[0].isdecimal() or (cell[0] in "-." and cell[1:2].isdecimal())
+
+
+def _printable(text: str) -> str:
+    """Returns `text` without what a file could tell a terminal to do."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

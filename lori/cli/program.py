@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from lori.cli import looking, making, storing
+from lori.cli import inspection, merging, stores, transfer
 from lori.errors import AdapterFormatError, LoriError
 
 PROGRAM = "python -m lori"
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (looking, making, storing):
+for module in (inspection, merging, stores, transfer):
     for command in module.COMMANDS:
         app.command(command.__name__.rstrip("_"))(command)
 

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import torch
 
+from lori.adapter import Adapter
 from lori.basis import Seeded
-from lori.cli.output import print_table
-from lori.describe import describe
-from lori.format import load_adapter, save_adapter, stored_as
+from lori.cli.output import folder_bytes, print_table
+from lori.config import target_names
+from lori.format import load_adapter, save_adapter, seal, stored_as
+from lori.identity import BaseIdentity
+from lori.new_config import new_config
 from lori.peft_export import export_peft
 from lori.sparse import SparseB
 from lori.values import VALUE_TYPES, rounding_error
@@ -51,22 +54,22 @@ def measure(model: str, folder: Path, repeats: int) -> list[dict[str, float | st
     """Returns a row for each way to store the values."""
     shapes = shapes_of(model)
     modules = random_modules(shapes)
-    config = describe(
+    basis, base = Seeded(), BaseIdentity(model, "0" * 64, shapes)
+    config = new_config(
         modules,
-        Seeded(),
-        base_name=model,
-        base_digest="0" * 64,
-        shapes=shapes,
-        target_modules=list(dict.fromkeys(name.rpartition(".")[2] for name in shapes)),
-        alpha=64,
+        basis,
+        base,
+        alphas=dict.fromkeys(modules, 64.0),
+        target_modules=target_names(modules, shapes),
+        values="float32",
         templates=["chat"],
         training={},
     )
-    saved = save_adapter(folder / "bfloat16", config, modules)
-    peft_bytes = folder_bytes(export_peft(saved, folder / "peft", torch.bfloat16))
+    exact = seal(Adapter(model, config, modules, basis)).adapter
+    peft_bytes = folder_bytes(export_peft(exact, folder / "peft", torch.bfloat16))
     rows: list[dict[str, float | str]] = []
     for values in VALUE_TYPES:
-        save_adapter(folder / values, stored_as(saved, values).config, modules)
+        save_adapter(stored_as(exact, values), folder / values)
         load_adapter(folder / values)
         seconds = [timed(folder / values) for _ in range(repeats)]
         num_bytes = folder_bytes(folder / values)
@@ -84,11 +87,6 @@ def timed(folder: Path) -> float:
     started = time.perf_counter()
     load_adapter(folder)
     return time.perf_counter() - started
-
-
-def folder_bytes(folder: Path) -> int:
-    """Returns what the files of `folder` hold, in bytes."""
-    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def main() -> None:

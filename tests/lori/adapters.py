@@ -1,14 +1,17 @@
 """Small adapters for a base that is only a list of shapes."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lori.adapter import Adapter
-from lori.basis import Seeded
-from lori.config import AdapterConfig, LoriSection, SeededConfig, compact
+from lori.basis import Explicit, Seeded
+from lori.config import AdapterConfig, LoriSection, SeededConfig, basis_config, compact
+from lori.format import save_adapter, seal
 from lori.identity import BaseIdentity
+from lori.new_config import UNSEALED
 from lori.sparse import SparseB
 
 # Bitmaps of 27 bits, and of 48, which are whole bytes.
@@ -21,7 +24,7 @@ SHAPES = {
 }
 TARGETS = ("q_proj", "up_proj")
 BASE_DIGEST = "b" * 64
-BASE = BaseIdentity(BASE_DIGEST, SHAPES)
+BASE = BaseIdentity("a/base", BASE_DIGEST, SHAPES)
 RANK = 3
 
 
@@ -57,20 +60,30 @@ def make_config(
 ) -> AdapterConfig:
     """Returns a sound config, but for its digests; `section` are more fields of `lori`."""
     inputs = {name: (rank, num_inputs) for name, (_, num_inputs) in targeted(shapes, targets).items()}
-    fields = {"sparsity": 0.6, "templates": ("chat",)} | section
+    fields = {"sparsity": 0.6, "templates": ("chat",), "content_digest": UNSEALED, "config_digest": UNSEALED} | section
     return AdapterConfig(
         base_model_name_or_path="a/base",
         r=rank,
         lora_alpha=alpha,
         target_modules=targets,
         lori=LoriSection(
-            basis=SeededConfig.of(basis),
+            basis=basis_config(basis),
             shapes=compact(targeted(shapes, targets)),
             basis_digest=basis.digest(inputs),
             base_digest=base_digest,
             **fields,
         ),
     )
+
+
+def save(folder: Path, config: AdapterConfig, modules: Mapping[str, SparseB], basis: Explicit | None = None) -> Adapter:
+    """Saves an adapter on the basis that `config` names, or on `basis`."""
+    if basis:
+        section = config.lori.model_copy(update={"basis": basis_config(basis)})
+        config = config.model_copy(update={"lori": section})
+        return save_adapter(Adapter(folder.name, config, modules, basis), folder)
+    assert isinstance(config.lori.basis, SeededConfig)
+    return save_adapter(Adapter(folder.name, config, modules, config.lori.basis.basis()), folder)
 
 
 def make_adapter(
@@ -83,7 +96,8 @@ def make_adapter(
     seed: int = 0,
 ) -> Adapter:
     """Returns a random adapter in memory."""
-    return Adapter(name, make_config(shapes, targets, rank, alpha, basis), make_modules(shapes, targets, rank, seed), basis)
+    config = make_config(shapes, targets, rank, alpha, basis, values="float32")
+    return seal(Adapter(name, config, make_modules(shapes, targets, rank, seed), basis)).adapter
 
 
 def fold(adapter: Adapter, module: str, num_inputs: int) -> torch.Tensor:

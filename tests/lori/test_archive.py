@@ -8,24 +8,23 @@ import torch
 
 from lori.archive import pack, unpack
 from lori.basis import Explicit, Seeded
-from lori.basis_file import save_basis
-from lori.config import ExplicitConfig
+from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from lori.format import WEIGHTS_FILE, load_adapter
 from lori.store import AdapterStore, Entry
-from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, targeted
+from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 
 @pytest.fixture
 def entry(tmp_path: Path) -> Entry:
     """A sound adapter called math, with a card."""
-    save_adapter(tmp_path / "math", make_config(), make_modules())
+    save(tmp_path / "math", make_config(), make_modules())
     (tmp_path / "math" / "README.md").write_text("# math\n")
     return Entry("math", tmp_path / "math")
 
 
 def test_what_is_packed_is_unpacked(entry: Entry, tmp_path: Path) -> None:
-    packed = pack(entry, tmp_path / "math.lori")
+    packed = pack(entry.folder, tmp_path / "math.lori", "math")
     found = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store"))
     assert found.reference == f"math@{packed.version}"
     assert {f.name: f.read_bytes() for f in found.folder.iterdir()} == {f.name: f.read_bytes() for f in entry.folder.iterdir()}
@@ -33,17 +32,17 @@ def test_what_is_packed_is_unpacked(entry: Entry, tmp_path: Path) -> None:
 
 def test_the_same_adapter_gives_the_same_file(entry: Entry, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        pack(entry, tmp_path / name)
+        pack(entry.folder, tmp_path / name, "math")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_an_adapter_is_unpacked_under_another_name(entry: Entry, tmp_path: Path) -> None:
-    pack(entry, tmp_path / "math.lori")
+    pack(entry.folder, tmp_path / "math.lori", "math")
     assert unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store"), "law").load(BASE).name == "law"
 
 
 def test_values_are_stored_otherwise_where_asked(entry: Entry, tmp_path: Path) -> None:
-    packed = pack(entry, tmp_path / "math.lori", "int8")
+    packed = pack(entry.folder, tmp_path / "math.lori", "math", "int8")
     found = unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE)
     assert found.version == packed.version != entry.version
     assert found.config.lori.values == "int8"
@@ -54,11 +53,8 @@ def test_values_are_stored_otherwise_where_asked(entry: Entry, tmp_path: Path) -
 
 def test_an_adapter_comes_with_the_a_of_its_own(tmp_path: Path) -> None:
     basis = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
-    save_basis(tmp_path, basis)
-    config = make_config(basis=Seeded(9))
-    section = config.lori.model_copy(update={"basis": ExplicitConfig(digest=basis.content_digest)})
-    save_adapter(tmp_path / "math", config.model_copy(update={"lori": section}), make_modules())
-    pack(Entry("math", tmp_path / "math"), tmp_path / "math.lori")
+    save(tmp_path / "math", make_config(basis=Seeded(9)), make_modules(), basis)
+    pack(tmp_path / "math", tmp_path / "math.lori", "math")
     assert unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE).basis == basis
     with zipfile.ZipFile(tmp_path / "math.lori") as archive:  # any program unpacks a store
         archive.extractall(tmp_path / "by hand")
@@ -69,7 +65,7 @@ def test_an_adapter_comes_with_the_a_of_its_own(tmp_path: Path) -> None:
     "member", ["../math/x", "/etc/x", "math/x", "math/../../x", ".bases/x", ".bases/../x", "law/README.md", "x"]
 )
 def test_an_archive_with_another_member_is_refused(entry: Entry, tmp_path: Path, member: str) -> None:
-    pack(entry, tmp_path / "math.lori")
+    pack(entry.folder, tmp_path / "math.lori", "math")
     with zipfile.ZipFile(tmp_path / "math.lori", "a") as archive:
         archive.writestr(member, "x")
     before = sorted(tmp_path.rglob("*"))
@@ -94,7 +90,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_archive_is_refused_or_the_same(entry: Entry, tmp_path: Path) -> None:
-    version = pack(entry, tmp_path / "math.lori").version
+    version = pack(entry.folder, tmp_path / "math.lori", "math").version
     whole = (tmp_path / "math.lori").read_bytes()
     loaded = 0
     for at in range(0, len(whole), 13):
@@ -106,3 +102,9 @@ def test_a_damaged_archive_is_refused_or_the_same(entry: Entry, tmp_path: Path) 
         loaded += 1
         assert found.version == version
     assert loaded < 100
+
+
+def test_what_could_not_be_unpacked_is_not_packed(entry: Entry, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="'My_Run' is no adapter's name"):
+        pack(entry.folder, tmp_path / "x", "My_Run")
+    assert not (tmp_path / "x").exists()

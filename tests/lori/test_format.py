@@ -9,6 +9,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,30 @@ from safetensors.torch import save as save_tensors
 from lori.adapter import Adapter
 from lori.basis import Seeded
 from lori.config import AdapterConfig
+from lori.config_file import CONFIG_FILE, config_digest
 from lori.errors import AdapterFormatError
 from lori.format import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
-    config_digest,
     content_digest,
     load_adapter,
     read_config,
     save_adapter,
-    write_config,
+    write_record,
 )
 from lori.identity import BaseIdentity
 from lori.sparse import SparseB
 from lori.values import VALUE_TYPES, ValueType
 from lori.weights import weight_bytes
-from tests.lori.adapters import BASE, BASE_DIGEST, RANK, SHAPES, TARGETS, make_config, make_modules
+from tests.lori.adapters import BASE, BASE_DIGEST, RANK, SHAPES, TARGETS, make_adapter, make_config, make_modules, save
 
 Tensors = dict[str, torch.Tensor]
-Q = "layers.0.q_proj"  # (9, 5) at rank 3, so its bitmap of 27 bits has 4 bytes
+Q = "layers.0.q_proj"  # (9, 5) at rank 3, 27 entries: its mask, a bitmap at this density, has 4 bytes
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A sound adapter called math."""
-    return save_adapter(tmp_path / "math", make_config(metrics={"loss": 1.25}), make_modules()) and tmp_path / "math"
+    return save(tmp_path / "math", make_config(metrics={"loss": 1.25}), make_modules()) and tmp_path / "math"
 
 
 def load(folder: Path) -> Adapter:
@@ -89,10 +89,10 @@ def sign(folder: Path, raw: dict[str, Any]) -> None:
     raw["lori"]["content_digest"] = "0" * 64
     config = AdapterConfig.model_validate_json(json.dumps(raw))
     raw["lori"]["content_digest"] = content_digest((folder / WEIGHTS_FILE).read_bytes(), config)
-    seal(folder, raw)
+    sign_config(folder, raw)
 
 
-def seal(folder: Path, raw: dict[str, Any]) -> None:
+def sign_config(folder: Path, raw: dict[str, Any]) -> None:
     """Gives a changed config its own digest."""
     raw["lori"]["config_digest"] = config_digest(json.dumps(raw).encode())
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
@@ -120,9 +120,9 @@ def effect(adapter: Adapter) -> tuple[object, ...]:
 
 def test_save_load_save_gives_identical_bytes(tmp_path: Path) -> None:
     config = make_config(alpha=0.1 + 0.2, templates=("plain", "chat"), training={"note": "é", "steps": 3})
-    save_adapter(tmp_path / "a", config, make_modules())
+    save(tmp_path / "a", config, make_modules())
     loaded = load(tmp_path / "a")
-    save_adapter(tmp_path / "b", loaded.config, loaded.modules)
+    save_adapter(loaded, tmp_path / "b")
     assert set(content(tmp_path / "a")) == {CONFIG_FILE, WEIGHTS_FILE}
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
@@ -133,7 +133,7 @@ def test_bytes_do_not_depend_on_the_order_of_modules() -> None:
 
 
 def test_save_returns_what_load_reads(tmp_path: Path) -> None:
-    saved = save_adapter(tmp_path / "math", make_config(), make_modules())
+    saved = save(tmp_path / "math", make_config(), make_modules())
     loaded = load(tmp_path / "math")
     assert saved.name == loaded.name == "math"
     assert saved.config == loaded.config
@@ -148,7 +148,7 @@ def test_values_are_rounded_to_the_nearest_bf16_and_masks_are_kept(tmp_path: Pat
         [1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 1 + 2**-8 + 2**-20, 1e-39, 0.0]
     )  # bf16 has 7 bits of fraction
     modules[name] = SparseB((9, RANK), torch.arange(len(halfway), dtype=torch.int32), halfway)
-    save_adapter(tmp_path / "a", make_config(), modules)
+    save(tmp_path / "a", make_config(), modules)
     loaded = load(tmp_path / "a").modules
     expected = [1.0, 1 + 2**-6, -1.0, 1 + 2**-7]  # ties to even
     assert loaded[name].values.tolist()[:4] == expected
@@ -160,7 +160,7 @@ def test_values_are_rounded_to_the_nearest_bf16_and_masks_are_kept(tmp_path: Pat
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_an_empty_or_full_module_comes_back(tmp_path: Path, density: float) -> None:
     modules = make_modules() | {"layers.1.q_proj": make_modules(density=density)["layers.1.q_proj"]}
-    saved = save_adapter(tmp_path / "a", make_config(), modules)
+    saved = save(tmp_path / "a", make_config(), modules)
     assert effect(load(tmp_path / "a")) == effect(saved)
 
 
@@ -169,7 +169,7 @@ def test_modules_come_in_the_base_model_s_order(folder: Path) -> None:
 
 
 def test_a_folder_is_made_with_its_parents_and_is_readable_for_all(tmp_path: Path) -> None:
-    save_adapter(tmp_path / "some" / "where" / "math", make_config(), make_modules())
+    save(tmp_path / "some" / "where" / "math", make_config(), make_modules())
     assert load(tmp_path / "some" / "where" / "math").name == "math"
     assert stat.S_IMODE((tmp_path / "some" / "where" / "math").stat().st_mode) == 0o755
 
@@ -187,7 +187,7 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path, config: dict[str, A
     modules = make_modules()
     modules[Q].values[0] = value
     with pytest.raises(AdapterFormatError) as caught:
-        save_adapter(tmp_path / "a", make_config(**config), modules)
+        save(tmp_path / "a", make_config(**config), modules)
     assert len(caught.value.faults) == 1
     assert where in caught.value.faults[0]
     assert list(tmp_path.iterdir()) == []
@@ -207,19 +207,19 @@ def test_save_refuses_what_load_would_refuse(tmp_path: Path, config: dict[str, A
     ],
 )
 def test_a_version_changes_with_what_the_adapter_does(folder: Path, config: dict[str, Any], seed: int) -> None:
-    other = save_adapter(folder.with_name("other"), make_config(**config), make_modules(seed=seed))
+    other = save(folder.with_name("other"), make_config(**config), make_modules(seed=seed))
     assert other.version != load(folder).version
 
 
 def test_a_version_changes_with_one_bit_of_one_value(folder: Path) -> None:
     modules = make_modules()
     modules["layers.0.q_proj"].values[0] *= 1 + 2**-6
-    assert save_adapter(folder.with_name("other"), make_config(), modules).version != load(folder).version
+    assert save(folder.with_name("other"), make_config(), modules).version != load(folder).version
 
 
 def test_a_version_is_not_changed_by_names_and_records(folder: Path) -> None:
     config = make_config(metrics={"loss": 3.0}, training={"seconds": 9}, merge_weights={"x": (1.0, 0.5)})
-    other = save_adapter(folder.with_name("other"), config, make_modules())
+    other = save(folder.with_name("other"), config, make_modules())
     assert other.version == load(folder).version
 
 
@@ -228,7 +228,7 @@ def test_a_version_is_not_changed_by_names_and_records(folder: Path) -> None:
 
 def test_saving_over_a_folder_replaces_all_of_it_and_leaves_nothing_else(folder: Path) -> None:
     (folder / "left-over.txt").write_text("x")
-    saved = save_adapter(folder, make_config(alpha=2.0), make_modules(seed=1))
+    saved = save(folder, make_config(alpha=2.0), make_modules(seed=1))
     assert effect(load(folder)) == effect(saved)
     assert set(content(folder)) == {CONFIG_FILE, WEIGHTS_FILE}
     assert [path.name for path in folder.parent.iterdir()] == ["math"]
@@ -237,7 +237,7 @@ def test_saving_over_a_folder_replaces_all_of_it_and_leaves_nothing_else(folder:
 def test_a_save_that_fails_leaves_the_old_adapter_and_nothing_else(folder: Path) -> None:
     before = content(folder)
     with pytest.raises(ValueError, match="serialize"):
-        save_adapter(folder, make_config(alpha=2.0, training={"what": object()}), make_modules(seed=1))
+        save(folder, make_config(alpha=2.0, training={"what": object()}), make_modules(seed=1))
     assert content(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["math"]
 
@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_leaves_the_old_adapter_and_nothing_else(folder: Pat
     before = content(folder)
     with file_size_limit(len(before[WEIGHTS_FILE])), pytest.raises(OSError, match="File too large"):
         # The weights fit, the config that is written after them does not.
-        save_adapter(folder, make_config(alpha=2.0, training={"note": "x" * 4096}), make_modules())
+        save(folder, make_config(alpha=2.0, training={"note": "x" * 4096}), make_modules())
     assert content(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["math"]
 
@@ -255,7 +255,7 @@ def test_saving_over_a_link_replaces_the_link(folder: Path) -> None:
     # Was an OSError after the new adapter was in place, which left the old link beside it.
     link = folder.with_name("linked")
     link.symlink_to(folder, target_is_directory=True)
-    saved = save_adapter(link, make_config(alpha=2.0), make_modules(seed=1))
+    saved = save(link, make_config(alpha=2.0), make_modules(seed=1))
     assert effect(load(link)) == effect(saved)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["linked", "math"]
 
@@ -267,7 +267,7 @@ def test_a_written_config_and_card_replace_the_old_and_leave_the_rest(folder: Pa
     before, saved = content(folder), load(folder)
     config = saved.config.model_copy(update={"lori": saved.config.lori.model_copy(update={"metrics": {"loss": 0.5}})})
     for card in ("# Long, but the first\n", "# Ä\n"):
-        write_config(folder, config, card)
+        write_record(folder, config, card)
     assert set(content(folder)) == {CONFIG_FILE, WEIGHTS_FILE, "README.md"}
     assert content(folder)["README.md"].decode() == "# Ä\n"
     assert content(folder)[WEIGHTS_FILE] == before[WEIGHTS_FILE]
@@ -282,7 +282,7 @@ def test_a_metric_that_is_not_a_number_does_not_spoil_a_saved_adapter(folder: Pa
     before = content(folder)
     section = saved.config.lori.model_copy(update={"metrics": {"loss": math.nan}})
     with pytest.raises(AdapterFormatError, match=r"lori\.metrics\.loss"):
-        write_config(folder, saved.config.model_copy(update={"lori": section}), "# math\n")
+        write_record(folder, saved.config.model_copy(update={"lori": section}), "# math\n")
     assert content(folder) == before
 
 
@@ -352,7 +352,7 @@ def test_a_forgery_that_changes_nothing_loads(folder: Path) -> None:
 def test_another_base_is_refused_and_named(folder: Path) -> None:
     forge(folder, config=lambda raw: raw["lori"].update(base_digest="c" * 64))
     assert faults_of(folder) == (
-        "trained on the base a/base (cccccccccccc), expected the base that is served (bbbbbbbbbbbb)",
+        "trained on the base a/base (cccccccccccc), expected a/base (bbbbbbbbbbbb)",
     )  # fmt: skip
 
 
@@ -384,7 +384,7 @@ def test_a_field_that_the_digest_covers_cannot_be_edited(folder: Path, change: d
 
 
 def test_weights_of_another_adapter_are_refused(folder: Path) -> None:
-    save_adapter(folder.with_name("other"), make_config(), make_modules(seed=1))
+    save(folder.with_name("other"), make_config(), make_modules(seed=1))
     (folder / WEIGHTS_FILE).write_bytes((folder.with_name("other") / WEIGHTS_FILE).read_bytes())
     (fault,) = faults_of(folder)
     assert fault.startswith("content digest is ")
@@ -404,7 +404,7 @@ def test_a_target_that_the_base_has_not_is_refused(folder: Path) -> None:
 def test_a_layer_that_the_base_has_not_is_an_unknown_tensor(folder: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if name != Q}
     with pytest.raises(AdapterFormatError) as caught:
-        load_adapter(folder, BaseIdentity(BASE_DIGEST, shapes))
+        load_adapter(folder, BaseIdentity("a/base", BASE_DIGEST, shapes))
     assert caught.value.faults[:2] == (f"{Q}.mask: unknown tensor", f"{Q}.values: unknown tensor")
 
 
@@ -463,7 +463,9 @@ def test_every_fault_of_a_config_is_listed_at_once(folder: Path) -> None:
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
-    assert faults_of(tmp_path / "none") == (f"{CONFIG_FILE} cannot be read: No such file or directory",)
+    assert faults_of(tmp_path / "none") == tuple(
+        f"{f} cannot be read: No such file or directory" for f in (CONFIG_FILE, WEIGHTS_FILE)
+    )
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
@@ -476,7 +478,7 @@ def test_a_missing_file(folder: Path, file: str) -> None:
 def test_a_folder_where_a_file_should_be(folder: Path, file: str) -> None:
     (folder / file).unlink()
     (folder / file).mkdir()
-    assert faults_of(folder) == (f"{file} is not a regular file",)
+    assert faults_of(folder) == (f"{file} cannot be read: it is not a regular file",)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +612,7 @@ def test_one_wrong_byte_in_the_config_never_gives_another_adapter(folder: Path) 
 
 def test_adapters_on_a_part_of_the_layers_do_not_need_the_others(tmp_path: Path) -> None:
     config = make_config(targets=("o_proj",))
-    save_adapter(tmp_path / "a", config, make_modules(targets=("o_proj",)))
+    save(tmp_path / "a", config, make_modules(targets=("o_proj",)))
     loaded = load(tmp_path / "a")
     assert list(loaded.modules) == ["layers.0.o_proj"]
     assert loaded.modules["layers.0.o_proj"].mask.shape == (5, RANK)
@@ -622,10 +624,10 @@ def test_adapters_on_a_part_of_the_layers_do_not_need_the_others(tmp_path: Path)
 
 @pytest.mark.parametrize("values", VALUE_TYPES)
 def test_save_load_save_gives_identical_bytes_whatever_the_values(tmp_path: Path, values: ValueType) -> None:
-    saved = save_adapter(tmp_path / "a", make_config(values=values), make_modules(density=0.2))
+    saved = save(tmp_path / "a", make_config(values=values), make_modules(density=0.2))
     loaded = load(tmp_path / "a")
     assert effect(loaded) == effect(saved)
-    save_adapter(tmp_path / "b", loaded.config, loaded.modules)
+    save_adapter(loaded, tmp_path / "b")
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
@@ -649,7 +651,7 @@ def test_values_of_another_type_than_the_config_says_are_refused(folder: Path, v
     ],
 )
 def test_wrong_scales_are_refused(tmp_path: Path, edit: Callable[[Tensors], Any], expected: str) -> None:
-    save_adapter(tmp_path / "a", make_config(values="int8"), make_modules())
+    save(tmp_path / "a", make_config(values="int8"), make_modules())
     forge(tmp_path / "a", edit)
     (fault,) = faults_of(tmp_path / "a")
     assert fault.startswith(expected)
@@ -664,7 +666,7 @@ def test_a_folder_verifies_itself_without_a_base(folder: Path) -> None:
 
 def test_without_a_base_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     shapes = {f"layers.{i}.q_proj": (4, 3) for i in range(12)}
-    save_adapter(tmp_path / "a", make_config(shapes, ("q_proj",)), make_modules(shapes, ("q_proj",)))
+    save(tmp_path / "a", make_config(shapes, ("q_proj",)), make_modules(shapes, ("q_proj",)))
     assert list(load_adapter(tmp_path / "a").modules) == list(shapes)
 
 
@@ -715,3 +717,53 @@ def test_a_config_may_be_spaced_and_ordered_as_one_likes(folder: Path) -> None:
     before = effect(load(folder))
     (folder / CONFIG_FILE).write_text(json.dumps(dict(reversed(raw.items())), indent=7))
     assert effect(load(folder)) == before
+
+
+# --- what cannot be sealed
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    # Each was saved without a word and then refused by load.
+    for modules in ({}, make_modules(rank=2), make_modules() | {"layers.9.k_proj": make_modules()[Q]}):
+        with pytest.raises(AdapterFormatError):
+            save(tmp_path / "a", make_config(), modules)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_whose_basis_is_not_its_config_s_is_not_saved(tmp_path: Path) -> None:
+    adapter = replace(make_adapter("a"), basis=Seeded(77))
+    with pytest.raises(AdapterFormatError, match="its basis is seed 77, stream 0, and its config's seed 5, stream 1"):
+        save_adapter(adapter, tmp_path / "a")
+
+
+def test_a_record_that_changes_what_an_adapter_does_is_refused(folder: Path) -> None:
+    before, config = content(folder), load(folder).config
+    with pytest.raises(AdapterFormatError, match="not that of its weights"):
+        write_record(folder, config.model_copy(update={"lora_alpha": 99.0}), "# card")
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("key", ["config_digest", "content_digest", "shapes", "basis", "templates", "sparsity"])
+def test_a_config_that_lacks_a_field_is_refused(folder: Path, key: str) -> None:
+    # Without its own digest it raised a KeyError.
+    raw = json.loads((folder / CONFIG_FILE).read_bytes())
+    raw["lori"].pop(key)
+    (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    assert f"{CONFIG_FILE}: lori.{key}: Field required" in faults_of(folder)
+
+
+def test_a_missing_file_hides_no_other_fault(folder: Path) -> None:
+    # A changed config was news after the weights were there again.
+    raw = json.loads((folder / CONFIG_FILE).read_bytes())
+    (folder / CONFIG_FILE).write_text(json.dumps(raw | {"lora_alpha": 99.0}))
+    (folder / WEIGHTS_FILE).unlink()
+    first, second = faults_of(folder)
+    assert first == f"{WEIGHTS_FILE} cannot be read: No such file or directory"
+    assert second.startswith(f"{CONFIG_FILE}: its digest is ")
+
+
+def test_a_folder_of_the_first_format_says_what_to_do(folder: Path) -> None:
+    raw = json.loads((folder / CONFIG_FILE).read_bytes())
+    raw["lori"]["format_version"] = 1
+    (folder / CONFIG_FILE).write_text(json.dumps(raw))
+    assert any("format 1 is not read any more" in fault for fault in faults_of(folder))

@@ -8,13 +8,12 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.basis_file import BASES_FOLDER, save_basis
-from lori.config import ExplicitConfig
+from lori.basis_file import BASES_FOLDER
 from lori.errors import AdapterFormatError
-from lori.format import load_adapter, save_adapter
+from lori.format import load_adapter
 from lori.identity import BaseIdentity
 from lori.values import VALUE_TYPES, ValueType
-from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, targeted
+from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 NUM_DAMAGED = 2500
 """For each type of values: ten thousand in all."""
@@ -49,19 +48,15 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
             return content[:at] + bytes([content[at] ^ rng.randrange(1, 256)]) + content[at + 1 :]
 
 
-def save(folder: Path, values: ValueType, is_explicit: bool) -> Adapter:
+def save_one(folder: Path, values: ValueType, is_explicit: bool) -> Adapter:
     config = make_config(values=values, metrics={"loss": 1.25}, training={"steps": 3}, basis=Seeded(9))
-    if is_explicit:
-        basis = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
-        save_basis(folder.parent, basis)
-        section = config.lori.model_copy(update={"basis": ExplicitConfig(digest=basis.content_digest)})
-        config = config.model_copy(update={"lori": section})
-    return save_adapter(folder, config, make_modules(density=0.15))
+    explicit = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    return save(folder, config, make_modules(density=0.15), explicit if is_explicit else None)
 
 
 @pytest.mark.parametrize("values", VALUE_TYPES)
 def test_a_damaged_adapter_is_refused_or_the_same(tmp_path: Path, values: ValueType) -> None:
-    saved = save(tmp_path / "math", values, is_explicit=values == "int8")
+    saved = save_one(tmp_path / "math", values, is_explicit=values == "int8")
     files = {file: file.read_bytes() for file in tmp_path.glob("math/*")}
     rng, same = random.Random(values), 0
     for _ in range(NUM_DAMAGED):
@@ -76,7 +71,7 @@ def test_a_damaged_adapter_is_refused_or_the_same(tmp_path: Path, values: ValueT
 
 
 def test_a_damaged_basis_is_refused(tmp_path: Path) -> None:
-    save(tmp_path / "math", "bfloat16", is_explicit=True)
+    save_one(tmp_path / "math", "bfloat16", is_explicit=True)
     (file,) = (tmp_path / BASES_FOLDER).iterdir()
     content, rng = file.read_bytes(), random.Random(1)
     for _ in range(500):

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
+from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.format import CONFIG_FILE, WEIGHTS_FILE
+from lori.format import WEIGHTS_FILE
 from lori.peft_export import export_peft
 from lori.peft_import import import_peft
 from lori.sparse import SparseB
@@ -113,10 +114,10 @@ def test_what_is_there_is_never_overwritten(tmp_path: Path, kind: str) -> None:
 
 def test_an_export_comes_back_on_the_shared_basis(tmp_path: Path) -> None:
     adapter = make_adapter("math", basis=Seeded())
-    back = import_peft(export_peft(adapter, tmp_path / "peft"), "a/base", BASE, name="math").adapter
+    back = import_peft(export_peft(adapter, tmp_path / "peft"), BASE, name="math").adapter
     assert back.basis == Seeded()
     assert back.config.lori.basis_digest == adapter.config.lori.basis_digest
-    other = import_peft(export_peft(make_adapter("law", basis=Seeded(1)), tmp_path / "other"), "a/base", BASE, name="law").adapter
+    other = import_peft(export_peft(make_adapter("law", basis=Seeded(1)), tmp_path / "other"), BASE, name="law").adapter
     assert isinstance(other.basis, Explicit)
-    rounded = import_peft(export_peft(adapter, tmp_path / "half", torch.bfloat16), "a/base", BASE, name="math").adapter
+    rounded = import_peft(export_peft(adapter, tmp_path / "half", torch.bfloat16), BASE, name="math").adapter
     assert isinstance(rounded.basis, Explicit)  # its A is near, not equal

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.basis_file import save_basis
+from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
 from lori.mask import num_kept
 from lori.peft_import import Imported, import_peft, module_of
 from tests.lori.adapters import BASE, RANK, SHAPES, targeted
@@ -51,7 +51,7 @@ def write(folder: Path, tensors: Tensors, **changes: Any) -> Path:
 
 
 def load(folder: Path, **options: Any) -> Imported:
-    return import_peft(folder, "a/base", BASE, name="math", **options)
+    return import_peft(folder, BASE, name="math", **options)
 
 
 def faults_of(folder: Path) -> tuple[str, ...]:
@@ -70,8 +70,7 @@ def delta(imported: Imported, module: str) -> torch.Tensor:
 
 def save_and_load(store: Path, imported: Imported) -> Adapter:
     assert isinstance(imported.adapter.basis, Explicit)
-    save_basis(store, imported.adapter.basis)
-    save_adapter(store / "math", imported.adapter.config, imported.adapter.modules)
+    save_adapter(imported.adapter, store / "math")
     return load_adapter(store / "math", BASE)
 
 
@@ -88,7 +87,7 @@ def test_an_import_adds_what_the_file_says(tmp_path: Path) -> None:
     for module, b in imported.adapter.modules.items():
         torch.testing.assert_close(delta(imported, module), ALPHA / RANK * product(tensors, module), rtol=0, atol=0)
         assert b.values.ne(0).all()
-    assert imported.error == 0.0
+    assert imported.pruning_error == 0.0
     assert imported.ignored == ()
 
 
@@ -184,7 +183,7 @@ def test_a_dense_b_keeps_everything(tmp_path: Path) -> None:
 def test_a_b_of_zeros_alone_keeps_nothing(tmp_path: Path) -> None:
     imported = load(write(tmp_path / "a", make_tensors(density=-1.0)), sparsity=0.5)
     assert imported.adapter.num_kept == 0
-    assert imported.error == 0.0
+    assert imported.pruning_error == 0.0
     assert save_and_load(tmp_path / "store", imported).num_kept == 0
 
 
@@ -198,9 +197,9 @@ def test_the_error_of_pruning_is_that_of_the_dense_deltas(tmp_path: Path, sparsi
         exact = (20.0 if "up_proj" in module else ALPHA) / RANK * product(tensors, module)
         lost += float((exact - delta(imported, module)).square().sum())
         total += float(exact.square().sum())
-    assert imported.error == pytest.approx(math.sqrt(lost / total), rel=1e-12)
-    assert imported.error > 0.01
-    assert imported.adapter.config.lori.training["imported"]["error"] == imported.error
+    assert imported.pruning_error == pytest.approx(math.sqrt(lost / total), rel=1e-12)
+    assert imported.pruning_error > 0.01
+    assert imported.adapter.config.lori.training["imported"]["error"] == imported.pruning_error
     assert imported.adapter.config.lori.training["imported"]["sparsity"] == sparsity
     assert imported.adapter.num_kept == num_kept(imported.adapter.num_entries, sparsity)
 
@@ -209,7 +208,7 @@ def test_pruning_keeps_no_zero_and_loses_nothing_where_enough_are_zero(tmp_path:
     imported = load(write(tmp_path / "a", make_tensors(density=0.2)), sparsity=0.3)
     assert all(b.values.ne(0).all() for b in imported.adapter.modules.values())
     assert imported.adapter.num_kept < num_kept(imported.adapter.num_entries, 0.3)
-    assert imported.error == 0.0
+    assert imported.pruning_error == 0.0
 
 
 @pytest.mark.parametrize(
@@ -349,7 +348,10 @@ def test_a_pipe_is_not_followed(tmp_path: Path) -> None:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         (folder / name).unlink()
         os.mkfifo(folder / name)
-    assert sorted(faults_of(folder)) == [f"{CONFIG_FILE} is not a regular file", f"{WEIGHTS_FILE} is not a regular file"]
+    assert sorted(faults_of(folder)) == [
+        f"{CONFIG_FILE} cannot be read: it is not a regular file",
+        f"{WEIGHTS_FILE} is not a regular file",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff" * 64, pickle.dumps({"a": 1})], ids=["empty", "text", "huge", "pickle"])
@@ -375,4 +377,4 @@ def test_a_sparsity_that_cannot_be_is_refused(tmp_path: Path, sparsity: float) -
 
 def test_a_name_that_no_adapter_may_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapter's name"):
-        import_peft(write(tmp_path / "a", make_tensors()), "a/base", BASE, name="../math")
+        import_peft(write(tmp_path / "a", make_tensors()), BASE, name="../math")

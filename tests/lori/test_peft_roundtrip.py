@@ -13,10 +13,9 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 from lori.adapter import Adapter
 from lori.base_model import identify
 from lori.basis import Explicit, Seeded
-from lori.basis_file import save_basis
-from lori.describe import describe
-from lori.format import load_adapter, save_adapter
+from lori.format import load_adapter, save_adapter, seal
 from lori.kernels import Route, Term
+from lori.new_config import new_config
 from lori.peft_export import export_peft
 from lori.peft_import import Imported, import_peft
 from lori.pool import AdapterPool
@@ -88,39 +87,35 @@ def logits(model: Callable[..., Any]) -> torch.Tensor:
 
 
 def import_from(folder: Path, model: PreTrainedModel, **options: Any) -> Imported:
-    return import_peft(folder, "a/base", identify(model), name="math", **options)
+    return import_peft(folder, identify(model, "a/base"), name="math", **options)
 
 
 def stored(store: Path, imported: Imported, model: PreTrainedModel) -> Adapter:
     """Saves an import in `store` and returns it as a server loads it."""
     assert isinstance(imported.adapter.basis, Explicit)
-    save_basis(store, imported.adapter.basis)
-    save_adapter(store / "math", imported.adapter.config, imported.adapter.modules)
-    return load_adapter(store / "math", identify(model))
+    save_adapter(imported.adapter, store / "math")
+    return load_adapter(store / "math", identify(model, "a/base"))
 
 
 def make_seeded(model: PreTrainedModel, targets: tuple[str, ...], ranks: dict[str, int]) -> Adapter:
     """Returns a random adapter on a seeded basis, rank 5 where `ranks`, by last part, gives no other; its alphas differ."""
-    base, g = identify(model), torch.Generator().manual_seed(2)
+    base, g = identify(model, "a/base"), torch.Generator().manual_seed(2)
     modules = {}
     for name, (num_outputs, _) in base.shapes.items():
         if name in targets or name.rpartition(".")[2] in targets:
             shape = (num_outputs, ranks.get(name.rpartition(".")[2], 5))
             modules[name] = SparseB.from_dense(3 * torch.randn(shape, generator=g), torch.rand(shape, generator=g) < 0.1)
-    config = describe(
+    config = new_config(
         modules,
         Seeded(seed=4),
-        base_name="a/base",
-        base_digest=base.digest,
-        shapes=base.shapes,
+        base,
+        alphas=dict.fromkeys(modules, 7.5) | {next(iter(modules)): 11.0},
         target_modules=targets,
-        alpha=7.5,
-        alpha_pattern={next(iter(modules)): 11.0},
         values="float32",
         templates=("chat",),
         training={},
     )
-    return Adapter("math", config, modules, Seeded(seed=4))
+    return seal(Adapter("math", config, modules, Seeded(seed=4))).adapter
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, base: torch.Tensor) -> None:
@@ -174,7 +169,7 @@ def test_import_undoes_export(model: PreTrainedModel, tmp_path: Path, ranks: dic
     for module, b in adapter.modules.items():
         assert torch.equal(found.modules[module].indices, b.indices)
         assert torch.equal(found.modules[module].values, b.values)
-        shape = (b.shape[1], identify(model).shapes[module][1])
+        shape = (b.shape[1], identify(model, "a/base").shapes[module][1])
         assert torch.equal(found.basis.draw(module, *shape), adapter.basis.draw(module, *shape))
         assert found.config.scale_of(module) == adapter.config.scale_of(module)
     assert found.config.target_modules == adapter.config.target_modules

@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
-from lori.describe import describe
 from lori.format import save_adapter
+from lori.new_config import new_config
 from lori.pool import AdapterPool
-from lori.served import current_adapters, load_all
 from lori.sparse import SparseB
 from lori.template import Template, encode
 from server.engine.admission import Admission, Ask
@@ -28,6 +27,7 @@ from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEve
 from server.engine.request import Sequence as EngineSequence
 from server.engine.runner import Runner
 from server.engine.scheduler import Chunk, Scheduler
+from server.stores import current_adapters, load_all
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -64,18 +64,17 @@ def write_adapter(
     for name, (num_outputs, _) in shapes.items():
         mask = torch.rand(num_outputs, rank, generator=random) < 0.3
         modules[name] = SparseB.from_dense(torch.randn(num_outputs, rank, generator=random), mask)
-    config = describe(
+    basis = Seeded(stream=stream)
+    config = new_config(
         modules,
-        Seeded(stream=stream),
-        base_name=base.name,
-        base_digest=base.identity.digest,
-        shapes=shapes,
+        basis,
+        base.identity,
+        alphas=dict.fromkeys(modules, 2.0 * rank),
         target_modules=targets,
-        alpha=2.0 * rank,
         templates=templates,
         training={},
     )
-    return save_adapter(folder, config, modules)
+    return save_adapter(Adapter(folder.name, config, modules, basis), folder)
 
 
 def write_adapters(place: Path, base: BaseModel) -> Path:

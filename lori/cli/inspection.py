@@ -8,16 +8,36 @@ from typing import Annotated, Any
 import typer
 
 from lori.adapter import Adapter
-from lori.cli.output import number, percent, print_fields, print_json, print_table, size
-from lori.cli.places import AdapterArgument, AdaptersArgument, JsonOption, ModelOption, find_entries, find_entry, load_model
-from lori.cli.storing import describe_basis, folder_bytes
+from lori.cli.arguments import (
+    AdapterArgument,
+    AdaptersArgument,
+    JsonOption,
+    ModelOption,
+    StoresArgument,
+    find_entries,
+    find_entry,
+    load_model,
+)
+from lori.cli.output import folder_bytes, number, percent, print_fields, print_json, print_table, size
 from lori.compare import Comparison, ModuleComparison, similarity_matrix
 from lori.compare import compare as compare_adapters
 from lori.duplicates import near_duplicates
 from lori.errors import AdapterFormatError
 from lori.statistics import ModuleStatistics, TotalStatistics, statistics, total
 
-PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.", show_default=False)]
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def _is_drawable(path: Path | None) -> Path | None:
+    if path and path.suffix not in FORMATS:
+        raise typer.BadParameter(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
+    return path
+
+
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.", show_default=False, callback=_is_drawable, dir_okay=False),
+]
 
 
 def inspect(adapter: AdapterArgument, plot: PlotOption = None, json: JsonOption = False) -> None:
@@ -26,7 +46,8 @@ def inspect(adapter: AdapterArgument, plot: PlotOption = None, json: JsonOption 
     loaded = entry.load()
     modules = statistics(loaded)
     if plot:
-        _save(_plots().plot_statistics(f"{loaded.name}@{loaded.version}", modules), plot)
+        plots = _plots()
+        plots.save_figure(plots.plot_statistics(f"{loaded.name}@{loaded.version}", modules), plot)
     num_bytes = folder_bytes(entry.folder)
     if json:
         print_json(
@@ -36,7 +57,7 @@ def inspect(adapter: AdapterArgument, plot: PlotOption = None, json: JsonOption 
         )
         return
     print_fields(_fields(loaded, num_bytes))
-    columns = ["module", "outputs", "rank", "kept", "density", "empty rows", "largest", "|B|", "|delta|"]
+    columns = ["module", "outputs", "rank", "kept", "density", "empty rows", "largest", "|B|", "|ΔW|"]
     rows = [[row.module, str(row.shape[0]), str(row.shape[1]), *_cells(row)] for row in modules]
     print_table(columns, [*rows, ["all", "", "", *_cells(total(modules))]])
     if plot:
@@ -47,9 +68,9 @@ def _fields(adapter: Adapter, num_bytes: int) -> list[tuple[str, str]]:
     config, section = adapter.config, adapter.config.lori
     fields = [
         ("adapter", f"{adapter.name}@{adapter.version}"),
-        ("base", f"{config.base_model_name_or_path} ({section.base_digest[:12]})"),
+        ("base", config.base_name),
         ("rank, alpha", f"{config.r}, {config.lora_alpha:g}"),
-        ("basis", describe_basis(config)),
+        ("basis", str(section.basis)),
         ("size", f"{size(num_bytes)} on disk, values in {section.values}; {size(adapter.num_bytes)} in memory"),
         ("templates", ", ".join(section.templates)),
     ]
@@ -66,7 +87,7 @@ def _values(row: ModuleStatistics | TotalStatistics) -> dict[str, Any]:
     return dataclasses.asdict(row) | {"density": row.density, "empty_rows": row.empty_rows}
 
 
-def verify(adapters: AdaptersArgument, model: ModelOption = None, json: JsonOption = False) -> None:
+def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption = False) -> None:
     """Verify adapters, or all of a store: digests, masks, values, A drawn again; with --model, that they are for that base."""
     base = load_model(model).identity if model else None
     rows = []
@@ -93,19 +114,20 @@ def compare(adapters: AdaptersArgument, plot: PlotOption = None, json: JsonOptio
         raise typer.BadParameter("expected two adapters or more", param_hint="ADAPTERS")
     names = [adapter.name for adapter in loaded]
     labels = names if len(set(names)) == len(names) else [f"{adapter.name}@{adapter.version[:6]}" for adapter in loaded]
-    pairs = {(labels[i], labels[j]): compare_adapters(loaded[i], loaded[j]) for i, j in combinations(range(len(loaded)), 2)}
+    pairs = [(labels[i], labels[j], compare_adapters(loaded[i], loaded[j])) for i, j in combinations(range(len(loaded)), 2)]
     if plot:
-        _save(_plots().plot_matrix(labels, similarity_matrix(loaded)), plot)
+        plots = _plots()
+        plots.save_figure(plots.plot_matrix(labels, similarity_matrix(loaded)), plot)
     if json:
-        print_json([_compared(a, b, comparison) for (a, b), comparison in pairs.items()])
+        print_json([_compared(*pair) for pair in pairs])
         return
-    columns = ["overlap", "by chance", "sign conflict", "cosine", "|a|", "|b|", "|a + b|"]
+    columns = ["overlap", "by chance", "sign conflict", "cosine", "|ΔW a|", "|ΔW b|", "|sum|"]
     if len(pairs) == 1:
-        ((a, b), comparison), *_ = pairs.items()
+        a, b, comparison = pairs[0]
         rows = [[row.module, *_comparison_cells(row)] for row in comparison.modules]
         print_table(["module", *columns], [*rows, ["all", *_comparison_cells(comparison.total)]], f"a: {a}, b: {b}")
     else:
-        print_table(["a", "b", *columns], [[a, b, *_comparison_cells(pair.total)] for (a, b), pair in pairs.items()])
+        print_table(["a", "b", *columns], [[a, b, *_comparison_cells(comparison.total)] for a, b, comparison in pairs])
     if plot:
         print(f"drew {plot}")
 
@@ -125,12 +147,12 @@ def _compared(a: str, b: str, comparison: Comparison) -> dict[str, Any]:
 
 
 def duplicates(
-    store: AdaptersArgument,
+    stores: StoresArgument,
     threshold: Annotated[float, typer.Option(help="The least cosine of two deltas.", min=0.5, max=1.0)] = 0.95,
     json: JsonOption = False,
 ) -> None:
     """Find near duplicates among adapters, or in stores."""
-    entries = [entry for path in store for entry in find_entries(path)]
+    entries = [entry for path in stores for entry in find_entries(path)]
     found = near_duplicates({str(entry.folder): entry.load for entry in entries}, threshold)
     if json:
         print_json([dataclasses.asdict(pair) for pair in found])
@@ -146,10 +168,6 @@ def _plots() -> Any:
     except ImportError as error:
         raise typer.BadParameter(f"needs matplotlib: pip install 'lori-server[plot]' ({error})", param_hint="--plot") from error
     return plots
-
-
-def _save(figure: Any, path: Path) -> None:
-    _plots().save_figure(figure, path)
 
 
 COMMANDS = (inspect, verify, compare, duplicates)

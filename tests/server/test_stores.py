@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CONFIG_FILE, WEIGHTS_FILE, save_adapter
+from lori.format import WEIGHTS_FILE
 from lori.names import unknown_adapter
-from lori.served import current_adapters, load_all
 from lori.store import AdapterStore
-from tests.lori.adapters import BASE, make_config, make_modules
+from server.stores import current_adapters, load_all
+from tests.lori.adapters import BASE, make_config, make_modules, save
 
 
 def touch(place: Path, *names: str) -> Path:
@@ -73,7 +74,7 @@ def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None
 
 def test_every_adapter_is_loaded_under_the_name_it_is_asked_for_by(tmp_path: Path) -> None:
     for seed, name in enumerate(["b", "a"]):
-        save_adapter(tmp_path / name, make_config(), make_modules(seed=seed))
+        save(tmp_path / name, make_config(), make_modules(seed=seed))
     AdapterStore(tmp_path).alias("prod", "a")
     adapters = load_all(current_adapters([tmp_path]), BASE)
     assert [adapter.name for adapter in adapters] == ["a", "b", "prod"]
@@ -82,7 +83,7 @@ def test_every_adapter_is_loaded_under_the_name_it_is_asked_for_by(tmp_path: Pat
 
 def test_load_all_gathers_the_faults_of_all_bad_adapters(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
-        save_adapter(tmp_path / name, make_config(), make_modules())
+        save(tmp_path / name, make_config(), make_modules())
     (tmp_path / "a" / WEIGHTS_FILE).unlink()
     (tmp_path / "c" / CONFIG_FILE).write_text('{"r": 0}')
     with pytest.raises(AdapterFormatError) as caught:

@@ -1,0 +1,65 @@
+"""The arguments that several commands have, and which adapter, store or base model one means."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lori.config_file import CONFIG_FILE
+from lori.embedded import EMBEDDED_NAME
+from lori.errors import AdapterError
+from lori.format import name_of
+from lori.names import NAME
+from lori.store import AdapterStore, Entry
+from lori.values import ValueType
+
+if TYPE_CHECKING:
+    from lori.base_model import BaseModel
+
+AdapterArgument = Annotated[Path, typer.Argument(help="A folder, or store/name, or store/name@version.", show_default=False)]
+AdaptersArgument = Annotated[
+    list[Path], typer.Argument(help="Folders, or store/name, or store/name@version.", show_default=False)
+]
+StoresArgument = Annotated[list[Path], typer.Argument(help="Adapters, or stores with all they hold.", show_default=False)]
+StoreArgument = Annotated[Path, typer.Argument(help="A folder of adapters.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="The base model: a local folder or a hub id.", show_default=False)
+]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Its name in the store; the source's if absent.", show_default=False)
+]
+ValuesOption = Annotated[
+    ValueType | None, typer.Option("--values", help="Store B's values otherwise; says the error made.", show_default=False)
+]
+
+
+def find_entry(path: Path) -> Entry:
+    """Returns the adapter at `path`. Raises `AdapterError` where there is none."""
+    path = path.absolute()
+    if NAME.fullmatch(path.name) and path.parent.is_dir() and ((path / CONFIG_FILE).is_file() or not path.is_dir()):
+        return AdapterStore(path.parent).find(path.name)
+    if (path / CONFIG_FILE).is_file():
+        return Entry(name_of(path), path)
+    if path.is_dir():
+        raise AdapterError(f"{path} is no adapter: it has no {CONFIG_FILE}")
+    if not path.parent.is_dir():
+        raise AdapterError(f"{path} is not there, and {path.parent} is no folder of adapters")
+    return AdapterStore(path.parent).find(path.name)
+
+
+def find_entries(path: Path) -> list[Entry]:
+    """Returns the adapter at `path`, or all that a store there holds. Raises `AdapterError` where there is none."""
+    if not path.is_dir() or (path / CONFIG_FILE).is_file():
+        return [find_entry(path)]
+    entries = list(AdapterStore(path.absolute()).list())
+    if not entries:
+        raise AdapterError(f"{path} holds no adapter")
+    return entries
+
+
+def load_model(name: str | None) -> "BaseModel":
+    """Returns the base model called `name`; `None`, or its own name, is the embedded one. Raises `ModelError`."""
+    from lori.base_model import load_base_model, resolve_dtype  # noqa: PLC0415  # transformers takes seconds to import
+
+    return load_base_model(None if name == EMBEDDED_NAME else name, resolve_dtype("bfloat16"))

@@ -1,0 +1,66 @@
+"""The command that makes an adapter of others: merge."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lori.cli.arguments import AdaptersArgument, JsonOption, find_entry
+from lori.cli.output import print_made
+from lori.format import stored_as
+from lori.merge import merge as merge_adapters
+from lori.merge_methods import DEFAULTS, MergeMethod, MergeOptions, SignMethod
+from lori.names import check_name
+from lori.store import AdapterStore
+from lori.values import ValueType, rounding_error
+
+
+def merge(
+    adapters: AdaptersArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="store/name of the new adapter.", show_default=False)],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", "-w", help="One for each adapter, in order; 1/n if absent.", show_default=False),
+    ] = None,
+    method: Annotated[MergeMethod, typer.Option(help="How: `linear` is the exact weighted sum.")] = DEFAULTS.method,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Share of each one's kept entries to survive; {DEFAULTS.density:g} if absent.",
+            show_default=False,
+            min=0,
+            max=1,
+        ),
+    ] = None,
+    sign: Annotated[
+        SignMethod | None,
+        typer.Option(help=f"How TIES elects a sign; {DEFAULTS.sign} if absent.", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draws what DARE drops; 0 if absent.", min=0, show_default=False)] = None,
+    values: Annotated[ValueType, typer.Option(help="How B's values are stored.")] = "bfloat16",
+    json: JsonOption = False,
+) -> None:
+    """Merge adapters into a new one. A server merges `linear` in every request, at no cost: this keeps or ships a mixture."""
+    check_name(output.name)
+    given = {name: value for name, value in (("density", density), ("sign", sign), ("seed", seed)) if value is not None}
+    if unused := given.keys() - MergeOptions(method).used.keys():
+        raise typer.BadParameter(f"{method} has no {' and no '.join(sorted(unused))}")
+    loaded = [find_entry(path).load() for path in adapters]
+    weights = weight or [1 / len(loaded)] * len(loaded)
+    if len(weights) != len(loaded):
+        raise typer.BadParameter(f"{len(weights)} of them, expected {len(loaded)}, one for each adapter", param_hint="--weight")
+    exact = merge_adapters(
+        loaded,
+        weights,
+        method,
+        name=output.name,
+        density=DEFAULTS.density if density is None else density,
+        sign=DEFAULTS.sign if sign is None else sign,
+        seed=DEFAULTS.seed if seed is None else seed,
+    )
+    merged = stored_as(exact, values)
+    entry = AdapterStore(output.parent).add(merged)
+    print_made(entry, merged, {"rounding_error": rounding_error(exact.modules.values(), values)}, json)
+
+
+COMMANDS = (merge,)

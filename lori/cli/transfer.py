@@ -1,0 +1,142 @@
+"""The commands that move adapters in and out: import, export, pack, unpack."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from pydantic_core import from_json
+
+from lori.archive import pack as pack_adapter
+from lori.archive import unpack as unpack_adapter
+from lori.cli.arguments import (
+    AdapterArgument,
+    JsonOption,
+    ModelOption,
+    NameOption,
+    StoreArgument,
+    ValuesOption,
+    find_entry,
+    load_model,
+)
+from lori.cli.output import folder_bytes, percent, print_json, print_made, size, warn
+from lori.config_file import CONFIG_FILE
+from lori.errors import AdapterFormatError
+from lori.format import read_file
+from lori.hub import name_in, resolve
+from lori.names import check_name
+from lori.peft_export import export_peft
+from lori.peft_import import import_peft
+from lori.store import AdapterStore
+from lori.template import Template
+from lori.values import rounding_error
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def import_(
+    source: Annotated[str, typer.Argument(help="A folder or hf://owner/name[@revision], of ours or PEFT's.", show_default=False)],
+    store: StoreArgument,
+    name: NameOption = None,
+    model: ModelOption = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Prune a PEFT adapter's B: the share of its entries to leave out.", show_default=False, min=0, max=1),
+    ] = None,
+    values: ValuesOption = None,
+    template: Annotated[
+        Template | None, typer.Option(help="How a PEFT adapter's prompts are written; chat if absent.", show_default=False)
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Import an adapter: check it, and publish it in STORE. The base of a PEFT adapter is the embedded model, or --model."""
+    name = name_in(source) if name is None else name
+    check_name(name)
+    folder = resolve(source)
+    if _is_ours(folder):
+        if any(option is not None for option in (model, sparsity, values, template)):
+            raise typer.BadParameter(
+                "--model, --sparsity, --values and --template are for PEFT's format, and this is ours already (see pack --values)"
+            )
+        entry = AdapterStore(store).publish(folder, name)
+        print_made(entry, entry.load(), {}, json)
+        return
+    base = load_model(model)
+    found = import_peft(
+        folder, base.identity, name=name, sparsity=sparsity, values=values, templates=("chat" if template is None else template,)
+    )
+    if found.ignored:
+        warn(f"left out, since no LoRI adapter can hold them: {', '.join(found.ignored)}")
+    if sparsity is None and found.adapter.density > 0.5:
+        warn(f"{percent(found.adapter.density)} of its B is kept, which is slow to serve: --sparsity 0.9 prunes it")
+    entry = AdapterStore(store).add(found.adapter)
+    notes: dict[str, float | list[str]] = {
+        "pruning_error": found.pruning_error,
+        "rounding_error": found.rounding_error,
+        "ignored": list(found.ignored),
+    }
+    print_made(entry, found.adapter, notes, json)
+
+
+def _is_ours(folder: Path) -> bool:
+    faults: list[str] = []
+    content = read_file(folder, CONFIG_FILE, faults)
+    try:
+        document = None if content is None else from_json(content)
+    except ValueError as error:
+        faults.append(f"{CONFIG_FILE}: JSON: {error}")
+    if faults:
+        raise AdapterFormatError(str(folder), faults)
+    return isinstance(document, dict) and document.get("peft_type") == "LORI"
+
+
+def export(
+    adapter: AdapterArgument,
+    folder: Annotated[Path, typer.Argument(help="Made new, in PEFT's format.", show_default=False)],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="float32 is exact; the others are half as large.")
+    ] = "float32",
+    json: JsonOption = False,
+) -> None:
+    """Export an adapter to PEFT's format: A drawn, B dense, for PEFT, vLLM, LoRAX and SGLang."""
+    export_peft(find_entry(adapter).load(), folder, DTYPES[dtype])
+    if json:
+        print_json({"folder": str(folder), "bytes": folder_bytes(folder)})
+    else:
+        print(f"wrote {folder}: {size(folder_bytes(folder))}")
+
+
+def pack(
+    adapter: AdapterArgument,
+    file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False, dir_okay=False)],
+    name: NameOption = None,
+    values: ValuesOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Pack an adapter, with the A that it may have of its own, into one file, to be moved to another machine."""
+    entry = find_entry(adapter)
+    error = rounding_error(entry.load().modules.values(), values) if values else 0.0
+    packed = pack_adapter(entry.folder, file, entry.name if name is None else name, values)
+    num_bytes = file.stat().st_size
+    if json:
+        print_json(
+            {"name": packed.name, "version": packed.version, "file": str(file), "bytes": num_bytes, "rounding_error": error}
+        )
+        return
+    if error:
+        print(f"rounding error: {100 * error:.2g}%")
+    print(f"wrote {file}: {packed.name}@{packed.version}, {size(num_bytes)}")
+
+
+def unpack(
+    file: Annotated[Path, typer.Argument(help="What `pack` wrote.", show_default=False, exists=True, dir_okay=False)],
+    store: StoreArgument,
+    name: NameOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Unpack a file that `pack` wrote: check it, and publish it in STORE."""
+    entry = unpack_adapter(file, AdapterStore(store), name)
+    print_made(entry, entry.load(), {}, json)
+
+
+COMMANDS = (import_, export, pack, unpack)
