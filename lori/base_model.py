@@ -1,6 +1,5 @@
-"""The frozen base model: found by name, loaded, and identified. Both the server and the training start here."""
+"""The frozen base model: found by name and loaded. Both the server and the training start here."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,24 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from lori.base_identity import identify, short_name
 from lori.embedded import EMBEDDED_NAME, embedded_model
 from lori.errors import ModelError
 from lori.identity import BaseIdentity
-from lori.layer import module_shapes
-
-SAMPLED_PER_TENSOR = 64
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A loaded base: `name` as a person would say it, `identity` as an adapter's file does."""
+    """A loaded base: which one it is, the model, and its tokenizer."""
 
-    name: str
     identity: BaseIdentity
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def name(self) -> str:
+        """As a person would say it."""
+        return self.identity.name
 
 
 def default_dtype() -> torch.dtype:
@@ -65,29 +66,4 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
-    name = EMBEDDED_NAME if name is None else _short_name(name)
-    return BaseModel(name, identify(model, name), model, tokenizer)
-
-
-def _short_name(name: str) -> str:
-    return Path(name).name if Path(name).is_dir() else name
-
-
-def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
-    """Returns what an adapter must know of `model`, called `name`, whose layers must still be its own."""
-    return BaseIdentity(name, base_digest(model), module_shapes(model))
-
-
-def base_digest(model: PreTrainedModel) -> str:
-    """Returns a sha256 (hex) over every parameter's name, shape and a few of its values.
-
-    Values are compared in bf16, so a base loaded in fp32 and in bf16 is the same base. Quick for large models: only
-    `SAMPLED_PER_TENSOR` values of each tensor are read.
-    """
-    sha = hashlib.sha256(model.config.model_type.encode())
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLED_PER_TENSOR)][:SAMPLED_PER_TENSOR]
-        sha.update(f"|{name}|{tuple(parameter.shape)}|".encode())
-        sha.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+    return BaseModel(identify(model, EMBEDDED_NAME if name is None else short_name(name)), model, tokenizer)

@@ -76,7 +76,7 @@ class LoriSection(BaseModel):
     basis_digest: Digest
     """sha256 of A over all modules: loading draws A again and compares."""
     base_digest: Digest
-    """sha256 that identifies the base model, see `lori.base_model.base_digest`."""
+    """sha256 that identifies the base model, see `lori.base_identity`."""
     content_digest: Digest
     """sha256 over all that decides what the adapter does, see `lori.format.content_digest`; it begins the version."""
     config_digest: Digest

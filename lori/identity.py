@@ -11,6 +11,6 @@ class BaseIdentity:
     name: str = field(compare=False)
     """As a person would say it: it decides nothing."""
     digest: str
-    """See `lori.base_model.base_digest`."""
+    """See `lori.base_identity`."""
     shapes: Mapping[str, tuple[int, int]]
     """(outputs, inputs) of every linear layer that can take a delta, by full name; see `lori.layer.module_shapes`."""

@@ -1,20 +1,17 @@
 """The arguments that several commands have, and which adapter, store or base model one means."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lori.config_file import CONFIG_FILE
-from lori.embedded import EMBEDDED_NAME
 from lori.errors import AdapterError
 from lori.format import name_of
+from lori.identity import BaseIdentity
 from lori.names import NAME
 from lori.store import AdapterStore, Entry
 from lori.values import ValueType
-
-if TYPE_CHECKING:
-    from lori.base_model import BaseModel
 
 AdapterArgument = Annotated[Path, typer.Argument(help="A folder, or store/name, or store/name@version.", show_default=False)]
 AdaptersArgument = Annotated[
@@ -58,8 +55,8 @@ def find_entries(path: Path) -> list[Entry]:
     return entries
 
 
-def load_model(name: str | None) -> "BaseModel":
-    """Returns the base model called `name`; `None`, or its own name, is the embedded one. Raises `ModelError`."""
-    from lori.base_model import load_base_model, resolve_dtype  # noqa: PLC0415  # transformers takes seconds to import
+def identify_base(name: str | None) -> BaseIdentity:
+    """Returns which base model `name` is; `None`, or its own name, is the embedded one. Raises `ModelError`."""
+    from lori.base_identity import EMBEDDED_NAME, identify_files  # noqa: PLC0415  # transformers takes seconds to import
 
-    return load_base_model(None if name == EMBEDDED_NAME else name, resolve_dtype("bfloat16"))
+    return identify_files(None if name == EMBEDDED_NAME else name)

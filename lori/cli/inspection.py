@@ -16,7 +16,7 @@ from lori.cli.arguments import (
     StoresArgument,
     find_entries,
     find_entry,
-    load_model,
+    identify_base,
 )
 from lori.cli.output import folder_bytes, number, percent, print_fields, print_json, print_table, size
 from lori.compare import Comparison, ModuleComparison, similarity_matrix
@@ -89,7 +89,7 @@ def _values(row: ModuleStatistics | TotalStatistics) -> dict[str, Any]:
 
 def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption = False) -> None:
     """Verify adapters, or all of a store: digests, masks, values, A drawn again; with --model, that they are for that base."""
-    base = load_model(model).identity if model else None
+    base = identify_base(model) if model else None
     rows = []
     for entry in [entry for path in adapters for entry in find_entries(path)]:
         row: dict[str, Any] = {"adapter": entry.folder.name, "folder": str(entry.folder), "faults": []}

@@ -17,7 +17,7 @@ from lori.cli.arguments import (
     StoreArgument,
     ValuesOption,
     find_entry,
-    load_model,
+    identify_base,
 )
 from lori.cli.output import folder_bytes, percent, print_json, print_made, size, warn
 from lori.config_file import CONFIG_FILE
@@ -61,9 +61,9 @@ def import_(
         entry = AdapterStore(store).publish(folder, name)
         print_made(entry, entry.load(), {}, json)
         return
-    base = load_model(model)
+    base = identify_base(model)
     found = import_peft(
-        folder, base.identity, name=name, sparsity=sparsity, values=values, templates=("chat" if template is None else template,)
+        folder, base, name=name, sparsity=sparsity, values=values, templates=("chat" if template is None else template,)
     )
     if found.ignored:
         warn(f"left out, since no LoRI adapter can hold them: {', '.join(found.ignored)}")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lori.base_model import base_digest, default_dtype, load_base_model, resolve_dtype
+from lori.base_identity import identify, identify_files
+from lori.base_model import default_dtype, load_base_model, resolve_dtype
 from lori.embedded import EMBEDDED_NAME
 from lori.errors import ModelError
 from lori.template import encode
@@ -37,7 +38,7 @@ def test_a_folder_is_loaded_for_inference(tiny_model: Path) -> None:
     assert base.model.dtype == torch.float32
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert base.identity.digest == base_digest(base.model)
+    assert base.identity.digest == digest_of(base.model)
     assert base.tokenizer.decode(base.tokenizer("Hé").input_ids) == "Hé"
 
 
@@ -145,9 +146,13 @@ def test_other_weights_are_another_base(tiny_model: Path, tmp_path: Path) -> Non
     )
 
 
+def digest_of(model: PreTrainedModel) -> str:
+    return identify(model, "a/base").digest
+
+
 def test_digest_is_the_same_for_ever() -> None:
     # It is in the file of every adapter: if this fails, no adapter loads any more.
-    assert base_digest(counted_model()) == GOLDEN_DIGEST
+    assert digest_of(counted_model()) == GOLDEN_DIGEST
 
 
 @torch.no_grad()
@@ -157,21 +162,57 @@ def test_digest_sees_every_parameter() -> None:
     for _, parameter in model.named_parameters():
         before = parameter.clone()
         parameter.mul_(1.0625)
-        digests.add(base_digest(model))
+        digests.add(digest_of(model))
         parameter.copy_(before)
     assert len(digests) == 1 + len(list(model.parameters()))
-    assert base_digest(model) == GOLDEN_DIGEST
+    assert digest_of(model) == GOLDEN_DIGEST
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_hidden_layers": 1}, {"intermediate_size": 81}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4}]
+    "changes",
+    [
+        {"num_hidden_layers": 1},
+        {"intermediate_size": 81},
+        {"tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        {"rms_norm_eps": 1e-5},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ],
 )
 def test_digest_sees_the_architecture(changes: dict[str, Any]) -> None:
-    assert base_digest(counted_model(**changes)) != GOLDEN_DIGEST
+    assert digest_of(counted_model(**changes)) != GOLDEN_DIGEST
 
 
 def test_digest_is_the_same_before_and_after_freezing() -> None:
-    assert base_digest(counted_model().eval().requires_grad_(False)) == GOLDEN_DIGEST
+    assert digest_of(counted_model().eval().requires_grad_(False)) == GOLDEN_DIGEST
+
+
+def test_a_base_is_identified_by_its_files_alone(tiny_model: Path, tmp_path: Path) -> None:
+    loaded = load_base_model(str(tiny_model), torch.float32)
+    assert identify_files(str(tiny_model)) == loaded.identity
+    assert identify_files(str(tiny_model)).name == loaded.name == "tiny-llama"
+    loaded.model.bfloat16().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert identify_files(str(tmp_path / "sharded")) == loaded.identity
+
+
+@pytest.mark.parametrize("damage", ["no config", "no weights", "not safetensors", "other shapes", "no such parameter"])
+def test_files_that_are_no_base_are_a_model_error(tiny_model: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    match damage:
+        case "no config":
+            config.unlink()
+        case "no weights":
+            weights.unlink()
+        case "not safetensors":
+            weights.write_bytes(b"x" * 99)
+        case "other shapes":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 81}))
+        case "no such parameter":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match="^cannot identify the base model"):
+        identify_files(str(folder))
 
 
 # --- dtypes

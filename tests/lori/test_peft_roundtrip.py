@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
 from lori.adapter import Adapter
-from lori.base_model import identify
+from lori.base_identity import identify
 from lori.basis import Explicit, Seeded
 from lori.format import load_adapter, save_adapter, seal
 from lori.kernels import Route, Term
