@@ -57,6 +57,8 @@ def find_entries(path: Path) -> list[Entry]:
 
 def identify_base(name: str | None) -> BaseIdentity:
     """Returns which base model `name` is; `None`, or its own name, is the embedded one. Raises `ModelError`."""
-    from lori.base_identity import EMBEDDED_NAME, identify_files  # noqa: PLC0415  # transformers takes seconds to import
+    # transformers takes seconds to import, and few commands need it.
+    from lori.base_identity import identify_files  # noqa: PLC0415
+    from lori.embedded import EMBEDDED_NAME  # noqa: PLC0415
 
     return identify_files(None if name == EMBEDDED_NAME else name)
