@@ -15,15 +15,15 @@ from lori.adapter import Adapter
 from lori.basis import Explicit
 from lori.basis_file import BASES_FOLDER, basis_bytes, load_basis, parse_basis
 from lori.config_file import CONFIG_FILE
-from lori.durable import replace_file
-from lori.errors import AdapterFormatError
+from lori.durable import read_regular, replace_file
+from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, seal, stored_as
 from lori.names import NAME, check_name
 from lori.store import AdapterStore, Entry
 from lori.values import ValueType
 
 MAX_BYTES = 2**33
-"""What an archive may hold, in bytes."""
+"""What an archive may have, in bytes."""
 DIGEST_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
 UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 """What `zipfile` raises for one that is damaged."""
@@ -36,6 +36,9 @@ def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -
     The same adapter gives the same bytes. Raises `AdapterFormatError` where it is not sound.
     """
     check_name(name)
+    file = file.resolve()
+    if file.exists() and not file.is_file():
+        raise AdapterError(f"{file} is not a regular file")
     faults: list[str] = []
     files = read_files(folder, faults)
     adapter = parse_adapter(name, files, partial(load_basis, folder.parent), source=str(folder), faults=faults)
@@ -58,10 +61,10 @@ def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
 
     Raises `AdapterFormatError` where it is no archive that `pack` wrote, or holds an adapter that is not sound.
     """
-    content = file.read_bytes()
+    content = read_regular(file, MAX_BYTES)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            own = _checked_name(file, archive.infolist())
+            own = _checked_name(file, archive.infolist(), len(content))
             members = {member.filename: archive.read(member) for member in archive.infolist()}
     except UNREADABLE as error:
         raise AdapterFormatError(str(file), [f"it is not an archive: {error}"]) from error
@@ -76,7 +79,7 @@ def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
     return store.put(parse_adapter(own if name is None else name, files, basis_of, source=str(file)), files)
 
 
-def _checked_name(file: Path, members: list[zipfile.ZipInfo]) -> str:
+def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) -> str:
     """Returns the adapter's name. Raises where a member is one that `pack` does not write: none leads out of the folder."""
     names = [member.filename for member in members]
     owners = {name.partition("/")[0] for name in names} - {BASES_FOLDER}
@@ -91,8 +94,8 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo]) -> str:
     faults += [f"{member.filename!r}: compressed" for member in members if member.compress_type != zipfile.ZIP_STORED]
     if len(owners) != 1 or not NAME.fullmatch(own):
         faults.append(f"it holds {sorted(owners)}, expected one adapter, its name matching {NAME.pattern}")
-    if (num_bytes := sum(member.file_size for member in members)) > MAX_BYTES:
-        faults.append(f"it holds {num_bytes} bytes, expected {MAX_BYTES} at most")
+    if sum(member.file_size for member in members) > num_bytes:  # its members share bytes
+        faults.append(f"its members have more bytes than its {num_bytes}")
     if faults:
         raise AdapterFormatError(str(file), faults)
     return own

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import save
 
 from lori.basis import Explicit
-from lori.durable import replace_file
+from lori.durable import read_regular, replace_file
 from lori.errors import AdapterFormatError
 from lori.tensor_file import parse_tensors
 
 BASES_FOLDER = ".bases"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _loaded: WeakValueDictionary[Path, Explicit] = WeakValueDictionary()
 
@@ -24,7 +25,7 @@ def basis_file(store: Path, digest: str) -> Path:
 def save_basis(store: Path, basis: Explicit) -> Path:
     """Puts a basis in `store`, where it is not there yet or is damaged, and returns its file."""
     file, content = basis_file(store, basis.content_digest), basis_bytes(basis)
-    if not file.is_file() or file.read_bytes() != content:
+    if not file.is_file() or read_regular(file) != content:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, content)
     return file
@@ -45,7 +46,7 @@ def load_basis(store: Path, digest: str) -> Explicit:
     if known is not None and file.is_file():
         return known
     try:
-        content = file.read_bytes()
+        content = read_regular(file)
     except OSError as error:
         fault = f"its basis cannot be read: {error.strerror} (an adapter with an A of its own is moved with it: pack and unpack)"
         raise AdapterFormatError(str(file), [fault]) from error
@@ -68,4 +69,4 @@ def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
 
 
 def _is_matrix(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dim() == 2 and bool(tensor.isfinite().all())
+    return tensor.dtype in DTYPES and tensor.dim() == 2 and bool(tensor.isfinite().all())

@@ -1,10 +1,11 @@
 """`adapter_config.json`: PEFT's field names where PEFT has the field, ours under `lori`."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 
 from lori.basis import Basis, Explicit, Seeded, explicit_name
 from lori.module_names import last
@@ -21,7 +22,7 @@ MAX_SIZE = 2**24
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
-Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class SeededConfig(BaseModel):
@@ -60,6 +61,14 @@ def basis_config(basis: Basis) -> SeededConfig | ExplicitConfig:
     return SeededConfig(generator=basis.generator, seed=basis.seed, stream=basis.stream)
 
 
+def _is_finite(value: Any) -> Any:
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _is_finite(part)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"it has the number {value}, which JSON has not")
+    return value
+
+
 def _is_read(version: object) -> object:
     if version == 1:
         raise ValueError("format 1 is not read any more: train again, or save its values in format 2")
@@ -89,11 +98,11 @@ class LoriSection(BaseModel):
     """The share of B's entries that are left out."""
     templates: tuple[Template, ...] = Field(min_length=1)
     """The templates that the adapter was trained on, the preferred one first."""
-    merge_weights: dict[str, tuple[float, float]] = {}
+    merge_weights: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
     """For a partner's name: the weights (own, partner's) that a merge with it was measured at."""
-    training: dict[str, Any] = {}
+    training: Annotated[dict[str, Any], AfterValidator(_is_finite)] = {}
     """The record of the command that made it: data, seed, steps, time; or an import's source, a merge's parents."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, FiniteFloat] = {}
     """Measured on held-out rows, base and adapter."""
 
 
@@ -113,7 +122,7 @@ class AdapterConfig(BaseModel):
     """The alpha of a module whose alpha is not `lora_alpha`, by full name."""
     target_modules: tuple[str, ...] = Field(min_length=1)
     """The last parts of the modules' names where every such module of the base is one, else full names."""
-    lora_dropout: float = 0.0
+    lora_dropout: FiniteFloat = 0.0
     bias: Literal["none"] = "none"
     inference_mode: bool = True
     lori: LoriSection
@@ -158,8 +167,8 @@ def compact(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]
     by_last: dict[str, Counter[tuple[int, int]]] = {}
     for module, shape in shapes.items():
         by_last.setdefault(last(module), Counter())[shape] += 1
-    common = {last: counts.most_common(1)[0][0] for last, counts in by_last.items()}
-    return common | {module: shape for module, shape in shapes.items() if common[last(module)] != shape}
+    common = {name: counts.most_common(1)[0][0] for name, counts in by_last.items() if name not in shapes}
+    return common | {module: shape for module, shape in shapes.items() if common.get(last(module)) != shape}
 
 
 def target_names(modules: Mapping[str, object], base: Mapping[str, object]) -> tuple[str, ...]:

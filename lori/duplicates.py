@@ -81,8 +81,8 @@ def frame_of(basis: Basis, module: str, rank: int, num_inputs: int) -> Frame:
     return Frame(int.from_bytes(digest[:8], "little"), torch.linalg.qr(a.double().T, mode="r").R.T)
 
 
-def sketch(adapter: Adapter, frame: Callable[[Basis, str, int, int], Frame] = frame_of) -> NDArray[np.float32]:
-    """Returns the count sketch (W,) fp32 of an adapter's delta; `frame` may remember what `frame_of` returned.
+def sketch(adapter: Adapter, frame: Callable[[Basis, str, int, int], Frame] = frame_of) -> NDArray[np.float64]:
+    """Returns the count sketch (W,) fp64 of an adapter's delta; `frame` may remember what `frame_of` returned.
 
     On one A the inner product of two sketches estimates <ΔW_a, ΔW_b>; on two it is about zero.
     """
@@ -91,7 +91,7 @@ def sketch(adapter: Adapter, frame: Callable[[Basis, str, int, int], Frame] = fr
         own = frame(adapter.basis, module, b.shape[1], adapter.shape_of(module)[1])
         delta = (adapter.config.scale_of(module) * b.dense(torch.float64) @ own.factor).numpy()  # (D, min(R, N))
         out += _count_sketch(delta, own.key)
-    return out.astype(np.float32)
+    return out
 
 
 def _count_sketch(matrix: NDArray[np.float64], key: int) -> NDArray[np.float64]:
@@ -114,23 +114,23 @@ def _sketches(entries: Mapping[str, Callable[[], Adapter]]) -> tuple[NDArray[np.
     """Returns the sketches (n, W) at length 1, or 0 where the delta is zero, and the digest of each one's base model."""
     frame = functools.lru_cache(NUM_FRAMES)(frame_of)
     out = np.zeros((len(entries), NUM_BUCKETS), np.float32)
-    bases = []
+    digests = []
     for i, load in enumerate(tqdm(entries.values(), desc="sketching", unit="adapter", disable=None)):
         adapter = load()
-        out[i] = sketch(adapter, frame)
-        bases.append(adapter.config.lori.base_digest)
-    norms = np.linalg.norm(out, axis=1, keepdims=True)
-    out /= np.where(norms > 0, norms, 1)
-    return out, bases
+        found = sketch(adapter, frame)
+        norm = np.linalg.norm(found)
+        out[i] = found / norm if norm > 0 else found  # in fp64: fp32 may hold neither
+        digests.append(adapter.config.lori.base_digest)
+    return out, digests
 
 
-def _candidates(sketches: NDArray[np.float32], bases: Sequence[str], least: float) -> dict[int, list[int]]:
+def _candidates(sketches: NDArray[np.float32], digests: Sequence[str], least: float) -> dict[int, list[int]]:
     """Returns for each adapter the later ones of its base model whose sketches' cosine is at least `least`."""
     out: defaultdict[int, list[int]] = defaultdict(list)
     for start in range(0, len(sketches), BLOCK):
         cosines = sketches[start : start + BLOCK] @ sketches[start:].T
         for i, j in np.argwhere(np.triu(cosines >= least, 1)).tolist():
-            if bases[start + i] == bases[start + j]:
+            if digests[start + i] == digests[start + j]:
                 out[start + i].append(start + j)
     return out
 

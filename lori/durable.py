@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ from pathlib import Path
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux's renameat2(2), which Python does not wrap."""
+
+
+def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
+    """Returns the content of a file. Raises `OSError` where it cannot be read, has more than `max_bytes`, or may never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a folder, a pipe, a device
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, expected {max_bytes} at most", str(path))
+    return path.read_bytes()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -23,7 +34,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file aside, syncs it, and puts it in place: a reader sees the old content or the new."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}@")
     os.close(handle)
     try:
         write_file(Path(scratch), content)
@@ -49,7 +60,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync_folder(scratch)
         _put_in_place(scratch, folder)
     finally:
-        _discard(scratch)  # what was written, or after an exchange what was there before
+        discard(scratch)  # what was written, or after an exchange what was there before
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
@@ -64,7 +75,7 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
         except OSError:
             aside.rename(folder)
             raise
-        _discard(aside)
+        discard(aside)
     sync_folder(folder.parent)
 
 
@@ -81,7 +92,8 @@ def _exchange(a: Path, b: Path) -> bool:
     raise OSError(error, os.strerror(error), str(b))
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Removes a file, a link or a folder, as far as that can be done."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -90,7 +102,7 @@ def _discard(path: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Removes a folder: it is gone at once, under its name, and its files follow."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}@"))
     try:
         folder.rename(aside)  # over an empty folder
         sync_folder(folder.parent)

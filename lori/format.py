@@ -3,7 +3,6 @@
 The folder verifies itself: one digest covers all that decides what the adapter does, another the rest of the config.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +18,7 @@ from lori.basis import Basis, Explicit
 from lori.basis_file import load_basis, save_basis
 from lori.config import NUM_VERSION_DIGITS, AdapterConfig, ExplicitConfig, basis_config
 from lori.config_file import CONFIG_FILE, parse_config, seal_config
-from lori.durable import new_folder, replace_file, write_file
+from lori.durable import new_folder, read_regular, replace_file, write_file
 from lori.errors import AdapterFormatError
 from lori.identity import BaseIdentity
 from lori.module_names import last, natural
@@ -33,6 +32,9 @@ DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes"}} | dict.f
     ("r", "lora_alpha", "rank_pattern", "alpha_pattern"), True
 )
 """The fields of the config that decide what an adapter does."""
+
+MAX_BASIS_ENTRIES = 2**30
+"""Entries of A over all modules, five times a 70B model's at rank 32: what a file alone may make us draw."""
 
 Files = Mapping[str, bytes]
 BasisOf = Callable[[str], Explicit]
@@ -102,7 +104,7 @@ def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
     Raises `AdapterFormatError` where the config is not sound, or says that the adapter does something else.
     """
     _, content = seal_config(str(folder), config)
-    if content_digest(_read(folder / WEIGHTS_FILE), config) != config.lori.content_digest:
+    if content_digest(read_regular(folder / WEIGHTS_FILE), config) != config.lori.content_digest:
         raise AdapterFormatError(str(folder), ["the new config is not that of its weights"])
     replace_file(folder / CARD_FILE, card.encode())
     replace_file(folder / CONFIG_FILE, content)
@@ -128,16 +130,10 @@ def read_files(folder: Path, faults: list[str]) -> Files:
 def read_file(folder: Path, name: str, faults: list[str]) -> bytes | None:
     """Returns the content of a regular file; where it cannot be read, that is added to `faults`."""
     try:
-        return _read(folder / name)
+        return read_regular(folder / name)
     except OSError as error:
         faults.append(f"{name} cannot be read: {error.strerror}")
         return None
-
-
-def _read(path: Path) -> bytes:
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))  # a pipe or a device may never end
-    return path.read_bytes()
 
 
 def name_of(folder: Path) -> str:
@@ -193,7 +189,7 @@ def _assembled(
     base: BaseIdentity | None,
     faults: list[str],
 ) -> Adapter | None:
-    # A of shapes that nothing bears out is not drawn: it could take all memory.
+    # A of shapes that nothing bears out is not drawn: it could take all memory, or hours.
     may_draw = not faults
     if base:
         may_draw = not _shape_faults(config, base)
@@ -201,6 +197,9 @@ def _assembled(
     else:
         expected = sorted({tensor.rpartition(".")[0] for tensor in tensors}, key=natural)
         faults += [f"{module}: not among target_modules" for module in expected if not config.is_target(module)]
+        if (num_entries := _basis_entries(config, expected)) > MAX_BASIS_ENTRIES:
+            may_draw = False
+            faults.append(f"A has {num_entries} entries, expected {MAX_BASIS_ENTRIES} at most where no base model bears it out")
     if not expected:
         faults.append("it has no modules")
     modules = read_modules(tensors, config, expected, faults)
@@ -217,10 +216,21 @@ def _basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, fau
         faults += error.faults
         return None
     shapes = {module: shape for module in modules if (shape := config.shape_of(module))}
+    if isinstance(basis, Explicit):
+        found = {module: basis.tensors[module].shape[1] for module in shapes if module in basis.tensors}
+        wrong = [module for module, num_inputs in found.items() if num_inputs != shapes[module][1]]
+        if wrong:
+            faults += [f"{module}: its A has {found[module]} inputs, expected {shapes[module][1]}" for module in wrong]
+            return None
     drawn = basis.digest({module: (config.rank_of(module), num_inputs) for module, (_, num_inputs) in shapes.items()})
     if drawn != config.lori.basis_digest:
         faults.append(f"A drawn again has the digest {drawn}, expected {config.lori.basis_digest}")
     return basis
+
+
+def _basis_entries(config: AdapterConfig, modules: Iterable[str]) -> int:
+    shapes = {module: shape for module in modules if (shape := config.shape_of(module))}
+    return sum(config.rank_of(module) * num_inputs for module, (_, num_inputs) in shapes.items())
 
 
 def _base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:

@@ -31,6 +31,11 @@ INERT = frozenset(
 )  # fmt: skip
 """Fields that change nothing once the weights are there: they chose the modules, or began the training."""
 
+SAFE_PATTERN = re.compile(r"(?!.*\)[*+?{])[\w.*+?|^$()\[\]\\-]{1,512}")
+"""Patterns of names: nothing is repeated that itself repeats."""
+QUANTIFIER = re.compile(r"[*+?]")
+MAX_QUANTIFIERS = 4
+
 SWITCHES = frozenset(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"))
 """Fields that PEFT takes for a wish even where they are empty."""
 
@@ -45,6 +50,8 @@ def _known_init(value: bool | str | None) -> bool | str | None:
 
 def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
     for key in pattern or {}:
+        if not SAFE_PATTERN.fullmatch(key) or len(QUANTIFIER.findall(key)) > MAX_QUANTIFIERS:
+            raise ValueError(f"{reprlib.repr(key)} is no pattern of module names that is read here: it could take for ever")
         try:
             re.compile(_regex(key))
         except re.error as error:

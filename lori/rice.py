@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 Code = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int32]
-MAX_ENTRIES = 2**29
+MAX_ENTRIES = 2**26
+"""Of one mask; a 405B model at rank 512 has 28 million at most."""
 
 
 def parameter(num_entries: int, num_kept: int) -> int:
@@ -44,6 +45,8 @@ def decode(code: Code, num_entries: int, num_kept: int) -> Indices:
     """
     k, num_bytes = parameter(num_entries, num_kept), (num_kept + 7) // 8
     cut = len(code) - k * num_bytes
+    if cut > ((num_entries >> k) + num_kept + 7) // 8:  # before it takes eight times as much
+        raise ValueError(f"the mask's unary part has {cut} bytes, more than any mask of {num_entries} entries")
     ends = np.flatnonzero(np.unpackbits(code[: max(cut, 0)], bitorder="little").view(np.bool_)).astype(np.int32)
     if cut < 0 or len(ends) != num_kept:
         raise ValueError(f"the mask's code holds {len(ends)} entries, expected {num_kept}")

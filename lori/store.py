@@ -9,10 +9,9 @@ Readers need no lock: a version appears and an alias moves by a rename. Writers 
 """
 
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,14 @@ from lori.basis import Explicit
 from lori.basis_file import BASES_FOLDER, basis_file, load_basis, save_basis
 from lori.config import NUM_VERSION_DIGITS, ExplicitConfig
 from lori.config_file import CONFIG_FILE
-from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
+from lori.durable import discard, new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import Files, load_adapter, name_of, parse_adapter, read_config, read_files, seal
 from lori.identity import BaseIdentity
 from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapter
 
 ALIASES_FOLDER, LOCKS_FOLDER = ".aliases", ".locks"
+MAX_ALIAS_BYTES = 200
 LOCK_S = 60.0
 """How long a writer waits for another one of the same name."""
 
@@ -128,6 +128,9 @@ class AdapterStore:
     def put(self, adapter: Adapter, files: Files) -> Entry:
         """Publishes `adapter`, which `files` were read as, under its name."""
         check_name(adapter.name)
+        meant = self._alias(adapter.name)
+        if meant and meant.partition("@")[0] != adapter.name:
+            raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
         entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
         with self._lock(adapter.name):
             self._keep_plain(adapter.name)
@@ -154,21 +157,20 @@ class AdapterStore:
             return
         # The same content, since the version is: a record that was measured since, or a copy that was damaged.
         for name, content in files.items():
-            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            if not (folder / name).is_file() or read_regular(folder / name) != content:
                 replace_file(folder / name, content)
 
     def alias(self, alias: str, reference: str) -> Entry:
         """Makes `alias` mean what `reference` means now, and returns that. Raises as `find`."""
         check_name(alias)
-        entry = self.find(reference)
-        owner = name_of(entry.folder)
-        version = f"{owner}@{entry.version}"
+        owner = name_of(self.find(reference).folder)
         if alias != owner and self._versions(alias):
             raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
-        with self._lock(owner):
+        # Under the owner's lock too, or what it means could be removed meanwhile.
+        with self._lock(*{alias, owner}):
+            version = self.find(reference).version
             self._keep_plain(owner)
-            entry = self.find(version)
-        with self._lock(alias):
+            entry = self.find(f"{owner}@{version}")
             self._write_alias(alias, entry)
         return entry
 
@@ -180,19 +182,26 @@ class AdapterStore:
         Raises `UnknownAdapterError` where there is none, `AdapterError` where an alias still means it.
         """
         name, version = split_reference(reference)
+        if not self.root.is_dir():
+            raise AdapterError(f"{self.root} is no folder of adapters")
         with self._lock(name):
-            doomed = [self.find(reference)] if version else self._versions(name)
-            if not doomed and self._alias(name) is None:
+            doomed = [self.find(reference)] if version else list(self._versions(name))
+            current = self._alias(name)
+            if not doomed and current is None:
                 raise unknown_adapter(reference, self._known())
-            gone = {entry.reference for entry in doomed}
+            gone = {_known_as(entry) for entry in doomed}
             holders = {alias: meant for alias, meant in self.aliases().items() if meant in gone and (version or alias != name)}
             if holders:
                 said = ", ".join(f"{alias!r} means {meant}" for alias, meant in holders.items())
                 raise AdapterError(f"{said}: move or remove the alias first")
             bases = {file for entry in doomed if (file := self._basis_file(entry))}
+            # What the name means goes last: a crash leaves the name with fewer versions.
+            doomed.sort(key=lambda entry: entry.folder.name == current)
+            for entry in doomed[:-1]:
+                remove_folder(entry.folder)
             if not version:
                 (self.root / ALIASES_FOLDER / name).unlink(missing_ok=True)
-            for entry in doomed:
+            for entry in doomed[-1:]:
                 remove_folder(entry.folder)
         if bases:
             with self._lock(BASES_FOLDER):
@@ -232,7 +241,7 @@ class AdapterStore:
     def _alias(self, name: str) -> str | None:
         file = self.root / ALIASES_FOLDER / name
         try:
-            meant = file.read_text().strip()
+            meant = read_regular(file, MAX_ALIAS_BYTES).decode().strip()
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
@@ -251,24 +260,50 @@ class AdapterStore:
         plain = Entry(name, self.root / name)
         if not (plain.folder / CONFIG_FILE).is_file():
             return
-        kept = Entry(name, self.root / plain.reference)
+        try:
+            kept = Entry(name, self.root / plain.reference)
+        except AdapterFormatError as error:
+            raise AdapterError(f"{plain.folder} is in the way, and not sound ({'; '.join(error.faults)}): remove it") from error
         if kept.folder.exists():
-            remove_folder(plain.folder)
+            self._merge_into(kept.folder, plain.folder)
         else:
             plain.folder.rename(kept.folder)
             sync_folder(self.root)
         self._write_alias(name, kept)
 
+    def _merge_into(self, kept: Path, plain: Path) -> None:
+        """Keeps the files of `plain`, which are newer, in `kept`, which is the same version, and removes it."""
+        faults: list[str] = []
+        files = read_files(plain, faults)
+        others = sorted(path.name for path in plain.iterdir() if path.name not in files)
+        if faults or others:
+            more = ", ".join(faults or others)
+            raise AdapterError(f"{plain} is kept as {kept.name} already, and holds more: {more}; move that first")
+        self._write(kept, files)
+        remove_folder(plain)
+
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def _lock(self, *names: str) -> Iterator[None]:
         (self.root / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.root / LOCKS_FOLDER / name, timeout=LOCK_S):
-                for left in self.root.glob(f".{name}@*"):  # by a writer that was killed: a living one holds the lock
-                    shutil.rmtree(left)
-                yield
-        except Timeout as error:
-            raise AdapterError(f"another process has been writing {name!r} in {self.root} for {LOCK_S:.0f} s") from error
+        with ExitStack() as held:
+            for name in sorted(names):
+                try:
+                    held.enter_context(FileLock(self.root / LOCKS_FOLDER / name, timeout=LOCK_S))
+                except Timeout as error:
+                    said = f"another process has been writing {name!r} in {self.root} for {LOCK_S:.0f} s"
+                    raise AdapterError(said) from error
+                for folder in (self.root, self.root / ALIASES_FOLDER):
+                    for left in folder.glob(f".{name}@*"):  # by a writer that was killed: a living one holds the lock
+                        discard(left)
+            yield
+
+
+def _known_as(entry: Entry) -> str:
+    """Returns `name@version`; the folder's name where the version cannot be read."""
+    try:
+        return entry.reference
+    except AdapterFormatError:  # it is to be removed, sound or not
+        return entry.folder.name
 
 
 def _is_adapter(item: "os.DirEntry[str]") -> bool:

@@ -47,6 +47,12 @@ def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.nan_to_num(0.0).to(torch.int8), scales
 
 
+def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Says whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same."""
+    peaks = torch.zeros(len(scales), dtype=torch.int16).scatter_reduce(0, rows, quantized.to(torch.int16).abs(), "amax")
+    return bool((peaks == torch.where(scales > 0, INT8_MAX, 0)).all()) and bool((scales >= 0).all())
+
+
 def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Returns values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
     return quantized.float() * scales.float()[rows]

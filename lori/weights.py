@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from lori import rice
 from lori.config import AdapterConfig
 from lori.sparse import SparseB
-from lori.values import ValueType, dequantize, quantize, stored_dtype
+from lori.values import ValueType, dequantize, is_canonical, quantize, stored_dtype
 
 
 def weight_bytes(modules: Mapping[str, SparseB], value_type: ValueType) -> bytes:
@@ -76,6 +76,9 @@ def _read_module(
         faults.append(f"{module}: {error}")
         return None
     b = SparseB(shape, indices, values)
+    if scales and not is_canonical(values, scales[0], b.rows):
+        faults.append(f"{module}.scales: not those of its values, whose largest in a row is 127, or 0 where the scale is")
+        return None
     if scales:
         b = SparseB(shape, indices, dequantize(values, scales[0], b.rows))
     if num_bad := values.numel() - int(b.values.isfinite().sum()):

@@ -7,12 +7,13 @@ import typer
 
 from lori.cli.arguments import AdaptersArgument, JsonOption, find_entry
 from lori.cli.output import print_made
-from lori.format import stored_as
 from lori.merge import merge as merge_adapters
 from lori.merge_methods import DEFAULTS, MergeMethod, MergeOptions, SignMethod
 from lori.names import check_name
 from lori.store import AdapterStore
 from lori.values import ValueType, rounding_error
+
+EXACT: ValueType = "float32"
 
 
 def merge(
@@ -49,16 +50,19 @@ def merge(
     weights = weight or [1 / len(loaded)] * len(loaded)
     if len(weights) != len(loaded):
         raise typer.BadParameter(f"{len(weights)} of them, expected {len(loaded)}, one for each adapter", param_hint="--weight")
-    exact = merge_adapters(
-        loaded,
-        weights,
-        method,
-        name=output.name,
-        density=DEFAULTS.density if density is None else density,
-        sign=DEFAULTS.sign if sign is None else sign,
-        seed=DEFAULTS.seed if seed is None else seed,
+    merged, exact = (
+        merge_adapters(
+            loaded,
+            weights,
+            method,
+            name=output.name,
+            values=stored,
+            density=DEFAULTS.density if density is None else density,
+            sign=DEFAULTS.sign if sign is None else sign,
+            seed=DEFAULTS.seed if seed is None else seed,
+        )
+        for stored in (values, EXACT)
     )
-    merged = stored_as(exact, values)
     entry = AdapterStore(output.parent).add(merged)
     print_made(entry, merged, {"rounding_error": rounding_error(exact.modules.values(), values)}, json)
 

@@ -29,7 +29,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if all(_is_number(row[i]) for row in rows) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_printable(cell)) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     _console().print(table)
 
 
@@ -37,7 +37,7 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     """Prints names and values, one pair a line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in fields:
-        grid.add_row(Text(_printable(name), style="bold"), Text(_printable(value)))
+        grid.add_row(Text(printable(name), style="bold"), Text(printable(value)))
     _console().print(grid)
 
 
@@ -56,7 +56,7 @@ def print_made(entry: Entry, adapter: Adapter, notes: dict[str, float | list[str
 
 def warn(message: str) -> None:
     """Says on stderr what the user should know."""
-    print(f"warning: {_printable(message)}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def percent(share: float | None) -> str:
@@ -91,6 +91,6 @@ def _is_number(cell: str) -> bool:
     return cell in ("", "–") or cell[0].isdecimal() or (cell[0] in "-." and cell[1:2].isdecimal())
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Returns `text` without what a file could tell a terminal to do."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,10 +1,12 @@
 """The program `python -m lori`: its commands, and how each of them ends."""
 
+import io
 import sys
 
 import typer
 
 from lori.cli import inspection, merging, stores, transfer
+from lori.cli.output import printable
 from lori.errors import AdapterFormatError, LoriError
 
 PROGRAM = "python -m lori"
@@ -25,14 +27,16 @@ for module in (inspection, merging, stores, transfer):
 
 def main() -> int:
     """Runs the program and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a table has characters that not every terminal has
     try:
         app(prog_name=PROGRAM)
     except AdapterFormatError as error:
-        print(
-            f"error: {error.source} is not a sound adapter:", *(f"  {fault}" for fault in error.faults), sep="\n", file=sys.stderr
-        )
+        lines = [f"error: {error.source} is not a sound adapter:", *(f"  {fault}" for fault in error.faults)]
+        print("\n".join(map(printable, lines)), file=sys.stderr)
         return 1
     except (LoriError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     return 0

@@ -1,6 +1,8 @@
 """An adapter as one file."""
 
+import os
 import zipfile
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,34 @@ def test_what_could_not_be_unpacked_is_not_packed(entry: Entry, tmp_path: Path) 
     with pytest.raises(AdapterError, match="'My_Run' is no adapter's name"):
         pack(entry.folder, tmp_path / "x", "My_Run")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_device_or_what_a_link_means_is_not_replaced(entry: Entry, tmp_path: Path) -> None:
+    # Packing to /dev/stdout replaced the link that it is.
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AdapterError, match="is not a regular file"):
+        pack(entry.folder, tmp_path / "pipe", "math")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    pack(entry.folder, tmp_path / "link", "math")
+    assert (tmp_path / "link").is_symlink()
+    assert zipfile.is_zipfile(tmp_path / "target")
+
+
+def test_members_that_share_bytes_are_refused(entry: Entry, tmp_path: Path) -> None:
+    # 4 MB were read as 160.
+    pack(entry.folder, tmp_path / "x", "math")
+    with zipfile.ZipFile(tmp_path / "x", "a") as archive:
+        archive.writestr(f".bases/{'a' * 64}.safetensors", b"a" * 1000)
+        for name in "bcd":
+            info = copy(archive.filelist[-1])
+            info.filename = info.orig_filename = f".bases/{name * 64}.safetensors"
+            info.file_size = info.compress_size = 3000
+            archive.filelist.append(info)
+    with pytest.raises(AdapterFormatError):
+        unpack(tmp_path / "x", AdapterStore(tmp_path / "store"))
+
+
+def test_a_pipe_is_not_unpacked(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        unpack(tmp_path / "pipe", AdapterStore(tmp_path / "store"))

@@ -205,8 +205,15 @@ def test_one_b_on_two_bases_or_in_two_modules_has_unlike_sketches() -> None:
     assert abs(cosine_of_sketches(*moved)) < 2 * MARGIN
 
 
-def test_the_sketch_is_a_row_of_fp32() -> None:
+def test_the_sketch_is_a_row_of_fp64() -> None:
     out = sketch(random_adapter(1))
     assert out.shape == (NUM_BUCKETS,)
-    assert out.dtype == np.float32
+    assert out.dtype == np.float64
     assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("alpha", [1e-30, 1e9])
+def test_copies_of_a_tiny_or_a_huge_delta_are_found(alpha: float) -> None:
+    # fp32 held neither's norm: they were not found.
+    a = make_adapter("a", alpha=alpha)
+    assert [(pair.a, pair.b) for pair in near_duplicates({"a": lambda: a, "b": lambda: a})] == [("a", "b")]

@@ -19,7 +19,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lori.adapter import Adapter
-from lori.basis import Seeded
+from lori.basis import Explicit, Seeded, tensors_digest
+from lori.basis_file import basis_file
 from lori.config import AdapterConfig
 from lori.config_file import CONFIG_FILE, config_digest
 from lori.errors import AdapterFormatError
@@ -180,7 +181,6 @@ def test_a_folder_is_made_with_its_parents_and_is_readable_for_all(tmp_path: Pat
         # Each was saved without a word and then refused by load: a training run's result was lost.
         pytest.param({}, math.nan, Q, id="a value that is not a number"),
         pytest.param({}, 3.4e38, Q, id="a value that bf16 rounds to infinity"),
-        pytest.param({"metrics": {"loss": math.nan}}, 1.0, "lori.metrics.loss", id="a metric that is not a number"),
     ],
 )
 def test_save_refuses_what_load_would_refuse(tmp_path: Path, config: dict[str, Any], value: float, where: str) -> None:
@@ -414,7 +414,7 @@ def test_a_layer_that_the_base_has_not_is_an_unknown_tensor(folder: Path) -> Non
 def break_everything(t: Tensors) -> None:
     t.pop("layers.0.q_proj.mask")
     t["layers.9.q_proj.mask"] = torch.zeros(4, dtype=torch.uint8)
-    t["layers.0.up_proj.mask"] = torch.zeros(9, dtype=torch.uint8)
+    t["layers.0.up_proj.mask"] = torch.zeros(9, dtype=torch.int8)
     t["layers.0.up_proj.values"] = t["layers.0.up_proj.values"].float()
     t["layers.1.q_proj.values"] = t["layers.1.q_proj.values"][:-1].clone()
     t["layers.1.up_proj.values"][0] = math.nan
@@ -432,8 +432,9 @@ def test_every_fault_is_listed_at_once(folder: Path) -> None:
         "layers.0.q_proj.mask: missing",
         "layers.9.q_proj.mask: unknown tensor",
         f"{CONFIG_FILE}: its digest is ",
+        "layers.0.up_proj.mask: torch.int8 of 1 dimensions",
         "layers.0.up_proj.values: torch.float32 of 1 dimensions",
-        "layers.1.q_proj: the mask's code holds ",
+        "layers.1.q_proj: the mask's ",
         "layers.1.up_proj.values: 1 values are not finite",
     ]
     assert len(faults) == len(expected)
@@ -647,7 +648,10 @@ def test_values_of_another_type_than_the_config_says_are_refused(folder: Path, v
         (lambda t: t.pop(f"{Q}.scales"), f"{Q}.scales: missing"),
         (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"][1:].clone()}), f"{Q}.scales: 8 of them, expected 9"),
         (lambda t: t.update({f"{Q}.scales": t[f"{Q}.scales"].float()}), f"{Q}.scales: torch.float32 of 1 dimensions"),
-        (lambda t: t[f"{Q}.scales"].fill_(math.inf), f"{Q}.values: "),
+        (lambda t: t[f"{Q}.scales"].mul_(math.inf).nan_to_num_(0.0, math.inf), f"{Q}.values: "),
+        # Read as another adapter than the one it was saved as next.
+        (lambda t: t[f"{Q}.values"].fill_(3), f"{Q}.scales: not those of its values"),
+        (lambda t: t[f"{Q}.scales"].neg_(), f"{Q}.scales: not those of its values"),
     ],
 )
 def test_wrong_scales_are_refused(tmp_path: Path, edit: Callable[[Tensors], Any], expected: str) -> None:
@@ -767,3 +771,63 @@ def test_a_folder_of_the_first_format_says_what_to_do(folder: Path) -> None:
     raw["lori"]["format_version"] = 1
     (folder / CONFIG_FILE).write_text(json.dumps(raw))
     assert any("format 1 is not read any more" in fault for fault in faults_of(folder))
+
+
+@pytest.mark.parametrize("field", ["metrics", "merge_weights", "training", "lora_dropout"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_json_has_not_is_refused(folder: Path, field: str, number: str) -> None:
+    raw = json.loads((folder / CONFIG_FILE).read_bytes())
+    value = float(number)
+    changed = {"metrics": {"x": value}, "merge_weights": {"x": [1, value]}, "training": {"deep": [{"x": value}]}}.get(
+        field, value
+    )
+    (raw if field == "lora_dropout" else raw["lori"])[field] = changed
+    sign_config(folder, raw)
+    assert any(field in fault for fault in faults_of(folder))
+
+
+def test_a_mask_longer_than_any_is_refused_before_it_is_read(folder: Path) -> None:
+    # 20 MB of ones took 2 GB of memory.
+    forge(folder, lambda t: t.update({f"{Q}.mask": torch.full((2**20,), 255, dtype=torch.uint8)}))
+    assert any("more than any mask of 27 entries" in fault for fault in faults_of(folder))
+
+
+def test_an_a_that_nothing_bears_out_is_not_drawn(tmp_path: Path) -> None:
+    # A file of 3 kB could make us draw for hours.
+    shapes = {f"layers.{i}.q_proj": (1, 2**24) for i in range(65)}
+    config = make_config({"layers.0.q_proj": (1, 4)}, ("q_proj",), rank=1)
+    save(tmp_path / "a", config, make_modules({"layers.0.q_proj": (1, 4)}, ("q_proj",), rank=1))
+
+    def grow(t: Tensors) -> None:
+        t.update({f"{module}.{part}": t[f"{Q}.{part}"].clone() for module in shapes for part in ("mask", "values")})
+
+    forge(tmp_path / "a", grow, lambda raw: raw["lori"]["shapes"].update(q_proj=[1, 2**24]))
+    with pytest.raises(AdapterFormatError, match="A has 1090519040 entries, expected 1073741824 at most"):
+        load_adapter(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("a", "expected"),
+    [
+        (torch.zeros(RANK, 4), f"{Q}: its A has 4 inputs, expected 5"),
+        (torch.zeros(RANK, 1), f"{Q}: its A has 1 inputs, expected 5"),
+        (torch.zeros(RANK, 5).to(torch.float8_e4m3fn), f"{Q}: not a matrix of finite floats"),
+        (torch.full((RANK, 5), math.nan), f"{Q}: not a matrix of finite floats"),
+        (torch.zeros(RANK, 5, 1), f"{Q}: not a matrix of finite floats"),
+    ],
+)
+def test_an_explicit_basis_that_does_not_fit_is_refused(tmp_path: Path, a: torch.Tensor, expected: str) -> None:
+    # Each was a traceback, and the other adapters of a store were not looked at.
+    shapes = {Q: (9, 5)}
+    drawn = Explicit.of({Q: Seeded(5, 1).draw(Q, RANK, 5)})
+    save(tmp_path / "a", make_config(shapes, ("q_proj",)), make_modules(shapes, ("q_proj",)), drawn)
+    digest = tensors_digest({Q: a}) if a.dim() == 2 else "d" * 64
+    forge(tmp_path / "a", config=lambda raw: raw["lori"]["basis"].update(digest=digest))
+    basis_file(tmp_path, digest).write_bytes(save_tensors({Q: a}))
+    assert expected in " ".join(load_faults(tmp_path / "a"))
+
+
+def load_faults(folder: Path) -> tuple[str, ...]:
+    with pytest.raises(AdapterFormatError) as caught:
+        load_adapter(folder)
+    return caught.value.faults

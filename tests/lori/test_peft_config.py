@@ -167,3 +167,22 @@ def test_no_config_is_a_fault(tmp_path: Path) -> None:
     faults: list[str] = []
     assert read_peft_config(tmp_path, faults) is None
     assert faults == [f"{CONFIG_FILE} cannot be read: No such file or directory"]
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["([a-z._0-9]*)*!", "(a+)+b", ".*a" * 9, "(" * 2000 + ")" * 2000, "a{1,99999999999}", "x" * 9999, "a(?=b)", ""],
+    ids=["nested", "nested plus", "many", "deep", "count", "long", "lookahead", "empty"],
+)
+def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path: Path, key: str) -> None:
+    # The first hung, the fourth and fifth were tracebacks.
+    for field in ("alpha_pattern", "rank_pattern"):
+        config, faults = read(tmp_path, **{field: {key: 4}})
+        assert config is None
+        assert field in faults[0]
+
+
+def test_an_alpha_beyond_reason_is_refused(tmp_path: Path) -> None:
+    config, faults = read(tmp_path, lora_alpha=1e300)
+    assert config is None
+    assert "lora_alpha" in faults[0]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
 from lori.basis_file import basis_file, load_basis, save_basis
 from lori.config_file import CONFIG_FILE
+from lori.durable import remove_folder
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, load_adapter, write_record
 from lori.store import ALIASES_FOLDER, AdapterStore
@@ -419,3 +422,115 @@ def test_a_writer_that_is_killed_leaves_a_sound_store(store: AdapterStore, tmp_p
         assert store.find("math").load(BASE).version in made
     store.publish(tmp_path / "made" / "1", "math")  # no lock is left held
     assert not list(store.root.glob(".math@*"))
+
+
+# --- what was found by trying to break it
+
+
+def test_nothing_of_a_newer_plain_folder_is_lost(store: AdapterStore, tmp_path: Path) -> None:
+    # The folder was deleted with all it held, and the older record came back.
+    publish(store, tmp_path, "math")
+    folder = store.root / "math"
+    shutil.copytree(tmp_path / "made" / "math", folder)
+    config = load_adapter(folder).config
+    write_record(folder, config.model_copy(update={"lori": config.lori.model_copy(update={"metrics": {"loss": 0.5}})}), "# new")
+    (folder / "checkpoint.pt").write_text("x")
+    with pytest.raises(AdapterError, match=r"and holds more: checkpoint\.pt; move that first"):
+        store.publish(folder)
+    (folder / "checkpoint.pt").unlink()
+    store.publish(folder)
+    assert store.find("math").load().config.lori.metrics == {"loss": 0.5}
+    assert not folder.exists()
+
+
+def test_a_name_that_is_an_alias_of_another_is_not_taken_over(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    store.alias("prod", "math")
+    make(tmp_path / "law", 5)
+    with pytest.raises(AdapterError, match=r"'prod' is an alias of math@.*: remove it first"):
+        store.publish(tmp_path / "law", "prod")
+
+
+def test_removing_a_name_leaves_it_whole_until_it_is_gone(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The alias went first: readers, and whoever came after a crash, found a name that could be any of its versions.
+    for seed in range(3):
+        current = publish(store, tmp_path, "math", seed)
+    seen = []
+
+    def look(folder: Path) -> None:
+        seen.append(store.find("math").version)
+        remove_folder(folder)
+
+    monkeypatch.setattr("lori.store.remove_folder", look)
+    store.remove("math")
+    assert seen == [current] * 3
+
+
+def test_what_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
+    old = publish(store, tmp_path, "math", 1)
+    publish(store, tmp_path, "math", 2)
+    outcomes: list[str] = []
+
+    def act(do: Callable[[], object], name: str) -> None:
+        try:
+            do()
+            outcomes.append(name)
+        except AdapterError:
+            outcomes.append(f"no {name}")
+
+    (store.root / ".locks").mkdir(exist_ok=True)
+    with FileLock(store.root / ".locks" / "prod"):  # the alias has to wait, after it has found what it means
+        threads = [threading.Thread(target=act, args=(lambda: store.alias("prod", f"math@{old}"), "alias"))]
+        threads[0].start()
+        time.sleep(0.3)
+        threads.append(threading.Thread(target=act, args=(lambda: store.remove(f"math@{old}"), "remove")))
+        threads[1].start()
+        time.sleep(0.3)
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) in (["alias", "no remove"], ["no alias", "remove"])
+    assert store.current()
+
+
+@pytest.mark.parametrize("place", [".aliases/math", "math/adapter_config.json", "math/adapter_model.safetensors"])
+def test_a_pipe_is_refused_and_not_waited_for(store: AdapterStore, place: str) -> None:
+    make(store.root / "math")
+    (store.root / place).unlink(missing_ok=True)
+    (store.root / place).parent.mkdir(exist_ok=True)
+    os.mkfifo(store.root / place)
+    with pytest.raises(AdapterError, match=r"regular file|an alias and a folder|there is no adapter"):
+        store.find("math").load()
+
+
+def test_an_alias_file_that_is_too_long_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    (store.root / ALIASES_FOLDER / "prod").write_text("x" * 10_000)
+    with pytest.raises(AdapterError, match="it has 10000 bytes, expected 200 at most"):
+        store.find("prod")
+
+
+def test_a_damaged_plain_folder_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
+    make(store.root / "math")
+    (store.root / "math" / CONFIG_FILE).write_text("{")
+    make(tmp_path / "math", 3)
+    with pytest.raises(AdapterError, match=r"is in the way, and not sound .*: remove it"):
+        store.publish(tmp_path / "math")
+    store.remove("math")
+    assert store.publish(tmp_path / "math")
+
+
+def test_removing_from_a_folder_that_is_not_there_makes_none(store: AdapterStore) -> None:
+    with pytest.raises(AdapterError, match="is no folder of adapters"):
+        store.remove("math")
+    assert not store.root.exists()
+
+
+def test_files_that_a_killed_writer_left_are_cleaned(store: AdapterStore, tmp_path: Path) -> None:
+    publish(store, tmp_path, "math")
+    (store.root / ".math@left").write_text("a file")
+    (store.root / ".math@folder").mkdir()
+    (store.root / ALIASES_FOLDER / ".math@left").write_text("x")
+    publish(store, tmp_path, "math", 2)
+    assert not list(store.root.rglob(".math@*"))
