@@ -10,11 +10,12 @@ Readers need no lock: a version appears and an alias moves by a rename. Writers 
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -31,6 +32,8 @@ from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapt
 
 ALIASES_FOLDER, LOCKS_FOLDER = ".aliases", ".locks"
 MAX_ALIAS_BYTES = 200
+NUM_LOOKS = 3
+Found = TypeVar("Found")
 LOCK_S = 60.0
 """How long a writer waits for another one of the same name."""
 
@@ -87,27 +90,32 @@ class AdapterStore:
 
     def current(self) -> dict[str, Entry]:
         """Returns what each name and alias means now. Raises `AdapterError` where one means nothing, or two things."""
-        by_name = defaultdict(list)
-        for entry in self.list():
-            by_name[entry.name].append(entry)
-        aliases = self.aliases()
-        return {name: self._resolve(name, aliases.get(name), by_name[name]) for name in sorted(aliases.keys() | by_name.keys())}
+        return _settled(self._current)
 
     def find(self, reference: str) -> Entry:
         """Returns the adapter called `reference`: a name, an alias, or `name@version`, where the version's first digits will do.
 
         Raises `UnknownAdapterError` where there is none, `AdapterError` where it could be several, or no adapter is called so.
         """
-        name, version = split_reference(reference)
+        return _settled(partial(self._find, *split_reference(reference)))
+
+    def _current(self) -> dict[str, Entry]:
+        by_name = defaultdict(list)
+        for entry in self.list():
+            by_name[entry.name].append(entry)
+        aliases = self.aliases()
+        return {name: self._resolve(name, aliases.get(name), by_name[name]) for name in sorted(aliases.keys() | by_name.keys())}
+
+    def _find(self, name: str, version: str) -> Entry:
         if not version:
             alias = self._alias(name)
             is_direct = alias or (self.root / name / CONFIG_FILE).is_file()
             return self._resolve(name, alias, () if is_direct else self._versions(name))
         found = [entry for entry in self._versions(name) if entry.version.startswith(version)]
         if len(found) > 1:
-            raise AdapterError(f"{reference!r} could be {' or '.join(entry.reference for entry in found)}")
+            raise AdapterError(f"{name}@{version} could be {' or '.join(entry.reference for entry in found)}")
         if not found:
-            raise unknown_adapter(reference, self._known())
+            raise unknown_adapter(f"{name}@{version}", self._known())
         return found[0]
 
     def publish(self, source: Path, name: str | None = None) -> Entry:
@@ -133,7 +141,7 @@ class AdapterStore:
             raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
         entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
         with self._lock(adapter.name):
-            self._keep_plain(adapter.name)
+            self._pin(adapter.name)
             with self._basis_kept(adapter):
                 self._write(entry.folder, files)
             self._write_alias(adapter.name, entry)
@@ -169,7 +177,7 @@ class AdapterStore:
         # Under the owner's lock too, or what it means could be removed meanwhile.
         with self._lock(*{alias, owner}):
             version = self.find(reference).version
-            self._keep_plain(owner)
+            self._pin(owner)
             entry = self.find(f"{owner}@{version}")
             self._write_alias(alias, entry)
         return entry
@@ -255,10 +263,15 @@ class AdapterStore:
         (self.root / ALIASES_FOLDER).mkdir(exist_ok=True)
         replace_file(self.root / ALIASES_FOLDER / alias, f"{entry.folder.name}\n".encode())
 
-    def _keep_plain(self, name: str) -> None:
-        """Makes a version of a folder as its maker left it. The name means it all the while: at first it is the only version."""
+    def _pin(self, name: str) -> None:
+        """Says by an alias what `name` means now, and makes a version of a folder as its maker left it.
+
+        Else a second version, before the alias moves to it, would make the name mean neither.
+        """
         plain = Entry(name, self.root / name)
         if not (plain.folder / CONFIG_FILE).is_file():
+            if self._alias(name) is None and len(found := self._versions(name)) == 1:
+                self._write_alias(name, found[0])
             return
         try:
             kept = Entry(name, self.root / plain.reference)
@@ -296,6 +309,14 @@ class AdapterStore:
                     for left in folder.glob(f".{name}@*"):  # by a writer that was killed: a living one holds the lock
                         discard(left)
             yield
+
+
+def _settled(look: Callable[[], Found]) -> Found:
+    """Returns what `look` returns. A name that is being removed can look as if it were broken: it is looked at again."""
+    for _ in range(NUM_LOOKS - 1):
+        with suppress(AdapterError):
+            return look()
+    return look()
 
 
 def _known_as(entry: Entry) -> str:
