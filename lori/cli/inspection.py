@@ -108,14 +108,30 @@ def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption
         raise typer.Exit(1)
 
 
-def compare(adapters: AdaptersArgument, plot: PlotOption = None, json: JsonOption = False) -> None:
+def compare(
+    adapters: AdaptersArgument,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--weight", "-w", help="One for each adapter, in order, in the sum's norm; 1 if absent.", show_default=False
+        ),
+    ] = None,
+    plot: PlotOption = None,
+    json: JsonOption = False,
+) -> None:
     """Compare adapters before merging them: two module by module, more in pairs. Cosines and norms are of their deltas."""
-    loaded = [find_entry(path).load() for path in adapters]
-    if len(loaded) < 2:
+    if len(adapters) < 2:
         raise typer.BadParameter("expected two adapters or more", param_hint="ADAPTERS")
+    weights = weight or [1.0] * len(adapters)
+    if len(weights) != len(adapters):
+        raise typer.BadParameter(f"{len(weights)} of them, expected {len(adapters)}, one for each adapter", param_hint="--weight")
+    loaded = [find_entry(path).load() for path in adapters]
     names = [adapter.name for adapter in loaded]
     labels = names if len(set(names)) == len(names) else [f"{adapter.name}@{adapter.version[:6]}" for adapter in loaded]
-    pairs = [(labels[i], labels[j], compare_adapters(loaded[i], loaded[j])) for i, j in combinations(range(len(loaded)), 2)]
+    pairs = [
+        (labels[i], labels[j], compare_adapters(loaded[i], loaded[j], (weights[i], weights[j])))
+        for i, j in combinations(range(len(loaded)), 2)
+    ]
     if plot:
         plots = _plots()
         plots.save_figure(plots.plot_matrix(labels, similarity_matrix(loaded)), plot)

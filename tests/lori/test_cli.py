@@ -190,6 +190,13 @@ def test_compare_of_two_is_by_module_and_of_more_in_pairs(run: Run, store: Path,
 
 def test_compare_of_one_is_refused(run: Run, store: Path) -> None:
     assert run("compare", store / "math")[0] == 2
+    assert run("compare", store / "math", store / "law", "-w", 1)[0] == 2
+
+
+def test_compare_takes_the_weights_of_the_sum(run: Run, store: Path) -> None:
+    (pair,) = json.loads(run("compare", store / "math", store / "math", "-w", 1, "-w", -1, "--json")[1])
+    assert pair["total"]["norm_sum"] == pytest.approx(0, abs=1e-5)
+    assert pair["total"]["norm_a"] > 1
 
 
 def test_versions_of_one_name_are_told_apart(run: Run, store: Path) -> None:
