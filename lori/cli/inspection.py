@@ -23,7 +23,7 @@ from lori.compare import Comparison, ModuleComparison, similarity_matrix
 from lori.compare import compare as compare_adapters
 from lori.duplicates import near_duplicates
 from lori.errors import AdapterFormatError
-from lori.statistics import ModuleStatistics, TotalStatistics, statistics, total
+from lori.statistics import ModuleStatistics, statistics, total
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -58,7 +58,7 @@ def inspect(adapter: AdapterArgument, plot: PlotOption = None, json: JsonOption 
         return
     print_fields(_fields(loaded, num_bytes))
     columns = ["module", "outputs", "rank", "kept", "density", "empty rows", "largest", "|B|", "|ΔW|"]
-    rows = [[row.module, str(row.shape[0]), str(row.shape[1]), *_cells(row)] for row in modules]
+    rows = [[row.module, str(row.num_rows), str(row.num_entries // row.num_rows), *_cells(row)] for row in modules]
     print_table(columns, [*rows, ["all", "", "", *_cells(total(modules))]])
     if plot:
         print(f"drew {plot}")
@@ -78,12 +78,12 @@ def _fields(adapter: Adapter, num_bytes: int) -> list[tuple[str, str]]:
     return fields + [(name, f"{value:.3f}") for name, value in section.metrics.items()]
 
 
-def _cells(row: ModuleStatistics | TotalStatistics) -> list[str]:
+def _cells(row: ModuleStatistics) -> list[str]:
     kept = [str(row.num_kept), percent(row.density), percent(row.empty_rows)]
     return kept + [f"{value:.3g}" for value in (row.max_abs, row.norm_b, row.norm_delta)]
 
 
-def _values(row: ModuleStatistics | TotalStatistics) -> dict[str, Any]:
+def _values(row: ModuleStatistics) -> dict[str, Any]:
     return dataclasses.asdict(row) | {"density": row.density, "empty_rows": row.empty_rows}
 
 
