@@ -102,7 +102,7 @@ def test_names_of_every_kind_are_drawn(modules: list[str], columns: list[str], r
 
 
 def test_an_adapter_that_keeps_nothing_is_drawn(tmp_path: Path) -> None:
-    empty = ModuleStatistics("layers.0.q_proj", (8, 3), 0, 8, 3, 0, 0.0, 0.0, 0.0)
+    empty = ModuleStatistics("layers.0.q_proj", 8, 24, 0, 8, 0.0, 0.0, 0.0)
     save_figure(figure := plot_statistics("empty", [empty]), tmp_path / "a.png")
     assert numbers(figure, 0) == ["0.0"]
 
