@@ -54,6 +54,8 @@ def identify_files(name: str | None) -> BaseIdentity:
     Raises `ModelError` where it is not there, or where its files do not hold its parameters one by one, by their names.
     """
     source = str(embedded_model()) if name is None else name
+    if source.startswith((".", "/")) and not Path(source).is_dir():
+        raise ModelError(f"cannot identify the base model {source!r}: there is no such folder")
     try:
         folder = (
             Path(source)

@@ -35,6 +35,11 @@ class AdapterFormatError(AdapterError):
         self.faults = tuple(faults)
         super().__init__(f"{source} is not a sound adapter: " + "; ".join(self.faults))
 
+    @property
+    def lines(self) -> list[str]:
+        """The message, each fault on a line of its own."""
+        return [f"{self.source} is not a sound adapter:", *(f"  {fault}" for fault in self.faults)]
+
 
 class UnknownAdapterError(AdapterError):
     """No adapter is called `name`; `near` are known names that look like it."""

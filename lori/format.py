@@ -28,7 +28,7 @@ from lori.weights import read_modules, weight_bytes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
-DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes"}} | dict.fromkeys(
+DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes", "templates"}} | dict.fromkeys(
     ("r", "lora_alpha", "rank_pattern", "alpha_pattern"), True
 )
 """The fields of the config that decide what an adapter does."""

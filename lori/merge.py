@@ -48,6 +48,7 @@ def merge(
     density: float = DEFAULTS.density,
     sign: SignMethod = DEFAULTS.sign,
     seed: int = DEFAULTS.seed,
+    templates: Sequence[Template] | None = None,
 ) -> Adapter:
     """Returns a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
 
@@ -57,6 +58,8 @@ def merge(
     counts for nothing, with any method: not its modules, nor its basis, nor its vote. Where all weights are 0 the result has the
     modules of one of them and keeps no entry. What comes out zero is left out, except that one adapter of weight 1 gives itself.
     Where the adapters agree on alpha / r in all modules they share, the result has it too; else its alpha / r is 1.
+
+    `templates` are how its prompts are written: None is what all the adapters were trained on.
 
     Raises `AdapterError` for options, weights and adapters that do not go together, and values that `values` cannot hold.
     """
@@ -74,7 +77,7 @@ def merge(
     _check_finite(modules, values)
     basis = _basis(terms, columns, shapes)
     alphas = {module: _alpha(terms, module, b.shape[1], is_folded) for module, b in modules.items()}
-    return seal(Adapter(name, _config(terms, modules, basis, shapes, alphas, values, options), modules, basis)).adapter
+    return seal(Adapter(name, _config(terms, modules, basis, shapes, alphas, values, options, templates), modules, basis)).adapter
 
 
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
@@ -164,6 +167,7 @@ def _config(
     alphas: Mapping[str, float],
     values: ValueType,
     options: MergeOptions,
+    templates: Sequence[Template] | None,
 ) -> AdapterConfig:
     configs = [term.adapter.config for term in terms]
     parents = [{"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight} for t in terms]
@@ -175,7 +179,7 @@ def _config(
             alphas=alphas,
             target_modules=list(dict.fromkeys(target for config in configs for target in config.target_modules)),
             values=values,
-            templates=_templates(configs),
+            templates=_common_templates(terms) if templates is None else templates,
             training={"merge": {**options.used, "adapters": parents}},
         )
     except ValidationError as error:
@@ -183,7 +187,10 @@ def _config(
         raise AdapterError(f"the merge would be no adapter that can be read: {faults}") from error
 
 
-def _templates(configs: Sequence[AdapterConfig]) -> Sequence[Template]:
-    """Returns the templates that all share, as the first prefers them; all of the first one's where they share none."""
-    first, *rest = (config.lori.templates for config in configs)
-    return [template for template in first if all(template in other for other in rest)] or first
+def _common_templates(terms: Sequence[_Term]) -> Sequence[Template]:
+    """Returns the templates that all were trained on, as the first prefers them."""
+    first, *rest = (term.adapter.config.lori.templates for term in terms)
+    if common := [template for template in first if all(template in other for other in rest)]:
+        return common
+    found = "; ".join(f"{term.adapter.name}: {', '.join(term.adapter.config.lori.templates)}" for term in terms)
+    raise AdapterError(f"these adapters were trained on no common template ({found}): say which the merge is for")

@@ -3,6 +3,7 @@
 Shapes: D outputs, R rank, N inputs of a module.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE
 from lori.peft_config import PeftConfig, exact
 
+TEMPLATES_FILE = "lori.json"
+"""Beside PEFT's files: what PEFT has no field for, and an import needs."""
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name."""
 
@@ -33,6 +36,7 @@ def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float
         raise AdapterError(f"{dtype} cannot hold values of {', '.join(too_large)}: export as torch.float32")
     with new_folder(folder) as scratch:
         write_file(scratch / WEIGHTS_FILE, save_tensors(tensors, metadata={"format": "pt"}))
+        write_file(scratch / TEMPLATES_FILE, json.dumps({"templates": adapter.config.lori.templates}).encode() + b"\n")
         write_file(
             scratch / CONFIG_FILE, peft_config(adapter.config).model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
         )

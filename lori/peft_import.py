@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit, Seeded
 from lori.config import target_names
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import WEIGHTS_FILE, seal
+from lori.format import WEIGHTS_FILE, read_file, seal
 from lori.identity import BaseIdentity
 from lori.mask import top_k_mask
 from lori.names import check_name
 from lori.new_config import new_config
 from lori.peft_config import PeftConfig, read_peft_config
+from lori.peft_export import TEMPLATES_FILE
 from lori.sparse import SparseB
 from lori.template import Template
 from lori.tensor_file import UNREADABLE
@@ -77,13 +78,14 @@ def import_peft(
     name: str,
     sparsity: float | None = None,
     values: ValueType | None = None,
-    templates: Sequence[Template] = ("chat",),
+    templates: Sequence[Template] | None = None,
 ) -> Imported:
     """Reads the PEFT LoRA adapter in `folder`, made for `base`, and calls it `name`.
 
     Every nonzero entry of B is kept, which is exact; with `sparsity` at most 1 - `sparsity` of all entries, the largest ones (see
-    `_sizes`), and never a zero. `values` is how B will be stored, None for its dtype in the file. Raises `AdapterFormatError`
-    with every fault of the folder, `AdapterError` for a `name` or a `sparsity` that cannot be.
+    `_sizes`), and never a zero. `values` is how B will be stored, None for its dtype in the file. `templates` are how its prompts
+    are written, None for what an export of ours says, else `chat`. Raises `AdapterFormatError` with every fault of the folder,
+    `AdapterError` for a `name` or a `sparsity` that cannot be.
     """
     check_name(name)
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
@@ -107,7 +109,7 @@ def import_peft(
             alphas=alphas,
             target_modules=target_names(modules, base.shapes),
             values=values or _value_type(b for _, b in pairs.values()),
-            templates=templates,
+            templates=_templates(folder) if templates is None else templates,
             training={"imported": _source(peft) | pruning},
         )
     except ValidationError as invalid:
@@ -155,7 +157,8 @@ def _read_tensors(
 ) -> tuple[dict[str, dict[str, torch.Tensor]], tuple[str, ...]]:
     """Returns {module: {"A": …, "B": …}}, as far as they are there, and the names of the tensors that were ignored."""
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    ignored = []
+    ignored: list[str] = []
+    features: dict[str, list[str]] = defaultdict(list)
     if not (folder / WEIGHTS_FILE).is_file():
         faults.append(_no_weights(folder))
         return tensors, ()
@@ -170,11 +173,16 @@ def _read_tensors(
                     tensors[module][found["part"]] = file.get_tensor(key).clone()  # the file is only mapped
                 elif EMBEDDING.fullmatch(key):
                     ignored.append(key)
+                elif feature := next((part for part in FEATURES if part in key), None):
+                    features[feature].append(key)
                 else:
                     faults.append(_unknown(key, module, found))
     except (OSError, *UNREADABLE) as error:
         faults.append(f"{WEIGHTS_FILE} is not a safetensors file: {error}")
         return tensors, ()
+    for feature, found_in in features.items():
+        more = f" and {len(found_in) - 1} more" if len(found_in) > 1 else ""
+        faults.append(f"{found_in[0]}{more}: {FEATURES[feature]}, and only plain LoRA can be imported")
     if not any(TENSOR.fullmatch(key) for key in keys):
         faults.append(f"{WEIGHTS_FILE}: it has no lora_A and no lora_B")
     return tensors, tuple(ignored)
@@ -196,8 +204,7 @@ def _unknown(key: str, module: str | None, found: re.Match[str] | None) -> str:
         return f"{key}: a second lora_{found['part']} of {module}"
     if found:
         return f"{key}: the base has no linear layer called {found['path']!r}"
-    feature = next((feature for part, feature in FEATURES.items() if part in key), None)
-    return f"{key}: {feature}, and only plain LoRA can be imported" if feature else f"{key}: unknown tensor"
+    return f"{key}: unknown tensor"
 
 
 def _tensor_faults(name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> Iterable[str]:
@@ -218,6 +225,27 @@ def _value_type(tensors: Iterable[torch.Tensor]) -> ValueType:
 def _source(config: PeftConfig) -> dict[str, Any]:
     source = {"format": "peft", "from": config.base_model_name_or_path, "peft_version": config.peft_version}
     return {key: value for key, value in source.items() if value}
+
+
+class Exported(BaseModel):
+    """What an export of ours says beside PEFT's files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    templates: tuple[Template, ...] = Field(min_length=1)
+
+
+def _templates(folder: Path) -> Sequence[Template]:
+    if not (folder / TEMPLATES_FILE).exists():
+        return ("chat",)
+    faults: list[str] = []
+    content = read_file(folder, TEMPLATES_FILE, faults)
+    try:
+        if content is not None:
+            return Exported.model_validate_json(content).templates
+    except ValidationError as error:
+        faults += [f"{TEMPLATES_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
+    raise AdapterFormatError(str(folder), faults)
 
 
 def _basis(tensors: Mapping[str, torch.Tensor]) -> Basis:

@@ -23,7 +23,7 @@ from lori.adapter import Adapter
 from lori.basis import Explicit
 from lori.basis_file import BASES_FOLDER, basis_file, load_basis, save_basis
 from lori.config import NUM_VERSION_DIGITS, ExplicitConfig
-from lori.config_file import CONFIG_FILE
+from lori.config_file import CONFIG_FILE, parse_config
 from lori.durable import discard, new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import Files, load_adapter, name_of, parse_adapter, read_config, read_files, seal
@@ -75,12 +75,13 @@ class AdapterStore:
 
         Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
         """
+        self._check_root()
         try:
             with os.scandir(self.root) as items:
                 entries = [Entry(item.name.partition("@")[0], self.root / item.name) for item in items if _is_adapter(item)]
         except OSError as error:
             raise AdapterError(f"{self.root} is no folder of adapters: {error.strerror}") from error
-        return sorted(entries, key=lambda entry: entry.folder.name)
+        return sorted(entries, key=lambda entry: (entry.name, entry.folder.name))
 
     def aliases(self) -> dict[str, str]:
         """Returns what each alias stands for, `name@version`. Raises `AdapterError` where one cannot be read."""
@@ -98,6 +99,10 @@ class AdapterStore:
         Raises `UnknownAdapterError` where there is none, `AdapterError` where it could be several, or no adapter is called so.
         """
         return _settled(partial(self._find, *split_reference(reference)))
+
+    def _check_root(self) -> None:
+        if (self.root / CONFIG_FILE).exists():
+            raise AdapterError(f"{self.root} is an adapter, expected a folder of adapters")
 
     def _current(self) -> dict[str, Entry]:
         by_name = defaultdict(list)
@@ -136,6 +141,7 @@ class AdapterStore:
     def put(self, adapter: Adapter, files: Files) -> Entry:
         """Publishes `adapter`, which `files` were read as, under its name."""
         check_name(adapter.name)
+        self._check_root()
         meant = self._alias(adapter.name)
         if meant and meant.partition("@")[0] != adapter.name:
             raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
@@ -163,7 +169,9 @@ class AdapterStore:
                 for name, content in files.items():
                     write_file(scratch / name, content)
             return
-        # The same content, since the version is: a record that was measured since, or a copy that was damaged.
+        # The same content, since the version is: what was measured since, or a copy that was damaged.
+        if _is_made_otherwise(folder, files):
+            return
         for name, content in files.items():
             if not (folder / name).is_file() or read_regular(folder / name) != content:
                 replace_file(folder / name, content)
@@ -183,7 +191,7 @@ class AdapterStore:
         return entry
 
     def remove(self, reference: str) -> Sequence[str]:
-        """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns the versions gone.
+        """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns what is gone.
 
         An explicit basis that no other adapter needs goes with them.
 
@@ -215,7 +223,7 @@ class AdapterStore:
             with self._lock(BASES_FOLDER):
                 for file in bases - {self._basis_file(entry) for entry in self.list()}:
                     file.unlink(missing_ok=True)
-        return sorted(gone)
+        return sorted(gone) or [name]
 
     def _basis_file(self, entry: Entry) -> Path | None:
         """Returns the file of an adapter's explicit basis; None where it has none, or cannot be read."""
@@ -325,6 +333,16 @@ def _known_as(entry: Entry) -> str:
         return entry.reference
     except AdapterFormatError:  # it is to be removed, sound or not
         return entry.folder.name
+
+
+def _is_made_otherwise(folder: Path, files: Files) -> bool:
+    """Says whether a sound adapter in `folder` was made in another way than its equal, `files`: then its record is kept."""
+    try:
+        before = load_adapter(folder).config
+    except AdapterFormatError:  # it is damaged: what is published mends it
+        return False
+    after = parse_config(files[CONFIG_FILE], [])
+    return after is not None and before.lori.training != after.lori.training
 
 
 def _is_adapter(item: "os.DirEntry[str]") -> bool:

@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from pydantic import ValidationError
 
-from lori.errors import LoriError
+from lori.errors import AdapterFormatError, LoriError
 from lori.flags import flag_faults
 from server.app import create_app
 from server.engine.thread import EngineThread
@@ -36,6 +36,9 @@ def main() -> int:
         return 2
     except OSError as error:
         print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
+        return 1
+    except AdapterFormatError as error:
+        print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)

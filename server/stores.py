@@ -32,5 +32,5 @@ def load_all(entries: Mapping[str, Entry], base: BaseIdentity) -> list[Adapter]:
         except AdapterFormatError as error:
             faults += [f"{error.source}: {fault}" for fault in error.faults]
     if faults:
-        raise AdapterFormatError("the store of adapters", faults)
+        raise AdapterFormatError("what is to be served", faults)
     return adapters

@@ -9,7 +9,7 @@ from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import name_of
 from lori.identity import BaseIdentity
-from lori.names import NAME
+from lori.names import NAME, check_name
 from lori.store import AdapterStore, Entry
 from lori.values import ValueType
 
@@ -39,10 +39,17 @@ def find_entry(path: Path) -> Entry:
     if (path / CONFIG_FILE).is_file():
         return Entry(name_of(path), path)
     if path.is_dir():
-        raise AdapterError(f"{path} is no adapter: it has no {CONFIG_FILE}")
+        raise AdapterError(f"{path} is no adapter: it has no {CONFIG_FILE}; if it is a store, expected {path}/NAME")
     if not path.parent.is_dir():
         raise AdapterError(f"{path} is not there, and {path.parent} is no folder of adapters")
     return AdapterStore(path.parent).find(path.name)
+
+
+def check_output(path: Path) -> None:
+    """Raises `AdapterError` where `path` is not store/name, of an adapter that is to be made."""
+    check_name(path.name)
+    if path.parent == Path() or (path.is_dir() and not (path / CONFIG_FILE).is_file()):
+        raise AdapterError(f"the output is {path}, expected store/name, such as adapters/{path.name}")
 
 
 def find_entries(path: Path) -> list[Entry]:

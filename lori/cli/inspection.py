@@ -73,9 +73,21 @@ def _fields(adapter: Adapter, num_bytes: int) -> list[tuple[str, str]]:
         ("basis", str(section.basis)),
         ("size", f"{size(num_bytes)} on disk, values in {section.values}; {size(adapter.num_bytes)} in memory"),
         ("templates", ", ".join(section.templates)),
+        *([("made", made)] if (made := _made(section.training)) else []),
     ]
     fields += [(f"merge with {name}", f"weights {own:g} and {other:g}") for name, (own, other) in section.merge_weights.items()]
     return fields + [(name, f"{value:.3f}") for name, value in section.metrics.items()]
+
+
+def _made(record: dict[str, Any]) -> str:
+    match record:
+        case {"merge": {"method": method, "adapters": list(parents)}}:
+            return f"merged by {method}: " + ", ".join(f"{p['weight']:g} {p['name']}@{p['version']}" for p in parents)
+        case {"imported": {"from": source}}:
+            return f"imported from a PEFT adapter on {source}"
+        case {"command": str(command)}:
+            return command
+    return ""
 
 
 def _cells(row: ModuleStatistics) -> list[str]:

@@ -1,16 +1,17 @@
 """The command that makes an adapter of others: merge."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lori.cli.arguments import AdaptersArgument, JsonOption, find_entry
+from lori.cli.arguments import AdaptersArgument, JsonOption, check_output, find_entry
 from lori.cli.output import print_made
+from lori.errors import AdapterError
 from lori.merge import merge as merge_adapters
 from lori.merge_methods import DEFAULTS, MergeMethod, MergeOptions, SignMethod
-from lori.names import check_name
 from lori.store import AdapterStore
+from lori.template import Template
 from lori.values import ValueType, rounding_error
 
 EXACT: ValueType = "float32"
@@ -38,14 +39,23 @@ def merge(
         typer.Option(help=f"How TIES elects a sign; {DEFAULTS.sign} if absent.", show_default=False),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Draws what DARE drops; 0 if absent.", min=0, show_default=False)] = None,
+    template: Annotated[
+        Template | None,
+        typer.Option(help="How its prompts are written; what all the adapters were trained on if absent.", show_default=False),
+    ] = None,
     values: Annotated[ValueType, typer.Option(help="How B's values are stored.")] = "bfloat16",
     json: JsonOption = False,
 ) -> None:
     """Merge adapters into a new one. A server merges `linear` in every request, at no cost: this keeps or ships a mixture."""
-    check_name(output.name)
-    given = {name: value for name, value in (("density", density), ("sign", sign), ("seed", seed)) if value is not None}
+    check_output(output)
+    asked = (("density", density), ("sign", sign), ("seed", seed))
+    given: dict[str, Any] = {option: value for option, value in asked if value is not None}
     if unused := given.keys() - MergeOptions(method).used.keys():
         raise typer.BadParameter(f"{method} has no {' and no '.join(sorted(unused))}")
+    try:
+        options = MergeOptions(method, **given)
+    except AdapterError as error:
+        raise typer.BadParameter(str(error)) from error
     loaded = [find_entry(path).load() for path in adapters]
     weights = weight or [1 / len(loaded)] * len(loaded)
     if len(weights) != len(loaded):
@@ -57,9 +67,10 @@ def merge(
             method,
             name=output.name,
             values=stored,
-            density=DEFAULTS.density if density is None else density,
-            sign=DEFAULTS.sign if sign is None else sign,
-            seed=DEFAULTS.seed if seed is None else seed,
+            density=options.density,
+            sign=options.sign,
+            seed=options.seed,
+            templates=None if template is None else (template,),
         )
         for stored in (values, EXACT)
     )

@@ -1,6 +1,7 @@
 """What the commands print: tables for people, JSON for scripts."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from rich.text import Text
 from lori.adapter import Adapter
 from lori.store import Entry
 
+NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB))?")
+UNBROKEN = ("name", "version", "bytes", "density", "rank")
+"""Columns that keep their width where a terminal is narrow."""
 WIDTH = 200
 """Columns of a table that no terminal shows: a file or a pipe cuts nothing."""
 
@@ -27,7 +31,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     rows = list(rows)
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if all(_is_number(row[i]) for row in rows) else "left", overflow="fold")
+        is_number = column != "version" and all(_is_number(row[i]) for row in rows)
+        table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column in UNBROKEN)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     _console().print(table)
@@ -49,8 +54,9 @@ def print_made(entry: Entry, adapter: Adapter, notes: dict[str, float | list[str
         print_json(found | {"density": adapter.density} | notes)
         return
     for what, value in notes.items():
-        if value and isinstance(value, float):
-            print(f"{what.replace('_', ' ')}: {100 * value:.2g}%")
+        if value:
+            said = f"{100 * value:.2g}%" if isinstance(value, float) else ", ".join(value)
+            print(f"{what.replace('_', ' ')}: {printable(said)}")
     print(f"published {entry.reference}: {percent(adapter.density)} of B kept, {size(num_bytes)}")
 
 
@@ -88,7 +94,7 @@ def _console() -> Console:
 
 
 def _is_number(cell: str) -> bool:
-    return cell in ("", "–") or cell[0].isdecimal() or (cell[0] in "-." and cell[1:2].isdecimal())
+    return bool(NUMBER.fullmatch(cell))
 
 
 def printable(text: str) -> str:

@@ -33,8 +33,7 @@ def main() -> int:
     try:
         app(prog_name=PROGRAM)
     except AdapterFormatError as error:
-        lines = [f"error: {error.source} is not a sound adapter:", *(f"  {fault}" for fault in error.faults)]
-        print("\n".join(map(printable, lines)), file=sys.stderr)
+        print("error: " + "\n".join(map(printable, error.lines)), file=sys.stderr)
         return 1
     except (LoriError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)

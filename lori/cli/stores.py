@@ -8,7 +8,7 @@ import typer
 from lori.cli.arguments import JsonOption, StoreArgument
 from lori.cli.output import folder_bytes, percent, print_json, print_table, size
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import read_config
+from lori.format import WEIGHTS_FILE, read_config
 from lori.store import AdapterStore, Entry
 
 
@@ -17,7 +17,7 @@ def list_(
     brief: Annotated[bool, typer.Option("--brief", help="Open no adapter: names, versions and aliases alone.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the adapters of a store, every version of each, and what its aliases mean."""
+    """List the adapters of a store, every version of each, and what its aliases mean (`verify` reads them whole)."""
     found = AdapterStore(store)
     rows = [_row(entry, brief) for entry in found.list()]
     aliases, faults = _aliases(found, {row["folder"] for row in rows})
@@ -25,6 +25,8 @@ def list_(
         row["aliases"] = aliases[row.pop("folder")]
     if json:
         print_json(rows)
+    elif not rows:
+        print(f"{store} holds no adapter")
     else:
         columns = ["name", "version", "aliases"] + ([] if brief else ["base", "rank", "density", "values", "basis", "bytes"])
         columns += ["fault"] if any("fault" in row for row in rows) else []
@@ -43,6 +45,8 @@ def _row(entry: Entry, brief: bool) -> dict[str, Any]:
             config = read_config(entry.folder)
             row |= {"base": config.base_model_name_or_path, "rank": config.r, "density": round(1 - config.lori.sparsity, 9)}
             row |= {"values": config.lori.values, "basis": str(config.lori.basis), "bytes": folder_bytes(entry.folder)}
+            if not (entry.folder / WEIGHTS_FILE).is_file():
+                row["fault"] = f"{WEIGHTS_FILE} is missing"
     except AdapterFormatError as error:
         row["fault"] = "; ".join(error.faults)
     return row
@@ -98,7 +102,7 @@ def remove(
     if json:
         print_json({"removed": removed})
     else:
-        print(f"removed {', '.join(removed) or f'the alias {reference}'}")
+        print(f"removed {', '.join(removed)}")
 
 
 COMMANDS = (list_, alias, remove)

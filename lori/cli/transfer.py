@@ -23,8 +23,8 @@ from lori.cli.output import folder_bytes, percent, print_json, print_made, size,
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterFormatError
 from lori.format import read_file
-from lori.hub import name_in, resolve
-from lori.names import check_name
+from lori.hub import SCHEME, name_in, resolve
+from lori.names import NAME, check_name
 from lori.peft_export import export_peft
 from lori.peft_import import import_peft
 from lori.store import AdapterStore
@@ -45,14 +45,16 @@ def import_(
     ] = None,
     values: ValuesOption = None,
     template: Annotated[
-        Template | None, typer.Option(help="How a PEFT adapter's prompts are written; chat if absent.", show_default=False)
+        Template | None,
+        typer.Option(help="How a PEFT adapter's prompts are written; as `export` noted, or chat, if absent.", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Import an adapter: check it, and publish it in STORE. The base of a PEFT adapter is the embedded model, or --model."""
-    name = name_in(source) if name is None else name
+    name = _checked_name(name_in(source)) if name is None else name
     check_name(name)
-    folder = resolve(source)
+    is_in_store = not source.startswith(SCHEME) and not Path(source).is_dir() and Path(source).parent.is_dir()
+    folder = find_entry(Path(source)).folder if is_in_store else resolve(source)
     if _is_ours(folder):
         if any(option is not None for option in (model, sparsity, values, template)):
             raise typer.BadParameter(
@@ -61,21 +63,30 @@ def import_(
         entry = AdapterStore(store).publish(folder, name)
         print_made(entry, entry.load(), {}, json)
         return
+    if sparsity == 1:
+        raise typer.BadParameter("1 leaves nothing, expected less", param_hint="--sparsity")
     base = identify_base(model)
     found = import_peft(
-        folder, base, name=name, sparsity=sparsity, values=values, templates=("chat" if template is None else template,)
+        folder, base, name=name, sparsity=sparsity, values=values, templates=None if template is None else (template,)
     )
     if found.ignored:
         warn(f"left out, since no LoRI adapter can hold them: {', '.join(found.ignored)}")
     if sparsity is None and found.adapter.density > 0.5:
-        warn(f"{percent(found.adapter.density)} of its B is kept, which is slow to serve: --sparsity 0.9 prunes it")
+        warn(f"{percent(found.adapter.density)} of its B is kept, slow to serve: --sparsity prunes, and says what it costs")
     entry = AdapterStore(store).add(found.adapter)
     notes: dict[str, float | list[str]] = {
         "pruning_error": found.pruning_error,
         "rounding_error": found.rounding_error,
         "ignored": list(found.ignored),
+        "templates": list(found.adapter.config.lori.templates),
     }
     print_made(entry, found.adapter, notes, json)
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise typer.BadParameter(f"{name!r} cannot be an adapter's name ({NAME.pattern}): give it one", param_hint="--name")
+    return name
 
 
 def _is_ours(folder: Path) -> bool:
@@ -94,7 +105,8 @@ def export(
     adapter: AdapterArgument,
     folder: Annotated[Path, typer.Argument(help="Made new, in PEFT's format.", show_default=False)],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="float32 is exact; the others are half as large.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="float32 is exact; the others are half as large, and their A, rounded, is shared no more."),
     ] = "float32",
     json: JsonOption = False,
 ) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.cli.program import app, main
 from lori.config_file import CONFIG_FILE
-from lori.format import WEIGHTS_FILE, load_adapter
+from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
 from lori.new_config import new_config
 from lori.store import AdapterStore
 from tests.lori.adapters import RANK, make_config, make_modules, save
@@ -351,7 +352,7 @@ def test_every_command_that_makes_something_speaks_json(run: Run, store: Path, t
     assert json.loads(run("export", store / "both", tmp_path / "peft", "--json")[1])["bytes"] > 1000
     assert json.loads(run("import", store / "math", tmp_path / "in", "--name", "c", "--json")[1])["name"] == "c"
     assert json.loads(run("alias", store, "prod", "both", "--json")[1])["means"].startswith("both@")
-    assert json.loads(run("remove", store, "prod", "--json")[1]) == {"removed": []}
+    assert json.loads(run("remove", store, "prod", "--json")[1]) == {"removed": ["prod"]}
 
 
 def test_what_a_file_says_does_not_reach_the_terminal_raw(run: Run, store: Path) -> None:
@@ -359,3 +360,67 @@ def test_what_a_file_says_does_not_reach_the_terminal_raw(run: Run, store: Path)
     _, out, _ = run("list", store)
     assert "\x1b" not in out
     assert "x\\x1b[2Jy" in out
+
+
+def test_how_prompts_are_written_goes_out_and_comes_back(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
+    # An import took `chat` in silence, whatever the adapter was trained on.
+    model, folder = tiny_adapter
+    plain = load_adapter(folder)
+    section = plain.config.lori.model_copy(update={"templates": ("plain", "chat")})
+    save_adapter(replace(plain, config=plain.config.model_copy(update={"lori": section})), tmp_path / "plain")
+    run("export", tmp_path / "plain", tmp_path / "peft")
+    assert "templates: plain, chat" in run("import", tmp_path / "peft", tmp_path / "in", "--model", model)[1]
+    assert AdapterStore(tmp_path / "in").find("peft").load().config.lori.templates == ("plain", "chat")
+    run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--template", "chat", "--name", "other")
+    found = AdapterStore(tmp_path / "in")
+    assert found.find("other").load().config.lori.templates == ("chat",)
+    assert found.find("other").version != found.find("peft").version
+
+
+def test_how_an_adapter_was_made_is_not_forgotten(run: Run, tmp_path: Path, tiny_adapter: tuple[Path, Path]) -> None:
+    # Its equal, imported under its name, replaced a merge's record with its own.
+    model, folder = tiny_adapter
+    run("merge", folder, folder, "-w", 1, "-w", 1, "-o", tmp_path / "in/both", "--values", "float32")
+    before = AdapterStore(tmp_path / "in").find("both")
+    assert "merged by linear: 2 tiny@" in run("inspect", tmp_path / "in/both")[1]
+    run("export", tmp_path / "in/both", tmp_path / "peft")
+    run("import", tmp_path / "peft", tmp_path / "in", "--model", model, "--name", "both")
+    assert AdapterStore(tmp_path / "in").find("both").folder == before.folder
+    assert "merged by linear: 2 tiny@" in run("inspect", tmp_path / "in/both")[1]
+
+
+@pytest.mark.parametrize("output", ["x", "store", "store/math/zz"])
+def test_an_output_that_is_not_store_and_name_is_refused(
+    run: Run, store: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.chdir(store.parent)
+    before = sorted(store.parent.rglob("*"))
+    code, _, err = run("merge", store / "math", store / "law", "-o", output)
+    assert code == 1
+    assert "expected" in err
+    assert sorted(store.parent.rglob("*")) == before
+
+
+def test_an_adapter_without_its_weights_is_listed_as_such(run: Run, store: Path) -> None:
+    (store / "law" / WEIGHTS_FILE).unlink()
+    code, out, _ = run("list", store)
+    assert code == 1
+    assert "adapter_model.safetensors is missing" in out
+
+
+def test_an_adapter_goes_from_store_to_store_by_name(run: Run, store: Path, tmp_path: Path) -> None:
+    AdapterStore(store).publish(store / "math")
+    assert run("import", store / "math", tmp_path / "in")[0] == 0
+    assert AdapterStore(tmp_path / "in").find("math").version == AdapterStore(store).find("math").version
+
+
+def test_a_name_that_cannot_be_is_asked_for(run: Run, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store / "math", tmp_path / "My LoRA")
+    code, _, err = run("import", tmp_path / "My LoRA", tmp_path / "in")
+    assert code == 2
+    assert "--name" in err
+
+
+@pytest.mark.parametrize("options", [["--density", 0], ["--density", 7]])
+def test_an_option_out_of_range_is_a_wrong_command(run: Run, store: Path, options: list[object]) -> None:
+    assert run("merge", store / "math", store / "law", "--method", "ties", "-o", store / "x", *options)[0] == 2

@@ -40,8 +40,13 @@ def test_hidden_folders_files_and_folders_without_a_config_are_no_adapters(tmp_p
     touch(tmp_path, "math", ".math-scratch", "outer/inner")
     (tmp_path / "Not An Adapter").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / CONFIG_FILE).write_text("{}")
     assert list(folders(tmp_path)) == ["math"]
+
+
+def test_an_adapter_is_no_folder_of_adapters(tmp_path: Path) -> None:
+    # Was an empty store: nothing was served, and nothing said.
+    with pytest.raises(AdapterError, match="is an adapter, expected a folder of adapters"):
+        folders(touch(tmp_path, "math") / "math")
 
 
 @pytest.mark.parametrize("name", ["Math", "ma th", "-math", "_math", "máth", "a" * 65, "math+law", "math\n", "math@XYZ"])
