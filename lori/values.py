@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lori.sparse import SparseB
@@ -14,6 +16,8 @@ from lori.sparse import SparseB
 ValueType = Literal["bfloat16", "float16", "float32", "int8"]
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 INT8_MAX = 127
+Rows = npt.NDArray[np.integer]
+"""The output of each kept entry, (K,) ascending."""
 
 
 def stored_dtype(value_type: ValueType) -> torch.dtype:
@@ -29,7 +33,7 @@ def rounded(b: SparseB, value_type: ValueType) -> SparseB:
     if value_type != "int8":
         return SparseB(b.shape, b.indices, b.values.to(stored_dtype(value_type)))
     quantized, scales = quantize(b)
-    return SparseB(b.shape, b.indices, dequantize(quantized, scales, b.rows))
+    return SparseB(b.shape, b.indices, dequantize(quantized, scales, b.rows.numpy()))
 
 
 def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,15 +51,21 @@ def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
     return quantized.nan_to_num(0.0).to(torch.int8), scales
 
 
-def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Says whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same."""
-    peaks = torch.zeros(len(scales), dtype=torch.int16).scatter_reduce(0, rows, quantized.to(torch.int16).abs(), "amax")
-    return bool((peaks == torch.where(scales > 0, INT8_MAX, 0)).all()) and bool((scales >= 0).all())
+def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> bool:
+    """Says whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same.
+
+    A row has a scale above 0 where it has a value that is not 0, and then it has 127 or -127.
+    """
+    values, bits = quantized.numpy(), scales.view(torch.int16).numpy()
+    has_value, has_peak = np.zeros((2, len(scales)), np.bool_)
+    has_value[rows[values != 0]] = True
+    has_peak[rows[np.abs(values) == INT8_MAX]] = True
+    return bool((has_value == has_peak).all() and (has_peak == (bits > 0)).all() and (bits >= 0).all() and (values > -128).all())
 
 
-def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Returns values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
-    return quantized.float() * scales.float()[rows]
+    return torch.from_numpy(quantized.numpy().astype(np.float32) * scales.float().numpy()[rows])
 
 
 def rounding_error(modules: Iterable[SparseB], value_type: ValueType) -> float:

@@ -6,6 +6,7 @@ safetensors only, never a pickle. Shapes: D outputs, R rank, N inputs, K kept en
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 
@@ -49,7 +50,28 @@ def read_modules(
             mask, values, *scales = (tensors[name] for name in wanted)
             b = _read_module(module, (shape[0], config.rank_of(module)), mask, values, scales, config.lori.values, faults)
             modules |= {module: b} if b else {}
-    return modules
+    return modules if config.lori.values != "int8" else _canonical(modules, tensors, faults)
+
+
+def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tensor], faults: list[str]) -> dict[str, SparseB]:
+    """Returns those of `modules` whose int8 values and scales are canonical, see `lori.values.is_canonical`.
+
+    Looked at all together, since most files are sound; only where one is not, one by one.
+    """
+
+    def are_canonical(names: Iterable[str]) -> bool:
+        rows, end = [], 0
+        for name in names:
+            rows.append(modules[name].indices.numpy() // np.int32(modules[name].shape[1]) + np.int32(end))
+            end += modules[name].shape[0]
+        values, scales = (torch.cat([tensors[f"{name}.{part}"] for name in names]) for part in ("values", "scales"))
+        return is_canonical(values, scales, np.concatenate(rows))
+
+    if not modules or are_canonical(modules):
+        return dict(modules)
+    bad = [name for name in modules if not are_canonical([name])]
+    faults += [f"{name}.scales: not those of its values, whose largest in a row is 127, or 0 where the scale is" for name in bad]
+    return {name: b for name, b in modules.items() if name not in bad}
 
 
 def _read_module(
@@ -71,16 +93,13 @@ def _read_module(
     if len(faults) > before:
         return None
     try:
-        indices = torch.from_numpy(rice.decode(mask.numpy(), shape[0] * shape[1], values.numel()))
+        indices = rice.decode(mask.numpy(), shape[0] * shape[1], values.numel())
     except ValueError as error:
         faults.append(f"{module}: {error}")
         return None
-    b = SparseB(shape, indices, values)
-    if scales and not is_canonical(values, scales[0], b.rows):
-        faults.append(f"{module}.scales: not those of its values, whose largest in a row is 127, or 0 where the scale is")
-        return None
     if scales:
-        b = SparseB(shape, indices, dequantize(values, scales[0], b.rows))
+        values = dequantize(values, scales[0], indices // np.int32(shape[1]))
+    b = SparseB(shape, torch.from_numpy(indices), values)
     if num_bad := values.numel() - int(b.values.isfinite().sum()):
         faults.append(f"{module}.values: {num_bad} values are not finite")
         return None
