@@ -16,10 +16,11 @@ from lori.basis import Explicit
 from lori.basis_file import BASES_FOLDER, basis_bytes, load_basis, parse_basis
 from lori.config_file import CONFIG_FILE
 from lori.durable import read_regular, replace_file
+from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, seal, stored_as
 from lori.names import NAME, check_name
-from lori.store import AdapterStore, Entry
+from lori.store import AdapterStore
 from lori.values import ValueType
 
 MAX_BYTES = 2**33

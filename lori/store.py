@@ -8,60 +8,28 @@
 Readers need no lock: a version appears and an alias moves by a rename. Writers hold the lock of the name.
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
-
 from lori.adapter import Adapter
+from lori.aliases import Aliases
 from lori.basis import Explicit
 from lori.basis_file import BASES_FOLDER, basis_file, load_basis, save_basis
-from lori.config import NUM_VERSION_DIGITS, ExplicitConfig
+from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
-from lori.durable import discard, new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
+from lori.durable import new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
+from lori.entry import Entry, no_link, scan
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import Files, load_adapter, name_of, parse_adapter, read_config, read_files, seal
-from lori.identity import BaseIdentity
-from lori.names import NAME, VERSION, check_name, split_reference, unknown_adapter
+from lori.name_lock import locked
+from lori.names import check_name, split_reference, unknown_adapter
 
-ALIASES_FOLDER, LOCKS_FOLDER = ".aliases", ".locks"
-MAX_ALIAS_BYTES = 200
 NUM_LOOKS = 3
 Found = TypeVar("Found")
-LOCK_S = 60.0
-"""How long a writer waits for another one of the same name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One version of an adapter in a store, not opened yet. `folder` is `name@version`, or `name` as its maker left it."""
-
-    name: str
-    folder: Path
-
-    @property
-    def version(self) -> str:
-        """Its version; the config of a folder without one in its name is read. Raises `AdapterFormatError` as `read_config`."""
-        in_name = self.folder.name.partition("@")[2]
-        return in_name or read_config(self.folder).lori.content_digest[:NUM_VERSION_DIGITS]
-
-    @property
-    def reference(self) -> str:
-        """`name@version`. Raises as `version`."""
-        return f"{self.name}@{self.version}"
-
-    def load(self, base: BaseIdentity | None = None) -> Adapter:
-        """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
-        adapter = load_adapter(self.folder, base)
-        if (version := self.version) != adapter.version:
-            raise AdapterFormatError(str(self.folder), [f"its version is {adapter.version}, expected {version}"])
-        return replace(adapter, name=self.name)
 
 
 class AdapterStore:
@@ -69,6 +37,7 @@ class AdapterStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._aliases = Aliases(root)
 
     def list(self) -> Sequence[Entry]:
         """Returns every version of every adapter, in order of name. Opens none.
@@ -76,18 +45,11 @@ class AdapterStore:
         Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
         """
         self._check_root()
-        try:
-            with os.scandir(self.root) as items:
-                entries = [Entry(item.name.partition("@")[0], self.root / item.name) for item in items if _is_adapter(item)]
-        except OSError as error:
-            raise AdapterError(f"{self.root} is no folder of adapters: {error.strerror}") from error
-        return sorted(entries, key=lambda entry: (entry.name, entry.folder.name))
+        return scan(self.root)
 
     def aliases(self) -> dict[str, str]:
-        """Returns what each alias stands for, `name@version`. Raises `AdapterError` where one cannot be read."""
-        folder = self.root / ALIASES_FOLDER
-        names = [name for name in sorted(os.listdir(folder)) if NAME.fullmatch(name)] if folder.is_dir() else []
-        return {name: meant for name in names if (meant := self._alias(name)) is not None}
+        """Returns what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
+        return self._aliases.all()
 
     def current(self) -> dict[str, Entry]:
         """Returns what each name and alias means now. Raises `AdapterError` where one means nothing, or two things."""
@@ -108,12 +70,12 @@ class AdapterStore:
         by_name = defaultdict(list)
         for entry in self.list():
             by_name[entry.name].append(entry)
-        aliases = self.aliases()
+        aliases = self._aliases.all()
         return {name: self._resolve(name, aliases.get(name), by_name[name]) for name in sorted(aliases.keys() | by_name.keys())}
 
     def _find(self, name: str, version: str) -> Entry:
         if not version:
-            alias = self._alias(name)
+            alias = self._aliases.get(name)
             is_direct = alias or (self.root / name / CONFIG_FILE).is_file()
             return self._resolve(name, alias, () if is_direct else self._versions(name))
         found = [entry for entry in self._versions(name) if entry.version.startswith(version)]
@@ -142,15 +104,15 @@ class AdapterStore:
         """Publishes `adapter`, which `files` were read as, under its name."""
         check_name(adapter.name)
         self._check_root()
-        meant = self._alias(adapter.name)
+        meant = self._aliases.get(adapter.name)
         if meant and meant.partition("@")[0] != adapter.name:
             raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
         entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
-        with self._lock(adapter.name):
+        with locked(self.root, adapter.name):
             self._pin(adapter.name)
             with self._basis_kept(adapter):
                 self._write(entry.folder, files)
-            self._write_alias(adapter.name, entry)
+            self._aliases.set(adapter.name, entry.folder.name)
         return entry
 
     @contextmanager
@@ -159,7 +121,7 @@ class AdapterStore:
         if not isinstance(adapter.basis, Explicit):
             yield
             return
-        with self._lock(BASES_FOLDER):
+        with locked(self.root, BASES_FOLDER):
             save_basis(self.root, adapter.basis)
             yield
 
@@ -183,11 +145,11 @@ class AdapterStore:
         if alias != owner and self._versions(alias):
             raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
         # Under the owner's lock too, or what it means could be removed meanwhile.
-        with self._lock(*{alias, owner}):
+        with locked(self.root, *{alias, owner}):
             version = self.find(reference).version
             self._pin(owner)
             entry = self.find(f"{owner}@{version}")
-            self._write_alias(alias, entry)
+            self._aliases.set(alias, entry.folder.name)
         return entry
 
     def remove(self, reference: str) -> Sequence[str]:
@@ -200,13 +162,15 @@ class AdapterStore:
         name, version = split_reference(reference)
         if not self.root.is_dir():
             raise AdapterError(f"{self.root} is no folder of adapters")
-        with self._lock(name):
+        with locked(self.root, name):
             doomed = [self.find(reference)] if version else list(self._versions(name))
-            current = self._alias(name)
+            current = self._aliases.get(name)
             if not doomed and current is None:
                 raise unknown_adapter(reference, self._known())
             gone = {_known_as(entry) for entry in doomed}
-            holders = {alias: meant for alias, meant in self.aliases().items() if meant in gone and (version or alias != name)}
+            holders = {
+                alias: meant for alias, meant in self._aliases.all().items() if meant in gone and (version or alias != name)
+            }
             if holders:
                 said = ", ".join(f"{alias!r} means {meant}" for alias, meant in holders.items())
                 raise AdapterError(f"{said}: move or remove the alias first")
@@ -216,11 +180,11 @@ class AdapterStore:
             for entry in doomed[:-1]:
                 remove_folder(entry.folder)
             if not version:
-                (self.root / ALIASES_FOLDER / name).unlink(missing_ok=True)
+                self._aliases.remove(name)
             for entry in doomed[-1:]:
                 remove_folder(entry.folder)
         if bases:
-            with self._lock(BASES_FOLDER):
+            with locked(self.root, BASES_FOLDER):
                 for file in bases - {self._basis_file(entry) for entry in self.list()}:
                     file.unlink(missing_ok=True)
         return sorted(gone) or [name]
@@ -241,7 +205,7 @@ class AdapterStore:
         if alias and not (self.root / alias).is_dir():
             raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
         if alias or is_plain:
-            return Entry(name, _no_link(self.root / alias if alias else plain))
+            return Entry(name, no_link(self.root / alias if alias else plain))
         if len(versions) > 1:
             raise AdapterError(f"{name!r} could be any of {', '.join(e.folder.name for e in versions)}: publish or alias one")
         if not versions:
@@ -252,24 +216,7 @@ class AdapterStore:
         return [entry for entry in self.list() if entry.name == name] if self.root.is_dir() else []
 
     def _known(self) -> set[str]:
-        return {entry.name for entry in self.list()} | self.aliases().keys() if self.root.is_dir() else set()
-
-    def _alias(self, name: str) -> str | None:
-        file = self.root / ALIASES_FOLDER / name
-        try:
-            meant = read_regular(file, MAX_ALIAS_BYTES).decode().strip()
-        except FileNotFoundError:
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise AdapterError(f"the alias {file} cannot be read: {error}") from error
-        target, _, version = meant.partition("@")
-        if not (NAME.fullmatch(target) and VERSION.fullmatch(version)):
-            raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
-        return meant
-
-    def _write_alias(self, alias: str, entry: Entry) -> None:
-        (self.root / ALIASES_FOLDER).mkdir(exist_ok=True)
-        replace_file(self.root / ALIASES_FOLDER / alias, f"{entry.folder.name}\n".encode())
+        return {entry.name for entry in self.list()} | self._aliases.all().keys() if self.root.is_dir() else set()
 
     def _pin(self, name: str) -> None:
         """Says by an alias what `name` means now, and makes a version of a folder as its maker left it.
@@ -278,8 +225,8 @@ class AdapterStore:
         """
         plain = Entry(name, self.root / name)
         if not (plain.folder / CONFIG_FILE).is_file():
-            if self._alias(name) is None and len(found := self._versions(name)) == 1:
-                self._write_alias(name, found[0])
+            if self._aliases.get(name) is None and len(found := self._versions(name)) == 1:
+                self._aliases.set(name, found[0].folder.name)
             return
         try:
             kept = Entry(name, self.root / plain.reference)
@@ -290,7 +237,7 @@ class AdapterStore:
         else:
             plain.folder.rename(kept.folder)
             sync_folder(self.root)
-        self._write_alias(name, kept)
+        self._aliases.set(name, kept.folder.name)
 
     def _merge_into(self, kept: Path, plain: Path) -> None:
         """Keeps the files of `plain`, which are newer, in `kept`, which is the same version, and removes it."""
@@ -302,21 +249,6 @@ class AdapterStore:
             raise AdapterError(f"{plain} is kept as {kept.name} already, and holds more: {more}; move that first")
         self._write(kept, files)
         remove_folder(plain)
-
-    @contextmanager
-    def _lock(self, *names: str) -> Iterator[None]:
-        (self.root / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
-        with ExitStack() as held:
-            for name in sorted(names):
-                try:
-                    held.enter_context(FileLock(self.root / LOCKS_FOLDER / name, timeout=LOCK_S))
-                except Timeout as error:
-                    said = f"another process has been writing {name!r} in {self.root} for {LOCK_S:.0f} s"
-                    raise AdapterError(said) from error
-                for folder in (self.root, self.root / ALIASES_FOLDER):
-                    for left in folder.glob(f".{name}@*"):  # by a writer that was killed: a living one holds the lock
-                        discard(left)
-            yield
 
 
 def _settled(look: Callable[[], Found]) -> Found:
@@ -343,22 +275,3 @@ def _is_made_otherwise(folder: Path, files: Files) -> bool:
         return False
     after = parse_config(files[CONFIG_FILE], [])
     return after is not None and before.lori.training != after.lori.training
-
-
-def _is_adapter(item: "os.DirEntry[str]") -> bool:
-    if item.name.startswith(".") or not item.is_dir():
-        return False
-    name, _, version = item.name.partition("@")
-    is_version = bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
-    if not is_version and not os.path.isfile(os.path.join(item.path, CONFIG_FILE)):
-        return False
-    _no_link(Path(item.path))
-    if not is_version and not NAME.fullmatch(item.name):
-        raise AdapterError(f"{item.path}: an adapter's name must match {NAME.pattern}")
-    return True
-
-
-def _no_link(folder: Path) -> Path:
-    if folder.is_symlink():
-        raise AdapterError(f"{folder} is a link: a store follows none")
-    return folder

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.entry import Entry
 from lori.errors import ModelError
 from lori.pool import AdapterPool
-from lori.store import Entry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockAllocator

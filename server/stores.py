@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lori.adapter import Adapter
+from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
 from lori.identity import BaseIdentity
-from lori.store import AdapterStore, Entry
+from lori.store import AdapterStore
 
 
 def current_adapters(places: Iterable[Path]) -> dict[str, Entry]:

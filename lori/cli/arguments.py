@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from lori.config_file import CONFIG_FILE
+from lori.entry import Entry
 from lori.errors import AdapterError
 from lori.format import name_of
 from lori.identity import BaseIdentity
 from lori.names import NAME, check_name
-from lori.store import AdapterStore, Entry
+from lori.store import AdapterStore
 from lori.values import ValueType
 
 AdapterArgument = Annotated[Path, typer.Argument(help="A folder, or store/name, or store/name@version.", show_default=False)]

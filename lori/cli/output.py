@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lori.adapter import Adapter
-from lori.store import Entry
+from lori.entry import Entry
 
 NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB))?")
 UNBROKEN = ("name", "version", "bytes", "density", "rank")
@@ -29,7 +30,7 @@ def print_json(document: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Prints a table; columns whose cells are numbers are set to the right."""
     rows = list(rows)
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         is_number = column != "version" and all(_is_number(row[i]) for row in rows)
         table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column in UNBROKEN)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lori.aliases import ALIASES_FOLDER
 from lori.cli.output import print_table
-from lori.store import ALIASES_FOLDER, AdapterStore
+from lori.store import AdapterStore
 
 ADAPTER = Path(__file__).parents[2] / "server" / "adapters" / "math"
 

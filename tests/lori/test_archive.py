@@ -11,9 +11,10 @@ import torch
 from lori.archive import pack, unpack
 from lori.basis import Explicit, Seeded
 from lori.config_file import CONFIG_FILE
+from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, load_adapter
-from lori.store import AdapterStore, Entry
+from lori.store import AdapterStore
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 

@@ -14,13 +14,14 @@ import pytest
 from filelock import FileLock
 
 from lori.adapter import Adapter
+from lori.aliases import ALIASES_FOLDER
 from lori.basis import Explicit, Seeded
 from lori.basis_file import basis_file, load_basis, save_basis
 from lori.config_file import CONFIG_FILE
 from lori.durable import remove_folder
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, load_adapter, write_record
-from lori.store import ALIASES_FOLDER, AdapterStore
+from lori.store import AdapterStore
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 

@@ -1,0 +1,46 @@
+"""The aliases of a store: `.aliases/math` holds `math@1765747cce63`, the version that `math` means."""
+
+import os
+from pathlib import Path
+
+from lori.durable import read_regular, replace_file
+from lori.errors import AdapterError
+from lori.names import NAME, VERSION
+
+ALIASES_FOLDER = ".aliases"
+MAX_BYTES = 200
+
+
+class Aliases:
+    """What the aliases of the store at `root` mean, as its files say now. One moves by a rename: readers need no lock."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / ALIASES_FOLDER
+
+    def all(self) -> dict[str, str]:
+        """Returns what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
+        names = [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
+        return {name: meant for name in names if (meant := self.get(name)) is not None}
+
+    def get(self, name: str) -> str | None:
+        """Returns what the alias `name` means, or None where there is none. Raises `AdapterError` where it cannot be read."""
+        file = self.folder / name
+        try:
+            meant = read_regular(file, MAX_BYTES).decode().strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"the alias {file} cannot be read: {error}") from error
+        target, _, version = meant.partition("@")
+        if not (NAME.fullmatch(target) and VERSION.fullmatch(version)):
+            raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
+        return meant
+
+    def set(self, name: str, meant: str) -> None:
+        """Makes the alias `name` mean `meant`, `name@version`."""
+        self.folder.mkdir(exist_ok=True)
+        replace_file(self.folder / name, f"{meant}\n".encode())
+
+    def remove(self, name: str) -> None:
+        """Removes the alias `name`, where there is one."""
+        (self.folder / name).unlink(missing_ok=True)

@@ -1,0 +1,73 @@
+"""One version of an adapter in a store, and which folders of a store are one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lori.adapter import Adapter
+from lori.config import NUM_VERSION_DIGITS
+from lori.config_file import CONFIG_FILE
+from lori.errors import AdapterError, AdapterFormatError
+from lori.format import load_adapter, read_config
+from lori.identity import BaseIdentity
+from lori.names import NAME, VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One version of an adapter in a store, not opened yet. `folder` is `name@version`, or `name` as its maker left it."""
+
+    name: str
+    folder: Path
+
+    @property
+    def version(self) -> str:
+        """Its version; the config of a folder without one in its name is read. Raises `AdapterFormatError` as `read_config`."""
+        in_name = self.folder.name.partition("@")[2]
+        return in_name or read_config(self.folder).lori.content_digest[:NUM_VERSION_DIGITS]
+
+    @property
+    def reference(self) -> str:
+        """`name@version`. Raises as `version`."""
+        return f"{self.name}@{self.version}"
+
+    def load(self, base: BaseIdentity | None = None) -> Adapter:
+        """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
+        adapter = load_adapter(self.folder, base)
+        if (version := self.version) != adapter.version:
+            raise AdapterFormatError(str(self.folder), [f"its version is {adapter.version}, expected {version}"])
+        return replace(adapter, name=self.name)
+
+
+def scan(root: Path) -> Sequence[Entry]:
+    """Returns every version of every adapter in the store `root`, in order of name. Opens none.
+
+    Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
+    """
+    try:
+        with os.scandir(root) as items:
+            entries = [Entry(item.name.partition("@")[0], root / item.name) for item in items if _is_adapter(item)]
+    except OSError as error:
+        raise AdapterError(f"{root} is no folder of adapters: {error.strerror}") from error
+    return sorted(entries, key=lambda entry: (entry.name, entry.folder.name))
+
+
+def _is_adapter(item: "os.DirEntry[str]") -> bool:
+    if item.name.startswith(".") or not item.is_dir():
+        return False
+    name, _, version = item.name.partition("@")
+    is_version = bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
+    if not is_version and not os.path.isfile(os.path.join(item.path, CONFIG_FILE)):
+        return False
+    no_link(Path(item.path))
+    if not is_version and not NAME.fullmatch(item.name):
+        raise AdapterError(f"{item.path}: an adapter's name must match {NAME.pattern}")
+    return True
+
+
+def no_link(folder: Path) -> Path:
+    """Returns `folder`. Raises `AdapterError` where it is a link."""
+    if folder.is_symlink():
+        raise AdapterError(f"{folder} is a link: a store follows none")
+    return folder
