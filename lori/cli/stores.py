@@ -29,7 +29,9 @@ def list_(
     elif not rows:
         print(f"{store} holds no adapter")
     else:
-        columns = ["name", "version", "aliases"] + ([] if brief else ["base", "rank", "density", "values", "basis", "bytes"])
+        columns = ["name", "version"]
+        columns += ["aliases"] if any(row["aliases"] for row in rows) else []
+        columns += [] if brief else ["base", "rank", "density", "values", "basis", "bytes"]
         columns += ["fault"] if any("fault" in row for row in rows) else []
         print_table(columns, ([_cell(row, column) for column in columns] for row in rows))
     if faults:
