@@ -1,4 +1,4 @@
-"""`python -m lori`: the adapters on this machine. Exits with 0, with 1 where something is wrong, or 2 where the command is."""
+"""`python -m lori`: the adapters on this machine. Exits with 0, with 1 where something is wrong, or 2 where the options are."""
 
 import sys
 

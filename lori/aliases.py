@@ -1,6 +1,7 @@
 """The aliases of a store: `.aliases/math` holds `math@1765747cce63`, the version that `math` means."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lori.durable import read_regular, replace_file
@@ -19,8 +20,20 @@ class Aliases:
 
     def all(self) -> dict[str, str]:
         """Returns what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
-        names = [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
-        return {name: meant for name in names if (meant := self.get(name)) is not None}
+        return {name: meant for name in self.names() if (meant := self.get(name)) is not None}
+
+    def readable(self) -> dict[str, str]:
+        """Returns `all` but for those that cannot be read."""
+        found = {}
+        for name in self.names():
+            with suppress(AdapterError):
+                if (meant := self.get(name)) is not None:
+                    found[name] = meant
+        return found
+
+    def names(self) -> list[str]:
+        """Returns the names of the aliases, in order."""
+        return [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
 
     def get(self, name: str) -> str | None:
         """Returns what the alias `name` means, or None where there is none. Raises `AdapterError` where it cannot be read."""

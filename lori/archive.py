@@ -18,13 +18,14 @@ from lori.config_file import CONFIG_FILE
 from lori.durable import read_regular, replace_file
 from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, seal, stored_as
+from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, stored_as
 from lori.names import NAME, check_name
 from lori.store import AdapterStore
 from lori.values import ValueType
 
 MAX_BYTES = 2**33
 """What an archive may have, in bytes."""
+MAX_MEMBERS = 4
 DIGEST_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
 UNREADABLE = (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 """What `zipfile` raises for one that is damaged."""
@@ -34,7 +35,8 @@ OLDEST = (1980, 1, 1, 0, 0, 0)
 def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -> Adapter:
     """Writes the adapter in `folder` to `file`, as `name`, and returns it; `values` stores its B otherwise: another version.
 
-    The same adapter gives the same bytes. Raises `AdapterFormatError` where it is not sound.
+    The same adapter gives the same bytes. Raises `AdapterFormatError` where it is not sound, `AdapterError` where `name` is none
+    or `file` no regular file, and `OSError` where it cannot be written.
     """
     check_name(name)
     file = file.resolve()
@@ -44,8 +46,8 @@ def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -
     files = read_files(folder, faults)
     adapter = parse_adapter(name, files, partial(load_basis, folder.parent), source=str(folder), faults=faults)
     if values and values != adapter.config.lori.values:
-        adapter = stored_as(adapter, values)
-        files = {**files, **seal(adapter).files}
+        sealed = stored_as(adapter, values)
+        adapter, files = sealed.adapter, sealed.files  # the card is of another version
     members = {f"{name}/{part}": content for part, content in files.items()}
     if isinstance(adapter.basis, Explicit):
         members[f"{BASES_FOLDER}/{adapter.basis.content_digest}.safetensors"] = basis_bytes(adapter.basis)
@@ -60,7 +62,8 @@ def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -
 def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
     """Publishes what `file` holds in `store`, under its own name or `name`.
 
-    Raises `AdapterFormatError` where it is no archive that `pack` wrote, or holds an adapter that is not sound.
+    Raises `AdapterFormatError` where it is no archive that `pack` wrote, or holds an adapter that is not sound; as
+    `AdapterStore.put`; and `OSError` where it cannot be read.
     """
     content = read_regular(file, MAX_BYTES)
     try:
@@ -82,6 +85,8 @@ def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
 
 def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) -> str:
     """Returns the adapter's name. Raises where a member is one that `pack` does not write: none leads out of the folder."""
+    if len(members) > MAX_MEMBERS:
+        raise AdapterFormatError(str(file), [f"it has {len(members)} members, expected {MAX_MEMBERS} at most"])
     names = [member.filename for member in members]
     owners = {name.partition("/")[0] for name in names} - {BASES_FOLDER}
     own = next(iter(owners), "")

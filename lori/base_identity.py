@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]  # httpx's, some of which pass through
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -23,16 +24,27 @@ from lori.layer import module_shapes
 from lori.tensor_file import UNREADABLE
 
 SAMPLED_PER_TENSOR = 64
-ARCHITECTURE = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps")
-ROPE = ("rope_type", "rope_theta", "factor")
-"""What two bases of one type, and of the same shapes, may differ in; the names are those of transformers' configs."""
+ARCHITECTURE = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "activation_function",
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "no_rope_layers", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling",
+    "logit_scale", "rope_parameters",
+)  # fmt: skip
+ROPE = (
+    "rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "partial_rotary_factor", "mscale",
+    "mscale_all_dim",
+)  # fmt: skip
+"""What of a config, and of its `rope_parameters`, changes what a base computes; the names are transformers'. Not the whole of
+it: a field that a later version adds would make every adapter one of another base."""
 
 Samples = Callable[[str, tuple[int, ...]], torch.Tensor]
 """Returns the sampled values of the parameter of this name and shape, see `positions`, in any dtype."""
 
 
 def positions(num_values: int) -> torch.Tensor:
-    """Returns which values of a flat tensor are sampled: `SAMPLED_PER_TENSOR` at most, evenly spread."""
+    """Returns which values of a flat tensor are sampled, (n,) int64: `SAMPLED_PER_TENSOR` at most, evenly spread."""
     step = max(1, num_values // SAMPLED_PER_TENSOR)
     return torch.arange(0, num_values, step)[:SAMPLED_PER_TENSOR]
 
@@ -51,7 +63,8 @@ def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
 def identify_files(name: str | None) -> BaseIdentity:
     """Returns the identity of the base called `name` (a local folder or a hub id; `None` is the embedded model), not loading it.
 
-    Raises `ModelError` where it is not there, or where its files do not hold its parameters one by one, by their names.
+    A hub id's weights are fetched whole. Raises `ModelError` where it is not there, or where its files do not hold its parameters
+    one by one, by their names.
     """
     source = str(embedded_model()) if name is None else name
     if source.startswith((".", "/")) and not Path(source).is_dir():
@@ -64,8 +77,10 @@ def identify_files(name: str | None) -> BaseIdentity:
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        digest = _digest(model, _file_samples(folder))
-    except (OSError, ValueError, ImportError, *UNREADABLE) as error:
+        samples = _file_samples(folder)
+        _check_tied(model, samples)
+        digest = _digest(model, samples)
+    except (OSError, ValueError, ArithmeticError, ImportError, HTTPError, StrictDataclassError, *UNREADABLE) as error:
         raise ModelError(f"cannot identify the base model {source!r} by its files: {' '.join(str(error).split())}") from error
     return BaseIdentity(EMBEDDED_NAME if name is None else short_name(name), digest, module_shapes(model))
 
@@ -78,9 +93,9 @@ def short_name(name: str) -> str:
 def _digest(model: PreTrainedModel, samples: Samples) -> str:
     """Returns a sha256 (hex) over the architecture, and every parameter's name, shape and samples in bf16."""
     config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    said: dict[str, Any] = {key: getattr(config, key, None) for key in ARCHITECTURE} | {key: rope.get(key) for key in ROPE}
-    sha = hashlib.sha256(f"{model.config.model_type}|{json.dumps(said, sort_keys=True)}".encode())
+    said = {key: _said(getattr(config, key, None)) for key in ARCHITECTURE}
+    known = {key: value for key, value in said.items() if value is not None}
+    sha = hashlib.sha256(f"{model.config.model_type}|{json.dumps(known, sort_keys=True)}".encode())
     for name, parameter in sorted(model.named_parameters()):
         shape = tuple(parameter.shape)
         sha.update(f"|{name}|{shape}|".encode())
@@ -88,9 +103,33 @@ def _digest(model: PreTrainedModel, samples: Samples) -> str:
     return sha.hexdigest()
 
 
+def _said(value: Any) -> Any:
+    """Returns a config's value; of a dict, which `rope_parameters` is, maybe for each type of layer, what `ROPE` names."""
+    if not isinstance(value, dict):
+        return value
+    return {k: _said(v) for k, v in value.items() if v is not None and (k in ROPE or isinstance(v, dict))}
+
+
+def _check_tied(model: PreTrainedModel, samples: Samples) -> None:
+    """Raises `ValueError` where the files hold a tied parameter of its own value: loading would not tie it."""
+    own = dict(model.named_parameters())
+    name_of = {id(parameter): name for name, parameter in own.items()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in own:
+            continue
+        shape = tuple(parameter.shape)
+        try:
+            found = samples(name, shape)
+        except UNREADABLE:  # the files have it once, under its other name
+            continue
+        if not torch.equal(found, samples(name_of[id(parameter)], shape)):
+            raise ValueError(f"{name} is said to be tied to {name_of[id(parameter)]}, and has values of its own")
+
+
 def _file_samples(folder: Path) -> Samples:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    file_of = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+    is_sharded = index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file()  # as transformers chooses
+    file_of = json.loads(index.read_text())["weight_map"] if is_sharded else None
 
     def samples(parameter: str, shape: tuple[int, ...]) -> torch.Tensor:
         with safe_open(folder / (file_of[parameter] if file_of else SAFE_WEIGHTS_NAME), framework="pt") as file:

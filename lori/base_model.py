@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -55,7 +56,7 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"cannot load the base model {folder!r}: {' '.join(str(error).split())}") from error
     model: PreTrainedModel = loaded[0]
     if missing := loaded[1]["missing_keys"]:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -75,7 +76,10 @@ class Explicit:
         return explicit_name(self.content_digest)
 
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
-        """Returns the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero."""
+        """Returns the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero.
+
+        `num_inputs` must be the A's own N, where it has one.
+        """
         out = torch.zeros(rank, num_inputs)
         if (a := self.tensors.get(module)) is not None:
             rows = min(rank, a.shape[0])
@@ -83,9 +87,15 @@ class Explicit:
         return out
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does."""
-        return tensors_digest({module: self.draw(module, *shape) for module, shape in shapes.items()})
+        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does. Remembered as there."""
+        key = tuple(sorted(shapes.items()))
+        remembered = _explicit_digests.setdefault(self, {})
+        if key not in remembered:
+            remembered[key] = tensors_digest({module: self.draw(module, *shape) for module, shape in shapes.items()})
+        return remembered[key]
 
+
+_explicit_digests: "WeakKeyDictionary[Explicit, dict[tuple[tuple[str, tuple[int, int]], ...], str]]" = WeakKeyDictionary()
 
 Basis = Seeded | Explicit
 

@@ -71,7 +71,7 @@ def _is_finite(value: Any) -> Any:
 
 def _is_read(version: object) -> object:
     if version == 1:
-        raise ValueError("format 1 is not read any more: train again, or save its values in format 2")
+        raise ValueError("format 1 is not read any more: train again")
     return version
 
 

@@ -58,7 +58,8 @@ def near_duplicates(entries: Mapping[str, Callable[[], Adapter]], threshold: flo
     """Returns the pairs of `entries` of one base model whose deltas' cosine is at least `threshold`, in order of the entries.
 
     Each entry is loaded once for its sketch, and again for each adapter that it may be a duplicate of; few are in memory at a
-    time. Adapters that share no A are not found; an explicit copy of a drawn A is that A. What time it takes grows with the
+    time. A pair is missed where its sketches err by more than
+    `MARGIN`; adapters that share no A are not found; an explicit copy of a drawn A is that A. What time it takes grows with the
     number of duplicates. Raises `ValueError` unless 0 < threshold <= 1, and what loading raises.
     """
     if not 0.0 < threshold <= 1.0:

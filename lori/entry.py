@@ -40,14 +40,15 @@ class Entry:
         return replace(adapter, name=self.name)
 
 
-def scan(root: Path) -> Sequence[Entry]:
-    """Returns every version of every adapter in the store `root`, in order of name. Opens none.
+def scan(root: Path, name: str | None = None) -> Sequence[Entry]:
+    """Returns every version of every adapter in the store `root`, or of the one called `name`, in order of name. Opens none.
 
     Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
     """
     try:
         with os.scandir(root) as items:
-            entries = [Entry(item.name.partition("@")[0], root / item.name) for item in items if _is_adapter(item)]
+            asked = (item for item in items if name is None or item.name.partition("@")[0] == name)
+            entries = [Entry(item.name.partition("@")[0], root / item.name) for item in asked if _is_adapter(item)]
     except OSError as error:
         raise AdapterError(f"{root} is no folder of adapters: {error.strerror}") from error
     return sorted(entries, key=lambda entry: (entry.name, entry.folder.name))

@@ -52,5 +52,5 @@ class UnknownAdapterError(AdapterError):
         elif known:
             hint = "known are " + ", ".join(repr(n) for n in known[:20]) + ("…" if len(known) > 20 else "")
         else:
-            hint = "no adapter is loaded"
+            hint = "there is none"
         super().__init__(f"there is no adapter {name!r}: {hint}")

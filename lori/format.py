@@ -19,7 +19,7 @@ from lori.basis_file import load_basis, save_basis
 from lori.config import NUM_VERSION_DIGITS, AdapterConfig, ExplicitConfig, basis_config
 from lori.config_file import CONFIG_FILE, parse_config, seal_config
 from lori.durable import new_folder, read_regular, replace_file, write_file
-from lori.errors import AdapterFormatError
+from lori.errors import AdapterError, AdapterFormatError
 from lori.identity import BaseIdentity
 from lori.module_names import last, natural
 from lori.tensor_file import parse_tensors
@@ -33,6 +33,8 @@ DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes", "template
 )
 """The fields of the config that decide what an adapter does."""
 
+MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES = 2**24, 2**34
+"""Of a config or a card, and of weights."""
 MAX_BASIS_ENTRIES = 2**30
 """Entries of A over all modules, five times a 70B model's at rank 32: what a file alone may make us draw."""
 
@@ -78,17 +80,19 @@ def seal(adapter: Adapter) -> Sealed:
     return Sealed(replace(kept, modules=in_order), files)
 
 
-def stored_as(adapter: Adapter, values: ValueType) -> Adapter:
-    """Returns `adapter` as it is where B's values are stored as `values`."""
-    section = adapter.config.lori.model_copy(update={"values": values})
-    return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section}))).adapter
+def stored_as(adapter: Adapter, values: ValueType) -> Sealed:
+    """Returns `adapter` with B's values stored as `values`, without metrics: others were measured. Raises as `seal`."""
+    section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}})
+    return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section})))
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
     """Writes an adapter, see `seal`, and its basis where it is an explicit one, and returns it as it is read.
 
-    Written aside, synced and put in place, see `lori.durable.new_folder`. Raises `AdapterFormatError` as `seal`.
+    Written aside, synced and put in place, see `lori.durable.new_folder`. Raises `AdapterFormatError` as `seal`, `AdapterError`
+    as `check_replaceable`.
     """
+    check_replaceable(folder)
     sealed = seal(replace(adapter, name=name_of(folder)))
     if isinstance(adapter.basis, Explicit):
         save_basis(folder.parent, adapter.basis)
@@ -98,13 +102,23 @@ def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
     return sealed.adapter
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises `AdapterError` where `folder` is there, and is neither an adapter nor empty: an adapter is not saved over it."""
+    if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise AdapterError(f"{folder} is there and is no adapter: nothing is saved over it")
+
+
 def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
     """Replaces the config of a saved adapter, what was measured since, and its card. What the adapter does stays as it is.
 
     Raises `AdapterFormatError` where the config is not sound, or says that the adapter does something else.
     """
     _, content = seal_config(str(folder), config)
-    if content_digest(read_regular(folder / WEIGHTS_FILE), config) != config.lori.content_digest:
+    faults: list[str] = []
+    weights = read_file(folder, WEIGHTS_FILE, faults)
+    if weights is None:
+        raise AdapterFormatError(str(folder), faults)
+    if content_digest(weights, config) != config.lori.content_digest:
         raise AdapterFormatError(str(folder), ["the new config is not that of its weights"])
     replace_file(folder / CARD_FILE, card.encode())
     replace_file(folder / CONFIG_FILE, content)
@@ -130,7 +144,7 @@ def read_files(folder: Path, faults: list[str]) -> Files:
 def read_file(folder: Path, name: str, faults: list[str]) -> bytes | None:
     """Returns the content of a regular file; where it cannot be read, that is added to `faults`."""
     try:
-        return read_regular(folder / name)
+        return read_regular(folder / name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
     except OSError as error:
         faults.append(f"{name} cannot be read: {error.strerror}")
         return None
@@ -145,7 +159,8 @@ def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
     """Reads an adapter and checks it, against `base` too where that is given.
 
     Raises `AdapterFormatError` with every fault: files that cannot be read, missing, unknown and misshapen tensors, wrong dtypes,
-    counts that differ, values that are not finite, content that is not what the digests say, another base, another A.
+    counts that differ, values that are not finite, content that is not what the digests say, another base, another A (which is
+    drawn, where there is no `base`, only if the digests are right).
     """
     faults: list[str] = []
     files = read_files(folder, faults)
@@ -217,7 +232,10 @@ def _basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, fau
         return None
     shapes = {module: shape for module in modules if (shape := config.shape_of(module))}
     if isinstance(basis, Explicit):
-        found = {module: basis.tensors[module].shape[1] for module in shapes if module in basis.tensors}
+        if lacking := [module for module in shapes if module not in basis.tensors]:
+            faults += [f"{module}: its basis has no A for it" for module in lacking]
+            return None
+        found = {module: basis.tensors[module].shape[1] for module in shapes}
         wrong = [module for module, num_inputs in found.items() if num_inputs != shapes[module][1]]
         if wrong:
             faults += [f"{module}: its A has {found[module]} inputs, expected {shapes[module][1]}" for module in wrong]

@@ -18,17 +18,19 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import CARD_FILE, WEIGHTS_FILE
+from lori.peft_config import TEMPLATES_FILE
 
 SCHEME = "hf://"
 SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")
-FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATES_FILE)
 """All that is fetched: never a pickle."""
 
 
 def resolve(source: str) -> Path:
     """Returns the folder that `source` means: a path, or `hf://owner/name` with maybe `@revision`, which is fetched.
 
-    What was fetched before is not fetched again. Raises `AdapterError` where there is none, saying what to do.
+    What was fetched before is not fetched again. (One of ours with an A of its own cannot come so: its A lies in a store.) Raises
+    `AdapterError` where there is none, saying what to do.
     """
     if source.startswith(SCHEME):
         return _fetch(source)

@@ -55,9 +55,10 @@ def merge(
     Its B is computed in float64 and rounded to `values`. Adapters on several bases give one on an explicit basis.
 
     The order of the adapters makes no difference to a bit. The weights of an adapter that is named twice add; one of weight 0
-    counts for nothing, with any method: not its modules, nor its basis, nor its vote. Where all weights are 0 the result has the
-    modules of one of them and keeps no entry. What comes out zero is left out, except that one adapter of weight 1 gives itself.
-    Where the adapters agree on alpha / r in all modules they share, the result has it too; else its alpha / r is 1.
+    counts for nothing but that it must be of the same base: not its modules, nor its basis, nor its vote. Where all weights are 0
+    the result has the modules of one of them and keeps no entry. What comes out zero is left out, except that one adapter of
+    weight 1 gives itself in `linear`. Where the adapters agree on alpha / r in all modules they share, the result has it too;
+    else its alpha / r is 1.
 
     `templates` are how its prompts are written: None is what all the adapters were trained on.
 

@@ -28,8 +28,8 @@ def new_config(
 ) -> AdapterConfig:
     """Returns the config of an adapter with these `modules`, and `alphas`, on `basis`; `lori.format.seal` fills in its digests.
 
-    `base` needs the shapes of these modules only. Raises pydantic's `ValidationError` where the adapter would not be one that can
-    be read.
+    `modules` must not be empty; `base` needs the shapes of these modules only. Raises pydantic's `ValidationError` where the
+    adapter would not be one that can be read.
     """
     rank = Counter(b.shape[1] for b in modules.values()).most_common(1)[0][0]
     alpha = Counter(alphas[module] for module in modules).most_common(1)[0][0]

@@ -19,6 +19,9 @@ from lori.format import read_file
 
 Value = TypeVar("Value")
 
+TEMPLATES_FILE = "lori.json"
+"""Beside PEFT's files in an export of ours: how prompts are written, which PEFT has no field for."""
+
 HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
 """How A and B may have begun; every other named way also changed the weights of the base."""
 
@@ -102,7 +105,7 @@ def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
     """Returns the value of the first key that matches `module`, else `default`.
 
     A key is a regular expression for the whole name, or for all of it after some dot (PEFT, `get_pattern_key` in
-    peft/utils/other.py). The order of the file decides, not how much a key matches.
+    peft/utils/other.py); failing those, the name itself. The order of the file decides, not how much a key matches.
     """
     for key, value in pattern.items():
         if re.match(_regex(key), module):

@@ -1,4 +1,4 @@
-"""One of our adapters as a PEFT LoRA folder, which PEFT, vLLM, LoRAX and SGLang can serve. Does not import PEFT.
+"""One of our adapters as a PEFT LoRA folder, for PEFT and for servers that read its format. Does not import PEFT.
 
 Shapes: D outputs, R rank, N inputs of a module.
 """
@@ -15,10 +15,8 @@ from lori.config_file import CONFIG_FILE
 from lori.durable import new_folder, write_file
 from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE
-from lori.peft_config import PeftConfig, exact
+from lori.peft_config import TEMPLATES_FILE, PeftConfig, exact
 
-TEMPLATES_FILE = "lori.json"
-"""Beside PEFT's files: what PEFT has no field for, and an import needs."""
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name."""
 
@@ -37,13 +35,11 @@ def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float
     with new_folder(folder) as scratch:
         write_file(scratch / WEIGHTS_FILE, save_tensors(tensors, metadata={"format": "pt"}))
         write_file(scratch / TEMPLATES_FILE, json.dumps({"templates": adapter.config.lori.templates}).encode() + b"\n")
-        write_file(
-            scratch / CONFIG_FILE, peft_config(adapter.config).model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
-        )
+        write_file(scratch / CONFIG_FILE, _config(adapter.config).model_dump_json(indent=2, exclude_none=True).encode() + b"\n")
     return folder
 
 
-def peft_config(config: AdapterConfig) -> PeftConfig:
+def _config(config: AdapterConfig) -> PeftConfig:
     """Returns the config that PEFT reads for an adapter of `config`; its patterns match one module each."""
     return PeftConfig(
         peft_type="LORA",

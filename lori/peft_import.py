@@ -26,8 +26,7 @@ from lori.identity import BaseIdentity
 from lori.mask import top_k_mask
 from lori.names import check_name
 from lori.new_config import new_config
-from lori.peft_config import PeftConfig, read_peft_config
-from lori.peft_export import TEMPLATES_FILE
+from lori.peft_config import TEMPLATES_FILE, PeftConfig, read_peft_config
 from lori.sparse import SparseB
 from lori.template import Template
 from lori.tensor_file import UNREADABLE

@@ -20,7 +20,7 @@ MAX_ENTRIES = 2**26
 
 
 def parameter(num_entries: int, num_kept: int) -> int:
-    """Returns k, the least with 2^k >= 0.4812 / density: the best for a random mask (Kiely 2004, IPN report 42-159, eq. 8)."""
+    """Returns k, the least with 2^k >= 0.4812 (1 / density - 1 / 2): the best for a random mask (Kiely 2004)."""
     k = 0
     while num_kept and (20_000 * num_kept) << k < 4_812 * (2 * num_entries - num_kept):
         k += 1

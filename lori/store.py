@@ -1,4 +1,4 @@
-"""A folder of adapters, with versions and aliases. No path or link ever comes from a request: names are checked, links refused.
+"""A folder of adapters, with versions and aliases. No path ever comes from a request: names are checked, and a folder is no link.
 
     math@1765747cce63/   one version of `math`, which always does the same; `publish` puts it there
     .aliases/math        "math@1765747cce63": the version that `math` means; another alias is another file
@@ -47,6 +47,10 @@ class AdapterStore:
         self._check_root()
         return scan(self.root)
 
+    def alias_names(self) -> Sequence[str]:
+        """Returns the names of the aliases, whether they mean anything or not."""
+        return self._aliases.names()
+
     def aliases(self) -> dict[str, str]:
         """Returns what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
         return self._aliases.all()
@@ -78,7 +82,10 @@ class AdapterStore:
             alias = self._aliases.get(name)
             is_direct = alias or (self.root / name / CONFIG_FILE).is_file()
             return self._resolve(name, alias, () if is_direct else self._versions(name))
-        found = [entry for entry in self._versions(name) if entry.version.startswith(version)]
+        versions = self._versions(name)
+        found = [entry for entry in versions if entry.folder.name.startswith(f"{name}@{version}")]
+        if not found:
+            found = [entry for entry in versions if entry.folder.name == name and entry.version.startswith(version)]
         if len(found) > 1:
             raise AdapterError(f"{name}@{version} could be {' or '.join(entry.reference for entry in found)}")
         if not found:
@@ -88,7 +95,7 @@ class AdapterStore:
     def publish(self, source: Path, name: str | None = None) -> Entry:
         """Checks the adapter in `source`, copies it as a version of `name` (`source`'s own if None), and makes `name` mean it.
 
-        A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound.
+        A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound, and as `put`.
         """
         faults: list[str] = []
         files = read_files(source, faults)
@@ -96,19 +103,24 @@ class AdapterStore:
         return self.put(parse_adapter(name, files, partial(load_basis, source.parent), source=str(source), faults=faults), files)
 
     def add(self, adapter: Adapter) -> Entry:
-        """Publishes an adapter that was just made, see `lori.format.seal`, under its name. Raises as `seal`."""
+        """Publishes an adapter that was just made, see `lori.format.seal`, under its name. Raises as `seal` and `put`."""
         sealed = seal(adapter)
         return self.put(sealed.adapter, sealed.files)
 
     def put(self, adapter: Adapter, files: Files) -> Entry:
-        """Publishes `adapter`, which `files` were read as, under its name."""
+        """Publishes `adapter`, which `files` were read as, under its name.
+
+        Where the store has the version already, its record and card are replaced, unless it was made in another way: it keeps its
+        own then. Raises `AdapterError` for a name that is none, or another adapter's alias, and where the store cannot be
+        written.
+        """
         check_name(adapter.name)
         self._check_root()
-        meant = self._aliases.get(adapter.name)
-        if meant and meant.partition("@")[0] != adapter.name:
-            raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
         entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
         with locked(self.root, adapter.name):
+            meant = self._aliases.get(adapter.name)
+            if meant and meant.partition("@")[0] != adapter.name:
+                raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
             self._pin(adapter.name)
             with self._basis_kept(adapter):
                 self._write(entry.folder, files)
@@ -126,6 +138,8 @@ class AdapterStore:
             yield
 
     def _write(self, folder: Path, files: Files) -> None:
+        if no_link(folder).exists() and not folder.is_dir():
+            raise AdapterError(f"{folder} is in the way, and no folder: remove it")
         if not folder.exists():
             with new_folder(folder) as scratch:
                 for name, content in files.items():
@@ -139,13 +153,16 @@ class AdapterStore:
                 replace_file(folder / name, content)
 
     def alias(self, alias: str, reference: str) -> Entry:
-        """Makes `alias` mean what `reference` means now, and returns that. Raises as `find`."""
+        """Makes `alias` mean what `reference` means now, and returns that.
+
+        Raises as `find`, and `AdapterError` where `alias` is another adapter.
+        """
         check_name(alias)
         owner = name_of(self.find(reference).folder)
-        if alias != owner and self._versions(alias):
-            raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
         # Under the owner's lock too, or what it means could be removed meanwhile.
         with locked(self.root, *{alias, owner}):
+            if alias != owner and self._versions(alias):
+                raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
             version = self.find(reference).version
             self._pin(owner)
             entry = self.find(f"{owner}@{version}")
@@ -164,13 +181,17 @@ class AdapterStore:
             raise AdapterError(f"{self.root} is no folder of adapters")
         with locked(self.root, name):
             doomed = [self.find(reference)] if version else list(self._versions(name))
-            current = self._aliases.get(name)
+            try:
+                current = self._aliases.get(name)
+            except AdapterError:  # an alias that cannot be read can be removed
+                current = ""
+            if not version and current and (self.root / name / CONFIG_FILE).is_file():
+                self._resolve(name, current, doomed)  # says that the name means two things
             if not doomed and current is None:
                 raise unknown_adapter(reference, self._known())
             gone = {_known_as(entry) for entry in doomed}
-            holders = {
-                alias: meant for alias, meant in self._aliases.all().items() if meant in gone and (version or alias != name)
-            }
+            meanings = self._aliases.readable()
+            holders = {alias: meant for alias, meant in meanings.items() if meant in gone and (version or alias != name)}
             if holders:
                 said = ", ".join(f"{alias!r} means {meant}" for alias, meant in holders.items())
                 raise AdapterError(f"{said}: move or remove the alias first")
@@ -201,7 +222,8 @@ class AdapterStore:
         plain = self.root / name
         is_plain = (plain / CONFIG_FILE).is_file()
         if alias and is_plain:
-            raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: publish the folder, or remove it")
+            keep = f"`python -m lori import {plain} {self.root}` keeps the folder as a version"
+            raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: {keep}, or delete the folder")
         if alias and not (self.root / alias).is_dir():
             raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
         if alias or is_plain:
@@ -213,7 +235,7 @@ class AdapterStore:
         return versions[0]
 
     def _versions(self, name: str) -> Sequence[Entry]:
-        return [entry for entry in self.list() if entry.name == name] if self.root.is_dir() else []
+        return scan(self.root, name) if self.root.is_dir() else []
 
     def _known(self) -> set[str]:
         return {entry.name for entry in self.list()} | self._aliases.all().keys() if self.root.is_dir() else set()
@@ -229,7 +251,7 @@ class AdapterStore:
                 self._aliases.set(name, found[0].folder.name)
             return
         try:
-            kept = Entry(name, self.root / plain.reference)
+            kept = Entry(name, self.root / f"{name}@{plain.load().version}")
         except AdapterFormatError as error:
             raise AdapterError(f"{plain.folder} is in the way, and not sound ({'; '.join(error.faults)}): remove it") from error
         if kept.folder.exists():
@@ -247,6 +269,8 @@ class AdapterStore:
         if faults or others:
             more = ", ".join(faults or others)
             raise AdapterError(f"{plain} is kept as {kept.name} already, and holds more: {more}; move that first")
+        if _is_made_otherwise(kept, files):
+            raise AdapterError(f"{plain} does what {kept.name} does, and was made in another way: remove one, or rename it")
         self._write(kept, files)
         remove_folder(plain)
 

@@ -16,6 +16,8 @@ from lori.sparse import SparseB
 ValueType = Literal["bfloat16", "float16", "float32", "int8"]
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 INT8_MAX = 127
+SMALLEST_NORMAL = 0x80
+"""The bits of the smallest positive bf16 that is no subnormal: larger ones have larger bits."""
 Rows = npt.NDArray[np.integer]
 """The output of each kept entry, (K,) ascending."""
 
@@ -28,7 +30,8 @@ def stored_dtype(value_type: ValueType) -> torch.dtype:
 def rounded(b: SparseB, value_type: ValueType) -> SparseB:
     """Returns `b` as it will be read after it was stored as `value_type`; int8 is read as fp32.
 
-    Rounding what was rounded changes nothing. What the type cannot hold becomes infinite.
+    Rounding what was rounded changes nothing. What the type cannot hold is not finite then; with int8, rows too small for a bf16
+    scale are zero.
     """
     if value_type != "int8":
         return SparseB(b.shape, b.indices, b.values.to(stored_dtype(value_type)))
@@ -60,12 +63,14 @@ def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> b
     has_value, has_peak = np.zeros((2, len(scales)), np.bool_)
     has_value[rows[values != 0]] = True
     has_peak[rows[np.abs(values) == INT8_MAX]] = True
-    return bool((has_value == has_peak).all() and (has_peak == (bits > 0)).all() and (bits >= 0).all() and (values > -128).all())
+    has_scale = bits >= SMALLEST_NORMAL
+    is_one_form = (has_value == has_peak).all() and (has_peak == has_scale).all() and (has_scale == (bits != 0)).all()
+    return bool(is_one_form and (values > -128).all())
 
 
 def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch.Tensor:
     """Returns values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
-    return torch.from_numpy(quantized.numpy().astype(np.float32) * scales.float().numpy()[rows])
+    return quantized.float().mul_(torch.from_numpy(scales.float().numpy()[rows]))
 
 
 def rounding_error(modules: Iterable[SparseB], value_type: ValueType) -> float:

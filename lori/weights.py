@@ -62,7 +62,7 @@ def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tenso
     def are_canonical(names: Iterable[str]) -> bool:
         rows, end = [], 0
         for name in names:
-            rows.append(modules[name].indices.numpy() // np.int32(modules[name].shape[1]) + np.int32(end))
+            rows.append(modules[name].indices.numpy() // np.int64(modules[name].shape[1]) + end)
             end += modules[name].shape[0]
         values, scales = (torch.cat([tensors[f"{name}.{part}"] for name in names]) for part in ("values", "scales"))
         return is_canonical(values, scales, np.concatenate(rows))

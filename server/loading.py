@@ -10,6 +10,7 @@ from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.entry import Entry
 from lori.errors import ModelError
 from lori.pool import AdapterPool
+from lori.store import AdapterStore
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.kv_cache import BlockAllocator
@@ -20,7 +21,7 @@ from server.engine.thread import EngineThread
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
-from server.stores import current_adapters, load_all
+from server.stores import load_all
 
 logger = logging.getLogger(__name__)
 MIN_CONTEXT = 16
@@ -72,8 +73,8 @@ def load_service(settings: Settings) -> Service:
 
 
 def _entries(settings: Settings) -> dict[str, Entry]:
-    demo = current_adapters([DEMO_ADAPTERS]) if settings.demo_adapters and settings.model is None else {}
-    own = current_adapters([settings.adapters]) if settings.adapters else {}
+    demo = AdapterStore(DEMO_ADAPTERS).current() if settings.demo_adapters and settings.model is None else {}
+    own = AdapterStore(settings.adapters).current() if settings.adapters else {}
     for name in demo.keys() & own.keys():
         logger.info("%s is served in place of the demo adapter %r", own[name].folder, name)
     return dict(sorted((demo | own).items()))

@@ -203,9 +203,9 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     config = EvaluateConfig.from_arguments()
     try:
-        result = asyncio.run(evaluate(config))
         if config.record:
-            record(config.record, config, result)
+            read_config(config.record)  # what is wrong with it is said before the measurement
+        result = asyncio.run(evaluate(config))
     except httpx.TransportError as error:
         print(f"error: no answer from {config.url} ({error}): is `python -m server` running there?", file=sys.stderr)
         return 1
@@ -214,6 +214,12 @@ def main() -> int:
         return 1
     for name, value in result.items():
         print(f"{name:40} {value:.4f}" if name != "rows" else f"{name:40} {value:.0f}")
+    if config.record:
+        try:
+            record(config.record, config, result)
+        except LoriError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

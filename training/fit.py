@@ -18,7 +18,7 @@ from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Seeded
 from lori.config import AdapterConfig
 from lori.errors import LoriError
-from lori.format import save_adapter, write_record
+from lori.format import check_replaceable, save_adapter, write_record
 from lori.mask import top_k_mask
 from lori.new_config import new_config
 from lori.sparse import SparseB
@@ -95,7 +95,7 @@ class Run:
         return self.config.model_dump_json(exclude={"resume", "save_every", "output"})
 
     def adapter_config(self, modules: dict[str, SparseB], seconds: float, command: str) -> AdapterConfig:
-        """Returns the config of the trained adapter; `save_adapter` fills in the digests of its content."""
+        """Returns the config of the trained adapter; `save_adapter` fills in its digests."""
         config = self.config
         record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"})
         phases = {
@@ -131,6 +131,7 @@ def fit(config: FitConfig, command: str) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    check_replaceable(config.output)
     read_all(config)  # What is wrong with the data is said before the model is loaded.
     base = load_base_model(config.model, resolve_dtype(config.dtype), attention=ATTENTION)
     data, mix = load_examples(config, base)

@@ -22,10 +22,11 @@ StoresArgument = Annotated[list[Path], typer.Argument(help="Adapters, or stores 
 StoreArgument = Annotated[Path, typer.Argument(help="A folder of adapters.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="The base model: a local folder or a hub id.", show_default=False)
+    str | None,
+    typer.Option("--model", help="The base model: a folder, a hub id, or the embedded model's name.", show_default=False),
 ]
 NameOption = Annotated[
-    str | None, typer.Option("--name", help="Its name in the store; the source's if absent.", show_default=False)
+    str | None, typer.Option("--name", help="What to call it; as its source is called if absent.", show_default=False)
 ]
 ValuesOption = Annotated[
     ValueType | None, typer.Option("--values", help="Store B's values otherwise; says the error made.", show_default=False)

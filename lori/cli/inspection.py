@@ -29,7 +29,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def _is_drawable(path: Path | None) -> Path | None:
-    if path and path.suffix not in FORMATS:
+    if path and path.suffix.lower() not in FORMATS:
         raise typer.BadParameter(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     return path
 
@@ -186,9 +186,13 @@ def duplicates(
     if json:
         print_json([dataclasses.asdict(pair) for pair in found])
     elif found:
-        print_table(["a", "b", "cosine"], [[Path(pair.a).name, Path(pair.b).name, f"{pair.cosine:.4f}"] for pair in found])
+        print_table(["a", "b", "cosine"], [[_short(pair.a), _short(pair.b), f"{pair.cosine:.4f}"] for pair in found])
     else:
-        print(f"no two of {len(entries)} adapters have a cosine of {threshold:g} or more")
+        print(f"of {len(entries)} adapters, no two have a cosine of {threshold:g} or more")
+
+
+def _short(folder: str) -> str:
+    return "/".join(Path(folder).parts[-2:])
 
 
 def _plots() -> Any:

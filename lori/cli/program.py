@@ -14,7 +14,7 @@ PROGRAM = "python -m lori"
 app = typer.Typer(
     help=(
         "Adapters on this machine. An ADAPTER is a folder, or `store/name`, or `store/name@version`. "
-        "Exit codes: 0 fine, 1 something is wrong, 2 the command is."
+        "Exit codes: 0 fine, 1 something is wrong, 2 the options are."
     ),
     no_args_is_help=True,
     add_completion=False,

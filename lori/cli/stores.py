@@ -21,7 +21,7 @@ def list_(
     """List the adapters of a store, every version of each, and what its aliases mean (`verify` reads them whole)."""
     found = AdapterStore(store)
     rows = [_row(entry, brief) for entry in found.list()]
-    aliases, faults = _aliases(found, {row["folder"] for row in rows})
+    aliases, faults = _aliases(found)
     for row in rows:
         row["aliases"] = aliases[row.pop("folder")]
     if json:
@@ -55,17 +55,16 @@ def _row(entry: Entry, brief: bool) -> dict[str, Any]:
     return row
 
 
-def _aliases(store: AdapterStore, folders: set[str]) -> tuple[dict[str, list[str]], list[str]]:
+def _aliases(store: AdapterStore) -> tuple[dict[str, list[str]], list[str]]:
     """Returns the aliases of each folder, and what is wrong with the others."""
     by_folder, faults = defaultdict(list), []
-    for alias, meant in store.aliases().items():
-        if meant in folders and alias not in folders:
-            by_folder[meant].append(alias)
-            continue
+    for alias in store.alias_names():
         try:
-            store.find(alias)
+            meant = store.find(alias).folder.name
         except AdapterError as error:
             faults.append(str(error))
+        else:
+            by_folder[meant].append(alias)
     return by_folder, faults
 
 

@@ -110,7 +110,7 @@ def export(
     ] = "float32",
     json: JsonOption = False,
 ) -> None:
-    """Export an adapter to PEFT's format: A drawn, B dense, for PEFT, vLLM, LoRAX and SGLang."""
+    """Export an adapter to PEFT's format: A drawn, B dense."""
     export_peft(find_entry(adapter).load(), folder, DTYPES[dtype])
     if json:
         print_json({"folder": str(folder), "bytes": folder_bytes(folder)})

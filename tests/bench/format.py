@@ -69,7 +69,7 @@ def measure(model: str, folder: Path, repeats: int) -> list[dict[str, float | st
     peft_bytes = folder_bytes(export_peft(exact, folder / "peft", torch.bfloat16))
     rows: list[dict[str, float | str]] = []
     for values in VALUE_TYPES:
-        save_adapter(stored_as(exact, values), folder / values)
+        save_adapter(stored_as(exact, values).adapter, folder / values)
         load_adapter(folder / values)
         seconds = [timed(folder / values) for _ in range(repeats)]
         num_bytes = folder_bytes(folder / values)

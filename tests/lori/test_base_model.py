@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lori.base_identity import identify, identify_files
@@ -17,8 +18,8 @@ from lori.errors import ModelError
 from lori.template import encode
 from tests.tiny import save_tiny_model, tiny_llama_config
 
-GOLDEN_DIGEST = "8e93d8998e38f115e6268d2210e81174d155e3d4069cfa1465f4888430e59f20"
-EMBEDDED_DIGEST = "080c485bc38fe24e6d18da43da188ace12d6f6db21099ac114cd3fb3bb81c7c0"
+GOLDEN_DIGEST = "02245bbda3abf6c767d8314dfaa3897f04a16dc3150c5f1bde2cfd9171880d2a"
+EMBEDDED_DIGEST = "8a2bcc5f7ffada7bfd0d8ccde0fd4154703c14d8b73d214e3565432b1d0326fd"
 
 
 def counted_model(**changes: Any) -> PreTrainedModel:
@@ -177,6 +178,7 @@ def test_digest_sees_every_parameter() -> None:
         {"num_key_value_heads": 4},
         {"rms_norm_eps": 1e-5},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"hidden_act": "gelu"},
     ],
 )
 def test_digest_sees_the_architecture(changes: dict[str, Any]) -> None:
@@ -194,6 +196,37 @@ def test_a_base_is_identified_by_its_files_alone(tiny_model: Path, tmp_path: Pat
     loaded.model.bfloat16().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert identify_files(str(tmp_path / "sharded")) == loaded.identity
+
+
+def test_a_single_file_is_taken_before_shards(tiny_model: Path, tmp_path: Path) -> None:
+    # As transformers does: another base was identified than would be loaded.
+    load_base_model(str(tiny_model), torch.float32).model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    shutil.copy(other / "model.safetensors", tmp_path / "base")
+    assert identify_files(str(tmp_path / "base")) == identify_files(str(other))
+
+
+def test_a_tied_parameter_of_its_own_value_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    # Loading does not tie it then: the base would be another.
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    for change, is_sound in ((0.0, True), (1.0, False)):
+        save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + change}, folder / "model.safetensors")
+        if is_sound:
+            assert identify_files(str(folder)) == identify_files(str(tiny_model))
+        else:
+            with pytest.raises(ModelError, match=r"lm_head\.weight is said to be tied to model\.embed_tokens\.weight"):
+                identify_files(str(folder))
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 0}, {"hidden_size": -3}, {"hidden_size": "x"}])
+def test_a_config_that_makes_no_model_is_a_model_error(tiny_model: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    for act in (identify_files, lambda name: load_base_model(name, torch.float32)):
+        with pytest.raises(ModelError):
+            act(str(folder))
 
 
 @pytest.mark.parametrize("damage", ["no config", "no weights", "not safetensors", "other shapes", "no such parameter"])
@@ -222,7 +255,6 @@ def test_dtypes_by_name() -> None:
     assert resolve_dtype("float32") == torch.float32
     assert resolve_dtype("bfloat16") == torch.bfloat16
     assert resolve_dtype("auto") == default_dtype()
-    assert default_dtype() in (torch.float32, torch.bfloat16)
 
 
 # --- the embedded model

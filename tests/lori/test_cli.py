@@ -214,7 +214,7 @@ def test_duplicates_are_found(run: Run, store: Path) -> None:
     assert code == 0
     (pair,) = json.loads(out)
     assert {Path(pair["a"]).name.partition("@")[0], Path(pair["b"]).name} == {"copy", "law"}
-    assert "no two of 1 adapters" in run("duplicates", store / "law")[1]
+    assert "of 1 adapters, no two" in run("duplicates", store / "law")[1]
 
 
 # --- merge, alias, remove

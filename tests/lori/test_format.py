@@ -23,7 +23,7 @@ from lori.basis import Explicit, Seeded, tensors_digest
 from lori.basis_file import basis_file
 from lori.config import AdapterConfig
 from lori.config_file import CONFIG_FILE, config_digest
-from lori.errors import AdapterFormatError
+from lori.errors import AdapterError, AdapterFormatError
 from lori.format import (
     WEIGHTS_FILE,
     content_digest,
@@ -835,3 +835,37 @@ def load_faults(folder: Path) -> tuple[str, ...]:
     with pytest.raises(AdapterFormatError) as caught:
         load_adapter(folder)
     return caught.value.faults
+
+
+@pytest.mark.parametrize("what", ["a store", "a file", "a folder of notes"])
+def test_nothing_but_an_adapter_is_saved_over(tmp_path: Path, what: str) -> None:
+    # A store that was named in place of store/name was gone, with all it held.
+    target = tmp_path / "target"
+    if what == "a file":
+        target.write_text("x")
+    else:
+        (target / "math@aaaaaaaaaaaa").mkdir(parents=True)
+        (target / "notes.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(AdapterError, match="is there and is no adapter: nothing is saved over it"):
+        save(target, make_config(), make_modules())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_is_saved_into_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save(tmp_path / "a", make_config(), make_modules())
+    assert load(tmp_path / "a")
+
+
+def test_a_module_that_its_explicit_basis_lacks_is_refused(tmp_path: Path) -> None:
+    # A of zeros was made up for it, of any size.
+    basis = Explicit.of({Q: Seeded(5, 1).draw(Q, RANK, 5)})
+    with pytest.raises(AdapterFormatError, match=r"layers\.1\.q_proj: its basis has no A for it"):
+        save(tmp_path / "a", make_config(targets=("q_proj",)), make_modules(targets=("q_proj",)), basis)
+
+
+def test_a_config_beyond_reason_is_not_read(folder: Path) -> None:
+    with (folder / CONFIG_FILE).open("ab") as file:
+        file.truncate(2**40)
+    assert any("it has 1099511627776 bytes" in fault for fault in faults_of(folder))

@@ -21,6 +21,7 @@ FILES = {
     "adapter_config.json": b'{"peft_type": "LORA"}',
     "adapter_model.safetensors": b"weights",
     "README.md": b"# card",
+    "lori.json": b'{"templates": ["plain"]}',
     "adapter_model.bin": b"a pickle",
     "sub/adapter_config.json": b"{}",
     "tokenizer.json": b"{}",
@@ -129,7 +130,7 @@ def test_no_folder_is_refused_and_the_forms_are_told(source: str, tmp_path: Path
 def test_an_adapter_is_fetched_without_any_pickle(hub: Hub, source: str) -> None:
     folder = resolve(source)
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    wanted = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "README.md", "lori.json"}
     assert found == {name: FILES[name] for name in wanted}
     assert not any(path.endswith((".bin", "tokenizer.json")) for path in hub.requested)
 

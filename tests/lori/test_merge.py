@@ -272,14 +272,6 @@ def test_what_cancels_is_left_out() -> None:
     assert result.modules[Q0].values.numel() > 13
 
 
-def test_merges_that_were_never_saved_are_told_apart() -> None:
-    # They have one name and, until they are saved, one digest.
-    one, other = merge([adapter("a")], [0.5]), merge([adapter("b")], [0.5])
-    terms = [(one, 2.0), (other, -1.0)]
-    for module in SHAPES:
-        torch.testing.assert_close(delta(merged(terms), module), folded(terms, module), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_the_order_of_the_adapters_makes_no_difference_to_a_bit(method: MergeMethod) -> None:
     weights = {3: 0.7, 5: 0.1, 8: -0.4, 4: 1.0, 2: 0.3, 6: 2.0}

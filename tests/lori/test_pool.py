@@ -12,6 +12,7 @@ from lori.adapter import Adapter
 from lori.basis import Seeded
 from lori.kernels import Route, Term
 from lori.layer import LoriLinear, module_shapes
+from lori.merge import merge
 from lori.pool import AdapterPool
 from tests.lori.adapters import fold, make_adapter
 
@@ -131,3 +132,15 @@ def test_a_pool_without_adapters_leaves_the_model_alone(model: PreTrainedModel) 
     assert pool.num_bytes == 0
     assert all(type(module) is nn.Linear for name, module in served.named_modules() if name.endswith("_proj"))
     assert torch.equal(served(IDS).logits, model(IDS).logits)
+
+
+@torch.inference_mode()
+def test_weight_0_is_the_base_bit_for_bit(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    expected = model(IDS).logits
+    nothing = merge(adapters[::2], [0.0, 0.0], name="nothing")  # on one basis
+    for chosen, name in ((adapters, "wide"), ([nothing], "nothing")):
+        served = deepcopy(model)
+        pool = AdapterPool(served, chosen)
+        weight = 0.0 if name == "wide" else 1.0
+        pool.active.route = Route.of([Term(0, IDS.numel(), pool.slot(name), weight)], IDS.numel())
+        assert torch.equal(served(IDS).logits, expected)

@@ -279,6 +279,10 @@ def test_an_adapter_is_found_though_another_folder_has_no_sound_name(store: Adap
     make(store.root / "Not Sound")
     assert store.find("math").load(BASE)
     assert store.find("law").load(BASE)
+    assert store.find(store.find("math").reference)
+    assert store.alias("prod", "law")
+    assert publish(store, tmp_path, "new")
+    store.remove("new")
 
 
 def test_what_an_alias_means_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
@@ -495,13 +499,20 @@ def test_what_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_pat
     assert store.current()
 
 
-@pytest.mark.parametrize("place", [".aliases/math", "math/adapter_config.json", "math/adapter_model.safetensors"])
-def test_a_pipe_is_refused_and_not_waited_for(store: AdapterStore, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (".aliases/math", "cannot be read: .*it is not a regular file"),
+        ("math/adapter_config.json", "there is no adapter 'math'"),
+        ("math/adapter_model.safetensors", "adapter_model.safetensors cannot be read: it is not a regular file"),
+    ],
+)
+def test_a_pipe_is_refused_and_not_waited_for(store: AdapterStore, place: str, message: str) -> None:
     make(store.root / "math")
     (store.root / place).unlink(missing_ok=True)
     (store.root / place).parent.mkdir(exist_ok=True)
     os.mkfifo(store.root / place)
-    with pytest.raises(AdapterError, match=r"regular file|an alias and a folder|there is no adapter"):
+    with pytest.raises(AdapterError, match=message):
         store.find("math").load()
 
 
@@ -535,3 +546,50 @@ def test_files_that_a_killed_writer_left_are_cleaned(store: AdapterStore, tmp_pa
     (store.root / ALIASES_FOLDER / ".math@left").write_text("x")
     publish(store, tmp_path, "math", 2)
     assert not list(store.root.rglob(".math@*"))
+
+
+def test_a_plain_folder_made_in_another_way_is_not_lost(store: AdapterStore, tmp_path: Path) -> None:
+    # A reproducible training, run again, differs in its seconds: its metrics and card were deleted.
+    make(tmp_path / "math", training={"seconds": 1})
+    store.publish(tmp_path / "math")
+    make(store.root / "math", training={"seconds": 2}, metrics={"loss": 0.5})
+    with pytest.raises(AdapterError, match="was made in another way: remove one, or rename it"):
+        store.publish(store.root / "math")
+    assert load_adapter(store.root / "math").config.lori.metrics == {"loss": 0.5}
+
+
+def test_an_alias_that_cannot_be_read_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
+    # It blocked the removal of everything.
+    publish(store, tmp_path, "math")
+    (store.root / ALIASES_FOLDER / "prod").write_text("junk")
+    store.remove("math")
+    store.remove("prod")
+    assert store.current() == {}
+
+
+def test_a_sound_version_is_not_replaced_by_a_damaged_folder(store: AdapterStore, tmp_path: Path) -> None:
+    # Its weights were taken for the better ones, unread.
+    publish(store, tmp_path, "math")
+    kept = store.find("math").folder
+    shutil.copytree(kept, store.root / "math")
+    (store.root / "math" / WEIGHTS_FILE).write_bytes(b"xx")
+    make(tmp_path / "math", 5)
+    with pytest.raises(AdapterError, match="is in the way, and not sound"):
+        store.publish(tmp_path / "math")
+    assert load_adapter(kept, BASE)
+
+
+def test_a_name_that_means_two_things_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
+    # The advice to remove the folder took every version.
+    publish(store, tmp_path, "math")
+    make(store.root / "math", 5)
+    with pytest.raises(AdapterError, match=r"is an alias and a folder of its own .* `python -m lori import "):
+        store.remove("math")
+    assert len(store.list()) == 2
+
+
+def test_a_version_is_found_beside_a_damaged_folder_of_its_name(store: AdapterStore, tmp_path: Path) -> None:
+    version = publish(store, tmp_path, "math")
+    (store.root / "math").mkdir()
+    (store.root / "math" / CONFIG_FILE).write_text("{")
+    assert store.find(f"math@{version}").load(BASE)

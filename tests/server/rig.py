@@ -18,6 +18,7 @@ from lori.format import save_adapter
 from lori.new_config import new_config
 from lori.pool import AdapterPool
 from lori.sparse import SparseB
+from lori.store import AdapterStore
 from lori.template import Template, encode
 from server.engine.admission import Admission, Ask
 from server.engine.engine import Emit, Engine
@@ -27,7 +28,7 @@ from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEve
 from server.engine.request import Sequence as EngineSequence
 from server.engine.runner import Runner
 from server.engine.scheduler import Chunk, Scheduler
-from server.stores import current_adapters, load_all
+from server.stores import load_all
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -191,7 +192,7 @@ def build(
 ) -> Rig:
     """Returns a rig on the fp32 model in `folder`, put together as `server.loading` does it."""
     base = load_base_model(str(folder), torch.float32)
-    loaded = load_all(current_adapters([adapters]) if adapters else {}, base.identity)
+    loaded = load_all(AdapterStore(adapters).current() if adapters else {}, base.identity)
     use_paged_attention(base.model)
     pool = AdapterPool(base.model, loaded)
     runner = Runner(base.model, pool, num_blocks, block_size)

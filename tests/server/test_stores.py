@@ -9,7 +9,7 @@ from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE
 from lori.names import unknown_adapter
 from lori.store import AdapterStore
-from server.stores import current_adapters, load_all
+from server.stores import load_all
 from tests.lori.adapters import BASE, make_config, make_modules, save
 
 
@@ -20,19 +20,17 @@ def touch(place: Path, *names: str) -> Path:
     return place
 
 
-def folders(*places: Path) -> dict[str, Path]:
-    return {name: entry.folder for name, entry in current_adapters(places).items()}
+def folders(place: Path) -> dict[str, Path]:
+    return {name: entry.folder for name, entry in AdapterStore(place).current().items()}
 
 
-def test_folders_are_found_by_name_over_all_places(tmp_path: Path) -> None:
-    a, b = touch(tmp_path / "a", "math", "safety-2.0"), touch(tmp_path / "b", "0_law")
-    found = folders(a, b)
-    assert found == {"math": a / "math", "safety-2.0": a / "safety-2.0", "0_law": b / "0_law"}
-    assert list(found) == ["math", "safety-2.0", "0_law"]
+def test_folders_are_found_by_name(tmp_path: Path) -> None:
+    place = touch(tmp_path, "safety-2.0", "math", "0_law")
+    assert folders(place) == {name: place / name for name in ("0_law", "math", "safety-2.0")}
+    assert list(folders(place)) == ["0_law", "math", "safety-2.0"]
 
 
-def test_no_places_hold_no_adapters(tmp_path: Path) -> None:
-    assert folders() == {}
+def test_an_empty_folder_holds_no_adapters(tmp_path: Path) -> None:
     assert folders(tmp_path) == {}
 
 
@@ -62,18 +60,11 @@ def test_a_sound_name_is_accepted(tmp_path: Path, name: str) -> None:
     assert list(folders(touch(tmp_path, name))) == [name]
 
 
-def test_one_name_in_two_places_is_refused_with_both(tmp_path: Path) -> None:
-    a, b = touch(tmp_path / "a", "math"), touch(tmp_path / "b", "math")
-    with pytest.raises(AdapterError) as caught:
-        folders(a, b)
-    assert str(caught.value) == f"two adapters are called 'math': {a / 'math'} and {b / 'math'}"
-
-
 @pytest.mark.parametrize("name", ["none", "a-file"])
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a-file").write_text("x")
     with pytest.raises(AdapterError, match="is no folder of adapters") as caught:
-        folders(tmp_path, tmp_path / name)
+        folders(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
 
 
@@ -81,7 +72,7 @@ def test_every_adapter_is_loaded_under_the_name_it_is_asked_for_by(tmp_path: Pat
     for seed, name in enumerate(["b", "a"]):
         save(tmp_path / name, make_config(), make_modules(seed=seed))
     AdapterStore(tmp_path).alias("prod", "a")
-    adapters = load_all(current_adapters([tmp_path]), BASE)
+    adapters = load_all(AdapterStore(tmp_path).current(), BASE)
     assert [adapter.name for adapter in adapters] == ["a", "b", "prod"]
     assert adapters[0].version == adapters[2].version != adapters[1].version
 
@@ -92,7 +83,7 @@ def test_load_all_gathers_the_faults_of_all_bad_adapters(tmp_path: Path) -> None
     (tmp_path / "a" / WEIGHTS_FILE).unlink()
     (tmp_path / "c" / CONFIG_FILE).write_text('{"r": 0}')
     with pytest.raises(AdapterFormatError) as caught:
-        load_all(current_adapters([tmp_path]), BASE)
+        load_all(AdapterStore(tmp_path).current(), BASE)
     faults = caught.value.faults
     assert f"{tmp_path / 'a'}: {WEIGHTS_FILE} cannot be read: No such file or directory" in faults
     assert any(fault.startswith(f"{tmp_path / 'c'}: {CONFIG_FILE}: r: ") for fault in faults)
