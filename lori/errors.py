@@ -52,5 +52,5 @@ class UnknownAdapterError(AdapterError):
         elif known:
             hint = "known are " + ", ".join(repr(n) for n in known[:20]) + ("…" if len(known) > 20 else "")
         else:
-            hint = "there is none"
+            hint = "there are none at all"
         super().__init__(f"there is no adapter {name!r}: {hint}")

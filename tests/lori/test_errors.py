@@ -51,4 +51,4 @@ def test_a_long_list_of_known_names_is_cut_and_says_so() -> None:
 
 
 def test_an_unknown_adapter_where_there_is_none() -> None:
-    assert str(UnknownAdapterError("x", [], [])) == "there is no adapter 'x': there is none"
+    assert str(UnknownAdapterError("x", [], [])) == "there is no adapter 'x': there are none at all"

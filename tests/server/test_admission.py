@@ -100,7 +100,7 @@ def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, na
 
 
 def test_a_server_without_adapters_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UnknownAdapterError, match="no adapter is loaded"):
+    with pytest.raises(UnknownAdapterError, match="there are none at all"):
         Admission(tokenizer, {}, CONTEXT).admit(Ask(prompt="x", adapters=("math",)))
 
 
