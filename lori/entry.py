@@ -35,8 +35,9 @@ class Entry:
     def load(self, base: BaseIdentity | None = None) -> Adapter:
         """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
         adapter = load_adapter(self.folder, base)
-        if (version := self.version) != adapter.version:
-            raise AdapterFormatError(str(self.folder), [f"its version is {adapter.version}, expected {version}"])
+        in_name = self.folder.name.partition("@")[2]
+        if in_name and in_name != adapter.version:
+            raise AdapterFormatError(str(self.folder), [f"its version is {adapter.version}, expected {in_name}"])
         return replace(adapter, name=self.name)
 
 

@@ -32,7 +32,7 @@ Columns = Mapping[Basis, range]
 
 
 @dataclass(frozen=True, slots=True)
-class _Term:
+class _Parent:
     adapter: Adapter
     digest: str
     weight: float
@@ -65,75 +65,77 @@ def merge(
     Raises `AdapterError` for options, weights and adapters that do not go together, and values that `values` cannot hold.
     """
     options = MergeOptions(method, density, sign, seed)
-    terms = _terms(adapters, weights)
-    _check_one_basis(terms, options)
-    shapes = common_shapes([term.adapter for term in terms])
-    columns = {module: _columns(_having(terms, module), module) for module in shapes}
-    is_folded = _is_folded(terms, shapes)
-    if options.method == "linear" and [term.weight for term in terms] == [1.0]:
-        modules = {module: rounded(b, values) for module, b in terms[0].adapter.modules.items()}
+    parents = _parents(adapters, weights)
+    _check_one_basis(parents, options)
+    shapes = common_shapes([parent.adapter for parent in parents])
+    columns = {module: _columns(_having(parents, module), module) for module in shapes}
+    is_folded = _is_folded(parents, shapes)
+    if options.method == "linear" and [parent.weight for parent in parents] == [1.0]:
+        modules = {module: rounded(b, values) for module, b in parents[0].adapter.modules.items()}
     else:
-        exact = {module: _combined(terms, module, columns[module], is_folded, options) for module in shapes}
+        exact = {module: _combined(parents, module, columns[module], is_folded, options) for module in shapes}
         modules = {module: nonzero(rounded(b, values)) for module, b in exact.items()}
     _check_finite(modules, values)
-    basis = _basis(terms, columns, shapes)
-    alphas = {module: _alpha(terms, module, b.shape[1], is_folded) for module, b in modules.items()}
-    return seal(Adapter(name, _config(terms, modules, basis, shapes, alphas, values, options, templates), modules, basis)).adapter
+    basis = _basis(parents, columns, shapes)
+    alphas = {module: _alpha(parents, module, b.shape[1], is_folded) for module, b in modules.items()}
+    return seal(
+        Adapter(name, _config(parents, modules, basis, shapes, alphas, values, options, templates), modules, basis)
+    ).adapter
 
 
-def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Term]:
+def _parents(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Parent]:
     """Returns the adapters that count, each once, in an order that does not depend on the caller's."""
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
     named: dict[tuple[str, str], tuple[Adapter, list[float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         named.setdefault((adapter.config.lori.content_digest, adapter.name), (adapter, []))[1].append(float(weight))
-    terms = [_Term(named[key][0], key[0], sum(sorted(named[key][1]))) for key in sorted(named)]
-    if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in terms if not math.isfinite(t.weight)]:
+    parents = [_Parent(named[key][0], key[0], sum(sorted(named[key][1]))) for key in sorted(named)]
+    if faults := [f"of {t.adapter.name!r} is {t.weight}" for t in parents if not math.isfinite(t.weight)]:
         raise AdapterError(f"the weight {', '.join(faults)}, expected finite numbers")
-    common_shapes([term.adapter for term in terms])
-    return [term for term in terms if term.weight] or terms[:1]
+    common_shapes([parent.adapter for parent in parents])
+    return [parent for parent in parents if parent.weight] or parents[:1]
 
 
-def _check_one_basis(terms: Sequence[_Term], options: MergeOptions) -> None:
+def _check_one_basis(parents: Sequence[_Parent], options: MergeOptions) -> None:
     names: dict[Basis, list[str]] = {}
-    for term in terms:
-        names.setdefault(term.adapter.basis, []).append(term.adapter.name)
+    for parent in parents:
+        names.setdefault(parent.adapter.basis, []).append(parent.adapter.name)
     if options.method != "linear" and len(names) > 1:
         found = "; ".join(f"{basis} of {', '.join(map(repr, of))}" for basis, of in names.items())
         raise AdapterError(f"{options.method} merges adapters on one basis, found {found}: only linear merges these")
 
 
-def _having(terms: Sequence[_Term], module: str) -> list[_Term]:
-    return [term for term in terms if module in term.adapter.modules]
+def _having(parents: Sequence[_Parent], module: str) -> list[_Parent]:
+    return [parent for parent in parents if module in parent.adapter.modules]
 
 
-def _columns(terms: Sequence[_Term], module: str) -> Columns:
+def _columns(parents: Sequence[_Parent], module: str) -> Columns:
     """Returns the columns of each basis: as many as the greatest rank on it, for A of a lower rank is its first rows."""
     ranks: dict[Basis, int] = {}
-    for term in terms:
-        ranks[term.adapter.basis] = max(ranks.get(term.adapter.basis, 0), term.adapter.modules[module].shape[1])
+    for parent in parents:
+        ranks[parent.adapter.basis] = max(ranks.get(parent.adapter.basis, 0), parent.adapter.modules[module].shape[1])
     ends = accumulate(ranks.values())
     return {basis: range(end - rank, end) for (basis, rank), end in zip(ranks.items(), ends, strict=True)}
 
 
-def _is_folded(terms: Sequence[_Term], modules: Iterable[str]) -> bool:
+def _is_folded(parents: Sequence[_Parent], modules: Iterable[str]) -> bool:
     """Says whether the adapters' alpha / r must go into B: they differ in some module, or there are several bases."""
-    scales = (len({term.adapter.config.scale_of(module) for term in _having(terms, module)}) for module in modules)
-    return len({term.adapter.basis for term in terms}) > 1 or max(scales) > 1
+    scales = (len({parent.adapter.config.scale_of(module) for parent in _having(parents, module)}) for module in modules)
+    return len({parent.adapter.basis for parent in parents}) > 1 or max(scales) > 1
 
 
-def _combined(terms: Sequence[_Term], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
+def _combined(parents: Sequence[_Parent], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
     """Returns the merged B of `module`, (D, R) float64."""
-    having = _having(terms, module)
+    having = _having(parents, module)
     rank = sum(map(len, columns.values()))
     deltas = []
-    for term in having:
-        b = term.adapter.modules[module]
-        scale = term.adapter.config.scale_of(module) if is_folded else 1.0
-        delta = prune(SparseB(b.shape, b.indices, b.values.double() * scale), options, f"{term.digest}|{module}")
-        deltas.append(placed(delta, rank, columns[term.adapter.basis].start))
-    return combine(deltas, [term.weight for term in having], options)
+    for parent in having:
+        b = parent.adapter.modules[module]
+        scale = parent.adapter.config.scale_of(module) if is_folded else 1.0
+        delta = prune(SparseB(b.shape, b.indices, b.values.double() * scale), options, f"{parent.digest}|{module}")
+        deltas.append(placed(delta, rank, columns[parent.adapter.basis].start))
+    return combine(deltas, [parent.weight for parent in having], options)
 
 
 def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:
@@ -141,27 +143,27 @@ def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:
         raise AdapterError(f"the merge has values that are not finite in {values}, in {', '.join(bad)}: expected lower weights")
 
 
-def _basis(terms: Sequence[_Term], columns: Mapping[str, Columns], shapes: Mapping[str, tuple[int, int]]) -> Basis:
+def _basis(parents: Sequence[_Parent], columns: Mapping[str, Columns], shapes: Mapping[str, tuple[int, int]]) -> Basis:
     """Returns the basis of the merge: the adapters' own, or an explicit one with the A's of all of theirs."""
-    bases = dict.fromkeys(term.adapter.basis for term in terms)
+    bases = dict.fromkeys(parent.adapter.basis for parent in parents)
     if len(bases) == 1:
-        return terms[0].adapter.basis
+        return parents[0].adapter.basis
     drawn = {
         module: [basis.draw(module, len(own), shapes[module][1]) for basis, own in columns[module].items()] for module in shapes
     }
     return Explicit.of({module: torch.cat(parts) for module, parts in drawn.items()})
 
 
-def _alpha(terms: Sequence[_Term], module: str, rank: int, is_folded: bool) -> float:
+def _alpha(parents: Sequence[_Parent], module: str, rank: int, is_folded: bool) -> float:
     """Returns alpha of `module` in the merge: of an adapter that has its rank, so that alpha / r is the same to a bit."""
     if is_folded:
         return float(rank)
-    config = next(t.adapter.config for t in _having(terms, module) if t.adapter.modules[module].shape[1] == rank)
+    config = next(t.adapter.config for t in _having(parents, module) if t.adapter.modules[module].shape[1] == rank)
     return config.alpha_pattern.get(module, config.lora_alpha)
 
 
 def _config(
-    terms: Sequence[_Term],
+    parents: Sequence[_Parent],
     modules: Mapping[str, SparseB],
     basis: Basis,
     shapes: Mapping[str, tuple[int, int]],
@@ -170,8 +172,8 @@ def _config(
     options: MergeOptions,
     templates: Sequence[Template] | None,
 ) -> AdapterConfig:
-    configs = [term.adapter.config for term in terms]
-    parents = [{"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight} for t in terms]
+    configs = [parent.adapter.config for parent in parents]
+    record = [{"name": t.adapter.name, "version": t.digest[:NUM_VERSION_DIGITS], "weight": t.weight} for t in parents]
     try:
         return new_config(
             modules,
@@ -180,18 +182,18 @@ def _config(
             alphas=alphas,
             target_modules=list(dict.fromkeys(target for config in configs for target in config.target_modules)),
             values=values,
-            templates=_common_templates(terms) if templates is None else templates,
-            training={"merge": {**options.used, "adapters": parents}},
+            templates=_common_templates(parents) if templates is None else templates,
+            training={"merge": {**options.used, "adapters": record}},
         )
     except ValidationError as error:
         faults = "; ".join(fault["msg"] for fault in error.errors())
         raise AdapterError(f"the merge would be no adapter that can be read: {faults}") from error
 
 
-def _common_templates(terms: Sequence[_Term]) -> Sequence[Template]:
+def _common_templates(parents: Sequence[_Parent]) -> Sequence[Template]:
     """Returns the templates that all were trained on, as the first prefers them."""
-    first, *rest = (term.adapter.config.lori.templates for term in terms)
+    first, *rest = (parent.adapter.config.lori.templates for parent in parents)
     if common := [template for template in first if all(template in other for other in rest)]:
         return common
-    found = "; ".join(f"{term.adapter.name}: {', '.join(term.adapter.config.lori.templates)}" for term in terms)
+    found = "; ".join(f"{parent.adapter.name}: {', '.join(parent.adapter.config.lori.templates)}" for parent in parents)
     raise AdapterError(f"these adapters were trained on no common template ({found}): say which the merge is for")

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lori.adapter import Adapter
 from lori.cli.arguments import AdaptersArgument, JsonOption, check_output, find_entry
 from lori.cli.output import print_made
 from lori.errors import AdapterError
@@ -60,8 +61,9 @@ def merge(
     weights = weight or [1 / len(loaded)] * len(loaded)
     if len(weights) != len(loaded):
         raise typer.BadParameter(f"{len(weights)} of them, expected {len(loaded)}, one for each adapter", param_hint="--weight")
-    merged, exact = (
-        merge_adapters(
+
+    def made(stored: ValueType) -> Adapter:
+        return merge_adapters(
             loaded,
             weights,
             method,
@@ -72,8 +74,9 @@ def merge(
             seed=options.seed,
             templates=None if template is None else (template,),
         )
-        for stored in (values, EXACT)
-    )
+
+    merged = made(values)
+    exact = merged if values == EXACT else made(EXACT)
     entry = AdapterStore(output.parent).add(merged)
     print_made(entry, merged, {"rounding_error": rounding_error(exact.modules.values(), values)}, json)
 
