@@ -1,5 +1,6 @@
-"""The linear layer of a served base: W with the rows of every basis's A below it, `[y; s] = [W; A] x`, then the step's deltas.
+"""The linear layers of a served base: W with the rows of every basis's A below it, `[y; s] = [W; A] x`, then the step's deltas.
 
+Layers that read one input share one product: `[y_q; y_k; y_v; s_q; s_k; s_v] = [W_q; W_k; W_v; A_q; A_k; A_v] x`.
 Shapes: T tokens, N inputs, D outputs, A bases, R rank.
 """
 
@@ -12,6 +13,10 @@ from transformers import PreTrainedModel
 
 from lori.basis import Basis
 from lori.kernels import Operands, Route, add_delta
+from lori.module_names import last
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers of one block that models call on one tensor. Where a model does not, each takes a product of its own."""
 
 
 class ActiveRoute:
@@ -21,27 +26,77 @@ class ActiveRoute:
         self.route: Route | None = None
 
 
-class LoriLinear(nn.Module):
-    """A frozen linear layer that adds the deltas of the active route."""
+class SharedProduct:
+    """The product of frozen linear layers that read one input, the rows of A of each after all of W.
 
-    def __init__(self, linear: nn.Linear, blocks: Sequence[torch.Tensor], operands: Operands, active: ActiveRoute) -> None:
+    The first layer that is called computes it for all; those that follow on the same tensor in the same step take their part,
+    each once. Holds nothing of a step once all have.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], blocks: Sequence[Sequence[torch.Tensor]]) -> None:
+        like = linears[0].weight
+        rows = [a.to(like) for of_layer in blocks for a in of_layer]
+        self.weight = torch.cat([*(linear.weight for linear in linears), *rows])  # (sum of D + sum of A R, N)
+        self.num_outputs = sum(linear.out_features for linear in linears)
+        self.bias = self._bias(linears) if any(linear.bias is not None for linear in linears) else None
+        self._layers = frozenset(range(len(linears)))
+        self._waiting: set[int] = set()
+        self._x: torch.Tensor | None = None
+        self._route: Route | None = None
+        self._product: torch.Tensor | None = None
+
+    def take(self, layer: int, x: torch.Tensor, route: Route | None) -> torch.Tensor:
+        """Returns (T, sum of D + sum of A R) for x (…, N), to a layer that changes no columns but its own.
+
+        Without a route there are no columns of s.
+        """
+        product = self._product if self._x is x and self._route is route and layer in self._waiting else None
+        if product is None:
+            rows = self.num_outputs if route is None else len(self.weight)
+            product = F.linear(x.flatten(0, -2), self.weight[:rows], None if self.bias is None else self.bias[:rows])
+            self._waiting = set(self._layers)
+        self._waiting.discard(layer)
+        self._x, self._route, self._product = (x, route, product) if self._waiting else (None, None, None)
+        return product
+
+    def _bias(self, linears: Sequence[nn.Linear]) -> torch.Tensor:
+        # 0 where a layer has none, and for s.
+        parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+        return torch.cat([*parts, self.weight.new_zeros(len(self.weight) - self.num_outputs)])
+
+
+class LoriLinear(nn.Module):
+    """A frozen linear layer that adds the deltas of the active route: one of those of a shared product."""
+
+    def __init__(
+        self, product: SharedProduct, layer: int, outputs: slice, reduced: slice, operands: Operands, active: ActiveRoute
+    ) -> None:
         super().__init__()
-        self.num_outputs, self.num_bases = linear.out_features, len(blocks)
-        self.weight = torch.cat([linear.weight, *(a.to(linear.weight) for a in blocks)])  # (D + A R, N)
-        self.bias = linear.bias
+        self.product, self.layer, self.outputs, self.reduced = product, layer, outputs, reduced
         self.operands, self.active = operands, active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (…, N) to (…, D)."""
         route = self.active.route
-        if route is None:
-            return F.linear(x, self.weight[: self.num_outputs], self.bias)
-        both = F.linear(x.flatten(0, -2), self.weight)  # (T, D + A R)
-        y, s = both[:, : self.num_outputs], both[:, self.num_outputs :]
-        if self.bias is not None:
-            y += self.bias
-        add_delta(y, s.unflatten(1, (self.num_bases, -1)), self.operands, route)
-        return y.view(*x.shape[:-1], self.num_outputs)
+        product = self.product.take(self.layer, x, route)
+        y = product[:, self.outputs]
+        if route is not None:
+            add_delta(y, product[:, self.reduced].unflatten(1, (-1, self.operands.layout.rank)), self.operands, route)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+
+def fuse(
+    linears: Sequence[nn.Linear], blocks: Sequence[Sequence[torch.Tensor]], operands: Sequence[Operands], active: ActiveRoute
+) -> list[LoriLinear]:
+    """Returns the layers that stand for `linears`, which read one input; `blocks` are the A (R, N) of each basis, by layer."""
+    product = SharedProduct(linears, blocks)
+    layers, output, row = [], 0, product.num_outputs
+    for i, (linear, of_layer) in enumerate(zip(linears, blocks, strict=True)):
+        outputs = slice(output, output + linear.out_features)
+        reduced = slice(row, row + sum(len(a) for a in of_layer))
+        layers.append(LoriLinear(product, i, outputs, reduced, operands[i], active))
+        output, row = outputs.stop, reduced.stop
+    return layers
 
 
 def module_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
@@ -68,12 +123,23 @@ def attach(
 
     Each layer gets `rank` rows of A of every one of `bases`, in their order. The replaced weights are freed.
     """
-    operands = {}
-    for name, (num_outputs, num_inputs) in targets.items():
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        linear = getattr(owner, child)
-        operands[name] = Operands(num_slots, rank, num_outputs, linear.weight.dtype, linear.weight.device)
-        blocks = [basis.draw(name, rank, num_inputs) for basis in bases]
-        setattr(owner, child, LoriLinear(linear, blocks, operands[name], active))
+    operands: dict[str, Operands] = {}
+    for names in _groups(targets):
+        owner = model.get_submodule(names[0].rpartition(".")[0])
+        linears = [getattr(owner, last(name)) for name in names]
+        for name, linear in zip(names, linears, strict=True):
+            operands[name] = Operands(num_slots, rank, targets[name][0], linear.weight.dtype, linear.weight.device)
+        blocks = [[basis.draw(name, rank, targets[name][1]) for basis in bases] for name in names]
+        for name, layer in zip(names, fuse(linears, blocks, [operands[name] for name in names], active), strict=True):
+            setattr(owner, last(name), layer)
     return operands
+
+
+def _groups(targets: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    # Those that share an input together, all others alone.
+    groups: dict[tuple[str, tuple[str, ...], int], list[str]] = {}
+    for name, (_, num_inputs) in targets.items():
+        owner, _, child = name.rpartition(".")
+        shared = next((names for names in SHARED_INPUTS if child in names), (child,))
+        groups.setdefault((owner, shared, num_inputs), []).append(name)
+    return list(groups.values())

@@ -9,6 +9,7 @@ import torch
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.entry import Entry
 from lori.errors import ModelError
+from lori.kernels.native import MISSING, MODULE, description
 from lori.pool import AdapterPool
 from lori.store import AdapterStore
 from server.engine.admission import Admission
@@ -46,16 +47,19 @@ def load_service(settings: Settings) -> Service:
     scheduler = Scheduler(BlockAllocator(num_blocks, settings.block_size), settings.max_batch, settings.max_step_tokens)
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     logger.info(
-        "%s in %s on %s, %d threads; %d adapters resident in %.1f MiB; keys and values of %d tokens in %.0f MiB",
+        "%s in %s on %s, %d threads; deltas in %s; %d adapters resident in %.1f MiB; keys and values of %d tokens in %.0f MiB",
         base.name,
         str(base.model.dtype).removeprefix("torch."),
         base.model.device,
         torch.get_num_threads(),
+        description(),
         len(adapters),
         pool.num_bytes / 2**20,
         num_blocks * settings.block_size,
         runner.memory.num_bytes / 2**20,
     )
+    if not MODULE:
+        logger.warning("SLOW: %s. Until then every batch with adapters costs many times more than it should.", MISSING)
     by_name = {adapter.name: adapter for adapter in adapters}
     engine = EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base)))
     metrics = Metrics(base.name)

@@ -4,23 +4,17 @@ Semantics, for each token t of a step:
 
     y[t] += sum over the terms (start <= t < stop) of weight * B_slot s[t]
 
-accumulated in fp32, written in y's dtype; `stacked` rounds weight * s to that dtype first. y: (T, D), changed in place, rows may
-be strided. s: (T, A, R), A x of each basis, in y's dtype. T tokens, D outputs, A bases, R rank.
+accumulated in fp32, rounded once to y's dtype (`stacked` rounds weight * s to it, too). y: (T, D), changed in place, rows may be
+strided. s: (T, A, R), A x of each basis, in y's dtype, rows may be strided. T tokens, D outputs, A bases, R rank.
+
+`layout` says how B lies at run time, `operands` hold it for all slots of a module, a `route` says which slots a step's tokens
+use. A kernel is a function of one signature: `reference` a loop, `stacked` a matrix product in torch, `cpu` in C++, `gpu` in
+Triton.
 """
 
-import torch
+from lori.kernels.dispatch import KERNELS, add_delta, default_kernel
+from lori.kernels.layout import Packed
+from lori.kernels.operands import Operands
+from lori.kernels.route import Route, Term
 
-from lori.kernels import reference, stacked
-from lori.kernels.operands import Operands, Route, Term
-
-KERNELS = {"reference": reference.add_delta, "stacked": stacked.add_delta}
-
-
-def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, kernel: str = "stacked") -> None:
-    """Adds the step's deltas to y in place, see the module. Raises `ValueError` where `kernel` is not there."""
-    if kernel not in KERNELS:
-        raise ValueError(f"there is no kernel {kernel!r}, expected one of {sorted(KERNELS)}")
-    KERNELS[kernel](y, s, operands, route)
-
-
-__all__ = ["KERNELS", "Operands", "Route", "Term", "add_delta"]
+__all__ = ["KERNELS", "Operands", "Packed", "Route", "Term", "add_delta", "default_kernel"]

@@ -6,6 +6,7 @@ Shapes: T tokens, N inputs, D outputs, R rank.
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from lori.basis import Seeded
 from lori.kernels import Operands, Route, Term
-from lori.layer import ActiveRoute, LoriLinear, attach, module_shapes
+from lori.layer import ActiveRoute, LoriLinear, attach, fuse, module_shapes
+from tests.lori.operands import put, sparse
 
 NUM_OUTPUTS, NUM_INPUTS, RANK = 33, 21, 5
 BASES = (Seeded(seed=1), Seeded(seed=1, stream=1))
@@ -33,9 +35,9 @@ class Rig:
         operands = Operands(len(RANKS_AND_BASES), RANK, NUM_OUTPUTS, dtype, "cpu")
         self.deltas = [torch.randn(NUM_OUTPUTS, rank).to(dtype) for rank, _ in RANKS_AND_BASES]
         for slot, (b, (_, basis)) in enumerate(zip(self.deltas, RANKS_AND_BASES, strict=True)):
-            operands.put(slot, b, basis)
+            put(operands, slot, b, basis)
         blocks = [basis.draw("layer", RANK, NUM_INPUTS) for basis in BASES]
-        self.layer = LoriLinear(self.linear, blocks, operands, self.active)
+        [self.layer] = fuse([self.linear], [blocks], [operands], self.active)
 
     def expected(self, x: torch.Tensor) -> torch.Tensor:
         """Returns (T, D) fp64 for x (T, N): each token through its own folded weight."""
@@ -100,10 +102,10 @@ def test_a_route_is_for_one_step_only() -> None:
 def test_inputs_and_weights_are_not_changed() -> None:
     rig = Rig(bias=True)
     x = torch.randn(NUM_TOKENS, NUM_INPUTS)
-    before = x.clone(), rig.layer.weight.clone(), rig.linear.bias.clone()
+    before = x.clone(), rig.layer.product.weight.clone(), rig.linear.bias.clone()
     rig.active.route = Route.of(TERMS, NUM_TOKENS)
     rig.layer(x)
-    assert all(torch.equal(old, new) for old, new in zip(before, (x, rig.layer.weight, rig.linear.bias), strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, (x, rig.layer.product.weight, rig.linear.bias), strict=True))
 
 
 class Block(nn.Module):
@@ -127,7 +129,7 @@ def test_attach_replaces_the_targets_and_nothing_else() -> None:
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] is not before[name]} == {"0.q_proj", "1.up"}
     assert all(isinstance(after[name], LoriLinear) for name in ("0.q_proj", "1.up"))
-    assert {name: tuple(o.pool.shape) for name, o in operands.items()} == {"0.q_proj": (3, RANK, 9), "1.up": (3, RANK, 4)}
+    assert {name: tuple(o.dense.shape) for name, o in operands.items()} == {"0.q_proj": (3, RANK, 9), "1.up": (3, RANK, 4)}
 
 
 def test_attach_to_a_layer_of_the_model_itself() -> None:
@@ -142,7 +144,7 @@ def test_attached_layers_read_one_route_and_the_operands_that_are_returned() -> 
     x = torch.randn(4, 6)
     for index, block in enumerate((model[0], model[1])):
         b = torch.randn(9, RANK)
-        operands[f"{index}.q_proj"].put(1, b, 1)
+        put(operands[f"{index}.q_proj"], 1, b, 1)
         active.route = Route.of([Term(0, 4, 1, 0.5)], 4)
         a = BASES[1].draw(f"{index}.q_proj", RANK, 6)  # drawn under the layer's full name
         torch.testing.assert_close(block.q_proj(x), plain[index].q_proj(x) + 0.5 * x @ a.T @ b.T, rtol=1e-5, atol=1e-5)
@@ -160,10 +162,10 @@ def test_empty_slots_add_nothing() -> None:
 def test_operands_and_basis_take_the_layer_s_dtype(dtype: torch.dtype) -> None:
     model = frozen_model().to(dtype)
     operands = attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, ActiveRoute())
-    assert operands["0.q_proj"].pool.dtype == dtype
-    assert model[0].q_proj.weight.dtype == dtype
+    assert operands["0.q_proj"].layout.dtype == dtype
+    assert model[0].q_proj.product.weight.dtype == dtype
     drawn = BASES[1].draw("0.q_proj", RANK, 6).to(dtype)
-    assert torch.equal(model[0].q_proj.weight[9 + RANK :], drawn)
+    assert torch.equal(model[0].q_proj.product.weight[9 + RANK :], drawn)
 
 
 def test_a_replaced_weight_is_freed() -> None:
@@ -178,6 +180,117 @@ def test_attached_weights_take_no_gradient() -> None:
     model = frozen_model()
     attach(model, {"0.q_proj": (9, 6)}, BASES, RANK, 2, ActiveRoute())
     assert not model[0].q_proj(torch.randn(2, 6)).requires_grad
+
+
+# --- layers that read one input
+
+
+class Attention(nn.Module):
+    """Three layers on one input, as attention has them, and one on another."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(6, 9, bias=bias), nn.Linear(6, 4, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(6, 5, bias=bias), nn.Linear(9, 6, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+
+SHAPES = {"q_proj": (9, 6), "k_proj": (4, 6), "v_proj": (5, 6), "o_proj": (6, 9)}
+STEP = Route.of([Term(0, 3, 0, 0.5), Term(1, 4, 1, -2.0)], 4)
+
+
+class SharedRig:
+    """`Attention` with two slots on two bases in all its layers, and the same unchanged."""
+
+    def __init__(self, bias: bool = False) -> None:
+        torch.manual_seed(0)
+        self.plain = Attention(bias).requires_grad_(False)
+        self.model = Attention(bias).requires_grad_(False)
+        self.model.load_state_dict(self.plain.state_dict())
+        self.active = ActiveRoute()
+        self.operands = attach(self.model, SHAPES, BASES, RANK, 2, self.active)
+        self.deltas = {name: [torch.randn(d, RANK) for _ in BASES] for name, (d, _) in SHAPES.items()}
+        for name, deltas in self.deltas.items():
+            for slot, b in enumerate(deltas):
+                self.operands[name].put(slot, self.operands[name].pack(sparse(b)), slot)
+
+    def expected(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            y = getattr(self.plain, name)(x)
+            for start, stop, terms in STEP.spans:
+                for slot, weight in terms:
+                    a = BASES[slot].draw(name, RANK, 6)
+                    y[start:stop] += weight * x[start:stop] @ a.T @ self.deltas[name][slot].T
+            outputs.append(y)
+        return torch.cat(outputs, dim=-1)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of the weight of every product that a layer takes, in order."""
+    rows: list[int] = []
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows.append(len(weight))
+        return nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr("lori.layer.F", SimpleNamespace(linear=linear))
+    return rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_layers_on_one_input_take_one_product(bias: bool, products: list[int]) -> None:
+    rig, x = SharedRig(bias), torch.randn(4, 6)
+    rig.active.route = STEP
+    torch.testing.assert_close(rig.model(x), rig.expected(x), rtol=1e-5, atol=1e-5)
+    assert products == [9 + 4 + 5 + 3 * 2 * RANK]
+    rig.active.route = None
+    torch.testing.assert_close(rig.model(x), rig.plain(x))
+    assert products[1:] == [9 + 4 + 5]
+
+
+@torch.inference_mode()
+def test_layers_that_are_called_on_other_tensors_answer_right(products: list[int]) -> None:
+    rig, x, other = SharedRig(), torch.randn(4, 6), torch.randn(4, 6)
+    rig.active.route = STEP
+    q, k, v = rig.model.q_proj(x), rig.model.k_proj(other), rig.model.v_proj(x.clone())
+    expected, of_other = rig.expected(x), rig.expected(other)
+    torch.testing.assert_close(torch.cat([q, v], 1), expected[:, [*range(9), *range(13, 18)]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(k, of_other[:, 9:13], rtol=1e-5, atol=1e-5)
+    assert len(products) == 3
+
+
+@torch.inference_mode()
+def test_a_shared_product_holds_nothing_when_all_have_taken_it() -> None:
+    rig = SharedRig()
+    x = torch.randn(4, 6)
+    held = weakref.ref(x)
+    rig.model(x)
+    del x
+    gc.collect()
+    assert held() is None
+
+
+@torch.inference_mode()
+def test_a_layer_that_is_called_again_on_its_input_gives_its_own_answer_again() -> None:
+    rig, x = SharedRig(), torch.randn(4, 6)
+    rig.active.route = STEP
+    first = rig.model.q_proj(x).clone()
+    torch.testing.assert_close(rig.model.q_proj(x), first)
+
+
+@torch.inference_mode()
+def test_torch_compile_takes_the_whole_model_as_one_graph() -> None:
+    rig, x = SharedRig(bias=True), torch.randn(4, 6)
+    compiled = torch.compile(rig.model, fullgraph=True, backend="aot_eager")
+    for route in (STEP, None, STEP):
+        rig.active.route = route
+        expected = rig.model(x)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_module_shapes_are_every_linear_layer_but_the_output_embeddings(tiny_model: Path) -> None:

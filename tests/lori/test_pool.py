@@ -112,8 +112,9 @@ def test_adapters_on_one_basis_share_its_rows(model: PreTrainedModel, adapters: 
     AdapterPool(served, adapters)
     layer = served.get_submodule("model.layers.0.self_attn.q_proj")
     assert isinstance(layer, LoriLinear)
-    assert layer.num_bases == 2
-    assert layer.weight.shape == (64 + 2 * 8, 48)  # two bases of the largest rank
+    # q_proj and v_proj share x: their rows of W, then two bases of the largest rank for each.
+    assert layer.product is served.get_submodule("model.layers.0.self_attn.v_proj").product
+    assert layer.product.weight.shape == (64 + 32 + 2 * (2 * 8), 48)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,109 @@
+"""`add_delta` in C++ (`native/`): one window of one token is an item, and the items are divided between torch's threads.
+
+A window's sums stay in registers (AVX-512), and s is looked up by a permutation of registers up to rank 64. Called past torch's
+dispatcher, which would take as long as the kernel itself.
+"""
+
+from typing import Any
+
+import torch
+
+from lori.kernels.layout import LANES
+from lori.kernels.native import MISSING, MODULE, instruction_sets
+from lori.kernels.operands import Operands
+from lori.kernels.route import Route
+
+DENSE_FROM = 32
+"""Tokens of a segment below which the dense B is never faster."""
+PACKED_NS = {"avx512_bf16": (2.2, 0.0053), "avx512": (2.8, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
+"""What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core."""
+DENSE_NS = {torch.bfloat16: 0.0055, torch.float32: 0.0175}
+"""What a token takes for each entry of the dense B."""
+UNPACK_NS, DENSE_START_NS = 1.0, 10_000.0
+"""What unpacking takes for each entry of B, and what a product takes before its first token."""
+
+
+def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, instruction_set: str | None = None) -> None:
+    """y[t] += sum over the terms of weight * B_slot s[t]; shapes as in `lori.kernels.add_delta`.
+
+    `instruction_set` is one of `instruction_sets()`, the fastest by default. Raises `ValueError` where shapes, strides or
+    dtypes are not those of the operands and the route, `RuntimeError` where the kernel is not installed.
+    """
+    num_tokens, num_outputs = y.shape
+    y_stride, y_step = y.stride()
+    s_tokens, num_bases, rank = s.shape
+    s_stride, s_block, s_step = s.stride()
+    layout = operands.layout
+    if not (
+        y.dtype is layout.dtype
+        and s.dtype is layout.dtype
+        and num_outputs == layout.num_outputs
+        and rank == layout.rank
+        and num_bases >= operands.num_bases
+        and s_tokens == num_tokens == route.num_tokens
+        and (y_step == 1 or num_outputs == 1)
+        and (s_step == 1 or rank == 1)
+        and (s_block == rank or num_bases == 1)
+    ):
+        raise ValueError(_mismatch(y, s, operands, route))
+    bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
+    if bound is None:
+        bound = operands.bound = bind(operands)
+    if route.longest >= DENSE_FROM and instruction_set is None:
+        route = add_dense(y, s, operands, route)
+    if route.bound is None:
+        route.bound = module().Route(route.segments.numpy(), route.slots.numpy(), route.weights.numpy())
+    bound.add_delta(route.bound, y.data_ptr(), y_stride, s.data_ptr(), s_stride, num_tokens, torch.get_num_threads())
+
+
+def add_dense(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> Route:
+    """Adds the segments for which a product with the dense B is faster, and returns the route of the others."""
+    dense = []
+    for i, (start, stop, terms) in enumerate(route.spans):
+        slot, weight = terms[0]
+        if len(terms) == 1 and is_dense_faster(operands, slot, stop - start):  # several terms would be rounded one by one
+            y[start:stop].addmm_(s[start:stop, operands.basis_of[slot]], unpack(operands, slot).T, alpha=weight)
+            dense.append(i)
+    return route.without(tuple(dense)) if dense else route
+
+
+def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
+    """Whether unpacking B and one matrix product take less time than the packed B, for a segment of `num_tokens` of one term."""
+    layout, num_bytes = operands.layout, operands.num_slot_bytes(slot)
+    per_slice, per_byte = PACKED_NS[instruction_sets()[0]]
+    num_entries = layout.num_outputs * layout.rank
+    packed = per_slice * layout.num_outputs / LANES + per_byte * num_bytes
+    saved = num_tokens * (packed - DENSE_NS[layout.dtype] * num_entries)
+    return num_bytes > 0 and saved > DENSE_START_NS + UNPACK_NS * num_entries
+
+
+def unpack(operands: Operands, slot: int) -> torch.Tensor:
+    """Returns the dense B of a slot, (D, R) of the operands' dtype."""
+    layout = operands.layout
+    b = torch.empty(layout.num_outputs, layout.rank, dtype=layout.dtype)
+    bound: Any = operands.bound or bind(operands)
+    bound.unpack(slot, b.data_ptr())
+    return b
+
+
+def bind(operands: Operands, instruction_set: str | None = None) -> Any:
+    """Returns the module's view of operands, valid until their pool moves. Raises `ValueError` for an unknown instruction set."""
+    name = instruction_set or instruction_sets()[0]
+    layout, arrays = operands.layout, (operands.pool.numpy(), operands.starts.numpy(), operands.basis_of.numpy())
+    return module().Operands(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, name)
+
+
+def module() -> Any:
+    """Returns the compiled module. Raises `RuntimeError` where it is not installed."""
+    if MODULE is None:
+        raise RuntimeError(MISSING)
+    return MODULE
+
+
+def _mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> str:
+    layout, num_tokens = operands.layout, route.num_tokens
+    return (
+        f"y is {tuple(y.shape)} {y.dtype} with strides {y.stride()}, s {tuple(s.shape)} {s.dtype} with strides {s.stride()}; "
+        f"expected ({num_tokens}, {layout.num_outputs}) and ({num_tokens}, {operands.num_bases} or more, {layout.rank}), "
+        f"both {layout.dtype}, rows contiguous"
+    )

@@ -1,0 +1,83 @@
+"""Which kernel adds the deltas, and `lori::add_delta`, the torch operator that stands for it inside of `torch.compile`."""
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from lori.kernels.cpu import add_delta as cpu_add_delta
+from lori.kernels.layout import Layout
+from lori.kernels.native import MODULE
+from lori.kernels.operands import Operands
+from lori.kernels.reference import add_delta as reference_add_delta
+from lori.kernels.route import Route
+from lori.kernels.stacked import add_delta as stacked_add_delta
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, Operands, Route], None]
+
+
+@cache
+def load_gpu() -> Kernel:
+    """Returns the Triton kernel; triton is read only where it is used. Raises `RuntimeError` where it is not installed."""
+    try:
+        kernel: Kernel = importlib.import_module("lori.kernels.gpu").add_delta
+    except ImportError as error:
+        raise RuntimeError(f"the GPU kernel needs triton ({error}): pip install 'lori-server[gpu]'") from error
+    return kernel
+
+
+KERNELS: dict[str, Callable[[], Kernel]] = {
+    "reference": lambda: reference_add_delta,
+    "stacked": lambda: stacked_add_delta,
+    "cpu": lambda: cpu_add_delta,
+    "gpu": load_gpu,
+}
+
+
+def default_kernel(device: torch.device) -> str:
+    """Returns the name of the fastest kernel that is installed for a device."""
+    if device.type == "cuda":
+        return "gpu"
+    return "cpu" if MODULE else "stacked"
+
+
+def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, kernel: str | None = None) -> None:
+    """Adds the step's deltas to y in place, see the package. `kernel` is one of `KERNELS`, by default that of y's device.
+
+    Raises `ValueError` where there is no such kernel or the shapes and dtypes are not those of the operands and the route,
+    `RuntimeError` where the kernel is not installed.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.lori.add_delta(
+            y, s, operands.pool, operands.starts, operands.basis_of, route.segments, route.slots, route.weights, kernel
+        )
+    elif kernel is None and y.is_cpu and MODULE:
+        cpu_add_delta(y, s, operands, route)
+    else:
+        _kernel(default_kernel(y.device) if kernel is None else kernel)(y, s, operands, route)
+
+
+def _kernel(name: str) -> Kernel:
+    if name not in KERNELS:
+        raise ValueError(f"there is no kernel {name!r}, expected one of {sorted(KERNELS)}")
+    return KERNELS[name]()
+
+
+@torch.library.custom_op("lori::add_delta", mutates_args=("y",))
+def _op(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    pool: torch.Tensor,
+    starts: torch.Tensor,
+    basis_of: torch.Tensor,
+    segments: torch.Tensor,
+    slots: torch.Tensor,
+    weights: torch.Tensor,
+    kernel: str | None,
+) -> None:
+    operands = Operands.over(Layout(y.shape[1], s.shape[2], y.dtype), pool, starts, basis_of)
+    _kernel(default_kernel(y.device) if kernel is None else kernel)(y, s, operands, Route(segments, slots, weights, len(y)))
+
+
+_op.register_fake(lambda *_: None)

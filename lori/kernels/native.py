@@ -1,0 +1,48 @@
+"""The compiled module `_lori_cpu`, which is built at install where there is a C++ compiler, and what it says of itself."""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from lori.kernels.layout import Layout, Packed
+from lori.kernels.layout import pack as pack_in_numpy
+from lori.sparse import SparseB
+
+VERSION = 1
+"""Of the layout and the module's functions; CMakeLists.txt has the same."""
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("_lori_cpu")
+    except ImportError as error:
+        return None, f"the CPU kernel is not installed ({error}): install a C++ compiler (g++), then lori-server again"
+    if module.VERSION != VERSION:
+        return None, f"the CPU kernel is of another version ({module.VERSION}, expected {VERSION}): install lori-server again"
+    return module, ""
+
+
+MODULE, MISSING = _load()
+"""The module, or `None` and why it is not there."""
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Returns the instruction sets that the module has and this processor runs, the fastest first; none without the module."""
+    return tuple(MODULE.instruction_sets()) if MODULE else ()
+
+
+def description() -> str:
+    """Returns what `add_delta` runs on a CPU, for a log."""
+    return f"C++ ({instruction_sets()[0]}, {MODULE.COMPILER})" if MODULE else "torch alone"
+
+
+def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
+    """Packs scale * B, of rank R at most: the bytes of `lori.kernels.layout.pack`."""
+    if MODULE is None:
+        return pack_in_numpy(layout, b, scale)
+    num_outputs, rank = b.shape
+    values = b.values.float() * scale
+    column_bytes = layout.column_dtype().itemsize
+    blocks, starts = MODULE.pack(b.indices.numpy(), values.numpy(), num_outputs, rank, layout.dtype_name, column_bytes)
+    return Packed(torch.from_numpy(blocks), torch.from_numpy(starts))

@@ -1,0 +1,6 @@
+#include "expand_loops.h"
+#include "instruction_sets.h"
+
+namespace lori {
+Expand choose_avx2(const Operands& operands) { return choose(operands); }
+}  // namespace lori

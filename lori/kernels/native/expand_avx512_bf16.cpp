@@ -1,0 +1,7 @@
+#define LORI_DOT
+#include "expand_avx512.h"
+#include "instruction_sets.h"
+
+namespace lori {
+Expand choose_avx512_bf16(const Operands& operands) { return choose(operands); }
+}  // namespace lori

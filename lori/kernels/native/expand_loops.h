@@ -1,0 +1,79 @@
+// The kernel as plain loops; the compiler makes of them what the flags of the including file allow.
+#pragma once
+
+#include <cstring>
+
+#include "walk.h"
+
+namespace lori {
+namespace {
+
+inline float widen(float value) { return value; }
+inline float widen(uint16_t bfloat16) {
+  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void narrow(float value, float* out) { *out = value; }
+inline void narrow(float value, uint16_t* out) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  *out = value != value ? static_cast<uint16_t>(bits >> 16 | 0x40) : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// sums[place] = the products of one window with s, fp32.
+template <typename Value, typename Column>
+void multiply(const Window& window, int num_slices, const float* s, float* sums) {
+  constexpr int kPerLane = 4 / sizeof(Value);  // entries of a row that lie together
+  const Value* values = reinterpret_cast<const Value*>(window.values);
+  const Column* columns = reinterpret_cast<const Column*>(window.columns);
+  int begin = 0;
+  for (int slice = 0; slice < num_slices; slice++) {
+    float sum[kLanes] = {};
+    int steps = window.ends[slice] - begin;
+    begin = window.ends[slice];
+    for (; steps >= kPerLane; steps -= kPerLane, values += kPerLane * kLanes, columns += kPerLane * kLanes)
+      for (int entry = kPerLane - 1; entry >= 0; entry--)
+        for (int lane = 0; lane < kLanes; lane++)
+          sum[lane] += widen(values[kPerLane * lane + entry]) * s[columns[kPerLane * lane + entry]];
+    for (; steps > 0; steps--, values += kLanes, columns += kLanes)
+      for (int lane = 0; lane < kLanes; lane++) sum[lane] += widen(values[lane]) * s[columns[lane]];
+    for (int lane = 0; lane < kLanes; lane++) sums[32 * (slice / 2) + 2 * lane + slice % 2] = sum[lane];
+  }
+}
+
+template <typename Value, typename Column>
+void expand(const Operands& operands, const Route& route, const Step& step, int64_t first, int64_t last) {
+  walk(operands, route, first, last, [&](int token, int window, const Segment& segment) {
+    const int first_slice = window * kWindowSlices;
+    const int num_slices = operands.num_slices() - first_slice < kWindowSlices ? operands.num_slices() - first_slice : kWindowSlices;
+    const int num_rows = operands.num_outputs - first_slice * kLanes < kWindowRows ? operands.num_outputs - first_slice * kLanes : kWindowRows;
+    float total[kWindowRows] = {}, sums[kWindowRows], s[kMaxRank];
+    bool any = false;
+    for (int term = segment.first_term;; term++) {
+      term = next_term(operands, route, segment, term, window);
+      if (term == segment.last_term) break;
+      any = true;
+      const int slot = route.slots[term];
+      const Window block(operands.pool + static_cast<int64_t>(operands.starts[static_cast<int64_t>(slot) * operands.num_windows() + window]) * kUnit,
+                         num_slices, sizeof(Value));
+      const Value* narrow_s = reinterpret_cast<const Value*>(step.s + token * step.s_stride) + static_cast<int64_t>(operands.basis_of[slot]) * operands.rank;
+      for (int i = 0; i < operands.rank; i++) s[i] = widen(narrow_s[i]);
+      multiply<Value, Column>(block, num_slices, s, sums);
+      for (int row = 0; row < num_rows; row++) total[row] += route.weights[term] * sums[block.places[row]];
+    }
+    if (!any) return;
+    Value* y = reinterpret_cast<Value*>(step.y + token * step.y_stride) + first_slice * kLanes;
+    for (int row = 0; row < num_rows; row++) narrow(widen(y[row]) + total[row], y + row);
+  });
+}
+
+inline Expand choose(const Operands& operands) {
+  if (operands.dtype == Dtype::kBfloat16) return operands.rank <= 256 ? expand<uint16_t, uint8_t> : expand<uint16_t, uint16_t>;
+  return operands.rank <= 256 ? expand<float, uint8_t> : expand<float, uint16_t>;
+}
+
+}  // namespace
+}  // namespace lori

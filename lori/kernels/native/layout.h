@@ -1,0 +1,64 @@
+// The run-time layout as the kernels see it; lori/kernels/layout.py says what it is and why.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lori {
+
+constexpr int kLanes = 16;         // rows of a slice
+constexpr int kWindowSlices = 16;  // slices of a full window
+constexpr int kWindowRows = kLanes * kWindowSlices;
+constexpr int kUnit = 16;          // bytes; windows start at multiples of it
+constexpr int kMaxRank = 2048;
+constexpr int kHeaderBytes = 2 * kWindowSlices;
+
+enum class Dtype { kBfloat16, kFloat32 };
+
+// One window of one slot: where each slice ends, which place each row has, values, columns.
+struct Window {
+  const uint16_t* ends;    // (kWindowSlices,) in steps: slice j has the steps ends[j - 1] .. ends[j]
+  const uint8_t* places;   // (rows,) the place of a row's sum: 32 (slice / 2) + 2 lane + slice % 2
+  const uint8_t* values;   // steps * kLanes values
+  const uint8_t* columns;  // as many columns, of 1 or 2 bytes
+
+  Window(const uint8_t* block, int num_slices, int value_bytes)
+      : ends(reinterpret_cast<const uint16_t*>(block)),
+        places(block + kHeaderBytes),
+        values(places + kLanes * num_slices),
+        columns(values + static_cast<size_t>(value_bytes) * kLanes * ends[num_slices - 1]) {}
+};
+
+struct Operands {
+  const uint8_t* pool;
+  const int32_t* starts;    // (num_slots, num_windows) where a window begins in the pool, in units; negative: empty
+  const int32_t* basis_of;  // (num_slots,)
+  int num_slots, num_outputs, rank;
+  Dtype dtype;
+
+  int num_slices() const { return (num_outputs + kLanes - 1) / kLanes; }
+  int num_windows() const { return (num_slices() + kWindowSlices - 1) / kWindowSlices; }
+};
+
+// Terms first_term .. last_term of the route apply to the tokens start .. stop.
+struct Segment {
+  int32_t start, stop, first_term, last_term;
+};
+
+struct Route {
+  const Segment* segments;  // ascending, none overlaps another, none without terms
+  const int32_t* slots;
+  const float* weights;
+  int num_segments;
+};
+
+struct Step {
+  uint8_t* y;
+  const uint8_t* s;
+  ptrdiff_t y_stride, s_stride;  // bytes from a token to the next
+};
+
+// Adds the deltas of the items first .. last; an item is one window of one token of the route, counted token by token.
+using Expand = void (*)(const Operands&, const Route&, const Step&, int64_t first, int64_t last);
+
+}  // namespace lori

@@ -1,0 +1,166 @@
+// The Python module: checks what would read or write outside of its arrays, and divides a step between threads.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "instruction_sets.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+
+namespace lori {
+namespace {
+
+template <typename T, size_t kDims>
+using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+constexpr int64_t kItemsPerThread = 24;  // fewer are done before another thread has begun
+
+bool is_supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                       __builtin_cpu_supports("avx512dq");
+  if (name == "avx512_bf16") return has_512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512") return has_512;
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return name == "portable";
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
+    if (is_supported(name)) names.push_back(name);
+  return names;
+}
+
+Expand choose_expand(const Operands& operands, const std::string& name) {
+  if (!is_supported(name)) throw nb::value_error(("this processor does not run " + name).c_str());
+#if defined(__x86_64__)
+  if (name == "avx512_bf16") return choose_avx512_bf16(operands);
+  if (name == "avx512") return choose_avx512(operands);
+  if (name == "avx2") return choose_avx2(operands);
+#endif
+  return choose_portable(operands);
+}
+
+Dtype parse_dtype(const std::string& name) {
+  if (name == "bfloat16") return Dtype::kBfloat16;
+  if (name == "float32") return Dtype::kFloat32;
+  throw nb::value_error(("dtype " + name + ", expected bfloat16 or float32").c_str());
+}
+
+// The operands of one module. The arrays are those of the caller, kept alive and read at each call.
+class BoundOperands {
+ public:
+  BoundOperands(Array<uint8_t, 1> pool, Array<int32_t, 2> starts, Array<int32_t, 1> basis_of, int num_outputs, int rank,
+                const std::string& dtype, const std::string& instruction_set)
+      : pool_(pool), starts_(starts), basis_of_(basis_of) {
+    if (rank < 1 || rank > kMaxRank) throw nb::value_error(("rank " + std::to_string(rank) + ", expected 1 to " + std::to_string(kMaxRank)).c_str());
+    operands_ = {pool.data(), starts.data(), basis_of.data(), static_cast<int>(starts.shape(0)), num_outputs, rank, parse_dtype(dtype)};
+    if (static_cast<int>(starts.shape(1)) != operands_.num_windows() || basis_of.shape(0) != starts.shape(0))
+      throw nb::value_error("starts and basis_of do not have the shapes of these slots and outputs");
+    expand_ = choose_expand(operands_, instruction_set);
+  }
+  const Operands& operands() const { return operands_; }
+  Expand expand() const { return expand_; }
+
+ private:
+  Array<uint8_t, 1> pool_;
+  Array<int32_t, 2> starts_;
+  Array<int32_t, 1> basis_of_;
+  Operands operands_;
+  Expand expand_;
+};
+
+class BoundRoute {
+ public:
+  BoundRoute(Array<int32_t, 2> segments, Array<int32_t, 1> slots, Array<float, 1> weights) : segments_(segments), slots_(slots), weights_(weights) {
+    if (segments.shape(1) != 4 || slots.shape(0) != weights.shape(0)) throw nb::value_error("segments (G, 4), slots (M,) and weights (M,) expected");
+    route_ = {reinterpret_cast<const Segment*>(segments.data()), slots.data(), weights.data(), static_cast<int>(segments.shape(0))};
+    for (int i = 0; i < route_.num_segments; i++) {
+      const Segment& segment = route_.segments[i];
+      if (segment.start < num_tokens_ || segment.stop <= segment.start || segment.first_term < 0 || segment.last_term <= segment.first_term ||
+          segment.last_term > static_cast<int64_t>(slots.shape(0)))
+        throw nb::value_error("segments must ascend, not overlap and have terms");
+      num_tokens_ = segment.stop;
+      num_active_ += segment.stop - segment.start;
+    }
+    for (size_t i = 0; i < slots.shape(0); i++) {
+      if (slots.data()[i] < 0) throw nb::value_error("a slot is negative");
+      num_slots_ = std::max(num_slots_, slots.data()[i] + 1);
+    }
+  }
+  const Route& route() const { return route_; }
+  int num_tokens() const { return num_tokens_; }  // at least so many y and s must have
+  int num_slots() const { return num_slots_; }    // and the operands
+  int64_t num_active() const { return num_active_; }
+
+ private:
+  Array<int32_t, 2> segments_;
+  Array<int32_t, 1> slots_;
+  Array<float, 1> weights_;
+  Route route_;
+  int num_tokens_ = 0, num_slots_ = 0;
+  int64_t num_active_ = 0;
+};
+
+void add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y, ptrdiff_t y_stride, uintptr_t s, ptrdiff_t s_stride,
+               int num_tokens, int num_threads) {
+  const Operands& operands = bound.operands();
+  if (route.num_tokens() > num_tokens) throw std::invalid_argument("the route has more tokens than y");
+  if (route.num_slots() > operands.num_slots) throw std::invalid_argument("the route names a slot that the operands do not have");
+  const ptrdiff_t size = operands.dtype == Dtype::kBfloat16 ? 2 : 4;
+  const Step step{reinterpret_cast<uint8_t*>(y), reinterpret_cast<const uint8_t*>(s), y_stride * size, s_stride * size};
+  const int64_t num_items = route.num_active() * operands.num_windows();
+  const int64_t num_parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, num_items / kItemsPerThread));
+  if (num_parts == 1) return bound.expand()(operands, route.route(), step, 0, num_items);
+#pragma omp parallel for num_threads(static_cast<int>(num_parts)) schedule(static, 1)
+  for (int64_t part = 0; part < num_parts; part++)
+    bound.expand()(operands, route.route(), step, num_items * part / num_parts, num_items * (part + 1) / num_parts);
+}
+
+void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
+  if (slot < 0 || slot >= bound.operands().num_slots) throw std::invalid_argument("the operands do not have this slot");
+  unpack(bound.operands(), slot, reinterpret_cast<uint8_t*>(out));
+}
+
+nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype, int column_bytes) {
+  if (rank < 1 || rank > (column_bytes == 1 ? 256 : kMaxRank)) throw nb::value_error("rank out of range");
+  const size_t num_kept = indices.shape(0);
+  if (values.shape(0) != num_kept) throw nb::value_error("as many values as indices expected");
+  for (size_t i = 0; i < num_kept; i++)
+    if (indices.data()[i] < (i ? indices.data()[i - 1] + 1 : 0) || indices.data()[i] >= static_cast<int64_t>(num_outputs) * rank)
+      throw nb::value_error("indices must ascend and lie in B");
+  Packed* packed;
+  {
+    nb::gil_scoped_release release;
+    packed = new Packed(pack({indices.data(), values.data(), num_kept, num_outputs, rank}, parse_dtype(dtype), column_bytes));
+  }
+  nb::capsule owner(packed, [](void* p) noexcept { delete static_cast<Packed*>(p); });
+  return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(packed->blocks.data(), {packed->blocks.size()}, owner),
+                        nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(packed->starts.data(), {packed->starts.size()}, owner));
+}
+
+}  // namespace
+}  // namespace lori
+
+NB_MODULE(_lori_cpu, m) {
+  using namespace lori;
+  m.doc() = "The CPU kernel of lori; see lori/kernels.";
+  m.attr("VERSION") = LORI_VERSION;
+  m.attr("COMPILER") = LORI_COMPILER;
+  m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
+  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"), nb::arg("column_bytes"));
+  nb::class_<BoundOperands>(m, "Operands")
+      .def(nb::init<Array<uint8_t, 1>, Array<int32_t, 2>, Array<int32_t, 1>, int, int, const std::string&, const std::string&>())
+      .def("add_delta", &add_delta, nb::call_guard<nb::gil_scoped_release>(), "y and s by address; strides in entries.")
+      .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(), "Writes the B of a slot, (num_outputs, rank), to an address.");
+  nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>>());
+}

@@ -1,0 +1,126 @@
+"""Operands and steps for the tests of the kernels.
+
+Shapes: T tokens, A bases, R rank, D outputs, S slots.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from lori.kernels import Operands, Route, Term
+from lori.sparse import SparseB
+
+Popularity = Callable[[random.Random, int, int], Sequence[int]]
+"""Chooses the slots of one span's terms: from a random source, the number of slots and the number of terms."""
+
+POPULARITY: dict[str, Popularity] = {
+    "identical": lambda _rng, _slots, terms: [0] * terms,
+    "distinct": lambda rng, slots, terms: rng.sample(range(slots), min(terms, slots)),
+    "uniform": lambda rng, slots, terms: [rng.randrange(slots) for _ in range(terms)],
+    "zipf": lambda rng, slots, terms: rng.choices(range(slots), [1 / (slot + 1) for slot in range(slots)], k=terms),
+    "none on some": lambda rng, slots, terms: [rng.randrange(slots) for _ in range(terms)] if rng.random() < 0.5 else [],
+    "last only": lambda _rng, slots, terms: [slots - 1] * terms,
+}
+SIZES = [
+    (1, 1, 1, 1, 1), (2, 1, 3, 5, 2), (7, 2, 5, 33, 6), (17, 3, 8, 40, 9), (33, 1, 32, 129, 16), (3, 2, 33, 300, 4),
+    (5, 1, 64, 255, 5), (4, 1, 100, 273, 3), (3, 1, 17, 1000, 3), (2, 2, 300, 70, 2), (40, 1, 16, 256, 3),
+]  # fmt: skip
+"""T, A, R, D, S."""
+DENSITIES = (0.1, 0.4, 1.0, 0.0)
+"""Slots take them in turn: sparse, half full, dense as LoRI-D's, empty."""
+
+
+def sparse(dense: torch.Tensor) -> SparseB:
+    """Returns a B (D, R) that keeps what is not zero."""
+    return SparseB.from_dense(dense, dense != 0)
+
+
+def put(operands: Operands, slot: int, dense: torch.Tensor, basis: int = 0) -> None:
+    """Packs and puts a dense B (D, R)."""
+    operands.put(slot, operands.pack(sparse(dense)), basis)
+
+
+def random_b(num_outputs: int, rank: int, density: float, g: torch.Generator) -> torch.Tensor:
+    """Returns a dense B (D, R) of which about `density` is kept; its rows keep very different shares."""
+    share = density if density in (0.0, 1.0) else density * 2 * torch.rand(num_outputs, 1, generator=g)
+    return torch.randn(num_outputs, rank, generator=g) * (torch.rand(num_outputs, rank, generator=g) < share)
+
+
+def nan_buffer(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a buffer of NaN and a view (rows, columns) in its midst."""
+    buffer = torch.full((rows + 2, columns + 5), torch.nan, dtype=dtype)
+    return buffer, buffer[1:-1, 3:-2]
+
+
+def spans(num_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
+    """Cuts the tokens of a step in runs, as requests do."""
+    cuts = sorted({0, num_tokens, *(rng.randrange(num_tokens + 1) for _ in range(num_tokens // 2))})
+    return list(pairwise(cuts))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step's inputs. `y` and `s` are strided views in buffers that are NaN elsewhere."""
+
+    buffer: torch.Tensor
+    y: torch.Tensor
+    s: torch.Tensor
+    operands: Operands
+    terms: tuple[Term, ...]
+
+    @property
+    def route(self) -> Route:
+        """The route of the step."""
+        return Route.of(self.terms, len(self.y))
+
+    def assert_nothing_else_is_written(self) -> None:
+        """The buffer is NaN wherever y is not."""
+        outside = torch.ones_like(self.buffer, dtype=torch.bool)
+        outside[1:-1, 3:-2] = False
+        assert self.buffer[outside].isnan().all()
+
+
+def make_case(sizes: tuple[int, ...], dtype: torch.dtype, popularity: str, num_terms: int) -> Case:
+    """Returns a step of `sizes` (T, A, R, D, S), the same for the same arguments."""
+    num_tokens, num_bases, rank, num_outputs, num_slots = sizes
+    rng, g = random.Random(f"{sizes}{popularity}{num_terms}"), torch.Generator().manual_seed(sum(sizes) + num_terms)
+    operands = Operands(num_slots, rank, num_outputs, dtype, "cpu")
+    for slot in range(num_slots):
+        density = DENSITIES[slot % len(DENSITIES)]
+        put(operands, slot, random_b(num_outputs, rng.randint(1, rank), density, g), rng.randrange(num_bases))
+    buffer, y = nan_buffer(num_tokens, num_outputs, dtype)
+    y.copy_(torch.randn(num_tokens, num_outputs, generator=g))
+    _, s = nan_buffer(num_tokens, num_bases * rank, dtype)
+    s.copy_(torch.randn(num_tokens, num_bases * rank, generator=g))
+    terms = [
+        Term(start, stop, slot, rng.uniform(-2.0, 2.0))
+        for start, stop in spans(num_tokens, rng)
+        for slot in POPULARITY[popularity](rng, num_slots, num_terms)
+    ]
+    return Case(buffer, y, s.unflatten(1, (num_bases, rank)), operands, tuple(terms))
+
+
+def by_hand(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the exact result in fp64, and the sum of the magnitudes that make up each entry."""
+    exact, magnitude = case.y.double(), case.y.double().abs()
+    for term in case.terms:
+        b = term.weight * case.operands.dense[term.slot].double()  # (R, D)
+        s = case.s[term.start : term.stop, int(case.operands.basis_of[term.slot])].double()
+        exact[term.start : term.stop] += s @ b
+        magnitude[term.start : term.stop] += s.abs() @ b.abs()
+    return exact, magnitude
+
+
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
+"""The largest relative error of rounding once to a dtype; fp32 has its own bound."""
+
+
+def assert_close(got: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, num_rounded: int = 0) -> None:
+    """`got` is the fp32 sum rounded once; `num_rounded` operands were rounded to its dtype before."""
+    rounding = ROUNDING[got.dtype]
+    allowed = rounding * exact.abs() + (num_rounded * rounding + 1e-5) * magnitude
+    excess = (got.double() - exact).abs() - allowed
+    assert (excess <= 0).all(), f"off by {excess.max().item()} more than allowed"  # NaN fails too

@@ -1,0 +1,186 @@
+"""The kernel in C++: its instruction sets agree, threads change nothing, wrong arrays are refused.
+
+Shapes: T tokens, A bases, R rank, D outputs, S slots.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lori.kernels import Operands, Route, Term, cpu, native, reference
+from lori.kernels.cpu import DENSE_FROM, add_delta, is_dense_faster
+from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
+
+SOURCES = Path(native.__file__).parent / "native"
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("num_terms", [1, 2, 4])
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_instruction_set_is_within_one_rounding_of_the_exact_sum(
+    sizes: tuple[int, ...], dtype: torch.dtype, popularity: str, num_terms: int, instruction_set: str
+) -> None:
+    case = make_case(sizes, dtype, popularity, num_terms)
+    exact, magnitude = by_hand(case)
+    add_delta(case.y, case.s, case.operands, case.route, instruction_set)
+    assert_close(case.y, exact, magnitude)
+    case.assert_nothing_else_is_written()
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("sizes", SIZES)
+def test_every_instruction_set_is_the_reference_in_fp32(sizes: tuple[int, ...], instruction_set: str) -> None:
+    ours, theirs = (make_case(sizes, torch.float32, "uniform", 3) for _ in range(2))
+    add_delta(ours.y, ours.s, ours.operands, ours.route, instruction_set)
+    reference.add_delta(theirs.y, theirs.s, theirs.operands, theirs.route)
+    torch.testing.assert_close(ours.y, theirs.y, rtol=1e-5, atol=1e-5)
+
+
+def test_this_processor_runs_portable_code_at_least() -> None:
+    assert native.instruction_sets()[-1] == "portable"
+    with pytest.raises(ValueError, match="does not run mmx"):
+        cpu.bind(make_case(SIZES[0], torch.float32, "identical", 1).operands, "mmx")
+
+
+@pytest.fixture
+def _three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_three_threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_threads_give_the_same_bits(popularity: str, dtype: torch.dtype) -> None:
+    sizes = (40, 2, 16, 700, 6)
+    many, one = (make_case(sizes, dtype, popularity, 2) for _ in range(2))
+    add_delta(many.y, many.s, many.operands, many.route)
+    torch.set_num_threads(1)
+    add_delta(one.y, one.s, one.operands, one.route)
+    assert torch.equal(many.y, one.y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_in_s_stay_with_their_token(dtype: torch.dtype) -> None:
+    operands = Operands(1, 4, 20, dtype, "cpu")
+    put(operands, 0, torch.ones(20, 4))
+    s = torch.ones(3, 1, 4, dtype=dtype)
+    s[0, 0, 1], s[1, 0, 2] = torch.nan, torch.inf
+    y = torch.zeros(3, 20, dtype=dtype)
+    add_delta(y, s, operands, Route.of([Term(0, 3, 0, 1.0)], 3))
+    assert y[0].isnan().all()
+    assert y[1].isinf().all()
+    assert y[2].eq(4.0).all()
+
+
+# --- what would read or write outside of the arrays
+
+
+def wrong_rank(case: Case) -> Case:
+    return replace(case, s=case.s[:, :, :-1])
+
+
+def wrong_outputs(case: Case) -> Case:
+    return replace(case, y=case.y[:, :-1])
+
+
+def wrong_tokens(case: Case) -> Case:
+    return replace(case, y=case.y[:-1])
+
+
+def wrong_bases(case: Case) -> Case:
+    return replace(case, s=case.s[:, :1])
+
+
+def wrong_dtype(case: Case) -> Case:
+    return replace(case, s=case.s.double())
+
+
+def wrong_strides(case: Case) -> Case:
+    return replace(case, y=torch.zeros(40, 17).T)
+
+
+@pytest.mark.parametrize("spoil", [wrong_rank, wrong_outputs, wrong_tokens, wrong_bases, wrong_dtype, wrong_strides])
+def test_arrays_of_another_shape_dtype_or_stride_are_refused(spoil: Callable[[Case], Case]) -> None:
+    case = make_case((17, 3, 8, 40, 9), torch.float32, "uniform", 2)
+    spoiled = spoil(case)
+    with pytest.raises(ValueError, match=r"expected \(17, 40\) and \(17, 3 or more, 8\), both torch.float32"):
+        add_delta(spoiled.y, spoiled.s, spoiled.operands, case.route)
+
+
+def test_a_slot_that_is_not_there_is_refused() -> None:
+    case = make_case((2, 1, 3, 5, 2), torch.float32, "identical", 1)
+    with pytest.raises(ValueError, match="names a slot that the operands do not have"):
+        add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, 2, 1.0)], 2))
+    with pytest.raises(ValueError, match="a slot is negative"):
+        add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, -1, 1.0)], 2))
+
+
+def test_operands_whose_pool_moved_are_read_where_they_are_now() -> None:
+    operands = Operands(2, 4, 300, torch.float32, "cpu")
+    put(operands, 0, torch.ones(300, 4))
+    y, s, route = torch.zeros(1, 300), torch.ones(1, 1, 4), Route.of([Term(0, 1, 0, 1.0), Term(0, 1, 1, 1.0)], 1)
+    add_delta(y, s, operands, route)
+    put(operands, 1, torch.ones(300, 4))  # the pool grows, and is another
+    add_delta(y, s, operands, route)
+    assert y.eq(4.0 + 8.0).all()
+
+
+# --- long segments
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    operands = Operands(3, 32, 576, dtype, "cpu")
+    for slot, density in enumerate((1.0, 0.1, 1.0)):
+        put(operands, slot, random_b(576, 32, density, g), slot % 2)
+    assert is_dense_faster(operands, 0, 2000)
+    assert not is_dense_faster(operands, 0, DENSE_FROM)
+    y, s = torch.randn(2100, 576, generator=g).to(dtype), torch.randn(2100, 2, 32, generator=g).to(dtype)
+    terms = [Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5)]
+    case = Case(y, y, s, operands, tuple(terms))
+    exact, magnitude = by_hand(case)
+    add_delta(y, s, operands, case.route)
+    assert_close(y, exact, magnitude)
+
+
+def test_an_empty_module_is_never_unpacked() -> None:
+    operands = Operands(1, 32, 576, torch.bfloat16, "cpu")
+    assert not is_dense_faster(operands, 0, 100_000)
+
+
+# --- the sanitizers
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, instruction_set: str) -> None:
+    flags = {
+        "portable": "",
+        "avx2": "-mavx2 -mfma",
+        "avx512": "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq",
+        "avx512_bf16": "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16",
+    }[instruction_set]
+    sanitize = "-O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all"
+    files = [
+        str(SOURCES / f"expand_{instruction_set}.cpp"),
+        str(SOURCES / "pack.cpp"),
+        str(Path(__file__).parent / "sanitize.cpp"),
+    ]
+    defines = [f"-DCHOOSE=choose_{instruction_set}", f"-I{SOURCES}"]
+    program = tmp_path / "sanitize"
+    subprocess.run(["g++", *sanitize.split(), *flags.split(), *defines, *map(str, files), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("checked ")

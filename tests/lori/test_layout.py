@@ -1,0 +1,112 @@
+"""The run-time layout of B: what is packed is what is unpacked, by numpy and in C++ alike.
+
+Shapes: D outputs, R rank, K kept entries.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lori.kernels import layout, native
+from lori.kernels.cpu import unpack
+from lori.kernels.layout import HEADER, LANES, UNIT, WINDOW, Layout, Packed, place_of
+from lori.kernels.operands import Operands
+from lori.sparse import SparseB
+from tests.lori.operands import random_b, sparse
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def pack_both(of: Layout, b: SparseB, scale: float = 1.0) -> Packed:
+    """Packs by numpy and in C++, which give the same bytes."""
+    ours, theirs = layout.pack(of, b, scale), native.pack(of, b, scale)
+    assert torch.equal(ours.starts, theirs.starts)
+    assert torch.equal(ours.blocks, theirs.blocks)
+    return ours
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    num_outputs=st.integers(1, 600),
+    rank=st.sampled_from([1, 2, 3, 8, 31, 32, 33, 64, 100, 256, 257, 300]),
+    density=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_packed_is_what_is_unpacked(num_outputs: int, rank: int, density: float, dtype: torch.dtype, seed: int) -> None:
+    b = random_b(num_outputs, rank, density, torch.Generator().manual_seed(seed))
+    of = Layout(num_outputs, rank, dtype)
+    packed = pack_both(of, sparse(b), 0.5)
+    expected = (0.5 * b).to(dtype)
+    assert torch.equal(layout.unpack(of, packed.blocks, packed.starts), expected.float())
+    operands = Operands(1, rank, num_outputs, dtype, "cpu")
+    operands.put(0, packed, 0)
+    assert torch.equal(unpack(operands, 0), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_b_of_a_lower_rank_has_zeros_beyond_it(dtype: torch.dtype) -> None:
+    b = random_b(70, 5, 0.5, torch.Generator().manual_seed(0))
+    of = Layout(70, 300, dtype)  # with columns of two bytes, as the rank of the operands asks for
+    packed = pack_both(of, sparse(b))
+    dense = layout.unpack(of, packed.blocks, packed.starts)
+    assert torch.equal(dense[:, :5], b.to(dtype).float())
+    assert not dense[:, 5:].any()
+
+
+def test_a_window_is_laid_out_as_the_module_says() -> None:
+    b = torch.zeros(18, 4)
+    b[17] = torch.tensor([1.0, 2.0, 3.0, 0.0])  # the longest: position 0
+    b[2, 3] = 4.0  # position 1
+    packed = pack_both(Layout(18, 4, torch.float32), sparse(b))
+    assert packed.starts.tolist() == [0]
+    block = packed.blocks.numpy()
+    assert block[:HEADER].view("uint16").tolist() == [3] * 16  # slice 0 has three steps, the others none
+    places = block[HEADER : HEADER + 32]
+    assert (places[17], places[2], places[0]) == (0, 2, 4)
+    values = block[HEADER + 32 :][: 3 * LANES * 4].view("float32").reshape(3, LANES)
+    columns = block[HEADER + 32 + 3 * LANES * 4 :][: 3 * LANES].reshape(3, LANES)
+    assert values[:, 0].tolist() == [1.0, 2.0, 3.0]
+    assert values[:, 1].tolist() == [4.0, 0.0, 0.0]
+    assert columns[:, :2].tolist() == [[0, 3], [1, 0], [2, 0]]
+    assert not values[:, 2:].any()
+
+
+def test_two_bf16_steps_lie_together_and_an_odd_one_alone() -> None:
+    b = torch.zeros(16, 4)
+    b[0] = torch.tensor([1.0, 2.0, 3.0, 0.0])
+    b[1, 3] = 4.0
+    block = pack_both(Layout(16, 4, torch.bfloat16), sparse(b)).blocks
+    values = block[HEADER + 16 :][: 3 * LANES * 2].view(torch.bfloat16)
+    assert values[:4].tolist() == [1.0, 2.0, 4.0, 0.0]
+    assert values[32:34].tolist() == [3.0, 0.0]
+
+
+def test_places_interleave_two_slices() -> None:
+    places = place_of(torch.arange(WINDOW).numpy()).tolist()
+    assert sorted(places) == list(range(WINDOW))
+    assert (places[0], places[1], places[16], places[17], places[32]) == (0, 2, 1, 3, 32)
+
+
+def test_an_empty_window_takes_no_bytes() -> None:
+    b = torch.zeros(600, 8)
+    b[300, 1] = 1.0
+    packed = pack_both(Layout(600, 8, torch.bfloat16), sparse(b))
+    assert packed.starts.tolist() == [-1, 0, -1]
+    assert len(packed.blocks) % UNIT == 0
+    assert len(pack_both(Layout(600, 8, torch.bfloat16), sparse(torch.zeros(600, 8))).blocks) == 0
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(0, torch.float32), (2049, torch.float32), (8, torch.float16), (8, torch.float64)])
+def test_a_rank_or_dtype_without_a_kernel_is_refused(rank: int, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=str(rank) if dtype is torch.float32 else str(dtype)):
+        Layout(16, rank, dtype)
+
+
+def test_a_tenth_of_b_takes_less_than_four_bytes_an_entry() -> None:
+    # Of 576 outputs at r = 32; 3 bytes are the value and the column, the rest is padding, places and headers.
+    mask = torch.rand(576, 32, generator=torch.Generator().manual_seed(0)) < 0.1
+    b = SparseB.from_dense(torch.ones(576, 32), mask)
+    packed = pack_both(Layout(576, 32, torch.bfloat16), b)
+    assert len(packed.blocks) < 4 * len(b.values)

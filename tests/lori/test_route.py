@@ -1,0 +1,52 @@
+"""Routes: the segments of a step's tokens that have the same terms."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lori.kernels import Route, Term
+
+TERM = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 4), st.integers(-3, 3)).filter(lambda t: t[0] < t[1])
+
+
+@given(st.lists(TERM, max_size=12))
+def test_each_token_gets_its_terms_once_a_slot(drawn: list[tuple[int, int, int, int]]) -> None:
+    terms = [Term(start, stop, slot, weight / 4) for start, stop, slot, weight in drawn]
+    expected = torch.zeros(12, 5)
+    for term in terms:
+        expected[term.start : term.stop, term.slot] += term.weight
+    route, got = Route.of(terms, 12), torch.zeros(12, 5)
+    last = 0
+    for start, stop, added in route.spans:
+        assert last <= start < stop
+        assert added
+        assert len({slot for slot, _ in added}) == len(added)
+        last = stop
+        for slot, weight in added:
+            got[start:stop, slot] += weight
+    assert torch.equal(got, expected)
+    slots, weights = route.matrix
+    assert torch.equal(weights, expected[:, slots])
+    assert slots.tolist() == sorted({term.slot for term in terms})
+    assert route.longest == max((stop - start for start, stop, _ in route.spans), default=0)
+
+
+def test_tokens_of_one_request_are_one_segment() -> None:
+    route = Route.of([Term(0, 5, 1, 0.5), Term(0, 5, 0, 1.0), Term(5, 6, 1, 2.0)], 8)
+    assert route.segments.tolist() == [[0, 5, 0, 2], [5, 6, 2, 3]]
+    assert route.slots.tolist() == [1, 0, 1]
+    assert route.weights.tolist() == [0.5, 1.0, 2.0]
+    assert (route.segments.dtype, route.slots.dtype, route.weights.dtype) == (torch.int32, torch.int32, torch.float32)
+
+
+def test_a_route_takes_its_terms_from_a_generator() -> None:
+    route = Route.of((Term(0, 1, slot, 1.0) for slot in (1, 0)), 1)
+    assert route.slots.tolist() == [1, 0]
+
+
+def test_a_route_without_some_segments_is_made_once() -> None:
+    route = Route.of([Term(0, 2, 0, 1.0), Term(2, 3, 1, 2.0), Term(4, 6, 2, 3.0)], 6)
+    rest = route.without((1,))
+    assert rest.spans == [(0, 2, [(0, 1.0)]), (4, 6, [(2, 3.0)])]
+    assert route.without((1,)) is rest
+    assert len(route.without((0, 1, 2)).segments) == 0
