@@ -29,42 +29,33 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     `instruction_set` is one of `instruction_sets()`, the fastest by default. Raises `ValueError` where shapes, strides or
     dtypes are not those of the operands and the route, `RuntimeError` where the kernel is not installed.
     """
-    num_tokens, num_outputs = y.shape
-    y_stride, y_step = y.stride()
-    s_tokens, num_bases, rank = s.shape
-    s_stride, s_block, s_step = s.stride()
-    layout = operands.layout
-    if not (
-        y.dtype is layout.dtype
-        and s.dtype is layout.dtype
-        and num_outputs == layout.num_outputs
-        and rank == layout.rank
-        and num_bases >= operands.num_bases
-        and s_tokens == num_tokens == route.num_tokens
-        and (y_step == 1 or num_outputs == 1)
-        and (s_step == 1 or rank == 1)
-        and (s_block == rank or num_bases == 1)
-    ):
+    dtype = operands.layout.dtype
+    if y.dtype is not dtype or s.dtype is not dtype:
         raise ValueError(_mismatch(y, s, operands, route))
     bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
     if bound is None:
         bound = operands.bound = bind(operands)
-    if route.longest >= DENSE_FROM and instruction_set is None:
-        route = add_dense(y, s, operands, route)
-    if route.bound is None:
-        route.bound = module().Route(route.segments.numpy(), route.slots.numpy(), route.weights.numpy())
-    bound.add_delta(route.bound, y.data_ptr(), y_stride, s.data_ptr(), s_stride, num_tokens, torch.get_num_threads())
+    dense = dense_segments(operands, route) if route.longest >= DENSE_FROM and instruction_set is None else ()
+    packed = route.without(dense) if dense else route
+    if packed.bound is None:
+        packed.bound = module().Route(packed.segments.numpy(), packed.slots.numpy(), packed.weights.numpy())
+    num_threads = torch.get_num_threads()
+    if not bound.add_delta(packed.bound, y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
+        raise ValueError(_mismatch(y, s, operands, route))
+    for start, stop, ((slot, weight),) in (route.spans[i] for i in dense):
+        y[start:stop].addmm_(s[start:stop, operands.basis_of[slot]], unpack(operands, slot).T, alpha=weight)
 
 
-def add_dense(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> Route:
-    """Adds the segments for which a product with the dense B is faster, and returns the route of the others."""
-    dense = []
-    for i, (start, stop, terms) in enumerate(route.spans):
-        slot, weight = terms[0]
-        if len(terms) == 1 and is_dense_faster(operands, slot, stop - start):  # several terms would be rounded one by one
-            y[start:stop].addmm_(s[start:stop, operands.basis_of[slot]], unpack(operands, slot).T, alpha=weight)
-            dense.append(i)
-    return route.without(tuple(dense)) if dense else route
+def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
+    """Returns the numbers of the segments for which a product with the dense B is faster.
+
+    None of several terms is among them: each product would be rounded by itself.
+    """
+    return tuple(
+        i
+        for i, (start, stop, terms) in enumerate(route.spans)
+        if len(terms) == 1 and is_dense_faster(operands, terms[0][0], stop - start)
+    )
 
 
 def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
@@ -101,9 +92,9 @@ def module() -> Any:
 
 
 def _mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> str:
-    layout, num_tokens = operands.layout, route.num_tokens
+    layout, num_bases = operands.layout, int(operands.basis_of.max()) + 1
     return (
         f"y is {tuple(y.shape)} {y.dtype} with strides {y.stride()}, s {tuple(s.shape)} {s.dtype} with strides {s.stride()}; "
-        f"expected ({num_tokens}, {layout.num_outputs}) and ({num_tokens}, {operands.num_bases} or more, {layout.rank}), "
+        f"expected ({route.num_tokens}, {layout.num_outputs}) and ({route.num_tokens}, {num_bases} or more, {layout.rank}), "
         f"both {layout.dtype}, rows contiguous"
     )

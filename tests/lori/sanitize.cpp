@@ -45,8 +45,10 @@ struct Values {
     return reinterpret_cast<const float*>(bytes.get())[i];
   }
   void set(size_t i, float value) {
-    if (dtype == Dtype::kBfloat16) reinterpret_cast<uint16_t*>(bytes.get())[i] = narrow(value);
-    else reinterpret_cast<float*>(bytes.get())[i] = value;
+    if (dtype == Dtype::kBfloat16)
+      reinterpret_cast<uint16_t*>(bytes.get())[i] = narrow(value);
+    else
+      reinterpret_cast<float*>(bytes.get())[i] = value;
   }
 };
 
@@ -99,7 +101,7 @@ bool check(Dtype dtype, int num_outputs, int rank, int num_slots, int num_bases,
   const ptrdiff_t width = static_cast<ptrdiff_t>(y.width());
   const Step step{y.bytes.get(), s.bytes.get(), num_outputs * width, num_bases * rank * width};
   int64_t num_items = 0;
-  for (const Segment& segment : segments) num_items += static_cast<int64_t>(segment.stop - segment.start) * operands.num_windows();
+  for (const Segment& segment : segments) num_items += static_cast<int64_t>(segment.stop - segment.start) * operands.num_windows;
   const int64_t cut = num_items ? draw(0, static_cast<int>(num_items)) : 0;  // as two threads would have it
   const Expand expand = CHOOSE(operands);
   expand(operands, route, step, 0, cut);

@@ -63,10 +63,10 @@ def test_a_window_is_laid_out_as_the_module_says() -> None:
     assert packed.starts.tolist() == [0]
     block = packed.blocks.numpy()
     assert block[:HEADER].view("uint16").tolist() == [3] * 16  # slice 0 has three steps, the others none
-    places = block[HEADER : HEADER + 32]
+    steps = block[HEADER:][: 3 * 5 * LANES].reshape(3, 5 * LANES)  # 4 bytes a value, 1 a column
+    values, columns = steps[:, : 4 * LANES].copy().view("float32"), steps[:, 4 * LANES :]
+    places = block[HEADER + steps.size :]
     assert (places[17], places[2], places[0]) == (0, 2, 4)
-    values = block[HEADER + 32 :][: 3 * LANES * 4].view("float32").reshape(3, LANES)
-    columns = block[HEADER + 32 + 3 * LANES * 4 :][: 3 * LANES].reshape(3, LANES)
     assert values[:, 0].tolist() == [1.0, 2.0, 3.0]
     assert values[:, 1].tolist() == [4.0, 0.0, 0.0]
     assert columns[:, :2].tolist() == [[0, 3], [1, 0], [2, 0]]
@@ -78,9 +78,11 @@ def test_two_bf16_steps_lie_together_and_an_odd_one_alone() -> None:
     b[0] = torch.tensor([1.0, 2.0, 3.0, 0.0])
     b[1, 3] = 4.0
     block = pack_both(Layout(16, 4, torch.bfloat16), sparse(b)).blocks
-    values = block[HEADER + 16 :][: 3 * LANES * 2].view(torch.bfloat16)
-    assert values[:4].tolist() == [1.0, 2.0, 4.0, 0.0]
-    assert values[32:34].tolist() == [3.0, 0.0]
+    assert block[HEADER:][:8].view(torch.bfloat16).tolist() == [1.0, 2.0, 4.0, 0.0]
+    assert block[HEADER + 2 * LANES * 2 :][:4].tolist() == [0, 1, 3, 0]
+    odd = HEADER + 2 * LANES * 3
+    assert block[odd : odd + 4].view(torch.bfloat16).tolist() == [3.0, 0.0]
+    assert block[odd + LANES * 2 :][:2].tolist() == [2, 0]
 
 
 def test_places_interleave_two_slices() -> None:

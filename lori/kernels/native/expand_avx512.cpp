@@ -1,4 +1,5 @@
 #include "expand_avx512.h"
+
 #include "instruction_sets.h"
 
 namespace lori {

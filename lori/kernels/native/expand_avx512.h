@@ -7,7 +7,12 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "walk.h"
+
+// Planes and sums are in registers only where these are inlined.
+#define LORI_INLINE __attribute__((always_inline)) inline
 
 namespace lori {
 namespace {
@@ -17,10 +22,16 @@ constexpr int kPlanes = kWindowSlices / 2;
 inline __m512 high_halves(__m512i words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000))); }
 inline __m512 low_halves(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
 
-inline __m512i load_words(const uint8_t* columns) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns))); }
+inline __m512i load_words(const uint8_t* columns) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)));
+}
 inline __m512i load_words(const uint16_t* columns) { return _mm512_loadu_si512(columns); }
-inline __m512i load_dwords(const uint8_t* columns) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns))); }
-inline __m512i load_dwords(const uint16_t* columns) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns))); }
+inline __m512i load_dwords(const uint8_t* columns) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns)));
+}
+inline __m512i load_dwords(const uint16_t* columns) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)));
+}
 
 // s of one token and basis in bfloat16, up to 64 entries: two registers, looked up by a permutation.
 template <int kRegisters>
@@ -35,8 +46,10 @@ struct BfloatTable {
     }
   }
   __m512i look_up(__m512i columns) const {
-    if constexpr (kRegisters == 1) return _mm512_permutexvar_epi16(columns, s[0]);
-    else return _mm512_permutex2var_epi16(s[0], columns, s[1]);
+    if constexpr (kRegisters == 1)
+      return _mm512_permutexvar_epi16(columns, s[0]);
+    else
+      return _mm512_permutex2var_epi16(s[0], columns, s[1]);
   }
   // Adds two entries of each row.
   template <typename Column>
@@ -77,7 +90,8 @@ struct BfloatMemory {
   __m512 add_pair(__m512 sum, const uint16_t* values, const Column* columns) const {
     const __m512i value = _mm512_loadu_si512(values), column = load_words(columns);
     sum = _mm512_fmadd_ps(high_halves(value), _mm512_i32gather_ps(_mm512_srli_epi32(column, 16), s, 4), sum);
-    return _mm512_fmadd_ps(low_halves(value), _mm512_i32gather_ps(_mm512_and_si512(column, _mm512_set1_epi32(0xffff)), s, 4), sum);
+    return _mm512_fmadd_ps(low_halves(value), _mm512_i32gather_ps(_mm512_and_si512(column, _mm512_set1_epi32(0xffff)), s, 4),
+                           sum);
   }
   template <typename Column>
   __m512 add_one(__m512 sum, const uint16_t* values, const Column* columns) const {
@@ -116,10 +130,10 @@ struct FloatMemory {
 
 // low[i], high[i] = the halves of the sums of slices 2 i and 2 i + 1, word by word in turn: a row's place is its word.
 template <int kNumPlanes, typename Column, typename Source>
-void multiply(const Window& window, const Source& s, __m512i* low, __m512i* high) {
+LORI_INLINE void multiply(const Window& window, const Source& s, __m512i* low, __m512i* high) {
   using Value = typename Source::Value;
-  const Value* values = reinterpret_cast<const Value*>(window.values);
-  const Column* columns = reinterpret_cast<const Column*>(window.columns);
+  constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
+  const uint8_t* at = window.steps;
   __m512 sums[2 * kNumPlanes];
   int begin = 0;
 #pragma GCC unroll 16
@@ -128,9 +142,12 @@ void multiply(const Window& window, const Source& s, __m512i* low, __m512i* high
     int steps = window.ends[slice] - begin;  // none beyond the window's own slices
     begin = window.ends[slice];
     if constexpr (sizeof(Value) == 2) {
-      for (; steps >= 2; steps -= 2, values += 2 * kLanes, columns += 2 * kLanes) sum = s.add_pair(sum, values, columns);
+      for (; steps >= 2; steps -= 2, at += 2 * kStepBytes)
+        sum =
+            s.add_pair(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
     }
-    for (; steps > 0; steps--, values += kLanes, columns += kLanes) sum = s.add_one(sum, values, columns);
+    for (; steps > 0; steps--, at += kStepBytes)
+      sum = s.add_one(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + kLanes * sizeof(Value)));
     sums[slice] = sum;
   }
   const __m512i mask = _mm512_set1_epi32(0xffff);
@@ -142,22 +159,41 @@ void multiply(const Window& window, const Source& s, __m512i* low, __m512i* high
   }
 }
 
-// Returns the words of a plane that 32 places name.
+// 32 rows as fp32, the even ones and the odd ones.
+struct Rows {
+  __m512 even, odd;
+};
+
+// The places of 32 rows, or of the `left` last ones.
+inline __m512i load_places(const uint8_t* places, int left) {
+  const __m128i* at = reinterpret_cast<const __m128i*>(places);
+  if (left > kLanes) return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  return _mm512_cvtepu8_epi16(_mm256_castsi128_si256(_mm_loadu_si128(at)));
+}
+
+// Returns the words of a plane at 32 places.
 template <int kNumPlanes>
-__m512i pick(const __m512i* plane, __m512i places, __mmask32 is_64, __mmask32 is_128) {
+LORI_INLINE __m512i pick(const __m512i* plane, __m512i places, __mmask32 is_64, __mmask32 is_128) {
   if constexpr (kNumPlanes == 1) return _mm512_permutexvar_epi16(places, plane[0]);
   __m512i found[4];
 #pragma GCC unroll 4
   for (int i = 0; i < kNumPlanes / 2; i++) found[i] = _mm512_permutex2var_epi16(plane[2 * i], places, plane[2 * i + 1]);
   if constexpr (kNumPlanes >= 4) found[0] = _mm512_mask_blend_epi16(is_64, found[0], found[1]);
-  if constexpr (kNumPlanes == 8) found[0] = _mm512_mask_blend_epi16(is_128, found[0], _mm512_mask_blend_epi16(is_64, found[2], found[3]));
+  if constexpr (kNumPlanes == 8)
+    found[0] = _mm512_mask_blend_epi16(is_128, found[0], _mm512_mask_blend_epi16(is_64, found[2], found[3]));
   return found[0];
 }
 
-// 32 rows of y as fp32, the even ones and the odd ones.
-struct Rows {
-  __m512 even, odd;
-};
+// Returns the sums at 32 places.
+template <int kNumPlanes>
+LORI_INLINE Rows rows_at(const __m512i* low, const __m512i* high, __m512i places) {
+  const __mmask32 is_64 = _mm512_test_epi16_mask(places, _mm512_set1_epi16(64));
+  const __mmask32 is_128 = _mm512_test_epi16_mask(places, _mm512_set1_epi16(128));
+  const __m512i lower = pick<kNumPlanes>(low, places, is_64, is_128), upper = pick<kNumPlanes>(high, places, is_64, is_128);
+  const __m512i half = _mm512_set1_epi32(0xffff);
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, lower, _mm512_slli_epi32(upper, 16), 0xca)),
+          _mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, _mm512_srli_epi32(lower, 16), upper, 0xca))};
+}
 
 inline Rows load_rows(const uint16_t* y, uint32_t mask) {
   const __m512i words = _mm512_maskz_loadu_epi16(mask, y);
@@ -166,9 +202,10 @@ inline Rows load_rows(const uint16_t* y, uint32_t mask) {
 
 inline void store_rows(uint16_t* y, uint32_t mask, Rows rows) {
 #ifdef LORI_DOT
-  const __m512i turns = _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                        _mm512_setr_epi32(16 << 16, 17 << 16, 18 << 16, 19 << 16, 20 << 16, 21 << 16, 22 << 16, 23 << 16,
-                                                          24 << 16, 25 << 16, 26 << 16, 27 << 16, 28 << 16, 29 << 16, 30 << 16, 31 << 16));
+  const __m512i turns =
+      _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                      _mm512_setr_epi32(16 << 16, 17 << 16, 18 << 16, 19 << 16, 20 << 16, 21 << 16, 22 << 16, 23 << 16, 24 << 16,
+                                        25 << 16, 26 << 16, 27 << 16, 28 << 16, 29 << 16, 30 << 16, 31 << 16));
   const __m512i words = _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(rows.odd, rows.even));
 #else
   const auto round = [](__m512 value) {  // to the nearest, ties to even; NaN stays one
@@ -177,7 +214,8 @@ inline void store_rows(uint16_t* y, uint32_t mask, Rows rows) {
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
     return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
   };
-  const __m512i words = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), _mm512_srli_epi32(round(rows.even), 16), round(rows.odd), 0xca);
+  const __m512i words =
+      _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), _mm512_srli_epi32(round(rows.even), 16), round(rows.odd), 0xca);
 #endif
   _mm512_mask_storeu_epi16(y, mask, words);
 }
@@ -201,7 +239,7 @@ struct Item {
   const Route& route;
   const Step& step;
   const Segment& segment;
-  int token, window, num_slices, num_rows;
+  int token, window, num_rows;
 };
 
 template <int kNumPlanes, typename Column, typename Source>
@@ -215,61 +253,64 @@ void expand_item(const Item& item) {
   alignas(64) float buffer[kMaxRank];  // s in fp32, where the source needs it
   Rows totals[kPlanes];
   for (bool is_first = true;; is_first = false) {
-    const int64_t slot = route.slots[term];
-    const Window block(operands.pool + static_cast<int64_t>(operands.starts[slot * operands.num_windows() + item.window]) * kUnit,
-                       item.num_slices, sizeof(Value));
-    const Source s(item.step.s + item.token * item.step.s_stride + sizeof(Value) * operands.basis_of[slot] * operands.rank,
+    const int slot = route.slots[term];
+    const Window block(operands.block(slot, item.window), kLanes * (sizeof(Value) + sizeof(Column)));
+    const Source s(item.step.s + item.token * item.step.s_stride +
+                       sizeof(Value) * operands.basis_of[slot] * static_cast<size_t>(operands.rank),
                    operands.rank, buffer);
     const __m512 weight = _mm512_set1_ps(route.weights[term]);
     term = next_term(operands, route, item.segment, term + 1, item.window);
     const bool is_last = term == item.segment.last_term;
     __m512i low[kNumPlanes], high[kNumPlanes];
     multiply<kNumPlanes, Column>(block, s, low, high);
-    for (int i = 0; 32 * i < item.num_rows; i++) {
-      const int left = item.num_rows - 32 * i;
-      const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
-      const __m256i bytes = left > kLanes ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block.places + 32 * i))
-                                          : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block.places + 32 * i)));
-      const __m512i places = _mm512_cvtepu8_epi16(bytes);
-      const __mmask32 is_64 = _mm512_test_epi16_mask(places, _mm512_set1_epi16(64)), is_128 = _mm512_test_epi16_mask(places, _mm512_set1_epi16(128));
-      const __m512i words = pick<kNumPlanes>(low, places, is_64, is_128), upper = pick<kNumPlanes>(high, places, is_64, is_128);
-      const __m512i half = _mm512_set1_epi32(0xffff);
-      const __m512 even = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, words, _mm512_slli_epi32(upper, 16), 0xca));
-      const __m512 odd = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, _mm512_srli_epi32(words, 16), upper, 0xca));
-      Rows rows = is_first ? (is_last ? load_rows(y + 32 * i, mask) : Rows{_mm512_setzero_ps(), _mm512_setzero_ps()}) : totals[i];
-      rows.even = _mm512_fmadd_ps(weight, even, rows.even);
-      rows.odd = _mm512_fmadd_ps(weight, odd, rows.odd);
-      if (!is_last) {
-        totals[i] = rows;
-        continue;
+    const auto add = [&](auto is_first_term, auto is_last_term) {
+      for (int i = 0; 32 * i < item.num_rows; i++) {
+        const int left = item.num_rows - 32 * i;
+        const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
+        const Rows sums = rows_at<kNumPlanes>(low, high, load_places(block.places + 32 * i, left));
+        Rows rows = is_first_term ? load_rows(y + 32 * i, mask) : totals[i];
+        rows.even = _mm512_fmadd_ps(weight, sums.even, rows.even);
+        rows.odd = _mm512_fmadd_ps(weight, sums.odd, rows.odd);
+        if (is_last_term)
+          store_rows(y + 32 * i, mask, rows);
+        else
+          totals[i] = rows;
       }
-      if (!is_first) {
-        const Rows before = load_rows(y + 32 * i, mask);
-        rows.even = _mm512_add_ps(rows.even, before.even);
-        rows.odd = _mm512_add_ps(rows.odd, before.odd);
-      }
-      store_rows(y + 32 * i, mask, rows);
-    }
+    };
+    if (is_first && is_last)
+      add(std::true_type(), std::true_type());
+    else if (is_first)
+      add(std::true_type(), std::false_type());
+    else if (is_last)
+      add(std::false_type(), std::true_type());
+    else
+      add(std::false_type(), std::false_type());
     if (is_last) return;
   }
 }
 
 template <typename Column, typename Source>
 void expand(const Operands& operands, const Route& route, const Step& step, int64_t first, int64_t last) {
-  const int num_slices = operands.num_slices();
+  const int num_slices = operands.num_slices;
   walk(operands, route, first, last, [&](int token, int window, const Segment& segment) {
     const int left = num_slices - window * kWindowSlices, rows = operands.num_outputs - window * kWindowRows;
-    const Item item{operands, route, step, segment, token, window, left < kWindowSlices ? left : kWindowSlices, rows < kWindowRows ? rows : kWindowRows};
-    if (left > 8) expand_item<8, Column, Source>(item);
-    else if (left > 4) expand_item<4, Column, Source>(item);
-    else if (left > 2) expand_item<2, Column, Source>(item);
-    else expand_item<1, Column, Source>(item);
+    const Item item{operands, route, step, segment, token, window, rows < kWindowRows ? rows : kWindowRows};
+    if (left > 8)
+      expand_item<8, Column, Source>(item);
+    else if (left > 4)
+      expand_item<4, Column, Source>(item);
+    else if (left > 2)
+      expand_item<2, Column, Source>(item);
+    else
+      expand_item<1, Column, Source>(item);
   });
 }
 
 inline Expand choose(const Operands& operands) {
   if (operands.dtype == Dtype::kFloat32)
-    return operands.rank <= 32 ? expand<uint8_t, FloatTable> : operands.rank <= 256 ? expand<uint8_t, FloatMemory> : expand<uint16_t, FloatMemory>;
+    return operands.rank <= 32    ? expand<uint8_t, FloatTable>
+           : operands.rank <= 256 ? expand<uint8_t, FloatMemory>
+                                  : expand<uint16_t, FloatMemory>;
   if (operands.rank <= 32) return expand<uint8_t, BfloatTable<1>>;
   if (operands.rank <= 64) return expand<uint8_t, BfloatTable<2>>;
   return operands.rank <= 256 ? expand<uint8_t, BfloatMemory> : expand<uint16_t, BfloatMemory>;

@@ -20,26 +20,33 @@ inline void narrow(float value, float* out) { *out = value; }
 inline void narrow(float value, uint16_t* out) {  // to the nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  *out = value != value ? static_cast<uint16_t>(bits >> 16 | 0x40) : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  *out =
+      value != value ? static_cast<uint16_t>(bits >> 16 | 0x40) : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Adds kEntries entries of each row.
+template <int kEntries, typename Value, typename Column>
+void add(const uint8_t* at, const float* s, float* sum) {
+  const Value* values = reinterpret_cast<const Value*>(at);
+  const Column* columns = reinterpret_cast<const Column*>(values + kEntries * kLanes);
+  for (int entry = kEntries - 1; entry >= 0; entry--)
+    for (int lane = 0; lane < kLanes; lane++)
+      sum[lane] += widen(values[kEntries * lane + entry]) * s[columns[kEntries * lane + entry]];
 }
 
 // sums[place] = the products of one window with s, fp32.
 template <typename Value, typename Column>
 void multiply(const Window& window, int num_slices, const float* s, float* sums) {
   constexpr int kPerLane = 4 / sizeof(Value);  // entries of a row that lie together
-  const Value* values = reinterpret_cast<const Value*>(window.values);
-  const Column* columns = reinterpret_cast<const Column*>(window.columns);
+  constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
+  const uint8_t* at = window.steps;
   int begin = 0;
   for (int slice = 0; slice < num_slices; slice++) {
     float sum[kLanes] = {};
     int steps = window.ends[slice] - begin;
     begin = window.ends[slice];
-    for (; steps >= kPerLane; steps -= kPerLane, values += kPerLane * kLanes, columns += kPerLane * kLanes)
-      for (int entry = kPerLane - 1; entry >= 0; entry--)
-        for (int lane = 0; lane < kLanes; lane++)
-          sum[lane] += widen(values[kPerLane * lane + entry]) * s[columns[kPerLane * lane + entry]];
-    for (; steps > 0; steps--, values += kLanes, columns += kLanes)
-      for (int lane = 0; lane < kLanes; lane++) sum[lane] += widen(values[lane]) * s[columns[lane]];
+    for (; steps >= kPerLane; steps -= kPerLane, at += kPerLane * kStepBytes) add<kPerLane, Value, Column>(at, s, sum);
+    for (; steps > 0; steps--, at += kStepBytes) add<1, Value, Column>(at, s, sum);
     for (int lane = 0; lane < kLanes; lane++) sums[32 * (slice / 2) + 2 * lane + slice % 2] = sum[lane];
   }
 }
@@ -48,8 +55,9 @@ template <typename Value, typename Column>
 void expand(const Operands& operands, const Route& route, const Step& step, int64_t first, int64_t last) {
   walk(operands, route, first, last, [&](int token, int window, const Segment& segment) {
     const int first_slice = window * kWindowSlices;
-    const int num_slices = operands.num_slices() - first_slice < kWindowSlices ? operands.num_slices() - first_slice : kWindowSlices;
-    const int num_rows = operands.num_outputs - first_slice * kLanes < kWindowRows ? operands.num_outputs - first_slice * kLanes : kWindowRows;
+    const int num_slices = operands.num_slices - first_slice < kWindowSlices ? operands.num_slices - first_slice : kWindowSlices;
+    const int num_rows =
+        operands.num_outputs - first_slice * kLanes < kWindowRows ? operands.num_outputs - first_slice * kLanes : kWindowRows;
     float total[kWindowRows] = {}, sums[kWindowRows], s[kMaxRank];
     bool any = false;
     for (int term = segment.first_term;; term++) {
@@ -57,9 +65,9 @@ void expand(const Operands& operands, const Route& route, const Step& step, int6
       if (term == segment.last_term) break;
       any = true;
       const int slot = route.slots[term];
-      const Window block(operands.pool + static_cast<int64_t>(operands.starts[static_cast<int64_t>(slot) * operands.num_windows() + window]) * kUnit,
-                         num_slices, sizeof(Value));
-      const Value* narrow_s = reinterpret_cast<const Value*>(step.s + token * step.s_stride) + static_cast<int64_t>(operands.basis_of[slot]) * operands.rank;
+      const Window block(operands.block(slot, window), kLanes * (sizeof(Value) + sizeof(Column)));
+      const Value* narrow_s = reinterpret_cast<const Value*>(step.s + token * step.s_stride) +
+                              static_cast<int64_t>(operands.basis_of[slot]) * operands.rank;
       for (int i = 0; i < operands.rank; i++) s[i] = widen(narrow_s[i]);
       multiply<Value, Column>(block, num_slices, s, sums);
       for (int row = 0; row < num_rows; row++) total[row] += route.weights[term] * sums[block.places[row]];

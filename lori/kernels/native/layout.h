@@ -9,24 +9,22 @@ namespace lori {
 constexpr int kLanes = 16;         // rows of a slice
 constexpr int kWindowSlices = 16;  // slices of a full window
 constexpr int kWindowRows = kLanes * kWindowSlices;
-constexpr int kUnit = 16;          // bytes; windows start at multiples of it
+constexpr int kUnit = 16;  // bytes; windows start at multiples of it
 constexpr int kMaxRank = 2048;
 constexpr int kHeaderBytes = 2 * kWindowSlices;
 
 enum class Dtype { kBfloat16, kFloat32 };
 
-// One window of one slot: where each slice ends, which place each row has, values, columns.
+// One window of one slot.
 struct Window {
-  const uint16_t* ends;    // (kWindowSlices,) in steps: slice j has the steps ends[j - 1] .. ends[j]
-  const uint8_t* places;   // (rows,) the place of a row's sum: 32 (slice / 2) + 2 lane + slice % 2
-  const uint8_t* values;   // steps * kLanes values
-  const uint8_t* columns;  // as many columns, of 1 or 2 bytes
+  const uint16_t* ends;   // (kWindowSlices,) in steps: slice j has the steps ends[j - 1] .. ends[j]
+  const uint8_t* steps;   // the steps, one or two together: values, then columns
+  const uint8_t* places;  // (rows,) the place of a row's sum: 32 (slice / 2) + 2 lane + slice % 2
 
-  Window(const uint8_t* block, int num_slices, int value_bytes)
+  Window(const uint8_t* block, size_t step_bytes)
       : ends(reinterpret_cast<const uint16_t*>(block)),
-        places(block + kHeaderBytes),
-        values(places + kLanes * num_slices),
-        columns(values + static_cast<size_t>(value_bytes) * kLanes * ends[num_slices - 1]) {}
+        steps(block + kHeaderBytes),
+        places(steps + step_bytes * ends[kWindowSlices - 1]) {}
 };
 
 struct Operands {
@@ -35,9 +33,25 @@ struct Operands {
   const int32_t* basis_of;  // (num_slots,)
   int num_slots, num_outputs, rank;
   Dtype dtype;
+  int num_slices, num_windows;
 
-  int num_slices() const { return (num_outputs + kLanes - 1) / kLanes; }
-  int num_windows() const { return (num_slices() + kWindowSlices - 1) / kWindowSlices; }
+  Operands(const uint8_t* pool, const int32_t* starts, const int32_t* basis_of, int num_slots, int num_outputs, int rank,
+           Dtype dtype)
+      : pool(pool),
+        starts(starts),
+        basis_of(basis_of),
+        num_slots(num_slots),
+        num_outputs(num_outputs),
+        rank(rank),
+        dtype(dtype),
+        num_slices((num_outputs + kLanes - 1) / kLanes),
+        num_windows((num_slices + kWindowSlices - 1) / kWindowSlices) {}
+
+  // Returns the block of a window, or null where it is empty.
+  const uint8_t* block(int slot, int window) const {
+    const int32_t start = starts[static_cast<int64_t>(slot) * num_windows + window];
+    return start < 0 ? nullptr : pool + static_cast<int64_t>(start) * kUnit;
+  }
 };
 
 // Terms first_term .. last_term of the route apply to the tokens start .. stop.

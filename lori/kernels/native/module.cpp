@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 
@@ -24,8 +25,8 @@ constexpr int64_t kItemsPerThread = 24;  // fewer are done before another thread
 bool is_supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                       __builtin_cpu_supports("avx512dq");
+  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (name == "avx512_bf16") return has_512 && __builtin_cpu_supports("avx512bf16");
   if (name == "avx512") return has_512;
   if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -61,10 +62,14 @@ class BoundOperands {
  public:
   BoundOperands(Array<uint8_t, 1> pool, Array<int32_t, 2> starts, Array<int32_t, 1> basis_of, int num_outputs, int rank,
                 const std::string& dtype, const std::string& instruction_set)
-      : pool_(pool), starts_(starts), basis_of_(basis_of) {
-    if (rank < 1 || rank > kMaxRank) throw nb::value_error(("rank " + std::to_string(rank) + ", expected 1 to " + std::to_string(kMaxRank)).c_str());
-    operands_ = {pool.data(), starts.data(), basis_of.data(), static_cast<int>(starts.shape(0)), num_outputs, rank, parse_dtype(dtype)};
-    if (static_cast<int>(starts.shape(1)) != operands_.num_windows() || basis_of.shape(0) != starts.shape(0))
+      : pool_(pool),
+        starts_(starts),
+        basis_of_(basis_of),
+        operands_(pool.data(), starts.data(), basis_of.data(), static_cast<int>(starts.shape(0)), num_outputs, rank,
+                  parse_dtype(dtype)) {
+    if (rank < 1 || rank > kMaxRank)
+      throw nb::value_error(("rank " + std::to_string(rank) + ", expected 1 to " + std::to_string(kMaxRank)).c_str());
+    if (static_cast<int>(starts.shape(1)) != operands_.num_windows || basis_of.shape(0) != starts.shape(0))
       throw nb::value_error("starts and basis_of do not have the shapes of these slots and outputs");
     expand_ = choose_expand(operands_, instruction_set);
   }
@@ -81,13 +86,16 @@ class BoundOperands {
 
 class BoundRoute {
  public:
-  BoundRoute(Array<int32_t, 2> segments, Array<int32_t, 1> slots, Array<float, 1> weights) : segments_(segments), slots_(slots), weights_(weights) {
-    if (segments.shape(1) != 4 || slots.shape(0) != weights.shape(0)) throw nb::value_error("segments (G, 4), slots (M,) and weights (M,) expected");
-    route_ = {reinterpret_cast<const Segment*>(segments.data()), slots.data(), weights.data(), static_cast<int>(segments.shape(0))};
+  BoundRoute(Array<int32_t, 2> segments, Array<int32_t, 1> slots, Array<float, 1> weights)
+      : segments_(segments), slots_(slots), weights_(weights) {
+    if (segments.shape(1) != 4 || slots.shape(0) != weights.shape(0))
+      throw nb::value_error("segments (G, 4), slots (M,) and weights (M,) expected");
+    route_ = {reinterpret_cast<const Segment*>(segments.data()), slots.data(), weights.data(),
+              static_cast<int>(segments.shape(0))};
     for (int i = 0; i < route_.num_segments; i++) {
       const Segment& segment = route_.segments[i];
-      if (segment.start < num_tokens_ || segment.stop <= segment.start || segment.first_term < 0 || segment.last_term <= segment.first_term ||
-          segment.last_term > static_cast<int64_t>(slots.shape(0)))
+      if (segment.start < num_tokens_ || segment.stop <= segment.start || segment.first_term < 0 ||
+          segment.last_term <= segment.first_term || segment.last_term > static_cast<int64_t>(slots.shape(0)))
         throw nb::value_error("segments must ascend, not overlap and have terms");
       num_tokens_ = segment.stop;
       num_active_ += segment.stop - segment.start;
@@ -100,6 +108,7 @@ class BoundRoute {
   const Route& route() const { return route_; }
   int num_tokens() const { return num_tokens_; }  // at least so many y and s must have
   int num_slots() const { return num_slots_; }    // and the operands
+  size_t num_terms() const { return slots_.shape(0); }
   int64_t num_active() const { return num_active_; }
 
  private:
@@ -111,19 +120,45 @@ class BoundRoute {
   int64_t num_active_ = 0;
 };
 
-void add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y, ptrdiff_t y_stride, uintptr_t s, ptrdiff_t s_stride,
-               int num_tokens, int num_threads) {
+// Whether y (T, D) and s (T, A, R) of these shapes and strides, in entries, are what the kernel reads and writes.
+bool fits(const BoundOperands& bound, const BoundRoute& route, const std::array<int64_t, 2>& y,
+          const std::array<int64_t, 2>& y_strides, const std::array<int64_t, 3>& s, const std::array<int64_t, 3>& s_strides) {
   const Operands& operands = bound.operands();
-  if (route.num_tokens() > num_tokens) throw std::invalid_argument("the route has more tokens than y");
-  if (route.num_slots() > operands.num_slots) throw std::invalid_argument("the route names a slot that the operands do not have");
+  for (size_t i = 0; i < route.num_terms(); i++)
+    if (operands.basis_of[route.route().slots[i]] >= s[1]) return false;
+  return y[0] >= route.num_tokens() && s[0] == y[0] && y[1] == operands.num_outputs && s[2] == operands.rank &&
+         (y_strides[1] == 1 || y[1] == 1) && (s_strides[2] == 1 || s[2] == 1) && (s_strides[1] == s[2] || s[1] == 1);
+}
+
+template <size_t kDims>
+std::array<int64_t, kDims> sizes(const nb::tuple& tuple) {
+  if (tuple.size() != kDims) throw nb::value_error("y of two dimensions and s of three expected");
+  std::array<int64_t, kDims> out;
+  for (size_t i = 0; i < kDims; i++) out[i] = nb::cast<int64_t>(tuple[i]);
+  return out;
+}
+
+// Returns false where the shapes or strides are wrong, and has done nothing then. y and s are addresses.
+bool add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y, const nb::tuple& y_shape,
+               const nb::tuple& y_strides, uintptr_t s, const nb::tuple& s_shape, const nb::tuple& s_strides, int num_threads) {
+  const Operands& operands = bound.operands();
+  if (route.num_slots() > operands.num_slots) throw nb::value_error("the route names a slot that the operands do not have");
+  const auto y_stride = sizes<2>(y_strides);
+  const auto s_stride = sizes<3>(s_strides);
+  if (!fits(bound, route, sizes<2>(y_shape), y_stride, sizes<3>(s_shape), s_stride)) return false;
+  const nb::gil_scoped_release release;
   const ptrdiff_t size = operands.dtype == Dtype::kBfloat16 ? 2 : 4;
-  const Step step{reinterpret_cast<uint8_t*>(y), reinterpret_cast<const uint8_t*>(s), y_stride * size, s_stride * size};
-  const int64_t num_items = route.num_active() * operands.num_windows();
+  const Step step{reinterpret_cast<uint8_t*>(y), reinterpret_cast<const uint8_t*>(s), y_stride[0] * size, s_stride[0] * size};
+  const int64_t num_items = route.num_active() * operands.num_windows;
   const int64_t num_parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, num_items / kItemsPerThread));
-  if (num_parts == 1) return bound.expand()(operands, route.route(), step, 0, num_items);
-#pragma omp parallel for num_threads(static_cast<int>(num_parts)) schedule(static, 1)
+  if (num_parts == 1) {
+    bound.expand()(operands, route.route(), step, 0, num_items);
+    return true;
+  }
+#pragma omp parallel for num_threads(static_cast <int>(num_parts)) schedule(static, 1)
   for (int64_t part = 0; part < num_parts; part++)
     bound.expand()(operands, route.route(), step, num_items * part / num_parts, num_items * (part + 1) / num_parts);
+  return true;
 }
 
 void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
@@ -131,7 +166,8 @@ void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
   unpack(bound.operands(), slot, reinterpret_cast<uint8_t*>(out));
 }
 
-nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype, int column_bytes) {
+nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype,
+                      int column_bytes) {
   if (rank < 1 || rank > (column_bytes == 1 ? 256 : kMaxRank)) throw nb::value_error("rank out of range");
   const size_t num_kept = indices.shape(0);
   if (values.shape(0) != num_kept) throw nb::value_error("as many values as indices expected");
@@ -157,10 +193,12 @@ NB_MODULE(_lori_cpu, m) {
   m.attr("VERSION") = LORI_VERSION;
   m.attr("COMPILER") = LORI_COMPILER;
   m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
-  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"), nb::arg("column_bytes"));
+  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
+        nb::arg("column_bytes"));
   nb::class_<BoundOperands>(m, "Operands")
       .def(nb::init<Array<uint8_t, 1>, Array<int32_t, 2>, Array<int32_t, 1>, int, int, const std::string&, const std::string&>())
-      .def("add_delta", &add_delta, nb::call_guard<nb::gil_scoped_release>(), "y and s by address; strides in entries.")
-      .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(), "Writes the B of a slot, (num_outputs, rank), to an address.");
+      .def("add_delta", &add_delta)
+      .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(),
+           "Writes the B of a slot, (num_outputs, rank), to an address.");
   nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>>());
 }

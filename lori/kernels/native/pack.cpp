@@ -17,46 +17,54 @@ uint16_t to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // adapters hold no NaN
 }
 
+// Where the entry of a lane lies among a window's steps, in bytes. `begin` and `end` are those of its slice.
 template <typename Value, typename Column>
-void fill(uint8_t* block, int num_slices, const uint16_t* ends, const uint8_t* positions, const Kept& b, const size_t* row_begins,
-          int num_rows) {
-  constexpr int kPerLane = 4 / sizeof(Value);
-  Value* out = reinterpret_cast<Value*>(block + kHeaderBytes + kLanes * num_slices);
-  Column* columns = reinterpret_cast<Column*>(out + kLanes * ends[num_slices - 1]);
+struct Address {
+  size_t value, column;
+
+  Address(int begin, int end, int lane, int entry) {
+    constexpr int kPerLane = 4 / sizeof(Value);
+    const bool is_together = entry < (end - begin) / kPerLane * kPerLane;
+    const int together = is_together ? kPerLane : 1, within = together * lane + entry % together;
+    const size_t chunk = (begin + entry / together * together) * kLanes * (sizeof(Value) + sizeof(Column));
+    value = chunk + within * sizeof(Value);
+    column = chunk + together * kLanes * sizeof(Value) + within * sizeof(Column);
+  }
+};
+
+template <typename Value, typename Column>
+void fill(uint8_t* block, const uint16_t* ends, const uint8_t* positions, const Kept& b, const size_t* row_begins, int num_rows) {
+  uint8_t* steps = block + kHeaderBytes;
   for (int row = 0; row < num_rows; row++) {
-    const int slice = positions[row] / kLanes, lane = positions[row] % kLanes, begin = slice ? ends[slice - 1] : 0;
-    const int steps = ends[slice] - begin, paired = steps - steps % kPerLane;
+    const int slice = positions[row] / kLanes, begin = slice ? ends[slice - 1] : 0;
     for (size_t i = row_begins[row]; i < row_begins[row + 1]; i++) {
-      const int entry = static_cast<int>(i - row_begins[row]);
-      const int step = entry < paired ? entry - entry % kPerLane : entry;
-      const int at = (begin + step) * kLanes + (entry < paired ? kPerLane * lane + entry % kPerLane : lane);
-      if constexpr (sizeof(Value) == 2) out[at] = to_bfloat16(b.values[i]);
-      else out[at] = b.values[i];
-      columns[at] = static_cast<Column>(b.indices[i] % b.rank);
+      const Address<Value, Column> at(begin, ends[slice], positions[row] % kLanes, static_cast<int>(i - row_begins[row]));
+      if constexpr (sizeof(Value) == 2)
+        *reinterpret_cast<Value*>(steps + at.value) = to_bfloat16(b.values[i]);
+      else
+        *reinterpret_cast<Value*>(steps + at.value) = b.values[i];
+      *reinterpret_cast<Column*>(steps + at.column) = static_cast<Column>(b.indices[i] % b.rank);
     }
   }
 }
 
 template <typename Value, typename Column>
 void unpack_window(const Operands& operands, const Window& block, int window, Value* out) {
-  constexpr int kPerLane = 4 / sizeof(Value);
-  const Value* values = reinterpret_cast<const Value*>(block.values);
-  const Column* columns = reinterpret_cast<const Column*>(block.columns);
   const int first_row = window * kWindowRows, num_rows = std::min(kWindowRows, operands.num_outputs - first_row);
   int row_at[kWindowRows] = {};  // by place
   for (int row = 0; row < num_rows; row++) row_at[block.places[row]] = first_row + row;
   int begin = 0;
   for (int slice = 0; slice < kWindowSlices; slice++) {
-    const int steps = block.ends[slice] - begin, paired = steps - steps % kPerLane;
-    for (int lane = 0; lane < kLanes && steps; lane++) {
-      const int row = row_at[place_of(slice * kLanes + lane)];
-      for (int entry = 0; entry < steps; entry++) {
-        const int step = entry < paired ? entry - entry % kPerLane : entry;
-        const int at = (begin + step) * kLanes + (entry < paired ? kPerLane * lane + entry % kPerLane : lane);
-        if (values[at]) out[static_cast<int64_t>(row) * operands.rank + columns[at]] = values[at];  // padding is zero
+    const int end = block.ends[slice];
+    for (int lane = 0; lane < kLanes; lane++) {
+      Value* row = out + static_cast<int64_t>(row_at[place_of(slice * kLanes + lane)]) * operands.rank;
+      for (int entry = 0; entry < end - begin; entry++) {
+        const Address<Value, Column> at(begin, end, lane, entry);
+        const Value value = *reinterpret_cast<const Value*>(block.steps + at.value);
+        if (value) row[*reinterpret_cast<const Column*>(block.steps + at.column)] = value;  // padding is zero
       }
     }
-    begin = block.ends[slice];
+    begin = end;
   }
 }
 
@@ -65,11 +73,9 @@ void unpack_window(const Operands& operands, const Window& block, int window, Va
 void unpack(const Operands& operands, int slot, uint8_t* out) {
   const size_t value_bytes = operands.dtype == Dtype::kBfloat16 ? 2 : 4;
   std::memset(out, 0, value_bytes * operands.rank * operands.num_outputs);
-  for (int window = 0; window < operands.num_windows(); window++) {
-    const int32_t start = operands.starts[static_cast<int64_t>(slot) * operands.num_windows() + window];
-    if (start < 0) continue;
-    const int num_slices = std::min(kWindowSlices, operands.num_slices() - window * kWindowSlices);
-    const Window block(operands.pool + static_cast<int64_t>(start) * kUnit, num_slices, static_cast<int>(value_bytes));
+  for (int window = 0; window < operands.num_windows; window++) {
+    if (!operands.block(slot, window)) continue;
+    const Window block(operands.block(slot, window), kLanes * (value_bytes + (operands.rank <= 256 ? 1 : 2)));
     if (operands.dtype == Dtype::kBfloat16) {
       const auto run = operands.rank <= 256 ? unpack_window<uint16_t, uint8_t> : unpack_window<uint16_t, uint16_t>;
       run(operands, block, window, reinterpret_cast<uint16_t*>(out));
@@ -85,7 +91,7 @@ Packed pack(const Kept& b, Dtype dtype, int column_bytes) {
   const size_t entry_bytes = (dtype == Dtype::kBfloat16 ? 2 : 4) + column_bytes;
   Packed packed;
   size_t next = 0;
-  for (int window = 0; window < shape.num_windows(); window++) {
+  for (int window = 0; window < shape.num_windows; window++) {
     const int num_rows = std::min(kWindowRows, b.num_outputs - window * kWindowRows);
     const int num_slices = (num_rows + kLanes - 1) / kLanes;
     size_t row_begins[kWindowRows + 1];
@@ -121,10 +127,11 @@ Packed pack(const Kept& b, Dtype dtype, int column_bytes) {
     packed.blocks.resize(start + (num_bytes + kUnit - 1) / kUnit * kUnit);
     uint8_t* block = packed.blocks.data() + start;
     std::memcpy(block, ends, kHeaderBytes);
-    for (int row = 0; row < num_rows; row++) block[kHeaderBytes + row] = static_cast<uint8_t>(place_of(positions[row]));
+    uint8_t* places = block + kHeaderBytes + entry_bytes * kLanes * ends[num_slices - 1];
+    for (int row = 0; row < num_rows; row++) places[row] = static_cast<uint8_t>(place_of(positions[row]));
     const auto fill_window = dtype == Dtype::kBfloat16 ? (column_bytes == 1 ? fill<uint16_t, uint8_t> : fill<uint16_t, uint16_t>)
-                                                        : (column_bytes == 1 ? fill<float, uint8_t> : fill<float, uint16_t>);
-    fill_window(block, num_slices, ends, positions, b, row_begins, num_rows);
+                                                       : (column_bytes == 1 ? fill<float, uint8_t> : fill<float, uint16_t>);
+    fill_window(block, ends, positions, b, row_begins, num_rows);
   }
   return packed;
 }

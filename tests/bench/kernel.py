@@ -1,0 +1,182 @@
+"""What the deltas cost beside the base product, and beside what moving their bytes costs.
+
+`python -m tests.bench.kernel`: bf16, r = 32, 10% of B kept, a request a token. "base" is W x, "shrink" what A's rows below W add
+to it, "expand" is `add_delta` as the layers call it, "dense" a batched product with a dense B for each token, which lies gathered
+(gathering it is not counted), "floor" is the time to read the adapters' bytes at the machine's bandwidth. "hot" steps run on one
+module again and again; "cold" ones cycle through more copies of it than the caches hold, as the layers of a model do. Prints
+nothing until the kernels' tests pass.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lori.cli.output import print_table
+from lori.kernels.native import description
+from tests.bench.kernel_plot import plot
+from tests.bench.kernel_steps import POPULARITY, SHAPES, Module, Shape, Step
+from tests.bench.timing import read_bandwidth, timed
+
+TESTS = Path(__file__).parents[1] / "lori" / "test_kernels.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians in us; `expand_low_us` and `expand_high_us` are the quartiles. `dense_us` is `None` where it would not fit."""
+
+    model: str
+    shape: str
+    tokens: int
+    popularity: str
+    terms: int
+    threads: int
+    cache: str
+    base_us: float
+    shrink_us: float
+    expand_us: float
+    expand_low_us: float
+    expand_high_us: float
+    dense_us: float | None
+    floor_us: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured: every combination of these."""
+
+    shapes: list[Shape]
+    tokens: list[int]
+    popularity: list[str]
+    terms: list[int]
+    caches: list[str]
+    threads: list[int]
+    budget_s: float
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        return len(list(self._rows()))
+
+    def _rows(self) -> Iterable[tuple[int, str, Shape, int, str, int]]:
+        return product(self.threads, self.caches, self.shapes, self.tokens, self.popularity, self.terms)
+
+    def measure(self, device: torch.device) -> Iterator[Row]:
+        """Measures row after row."""
+        for threads, cache, shape, tokens in product(self.threads, self.caches, self.shapes, self.tokens):
+            torch.set_num_threads(threads)
+            bandwidth = read_bandwidth()
+            module = Module(shape, max(tokens, *self.terms), cache == "cold", device)
+            for popularity, terms in product(self.popularity, self.terms):
+                step = Step(module, POPULARITY[popularity](tokens, terms))
+                times = timed(step.calls(), self.budget_s)
+                expand, dense = times["expand"], times.get("dense")
+                yield Row(
+                    shape.model, shape.name, tokens, popularity, terms, threads, cache, times["base"].median,
+                    times["fused"].median - times["base"].median, expand.median, expand.low, expand.high,
+                    dense and dense.median, step.num_bytes / bandwidth * 1e6, step.num_bytes,
+                )  # fmt: skip
+
+
+def main() -> None:
+    """Prints the table and what the design asks of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--plot", type=Path, help="where to draw them")
+    parser.add_argument("--quick", action="store_true", help="two shapes, two numbers of tokens: within a minute")
+    arguments = parser.parse_args()
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", str(TESTS)], stdout=subprocess.DEVNULL, check=False).returncode:
+        sys.exit(f"error: the tests of the kernels fail: {TESTS}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plan = quick(device) if arguments.quick else full(device)
+    rows = list(tqdm(plan.measure(device), total=plan.size, unit="row", disable=None))
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}, {description()}"
+    )
+    print(f"{where}; torch {torch.__version__}, Python {platform.python_version()}")
+    print_table(COLUMNS, [cells(row) for row in rows])
+    for line in verdicts(rows):
+        print(line)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    if arguments.plot:
+        plot([asdict(row) for row in rows], arguments.plot)
+
+
+def full(device: torch.device) -> Plan:
+    """Everything."""
+    return Plan(SHAPES, [1, 8, 32, 64, 128, 1024], list(POPULARITY), [1, 2, 4], ["hot", "cold"], num_threads(device), 0.25)
+
+
+def quick(device: torch.device) -> Plan:
+    """What the design asks for, and little more."""
+    shapes = [shape for shape in SHAPES if shape.name in ("576x576", "4096x4096")]
+    return Plan(shapes, [32, 64], ["identical", "distinct"], [1, 2], ["hot", "cold"], num_threads(device), 0.15)
+
+
+def num_threads(device: torch.device) -> list[int]:
+    """One thread and all of them; a GPU has no use for more."""
+    return [1] if device.type == "cuda" else sorted({1, torch.get_num_threads()})
+
+
+COLUMNS = [
+    "shape", "tokens", "popularity", "terms", "threads", "cache", "base, us", "shrink", "expand (quartiles)", "of base", "dense",
+    "dense / expand", "floor", "expand / floor",
+]  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """Returns a row as text."""
+    return [
+        row.shape, str(row.tokens), row.popularity, str(row.terms), str(row.threads), row.cache, f"{row.base_us:.1f}",
+        f"{row.shrink_us:.1f}", f"{row.expand_us:.1f} ({row.expand_low_us:.1f}–{row.expand_high_us:.1f})",
+        f"{100 * row.expand_us / row.base_us:.1f}%", "–" if row.dense_us is None else f"{row.dense_us:.1f}",
+        "–" if row.dense_us is None else f"{row.dense_us / row.expand_us:.1f}", f"{row.floor_us:.1f}",
+        f"{row.expand_us / row.floor_us:.2f}",
+    ]  # fmt: skip
+
+
+def verdicts(rows: list[Row]) -> Iterator[str]:
+    """Says each ratio that the design asks for, where its rows were measured."""
+    found = {(r.shape, r.tokens, r.popularity, r.terms, r.threads, r.cache): r for r in rows}
+    for threads, cache in sorted({(r.threads, r.cache) for r in rows}):
+        where = f"{cache}, {threads} thread{'s' * (threads > 1)}"
+        for shape, most in (("576x576", 0.08), ("4096x4096", 0.02)):
+            one = found.get((shape, 32, "distinct", 1, threads, cache))
+            two = found.get((shape, 32, "distinct", 2, threads, cache))
+            same = found.get((shape, 32, "identical", 1, threads, cache))
+            if one:
+                yield verdict(f"{shape}, 32 tokens on 32 adapters, {where}: expand / base", one.expand_us / one.base_us, most)
+            if one and two:
+                yield verdict(f"{shape}, {where}: two terms / one", two.expand_us / one.expand_us, 2.2)
+            if one and same:
+                yield verdict(f"{shape}, {where}: distinct / identical", one.expand_us / same.expand_us, 1.25)
+            if one and one.dense_us and cache == "cold":
+                yield verdict(f"{shape}, {where}: expand / dense", one.expand_us / one.dense_us, 1 / 6)
+        for row in rows:
+            if (row.model, row.tokens, row.popularity, row.terms, row.threads, row.cache) == (
+                "Llama-3-8B", 64, "distinct", 1, threads, cache,
+            ):  # fmt: skip
+                yield verdict(
+                    f"{row.shape}, 64 tokens on 64 adapters, {where}: expand / floor", row.expand_us / row.floor_us, 2.0
+                )
+
+
+def verdict(what: str, ratio: float, most: float) -> str:
+    """Says one ratio and whether it is low enough."""
+    return f"{'met' if ratio <= most else 'NOT MET':8}{what} {ratio:.3f}, at most {most:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Steps of one module for the benchmark of the kernels: adapters, tokens, and the same work done densely.
+
+Shapes: T tokens, N inputs, D outputs, R rank, S slots.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from lori.kernels import Operands, Packed, Route, Term, add_delta
+from lori.sparse import SparseB
+from tests.bench.timing import Call
+
+RANK, DENSITY = 32, 0.1
+NUM_DRAWN = 16
+"""Different B's that are drawn; slots hold copies of them, each in its own bytes."""
+COLD_BYTES = 2**27
+"""What a cold step cycles through: more than the last cache of the machines this runs on."""
+MAX_DENSE_BYTES = 2**29
+"""Gathered B's beyond that are left out."""
+
+POPULARITY: dict[str, Callable[[int, int], list[list[int]]]] = {
+    "identical": lambda tokens, terms: [list(range(terms))] * tokens,
+    "zipf": lambda tokens, terms: _drawn(tokens, terms, [1 / (i + 1) for i in range(max(tokens, terms))]),
+    "uniform": lambda tokens, terms: _drawn(tokens, terms, [1.0] * max(tokens, terms)),
+    "distinct": lambda tokens, terms: [
+        [(t + tokens // terms * k) % max(tokens, terms) for k in range(terms)] for t in range(tokens)
+    ],
+}
+"""The slots of each token's terms."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One module of a model: B is (D, R), W is (D, N)."""
+
+    model: str
+    num_outputs: int
+    num_inputs: int
+
+    @property
+    def name(self) -> str:
+        """Such as 576x576."""
+        return f"{self.num_outputs}x{self.num_inputs}"
+
+
+SHAPES = [
+    Shape("SmolLM2-135M", 576, 576), Shape("SmolLM2-135M", 192, 576), Shape("SmolLM2-135M", 1536, 576),
+    Shape("SmolLM2-135M", 576, 1536), Shape("Llama-3-8B", 4096, 4096), Shape("Llama-3-8B", 1024, 4096),
+    Shape("Llama-3-8B", 14336, 4096), Shape("Llama-3-8B", 4096, 14336),
+]  # fmt: skip
+
+
+class Module:
+    """One module in several copies, that hold the same and lie apart: calls cycle through them, so that no cache holds one.
+
+    One copy is a module that a cache may hold.
+    """
+
+    def __init__(self, shape: Shape, num_slots: int, is_cold: bool, device: torch.device) -> None:
+        self.shape, self.num_slots, self.device, self.is_cold = shape, num_slots, device, is_cold
+        packed = drawn(shape.num_outputs)
+        first = Operands(num_slots, RANK, shape.num_outputs, torch.bfloat16, device)
+        first.reserve(sum(len(packed[slot % NUM_DRAWN].blocks) for slot in range(num_slots)))
+        for slot in range(num_slots):
+            first.put(slot, packed[slot % NUM_DRAWN], 0)
+        self.operands = [first, *(copy_of(first) for _ in range(self.num_copies(len(first.pool)) - 1))]
+        weight = torch.randn(shape.num_outputs + RANK, shape.num_inputs, dtype=torch.bfloat16, device=device)
+        self.weights = [weight, *(weight.clone() for _ in range(self.num_copies(weight.nbytes) - 1))]
+
+    def num_copies(self, num_bytes: int) -> int:
+        return -(-COLD_BYTES // num_bytes) if self.is_cold else 1
+
+
+def drawn(num_outputs: int) -> list[Packed]:
+    """Returns random B's (D, R) that keep a tenth of their entries."""
+    g = torch.Generator().manual_seed(0)
+    layout = Operands(0, RANK, num_outputs, torch.bfloat16, "cpu")
+    b = (0.02 * torch.randn(num_outputs, RANK, generator=g) for _ in range(NUM_DRAWN))
+    return [layout.pack(SparseB.from_dense(one, torch.rand(num_outputs, RANK, generator=g) < DENSITY)) for one in b]
+
+
+def copy_of(operands: Operands) -> Operands:
+    """Returns operands that hold the same in other bytes."""
+    return Operands.over(operands.layout, operands.pool.clone(), operands.starts, operands.basis_of)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step on a module: what each token's terms are, and the work as calls to time."""
+
+    module: Module
+    slots: Sequence[Sequence[int]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the blocks that the step must read at least once."""
+        operands = self.module.operands[0]
+        return sum(operands.num_slot_bytes(slot) for slot in {slot for of_token in self.slots for slot in of_token})
+
+    def calls(self) -> dict[str, Call]:
+        """Returns the base product, the same with A's rows below, the expand and the dense gathered product."""
+        shape, device, num_tokens = self.module.shape, self.module.device, len(self.slots)
+        x = torch.randn(num_tokens, shape.num_inputs, dtype=torch.bfloat16, device=device)
+        both = torch.randn(num_tokens, shape.num_outputs + RANK, dtype=torch.bfloat16, device=device)
+        y, s = both[:, : shape.num_outputs], both[:, shape.num_outputs :].unflatten(1, (1, RANK))
+        terms = [Term(t, t + 1, slot, 1e-3) for t, of_token in enumerate(self.slots) for slot in of_token]
+        route = Route.of(terms, num_tokens, device)
+        weights, operands = itertools.cycle(self.module.weights), itertools.cycle(self.module.operands)
+        calls: dict[str, Call] = {
+            "base": lambda: F.linear(x, next(weights)[: shape.num_outputs]),
+            "fused": lambda: F.linear(x, next(weights)),
+            "expand": lambda: add_delta(y, s, next(operands), route),
+        }
+        if num_tokens * len(self.slots[0]) * RANK * shape.num_outputs * 2 <= MAX_DENSE_BYTES:
+            calls["dense"] = self._dense(s, y)
+        return calls
+
+    def _dense(self, s: torch.Tensor, y: torch.Tensor) -> Call:
+        # What is timed is the product alone: B lies gathered.
+        index = torch.tensor(self.slots)  # (T, terms)
+        b = torch.randn(self.module.num_slots, RANK, self.module.shape.num_outputs, dtype=torch.bfloat16)
+        gathered = b[index].flatten(1, 2).to(s.device)  # (T, terms R, D)
+        copies = [gathered, *(gathered.clone() for _ in range(self.module.num_copies(gathered.nbytes) - 1))]
+        dense = itertools.cycle(copies)
+        repeated = s.repeat(1, 1, index.shape[1]) * 1e-3  # (T, 1, terms R)
+        return lambda: y.add_(torch.bmm(repeated, next(dense)).squeeze(1))
+
+
+def _shuffled(i: int, num_slots: int) -> int:
+    return (7 * i + 3) % num_slots if num_slots % 7 else i % num_slots
+
+
+def _drawn(tokens: int, terms: int, weights: Sequence[float]) -> list[list[int]]:
+    rng = random.Random(0)
+    return [_different(rng, terms, weights) for _ in range(tokens)]
+
+
+def _different(rng: random.Random, terms: int, weights: Sequence[float]) -> list[int]:
+    chosen: dict[int, None] = {}
+    while len(chosen) < terms:
+        chosen[rng.choices(range(len(weights)), weights)[0]] = None
+    return list(chosen)

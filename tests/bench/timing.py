@@ -1,0 +1,61 @@
+"""Times of functions that run in turn, so that a machine whose speed drifts is unfair to none."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+Call = Callable[[], object]
+SHORTEST_S = 300e-6
+"""A function is called so often in one turn that the clock's own noise does not matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Times of one call in us: the median of the turns, and their first and third quartile."""
+
+    median: float
+    low: float
+    high: float
+
+
+def timed(calls: Mapping[str, Call], budget_s: float, min_turns: int = 7, max_turns: int = 200) -> dict[str, Times]:
+    """Runs `calls` in turn for about `budget_s` seconds and returns the times of each."""
+    counts = {name: _count(call) for name, call in calls.items()}
+    turns: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + budget_s
+    for turn in range(max_turns):
+        if turn >= min_turns and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            turns[name].append(_turn(call, counts[name]) / counts[name] * 1e6)
+    quartiles = {name: quantiles(times, n=4) for name, times in turns.items()}
+    return {name: Times(median(times), quartiles[name][0], quartiles[name][2]) for name, times in turns.items()}
+
+
+def read_bandwidth(num_bytes: int = 2**28) -> float:
+    """Returns how many bytes/s torch's threads read from memory, at best: a dot product of arrays that no cache holds."""
+    a, b = torch.ones(num_bytes // 4), torch.ones(num_bytes // 4)
+    return max(2 * num_bytes / _turn(lambda: torch.dot(a, b), 1) for _ in range(7))
+
+
+def _count(call: Call) -> int:
+    once = max(_turn(call, 1), 1e-7)
+    return max(1, int(SHORTEST_S / once))
+
+
+def _turn(call: Call, count: int) -> float:
+    call()  # what ran before has left its own data in the caches
+    _wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

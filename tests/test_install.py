@@ -1,0 +1,33 @@
+"""The install builds the CPU kernel where it can, and goes on without it where it cannot."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def wheel(folder: Path, **environment: str) -> Path:
+    """Builds the package's wheel with the build tools of this environment."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = subprocess.run(command, env={"PATH": path} | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [found] = folder.glob("*.whl")
+    return found
+
+
+def test_without_a_compiler_the_wheel_is_one_without_the_kernel(tmp_path: Path) -> None:
+    built = wheel(tmp_path, CXX="/no/such/compiler")
+    assert built.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(built).namelist()
+    assert "lori/kernels/stacked.py" in names
+    assert "server/adapters/math/adapter_model.safetensors" in names
+    assert not [name for name in names if "_lori_cpu" in name]
+
+
+def test_with_a_compiler_the_kernel_is_in_the_wheel_and_its_sources_are_not(tmp_path: Path) -> None:
+    names = zipfile.ZipFile(wheel(tmp_path)).namelist()
+    assert [name for name in names if name.startswith("_lori_cpu.")]
+    assert not [name for name in names if name.endswith((".cpp", ".h", "CMakeLists.txt"))]
