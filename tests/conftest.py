@@ -9,6 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+# Triton reads it when it is imported: without a GPU its kernels are interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from tests.tiny import save_tiny_model
 
 # More threads than that wait for each other on a busy machine; the tensors are tiny.

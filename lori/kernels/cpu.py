@@ -12,14 +12,15 @@ from lori.kernels.layout import LANES
 from lori.kernels.native import MISSING, MODULE, instruction_sets
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
+from lori.kernels.shapes import mismatch
 
 DENSE_FROM = 32
 """Tokens of a segment below which the dense B is never faster."""
-PACKED_NS = {"avx512_bf16": (2.2, 0.0053), "avx512": (2.8, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
-"""What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core."""
-DENSE_NS = {torch.bfloat16: 0.0055, torch.float32: 0.0175}
+PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
+"""What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
+DENSE_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
 """What a token takes for each entry of the dense B."""
-UNPACK_NS, DENSE_START_NS = 1.0, 10_000.0
+UNPACK_NS, DENSE_START_NS = 0.6, 12_000.0
 """What unpacking takes for each entry of B, and what a product takes before its first token."""
 
 
@@ -31,7 +32,7 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     """
     dtype = operands.layout.dtype
     if y.dtype is not dtype or s.dtype is not dtype:
-        raise ValueError(_mismatch(y, s, operands, route))
+        raise mismatch(y, s, operands, route)
     bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
     if bound is None:
         bound = operands.bound = bind(operands)
@@ -41,7 +42,7 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
         packed.bound = module().Route(packed.segments.numpy(), packed.slots.numpy(), packed.weights.numpy())
     num_threads = torch.get_num_threads()
     if not bound.add_delta(packed.bound, y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
-        raise ValueError(_mismatch(y, s, operands, route))
+        raise mismatch(y, s, operands, route)
     for start, stop, ((slot, weight),) in (route.spans[i] for i in dense):
         y[start:stop].addmm_(s[start:stop, operands.basis_of[slot]], unpack(operands, slot).T, alpha=weight)
 
@@ -89,12 +90,3 @@ def module() -> Any:
     if MODULE is None:
         raise RuntimeError(MISSING)
     return MODULE
-
-
-def _mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> str:
-    layout, num_bases = operands.layout, int(operands.basis_of.max()) + 1
-    return (
-        f"y is {tuple(y.shape)} {y.dtype} with strides {y.stride()}, s {tuple(s.shape)} {s.dtype} with strides {s.stride()}; "
-        f"expected ({route.num_tokens}, {layout.num_outputs}) and ({route.num_tokens}, {num_bases} or more, {layout.rank}), "
-        f"both {layout.dtype}, rows contiguous"
-    )

@@ -5,7 +5,7 @@ neighbours in that order are a slice. A slice has as many steps as its first row
 of its rows, one a lane, and zeros where a row has fewer. A window is one block of bytes, read from its first to its last:
 
     ends     (16,) uint16       where each of its slices ends, in steps of the window
-    values   (16,)              of a step, bf16 or fp32 as the model's; of two bf16 steps of a slice, lane by lane, where it has two
+    values   (16,)              of a step, bf16 or fp32 as the model's; of two bf16 steps together, lane by lane, where there are
     columns  (16,)              as many: uint8 up to rank 256, uint16 beyond
     …                           the other steps
     places   (rows,) uint8      for each row, up to a multiple of 16, its place: 32 (slice // 2) + 2 lane + slice % 2

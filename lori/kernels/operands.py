@@ -28,6 +28,8 @@ class Operands:
         self.pool = torch.zeros(0, dtype=torch.uint8, device=device)
         self.starts = torch.full((num_slots, self.layout.num_windows), -1, dtype=torch.int32, device=device)
         self.basis_of = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.num_bases = 1
+        """Bases that s must have at least."""
         self.bound: object = None
         """What a kernel made of the arrays above; forgotten when the pool moves."""
         self._extents = Extents()
@@ -62,6 +64,7 @@ class Operands:
         self._taken[slot] = list(zip(places, lengths, strict=True))
         self.starts[slot] = row
         self.basis_of[slot] = basis
+        self.num_bases = max(self.num_bases, basis + 1)
         if self._dense is not None:
             self._dense[slot] = self._unpack(slot)
 

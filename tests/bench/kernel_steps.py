@@ -3,10 +3,12 @@
 Shapes: T tokens, N inputs, D outputs, R rank, S slots.
 """
 
+import importlib
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -70,9 +72,14 @@ class Module:
             first.put(slot, packed[slot % NUM_DRAWN], 0)
         self.operands = [first, *(copy_of(first) for _ in range(self.num_copies(len(first.pool)) - 1))]
         weight = torch.randn(shape.num_outputs + RANK, shape.num_inputs, dtype=torch.bfloat16, device=device)
-        self.weights = [weight, *(weight.clone() for _ in range(self.num_copies(weight.nbytes) - 1))]
+        self.weights = self.cycle(weight)
+
+    def cycle(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Returns `tensor` and its copies for ever, as many as it takes that none is in a cache."""
+        return itertools.cycle([tensor, *(tensor.clone() for _ in range(self.num_copies(tensor.nbytes) - 1))])
 
     def num_copies(self, num_bytes: int) -> int:
+        """Returns how many copies of so many bytes it takes."""
         return -(-COLD_BYTES // num_bytes) if self.is_cold else 1
 
 
@@ -110,7 +117,7 @@ class Step:
         y, s = both[:, : shape.num_outputs], both[:, shape.num_outputs :].unflatten(1, (1, RANK))
         terms = [Term(t, t + 1, slot, 1e-3) for t, of_token in enumerate(self.slots) for slot in of_token]
         route = Route.of(terms, num_tokens, device)
-        weights, operands = itertools.cycle(self.module.weights), itertools.cycle(self.module.operands)
+        weights, operands = self.module.weights, itertools.cycle(self.module.operands)
         calls: dict[str, Call] = {
             "base": lambda: F.linear(x, next(weights)[: shape.num_outputs]),
             "fused": lambda: F.linear(x, next(weights)),
@@ -121,14 +128,24 @@ class Step:
         return calls
 
     def _dense(self, s: torch.Tensor, y: torch.Tensor) -> Call:
-        # What is timed is the product alone: B lies gathered.
         index = torch.tensor(self.slots)  # (T, terms)
         b = torch.randn(self.module.num_slots, RANK, self.module.shape.num_outputs, dtype=torch.bfloat16)
-        gathered = b[index].flatten(1, 2).to(s.device)  # (T, terms R, D)
-        copies = [gathered, *(gathered.clone() for _ in range(self.module.num_copies(gathered.nbytes) - 1))]
-        dense = itertools.cycle(copies)
+        if s.is_cuda:
+            pools = self.module.cycle(b.to(s.device))
+            slots = index.int().to(s.device)
+            return lambda: load_bgmv()(y, s[:, 0], next(pools), slots, 1e-3)
+        # What is timed is the product alone: B lies gathered.
+        gathered = self.module.cycle(b[index].flatten(1, 2))  # (T, terms R, D)
         repeated = s.repeat(1, 1, index.shape[1]) * 1e-3  # (T, 1, terms R)
-        return lambda: y.add_(torch.bmm(repeated, next(dense)).squeeze(1))
+        return lambda: y.add_(torch.bmm(repeated, next(gathered)).squeeze(1))
+
+
+@cache
+def load_bgmv() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]:
+    """Returns the dense kernel in Triton, which a machine without a GPU may lack."""
+    kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+    kernel = importlib.import_module("tests.bench.bgmv").bgmv
+    return kernel
 
 
 def _shuffled(i: int, num_slots: int) -> int:

@@ -6,6 +6,7 @@ Shapes: T tokens, A bases, R rank, D outputs, S slots.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -49,10 +50,12 @@ def random_b(num_outputs: int, rank: int, density: float, g: torch.Generator) ->
     return torch.randn(num_outputs, rank, generator=g) * (torch.rand(num_outputs, rank, generator=g) < share)
 
 
-def nan_buffer(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns a buffer of NaN and a view (rows, columns) in its midst."""
-    buffer = torch.full((rows + 2, columns + 5), torch.nan, dtype=dtype)
-    return buffer, buffer[1:-1, 3:-2]
+def strided(rows: int, columns: int, like: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a buffer of NaN and a view of random numbers (rows, columns) in its midst."""
+    buffer = torch.full((rows + 2, columns + 5), torch.nan, dtype=like.dtype, device=like.device)
+    view = buffer[1:-1, 3:-2]
+    view.copy_(torch.randn(rows, columns, generator=g))
+    return buffer, view
 
 
 def spans(num_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -71,10 +74,10 @@ class Case:
     operands: Operands
     terms: tuple[Term, ...]
 
-    @property
+    @cached_property
     def route(self) -> Route:
         """The route of the step."""
-        return Route.of(self.terms, len(self.y))
+        return Route.of(self.terms, len(self.y), self.y.device)
 
     def assert_nothing_else_is_written(self) -> None:
         """The buffer is NaN wherever y is not."""
@@ -83,18 +86,24 @@ class Case:
         assert self.buffer[outside].isnan().all()
 
 
-def make_case(sizes: tuple[int, ...], dtype: torch.dtype, popularity: str, num_terms: int) -> Case:
+def make_case(
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    popularity: str,
+    num_terms: int,
+    device: str = "cpu",
+    densities: Sequence[float] = DENSITIES,
+) -> Case:
     """Returns a step of `sizes` (T, A, R, D, S), the same for the same arguments."""
     num_tokens, num_bases, rank, num_outputs, num_slots = sizes
     rng, g = random.Random(f"{sizes}{popularity}{num_terms}"), torch.Generator().manual_seed(sum(sizes) + num_terms)
-    operands = Operands(num_slots, rank, num_outputs, dtype, "cpu")
+    operands = Operands(num_slots, rank, num_outputs, dtype, device)
     for slot in range(num_slots):
-        density = DENSITIES[slot % len(DENSITIES)]
+        density = densities[slot % len(densities)]
         put(operands, slot, random_b(num_outputs, rng.randint(1, rank), density, g), rng.randrange(num_bases))
-    buffer, y = nan_buffer(num_tokens, num_outputs, dtype)
-    y.copy_(torch.randn(num_tokens, num_outputs, generator=g))
-    _, s = nan_buffer(num_tokens, num_bases * rank, dtype)
-    s.copy_(torch.randn(num_tokens, num_bases * rank, generator=g))
+    like = torch.empty(0, dtype=dtype, device=device)
+    buffer, y = strided(num_tokens, num_outputs, like, g)
+    _, s = strided(num_tokens, num_bases * rank, like, g)
     terms = [
         Term(start, stop, slot, rng.uniform(-2.0, 2.0))
         for start, stop in spans(num_tokens, rng)

@@ -1,0 +1,65 @@
+"""From how many tokens of one adapter on a dense B and a matrix product beat the packed B, and whether the kernel chooses so.
+
+`python -m tests.bench.crossover`: bf16, r = 32, one thread by default. "dense" counts unpacking B. The constants in
+`lori.kernels.cpu` come from this table.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from lori.cli.output import print_table
+from lori.kernels import Operands, Route, Term
+from lori.kernels.cpu import DENSE_FROM, add_delta, is_dense_faster, unpack
+from lori.kernels.native import instruction_sets
+from lori.sparse import SparseB
+from tests.bench.timing import timed
+
+RANK = 32
+COLUMNS = ["B", "kept", "tokens", "packed, us", "dense, us", "packed / dense", "the kernel takes"]
+
+
+def rows(instruction_set: str) -> Iterator[list[str]]:
+    """Measures row after row."""
+    for num_outputs in (576, 4096):
+        for density in (0.1, 0.3, 1.0):
+            operands = Operands(1, RANK, num_outputs, torch.bfloat16, "cpu")
+            mask = torch.rand(num_outputs, RANK) < density
+            operands.put(0, operands.pack(SparseB.from_dense(torch.randn(num_outputs, RANK), mask)), 0)
+            for num_tokens in (32, 64, 128, 256, 512, 1024, 4096):
+                y, s = torch.randn(num_tokens, num_outputs).bfloat16(), torch.randn(num_tokens, 1, RANK).bfloat16()
+                packed, dense = measure(y, s, operands, instruction_set)
+                takes_dense = num_tokens >= DENSE_FROM and is_dense_faster(operands, 0, num_tokens)
+                yield [
+                    f"{num_outputs} x {RANK}", f"{100 * density:.0f}%", str(num_tokens), f"{packed:.1f}", f"{dense:.1f}",
+                    f"{packed / dense:.2f}", "dense" if takes_dense else "packed",
+                ]  # fmt: skip
+
+
+def measure(y: torch.Tensor, s: torch.Tensor, operands: Operands, instruction_set: str) -> tuple[float, float]:
+    """Returns the medians in us of a segment of all tokens, packed and dense."""
+    route = Route.of([Term(0, len(y), 0, 1e-6)], len(y))
+    times = timed(
+        {
+            "packed": lambda: add_delta(y, s, operands, route, instruction_set),
+            "dense": lambda: y.addmm_(s[:, 0], unpack(operands, 0).T, alpha=1e-6),
+        },
+        budget_s=0.2,
+    )
+    return times["packed"].median, times["dense"].median
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--instruction-set", choices=instruction_sets(), default=instruction_sets()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print_table(COLUMNS, list(tqdm(rows(arguments.instruction_set), total=2 * 3 * 7, unit="row", disable=None)))
+
+
+if __name__ == "__main__":
+    main()
