@@ -43,7 +43,8 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     num_threads = torch.get_num_threads()
     if not bound.add_delta(packed.bound, y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
         raise mismatch(y, s, operands, route)
-    for start, stop, ((slot, weight),) in (route.spans[i] for i in dense):
+    for i in dense:
+        start, stop, ((slot, weight),) = route.spans[i]
         y[start:stop].addmm_(s[start:stop, operands.basis_of[slot]], unpack(operands, slot).T, alpha=weight)
 
 

@@ -17,7 +17,8 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("_lori_cpu")
     except ImportError as error:
-        return None, f"the CPU kernel is not installed ({error}): install a C++ compiler (g++), then lori-server again"
+        how = "install a C++ compiler (apt install g++ python3-dev), then lori-server again"
+        return None, f"the CPU kernel is not installed ({error}): {how}"
     if module.VERSION != VERSION:
         return None, f"the CPU kernel is of another version ({module.VERSION}, expected {VERSION}): install lori-server again"
     return module, ""

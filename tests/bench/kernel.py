@@ -12,9 +12,10 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from tqdm import tqdm
 from lori.cli.output import print_table
 from lori.kernels.native import description
 from tests.bench.kernel_plot import plot
-from tests.bench.kernel_steps import POPULARITY, SHAPES, Module, Shape, Step
-from tests.bench.timing import read_bandwidth, timed
+from tests.bench.kernel_steps import POPULARITY, SHAPES, SPARE, Module, Shape, Step
+from tests.bench.timing import Call, read_bandwidth, timed
 
 TESTS = Path(__file__).parents[1] / "lori" / "test_kernels.py"
 
@@ -65,24 +66,24 @@ class Plan:
     @property
     def size(self) -> int:
         """Number of rows."""
-        return len(list(self._rows()))
-
-    def _rows(self) -> Iterable[tuple[int, str, Shape, int, str, int]]:
-        return product(self.threads, self.caches, self.shapes, self.tokens, self.popularity, self.terms)
+        axes = (self.shapes, self.tokens, self.popularity, self.terms, self.caches, self.threads)
+        return prod(len(axis) for axis in axes)
 
     def measure(self, device: torch.device) -> Iterator[Row]:
-        """Measures row after row."""
+        """Measures row after row; those of one shape, number of tokens and threads in turn with one base product."""
         for threads, cache, shape, tokens in product(self.threads, self.caches, self.shapes, self.tokens):
             torch.set_num_threads(threads)
-            bandwidth = read_bandwidth()
-            module = Module(shape, max(tokens, *self.terms), cache == "cold", device)
-            for popularity, terms in product(self.popularity, self.terms):
-                step = Step(module, POPULARITY[popularity](tokens, terms))
-                times = timed(step.calls(), self.budget_s)
-                expand, dense = times["expand"], times.get("dense")
+            num_slots = max(tokens, *self.terms) * (SPARE if tokens <= 128 else 1)
+            module = Module(shape, num_slots, cache == "cold", device)
+            steps = {key: Step.of(module, key[0], tokens, key[1]) for key in product(self.popularity, self.terms)}
+            calls: dict[Hashable, Call] = dict(module.products(tokens))
+            calls |= {(key, name): call for key, step in steps.items() for name, call in step.calls().items()}
+            bandwidth, times = read_bandwidth(), timed(calls, self.budget_s)
+            base, shrink = times["base"].median, times["fused"].median - times["base"].median
+            for key, step in steps.items():
+                expand, dense = times[key, "expand"], times.get((key, "dense"))
                 yield Row(
-                    shape.model, shape.name, tokens, popularity, terms, threads, cache, times["base"].median,
-                    times["fused"].median - times["base"].median, expand.median, expand.low, expand.high,
+                    shape.model, shape.name, tokens, *key, threads, cache, base, shrink, expand.median, expand.low, expand.high,
                     dense and dense.median, step.num_bytes / bandwidth * 1e6, step.num_bytes,
                 )  # fmt: skip
 
@@ -116,13 +117,13 @@ def main() -> None:
 
 def full(device: torch.device) -> Plan:
     """Everything."""
-    return Plan(SHAPES, [1, 8, 32, 64, 128, 1024], list(POPULARITY), [1, 2, 4], ["hot", "cold"], num_threads(device), 0.25)
+    return Plan(SHAPES, [1, 8, 32, 64, 128, 1024], list(POPULARITY), [1, 2, 4], ["hot", "cold"], num_threads(device), 2.0)
 
 
 def quick(device: torch.device) -> Plan:
     """What the design asks for, and little more."""
     shapes = [shape for shape in SHAPES if shape.name in ("576x576", "4096x4096")]
-    return Plan(shapes, [32, 64], ["identical", "distinct"], [1, 2], ["hot", "cold"], num_threads(device), 0.15)
+    return Plan(shapes, [32, 64], ["identical", "distinct"], [1, 2], ["hot", "cold"], num_threads(device), 0.6)
 
 
 def num_threads(device: torch.device) -> list[int]:

@@ -18,22 +18,22 @@ from lori.sparse import SparseB
 from tests.bench.timing import Call
 
 RANK, DENSITY = 32, 0.1
+SPARE = 4
+"""Resident adapters for each one that a step of up to 128 tokens uses: those in use lie apart."""
 NUM_DRAWN = 16
 """Different B's that are drawn; slots hold copies of them, each in its own bytes."""
 COLD_BYTES = 2**27
 """What a cold step cycles through: more than the last cache of the machines this runs on."""
-MAX_DENSE_BYTES = 2**29
+MAX_DENSE_BYTES = 2**27
 """Gathered B's beyond that are left out."""
 
 POPULARITY: dict[str, Callable[[int, int], list[list[int]]]] = {
     "identical": lambda tokens, terms: [list(range(terms))] * tokens,
     "zipf": lambda tokens, terms: _drawn(tokens, terms, [1 / (i + 1) for i in range(max(tokens, terms))]),
     "uniform": lambda tokens, terms: _drawn(tokens, terms, [1.0] * max(tokens, terms)),
-    "distinct": lambda tokens, terms: [
-        [(t + tokens // terms * k) % max(tokens, terms) for k in range(terms)] for t in range(tokens)
-    ],
+    "distinct": lambda tokens, terms: [[(t + k) % max(tokens, terms) for k in range(terms)] for t in range(tokens)],
 }
-"""The slots of each token's terms."""
+"""Which adapters each token's terms are, of as many as there are tokens or terms; `Step.of` says where these lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,18 @@ class Module:
         first.reserve(sum(len(packed[slot % NUM_DRAWN].blocks) for slot in range(num_slots)))
         for slot in range(num_slots):
             first.put(slot, packed[slot % NUM_DRAWN], 0)
-        self.operands = [first, *(copy_of(first) for _ in range(self.num_copies(len(first.pool)) - 1))]
+        self.operands = [first, *(copy_of(first) for _ in range(self.num_copies(len(first.pool) // SPARE) - 1))]
         weight = torch.randn(shape.num_outputs + RANK, shape.num_inputs, dtype=torch.bfloat16, device=device)
         self.weights = self.cycle(weight)
+
+    def products(self, num_tokens: int) -> dict[str, Call]:
+        """Returns the base product of so many tokens, and the same with A's rows below."""
+        num_outputs = self.shape.num_outputs
+        x = torch.randn(num_tokens, self.shape.num_inputs, dtype=torch.bfloat16, device=self.device)
+        return {
+            "base": lambda: F.linear(x, next(self.weights)[:num_outputs]),
+            "fused": lambda: F.linear(x, next(self.weights)),
+        }
 
     def cycle(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         """Returns `tensor` and its copies for ever, as many as it takes that none is in a cache."""
@@ -103,6 +112,13 @@ class Step:
     module: Module
     slots: Sequence[Sequence[int]]
 
+    @classmethod
+    def of(cls, module: Module, popularity: str, num_tokens: int, num_terms: int) -> "Step":
+        """Returns the step of a popularity; its adapters lie all over the pool, in no order."""
+        places = list(range(module.num_slots))
+        random.Random(0).shuffle(places)
+        return cls(module, [[places[i] for i in of_token] for of_token in POPULARITY[popularity](num_tokens, num_terms)])
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the blocks that the step must read at least once."""
@@ -110,19 +126,13 @@ class Step:
         return sum(operands.num_slot_bytes(slot) for slot in {slot for of_token in self.slots for slot in of_token})
 
     def calls(self) -> dict[str, Call]:
-        """Returns the base product, the same with A's rows below, the expand and the dense gathered product."""
+        """Returns the expand and, where its B's are not too large, the dense product."""
         shape, device, num_tokens = self.module.shape, self.module.device, len(self.slots)
-        x = torch.randn(num_tokens, shape.num_inputs, dtype=torch.bfloat16, device=device)
         both = torch.randn(num_tokens, shape.num_outputs + RANK, dtype=torch.bfloat16, device=device)
         y, s = both[:, : shape.num_outputs], both[:, shape.num_outputs :].unflatten(1, (1, RANK))
         terms = [Term(t, t + 1, slot, 1e-3) for t, of_token in enumerate(self.slots) for slot in of_token]
-        route = Route.of(terms, num_tokens, device)
-        weights, operands = self.module.weights, itertools.cycle(self.module.operands)
-        calls: dict[str, Call] = {
-            "base": lambda: F.linear(x, next(weights)[: shape.num_outputs]),
-            "fused": lambda: F.linear(x, next(weights)),
-            "expand": lambda: add_delta(y, s, next(operands), route),
-        }
+        route, operands = Route.of(terms, num_tokens, device), itertools.cycle(self.module.operands)
+        calls: dict[str, Call] = {"expand": lambda: add_delta(y, s, next(operands), route)}
         if num_tokens * len(self.slots[0]) * RANK * shape.num_outputs * 2 <= MAX_DENSE_BYTES:
             calls["dense"] = self._dense(s, y)
         return calls
@@ -146,10 +156,6 @@ def load_bgmv() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Ten
     kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
     kernel = importlib.import_module("tests.bench.bgmv").bgmv
     return kernel
-
-
-def _shuffled(i: int, num_slots: int) -> int:
-    return (7 * i + 3) % num_slots if num_slots % 7 else i % num_slots
 
 
 def _drawn(tokens: int, terms: int, weights: Sequence[float]) -> list[list[int]]:

@@ -1,15 +1,17 @@
 """Times of functions that run in turn, so that a machine whose speed drifts is unfair to none."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
-SHORTEST_S = 300e-6
-"""A function is called so often in one turn that the clock's own noise does not matter."""
+Key = TypeVar("Key", bound=Hashable)
+SHORTEST_S = 2e-3
+"""A function is called so often in one turn that neither the clock nor what ran before it, and left its data in the caches, matters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,10 @@ class Times:
     high: float
 
 
-def timed(calls: Mapping[str, Call], budget_s: float, min_turns: int = 7, max_turns: int = 200) -> dict[str, Times]:
+def timed(calls: Mapping[Key, Call], budget_s: float, min_turns: int = 7, max_turns: int = 200) -> dict[Key, Times]:
     """Runs `calls` in turn for about `budget_s` seconds and returns the times of each."""
     counts = {name: _count(call) for name, call in calls.items()}
-    turns: dict[str, list[float]] = {name: [] for name in calls}
+    turns: dict[Key, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget_s
     for turn in range(max_turns):
         if turn >= min_turns and time.perf_counter() > end:
@@ -47,7 +49,7 @@ def _count(call: Call) -> int:
 
 
 def _turn(call: Call, count: int) -> float:
-    call()  # what ran before has left its own data in the caches
+    call()
     _wait()
     started = time.perf_counter()
     for _ in range(count):

@@ -52,30 +52,34 @@ void multiply(const Window& window, int num_slices, const float* s, float* sums)
 }
 
 template <typename Value, typename Column>
+void expand_item(const Operands& operands, const Route& route, const Step& step, const Item& item) {
+  const Segment& segment = *item.segment;
+  const int first_row = item.window * kWindowRows;
+  const int num_rows = operands.num_outputs - first_row < kWindowRows ? operands.num_outputs - first_row : kWindowRows;
+  float total[kWindowRows] = {}, sums[kWindowRows], s[kMaxRank];
+  bool any = false;
+  for (int term = segment.first_term;; term++) {
+    term = next_term(operands, route, segment, term, item.window);
+    if (term == segment.last_term) break;
+    any = true;
+    const int slot = route.slots[term];
+    const Window block(operands.block(slot, item.window), kLanes * (sizeof(Value) + sizeof(Column)));
+    const Value* narrow_s = reinterpret_cast<const Value*>(step.s + item.token * step.s_stride) +
+                            static_cast<int64_t>(operands.basis_of[slot]) * operands.rank;
+    for (int i = 0; i < operands.rank; i++) s[i] = widen(narrow_s[i]);
+    multiply<Value, Column>(block, (num_rows + kLanes - 1) / kLanes, s, sums);
+    for (int row = 0; row < num_rows; row++) total[row] += route.weights[term] * sums[block.places[row]];
+  }
+  if (!any) return;
+  Value* y = reinterpret_cast<Value*>(step.y + item.token * step.y_stride) + first_row;
+  for (int row = 0; row < num_rows; row++) narrow(widen(y[row]) + total[row], y + row);
+}
+
+template <typename Value, typename Column>
 void expand(const Operands& operands, const Route& route, const Step& step, int64_t first, int64_t last) {
-  walk(operands, route, first, last, [&](int token, int window, const Segment& segment) {
-    const int first_slice = window * kWindowSlices;
-    const int num_slices = operands.num_slices - first_slice < kWindowSlices ? operands.num_slices - first_slice : kWindowSlices;
-    const int num_rows =
-        operands.num_outputs - first_slice * kLanes < kWindowRows ? operands.num_outputs - first_slice * kLanes : kWindowRows;
-    float total[kWindowRows] = {}, sums[kWindowRows], s[kMaxRank];
-    bool any = false;
-    for (int term = segment.first_term;; term++) {
-      term = next_term(operands, route, segment, term, window);
-      if (term == segment.last_term) break;
-      any = true;
-      const int slot = route.slots[term];
-      const Window block(operands.block(slot, window), kLanes * (sizeof(Value) + sizeof(Column)));
-      const Value* narrow_s = reinterpret_cast<const Value*>(step.s + token * step.s_stride) +
-                              static_cast<int64_t>(operands.basis_of[slot]) * operands.rank;
-      for (int i = 0; i < operands.rank; i++) s[i] = widen(narrow_s[i]);
-      multiply<Value, Column>(block, num_slices, s, sums);
-      for (int row = 0; row < num_rows; row++) total[row] += route.weights[term] * sums[block.places[row]];
-    }
-    if (!any) return;
-    Value* y = reinterpret_cast<Value*>(step.y + token * step.y_stride) + first_slice * kLanes;
-    for (int row = 0; row < num_rows; row++) narrow(widen(y[row]) + total[row], y + row);
-  });
+  if (first == last) return;
+  Walk walk(operands, route, first);
+  for (int64_t i = first; i < last; i++, ++walk) expand_item<Value, Column>(operands, route, step, *walk);
 }
 
 inline Expand choose(const Operands& operands) {

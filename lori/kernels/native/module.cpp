@@ -134,7 +134,7 @@ template <size_t kDims>
 std::array<int64_t, kDims> sizes(const nb::tuple& tuple) {
   if (tuple.size() != kDims) throw nb::value_error("y of two dimensions and s of three expected");
   std::array<int64_t, kDims> out;
-  for (size_t i = 0; i < kDims; i++) out[i] = nb::cast<int64_t>(tuple[i]);
+  for (size_t i = 0; i < kDims; i++) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
   return out;
 }
 

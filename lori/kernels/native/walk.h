@@ -7,36 +7,41 @@
 namespace lori {
 namespace {
 
-// Asks for the beginning of what the segment after this one reads, which no hardware foresees: it may lie anywhere in the pool.
-inline void prefetch(const Operands& operands, const Route& route, int segment) {
-  constexpr int kLines = 8;
-  const uint8_t* block = operands.block(route.slots[route.segments[segment].first_term], 0);
-  if (!block) return;
-  for (int i = 0; i < kLines; i++) __builtin_prefetch(block + 64 * i);
-}
+// One window of one token.
+struct Item {
+  int token, window;
+  const Segment* segment;
+};
 
-// Calls visit(token, window, segment) for the items first .. last.
-template <typename Visit>
-void walk(const Operands& operands, const Route& route, int64_t first, int64_t last, Visit&& visit) {
-  const int64_t num_windows = operands.num_windows;
-  int64_t begin = 0;  // the first item of the segment
-  for (int i = 0; i < route.num_segments && begin < last; i++) {
-    const Segment& segment = route.segments[i];
-    const int64_t end = begin + (segment.stop - segment.start) * num_windows;
-    int64_t item = first > begin ? first : begin;
-    const int64_t stop = last < end ? last : end;
-    if (item < stop) {
-      if (i + 1 < route.num_segments) prefetch(operands, route, i + 1);
-      int token = segment.start + static_cast<int>((item - begin) / num_windows);
-      int window = static_cast<int>((item - begin) % num_windows);
-      for (; item < stop; item++) {
-        visit(token, window, segment);
-        if (++window == num_windows) window = 0, token++;
-      }
-    }
-    begin = end;
+// The items of a step in their order, token by token. The route must have a segment.
+class Walk {
+ public:
+  Walk(const Operands& operands, const Route& route, int64_t first)
+      : num_windows_(operands.num_windows), last_segment_(route.segments + route.num_segments - 1) {
+    const Segment* segment = route.segments;
+    int64_t token = first / num_windows_;  // counted over the segments
+    for (; token >= segment->stop - segment->start; segment++) token -= segment->stop - segment->start;
+    item_ = {segment->start + static_cast<int>(token), static_cast<int>(first % num_windows_), segment};
   }
-}
+
+  const Item& operator*() const { return item_; }
+
+  // Goes on to the next item; stays at the last.
+  void operator++() {
+    if (item_.window + 1 < num_windows_) {
+      item_.window++;
+    } else if (item_.token + 1 < item_.segment->stop) {
+      item_ = {item_.token + 1, 0, item_.segment};
+    } else if (item_.segment < last_segment_) {
+      item_ = {item_.segment[1].start, 0, item_.segment + 1};
+    }
+  }
+
+ private:
+  const int num_windows_;
+  const Segment* last_segment_;
+  Item item_;
+};
 
 // Returns the first term at or after `term` whose adapter has entries in `window`.
 inline int next_term(const Operands& operands, const Route& route, const Segment& segment, int term, int window) {
