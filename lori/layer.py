@@ -5,6 +5,7 @@ Shapes: T tokens, N inputs, D outputs, A bases, R rank.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -34,54 +35,64 @@ class SharedProduct:
     """
 
     def __init__(self, linears: Sequence[nn.Linear], blocks: Sequence[Sequence[torch.Tensor]]) -> None:
-        like = linears[0].weight
-        rows = [a.to(like) for of_layer in blocks for a in of_layer]
+        outputs = [linear.out_features for linear in linears]
+        reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
+        rows = [a.to(linears[0].weight) for of_layer in blocks for a in of_layer]
         self.weight = torch.cat([*(linear.weight for linear in linears), *rows])  # (sum of D + sum of A R, N)
-        self.num_outputs = sum(linear.out_features for linear in linears)
-        self.bias = self._bias(linears) if any(linear.bias is not None for linear in linears) else None
+        biases = [linear.bias for linear in linears]
+        bias = None if all(b is None for b in biases) else self._bias(outputs, biases)
+        self._base = _Product(self.weight[: sum(outputs)], None if bias is None else bias[: sum(outputs)], outputs)
+        self._whole = _Product(self.weight, bias, outputs + reduced)
         self._layers = frozenset(range(len(linears)))
         self._waiting: set[int] = set()
         self._x: torch.Tensor | None = None
         self._route: Route | None = None
-        self._product: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, ...] = ()
 
-    def take(self, layer: int, x: torch.Tensor, route: Route | None) -> torch.Tensor:
-        """Returns (T, sum of D + sum of A R) for x (…, N), to a layer that changes no columns but its own.
-
-        Without a route there are no columns of s.
-        """
-        product = self._product if self._x is x and self._route is route and layer in self._waiting else None
-        if product is None:
-            rows = self.num_outputs if route is None else len(self.weight)
-            product = F.linear(x.flatten(0, -2), self.weight[:rows], None if self.bias is None else self.bias[:rows])
-            self._waiting = set(self._layers)
+    def take(self, layer: int, x: torch.Tensor, route: Route | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns y (T, D) and, with a route, s (T, A R) of a layer for x (…, N); the layer may change them."""
+        if not (self._x is x and self._route is route and layer in self._waiting):
+            self._parts = (self._base if route is None else self._whole).of(x)
+            self._x, self._route, self._waiting = x, route, set(self._layers)
+        y, s = self._parts[layer], None if route is None else self._parts[len(self._layers) + layer]
         self._waiting.discard(layer)
-        self._x, self._route, self._product = (x, route, product) if self._waiting else (None, None, None)
-        return product
+        if not self._waiting:
+            self._x, self._route, self._parts = None, None, ()
+        return y, s
 
-    def _bias(self, linears: Sequence[nn.Linear]) -> torch.Tensor:
+    def _bias(self, outputs: Sequence[int], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
         # 0 where a layer has none, and for s.
-        parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
-        return torch.cat([*parts, self.weight.new_zeros(len(self.weight) - self.num_outputs)])
+        bias = self.weight.new_zeros(len(self.weight))
+        for part, own in zip(bias.split_with_sizes([*outputs, len(bias) - sum(outputs)]), biases, strict=False):
+            if own is not None:
+                part.copy_(own)
+        return bias
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    sizes: list[int]
+
+    def of(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return F.linear(x.flatten(0, -2), self.weight, self.bias).split_with_sizes(self.sizes, 1)
 
 
 class LoriLinear(nn.Module):
     """A frozen linear layer that adds the deltas of the active route: one of those of a shared product."""
 
-    def __init__(
-        self, product: SharedProduct, layer: int, outputs: slice, reduced: slice, operands: Operands, active: ActiveRoute
-    ) -> None:
+    def __init__(self, product: SharedProduct, layer: int, operands: Operands, active: ActiveRoute) -> None:
         super().__init__()
-        self.product, self.layer, self.outputs, self.reduced = product, layer, outputs, reduced
-        self.operands, self.active = operands, active
+        self.product, self.layer, self.operands, self.active = product, layer, operands, active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (…, N) to (…, D)."""
         route = self.active.route
-        product = self.product.take(self.layer, x, route)
-        y = product[:, self.outputs]
+        y, s = self.product.take(self.layer, x, route)
         if route is not None:
-            add_delta(y, product[:, self.reduced].unflatten(1, (-1, self.operands.layout.rank)), self.operands, route)
+            assert s is not None
+            add_delta(y, s.view(y.shape[0], -1, self.operands.layout.rank), self.operands, route)
         return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -90,13 +101,7 @@ def fuse(
 ) -> list[LoriLinear]:
     """Returns the layers that stand for `linears`, which read one input; `blocks` are the A (R, N) of each basis, by layer."""
     product = SharedProduct(linears, blocks)
-    layers, output, row = [], 0, product.num_outputs
-    for i, (linear, of_layer) in enumerate(zip(linears, blocks, strict=True)):
-        outputs = slice(output, output + linear.out_features)
-        reduced = slice(row, row + sum(len(a) for a in of_layer))
-        layers.append(LoriLinear(product, i, outputs, reduced, operands[i], active))
-        output, row = outputs.stop, reduced.stop
-    return layers
+    return [LoriLinear(product, layer, of, active) for layer, of in enumerate(operands)]
 
 
 def module_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

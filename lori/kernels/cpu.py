@@ -4,6 +4,7 @@ A window's sums stay in registers (AVX-512), and s is looked up by a permutation
 dispatcher, which would take as long as the kernel itself.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +15,6 @@ from lori.kernels.operands import Operands
 from lori.kernels.route import Route
 from lori.kernels.shapes import mismatch
 
-DENSE_FROM = 32
-"""Tokens of a segment below which the dense B is never faster."""
 PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
 """What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
 DENSE_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
@@ -36,7 +35,7 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
     if bound is None:
         bound = operands.bound = bind(operands)
-    dense = dense_segments(operands, route) if route.longest >= DENSE_FROM and instruction_set is None else ()
+    dense = dense_segments(operands, route) if route.runs and instruction_set is None else ()
     packed = route.without(dense) if dense else route
     if packed.bound is None:
         packed.bound = module().Route(packed.segments.numpy(), packed.slots.numpy(), packed.weights.numpy())
@@ -53,21 +52,23 @@ def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
 
     None of several terms is among them: each product would be rounded by itself.
     """
-    return tuple(
-        i
-        for i, (start, stop, terms) in enumerate(route.spans)
-        if len(terms) == 1 and is_dense_faster(operands, terms[0][0], stop - start)
-    )
+    return tuple(i for i, num_tokens, slot in route.runs if is_dense_faster(operands, slot, num_tokens))
 
 
 def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
     """Whether unpacking B and one matrix product take less time than the packed B, for a segment of `num_tokens` of one term."""
     layout, num_bytes = operands.layout, operands.num_slot_bytes(slot)
-    per_slice, per_byte = PACKED_NS[instruction_sets()[0]]
+    per_slice, per_byte = packed_ns()
     num_entries = layout.num_outputs * layout.rank
     packed = per_slice * layout.num_outputs / LANES + per_byte * num_bytes
     saved = num_tokens * (packed - DENSE_NS[layout.dtype] * num_entries)
     return num_bytes > 0 and saved > DENSE_START_NS + UNPACK_NS * num_entries
+
+
+@cache
+def packed_ns() -> tuple[float, float]:
+    """Returns `PACKED_NS` of this processor."""
+    return PACKED_NS[instruction_sets()[0]]
 
 
 def unpack(operands: Operands, slot: int) -> torch.Tensor:

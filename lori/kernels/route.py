@@ -10,6 +10,9 @@ from itertools import pairwise
 
 import torch
 
+LONG = 32
+"""Tokens of a segment from which on it may be worth while to unpack a B."""
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -60,9 +63,13 @@ class Route:
         return self._without[left_out]
 
     @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest segment."""
-        return max((stop - start for start, stop, _, _ in self.segments.tolist()), default=0)
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """The segments of one term that are `LONG`: number, tokens and slot of each."""
+        return tuple(
+            (i, stop - start, terms[0][0])
+            for i, (start, stop, terms) in enumerate(self.spans)
+            if len(terms) == 1 and stop - start >= LONG
+        )
 
     @cached_property
     def spans(self) -> list[tuple[int, int, list[tuple[int, float]]]]:

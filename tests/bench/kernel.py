@@ -117,7 +117,7 @@ def main() -> None:
 
 def full(device: torch.device) -> Plan:
     """Everything."""
-    return Plan(SHAPES, [1, 8, 32, 64, 128, 1024], list(POPULARITY), [1, 2, 4], ["hot", "cold"], num_threads(device), 2.0)
+    return Plan(SHAPES, [1, 8, 32, 64, 128, 1024], list(POPULARITY), [1, 2, 4], ["hot", "cold"], num_threads(device), 1.0)
 
 
 def quick(device: torch.device) -> Plan:

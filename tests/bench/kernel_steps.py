@@ -138,15 +138,14 @@ class Step:
         return calls
 
     def _dense(self, s: torch.Tensor, y: torch.Tensor) -> Call:
-        index = torch.tensor(self.slots)  # (T, terms)
-        b = torch.randn(self.module.num_slots, RANK, self.module.shape.num_outputs, dtype=torch.bfloat16)
+        num_outputs, num_terms = self.module.shape.num_outputs, len(self.slots[0])
         if s.is_cuda:
-            pools = self.module.cycle(b.to(s.device))
-            slots = index.int().to(s.device)
+            b = torch.randn(self.module.num_slots, RANK, num_outputs, dtype=torch.bfloat16, device=s.device)
+            pools, slots = self.module.cycle(b), torch.tensor(self.slots, dtype=torch.int32, device=s.device)
             return lambda: load_bgmv()(y, s[:, 0], next(pools), slots, 1e-3)
         # What is timed is the product alone: B lies gathered.
-        gathered = self.module.cycle(b[index].flatten(1, 2))  # (T, terms R, D)
-        repeated = s.repeat(1, 1, index.shape[1]) * 1e-3  # (T, 1, terms R)
+        gathered = self.module.cycle(torch.ones(len(y), num_terms * RANK, num_outputs, dtype=torch.bfloat16))
+        repeated = s.repeat(1, 1, num_terms) * 1e-3  # (T, 1, terms R)
         return lambda: y.add_(torch.bmm(repeated, next(gathered)).squeeze(1))
 
 

@@ -11,7 +11,7 @@ import torch
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 SHORTEST_S = 2e-3
-"""A function is called so often in one turn that neither the clock nor what ran before it, and left its data in the caches, matters."""
+"""A turn calls a function for so long that what ran before it, and left its own data in the caches, does not matter."""
 
 
 @dataclass(frozen=True, slots=True)

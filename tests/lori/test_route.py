@@ -28,7 +28,6 @@ def test_each_token_gets_its_terms_once_a_slot(drawn: list[tuple[int, int, int, 
     slots, weights = route.matrix
     assert torch.equal(weights, expected[:, slots])
     assert slots.tolist() == sorted({term.slot for term in terms})
-    assert route.longest == max((stop - start for start, stop, _ in route.spans), default=0)
 
 
 def test_tokens_of_one_request_are_one_segment() -> None:
@@ -42,6 +41,11 @@ def test_tokens_of_one_request_are_one_segment() -> None:
 def test_a_route_takes_its_terms_from_a_generator() -> None:
     route = Route.of((Term(0, 1, slot, 1.0) for slot in (1, 0)), 1)
     assert route.slots.tolist() == [1, 0]
+
+
+def test_runs_are_the_long_segments_of_one_term() -> None:
+    terms = [Term(0, 31, 4, 1.0), Term(31, 63, 3, 1.0), Term(63, 100, 2, 1.0), Term(63, 100, 1, 1.0), Term(100, 200, 0, 1.0)]
+    assert Route.of(terms, 200).runs == ((1, 32, 3), (3, 100, 0))
 
 
 def test_a_route_without_some_segments_is_made_once() -> None:

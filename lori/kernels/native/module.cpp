@@ -150,13 +150,13 @@ bool add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y,
   const ptrdiff_t size = operands.dtype == Dtype::kBfloat16 ? 2 : 4;
   const Step step{reinterpret_cast<uint8_t*>(y), reinterpret_cast<const uint8_t*>(s), y_stride[0] * size, s_stride[0] * size};
   const int64_t num_items = route.num_active() * operands.num_windows;
-  const int64_t num_parts = std::max<int64_t>(1, std::min<int64_t>(num_threads, num_items / kItemsPerThread));
+  const int num_parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, num_items / kItemsPerThread)));
   if (num_parts == 1) {
     bound.expand()(operands, route.route(), step, 0, num_items);
     return true;
   }
-#pragma omp parallel for num_threads(static_cast <int>(num_parts)) schedule(static, 1)
-  for (int64_t part = 0; part < num_parts; part++)
+#pragma omp parallel for num_threads(num_parts) schedule(static, 1)
+  for (int part = 0; part < num_parts; part++)
     bound.expand()(operands, route.route(), step, num_items * part / num_parts, num_items * (part + 1) / num_parts);
   return true;
 }
@@ -174,10 +174,12 @@ nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num
   for (size_t i = 0; i < num_kept; i++)
     if (indices.data()[i] < (i ? indices.data()[i - 1] + 1 : 0) || indices.data()[i] >= static_cast<int64_t>(num_outputs) * rank)
       throw nb::value_error("indices must ascend and lie in B");
+  const Kept b{indices.data(), values.data(), num_kept, num_outputs, rank};
+  const Dtype value_dtype = parse_dtype(dtype);
   Packed* packed;
   {
     nb::gil_scoped_release release;
-    packed = new Packed(pack({indices.data(), values.data(), num_kept, num_outputs, rank}, parse_dtype(dtype), column_bytes));
+    packed = new Packed(pack(b, value_dtype, column_bytes));
   }
   nb::capsule owner(packed, [](void* p) noexcept { delete static_cast<Packed*>(p); });
   return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(packed->blocks.data(), {packed->blocks.size()}, owner),
