@@ -17,7 +17,7 @@ from lori.kernels import Operands, Route, add_delta
 from lori.module_names import last
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers of one block that models call on one tensor. Where a model does not, each takes a product of its own."""
+"""Names of layers of one block that models call on one tensor. Where a model does not, each call takes the product of all."""
 
 
 class ActiveRoute:
@@ -31,7 +31,7 @@ class SharedProduct:
     """The product of frozen linear layers that read one input, the rows of A of each after all of W.
 
     The first layer that is called computes it for all; those that follow on the same tensor in the same step take their part,
-    each once. Holds nothing of a step once all have.
+    each once. Holds nothing of a step once all have; where a model leaves one out, the last step's parts.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], blocks: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -129,7 +129,7 @@ def attach(
     Each layer gets `rank` rows of A of every one of `bases`, in their order. The replaced weights are freed.
     """
     operands: dict[str, Operands] = {}
-    for names in _groups(targets):
+    for names in _groups(model, targets):
         owner = model.get_submodule(names[0].rpartition(".")[0])
         linears = [getattr(owner, last(name)) for name in names]
         for name, linear in zip(names, linears, strict=True):
@@ -140,11 +140,12 @@ def attach(
     return operands
 
 
-def _groups(targets: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    # Those that share an input together, all others alone.
-    groups: dict[tuple[str, tuple[str, ...], int], list[str]] = {}
+def _groups(model: nn.Module, targets: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    # Those that share an input and are of one kind together, all others alone.
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name, (_, num_inputs) in targets.items():
         owner, _, child = name.rpartition(".")
+        weight = model.get_parameter(f"{name}.weight")
         shared = next((names for names in SHARED_INPUTS if child in names), (child,))
-        groups.setdefault((owner, shared, num_inputs), []).append(name)
+        groups.setdefault((owner, shared, num_inputs, weight.dtype, weight.device), []).append(name)
     return list(groups.values())

@@ -1,7 +1,7 @@
 """`add_delta` in C++ (`native/`): one window of one token is an item, and the items are divided between torch's threads.
 
-A window's sums stay in registers (AVX-512), and s is looked up by a permutation of registers up to rank 64. Called past torch's
-dispatcher, which would take as long as the kernel itself.
+A window's sums stay in registers (AVX-512), and s is looked up by a permutation of registers up to rank 64 in bf16, 32 in fp32.
+Called past torch's dispatcher, which would take as long as the kernel itself.
 """
 
 from functools import cache
@@ -17,10 +17,10 @@ from lori.kernels.shapes import mismatch
 
 PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
 """What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
-DENSE_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
-"""What a token takes for each entry of the dense B."""
-UNPACK_NS, DENSE_START_NS = 0.6, 12_000.0
-"""What unpacking takes for each entry of B, and what a product takes before its first token."""
+PRODUCT_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
+"""What a token takes for each entry of the dense B in torch's product, where there is AVX-512."""
+UNPACK_NS, PRODUCT_START_NS = 0.6, 12_000.0
+"""What unpacking takes for each entry of B, on one core whatever the threads, and what a product takes before its first token."""
 
 
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, instruction_set: str | None = None) -> None:
@@ -30,17 +30,18 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     dtypes are not those of the operands and the route, `RuntimeError` where the kernel is not installed.
     """
     dtype = operands.layout.dtype
-    if y.dtype is not dtype or s.dtype is not dtype:
+    if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu):
         raise mismatch(y, s, operands, route)
     bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
     if bound is None:
         bound = operands.bound = bind(operands)
     dense = dense_segments(operands, route) if route.runs and instruction_set is None else ()
     packed = route.without(dense) if dense else route
-    if packed.bound is None:
-        packed.bound = module().Route(packed.segments.numpy(), packed.slots.numpy(), packed.weights.numpy())
+    if packed.cpu is None:
+        arrays = (packed.segments.numpy(), packed.slots.numpy(), packed.weights.numpy())
+        packed.cpu = module().Route(*arrays, packed.num_tokens)
     num_threads = torch.get_num_threads()
-    if not bound.add_delta(packed.bound, y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
+    if not bound.add_delta(packed.cpu, y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
         raise mismatch(y, s, operands, route)
     for i in dense:
         start, stop, ((slot, weight),) = route.spans[i]
@@ -57,18 +58,19 @@ def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
 
 def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
     """Whether unpacking B and one matrix product take less time than the packed B, for a segment of `num_tokens` of one term."""
-    layout, num_bytes = operands.layout, operands.num_slot_bytes(slot)
-    per_slice, per_byte = packed_ns()
-    num_entries = layout.num_outputs * layout.rank
-    packed = per_slice * layout.num_outputs / LANES + per_byte * num_bytes
-    saved = num_tokens * (packed - DENSE_NS[layout.dtype] * num_entries)
-    return num_bytes > 0 and saved > DENSE_START_NS + UNPACK_NS * num_entries
+    instruction_set, num_bytes = _fastest(), operands.num_slot_bytes(slot)
+    if not num_bytes or not instruction_set.startswith("avx512"):  # torch's product has not been measured elsewhere
+        return False
+    per_slice, per_byte = PACKED_NS[instruction_set]
+    num_outputs, rank, dtype = operands.layout.num_outputs, operands.layout.rank, operands.layout.dtype
+    packed = num_tokens * (per_slice * num_outputs / LANES + per_byte * num_bytes)
+    product = num_tokens * PRODUCT_NS[dtype] * num_outputs * rank
+    return (packed - product) / torch.get_num_threads() > PRODUCT_START_NS + UNPACK_NS * num_outputs * rank
 
 
 @cache
-def packed_ns() -> tuple[float, float]:
-    """Returns `PACKED_NS` of this processor."""
-    return PACKED_NS[instruction_sets()[0]]
+def _fastest() -> str:
+    return instruction_sets()[0]
 
 
 def unpack(operands: Operands, slot: int) -> torch.Tensor:
@@ -82,7 +84,7 @@ def unpack(operands: Operands, slot: int) -> torch.Tensor:
 
 def bind(operands: Operands, instruction_set: str | None = None) -> Any:
     """Returns the module's view of operands, valid until their pool moves. Raises `ValueError` for an unknown instruction set."""
-    name = instruction_set or instruction_sets()[0]
+    name = instruction_set or _fastest()
     layout, arrays = operands.layout, (operands.pool.numpy(), operands.starts.numpy(), operands.basis_of.numpy())
     return module().Operands(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, name)
 

@@ -36,7 +36,7 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 
 
 def default_kernel(device: torch.device) -> str:
-    """Returns the name of the fastest kernel that is installed for a device."""
+    """Returns the name of the kernel for a device; on a CPU the fastest that is installed."""
     if device.type == "cuda":
         return "gpu"
     return "cpu" if MODULE else "stacked"
@@ -45,14 +45,13 @@ def default_kernel(device: torch.device) -> str:
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, kernel: str | None = None) -> None:
     """Adds the step's deltas to y in place, see the package. `kernel` is one of `KERNELS`, by default that of y's device.
 
-    Raises `ValueError` where there is no such kernel or the shapes and dtypes are not those of the operands and the route,
-    `RuntimeError` where the kernel is not installed.
+    Raises `ValueError` where there is no such kernel, `RuntimeError` where it is not installed; `cpu` and `gpu` raise
+    `ValueError` where shapes or dtypes are not those of the operands and the route.
     """
     if torch.compiler.is_compiling():
-        torch.ops.lori.add_delta(
-            y, s, operands.pool, operands.starts, operands.basis_of, route.segments, route.slots, route.weights, kernel
-        )
-    elif kernel is None and y.is_cpu and MODULE:
+        arrays = (operands.pool, operands.starts, operands.basis_of)
+        torch.ops.lori.add_delta(y, s, *arrays, operands.num_bases, route.segments, route.slots, route.weights, kernel)
+    elif kernel is None and y.is_cpu and MODULE:  # before all others, which take longer to find
         cpu_add_delta(y, s, operands, route)
     else:
         _kernel(default_kernel(y.device) if kernel is None else kernel)(y, s, operands, route)
@@ -71,12 +70,13 @@ def _op(
     pool: torch.Tensor,
     starts: torch.Tensor,
     basis_of: torch.Tensor,
+    num_bases: int,
     segments: torch.Tensor,
     slots: torch.Tensor,
     weights: torch.Tensor,
     kernel: str | None,
 ) -> None:
-    operands = Operands.over(Layout(y.shape[1], s.shape[2], y.dtype), pool, starts, basis_of)
+    operands = Operands.over(Layout(y.shape[1], s.shape[2], y.dtype), pool, starts, basis_of, num_bases)
     _kernel(default_kernel(y.device) if kernel is None else kernel)(y, s, operands, Route(segments, slots, weights, len(y)))
 
 

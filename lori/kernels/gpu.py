@@ -28,8 +28,8 @@ from lori.kernels.shapes import mismatch
 
 DENSE_TOKENS = 32
 """A segment of so many tokens is multiplied as a dense matrix: half of a tile. By a count of instructions 11 pay at rank 32."""
-DENSE_RANK = 128
-"""The largest rank that is: by the same count 38 tokens pay there, which a tile has."""
+DENSE_RANK = 64
+"""The largest rank that is: by the same count some 20 tokens pay there."""
 TILE = 64
 """Tokens of a tile: the rows of a matrix instruction of Hopper's."""
 UNROLL = tl.constexpr(4)
@@ -63,9 +63,9 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     _check(y, s, operands, route)
     if not len(route.segments):
         return
-    plan = route.bound if dense_tokens is None else make_plan(route, dense_tokens)
+    plan = route.gpu if dense_tokens is None else make_plan(route, dense_tokens)
     if not isinstance(plan, Plan):
-        plan = route.bound = make_plan(route)
+        plan = route.gpu = make_plan(route)
     layout = operands.layout
     arrays = (operands.pool, operands.starts, operands.basis_of, route.slots, route.weights)
     shapes = (y.stride(0), s.stride(0), layout.num_outputs, layout.rank, layout.step_bytes)

@@ -97,7 +97,7 @@ def place_of(position: Ints) -> Ints:
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Packs scale * B, of rank R at most. `lori.kernels.cpu.pack` gives the same bytes, faster."""
+    """Packs scale * B, of rank R at most. `lori.kernels.native.pack` gives the same bytes, faster."""
     indices = b.indices.numpy().astype(np.int64)
     rows, columns = indices // b.shape[1], indices % b.shape[1]
     values = (b.values.float() * scale).to(layout.dtype)

@@ -16,9 +16,11 @@ VERSION = 1
 def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("_lori_cpu")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         how = "install a C++ compiler (apt install g++ python3-dev), then lori-server again"
         return None, f"the CPU kernel is not installed ({error}): {how}"
+    except ImportError as error:
+        return None, f"the CPU kernel cannot be loaded ({error}): install the library it misses (apt install libgomp1)"
     if module.VERSION != VERSION:
         return None, f"the CPU kernel is of another version ({module.VERSION}, expected {VERSION}): install lori-server again"
     return module, ""
@@ -35,7 +37,9 @@ def instruction_sets() -> tuple[str, ...]:
 
 def description() -> str:
     """Returns what `add_delta` runs on a CPU, for a log."""
-    return f"C++ ({instruction_sets()[0]}, {MODULE.COMPILER})" if MODULE else "torch alone"
+    if not MODULE:
+        return "torch alone"
+    return f"C++ ({instruction_sets()[0]}, {MODULE.COMPILER}{'' if MODULE.HAS_THREADS else ', one thread: no OpenMP'})"
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:

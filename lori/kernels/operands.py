@@ -3,13 +3,13 @@
 Shapes: D outputs, R rank, S slots, W windows.
 """
 
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 
 from lori.kernels.extents import Extents
 from lori.kernels.layout import UNIT, Layout, Packed, unpack
-from lori.kernels.native import pack
+from lori.kernels.native import MODULE, pack
 from lori.sparse import SparseB
 
 GROWTH = 8
@@ -20,14 +20,16 @@ class Operands:
     """The windows of all slots: `pool` (bytes,) uint8, and `starts` (S, W) int32 where each begins, in 16 bytes (-1: empty).
 
     `basis_of` (S,) int32 says which block of s (T, A, R) a slot's B is applied to. Slots of one module are the same slots of all.
-    Putting or clearing a slot moves no other. Raises `ValueError` where there is no kernel for the rank or the dtype.
+    Putting or clearing a slot moves no other; neither may run while a step reads the pool. Raises `ValueError` where there is no
+    kernel for the rank or the dtype.
     """
 
     def __init__(self, num_slots: int, rank: int, num_outputs: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.layout = Layout(num_outputs, rank, dtype)
-        self.pool = torch.zeros(0, dtype=torch.uint8, device=device)
-        self.starts = torch.full((num_slots, self.layout.num_windows), -1, dtype=torch.int32, device=device)
-        self.basis_of = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # an inference tensor could not be changed outside of inference mode
+            self.pool = torch.zeros(0, dtype=torch.uint8, device=device)
+            self.starts = torch.full((num_slots, self.layout.num_windows), -1, dtype=torch.int32, device=device)
+            self.basis_of = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.num_bases = 1
         """Bases that s must have at least."""
         self.bound: object = None
@@ -35,12 +37,16 @@ class Operands:
         self._extents = Extents()
         self._taken: dict[int, list[tuple[int, int]]] = {}  # the stretches of each slot, start and length
         self._dense: torch.Tensor | None = None
+        if MODULE is None and self.pool.device.type == "cpu":
+            self._dense = self._make_dense()  # at start, since the first step will ask for it
 
     @classmethod
-    def over(cls, layout: Layout, pool: torch.Tensor, starts: torch.Tensor, basis_of: torch.Tensor) -> "Operands":
-        """Returns operands over arrays that others own, to be read only."""
+    def over(
+        cls, layout: Layout, pool: torch.Tensor, starts: torch.Tensor, basis_of: torch.Tensor, num_bases: int = 1
+    ) -> "Operands":
+        """Returns operands over arrays that others own, to be read only; no slot of theirs is taken for long segments."""
         operands = cls(0, layout.rank, layout.num_outputs, layout.dtype, pool.device)
-        operands.pool, operands.starts, operands.basis_of = pool, starts, basis_of
+        operands.pool, operands.starts, operands.basis_of, operands.num_bases = pool, starts, basis_of, num_bases
         return operands
 
     def pack(self, b: SparseB, scale: float = 1.0) -> Packed:
@@ -52,17 +58,17 @@ class Operands:
     def put(self, slot: int, packed: Packed, basis: int) -> None:
         """Makes `packed` the B of `slot`, on the block `basis` of s."""
         self.clear(slot)
-        starts = packed.starts.tolist()
-        windows = [window for window, start in enumerate(starts) if start >= 0]
-        begins = [*(starts[window] for window in windows), len(packed.blocks) // UNIT]
-        lengths = [stop - start for start, stop in pairwise(begins)]
-        row = torch.full((self.layout.num_windows,), -1, dtype=torch.int32)
-        places = self._take(lengths)
-        for window, start, place, length in zip(windows, begins, places, lengths, strict=False):
-            self.pool[place * UNIT : (place + length) * UNIT] = packed.blocks[start * UNIT : (start + length) * UNIT]
-            row[window] = place
-        self._taken[slot] = list(zip(places, lengths, strict=True))
-        self.starts[slot] = row
+        length = len(packed.blocks) // UNIT
+        whole = self._extents.take(length) if length else 0
+        if whole is None and length > self._extents.num_free:
+            self._grow(max(length, self._extents.size // GROWTH))
+            whole = self._extents.take(length)
+        if whole is None:
+            self._put_in_pieces(slot, packed)
+        else:
+            self.pool[whole * UNIT : (whole + length) * UNIT] = packed.blocks
+            self.starts[slot] = packed.starts + torch.where(packed.starts < 0, 0, whole)
+            self._taken[slot] = [(whole, length)] if length else []
         self.basis_of[slot] = basis
         self.num_bases = max(self.num_bases, basis + 1)
         if self._dense is not None:
@@ -84,8 +90,7 @@ class Operands:
     def dense(self) -> torch.Tensor:
         """B of every slot, transposed, (S, R, D), for kernels that know no other form; kept from the first call on."""
         if self._dense is None:
-            shape = (len(self.starts), self.layout.rank, self.layout.num_outputs)
-            self._dense = torch.zeros(shape, dtype=self.layout.dtype, device=self.pool.device)
+            self._dense = self._make_dense()
             for slot in (self.starts >= 0).any(dim=1).nonzero().flatten().tolist():
                 self._dense[slot] = self._unpack(slot)
         return self._dense
@@ -105,32 +110,34 @@ class Operands:
         tensors = (self.pool, self.starts, self.basis_of, *([] if self._dense is None else [self._dense]))
         return sum(tensor.nbytes for tensor in tensors)
 
+    def _make_dense(self) -> torch.Tensor:
+        with torch.inference_mode(False):
+            shape = (len(self.starts), self.layout.rank, self.layout.num_outputs)
+            return torch.zeros(shape, dtype=self.layout.dtype, device=self.pool.device)
+
     def _unpack(self, slot: int) -> torch.Tensor:
         return unpack(self.layout, self.pool, self.starts[slot]).T.to(self.pool.device)
 
-    def _take(self, lengths: list[int]) -> list[int]:
-        # One stretch where there is one, so that a slot is read in one go; else a stretch for each window.
-        whole = self._extents.take(sum(lengths)) if lengths else 0
-        if whole is None:
-            places = []
-            for length in lengths:
-                place = self._extents.take(length)
-                if place is None:
-                    break
-                places.append(place)
-            else:
-                return places
-            for place, length in zip(places, lengths, strict=False):
-                self._extents.give(place, length)
-            self._grow(max(sum(lengths), self._extents.size // GROWTH))
-            whole = self._extents.take(sum(lengths))
-            assert whole is not None
-        return [whole + before for before in accumulate(lengths[:-1], initial=0)] if lengths else []
+    def _put_in_pieces(self, slot: int, packed: Packed) -> None:
+        # A window after the other wherever there is room, so that a pool in which only pieces are free need not grow.
+        windows = (packed.starts >= 0).nonzero().flatten().tolist()
+        begins = [*packed.starts[windows].tolist(), len(packed.blocks) // UNIT]
+        self._taken[slot] = []
+        for window, (start, stop) in zip(windows, pairwise(begins), strict=True):
+            place = self._extents.take(stop - start)
+            if place is None:
+                self._grow(max(stop - start, self._extents.size // GROWTH))
+                place = self._extents.take(stop - start)
+                assert place is not None
+            self.pool[place * UNIT : (place + stop - start) * UNIT] = packed.blocks[start * UNIT : stop * UNIT]
+            self.starts[slot, window] = place
+            self._taken[slot].append((place, stop - start))
 
     def _grow(self, length: int) -> None:
         if length <= 0:
             return
-        pool = torch.zeros((self._extents.size + length) * UNIT, dtype=torch.uint8, device=self.pool.device)
-        pool[: len(self.pool)] = self.pool
+        with torch.inference_mode(False):
+            pool = torch.zeros((self._extents.size + length) * UNIT, dtype=torch.uint8, device=self.pool.device)
+            pool[: len(self.pool)] = self.pool
         self._extents.grow(length)
         self.pool, self.bound = pool, None

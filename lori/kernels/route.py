@@ -28,13 +28,15 @@ class Route:
     """The terms of one step of `num_tokens` tokens: built once a step, used by every layer.
 
     `segments` (G, 4) int32, ascending: `start, stop, first, last`; the tokens start <= t < stop have the terms first <= m < last
-    of `slots` (M,) int32 and `weights` (M,) fp32. Tokens without terms are in none. Terms of one slot on one token are one.
+    of `slots` (M,) int32 and `weights` (M,) fp32. Tokens without terms are in none, neighbours with the same are in one. Terms of
+    one slot on one token are one.
     """
 
     def __init__(self, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, num_tokens: int) -> None:
         self.segments, self.slots, self.weights, self.num_tokens = segments, slots, weights, num_tokens
-        self.bound: object = None
-        """What a kernel made of the arrays above."""
+        self.cpu: object = None
+        self.gpu: object = None
+        """What the kernel of that name made of the arrays above."""
         self._without: dict[tuple[int, ...], Route] = {}
 
     @classmethod
@@ -43,8 +45,14 @@ class Route:
         segments: list[tuple[int, int, int, int]] = []
         slots: list[int] = []
         weights: list[float] = []
-        for start, stop, added in _segments(sorted(terms, key=lambda term: term.start)):
-            assert 0 <= start < stop <= num_tokens
+        terms = sorted(terms, key=lambda term: term.start)
+        assert all(0 <= term.start < term.stop <= num_tokens for term in terms)
+        before: dict[int, float] = {}
+        for start, stop, added in _segments(terms):
+            if added == before and segments[-1][1] == start:
+                segments[-1] = (segments[-1][0], stop, *segments[-1][2:])
+                continue
+            before = added
             segments.append((start, stop, len(slots), len(slots) + len(added)))
             slots += added.keys()
             weights += added.values()

@@ -30,7 +30,7 @@ def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, block_
     sequence = Sequence(probe_request(_ids(model)), blocks=list(range(-(-CUTS[-1] // block_size))))
     try:
         parts = [runner.forward([Chunk(sequence, start, stop)], range(stop - start)) for start, stop in pairwise(CUTS)]
-    except (NotImplementedError, TypeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError) as error:
         raise ModelError(f"models of type {model.config.model_type!r} are not served: {error}") from error
     difference = ((torch.cat(parts) - expected).norm() / expected.norm()).item()
     if not difference <= MAX_ERROR:

@@ -27,7 +27,12 @@ from tests.bench.kernel_plot import plot
 from tests.bench.kernel_steps import POPULARITY, SHAPES, SPARE, Module, Shape, Step
 from tests.bench.timing import Call, read_bandwidth, timed
 
-TESTS = Path(__file__).parents[1] / "lori" / "test_kernels.py"
+TESTS = Path(__file__).parents[1] / "lori"
+GATE = {
+    "cpu": [str(TESTS / "test_kernels.py"), str(TESTS / "test_cpu_kernel.py"), "-k", "not sanitizers"],
+    "cuda": [str(TESTS / "test_gpu_kernel.py"), "-m", "gpu"],
+}
+"""What must pass before anything is printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +78,12 @@ class Plan:
         """Measures row after row; those of one shape, number of tokens and threads in turn with one base product."""
         for threads, cache, shape, tokens in product(self.threads, self.caches, self.shapes, self.tokens):
             torch.set_num_threads(threads)
-            num_slots = max(tokens, *self.terms) * (SPARE if tokens <= 128 else 1)
-            module = Module(shape, num_slots, cache == "cold", device)
+            spare = SPARE if tokens <= 128 else 1
+            module = Module(shape, max(tokens, *self.terms), spare, cache == "cold", device)
             steps = {key: Step.of(module, key[0], tokens, key[1]) for key in product(self.popularity, self.terms)}
             calls: dict[Hashable, Call] = dict(module.products(tokens))
             calls |= {(key, name): call for key, step in steps.items() for name, call in step.calls().items()}
-            bandwidth, times = read_bandwidth(), timed(calls, self.budget_s)
+            bandwidth, times = read_bandwidth(device), timed(calls, self.budget_s)
             base, shrink = times["base"].median, times["fused"].median - times["base"].median
             for key, step in steps.items():
                 expand, dense = times[key, "expand"], times.get((key, "dense"))
@@ -95,9 +100,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw them")
     parser.add_argument("--quick", action="store_true", help="two shapes, two numbers of tokens: within a minute")
     arguments = parser.parse_args()
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", str(TESTS)], stdout=subprocess.DEVNULL, check=False).returncode:
-        sys.exit(f"error: the tests of the kernels fail: {TESTS}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    command = [sys.executable, "-m", "pytest", "-q", *GATE[device.type]]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        sys.exit(f"error: the kernels' tests fail: {' '.join(command)}")
     plan = quick(device) if arguments.quick else full(device)
     rows = list(tqdm(plan.measure(device), total=plan.size, unit="row", disable=None))
     where = (

@@ -63,14 +63,14 @@ class Module:
     One copy is a module that a cache may hold.
     """
 
-    def __init__(self, shape: Shape, num_slots: int, is_cold: bool, device: torch.device) -> None:
-        self.shape, self.num_slots, self.device, self.is_cold = shape, num_slots, device, is_cold
+    def __init__(self, shape: Shape, num_used: int, spare: int, is_cold: bool, device: torch.device) -> None:
+        self.shape, self.num_slots, self.device, self.is_cold = shape, num_used * spare, device, is_cold
         packed = drawn(shape.num_outputs)
-        first = Operands(num_slots, RANK, shape.num_outputs, torch.bfloat16, device)
-        first.reserve(sum(len(packed[slot % NUM_DRAWN].blocks) for slot in range(num_slots)))
-        for slot in range(num_slots):
+        first = Operands(self.num_slots, RANK, shape.num_outputs, torch.bfloat16, device)
+        first.reserve(sum(len(packed[slot % NUM_DRAWN].blocks) for slot in range(self.num_slots)))
+        for slot in range(self.num_slots):
             first.put(slot, packed[slot % NUM_DRAWN], 0)
-        self.operands = [first, *(copy_of(first) for _ in range(self.num_copies(len(first.pool) // SPARE) - 1))]
+        self.operands = [first, *(copy_of(first) for _ in range(self.num_copies(len(first.pool) // spare) - 1))]
         weight = torch.randn(shape.num_outputs + RANK, shape.num_inputs, dtype=torch.bfloat16, device=device)
         self.weights = self.cycle(weight)
 

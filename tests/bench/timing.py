@@ -37,9 +37,9 @@ def timed(calls: Mapping[Key, Call], budget_s: float, min_turns: int = 7, max_tu
     return {name: Times(median(times), quartiles[name][0], quartiles[name][2]) for name, times in turns.items()}
 
 
-def read_bandwidth(num_bytes: int = 2**28) -> float:
-    """Returns how many bytes/s torch's threads read from memory, at best: a dot product of arrays that no cache holds."""
-    a, b = torch.ones(num_bytes // 4), torch.ones(num_bytes // 4)
+def read_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:
+    """Returns how many bytes/s a dot product reads at best, of arrays that no cache holds; on a CPU with torch's threads."""
+    a, b = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
     return max(2 * num_bytes / _turn(lambda: torch.dot(a, b), 1) for _ in range(7))
 
 

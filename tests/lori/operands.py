@@ -66,12 +66,13 @@ def spans(num_tokens: int, rng: random.Random) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Case:
-    """One step's inputs. `y` and `s` are strided views in buffers that are NaN elsewhere."""
+    """One step's inputs. `y` and `s` are strided views in buffers that are NaN elsewhere; `b` are the B (D, r) of the slots."""
 
     buffer: torch.Tensor
     y: torch.Tensor
     s: torch.Tensor
     operands: Operands
+    b: Sequence[torch.Tensor]
     terms: tuple[Term, ...]
 
     @cached_property
@@ -98,9 +99,9 @@ def make_case(
     num_tokens, num_bases, rank, num_outputs, num_slots = sizes
     rng, g = random.Random(f"{sizes}{popularity}{num_terms}"), torch.Generator().manual_seed(sum(sizes) + num_terms)
     operands = Operands(num_slots, rank, num_outputs, dtype, device)
-    for slot in range(num_slots):
-        density = densities[slot % len(densities)]
-        put(operands, slot, random_b(num_outputs, rng.randint(1, rank), density, g), rng.randrange(num_bases))
+    b = [random_b(num_outputs, rng.randint(1, rank), densities[slot % len(densities)], g) for slot in range(num_slots)]
+    for slot in rng.sample(range(num_slots), num_slots):
+        put(operands, slot, b[slot], rng.randrange(num_bases))
     like = torch.empty(0, dtype=dtype, device=device)
     buffer, y = strided(num_tokens, num_outputs, like, g)
     _, s = strided(num_tokens, num_bases * rank, like, g)
@@ -109,15 +110,15 @@ def make_case(
         for start, stop in spans(num_tokens, rng)
         for slot in POPULARITY[popularity](rng, num_slots, num_terms)
     ]
-    return Case(buffer, y, s.unflatten(1, (num_bases, rank)), operands, tuple(terms))
+    return Case(buffer, y, s.unflatten(1, (num_bases, rank)), operands, b, tuple(terms))
 
 
 def by_hand(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the exact result in fp64, and the sum of the magnitudes that make up each entry."""
     exact, magnitude = case.y.double(), case.y.double().abs()
     for term in case.terms:
-        b = term.weight * case.operands.dense[term.slot].double()  # (R, D)
-        s = case.s[term.start : term.stop, int(case.operands.basis_of[term.slot])].double()
+        b = term.weight * case.b[term.slot].to(case.y).double().T  # (r, D)
+        s = case.s[term.start : term.stop, int(case.operands.basis_of[term.slot]), : len(b)].double()
         exact[term.start : term.stop] += s @ b
         magnitude[term.start : term.stop] += s.abs() @ b.abs()
     return exact, magnitude

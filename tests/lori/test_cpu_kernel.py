@@ -99,6 +99,14 @@ def wrong_tokens(case: Case) -> Case:
     return replace(case, y=case.y[:-1])
 
 
+def more_tokens(case: Case) -> Case:
+    return replace(case, y=torch.zeros(18, 40), s=torch.zeros(18, 3, 8))
+
+
+def another_device(case: Case) -> Case:
+    return replace(case, s=case.s.to("meta"))
+
+
 def wrong_bases(case: Case) -> Case:
     return replace(case, s=case.s[:, :1])
 
@@ -111,7 +119,9 @@ def wrong_strides(case: Case) -> Case:
     return replace(case, y=torch.zeros(40, 17).T)
 
 
-@pytest.mark.parametrize("spoil", [wrong_rank, wrong_outputs, wrong_tokens, wrong_bases, wrong_dtype, wrong_strides])
+@pytest.mark.parametrize(
+    "spoil", [wrong_rank, wrong_outputs, wrong_tokens, more_tokens, another_device, wrong_bases, wrong_dtype, wrong_strides]
+)
 def test_arrays_of_another_shape_dtype_or_stride_are_refused(spoil: Callable[[Case], Case]) -> None:
     case = make_case((17, 3, 8, 40, 9), torch.float32, "uniform", 2)
     spoiled = spoil(case)
@@ -144,13 +154,14 @@ def test_operands_whose_pool_moved_are_read_where_they_are_now() -> None:
 def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     operands = Operands(3, 32, 576, dtype, "cpu")
-    for slot, density in enumerate((1.0, 0.1, 1.0)):
-        put(operands, slot, random_b(576, 32, density, g), slot % 2)
+    b = [random_b(576, 32, density, g) for density in (1.0, 0.1, 1.0)]
+    for slot in range(3):
+        put(operands, slot, b[slot], slot % 2)
     assert is_dense_faster(operands, 0, 2000)
     assert not is_dense_faster(operands, 0, LONG)
     y, s = torch.randn(2100, 576, generator=g).to(dtype), torch.randn(2100, 2, 32, generator=g).to(dtype)
     terms = [Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5)]
-    case = Case(y, y, s, operands, tuple(terms))
+    case = Case(y, y, s, operands, b, tuple(terms))
     exact, magnitude = by_hand(case)
     add_delta(y, s, operands, case.route)
     assert_close(y, exact, magnitude)

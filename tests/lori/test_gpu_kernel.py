@@ -107,7 +107,7 @@ def test_long_segments_are_dense_in_tiles_and_the_others_are_gathered(dtype: tor
     terms = [Term(1, 31, 0, 0.5), Term(31, 131, 1, -1.0), Term(40, 131, 0, 2.0), Term(133, 165, 2, 1.0), Term(169, 170, 0, 1.0)]
     case = replace(case, terms=tuple(terms))
     check(case, None)
-    plan = case.route.bound
+    plan = case.route.gpu
     assert isinstance(plan, gpu.Plan)
     assert plan.tiles.tolist() == [[40, 104, 2, 4], [104, 131, 2, 4], [133, 165, 4, 5]]
     assert plan.rest[:, 0].tolist() == [*range(1, 40), 169]
@@ -116,9 +116,9 @@ def test_long_segments_are_dense_in_tiles_and_the_others_are_gathered(dtype: tor
 def test_the_plan_of_a_route_is_made_once(device: str) -> None:
     case = make_case((40, 1, 3, 5, 2), torch.float32, "uniform", 2, device)
     check(case, None)
-    plan = case.route.bound
+    plan = case.route.gpu
     check(case, None)
-    assert case.route.bound is plan
+    assert case.route.gpu is plan
 
 
 def test_a_plan_gives_each_token_its_terms(device: str) -> None:
@@ -195,8 +195,9 @@ def test_s_and_operands_are_not_changed(dense_tokens: int, device: str) -> None:
 def test_an_adapter_put_later_is_read_where_the_pool_is_then(dense_tokens: int, device: str) -> None:
     case = make_case((3, 1, 5, 33, 2), torch.float32, "uniform", 2, device)
     check(case, dense_tokens)
-    put(case.operands, 1, random_b(33, 5, 1.0, torch.Generator().manual_seed(1)))
-    check(case, dense_tokens)
+    b = [case.b[0], random_b(33, 5, 1.0, torch.Generator().manual_seed(1))]
+    put(case.operands, 1, b[1])
+    check(replace(case, b=b), dense_tokens)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,17 @@ def test_a_slot_is_cut_at_windows_where_only_pieces_are_free() -> None:
     assert torch.equal(dense(operands, 1), one)
 
 
+@torch.inference_mode()
+def test_what_grew_within_a_step_is_changed_after_it() -> None:
+    operands = Operands(2, R, D, torch.float32, "cpu")
+    put(operands, 0, torch.ones(D, R))
+    assert operands.dense[0].eq(1.0).all()
+    with torch.inference_mode(False):
+        put(operands, 0, torch.full((D, R), 2.0))
+        operands.clear(1)
+    assert operands.dense[0].eq(2.0).all()
+
+
 def test_a_slot_that_is_put_again_takes_no_more_room() -> None:
     g = torch.Generator().manual_seed(0)
     operands = Operands(1, R, D, torch.bfloat16, "cpu")

@@ -38,6 +38,12 @@ def test_tokens_of_one_request_are_one_segment() -> None:
     assert (route.segments.dtype, route.slots.dtype, route.weights.dtype) == (torch.int32, torch.int32, torch.float32)
 
 
+def test_neighbours_with_the_same_terms_are_one_segment() -> None:
+    terms = [Term(t, t + 1, slot, 0.5) for t in range(4) for slot in (1, 0)] + [Term(4, 5, 1, 0.5), Term(6, 7, 1, 0.5)]
+    route = Route.of(terms, 8)
+    assert route.spans == [(0, 4, [(1, 0.5), (0, 0.5)]), (4, 5, [(1, 0.5)]), (6, 7, [(1, 0.5)])]
+
+
 def test_a_route_takes_its_terms_from_a_generator() -> None:
     route = Route.of((Term(0, 1, slot, 1.0) for slot in (1, 0)), 1)
     assert route.slots.tolist() == [1, 0]

@@ -11,9 +11,6 @@
 
 #include "walk.h"
 
-// Planes and sums are in registers only where these are inlined.
-#define LORI_INLINE __attribute__((always_inline)) inline
-
 namespace lori {
 namespace {
 

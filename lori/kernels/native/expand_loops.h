@@ -47,7 +47,7 @@ void multiply(const Window& window, int num_slices, const float* s, float* sums)
     begin = window.ends[slice];
     for (; steps >= kPerLane; steps -= kPerLane, at += kPerLane * kStepBytes) add<kPerLane, Value, Column>(at, s, sum);
     for (; steps > 0; steps--, at += kStepBytes) add<1, Value, Column>(at, s, sum);
-    for (int lane = 0; lane < kLanes; lane++) sums[32 * (slice / 2) + 2 * lane + slice % 2] = sum[lane];
+    for (int lane = 0; lane < kLanes; lane++) sums[place_of(slice * kLanes + lane)] = sum[lane];
   }
 }
 

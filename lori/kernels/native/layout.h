@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// The files of the instruction sets include this: what is not inlined, the linker might give to all as one of them compiled it.
+#define LORI_INLINE __attribute__((always_inline)) inline
+
 namespace lori {
 
 constexpr int kLanes = 16;         // rows of a slice
@@ -15,13 +18,19 @@ constexpr int kHeaderBytes = 2 * kWindowSlices;
 
 enum class Dtype { kBfloat16, kFloat32 };
 
+// The place of the row that comes at a position in its window's order.
+LORI_INLINE int place_of(int position) {
+  const int slice = position / kLanes, lane = position % kLanes;
+  return 32 * (slice / 2) + 2 * lane + slice % 2;
+}
+
 // One window of one slot.
 struct Window {
   const uint16_t* ends;   // (kWindowSlices,) in steps: slice j has the steps ends[j - 1] .. ends[j]
   const uint8_t* steps;   // the steps, one or two together: values, then columns
   const uint8_t* places;  // (rows,) the place of a row's sum: 32 (slice / 2) + 2 lane + slice % 2
 
-  Window(const uint8_t* block, size_t step_bytes)
+  LORI_INLINE Window(const uint8_t* block, size_t step_bytes)
       : ends(reinterpret_cast<const uint16_t*>(block)),
         steps(block + kHeaderBytes),
         places(steps + step_bytes * ends[kWindowSlices - 1]) {}
@@ -35,8 +44,8 @@ struct Operands {
   Dtype dtype;
   int num_slices, num_windows;
 
-  Operands(const uint8_t* pool, const int32_t* starts, const int32_t* basis_of, int num_slots, int num_outputs, int rank,
-           Dtype dtype)
+  LORI_INLINE Operands(const uint8_t* pool, const int32_t* starts, const int32_t* basis_of, int num_slots, int num_outputs,
+                       int rank, Dtype dtype)
       : pool(pool),
         starts(starts),
         basis_of(basis_of),
@@ -48,7 +57,7 @@ struct Operands {
         num_windows((num_slices + kWindowSlices - 1) / kWindowSlices) {}
 
   // Returns the block of a window, or null where it is empty.
-  const uint8_t* block(int slot, int window) const {
+  LORI_INLINE const uint8_t* block(int slot, int window) const {
     const int32_t start = starts[static_cast<int64_t>(slot) * num_windows + window];
     return start < 0 ? nullptr : pool + static_cast<int64_t>(start) * kUnit;
   }

@@ -1,4 +1,5 @@
-// The Python module: checks what would read or write outside of its arrays, and divides a step between threads.
+// The Python module: checks that y, s and the route fit the operands, whose own arrays it trusts, and divides a step between
+// threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -86,28 +87,30 @@ class BoundOperands {
 
 class BoundRoute {
  public:
-  BoundRoute(Array<int32_t, 2> segments, Array<int32_t, 1> slots, Array<float, 1> weights)
-      : segments_(segments), slots_(slots), weights_(weights) {
+  BoundRoute(Array<int32_t, 2> segments, Array<int32_t, 1> slots, Array<float, 1> weights, int num_tokens)
+      : segments_(segments), slots_(slots), weights_(weights), num_tokens_(num_tokens) {
+    int32_t last = 0;
     if (segments.shape(1) != 4 || slots.shape(0) != weights.shape(0))
       throw nb::value_error("segments (G, 4), slots (M,) and weights (M,) expected");
     route_ = {reinterpret_cast<const Segment*>(segments.data()), slots.data(), weights.data(),
               static_cast<int>(segments.shape(0))};
     for (int i = 0; i < route_.num_segments; i++) {
       const Segment& segment = route_.segments[i];
-      if (segment.start < num_tokens_ || segment.stop <= segment.start || segment.first_term < 0 ||
+      if (segment.start < last || segment.stop <= segment.start || segment.first_term < 0 ||
           segment.last_term <= segment.first_term || segment.last_term > static_cast<int64_t>(slots.shape(0)))
         throw nb::value_error("segments must ascend, not overlap and have terms");
-      num_tokens_ = segment.stop;
+      last = segment.stop;
       num_active_ += segment.stop - segment.start;
     }
+    if (last > num_tokens) throw nb::value_error("a segment goes beyond the tokens");
     for (size_t i = 0; i < slots.shape(0); i++) {
       if (slots.data()[i] < 0) throw nb::value_error("a slot is negative");
       num_slots_ = std::max(num_slots_, slots.data()[i] + 1);
     }
   }
   const Route& route() const { return route_; }
-  int num_tokens() const { return num_tokens_; }  // at least so many y and s must have
-  int num_slots() const { return num_slots_; }    // and the operands
+  int num_tokens() const { return num_tokens_; }
+  int num_slots() const { return num_slots_; }  // at least so many must the operands have
   size_t num_terms() const { return slots_.shape(0); }
   int64_t num_active() const { return num_active_; }
 
@@ -116,7 +119,7 @@ class BoundRoute {
   Array<int32_t, 1> slots_;
   Array<float, 1> weights_;
   Route route_;
-  int num_tokens_ = 0, num_slots_ = 0;
+  int num_tokens_, num_slots_ = 0;
   int64_t num_active_ = 0;
 };
 
@@ -126,7 +129,7 @@ bool fits(const BoundOperands& bound, const BoundRoute& route, const std::array<
   const Operands& operands = bound.operands();
   for (size_t i = 0; i < route.num_terms(); i++)
     if (operands.basis_of[route.route().slots[i]] >= s[1]) return false;
-  return y[0] >= route.num_tokens() && s[0] == y[0] && y[1] == operands.num_outputs && s[2] == operands.rank &&
+  return y[0] == route.num_tokens() && s[0] == y[0] && y[1] == operands.num_outputs && s[2] == operands.rank &&
          (y_strides[1] == 1 || y[1] == 1) && (s_strides[2] == 1 || s[2] == 1) && (s_strides[1] == s[2] || s[1] == 1);
 }
 
@@ -166,21 +169,26 @@ void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
   unpack(bound.operands(), slot, reinterpret_cast<uint8_t*>(out));
 }
 
+bool do_ascend(const Kept& b) {
+  int64_t last = -1;
+  for (size_t i = 0; i < b.num_kept; last = b.indices[i++])
+    if (b.indices[i] <= last) return false;
+  return last < static_cast<int64_t>(b.num_outputs) * b.rank;
+}
+
 nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype,
                       int column_bytes) {
   if (rank < 1 || rank > (column_bytes == 1 ? 256 : kMaxRank)) throw nb::value_error("rank out of range");
   const size_t num_kept = indices.shape(0);
   if (values.shape(0) != num_kept) throw nb::value_error("as many values as indices expected");
-  for (size_t i = 0; i < num_kept; i++)
-    if (indices.data()[i] < (i ? indices.data()[i - 1] + 1 : 0) || indices.data()[i] >= static_cast<int64_t>(num_outputs) * rank)
-      throw nb::value_error("indices must ascend and lie in B");
   const Kept b{indices.data(), values.data(), num_kept, num_outputs, rank};
   const Dtype value_dtype = parse_dtype(dtype);
-  Packed* packed;
+  Packed* packed = nullptr;
   {
     nb::gil_scoped_release release;
-    packed = new Packed(pack(b, value_dtype, column_bytes));
+    if (do_ascend(b)) packed = new Packed(pack(b, value_dtype, column_bytes));
   }
+  if (!packed) throw nb::value_error("indices must ascend and lie in B");
   nb::capsule owner(packed, [](void* p) noexcept { delete static_cast<Packed*>(p); });
   return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(packed->blocks.data(), {packed->blocks.size()}, owner),
                         nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(packed->starts.data(), {packed->starts.size()}, owner));
@@ -194,6 +202,11 @@ NB_MODULE(_lori_cpu, m) {
   m.doc() = "The CPU kernel of lori; see lori/kernels.";
   m.attr("VERSION") = LORI_VERSION;
   m.attr("COMPILER") = LORI_COMPILER;
+#ifdef _OPENMP
+  m.attr("HAS_THREADS") = true;
+#else
+  m.attr("HAS_THREADS") = false;
+#endif
   m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
   m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
         nb::arg("column_bytes"));
@@ -202,5 +215,5 @@ NB_MODULE(_lori_cpu, m) {
       .def("add_delta", &add_delta)
       .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(),
            "Writes the B of a slot, (num_outputs, rank), to an address.");
-  nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>>());
+  nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>());
 }

@@ -6,11 +6,6 @@
 namespace lori {
 namespace {
 
-int place_of(int position) {  // of the row that is `position` in its window's order
-  const int slice = position / kLanes, lane = position % kLanes;
-  return 32 * (slice / 2) + 2 * lane + slice % 2;
-}
-
 uint16_t to_bfloat16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
