@@ -31,15 +31,16 @@ class SharedProduct:
     """The product of frozen linear layers that read one input, the rows of A of each after all of W.
 
     The first layer that is called computes it for all; those that follow on the same tensor in the same step take their part,
-    each once. Holds nothing of a step once all have; where a model leaves one out, the last step's parts.
+    each once. So no model may change the tensor between them. Holds nothing of a step once all have; where a model leaves one
+    out, the last step's parts. For one thread.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], blocks: Sequence[Sequence[torch.Tensor]]) -> None:
         outputs = [linear.out_features for linear in linears]
         reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
-        rows = [a.to(linears[0].weight) for of_layer in blocks for a in of_layer]
-        self.weight = torch.cat([*(linear.weight for linear in linears), *rows])  # (sum of D + sum of A R, N)
-        biases = [linear.bias for linear in linears]
+        rows = [a.to(linears[0].weight.detach()) for of_layer in blocks for a in of_layer]
+        self.weight = torch.cat([*(linear.weight.detach() for linear in linears), *rows])  # (sum of D + sum of A R, N)
+        biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
         bias = None if all(b is None for b in biases) else self._bias(outputs, biases)
         self._base = _Product(self.weight[: sum(outputs)], None if bias is None else bias[: sum(outputs)], outputs)
         self._whole = _Product(self.weight, bias, outputs + reduced)
@@ -49,12 +50,16 @@ class SharedProduct:
         self._route: Route | None = None
         self._parts: tuple[torch.Tensor, ...] = ()
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_x": None, "_route": None, "_parts": (), "_waiting": set()}
+
     def take(self, layer: int, x: torch.Tensor, route: Route | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns y (T, D) and, with a route, s (T, A R) of a layer for x (…, N); the layer may change them."""
+        parts = self._parts
         if not (self._x is x and self._route is route and layer in self._waiting):
-            self._parts = (self._base if route is None else self._whole).of(x)
+            self._parts = parts = (self._base if route is None else self._whole).of(x)
             self._x, self._route, self._waiting = x, route, set(self._layers)
-        y, s = self._parts[layer], None if route is None else self._parts[len(self._layers) + layer]
+        y, s = parts[layer], None if route is None else parts[len(self._layers) + layer]
         self._waiting.discard(layer)
         if not self._waiting:
             self._x, self._route, self._parts = None, None, ()
@@ -92,7 +97,8 @@ class LoriLinear(nn.Module):
         y, s = self.product.take(self.layer, x, route)
         if route is not None:
             assert s is not None
-            add_delta(y, s.view(y.shape[0], -1, self.operands.layout.rank), self.operands, route)
+            rank = self.operands.layout.rank
+            add_delta(y, s.view(y.shape[0], s.shape[1] // rank, rank), self.operands, route)
         return y.view(*x.shape[:-1], y.shape[1])
 
 

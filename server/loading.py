@@ -59,7 +59,10 @@ def load_service(settings: Settings) -> Service:
         runner.memory.num_bytes / 2**20,
     )
     if not MODULE:
-        logger.warning("SLOW: %s. Until then every batch with adapters costs many times more than it should.", MISSING)
+        logger.warning(
+            "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
+            MISSING,
+        )
     by_name = {adapter.name: adapter for adapter in adapters}
     engine = EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base)))
     metrics = Metrics(base.name)

@@ -4,7 +4,6 @@ A window's sums stay in registers (AVX-512), and s is looked up by a permutation
 Called past torch's dispatcher, which would take as long as the kernel itself.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from lori.kernels.operands import Operands
 from lori.kernels.route import Route
 from lori.kernels.shapes import mismatch
 
+FASTEST = next(iter(instruction_sets()), "")
+"""The instruction set that is used, where the module is there."""
 PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
 """What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
 PRODUCT_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
@@ -26,11 +27,12 @@ UNPACK_NS, PRODUCT_START_NS = 0.6, 12_000.0
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, instruction_set: str | None = None) -> None:
     """y[t] += sum over the terms of weight * B_slot s[t]; shapes as in `lori.kernels.add_delta`.
 
-    `instruction_set` is one of `instruction_sets()`, the fastest by default. Raises `ValueError` where shapes, strides or
+    bf16 below 2**-126 counts as zero where the processor has bf16 instructions. No gradient passes. `instruction_set` is one of
+    `instruction_sets()`, the fastest by default. Raises `ValueError` where shapes, strides or
     dtypes are not those of the operands and the route, `RuntimeError` where the kernel is not installed.
     """
     dtype = operands.layout.dtype
-    if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu):
+    if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu and operands.is_cpu):
         raise mismatch(y, s, operands, route)
     bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
     if bound is None:
@@ -58,7 +60,7 @@ def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
 
 def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
     """Whether unpacking B and one matrix product take less time than the packed B, for a segment of `num_tokens` of one term."""
-    instruction_set, num_bytes = _fastest(), operands.num_slot_bytes(slot)
+    instruction_set, num_bytes = FASTEST, operands.num_slot_bytes(slot)
     if not num_bytes or not instruction_set.startswith("avx512"):  # torch's product has not been measured elsewhere
         return False
     per_slice, per_byte = PACKED_NS[instruction_set]
@@ -66,11 +68,6 @@ def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
     packed = num_tokens * (per_slice * num_outputs / LANES + per_byte * num_bytes)
     product = num_tokens * PRODUCT_NS[dtype] * num_outputs * rank
     return (packed - product) / torch.get_num_threads() > PRODUCT_START_NS + UNPACK_NS * num_outputs * rank
-
-
-@cache
-def _fastest() -> str:
-    return instruction_sets()[0]
 
 
 def unpack(operands: Operands, slot: int) -> torch.Tensor:
@@ -84,9 +81,9 @@ def unpack(operands: Operands, slot: int) -> torch.Tensor:
 
 def bind(operands: Operands, instruction_set: str | None = None) -> Any:
     """Returns the module's view of operands, valid until their pool moves. Raises `ValueError` for an unknown instruction set."""
-    name = instruction_set or _fastest()
+    of = module().Operands
     layout, arrays = operands.layout, (operands.pool.numpy(), operands.starts.numpy(), operands.basis_of.numpy())
-    return module().Operands(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, name)
+    return of(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, instruction_set or FASTEST)
 
 
 def module() -> Any:

@@ -12,6 +12,7 @@ from lori.kernels.native import MODULE
 from lori.kernels.operands import Operands
 from lori.kernels.reference import add_delta as reference_add_delta
 from lori.kernels.route import Route
+from lori.kernels.shapes import fits, mismatch
 from lori.kernels.stacked import add_delta as stacked_add_delta
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, Operands, Route], None]
@@ -49,6 +50,8 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     `ValueError` where shapes or dtypes are not those of the operands and the route.
     """
     if torch.compiler.is_compiling():
+        if not fits(y, s, operands, route):
+            raise mismatch(y, s, operands, route)
         arrays = (operands.pool, operands.starts, operands.basis_of)
         torch.ops.lori.add_delta(y, s, *arrays, operands.num_bases, route.segments, route.slots, route.weights, kernel)
     elif kernel is None and y.is_cpu and MODULE:  # before all others, which take longer to find

@@ -24,7 +24,7 @@ import triton.language as tl
 from lori.kernels.layout import HEADER, LANES, SLICES, UNIT, WINDOW, Layout
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
-from lori.kernels.shapes import mismatch
+from lori.kernels.shapes import fits, mismatch
 
 DENSE_TOKENS = 32
 """A segment of so many tokens is multiplied as a dense matrix: half of a tile. By a count of instructions 11 pay at rank 32."""
@@ -60,7 +60,8 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     Up to rank `DENSE_RANK`, segments of `dense_tokens` or more are multiplied as dense matrices, `DENSE_TOKENS` by default.
     Raises `ValueError` where shapes, strides, dtypes or devices are not those of the operands and the route.
     """
-    _check(y, s, operands, route)
+    if not fits(y, s, operands, route):
+        raise mismatch(y, s, operands, route)
     if not len(route.segments):
         return
     plan = route.gpu if dense_tokens is None else make_plan(route, dense_tokens)
@@ -305,22 +306,3 @@ def _position(p_block: tl.tensor, o_row: tl.tensor, m_row: tl.tensor, step_bytes
     num_steps = tl.load(p_block.to(tl.pointer_type(tl.uint16)) + _SLICES - 1).to(tl.int32)
     place = tl.load(p_block + _HEADER + num_steps * step_bytes + o_row, mask=m_row, other=0).to(tl.int32)
     return place // 32 * 32 + place % 2 * 16 + place % 32 // 2
-
-
-def _check(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> None:
-    num_tokens, num_outputs = y.shape
-    s_tokens, num_bases, rank = s.shape
-    layout = operands.layout
-    if not (
-        y.dtype is layout.dtype
-        and s.dtype is layout.dtype
-        and y.device == s.device == operands.pool.device == route.segments.device
-        and num_outputs == layout.num_outputs
-        and rank == layout.rank
-        and num_bases >= operands.num_bases
-        and s_tokens == num_tokens == route.num_tokens
-        and (y.stride(1) == 1 or num_outputs == 1)
-        and (s.stride(2) == 1 or rank == 1)
-        and (s.stride(1) == rank or num_bases == 1)
-    ):
-        raise mismatch(y, s, operands, route)

@@ -36,15 +36,6 @@ MAX_RANK = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """One adapter's B of one module: `blocks` (bytes,) uint8 are its windows one after the other, `starts` (W,) int32 where each
-    begins, in units of 16 bytes; -1 where it is empty."""
-
-    blocks: torch.Tensor
-    starts: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """What the blocks of one module look like: B is (D, R), with values of `dtype`.
 
@@ -91,6 +82,16 @@ class Layout:
         return min(SLICES, -(-(self.num_outputs - window * WINDOW) // LANES))
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One adapter's B of one module: `blocks` (bytes,) uint8 are its windows one after the other, `starts` (W,) int32 where each
+    begins, in units of 16 bytes; -1 where it is empty."""
+
+    layout: Layout
+    blocks: torch.Tensor
+    starts: torch.Tensor
+
+
 def place_of(position: Ints) -> Ints:
     """Returns the place of the rows that come at a position in their window's order."""
     return 32 * (position // 32) + 2 * (position % LANES) + position // LANES % 2
@@ -109,7 +110,7 @@ def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
     sizes = np.array([len(block) for block in blocks]) // UNIT
     starts = np.where(sizes > 0, sizes.cumsum() - sizes, -1).astype(np.int32)
     data = np.frombuffer(b"".join(blocks), dtype=np.uint8).copy()
-    return Packed(torch.from_numpy(data), torch.from_numpy(starts))
+    return Packed(layout, torch.from_numpy(data), torch.from_numpy(starts))
 
 
 def unpack(layout: Layout, pool: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

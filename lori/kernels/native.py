@@ -17,12 +17,13 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("_lori_cpu")
     except ModuleNotFoundError as error:
-        how = "install a C++ compiler (apt install g++ python3-dev), then lori-server again"
-        return None, f"the CPU kernel is not installed ({error}): {how}"
+        needs = "a C++17 compiler and Python's headers (apt install g++ python3-dev)"
+        return None, f"the CPU kernel was not built at install ({error}): it needs {needs}, then install lori-server again"
     except ImportError as error:
         return None, f"the CPU kernel cannot be loaded ({error}): install the library it misses (apt install libgomp1)"
-    if module.VERSION != VERSION:
-        return None, f"the CPU kernel is of another version ({module.VERSION}, expected {VERSION}): install lori-server again"
+    found = getattr(module, "VERSION", None)
+    if found != VERSION:
+        return None, f"the CPU kernel is of another version ({found}, expected {VERSION}): install lori-server again"
     return module, ""
 
 
@@ -50,4 +51,4 @@ def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
     values = b.values.float() * scale
     column_bytes = layout.column_dtype().itemsize
     blocks, starts = MODULE.pack(b.indices.numpy(), values.numpy(), num_outputs, rank, layout.dtype_name, column_bytes)
-    return Packed(torch.from_numpy(blocks), torch.from_numpy(starts))
+    return Packed(layout, torch.from_numpy(blocks), torch.from_numpy(starts))

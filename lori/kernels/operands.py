@@ -30,6 +30,7 @@ class Operands:
             self.pool = torch.zeros(0, dtype=torch.uint8, device=device)
             self.starts = torch.full((num_slots, self.layout.num_windows), -1, dtype=torch.int32, device=device)
             self.basis_of = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self.is_cpu = self.pool.is_cpu
         self.num_bases = 1
         """Bases that s must have at least."""
         self.bound: object = None
@@ -47,6 +48,7 @@ class Operands:
         """Returns operands over arrays that others own, to be read only; no slot of theirs is taken for long segments."""
         operands = cls(0, layout.rank, layout.num_outputs, layout.dtype, pool.device)
         operands.pool, operands.starts, operands.basis_of, operands.num_bases = pool, starts, basis_of, num_bases
+        operands._dense = None
         return operands
 
     def pack(self, b: SparseB, scale: float = 1.0) -> Packed:
@@ -56,7 +58,11 @@ class Operands:
         return pack(self.layout, b, scale)
 
     def put(self, slot: int, packed: Packed, basis: int) -> None:
-        """Makes `packed` the B of `slot`, on the block `basis` of s."""
+        """Makes `packed` the B of `slot`, on the block `basis` of s. Raises `ValueError` where there is no such slot or basis, or
+        `packed` is of another layout."""
+        if packed.layout != self.layout or not 0 <= slot < len(self.starts) or basis < 0:
+            found = f"{packed.layout} for slot {slot} of {len(self.starts)} on basis {basis}"
+            raise ValueError(f"{found}; expected {self.layout}, a slot that is there and a basis from 0")
         self.clear(slot)
         length = len(packed.blocks) // UNIT
         whole = self._extents.take(length) if length else 0
@@ -85,6 +91,9 @@ class Operands:
     def reserve(self, num_bytes: int) -> None:
         """Makes room for `num_bytes` of blocks in all, so that putting them moves the pool no more."""
         self._grow(-(-num_bytes // UNIT) - self._extents.size)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"bound": None}
 
     @property
     def dense(self) -> torch.Tensor:

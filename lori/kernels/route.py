@@ -25,7 +25,7 @@ class Term:
 
 
 class Route:
-    """The terms of one step of `num_tokens` tokens: built once a step, used by every layer.
+    """The terms of one step of `num_tokens` tokens: built once a step, used by every layer, never changed.
 
     `segments` (G, 4) int32, ascending: `start, stop, first, last`; the tokens start <= t < stop have the terms first <= m < last
     of `slots` (M,) int32 and `weights` (M,) fp32. Tokens without terms are in none, neighbours with the same are in one. Terms of
@@ -39,6 +39,9 @@ class Route:
         """What the kernel of that name made of the arrays above."""
         self._without: dict[tuple[int, ...], Route] = {}
 
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"cpu": None, "gpu": None, "_without": {}}
+
     @classmethod
     def of(cls, terms: Iterable[Term], num_tokens: int, device: torch.device | str = "cpu") -> "Route":
         """Builds the route of `terms`, each within the step's tokens."""
@@ -46,7 +49,7 @@ class Route:
         slots: list[int] = []
         weights: list[float] = []
         terms = sorted(terms, key=lambda term: term.start)
-        assert all(0 <= term.start < term.stop <= num_tokens for term in terms)
+        assert all(0 <= term.start < term.stop <= num_tokens and 0 <= term.slot < 2**31 for term in terms)
         before: dict[int, float] = {}
         for start, stop, added in _segments(terms):
             if added == before and segments[-1][1] == start:

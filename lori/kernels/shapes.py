@@ -1,9 +1,31 @@
-"""What is wrong with the arrays of a step."""
+"""Whether the arrays of a step are what a kernel expects, and what is wrong with them."""
 
 import torch
 
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
+
+
+def fits(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> bool:
+    """Whether y (T, D) and s (T, A, R) are what the operands and the route expect, rows contiguous and apart."""
+    layout = operands.layout
+    if y.dim() != 2 or s.dim() != 3:
+        return False
+    num_tokens, num_outputs = y.shape
+    s_tokens, num_bases, rank = s.shape
+    return (
+        y.dtype is layout.dtype
+        and s.dtype is layout.dtype
+        and y.device == s.device == operands.pool.device == route.segments.device
+        and num_outputs == layout.num_outputs
+        and rank == layout.rank
+        and num_bases >= operands.num_bases
+        and s_tokens == num_tokens == route.num_tokens
+        and (y.stride(0) >= num_outputs or num_tokens <= 1)
+        and (y.stride(1) == 1 or num_outputs == 1)
+        and (s.stride(2) == 1 or rank == 1)
+        and (s.stride(1) == rank or num_bases == 1)
+    )
 
 
 def mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> ValueError:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from lori.cli.output import print_table
 from lori.kernels import Operands, Route, Term
 from lori.kernels.cpu import add_delta, is_dense_faster, unpack
-from lori.kernels.native import instruction_sets
+from lori.kernels.native import MISSING, instruction_sets
 from lori.kernels.route import LONG
 from lori.sparse import SparseB
 from tests.bench.timing import timed
@@ -55,11 +56,14 @@ def measure(y: torch.Tensor, s: torch.Tensor, operands: Operands, instruction_se
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instruction-set", choices=instruction_sets(), default=instruction_sets()[0])
+    parser.add_argument("--instruction-set", choices=instruction_sets(), help="the fastest by default")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    if MISSING:
+        sys.exit(f"error: {MISSING}")
     torch.set_num_threads(arguments.threads)
-    print_table(COLUMNS, list(tqdm(rows(arguments.instruction_set), total=2 * 3 * 7, unit="row", disable=None)))
+    measured = rows(arguments.instruction_set or instruction_sets()[0])
+    print_table(COLUMNS, list(tqdm(measured, total=2 * 3 * 7, unit="row", disable=None)))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ nothing until the kernels' tests pass.
 """
 
 import argparse
+import functools
+import importlib
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
@@ -23,7 +25,6 @@ from tqdm import tqdm
 
 from lori.cli.output import print_table
 from lori.kernels.native import description
-from tests.bench.kernel_plot import plot
 from tests.bench.kernel_steps import POPULARITY, SHAPES, SPARE, Module, Shape, Step
 from tests.bench.timing import Call, read_bandwidth, timed
 
@@ -33,6 +34,8 @@ GATE = {
     "cuda": [str(TESTS / "test_gpu_kernel.py"), "-m", "gpu"],
 }
 """What must pass before anything is printed."""
+NOISY = 0.5
+"""Quartiles that lie further apart than this share of the median say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +79,15 @@ class Plan:
 
     def measure(self, device: torch.device) -> Iterator[Row]:
         """Measures row after row; those of one shape, number of tokens and threads in turn with one base product."""
-        for threads, cache, shape, tokens in product(self.threads, self.caches, self.shapes, self.tokens):
+        for threads, (cache, shape, tokens) in product(self.threads, product(self.caches, self.shapes, self.tokens)):
             torch.set_num_threads(threads)
+            bandwidth = _bandwidth(device, threads)
             spare = SPARE if tokens <= 128 else 1
             module = Module(shape, max(tokens, *self.terms), spare, cache == "cold", device)
             steps = {key: Step.of(module, key[0], tokens, key[1]) for key in product(self.popularity, self.terms)}
             calls: dict[Hashable, Call] = dict(module.products(tokens))
             calls |= {(key, name): call for key, step in steps.items() for name, call in step.calls().items()}
-            bandwidth, times = read_bandwidth(device), timed(calls, self.budget_s)
+            times = timed(calls, self.budget_s)
             base, shrink = times["base"].median, times["fused"].median - times["base"].median
             for key, step in steps.items():
                 expand, dense = times[key, "expand"], times.get((key, "dense"))
@@ -113,12 +117,21 @@ def main() -> None:
     )
     print(f"{where}; torch {torch.__version__}, Python {platform.python_version()}")
     print_table(COLUMNS, [cells(row) for row in rows])
+    print("\nWhat this kernel was designed for. A goal that is missed is no error.")
     for line in verdicts(rows):
         print(line)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
     if arguments.plot:
-        plot([asdict(row) for row in rows], arguments.plot)
+        # matplotlib is an extra, which the table does not need.
+        importlib.import_module("tests.bench.kernel_plot").plot([asdict(row) for row in rows], arguments.plot)
+
+
+@functools.cache
+def _bandwidth(device: torch.device, threads: int) -> float:
+    bandwidth = read_bandwidth(device)
+    tqdm.write(f"{threads} thread{'s' * (threads > 1)} read {bandwidth / 1e9:.1f} GB/s from memory")
+    return bandwidth
 
 
 def full(device: torch.device) -> Plan:
@@ -164,15 +177,17 @@ def verdicts(rows: list[Row]) -> Iterator[str]:
             two = found.get((shape, 32, "distinct", 2, threads, cache))
             same = found.get((shape, 32, "identical", 1, threads, cache))
             if one:
-                yield verdict(f"{shape}, 32 tokens on 32 adapters, {where}: expand / base", one.expand_us / one.base_us, most)
+                yield verdict(
+                    f"{shape}, 32 tokens on 32 adapters, {where}: expand / base", one.expand_us / one.base_us, most, [one]
+                )
             if one and two:
-                yield verdict(f"{shape}, {where}: two terms / one", two.expand_us / one.expand_us, 2.2)
+                yield verdict(f"{shape}, {where}: two terms / one", two.expand_us / one.expand_us, 2.2, [one, two])
             if one and same:
-                yield verdict(f"{shape}, {where}: distinct / identical", one.expand_us / same.expand_us, 1.25)
+                yield verdict(f"{shape}, {where}: distinct / identical", one.expand_us / same.expand_us, 1.25, [one, same])
             if one and one.dense_us and cache == "cold":
-                yield verdict(f"{shape}, {where}: expand / dense", one.expand_us / one.dense_us, 1 / 6)
+                yield verdict(f"{shape}, {where}: expand / dense", one.expand_us / one.dense_us, 1 / 6, [one])
         for row in rows:
-            if (row.model, row.tokens, row.popularity, row.terms, row.threads, row.cache) == (
+            if cache == "cold" and (row.model, row.tokens, row.popularity, row.terms, row.threads, row.cache) == (
                 "Llama-3-8B", 64, "distinct", 1, threads, cache,
             ):  # fmt: skip
                 yield verdict(
@@ -180,9 +195,11 @@ def verdicts(rows: list[Row]) -> Iterator[str]:
                 )
 
 
-def verdict(what: str, ratio: float, most: float) -> str:
-    """Says one ratio and whether it is low enough."""
-    return f"{'met' if ratio <= most else 'NOT MET':8}{what} {ratio:.3f}, at most {most:.3f}"
+def verdict(what: str, ratio: float, most: float, rows: Iterable[Row]) -> str:
+    """Says one ratio and whether it is low enough; nothing of the kind where the machine was too busy to tell."""
+    is_noisy = any(row.expand_high_us - row.expand_low_us > NOISY * row.expand_us for row in rows)
+    said = "noisy" if is_noisy else "met" if ratio <= most else "missed"
+    return f"{said:8}{what} {ratio:.4f}, at most {most:.4f}"
 
 
 if __name__ == "__main__":

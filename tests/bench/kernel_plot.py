@@ -26,7 +26,8 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         panel.set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
-    figure.suptitle(f"bf16, r = 32, 10% of B kept, {threads} thread{'s' * (threads > 1)}, {cache}", fontsize=11)
+    where = f"{threads} thread{'s' * (threads > 1)}, {cache}"
+    figure.suptitle(f"time of one module: bf16, r = 32, 10% of B kept, {where}; bands are quartiles", fontsize=11)
     figure.savefig(file, dpi=130)
 
 
@@ -45,8 +46,10 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     own = sorted((row for row in rows if row["popularity"] == "distinct"), key=lambda row: row["tokens"])
     dense = [(row["tokens"], row["dense_us"]) for row in own if row["dense_us"] is not None]
     panel.plot(*zip(*dense, strict=True), color="tab:red", marker="o", markersize=3, label="dense gathered, distinct")
-    panel.plot([r["tokens"] for r in own], [r["floor_us"] for r in own], color="grey", ls=":", label="floor, distinct")
-    panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="us")
+    panel.plot(
+        [r["tokens"] for r in own], [r["floor_us"] for r in own], color="grey", ls=":", label="bytes / bandwidth, distinct"
+    )
+    panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds")
     panel.set_xticks([row["tokens"] for row in own], [str(row["tokens"]) for row in own])
     panel.minorticks_off()
     panel.grid(alpha=0.25)

@@ -5,6 +5,7 @@ Shapes: T tokens, A bases, R rank, D outputs, S slots.
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lori.kernels.cpu import add_delta, is_dense_faster
 from lori.kernels.route import LONG
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 
+ROOT = Path(__file__).parents[2]
 SOURCES = Path(native.__file__).parent / "native"
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -103,6 +105,10 @@ def more_tokens(case: Case) -> Case:
     return replace(case, y=torch.zeros(18, 40), s=torch.zeros(18, 3, 8))
 
 
+def rows_on_each_other(case: Case) -> Case:
+    return replace(case, y=torch.zeros(1, 40).expand(17, 40))
+
+
 def another_device(case: Case) -> Case:
     return replace(case, s=case.s.to("meta"))
 
@@ -120,7 +126,18 @@ def wrong_strides(case: Case) -> Case:
 
 
 @pytest.mark.parametrize(
-    "spoil", [wrong_rank, wrong_outputs, wrong_tokens, more_tokens, another_device, wrong_bases, wrong_dtype, wrong_strides]
+    "spoil",
+    [
+        wrong_rank,
+        wrong_outputs,
+        wrong_tokens,
+        more_tokens,
+        rows_on_each_other,
+        another_device,
+        wrong_bases,
+        wrong_dtype,
+        wrong_strides,
+    ],
 )
 def test_arrays_of_another_shape_dtype_or_stride_are_refused(spoil: Callable[[Case], Case]) -> None:
     case = make_case((17, 3, 8, 40, 9), torch.float32, "uniform", 2)
@@ -133,8 +150,12 @@ def test_a_slot_that_is_not_there_is_refused() -> None:
     case = make_case((2, 1, 3, 5, 2), torch.float32, "identical", 1)
     with pytest.raises(ValueError, match="names a slot that the operands do not have"):
         add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, 2, 1.0)], 2))
+    with pytest.raises(ValueError, match="names a slot that the operands do not have"):
+        add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, 2**31 - 1, 1.0)], 2))
+    route = Route.of([Term(0, 2, 0, 1.0)], 2)
+    route.slots.neg_().sub_(1)
     with pytest.raises(ValueError, match="a slot is negative"):
-        add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, -1, 1.0)], 2))
+        add_delta(case.y, case.s, case.operands, route)
 
 
 def test_operands_whose_pool_moved_are_read_where_they_are_now() -> None:
@@ -145,6 +166,34 @@ def test_operands_whose_pool_moved_are_read_where_they_are_now() -> None:
     put(operands, 1, torch.ones(300, 4))  # the pool grows, and is another
     add_delta(y, s, operands, route)
     assert y.eq(4.0 + 8.0).all()
+
+
+WITHOUT_MODULE = """
+import sys
+sys.modules["_lori_cpu"] = None
+import torch
+from lori.kernels import Operands, Route, Term, add_delta, default_kernel
+from tests.lori.operands import put
+
+assert default_kernel(torch.device("cpu")) == "stacked"
+operands, route, s = Operands(2, 3, 5, torch.float32, "cpu"), Route.of([Term(0, 2, 1, 1.0)], 2), torch.ones(2, 1, 3)
+put(operands, 1, torch.ones(5, 3))
+compiled = torch.compile(lambda y, s: add_delta(y, s, operands, route), fullgraph=True, backend="aot_eager")
+for kernel in (add_delta, compiled):
+    y = torch.zeros(2, 5)
+    kernel(y, s, *() if kernel is compiled else (operands, route))
+    assert y.eq(3.0).all()
+try:
+    add_delta(y, s, operands, route, kernel="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_without_the_module_all_else_works_and_the_kernel_says_what_it_needs() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MODULE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the CPU kernel was not built at install" in done.stdout
 
 
 # --- long segments

@@ -5,6 +5,7 @@ Shapes: T tokens, N inputs, D outputs, R rank.
 
 import gc
 import weakref
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lori.basis import Seeded
-from lori.kernels import Operands, Route, Term
+from lori.kernels import Operands, Route, Term, add_delta
 from lori.layer import ActiveRoute, LoriLinear, attach, fuse, module_shapes
 from tests.lori.operands import put, sparse
 
@@ -281,6 +282,24 @@ def test_a_layer_that_is_called_again_on_its_input_gives_its_own_answer_again() 
     rig.active.route = STEP
     first = rig.model.q_proj(x).clone()
     torch.testing.assert_close(rig.model.q_proj(x), first)
+
+
+@torch.inference_mode()
+def test_a_model_that_has_run_can_be_copied() -> None:
+    rig, x = SharedRig(), torch.randn(4, 6)
+    rig.active.route = STEP
+    rig.model.q_proj(x)  # k and v have yet to take theirs
+    copied = deepcopy(rig.model)
+    torch.testing.assert_close(copied(x), rig.model(x))
+
+
+def test_a_wrong_shape_is_refused_within_torch_compile() -> None:
+    operands = Operands(1, 8, 40, torch.float32, "cpu")
+    put(operands, 0, torch.ones(40, 8))
+    route = Route.of([Term(0, 4, 0, 1.0)], 4)
+    compiled = torch.compile(lambda y, s: add_delta(y, s, operands, route), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"expected \(4, 40\)"):
+        compiled(torch.zeros(4, 44), torch.ones(4, 1, 8))
 
 
 @torch.inference_mode()

@@ -1,5 +1,7 @@
 """The flat pool that holds the B of all slots of a module."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,6 +68,27 @@ def test_a_slot_is_cut_at_windows_where_only_pieces_are_free() -> None:
     assert operands.num_free_bytes == 0
     assert torch.equal(dense(operands, 3), both)
     assert torch.equal(dense(operands, 1), one)
+
+
+@pytest.mark.parametrize(
+    ("slot", "basis", "rank"),
+    [(-1, 0, R), (SLOTS, 0, R), (0, -1, R), (0, 0, R + 1)],
+)
+def test_what_does_not_belong_is_refused_and_takes_no_room(slot: int, basis: int, rank: int) -> None:
+    operands = Operands(SLOTS, R, D, torch.float32, "cpu")
+    packed = Operands(1, rank, D, torch.float32, "cpu").pack(sparse(torch.ones(D, rank)))
+    with pytest.raises(ValueError, match=r"expected .* a slot that is there and a basis from 0"):
+        operands.put(slot, packed, basis)
+    assert len(operands.pool) == 0
+
+
+def test_operands_that_were_used_can_be_copied() -> None:
+    operands = Operands(SLOTS, R, D, torch.float32, "cpu")
+    put(operands, 1, torch.ones(D, R))
+    assert dense(operands, 1).eq(1.0).all()
+    copied = deepcopy(operands)
+    put(operands, 1, torch.zeros(D, R))
+    assert dense(copied, 1).eq(1.0).all()
 
 
 @torch.inference_mode()

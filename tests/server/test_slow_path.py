@@ -15,8 +15,8 @@ def test_without_the_kernel_the_server_says_so_loudly_and_answers_the_same(
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as slow:
         said = slow.log.read_text()
-        assert "WARNING server.loading: SLOW: the CPU kernel is not installed" in said
-        assert "install a C++ compiler (apt install g++ python3-dev), then lori-server again" in said
+        assert "WARNING server.loading: SLOW: the CPU kernel was not built at install" in said
+        assert "(apt install g++ python3-dev), then install lori-server again" in said
         assert "deltas in torch alone" in said
         for adapter in (None, "math", ["math", "safety"]):
             body = {"prompt": "One two three", "adapter": adapter, "max_tokens": 12}

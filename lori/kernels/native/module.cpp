@@ -23,14 +23,18 @@ using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cp
 
 constexpr int64_t kItemsPerThread = 24;  // fewer are done before another thread has begun
 
+// An instruction set that this module was compiled for and that this processor runs.
 bool is_supported(const std::string& name) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
+#ifdef LORI_AVX2
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef LORI_AVX512
   const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (name == "avx512_bf16") return has_512 && __builtin_cpu_supports("avx512bf16");
   if (name == "avx512") return has_512;
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef LORI_AVX512_BF16
+  if (name == "avx512_bf16") return has_512 && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
   return name == "portable";
 }
@@ -44,9 +48,13 @@ std::vector<std::string> instruction_sets() {
 
 Expand choose_expand(const Operands& operands, const std::string& name) {
   if (!is_supported(name)) throw nb::value_error(("this processor does not run " + name).c_str());
-#if defined(__x86_64__)
+#ifdef LORI_AVX512_BF16
   if (name == "avx512_bf16") return choose_avx512_bf16(operands);
+#endif
+#ifdef LORI_AVX512
   if (name == "avx512") return choose_avx512(operands);
+#endif
+#ifdef LORI_AVX2
   if (name == "avx2") return choose_avx2(operands);
 #endif
   return choose_portable(operands);
@@ -105,12 +113,12 @@ class BoundRoute {
     if (last > num_tokens) throw nb::value_error("a segment goes beyond the tokens");
     for (size_t i = 0; i < slots.shape(0); i++) {
       if (slots.data()[i] < 0) throw nb::value_error("a slot is negative");
-      num_slots_ = std::max(num_slots_, slots.data()[i] + 1);
+      num_slots_ = std::max<int64_t>(num_slots_, static_cast<int64_t>(slots.data()[i]) + 1);
     }
   }
   const Route& route() const { return route_; }
   int num_tokens() const { return num_tokens_; }
-  int num_slots() const { return num_slots_; }  // at least so many must the operands have
+  int64_t num_slots() const { return num_slots_; }  // at least so many must the operands have
   size_t num_terms() const { return slots_.shape(0); }
   int64_t num_active() const { return num_active_; }
 
@@ -119,18 +127,21 @@ class BoundRoute {
   Array<int32_t, 1> slots_;
   Array<float, 1> weights_;
   Route route_;
-  int num_tokens_, num_slots_ = 0;
-  int64_t num_active_ = 0;
+  int num_tokens_;
+  int64_t num_slots_ = 0, num_active_ = 0;
 };
 
 // Whether y (T, D) and s (T, A, R) of these shapes and strides, in entries, are what the kernel reads and writes.
 bool fits(const BoundOperands& bound, const BoundRoute& route, const std::array<int64_t, 2>& y,
           const std::array<int64_t, 2>& y_strides, const std::array<int64_t, 3>& s, const std::array<int64_t, 3>& s_strides) {
   const Operands& operands = bound.operands();
-  for (size_t i = 0; i < route.num_terms(); i++)
-    if (operands.basis_of[route.route().slots[i]] >= s[1]) return false;
+  for (size_t i = 0; i < route.num_terms(); i++) {
+    const int basis = operands.basis_of[route.route().slots[i]];
+    if (basis < 0 || basis >= s[1]) return false;
+  }
   return y[0] == route.num_tokens() && s[0] == y[0] && y[1] == operands.num_outputs && s[2] == operands.rank &&
-         (y_strides[1] == 1 || y[1] == 1) && (s_strides[2] == 1 || s[2] == 1) && (s_strides[1] == s[2] || s[1] == 1);
+         (y_strides[0] >= y[1] || y[0] <= 1) && (y_strides[1] == 1 || y[1] == 1) && (s_strides[2] == 1 || s[2] == 1) &&
+         (s_strides[1] == s[2] || s[1] == 1);
 }
 
 template <size_t kDims>
