@@ -191,7 +191,7 @@ def verdicts(rows: list[Row]) -> Iterator[str]:
                 "Llama-3-8B", 64, "distinct", 1, threads, cache,
             ):  # fmt: skip
                 yield verdict(
-                    f"{row.shape}, 64 tokens on 64 adapters, {where}: expand / floor", row.expand_us / row.floor_us, 2.0
+                    f"{row.shape}, 64 tokens on 64 adapters, {where}: expand / floor", row.expand_us / row.floor_us, 2.0, [row]
                 )
 
 

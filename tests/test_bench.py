@@ -1,0 +1,47 @@
+"""The benchmark of the kernels measures, judges and draws; what it finds is no matter here."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bench.kernel import COLUMNS, Plan, Row, cells, verdicts
+from tests.bench.kernel_plot import plot
+from tests.bench.kernel_steps import POPULARITY, Shape
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """A step of 32 tokens on a small module, as if it were those that the goals are for."""
+    before = torch.get_num_threads()
+    shape = Shape("Llama-3-8B", 40, 24)
+    plan = Plan([shape], [32], list(POPULARITY), [1, 2], ["hot", "cold"], [1], 0.0)
+    measured = list(plan.measure(torch.device("cpu")))
+    torch.set_num_threads(before)
+    assert len(measured) == plan.size
+    return [replace(row, shape=name) for name in ("576x576", "4096x4096") for row in measured]
+
+
+def test_a_row_has_every_figure(rows: list[Row]) -> None:
+    assert all(row.base_us > 0 and row.expand_us > 0 and row.dense_us and row.floor_us > 0 for row in rows)
+    assert {row.popularity for row in rows} == set(POPULARITY)
+    distinct, identical = (next(row.bytes for row in rows if row.popularity == p) for p in ("distinct", "identical"))
+    assert distinct > 16 * identical
+    assert all(len(cells(row)) == len(COLUMNS) for row in rows)
+
+
+def test_every_goal_is_judged_by_its_own_rows(rows: list[Row]) -> None:
+    wide = [replace(row, tokens=64) for row in rows]
+    said = list(verdicts([*rows, *wide]))
+    assert len(said) == 2 * (3 + 4) + 2  # two shapes: hot, cold with dense; the floor of each, cold
+    assert all(line.startswith(("met ", "missed ", "noisy ")) for line in said)
+    quiet = [replace(row, base_us=1e9, expand_low_us=row.expand_us, expand_high_us=row.expand_us) for row in rows]
+    assert next(verdicts(quiet)).startswith("met ")
+    noisy = [replace(row, expand_low_us=0.0, expand_high_us=9 * row.expand_us) for row in rows]
+    assert all(line.startswith("noisy ") for line in verdicts(noisy))
+
+
+def test_it_is_drawn(rows: list[Row], tmp_path: Path) -> None:
+    plot([asdict(row) for row in rows], tmp_path / "kernel.png")
+    assert (tmp_path / "kernel.png").stat().st_size > 10_000
