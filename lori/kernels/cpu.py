@@ -16,7 +16,7 @@ from lori.kernels.shapes import mismatch
 
 FASTEST = next(iter(instruction_sets()), "")
 """The instruction set that is used, where the module is there."""
-PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081), "avx2": (11.0, 0.07), "portable": (14.0, 0.07)}
+PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081)}
 """What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
 PRODUCT_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
 """What a token takes for each entry of the dense B in torch's product, where there is AVX-512."""
@@ -60,10 +60,10 @@ def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
 
 def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
     """Whether unpacking B and one matrix product take less time than the packed B, for a segment of `num_tokens` of one term."""
-    instruction_set, num_bytes = FASTEST, operands.num_slot_bytes(slot)
-    if not num_bytes or not instruction_set.startswith("avx512"):  # torch's product has not been measured elsewhere
+    num_bytes = operands.num_slot_bytes(slot)
+    if not num_bytes or FASTEST not in PACKED_NS:  # torch's product has not been measured on others
         return False
-    per_slice, per_byte = PACKED_NS[instruction_set]
+    per_slice, per_byte = PACKED_NS[FASTEST]
     num_outputs, rank, dtype = operands.layout.num_outputs, operands.layout.rank, operands.layout.dtype
     packed = num_tokens * (per_slice * num_outputs / LANES + per_byte * num_bytes)
     product = num_tokens * PRODUCT_NS[dtype] * num_outputs * rank

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import torch
 
-LONG = 32
-"""Tokens of a segment from which on it may be worth while to unpack a B."""
+LONG = 40
+"""Tokens of a segment from which on it may be worth while to unpack a B: that of a dense one of 14336 outputs."""
 
 
 @dataclass(frozen=True, slots=True)

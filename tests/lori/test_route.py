@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lori.kernels import Route, Term
+from lori.kernels.route import LONG
 
 TERM = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 4), st.integers(-3, 3)).filter(lambda t: t[0] < t[1])
 
@@ -50,8 +51,9 @@ def test_a_route_takes_its_terms_from_a_generator() -> None:
 
 
 def test_runs_are_the_long_segments_of_one_term() -> None:
-    terms = [Term(0, 31, 4, 1.0), Term(31, 63, 3, 1.0), Term(63, 100, 2, 1.0), Term(63, 100, 1, 1.0), Term(100, 200, 0, 1.0)]
-    assert Route.of(terms, 200).runs == ((1, 32, 3), (3, 100, 0))
+    terms = [Term(0, 39, 4, 1.0), Term(39, 79, 3, 1.0), Term(79, 120, 2, 1.0), Term(79, 120, 1, 1.0), Term(120, 200, 0, 1.0)]
+    assert LONG == 40
+    assert Route.of(terms, 200).runs == ((1, 40, 3), (3, 80, 0))
 
 
 def test_a_route_without_some_segments_is_made_once() -> None:
