@@ -1,53 +1,76 @@
-"""The resident adapters of a served base: which adapter lies in which slot of the kernel operands."""
+"""The operands of a served base: the B of every resident adapter in every layer, and the A of every basis.
+
+Which adapter lies in which slot is for others to say.
+"""
 
 from collections.abc import Mapping, Sequence
 
-from transformers import PreTrainedModel
+import torch
 
 from lori.adapter import Adapter
+from lori.basis import Basis
 from lori.errors import AdapterError
 from lori.kernels import Operands, Packed
 from lori.kernels.layout import MAX_RANK
-from lori.layer import ActiveRoute, attach, module_shapes
 
 
 class AdapterPool:
-    """Holds every adapter that a server was started with, in the operands of the model's layers.
+    """Slots for adapters in the operands of the modules `shapes`, (D, N) each, by full name.
 
-    Making one changes `model`: the layers that some adapter targets are replaced. Raises `AdapterError` where the kernels know no
-    such rank.
+    Adapters are of rank `rank` at most, on one of `bases`. Raises `AdapterError` where the kernels know no such rank.
     """
 
-    def __init__(self, model: PreTrainedModel, adapters: Sequence[Adapter]) -> None:
-        self.active = ActiveRoute()
-        self._bases = list(dict.fromkeys(adapter.basis for adapter in adapters))
-        self._slots = {adapter.name: slot for slot, adapter in enumerate(adapters)}
-        shapes = module_shapes(model)
-        targets = {name: shapes[name] for name in shapes if any(name in a.modules for a in adapters)}
-        rank = self._rank(adapters)
-        self._operands: Mapping[str, Operands] = attach(model, targets, self._bases, rank, len(adapters), self.active)
-        packed = [self._pack(adapter) for adapter in adapters]
-        for name, operands in self._operands.items():
-            operands.reserve(sum(len(of[name].blocks) for of in packed if name in of))
-        for adapter, of in zip(adapters, packed, strict=True):
-            for name, b in of.items():
-                self._operands[name].put(self._slots[adapter.name], b, self._bases.index(adapter.basis))
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        bases: Sequence[Basis],
+        rank: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if rank > MAX_RANK:
+            raise AdapterError(f"the rank of an adapter is {rank}, expected at most {MAX_RANK}")
+        self._bases, self._rank = list(bases), rank
+        self._shapes = dict(shapes) if rank and num_slots and bases else {}
+        self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
 
-    def slot(self, name: str) -> int:
-        """Returns the slot of the adapter `name`, which must be resident."""
-        return self._slots[name]
+    def operands_of(self, names: Sequence[str]) -> list[Operands]:
+        """Returns the operands of modules; none where there is nothing to add to them."""
+        return [self._operands[name] for name in names if name in self._operands]
 
-    def _rank(self, adapters: Sequence[Adapter]) -> int:
-        ranks = {adapter.name: max((b.shape[1] for b in adapter.modules.values()), default=0) for adapter in adapters}
-        too_high = [f"the rank of {name!r} is {rank}" for name, rank in ranks.items() if rank > MAX_RANK]
-        if too_high:
-            raise AdapterError(f"{'; '.join(too_high)}, expected at most {MAX_RANK}")
-        return max(ranks.values(), default=0)
+    def blocks(self, names: Sequence[str]) -> list[list[torch.Tensor]]:
+        """Returns the A (R, N) of every basis, for each of these modules that has operands."""
+        return [[basis.draw(n, self._rank, self._shapes[n][1]) for basis in self._bases] for n in names if n in self._operands]
 
-    def _pack(self, adapter: Adapter) -> dict[str, Packed]:
+    def pack(self, adapter: Adapter) -> Mapping[str, Packed]:
+        """Returns the packed B of every module of `adapter`. Touches nothing of the pool: any thread may."""
         # A term's weight has alpha / r of most modules in it; where a module's own differs, its B makes up for it.
         scale = adapter.config.scale
         return {name: self._operands[name].pack(b, adapter.config.scale_of(name) / scale) for name, b in adapter.modules.items()}
+
+    def put(self, slot: int, packed: Mapping[str, Packed], basis: Basis) -> None:
+        """Makes `packed`, on `basis`, the adapter in `slot`, which no step that runs may use."""
+        number = self._bases.index(basis)
+        for name, operands in self._operands.items():
+            if name in packed:
+                operands.put(slot, packed[name], number)
+            else:
+                operands.clear(slot)
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot, which no step that runs may use."""
+        for operands in self._operands.values():
+            operands.clear(slot)
+
+    def reserve(self, num_bytes: Mapping[str, int]) -> None:
+        """Makes room for so many bytes in each module, so that putting moves no pool."""
+        for name, size in num_bytes.items():
+            self._operands[name].reserve(size)
+
+    def num_slot_bytes(self, slot: int) -> int:
+        """Bytes of the adapter in `slot`."""
+        return sum(operands.num_slot_bytes(slot) for operands in self._operands.values())
 
     @property
     def num_bytes(self) -> int:

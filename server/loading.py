@@ -1,33 +1,44 @@
 """Builds a service from settings: base model, adapters, engine."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.basis import Basis
+from lori.basis_file import load_basis
+from lori.config import ExplicitConfig
 from lori.entry import Entry
 from lori.errors import ModelError
 from lori.kernels.native import MISSING, MODULE, description
+from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
+from lori.projection import has_native
 from lori.store import AdapterStore
+from lori.summary import Summary, summarise
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.kv_cache import BlockAllocator
-from server.engine.probe import check, use_paged_attention
-from server.engine.runner import Runner
-from server.engine.scheduler import Scheduler
+from server.engine.families import check_family
+from server.engine.kv_cache import KvCache
+from server.engine.loader import Loader
+from server.engine.probe import check, measure_free_tokens, own_logits
+from server.engine.registry import Registered, Registry
+from server.engine.residents import Residents
+from server.engine.runner import Runner, bytes_per_token
+from server.engine.scheduler import Scheduler, StepLimits
 from server.engine.thread import EngineThread
+from server.engine.tiers import AdapterTiers
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
-from server.stores import load_all
 
 logger = logging.getLogger(__name__)
 MIN_CONTEXT = 16
 """Tokens of KV memory below which nothing can be served."""
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"
+GIB = 2**30
 
 
 def load_service(settings: Settings) -> Service:
@@ -35,48 +46,102 @@ def load_service(settings: Settings) -> Service:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     base = load_base_model(settings.model, resolve_dtype(settings.dtype))
-    adapters = load_all(_entries(settings), base.identity)
-    expected = use_paged_attention(base.model)
-    pool = AdapterPool(base.model, adapters)
+    check_family(base.model)
+    entries = _entries(settings)
+    registry = make_registry(entries, summarise(entries, base.identity))
+    expected = own_logits(base.model)
+    pool = make_pool(base, registry, settings.max_resident)
     num_blocks = _num_blocks(settings, base)
     try:
         runner = Runner(base.model, pool, num_blocks, settings.block_size)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # there is not so much memory
         raise ModelError(f"--kv-cache-gib {settings.kv_cache_gib:g}: {' '.join(str(error).split())}") from error
     check(runner, base.model, expected, settings.block_size)
-    scheduler = Scheduler(BlockAllocator(num_blocks, settings.block_size), settings.max_batch, settings.max_step_tokens)
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
+    limits = StepLimits(
+        max_sequences=settings.max_batch,
+        max_tokens=settings.max_step_tokens,
+        max_stall=settings.max_stall,
+        free_tokens=measure_free_tokens(runner, base.model, min(64, max_context), settings.block_size),
+    )
+    residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
+    loader = Loader(registry, PackedReader(base.identity, pool.layouts))
+    tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB))
+    scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
+    _log(base, pool, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
+    return Service(
+        settings=settings,
+        base_model=base.name,
+        registry=registry,
+        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident),
+        engine=EngineThread(engine),
+        metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
+    )
+
+
+def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
+    """Returns what can be asked for."""
+    return Registry([Registered(entries[name], summary) for name, summary in summaries.items()])
+
+
+def make_pool(base: BaseModel, registry: Registry, num_slots: int) -> AdapterPool:
+    """Returns a pool for the adapters that are registered: of their bases and their greatest rank."""
+    found = [*registry.by_name.values()]
+    bases = list(dict.fromkeys(_basis(of) for of in found))
+    rank = max((of.summary.max_rank for of in found), default=0)
+    return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
+
+
+def _basis(of: Registered) -> Basis:
+    said = of.summary.basis
+    return load_basis(of.entry.folder.parent, said.digest) if isinstance(said, ExplicitConfig) else said.basis()
+
+
+def _log(base: BaseModel, pool: AdapterPool, num_adapters: int, runner: Runner, num_kv_tokens: int, limits: StepLimits) -> None:
+    dtype = base.model.dtype
     logger.info(
-        "%s in %s on %s, %d threads; deltas in %s; %d adapters resident in %.1f MiB; keys and values of %d tokens in %.0f MiB",
+        "%s in %s on %s, %d threads; products in %s; deltas in %s; %d adapters registered; keys and values of %d tokens in %.0f MiB",
         base.name,
-        str(base.model.dtype).removeprefix("torch."),
+        str(dtype).removeprefix("torch."),
         base.model.device,
         torch.get_num_threads(),
+        "C++" if has_native(dtype, base.model.device) else "torch",
         description(),
-        len(adapters),
-        pool.num_bytes / 2**20,
-        num_blocks * settings.block_size,
-        runner.memory.num_bytes / 2**20,
+        num_adapters,
+        num_kv_tokens,
+        runner.num_kv_bytes / 2**20,
+    )
+    logger.info(
+        "a step takes as long as %d tokens, whatever is in it: beside n requests that decode, n + %d tokens of prompts",
+        limits.free_tokens,
+        limits.num_prompt_tokens(1) - 1,
     )
     if not MODULE:
         logger.warning(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
             MISSING,
         )
-    by_name = {adapter.name: adapter for adapter in adapters}
-    engine = EngineThread(Engine(scheduler, runner, base.tokenizer, _stop_ids(base)))
-    metrics = Metrics(base.name)
+
+
+def _metrics(model: str, scheduler: Scheduler, tiers: AdapterTiers, num_registered: int) -> Metrics:
+    metrics = Metrics(model)
+    cache, residents = scheduler.cache, tiers.residents
     metrics.watch("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running))
-    metrics.watch("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: len(scheduler.waiting))
-    metrics.watch("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: scheduler.allocator.usage)
-    return Service(
-        settings=settings,
-        base_model=base.name,
-        adapters=by_name,
-        admission=Admission(base.tokenizer, by_name, max_context),
-        engine=engine,
-        metrics=metrics,
-    )
+    metrics.watch("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting)
+    metrics.watch("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage)
+    metrics.watch("vllm:num_preemptions", "Requests that gave up their KV memory for others, so far.", lambda: scheduler.num_preemptions)
+    metrics.watch("vllm:prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", lambda: cache.num_asked_tokens)
+    metrics.watch("vllm:prefix_cache_hits", "Prompt tokens that were found there.", lambda: cache.num_found_tokens)
+    metrics.watch("lori:adapters_registered", "Adapters that can be asked for.", lambda: num_registered)
+    metrics.watch("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded)
+    metrics.watch("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes)
+    metrics.watch("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents))
+    metrics.watch("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes)
+    metrics.watch("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned)
+    metrics.watch("lori:adapter_evictions", "Resident adapters that made room for others, so far.", lambda: residents.num_evictions)
+    tiers.observe_load = metrics.load_seconds.observe
+    return metrics
 
 
 def _entries(settings: Settings) -> dict[str, Entry]:
@@ -88,8 +153,8 @@ def _entries(settings: Settings) -> dict[str, Entry]:
 
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:
-    num_bytes = Runner.bytes_per_token(base.model) * settings.block_size
-    num_blocks = int(settings.kv_cache_gib * 2**30) // num_bytes
+    num_bytes = bytes_per_token(base.model) * settings.block_size
+    num_blocks = int(settings.kv_cache_gib * GIB) // num_bytes
     if num_blocks * settings.block_size < MIN_CONTEXT:
         raise ModelError(
             f"--kv-cache-gib {settings.kv_cache_gib:g} holds {num_blocks * settings.block_size} tokens of {base.name}, "

@@ -21,6 +21,7 @@ class Metrics:
         self.success = Counter(
             "vllm:request_success", "Ended requests by reason.", (*MODEL, "finished_reason"), registry=self.registry
         )
+        self.load_seconds = self._histogram("lori:adapter_load_seconds", "Reading, checking and packing an adapter.")
         self.adapter_requests = Counter(
             "lori:adapter_requests", "Admitted requests by adapter.", ("adapter",), registry=self.registry
         )

@@ -56,6 +56,8 @@ class GenerateBody(BaseModel):
     """Draws the tokens; absent: a random one, named in the reply."""
     stop: StopText | Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
     """The answer ends before any of these."""
+    ignore_eos: bool = False
+    """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
     echo: bool = False
     """The reply's text, and its log-probabilities, begin with the prompt."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -140,7 +142,6 @@ class AdapterInfo(BaseModel):
     rank: int
     alpha: float
     sparsity: float
-    num_kept: int
     templates: list[Template]
     merge_weights: dict[str, tuple[float, float]]
     metrics: dict[str, float]

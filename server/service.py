@@ -1,14 +1,14 @@
 """What the routes work with: one admitted request in, its events out, and the server's own facts."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
 
-from lori.adapter import Adapter
 from server.engine.admission import Admission, Ask
+from server.engine.registry import Registry
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError
@@ -22,7 +22,7 @@ class Service:
 
     settings: Settings
     base_model: str
-    adapters: Mapping[str, Adapter]
+    registry: Registry
     admission: Admission
     engine: EngineThread
     metrics: Metrics

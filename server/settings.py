@@ -33,6 +33,12 @@ class Settings(BaseSettings):
     """Weights and products: auto is bfloat16 where the machine computes in it."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
+    resident_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
+    """Memory for the adapters that the kernels can use at once, in GiB; those unused longest make room."""
+    max_resident: int = Field(default=1024, ge=1, le=65536)
+    """Adapters that the kernels can use at once, at most."""
+    loaded_gib: float = Field(default=1.0, ge=0, le=65536, allow_inf_nan=False)
+    """Memory for adapters that were read and are not in use, in GiB: they need not be read again."""
     kv_cache_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
     """Memory for the keys and values of all running requests, in GiB."""
     block_size: int = Field(default=16, ge=1)
@@ -41,6 +47,8 @@ class Settings(BaseSettings):
     """Requests that run together; more of them wait."""
     max_step_tokens: int = Field(default=512, ge=2)
     """Tokens computed in one step; long prompts are cut to fit, so that they do not stall the others."""
+    max_stall: float = Field(default=2.0, ge=1)
+    """How many times as long as decoding alone a step may take, about, for the sake of prompts beside it."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests running and waiting; one more is answered 429."""
     max_body_bytes: int = Field(default=1 << 20, ge=1024)

@@ -34,16 +34,11 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     dtype = operands.layout.dtype
     if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu and operands.is_cpu):
         raise mismatch(y, s, operands, route)
-    bound: Any = operands.bound if instruction_set is None else bind(operands, instruction_set)
-    if bound is None:
-        bound = operands.bound = bind(operands)
+    bound = bound_operands(operands) if instruction_set is None else bind(operands, instruction_set)
     dense = dense_segments(operands, route) if route.runs and instruction_set is None else ()
     packed = route.without(dense) if dense else route
-    if packed.cpu is None:
-        arrays = (packed.segments.numpy(), packed.slots.numpy(), packed.weights.numpy())
-        packed.cpu = module().Route(*arrays, packed.num_tokens)
     num_threads = torch.get_num_threads()
-    if not bound.add_delta(packed.cpu, y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
+    if not bound.add_delta(bound_route(packed), y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
         raise mismatch(y, s, operands, route)
     for i in dense:
         start, stop, ((slot, weight),) = route.spans[i]
@@ -74,9 +69,23 @@ def unpack(operands: Operands, slot: int) -> torch.Tensor:
     """Returns the dense B of a slot, (D, R) of the operands' dtype."""
     layout = operands.layout
     b = torch.empty(layout.num_outputs, layout.rank, dtype=layout.dtype)
-    bound: Any = operands.bound or bind(operands)
-    bound.unpack(slot, b.data_ptr())
+    bound_operands(operands).unpack(slot, b.data_ptr())
     return b
+
+
+def bound_operands(operands: Operands) -> Any:
+    """Returns the module's view of operands, made again when their pool has moved."""
+    if operands.bound is None:
+        operands.bound = bind(operands)
+    return operands.bound
+
+
+def bound_route(route: Route) -> Any:
+    """Returns the module's view of a route on the CPU, made once."""
+    if route.cpu is None:
+        arrays = (route.segments.numpy(), route.slots.numpy(), route.weights.numpy())
+        route.cpu = module().Route(*arrays, route.num_tokens)
+    return route.cpu
 
 
 def bind(operands: Operands, instruction_set: str | None = None) -> Any:

@@ -9,7 +9,7 @@ from lori.kernels.layout import Layout, Packed
 from lori.kernels.layout import pack as pack_in_numpy
 from lori.sparse import SparseB
 
-VERSION = 1
+VERSION = 2
 """Of the layout and the module's functions; CMakeLists.txt has the same."""
 
 

@@ -1,15 +1,17 @@
 """Accepts or refuses: every 4xx about a request's content is decided here, before the first byte. No tensor, no asyncio."""
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from lori.adapter import Adapter
+from lori.merge_methods import MergeOptions
 from lori.names import unknown_adapter
+from lori.summary import Summary
 from lori.template import Message, Template, encode, render_prompt
-from server.engine.request import AdapterTerm, Request
+from server.engine.registry import Registry
+from server.engine.request import AdapterTerm, Request, Sampling
 
 DEFAULT_MAX_TOKENS = 128
 
@@ -30,19 +32,30 @@ class Ask:
     template: Template | None = None
     adapters: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
+    merge: MergeOptions = MergeOptions()
     max_tokens: int | None = None
-    temperature: float = 0.0
+    sampling: Sampling = Sampling()
+    """But for its seed."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
     num_logprobs: int | None = None
     echo: bool = False
+    num_choices: int = 1
+    priority: int = 0
+    tenant: str = ""
+    timeout_s: float | None = None
 
 
 class Admission:
     """Turns what clients ask into requests that the engine can run."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, adapters: Mapping[str, Adapter], max_context: int) -> None:
-        self._tokenizer, self._adapters, self._max_context = tokenizer, adapters, max_context
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, registry: Registry, max_context: int, max_terms: int = 1
+    ) -> None:
+        self._tokenizer, self._registry, self._max_context = tokenizer, registry, max_context
+        self._max_terms = max_terms
+        """Adapters that can be resident together."""
 
     def admit(self, ask: Ask) -> Request:
         """Returns the request. Raises `RefusedError`, `TemplateError` or `UnknownAdapterError`."""
@@ -58,29 +71,42 @@ class Admission:
         if not len(encoding):
             raise RefusedError(field, "is empty, expected at least one token")
         max_tokens = self._max_tokens(ask, field, len(encoding))
+        self._check_merge(ask, adapters)
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
             prompt_ids=tuple(encoding.ids),
             prompt_offsets=tuple(start for start, _ in encoding.offsets),
-            terms=tuple(
-                AdapterTerm(r.name, r.version, weight, r.config.scale) for r, weight in zip(adapters, weights, strict=True)
-            ),
+            terms=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in zip(adapters, weights, strict=True)),
+            merge=ask.merge,
             max_tokens=max_tokens,
-            temperature=ask.temperature,
-            seed=secrets.randbits(31) if ask.seed is None else ask.seed,
+            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed),
             stop=ask.stop,
+            ignore_eos=ask.ignore_eos,
             num_logprobs=ask.num_logprobs,
             echo=ask.echo,
+            num_choices=ask.num_choices,
+            priority=ask.priority,
+            tenant=ask.tenant,
+            timeout_s=ask.timeout_s,
         )
 
-    def _find(self, names: Sequence[str]) -> list[Adapter]:
+    def _check_merge(self, ask: Ask, adapters: Sequence[Summary]) -> None:
+        bases = {of.basis for of in adapters}
+        if ask.merge.method != "linear" and len(bases) > 1:
+            said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
+            raise RefusedError("merge", f"{ask.merge.method} needs adapters on one basis, found {said}; 'linear' needs none")
+        if ask.merge.method == "linear" and len(adapters) > self._max_terms:
+            raise RefusedError("adapter", f"names {len(adapters)} adapters, expected at most {self._max_terms}")
+
+    def _find(self, names: Sequence[str]) -> list[Summary]:
+        known = self._registry.by_name
         for place, name in enumerate(names):
-            if name not in self._adapters:
-                raise unknown_adapter(name, self._adapters)
+            if name not in known:
+                raise unknown_adapter(name, known)
             if name in names[:place]:
                 raise RefusedError("adapter", f"names {name!r} twice, expected each adapter once")
-        return [self._adapters[name] for name in names]
+        return [known[name].summary for name in names]
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
         if ask.weights is None:
@@ -89,10 +115,10 @@ class Admission:
             raise RefusedError("weights", f"has {len(ask.weights)} numbers, expected {num_adapters}, one for each adapter")
         return ask.weights
 
-    def _template(self, adapters: Sequence[Adapter]) -> Template:
+    def _template(self, adapters: Sequence[Summary]) -> Template:
         if not adapters:
             return "chat"
-        learnt = {adapter.name: adapter.config.lori.templates for adapter in adapters}
+        learnt = {adapter.name: adapter.templates for adapter in adapters}
         for template in learnt[adapters[0].name]:
             if all(template in templates for templates in learnt.values()):
                 return template

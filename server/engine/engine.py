@@ -1,162 +1,204 @@
 """One turn of the loop: plan, forward, sample, commit. Synchronous; one thread owns it and everything below it."""
 
+import logging
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
 
-from server.engine.request import DoneEvent, ErrorEvent, Event, FinishReason, Request, Sequence, TextEvent, TokenLogprob
+from server.engine.kv_cache import must_score
+from server.engine.replies import Emit, Reply, Score
+from server.engine.request import ErrorEvent, ErrorKind, FinishReason, Request, Sequence
 from server.engine.runner import Runner
-from server.engine.sampler import log_probabilities, sample
+from server.engine.sampler import Sampler, log_probabilities, sound_rows
 from server.engine.scheduler import Chunk, Scheduler
-from server.engine.text import TextStream
+from server.engine.tiers import AdapterTiers
 
-Emit = Callable[[Event], None]
+logger = logging.getLogger(__name__)
+OVERFLOW = "the model's numbers overflow under these adapters and weights"
 
 
-@dataclass(slots=True)
-class _Live:
-    # What the engine keeps of a request beside its sequence.
-    emit: Emit
-    text: TextStream
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    # What a step made of a chunk: the next token where it is the last, and the scores that were asked for.
+    chunk: Chunk
+    token: int | None
+    is_sound: bool
+    prompt_scores: Items[Score]
+    score: Score | None
 
 
 class Engine:
     """Runs requests together; each hears its own events through the `emit` it came with."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> None:
-        self.scheduler, self._runner, self._tokenizer = scheduler, runner, tokenizer
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        tiers: AdapterTiers,
+        tokenizer: Tokenizer,
+        stop_ids: Iterable[int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler, self.tiers, self.clock = scheduler, tiers, clock
+        self._runner, self._tokenizer = runner, tokenizer
         self._stop_ids = frozenset(stop_ids)
-        self._live: dict[Sequence, _Live] = {}
-        self._by_id: dict[str, Sequence] = {}
+        self._sampler = Sampler(self._stop_ids)
+        self._replies: dict[Sequence, Reply] = {}
+        self._by_id: dict[str, list[Sequence]] = {}
 
     def submit(self, request: Request, emit: Emit) -> None:
         """Queues a request."""
-        sequence = Sequence(request)
-        text = TextStream(self._tokenizer.backend_tokenizer, request.prompt_ids, request.stop)
-        self._live[sequence] = _Live(emit, text)
-        self._by_id[request.id] = sequence
-        self.scheduler.add(sequence)
+        deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
+        sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.num_choices)]
+        self._by_id[request.id] = sequences
+        for sequence in sequences:
+            self._replies[sequence] = Reply(sequence, emit, self._tokenizer, self._stop_ids)
+            self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Marks a request: the next step frees all that it owns. One that has ended is none of our business."""
-        if sequence := self._by_id.get(request_id):
+        for sequence in self._by_id.get(request_id, ()):
             sequence.is_aborted = True
+        self.scheduler.wake()
+
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would do anything now; if not, a command, a deadline or the arrival of an adapter will change it."""
+        return self.scheduler.can_step
+
+    def time_left(self) -> float | None:
+        """Returns the seconds until a deadline makes a step do something; None where no request has one."""
+        deadline = self.scheduler.next_deadline
+        return None if deadline is None else max(0.0, deadline - self.clock())
+
+    def wake(self) -> None:
+        """Makes the next step look again: an adapter was read."""
+        self.scheduler.wake()
 
     def step(self) -> None:
-        """Frees what was aborted, then computes one batch and sends its events."""
-        for sequence in self.scheduler.drop_aborted():
-            self._done(sequence, "cancelled")
+        """Frees what was aborted or is too late, then computes one batch and sends its events."""
+        self._drop()
         chunks = self.scheduler.plan()
-        if not chunks:
-            return
+        self._fail_unservable()
+        chunks = [chunk for chunk in chunks if chunk.sequence in self._replies]
+        if chunks:
+            for outcome in self._compute(chunks):
+                self._commit(outcome)
+
+    def _drop(self) -> None:
+        if self.tiers.collect():
+            self.scheduler.wake()
+        self._fail_unservable()
+        for sequence in self.scheduler.drop_aborted():
+            self._end(sequence, "cancelled")
+        for sequence in self.scheduler.drop_expired(self.clock()):
+            if sequence in self._replies:
+                self._fail(sequence, f"not done within {sequence.request.timeout_s:g} s", "timeout", is_dropped=True)
+
+    def _fail_unservable(self) -> None:
+        for sequence, reason in self.tiers.take_failed().items():
+            if sequence in self._replies:
+                self._fail(sequence, reason, "adapter")
+
+    def _compute(self, chunks: Items[Chunk]) -> list[_Outcome]:
+        # What one request's data breaks fails that request: each is tried alone.
+        try:
+            return self._forward(chunks)
+        except Exception as error:
+            if self._runner.is_broken(error):
+                raise
+            logger.exception("a step of %d requests failed", len(chunks))
+            if len(chunks) == 1:
+                self._fail(chunks[0].sequence, f"the step failed: {error!r}", "engine")
+                return []
+            return [outcome for chunk in chunks if chunk.sequence in self._replies for outcome in self._compute([chunk])]
+
+    def _forward(self, chunks: Items[Chunk]) -> list[_Outcome]:
         spans = [self._wanted(chunk) for chunk in chunks]
         starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
         positions = [start + row for start, span in zip(starts, spans, strict=False) for row in span]
-        parts = self._runner.forward(chunks, positions).split([len(span) for span in spans])
-        sound = [(chunk, logits) for chunk, logits in zip(chunks, parts, strict=True) if self._is_sound(chunk, logits)]
-        for chunk, logits in sound:
-            if self._scores_prompt(chunk.sequence):
-                self._score(chunk, logits)
-        tokens = self._sample({chunk.sequence: logits[-1] for chunk, logits in sound if chunk.is_last})
-        for chunk, _ in sound:
-            self._commit(chunk, tokens.get(chunk.sequence))
-
-    def _is_sound(self, chunk: Chunk, logits: torch.Tensor) -> bool:
-        # A sequence whose numbers overflow fails by itself.
-        if not len(logits) or bool(logits.amax(-1).isfinite().all()):
-            return True
-        self.scheduler.finish(chunk.sequence)
-        live = self._live.pop(chunk.sequence)
-        del self._by_id[chunk.sequence.request.id]
-        live.emit(ErrorEvent("the model's numbers overflow under these adapters and weights"))
-        return False
-
-    def _scores_prompt(self, sequence: Sequence) -> bool:
-        return sequence.request.echo and sequence.request.num_logprobs is not None and not sequence.output_ids
+        logits = self._runner.forward(chunks, positions)
+        parts = dict(zip(chunks, logits.split([len(span) for span in spans]), strict=True))
+        scored = {chunk: self._score_prompt(chunk, part) for chunk, part in parts.items() if must_score(chunk.sequence)}
+        last = [chunk for chunk in chunks if chunk.is_last]
+        # Most steps want one row of each chunk: then the logits are the rows to sample from.
+        rows = logits if len(last) == len(positions) else torch.stack([parts[c][-1] for c in last]) if last else logits[:0]
+        sampled = self._sampler.sample(rows, [chunk.sequence for chunk in last])
+        scores = self._score_outputs(rows, last, sampled.tokens)
+        of = {c: (t, s) for c, t, s in zip(last, sampled.tokens, sampled.is_sound, strict=True)}
+        outcomes = []
+        for chunk in chunks:
+            token, is_sound = of.get(chunk, (None, True))
+            prompt_scores = scored.get(chunk, ())
+            outcomes.append(_Outcome(chunk, token, is_sound and prompt_scores is not None, prompt_scores or (), scores.get(chunk)))
+        return outcomes
 
     def _wanted(self, chunk: Chunk) -> range:
         # Rows of the chunk whose logits are needed: those that predict a prompt token to be scored, and the one to sample from.
         last = chunk.stop - chunk.start - 1
-        if not self._scores_prompt(chunk.sequence):
+        if not must_score(chunk.sequence):
             return range(last, last + 1) if chunk.is_last else range(0)
         num_scored = min(chunk.stop, len(chunk.sequence.request.prompt_ids) - 1) - chunk.start
         return range(last + 1 if chunk.is_last else num_scored)
 
-    def _sample(self, rows: dict[Sequence, torch.Tensor]) -> dict[Sequence, int]:
-        if not rows:
-            return {}
-        logits = torch.stack(list(rows.values()))
-        tokens = dict(zip(rows, sample(logits, list(rows)), strict=True))
-        self._note_outputs(logits, tokens)
-        return tokens
-
-    def _score(self, chunk: Chunk, logits: torch.Tensor) -> None:
-        request, live = chunk.sequence.request, self._live[chunk.sequence]
-        if chunk.start == 0:
-            live.logprobs.append(self._logprob(request.prompt_ids[0], 0, None, {}))
+    def _score_prompt(self, chunk: Chunk, logits: torch.Tensor) -> Items[Score] | None:
+        # None where the logits are not sound.
+        request = chunk.sequence.request
         targets = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-        if not targets:
-            return
         assert request.num_logprobs is not None
-        scores = log_probabilities(logits[: len(targets)], targets, request.num_logprobs)
-        for place, (token, (value, top)) in enumerate(zip(targets, scores, strict=True), chunk.start + 1):
-            live.logprobs.append(self._logprob(token, request.prompt_offsets[place], value, top))
+        if not all(sound_rows(logits[: len(targets)])):
+            return None
+        return log_probabilities(logits[: len(targets)], targets, request.num_logprobs) if targets else ()
 
-    def _note_outputs(self, logits: torch.Tensor, tokens: dict[Sequence, int]) -> None:
-        rows = {s: i for i, s in enumerate(tokens) if s.request.num_logprobs is not None}
-        if not rows:
-            return
-        most = max(s.request.num_logprobs or 0 for s in rows)
-        scores = log_probabilities(logits[list(rows.values())], [tokens[s] for s in rows], most)
-        for sequence, (value, top) in zip(rows, scores, strict=True):
-            request, live = sequence.request, self._live[sequence]
-            offset = (len(request.prompt_text) if request.echo else 0) + live.text.num_characters
-            few = dict(list(top.items())[: request.num_logprobs])
-            live.logprobs.append(self._logprob(tokens[sequence], offset, value, few))
+    def _score_outputs(self, logits: torch.Tensor, chunks: Items[Chunk], tokens: Items[int]) -> dict[Chunk, Score]:
+        asked = [i for i, chunk in enumerate(chunks) if chunk.sequence.request.num_logprobs is not None]
+        if not asked:
+            return {}
+        most = max(chunks[i].sequence.request.num_logprobs or 0 for i in asked)
+        scores = log_probabilities(logits[asked], [tokens[i] for i in asked], most)
+        return {chunks[i]: score for i, score in zip(asked, scores, strict=True)}
 
-    def _logprob(self, token: int, offset: int, value: float | None, top: dict[int, float]) -> TokenLogprob:
-        decode = self._tokenizer.backend_tokenizer.decode
-        alike: dict[str, float] = {}
-        for other, score in top.items():  # the likeliest first: of tokens that look the same it stays
-            alike.setdefault(decode([other], skip_special_tokens=False), score)
-        return TokenLogprob(
-            decode([token], skip_special_tokens=False),
-            offset,
-            value,
-            alike,
-        )
-
-    def _commit(self, chunk: Chunk, token: int | None) -> None:
+    def _commit(self, outcome: _Outcome) -> None:
+        chunk, token = outcome.chunk, outcome.token
         sequence = chunk.sequence
-        request, live = sequence.request, self._live[sequence]
+        if sequence not in self._replies:
+            return  # another choice of its request has failed
+        if not outcome.is_sound:
+            self._fail(sequence, OVERFLOW, "engine")
+            return
+        if must_score(sequence):
+            for other in self._by_id[sequence.request.id]:
+                self._replies[other].score_prompt(chunk.start + 1, outcome.prompt_scores)
         self.scheduler.commit(chunk, token)
-        text = request.prompt_text if request.echo and chunk.start == 0 else ""
+        reply = self._replies[sequence]
+        reply.begin()
         reason: FinishReason | None = None
         if token is not None:
-            if token in self._stop_ids:
-                reason = "stop"
-            else:
-                text += live.text.push(token)
-                if live.text.is_stopped:
-                    reason = "stop_sequence"
-                elif len(sequence.output_ids) == request.max_tokens:
-                    reason = "length"
-        elif request.max_tokens == 0 and chunk.stop == sequence.num_tokens:
+            reason = reply.take(token, outcome.score)
+        elif sequence.request.max_tokens == 0 and chunk.stop == sequence.num_tokens:
             reason = "length"
         if reason:
-            text += live.text.flush()
-        if text or live.logprobs:
-            live.emit(TextEvent(text, tuple(live.logprobs), is_prompt=not sequence.output_ids))
-            live.logprobs.clear()
-        if reason:
             self.scheduler.finish(sequence)
-            self._done(sequence, reason)
+            self._end(sequence, reason)
 
-    def _done(self, sequence: Sequence, reason: FinishReason) -> None:
-        live = self._live.pop(sequence)
-        del self._by_id[sequence.request.id]
-        live.emit(DoneEvent(reason, len(sequence.request.prompt_ids), len(sequence.output_ids)))
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._replies.pop(sequence).end(reason)
+        left = self._by_id[sequence.request.id]
+        left.remove(sequence)
+        if not left:
+            del self._by_id[sequence.request.id]
+
+    def _fail(self, sequence: Sequence, message: str, kind: ErrorKind, is_dropped: bool = False) -> None:
+        # With one choice the whole request fails.
+        choices = self._by_id.pop(sequence.request.id)
+        emit = self._replies[sequence].emit
+        for other in choices:
+            del self._replies[other]
+            if not is_dropped:  # else all of them are, which have one deadline
+                self.scheduler.finish(other)
+        emit(ErrorEvent(message, kind))

@@ -1,12 +1,16 @@
-"""Proves at start that a model is served right: the runner's logits must be those that the model gives by itself."""
+"""Proves at start that a model is served right: the runner's logits must be those that the model gives by itself.
 
+And measures what a step costs, for the scheduler.
+"""
+
+import time
 from itertools import pairwise
+from statistics import median
 
 import torch
 from transformers import PreTrainedModel
 
 from lori.errors import ModelError
-from server.engine.attention import ATTENTION
 from server.engine.request import Request, Sequence
 from server.engine.runner import Runner
 from server.engine.scheduler import Chunk
@@ -15,23 +19,21 @@ CUTS = (0, 8, 11, 12)
 """The probe runs as a prompt, as a later chunk of it, and as a decoding step."""
 MAX_ERROR = 0.1
 """Relative: bf16 rounds, a wrong attention or scale does much more."""
+NUM_TURNS = 5
 
 
-def use_paged_attention(model: PreTrainedModel) -> torch.Tensor:
-    """Switches `model` to paged attention and returns the logits (P, V) of the probe that it gave before, for `check`."""
+def own_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Returns the logits (P, V) fp32 of the probe that `model` gives by itself, for `check`."""
+    model.set_attn_implementation("eager")  # others leave out what a family does to its scores
     with torch.inference_mode():
-        before: torch.Tensor = model(torch.tensor([_ids(model)], device=model.device)).logits[0].float()
-    model.set_attn_implementation(ATTENTION)
-    return before
+        logits: torch.Tensor = model(torch.tensor([_ids(model, CUTS[-1])], device=model.device)).logits[0].float()
+    return logits
 
 
 def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, block_size: int) -> None:
     """Raises `ModelError` unless the runner gives the `expected` logits of the probe."""
-    sequence = Sequence(probe_request(_ids(model)), blocks=list(range(-(-CUTS[-1] // block_size))))
-    try:
-        parts = [runner.forward([Chunk(sequence, start, stop)], range(stop - start)) for start, stop in pairwise(CUTS)]
-    except (NotImplementedError, RuntimeError, TypeError) as error:
-        raise ModelError(f"models of type {model.config.model_type!r} are not served: {error}") from error
+    sequence = _sequence(_ids(model, CUTS[-1]), block_size)
+    parts = [runner.forward([Chunk(sequence, start, stop)], range(stop - start)) for start, stop in pairwise(CUTS)]
     difference = ((torch.cat(parts) - expected).norm() / expected.norm()).item()
     if not difference <= MAX_ERROR:
         raise ModelError(
@@ -40,14 +42,27 @@ def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, block_
         )
 
 
-def probe_request(ids: tuple[int, ...]) -> Request:
-    """Returns a request of the base model on `ids`."""
-    return Request(
-        id="probe", prompt_text="", prompt_ids=ids, prompt_offsets=(0,) * len(ids), terms=(), max_tokens=0,
-        temperature=0.0, seed=0, stop=(), num_logprobs=None, echo=False,
-    )  # fmt: skip
+def measure_free_tokens(runner: Runner, model: PreTrainedModel, num_tokens: int, block_size: int) -> int:
+    """Returns how many tokens take as long as a step takes whatever is in it; measured on steps of 1 and of `num_tokens`."""
+    sequence = _sequence(_ids(model, num_tokens), block_size)
+    times: dict[int, list[float]] = {1: [], num_tokens: []}
+    for _ in range(NUM_TURNS):
+        for count, of_count in times.items():
+            started = time.perf_counter()
+            runner.forward([Chunk(sequence, 0, count)], [count - 1]).cpu()
+            of_count.append(time.perf_counter() - started)
+    short, long = (median(of_count) for of_count in times.values())
+    marginal = max(1e-9, (long - short) / (num_tokens - 1))
+    return round(min(float(num_tokens), max(1.0, short / marginal - 1)))
 
 
-def _ids(model: PreTrainedModel) -> tuple[int, ...]:
+def _sequence(ids: tuple[int, ...], block_size: int) -> Sequence:
+    request = Request(id="probe", prompt_text="", prompt_ids=ids, prompt_offsets=(0,) * len(ids), max_tokens=0)
+    sequence = Sequence(request, blocks=list(range(-(-len(ids) // block_size))))
+    sequence.terms = []
+    return sequence
+
+
+def _ids(model: PreTrainedModel, count: int) -> tuple[int, ...]:
     size = model.config.get_text_config().vocab_size
-    return tuple(place * 7919 % size for place in range(CUTS[-1]))
+    return tuple(place * 7919 % size for place in range(count))

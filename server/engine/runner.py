@@ -9,30 +9,35 @@ import torch
 from transformers import PreTrainedModel
 
 from lori.kernels import Route, Term
+from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
-from server.engine.attention import ATTENTION, ChunkKeys, KvMemory, StepKeys
+from server.engine.decoder import Decoder, Ops
+from server.engine.families import read_decoder
+from server.engine.native_ops import BLOCK_TOKENS, NativeOps
 from server.engine.scheduler import Chunk
-
-PAD_TO = 64
-
+from server.engine.spans import Span
+from server.engine.torch_ops import TorchOps
 
 class Runner:
-    """The base model with its adapters and its KV memory of `num_blocks` blocks."""
+    """The base model with its adapters and its KV memory of `num_blocks` blocks.
+
+    Takes the layers' weights out of `model`.
+    """
 
     def __init__(self, model: PreTrainedModel, pool: AdapterPool, num_blocks: int, block_size: int) -> None:
-        assert model.config._attn_implementation == ATTENTION
-        self._model, self._pool, self._block_size = model, pool, block_size
-        weight = model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        self._like = weight
-        num_layers, num_heads, head_size = _kv_shape(model)
-        self.memory = KvMemory(num_layers, num_blocks * block_size, num_heads, head_size, self._like)
+        self._dtype, self._device = model.dtype, model.device
+        with torch.inference_mode():
+            self._decoder: Decoder = read_decoder(model, pool)
+        self._ops = make_ops(self._decoder, num_blocks, block_size, self._dtype, self._device)
 
-    @staticmethod
-    def bytes_per_token(model: PreTrainedModel) -> int:
-        """Returns how many bytes of KV memory a token of `model` takes, over all layers."""
-        num_layers, num_heads, head_size = _kv_shape(model)
-        return 2 * num_layers * num_heads * head_size * model.dtype.itemsize
+    @property
+    def num_kv_bytes(self) -> int:
+        """What the memory of keys and values holds when all of it is written, in bytes."""
+        return self._ops.num_bytes
+
+    def is_broken(self, error: Exception) -> bool:
+        """Whether after `error` nothing can be computed any more: a GPU's memory is lost with its first fault."""
+        return self._device.type != "cpu" and isinstance(error, RuntimeError)
 
     @torch.inference_mode()
     def forward(self, chunks: Items[Chunk], positions: Items[int]) -> torch.Tensor:
@@ -42,66 +47,40 @@ class Runner:
         """
         ids = [i for c in chunks for i in c.sequence.ids(c.start, c.stop)]
         places = [p for c in chunks for p in range(c.start, c.stop)]
-        self._pool.active.route = self._route(chunks)
-        device = self._like.device
-        logits: torch.Tensor = self._model(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=torch.tensor([places], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(positions, dtype=torch.int64, device=device),
-            memory=self.memory,
-            step=self._step_keys(chunks),
-        ).logits
-        self._pool.active.route = None
-        return logits[0].float()
+        spans, row = [], 0
+        for chunk in chunks:
+            spans.append(Span(row, chunk.stop - chunk.start, chunk.start, chunk.sequence.blocks))
+            row += chunk.stop - chunk.start
+        return self._decoder.forward(
+            torch.tensor(ids, device=self._device),
+            torch.tensor(places, device=self._device),
+            torch.tensor(positions, dtype=torch.int64, device=self._device),
+            self._ops,
+            self._ops.plan(spans),
+            self._route(chunks, row),
+        )
 
-    def _route(self, chunks: Items[Chunk]) -> Route | None:
+    def _route(self, chunks: Items[Chunk], num_tokens: int) -> Route | None:
         terms, row = [], 0
         for chunk in chunks:
             stop = row + chunk.stop - chunk.start
-            terms += [
-                Term(row, stop, self._pool.slot(t.name), t.weight * t.scale) for t in chunk.sequence.request.terms if t.weight
-            ]
+            terms += [Term(row, stop, slot, weight) for slot, weight in chunk.sequence.terms or ()]
             row = stop
-        return Route.of(terms, row, self._like.device) if terms else None
-
-    def _step_keys(self, chunks: Items[Chunk]) -> StepKeys:
-        device = self._like.device
-        num_decoding = next((i for i, c in enumerate(chunks) if c.stop - c.start > 1), len(chunks))
-        keys = [self._places(c) for c in chunks]
-        parts, row = [], num_decoding
-        for chunk, seen in zip(chunks[num_decoding:], keys[num_decoding:], strict=True):
-            parts.append(ChunkKeys(row, chunk.stop - chunk.start, seen.to(device)))
-            row += chunk.stop - chunk.start
-        decoding = keys[:num_decoding]
-        return StepKeys(
-            write=torch.cat([k[c.start :] for k, c in zip(keys, chunks, strict=True)]).to(device),
-            decode_keys=_stack(decoding).to(device),
-            decode_lengths=torch.tensor([len(k) for k in decoding], device=device),
-            chunks=tuple(parts),
-        )
-
-    def _places(self, chunk: Chunk) -> torch.Tensor:
-        # (L,) where the tokens [0, stop) of the chunk's sequence lie in the KV memory.
-        blocks = torch.tensor(chunk.sequence.blocks)[:, None] * self._block_size + torch.arange(self._block_size)
-        return blocks.flatten()[: chunk.stop]
+        return Route.of(terms, num_tokens, self._device) if terms else None
 
 
-def _kv_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    # Layers, key-value heads, size of a head.
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Returns how many bytes of KV memory a token of `model` takes, over all layers."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    return (
-        config.num_hidden_layers,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * model.dtype.itemsize
 
 
-def _stack(places: Items[torch.Tensor]) -> torch.Tensor:
-    # (B, L) with L a multiple of PAD_TO: on a CPU each new shape of a bf16 product is compiled once more.
-    longest = max(map(len, places), default=0)
-    stacked = torch.zeros(len(places), -(-longest // PAD_TO) * PAD_TO, dtype=torch.int64)
-    for row, found in zip(stacked, places, strict=True):
-        row[: len(found)] = found
-    return stacked
+def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:
+    """Returns the operations beside the products: the compiled ones where they know the device and the sizes, else torch's."""
+    heads = [layer.heads for layer in decoder.layers]
+    fits = all(of.head_size % 16 == 0 for of in heads) and len(decoder.norm.weight) % 16 == 0
+    if MODULE and device.type == "cpu" and block_size % BLOCK_TOKENS == 0 and fits:
+        return NativeOps(heads, num_blocks, block_size, dtype)
+    return TorchOps(heads, num_blocks, block_size, dtype, device)

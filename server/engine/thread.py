@@ -29,6 +29,7 @@ class EngineThread:
         self._engine = engine
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: dict[str, asyncio.Queue[Event]] = {}
+        self._told: list[tuple[str, Event]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_alive = False
@@ -62,23 +63,30 @@ class EngineThread:
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._events[request.id] = events
         self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
+        num_running = request.num_choices
         try:
-            while True:
+            while num_running:
                 event = await events.get()
                 yield event
-                if isinstance(event, DoneEvent | ErrorEvent):
-                    return
+                num_running = 0 if isinstance(event, ErrorEvent) else num_running - isinstance(event, DoneEvent)
         finally:
             del self._events[request.id]
             self._commands.put(lambda engine: engine.abort(request.id))
 
     def _emit(self, request_id: str, event: Event) -> None:
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._hear, request_id, event)
+        self._told.append((request_id, event))
 
-    def _hear(self, request_id: str, event: Event) -> None:
-        if request_id in self._events:
-            self._events[request_id].put_nowait(event)
+    def _tell(self) -> None:
+        # All events of a step at once: waking the event loop takes longer than hearing them.
+        if self._told:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._hear, self._told)
+            self._told = []
+
+    def _hear(self, told: list[tuple[str, Event]]) -> None:
+        for request_id, event in told:
+            if request_id in self._events:
+                self._events[request_id].put_nowait(event)
 
     def _run(self) -> None:
         reason = "the server is stopping"
@@ -88,16 +96,19 @@ class EngineThread:
             reason = f"the engine died: {error!r}"
             logger.exception("the engine died; every request fails and the server is not ready any more")
         finally:
+            self._tell()
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._die, reason)
 
     def _serve(self) -> None:
+        self._engine.tiers.on_arrival(lambda: self._commands.put(Engine.wake))
         while True:
             try:
                 # An idle engine sleeps here; a busy one only looks.
-                command = self._commands.get(block=not self._engine.scheduler.has_work)
+                command = self._commands.get(block=not self._engine.can_step, timeout=self._engine.time_left())
             except queue.Empty:
                 self._engine.step()
+                self._tell()
                 continue
             if command is None:
                 return

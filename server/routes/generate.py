@@ -11,7 +11,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
 from server.engine.admission import Ask
-from server.engine.request import DoneEvent, ErrorEvent, TextEvent, TokenLogprob
+from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import EngineError
 from server.routes.dependencies import get_service
@@ -61,9 +61,10 @@ def to_ask(body: GenerateBody) -> Ask:
         adapters=tuple(names),
         weights=None if body.weights is None else tuple(body.weights),
         max_tokens=body.max_tokens,
-        temperature=body.temperature,
+        sampling=Sampling(temperature=body.temperature),
         seed=body.seed,
         stop=tuple(stops),
+        ignore_eos=body.ignore_eos,
         num_logprobs=body.logprobs,
         echo=body.echo,
     )
@@ -136,7 +137,7 @@ def done_data(request: EngineRequest, event: DoneEvent) -> DoneData:
         adapter=[ResolvedAdapter(name=t.name, version=t.version, weight=t.weight) for t in request.terms],
         finish_reason=event.finish_reason,
         usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion),
-        seed=request.seed,
+        seed=request.sampling.seed,
     )
 
 

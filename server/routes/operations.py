@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from lori.adapter import Adapter
+from lori.summary import Summary
 from server.engine.thread import EngineDeadError
 from server.routes.dependencies import get_service
 from server.schemas import AdapterInfo, AdapterList, Health
@@ -35,23 +35,21 @@ async def adapters(service: ServiceOf) -> AdapterList:
     """Lists the adapters that a request can name."""
     return AdapterList(
         base_model=service.base_model,
-        adapters=[describe(adapter) for adapter in service.adapters.values()],
+        adapters=[describe(of.summary) for of in service.registry.by_name.values()],
     )
 
 
-def describe(adapter: Adapter) -> AdapterInfo:
+def describe(adapter: Summary) -> AdapterInfo:
     """Returns what a client is told of an adapter."""
-    config = adapter.config
     return AdapterInfo(
         name=adapter.name,
         version=adapter.version,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        sparsity=config.lori.sparsity,
-        num_kept=adapter.num_kept,
-        templates=list(config.lori.templates),
-        merge_weights=config.lori.merge_weights,
-        metrics=config.lori.metrics,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        sparsity=adapter.sparsity,
+        templates=list(adapter.templates),
+        merge_weights=dict(adapter.merge_weights),
+        metrics=dict(adapter.metrics),
     )
 
 

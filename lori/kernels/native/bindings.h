@@ -1,0 +1,11 @@
+// What each file of bindings adds to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace lori {
+
+void bind_layers(nanobind::module_& m);
+void bind_product(nanobind::module_& m);
+
+}  // namespace lori

@@ -1,0 +1,126 @@
+"""Frozen linear layers that read one input, as one product with the rows of every basis's A: `[y; s] = [W; A] x`, then the deltas.
+
+`[y_q; y_k; y_v; s_q; s_k; s_v] = [W_q; W_k; W_v; A_q; A_k; A_v] x`. A step without adapters leaves A out.
+Shapes: T tokens, N inputs, D outputs of a layer, A bases, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lori.kernels import Operands, Route, add_delta
+from lori.kernels.cpu import bound_operands, bound_route, dense_segments
+from lori.kernels.native import MODULE, instruction_sets
+
+Blocks = Sequence[Sequence[torch.Tensor]]
+"""The A (R, N) of every basis, of each layer."""
+
+
+class Projection(Protocol):
+    """Layers that read one input. Operands may be put into and cleared between steps."""
+
+    def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
+        """Returns y (T, sum of D) for x (T, N), contiguous: W x + bias, and the deltas of the route."""
+
+
+def project(linears: Sequence[nn.Linear], blocks: Blocks = (), operands: Sequence[Operands] = ()) -> Projection:
+    """Returns the product that stands for `linears`; without operands no route may be given to it.
+
+    Copies the weights. On a CPU with bf16 instructions it is in C++, else torch's.
+    """
+    return (NativeProjection if _is_native(linears) else TorchProjection)(linears, blocks, operands)
+
+
+def has_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of this dtype are computed by the compiled module; where a CPU has tiles, torch's are faster."""
+    has_tiles = torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and dtype is torch.bfloat16 and "avx512_bf16" in instruction_sets() and not has_tiles
+
+
+def _is_native(linears: Sequence[nn.Linear]) -> bool:
+    weight = linears[0].weight
+    return has_native(weight.dtype, weight.device) and weight.shape[1] % 2 == 0
+
+
+class TorchProjection:
+    """The product in torch."""
+
+    def __init__(self, linears: Sequence[nn.Linear], blocks: Blocks, operands: Sequence[Operands]) -> None:
+        self._outputs = [linear.out_features for linear in linears]
+        self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
+        self._operands = operands
+        like = linears[0].weight.detach()
+        rows = [a.to(like) for of_layer in blocks for a in of_layer]
+        self._weight = torch.cat([*(linear.weight.detach() for linear in linears), *rows])  # (sum of D + sum of A R, N)
+        bias = joint_bias(linears)
+        self._bias = None if bias is None else F.pad(bias, (0, sum(self._reduced)))
+        self._num_outputs = sum(self._outputs)
+
+    def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
+        """See `Projection`."""
+        if route is None:
+            bias = None if self._bias is None else self._bias[: self._num_outputs]
+            return F.linear(x, self._weight[: self._num_outputs], bias)
+        both = F.linear(x, self._weight, self._bias)
+        parts = both.split_with_sizes([*self._outputs, *self._reduced], 1)
+        for y, s, of in zip(parts, parts[len(self._outputs) :], self._operands, strict=False):
+            add_delta(y, s.view(len(x), s.shape[1] // of.layout.rank, of.layout.rank), of, route)
+        return both[:, : self._num_outputs].contiguous()
+
+
+class NativeProjection:
+    """The product in C++, bf16: the weights in panels, the adapters' bytes asked for while it computes."""
+
+    def __init__(self, linears: Sequence[nn.Linear], blocks: Blocks, operands: Sequence[Operands]) -> None:
+        module: Any = MODULE
+        self._outputs = [linear.out_features for linear in linears]
+        self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
+        self._operands = operands
+        self._num_outputs, self._num_reduced = sum(self._outputs), sum(self._reduced)
+        num_inputs = linears[0].in_features
+        weights = [linear.weight.detach() for linear in linears]
+        weights += [torch.cat([a.to(weights[0]) for a in of_layer]) for of_layer in blocks]
+        sizes = [module.part_size(len(weight), num_inputs) for weight in weights]
+        panels = torch.empty(sum(sizes), dtype=torch.bfloat16).view(torch.uint16)
+        for weight, part in zip(weights, panels.split(sizes), strict=True):
+            module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
+        bias = joint_bias(linears)
+        self._bound = module.Projection(
+            panels.numpy(), self._outputs, self._reduced, num_inputs, None if bias is None else bias.float().numpy()
+        )
+
+    def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
+        """See `Projection`."""
+        num_tokens, threads = len(x), torch.get_num_threads()
+        y = torch.empty(num_tokens, self._num_outputs, dtype=torch.bfloat16)
+        if route is None:
+            self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
+            return y
+        s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
+        if route.runs and any(dense_segments(of, route) for of in self._operands):
+            self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
+            self._bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
+            self._add_deltas(y, s, route)
+        else:
+            self._bound.project(
+                x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, s.data_ptr(), self._num_reduced,
+                [bound_operands(of) for of in self._operands], bound_route(route), threads,
+            )  # fmt: skip
+        return y
+
+    def _add_deltas(self, y: torch.Tensor, s: torch.Tensor, route: Route) -> None:
+        parts = zip(y.split(self._outputs, 1), s.split(self._reduced, 1), self._operands, strict=True)
+        for of_layer, reduced, of in parts:
+            rank = of.layout.rank
+            add_delta(of_layer, reduced.view(len(y), reduced.shape[1] // rank, rank), of, route)
+
+
+def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Returns the biases of the layers in one, zero where a layer has none; `None` where none has."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    like = linears[0].weight
+    return torch.cat([like.new_zeros(li.out_features) if li.bias is None else li.bias.detach() for li in linears])

@@ -1,0 +1,129 @@
+"""Reads a transformers model into a `Decoder`: which modules of which family are what. Refuses what it does not know."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lori.errors import ModelError
+from lori.pool import AdapterPool
+from lori.projection import Projection, project
+from server.engine.decoder import Decoder, Heads, Layer, Norm, Turns
+
+GEMMA = ("gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *GEMMA)
+"""The `model_type` of what is served."""
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
+DYNAMIC_ROPE = ("dynamic", "longrope")
+"""Turns that depend on how long a sequence has grown: keys written before would be wrong."""
+
+
+def check_family(model: PreTrainedModel) -> None:
+    """Raises `ModelError` with the reason where `model` is not served."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"models of type {config.model_type!r} are not served, expected one of {', '.join(FAMILIES)}")
+    faults = []
+    activation = _activation_name(config)
+    if activation not in ACTIVATIONS:
+        faults.append(f"activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    ropes = config.rope_parameters
+    for rope in ropes.values() if all(isinstance(value, dict) for value in ropes.values()) else [ropes]:
+        if rope.get("rope_type") in DYNAMIC_ROPE:
+            faults.append(f"rope type {rope['rope_type']!r}, expected one that does not depend on a sequence's length")
+    if getattr(config, "use_bidirectional_attention", False):
+        faults.append("attention to later tokens")
+    if faults:
+        raise ModelError(f"this {config.model_type} model is not served: {'; '.join(faults)}")
+
+
+def read_decoder(model: PreTrainedModel, pool: AdapterPool) -> Decoder:
+    """Returns the decoder of a `model` that `check_family` lets pass. Its layers' weights are taken out of it, one by one."""
+    config: Any = model.config
+    body: Any = model.model
+    layers = []
+    for number in range(len(body.layers)):
+        layers.append(_layer(body.layers[number], f"model.layers.{number}", config, number, pool))
+        body.layers[number] = nn.Identity()  # its weights are in the products now
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return Decoder(
+        embed=body.embed_tokens,
+        turns=_turns(body.rotary_emb, config),
+        layers=layers,
+        norm=_norm(body.norm, config),
+        head=project([head]),
+        logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+    )
+
+
+def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool) -> Layer:
+    attention, mlp, is_gemma = layer.self_attn, layer.mlp, config.model_type in GEMMA
+
+    def product(owner: str, *names: str) -> Projection:
+        full = [f"{name}.{owner}.{child}" for child in names]
+        return project([getattr(getattr(layer, owner), child) for child in names], pool.blocks(full), pool.operands_of(full))
+
+    return Layer(
+        attention_norm=_norm(layer.input_layernorm, config),
+        qkv=product("self_attn", "q_proj", "k_proj", "v_proj"),
+        heads=_heads(attention, config, number),
+        turn=_turn_of(config, number),
+        output=product("self_attn", "o_proj"),
+        attention_output_norm=_norm(layer.post_attention_layernorm, config) if is_gemma else None,
+        mlp_norm=_norm(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm, config),
+        gate_up=product("mlp", "gate_proj", "up_proj"),
+        activation=ACTIVATIONS[_activation_name(config)],
+        down=product("mlp", "down_proj"),
+        mlp_output_norm=_norm(layer.post_feedforward_layernorm, config) if is_gemma else None,
+    )
+
+
+def _heads(attention: Any, config: Any, number: int) -> Heads:
+    types = _layer_types(config)
+    has_window = config.model_type == "mistral" or (bool(types) and types[number] == "sliding_attention")
+    return Heads(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_size=attention.head_dim,
+        scale=attention.scaling,
+        window=(getattr(config, "sliding_window", None) or 0) if has_window else 0,
+        softcap=(config.attn_logit_softcapping or 0.0) if config.model_type == "gemma2" else 0.0,
+        query_norm=_norm(attention.q_norm, config) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm, config) if hasattr(attention, "k_norm") else None,
+    )
+
+
+def _norm(norm: Any, config: Any) -> Norm:
+    weight = norm.weight.detach().float()
+    is_gemma = config.model_type in GEMMA  # which keep the difference to 1
+    return Norm(weight=1.0 + weight if is_gemma else weight.clone(), epsilon=config.rms_norm_eps)
+
+
+def _turns(rotary: nn.Module, config: Any) -> Callable[[torch.Tensor], Mapping[str, Turns]]:
+    names = sorted({_turn_of(config, number) for number in range(config.num_hidden_layers)})
+
+    def turns(positions: torch.Tensor) -> Mapping[str, Turns]:
+        like = torch.empty(0, device=positions.device)  # in fp32, whatever the model's dtype
+        found = {}
+        for name in names:
+            cosine, sine = rotary(like, positions[None], name) if name else rotary(like, positions[None])
+            found[name] = (cosine[0].contiguous(), sine[0].contiguous())
+        return found
+
+    return turns
+
+
+def _turn_of(config: Any, number: int) -> str:
+    # Only Gemma 3 turns by a layer's type.
+    return _layer_types(config)[number] if config.model_type == "gemma3_text" else ""
+
+
+def _layer_types(config: Any) -> Sequence[str]:
+    return getattr(config, "layer_types", None) or ()
+
+
+def _activation_name(config: Any) -> str:
+    return str(config.hidden_activation if config.model_type in GEMMA else config.hidden_act)

@@ -1,0 +1,99 @@
+"""Reads adapters in a thread of its own: checked, merged where that is asked for, and packed for the kernels."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lori.adapter import Adapter
+from lori.errors import AdapterFormatError, LoriError
+from lori.merge import merge
+from lori.merge_methods import MergeOptions
+from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
+from server.engine.registry import Registry
+from server.engine.request import AdapterTerm, Request
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What came of reading one adapter: `packed`, or the fault."""
+
+    digest: str
+    packed: PackedAdapter | None
+    fault: str
+    seconds: float
+
+
+class Loader:
+    """Reads what requests name. `notify` is called from its thread whenever something was read."""
+
+    def __init__(self, registry: Registry, reader: PackedReader) -> None:
+        self._registry, self._reader = registry, reader
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
+        self._done: list[Future[Loaded]] = []
+        self.notify: Callable[[], None] = lambda: None
+
+    def start(self, digest: str, request: Request) -> None:
+        """Begins to read the resident `digest` of `request`."""
+        future = self._pool.submit(self._load, digest, request)
+        self._done.append(future)
+        future.add_done_callback(lambda _: self.notify())
+
+    def collect(self) -> list[Loaded]:
+        """Returns what was read since the last call."""
+        ended = [future for future in self._done if future.done()]
+        for future in ended:
+            self._done.remove(future)
+        return [future.result() for future in ended]
+
+    def close(self) -> None:
+        """Ends the thread; what is not begun is never read."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _load(self, digest: str, request: Request) -> Loaded:
+        started = time.perf_counter()
+        try:
+            packed, fault = self._pack(digest, request), ""
+        except (LoriError, OSError, ValueError) as error:
+            # Whatever a file holds, it fails those alone who named it.
+            logger.warning("adapter %s cannot be served: %s", _names(request.terms), error)
+            packed, fault = None, f"adapter {_names(request.terms)} cannot be served: {_said(error)}"
+        return Loaded(digest, packed, fault, time.perf_counter() - started)
+
+    def _pack(self, digest: str, request: Request) -> PackedAdapter:
+        if request.merge.method == "linear":
+            packed = self._reader.read_entry(self._registry.find(digest).entry)
+            _check_digest(packed.name, packed.config.lori.content_digest, digest)
+            return packed
+        return pack_adapter(self._merged(request.terms, request.merge), self._reader.layouts)
+
+    def _merged(self, terms: Sequence[AdapterTerm], options: MergeOptions) -> Adapter:
+        adapters = [self._registry.find(term.digest).entry.load(self._reader.base) for term in terms]
+        for adapter, term in zip(adapters, terms, strict=True):
+            _check_digest(adapter.name, adapter.config.lori.content_digest, term.digest)
+        return merge(
+            adapters,
+            [term.weight for term in terms],
+            options.method,
+            density=options.density,
+            sign=options.sign,
+            seed=options.seed,
+            templates=("plain",),  # of no consequence: the prompt is written already
+        )
+
+
+def _check_digest(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(f"{name!r} was changed on disk since the server started: its digest is {found}, expected {expected}")
+
+
+def _names(terms: Sequence[AdapterTerm]) -> str:
+    return " + ".join(repr(term.name) for term in terms)
+
+
+def _said(error: Exception) -> str:
+    # A client is told the faults, not where the file lies.
+    return "; ".join(error.faults) if isinstance(error, AdapterFormatError) else str(error)

@@ -1,0 +1,96 @@
+"""A layer's norms, gate and attention in C++, and keys and values as they are laid out for it (`lori/kernels/native/layers.h`).
+
+Shapes: T tokens, H heads, G key-value heads, E head size, S spans.
+"""
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lori.kernels.native import MODULE, instruction_sets
+from server.engine.decoder import Heads, Norm, Turns
+from server.engine.spans import Span
+
+BLOCK_TOKENS = 16
+"""Of the memory; a block of the engine's is one or more of them."""
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+class NativeOps:
+    """On a CPU, in bf16 or fp32."""
+
+    def __init__(self, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
+        module: Any = MODULE
+        assert block_size % BLOCK_TOKENS == 0
+        self._per_block = block_size // BLOCK_TOKENS
+        self._num_blocks = num_blocks * self._per_block
+        self._dtype, self._spans = dtype, module.Spans
+        self._layers = module.Layers(instruction_sets()[0], str(dtype).removeprefix("torch."))
+        self._heads = [_bound(of, module) for of in heads]
+        sizes = [self._layers.block_bytes(of) * self._num_blocks for of in self._heads]
+        self._shape = (heads[0].num_heads, heads[0].num_kv_heads)
+        self._memory = [_zeros(size) for size in sizes]
+        self.num_bytes = sum(sizes)
+
+    def plan(self, spans: Sequence[Span]) -> object:
+        """Returns the step of `spans`, for `attend`."""
+        rows, table = [], []
+        for span in spans:
+            rows.append((span.row, span.num_tokens, span.position, len(table)))
+            if self._per_block == 1:
+                table += span.blocks
+            else:
+                table += [block * self._per_block + i for block in span.blocks for i in range(self._per_block)]
+        return self._spans(
+            torch.tensor(rows, dtype=torch.int32).numpy(), torch.tensor(table, dtype=torch.int32).numpy(), *self._shape
+        )
+
+    def norm(self, stream: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+        """See `Ops`."""
+        out = torch.empty_like(stream)
+        num_rows, size = stream.shape
+        at = 0 if added is None else added.data_ptr()
+        self._layers.norm(
+            stream.data_ptr(), size, at, size, out.data_ptr(), size, num_rows, norm.weight.numpy(), norm.epsilon,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def gate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """See `Ops`."""
+        num_rows, both = x.shape
+        out = torch.empty(num_rows, both // 2, dtype=x.dtype)
+        self._layers.gate(
+            x.data_ptr(), both, out.data_ptr(), both // 2, num_rows, both // 2, ACTIVATIONS.index(activation),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
+        """See `Ops`."""
+        size = heads.num_heads * heads.head_size
+        out = torch.empty(len(qkv), size, dtype=qkv.dtype)
+        self._layers.attend(
+            self._heads[layer], step, qkv.data_ptr(), qkv.shape[1], out.data_ptr(), size, turns[0].data_ptr(),
+            turns[1].data_ptr(), self._memory[layer].data_ptr(), self._num_blocks, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def _zeros(num_bytes: int) -> torch.Tensor:
+    # Pages that nothing writes take no room. Where the system has huge ones, fewer look-ups of addresses miss.
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def _bound(heads: Heads, module: Any) -> Any:
+    norms = (heads.query_norm, heads.key_norm)
+    epsilon = next((norm.epsilon for norm in norms if norm is not None), 0.0)
+    return module.Heads(
+        heads.num_heads, heads.num_kv_heads, heads.head_size, heads.scale, heads.window, heads.softcap, epsilon,
+        *(None if norm is None else norm.weight.numpy() for norm in norms),
+    )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Which adapter lies in which slot, and for how many it must stay there. Plain values; the bytes are elsewhere."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Resident:
+    """What lies in a slot. `num_pins` sequences use it."""
+
+    slot: int
+    num_bytes: int
+    scale: float
+    """alpha / r of the adapter."""
+    num_pins: int = 0
+
+
+class Residents:
+    """At most `num_slots` adapters of `max_bytes` in all, by digest; the one that is unused longest goes first."""
+
+    def __init__(self, num_slots: int, max_bytes: int) -> None:
+        self.num_slots, self.max_bytes = num_slots, max_bytes
+        self.num_bytes = 0
+        self.num_evictions = 0
+        """So far."""
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._by_digest: OrderedDict[str, Resident] = OrderedDict()  # the one unused longest first
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._by_digest
+
+    def __len__(self) -> int:
+        return len(self._by_digest)
+
+    @property
+    def num_pinned(self) -> int:
+        """Adapters that some sequence uses."""
+        return sum(of.num_pins > 0 for of in self._by_digest.values())
+
+    def get(self, digest: str) -> Resident:
+        """Returns what is known of a resident adapter."""
+        return self._by_digest[digest]
+
+    def pin(self, digest: str) -> None:
+        """Keeps a resident adapter in its slot for one more sequence."""
+        self._by_digest[digest].num_pins += 1
+        self._by_digest.move_to_end(digest)
+
+    def unpin(self, digest: str) -> None:
+        """Takes a pin back."""
+        of = self._by_digest[digest]
+        of.num_pins -= 1
+        assert of.num_pins >= 0
+        self._by_digest.move_to_end(digest)
+
+    def make_room(self, num_bytes: int) -> list[int] | None:
+        """Evicts what must go so that an adapter of `num_bytes` fits, and returns the slots that are empty now.
+
+        `None`, and nothing is evicted, where it could not fit beside what is pinned.
+        """
+        victims: list[str] = []
+        num_free, left = len(self._free), self.max_bytes - self.num_bytes
+        for digest, of in self._by_digest.items():
+            if num_free and left >= num_bytes:
+                break
+            if not of.num_pins:
+                victims.append(digest)
+                num_free, left = num_free + 1, left + of.num_bytes
+        if not num_free or left < num_bytes:
+            return None
+        return [self._evict(digest) for digest in victims]
+
+    def add(self, digest: str, num_bytes: int, scale: float) -> int:
+        """Gives an adapter a slot; there must be room."""
+        assert digest not in self._by_digest
+        slot = self._free.pop()
+        self._by_digest[digest] = Resident(slot, num_bytes, scale)
+        self.num_bytes += num_bytes
+        return slot
+
+    def check_integrity(self, num_pins: int) -> None:
+        """Asserts that slots and bytes add up, and that there are `num_pins` pins."""
+        slots = [of.slot for of in self._by_digest.values()]
+        assert sorted([*slots, *self._free]) == list(range(self.num_slots))
+        assert self.num_bytes == sum(of.num_bytes for of in self._by_digest.values()) <= self.max_bytes
+        assert sum(of.num_pins for of in self._by_digest.values()) == num_pins
+
+    def _evict(self, digest: str) -> int:
+        of = self._by_digest.pop(digest)
+        assert not of.num_pins
+        self._free.append(of.slot)
+        self.num_bytes -= of.num_bytes
+        self.num_evictions += 1
+        return of.slot

@@ -1,0 +1,145 @@
+"""The way of an adapter: registered (on disk), loaded (in RAM, packed), resident (in the kernels' operands).
+
+Each tier has its budget in bytes; the adapter that is unused longest goes first, never one that a sequence uses or waits for.
+The engine's thread owns it all; reading is the loader's, in a thread of its own.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+
+from lori.packed_adapter import PackedAdapter
+from lori.pool import AdapterPool
+from server.engine.loader import Loader
+from server.engine.request import Sequence
+from server.engine.residency import Residency
+from server.engine.residents import Residents
+
+MAX_LOADING = 16
+"""Adapters that are read, or wait in RAM for the sequences that asked for them, at a time; others are asked for later."""
+
+
+class AdapterTiers:
+    """Keeps resident what running sequences need: the scheduler's `ResidencyGate`."""
+
+    def __init__(self, pool: AdapterPool, residents: Residents, loader: Loader, max_loaded_bytes: int) -> None:
+        self._pool, self.residents, self._loader = pool, residents, loader
+        self._max_loaded_bytes = max_loaded_bytes
+        self._loaded: OrderedDict[str, PackedAdapter] = OrderedDict()  # the one unused longest first
+        self._wanted: dict[str, dict[Sequence, None]] = {}
+        self._failed: dict[Sequence, str] = {}
+        self.num_loaded_bytes = 0
+        self.observe_load: Callable[[float], None] = lambda _: None
+        """Is told the seconds that reading each adapter took."""
+
+    @property
+    def num_loaded(self) -> int:
+        """Adapters in RAM."""
+        return len(self._loaded)
+
+    def on_arrival(self, notify: Callable[[], None]) -> None:
+        """Has `notify` called, from the loader's thread, whenever `collect` has something."""
+        self._loader.notify = notify
+
+    def pin(self, sequence: Sequence) -> Residency:
+        """See `ResidencyGate`. Nothing is held for a sequence that hears "loading", but that what it waits for stays in RAM."""
+        digests = [digest for digest, _ in sequence.residents]
+        missing = [digest for digest in digests if digest not in self.residents]
+        if any([self._is_awaited(digest, sequence) for digest in missing]):
+            return "loading"
+        pinned: list[str] = []
+        for digest in sorted(digests, key=missing.__contains__):  # first what is here, which must not go for what is not
+            if digest in missing and not self._settle(digest):
+                for other in pinned:
+                    self.residents.unpin(other)
+                return self._refuse(sequence)
+            self.residents.pin(digest)
+            pinned.append(digest)
+        self._forget(sequence)
+        found = [(self.residents.get(digest), weight) for digest, weight in sequence.residents]
+        sequence.terms = [(of.slot, weight * of.scale) for of, weight in found]
+        return "ready"
+
+    def unpin(self, sequence: Sequence) -> None:
+        """See `ResidencyGate`."""
+        if sequence.terms is None:
+            self._forget(sequence)
+            return
+        for digest, _ in sequence.residents:
+            self.residents.unpin(digest)
+        sequence.terms = None
+
+    def collect(self) -> bool:
+        """Takes in what was read; returns whether anything was, so that the scheduler is to ask again."""
+        arrived = self._loader.collect()
+        for loaded in arrived:
+            waiting = self._wanted.get(loaded.digest, {})
+            if loaded.packed is None:
+                self._failed |= dict.fromkeys(waiting, loaded.fault)
+                self._wanted.pop(loaded.digest, None)
+                continue
+            if not waiting:
+                self._wanted.pop(loaded.digest, None)
+            self.observe_load(loaded.seconds)
+            self._loaded[loaded.digest] = loaded.packed
+            self.num_loaded_bytes += loaded.packed.num_bytes
+        self._trim()
+        return bool(arrived)
+
+    def take_failed(self) -> dict[Sequence, str]:
+        """Returns the sequences whose adapters cannot be served, each with the reason, once."""
+        failed, self._failed = self._failed, {}
+        return failed
+
+    def check_integrity(self, running: Items[Sequence]) -> None:
+        """Asserts that pins are those of the running sequences, and bytes those of what is there."""
+        self.residents.check_integrity(sum(len(s.residents) for s in running))
+        assert self.num_loaded_bytes == sum(of.num_bytes for of in self._loaded.values())
+
+    def close(self) -> None:
+        """Ends the loader's thread."""
+        self._loader.close()
+
+    def _is_awaited(self, digest: str, sequence: Sequence) -> bool:
+        # Whether the adapter is not in RAM; has it read if there is room for one more.
+        if digest in self._wanted or len(self._wanted) < MAX_LOADING:
+            if digest not in self._wanted and digest not in self._loaded:
+                self._loader.start(digest, sequence.request)
+            self._wanted.setdefault(digest, {})[sequence] = None
+        return digest not in self._loaded
+
+    def _settle(self, digest: str) -> bool:
+        # Moves an adapter from RAM into a slot; returns whether there was room.
+        packed = self._loaded[digest]
+        emptied = self.residents.make_room(packed.num_bytes)
+        if emptied is None:
+            return False
+        for slot in emptied:
+            self._pool.clear(slot)
+        slot = self.residents.add(digest, packed.num_bytes, packed.config.scale)
+        self._pool.put(slot, packed)
+        self._loaded.move_to_end(digest)
+        return True
+
+    def _refuse(self, sequence: Sequence) -> Residency:
+        self._forget(sequence)
+        if self.residents.num_pinned:
+            return "full"
+        budget = f"{self.residents.num_slots} slots and {self.residents.max_bytes} bytes"
+        self._failed[sequence] = f"its adapters do not fit together in the {budget} that the server has for adapters"
+        return "loading"
+
+    def _forget(self, sequence: Sequence) -> None:
+        for digest, _ in sequence.residents:
+            waiting = self._wanted.get(digest, {})
+            waiting.pop(sequence, None)
+            if not waiting and digest in self._loaded:
+                self._wanted.pop(digest, None)
+
+    def _trim(self) -> None:
+        for digest in [*self._loaded]:
+            if self.num_loaded_bytes <= self._max_loaded_bytes:
+                return
+            if not self._wanted.get(digest):
+                self.num_loaded_bytes -= self._loaded.pop(digest).num_bytes
+                self._wanted.pop(digest, None)
