@@ -158,6 +158,12 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Tokens of the prompt that were found in the prefix cache when it first ran."""
+    num_preemptions: int = 0
+    """How often it gave up its blocks for others and had to be computed again."""
+    keys: list[bytes] = field(default_factory=list, repr=False)
+    """What its full blocks are found by in the prefix cache, as far as they were asked for."""
+    deadline: float | None = None
+    """When its time is up, in monotonic seconds."""
     is_aborted: bool = False
 
     @property
