@@ -1,39 +1,134 @@
-"""Which blocks of KV memory are free and which are owned: plain ints, no tensor."""
+"""Which blocks a sequence has, and which of its tokens are already computed. No tensor in it.
+
+A full block is found again by a digest of all the tokens up to its end, of the adapters and weights that they were computed
+with, and of the base: whoever asks with other adapters or weights asks for another key.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+from server.engine.blocks import BlockPool
+from server.engine.request import Request, Sequence
+
+DIGEST_SIZE = 32
+"""Bytes of a key: who could make two texts of one key would read another's answers."""
 
 
-class BlockAllocator:
-    """Hands out blocks of `block_size` tokens each."""
+class KvCache:
+    """The KV memory of `num_blocks` blocks of `block_size` tokens, by sequence. `base` says which weights compute it."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, base: str) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._pool, self._base = BlockPool(num_blocks), base
+        self.num_asked_tokens = 0
+        """Prompt tokens of the sequences that have looked for theirs."""
+        self.num_found_tokens = 0
+        """Those that did not have to be computed."""
 
     @property
-    def num_free(self) -> int:
+    def num_available(self) -> int:
         """Blocks that nobody owns."""
-        return len(self._free)
+        return self._pool.num_available
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody owns but that can be found again."""
+        return self._pool.num_cached
 
     @property
     def usage(self) -> float:
         """The share of all blocks that is owned."""
-        return 1 - self.num_free / self.num_blocks
+        return 1 - self.num_available / self.num_blocks
 
     def num_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def can_hold(self, num_tokens: int) -> bool:
-        """Whether `num_tokens` tokens fit into what is free now."""
-        return self.num_needed(num_tokens) <= self.num_free
+    def find(self, sequence: Sequence) -> list[int]:
+        """Returns the blocks of the longest computed beginning of a sequence without blocks; at least its last token is left.
 
-    def allocate(self, num_tokens: int) -> list[int]:
-        """Returns blocks for `num_tokens` tokens, now owned by the caller."""
-        count = self.num_needed(num_tokens)
-        assert count <= self.num_free
-        return [self._free.pop() for _ in range(count)]
+        A sequence finds nothing while the logits of its whole prompt are wanted.
+        """
+        found: list[int] = []
+        if must_score(sequence):
+            return found
+        for index in range((sequence.num_tokens - 1) // self.block_size):
+            block = self._pool.find(self._key(sequence, index))
+            if block is None:
+                break
+            found.append(block)
+        return found
 
-    def release(self, blocks: list[int]) -> None:
-        """Takes owned blocks back and empties the list."""
-        self._free += reversed(blocks)
-        blocks.clear()
-        assert len(self._free) <= self.num_blocks
+    def has_room(self, sequence: Sequence, found: Items[int], headroom: int) -> bool:
+        """Whether the sequence's tokens, `found` among them, fit in, and `headroom` blocks are left."""
+        num_new = self.num_needed(sequence.num_tokens) - len(found)
+        if num_new + headroom > self.num_available:
+            return False
+        return num_new + headroom + sum(map(self._pool.is_cached, found)) <= self.num_available
+
+    def open(self, sequence: Sequence, found: Items[int]) -> None:
+        """Gives a sequence that has room all blocks of its tokens, and counts what was `found` as computed."""
+        assert not sequence.blocks
+        self._pool.share(found)
+        num_new = self.num_needed(sequence.num_tokens) - len(found)
+        sequence.blocks = [*found, *self._pool.allocate(num_new)]
+        sequence.num_computed = len(found) * self.block_size
+        if not sequence.num_preemptions and not must_score(sequence):
+            sequence.num_cached = sequence.num_computed
+            self.num_asked_tokens += len(sequence.request.prompt_ids)
+            self.num_found_tokens += sequence.num_cached
+
+    def lacks_block(self, sequence: Sequence) -> bool:
+        """Whether the sequence has outgrown its blocks."""
+        return len(sequence.blocks) * self.block_size < sequence.num_tokens
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Gives a sequence that lacks a block one more; returns whether there was one."""
+        if not self.num_available:
+            return False
+        sequence.blocks += self._pool.allocate(1)
+        return True
+
+    def publish(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Makes the blocks findable that became full as the tokens from `start` to `stop` were computed."""
+        for index in range(start // self.block_size, stop // self.block_size):
+            self._pool.publish(sequence.blocks[index], self._key(sequence, index))
+
+    def close(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks back; those that were published can still be found."""
+        self._pool.release(sequence.blocks)
+        sequence.num_computed = 0
+
+    def share_keys(self, sequence: Sequence, other: Sequence) -> None:
+        """Spares `other`, of the same request, the digests of its prompt that `sequence` has."""
+        other.keys[:] = sequence.keys[: len(sequence.request.prompt_ids) // self.block_size]
+
+    def check_integrity(self, owners: Iterable[Sequence]) -> None:
+        """Asserts that `owners` are all that have blocks, and that every block is free, cached or owned, once."""
+        self._pool.check_integrity(sequence.blocks for sequence in owners)
+
+    def _key(self, sequence: Sequence, index: int) -> bytes:
+        keys, size = sequence.keys, self.block_size
+        while len(keys) <= index:
+            parent = keys[-1] if keys else root_key(self._base, sequence.request)
+            start = len(keys) * size
+            keys.append(block_key(parent, sequence.ids(start, start + size)))
+        return keys[index]
+
+
+def must_score(sequence: Sequence) -> bool:
+    """Whether the logits of all prompt tokens are wanted of this sequence: of one choice, until it has an output."""
+    request = sequence.request
+    return request.echo and request.num_logprobs is not None and sequence.choice == 0 and not sequence.output_ids
+
+
+def root_key(base: str, request: Request) -> bytes:
+    """Returns the parent of a first block's key: what its tokens are computed with."""
+    return hashlib.blake2b(repr((base, request.residents)).encode(), digest_size=DIGEST_SIZE).digest()
+
+
+def block_key(parent: bytes, ids: Items[int]) -> bytes:
+    """Returns the key of the block of tokens `ids` that follows the block of key `parent`."""
+    return hashlib.blake2b(parent + array("I", ids).tobytes(), digest_size=DIGEST_SIZE).digest()

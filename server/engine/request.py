@@ -1,6 +1,7 @@
 """What the engine is asked and what it answers. Plain values; no tensor, no HTTP.
 
-A request is fixed when it is admitted; a sequence is one of its choices' state inside the engine; events are what the client hears.
+A request is fixed when it is admitted; a sequence is the state of one of its choices inside the engine; events are what the
+client hears.
 """
 
 import hashlib
@@ -158,7 +159,20 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Tokens of the prompt that were found in the prefix cache when it first ran."""
+    num_preemptions: int = 0
+    """How often it gave up its blocks for others and had to be computed again."""
+    keys: list[bytes] = field(default_factory=list, repr=False)
+    """What its full blocks are found by in the prefix cache, as far as they were asked for."""
+    deadline: float | None = None
+    """When its time is up, in monotonic seconds."""
     is_aborted: bool = False
+    residents: tuple[tuple[str, float], ...] = field(init=False)
+    """As its request's: what must be resident while it runs."""
+    terms: list[tuple[int, float]] | None = None
+    """While it is pinned: the slot of each resident, and the weight with the adapter's alpha / r in it."""
+
+    def __post_init__(self) -> None:
+        self.residents = self.request.residents
 
     @property
     def num_tokens(self) -> int:

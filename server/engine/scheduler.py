@@ -1,14 +1,19 @@
-"""Which sequences run in a step, and how many tokens of each. No tensor in it.
+"""Which sequences run in a step, and how many tokens of each. No tensor, no clock in it.
 
-First come, first served. A sequence joins when the KV memory holds all that it can grow to, so it never has to be put back;
-running sequences decode in every step, and what is left of the step's token budget goes to prompts, in chunks.
+Sequences join when it is their turn (`fairness`), their adapters are resident and the KV memory holds their tokens so far.
+Running ones decode in every step, and what is left of the step's tokens goes to prompts, in chunks. A sequence grows block by
+block; when there is none left, the one that joined last gives up its blocks, and is computed again later.
 """
 
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from server.engine.kv_cache import BlockAllocator
+from server.engine.choices import Choices
+from server.engine.deadlines import Deadlines
+from server.engine.fairness import FairQueue
+from server.engine.kv_cache import KvCache
 from server.engine.request import Sequence
+from server.engine.residency import ResidencyGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,63 +30,230 @@ class Chunk:
         return self.stop == self.sequence.num_tokens and self.sequence.request.max_tokens > 0
 
 
-class Scheduler:
-    """Owns the waiting and the running sequences, and their blocks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLimits:
+    """How much a step may take on."""
 
-    def __init__(self, allocator: BlockAllocator, max_sequences: int, max_step_tokens: int) -> None:
-        assert max_step_tokens > max_sequences, "a step must have room for prompts beside decoding"
-        self.allocator = allocator
-        self.max_sequences, self.max_step_tokens = max_sequences, max_step_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+    max_sequences: int
+    max_tokens: int
+    max_stall: float = 2.0
+    """How many times as long as decoding alone a step may take that computes prompts beside it, about; infinite: no limit."""
+    free_tokens: int = 0
+    """As many tokens take as long as a step takes whatever is in it: its fixed cost over a token's."""
+
+    def __post_init__(self) -> None:
+        assert self.max_tokens > self.max_sequences, "a step must have room for prompts beside decoding"
+        assert self.max_stall >= 1
+
+    def num_prompt_tokens(self, num_decoding: int) -> int:
+        """Tokens of prompts that a step has room for beside so many that decode; at least one."""
+        left = self.max_tokens - num_decoding
+        if not num_decoding:
+            return left
+        return int(min(left, max(1, (self.max_stall - 1) * (num_decoding + self.free_tokens))))
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences, their blocks, and what is pinned for them."""
+
+    def __init__(self, cache: KvCache, gate: ResidencyGate, limits: StepLimits) -> None:
+        self.cache, self.limits = cache, limits
+        self.waiting: dict[Sequence, None] = {}
+        self.running: dict[Sequence, None] = {}
+        """In the order in which they joined."""
+        self.num_preemptions = 0
+        """So far."""
+        self._gate = gate
+        self._queue, self._choices, self._deadlines = FairQueue(), Choices(), Deadlines()
+        self._loading: dict[Sequence, None] = {}
+        self._can_step = True
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
+    @property
+    def can_step(self) -> bool:
+        """Whether `plan` may have something to do now.
+
+        False with nothing there, and when the last plan was empty because all wait for adapters: then sleep until a command
+        comes, `next_deadline` is past, or whoever loads adapters calls `wake`.
+        """
+        return self._can_step and self.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait."""
+        return len(self.waiting)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When the next sequence's time is up, in monotonic seconds."""
+        return self._deadlines.earliest
+
+    @property
+    def tokens_served(self) -> dict[tuple[str, tuple[str, ...]], int]:
+        """By tenant and digests of adapters, the tokens that each active flow was served since it became active.
+
+        Prompt tokens count when a sequence joins, output tokens as they come; not those found in the cache or computed again.
+        """
+        return self._queue.tokens_served()
+
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence."""
-        self.waiting.append(sequence)
+        """Queues a sequence; the choices of a request one after the other, before the next plan."""
+        assert self.cache.num_needed(sequence.max_num_tokens) <= self.cache.num_blocks, "admission refuses what can never run"
+        self.waiting[sequence] = None
+        self._deadlines.add(sequence)
+        if not self._choices.join(sequence):
+            self._queue.add(sequence)
+        self.wake()
+
+    def wake(self) -> None:
+        """Says that an adapter was loaded: the next plan asks again for those that wait."""
+        self._can_step = True
+
+    def drop(self, is_dropped: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Takes out the sequences that `is_dropped` picks, frees what they own, and returns them."""
+        dropped = [s for group in (self.waiting, self.running) for s in group if is_dropped(s)]
+        for sequence in dropped:
+            self.finish(sequence)
+        return dropped
 
     def drop_aborted(self) -> list[Sequence]:
         """Takes out the sequences marked as aborted, frees what they own, and returns them."""
-        aborted = [s for s in (*self.waiting, *self.running) if s.is_aborted]
-        for sequence in aborted:
+        return self.drop(lambda sequence: sequence.is_aborted)
+
+    def drop_expired(self, now: float) -> list[Sequence]:
+        """Takes out the sequences whose deadline has come, frees what they own, and returns them."""
+        expired = self._deadlines.expired(now)
+        for sequence in expired:
             self.finish(sequence)
-        return aborted
+        return expired
 
     def plan(self) -> list[Chunk]:
-        """Returns the chunks of the next step, decoding first."""
-        while self.waiting and len(self.running) < self.max_sequences and self.allocator.can_hold(self.waiting[0].max_num_tokens):
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.allocator.allocate(sequence.max_num_tokens)
-            self.running.append(sequence)
-        budget = self.max_step_tokens
-        chunks = []
-        for sequence in sorted(self.running, key=lambda s: s.num_tokens - s.num_computed > 1):
-            count = min(budget, sequence.num_tokens - sequence.num_computed)
-            if count:
-                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
-                budget -= count
+        """Returns the chunks of the next step, those of one token first. All are to be committed, or their sequences finished."""
+        num_preemptions = self.num_preemptions
+        self._grow()
+        # Who has just given up its blocks must not have them back before another has grown.
+        if num_preemptions == self.num_preemptions and len(self.running) < self.limits.max_sequences and self.waiting:
+            self._admit()
+        chunks = self._chunks()
+        self._can_step = bool(chunks)
         return chunks
 
     def commit(self, chunk: Chunk, token: int | None) -> None:
         """Records that a chunk is computed, and the token sampled after it."""
-        chunk.sequence.num_computed = chunk.stop
+        sequence = chunk.sequence
+        assert sequence in self.running
+        sequence.num_computed = chunk.stop
+        self.cache.publish(sequence, chunk.start, chunk.stop)
         if token is not None:
-            chunk.sequence.output_ids.append(token)
+            sequence.output_ids.append(token)
+            self._queue.serve(sequence, 1)
+        if sequence.request.num_choices > 1 and chunk.stop >= len(sequence.request.prompt_ids):
+            for other in reversed(self._choices.disband(sequence)):
+                self.cache.share_keys(sequence, other)
+                self._queue.add(other, is_first=True)
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its blocks."""
+        """Takes a sequence out, wherever it is, and frees what it owns; what was not committed of it is never found."""
+        is_queued = not self._choices.is_following(sequence)
+        if next_one := self._choices.leave(sequence):
+            self._queue.add(next_one, is_first=True)
+        if is_queued:
+            self._queue.remove(sequence)
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._release(sequence)
         else:
-            self.waiting.remove(sequence)
-        self.allocator.release(sequence.blocks)
+            del self.waiting[sequence]
+            if sequence in self._loading:
+                del self._loading[sequence]
+                self._gate.unpin(sequence)
+        self._deadlines.discard(sequence)
+        self.wake()
 
     def check_integrity(self) -> None:
-        """Asserts that every block is free or owned, once."""
-        owned = sum(len(s.blocks) for s in self.running)
-        assert owned + self.allocator.num_free == self.allocator.num_blocks
-        assert not any(s.blocks for s in self.waiting)
+        """Asserts that every block is free, cached or owned, once, and that whoever waits owns nothing."""
+        self.cache.check_integrity(self.running)
+        assert len(self.running) <= self.limits.max_sequences
+        assert not self.running.keys() & self.waiting.keys()
+        assert not any(s.blocks or s.num_computed for s in self.waiting)
+        assert self._loading.keys() <= self.waiting.keys()
+        queued = {s for s in self.waiting if not self._choices.is_following(s)}
+        self._queue.check_integrity(queued, set(self.running))
+
+    def _grow(self) -> None:
+        lacking = [s for s in self.running if self.cache.lacks_block(s)]
+        for sequence in sorted(lacking, key=lambda s: s.request.priority) if lacking else ():
+            while sequence in self.running and not self.cache.grow(sequence):
+                # Of the lowest priority the last: never one that is ahead of who grows, so two cannot displace each other.
+                self._preempt(max(reversed(self.running), key=lambda s: s.request.priority))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert len(self.running) > 1, "what runs alone fits in"
+        self._release(sequence)
+        self.waiting[sequence] = None
+        self._queue.put_back(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        del self.running[sequence]
+        self.cache.close(sequence)
+        self._gate.unpin(sequence)
+
+    def _admit(self) -> None:
+        # Those whose adapters were loading have had their turn, and hold what the first of the others may lack.
+        is_open = True
+        for sequence in [*self._loading]:
+            is_open &= self._offer(sequence)
+        while is_open and (first := self._queue.first()):
+            is_open = self._offer(first)
+        self._queue.bring_back()
+
+    def _offer(self, sequence: Sequence) -> bool:
+        # Lets a sequence join if it can; returns whether others may after it.
+        if len(self.running) == self.limits.max_sequences:
+            return False
+        found = self.cache.find(sequence)
+        # A block more for each that runs: who joins should not have to go at once because they grow.
+        if not self.cache.has_room(sequence, found, headroom=len(self.running)):
+            return False
+        answer = self._gate.pin(sequence)
+        self._loading.pop(sequence, None)
+        if answer == "ready":
+            self._join(sequence, found)
+        elif answer == "loading":
+            self._loading[sequence] = None
+            self._queue.pass_over(sequence)
+        return answer != "full"
+
+    def _join(self, sequence: Sequence, found: list[int]) -> None:
+        del self.waiting[sequence]
+        self.running[sequence] = None
+        self.cache.open(sequence, found)
+        self._queue.take(sequence)
+        if not sequence.num_preemptions:
+            # Before they are computed: else all free places would go to the flow that is served least now.
+            self._queue.serve(sequence, len(sequence.request.prompt_ids) - sequence.num_computed)
+
+    def _chunks(self) -> list[Chunk]:
+        single: list[Chunk] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            stop = sequence.num_tokens
+            if stop - sequence.num_computed == 1:
+                single.append(Chunk(sequence, stop - 1, stop))
+            elif stop > sequence.num_computed:
+                prompts.append(sequence)
+        longer: list[Chunk] = []
+        left = self.limits.num_prompt_tokens(len(single)) if prompts else 0
+        for sequence in sorted(prompts, key=lambda s: s.request.priority):
+            start = sequence.num_computed
+            count = min(left, sequence.num_tokens - start)
+            if not count:
+                break
+            (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
+            left -= count
+        return single + longer

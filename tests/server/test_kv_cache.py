@@ -1,71 +1,177 @@
-"""Blocks of KV memory are conserved."""
-
-import random
+"""What a sequence finds computed, and what it never finds."""
 
 import pytest
 
-from server.engine.kv_cache import BlockAllocator
+from server.engine.kv_cache import KvCache, block_key
+from server.engine.request import Request, Sequence
+from tests.server.plans import request
 
 
-@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (160, 10), (161, 11)])
+def computed(cache: KvCache, of: Request, num_tokens: int | None = None) -> Sequence:
+    """Returns a sequence in `cache` whose prompt, or `num_tokens` of it, is computed."""
+    sequence = Sequence(of)
+    cache.open(sequence, cache.find(sequence))
+    cache.publish(sequence, sequence.num_computed, len(of.prompt_ids) if num_tokens is None else num_tokens)
+    return sequence
+
+
+def num_found(cache: KvCache, of: Request) -> int:
+    return len(cache.find(Sequence(of)))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 1), (15, 1), (16, 1), (17, 2), (160, 10), (161, 11)])
 def test_tokens_take_whole_blocks(num_tokens: int, num_blocks: int) -> None:
-    allocator = BlockAllocator(16, 16)
-    assert allocator.num_needed(num_tokens) == num_blocks
-    assert len(allocator.allocate(num_tokens)) == num_blocks
-    assert allocator.num_free == 16 - num_blocks
-
-
-def test_it_holds_exactly_what_it_has() -> None:
-    allocator = BlockAllocator(3, 4)
-    assert allocator.can_hold(12)
-    assert not allocator.can_hold(13)
-    blocks = allocator.allocate(5)
-    assert allocator.can_hold(4)
-    assert not allocator.can_hold(5)
-    allocator.release(blocks)
-    assert allocator.can_hold(12)
-
-
-def test_more_than_what_is_free_is_our_own_fault() -> None:
-    allocator = BlockAllocator(2, 4)
-    with pytest.raises(AssertionError):
-        allocator.allocate(9)
-    assert allocator.num_free == 2
+    cache = KvCache(16, 16, "base")
+    assert cache.num_needed(num_tokens) == num_blocks
+    assert len(computed(cache, request(num_tokens)).blocks) == num_blocks
+    assert cache.num_available == 16 - num_blocks
 
 
 def test_usage_is_the_owned_share() -> None:
-    allocator = BlockAllocator(4, 8)
-    assert allocator.usage == 0
-    blocks = allocator.allocate(17)
-    assert allocator.usage == 0.75
-    allocator.release(blocks)
-    assert allocator.usage == 0
+    cache = KvCache(4, 8, "base")
+    assert cache.usage == 0
+    sequence = computed(cache, request(17))
+    assert cache.usage == 0.75
+    cache.close(sequence)
+    assert cache.usage == 0
+    assert cache.num_cached == 2
 
 
-def test_releasing_the_same_list_again_gives_nothing_twice() -> None:
-    allocator = BlockAllocator(4, 8)
-    blocks = allocator.allocate(16)
-    allocator.release(blocks)
-    allocator.release(blocks)
-    assert allocator.num_free == 4
-    assert sorted(allocator.allocate(32)) == [0, 1, 2, 3]
+@pytest.mark.parametrize(("num_prompt", "num_blocks"), [(3, 0), (4, 0), (5, 1), (8, 1), (9, 2), (12, 2), (13, 3), (99, 3)])
+def test_the_longest_run_of_full_blocks_is_found_but_never_the_last_token(num_prompt: int, num_blocks: int) -> None:
+    cache = KvCache(64, 4, "base")
+    first = computed(cache, request(15))
+    other = Sequence(request(num_prompt))
+    found = cache.find(other)
+    assert found == first.blocks[:num_blocks]
+    cache.open(other, found)
+    assert other.num_computed == other.num_cached == 4 * num_blocks
+    cache.check_integrity([first, other])
+    assert set(first.blocks) & set(other.blocks) == set(first.blocks[:num_blocks])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_block_is_owned_twice_and_none_is_lost(seed: int) -> None:
-    rng = random.Random(seed)
-    allocator = BlockAllocator(rng.randint(1, 40), rng.randint(1, 8))
-    owned: list[list[int]] = []
-    for _ in range(300):
-        num_tokens = rng.randint(0, 3 * allocator.block_size)
-        if rng.random() < 0.6 and allocator.can_hold(num_tokens):
-            owned.append(allocator.allocate(num_tokens))
-        elif owned:
-            allocator.release(owned.pop(rng.randrange(len(owned))))
-        taken = [block for blocks in owned for block in blocks]
-        assert len(set(taken)) == len(taken)
-        assert set(taken) <= set(range(allocator.num_blocks))
-        assert len(taken) + allocator.num_free == allocator.num_blocks
-    for blocks in owned:
-        allocator.release(blocks)
-    assert sorted(allocator.allocate(allocator.num_blocks * allocator.block_size)) == list(range(allocator.num_blocks))
+def test_only_what_is_computed_is_found() -> None:
+    cache = KvCache(64, 4, "base")
+    computed(cache, request(15), num_tokens=7)
+    assert num_found(cache, request(15)) == 1
+
+
+def test_blocks_are_found_by_output_tokens_too() -> None:
+    cache = KvCache(64, 4, "base")
+    sequence = computed(cache, request(6))
+    sequence.output_ids = [6, 7, 8]
+    for start in (6, 7):
+        cache.publish(sequence, start, start + 1)
+    assert num_found(cache, request(9)) == 2, "the prompt of another goes on as this output did"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        request(20, text=1),
+        request(20),
+        request(20, adapters=["m"], weight=0.5),
+        request(20, adapters=["n"]),
+        request(20, adapters=["m", "n"]),
+    ],
+    ids=["text", "base", "weight", "adapter", "more adapters"],
+)
+def test_other_tokens_adapters_or_weights_find_nothing(other: Request) -> None:
+    cache = KvCache(64, 4, "base")
+    computed(cache, request(20, adapters=["m"]))
+    assert num_found(cache, request(20, adapters=["m"])) == 4
+    assert num_found(cache, other) == 0
+
+
+def test_an_adapter_of_weight_zero_is_as_good_as_none() -> None:
+    cache = KvCache(64, 4, "base")
+    computed(cache, request(20))
+    assert num_found(cache, request(20, adapters=["m"], weight=0)) == 4
+
+
+def test_another_base_has_other_keys() -> None:
+    keys = []
+    for base in ("one", "two"):
+        cache = KvCache(64, 4, base)
+        keys.append(computed(cache, request(20)).keys)
+    assert not set(keys[0]) & set(keys[1])
+
+
+def test_a_key_stands_for_all_tokens_before_it() -> None:
+    cache = KvCache(64, 4, "base")
+    sequence = computed(cache, request(12))
+    again = Sequence(request(12, text=1))
+    cache.find(again)
+    assert block_key(again.keys[0], sequence.ids(4, 8)) != sequence.keys[1]
+    assert len(set(sequence.keys)) == 3
+
+
+def test_whose_prompt_is_scored_finds_nothing_but_is_found() -> None:
+    cache = KvCache(64, 4, "base")
+    computed(cache, request(20))
+    scored = computed(cache, request(20, text=1, is_scored=True))
+    assert num_found(cache, request(20, is_scored=True)) == 0
+    assert num_found(cache, request(20, text=1)) == 4
+    assert len(cache.find(Sequence(request(20, text=1, is_scored=True), choice=1))) == 4, "one choice has the scores"
+    cache.close(scored)
+    scored.output_ids.append(7)
+    assert len(cache.find(scored)) == 5, "its prompt is scored already"
+
+
+def test_of_two_that_computed_the_same_the_first_is_found() -> None:
+    cache = KvCache(64, 4, "base")
+    first, second = Sequence(request(9)), Sequence(request(9))
+    for sequence in (first, second):
+        cache.open(sequence, [])
+    for sequence in (first, second):
+        cache.publish(sequence, 0, 9)
+    assert cache.find(Sequence(request(9))) == first.blocks[:2]
+    cache.close(second)
+    assert cache.num_cached == 0
+    cache.check_integrity([first])
+
+
+def test_room_counts_what_is_shared_once_and_what_is_cached_as_taken() -> None:
+    cache = KvCache(6, 4, "base")
+    first = computed(cache, request(13))  # 4 blocks, 3 of them full
+    other = Sequence(request(17))  # 5 blocks, 3 of them shared
+    assert cache.has_room(other, cache.find(other), headroom=0)
+    assert not cache.has_room(other, cache.find(other), headroom=1)
+    assert not cache.has_room(other, [], headroom=0)
+    cache.close(first)
+    assert cache.has_room(other, cache.find(other), headroom=1), "3 cached that it takes, 2 new ones, one left"
+    assert not cache.has_room(other, cache.find(other), headroom=2)
+
+
+def test_a_sequence_grows_while_there_are_blocks() -> None:
+    cache = KvCache(2, 4, "base")
+    sequence = computed(cache, request(4))
+    assert not cache.lacks_block(sequence)
+    sequence.output_ids.append(7)
+    assert cache.lacks_block(sequence)
+    assert cache.grow(sequence)
+    assert not cache.lacks_block(sequence)
+    sequence.output_ids += [7] * 4
+    assert not cache.grow(sequence)
+
+
+def test_tokens_asked_for_and_found_are_counted_once_a_sequence() -> None:
+    cache = KvCache(64, 4, "base")
+    computed(cache, request(10))
+    assert (cache.num_asked_tokens, cache.num_found_tokens) == (10, 0)
+    again = computed(cache, request(11))
+    assert (cache.num_asked_tokens, cache.num_found_tokens) == (21, 8)
+    computed(cache, request(30, is_scored=True))
+    cache.close(again)
+    again.num_preemptions = 1
+    cache.open(again, cache.find(again))
+    assert (cache.num_asked_tokens, cache.num_found_tokens) == (21, 8)
+    assert again.num_cached == 8
+
+
+def test_integrity_notices_a_lost_block() -> None:
+    cache = KvCache(8, 4, "base")
+    sequence = computed(cache, request(9))
+    sequence.blocks.pop()
+    with pytest.raises(AssertionError):
+        cache.check_integrity([sequence])

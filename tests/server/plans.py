@@ -1,0 +1,141 @@
+"""Requests of plain values, a gate that a test opens by hand, and steps without a model: for what plans steps."""
+
+from collections.abc import Iterable
+
+from server.engine.kv_cache import KvCache
+from server.engine.request import AdapterTerm, Request, Sequence
+from server.engine.residency import Residency
+from server.engine.scheduler import Chunk, Scheduler, StepLimits
+
+
+def request(
+    num_prompt: int = 4,
+    max_tokens: int = 4,
+    *,
+    text: int = 0,
+    adapters: Iterable[str] = (),
+    weight: float = 1.0,
+    num_choices: int = 1,
+    priority: int = 0,
+    tenant: str = "",
+    is_scored: bool = False,
+) -> Request:
+    """Returns a request; the prompts of one `text` begin alike."""
+    ids = tuple(range(1000 * text, 1000 * text + num_prompt))
+    return Request(
+        id="request",
+        prompt_text="",
+        prompt_ids=ids,
+        prompt_offsets=(0,) * num_prompt,
+        max_tokens=max_tokens,
+        terms=tuple(AdapterTerm(digest, digest, weight) for digest in adapters),
+        num_choices=num_choices,
+        priority=priority,
+        tenant=tenant,
+        echo=is_scored,
+        num_logprobs=0 if is_scored else None,
+    )
+
+
+def digests(sequence: Sequence) -> set[str]:
+    return {digest for digest, _ in sequence.request.residents}
+
+
+class FakeGate:
+    """A gate of `num_slots` adapters, whose loads take `delays` ticks each; it insists on the scheduler's part."""
+
+    def __init__(self, num_slots: int = 1000, delays: dict[str, int] | None = None) -> None:
+        self.num_slots, self.delays = num_slots, delays or {}
+        self.held: dict[Sequence, Residency] = {}
+        """What is held for whom: the last answer, "ready" or "loading"."""
+        self.resident: dict[str, int] = {}
+        """Ticks until each is loaded; the least recently loaded first."""
+        self.asked: list[Sequence] = []
+
+    def pin(self, sequence: Sequence) -> Residency:
+        assert self.held.get(sequence) != "ready", "it is asked only while it waits"
+        self.asked.append(sequence)
+        wanted = digests(sequence)
+        in_use = {digest for other in self.held if other is not sequence for digest in digests(other)}
+        if len(wanted | in_use) > self.num_slots:
+            self.held.pop(sequence, None)
+            assert self.held, "what nobody holds is no reason"
+            return "full"
+        for digest in wanted - self.resident.keys():
+            self.resident[digest] = self.delays.get(digest, 0)
+        for digest in [d for d in self.resident if d not in wanted | in_use][: max(0, len(self.resident) - self.num_slots)]:
+            del self.resident[digest]
+        self.held[sequence] = "loading" if any(self.resident[digest] for digest in wanted) else "ready"
+        return self.held[sequence]
+
+    def unpin(self, sequence: Sequence) -> None:
+        del self.held[sequence]
+
+    def tick(self) -> list[str]:
+        """Loads a little more; returns the adapters that are ready now."""
+        loading = [digest for digest, ticks in self.resident.items() if ticks]
+        for digest in loading:
+            self.resident[digest] -= 1
+        return [digest for digest in loading if not self.resident[digest]]
+
+
+def scheduler(
+    num_blocks: int = 64,
+    *,
+    block_size: int = 4,
+    max_sequences: int = 4,
+    max_tokens: int = 8,
+    max_stall: float = float("inf"),
+    free_tokens: int = 0,
+    gate: FakeGate | None = None,
+) -> Scheduler:
+    limits = StepLimits(max_sequences=max_sequences, max_tokens=max_tokens, max_stall=max_stall, free_tokens=free_tokens)
+    return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits)
+
+
+def added(to: Scheduler, of: Request | None = None, deadline: float | None = None) -> Sequence:
+    """Adds the one choice of a request."""
+    (sequence,) = added_choices(to, of or request(), deadline)
+    return sequence
+
+
+def added_choices(to: Scheduler, of: Request, deadline: float | None = None) -> list[Sequence]:
+    sequences = [Sequence(of, choice, deadline=deadline) for choice in range(of.num_choices)]
+    for sequence in sequences:
+        to.add(sequence)
+    return sequences
+
+
+def is_done(sequence: Sequence) -> bool:
+    request = sequence.request
+    return len(sequence.output_ids) == request.max_tokens and sequence.num_computed >= len(request.prompt_ids)
+
+
+def run_step(of: Scheduler) -> list[Chunk]:
+    """Plans a step and commits it with token 7 where one is to be sampled; a sequence with all its tokens leaves."""
+    chunks = of.plan()
+    of.check_integrity()
+    for chunk in chunks:
+        of.commit(chunk, 7 if chunk.is_last else None)
+        if is_done(chunk.sequence):
+            of.finish(chunk.sequence)
+    of.check_integrity()
+    return chunks
+
+
+def run(of: Scheduler, max_steps: int = 1000) -> list[list[Chunk]]:
+    """Steps until nothing is left to do; after it nobody owns anything."""
+    steps = []
+    while of.has_work:
+        assert len(steps) < max_steps
+        steps.append(run_step(of))
+    assert of.cache.num_available == of.cache.num_blocks
+    return steps
+
+
+def spans(chunks: Iterable[Chunk]) -> list[tuple[Sequence, int, int]]:
+    return [(c.sequence, c.start, c.stop) for c in chunks]
+
+
+def num_tokens(chunks: Iterable[Chunk]) -> int:
+    return sum(c.stop - c.start for c in chunks)

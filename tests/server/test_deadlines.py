@@ -1,0 +1,41 @@
+"""Whose time is up, in the order of their times."""
+
+from server.engine.deadlines import MIN_COMPACT, Deadlines
+from server.engine.request import Sequence
+from tests.server.plans import request
+
+
+def added(to: Deadlines, deadline: float | None) -> Sequence:
+    sequence = Sequence(request(), deadline=deadline)
+    to.add(sequence)
+    return sequence
+
+
+def test_those_expire_whose_time_has_come_the_earliest_first() -> None:
+    deadlines = Deadlines()
+    late, early, never, middle = (added(deadlines, at) for at in (3.0, 1.0, None, 2.0))
+    assert deadlines.earliest == 1.0
+    assert deadlines.expired(0.5) == []
+    assert deadlines.expired(2.0) == [early, middle]
+    assert deadlines.expired(2.0) == []
+    assert deadlines.earliest == 3.0
+    assert deadlines.expired(9.0) == [late]
+    assert deadlines.earliest is None
+    assert never.deadline is None
+
+
+def test_who_has_ended_does_not_expire() -> None:
+    deadlines = Deadlines()
+    first, second = added(deadlines, 1.0), added(deadlines, 2.0)
+    deadlines.discard(first)
+    assert deadlines.earliest == 2.0
+    assert deadlines.expired(9.0) == [second]
+
+
+def test_those_that_ended_long_before_their_time_are_not_kept() -> None:
+    deadlines = Deadlines()
+    kept = added(deadlines, 500.0)
+    for _ in range(1000):
+        deadlines.discard(added(deadlines, 1000.0))
+    assert len(deadlines._heap) <= MIN_COMPACT + 3
+    assert deadlines.expired(2000.0) == [kept]

@@ -1,0 +1,244 @@
+"""Whose turn it is: by priority, then by tokens served to tenants and to their flows, then by arrival."""
+
+import random
+
+import pytest
+
+from server.engine.contest import MAX_DEBTS, Contest, Share
+from server.engine.fairness import FairQueue
+from server.engine.request import Sequence
+from tests.server.plans import request
+
+
+def added(to: FairQueue, adapter: str = "", tenant: str = "", priority: int = 0) -> Sequence:
+    sequence = Sequence(request(adapters=[adapter] if adapter else [], tenant=tenant, priority=priority))
+    to.add(sequence)
+    return sequence
+
+
+def taken(of: FairQueue, num_tokens: int = 0) -> Sequence:
+    """Lets the first run and serves it."""
+    sequence = of.first()
+    assert sequence is not None
+    of.take(sequence)
+    of.serve(sequence, num_tokens)
+    return sequence
+
+
+def tenants(of: FairQueue, count: int, num_tokens: int) -> list[str]:
+    return [taken(of, num_tokens).request.tenant for _ in range(count)]
+
+
+def adapter(sequence: Sequence) -> str:
+    return "+".join(digest for digest, _ in sequence.request.residents)
+
+
+def test_within_a_flow_the_first_to_come_is_first() -> None:
+    queue = FairQueue()
+    sequences = [added(queue) for _ in range(5)]
+    assert [taken(queue, 10) for _ in range(5)] == sequences
+    assert queue.first() is None
+
+
+def test_a_lower_priority_is_first_however_much_it_was_served() -> None:
+    queue = FairQueue()
+    late, early, middle = added(queue, priority=5), added(queue, priority=-1), added(queue, priority=0)
+    assert [taken(queue, 100) for _ in range(3)] == [early, middle, late]
+
+
+def test_tenants_share_tokens_and_not_requests() -> None:
+    queue = FairQueue()
+    for _ in range(30):
+        added(queue, tenant="large")
+        added(queue, tenant="small")
+    served = {"large": 0, "small": 0}
+    for _ in range(40):
+        sequence = queue.first()
+        assert sequence is not None
+        tenant = sequence.request.tenant
+        served[tenant] += 30 if tenant == "large" else 10
+        taken(queue, 30 if tenant == "large" else 10)
+        assert abs(served["large"] - served["small"]) <= 30
+    assert served["large"] == served["small"]
+
+
+def test_a_tenant_gets_no_more_by_naming_many_adapters() -> None:
+    queue = FairQueue()
+    for number in range(20):
+        added(queue, tenant="many", adapter=f"a{number}")
+        added(queue, tenant="one")
+    assert tenants(queue, 20, 10).count("one") == 10
+
+
+def test_a_flood_on_one_adapter_starves_no_other_of_the_tenant() -> None:
+    queue = FairQueue()
+    for _ in range(100):
+        added(queue, adapter="flood")
+    for _ in range(10):
+        taken(queue, 50)
+    other = added(queue, adapter="other")
+    base = added(queue)
+    assert {taken(queue, 50) for _ in range(3)} >= {other, base}
+
+
+def test_the_weights_of_a_merge_make_no_flow_of_its_own() -> None:
+    queue = FairQueue()
+    for weight in (0.1, 0.2, 0.3, 0.4):
+        queue.add(Sequence(request(adapters=["a", "b"], weight=weight)))
+    other = added(queue, adapter="c")
+    taken(queue, 10)
+    assert taken(queue, 10) is other
+    assert queue.tokens_served() == {("", ("a", "b")): 10, ("", ("c",)): 10}
+
+
+def test_idleness_earns_no_credit() -> None:
+    queue = FairQueue()
+    for _ in range(100):
+        added(queue, tenant="busy")
+    tenants(queue, 50, 100)
+    for _ in range(20):
+        added(queue, tenant="new")
+    assert tenants(queue, 20, 100).count("busy") == 10
+
+
+def test_who_only_runs_earns_no_credit_against_those_that_wait() -> None:
+    queue = FairQueue()
+    added(queue, tenant="slow")
+    for _ in range(100):
+        added(queue, tenant="busy")
+    tenants(queue, 51, 100)
+    for _ in range(20):
+        added(queue, tenant="slow")
+    assert tenants(queue, 20, 100).count("busy") >= 9
+
+
+def test_who_comes_while_nobody_waits_has_no_credit_over_those_that_run() -> None:
+    queue = FairQueue()
+    for _ in range(10):
+        added(queue, tenant="busy")
+    tenants(queue, 10, 100)
+    for _ in range(20):
+        added(queue, tenant="new")
+        added(queue, tenant="busy")
+    assert tenants(queue, 20, 100).count("busy") == 10
+
+
+def test_a_debt_is_not_shaken_off_by_being_idle() -> None:
+    queue = FairQueue()
+    for _ in range(30):
+        added(queue, tenant="steady")
+    burst = added(queue, tenant="burst")
+    tenants(queue, 2, 10)
+    queue.serve(burst, 190)
+    queue.remove(burst)
+    for _ in range(30):
+        added(queue, tenant="burst")
+    assert tenants(queue, 19, 10) == ["steady"] * 19
+
+
+def test_what_is_idle_is_forgotten() -> None:
+    queue = FairQueue()
+    for number in range(1000):
+        added(queue, tenant=f"t{number}", adapter=f"a{number}", priority=number % 3)
+        queue.remove(taken(queue, 10))
+    assert not queue._levels
+    assert not queue._places
+
+
+def test_debts_and_what_has_ceased_to_wait_take_bounded_memory() -> None:
+    contest: Contest[Share] = Contest()
+    steady = contest.member("steady", Share)
+    contest.add_waiting(steady)
+    for number in range(3000):
+        share = contest.member(number % 1500, Share)
+        share.serve(1000)
+        contest.add_waiting(share)
+        contest.remove_waiting(share)
+        contest.drop_idle(number % 1500)
+    assert len(contest._debts) <= MAX_DEBTS
+    assert len(contest._heap) <= 32
+    assert list(contest.members) == ["steady"]
+    assert contest.first() is steady
+
+
+def test_who_is_put_back_is_before_all_others_of_its_flow() -> None:
+    queue = FairQueue()
+    sequences = [added(queue) for _ in range(4)]
+    first, second = taken(queue), taken(queue)
+    queue.put_back(second)
+    queue.put_back(first)
+    assert [taken(queue) for _ in range(4)] == sequences
+
+
+def test_a_flow_that_is_passed_over_holds_up_no_other() -> None:
+    queue = FairQueue()
+    cold = [added(queue, adapter="cold") for _ in range(2)]
+    warm = added(queue, adapter="warm")
+    other = added(queue, tenant="other")
+    low = added(queue, priority=1)
+    assert queue.first() is cold[0]
+    queue.pass_over(cold[0])
+    assert {taken(queue, 5), taken(queue, 5)} == {warm, other}
+    assert taken(queue) is low
+    assert queue.first() is None
+    queue.bring_back()
+    assert [taken(queue), taken(queue)] == cold
+    queue.check_integrity(set(), {*cold, warm, other, low})
+
+
+def test_tokens_are_told_of_active_flows() -> None:
+    queue = FairQueue()
+    one, two = added(queue, tenant="t", adapter="a"), added(queue, tenant="t", adapter="b")
+    taken(queue, 5)
+    taken(queue, 7)
+    assert queue.tokens_served() == {("t", ("a",)): 5, ("t", ("b",)): 7}
+    queue.remove(one)
+    queue.serve(two, 1)
+    assert queue.tokens_served() == {("t", ("b",)): 8}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_order_is_that_of_the_counters(seed: int) -> None:
+    """Beside a queue that looks at all shares each time, through arrivals, ends, returns and flows that are passed over."""
+    rng = random.Random(seed)
+    queue = FairQueue()
+    waiting: set[Sequence] = set()
+    running: set[Sequence] = set()
+    for _ in range(400):
+        kind = rng.random()
+        if kind < 0.4:
+            waiting.add(added(queue, rng.choice("abc"), rng.choice("tu"), rng.randint(0, 1)))
+        elif kind < 0.7 and waiting:
+            passed = []
+            for _ in range(rng.randint(0, 2)):
+                if (sequence := queue.first()) is not None:
+                    queue.pass_over(sequence)
+                    passed.append(queue._places[sequence].flow)
+            if (sequence := queue.first()) is not None:
+                open_places = [p for s in waiting if (p := queue._places[s]).flow not in passed]
+                least = min(s.request.priority for s in waiting if queue._places[s].flow not in passed)
+                level = queue._levels[least]
+                open_places = [p for p in open_places if p.level is level]
+                tenant = queue._places[sequence].tenant
+                assert sequence.request.priority == least
+                assert tenant.counter == min(p.tenant.counter for p in open_places)
+                flows = [p.flow for p in open_places if p.tenant is tenant]
+                assert queue._places[sequence].flow.counter == min(flow.counter for flow in flows)
+                queue.take(sequence)
+                queue.serve(sequence, rng.randint(1, 50))
+                waiting.remove(sequence)
+                running.add(sequence)
+            queue.bring_back()
+        elif kind < 0.8 and running:
+            sequence = rng.choice(sorted(running, key=id))
+            running.remove(sequence)
+            waiting.add(sequence)
+            queue.put_back(sequence)
+        elif both := sorted(waiting | running, key=id):
+            sequence = rng.choice(both)
+            queue.remove(sequence)
+            waiting.discard(sequence)
+            running.discard(sequence)
+        for sequence in running:
+            queue.serve(sequence, 1)
+        queue.check_integrity(waiting, running)

@@ -1,0 +1,220 @@
+"""Any schedule keeps its promises, and no step reads keys that were computed for other tokens or other adapters."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.engine.kv_cache import must_score
+from server.engine.request import Request, Sequence
+from server.engine.scheduler import Chunk, Scheduler
+from tests.server.plans import FakeGate, added_choices, digests, is_done, request, scheduler
+
+ADAPTERS = ("a", "b", "c", "bad")
+MAX_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, the step in which it comes, and how many steps later it is cancelled or its time is up."""
+
+    step: int
+    request: Request
+    cancelled_after: int | None
+    expires_after: int | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens, and how little there is of all."""
+
+    num_blocks: int
+    block_size: int
+    max_sequences: int
+    max_prompt_tokens: int
+    max_stall: float
+    free_tokens: int
+    num_slots: int
+    delays: dict[str, int]
+    arrivals: list[Arrival]
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    num_blocks, block_size = draw(st.integers(2, 14)), draw(st.integers(1, 4))
+    num_slots = draw(st.integers(2, 4))
+    capacity = num_blocks * block_size
+    arrivals = []
+    for _ in range(draw(st.integers(1, 14))):
+        num_prompt = draw(st.integers(1, min(capacity, 30)))
+        of = request(
+            num_prompt,
+            draw(st.integers(0, min(24, capacity - num_prompt))),
+            text=draw(st.integers(0, 1)),
+            adapters=draw(st.sampled_from([(), (), ("a",), ("b",), ("c",), ("a", "b"), ("bad",), ("a", "bad")])),
+            weight=draw(st.sampled_from([1.0, 0.5])),
+            num_choices=draw(st.sampled_from([1, 1, 1, 2, 3])),
+            priority=draw(st.sampled_from([0, 0, 1])),
+            tenant=draw(st.sampled_from("tu")),
+            is_scored=draw(st.booleans()) and draw(st.booleans()),
+        )
+        later = st.one_of(st.none(), st.none(), st.integers(0, 30))
+        arrivals.append(Arrival(draw(st.integers(0, 12)), of, draw(later), draw(later)))
+    return Schedule(
+        num_blocks,
+        block_size,
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 20)),
+        draw(st.sampled_from([1.0, 1.5, 2.0, float("inf")])),
+        draw(st.integers(0, 8)),
+        num_slots,
+        {adapter: draw(st.integers(0, 4)) for adapter in ADAPTERS} | {"bad": draw(st.integers(1, 4))},
+        sorted(arrivals, key=lambda a: a.step),
+    )
+
+
+class FakeMemory:
+    """KV memory that knows what each place was computed from, and checks all that a chunk reads."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._places: dict[tuple[int, int], object] = {}
+
+    def compute(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        assert chunk.start == sequence.num_computed < chunk.stop <= sequence.num_tokens
+        for position in range(chunk.stop):
+            place = (sequence.blocks[position // self._block_size], position % self._block_size)
+            source = (sequence.request.residents, tuple(sequence.ids(0, position + 1)))
+            if position < chunk.start:
+                assert self._places[place] == source, "keys of other tokens or adapters"
+            self._places[place] = source
+
+
+@dataclass
+class Run:
+    """A schedule under way."""
+
+    of: Schedule
+    it: Scheduler
+    gate: FakeGate
+    memory: FakeMemory
+    step: int = 0
+    arrived: list[Sequence] = field(default_factory=list)
+    joined: dict[Sequence, None] = field(default_factory=dict)
+    scored: dict[Sequence, int] = field(default_factory=dict)
+    ended: Counter[Sequence] = field(default_factory=Counter)
+    cancelled_at: dict[int, list[Sequence]] = field(default_factory=lambda: defaultdict(list))
+
+    def arrive(self) -> None:
+        for arrival in self.of.arrivals:
+            if arrival.step == self.step:
+                deadline = None if arrival.expires_after is None else float(self.step + arrival.expires_after)
+                sequences = added_choices(self.it, arrival.request, deadline)
+                self.arrived += sequences
+                if arrival.cancelled_after is not None:
+                    self.cancelled_at[self.step + arrival.cancelled_after] += sequences
+
+    def leave(self) -> None:
+        loaded = self.gate.tick()
+        if loaded:
+            self.it.wake()
+        if "bad" in loaded:
+            self.ended.update(self.it.drop(lambda s: "bad" in digests(s)))
+            self.gate.resident.pop("bad", None)
+        for sequence in self.cancelled_at[self.step]:
+            sequence.is_aborted = True
+        aborted, expired = self.it.drop_aborted(), self.it.drop_expired(self.step)
+        assert not any(s.is_aborted for s in (*self.it.waiting, *self.it.running))
+        assert not any(s.deadline is not None and s.deadline <= self.step for s in (*self.it.waiting, *self.it.running))
+        self.ended.update(aborted + expired)
+        self.it.check_integrity()
+
+    def plan(self) -> list[Chunk]:
+        ran = dict.fromkeys(self.it.running)
+        could_step, num_preemptions = self.it.can_step, self.it.num_preemptions
+        chunks = self.it.plan()
+        self.it.check_integrity()
+        self.joined |= dict.fromkeys(self.it.running)
+        assert {s for s, answer in self.gate.held.items() if answer == "ready"} == self.it.running.keys()
+        assert bool(chunks) == bool(self.it.running), "what runs goes on"
+        assert could_step or not chunks, "who sleeps misses nothing"
+        assert chunks or not self.it.waiting or "loading" in self.gate.held.values(), "nothing but a load stops all"
+        assert self.it.num_preemptions - num_preemptions == len(ran.keys() - self.it.running.keys())
+        self.check_sizes(chunks)
+        return chunks
+
+    def check_sizes(self, chunks: list[Chunk]) -> None:
+        limits = self.it.limits
+        sizes = [c.stop - c.start for c in chunks]
+        assert sum(sizes) <= limits.max_tokens
+        assert sizes == sorted(sizes, key=lambda size: size > 1), "those of one token come first"
+        decoding = {s for s in self.it.running if s.num_tokens - s.num_computed == 1}
+        assert decoding <= {c.sequence for c in chunks}, "all that decode do so in every step"
+        assert len({c.sequence for c in chunks}) == len(chunks)
+        if decoding:
+            beside = sum(c.stop - c.start for c in chunks if c.sequence not in decoding)
+            assert beside <= max(1, (limits.max_stall - 1) * (len(decoding) + limits.free_tokens))
+
+    def commit(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if must_score(sequence) and chunk.start:
+                assert self.scored[sequence] == chunk.start, "no row of a prompt to be scored is left out"
+            self.scored[sequence] = chunk.stop
+            self.memory.compute(chunk)
+            self.it.commit(chunk, token_of(sequence) if chunk.is_last else None)
+            if is_done(sequence):
+                self.it.finish(sequence)
+                self.ended[sequence] += 1
+        self.it.check_integrity()
+
+    def check_order(self) -> None:
+        """First come, first served among the sequences of a flow that never waited for another choice."""
+        flows = defaultdict(list)
+        for sequence in self.arrived:
+            if sequence in self.joined and not sequence.choice:
+                of = sequence.request
+                flows[of.priority, of.tenant, tuple(sorted(digests(sequence)))].append(sequence)
+        for sequences in flows.values():
+            assert [s for s in self.joined if s in sequences] == sequences
+
+
+def token_of(sequence: Sequence) -> int:
+    """The token that a model would say next: the same whoever shares the batch, and however often it is computed."""
+    return 100 + (len(sequence.output_ids) * 7 + sequence.choice) % 13
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(schedules())
+def test_any_schedule_keeps_its_promises(of: Schedule) -> None:
+    """Arrivals, cancels, deadlines, choices, priorities, tenants, too little memory; adapters that are slow, bad, or too many."""
+    gate = FakeGate(of.num_slots, of.delays)
+    it = scheduler(
+        of.num_blocks,
+        block_size=of.block_size,
+        max_sequences=of.max_sequences,
+        max_tokens=of.max_sequences + of.max_prompt_tokens,
+        max_stall=of.max_stall,
+        free_tokens=of.free_tokens,
+        gate=gate,
+    )
+    run = Run(of, it, gate, FakeMemory(of.block_size))
+    while run.step <= of.arrivals[-1].step or it.has_work:
+        assert run.step < MAX_STEPS, "somebody waits for ever"
+        run.arrive()
+        run.leave()
+        run.commit(run.plan())
+        run.step += 1
+    run.check_order()
+    assert run.ended == Counter(run.arrived), "all end, once"
+    assert it.cache.num_available == of.num_blocks
+    assert not gate.held
+    assert not it.has_work
+    for sequence in run.arrived:
+        if is_done(sequence):
+            fresh = Sequence(sequence.request, sequence.choice)
+            while len(fresh.output_ids) < sequence.request.max_tokens:
+                fresh.output_ids.append(token_of(fresh))
+            assert sequence.output_ids == fresh.output_ids
