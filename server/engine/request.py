@@ -1,25 +1,66 @@
 """What the engine is asked and what it answers. Plain values; no tensor, no HTTP.
 
-A request is fixed when it is admitted; a sequence is its state inside the engine; events are what the client hears.
+A request is fixed when it is admitted; a sequence is one of its choices' state inside the engine; events are what the client hears.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lori.config import NUM_VERSION_DIGITS
+from lori.merge_methods import MergeOptions
+
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
+ErrorKind = Literal["engine", "adapter", "timeout"]
+"""Whose fault it was: the engine's own, an adapter's file, or nobody's: time was up."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTerm:
-    """One adapter of a request, as resolved: `scale` is its alpha / r, `weight` what the client asked for."""
+    """One adapter of a request, as resolved: `weight` is what the client asked for."""
 
     name: str
-    version: str
+    digest: str
+    """Of its content: what the adapter is, whatever its name."""
     weight: float
-    scale: float
+
+    @property
+    def version(self) -> str:
+        """The digits of the digest that a client sees."""
+        return self.digest[:NUM_VERSION_DIGITS]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is picked; the defaults change nothing. Applied in the order of the fields, `temperature` last but one.
+
+    Bias, `min_tokens` and the penalties change the logits; `min_p`, `top_k` and `top_p` leave out what is unlikely at this
+    temperature. At temperature 0 the likeliest token is taken.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens; minus infinity forbids one."""
+    min_tokens: int = 0
+    """Before so many output tokens no stop token is picked, and no stop string ends the answer."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the output (arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens in the output, as often as they are there."""
+    temperature: float = 0.0
+    top_k: int = 0
+    """Leaves this many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Leaves the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Leaves tokens of at least this share of the likeliest one's probability."""
+    seed: int = 0
+    """With the choice it names the request's random stream."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """An admitted request: the engine can run it."""
 
@@ -28,14 +69,37 @@ class Request:
     prompt_ids: tuple[int, ...]
     prompt_offsets: tuple[int, ...]
     """Where each prompt token begins in `prompt_text`, in characters."""
-    terms: tuple[AdapterTerm, ...]
     max_tokens: int
-    temperature: float
-    seed: int
-    stop: tuple[str, ...]
-    num_logprobs: int | None
+    terms: tuple[AdapterTerm, ...] = ()
+    merge: MergeOptions = MergeOptions()
+    """How the adapters of `terms` are combined; anything but `linear` is built once and kept as a resident adapter."""
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    """Stop tokens do not end the answer."""
+    num_logprobs: int | None = None
     """None: no log-probabilities; else how many alternatives beside the token itself."""
-    echo: bool
+    echo: bool = False
+    num_choices: int = 1
+    """Answers to the prompt, which is computed once; each has a random stream of its own."""
+    priority: int = 0
+    """Lower runs earlier."""
+    tenant: str = ""
+    """Whose share of the engine it uses."""
+    timeout_s: float | None = None
+    """From its submission to its end."""
+
+    @property
+    def residents(self) -> tuple[tuple[str, float], ...]:
+        """What must be resident while it runs, digest and weight of each, in order of digest.
+
+        Adapters that are summed are there one by one; any other merge is one, of its own digest and of weight 1.
+        """
+        wanted = sorted((term.digest, term.weight) for term in self.terms if term.weight)
+        if self.merge.method == "linear" or not wanted:
+            return tuple(wanted)
+        said = json.dumps([dict(self.merge.used), wanted], sort_keys=True)
+        return ((hashlib.sha256(said.encode()).hexdigest(), 1.0),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +122,42 @@ class TextEvent:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     is_prompt: bool = False
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DoneEvent:
-    """The last event of a request that ended well."""
+    """The last event of a choice that ended well. `num_cached_tokens` of its prompt were not computed again."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
     num_completion_tokens: int
+    choice: int = 0
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorEvent:
-    """The last event of a request that failed inside the engine."""
+    """The last event of a request that failed inside the engine, with all its choices."""
 
     message: str
+    kind: ErrorKind = "engine"
 
 
 Event = TextEvent | DoneEvent | ErrorEvent
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
-    """A request inside the engine. `num_computed` of its tokens have their keys and values in `blocks`."""
+    """One choice of a request inside the engine. `num_computed` of its tokens have their keys and values in `blocks`."""
 
     request: Request
+    choice: int = 0
     output_ids: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
+    """Tokens of the prompt that were found in the prefix cache when it first ran."""
     is_aborted: bool = False
 
     @property
