@@ -148,7 +148,7 @@ class ErrorEvent:
 Event = TextEvent | DoneEvent | ErrorEvent
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """One choice of a request inside the engine. `num_computed` of its tokens have their keys and values in `blocks`."""
 

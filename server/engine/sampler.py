@@ -1,43 +1,127 @@
-"""Picks the next tokens of a step, over the whole batch. Every request has a random stream of its own.
+"""Picks the next tokens of a step, over the whole batch. Every choice of a request has a random stream of its own.
 
-Shapes: P rows, V vocabulary.
+Shapes: P rows, V vocabulary, R rows that are drawn.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from server.engine.cutoff import cut, draw_few
+from server.engine.draw import draw
+from server.engine.logit_edits import LogitEdits, edited
 from server.engine.request import Sequence
+from server.engine.sampling_batch import SamplingBatch, SamplingState
+from server.engine.upload import to_device
 
 
-def uniform(seed: int, position: int) -> float:
-    """Returns the number in [0, 1) that decides token `position` of a request: the same whoever shares its batch."""
-    word = int(np.random.Philox(key=seed, counter=position).random_raw())
-    return (word >> 11) * 2.0**-53
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of each row, and whether the row was sound: where it was not, the token means nothing."""
+
+    tokens: list[int]
+    is_sound: list[bool]
+    """Not so with NaN or infinity among the logits, or with every token forbidden."""
 
 
-def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[int]:
-    """Returns the next token of each sequence from its row of `logits` (P, V): greedy at temperature 0, else by inverse CDF."""
-    tokens = logits.argmax(-1)
-    drawn = [i for i, s in enumerate(sequences) if s.request.temperature > 0]
-    if drawn:
-        chosen = [sequences[i] for i in drawn]
-        heat = torch.tensor([s.request.temperature for s in chosen], dtype=torch.float64, device=logits.device)
-        level = torch.tensor(
-            [uniform(s.request.seed, len(s.output_ids)) for s in chosen], dtype=torch.float64, device=logits.device
-        )
-        # Below zero before it is divided: a tiny temperature gives minus infinity, and never infinity less infinity.
-        scores = logits[drawn].double()
-        mass = ((scores - scores.amax(-1, keepdim=True)) / heat[:, None]).softmax(-1).cumsum(-1)  # (P, V)
-        picked = torch.searchsorted(mass, (level * mass[:, -1])[:, None], right=True)[:, 0]
-        tokens[drawn] = picked.clamp(max=logits.shape[1] - 1)
-    ids: list[int] = tokens.tolist()
-    return ids
+class Sampler:
+    """Picks tokens, and keeps what it must know of each sequence as long as the sequence lives.
+
+    `stop_ids` are the tokens that `min_tokens` forbids.
+    """
+
+    def __init__(self, stop_ids: Iterable[int]) -> None:
+        self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
+        self._states: WeakKeyDictionary[Sequence, SamplingState] = WeakKeyDictionary()
+        self._batch: SamplingBatch | None = None
+        self._memory: torch.Tensor | None = None
+
+    def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> Sampled:
+        """Returns the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous.
+
+        The logits are the same afterwards. It waits for their device once, at the end.
+        """
+        tokens, is_sound = self.pick(logits, sequences).tolist()
+        return Sampled(tokens, [bool(x) for x in is_sound])
+
+    @torch.inference_mode()
+    def pick(self, logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
+        """Returns the tokens, and 1 for the sound rows, as a tensor (2, P) on the logits' device, and does not wait for it."""
+        batch = self._batch_of(sequences, logits.device)
+        tokens = likeliest(logits)
+        peaks = logits.gather(1, tokens[:, None])  # (P, 1)
+        is_sound = peaks.isfinite()
+        edits = self._active(batch)
+        with edited(logits, edits):
+            if edits:
+                rows = to_device(torch.tensor(list(edits), dtype=torch.int64), logits.device)
+                tokens[rows], peaks[rows] = _likeliest_of(logits if len(edits) == len(tokens) else logits[rows])
+                is_sound &= peaks.isfinite()
+            if batch.drawn:
+                tokens[batch.rows] = _draw(logits, peaks, batch, self._room(len(batch.drawn), logits))
+        return torch.stack([tokens, is_sound[:, 0].long()])
+
+    def _batch_of(self, sequences: Items[Sequence], device: torch.device) -> SamplingBatch:
+        if self._batch is None or self._batch.sequences != list(sequences):
+            states = [self._states.get(s) or self._states.setdefault(s, SamplingState(s, self._stop_ids)) for s in sequences]
+            self._batch = SamplingBatch(sequences, states, device)
+        return self._batch
+
+    def _room(self, num_rows: int, like: torch.Tensor) -> torch.Tensor:
+        # (R, V) to compute in: on a CPU fresh memory of this size costs more than what is computed in it.
+        if self._memory is None or self._memory.shape[0] < num_rows or self._memory.shape[1] != like.shape[1]:
+            self._memory = torch.empty(num_rows, like.shape[1], dtype=like.dtype, device=like.device)
+        return self._memory[:num_rows]
+
+    def _active(self, batch: SamplingBatch) -> dict[int, LogitEdits]:
+        for row, edits in batch.edited.items():
+            edits.update(batch.sequences[row].output_ids)
+        return {row: edits for row, edits in batch.edited.items() if edits.is_active}
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """Returns the likeliest token (P,) of each row of `logits` (P, V), the first of equals; NaN is the likeliest of all."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.numpy().argmax(-1))  # Nine times as fast as torch's.
+
+
+def _likeliest_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = likeliest(logits)
+    return tokens, logits.gather(1, tokens[:, None])
+
+
+def _draw(logits: torch.Tensor, peaks: torch.Tensor, batch: SamplingBatch, memory: torch.Tensor) -> torch.Tensor:
+    if not batch.is_all:
+        logits, peaks = torch.index_select(logits, 0, batch.rows, out=memory), peaks[batch.rows]
+    # Below zero before it is divided: a tiny temperature gives minus infinity, and never infinity less infinity.
+    scores = torch.sub(logits, peaks, out=memory).mul_(batch.coldness)
+    probabilities = torch.softmax(scores, -1, out=memory)  # (R, V)
+    levels = batch.levels(logits.device)
+    num_whole = len(batch.drawn) - len(batch.cutoffs)
+    if not batch.cutoffs:
+        return draw(probabilities, levels)
+    if logits.device.type != "cpu":
+        return draw(torch.cat([probabilities[:num_whole], cut(probabilities[num_whole:], batch.cutoffs)]), levels)
+    few = draw_few(probabilities[num_whole:].numpy(), batch.cutoffs, levels[num_whole:].tolist())
+    return torch.cat([draw(probabilities[:num_whole], levels[:num_whole]), torch.tensor(few)])
+
+
+def sound_rows(logits: torch.Tensor) -> list[bool]:
+    """Returns, for each row of `logits` (P, V), whether it holds neither NaN nor plus infinity, and a token that is possible."""
+    sound: list[bool] = logits.amax(-1).isfinite().tolist()
+    return sound
 
 
 def log_probabilities(logits: torch.Tensor, tokens: Items[int], num_top: int) -> list[tuple[float, dict[int, float]]]:
-    """Returns, for each row of `logits` (P, V), the log-probability of its token and the `num_top` likeliest alternatives."""
+    """Returns, for each row of `logits` (P, V), the log-probability of its token and the `num_top` likeliest alternatives.
+
+    They are the model's own, of the logits as it gave them: before bias, penalties, temperature and cutoffs.
+    """
     scores = logits.log_softmax(-1)
     own = scores.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     if not num_top:

@@ -1,68 +1,230 @@
-"""The tokens that are picked, and their log-probabilities."""
+"""The tokens that are picked over a mixed batch, and their log-probabilities."""
 
+import gc
+import math
+import weakref
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from server.engine.request import Sequence
-from server.engine.sampler import log_probabilities, sample, uniform
-from tests.server.rig import request
+from server.engine.random_stream import uniforms
+from server.engine.request import Request, Sampling, Sequence
+from server.engine.sampler import Sampler, log_probabilities, sound_rows
+
+STOP_IDS = (3, 7)
+SIZE = 50
 
 
-def sequence(temperature: float, seed: int = 0, num_output: int = 0) -> Sequence:
-    return Sequence(request(temperature=temperature, seed=seed), output_ids=[0] * num_output)
+def sequence(
+    sampling: Sampling,
+    prompt_ids: tuple[int, ...] = (1, 2, 2),
+    output_ids: tuple[int, ...] = (),
+    choice: int = 0,
+    ignore_eos: bool = False,
+) -> Sequence:
+    request = Request(
+        id="", prompt_text="", prompt_ids=prompt_ids, prompt_offsets=(0,) * len(prompt_ids), max_tokens=100,
+        sampling=sampling, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    return Sequence(request, choice, list(output_ids))
 
 
-def logits(num_rows: int, size: int = 50, seed: int = 0) -> torch.Tensor:
+def heated(temperature: float, seed: int = 0, num_outputs: int = 0, choice: int = 0) -> Sequence:
+    return sequence(Sampling(temperature=temperature, seed=seed), output_ids=(0,) * num_outputs, choice=choice)
+
+
+def logits(num_rows: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def test_temperature_0_takes_the_likeliest() -> None:
-    rows = logits(6)
-    assert sample(rows, [sequence(0.0, seed=i) for i in range(6)]) == rows.argmax(-1).tolist()
+def sample(rows: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    sampled = Sampler(STOP_IDS).sample(rows, sequences)
+    assert all(sampled.is_sound)
+    return sampled.tokens
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-9, 1e-300, 5e-324])
-def test_a_temperature_near_0_takes_the_likeliest_too(temperature: float) -> None:
-    rows = logits(6)
-    assert sample(rows, [sequence(temperature, seed=i) for i in range(6)]) == rows.argmax(-1).tolist()
+def expected_token(row: list[float], s: Sequence) -> int:
+    """Every step by itself, in Python's numbers."""
+    ask, outputs = s.request.sampling, s.output_ids
+    for token, value in ask.logit_bias:
+        row[token] += value
+    if len(outputs) < ask.min_tokens and not s.request.ignore_eos:
+        for token in STOP_IDS:
+            row[token] = -math.inf
+    for token in {*s.request.prompt_ids, *outputs}:
+        row[token] = row[token] / ask.repetition_penalty if row[token] > 0 else row[token] * ask.repetition_penalty
+    for token in set(outputs):
+        row[token] -= ask.presence_penalty + ask.frequency_penalty * outputs.count(token)
+    order = sorted(range(len(row)), key=lambda token: (-row[token], token))
+    if ask.temperature == 0:
+        return order[0]
+    weights = {token: math.exp((row[token] - row[order[0]]) / ask.temperature) for token in order[: ask.top_k or None]}
+    whole, mass = sum(weights.values()), 0.0
+    kept = []
+    for token, weight in weights.items():
+        if (not kept or mass < ask.top_p * whole) and weight >= ask.min_p:
+            kept.append(token)
+        mass += weight
+    level = uniforms(ask.seed, s.choice, len(outputs), 1)[0] * sum(weights[token] for token in kept)
+    for token in sorted(kept):
+        level -= weights[token]
+        if level < 0:
+            return token
+    return max(kept)
 
 
-def test_the_same_seed_draws_the_same_whoever_shares_the_batch() -> None:
-    rows = logits(8)
-    sequences = [sequence(0.0 if i % 3 == 0 else 0.5 + i / 4, seed=100 + i, num_output=i) for i in range(8)]
+token_lists = st.lists(st.integers(0, SIZE - 1), max_size=12).map(tuple)
+samplings = st.builds(
+    Sampling,
+    logit_bias=st.lists(st.tuples(st.integers(0, SIZE - 1), st.sampled_from([-math.inf, -2.5, 0.5, 4.0])), max_size=5).map(tuple),
+    min_tokens=st.sampled_from([0, 0, 6, 50]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.0, -0.5, 2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.3, 0.25]),
+    temperature=st.sampled_from([0.0, 1e-6, 0.31, 1.0, 2.7]),
+    top_k=st.sampled_from([0, 0, 1, 5, 23, 400]),
+    top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.337, 0.9117]),
+    min_p=st.sampled_from([0.0, 0.0, 0.0513, 1.0]),
+    seed=st.integers(0, 2**63 - 1),
+)
+sequences_ = st.builds(sequence, samplings, token_lists, token_lists, st.integers(0, 3), st.booleans())
+batches = st.lists(sequences_, min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(batches, st.integers(0, 1000))
+def test_every_row_of_a_mixed_batch_gets_what_the_words_say(sequences: list[Sequence], seed: int) -> None:
+    rows = logits(len(sequences), seed=seed)
+    before = rows.clone()
+    expected = [expected_token(row.tolist(), s) for row, s in zip(rows.double(), sequences, strict=True)]
+    assert sample(rows, sequences) == expected
+    assert torch.equal(rows, before)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(batches, st.integers(0, 1000), st.randoms(use_true_random=False))
+def test_who_shares_the_batch_changes_nothing(sequences: list[Sequence], seed: int, random: object) -> None:
+    rows = logits(len(sequences), seed=seed)
     together = sample(rows, sequences)
     assert together == [sample(rows[i : i + 1], [s])[0] for i, s in enumerate(sequences)]
-    order = [5, 2, 7, 0]
+    order = list(range(len(sequences)))
+    random.shuffle(order)
     assert sample(rows[order], [sequences[i] for i in order]) == [together[i] for i in order]
 
 
-def test_another_seed_and_another_place_draw_anew() -> None:
-    row = torch.zeros(1, 10_000)
-    drawn = [sample(row, [sequence(1.0, seed, place)])[0] for seed in (0, 1, 2**63 - 1) for place in range(20)]
+def test_steps_of_one_sampler_pick_as_a_new_one_does() -> None:
+    """Its memory of the sequences must not matter: rows come, go, wait a while and change places."""
+    ask = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=20)
+    kinds = [Sampling(), Sampling(temperature=0.7), ask, replace(ask, top_p=1.0), Sampling(presence_penalty=1.0)]
+    sequences = [sequence(replace(kind, seed=i)) for i, kind in enumerate(kinds * 2)]
+    sampler, random, chosen = Sampler(STOP_IDS), np.random.default_rng(0), sequences
+    for step in range(60):
+        chosen = [sequences[i] for i in random.permutation(10)[: random.integers(1, 11)]] if step % 3 == 0 else chosen
+        rows = logits(len(chosen), seed=step)
+        tokens = sampler.sample(rows, chosen).tokens
+        assert tokens == sample(rows, chosen)
+        for s, token in zip(chosen, tokens, strict=True):
+            s.output_ids.append(token)
+
+
+def test_what_is_kept_of_a_sequence_ends_with_it() -> None:
+    sampler = Sampler(STOP_IDS)
+    gone = [sequence(Sampling(temperature=1.0, repetition_penalty=1.1)) for _ in range(5)]
+    watched = [weakref.ref(s) for s in gone]
+    sampler.sample(logits(5), gone)
+    stays = [heated(1.0)]
+    sampler.sample(logits(1), stays)
+    gone.clear()
+    gc.collect()
+    assert [ref() for ref in watched] == [None] * 5
+    assert len(sampler._states) == 1
+
+
+def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
+    rows = logits(6)
+    assert sample(rows, [heated(0.0, seed=i) for i in range(6)]) == rows.argmax(-1).tolist()
+    rows = torch.tensor([[1.0, 5.0, 5.0, 2.0]])
+    assert sample(rows, [heated(0.0)]) == [1]
+    assert {sample(rows, [sequence(Sampling(temperature=9.0, top_k=1, seed=seed))])[0] for seed in range(20)} == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-9, 1e-300, 5e-324])
+@pytest.mark.parametrize("scale", [1, 1e30])
+def test_a_temperature_near_0_takes_the_likeliest_too(temperature: float, scale: float) -> None:
+    rows = logits(6) * scale
+    assert sample(rows, [heated(temperature, seed=i) for i in range(6)]) == rows.argmax(-1).tolist()
+
+
+def test_an_endless_temperature_draws_from_all_that_is_allowed() -> None:
+    forbidden = tuple((token, -math.inf) for token in range(10))
+    asks = [Sampling(temperature=1e300, logit_bias=forbidden, seed=seed) for seed in range(200)]
+    drawn = set(sample(logits(1, 20).expand(200, -1).contiguous(), [sequence(ask) for ask in asks]))
+    assert drawn == set(range(10, 20))
+
+
+def test_another_seed_choice_and_place_draw_anew() -> None:
+    asks = [(seed, place, choice) for seed in (0, 1, 2**63 - 1) for place in range(10) for choice in (0, 1)]
+    drawn = sample(torch.zeros(60, 10_000), [heated(1.0, *ask) for ask in asks])
     assert len(set(drawn)) > 55
 
 
-def test_the_numbers_behind_the_draws_stay_as_they_are() -> None:
-    """A seed in a reply gives the same tokens in every version of this server."""
-    assert [uniform(0, 0), uniform(0, 1), uniform(2**62, 5)] == [0.011546754286331562, 0.5023796042735054, 0.652083168624115]
+def test_draws_are_those_of_the_earlier_versions() -> None:
+    """Golden values, of choice 0."""
+    rows = (torch.arange(6000) * 37 % 1009 / 150).view(6, 1000)
+    assert sample(rows, [heated(1.5, seed=i, num_outputs=i) for i in range(6)]) == [22, 902, 913, 925, 222, 126]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_draws_are_distributed_as_softmax_says(temperature: float) -> None:
-    count = 4000
-    row = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5, -3.0, 1.5, -30.0]])
-    drawn = sample(row.expand(count, -1), [sequence(temperature, seed) for seed in range(count)])
-    found = torch.bincount(torch.tensor(drawn), minlength=8)
-    expected = (row[0].double() / temperature).softmax(-1) * count
-    spread = (expected * (1 - expected / count)).sqrt()
-    assert ((found - expected).abs() <= 4 * spread + 1e-6).all(), (found, expected)
+def test_a_bias_leaves_what_it_does_not_forbid() -> None:
+    all_but_one = tuple((token, -math.inf) for token in range(SIZE) if token != 31)
+    for ask in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=1e-6, top_k=3)):
+        assert sample(logits(1), [sequence(replace(ask, logit_bias=all_but_one))]) == [31]
 
 
-def test_a_token_without_probability_is_never_drawn() -> None:
-    row = torch.full((1, 9), float("-inf"))
-    row[0, [3, 5]] = 0.0
-    drawn = {sample(row, [sequence(1.0, seed)])[0] for seed in range(200)}
-    assert drawn == {3, 5}
+@pytest.mark.parametrize("ask", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=5, top_p=0.5)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(ask: Sampling, bad: float) -> None:
+    asks = [replace(ask, seed=i, logit_bias=((9, -math.inf),)) for i in range(5)]
+    rows = logits(5)
+    expected = sample(rows, [sequence(ask) for ask in asks])
+    rows[2, 9] = bad  # What a bias forbids is looked at, too.
+    sampled = Sampler(STOP_IDS).sample(rows, [sequence(ask) for ask in asks])
+    assert sampled.is_sound == sound_rows(rows) == [True, True, False, True, True]
+    assert 0 <= sampled.tokens[2] < SIZE
+    assert sampled.tokens[:2] + sampled.tokens[3:] == expected[:2] + expected[3:]
+
+
+def test_a_model_may_forbid_tokens_but_not_all() -> None:
+    rows = logits(3)
+    rows[0, 5] = -math.inf
+    rows[1] = -math.inf
+    assert sound_rows(rows) == [True, False, True]
+    assert Sampler(()).sample(rows, [heated(1.0) for _ in range(3)]).is_sound == [True, False, True]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_forbids_every_token_is_reported(temperature: float) -> None:
+    ask = Sampling(temperature=temperature, logit_bias=tuple((token, -math.inf) for token in range(SIZE)))
+    sampled = Sampler(()).sample(logits(2), [sequence(ask), heated(temperature)])
+    assert sampled.is_sound == [False, True]
+
+
+def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
+    """A meta tensor has no numbers: to look at one is an error."""
+    asks = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9)]
+    assert Sampler(STOP_IDS).pick(torch.empty(3, 300, device="meta"), [sequence(ask) for ask in asks]).shape == (2, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_picks_what_a_cpu_does() -> None:
+    asks = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9)]
+    asks = [replace(ask, seed=seed) for seed in range(20) for ask in asks]
+    rows = logits(60, 1000)
+    assert sample(rows.cuda(), [sequence(ask) for ask in asks]) == sample(rows, [sequence(ask) for ask in asks])
 
 
 def test_log_probabilities_are_torchs() -> None:

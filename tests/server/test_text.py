@@ -3,11 +3,15 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lori.embedded import embedded_model
 from lori.template import encode
-from server.engine.text import TextStream, held_back
+from server.engine.text import HALF_CHARACTER, MAX_WAITING, NUM_CONTEXT, TextStream
+from tests.tiny import tiny_tokenizer
 
 
 def pieces(
@@ -86,22 +90,95 @@ def test_byte_tokens_that_make_no_character_after_one_that_does_are_no_error() -
     assert text.endswith("xy")
 
 
-@pytest.mark.parametrize(
-    ("text", "stops", "count"),
-    [
-        ("abc", (), 0),
-        ("abc", ("x",), 0),
-        ("abc", ("c",), 0),  # a whole stop string is no beginning of one
-        ("abc", ("cd",), 1),
-        ("abc", ("bcd", "cx"), 2),
-        ("aaa", ("aab",), 2),
-        ("ab", ("abab",), 2),
-        ("", ("ab",), 0),
-        ("x€", ("€uro",), 1),
-    ],
-)
-def test_as_much_is_held_back_as_could_begin_a_stop(text: str, stops: tuple[str, ...], count: int) -> None:
-    assert held_back(text, stops) == count
+@pytest.fixture(scope="session")
+def backends() -> dict[str, Tokenizer]:
+    """The embedded model's tokenizer and the tiny models' one."""
+    return {
+        "embedded": AutoTokenizer.from_pretrained(embedded_model()).backend_tokenizer,
+        "tiny": tiny_tokenizer().backend_tokenizer,
+    }
+
+
+def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
+    """Any tokens, with more special ones and more halves of characters than chance gives."""
+    special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
+    num_tokens = backend.get_vocab_size()
+    halves = [token for token in range(num_tokens) if backend.decode([token]).endswith(HALF_CHARACTER)]
+    kinds = [st.integers(0, num_tokens - 1), st.sampled_from(halves), st.sampled_from(halves), st.sampled_from(special)]
+    return st.lists(st.one_of(*kinds), max_size=max_size)
+
+
+@pytest.mark.parametrize("name", ["embedded", "tiny"])
+def test_the_pieces_of_any_tokens_are_the_text_of_all(backends: dict[str, Tokenizer], name: str) -> None:
+    """Up to what may yet become a character, whatever the prompt; a special token inside a character changes nothing."""
+    backend = backends[name]
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(max_size=12), tokens_of(backend, 60))
+    def check(prompt: str, tokens: list[int]) -> None:
+        stream, out = TextStream(backend, tuple(backend.encode(prompt).ids), ()), ""
+        for token in tokens:
+            out += stream.push(token)
+        text = backend.decode(tokens, skip_special_tokens=True)
+        assert text.startswith(out)
+        assert not text[len(out) :].strip(HALF_CHARACTER)
+        assert len(text) - len(out) <= MAX_WAITING
+        assert stream.num_characters == len(out)
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["embedded", "tiny"])
+@pytest.mark.parametrize("share_special", [0.0, 0.5, 0.95])
+def test_thousands_of_halves_and_special_tokens_are_the_text_of_all(
+    backends: dict[str, Tokenizer], name: str, share_special: float
+) -> None:
+    """So many that the first of them are forgotten before a character comes."""
+    backend, rng = backends[name], random.Random(1)
+    special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
+    halves = [backend.encode(character).ids for character in ("é", "€", "😀")]
+    starts, rest = [ids[0] for ids in halves], [ids[1] for ids in halves if len(ids) > 1]
+    tokens = [rng.choice(special if rng.random() < share_special else rng.choice([starts, rest])) for _ in range(5000)]
+    stream = TextStream(backend, (), ())
+    out = "".join(map(stream.push, tokens))
+    text = backend.decode(tokens, skip_special_tokens=True)
+    assert text.startswith(out)
+    assert len(text) - len(out) <= MAX_WAITING
+
+
+def test_what_comes_with_half_a_character_does_not_wait_for_it(backends: dict[str, Tokenizer]) -> None:
+    backend = backends["embedded"]
+    texts = {token: backend.decode([token]) for token in range(backend.get_vocab_size())}
+    token = next(t for t, text in texts.items() if len(text) > 1 and text.endswith(HALF_CHARACTER) and text[0] != HALF_CHARACTER)
+    assert TextStream(backend, (), ()).push(token) == texts[token].rstrip(HALF_CHARACTER)
+
+
+class CountingTokenizer:
+    """Counts the tokens that are decoded."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self._backend, self.num_decoded = backend, 0
+
+    def get_added_tokens_decoder(self) -> dict[int, object]:
+        return self._backend.get_added_tokens_decoder()
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.num_decoded += len(ids)
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+@pytest.mark.parametrize("text", ["€", "<|end|>", "a", "😀"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_long_answer_costs_as_much_a_token_as_a_short_one(tokenizer: PreTrainedTokenizerFast, text: str, place: int) -> None:
+    """Also where no token ever forms a character."""
+    counting, num_tokens = CountingTokenizer(tokenizer.backend_tokenizer), 10_000
+    token = encode(tokenizer, text).ids[place]
+    stream = TextStream(counting, tuple(encode(tokenizer, "x").ids), ())
+    out = "".join(stream.push(token) for _ in range(num_tokens))
+    expected = tokenizer.decode([token] * num_tokens, skip_special_tokens=True)
+    assert expected.startswith(out)
+    assert len(expected) - len(out) <= MAX_WAITING
+    assert counting.num_decoded <= (2 * NUM_CONTEXT + MAX_WAITING) * num_tokens
 
 
 def test_a_stop_string_is_found_across_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -151,3 +228,21 @@ def test_any_text_is_cut_where_its_first_stop_begins(tokenizer: PreTrainedTokeni
     out, stream = pieces(tokenizer, text, stops)
     assert "".join(out) == expected
     assert stream.is_stopped == (grown is not None)
+
+
+def test_a_stop_string_does_not_count_before_there_are_enough_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = encode(tokenizer, "aENDbENDcENDd").ids
+    for min_tokens, expected in ((0, "a"), (4, "a"), (5, "aENDb"), (8, "aENDb"), (9, "aENDbENDc"), (13, "aENDbENDcENDd")):
+        stream, out = TextStream(tokenizer.backend_tokenizer, (), ("END",), min_tokens), ""
+        for token in tokens:
+            out += stream.push(token)
+            if stream.is_stopped:
+                break
+        assert out + stream.flush() == expected
+
+
+def test_special_tokens_count_among_the_tokens_there_must_be(tokenizer: PreTrainedTokenizerFast) -> None:
+    stream = TextStream(tokenizer.backend_tokenizer, (), ("b",), 3)
+    out = [stream.push(token) for token in encode(tokenizer, "a<|end|>b").ids]
+    assert out == ["a", "", ""]
+    assert stream.is_stopped
