@@ -35,10 +35,14 @@ class Entry:
     def load(self, base: BaseIdentity | None = None) -> Adapter:
         """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
         adapter = load_adapter(self.folder, base)
-        in_name = self.folder.name.partition("@")[2]
-        if in_name and in_name != adapter.version:
-            raise AdapterFormatError(str(self.folder), [f"its version is {adapter.version}, expected {in_name}"])
+        self.check_version(adapter.version)
         return replace(adapter, name=self.name)
+
+    def check_version(self, found: str) -> None:
+        """Raises `AdapterFormatError` where the folder's name has a version, and it is not the one that was `found` inside."""
+        in_name = self.folder.name.partition("@")[2]
+        if in_name and in_name != found:
+            raise AdapterFormatError(str(self.folder), [f"its version is {found}, expected {in_name}"])
 
 
 def scan(root: Path, name: str | None = None) -> Sequence[Entry]:

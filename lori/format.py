@@ -186,7 +186,7 @@ def parse_adapter(
     tensors = None if weights is None else parse_tensors(WEIGHTS_FILE, weights, faults)
     adapter = None
     if config and base:
-        faults += _base_faults(config, base)
+        faults += base_faults(config, base)
     if config and weights is not None and tensors is not None:
         if (found := content_digest(weights, config)) != config.lori.content_digest:
             faults.append(f"content digest is {found}, expected {config.lori.content_digest}")
@@ -218,11 +218,11 @@ def _assembled(
     if not expected:
         faults.append("it has no modules")
     modules = read_modules(tensors, config, expected, faults)
-    basis = _basis(config, expected, basis_of, faults) if may_draw and modules else None
+    basis = checked_basis(config, expected, basis_of, faults) if may_draw and modules else None
     return Adapter(name, config, modules, basis) if basis else None
 
 
-def _basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, faults: list[str]) -> Basis | None:
+def checked_basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, faults: list[str]) -> Basis | None:
     """Returns the basis of `config`; where it is none, or another one, that is added to `faults`."""
     said = config.lori.basis
     try:
@@ -251,7 +251,8 @@ def _basis_entries(config: AdapterConfig, modules: Iterable[str]) -> int:
     return sum(config.rank_of(module) * num_inputs for module, (_, num_inputs) in shapes.items())
 
 
-def _base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
+def base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
+    """Returns what is wrong with `config` where its adapter is to be of `base`."""
     faults = []
     if config.lori.base_digest != base.digest:
         faults.append(f"trained on the base {config.base_name}, expected {base.name} ({base.digest[:NUM_VERSION_DIGITS]})")

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lori.adapter import Adapter
 from lori.basis import Basis
 from lori.errors import AdapterError
-from lori.kernels import Operands, Packed
+from lori.kernels import Operands
 from lori.kernels.layout import MAX_RANK
+from lori.kernels.packed_modules import clear_modules, put_modules
+from lori.packed_adapter import Layouts, PackedAdapter
 
 
 class AdapterPool:
@@ -43,34 +44,26 @@ class AdapterPool:
         """Returns the A (R, N) of every basis, for each of these modules that has operands."""
         return [[basis.draw(n, self._rank, self._shapes[n][1]) for basis in self._bases] for n in names if n in self._operands]
 
-    def pack(self, adapter: Adapter) -> Mapping[str, Packed]:
-        """Returns the packed B of every module of `adapter`. Touches nothing of the pool: any thread may."""
-        # A term's weight has alpha / r of most modules in it; where a module's own differs, its B makes up for it.
-        scale = adapter.config.scale
-        return {name: self._operands[name].pack(b, adapter.config.scale_of(name) / scale) for name, b in adapter.modules.items()}
+    @property
+    def layouts(self) -> Layouts:
+        """Of the operands of every module, by full name: what adapters are packed for."""
+        return {name: operands.layout for name, operands in self._operands.items()}
 
-    def put(self, slot: int, packed: Mapping[str, Packed], basis: Basis) -> None:
-        """Makes `packed`, on `basis`, the adapter in `slot`, which no step that runs may use."""
-        number = self._bases.index(basis)
-        for name, operands in self._operands.items():
-            if name in packed:
-                operands.put(slot, packed[name], number)
-            else:
-                operands.clear(slot)
+    def put(self, slot: int, adapter: PackedAdapter) -> None:
+        """Makes `adapter` the one in `slot`, which no step that runs may use. Raises `ValueError` where it does not fit."""
+        if adapter.basis not in self._bases:
+            raise ValueError(f"{adapter.name!r} is on a basis ({adapter.basis}) that nothing was prepared for")
+        put_modules(self._operands, slot, adapter.modules, self._bases.index(adapter.basis))
 
     def clear(self, slot: int) -> None:
         """Empties a slot, which no step that runs may use."""
-        for operands in self._operands.values():
-            operands.clear(slot)
+        clear_modules(self._operands.values(), slot)
 
-    def reserve(self, num_bytes: Mapping[str, int]) -> None:
-        """Makes room for so many bytes in each module, so that putting moves no pool."""
-        for name, size in num_bytes.items():
-            self._operands[name].reserve(size)
-
-    def num_slot_bytes(self, slot: int) -> int:
-        """Bytes of the adapter in `slot`."""
-        return sum(operands.num_slot_bytes(slot) for operands in self._operands.values())
+    def reserve(self, num_bytes: int) -> None:
+        """Makes room for so many bytes in all modules together, each its part, so that putting seldom moves a pool."""
+        total = sum(d for d, _ in self._shapes.values())
+        for name, operands in self._operands.items():
+            operands.reserve(num_bytes * self._shapes[name][0] // total)
 
     @property
     def num_bytes(self) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import save as save_tensors
 
 from lori import rice
 from lori.config import AdapterConfig
+from lori.kernels.native import decode_mask
 from lori.sparse import SparseB
 from lori.values import ValueType, dequantize, is_canonical, quantize, stored_dtype
 
@@ -93,7 +94,7 @@ def _read_module(
     if len(faults) > before:
         return None
     try:
-        indices = rice.decode(mask.numpy(), shape[0] * shape[1], values.numel())
+        indices = decode_mask(mask.numpy(), shape[0] * shape[1], values.numel())
     except ValueError as error:
         faults.append(f"{module}: {error}")
         return None

@@ -63,30 +63,58 @@ class Operands:
         if packed.layout != self.layout or not 0 <= slot < len(self.starts) or basis < 0:
             found = f"{packed.layout} for slot {slot} of {len(self.starts)} on basis {basis}"
             raise ValueError(f"{found}; expected {self.layout}, a slot that is there and a basis from 0")
-        self.clear(slot)
         length = len(packed.blocks) // UNIT
-        whole = self._extents.take(length) if length else 0
-        if whole is None and length > self._extents.num_free:
-            self._grow(max(length, self._extents.size // GROWTH))
-            whole = self._extents.take(length)
-        if whole is None:
+        place = self.take(slot, length)
+        if place is None:
             self._put_in_pieces(slot, packed)
         else:
-            self.pool[whole * UNIT : (whole + length) * UNIT] = packed.blocks
-            self.starts[slot] = packed.starts + torch.where(packed.starts < 0, 0, whole)
-            self._taken[slot] = [(whole, length)] if length else []
+            self.pool[place * UNIT : (place + length) * UNIT] = packed.blocks
+            self.starts[slot] = packed.starts + torch.where(packed.starts < 0, 0, place)
         self.basis_of[slot] = basis
         self.num_bases = max(self.num_bases, basis + 1)
         if self._dense is not None:
             self._dense[slot] = self._unpack(slot)
 
+    def take(self, slot: int, length: int) -> int | None:
+        """Takes `length` units of room in one piece for `slot`, in place of what it had, and returns where it begins.
+
+        The pool grows where it has less room than that; `None` where it has as much, in pieces. Who asks writes the blocks,
+        `starts` and `basis_of`.
+        """
+        self._forget(slot)
+        place = self._extents.take(length) if length else 0
+        if place is None and length > self._extents.num_free:
+            self._grow(max(length, self._extents.size // GROWTH))
+            place = self._extents.take(length)
+        if place is not None and length:
+            self._taken[slot] = [(place, length)]
+        return place
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the arrays here lie in the memory of the CPU and are all there is: no dense B is kept beside them."""
+        return self.is_cpu and self._dense is None
+
+    def addresses(self, slot: int) -> tuple[int, int, int, int]:
+        """Returns the address of the pool, its size in units, and the addresses of what `slot` has in `starts` and `basis_of`.
+
+        They are valid until the pool moves.
+        """
+        starts = self.starts.data_ptr() + slot * self.layout.num_windows * 4
+        return self.pool.data_ptr(), self._extents.size, starts, self.basis_of.data_ptr() + slot * 4
+
     def clear(self, slot: int) -> None:
         """Makes the delta of `slot` zero and frees its room in the pool."""
-        for start, length in self._taken.pop(slot, []):
-            self._extents.give(start, length)
-        self.starts[slot] = -1
+        self._forget(slot)
+        # Past torch's dispatcher where that can be, since an adapter has hundreds of modules.
+        (self.starts.numpy() if self.is_cpu else self.starts)[slot] = -1
         if self._dense is not None:
             self._dense[slot] = 0
+
+    def _forget(self, slot: int) -> None:
+        # Frees its room; `starts` still names it.
+        for start, length in self._taken.pop(slot, ()):
+            self._extents.give(start, length)
 
     def reserve(self, num_bytes: int) -> None:
         """Makes room for `num_bytes` of blocks in all, so that putting them moves the pool no more."""
@@ -131,6 +159,7 @@ class Operands:
         # A window after the other wherever there is room, so that a pool in which only pieces are free need not grow.
         windows = (packed.starts >= 0).nonzero().flatten().tolist()
         begins = [*packed.starts[windows].tolist(), len(packed.blocks) // UNIT]
+        self.starts[slot] = -1
         self._taken[slot] = []
         for window, (start, stop) in zip(windows, pairwise(begins), strict=True):
             place = self._extents.take(stop - start)

@@ -236,7 +236,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, i
     sanitize = "-O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all"
     files = [
         str(SOURCES / f"expand_{instruction_set}.cpp"),
-        str(SOURCES / "pack.cpp"),
+        *(str(SOURCES / name) for name in ("pack.cpp", "rice.cpp", "adapter_file.cpp")),
         str(Path(__file__).parent / "sanitize.cpp"),
     ]
     defines = [f"-DCHOOSE=choose_{instruction_set}", f"-I{SOURCES}"]

@@ -5,6 +5,7 @@
 
 namespace lori {
 
+void bind_adapter(nanobind::module_& m);  // what takes an adapter whole
 void bind_layers(nanobind::module_& m);
 void bind_product(nanobind::module_& m);
 

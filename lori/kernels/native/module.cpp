@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -112,11 +113,21 @@ void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
   unpack(bound.operands(), slot, reinterpret_cast<uint8_t*>(out));
 }
 
-bool do_ascend(const Kept& b) {
+// Returns false where the indices do not ascend or leave B.
+bool pack_floats(const int32_t* indices, const float* values, size_t num_kept, int num_outputs, int rank, Dtype dtype,
+                 int column_bytes, Packed& packed) {
   int64_t last = -1;
-  for (size_t i = 0; i < b.num_kept; last = b.indices[i++])
-    if (b.indices[i] <= last) return false;
-  return last < static_cast<int64_t>(b.num_outputs) * b.rank;
+  for (size_t i = 0; i < num_kept; last = indices[i++])
+    if (indices[i] <= last) return false;
+  if (last >= static_cast<int64_t>(num_outputs) * rank) return false;
+  std::vector<uint16_t> narrow;
+  if (dtype == Dtype::kBfloat16) {
+    narrow.resize(num_kept);
+    std::transform(values, values + num_kept, narrow.begin(), to_bfloat16);
+  }
+  const void* bits = dtype == Dtype::kBfloat16 ? static_cast<const void*>(narrow.data()) : values;
+  pack({indices, static_cast<const uint8_t*>(bits), num_kept, num_outputs, rank}, dtype, column_bytes, packed);
+  return true;
 }
 
 nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype,
@@ -124,17 +135,18 @@ nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num
   if (rank < 1 || rank > (column_bytes == 1 ? 256 : kMaxRank)) throw nb::value_error("rank out of range");
   const size_t num_kept = indices.shape(0);
   if (values.shape(0) != num_kept) throw nb::value_error("as many values as indices expected");
-  const Kept b{indices.data(), values.data(), num_kept, num_outputs, rank};
   const Dtype value_dtype = parse_dtype(dtype);
-  Packed* packed = nullptr;
+  auto packed = std::make_unique<Packed>();
+  bool is_sound;
   {
-    nb::gil_scoped_release release;
-    if (do_ascend(b)) packed = new Packed(pack(b, value_dtype, column_bytes));
+    const nb::gil_scoped_release release;
+    is_sound = pack_floats(indices.data(), values.data(), num_kept, num_outputs, rank, value_dtype, column_bytes, *packed);
   }
-  if (!packed) throw nb::value_error("indices must ascend and lie in B");
-  nb::capsule owner(packed, [](void* p) noexcept { delete static_cast<Packed*>(p); });
-  return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(packed->blocks.data(), {packed->blocks.size()}, owner),
-                        nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(packed->starts.data(), {packed->starts.size()}, owner));
+  if (!is_sound) throw nb::value_error("indices must ascend and lie in B");
+  Packed* kept = packed.release();
+  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<Packed*>(p); });
+  return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(kept->blocks.data(), {kept->blocks.size()}, owner),
+                        nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(kept->starts.data(), {kept->starts.size()}, owner));
 }
 
 }  // namespace
@@ -153,6 +165,7 @@ NB_MODULE(_lori_cpu, m) {
   m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
   m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
         nb::arg("column_bytes"));
+  bind_adapter(m);
   nb::class_<BoundOperands>(m, "Operands")
       .def(nb::init<Array<uint8_t, 1>, Array<int32_t, 2>, Array<int32_t, 1>, int, int, const std::string&, const std::string&>())
       .def("add_delta", &add_delta)

@@ -1,6 +1,7 @@
 // B of one adapter and module into the run-time layout, and back.
 #pragma once
 
+#include <cstring>
 #include <vector>
 
 #include "layout.h"
@@ -9,19 +10,27 @@ namespace lori {
 
 struct Packed {
   std::vector<uint8_t> blocks;  // the windows one after the other, each in whole units
-  std::vector<int32_t> starts;  // (num_windows,) where each begins, in units; -1: empty
+  std::vector<int32_t> starts;  // (num_windows,) where each begins, in units of its module's blocks; -1: empty
 };
 
-// B (num_outputs, rank) of which `num_kept` entries are there: `indices`, row-major and ascending, of `values`.
+// B (num_outputs, rank) of which `num_kept` entries are there: `indices`, row-major and ascending, of `values`, which are of the
+// layout's dtype and need not be aligned.
 struct Kept {
   const int32_t* indices;
-  const float* values;
+  const uint8_t* values;
   size_t num_kept;
   int num_outputs, rank;
 };
 
-// `column_bytes` are 1 or 2, as the operands' rank has it, which may be above B's own.
-Packed pack(const Kept& b, Dtype dtype, int column_bytes);
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Appends B to `packed`. `column_bytes` are 1 or 2, as the operands' rank has it, which may be above B's own.
+void pack(const Kept& b, Dtype dtype, int column_bytes, Packed& packed);
 
 // Writes the B of one slot as (num_outputs, rank) of the operands' dtype.
 void unpack(const Operands& operands, int slot, uint8_t* out);
