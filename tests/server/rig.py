@@ -3,7 +3,7 @@
 import string
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -16,19 +16,26 @@ from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
 from lori.format import save_adapter
 from lori.new_config import new_config
+from lori.identity import BaseIdentity
+from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.sparse import SparseB
 from lori.store import AdapterStore
+from lori.summary import summarise
 from lori.template import Template, encode
 from server.engine.admission import Admission, Ask
-from server.engine.engine import Emit, Engine
-from server.engine.kv_cache import BlockAllocator
-from server.engine.probe import use_paged_attention
-from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent, TokenLogprob
+from server.engine.engine import Engine
+from server.engine.kv_cache import KvCache
+from server.engine.loader import Loader
+from server.engine.registry import Registry
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
+from server.engine.replies import Emit
 from server.engine.request import Sequence as EngineSequence
+from server.engine.residents import Residents
 from server.engine.runner import Runner
-from server.engine.scheduler import Chunk, Scheduler
-from server.stores import load_all
+from server.engine.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.tiers import AdapterTiers
+from server.loading import make_pool, make_registry
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -145,6 +152,8 @@ class Rig:
     admission: Admission
     runner: Runner
     adapters: Mapping[str, Adapter]
+    arrived: threading.Event = field(default_factory=threading.Event)
+    """Set when an adapter was read."""
 
     @property
     def scheduler(self) -> Scheduler:
@@ -156,18 +165,41 @@ class Rig:
         return text
 
     def submit(self, request: Request) -> Heard:
-        events: list[Event] = []
-        self.engine.submit(request, events.append)
-        return Heard(self.scheduler.waiting[-1], events)
+        """Submits a request of one choice."""
+        (heard,) = self.submit_choices(request)
+        return heard
+
+    def submit_choices(self, request: Request) -> list[Heard]:
+        """Submits a request; each of its choices hears its own events, and all a failure."""
+        heard: list[Heard] = []
+
+        def emit(event: Event) -> None:
+            for one in heard if isinstance(event, ErrorEvent) else [heard[event.choice]]:
+                one.events.append(event)
+
+        self.engine.submit(request, emit)
+        heard += [Heard(sequence) for sequence in [*self.scheduler.waiting][-request.num_choices :]]
+        return heard
 
     def ask(self, ask: Ask) -> Heard:
         return self.submit(self.admission.admit(ask))
 
+    def step(self) -> None:
+        """Steps once, and checks that nothing is lost."""
+        self.engine.step()
+        self.scheduler.check_integrity()
+        self.engine.tiers.check_integrity([*self.scheduler.running])
+
     def finish(self) -> None:
+        """Steps until nobody waits or runs, and waits for adapters that are read."""
+        self.engine.tiers.on_arrival(self.arrived.set)
         while self.scheduler.has_work:
-            self.engine.step()
-            self.scheduler.check_integrity()
-        assert self.scheduler.allocator.num_free == self.scheduler.allocator.num_blocks
+            self.arrived.clear()
+            self.step()
+            if self.scheduler.has_work and not self.engine.can_step:
+                assert self.arrived.wait(60)
+                self.engine.wake()
+        assert self.scheduler.cache.num_available == self.scheduler.cache.num_blocks
 
     def run(self, asks: Sequence[Ask], joins: Sequence[int] | None = None) -> list[Heard]:
         """Runs `asks` together to their ends; each joins before the step that `joins` names, the first by default."""
@@ -176,7 +208,7 @@ class Rig:
         for step in range(max(at.values()) + 1):
             for place in (p for p, join in at.items() if join == step):
                 heard[place] = self.ask(asks[place])
-            self.engine.step()
+            self.step()
         self.finish()
         return [heard[place] for place in range(len(asks))]
 
@@ -187,20 +219,28 @@ def build(
     *,
     max_batch: int = 8,
     max_step_tokens: int = 16,
-    num_blocks: int = 512,
-    block_size: int = 4,
+    num_blocks: int = 128,
+    block_size: int = 16,
+    max_stall: float = float("inf"),
+    num_slots: int = 16,
+    max_resident_bytes: int = 2**30,
+    max_loaded_bytes: int = 2**30,
+    dtype: torch.dtype = torch.float32,
 ) -> Rig:
-    """Returns a rig on the fp32 model in `folder`, put together as `server.loading` does it."""
-    base = load_base_model(str(folder), torch.float32)
-    loaded = load_all(AdapterStore(adapters).current() if adapters else {}, base.identity)
-    use_paged_attention(base.model)
-    pool = AdapterPool(base.model, loaded)
+    """Returns a rig on the model in `folder`, put together as `server.loading` does it."""
+    base = load_base_model(str(folder), dtype)
+    entries = AdapterStore(adapters).current() if adapters else {}
+    registry = make_registry(entries, summarise(entries, base.identity))
+    pool = make_pool(base, registry, num_slots)
+    loader = Loader(registry, PackedReader(base.identity, pool.layouts))
+    tiers = AdapterTiers(pool, Residents(num_slots, max_resident_bytes), loader, max_loaded_bytes)
     runner = Runner(base.model, pool, num_blocks, block_size)
-    scheduler = Scheduler(BlockAllocator(num_blocks, block_size), max_batch, max_step_tokens)
+    limits = StepLimits(max_sequences=max_batch, max_tokens=max_step_tokens, max_stall=max_stall)
+    scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
-    engine = Engine(scheduler, runner, base.tokenizer, [EOS])
-    by_name = {adapter.name: adapter for adapter in loaded}
-    return Rig(engine, base.tokenizer, Admission(base.tokenizer, by_name, context), runner, by_name)
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS])
+    loaded = {name: entry.load(base.identity) for name, entry in entries.items()}
+    return Rig(engine, base.tokenizer, Admission(base.tokenizer, registry, context, num_slots), runner, loaded)
 
 
 class ScriptedRunner:
@@ -208,6 +248,9 @@ class ScriptedRunner:
 
     def __init__(self, script: Sequence[int]) -> None:
         self._script = script
+
+    def is_broken(self, error: Exception) -> bool:
+        return False
 
     def forward(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> torch.Tensor:
         places = [(c.sequence, p) for c in chunks for p in range(c.start, c.stop)]
@@ -221,22 +264,26 @@ class ScriptedRunner:
 
 def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_step_tokens: int = 16) -> Rig:
     """Returns a rig whose model says `script`."""
-    scheduler = Scheduler(BlockAllocator(256, 4), 4, max_step_tokens)
+    tiers = no_tiers()
+    limits = StepLimits(max_sequences=4, max_tokens=max_step_tokens, max_stall=float("inf"))
+    scheduler = Scheduler(KvCache(256, 4, ""), tiers, limits)
     runner = cast(Runner, ScriptedRunner(script))
-    return Rig(Engine(scheduler, runner, tokenizer, [EOS]), tokenizer, Admission(tokenizer, {}, 1024), runner, {})
+    engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS])
+    return Rig(engine, tokenizer, Admission(tokenizer, Registry([]), 1024), runner, {})
 
 
-class FakeScheduler:
-    """Has work while the engine has requests; counts how often it was asked."""
+def no_tiers() -> AdapterTiers:
+    """Returns the tiers of a server without adapters."""
+    pool = AdapterPool({}, [], 0, 1, torch.float32)
+    loader = Loader(Registry([]), PackedReader(BaseIdentity("none", "", {}), pool.layouts))
+    return AdapterTiers(pool, Residents(1, 1), loader, 1)
 
-    def __init__(self) -> None:
-        self.num_asked = 0
-        self.emits: dict[str, Emit] = {}
 
-    @property
-    def has_work(self) -> bool:
-        self.num_asked += 1
-        return bool(self.emits)
+class FakeTiers:
+    """Has nothing to read."""
+
+    def on_arrival(self, notify: Callable[[], None]) -> None:
+        self.notify = notify
 
 
 @dataclass
@@ -245,7 +292,9 @@ class FakeEngine:
 
     num_steps: int = 3
     dies_at: int | None = None
-    scheduler: FakeScheduler = field(default_factory=FakeScheduler)
+    tiers: FakeTiers = field(default_factory=FakeTiers)
+    emits: dict[str, Emit] = field(default_factory=dict)
+    num_asked: int = 0
     said: dict[str, int] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     step_count: int = 0
@@ -255,12 +304,21 @@ class FakeEngine:
     def __post_init__(self) -> None:
         self.may_step.set()
 
+    @property
+    def can_step(self) -> bool:
+        """Whether there are requests; counts how often it was asked."""
+        self.num_asked += 1
+        return bool(self.emits)
+
+    def time_left(self) -> float | None:
+        return None
+
     def submit(self, request: Request, emit: Emit) -> None:
-        self.scheduler.emits[request.id] = emit
+        self.emits[request.id] = emit
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
-        self.scheduler.emits.pop(request_id, None)
+        self.emits.pop(request_id, None)
 
     def step(self) -> None:
         assert self.may_step.wait(60)
@@ -269,11 +327,11 @@ class FakeEngine:
         time.sleep(0.001)
         if self.step_count == self.dies_at:
             raise RuntimeError("out of luck")
-        for name, emit in list(self.scheduler.emits.items()):
+        for name, emit in list(self.emits.items()):
             emit(TextEvent("x"))
             self.said[name] = self.said.get(name, 0) + 1
             if self.said[name] == self.num_steps:
-                del self.scheduler.emits[name]
+                del self.emits[name]
                 emit(DoneEvent("length", 1, self.num_steps))
 
 
@@ -281,4 +339,11 @@ def request(
     num_prompt: int = 4, max_tokens: int = 4, *, name: str = "request", seed: int = 0, temperature: float = 0.0
 ) -> Request:
     """Returns an admitted request of plain values, for what looks at nothing else."""
-    return Request(name, "", tuple(range(num_prompt)), (0,) * num_prompt, (), max_tokens, temperature, seed, (), None, False)
+    return Request(
+        id=name,
+        prompt_text="",
+        prompt_ids=tuple(range(num_prompt)),
+        prompt_offsets=(0,) * num_prompt,
+        max_tokens=max_tokens,
+        sampling=Sampling(temperature=temperature, seed=seed),
+    )

@@ -46,7 +46,15 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
     ),
-    "gpt2": lambda: GPT2Config(vocab_size=EOS + 1, n_embd=48, n_layer=2, n_head=4, eos_token_id=EOS, bos_token_id=EOS),
+    "gemma2 with caps and a window of 8 in some layers": lambda: Gemma2Config(
+        **SIZES | {"tie_word_embeddings": True},
+        head_dim=16,
+        sliding_window=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=8.0,
+        query_pre_attn_scalar=24,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 PROMPT_LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 70)
 """Below, at and above a window of 8 and a step of 16 tokens."""
