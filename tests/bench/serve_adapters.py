@@ -1,0 +1,118 @@
+"""Adapters for the benchmark of the server: as large on disk and as unevenly sparse as trained ones, and quickly made.
+
+What they do to the model is no matter, so B is drawn, and small: the model goes on writing text. Every adapter has a content
+digest of its own, but not a weights file: there are `NUM_FILES` different ones, hard-linked, and what tells adapters on one file
+apart is their alpha. A server reads, checks and packs each as if it were the only one; the page cache holds them all, as it would
+a store's popular ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lori.adapter import Adapter
+from lori.basis import Seeded
+from lori.config import AdapterConfig, target_names
+from lori.config_file import CONFIG_FILE, seal_config
+from lori.format import WEIGHTS_FILE, content_digest, load_adapter, seal
+from lori.identity import BaseIdentity
+from lori.new_config import new_config
+from lori.peft_export import export_peft
+from lori.sparse import SparseB
+
+RANK, DENSITY = 32, 0.1
+ALPHA = 2.0 * RANK
+NUM_FILES = 64
+"""Different weights files."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One weights file, and the config of an adapter on it."""
+
+    weights: bytes
+    config: AdapterConfig
+
+
+def adapter_name(index: int) -> str:
+    """Returns what the adapter of this number is called."""
+    return f"tenant-{index:05}"
+
+
+def write_adapters(folder: Path, base: BaseIdentity, count: int, num_files: int = NUM_FILES) -> Path:
+    """Writes `count` adapters of `base`, whose contents all differ, into the new `folder` and returns it."""
+    folder.mkdir(parents=True)
+    drawn: list[Drawn] = []
+    for i in tqdm(range(count), desc="adapters", unit="", disable=None, leave=False):
+        if i < num_files:
+            drawn.append(_drawn(base, seed=i))
+        one, copy = drawn[i % num_files], i // num_files
+        target = folder / adapter_name(i)
+        target.mkdir()
+        (target / CONFIG_FILE).write_bytes(_config_bytes(one, ALPHA * (1 + copy / 1024)))
+        if copy:
+            (target / WEIGHTS_FILE).hardlink_to(folder / adapter_name(i % num_files) / WEIGHTS_FILE)
+        else:
+            (target / WEIGHTS_FILE).write_bytes(one.weights)
+    return folder
+
+
+def export_adapters(folder: Path, store: Path, count: int) -> None:
+    """Writes the first `count` adapters of `store` into `folder` in PEFT's format, in bf16, where they are not yet."""
+    for i in range(count):
+        if not (folder / adapter_name(i)).exists():
+            export_peft(load_adapter(store / adapter_name(i)), folder / adapter_name(i), torch.bfloat16)
+
+
+def random_modules(base: BaseIdentity, seed: int) -> dict[str, SparseB]:
+    """Returns a random B for each projection of `base`; the largest tenth of all entries is kept, in bf16.
+
+    Modules and rows differ in scale, as trained ones do, so one global threshold leaves them unevenly dense.
+    """
+    g = torch.Generator().manual_seed(seed)
+    dense = {name: _dense(num_outputs, g) for name, num_outputs in _projections(base).items()}
+    magnitudes = torch.cat([b.flatten() for b in dense.values()]).abs()
+    threshold = magnitudes.kthvalue(round(len(magnitudes) * (1 - DENSITY))).values
+    # Where nothing is kept there is nothing to measure: a row of a tiny model's module keeps its largest.
+    return {name: SparseB.from_dense(b.bfloat16(), (b.abs() > threshold) | _first(b)) for name, b in dense.items()}
+
+
+def _projections(base: BaseIdentity) -> Mapping[str, int]:
+    return {name: shape[0] for name, shape in base.shapes.items() if name.rpartition(".")[2] in PROJECTIONS}
+
+
+def _dense(num_outputs: int, g: torch.Generator) -> torch.Tensor:
+    of_module = 1e-4 * torch.randn((), generator=g).mul(0.3).exp()
+    of_rows = torch.randn(num_outputs, 1, generator=g).mul(0.5).exp()
+    return of_module * of_rows * torch.randn(num_outputs, RANK, generator=g)
+
+
+def _first(b: torch.Tensor) -> torch.Tensor:
+    is_first = torch.zeros_like(b, dtype=torch.bool)
+    is_first[0, 0] = True
+    return is_first
+
+
+def _drawn(base: BaseIdentity, seed: int) -> Drawn:
+    modules, basis = random_modules(base, seed), Seeded()
+    config = new_config(
+        modules,
+        basis,
+        base,
+        alphas=dict.fromkeys(modules, ALPHA),
+        target_modules=target_names(modules, base.shapes),
+        templates=("plain",),
+        training={},
+    )
+    sealed = seal(Adapter(adapter_name(seed), config, modules, basis))
+    return Drawn(sealed.files[WEIGHTS_FILE], sealed.adapter.config)
+
+
+def _config_bytes(drawn: Drawn, alpha: float) -> bytes:
+    config = drawn.config.model_copy(update={"lora_alpha": alpha})
+    section = config.lori.model_copy(update={"content_digest": content_digest(drawn.weights, config)})
+    return seal_config("an adapter of the benchmark", config.model_copy(update={"lori": section}))[1]

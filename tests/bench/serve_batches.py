@@ -1,0 +1,71 @@
+"""What transformers' `generate` takes for a batch, and PEFT's with an adapter a row: a program for `tests.bench.serve_targets`.
+
+`python -m tests.bench.serve_batches MODEL [ADAPTER …]` reads a batch a line, JSON {"prompts", "adapters", "num_tokens"}, and
+writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs the model is as transformers loads it.
+"""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+
+def load(folder: str, adapters: list[str]) -> Any:
+    """Returns the model in bf16, under PEFT where there are adapters, which are called as their folders are."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    if not adapters:
+        return model.eval()
+    # An import of its own: PEFT takes seconds, and plain `generate` has no use for it.
+    from peft import PeftModel  # noqa: PLC0415
+
+    first, *others = map(Path, adapters)
+    adapted = PeftModel.from_pretrained(model, str(first), adapter_name=key(first.name))
+    for other in others:
+        adapted.load_adapter(str(other), adapter_name=key(other.name))
+    return adapted.eval().bfloat16()
+
+
+def key(name: str) -> str:
+    """Returns what PEFT calls the adapter `name`: it names modules so, which have no dot."""
+    return name.replace(".", "_")
+
+
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> dict[str, Any]:
+    """Generates for a batch, and says how long that took, from text to text."""
+    names = [key(adapters[0]) if adapters else "__base__" for adapters in batch["adapters"]]
+    mixed = {"adapter_names": names} if any(name != "__base__" for name in names) else {}
+    started = time.perf_counter()
+    inputs = tokenizer(batch["prompts"], return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs, **mixed, max_new_tokens=batch["num_tokens"], min_new_tokens=batch["num_tokens"], do_sample=False
+        )
+    num_padded = inputs["input_ids"].shape[1]
+    tokenizer.batch_decode(ids[:, num_padded:])
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "num_prompt": inputs["attention_mask"].sum(1).tolist(),
+        "num_tokens": ids.shape[1] - num_padded,
+    }
+
+
+def main() -> None:
+    """Answers until there is nothing to read."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    folder, *adapters = sys.argv[1:]
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = load(folder, adapters)
+    for line in sys.stdin:
+        print(json.dumps(answer(model, tokenizer, json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""What this server is meant to reach, and whether it does."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tests.bench.serve_cases import NUM_DISTINCT
+from tests.bench.serve_figures import Spread, gaps_ms, number, percentile, ratios
+from tests.bench.serve_load import Load
+from tests.bench.serve_results import Results
+from tests.bench.serve_run import OPEN
+
+MOST = {
+    "cold adapter, alone: more to the first token, ms": 10.0,
+    "cold adapter, beside 8: more to the first token, ms": 10.0,
+    "cold adapter, beside 8: their largest gap grows by, ms": 5.0,
+    "long prompt, beside 8: their largest gap / usual": 2.0,
+    "long prompt, beside 31: their largest gap / usual": 2.0,
+}
+"""What a probe's figure may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A figure, and what it should be at least, or at most."""
+
+    what: str
+    value: Spread
+    limit: float
+    is_least: bool = True
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the median reaches it."""
+        return self.value.median >= self.limit if self.is_least else self.value.median <= self.limit
+
+    def __str__(self) -> str:
+        said, bound = "met" if self.is_met else "missed", "at least" if self.is_least else "at most"
+        return f"{said:8}{self.what}: {self.value}, {bound} {number(self.limit)}"
+
+
+def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
+    """Yields those goals whose cases were measured."""
+    of, many = results.of, str(NUM_DISTINCT)
+    wanted = [
+        ("base / vLLM's base", "off", "vllm-off", 1.0),
+        ("LoRI on, unused / off", "unused", "off", 0.99),
+        (f"{many} adapters / none", many, "off", 0.92),
+        (f"{many} merges of 2 / none", "merge2", "off", 0.87),
+        ("zipf / one adapter", "zipf", "1", 0.95),
+        (f"{many} adapters / vLLM's {many}", many, f"vllm-{many}", 6.0),
+        (f"{many} adapters / PEFT's {many}", many, f"peft-{many}", 6.0),
+    ]
+    found = [(what, ratios(of(one), of(other)), least) for what, one, other, least in wanted]
+    yield from (Goal(what, ratio, least) for what, ratio, least in found if ratio)
+    yield from _alone(of("off", 1), results.bandwidths, num_weight_bytes)
+    yield from (
+        Goal(what, Spread.of(results.figures[what]), most, False) for what, most in MOST.items() if what in results.figures
+    )
+    if loads := results.loads.get(OPEN):
+        tails = (gaps_ms([load]) for load in loads)
+        spread = Spread.of((percentile(gaps, 99) or 0.0) / (percentile(gaps, 50) or 1.0) for gaps in tails)
+        yield Goal("open loop: p99 / p50 between tokens", spread, 3.0, False)
+
+
+def _alone(loads: Sequence[Load], bandwidths: Sequence[float], num_weight_bytes: int) -> Iterator[Goal]:
+    """Yields what one user gets of the tokens/s at which the weights can be read, prompts included, and while decoding."""
+    if not loads:
+        return
+    bounds = [bandwidth / num_weight_bytes for bandwidth in bandwidths]
+    pairs = list(zip(loads, bounds, strict=False))
+    yield Goal("one user / bandwidth bound", Spread.of(load.tokens_per_s / bound for load, bound in pairs), 0.8)
+    gaps = [sum(found) / len(found) / 1e3 if (found := gaps_ms([load])) else 1.0 for load in loads]
+    decoding = Spread.of(1 / (gap * bound) for gap, bound in zip(gaps, bounds, strict=False))
+    yield Goal("one user, between tokens / bandwidth bound", decoding, 0.8)

@@ -1,0 +1,140 @@
+"""What one request does to others: a cold adapter that is loaded, a long prompt that arrives, and arrivals as they come.
+
+A probe is sent while others decode. What counts is the largest time between two tokens of any of them that meets the probe's own
+time, from its request to its first token.
+"""
+
+import asyncio
+import statistics
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tests.bench.serve_asks import Ask, Names, distinct, make_asks, no_adapter, poisson, prompt
+from tests.bench.serve_load import Load, no_collection, open_loop
+from tests.bench.serve_targets import Server
+from tests.bench.serve_wire import Reply
+
+SETTLE_S = 0.3
+"""Between two probes: several steps of the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much a request is, in words and tokens; smaller in tests."""
+
+    prompt_words: int = 100
+    num_tokens: int = 64
+    long_words: int = 4000
+    others_tokens: int = 1500
+    """What others can generate while they are watched; they are left when that is over."""
+    num_pairs: int = 8
+    """Cold and warm probes of a run."""
+    num_arrivals: int = 96
+    """Requests of an open loop."""
+
+
+def probe_cold(server: Server, warm: Sequence[str], cold: Iterator[str], sizes: Sizes, seed: str) -> dict[str, float]:
+    """Returns, in ms, what a first request on an adapter waits more than a second, alone and beside 8, and what these wait."""
+    return asyncio.run(_cold(server, warm, cold, sizes, seed))
+
+
+async def _cold(server: Server, warm: Sequence[str], cold: Iterator[str], sizes: Sizes, seed: str) -> dict[str, float]:
+    choose = distinct(warm)
+    with no_collection():
+        alone = await _pairs(server, [], choose, cold, sizes, f"{seed} alone")
+        async with decoding(server, 8, choose, sizes, seed) as others:
+            beside = await _pairs(server, others, choose, cold, sizes, f"{seed} beside")
+    return {
+        "cold adapter, alone: more to the first token, ms": _more(alone, lambda probe: probe.first_ms),
+        "cold adapter, beside 8: more to the first token, ms": _more(beside, lambda probe: probe.first_ms),
+        "cold adapter, beside 8: their largest gap grows by, ms": _more(beside, lambda probe: probe.gap_ms),
+    }
+
+
+def probe_long(server: Server, num_others: int, names: Sequence[str], sizes: Sizes, seed: str) -> dict[str, float]:
+    """Returns what a long prompt makes others wait, as a ratio to their usual step, and how long it itself waits, in ms."""
+    return asyncio.run(_long(server, num_others, names, sizes, seed))
+
+
+async def _long(server: Server, num_others: int, names: Sequence[str], sizes: Sizes, seed: str) -> dict[str, float]:
+    with no_collection():
+        async with decoding(server, num_others, distinct(names) if names else no_adapter, sizes, seed) as others:
+            usual = statistics.median(gap for other in others for gap in other.gaps_s)
+            found = await probe(server, Ask(prompt(f"{seed} long", sizes.long_words), (), 1), others)
+    return {
+        f"long prompt, beside {num_others}: their largest gap / usual": found.gap_ms / (1e3 * usual),
+        f"long prompt, beside {num_others}: its first token, ms": found.first_ms,
+    }
+
+
+def probe_open(server: Server, tokens_per_s: float, names: Sequence[str], sizes: Sizes, seed: str) -> Load:
+    """Runs Poisson arrivals that want so many tokens/s."""
+    asks = make_asks(seed, sizes.num_arrivals, sizes.prompt_words, sizes.num_tokens, distinct(names))
+    arrivals = poisson(tokens_per_s / sizes.num_tokens, len(asks), seed)
+    return asyncio.run(open_loop(server.send, asks, arrivals))
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One probe: its time to the first token, and the others' largest gap meanwhile; 0 where there are none."""
+
+    first_ms: float
+    gap_ms: float
+
+
+async def probe(server: Server, ask: Ask, others: Sequence[Reply]) -> Probe:
+    """Sends `ask` while `others` decode."""
+    reply = await server.send(ask)
+    await asyncio.sleep(SETTLE_S)
+    gaps = (largest_gap(other.times, reply.asked, reply.asked + reply.first_s) for other in others)
+    return Probe(1e3 * reply.first_s, 1e3 * max(gaps, default=0.0))
+
+
+def largest_gap(times: Sequence[float], start: float, end: float) -> float:
+    """Returns the largest time between two of `times` that meets `start` to `end`; 0 where none does."""
+    pairs = pairwise(times)
+    return max((after - before for before, after in pairs if before < end and after > start), default=0.0)
+
+
+@asynccontextmanager
+async def decoding(
+    server: Server, count: int, choose: Callable[[int], Names], sizes: Sizes, seed: str
+) -> AsyncIterator[Sequence[Reply]]:
+    """Yields so many answers that come while the block runs, when they have come for a while."""
+    asks = make_asks(f"{seed} others", count, sizes.prompt_words, sizes.others_tokens, choose)
+    replies = [Reply() for _ in asks]
+    tasks = [asyncio.create_task(server.send(*pair)) for pair in zip(asks, replies, strict=True)]
+    try:
+        while not all(reply.times for reply in replies):
+            await asyncio.sleep(0.02)
+            for task in tasks:
+                if task.done():
+                    await task
+        # What came while some prompts were computed is no usual step.
+        for reply in replies:
+            reply.times.clear()
+        await asyncio.sleep(4 * SETTLE_S)
+        yield replies
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pairs(
+    server: Server, others: Sequence[Reply], choose: Callable[[int], Names], cold: Iterator[str], sizes: Sizes, seed: str
+) -> list[tuple[Probe, Probe]]:
+    pairs = []
+    for i in range(sizes.num_pairs):
+        both = [Ask(prompt(f"{seed} {i} {name}", sizes.prompt_words), name, 1) for name in (choose(i), (next(cold),))]
+        first, second = (0, 1) if i % 2 else (1, 0)
+        found = {place: await probe(server, both[place], others) for place in (first, second)}
+        pairs.append((found[0], found[1]))
+    return pairs
+
+
+def _more(pairs: Sequence[tuple[Probe, Probe]], figure: Callable[[Probe], float]) -> float:
+    """Returns how much larger a figure is where the adapter was cold, in the middle of all probes."""
+    return statistics.median(figure(cold) for _, cold in pairs) - statistics.median(figure(warm) for warm, _ in pairs)

@@ -1,0 +1,82 @@
+"""Programs that a benchmark runs, each on the core that is measured; those that are not measured now stand still."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from tests.bench.serve_wire import FailedError
+
+READY_S = 600
+"""How long a program may take to start: vLLM compiles, and may find its core shared."""
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Program:
+    """A running program with all its children, in a session of its own. What it prints goes to `log`."""
+
+    def __init__(
+        self, command: Sequence[str], core: int, log: Path, environment: Mapping[str, str], stdin: int | None = None
+    ) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                ["taskset", "-c", str(core), *command],
+                cwd=REPOSITORY,
+                env=_environment() | dict(environment),
+                stdin=subprocess.DEVNULL if stdin is None else stdin,
+                stdout=subprocess.PIPE if stdin else file,
+                stderr=file,
+                start_new_session=True,
+                text=True,
+            )
+
+    def pause(self) -> None:
+        """Stops it where it stands: an idle vLLM turns in a loop, on the core that is measured."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Lets it go on."""
+        os.killpg(self.process.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """Kills it, its children too."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with self.process:  # waits, and closes its pipes
+            pass
+
+    def wait_until(self, is_ready: Callable[[], bool]) -> None:
+        """Returns when it `is_ready`. Raises `FailedError`, with the end of its log, where it ends before or takes too long."""
+        end = time.monotonic() + READY_S
+        while not is_ready():
+            if self.process.poll() is not None or time.monotonic() > end:
+                said = self.log.read_text(errors="replace")[-3000:]
+                raise FailedError(f"{' '.join(map(str, self.process.args))} did not start: {said}")
+            time.sleep(0.1)
+
+
+def answers(port: int, path: str) -> bool:
+    """Says whether something on `port` answers a GET of `path` with 200."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def free_port() -> int:
+    """Returns a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment() -> dict[str, str]:
+    own = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "VLLM_"))}
+    kept = {key: value for key, value in os.environ.items() if key == "LORI_CACHE"}
+    return own | kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,63 @@
+"""All that a benchmark of the server measured, and its table."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tests.bench.serve_cases import NUM_DISTINCT, Turn
+from tests.bench.serve_figures import PERCENTILES, Row, Spread, first_ms, gaps_ms, number, percentile, ratios
+from tests.bench.serve_load import Load
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """A load for each turn and repeat; a figure for each probe and repeat, by what it says; bytes/s of the core."""
+
+    loads: dict[Turn, list[Load]] = field(default_factory=lambda: defaultdict(list))
+    figures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    bandwidths: list[float] = field(default_factory=list)
+
+    def of(self, slug: str, concurrency: int = NUM_DISTINCT) -> Sequence[Load]:
+        """Returns the loads of a case, none where it was not measured."""
+        found = (loads for turn, loads in self.loads.items() if (turn.case.slug, turn.concurrency) == (slug, concurrency))
+        return next(found, [])
+
+    def rows(self) -> list[Row]:
+        """Returns a row for each case and concurrency."""
+        return [self._row(turn, loads) for turn, loads in self.loads.items()]
+
+    def _row(self, turn: Turn, loads: Sequence[Load]) -> Row:
+        case, speed = turn.case, Spread.of(load.tokens_per_s for load in loads)
+        ratio = ratios(loads, self.of(case.base, turn.concurrency))
+        first, gaps = first_ms(loads), gaps_ms(loads)
+        prompts = [reply.num_prompt for load in loads for reply in load.replies]
+        return Row(
+            case.engine, case.title, case.adapters, case.terms, turn.concurrency, speed.median, speed.low, speed.high,
+            ratio and ratio.median, ratio and ratio.low, ratio and ratio.high, statistics.mean(prompts),
+            *(percentile(first, percent) for percent in PERCENTILES), *(percentile(gaps, percent) for percent in PERCENTILES),
+        )  # fmt: skip
+
+
+COLUMNS = [
+    "engine",
+    "case",
+    "users",
+    "tokens/s",
+    "of no adapter",
+    "first token, ms: p50",
+    "p95",
+    "p99",
+    "gap, ms: p50",
+    "p95",
+    "p99",
+]
+
+
+def cells(row: Row) -> list[str]:
+    """Returns a row as text."""
+    users = str(row.concurrency) if row.concurrency else "Poisson"
+    ratio = "–" if row.ratio is None else f"{row.ratio:.3f} ({row.ratio_low:.3f}–{row.ratio_high:.3f})"
+    times = (row.ttft_p50, row.ttft_p95, row.ttft_p99, row.itl_p50, row.itl_p95, row.itl_p99)
+    speed = str(Spread(row.tokens_per_s, row.tokens_per_s_low, row.tokens_per_s_high))
+    return [row.engine, row.case, users, speed, ratio, *("–" if time is None else number(time) for time in times)]

@@ -1,0 +1,120 @@
+"""What a benchmark of the server stands on: adapters on disk, and the targets, each started when it is first needed."""
+
+import importlib.util
+import itertools
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lori.base_identity import identify_files
+from lori.embedded import embedded_model
+from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters
+from tests.bench.serve_asks import distinct, make_asks, no_adapter
+from tests.bench.serve_cases import LLAMA, NUM_DISTINCT, OWN, PEFT, VLLM
+from tests.bench.serve_targets import Server, Target, start_batches, start_llama_cpp, start_own, start_vllm
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where targets run, and on what. `peers` is the folder that `peers.sh` filled, `model` the embedded one if None."""
+
+    core: int
+    scratch: Path
+    model: Path | None = None
+    peers: Path | None = None
+    flags: Sequence[str] = ()
+    """More flags for this project's server."""
+    num_registered: int = NUM_DISTINCT
+    num_cold: int = 0
+    """Adapters beyond those, that each is asked for once."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """The targets that run; of all of them, one may use the processor."""
+
+    setting: Setting
+    adapters: Path
+    cold: Iterator[str]
+    targets: dict[tuple[str, str], Target] = field(default_factory=dict)
+
+    @contextmanager
+    def on(self, engine: str, name: str) -> Iterator[Target]:
+        """Yields a target, which may use the processor in the block."""
+        if (engine, name) not in self.targets:
+            self.targets[engine, name] = self._start(engine, name)
+            self._warm(engine, name)
+        target = self.targets[engine, name]
+        target.program.resume()
+        try:
+            yield target
+        finally:
+            target.program.pause()
+
+    @contextmanager
+    def own(self) -> Iterator[Server]:
+        """Yields this project's server with LoRI on, as `on` does."""
+        with self.on(OWN, "on") as target:
+            assert isinstance(target, Server)
+            yield target
+
+    def end(self) -> None:
+        """Ends all of them."""
+        for target in self.targets.values():
+            target.program.end()
+
+    def _start(self, engine: str, name: str) -> Target:
+        setting, log = self.setting, self.setting.scratch / f"{engine}-{name}.log"
+        is_on = name == "on"
+        if engine == OWN:
+            return start_own(setting.model, self.adapters if is_on else None, setting.core, log, setting.flags)
+        model = setting.model or embedded_model()
+        if engine == PEFT:
+            return start_batches(model, self._exported() if is_on else [], setting.core, log)
+        assert setting.peers is not None
+        if engine == VLLM:
+            return start_vllm(setting.peers, model, self._exported() if is_on else [], setting.core, log)
+        return start_llama_cpp(setting.peers, setting.core, log)
+
+    def _warm(self, engine: str, name: str) -> None:
+        target = self.targets[engine, name]
+        choose = distinct([adapter_name(i) for i in range(NUM_DISTINCT)]) if name == "on" else no_adapter
+        target.measure(make_asks("warm", NUM_DISTINCT, 10, 2, choose), NUM_DISTINCT)
+
+    def _exported(self) -> list[Path]:
+        folder = self.setting.scratch / "peft"
+        export_adapters(folder, self.adapters, NUM_DISTINCT)
+        return [folder / adapter_name(i) for i in range(NUM_DISTINCT)]
+
+
+@contextmanager
+def staged(setting: Setting) -> Iterator[Stage]:
+    """Yields a stage with its adapters written; ends the targets and removes the adapters after the block."""
+    base = identify_files(None if setting.model is None else str(setting.model))
+    count = setting.num_registered + setting.num_cold
+    adapters = write_adapters(setting.scratch / "adapters", base, count)
+    cold = (adapter_name(i) for i in itertools.count(setting.num_registered))
+    stage = Stage(setting, adapters, cold)
+    try:
+        yield stage
+    finally:
+        stage.end()
+        shutil.rmtree(adapters)
+
+
+def missing_peers(peers: Path | None) -> dict[str, str]:
+    """Returns which engines cannot be measured, and why."""
+    missing = {} if _has_peft() else {PEFT: "it is not installed"}
+    files = {VLLM: "vllm/preload", LLAMA: "llama.cpp/model.gguf"}
+    for engine, file in files.items():
+        if peers is None:
+            missing[engine] = "there is no --peers"
+        elif not (peers / file).exists():
+            missing[engine] = f"tests/bench/peers.sh has not put {file} into {peers}"
+    return missing
+
+
+def _has_peft() -> bool:
+    return importlib.util.find_spec("peft") is not None

