@@ -66,7 +66,8 @@ def _is_adapter(item: "os.DirEntry[str]") -> bool:
     is_version = bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
     if not is_version and not os.path.isfile(os.path.join(item.path, CONFIG_FILE)):
         return False
-    no_link(Path(item.path))
+    if item.is_symlink():
+        no_link(Path(item.path))
     if not is_version and not NAME.fullmatch(item.name):
         raise AdapterError(f"{item.path}: an adapter's name must match {NAME.pattern}")
     return True

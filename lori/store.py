@@ -8,6 +8,7 @@
 Readers need no lock: a version appears and an alias moves by a rename. Writers hold the lock of the name.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -219,15 +220,16 @@ class AdapterStore:
         return basis_file(self.root, basis.digest) if isinstance(basis, ExplicitConfig) else None
 
     def _resolve(self, name: str, alias: str | None, versions: Sequence[Entry]) -> Entry:
-        plain = self.root / name
-        is_plain = (plain / CONFIG_FILE).is_file()
+        root = str(self.root)  # paths cost more than what the system says of them, in a store of thousands
+        is_plain = os.path.isfile(os.path.join(root, name, CONFIG_FILE))
         if alias and is_plain:
+            plain = self.root / name
             keep = f"`python -m lori import {plain} {self.root}` keeps the folder as a version"
             raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: {keep}, or delete the folder")
-        if alias and not (self.root / alias).is_dir():
+        if alias and not os.path.isdir(os.path.join(root, alias)):
             raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
         if alias or is_plain:
-            return Entry(name, no_link(self.root / alias if alias else plain))
+            return Entry(name, no_link(self.root / (alias or name)))
         if len(versions) > 1:
             raise AdapterError(f"{name!r} could be any of {', '.join(e.folder.name for e in versions)}: publish or alias one")
         if not versions:

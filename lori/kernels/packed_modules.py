@@ -90,6 +90,7 @@ def _check(operands: Mapping[str, Operands], slot: int, packed: PackedModules, b
 
 
 def _put_at_once(operands: Mapping[str, Operands], slot: int, packed: PackedModules, basis: int) -> None:
+    assert MODULE
     rows, in_pieces = [], []
     first_unit = first_window = 0
     for (name, layout), end in zip(packed.layouts.items(), packed.ends, strict=True):

@@ -7,9 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from lori.aliases import ALIASES_FOLDER
+from lori.base_identity import identify_files
 from lori.cli.output import print_table
+from lori.kernels.layout import Layout
+from lori.packed_adapter import PackedReader
 from lori.store import AdapterStore
+from lori.summary import summarise
 
 ADAPTER = Path(__file__).parents[2] / "server" / "adapters" / "math"
 
@@ -45,12 +51,16 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", arguments.adapters)
+        base, current = identify_files(None), store.current()
+        reader = PackedReader(base, {name: Layout(shape[0], 32, torch.bfloat16) for name, shape in base.shapes.items()})
         acts: dict[str, Callable[[], object]] = {
             "list": store.list,
             "current (every name and what it means)": store.current,
+            "summarise (every config)": lambda: summarise(current, base),
             "find a name": lambda: store.find("tenant-00042"),
             "find a version": lambda: store.find(f"tenant-00042@{store.find('math').version}"),
-            "find and load": lambda: store.find("tenant-00042").load(),
+            "find and load": lambda: store.find("tenant-00042").load(base),
+            "find and pack": lambda: reader.read_entry(store.find("tenant-00042")),
         }
         rows = [[act, measured(acts[act], arguments.repeats)] for act in acts]
     print_table([f"{arguments.adapters} adapters", "ms (min–max)"], rows)

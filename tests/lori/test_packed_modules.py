@@ -54,9 +54,7 @@ def assert_same(ours: Mapping[str, Operands], theirs: Mapping[str, Operands]) ->
     ),
     st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_modules_put_at_once_are_as_put_one_by_one(
-    actions: list[tuple[int, float | None, str, int]], dtype: torch.dtype
-) -> None:
+def test_modules_put_at_once_are_as_put_one_by_one(actions: list[tuple[int, float | None, str, int]], dtype: torch.dtype) -> None:
     at_once, one_by_one = make_operands(dtype), make_operands(dtype)
     for seed, (slot, density, names, basis) in enumerate(actions):
         if density is None:

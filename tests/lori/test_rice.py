@@ -1,10 +1,14 @@
 """The code of a mask."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lori.kernels import native
 from lori.rice import MAX_ENTRIES, Code, Indices, decode, encode, parameter
 
 
@@ -111,3 +115,57 @@ def test_any_bytes_are_a_mask_or_refused(content: bytes, num_entries: int, num_k
     assert (np.diff(indices, prepend=-1) > 0).all()
     assert not num_kept or indices[-1] < num_entries
     assert (encode(indices, num_entries) == code).all()  # one mask has one code
+
+
+# --- the compiled module
+
+
+def outcome(read: Callable[[Code, int, int], Indices], *mask: Any) -> list[int] | str:
+    """Returns the indices, or what they are refused with."""
+    try:
+        return read(*mask).tolist()
+    except ValueError as error:
+        return str(error)
+
+
+def assert_decoded_alike(code: Code, num_entries: int, num_kept: int) -> None:
+    """The module gives the same indices, or none where the code is refused; and who uses it gets the same error."""
+    expected = outcome(decode, code, num_entries, num_kept)
+    assert outcome(native.decode_mask, code, num_entries, num_kept) == expected
+    if native.MODULE:
+        ours = native.MODULE.decode_mask(code, num_entries, num_kept)
+        assert (None if ours is None else ours.tolist()) == (None if isinstance(expected, str) else expected)
+        assert ours is None or ours.dtype == np.int32
+
+
+@pytest.mark.parametrize("density", [0.0, 0.0005, 0.002, 0.01, 0.1, 0.35, 0.5, 1.0])
+@pytest.mark.parametrize("num_entries", [1, 7, 8, 9, 64, 1000, 20_000])
+def test_the_module_decodes_what_numpy_does(num_entries: int, density: float) -> None:
+    indices = random_indices(num_entries, density)
+    assert_decoded_alike(encode(indices, num_entries), num_entries, len(indices))
+
+
+@pytest.mark.parametrize("index", [0, 1, MAX_ENTRIES // 2, MAX_ENTRIES - 1])
+def test_the_module_decodes_one_entry_of_the_largest_mask(index: int) -> None:
+    assert_decoded_alike(encode(np.array([index], np.int32), MAX_ENTRIES), MAX_ENTRIES, 1)
+
+
+@pytest.mark.parametrize(("_message", "code", "num_entries", "num_kept"), tampered())
+def test_the_module_refuses_what_numpy_does(_message: str, code: Code, num_entries: int, num_kept: int) -> None:
+    assert_decoded_alike(code, num_entries, num_kept)
+
+
+@given(st.binary(max_size=60), st.integers(1, 5000), st.integers(0, 200))
+def test_any_bytes_are_a_mask_for_both_or_for_neither(content: bytes, num_entries: int, num_kept: int) -> None:
+    assert_decoded_alike(np.frombuffer(content, np.uint8), num_entries, num_kept)
+
+
+@given(st.integers(0, 999), st.sampled_from([0.005, 0.1, 0.5]), st.integers(0, 4000), st.integers(-2, 2), st.integers(-9, 9))
+def test_a_code_with_a_bit_changed_is_a_mask_for_both_or_for_neither(
+    seed: int, density: float, bit: int, more_kept: int, more_entries: int
+) -> None:
+    indices = random_indices(1000, density, seed)
+    code = encode(indices, 1000)
+    if len(code):
+        code[bit // 8 % len(code)] ^= 1 << bit % 8
+    assert_decoded_alike(code, 1000 + more_entries, max(0, len(indices) + more_kept))

@@ -1,0 +1,96 @@
+"""What is known of adapters before their weights are read: a server with thousands reads their configs at start, no more."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lori.config import NUM_VERSION_DIGITS, AdapterConfig, ExplicitConfig, SeededConfig
+from lori.entry import Entry
+from lori.errors import AdapterFormatError
+from lori.format import base_faults, read_config
+from lori.identity import BaseIdentity
+from lori.template import Template
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One adapter's config, cut down to what requests are admitted by and clients are told."""
+
+    name: str
+    digest: str
+    """Of its content: what it does."""
+    basis: SeededConfig | ExplicitConfig
+    rank: int
+    """Of most modules."""
+    max_rank: int
+    """Of any module."""
+    alpha: float
+    scale: float
+    """alpha / r of most modules."""
+    targets: tuple[str, ...]
+    """As `AdapterConfig.target_modules`."""
+    sparsity: float
+    templates: tuple[Template, ...]
+    merge_weights: Mapping[str, tuple[float, float]] = field(hash=False)
+    metrics: Mapping[str, float] = field(hash=False)
+
+    @classmethod
+    def of(cls, name: str, config: AdapterConfig) -> "Summary":
+        """Returns the summary of the adapter called `name`."""
+        section = config.lori
+        return cls(
+            name=name,
+            digest=section.content_digest,
+            basis=section.basis,
+            rank=config.r,
+            max_rank=max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r,
+            alpha=config.lora_alpha,
+            scale=config.scale,
+            targets=config.target_modules,
+            sparsity=section.sparsity,
+            templates=section.templates,
+            merge_weights=section.merge_weights,
+            metrics=section.metrics,
+        )
+
+    @property
+    def version(self) -> str:
+        """As `Adapter.version`."""
+        return self.digest[:NUM_VERSION_DIGITS]
+
+
+def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Summary]:
+    """Returns the summary of every entry, by the names that they are given under. Reads configs alone.
+
+    Raises one `AdapterFormatError` with the faults of all whose config cannot be read, is not sound, not that of the version
+    that the folder's name says, or not of `base`.
+    """
+    reader, faults, found = _Reader(base), [], {}
+    for name, entry in entries.items():
+        try:
+            found[name] = reader.read(entry)
+        except AdapterFormatError as error:
+            faults += [f"{error.source}: {fault}" for fault in error.faults]
+    if faults:
+        raise AdapterFormatError("what is to be served", faults)
+    return found
+
+
+class _Reader:
+    """Reads summaries; what many configs say of their base is checked once."""
+
+    def __init__(self, base: BaseIdentity) -> None:
+        self._base = base
+        self._base_faults: dict[object, list[str]] = {}
+
+    def read(self, entry: Entry) -> Summary:
+        config = read_config(entry.folder)
+        entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
+        if faults := self._faults(config):
+            raise AdapterFormatError(str(entry.folder), faults)
+        return Summary.of(entry.name, config)
+
+    def _faults(self, config: AdapterConfig) -> list[str]:
+        recipe = (config.base_name, config.lori.base_digest, config.target_modules, tuple(config.lori.shapes.items()))
+        if recipe not in self._base_faults:
+            self._base_faults[recipe] = base_faults(config, self._base)
+        return self._base_faults[recipe]
