@@ -1,4 +1,4 @@
-"""Frozen linear layers that read one input, as one product with the rows of every basis's A: `[y; s] = [W; A] x`, then the deltas.
+"""Frozen linear layers that read one input: one product with the rows of every basis's A, `[y; s] = [W; A] x`, then the deltas.
 
 `[y_q; y_k; y_v; s_q; s_k; s_v] = [W_q; W_k; W_v; A_q; A_k; A_v] x`. A step without adapters leaves A out.
 Shapes: T tokens, N inputs, D outputs of a layer, A bases, R rank.

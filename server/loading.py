@@ -1,5 +1,6 @@
 """Builds a service from settings: base model, adapters, engine."""
 
+import gc
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -64,11 +65,15 @@ def load_service(settings: Settings) -> Service:
         max_stall=settings.max_stall,
         free_tokens=measure_free_tokens(runner, base.model, min(64, max_context), settings.block_size),
     )
+    pool.reserve(int(settings.resident_gib * GIB) if registry.by_name else 0)
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
-    _log(base, pool, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
+    _log(base, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
+    # What is here now stays: the collector, which stops the world, need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
     return Service(
         settings=settings,
@@ -98,25 +103,22 @@ def _basis(of: Registered) -> Basis:
     return load_basis(of.entry.folder.parent, said.digest) if isinstance(said, ExplicitConfig) else said.basis()
 
 
-def _log(base: BaseModel, pool: AdapterPool, num_adapters: int, runner: Runner, num_kv_tokens: int, limits: StepLimits) -> None:
-    dtype = base.model.dtype
+def _log(base: BaseModel, num_adapters: int, runner: Runner, num_kv_tokens: int, limits: StepLimits) -> None:
+    dtype, device = base.model.dtype, base.model.device
+    products = "C++" if has_native(dtype, device) else "torch"
     logger.info(
-        "%s in %s on %s, %d threads; products in %s; deltas in %s; %d adapters registered; keys and values of %d tokens in %.0f MiB",
+        "%s in %s on %s, %d threads; products in %s; deltas in %s; %d adapters; keys and values of %d tokens in %.0f MiB",
         base.name,
         str(dtype).removeprefix("torch."),
-        base.model.device,
+        device,
         torch.get_num_threads(),
-        "C++" if has_native(dtype, base.model.device) else "torch",
+        products,
         description(),
         num_adapters,
         num_kv_tokens,
         runner.num_kv_bytes / 2**20,
     )
-    logger.info(
-        "a step takes as long as %d tokens, whatever is in it: beside n requests that decode, n + %d tokens of prompts",
-        limits.free_tokens,
-        limits.num_prompt_tokens(1) - 1,
-    )
+    logger.info("a step takes as long as %d tokens take, whatever is in it", limits.free_tokens)
     if not MODULE:
         logger.warning(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
@@ -125,21 +127,23 @@ def _log(base: BaseModel, pool: AdapterPool, num_adapters: int, runner: Runner, 
 
 
 def _metrics(model: str, scheduler: Scheduler, tiers: AdapterTiers, num_registered: int) -> Metrics:
-    metrics = Metrics(model)
-    cache, residents = scheduler.cache, tiers.residents
-    metrics.watch("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running))
-    metrics.watch("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting)
-    metrics.watch("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage)
-    metrics.watch("vllm:num_preemptions", "Requests that gave up their KV memory for others, so far.", lambda: scheduler.num_preemptions)
-    metrics.watch("vllm:prefix_cache_queries", "Prompt tokens that were looked for in the prefix cache.", lambda: cache.num_asked_tokens)
-    metrics.watch("vllm:prefix_cache_hits", "Prompt tokens that were found there.", lambda: cache.num_found_tokens)
-    metrics.watch("lori:adapters_registered", "Adapters that can be asked for.", lambda: num_registered)
-    metrics.watch("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded)
-    metrics.watch("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes)
-    metrics.watch("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents))
-    metrics.watch("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes)
-    metrics.watch("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned)
-    metrics.watch("lori:adapter_evictions", "Resident adapters that made room for others, so far.", lambda: residents.num_evictions)
+    metrics, cache, residents = Metrics(model), scheduler.cache, tiers.residents
+    for name, help_text, read in (
+        ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
+        ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
+        ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
+        ("vllm:num_preemptions", "Requests that gave up their KV memory so far.", lambda: scheduler.num_preemptions),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
+        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
+        ("lori:adapters_registered", "Adapters that can be asked for.", lambda: num_registered),
+        ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
+        ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
+        ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
+        ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
+        ("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
+        ("lori:adapter_evictions", "Adapters that made room for others so far.", lambda: residents.num_evictions),
+    ):
+        metrics.watch(name, help_text, read)
     tiers.observe_load = metrics.load_seconds.observe
     return metrics
 

@@ -38,7 +38,9 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
     dense = dense_segments(operands, route) if route.runs and instruction_set is None else ()
     packed = route.without(dense) if dense else route
     num_threads = torch.get_num_threads()
-    if not bound.add_delta(bound_route(packed), y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads):
+    if not bound.add_delta(
+        bound_route(packed), y.data_ptr(), y.shape, y.stride(), s.data_ptr(), s.shape, s.stride(), num_threads
+    ):
         raise mismatch(y, s, operands, route)
     for i in dense:
         start, stop, ((slot, weight),) = route.spans[i]

@@ -2,10 +2,11 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from lori.merge_methods import DEFAULTS as LINEAR
 from lori.merge_methods import MergeOptions
 from lori.names import unknown_adapter
 from lori.summary import Summary
@@ -32,9 +33,9 @@ class Ask:
     template: Template | None = None
     adapters: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
-    merge: MergeOptions = MergeOptions()
+    merge: MergeOptions = LINEAR
     max_tokens: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     """But for its seed."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -50,9 +51,7 @@ class Ask:
 class Admission:
     """Turns what clients ask into requests that the engine can run."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, registry: Registry, max_context: int, max_terms: int = 1
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, registry: Registry, max_context: int, max_terms: int = 1) -> None:
         self._tokenizer, self._registry, self._max_context = tokenizer, registry, max_context
         self._max_terms = max_terms
         """Adapters that can be resident together."""

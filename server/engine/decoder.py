@@ -1,6 +1,6 @@
 """A decoder's forward pass over a step's tokens: transformers' modules and weights, our products, norms and attention.
 
-What differs between the families that are served is read in `families`. A pass makes no mask, and logits only where they are wanted.
+What differs between the families that are served is read in `families`. A pass makes no mask, and logits where they are wanted.
 Shapes: T tokens of a step, D width, P rows whose logits are wanted, V vocabulary, E head size.
 """
 
@@ -12,6 +12,7 @@ import torch
 
 from lori.kernels import Route
 from lori.projection import Projection
+from server.engine.spans import Span
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine (T, E) fp32 of each token's position."""
@@ -61,6 +62,9 @@ class Ops(Protocol):
     """What a layer does beside its products, and the memory of its keys and values. `Step` is what `plan` makes of the spans."""
 
     num_bytes: int
+
+    def plan(self, spans: Sequence[Span]) -> object:
+        """Returns the step of `spans`, those of one token first, for `attend`."""
 
     def norm(self, stream: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
         """Returns the norm of `stream` (T, D), to which `added` (T, D) is added before, in place."""

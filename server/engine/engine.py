@@ -135,7 +135,9 @@ class Engine:
         for chunk in chunks:
             token, is_sound = of.get(chunk, (None, True))
             prompt_scores = scored.get(chunk, ())
-            outcomes.append(_Outcome(chunk, token, is_sound and prompt_scores is not None, prompt_scores or (), scores.get(chunk)))
+            outcomes.append(
+                _Outcome(chunk, token, is_sound and prompt_scores is not None, prompt_scores or (), scores.get(chunk))
+            )
         return outcomes
 
     def _wanted(self, chunk: Chunk) -> range:

@@ -60,7 +60,7 @@ def read_decoder(model: PreTrainedModel, pool: AdapterPool) -> Decoder:
 
 
 def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool) -> Layer:
-    attention, mlp, is_gemma = layer.self_attn, layer.mlp, config.model_type in GEMMA
+    is_gemma = config.model_type in GEMMA
 
     def product(owner: str, *names: str) -> Projection:
         full = [f"{name}.{owner}.{child}" for child in names]
@@ -69,7 +69,7 @@ def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool) -
     return Layer(
         attention_norm=_norm(layer.input_layernorm, config),
         qkv=product("self_attn", "q_proj", "k_proj", "v_proj"),
-        heads=_heads(attention, config, number),
+        heads=_heads(layer.self_attn, config, number),
         turn=_turn_of(config, number),
         output=product("self_attn", "o_proj"),
         attention_output_norm=_norm(layer.post_attention_layernorm, config) if is_gemma else None,

@@ -36,7 +36,8 @@ class NativeOps:
 
     def plan(self, spans: Sequence[Span]) -> object:
         """Returns the step of `spans`, for `attend`."""
-        rows, table = [], []
+        rows: list[tuple[int, int, int, int]] = []
+        table: list[int] = []
         for span in spans:
             rows.append((span.row, span.num_tokens, span.position, len(table)))
             if self._per_block == 1:

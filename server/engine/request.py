@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lori.config import NUM_VERSION_DIGITS
+from lori.merge_methods import DEFAULTS as LINEAR
 from lori.merge_methods import MergeOptions
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
@@ -72,9 +73,9 @@ class Request:
     """Where each prompt token begins in `prompt_text`, in characters."""
     max_tokens: int
     terms: tuple[AdapterTerm, ...] = ()
-    merge: MergeOptions = MergeOptions()
+    merge: MergeOptions = LINEAR
     """How the adapters of `terms` are combined; anything but `linear` is built once and kept as a resident adapter."""
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     """Stop tokens do not end the answer."""

@@ -18,6 +18,7 @@ from server.engine.scheduler import Chunk
 from server.engine.spans import Span
 from server.engine.torch_ops import TorchOps
 
+
 class Runner:
     """The base model with its adapters and its KV memory of `num_blocks` blocks.
 

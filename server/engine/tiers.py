@@ -45,7 +45,8 @@ class AdapterTiers:
         """See `ResidencyGate`. Nothing is held for a sequence that hears "loading", but that what it waits for stays in RAM."""
         digests = [digest for digest, _ in sequence.residents]
         missing = [digest for digest in digests if digest not in self.residents]
-        if any([self._is_awaited(digest, sequence) for digest in missing]):
+        awaited = [digest for digest in missing if self._is_awaited(digest, sequence)]
+        if awaited:
             return "loading"
         pinned: list[str] = []
         for digest in sorted(digests, key=missing.__contains__):  # first what is here, which must not go for what is not

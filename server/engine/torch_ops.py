@@ -31,7 +31,7 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    # `write` (T,) takes the new keys. The first B tokens decode: they see `keys` (B, L), `lengths` (B,) of them, L a round number.
+    # `write` (T,) takes the new keys. The first B tokens decode: they see the first `lengths` (B,) of `keys` (B, L).
     write: torch.Tensor
     keys: torch.Tensor
     lengths: torch.Tensor

@@ -1,6 +1,3 @@
-#include "bindings.h"
-
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
 #include <cstring>
@@ -8,15 +5,12 @@
 #include <string>
 
 #include "adapter_file.h"
+#include "bindings.h"
+#include "bound.h"
 #include "rice.h"
-
-namespace nb = nanobind;
 
 namespace lori {
 namespace {
-
-template <typename T, size_t kDims>
-using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
 constexpr int64_t kMaxEntries = int64_t{1} << 26;  // of one B; lori.rice.MAX_ENTRIES
 

@@ -46,7 +46,8 @@ void gate_rows(const Gate& gate, int64_t first, int64_t last) {
       const Floats value = load(gated + j);
       Floats active;
       if constexpr (kActivation == Activation::kSilu)
-        active = value / (1.0f + exponential(-value));
+        // The exponential ends at 88: what is far below would not be divided by enough.
+        active = value < splat(-88.0f) ? splat(0.0f) : value / (1.0f + exponential(-value));
       else if constexpr (kActivation == Activation::kGeluTanh)
         active = 0.5f * value * (1.0f + tanh_of(0.79788456f * (value + 0.044715f * value * value * value)));
       else
@@ -104,6 +105,15 @@ void turn(Value* x, int size, const float* norm, float epsilon, const float* cos
   for (int i = 0; i < size; i += kLanes) store(x + i, load(turned + i));
 }
 
+// Makes the values (16 / V, E, V) of a block's tokens from `token` on zero.
+template <typename Value>
+LORI_INLINE void clear_values(Value* values, int size, int token) {
+  constexpr int kV = kTogether<Value>;
+  for (; token % kV; token++)
+    for (int e = 0; e < size; e++) values[(token / kV * size + e) * kV + token % kV] = 0;
+  std::memset(values + token * size, 0, sizeof(Value) * size * (kBlockTokens - token));
+}
+
 // Turns the queries and keys of the step's rows first .. last, which lie in the span, and puts keys and values into memory.
 template <typename Value>
 void write_rows(const Heads& heads, const Attention& attention, const Span& span, int64_t first, int64_t last) {
@@ -115,6 +125,7 @@ void write_rows(const Heads& heads, const Attention& attention, const Span& span
     for (int head = 0; head < heads.num_heads; head++)
       turn(row + head * size, size, heads.query_norm, heads.epsilon, cosine, sine);
     const int position = span.position + static_cast<int>(i) - span.row, token = position % kBlockTokens;
+    const int left = span.row + span.num_tokens - static_cast<int>(i);  // of the span: another thread may write them
     const Block<Value> block(heads, attention.memory, attention.table[span.blocks + position / kBlockTokens]);
     for (int head = 0; head < heads.num_kv_heads; head++) {
       Value* key = row + (heads.num_heads + head) * size;
@@ -122,7 +133,7 @@ void write_rows(const Heads& heads, const Attention& attention, const Span& span
       turn(key, size, heads.key_norm, heads.epsilon, cosine, sine);
       Value *keys = block.head(block.keys, heads, head), *values = block.head(block.values, heads, head);
       for (int e = 0; e < size; e++) keys[(e / kV * kBlockTokens + token) * kV + e % kV] = key[e];
-      if (token == 0) std::memset(values, 0, sizeof(Value) * size * kBlockTokens);
+      if (token == 0 && left < kBlockTokens) clear_values(values, size, left);
       for (int e = 0; e < size; e++) values[(token / kV * size + e) * kV + token % kV] = value[e];
     }
   }
