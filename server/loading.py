@@ -21,7 +21,7 @@ from lori.store import AdapterStore
 from lori.summary import Summary, summarise
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.families import check_family
+from server.engine.families import check_family, head_size
 from server.engine.kv_cache import KvCache
 from server.engine.loader import Loader
 from server.engine.probe import check, measure_free_tokens, own_logits
@@ -63,6 +63,7 @@ def load_service(settings: Settings) -> Service:
         max_sequences=settings.max_batch,
         max_tokens=settings.max_step_tokens,
         max_stall=settings.max_stall,
+        context_tokens=_context_tokens(base),
         free_tokens=measure_free_tokens(runner, base.model, min(64, max_context), settings.block_size),
     )
     pool.reserve(int(settings.resident_gib * GIB) if registry.by_name else 0)
@@ -83,6 +84,14 @@ def load_service(settings: Settings) -> Service:
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
     )
+
+
+def _context_tokens(base: BaseModel) -> float:
+    # By the operations of both; those of attention take about twice as long each.
+    config = base.model.config.get_text_config()
+    in_products = sum(d * n for d, n in base.identity.shapes.values())
+    a_key = 2 * int(config.num_hidden_layers) * int(config.num_attention_heads) * head_size(base.model)
+    return in_products / a_key / 2
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:

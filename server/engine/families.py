@@ -59,6 +59,12 @@ def read_decoder(model: PreTrainedModel, pool: AdapterPool) -> Decoder:
     )
 
 
+def head_size(model: PreTrainedModel) -> int:
+    """Returns the size of a head of attention."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool) -> Layer:
     is_gemma = config.model_type in GEMMA
 

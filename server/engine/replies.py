@@ -50,7 +50,7 @@ class Reply:
             self._tell(text, is_prompt=True)
 
     def take(self, token: int, score: Score | None) -> FinishReason | None:
-        """Tells the text that the next token, already the sequence's last, makes sure; returns why the answer is over, if it is."""
+        """Tells the text that the sequence's next token, already among its own, makes sure; returns why it is over, if it is."""
         request = self.sequence.request
         if score is not None:
             offset = (len(request.prompt_text) if request.echo else 0) + self.text.num_characters

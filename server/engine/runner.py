@@ -12,7 +12,7 @@ from lori.kernels import Route, Term
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
 from server.engine.decoder import Decoder, Ops
-from server.engine.families import read_decoder
+from server.engine.families import head_size, read_decoder
 from server.engine.native_ops import BLOCK_TOKENS, NativeOps
 from server.engine.scheduler import Chunk
 from server.engine.spans import Span
@@ -73,9 +73,7 @@ class Runner:
 def bytes_per_token(model: PreTrainedModel) -> int:
     """Returns how many bytes of KV memory a token of `model` takes, over all layers."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * model.dtype.itemsize
+    return 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * head_size(model) * model.dtype.itemsize
 
 
 def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:

@@ -7,6 +7,7 @@ block; when there is none left, the one that joined last gives up its blocks, an
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil, inf
 
 from server.engine.choices import Choices
 from server.engine.deadlines import Deadlines
@@ -40,10 +41,20 @@ class StepLimits:
     """How many times as long as decoding alone a step may take that computes prompts beside it, about; infinite: no limit."""
     free_tokens: int = 0
     """As many tokens take as long as a step takes whatever is in it: its fixed cost over a token's."""
+    context_tokens: float = inf
+    """Keys that a token attends to in the time that all else of it takes."""
 
     def __post_init__(self) -> None:
         assert self.max_tokens > self.max_sequences, "a step must have room for prompts beside decoding"
         assert self.max_stall >= 1
+
+    def cost(self, position: int) -> float:
+        """What a token at `position` costs, in tokens that attend to nothing."""
+        return 1 + position / self.context_tokens
+
+    def num_affordable(self, num_tokens: int, position: int) -> int:
+        """Tokens from `position` on that cost as much as `num_tokens` that attend to nothing; at least one, if that is not 0."""
+        return max(1, int(num_tokens / self.cost(position))) if num_tokens > 0 else 0
 
     def num_prompt_tokens(self, num_decoding: int) -> int:
         """Tokens of prompts that a step has room for beside so many that decode; at least one."""
@@ -251,9 +262,9 @@ class Scheduler:
         left = self.limits.num_prompt_tokens(len(single)) if prompts else 0
         for sequence in sorted(prompts, key=lambda s: s.request.priority):
             start = sequence.num_computed
-            count = min(left, sequence.num_tokens - start)
+            count = min(self.limits.num_affordable(left, start), sequence.num_tokens - start)
             if not count:
                 break
             (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
-            left -= count
+            left -= ceil(count * self.limits.cost(start))
         return single + longer
