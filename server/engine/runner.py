@@ -3,7 +3,9 @@
 Shapes: T tokens of a step, V vocabulary, P positions whose logits are wanted.
 """
 
+import operator
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +21,14 @@ from server.engine.spans import Span
 from server.engine.torch_ops import TorchOps
 
 
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    # A route, the tokens of each chunk, and the chunks' own lists of terms: a pinned sequence keeps its own.
+    counts: list[int]
+    terms: list[list[tuple[int, float]] | None]
+    route: Route | None
+
+
 class Runner:
     """The base model with its adapters and its KV memory of `num_blocks` blocks.
 
@@ -29,6 +39,7 @@ class Runner:
         self._dtype, self._device = model.dtype, model.device
         with torch.inference_mode():
             self._decoder: Decoder = read_decoder(model, pool)
+        self._routed = _Routed([], [], None)
         self._ops = make_ops(self._decoder, num_blocks, block_size, self._dtype, self._device)
 
     @property
@@ -62,12 +73,18 @@ class Runner:
         )
 
     def _route(self, chunks: Items[Chunk], num_tokens: int) -> Route | None:
-        terms, row = [], 0
-        for chunk in chunks:
-            stop = row + chunk.stop - chunk.start
-            terms += [Term(row, stop, slot, weight) for slot, weight in chunk.sequence.terms or ()]
-            row = stop
-        return Route.of(terms, num_tokens, self._device) if terms else None
+        # While the same sequences decode it is the one of the step before.
+        counts = [chunk.stop - chunk.start for chunk in chunks]
+        of_chunks = [chunk.sequence.terms for chunk in chunks]
+        before = self._routed
+        if before.counts != counts or any(map(operator.is_not, before.terms, of_chunks)):
+            terms, row = [], 0
+            for count, of_chunk in zip(counts, of_chunks, strict=True):
+                terms += [Term(row, row + count, slot, weight) for slot, weight in of_chunk or ()]
+                row += count
+            route = Route.of(terms, num_tokens, self._device) if terms else None
+            self._routed = before = _Routed(counts, of_chunks, route)
+        return before.route
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
