@@ -64,6 +64,8 @@ class TorchProjection:
         if route is None:
             bias = None if self._bias is None else self._bias[: self._num_outputs]
             return F.linear(x, self._weight[: self._num_outputs], bias)
+        if len(self._operands) != len(self._outputs):
+            raise ValueError("the route has terms, and these layers have no operands")
         both = F.linear(x, self._weight, self._bias)
         parts = both.split_with_sizes([*self._outputs, *self._reduced], 1)
         for y, s, of in zip(parts, parts[len(self._outputs) :], self._operands, strict=False):
@@ -80,13 +82,14 @@ class NativeProjection:
         self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
         self._operands = operands
         self._num_outputs, self._num_reduced = sum(self._outputs), sum(self._reduced)
-        num_inputs = linears[0].in_features
+        num_inputs = self._num_inputs = linears[0].in_features
         weights = [linear.weight.detach() for linear in linears]
         weights += [torch.cat([a.to(weights[0]) for a in of_layer]) for of_layer in blocks]
         sizes = [module.part_size(len(weight), num_inputs) for weight in weights]
         panels = torch.empty(sum(sizes), dtype=torch.bfloat16).view(torch.uint16)
         for weight, part in zip(weights, panels.split(sizes), strict=True):
             module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
+        self._s = torch.empty(0, self._num_reduced, dtype=torch.bfloat16)
         bias = joint_bias(linears)
         self._bound = module.Projection(
             panels.numpy(), self._outputs, self._reduced, num_inputs, None if bias is None else bias.float().numpy()
@@ -94,12 +97,16 @@ class NativeProjection:
 
     def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
         """See `Projection`."""
+        if x.dtype is not torch.bfloat16 or x.shape[1] != self._num_inputs or x.stride(1) != 1:
+            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, expected rows of {self._num_inputs} in bfloat16")
         num_tokens, threads = len(x), torch.get_num_threads()
         y = torch.empty(num_tokens, self._num_outputs, dtype=torch.bfloat16)
         if route is None:
             self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             return y
-        s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
+        if len(self._s) < num_tokens:
+            self._s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
+        s = self._s[:num_tokens]
         if route.runs and any(dense_segments(of, route) for of in self._operands):
             self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             self._bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)

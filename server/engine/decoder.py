@@ -53,6 +53,8 @@ class Layer:
     attention_output_norm: Norm | None
     mlp_norm: Norm
     gate_up: Projection
+    num_inner: int
+    """Values between the MLP's products."""
     activation: str
     down: Projection
     mlp_output_norm: Norm | None

@@ -81,6 +81,7 @@ def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool) -
         attention_output_norm=_norm(layer.post_attention_layernorm, config) if is_gemma else None,
         mlp_norm=_norm(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm, config),
         gate_up=product("mlp", "gate_proj", "up_proj"),
+        num_inner=layer.mlp.gate_proj.out_features,
         activation=ACTIVATIONS[_activation_name(config)],
         down=product("mlp", "down_proj"),
         mlp_output_norm=_norm(layer.post_feedforward_layernorm, config) if is_gemma else None,

@@ -5,6 +5,7 @@ Shapes: T tokens, H heads, G key-value heads, E head size, S spans.
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from server.engine.spans import Span
 
 BLOCK_TOKENS = 16
 """Of the memory; a block of the engine's is one or more of them."""
+LANES, MAX_HEAD = 16, 512
+"""Widths are multiples of the one, heads no larger than the other."""
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
@@ -71,6 +74,8 @@ class NativeOps:
 
     def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
         """See `Ops`."""
+        assert qkv.dtype is self._dtype
+        assert qkv.is_contiguous()
         size = heads.num_heads * heads.head_size
         out = torch.empty(len(qkv), size, dtype=qkv.dtype)
         self._layers.attend(
@@ -83,7 +88,7 @@ class NativeOps:
 def _zeros(num_bytes: int) -> torch.Tensor:
     # Pages that nothing writes take no room. Where the system has huge ones, fewer look-ups of addresses miss.
     pages = mmap.mmap(-1, num_bytes)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with suppress(AttributeError, OSError):  # a system without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 

@@ -15,7 +15,7 @@ from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
 from server.engine.decoder import Decoder, Ops
 from server.engine.families import head_size, read_decoder
-from server.engine.native_ops import BLOCK_TOKENS, NativeOps
+from server.engine.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NativeOps
 from server.engine.scheduler import Chunk
 from server.engine.spans import Span
 from server.engine.torch_ops import TorchOps
@@ -96,7 +96,9 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:
     """Returns the operations beside the products: the compiled ones where they know the device and the sizes, else torch's."""
     heads = [layer.heads for layer in decoder.layers]
-    fits = all(of.head_size % 16 == 0 for of in heads) and len(decoder.norm.weight) % 16 == 0
-    if MODULE and device.type == "cpu" and block_size % BLOCK_TOKENS == 0 and fits:
+    widths = [len(decoder.norm.weight), *(layer.num_inner for layer in decoder.layers), *(of.head_size for of in heads)]
+    has_sizes = block_size % BLOCK_TOKENS == 0 and all(width % LANES == 0 for width in widths)
+    is_alike = len({(of.num_heads, of.num_kv_heads) for of in heads}) == 1 and max(of.head_size for of in heads) <= MAX_HEAD
+    if MODULE and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and has_sizes and is_alike:
         return NativeOps(heads, num_blocks, block_size, dtype)
     return TorchOps(heads, num_blocks, block_size, dtype, device)

@@ -8,6 +8,7 @@ Shapes: T tokens of a step, L keys, H heads, G key-value heads, E head size, D w
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
 CPU = torch.device("cpu")
 ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8}
-POISON = {"nan": 0xFF, "large": 0x7F}  # every byte: NaN in both dtypes, 3.4e38 in both
+POISON = (float("nan"), float("inf"), 3e38)
 NATIVE = instruction_sets()
 IMPLEMENTATIONS = ["torch", *NATIVE]
 
@@ -38,10 +39,10 @@ def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block
     return ops
 
 
-def poison(ops: Any, byte: int) -> None:
-    """Fills the memory of keys and values with a byte."""
+def fill(ops: Any, dtype: torch.dtype, value: float) -> None:
+    """Fills the memory of keys and values."""
     for memory in ops._memory:
-        memory.view(torch.uint8).fill_(byte)
+        memory.view(dtype).fill_(value)
 
 
 HEADS = Heads(num_heads=4, num_kv_heads=2, head_size=32, scale=32**-0.5)
@@ -93,7 +94,7 @@ def test_norm_of_extremes(dtype: torch.dtype, implementation: str) -> None:
     out = make_ops(implementation, [HEADS], 1, 16, dtype).norm(stream, None, Norm(weight=torch.ones(32), epsilon=1e-6))
     assert out[0].eq(0).all()
     torch.testing.assert_close(out[1], stream[1] * 1000, rtol=1e-2, atol=0)
-    assert out[2].eq(1).all()
+    torch.testing.assert_close(out[2], torch.ones_like(out[2]), rtol=1e-6, atol=0)
     assert out[3].isnan().all()
     torch.testing.assert_close(out[4], stream[4], rtol=1e-5, atol=0)
 
@@ -197,40 +198,42 @@ def attend_alone(query: torch.Tensor, story: Story, position: int, heads: Heads)
     return torch.stack(out), torch.stack(magnitude)
 
 
+Work = tuple[str, int]
+"""A sequence's name and how many of its tokens are next."""
+
+
 @dataclass
 class Rig:
-    """Ops under test, and the stories of the sequences that they have seen."""
+    """Ops under test, and the stories of the sequences that they have seen. Blocks are given out in a random order."""
 
     ops: Ops
     heads: Heads
     block_size: int
     dtype: torch.dtype
     free: list[int]
+    implementation: str
     stories: dict[str, Story] = field(default_factory=dict)
-    seed: int = 0
+    num_steps: int = 0
     layer: int = 0
 
     @classmethod
     def of(
-        cls, implementation: str, heads: Heads, dtype: torch.dtype, block_size: int = 16, num_blocks: int = 24, byte: int = 0xFF
+        cls,
+        implementation: str,
+        heads: Heads,
+        dtype: torch.dtype,
+        block_size: int = 16,
+        num_blocks: int = 24,
+        poison: float = float("nan"),
     ) -> "Rig":
-        """Memory full of `byte`, and blocks that are given out in a random order."""
+        """Starts with memory full of `poison`."""
         ops = make_ops(implementation, [heads], num_blocks, block_size, dtype)
-        poison(ops, byte)
-        return cls(ops, heads, block_size, dtype, random.Random(0).sample(range(num_blocks), num_blocks))
+        fill(ops, dtype, poison)
+        free = random.Random(0).sample(range(num_blocks), num_blocks)
+        return cls(ops, heads, block_size, dtype, free, implementation)
 
-    def step(self, *work: tuple[str, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Runs (sequence, tokens) of one step, tokens 0 of none; returns what came out, what is exact, what goes into it."""
-        spans, qkv, positions = self.plan(work)
-        turns = turns_at(positions, self.heads.head_size)
-        out = self.ops.attend(qkv.clone(), self.layer, self.heads, turns, self.ops.plan(spans))
-        exact, magnitude = self.expected(work, spans, qkv, turns)
-        assert out.shape == exact.shape
-        assert out.dtype is self.dtype
-        return out, exact, magnitude
-
-    def plan(self, work: Sequence[tuple[str, int]]) -> tuple[list[Span], torch.Tensor, list[int]]:
-        """Returns the spans, qkv (T, (H + 2 G) E) and positions of a step."""
+    def plan(self, work: Sequence[Work]) -> tuple[list[Span], torch.Tensor, Turns]:
+        """Returns the spans, qkv (T, (H + 2 G) E) and turns of a step."""
         spans: list[Span] = []
         positions: list[int] = []
         for name, num_tokens in work:
@@ -240,37 +243,387 @@ class Rig:
                 story.blocks.append(self.free.pop())
             spans.append(Span(len(positions), num_tokens, position, tuple(story.blocks)))
             positions += range(position, position + num_tokens)
-        heads, self.seed = self.heads, self.seed + 1
-        width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_size
-        qkv = torch.randn(len(positions), width, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
-        return spans, qkv, positions
+        self.num_steps += 1
+        width = (self.heads.num_heads + 2 * self.heads.num_kv_heads) * self.heads.head_size
+        qkv = torch.randn(len(positions), width, generator=torch.Generator().manual_seed(self.num_steps)).to(self.dtype)
+        return spans, qkv, turns_at(positions, self.heads.head_size)
 
-    def expected(
-        self, work: Sequence[tuple[str, int]], spans: Sequence[Span], qkv: torch.Tensor, turns: Turns
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the exact outcome (T, H E) of a step, and what goes into it; the stories go on."""
-        heads = self.heads
-        query, key, value = qkv.unflatten(1, (-1, heads.head_size)).split(
-            [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], 1
-        )
-        query, key = turned(query, heads.query_norm, turns), turned(key, heads.key_norm, turns)
+    def run(self, *work: Work) -> torch.Tensor:
+        """Runs a step, unchecked, and returns what its tokens attend to."""
+        spans, qkv, turns = self.plan(work)
+        self.remember(work, spans, qkv, turns)
+        return self.ops.attend(qkv, self.layer, self.heads, turns, self.ops.plan(spans))
+
+    def check(self, *work: Work) -> None:
+        """Runs a step, each token of which must be within its roundings."""
+        spans, qkv, turns = self.plan(work)
+        query = self.remember(work, spans, qkv, turns)
+        out = self.ops.attend(qkv, self.layer, self.heads, turns, self.ops.plan(spans))
         rows = []
         for (name, _), span in zip(work, spans, strict=True):
-            story, of = self.stories[name], slice(span.row, span.row + span.num_tokens)
-            story.keys += key[of]
-            story.values += value[of]
-            rows += [attend_alone(query[span.row + i], story, span.position + i, heads) for i in range(span.num_tokens)]
+            for i in range(span.num_tokens):
+                rows.append(attend_alone(query[span.row + i], self.stories[name], span.position + i, self.heads))
         exact, magnitude = (torch.stack(parts).flatten(1) for parts in zip(*rows, strict=True))
-        return exact, magnitude
+        assert out.dtype is self.dtype
+        assert_attended(out, exact, magnitude, self.implementation)
 
-    def check(self, *work: tuple[str, int]) -> None:
-        """A step is within its roundings."""
-        out, exact, magnitude = self.step(*work)
-        assert_attended(out, exact, magnitude)
+    def remember(self, work: Sequence[Work], spans: Sequence[Span], qkv: torch.Tensor, turns: Turns) -> torch.Tensor:
+        """Goes on with the stories by a step and returns its turned queries (T, H, E)."""
+        heads, g = self.heads, self.heads.num_kv_heads
+        query, key, value = qkv.clone().unflatten(1, (-1, heads.head_size)).split([heads.num_heads, g, g], 1)
+        key = turned(key, heads.key_norm, turns)
+        for (name, _), span in zip(work, spans, strict=True):
+            of = slice(span.row, span.row + span.num_tokens)
+            self.stories[name].keys += key[of]
+            self.stories[name].values += value[of]
+        return turned(query, heads.query_norm, turns)
 
 
-def assert_attended(out: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
-    # bf16: weights and output are rounded, in torch scores and queries too; a turned key that is rounded the other way is another.
-    allowed = {FP32: 1e-5, BF16: 2.0**-6}[out.dtype] * magnitude
+OFF = {
+    ("native", FP32): 1e-5,
+    ("torch", FP32): 1e-5,
+    ("native", BF16): 3 * 2.0**-8,  # weights and what comes out are rounded; a turned key may be rounded the other way
+    ("torch", BF16): 8 * 2.0**-8,  # and queries times the scale, and scores
+}
+
+
+def assert_attended(out: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, implementation: str) -> None:
+    allowed = OFF["native" if implementation in NATIVE else "torch", out.dtype] * magnitude
     excess = (out.double() - exact).abs() - allowed
+    assert out.shape == exact.shape
     assert (excess <= 0).all(), f"off by {excess.max().item()} more than allowed"  # NaN fails too
+
+
+def heads_of(num_heads: int, num_kv_heads: int, head_size: int, **changes: Any) -> Heads:
+    """Returns heads whose scores are of about 1."""
+    of = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_size": head_size, "scale": head_size**-0.5}
+    return Heads(**(of | changes))
+
+
+# --- attention
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("head_size", [16, 48, 64, 80, 96, 128, 256, 512])
+@pytest.mark.parametrize("group", [1, 3, 7, 8, 16])
+def test_heads_of_every_size_and_number(group: int, head_size: int, dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(2 * group, 2, head_size), dtype)
+    rig.check(("a", 21))
+    rig.check(("a", 1), ("b", 14))
+    rig.check(("a", 1), ("b", 1))
+    rig.check(("b", 1), ("a", 4), ("c", 3))
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("num_heads", [1, 5, 12, 13, 24, 25])
+def test_one_head_of_keys_for_all(num_heads: int, dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(num_heads, 1, 32), dtype)
+    rig.check(("a", 18))
+    rig.check(("a", 1))
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("window", [1, 2, 8, 15, 16, 17, 33, 1000])
+@pytest.mark.parametrize("group", [1, 3, 16])
+def test_a_window(group: int, window: int, dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(group, 1, 32, window=window), dtype)
+    rig.check(("a", 7))
+    rig.check(("a", 50))
+    rig.check(("a", 1), ("b", 40))
+    rig.check(("a", 1), ("b", 1))
+    rig.check(("b", 1), ("a", 23))
+
+
+@each_implementation
+@each_dtype
+def test_a_window_of_one_is_the_token_s_own_value(dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(3, 1, 32, window=1), dtype)
+    for work in (("a", 20), ("a", 1), ("a", 30)):
+        out = rig.run(work)
+        own = torch.stack(rig.stories["a"].values[-work[1] :])
+        torch.testing.assert_close(out, own.expand(-1, 3, -1).flatten(1), rtol=1e-6, atol=0)
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+def test_a_softcap(softcap: float, window: int, dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(4, 2, 32, window=window, softcap=softcap), dtype)
+    rig.check(("a", 20))
+    rig.check(("a", 1), ("b", 17))
+    rig.check(("a", 1), ("b", 1))
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("which", ["both", "queries", "keys"])
+def test_queries_and_keys_are_normalised(which: str, dtype: torch.dtype, implementation: str) -> None:
+    query, key = (Norm(weight=weights(48, seed), epsilon=0.5) for seed in (1, 2))
+    heads = heads_of(
+        4, 2, 48, query_norm=None if which == "keys" else query, key_norm=None if which == "queries" else key, scale=0.2
+    )
+    rig = Rig.of(implementation, heads, dtype)
+    rig.check(("a", 20))
+    rig.check(("a", 1), ("b", 17))
+    rig.check(("a", 1), ("b", 1))
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+@pytest.mark.parametrize("chunks", [(15, 1, 1, 15, 17), (16, 16, 1), (1, 1, 1, 30), (47, 2, 48), (33, 30, 33), (1,) * 18])
+def test_chunk_after_chunk_over_the_borders_of_blocks(
+    chunks: Sequence[int], block_size: int, dtype: torch.dtype, implementation: str
+) -> None:
+    rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, block_size)
+    for chunk in chunks:
+        rig.check(("a", chunk))
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_many_sequences_in_one_step(block_size: int, dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(6, 2, 32, window=20), dtype, block_size, 40)
+    rig.check(*((name, size) for name, size in zip("abcdefg", (16, 15, 17, 2, 31, 33, 5), strict=True)))
+    rig.check(*((name, 1) for name in "abcd"), ("e", 2), ("f", 40), ("h", 1), ("g", 3))
+    rig.check(*((name, 1) for name in "hgfedcba"))
+
+
+@each_implementation
+@pytest.mark.parametrize("seed", range(6))
+def test_any_steps(seed: int, implementation: str) -> None:
+    rng = random.Random(seed)
+    num_kv_heads, window, softcap = rng.choice([1, 2, 3]), rng.choice([0, 0, 5, 30]), rng.choice([0.0, 0.0, 10.0])
+    heads = heads_of(num_kv_heads * rng.randint(1, 13), num_kv_heads, 16 * rng.randint(1, 6), window=window, softcap=softcap)
+    rig = Rig.of(implementation, heads, rng.choice(DTYPES), rng.choice([16, 32, 48]), 60)
+    for _ in range(8):
+        names = rng.sample("abcdef", rng.randint(1, 5))
+        work = [(name, rng.choice([1, 1, 2, 13, 16, 25])) for name in names]
+        rig.check(*sorted(work, key=lambda item: item[1] > 1))
+
+
+@each_implementation
+@each_dtype
+def test_five_thousand_keys(dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(4, 2, 32), dtype, 16, 330)
+    while len(rig.stories.get("a", Story([])).keys) < 5000:
+        rig.run(("a", 500))
+    rig.check(("a", 1))
+    rig.check(("a", 3))
+    rig.check(("a", 1))
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_scores_that_are_far_apart(softcap: float, dtype: torch.dtype, implementation: str) -> None:
+    heads = heads_of(1, 1, 16, scale=1000.0, softcap=softcap)
+    rig = Rig.of(implementation, heads, dtype)
+    for count in (20, 1, 17):
+        spans, qkv, _ = rig.plan([("a", count)])
+        turns = torch.ones(count, 16), torch.zeros(count, 16)
+        qkv[:, :32] = qkv[:, :32].sign()  # so that scores are whole thousands
+        query = rig.remember([("a", count)], spans, qkv, turns)
+        rows = [attend_alone(query[i], rig.stories["a"], spans[0].position + i, heads) for i in range(count)]
+        out = rig.ops.attend(qkv, 0, heads, turns, rig.ops.plan(spans))
+        assert_attended(out, *(torch.stack(parts).flatten(1) for parts in zip(*rows, strict=True)), implementation)
+
+
+@each_implementation
+def test_layers_have_memory_of_their_own(implementation: str) -> None:
+    heads = [heads_of(4, 2, 32), heads_of(4, 2, 32, window=5)]
+    ops = make_ops(implementation, heads, 24, 16, FP32)
+    fill(ops, FP32, torch.nan)
+    rigs = [Rig(ops, of, 16, FP32, list(range(24)), implementation, layer=i, num_steps=9 * i) for i, of in enumerate(heads)]
+    for work in ([("a", 20)], [("a", 1), ("b", 3)], [("b", 1), ("a", 20)]):
+        for rig in rigs:
+            rig.check(*work)
+
+
+@pytest.mark.parametrize("implementation", ["torch", *NATIVE[:1]])
+@each_dtype
+def test_the_memory_is_as_large_as_it_says(dtype: torch.dtype, implementation: str) -> None:
+    ops: Any = make_ops(implementation, [heads_of(4, 2, 32)] * 3, 5, 48, dtype)
+    assert ops.num_bytes == 3 * 5 * 48 * 2 * 2 * 32 * dtype.itemsize
+    assert sum(memory.nbytes for memory in ops._memory) == ops.num_bytes
+
+
+# --- memory that others have written
+
+
+STEPS: tuple[tuple[Work, ...], ...] = (
+    (("a", 20),), (("a", 1), ("b", 17)), (("a", 1), ("b", 1)), (("b", 1), ("a", 30)), (("c", 1),), (("c", 1), ("d", 49)),
+)  # fmt: skip
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("poison", POISON)
+def test_what_memory_held_before_changes_no_bit(
+    poison: float, block_size: int, window: int, dtype: torch.dtype, implementation: str
+) -> None:
+    heads = heads_of(6, 2, 32, window=window)
+    clean, poisoned = (Rig.of(implementation, heads, dtype, block_size, poison=value) for value in (0.0, poison))
+    for work in STEPS:
+        assert torch.equal(clean.run(*work), poisoned.run(*work))
+
+
+@each_implementation
+@each_dtype
+def test_blocks_of_a_sequence_that_has_ended_are_as_fresh_ones(dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, num_blocks=3)
+    spans, qkv, turns = rig.plan([("ended", 48)])
+    assert not rig.ops.attend(qkv.fill_(torch.inf), 0, rig.heads, turns, rig.ops.plan(spans)).isfinite().any()
+    rig.free = rig.stories.pop("ended").blocks[::-1]
+    for count in (1, 20, 1, 9, 17):
+        rig.check(("next", count))
+
+
+@each_implementation
+@each_dtype
+def test_what_is_not_finite_stays_with_its_sequence(dtype: torch.dtype, implementation: str) -> None:
+    ill, well = (Rig.of(implementation, heads_of(6, 2, 32), dtype) for _ in range(2))
+    for work in ((("a", 5), ("b", 20), ("c", 7)), (("b", 1), ("a", 1), ("c", 1))):
+        spans, qkv, turns = ill.plan(work)
+        span = next(span for span, (name, _) in zip(spans, work, strict=True) if name == "b")
+        of_b = slice(span.row, span.row + span.num_tokens)
+        ill.remember(work, spans, qkv, turns)
+        qkv[of_b] = torch.nan
+        out, expected = ill.ops.attend(qkv, 0, ill.heads, turns, ill.ops.plan(spans)), well.run(*work)
+        assert out[of_b].isnan().all()
+        others = torch.ones(len(out), dtype=torch.bool)
+        others[of_b] = False
+        assert torch.equal(out[others], expected[others])
+
+
+@each_implementation
+@each_dtype
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_sequences_that_share_the_blocks_of_a_prefix(block_size: int, dtype: torch.dtype, implementation: str) -> None:
+    rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, block_size)
+    rig.check(("a", 2 * block_size + 5))
+    a, shared = rig.stories["a"], 2 * block_size
+    for name in "bc":
+        rig.stories[name] = Story(a.blocks[:2], a.keys[:shared], a.values[:shared])
+    rig.check(("b", 1), ("c", 18))
+    rig.check(("a", 1), ("b", 1), ("c", 1))
+    rig.check(("c", 1), ("a", 20), ("b", 20))
+
+
+# --- bits
+
+
+@pytest.mark.parametrize("implementation", NATIVE)
+@each_dtype
+@pytest.mark.parametrize("window", [0, 20])
+def test_how_a_sequence_is_cut_in_chunks_and_who_shares_its_steps_changes_no_bit(
+    window: int, dtype: torch.dtype, implementation: str
+) -> None:
+    heads, cuts = heads_of(6, 2, 48, window=window), (0, 1, 16, 30, 31, 32, 70)
+    whole, cut = (Rig.of(implementation, heads, dtype) for _ in range(2))
+    spans, qkv, turns = whole.plan([("a", 70)])
+    together = whole.ops.attend(qkv.clone(), 0, heads, turns, whole.ops.plan(spans))
+    for start, stop in pairwise(cuts):
+        (other, span), others, _ = cut.plan([("b", 3), ("a", stop - start)])
+        cut.remember([("b", 3), ("a", stop - start)], [other, span], others, turns_at(range(3 + stop - start), 48))
+        others[3:] = qkv[start:stop]
+        both = turns_at([*range(other.position, other.position + 3), *range(start, stop)], 48)
+        out = cut.ops.attend(others, 0, heads, both, cut.ops.plan([other, span]))
+        assert torch.equal(out[3:], together[start:stop])
+
+
+@pytest.mark.parametrize("implementation", NATIVE)
+@each_dtype
+def test_threads_give_the_same_bits(dtype: torch.dtype, implementation: str, num_threads: Callable[[int], None]) -> None:
+    work = ((("a", 70),), (("a", 1), ("b", 95), ("c", 9)), tuple((name, 1) for name in "abcdefghijklmnopqrstuvwxyz0123456789"))
+    norm = Norm(weight=weights(64), epsilon=1e-6)
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = []
+    for threads in (1, 2, 3, 2, 3, 2, 3):
+        num_threads(threads)
+        rig = Rig.of(implementation, heads_of(6, 2, 32), dtype, num_blocks=60)
+        outs = [rig.run(*step) for step in work]
+        found.append([*outs, rig.ops.norm(x.clone(), x, norm), rig.ops.gate(x, "silu")])
+    for other in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+
+
+# --- what is refused
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("spans", "why"),
+    [
+        ([Span(1, 2, 0, [0])], "follow one another"),
+        ([Span(0, 2, 0, [0]), Span(3, 1, 0, [1])], "follow one another"),
+        ([Span(0, 2, 0, [0]), Span(1, 1, 0, [1])], "follow one another"),
+        ([Span(0, 2, 0, [0]), Span(0, 2, 0, [1])], "follow one another"),
+        ([Span(0, 0, 0, [0])], "follow one another"),
+        ([Span(0, -1, 0, [0])], "follow one another"),
+        ([Span(0, 1, -1, [0])], "follow one another"),
+        ([Span(0, 17, 0, [0])], "their blocks lie in the table"),
+        ([Span(0, 1, 16, [0])], "their blocks lie in the table"),
+        ([Span(0, 2, 2**31 - 1, [0])], "their blocks lie in the table"),
+        ([Span(0, 1, 0, [])], "their blocks lie in the table"),
+        ([Span(0, 1, 0, [-1])], "a block is negative"),
+    ],
+)
+def test_spans_that_do_not_follow_one_another_or_lack_blocks_are_refused(spans: Sequence[Span], why: str) -> None:
+    ops = NativeOps([HEADS], 4, 16, FP32)
+    with pytest.raises(ValueError, match=why):
+        ops.plan(spans)
+
+
+@needs_native
+@pytest.mark.parametrize(("block_size", "beyond"), [(16, 4), (16, 2**27 - 1), (48, 4)])
+def test_a_block_beyond_the_memory_is_refused_and_nothing_is_written(block_size: int, beyond: int) -> None:
+    ops = NativeOps([HEADS], 4, block_size, FP32)
+    qkv = torch.ones(2, 8 * 32)
+    before = qkv.clone()
+    step = ops.plan([Span(0, 1, 0, [3]), Span(1, 1, 0, [beyond])])
+    with pytest.raises(ValueError, match="of another memory"):
+        ops.attend(qkv, 0, HEADS, turns_at([0, 0], 32), step)
+    assert torch.equal(qkv, before)
+    assert ops._memory[0].eq(0).all()
+
+
+@needs_native
+def test_a_step_for_other_heads_is_refused() -> None:
+    ops, other = NativeOps([HEADS], 4, 16, FP32), NativeOps([heads_of(8, 2, 32)], 4, 16, FP32)
+    step = other.plan([Span(0, 1, 0, [3])])
+    with pytest.raises(ValueError, match="of another memory"):
+        ops.attend(torch.ones(1, 8 * 32), 0, HEADS, turns_at([0], 32), step)
+
+
+@needs_native
+@pytest.mark.parametrize("head_size", [0, 1, 8, 24, 40, 100, 528, 1024])
+def test_heads_of_another_size_than_16s_are_refused(head_size: int) -> None:
+    with pytest.raises(ValueError, match="heads of 16 to 512 values, in 16s"):
+        NativeOps([Heads(num_heads=2, num_kv_heads=1, head_size=head_size, scale=1.0)], 4, 16, FP32)
+
+
+@needs_native
+def test_heads_and_norms_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="a multiple of the key-value heads"):
+        NativeOps([heads_of(5, 2, 32)], 4, 16, FP32)
+    with pytest.raises(ValueError, match="a multiple of the key-value heads"):
+        NativeOps([heads_of(5, 0, 32)], 4, 16, FP32)
+    with pytest.raises(ValueError, match="a norm is not of a head's size"):
+        NativeOps([heads_of(4, 2, 32, key_norm=Norm(weight=torch.ones(16), epsilon=0.0))], 4, 16, FP32)
+
+
+@needs_native
+def test_dtypes_and_instruction_sets_that_there_are_not_are_refused() -> None:
+    module: Any = MODULE
+    with pytest.raises(ValueError, match="dtype float16, expected bfloat16 or float32"):
+        NativeOps([HEADS], 4, 16, torch.float16)
+    with pytest.raises(ValueError, match="does not run mmx"):
+        module.Layers("mmx", "float32")

@@ -116,6 +116,7 @@ class BoundLayers {
 
   void norm(uintptr_t stream, int64_t stream_stride, uintptr_t added, int64_t added_stride, uintptr_t out, int64_t out_stride,
             int64_t num_rows, const Array<float, 1>& weight, float epsilon, int num_threads) const {
+    if (weight.shape(0) % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
     const Norm norm{matrix(stream, stream_stride),
                     matrix(added, added_stride),
                     matrix(out, out_stride),
@@ -128,6 +129,7 @@ class BoundLayers {
 
   void gate(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t num_rows, int64_t size, int activation,
             int num_threads) const {
+    if (size % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
     const Gate gate{matrix(x, x_stride), matrix(out, out_stride), size, static_cast<Activation>(activation)};
     const nb::gil_scoped_release release;
     share(num_rows, num_threads, 16, [&](int64_t first, int64_t last) { functions_.gate(gate, first, last); });

@@ -60,7 +60,7 @@ struct Span {
 // A layer's keys and values in blocks of 16 tokens. Keys (G, E / V, 16, V): a lane is a token. Values (G, 16 / V, E, V): a lane
 // is a value. A block's first token clears the values of the others: a weight of zero would not hide what is not finite.
 struct Attention {
-  Matrix qkv;           // (T, (H + 2 G) E); queries are replaced by what attends
+  Matrix qkv;           // (T, (H + 2 G) E); queries and keys are turned in place
   Matrix out;           // (T, H E)
   const float* cosine;  // (T, E) each
   const float* sine;

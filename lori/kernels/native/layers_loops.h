@@ -313,8 +313,8 @@ void attend_piece(const Heads& heads, const Attention& attention, const Piece& p
     break;
       LORI_ROWS(1)
       LORI_ROWS(2)
-      LORI_ROWS(3) LORI_ROWS(4) LORI_ROWS(5) LORI_ROWS(6) LORI_ROWS(7) LORI_ROWS(8) LORI_ROWS(9) LORI_ROWS(10) LORI_ROWS(11)
-          LORI_ROWS(12)
+      LORI_ROWS(3)
+      LORI_ROWS(4) LORI_ROWS(5) LORI_ROWS(6) LORI_ROWS(7) LORI_ROWS(8) LORI_ROWS(9) LORI_ROWS(10) LORI_ROWS(11) LORI_ROWS(12)
 #undef LORI_ROWS
     }
 }

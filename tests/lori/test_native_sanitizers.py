@@ -1,0 +1,29 @@
+"""The products and layers in C++ under the address and undefined behaviour sanitizers, for every instruction set."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lori.kernels import native
+
+SOURCES = Path(native.__file__).parent / "native"
+AVX512 = "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+FLAGS = {"portable": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+def test_products_and_layers_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
+    files = [SOURCES / f"layers_{instruction_set}.cpp", Path(__file__).parent / "sanitize_layers.cpp"]
+    flags = f"-O1 -g -std=c++17 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -I{SOURCES}"
+    flags += f" {FLAGS[instruction_set]} -DLAYERS=layers_{instruction_set}"
+    if (SOURCES / f"product_{instruction_set}.cpp").exists():
+        files += [SOURCES / "product.cpp", SOURCES / f"product_{instruction_set}.cpp"]
+        flags += f" -DMULTIPLY=multiply_{instruction_set}"
+    program = tmp_path / "sanitize"
+    subprocess.run(["g++", *flags.split(), *map(str, files), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.startswith("checked ")
