@@ -107,7 +107,7 @@ class NativeProjection:
         if len(self._s) < num_tokens:
             self._s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
         s = self._s[:num_tokens]
-        if route.runs and any(dense_segments(of, route) for of in self._operands):
+        if route.runs and any([dense_segments(of, route) for of in self._operands]):
             self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             self._bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
             self._add_deltas(y, s, route)

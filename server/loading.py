@@ -46,7 +46,8 @@ def load_service(settings: Settings) -> Service:
     """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    base = load_base_model(settings.model, resolve_dtype(settings.dtype))
+    # Its own attention only says what the logits should be; not every family has another than the eager one.
+    base = load_base_model(settings.model, resolve_dtype(settings.dtype), attention="eager")
     check_family(base.model)
     entries = _entries(settings)
     registry = make_registry(entries, summarise(entries, base.identity))

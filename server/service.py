@@ -54,7 +54,8 @@ class Service:
                         is_first = False
                     if isinstance(event, DoneEvent):
                         reason = event.finish_reason
-                        self.metrics.prompt_tokens.inc(event.num_prompt_tokens)
+                        # All choices have one prompt.
+                        self.metrics.prompt_tokens.inc(event.num_prompt_tokens if event.choice == 0 else 0)
                         self.metrics.generation_tokens.inc(event.num_completion_tokens)
                     elif isinstance(event, ErrorEvent):
                         reason = "error"

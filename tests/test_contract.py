@@ -9,11 +9,10 @@ import torch
 from lori.base_model import load_base_model
 from lori.format import load_adapter
 from server.engine.admission import Ask
-from server.engine.request import Sequence
-from server.engine.runner import Runner
 from server.engine.scheduler import Chunk
 from server.loading import load_service
 from server.settings import Settings
+from tests.server.rig import rig_of
 from training.config import FitConfig
 from training.fit import fit
 
@@ -65,14 +64,13 @@ def test_served_logits_are_those_of_the_base_with_the_delta_folded_in(
     tiny_model: Path, adapters: Path, weights: dict[str, float]
 ) -> None:
     service = load_service(Settings(model=str(tiny_model), adapters=adapters, dtype="float32", kv_cache_gib=0.001))
-    request = service.admission.admit(
-        Ask(prompt="Say 4: the contract", adapters=tuple(weights), weights=tuple(weights.values()) or None, max_tokens=1)
+    rig = rig_of(service)
+    request = rig.admission.admit(
+        Ask(prompt="Say 4: the contract", adapters=tuple(weights), weights=tuple(weights.values()) or None, max_tokens=4)
     )
-    runner = service.engine._engine._runner
-    assert isinstance(runner, Runner)
-    sequence = Sequence(request, blocks=list(range(4)))
+    sequence = rig.start(request).sequence
     num_tokens = len(request.prompt_ids)
-    served = runner.forward([Chunk(sequence, 0, num_tokens)], range(num_tokens))
+    served = rig.runner.forward([Chunk(sequence, 0, num_tokens)], range(num_tokens))
     expected = folded_logits(tiny_model, adapters, weights, list(request.prompt_ids))
     torch.testing.assert_close(served, expected, rtol=1e-4, atol=1e-4)
     if weights:

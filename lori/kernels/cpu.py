@@ -4,6 +4,7 @@ A window's sums stay in registers (AVX-512), and s is looked up by a permutation
 Called past torch's dispatcher, which would take as long as the kernel itself.
 """
 
+from math import inf
 from typing import Any
 
 import torch
@@ -52,19 +53,26 @@ def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
 
     None of several terms is among them: each product would be rounded by itself.
     """
-    return tuple(i for i, num_tokens, slot in route.runs if is_dense_faster(operands, slot, num_tokens))
+    return tuple(i for i, num_tokens, slot in route.runs if num_tokens > packed_tokens(operands, slot))
 
 
-def is_dense_faster(operands: Operands, slot: int, num_tokens: int) -> bool:
-    """Whether unpacking B and one matrix product take less time than the packed B, for a segment of `num_tokens` of one term."""
-    num_bytes = operands.num_slot_bytes(slot)
+def packed_tokens(operands: Operands, slot: int) -> float:
+    """Returns the tokens of a segment of one term up to which the packed B of `slot` takes less time than to unpack it and one
+    matrix product; remembered until the slot changes."""
+    found = operands.packed_tokens.get(slot)
+    if found is None:
+        found = operands.packed_tokens[slot] = _crossover(operands, operands.num_slot_bytes(slot))
+    return found
+
+
+def _crossover(operands: Operands, num_bytes: int) -> float:
     if not num_bytes or FASTEST not in PACKED_NS:  # torch's product has not been measured on others
-        return False
+        return inf
     per_slice, per_byte = PACKED_NS[FASTEST]
     num_outputs, rank, dtype = operands.layout.num_outputs, operands.layout.rank, operands.layout.dtype
-    packed = num_tokens * (per_slice * num_outputs / LANES + per_byte * num_bytes)
-    product = num_tokens * PRODUCT_NS[dtype] * num_outputs * rank
-    return (packed - product) / torch.get_num_threads() > PRODUCT_START_NS + UNPACK_NS * num_outputs * rank
+    packed = per_slice * num_outputs / LANES + per_byte * num_bytes  # a token
+    gained = (packed - PRODUCT_NS[dtype] * num_outputs * rank) / torch.get_num_threads()
+    return (PRODUCT_START_NS + UNPACK_NS * num_outputs * rank) / gained if gained > 0 else inf
 
 
 def unpack(operands: Operands, slot: int) -> torch.Tensor:

@@ -35,6 +35,8 @@ class Operands:
         """Bases that s must have at least."""
         self.bound: object = None
         """What a kernel made of the arrays above; forgotten when the pool moves."""
+        self.packed_tokens: dict[int, float] = {}
+        """What a kernel remembers of slots; forgotten when a slot changes."""
         self._extents = Extents()
         self._taken: dict[int, list[tuple[int, int]]] = {}  # the stretches of each slot, start and length
         self._dense: torch.Tensor | None = None
@@ -113,6 +115,7 @@ class Operands:
 
     def _forget(self, slot: int) -> None:
         # Frees its room; `starts` still names it.
+        self.packed_tokens.pop(slot, None)
         for start, length in self._taken.pop(slot, ()):
             self._extents.give(start, length)
 

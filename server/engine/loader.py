@@ -59,8 +59,11 @@ class Loader:
             packed, fault = self._pack(digest, request), ""
         except (LoriError, OSError, ValueError) as error:
             # Whatever a file holds, it fails those alone who named it.
-            logger.warning("adapter %s cannot be served: %s", _names(request.terms), error)
-            packed, fault = None, f"adapter {_names(request.terms)} cannot be served: {_said(error)}"
+            logger.warning("adapter %s cannot be served: %s", _name(digest, request), error)
+            packed, fault = None, f"adapter {_name(digest, request)} cannot be served: {_said(error)}"
+        except Exception as error:  # there is no memory, or a fault of ours: neither is a reason to end the engine
+            logger.exception("adapter %s could not be read", _name(digest, request))
+            packed, fault = None, f"adapter {_name(digest, request)} could not be read: {error!r}"
         return Loaded(digest, packed, fault, time.perf_counter() - started)
 
     def _pack(self, digest: str, request: Request) -> PackedAdapter:
@@ -90,10 +93,14 @@ def _check_digest(name: str, found: str, expected: str) -> None:
         raise ValueError(f"{name!r} was changed on disk since the server started: its digest is {found}, expected {expected}")
 
 
-def _names(terms: Sequence[AdapterTerm]) -> str:
-    return " + ".join(repr(term.name) for term in terms)
+def _name(digest: str, request: Request) -> str:
+    # Of the one adapter, or of all that are merged.
+    own = [repr(term.name) for term in request.terms if term.digest == digest][:1]
+    return " + ".join(own or [repr(term.name) for term in request.terms])
 
 
 def _said(error: Exception) -> str:
     # A client is told the faults, not where the file lies.
-    return "; ".join(error.faults) if isinstance(error, AdapterFormatError) else str(error)
+    if isinstance(error, AdapterFormatError):
+        return "; ".join(error.faults)
+    return error.strerror or "it cannot be read" if isinstance(error, OSError) else str(error)

@@ -23,6 +23,8 @@ class Residents:
         self.num_bytes = 0
         self.num_evictions = 0
         """So far."""
+        self.num_pinned = 0
+        """Adapters that some sequence uses. Counted, for it is read while another thread moves them."""
         self._free = list(range(num_slots - 1, -1, -1))
         self._by_digest: OrderedDict[str, Resident] = OrderedDict()  # the one unused longest first
 
@@ -32,18 +34,15 @@ class Residents:
     def __len__(self) -> int:
         return len(self._by_digest)
 
-    @property
-    def num_pinned(self) -> int:
-        """Adapters that some sequence uses."""
-        return sum(of.num_pins > 0 for of in self._by_digest.values())
-
     def get(self, digest: str) -> Resident:
         """Returns what is known of a resident adapter."""
         return self._by_digest[digest]
 
     def pin(self, digest: str) -> None:
         """Keeps a resident adapter in its slot for one more sequence."""
-        self._by_digest[digest].num_pins += 1
+        of = self._by_digest[digest]
+        self.num_pinned += not of.num_pins
+        of.num_pins += 1
         self._by_digest.move_to_end(digest)
 
     def unpin(self, digest: str) -> None:
@@ -51,6 +50,7 @@ class Residents:
         of = self._by_digest[digest]
         of.num_pins -= 1
         assert of.num_pins >= 0
+        self.num_pinned -= not of.num_pins
         self._by_digest.move_to_end(digest)
 
     def make_room(self, num_bytes: int) -> list[int] | None:
@@ -84,6 +84,7 @@ class Residents:
         assert sorted([*slots, *self._free]) == list(range(self.num_slots))
         assert self.num_bytes == sum(of.num_bytes for of in self._by_digest.values()) <= self.max_bytes
         assert sum(of.num_pins for of in self._by_digest.values()) == num_pins
+        assert sum(of.num_pins > 0 for of in self._by_digest.values()) == self.num_pinned
 
     def _evict(self, digest: str) -> int:
         of = self._by_digest.pop(digest)

@@ -99,13 +99,14 @@ class EngineThread:
             self._tell()
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._die, reason)
+            self._engine.tiers.close()
 
     def _serve(self) -> None:
         self._engine.tiers.on_arrival(lambda: self._commands.put(Engine.wake))
         while True:
             try:
                 # An idle engine sleeps here; a busy one only looks.
-                command = self._commands.get(block=not self._engine.can_step, timeout=self._engine.time_left())
+                command = self._commands.get(block=not self._engine.can_step, timeout=self._patience())
             except queue.Empty:
                 self._engine.step()
                 self._tell()
@@ -113,6 +114,10 @@ class EngineThread:
             if command is None:
                 return
             command(self._engine)
+
+    def _patience(self) -> float | None:
+        left = self._engine.time_left()
+        return None if left is None else min(left, threading.TIMEOUT_MAX)
 
     def _die(self, reason: str) -> None:
         self.is_alive = False

@@ -5,8 +5,9 @@ The engine's thread owns it all; reading is the loader's, in a thread of its own
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
+from itertools import islice
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
@@ -22,9 +23,16 @@ MAX_LOADING = 16
 class AdapterTiers:
     """Keeps resident what running sequences need: the scheduler's `ResidencyGate`."""
 
-    def __init__(self, pool: AdapterPool, residents: Residents, loader: Loader, max_loaded_bytes: int) -> None:
+    def __init__(
+        self,
+        pool: AdapterPool,
+        residents: Residents,
+        loader: Loader,
+        max_loaded_bytes: int,
+        max_loading: int = MAX_LOADING,
+    ) -> None:
         self._pool, self.residents, self._loader = pool, residents, loader
-        self._max_loaded_bytes = max_loaded_bytes
+        self._max_loaded_bytes, self._max_loading = max_loaded_bytes, max_loading
         self._loaded: OrderedDict[str, PackedAdapter] = OrderedDict()  # the one unused longest first
         self._wanted: dict[str, dict[Sequence, None]] = {}
         self._failed: dict[Sequence, str] = {}
@@ -50,7 +58,7 @@ class AdapterTiers:
             return "loading"
         pinned: list[str] = []
         for digest in sorted(digests, key=missing.__contains__):  # first what is here, which must not go for what is not
-            if digest in missing and not self._settle(digest):
+            if digest not in self.residents and not self._settle(digest):
                 for other in pinned:
                     self.residents.unpin(other)
                 return self._refuse(sequence)
@@ -102,12 +110,16 @@ class AdapterTiers:
         self._loader.close()
 
     def _is_awaited(self, digest: str, sequence: Sequence) -> bool:
-        # Whether the adapter is not in RAM; has it read if there is room for one more.
-        if digest in self._wanted or len(self._wanted) < MAX_LOADING:
+        # Whether the adapter is not in RAM; has it read if there is room for one more. Who waits longest need not ask for room:
+        # else those who have some of their adapters could wait for each other.
+        if digest in self._wanted or len(self._wanted) < self._max_loading or sequence in self._first_waiting():
             if digest not in self._wanted and digest not in self._loaded:
                 self._loader.start(digest, sequence.request)
             self._wanted.setdefault(digest, {})[sequence] = None
         return digest not in self._loaded
+
+    def _first_waiting(self) -> Iterable[Sequence]:
+        return islice(next(iter(self._wanted.values()), {}), 1)
 
     def _settle(self, digest: str) -> bool:
         # Moves an adapter from RAM into a slot; returns whether there was room.
@@ -124,11 +136,15 @@ class AdapterTiers:
 
     def _refuse(self, sequence: Sequence) -> Residency:
         self._forget(sequence)
-        if self.residents.num_pinned:
+        sizes = [self._num_bytes(digest) for digest in {digest for digest, _ in sequence.residents}]
+        if len(sizes) <= self.residents.num_slots and sum(sizes) <= self.residents.max_bytes:
             return "full"
         budget = f"{self.residents.num_slots} slots and {self.residents.max_bytes} bytes"
         self._failed[sequence] = f"its adapters do not fit together in the {budget} that the server has for adapters"
         return "loading"
+
+    def _num_bytes(self, digest: str) -> int:
+        return self.residents.get(digest).num_bytes if digest in self.residents else self._loaded[digest].num_bytes
 
     def _forget(self, sequence: Sequence) -> None:
         for digest, _ in sequence.residents:

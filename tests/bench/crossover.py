@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lori.cli.output import print_table
 from lori.kernels import Operands, Route, Term
-from lori.kernels.cpu import add_delta, is_dense_faster, unpack
+from lori.kernels.cpu import add_delta, packed_tokens, unpack
 from lori.kernels.native import MISSING, instruction_sets
 from lori.kernels.route import LONG
 from lori.sparse import SparseB
@@ -33,7 +33,7 @@ def rows(instruction_set: str) -> Iterator[list[str]]:
             for num_tokens in (32, 64, 128, 256, 512, 1024, 4096):
                 y, s = torch.randn(num_tokens, num_outputs).bfloat16(), torch.randn(num_tokens, 1, RANK).bfloat16()
                 packed, dense = measure(y, s, operands, instruction_set)
-                takes_dense = num_tokens >= LONG and is_dense_faster(operands, 0, num_tokens)
+                takes_dense = num_tokens >= LONG and num_tokens > packed_tokens(operands, 0)
                 yield [
                     f"{num_outputs} x {RANK}", f"{100 * density:.0f}%", str(num_tokens), f"{packed:.1f}", f"{dense:.1f}",
                     f"{packed / dense:.2f}", "dense" if takes_dense else "packed",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lori.kernels import Operands, Route, Term, cpu, native, reference
-from lori.kernels.cpu import add_delta, is_dense_faster
+from lori.kernels.cpu import add_delta, packed_tokens
 from lori.kernels.route import LONG
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 
@@ -206,8 +206,8 @@ def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) 
     b = [random_b(576, 32, density, g) for density in (1.0, 0.1, 1.0)]
     for slot in range(3):
         put(operands, slot, b[slot], slot % 2)
-    assert is_dense_faster(operands, 0, 2000)
-    assert not is_dense_faster(operands, 0, LONG)
+    assert packed_tokens(operands, 0) < 2000
+    assert packed_tokens(operands, 0) >= LONG
     y, s = torch.randn(2100, 576, generator=g).to(dtype), torch.randn(2100, 2, 32, generator=g).to(dtype)
     terms = [Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5)]
     case = Case(y, y, s, operands, b, tuple(terms))
@@ -218,7 +218,7 @@ def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) 
 
 def test_an_empty_module_is_never_unpacked() -> None:
     operands = Operands(1, 32, 576, torch.bfloat16, "cpu")
-    assert not is_dense_faster(operands, 0, 100_000)
+    assert packed_tokens(operands, 0) >= 100_000
 
 
 # --- the sanitizers

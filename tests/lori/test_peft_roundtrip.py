@@ -14,12 +14,11 @@ from lori.adapter import Adapter
 from lori.base_identity import identify
 from lori.basis import Explicit, Seeded
 from lori.format import load_adapter, save_adapter, seal
-from lori.kernels import Route, Term
 from lori.new_config import new_config
 from lori.peft_export import export_peft
 from lori.peft_import import Imported, import_peft
-from lori.pool import AdapterPool
 from lori.sparse import SparseB
+from tests.lori.served import Served
 
 # PEFT asks transformers by a name that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -75,10 +74,10 @@ def make_peft(model: PreTrainedModel, **variant: Any) -> PeftModel:
 
 
 def served_logits(model: PreTrainedModel, adapter: Adapter) -> torch.Tensor:
-    """Returns what `model`, which it changes, computes with `adapter` in a pool."""
-    pool = AdapterPool(model, [adapter])
-    pool.active.route = Route.of([Term(0, IDS.numel(), pool.slot(adapter.name), adapter.config.scale)], IDS.numel())
-    return logits(model)
+    """Returns what `model`, which it changes, computes with `adapter` in a slot."""
+    served = Served(model, [adapter])
+    served.apply([(adapter.name, 0, IDS.numel(), 1.0)], IDS.numel())
+    return served.logits(IDS)
 
 
 def logits(model: Callable[..., Any]) -> torch.Tensor:

@@ -1,23 +1,31 @@
-"""Adapters in the layers of a model, and what the model then computes."""
+"""Adapters in the slots of a served model, and what the model then computes."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lori.adapter import Adapter
 from lori.basis import Seeded
-from lori.kernels import Route, Term
-from lori.layer import LoriLinear, module_shapes
+from lori.errors import AdapterError
+from lori.kernels.layout import MAX_RANK
+from lori.layer import module_shapes
 from lori.merge import merge
+from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
+from server.engine.request import Request
+from server.engine.request import Sequence as EngineSequence
+from server.engine.runner import Runner
+from server.engine.scheduler import Chunk
 from tests.lori.adapters import fold, make_adapter
+from tests.lori.served import Served
 
 IDS = torch.tensor([[5, 99, 17, 3, 201, 64, 64, 8]])
-TERMS = [("wide", 0, 8, 1.0), ("narrow", 2, 5, -0.5), ("shared", 2, 8, 0.7)]  # adapter, first token, last, weight
+TERMS = [("wide", 0, 8, 1.0), ("narrow", 2, 5, -0.5), ("shared", 2, 8, 0.7)]
+WEIGHTS = {"wide": 1.0, "narrow": -0.5, "shared": 0.7}
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +45,26 @@ def adapters(model: PreTrainedModel) -> list[Adapter]:
     ]
 
 
-SCALES = {"wide": 2.0, "narrow": 1.5, "shared": 1.0}
-"""alpha / r of each."""
+def pool_of(model: PreTrainedModel, adapters: Sequence[Adapter], dtype: torch.dtype = torch.float32) -> AdapterPool:
+    """Returns a pool of four slots, the first of them filled with `adapters`."""
+    bases = list(dict.fromkeys(adapter.basis for adapter in adapters))
+    pool = AdapterPool(module_shapes(model), bases, 8 if adapters else 0, 4, dtype)
+    for slot, adapter in enumerate(adapters):
+        pool.put(slot, pack_adapter(adapter, pool.layouts))
+    return pool
 
 
-def route(pool: AdapterPool, terms: list[tuple[str, int, int, float]]) -> Route:
-    return Route.of([Term(i, j, pool.slot(name), w * SCALES[name]) for name, i, j, w in terms], IDS.numel())
+def runner_of(model: PreTrainedModel, pool: AdapterPool) -> Runner:
+    return Runner(deepcopy(model), pool, num_blocks=1, block_size=16)
+
+
+def logits(runner: Runner, terms: Sequence[tuple[int, float]] = ()) -> torch.Tensor:
+    """Returns the logits (T, V) of IDS with slots and weights of `terms`."""
+    ids = tuple(IDS[0].tolist())
+    request = Request(id="x", prompt_text="", prompt_ids=ids, prompt_offsets=(0,) * len(ids), max_tokens=0)
+    sequence = EngineSequence(request, blocks=[0])
+    sequence.terms = [*terms]
+    return runner.forward([Chunk(sequence, 0, len(ids))], range(len(ids)))
 
 
 def folded(model: PreTrainedModel, weighted: list[tuple[Adapter, float]]) -> PreTrainedModel:
@@ -57,21 +79,17 @@ def folded(model: PreTrainedModel, weighted: list[tuple[Adapter, float]]) -> Pre
 
 @torch.inference_mode()
 def test_logits_are_those_of_a_folded_model(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    weights = {"wide": 1.0, "narrow": -0.5, "shared": 0.7}
-    expected = folded(model, [(adapter, weights[adapter.name]) for adapter in adapters])(IDS).logits
-    served = deepcopy(model)
-    pool = AdapterPool(served, adapters)
-    pool.active.route = route(pool, [(name, 0, IDS.numel(), weight) for name, weight in weights.items()])
-    got = served(IDS).logits
+    expected = folded(model, [(adapter, WEIGHTS[adapter.name]) for adapter in adapters])(IDS).logits[0]
+    runner = runner_of(model, pool_of(model, adapters))
+    got = logits(runner, [(slot, WEIGHTS[of.name] * of.config.scale) for slot, of in enumerate(adapters)])
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
-    assert (got - model(IDS).logits).abs().max() > 0.1  # or the adapters would not matter
+    assert (got - model(IDS).logits[0]).abs().max() > 0.1  # or the adapters would not matter
 
 
 @torch.inference_mode()
 def test_each_token_has_its_own_adapters(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    served = deepcopy(model)
-    pool = AdapterPool(served, adapters)
-    pool.active.route = route(pool, TERMS)
+    served = Served(deepcopy(model), adapters)
+    served.apply(TERMS, IDS.numel())
     name = "model.layers.1.mlp.down_proj"  # a target of "wide" and "shared"
     x = torch.randn(1, IDS.numel(), 80, generator=torch.Generator().manual_seed(0))
     plain, by_name = model.get_submodule(name), {adapter.name: adapter for adapter in adapters}
@@ -82,66 +100,86 @@ def test_each_token_has_its_own_adapters(model: PreTrainedModel, adapters: list[
             if start <= t < stop and name in by_name[adapter].modules:
                 weight = weight + factor * fold(by_name[adapter], name, 80)
         expected[t] = weight @ x[0, t].double()
-    torch.testing.assert_close(served.get_submodule(name)(x)[0].double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(served.model.get_submodule(name)(x)[0].double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@torch.inference_mode()
-def test_without_a_route_the_model_is_the_base_bit_for_bit(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    served = deepcopy(model)
-    AdapterPool(served, adapters)
-    assert torch.equal(served(IDS).logits, model(IDS).logits)
+def test_without_terms_the_model_is_the_base_bit_for_bit(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    base = logits(runner_of(model, pool_of(model, [])))
+    assert torch.equal(logits(runner_of(model, pool_of(model, adapters))), base)
+    with torch.inference_mode():
+        torch.testing.assert_close(base, model(IDS).logits[0], rtol=1e-5, atol=1e-5)
+        served = Served(deepcopy(model), adapters)
+        assert torch.equal(served.logits(IDS), model(IDS).logits)
 
 
-def test_every_adapter_has_a_slot_of_its_own(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    pool = AdapterPool(deepcopy(model), adapters)
-    assert sorted(pool.slot(adapter.name) for adapter in adapters) == [0, 1, 2]
-    with pytest.raises(KeyError):
-        pool.slot("unknown")
+def test_a_slot_that_is_cleared_and_filled_again_changes_no_other(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    pool = pool_of(model, adapters)
+    runner = runner_of(model, pool)
+    alone = [logits(runner, [(slot, 1.0)]) for slot in range(3)]
+    base = logits(runner)
+    assert len({of.sum().item() for of in (base, *alone)}) == 4
+    pool.clear(1)
+    assert torch.equal(logits(runner, [(0, 1.0)]), alone[0])
+    torch.testing.assert_close(logits(runner, [(1, 1.0)]), base, rtol=1e-5, atol=1e-5)
+    pool.put(1, pack_adapter(adapters[2], pool.layouts))
+    assert torch.equal(logits(runner, [(1, 1.0)]), alone[2])
+    pool.clear(2)
+    assert torch.equal(logits(runner, [(1, 1.0)]), alone[2])
+    pool.put(3, pack_adapter(adapters[1], pool.layouts))
+    assert torch.equal(logits(runner, [(3, 1.0)]), alone[1])
+    assert torch.equal(logits(runner, [(0, 1.0)]), alone[0])
 
 
-def test_only_layers_that_some_adapter_targets_are_replaced(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    served = deepcopy(model)
-    AdapterPool(served, adapters)
-    replaced = {name for name, module in served.named_modules() if isinstance(module, LoriLinear)}
-    assert replaced == {name for adapter in adapters for name in adapter.modules}
-    assert not any(name.endswith(("k_proj", "gate_proj", "lm_head")) for name in replaced)
+def test_only_layers_that_can_take_a_delta_have_operands(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    pool = pool_of(model, adapters)
+    assert pool.layouts.keys() == module_shapes(model).keys()
+    assert pool.operands_of(["lm_head", "model.embed_tokens"]) == []
+    assert pool.blocks(["lm_head"]) == []
 
 
 def test_adapters_on_one_basis_share_its_rows(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    served = deepcopy(model)
-    AdapterPool(served, adapters)
-    layer = served.get_submodule("model.layers.0.self_attn.q_proj")
-    assert isinstance(layer, LoriLinear)
-    # q_proj and v_proj share x: their rows of W, then two bases of the largest rank for each.
-    assert layer.product is served.get_submodule("model.layers.0.self_attn.v_proj").product
-    assert layer.product.weight.shape == (64 + 32 + 2 * (2 * 8), 48)
+    blocks = pool_of(model, adapters).blocks([f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")])
+    # Of each layer two bases of the largest rank, for three adapters.
+    assert [[tuple(a.shape) for a in of_layer] for of_layer in blocks] == [[(8, 48)] * 2] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_num_bytes_is_what_the_operands_hold(model: PreTrainedModel, adapters: list[Adapter], dtype: torch.dtype) -> None:
-    served = deepcopy(model).to(dtype)
-    pool = AdapterPool(served, adapters)
-    operands = [module.operands for module in served.modules() if isinstance(module, LoriLinear)]
+    pool = pool_of(model, adapters, dtype)
+    operands = pool.operands_of([*module_shapes(model)])
     tensors = [value for o in operands for value in vars(o).values() if isinstance(value, torch.Tensor)]
     assert pool.num_bytes == sum(tensor.untyped_storage().nbytes() for tensor in tensors) > 0
 
 
-@torch.inference_mode()
-def test_a_pool_without_adapters_leaves_the_model_alone(model: PreTrainedModel) -> None:
-    served = deepcopy(model)
-    pool = AdapterPool(served, [])
+def test_a_pool_without_adapters_takes_nothing(model: PreTrainedModel) -> None:
+    pool = pool_of(model, [])
     assert pool.num_bytes == 0
-    assert all(type(module) is nn.Linear for name, module in served.named_modules() if name.endswith("_proj"))
-    assert torch.equal(served(IDS).logits, model(IDS).logits)
+    assert pool.layouts == {}
+    assert pool.operands_of([*module_shapes(model)]) == pool.blocks([*module_shapes(model)]) == []
 
 
-@torch.inference_mode()
-def test_weight_0_is_the_base_bit_for_bit(model: PreTrainedModel, adapters: list[Adapter]) -> None:
-    expected = model(IDS).logits
+def test_weight_0_is_the_base(model: PreTrainedModel, adapters: list[Adapter]) -> None:
     nothing = merge(adapters[::2], [0.0, 0.0], name="nothing")  # on one basis
-    for chosen, name in ((adapters, "wide"), ([nothing], "nothing")):
-        served = deepcopy(model)
-        pool = AdapterPool(served, chosen)
-        weight = 0.0 if name == "wide" else 1.0
-        pool.active.route = Route.of([Term(0, IDS.numel(), pool.slot(name), weight)], IDS.numel())
-        assert torch.equal(served(IDS).logits, expected)
+    expected = logits(runner_of(model, pool_of(model, [])))
+    for chosen, weight in ((adapters, 0.0), ([nothing], 1.0)):
+        got = logits(runner_of(model, pool_of(model, chosen)), [(0, weight)])
+        assert torch.equal(got, expected)
+
+
+def test_what_nothing_was_prepared_for_is_refused(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    pool = pool_of(model, adapters[::2])
+    with pytest.raises(ValueError, match=r"on a basis .* that nothing was prepared for"):
+        pool.put(3, pack_adapter(adapters[1], pool.layouts))
+    with pytest.raises(AdapterError, match="does not fit what is served"):
+        pack_adapter(make_adapter("high", module_shapes(model), ("q_proj",), 9), pool.layouts)
+    with pytest.raises(AdapterError, match=f"expected at most {MAX_RANK}"):
+        AdapterPool(module_shapes(model), [Seeded()], MAX_RANK + 1, 4, torch.float32)
+
+
+def test_room_that_is_made_changes_nothing(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    pool = pool_of(model, adapters)
+    runner = runner_of(model, pool)
+    before = logits(runner, [(0, 1.0)])
+    pool.reserve(2**20)
+    assert pool.num_bytes > 2**19
+    assert torch.equal(logits(runner, [(0, 1.0)]), before)

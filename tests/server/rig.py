@@ -15,8 +15,8 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
 from lori.format import save_adapter
-from lori.new_config import new_config
 from lori.identity import BaseIdentity
+from lori.new_config import new_config
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.sparse import SparseB
@@ -28,14 +28,15 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KvCache
 from server.engine.loader import Loader
 from server.engine.registry import Registry
-from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.replies import Emit
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
 from server.engine.residents import Residents
 from server.engine.runner import Runner
 from server.engine.scheduler import Chunk, Scheduler, StepLimits
 from server.engine.tiers import AdapterTiers
 from server.loading import make_pool, make_registry
+from server.service import Service
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -151,6 +152,7 @@ class Rig:
     tokenizer: PreTrainedTokenizerBase
     admission: Admission
     runner: Runner
+    registry: Registry
     adapters: Mapping[str, Adapter]
     arrived: threading.Event = field(default_factory=threading.Event)
     """Set when an adapter was read."""
@@ -190,15 +192,26 @@ class Rig:
         self.scheduler.check_integrity()
         self.engine.tiers.check_integrity([*self.scheduler.running])
 
+    def step_on(self) -> None:
+        """Steps once, and where only adapters that are read could change anything waits for one."""
+        self.engine.tiers.on_arrival(self.arrived.set)
+        self.arrived.clear()
+        self.step()
+        if self.scheduler.has_work and not self.engine.can_step:
+            assert self.arrived.wait(60)
+            self.engine.wake()
+
+    def start(self, request: Request) -> Heard:
+        """Submits a request and steps until it runs: then its adapters are pinned."""
+        heard = self.submit(request)
+        while heard.sequence in self.scheduler.waiting:
+            self.step_on()
+        return heard
+
     def finish(self) -> None:
         """Steps until nobody waits or runs, and waits for adapters that are read."""
-        self.engine.tiers.on_arrival(self.arrived.set)
         while self.scheduler.has_work:
-            self.arrived.clear()
-            self.step()
-            if self.scheduler.has_work and not self.engine.can_step:
-                assert self.arrived.wait(60)
-                self.engine.wake()
+            self.step_on()
         assert self.scheduler.cache.num_available == self.scheduler.cache.num_blocks
 
     def run(self, asks: Sequence[Ask], joins: Sequence[int] | None = None) -> list[Heard]:
@@ -228,7 +241,7 @@ def build(
     dtype: torch.dtype = torch.float32,
 ) -> Rig:
     """Returns a rig on the model in `folder`, put together as `server.loading` does it."""
-    base = load_base_model(str(folder), dtype)
+    base = load_base_model(str(folder), dtype, attention="eager")
     entries = AdapterStore(adapters).current() if adapters else {}
     registry = make_registry(entries, summarise(entries, base.identity))
     pool = make_pool(base, registry, num_slots)
@@ -240,7 +253,48 @@ def build(
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS])
     loaded = {name: entry.load(base.identity) for name, entry in entries.items()}
-    return Rig(engine, base.tokenizer, Admission(base.tokenizer, registry, context, num_slots), runner, loaded)
+    admission = Admission(base.tokenizer, registry, context, num_slots)
+    return Rig(engine, base.tokenizer, admission, runner, registry, loaded)
+
+
+def rig_of(service: Service) -> Rig:
+    """Returns a rig on the engine of a service that was not started."""
+    engine, admission = service.engine._engine, service.admission
+    return Rig(engine, admission._tokenizer, admission, engine._runner, service.registry, {})
+
+
+class WatchedRunner:
+    """A runner that counts the tokens it computes, and fails in the steps with a chunk that `fault` finds.
+
+    The logits of a chunk that `overflows` finds are no numbers.
+    """
+
+    def __init__(
+        self,
+        rig: Rig,
+        fault: Callable[[Chunk], Exception | None] = lambda _: None,
+        overflows: Callable[[Chunk], bool] = lambda _: False,
+    ) -> None:
+        self._runner, self._fault, self._overflows = rig.engine._runner, fault, overflows
+        self.num_tokens = 0
+        self.broken_by: type[Exception] = SystemError
+        """After such an error nothing can be computed any more."""
+        rig.engine._runner = cast(Runner, self)
+
+    def is_broken(self, error: Exception) -> bool:
+        return isinstance(error, self.broken_by)
+
+    def forward(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> torch.Tensor:
+        for chunk in chunks:
+            if error := self._fault(chunk):
+                raise error
+        self.num_tokens += sum(c.stop - c.start for c in chunks)
+        of_row = [chunk for chunk in chunks for _ in range(chunk.start, chunk.stop)]
+        logits = self._runner.forward(chunks, positions).clone()
+        for row, position in enumerate(positions):
+            if self._overflows(of_row[position]):
+                logits[row] = torch.nan
+        return logits
 
 
 class ScriptedRunner:
@@ -249,7 +303,7 @@ class ScriptedRunner:
     def __init__(self, script: Sequence[int]) -> None:
         self._script = script
 
-    def is_broken(self, error: Exception) -> bool:
+    def is_broken(self, _: Exception) -> bool:
         return False
 
     def forward(self, chunks: Sequence[Chunk], positions: Sequence[int]) -> torch.Tensor:
@@ -269,7 +323,7 @@ def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_s
     scheduler = Scheduler(KvCache(256, 4, ""), tiers, limits)
     runner = cast(Runner, ScriptedRunner(script))
     engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS])
-    return Rig(engine, tokenizer, Admission(tokenizer, Registry([]), 1024), runner, {})
+    return Rig(engine, tokenizer, Admission(tokenizer, Registry([]), 1024), runner, Registry([]), {})
 
 
 def no_tiers() -> AdapterTiers:
@@ -279,11 +333,17 @@ def no_tiers() -> AdapterTiers:
     return AdapterTiers(pool, Residents(1, 1), loader, 1)
 
 
+@dataclass
 class FakeTiers:
     """Has nothing to read."""
 
+    is_closed: bool = False
+
     def on_arrival(self, notify: Callable[[], None]) -> None:
         self.notify = notify
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 @dataclass
@@ -292,8 +352,11 @@ class FakeEngine:
 
     num_steps: int = 3
     dies_at: int | None = None
+    deadline: float | None = None
+    """In seconds from now, whenever it is asked."""
     tiers: FakeTiers = field(default_factory=FakeTiers)
     emits: dict[str, Emit] = field(default_factory=dict)
+    choices: dict[str, int] = field(default_factory=dict)
     num_asked: int = 0
     said: dict[str, int] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
@@ -311,10 +374,11 @@ class FakeEngine:
         return bool(self.emits)
 
     def time_left(self) -> float | None:
-        return None
+        return self.deadline
 
     def submit(self, request: Request, emit: Emit) -> None:
         self.emits[request.id] = emit
+        self.choices[request.id] = request.num_choices
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -328,15 +392,23 @@ class FakeEngine:
         if self.step_count == self.dies_at:
             raise RuntimeError("out of luck")
         for name, emit in list(self.emits.items()):
-            emit(TextEvent("x"))
             self.said[name] = self.said.get(name, 0) + 1
             if self.said[name] == self.num_steps:
                 del self.emits[name]
-                emit(DoneEvent("length", 1, self.num_steps))
+            for choice in range(self.choices[name]):
+                emit(TextEvent("x", choice=choice))
+                if self.said[name] == self.num_steps:
+                    emit(DoneEvent("length", 1, self.num_steps, choice))
 
 
 def request(
-    num_prompt: int = 4, max_tokens: int = 4, *, name: str = "request", seed: int = 0, temperature: float = 0.0
+    num_prompt: int = 4,
+    max_tokens: int = 4,
+    *,
+    name: str = "request",
+    seed: int = 0,
+    temperature: float = 0.0,
+    num_choices: int = 1,
 ) -> Request:
     """Returns an admitted request of plain values, for what looks at nothing else."""
     return Request(
@@ -346,4 +418,5 @@ def request(
         prompt_offsets=(0,) * num_prompt,
         max_tokens=max_tokens,
         sampling=Sampling(temperature=temperature, seed=seed),
+        num_choices=num_choices,
     )

@@ -1,30 +1,31 @@
 """What is accepted, with which defaults, and what every refusal says."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lori.adapter import Adapter
 from lori.errors import TemplateError, UnknownAdapterError
+from lori.merge_methods import MergeOptions
 from lori.template import Message, Template
 from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
+from server.engine.registry import Registry
+from server.engine.request import Sampling
 from tests.server.rig import EOS, build
 
 CONTEXT = 200
-Adapters = Mapping[str, Adapter]
 
 
 @pytest.fixture(scope="module")
-def loaded(writer_model: Path, adapters: Path) -> Adapters:
-    """math (chat), safety (chat, plain) and intent (plain)."""
-    return build(writer_model, adapters).adapters
+def registry(writer_model: Path, adapters: Path) -> Registry:
+    """math (chat), safety (chat, plain) and intent (plain), which is on another basis."""
+    return build(writer_model, adapters).registry
 
 
 @pytest.fixture
-def admission(tokenizer: PreTrainedTokenizerFast, loaded: Adapters) -> Admission:
-    return Admission(tokenizer, loaded, CONTEXT)
+def admission(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> Admission:
+    return Admission(tokenizer, registry, CONTEXT, max_terms=3)
 
 
 MESSAGES = (Message(role="system", content="Be brief."), Message(role="user", content="é?"))
@@ -101,24 +102,23 @@ def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, na
 
 def test_a_server_without_adapters_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UnknownAdapterError, match="there are none at all"):
-        Admission(tokenizer, {}, CONTEXT).admit(Ask(prompt="x", adapters=("math",)))
+        Admission(tokenizer, Registry([]), CONTEXT).admit(Ask(prompt="x", adapters=("math",)))
 
 
-def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedTokenizerFast, loaded: Adapters) -> None:
+def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(TemplateError, match="no chat template"):
-        Admission(bare, loaded, CONTEXT).admit(Ask(prompt=MESSAGES))
+        Admission(bare, registry, CONTEXT).admit(Ask(prompt=MESSAGES))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_weights_are_one_nth_by_default(admission: Admission, loaded: Adapters, count: int) -> None:
+def test_weights_are_one_nth_by_default(admission: Admission, registry: Registry, count: int) -> None:
     names = ("intent", "math", "safety")[:count]
     request = admission.admit(Ask(prompt="x", adapters=names))
     for term, name in zip(request.terms, names, strict=True):
-        adapter = loaded[name]
-        assert (term.name, term.version) == (name, adapter.version)
+        summary = registry.by_name[name].summary
+        assert (term.name, term.digest, term.version) == (name, summary.digest, summary.version)
         assert term.weight == 1 / count
-        assert term.scale == adapter.config.lora_alpha / adapter.config.r
     assert len(request.terms) == count
 
 
@@ -181,10 +181,57 @@ def test_prompt_and_answer_may_fill_the_context(admission: Admission) -> None:
 
 
 def test_seeds_are_random_by_default_and_kept_where_given(admission: Admission) -> None:
-    seeds = {admission.admit(Ask(prompt="x")).seed for _ in range(20)}
+    seeds = {admission.admit(Ask(prompt="x")).sampling.seed for _ in range(20)}
     assert len(seeds) > 15
-    assert admission.admit(Ask(prompt="x", seed=0)).seed == 0
+    assert admission.admit(Ask(prompt="x", seed=0)).sampling.seed == 0
 
 
 def test_every_request_has_an_id_of_its_own(admission: Admission) -> None:
     assert len({admission.admit(Ask(prompt="x")).id for _ in range(50)}) == 50
+
+
+def test_more_adapters_than_can_be_resident_together_are_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+    few = Admission(tokenizer, registry, CONTEXT, max_terms=2)
+    error = refusal(few, Ask(prompt="x", adapters=("math", "safety", "intent")))
+    assert error.field == "adapter"
+    assert "names 3 adapters, expected at most 2" in str(error)
+    assert len(few.admit(Ask(prompt="x", adapters=("math", "safety"))).terms) == 2
+
+
+def test_a_merge_that_is_built_once_takes_one_place_however_many_adapters_it_has(
+    tokenizer: PreTrainedTokenizerFast, registry: Registry
+) -> None:
+    one = Admission(tokenizer, registry, CONTEXT, max_terms=1)
+    request = one.admit(Ask(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties")))
+    assert len(request.residents) == 1
+    assert request.residents[0][1] == 1.0
+
+
+def test_a_merge_of_adapters_on_several_bases_is_refused_but_for_a_sum(admission: Admission) -> None:
+    ask = Ask(prompt="x", adapters=("math", "intent"), merge=MergeOptions("magnitude"))
+    error = refusal(admission, ask)
+    assert error.field == "merge"
+    for part in ("magnitude needs adapters on one basis", "math: ", "intent: ", "'linear' needs none"):
+        assert part in str(error)
+    assert len(admission.admit(replace(ask, merge=MergeOptions())).residents) == 2
+
+
+def test_what_is_asked_is_what_the_request_has(admission: Admission) -> None:
+    sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_tokens=2, logit_bias=((5, 1.0),))
+    ask = Ask(
+        prompt="x",
+        sampling=sampling,
+        seed=7,
+        stop=("a", "b"),
+        ignore_eos=True,
+        num_logprobs=3,
+        echo=True,
+        num_choices=4,
+        priority=-1,
+        tenant="they",
+        timeout_s=2.5,
+    )
+    request = admission.admit(ask)
+    assert request.sampling == replace(sampling, seed=7)
+    for name in ("stop", "ignore_eos", "num_logprobs", "echo", "num_choices", "priority", "tenant", "timeout_s"):
+        assert getattr(request, name) == getattr(ask, name)

@@ -27,7 +27,14 @@ MIXED = (
     Ask(prompt="x" * 16, max_tokens=28, adapters=("math", "safety", "intent"), weights=(1.0, -0.5, 0.75)),
     Ask(prompt=FOX[:17], max_tokens=1, adapters=("math",), echo=True, num_logprobs=0),
     Ask(prompt=FOX, max_tokens=0, adapters=("math", "intent"), echo=True, num_logprobs=3),
-    Ask(prompt=FOX, max_tokens=30, sampling=Sampling(temperature=1.3), seed=2**62, adapters=("math", "safety"), weights=(1.0, 0.0)),
+    Ask(
+        prompt=FOX,
+        max_tokens=30,
+        sampling=Sampling(temperature=1.3),
+        seed=2**62,
+        adapters=("math", "safety"),
+        weights=(1.0, 0.0),
+    ),
     Ask(prompt="Then", max_tokens=60, adapters=("safety",), stop=("q", "zz")),
 )
 

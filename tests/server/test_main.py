@@ -11,7 +11,9 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
+from lori.config_file import seal_config
 from lori.errors import LoriError
+from lori.format import read_config
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.live import LIMIT_S, events, run_main, start
@@ -44,13 +46,17 @@ def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.Te
 
 
 def unsound(adapters: Path, place: Path) -> Path:
-    """Copies `adapters` and spoils two of three: math in its config, safety in its weights."""
+    """Copies `adapters`, math for another base, and spoils the configs of two more; intent's torn weights are read later."""
     shutil.copytree(adapters, place)
-    config = json.loads((place / "math" / "adapter_config.json").read_text())
-    config["lori"]["base_digest"] = "1" * 64
-    config["lora_alpha"] = 1.0
-    (place / "math" / "adapter_config.json").write_text(json.dumps(config))
-    (place / "safety" / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    config = read_config(place / "math")
+    section = config.lori.model_copy(update={"base_digest": "1" * 64})
+    _, content = seal_config("math", config.model_copy(update={"lori": section}))
+    (place / "math" / "adapter_config.json").write_bytes(content)
+    shutil.copytree(adapters / "math", place / "changed")
+    changed = json.loads((place / "changed" / "adapter_config.json").read_text()) | {"lora_alpha": 1.0}
+    (place / "changed" / "adapter_config.json").write_text(json.dumps(changed))
+    (place / "safety" / "adapter_config.json").write_text('{"r": 0}')
+    (place / "intent" / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
     return place
 
 
@@ -67,10 +73,29 @@ def test_unsound_adapters_are_reported_whole(cannot_start: dict[str, Ended]) -> 
     assert ended.code == 1
     assert any(line.startswith("error: ") for line in ended.lines)
     said = "\n".join(ended.lines)
-    for part in ("math: content digest", "math: trained on the base", "safety: adapter_model.safetensors is not"):
+    config = "adapter_config.json"
+    for part in ("math: trained on the base", f"changed: {config}: its digest is", f"safety: {config}: r: ", "lora_alpha: Field"):
         assert part in said
     assert "intent: " not in said
     assert "Traceback (most recent call last):" not in ended.lines
+
+
+def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(adapters, tmp_path / "adapters"))
+    (place / "safety" / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
+    flags = ["--model", str(writer_model), "--adapters", str(place), "--dtype", "float32", "--threads", "1"]
+    with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as live:
+        for adapter in ("safety", ["math", "safety"], "safety"):
+            reply = live.client.post("/generate", json={"prompt": "a", "max_tokens": 3, "adapter": adapter})
+            assert reply.is_error
+            message = reply.json()["error"]["message"]
+            assert message.startswith("adapter 'safety' cannot be served: ")
+            assert "adapter_model.safetensors is not" in message
+            assert str(place) not in message, "a client is told the faults, not where the file lies"
+        for fine in (None, "math"):
+            assert len(live.generate(prompt="a", max_tokens=3, adapter=fine)["text"]) == 3
+        assert live.client.get("/ready").status_code == 200
+        assert "Traceback" not in live.log.read_text()
 
 
 def test_an_unknown_model_is_one_clear_line(cannot_start: dict[str, Ended]) -> None:

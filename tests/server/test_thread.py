@@ -137,7 +137,7 @@ def test_a_request_that_comes_between_the_death_and_its_news_hears_of_it_too() -
         thread = bridge(engine)
         thread.start()
         first = asyncio.create_task(listen(thread.generate(named("first"))))
-        await until(lambda: "first" in engine.scheduler.emits)
+        await until(lambda: "first" in engine.emits)
         late = asyncio.create_task(listen(thread.generate(named("late"))))
         # From here to the next await the event loop stands still, and `late` is before the news in its queue.
         engine.may_step.set()
@@ -183,14 +183,80 @@ def test_an_idle_engine_sleeps() -> None:
         thread.start()
         await asyncio.sleep(0.3)  # a loop that looked for work would have looked thousands of times
         assert engine.step_count == 0
-        assert engine.scheduler.num_asked <= 1
+        assert engine.num_asked <= 1
         await listen(thread.generate(named("one")))
         await until(lambda: engine.aborted == ["one"])
-        num_asked = engine.scheduler.num_asked
+        num_asked = engine.num_asked
         await asyncio.sleep(0.3)
         assert engine.step_count == 3
-        assert engine.scheduler.num_asked <= num_asked + 1
+        assert engine.num_asked <= num_asked + 1
         await thread.stop()
+
+    run(test())
+
+
+def test_a_request_of_several_choices_lasts_until_all_have_ended() -> None:
+    async def test() -> None:
+        thread = bridge(FakeEngine())
+        thread.start()
+        heard = await listen(thread.generate(request(name="one", num_choices=3)))
+        for choice in range(3):
+            own = [event for event in heard if not isinstance(event, ErrorEvent) and event.choice == choice]
+            assert own == [TextEvent("x", choice=choice)] * 3 + [DoneEvent("length", 1, 3, choice)]
+        assert thread.num_requests == 0
+        await thread.stop()
+
+    run(test())
+
+
+def test_an_engine_that_waits_for_a_deadline_steps_when_it_comes() -> None:
+    async def test() -> None:
+        engine = FakeEngine(deadline=0.05)
+        thread = bridge(engine)
+        thread.start()
+        await until(lambda: engine.step_count >= 2)
+        await thread.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("deadline", [float("inf"), 1e300])
+def test_a_deadline_farther_than_a_lock_can_wait_is_no_harm(deadline: float) -> None:
+    async def test() -> None:
+        engine = FakeEngine(deadline=deadline)
+        thread = bridge(engine)
+        thread.start()
+        assert await listen(thread.generate(named("one"))) == WHOLE
+        await asyncio.sleep(0.05)
+        assert thread.is_alive
+        await thread.stop()
+
+    run(test())
+
+
+def test_an_adapter_that_was_read_wakes_a_sleeping_engine(writer_model: Path, adapters: Path) -> None:
+    async def test() -> None:
+        rig = build(writer_model, adapters)
+        thread = bridge(rig.engine)
+        thread.start()
+        asks = [Ask(prompt="a", max_tokens=3, adapters=(name,)) for name in ("math", "safety", "math")]
+        heard = await asyncio.gather(*(listen(thread.generate(rig.admission.admit(ask))) for ask in asks))
+        for events in heard:
+            assert isinstance(events[-1], DoneEvent)
+        await thread.stop()
+
+    run(test())
+
+
+@pytest.mark.parametrize("dies_at", [None, 1])
+def test_the_loader_s_thread_ends_with_the_engine(dies_at: int | None) -> None:
+    async def test() -> None:
+        engine = FakeEngine(dies_at=dies_at)
+        thread = bridge(engine)
+        thread.start()
+        await listen(thread.generate(named("one")))
+        await thread.stop()
+        assert engine.tiers.is_closed
 
     run(test())
 
@@ -206,6 +272,6 @@ def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
         await until(lambda: not rig.scheduler.has_work)
         await thread.stop()
         rig.scheduler.check_integrity()
-        assert rig.scheduler.allocator.num_free == rig.scheduler.allocator.num_blocks
+        assert rig.scheduler.cache.num_available == rig.scheduler.cache.num_blocks
 
     run(test())

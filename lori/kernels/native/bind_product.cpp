@@ -74,16 +74,14 @@ class Projection {
       all(shrinks_, reduced, num_tokens, share, nullptr, nullptr);
       int64_t output = 0, column = 0;
       for (size_t i = 0; i < parts_.size(); i++) {
-        const Operands& of = operands[i]->operands();
-        const auto ranges = blocks(of, route.route(), share);
         Tokens part = tokens;
         part.y += output;
-        one(parts_[i], part, num_tokens, share, ranges.data(), ranges.data() + ranges.size());
-        if (share.num_parts > 1) barrier();
-        const Step step{reinterpret_cast<uint8_t*>(tokens.y + output), reinterpret_cast<const uint8_t*>(reduced.y + column),
-                        y_stride * 2, s_stride * 2};
-        const int64_t items = route.num_active() * of.num_windows;
-        operands[i]->expand()(of, route.route(), step, share.first(items), share.last(items));
+        const Step step{reinterpret_cast<uint8_t*>(part.y), reinterpret_cast<const uint8_t*>(reduced.y + column), y_stride * 2,
+                        s_stride * 2};
+        if (share.num_parts == 1)
+          windows(parts_[i], part, num_tokens, *operands[i], route, step);
+        else
+          shared(parts_[i], part, num_tokens, *operands[i], route, step, share);
         output += parts_[i].num_outputs;
         column += shrinks_[i].num_outputs;
       }
@@ -133,6 +131,36 @@ class Projection {
     }
   }
 
+  // A layer window by window: as soon as a window's outputs are there its deltas follow, and meanwhile the memory is asked for
+  // those of the next one.
+  static void windows(const Part& part, const Tokens& tokens, int num_tokens, const BoundOperands& bound, const BoundRoute& route,
+                      const Step& step) {
+    float sums[kRowBlock * kPanelOutputs];
+    const Operands& operands = bound.operands();
+    std::vector<Ahead::Range> ranges;
+    int panel = 0;
+    for (int window = 0; window < operands.num_windows; window++) {
+      const int last_output = std::min((window + 1) * kWindowRows, part.num_outputs);
+      const int last_panel = (last_output + kPanelOutputs - 1) / kPanelOutputs;
+      ranges.clear();
+      if (window == 0) add_blocks(operands, route.route(), 0, ranges);
+      if (window + 1 < operands.num_windows) add_blocks(operands, route.route(), window + 1, ranges);
+      Ahead ahead(ranges.data(), ranges.data() + ranges.size());
+      multiply_avx512_bf16(part, tokens, 0, num_tokens, panel, last_panel, ahead, sums);
+      panel = last_panel;
+      bound.expand()(operands, route.route(), step, window * route.num_active(), (window + 1) * route.num_active());
+    }
+  }
+
+  static void shared(const Part& part, const Tokens& tokens, int num_tokens, const BoundOperands& bound, const BoundRoute& route,
+                     const Step& step, const Share& share) {
+    const Operands& operands = bound.operands();
+    const int64_t items = route.num_active() * operands.num_windows;
+    one(part, tokens, num_tokens, share, nullptr, nullptr);
+    barrier();
+    bound.expand()(operands, route.route(), step, share.first(items), share.last(items));
+  }
+
   // A share of a part: of its panels, and where there are few of them of the tokens too.
   static void one(const Part& part, const Tokens& tokens, int num_tokens, const Share& share, const Ahead::Range* first,
                   const Ahead::Range* last) {
@@ -151,21 +179,13 @@ class Projection {
     }
   }
 
-  // Where the windows of the route's slots lie, those of a slot that follow one another as one range.
-  static std::vector<Ahead::Range> blocks(const Operands& operands, const Route& route, const Share& share) {
-    std::vector<Ahead::Range> ranges;
-    for (int i = static_cast<int>(share.first(route.num_segments)); i < share.last(route.num_segments); i++)
-      for (int term = route.segments[i].first_term; term < route.segments[i].last_term; term++)
-        add_blocks(operands, route.slots[term], ranges);
-    return ranges;
-  }
-
-  static void add_blocks(const Operands& operands, int slot, std::vector<Ahead::Range>& ranges) {
+  // Adds where a window of the route's slots lies.
+  static void add_blocks(const Operands& operands, const Route& route, int window, std::vector<Ahead::Range>& ranges) {
     constexpr int64_t kLikely = 3072, kMost = 32768;  // bytes of a window: where the next does not say, and at most
-    for (int window = 0; window < operands.num_windows; window++) {
-      const uint8_t* begin = operands.block(slot, window);
+    for (int term = 0; term < route.num_terms; term++) {
+      const uint8_t* begin = operands.block(route.slots[term], window);
       if (!begin) continue;
-      const uint8_t* next = window + 1 < operands.num_windows ? operands.block(slot, window + 1) : nullptr;
+      const uint8_t* next = window + 1 < operands.num_windows ? operands.block(route.slots[term], window + 1) : nullptr;
       const bool follows = next && next > begin && next - begin <= kMost;
       ranges.push_back({begin, follows ? next : begin + kLikely});
     }

@@ -57,7 +57,7 @@ class BoundRoute {
     if (segments.shape(1) != 4 || slots.shape(0) != weights.shape(0))
       throw nb::value_error("segments (G, 4), slots (M,) and weights (M,) expected");
     route_ = {reinterpret_cast<const Segment*>(segments.data()), slots.data(), weights.data(),
-              static_cast<int>(segments.shape(0))};
+              static_cast<int>(segments.shape(0)), static_cast<int>(slots.shape(0))};
     for (int i = 0; i < route_.num_segments; i++) {
       const Segment& segment = route_.segments[i];
       if (segment.start < last || segment.stop <= segment.start || segment.first_term < 0 ||

@@ -37,6 +37,7 @@ inline __m512i load_dwords(const uint16_t* columns) {
 // s of one token and basis in bfloat16, up to 64 entries: two registers, looked up by a permutation.
 template <int kRegisters>
 struct BfloatTable {
+  static constexpr bool kInRegisters = true;
   using Value = uint16_t;
   __m512i s[kRegisters];
 
@@ -77,6 +78,7 @@ struct BfloatTable {
 
 // s in bfloat16 of any rank, gathered from memory.
 struct BfloatMemory {
+  static constexpr bool kInRegisters = false;
   using Value = uint16_t;
   const float* s;
 
@@ -103,6 +105,7 @@ struct BfloatMemory {
 
 // s in fp32, up to 32 entries.
 struct FloatTable {
+  static constexpr bool kInRegisters = true;
   using Value = float;
   __m512 s[2];
 
@@ -119,6 +122,7 @@ struct FloatTable {
 
 // s in fp32 of any rank.
 struct FloatMemory {
+  static constexpr bool kInRegisters = false;
   using Value = float;
   const float* s;
 
@@ -128,6 +132,13 @@ struct FloatMemory {
     return _mm512_fmadd_ps(_mm512_loadu_ps(values), _mm512_i32gather_ps(load_dwords(columns), s, 4), sum);
   }
 };
+
+// The low halves of the sums of two slices, word by word in turn, and the high halves.
+LORI_INLINE void to_planes(__m512 first, __m512 second, __m512i& low, __m512i& high) {
+  const __m512i mask = _mm512_set1_epi32(0xffff), even = _mm512_castps_si512(first), odd = _mm512_castps_si512(second);
+  low = _mm512_ternarylogic_epi32(mask, even, _mm512_slli_epi32(odd, 16), 0xca);  // mask ? even : odd << 16
+  high = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi32(even, 16), odd, 0xca);
+}
 
 // low[i], high[i] = the halves of the sums of slices 2 i and 2 i + 1, word by word in turn: a row's place is its word.
 template <int kNumPlanes, typename Column, typename Source>
@@ -152,13 +163,8 @@ LORI_INLINE void multiply(const Window& window, const Source& s, const uint8_t* 
     sums[slice] = sum;
     for (int line = 0; line < kLinesAhead; line++) __builtin_prefetch(later + 64 * (kLinesAhead * slice + line));
   }
-  const __m512i mask = _mm512_set1_epi32(0xffff);
 #pragma GCC unroll 8
-  for (int i = 0; i < kNumPlanes; i++) {
-    const __m512i even = _mm512_castps_si512(sums[2 * i]), odd = _mm512_castps_si512(sums[2 * i + 1]);
-    low[i] = _mm512_ternarylogic_epi32(mask, even, _mm512_slli_epi32(odd, 16), 0xca);  // mask ? even : odd << 16
-    high[i] = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi32(even, 16), odd, 0xca);
-  }
+  for (int i = 0; i < kNumPlanes; i++) to_planes(sums[2 * i], sums[2 * i + 1], low[i], high[i]);
 }
 
 // 32 rows as fp32, the even ones and the odd ones.
@@ -297,22 +303,102 @@ void expand_item(const Work& work) {
   }
 }
 
+constexpr int kGroup = 4;  // tokens with the same one term that a window is read for once
+
+// sums[slice][token] = the products of a window with s of each of the tokens.
+template <int kNumPlanes, int kTokens, typename Column, typename Source>
+LORI_INLINE void multiply_group(const Window& window, const Source* s, __m512 (&sums)[2 * kNumPlanes][kTokens]) {
+  using Value = typename Source::Value;
+  constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
+  const uint8_t* at = window.steps;
+  int begin = 0;
+  for (int slice = 0; slice < 2 * kNumPlanes; slice++) {
+    __m512 sum[kTokens];
+    for (int t = 0; t < kTokens; t++) sum[t] = _mm512_setzero_ps();
+    int steps = window.ends[slice] - begin;
+    begin = window.ends[slice];
+    if constexpr (sizeof(Value) == 2) {
+      for (; steps >= 2; steps -= 2, at += 2 * kStepBytes)
+        for (int t = 0; t < kTokens; t++)
+          sum[t] = s[t].add_pair(sum[t], reinterpret_cast<const Value*>(at),
+                                 reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
+    }
+    for (; steps > 0; steps--, at += kStepBytes)
+      for (int t = 0; t < kTokens; t++)
+        sum[t] = s[t].add_one(sum[t], reinterpret_cast<const Value*>(at),
+                              reinterpret_cast<const Column*>(at + kLanes * sizeof(Value)));
+    for (int t = 0; t < kTokens; t++) sums[slice][t] = sum[t];
+  }
+}
+
+// Adds one window of one term to kTokens tokens that follow one another.
+template <int kNumPlanes, int kTokens, typename Column, typename Source>
+void expand_group(const Work& work) {
+  using Value = typename Source::Value;
+  const Operands& operands = work.operands;
+  const Item& item = work.item;
+  const int slot = work.route.slots[item.segment->first_term];
+  const uint8_t* at = operands.block(slot, item.window);
+  if (!at) return;
+  const Window block(at, kLanes * (sizeof(Value) + sizeof(Column)));
+  const uint8_t* row = work.step.s + item.token * work.step.s_stride +
+                       sizeof(Value) * operands.basis_of[slot] * static_cast<size_t>(operands.rank);
+  const Source s[kTokens] = {Source(row, operands.rank, nullptr), Source(row + work.step.s_stride, operands.rank, nullptr),
+                             Source(row + 2 * work.step.s_stride, operands.rank, nullptr),
+                             Source(row + 3 * work.step.s_stride, operands.rank, nullptr)};
+  __m512 sums[2 * kNumPlanes][kTokens];
+  multiply_group<kNumPlanes, kTokens, Column>(block, s, sums);
+  const __m512 weight = _mm512_set1_ps(work.route.weights[item.segment->first_term]);
+  const int rows_left = operands.num_outputs - item.window * kWindowRows,
+            num_rows = rows_left < kWindowRows ? rows_left : kWindowRows;
+  for (int t = 0; t < kTokens; t++) {
+    Value* y = reinterpret_cast<Value*>(work.step.y + (item.token + t) * work.step.y_stride) + item.window * kWindowRows;
+    __m512i low[kNumPlanes], high[kNumPlanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kNumPlanes; i++) to_planes(sums[2 * i][t], sums[2 * i + 1][t], low[i], high[i]);
+    for (int i = 0; 32 * i < num_rows; i++) {
+      const int left = num_rows - 32 * i;
+      const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
+      const Rows found = rows_at<kNumPlanes>(low, high, load_places(block.places + 32 * i, left));
+      Rows rows = load_rows(y + 32 * i, mask);
+      rows.even = _mm512_fmadd_ps(weight, found.even, rows.even);
+      rows.odd = _mm512_fmadd_ps(weight, found.odd, rows.odd);
+      store_rows(y + 32 * i, mask, rows);
+    }
+  }
+}
+
+template <int kNumPlanes, typename Column, typename Source>
+void expand_one_or_more(const Work& work, bool is_group) {
+  if constexpr (Source::kInRegisters) {
+    if (is_group) return expand_group<kNumPlanes, kGroup, Column, Source>(work);
+  }
+  expand_item<kNumPlanes, Column, Source>(work);
+}
+
 template <typename Column, typename Source>
 void expand(const Operands& operands, const Route& route, const Step& step, int64_t first, int64_t last) {
   if (first == last) return;
   Walk walk(operands, route, first), ahead(operands, route, first);
   for (int i = 0; i < kItemsAhead; i++) ++ahead;
-  for (int64_t i = first; i < last; i++, ++walk, ++ahead) {
+  for (int64_t i = first; i < last;) {
     const Work work{operands, route, step, *walk, *ahead};
+    const Segment& segment = *work.item.segment;
+    const bool is_group = Source::kInRegisters && segment.last_term - segment.first_term == 1 &&
+                          segment.stop - work.item.token >= kGroup && last - i >= kGroup;
     const int num_slices = operands.num_slices - work.item.window * kWindowSlices;
     if (num_slices > 8)
-      expand_item<8, Column, Source>(work);
+      expand_one_or_more<8, Column, Source>(work, is_group);
     else if (num_slices > 4)
-      expand_item<4, Column, Source>(work);
+      expand_one_or_more<4, Column, Source>(work, is_group);
     else if (num_slices > 2)
-      expand_item<2, Column, Source>(work);
+      expand_one_or_more<2, Column, Source>(work, is_group);
     else
-      expand_item<1, Column, Source>(work);
+      expand_one_or_more<1, Column, Source>(work, is_group);
+    const int count = is_group ? kGroup : 1;
+    walk.skip(count);
+    for (int n = 0; n < count; n++) ++ahead;
+    i += count;
   }
 }
 

@@ -72,7 +72,7 @@ struct Route {
   const Segment* segments;  // ascending, none overlaps another, none without terms
   const int32_t* slots;
   const float* weights;
-  int num_segments;
+  int num_segments, num_terms;
 };
 
 struct Step {
@@ -81,7 +81,7 @@ struct Step {
   ptrdiff_t y_stride, s_stride;  // bytes from a token to the next
 };
 
-// Adds the deltas of the items first .. last; an item is one window of one token of the route, counted token by token.
+// Adds the deltas of the items first .. last; an item is one window of one token of the route, counted window by window.
 using Expand = void (*)(const Operands&, const Route&, const Step&, int64_t first, int64_t last);
 
 }  // namespace lori

@@ -1,0 +1,85 @@
+"""A loader and a pool without files and kernels, and tiers on them: a test says when what was asked for is there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from lori.packed_adapter import PackedAdapter
+from lori.pool import AdapterPool
+from server.engine.loader import Loaded, Loader
+from server.engine.request import Request
+from server.engine.residents import Residents
+from server.engine.tiers import MAX_LOADING, AdapterTiers
+
+SCALE = 2.0
+"""alpha / r of all."""
+
+
+@dataclass(frozen=True)
+class FakeConfig:
+    scale: float = SCALE
+
+
+@dataclass(frozen=True)
+class FakePacked:
+    """All that is asked of an adapter here."""
+
+    digest: str
+    num_bytes: int = 1
+    config: FakeConfig = FakeConfig()
+
+
+@dataclass
+class FakePool:
+    """Slots that hold digests; insists that none is overwritten."""
+
+    slots: dict[int, str] = field(default_factory=dict)
+
+    def put(self, slot: int, adapter: FakePacked) -> None:
+        assert slot not in self.slots
+        self.slots[slot] = adapter.digest
+
+    def clear(self, slot: int) -> None:
+        del self.slots[slot]
+
+
+@dataclass
+class FakeLoader:
+    """Reads nothing until it is told."""
+
+    started: list[str] = field(default_factory=list)
+    """All that was ever asked for, in order."""
+    pending: dict[str, Request] = field(default_factory=dict)
+    notify: Callable[[], None] = lambda: None
+    is_closed: bool = False
+    _arrived: list[Loaded] = field(default_factory=list)
+
+    def start(self, digest: str, request: Request) -> None:
+        assert digest not in self.pending, "it is being read"
+        self.started.append(digest)
+        self.pending[digest] = request
+
+    def arrive(self, digest: str, num_bytes: int = 1, fault: str = "") -> None:
+        """Ends the reading of an adapter, well or with a fault."""
+        del self.pending[digest]
+        packed = None if fault else cast(PackedAdapter, FakePacked(digest, num_bytes))
+        self._arrived.append(Loaded(digest, packed, fault, 0.5))
+        self.notify()
+
+    def collect(self) -> list[Loaded]:
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def fake_tiers(
+    loader: FakeLoader,
+    num_slots: int = 2,
+    max_bytes: int = 1000,
+    max_loaded_bytes: int = 1000,
+    max_loading: int = MAX_LOADING,
+) -> AdapterTiers:
+    pool = cast(AdapterPool, FakePool())
+    return AdapterTiers(pool, Residents(num_slots, max_bytes), cast(Loader, loader), max_loaded_bytes, max_loading)

@@ -1,0 +1,167 @@
+"""Several answers to one prompt, which is computed once; they end, fail and are aborted together or apart."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.admission import Ask
+from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent
+from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+WARM = Sampling(temperature=1.0, top_k=12)
+"""The likeliest of the model are characters."""
+
+
+@pytest.fixture(scope="module")
+def rig(writer_model: Path, adapters: Path) -> Rig:
+    """One engine for the whole file; it is idle between tests."""
+    return build(writer_model, adapters)
+
+
+def run(rig: Rig, ask: Ask) -> list[Heard]:
+    """Returns what each choice said."""
+    heard = rig.submit_choices(rig.admission.admit(ask))
+    rig.finish()
+    return heard
+
+
+def values(heard: Heard) -> list[float]:
+    return [one.value for one in heard.logprobs if one.value is not None]
+
+
+@pytest.mark.parametrize("names", [(), ("math",)])
+def test_each_choice_has_a_stream_of_its_own_however_many_there_are(rig: Rig, names: tuple[str, ...]) -> None:
+    ask = {"prompt": FOX, "adapters": names, "max_tokens": 20, "sampling": WARM, "seed": 3, "num_logprobs": 0}
+    (alone,) = run(rig, Ask(**ask))
+    two, five = run(rig, Ask(**ask, num_choices=2)), run(rig, Ask(**ask, num_choices=5))
+    assert len({tuple(heard.tokens) for heard in five}) == 5
+    assert alone.tokens == two[0].tokens
+    assert [heard.tokens for heard in two] == [heard.tokens for heard in five[:2]]
+    assert values(alone) == pytest.approx(values(five[0]), abs=1e-4)
+    for choice, heard in enumerate(five):
+        assert heard.done.choice == choice
+        assert heard.text == rig.decode(heard.tokens)
+        assert all(event.choice == choice for event in heard.events if not isinstance(event, ErrorEvent))
+
+
+def test_where_nothing_is_drawn_all_choices_say_what_one_says(rig: Rig) -> None:
+    (alone,) = run(rig, Ask(prompt=FOX, max_tokens=12))
+    assert [heard.tokens for heard in run(rig, Ask(prompt=FOX, max_tokens=12, num_choices=3))] == [alone.tokens] * 3
+
+
+def test_choices_are_the_same_in_company(rig: Rig) -> None:
+    ask = Ask(prompt=FOX * 2, max_tokens=15, sampling=WARM, seed=8, num_choices=3)
+    alone = run(rig, ask)
+    company = [rig.ask(Ask(prompt=FOX[:n], max_tokens=30, adapters=("safety",))) for n in (3, 20)]
+    rig.step()
+    together = run(rig, ask)
+    assert [heard.tokens for heard in together] == [heard.tokens for heard in alone]
+    assert all(heard.is_done for heard in company)
+
+
+@pytest.mark.parametrize("names", [(), ("math", "safety")])
+def test_their_prompt_is_computed_once(writer_model: Path, adapters: Path, names: tuple[str, ...]) -> None:
+    rig = build(writer_model, adapters)
+    runner = WatchedRunner(rig)
+    heard = run(rig, Ask(prompt="x" * 65, adapters=names, max_tokens=6, sampling=WARM, num_choices=4))
+    # The others share its four full blocks: each computes its last token, and all their outputs but the last.
+    assert runner.num_tokens == 65 + 3 * 1 + 4 * 5
+    assert [h.done.num_cached_tokens for h in heard] == [0, 64, 64, 64]
+    assert [h.done.num_prompt_tokens for h in heard] == [65] * 4
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+@pytest.mark.parametrize("prompt", ["a", "x" * 16, FOX * 2])
+def test_all_choices_echo_the_prompt_with_its_logprobs(rig: Rig, prompt: str, max_tokens: int) -> None:
+    heard = run(rig, Ask(prompt=prompt, max_tokens=max_tokens, sampling=WARM, seed=1, echo=True, num_logprobs=2, num_choices=3))
+    (alone,) = run(rig, Ask(prompt=prompt, max_tokens=max_tokens, sampling=WARM, seed=1, echo=True, num_logprobs=2))
+    num_prompt = len(heard[0].sequence.request.prompt_ids)
+    for one in heard:
+        assert one.text.startswith(prompt)
+        assert len(one.text) == len(prompt) + max_tokens
+        assert len(one.logprobs) == num_prompt + max_tokens
+        assert one.logprobs[0].value is None
+        assert values(one)[: num_prompt - 1] == pytest.approx(values(alone)[: num_prompt - 1], abs=1e-4)
+        assert [p.text_offset for p in one.logprobs] == [p.text_offset for p in alone.logprobs]
+        assert isinstance(one.events[0], TextEvent)
+        assert one.events[0].is_prompt
+        assert one.done.num_completion_tokens == max_tokens
+    assert values(heard[0]) == pytest.approx(values(alone), abs=1e-4)
+
+
+def test_the_prompt_s_logprobs_are_told_once_where_it_is_computed_in_many_chunks(writer_model: Path) -> None:
+    rig = build(writer_model, max_step_tokens=9)
+    heard = run(rig, Ask(prompt=FOX * 3, max_tokens=2, sampling=WARM, echo=True, num_logprobs=0, num_choices=3))
+    assert [len(one.logprobs) for one in heard] == [len(FOX) * 3 + 2] * 3
+
+
+def test_a_choice_that_stops_early_lets_the_others_go_on(rig: Rig) -> None:
+    ask = {"prompt": FOX, "max_tokens": 40, "sampling": WARM, "seed": 3, "num_choices": 4}
+    whole = run(rig, Ask(**ask))
+    stop = whole[2].text[5:8]
+    cut = run(rig, Ask(**ask, stop=(stop,)))
+    for one, other in zip(whole, cut, strict=True):
+        at = one.text.find(stop)
+        assert other.text == (one.text if at < 0 else one.text[:at])
+        assert other.done.finish_reason == ("length" if at < 0 else "stop_sequence")
+    assert {other.done.finish_reason for other in cut} == {"length", "stop_sequence"}
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 3, 6])
+def test_aborting_a_request_ends_all_its_choices(rig: Rig, num_steps: int) -> None:
+    other = rig.ask(Ask(prompt="a", max_tokens=20))
+    request = rig.admission.admit(Ask(prompt=FOX, max_tokens=200, sampling=WARM, num_choices=3))
+    heard = rig.submit_choices(request)
+    for _ in range(num_steps):
+        rig.step()
+    rig.engine.abort(request.id)
+    rig.step()
+    assert [one.done.finish_reason for one in heard] == ["cancelled"] * 3
+    assert not any(one.sequence.blocks for one in heard)
+    rig.finish()
+    assert [sum(isinstance(e, DoneEvent) for e in one.events) for one in heard] == [1] * 3
+    assert len(other.text) == 20
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("num_outputs", [0, 1, 4])
+def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num_outputs: int) -> None:
+    if failing and not num_outputs:
+        num_outputs = 1  # before, it is not computed by itself
+    ask = Ask(prompt=FOX, max_tokens=12)
+    (expected,) = run(rig, ask)
+    request = rig.admission.admit(Ask(prompt=FOX * 2, max_tokens=12, sampling=WARM, num_choices=3))
+    runner = rig.engine._runner
+    WatchedRunner(rig, lambda chunk: ValueError("no good") if is_it(chunk.sequence) else None)
+
+    def is_it(sequence: object) -> bool:
+        return sequence is heard[failing].sequence and len(heard[failing].tokens) == num_outputs
+
+    heard, other = rig.submit_choices(request), rig.ask(ask)
+    rig.finish()
+    rig.engine._runner = runner
+    for one in heard:
+        assert isinstance(one.events[-1], ErrorEvent)
+        assert "no good" in one.events[-1].message
+        assert one.events[-1].kind == "engine"
+        assert sum(isinstance(event, ErrorEvent) for event in one.events) == 1
+    assert other.tokens == expected.tokens
+
+
+def test_an_overflow_in_one_choice_is_told_once(rig: Rig) -> None:
+    runner = rig.engine._runner
+    heard = rig.submit_choices(rig.admission.admit(Ask(prompt=FOX, max_tokens=12, sampling=WARM, num_choices=3)))
+    WatchedRunner(rig, overflows=lambda chunk: chunk.sequence is heard[1].sequence and len(heard[1].tokens) == 3)
+    rig.finish()
+    rig.engine._runner = runner
+    for one in heard:
+        assert isinstance(one.events[-1], ErrorEvent)
+        assert "overflow" in one.events[-1].message
+        assert sum(isinstance(event, ErrorEvent) for event in one.events) == 1
+
+
+def test_a_stop_token_at_once_ends_every_choice(tokenizer: PreTrainedTokenizerFast) -> None:
+    heard = run(scripted(tokenizer, [EOS]), Ask(prompt="x", num_choices=3))
+    assert [(one.text, one.done.finish_reason) for one in heard] == [("", "stop")] * 3

@@ -1,0 +1,292 @@
+"""Whatever comes, everybody hears a last word, and nothing is left behind: the whole engine but for its model and its files."""
+
+from collections import defaultdict
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from lori.merge_methods import MergeOptions
+from server.engine.engine import Engine
+from server.engine.kv_cache import KvCache
+from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
+from server.engine.runner import Runner
+from server.engine.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.tiers import AdapterTiers
+from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_tiers
+from tests.server.plans import request
+from tests.server.rig import EOS
+from tests.server.test_schedules import FakeMemory
+
+MAX_STEPS = 3000
+SLOT_BYTES = 10
+BAD, HUGE, FLAKY = "bad", "huge", "flaky"
+"""An adapter that cannot be read, one that has no place, one that can be read every second time."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, when it comes, when its client leaves, and what goes wrong in the model after how many of its outputs."""
+
+    step: int
+    request: Request
+    cancelled_after: int | None
+    throws_after: int | None
+    overflows_after: int | None
+    ends_after: int | None
+    """Outputs before its stop token."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens, and how little there is of all."""
+
+    num_blocks: int
+    block_size: int
+    max_sequences: int
+    max_prompt_tokens: int
+    num_slots: int
+    max_loaded_bytes: int
+    max_delay: int
+    max_loading: int
+    arrivals: list[Arrival]
+
+
+def size_of(digest: str) -> int:
+    return SLOT_BYTES * 100 if digest == HUGE else 1 + int(digest) % 3 if digest.isdigit() else 2
+
+
+ADAPTERS = st.lists(st.integers(0, 29).map(str), max_size=5, unique=True)
+SOMETIMES_BAD = st.one_of(ADAPTERS.map(lambda of: [*of[:2], BAD]), ADAPTERS.map(lambda of: [*of[:2], FLAKY]), st.just([HUGE]))
+NEVER = st.none()
+RARELY = st.one_of(NEVER, NEVER, NEVER, st.integers(0, 6))
+
+
+@st.composite
+def arrivals(draw: st.DrawFn, capacity: int) -> Arrival:
+    num_prompt = draw(st.integers(1, min(capacity, 20)))
+    names = draw(st.one_of(st.just([]), ADAPTERS, ADAPTERS, ADAPTERS, SOMETIMES_BAD))
+    of = request(
+        num_prompt,
+        draw(st.integers(0, min(9, capacity - num_prompt))),
+        adapters=names,
+        weight=draw(st.sampled_from([1.0, 0.5, 0.0])),
+        num_choices=draw(st.sampled_from([1, 1, 1, 2, 3])),
+        priority=draw(st.sampled_from([0, 0, 1])),
+        tenant=draw(st.sampled_from("tu")),
+        is_scored=draw(st.sampled_from([False, False, True])),
+    )
+    text = draw(st.integers(0, 1))
+    alias = [AdapterTerm("alias", term.digest, 0.25) for term in of.terms[:1] if draw(st.booleans())]
+    of = replace(
+        of,
+        terms=(*of.terms, *alias),
+        prompt_text="x" * num_prompt,
+        prompt_ids=tuple(text * 100 + place for place in range(num_prompt)),
+        sampling=Sampling(temperature=draw(st.sampled_from([0.0, 1e-9])), seed=draw(st.integers(0, 3))),
+        merge=draw(st.sampled_from([MergeOptions(), MergeOptions(), MergeOptions("ties")])),
+        timeout_s=draw(st.one_of(NEVER, NEVER, st.integers(0, 40).map(float))),
+    )
+    cancelled_after = draw(st.one_of(NEVER, NEVER, st.integers(0, 30)))
+    return Arrival(draw(st.integers(0, 12)), of, cancelled_after, draw(RARELY), draw(RARELY), draw(RARELY))
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    num_blocks, block_size = draw(st.integers(2, 14)), draw(st.integers(1, 4))
+    found = draw(st.lists(arrivals(num_blocks * block_size), min_size=1, max_size=8))
+    return Schedule(
+        num_blocks,
+        block_size,
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 16)),
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from([0, 3, 100])),
+        draw(st.integers(0, 5)),
+        draw(st.integers(1, 4)),
+        [replace(of, request=replace(of.request, id=f"{place}")) for place, of in enumerate(found)],
+    )
+
+
+def token_of(arrival: Arrival, choice: int, num_outputs: int) -> int:
+    """The token that the model says after so many outputs, whoever shares the batch."""
+    return EOS if num_outputs == arrival.ends_after else 100 + (num_outputs * 7 + choice) % 13
+
+
+class FakeRunner:
+    """Knows what each place of the KV memory was computed from, and which adapter must lie in which slot."""
+
+    def __init__(self, of: Schedule, slots: dict[int, str]) -> None:
+        self._memory, self._slots = FakeMemory(of.block_size), slots
+        self._arrivals = {arrival.request.id: arrival for arrival in of.arrivals}
+
+    def is_broken(self, _: Exception) -> bool:
+        return False
+
+    def forward(self, chunks: Items[Chunk], positions: Items[int]) -> torch.Tensor:
+        for chunk in chunks:
+            if len(chunk.sequence.output_ids) == self._of(chunk).throws_after:
+                raise ValueError("thrown")
+        for chunk in chunks:
+            self._memory.compute(chunk)
+            terms = [(self._slots[slot], weight / SCALE) for slot, weight in chunk.sequence.terms or ()]
+            assert tuple(terms) == chunk.sequence.residents, "its adapters are in its slots"
+        of_row = [(chunk, place) for chunk in chunks for place in range(chunk.start, chunk.stop)]
+        logits = torch.zeros(len(positions), EOS + 1)
+        for row, (chunk, place) in enumerate(of_row[position] for position in positions):
+            num_outputs = max(0, place + 1 - len(chunk.sequence.request.prompt_ids))
+            logits[row, token_of(self._of(chunk), chunk.sequence.choice, num_outputs)] = 9.0
+            if len(chunk.sequence.output_ids) == self._of(chunk).overflows_after:
+                logits[row] = torch.nan
+        return logits
+
+    def _of(self, chunk: Chunk) -> Arrival:
+        return self._arrivals[chunk.sequence.request.id]
+
+
+@dataclass
+class Run:
+    """A schedule under way. Its engine sleeps where the thread would: only news wakes it."""
+
+    of: Schedule
+    engine: Engine
+    loader: FakeLoader
+    step: int = 0
+    heard: dict[str, list[Event]] = field(default_factory=lambda: defaultdict(list))
+    sequences: dict[str, list[Sequence]] = field(default_factory=dict)
+    loads: dict[str, int] = field(default_factory=dict)
+    """Steps until what is read is there."""
+
+    def go(self) -> None:
+        self.engine.clock = lambda: float(self.step)
+        self.engine.tiers.on_arrival(self.engine.wake)
+        while self.step <= max(of.step for of in self.of.arrivals) or self.engine.scheduler.has_work or self.loader.pending:
+            assert self.step < MAX_STEPS, "somebody waits for ever"
+            self.arrive()
+            self.leave()
+            self.read()
+            if self.engine.can_step or self.engine.time_left() == 0:
+                self.engine.step()
+                self.engine.scheduler.check_integrity()
+                self.engine.tiers.check_integrity([*self.engine.scheduler.running])
+            self.check_nobody_is_late()
+            self.step += 1
+
+    def arrive(self) -> None:
+        for arrival in self.of.arrivals:
+            if arrival.step == self.step:
+                before = {*self.engine.scheduler.waiting}
+                self.engine.submit(arrival.request, self.heard[arrival.request.id].append)
+                self.sequences[arrival.request.id] = [s for s in self.engine.scheduler.waiting if s not in before]
+
+    def leave(self) -> None:
+        for arrival in self.of.arrivals:
+            if arrival.cancelled_after is not None and arrival.step + arrival.cancelled_after == self.step:
+                self.engine.abort(arrival.request.id)
+
+    def read(self) -> None:
+        for digest in [*self.loader.pending]:
+            left = self.loads.setdefault(digest, sum(map(ord, digest)) % (self.of.max_delay + 1))
+            if left:
+                self.loads[digest] -= 1
+                continue
+            del self.loads[digest]
+            names = {term.name for term in self.loader.pending[digest].terms if not digest.isdigit()}
+            is_bad = BAD in names or (FLAKY in names and self.loader.started.count(digest) % 2 == 0)
+            self.loader.arrive(digest, size_of(digest), "it is torn" if is_bad else "")
+
+    def check_nobody_is_late(self) -> None:
+        for arrival in self.of.arrivals:
+            of, age = arrival.request, self.step - arrival.step
+            is_over = arrival.cancelled_after is not None and age >= arrival.cancelled_after
+            is_over |= of.timeout_s is not None and age >= of.timeout_s
+            assert not (age >= 0 and is_over and of.id in self.engine._by_id), "whose time is up ends at once"
+
+    def check_nothing_is_left(self) -> None:
+        engine = self.engine
+        engine.step()
+        assert not engine._replies
+        assert not engine._by_id
+        assert not engine.scheduler.has_work
+        assert engine.scheduler.cache.num_available == engine.scheduler.cache.num_blocks
+        assert engine.tiers.residents.num_pinned == 0
+        assert not engine.tiers._wanted
+        assert not engine.tiers._failed
+        assert engine.tiers.num_loaded_bytes <= self.of.max_loaded_bytes
+        assert engine.time_left() is None
+
+    def check(self, arrival: Arrival) -> None:
+        """A request heard all it should, and no more after the last word."""
+        of, events = arrival.request, self.heard[arrival.request.id]
+        errors = [event for event in events if isinstance(event, ErrorEvent)]
+        ends = [event for event in events if isinstance(event, DoneEvent)]
+        assert errors == events[-1:] if errors else sorted(e.choice for e in ends) == list(range(of.num_choices))
+        for error in errors:
+            assert self.may_fail(arrival)[error.kind], error
+        for end in ends:
+            own = [event for event in events if not isinstance(event, ErrorEvent) and event.choice == end.choice]
+            assert own[-1] is end
+            expected = [token_of(arrival, end.choice, place) for place in range(of.max_tokens)]
+            expected = expected[: expected.index(EOS) + 1] if EOS in expected else expected
+            tokens = self.sequences[of.id][end.choice].output_ids
+            if end.finish_reason == "cancelled":
+                assert arrival.cancelled_after is not None
+                assert tokens == expected[: len(tokens)]
+            else:
+                assert end.finish_reason == ("stop" if EOS in expected else "length")
+                assert tokens == expected
+                assert end.num_completion_tokens == len(tokens)
+
+    def may_fail(self, arrival: Arrival) -> dict[str, bool]:
+        residents = {digest for digest, _ in arrival.request.residents}
+        num_bytes = sum(map(size_of, residents))
+        is_too_much = len(residents) > self.of.num_slots or num_bytes > SLOT_BYTES
+        is_bad = bool(residents) and any(term.name in (BAD, FLAKY) for term in arrival.request.terms)
+        return {
+            "engine": arrival.throws_after is not None or arrival.overflows_after is not None,
+            "adapter": is_too_much or is_bad,
+            "timeout": arrival.request.timeout_s is not None,
+        }
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, int]:
+    """How often each kind of end was met; all must be, or little is shown."""
+    return defaultdict(int)
+
+
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(schedules())
+def test_any_schedule_ends_and_leaves_nothing_behind(
+    tokenizer: PreTrainedTokenizerFast, seen: dict[str, int], of: Schedule
+) -> None:
+    """Too little of all, choices, cancels, deadlines; loads that are slow or bad, adapters that never fit, steps that throw."""
+    loader = FakeLoader()
+    tiers: AdapterTiers = fake_tiers(loader, of.num_slots, SLOT_BYTES, of.max_loaded_bytes, of.max_loading)
+    limits = StepLimits(
+        max_sequences=of.max_sequences, max_tokens=of.max_sequences + of.max_prompt_tokens, max_stall=float("inf")
+    )
+    scheduler = Scheduler(KvCache(of.num_blocks, of.block_size, "base"), tiers, limits)
+    runner = cast(Runner, FakeRunner(of, cast(FakePool, tiers._pool).slots))
+    run = Run(of, Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS]), loader)
+    run.go()
+    run.check_nothing_is_left()
+    for arrival in of.arrivals:
+        run.check(arrival)
+        last = run.heard[arrival.request.id][-1]
+        seen[last.kind if isinstance(last, ErrorEvent) else cast(DoneEvent, last).finish_reason] += 1
+    seen["preempted"] += scheduler.num_preemptions
+    seen["evicted"] += tiers.residents.num_evictions
+    seen["read again"] += len(loader.started) - len({*loader.started})
+
+
+def test_all_kinds_of_ends_were_met(seen: dict[str, int]) -> None:
+    if not seen:
+        pytest.skip("the schedules did not run")
+    kinds = ("length", "stop", "cancelled", "engine", "adapter", "timeout", "preempted", "evicted", "read again")
+    assert {kind for kind in kinds if seen[kind] < 20} == set()

@@ -1,0 +1,192 @@
+"""Blocks, slots and turns that requests share change when they are answered, and never what they hear."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lori.base_model import BaseModel
+from lori.merge_methods import MergeOptions
+from lori.store import AdapterStore
+from server.engine.admission import Ask
+from server.engine.request import Sampling
+from tests.server.rig import Heard, Rig, WatchedRunner, build, write_adapter
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+WARM = Sampling(temperature=1.0, top_k=12)
+MANY = (
+    Ask(prompt=FOX, max_tokens=40, num_logprobs=1),
+    Ask(prompt="a", max_tokens=60, adapters=("math",)),
+    Ask(prompt=FOX[:20], max_tokens=50, adapters=("math", "safety"), echo=True, num_logprobs=2),
+    Ask(prompt="hello", max_tokens=60, sampling=WARM, seed=5, adapters=("intent",)),
+    Ask(prompt="x" * 16, max_tokens=48, sampling=replace(WARM, presence_penalty=0.5, repetition_penalty=1.2), seed=6),
+    Ask(prompt=FOX[:33], max_tokens=40, adapters=("safety",), sampling=replace(WARM, min_tokens=10, min_p=0.01), seed=7),
+)
+
+
+def values(heard: Heard) -> list[float]:
+    return [one.value for one in heard.logprobs if one.value is not None]
+
+
+def assert_same(found: list[Heard], expected: list[Heard]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.tokens == other.tokens
+        assert one.text == other.text
+        assert values(one) == pytest.approx(values(other), abs=1e-4)
+        assert replace(one.done, num_cached_tokens=0) == replace(other.done, num_cached_tokens=0)
+
+
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(8, 16), (27, 4)])
+def test_who_gives_up_its_blocks_for_others_says_the_same(
+    writer_model: Path, adapters: Path, num_blocks: int, block_size: int
+) -> None:
+    roomy, tight = build(writer_model, adapters), build(writer_model, adapters, num_blocks=num_blocks, block_size=block_size)
+    found = tight.run(MANY)
+    assert tight.scheduler.num_preemptions > 2, "or nothing is shown"
+    assert sum(heard.sequence.num_preemptions > 0 for heard in found) > 1
+    assert_same(found, roomy.run(MANY))
+    assert not tight.engine.tiers.residents.num_pinned
+
+
+def test_choices_that_give_up_their_blocks_say_the_same(writer_model: Path, adapters: Path) -> None:
+    ask = Ask(prompt=FOX, max_tokens=40, sampling=WARM, seed=1, num_choices=4, adapters=("math",), num_logprobs=0, echo=True)
+    tight, roomy = build(writer_model, adapters, num_blocks=9), build(writer_model, adapters)
+    found = [rig.submit_choices(rig.admission.admit(ask)) for rig in (tight, roomy)]
+    tight.finish()
+    roomy.finish()
+    assert tight.scheduler.num_preemptions
+    assert_same(*found)
+
+
+def test_few_slots_change_the_order_alone(writer_model: Path, adapters: Path) -> None:
+    one_slot = build(writer_model, adapters, num_slots=2, max_loaded_bytes=0)
+    asks = [*MANY, *MANY[::-1]]
+    assert_same(one_slot.run(asks), build(writer_model, adapters).run(asks))
+    assert one_slot.engine.tiers.residents.num_evictions
+
+
+@pytest.fixture
+def rig(writer_model: Path, adapters: Path) -> Rig:
+    return build(writer_model, adapters)
+
+
+def cached(rig: Rig, ask: Ask) -> int:
+    """Returns how many tokens of its prompt were not computed, after a comparison with a fresh engine."""
+    (heard,) = rig.run([ask])
+    return heard.done.num_cached_tokens
+
+
+@pytest.mark.parametrize("names", [(), ("math",), ("safety", "intent")])
+def test_a_prompt_that_was_computed_before_is_not_computed_again(
+    rig: Rig, writer_model: Path, adapters: Path, names: tuple[str, ...]
+) -> None:
+    first = Ask(prompt=FOX * 2, max_tokens=20, adapters=names, num_logprobs=0)
+    longer = replace(first, prompt=FOX * 2 + "And then?", max_tokens=30)
+    (one,) = rig.run([first])
+    runner = WatchedRunner(rig)
+    two, three = rig.run([first, longer])
+    assert (one.done.num_cached_tokens, two.done.num_cached_tokens, three.done.num_cached_tokens) == (0, 80, 80)
+    assert runner.num_tokens == (90 - 80 + 19) + (99 - 80 + 29)
+    assert_same([two, three], build(writer_model, adapters).run([first, longer], [0, 40]))
+    assert_same([one], [two])
+
+
+def test_an_answer_is_found_as_part_of_the_next_prompt(rig: Rig, writer_model: Path) -> None:
+    (said,) = rig.run([Ask(prompt=FOX, max_tokens=60)])
+    whole = Ask(prompt=FOX + said.text + " More?", max_tokens=10)
+    (found,) = rig.run([whole])
+    assert found.done.num_cached_tokens == (len(FOX) + 59) // 16 * 16
+    assert_same([found], build(writer_model).run([whole]))
+
+
+def test_keys_are_not_shared_between_adapters_weights_and_merges(rig: Rig, writer_model: Path, adapters: Path) -> None:
+    routes: list[dict[str, object]] = [
+        {},
+        {"adapters": ("math",)},
+        {"adapters": ("math",), "weights": (0.5,)},
+        {"adapters": ("safety",)},
+        {"adapters": ("math", "safety")},
+        {"adapters": ("math", "safety"), "weights": (0.5, 0.25)},
+        {"adapters": ("math", "safety"), "weights": (0.25, 0.5)},
+        {"adapters": ("math", "safety"), "merge": MergeOptions("ties")},
+        {"adapters": ("math", "safety"), "merge": MergeOptions("ties", density=0.25)},
+        {"adapters": ("math", "safety"), "merge": MergeOptions("dare_linear", seed=1)},
+        {"adapters": ("math", "safety"), "merge": MergeOptions("dare_linear", seed=2)},
+    ]
+    asks = [Ask(prompt=FOX * 2, max_tokens=12, num_logprobs=0, **route) for route in routes]
+    found = [rig.run([ask])[0] for ask in asks]
+    assert [heard.done.num_cached_tokens for heard in found] == [0] * len(asks)
+    assert_same(found, [build(writer_model, adapters).run([ask])[0] for ask in asks])
+    again = [rig.run([ask])[0] for ask in asks]
+    assert [heard.done.num_cached_tokens for heard in again] == [80] * len(asks)
+    assert_same(again, found)
+
+
+def test_what_is_the_same_shares_its_keys(rig: Rig) -> None:
+    def run(**route: object) -> int:
+        return rig.run([Ask(prompt=FOX * 2, max_tokens=4, **route)])[0].done.num_cached_tokens
+
+    run(adapters=("math", "safety"), weights=(0.25, 0.75))
+    assert run(adapters=("safety", "math"), weights=(0.75, 0.25)) == 80
+    run()
+    assert run(adapters=("math",), weights=(0.0,)) == 80
+    run(adapters=("math", "safety"), merge=MergeOptions("magnitude", density=0.5, seed=1))
+    assert run(adapters=("safety", "math"), merge=MergeOptions("magnitude", density=0.5, seed=2)) == 80, "no use for a seed"
+
+
+def test_versions_of_an_adapter_do_not_share_keys_and_names_of_one_do(
+    writer_model: Path, writer: BaseModel, tmp_path: Path
+) -> None:
+    store = AdapterStore(tmp_path / "store")
+    for seed in (1, 2):
+        write_adapter(tmp_path / "math", writer, seed=seed)
+        store.publish(tmp_path / "math")
+        store.alias("old" if seed == 1 else "new", "math")
+        shutil.rmtree(tmp_path / "math")
+    rig = build(writer_model, tmp_path / "store")
+    assert rig.registry.by_name["old"].summary.digest != rig.registry.by_name["math"].summary.digest
+    asks = {name: Ask(prompt=FOX * 2, max_tokens=12, adapters=(name,)) for name in ("old", "math", "new")}
+    heard = {name: rig.run([ask])[0] for name, ask in asks.items()}
+    assert [heard[name].done.num_cached_tokens for name in asks] == [0, 0, 80]
+    assert heard["old"].tokens != heard["math"].tokens == heard["new"].tokens
+    (both,) = rig.run([Ask(prompt=FOX, max_tokens=12, adapters=("math", "new"), weights=(0.25, 0.75))])
+    (one,) = rig.run([Ask(prompt=FOX, max_tokens=12, adapters=("math",))])
+    assert both.tokens == one.tokens, "two names of one adapter add"
+
+
+def test_a_scored_prompt_is_computed_though_it_is_cached(rig: Rig) -> None:
+    rig.run([Ask(prompt=FOX * 2, max_tokens=1)])
+    (scored,) = rig.run([Ask(prompt=FOX * 2, max_tokens=1, echo=True, num_logprobs=0)])
+    assert scored.done.num_cached_tokens == 0
+    assert len(scored.logprobs) == 91
+    (echoed,) = rig.run([Ask(prompt=FOX * 2, max_tokens=1, echo=True)])
+    assert echoed.done.num_cached_tokens == 80
+
+
+def test_of_those_who_wait_the_lowest_priority_number_runs_first(writer_model: Path) -> None:
+    rig = build(writer_model, max_batch=1)
+    heard = [rig.ask(Ask(prompt="a", max_tokens=3, priority=priority)) for priority in (0, 5, -1, 5, 2)]
+    order: list[int] = []
+    while rig.scheduler.has_work:
+        rig.step()
+        order += [place for place, one in enumerate(heard) if one.is_done and place not in order]
+    assert order == [2, 0, 4, 1, 3]
+
+
+def test_of_those_who_run_the_highest_priority_number_gives_way(writer_model: Path) -> None:
+    rig = build(writer_model, num_blocks=6)
+    urgent, patient = (rig.ask(Ask(prompt="a" * 17, max_tokens=60, priority=priority)) for priority in (-1, 3))
+    rig.finish()
+    assert urgent.sequence.num_preemptions == 0
+    assert patient.sequence.num_preemptions > 0
+
+
+def test_tenants_take_turns(writer_model: Path) -> None:
+    rig = build(writer_model, max_batch=1)
+    heard = [rig.ask(Ask(prompt="a", max_tokens=5, tenant=tenant)) for tenant in ("many", "many", "many", "one")]
+    order: list[int] = []
+    while rig.scheduler.has_work:
+        rig.step()
+        order += [place for place, of in enumerate(heard) if of.is_done and place not in order]
+    assert order.index(3) == 1, "it does not wait for all that came before"

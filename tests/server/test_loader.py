@@ -1,0 +1,214 @@
+"""Adapters are read in a thread of their own: what is read, what is merged, and what is said where they cannot be."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from lori.adapter import Adapter
+from lori.config_file import CONFIG_FILE
+from lori.format import WEIGHTS_FILE
+from lori.kernels.layout import Layout
+from lori.merge import merge
+from lori.merge_methods import MERGE_METHODS, MergeMethod, MergeOptions
+from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
+from lori.store import AdapterStore
+from lori.summary import summarise
+from server.engine.loader import Loaded, Loader
+from server.engine.registry import Registry
+from server.engine.request import AdapterTerm, Request
+from server.loading import make_registry
+from tests.lori.adapters import BASE, SHAPES, make_config, make_modules, save
+from tests.server.plans import request
+
+LAYOUTS = {name: Layout(num_outputs, 8, torch.float32) for name, (num_outputs, _) in SHAPES.items()}
+LIMIT_S = 60
+
+
+class Desk:
+    """A loader on a store of three adapters, and what came of it."""
+
+    def __init__(self, place: Path, adapters: Sequence[Adapter], reader: PackedReader | None = None) -> None:
+        self.place, self.adapters = place, {adapter.name: adapter for adapter in adapters}
+        entries = AdapterStore(place).current()
+        self.registry: Registry = make_registry(entries, summarise(entries, BASE))
+        self.loader = Loader(self.registry, reader or PackedReader(BASE, LAYOUTS))
+        self.arrivals: list[str] = []
+        self.has_news = threading.Semaphore(0)
+        self.loader.notify = self.hear
+
+    def hear(self) -> None:
+        self.arrivals.append(threading.current_thread().name)
+        self.has_news.release()
+
+    def request(self, *names: str, merge: MergeOptions = MergeOptions(), weights: Sequence[float] = ()) -> Request:  # noqa: B008 - frozen
+        digests = [self.registry.by_name[name].summary.digest for name in names]
+        terms = [AdapterTerm(n, d, w) for n, d, w in zip(names, digests, weights or [1.0] * len(names), strict=True)]
+        return replace(request(), terms=tuple(terms), merge=merge)
+
+    def load(self, of: Request) -> list[Loaded]:
+        """Returns all that is read for a request."""
+        for digest, _ in of.residents:
+            self.loader.start(digest, of)
+        loaded: list[Loaded] = []
+        while len(loaded) < len(of.residents):
+            assert self.has_news.acquire(timeout=LIMIT_S)
+            loaded += self.loader.collect()
+        return loaded
+
+    def fault(self, of: Request) -> str:
+        """Returns what is said of the one adapter that cannot be read."""
+        (loaded,) = self.load(of)
+        assert loaded.packed is None
+        assert loaded.digest == of.residents[0][0]
+        assert str(self.place) not in loaded.fault, "a client is told the faults, not where the file lies"
+        return loaded.fault
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate(("a", "b", "c"))]
+    desk = Desk(tmp_path, adapters)
+    yield desk
+    desk.loader.close()
+
+
+def assert_same(found: PackedAdapter | None, expected: PackedAdapter) -> None:
+    assert found is not None
+    assert found.basis == expected.basis
+    assert found.config.scale == expected.config.scale
+    assert [*found.modules.layouts] == [*expected.modules.layouts]
+    assert torch.equal(found.modules.blocks, expected.modules.blocks)
+    assert torch.equal(found.modules.starts, expected.modules.starts)
+
+
+def test_each_adapter_of_a_sum_is_read_by_itself(desk: Desk) -> None:
+    loaded = {one.digest: one for one in desk.load(desk.request("b", "a"))}
+    assert len(loaded) == 2
+    for name in ("a", "b"):
+        one = loaded[desk.registry.by_name[name].summary.digest]
+        assert one.fault == ""
+        assert one.seconds > 0
+        assert_same(one.packed, pack_adapter(desk.adapters[name], LAYOUTS))
+
+
+def test_every_arrival_is_told_from_the_loader_s_thread(desk: Desk) -> None:
+    (desk.place / "b" / WEIGHTS_FILE).write_bytes(b"torn")
+    desk.load(desk.request("a", "b"))
+    assert len(desk.arrivals) == 2
+    assert all(name.startswith("adapters") for name in desk.arrivals)
+
+
+def test_nothing_is_collected_twice(desk: Desk) -> None:
+    desk.load(desk.request("a"))
+    assert desk.loader.collect() == []
+
+
+@pytest.mark.parametrize("method", [method for method in MERGE_METHODS if method != "linear"])
+def test_a_merge_is_what_merging_the_adapters_gives(desk: Desk, method: MergeMethod) -> None:
+    options = MergeOptions(method, density=0.6, seed=3)
+    (loaded,) = desk.load(desk.request("b", "a", merge=options, weights=(0.5, 2.0)))
+    alone = merge([desk.adapters["a"], desk.adapters["b"]], [2.0, 0.5], method, density=0.6, seed=3)
+    assert_same(loaded.packed, pack_adapter(alone, LAYOUTS))
+
+
+def test_a_file_that_was_changed_since_the_start_is_not_served_as_what_it_was(desk: Desk) -> None:
+    of = desk.request("a")
+    save(desk.place / "a", make_config(), make_modules(seed=99))
+    fault = desk.fault(of)
+    assert "'a' was changed on disk since the server started" in fault
+    assert of.terms[0].digest in fault
+    merged = desk.request("b", "a", merge=MergeOptions("ties"))
+    assert "'a' was changed on disk since the server started" in desk.fault(merged)
+
+
+def test_an_adapter_that_was_removed_is_a_fault_of_its_own(desk: Desk) -> None:
+    of = desk.request("a")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (desk.place / "a" / name).unlink()
+    fault = desk.fault(of)
+    assert f"{CONFIG_FILE} cannot be read: No such file or directory" in fault
+    assert f"{WEIGHTS_FILE} cannot be read: No such file or directory" in fault
+
+
+def test_all_faults_of_a_file_are_told(desk: Desk) -> None:
+    of = desk.request("c")
+    config = desk.place / "c" / CONFIG_FILE
+    config.write_text(config.read_text().replace('"r": 3', '"r": 2'))
+    fault = desk.fault(of)
+    assert fault.startswith("adapter 'c' cannot be served: ")
+    assert "content digest is" in fault
+    assert "it was changed, or is damaged" in fault
+
+
+def test_a_fault_is_told_of_the_adapter_that_has_it(desk: Desk) -> None:
+    """Was told of all adapters of the request that was the first to want it, to all who want it."""
+    (desk.place / "b" / WEIGHTS_FILE).write_bytes(b"torn")
+    faults = [loaded.fault for loaded in desk.load(desk.request("a", "b", "c")) if loaded.fault]
+    assert len(faults) == 1
+    assert faults[0].startswith("adapter 'b' cannot be served: ")
+
+
+def test_a_merge_that_cannot_be_is_told_of_all_its_adapters(desk: Desk) -> None:
+    fault = desk.fault(desk.request("a", "b", merge=MergeOptions("magnitude"), weights=(1e300, 1.0)))
+    assert fault.startswith("adapter 'a' + 'b' cannot be served: ")
+    assert "not finite" in fault
+
+
+def test_an_alias_means_what_it_meant_at_the_start(tmp_path: Path) -> None:
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("ab")]
+    store = AdapterStore(tmp_path)
+    store.alias("prod", "a")
+    desk = Desk(tmp_path, adapters)
+    store.alias("prod", "b")
+    (loaded,) = desk.load(desk.request("prod"))
+    assert_same(loaded.packed, pack_adapter(desk.adapters["a"], LAYOUTS))
+    desk.loader.close()
+
+
+class BrokenReader:
+    """Fails as no file makes one fail."""
+
+    def read_entry(self, _: object) -> PackedAdapter:
+        raise MemoryError("there is no more")
+
+
+def test_whatever_goes_wrong_is_an_answer(tmp_path: Path) -> None:
+    """An error that was not foreseen came out where the engine collects what was read, and ended it."""
+    adapter = save(tmp_path / "a", make_config(), make_modules())
+    desk = Desk(tmp_path, [adapter], cast(PackedReader, BrokenReader()))
+    assert "there is no more" in desk.fault(desk.request("a"))
+    desk.loader.close()
+
+
+class SlowReader:
+    """Reads nothing before it is let."""
+
+    def __init__(self) -> None:
+        self.may_read, self.num_read = threading.Event(), 0
+
+    def read_entry(self, _: object) -> PackedAdapter:
+        assert self.may_read.wait(LIMIT_S)
+        self.num_read += 1
+        raise ValueError("enough")
+
+
+def test_closing_reads_no_more_than_what_is_begun(tmp_path: Path) -> None:
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
+    reader = SlowReader()
+    desk = Desk(tmp_path, adapters, cast(PackedReader, reader))
+    of = desk.request("a", "b", "c")
+    for digest, _ in of.residents:
+        desk.loader.start(digest, of)
+    closing = threading.Thread(target=desk.loader.close)
+    closing.start()
+    while len(desk.arrivals) < 2:  # the two that were not begun are given up
+        assert desk.has_news.acquire(timeout=LIMIT_S)
+    reader.may_read.set()
+    closing.join(LIMIT_S)
+    assert not closing.is_alive()
+    assert reader.num_read == 1

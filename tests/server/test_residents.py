@@ -1,0 +1,127 @@
+"""Slots and bytes: who lies where, who must stay, and who goes first."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.engine.residents import Residents
+
+
+def filled(num_slots: int, *digests: str, max_bytes: int = 100) -> Residents:
+    """Returns residents of one byte each, the first one unused longest."""
+    residents = Residents(num_slots, max_bytes)
+    for digest in digests:
+        residents.add(digest, 1, 1.0)
+    return residents
+
+
+def test_every_adapter_has_a_slot_of_its_own_and_its_scale() -> None:
+    residents = Residents(3, 100)
+    slots = [residents.add(digest, 10, scale) for digest, scale in (("a", 0.5), ("b", 2.0), ("c", 1.0))]
+    assert sorted(slots) == [0, 1, 2]
+    assert [residents.get(digest).slot for digest in "abc"] == slots
+    assert [residents.get(digest).scale for digest in "abc"] == [0.5, 2.0, 1.0]
+    assert (len(residents), residents.num_bytes) == (3, 30)
+    assert "a" in residents
+    assert "d" not in residents
+    residents.check_integrity(0)
+
+
+def test_there_is_room_while_slots_and_bytes_last() -> None:
+    residents = filled(2, "a", max_bytes=10)
+    assert residents.make_room(9) == []
+    assert residents.num_evictions == 0
+
+
+def test_the_one_unused_longest_makes_room() -> None:
+    residents = filled(3, "a", "b", "c")
+    slot = residents.get("b").slot
+    residents.pin("a")
+    residents.unpin("a")  # used now, after the others
+    assert residents.make_room(1) == [slot]
+    assert residents.add("d", 1, 1.0) == slot
+    assert [digest in residents for digest in "abcd"] == [True, False, True, True]
+    assert residents.num_evictions == 1
+    residents.check_integrity(0)
+
+
+def test_the_last_use_is_when_a_sequence_lets_go() -> None:
+    residents = filled(2, "a", "b")
+    residents.pin("a")
+    residents.pin("b")
+    residents.unpin("b")
+    residents.unpin("a")
+    assert len(residents.make_room(1) or ()) == 1
+    assert "a" in residents
+    assert "b" not in residents
+
+
+def test_what_a_sequence_uses_stays() -> None:
+    residents = filled(2, "a", "b")
+    for digest in ("a", "b", "b"):
+        residents.pin(digest)
+    assert residents.num_pinned == 2
+    assert residents.make_room(1) is None
+    residents.unpin("b")
+    assert residents.make_room(1) is None, "another one uses it still"
+    residents.unpin("b")
+    assert residents.num_pinned == 1
+    assert len(residents.make_room(1) or ()) == 1
+    assert "a" in residents
+    residents.check_integrity(1)
+
+
+def test_as_many_go_as_the_bytes_need_and_no_more() -> None:
+    residents = Residents(8, 10)
+    for digest in "abc":
+        residents.add(digest, 3, 1.0)
+    residents.pin("a")
+    assert len(residents.make_room(4) or ()) == 1
+    assert [digest in residents for digest in "abc"] == [True, False, True]
+    assert residents.num_bytes == 6
+
+
+def test_where_it_could_not_fit_nobody_goes() -> None:
+    residents = Residents(8, 10)
+    for digest in "abc":
+        residents.add(digest, 3, 1.0)
+    residents.pin("c")
+    assert residents.make_room(8) is None
+    assert residents.make_room(11) is None
+    assert len(residents) == 3
+    assert residents.num_evictions == 0
+
+
+def test_an_adapter_as_large_as_the_budget_fits_alone() -> None:
+    residents = filled(8, "a", "b", max_bytes=10)
+    assert len(residents.make_room(10) or ()) == 2
+    residents.add("c", 10, 1.0)
+    residents.check_integrity(0)
+
+
+def test_a_pin_too_few_is_noticed() -> None:
+    residents = filled(1, "a")
+    with pytest.raises(AssertionError):
+        residents.unpin("a")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=40))
+def test_any_order_of_use_keeps_the_books(uses: list[tuple[str, bool]]) -> None:
+    residents, sizes, pinned = Residents(3, 12), dict(zip("abcdef", range(1, 7), strict=True)), list[str]()
+    for digest, is_kept in uses:
+        if digest not in residents:
+            before = set(pinned)
+            if residents.make_room(sizes[digest]) is None:
+                assert residents.num_bytes + sizes[digest] > 12 or len(residents) == 3
+                assert pinned
+                residents.unpin(pinned.pop())
+                continue
+            assert all(other in residents for other in before)
+            residents.add(digest, sizes[digest], 1.0)
+        residents.pin(digest)
+        if is_kept:
+            pinned.append(digest)
+        else:
+            residents.unpin(digest)
+        residents.check_integrity(len(pinned))
+        assert residents.num_pinned == len(set(pinned))
