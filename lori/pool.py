@@ -10,8 +10,9 @@ import torch
 from lori.basis import Basis
 from lori.errors import AdapterError
 from lori.kernels import Operands
-from lori.kernels.layout import MAX_RANK
+from lori.kernels.layout import MAX_RANK, UNIT
 from lori.kernels.packed_modules import clear_modules, put_modules
+from lori.kernels.pages import zeros
 from lori.packed_adapter import Layouts, PackedAdapter
 
 
@@ -32,7 +33,7 @@ class AdapterPool:
     ) -> None:
         if rank > MAX_RANK:
             raise AdapterError(f"the rank of an adapter is {rank}, expected at most {MAX_RANK}")
-        self._bases, self._rank = list(bases), rank
+        self._bases, self._rank, self._device = list(bases), rank, torch.device(device)
         self._shapes = dict(shapes) if rank and num_slots and bases else {}
         self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
 
@@ -60,10 +61,15 @@ class AdapterPool:
         clear_modules(self._operands.values(), slot)
 
     def reserve(self, num_bytes: int) -> None:
-        """Makes room for so many bytes in all modules together, each its part, so that putting seldom moves a pool."""
+        """Makes room for so many bytes in all modules together, each its part, so that putting seldom moves a pool. At start."""
         total = sum(d for d, _ in self._shapes.values())
-        for name, operands in self._operands.items():
-            operands.reserve(num_bytes * self._shapes[name][0] // total)
+        sizes = [num_bytes * d // total // UNIT * UNIT for d, _ in self._shapes.values()]
+        rooms = zeros(sum(sizes)).split(sizes) if self._device.type == "cpu" else None
+        for number, operands in enumerate(self._operands.values()):
+            if rooms is None:
+                operands.reserve(sizes[number])
+            else:
+                operands.settle(rooms[number])
 
     @property
     def num_bytes(self) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route, dense_segments
 from lori.kernels.native import MODULE, instruction_sets
+from lori.kernels.pages import zeros
 
 Blocks = Sequence[Sequence[torch.Tensor]]
 """The A (R, N) of every basis, of each layer."""
@@ -86,7 +87,7 @@ class NativeProjection:
         weights = [linear.weight.detach() for linear in linears]
         weights += [torch.cat([a.to(weights[0]) for a in of_layer]) for of_layer in blocks]
         sizes = [module.part_size(len(weight), num_inputs) for weight in weights]
-        panels = torch.empty(sum(sizes), dtype=torch.bfloat16).view(torch.uint16)
+        panels = zeros(2 * sum(sizes)).view(torch.uint16)
         for weight, part in zip(weights, panels.split(sizes), strict=True):
             module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
         self._s = torch.empty(0, self._num_reduced, dtype=torch.bfloat16)
@@ -107,7 +108,7 @@ class NativeProjection:
         if len(self._s) < num_tokens:
             self._s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
         s = self._s[:num_tokens]
-        if route.runs and any([dense_segments(of, route) for of in self._operands]):
+        if route.runs and any(dense_segments(of, route) for of in self._operands):
             self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             self._bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
             self._add_deltas(y, s, route)

@@ -19,18 +19,18 @@ from lori.pool import AdapterPool
 from lori.projection import has_native
 from lori.store import AdapterStore
 from lori.summary import Summary, summarise
+from server.engine.adapters.loader import Loader
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.adapters.residents import Residents
+from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.families import check_family, head_size
-from server.engine.kv_cache import KvCache
-from server.engine.loader import Loader
-from server.engine.probe import check, measure_free_tokens, own_logits
-from server.engine.registry import Registered, Registry
-from server.engine.residents import Residents
-from server.engine.runner import Runner, bytes_per_token
-from server.engine.scheduler import Scheduler, StepLimits
+from server.engine.model.families import check_family, head_size
+from server.engine.model.probe import check, measure_free_tokens, own_logits
+from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.scheduler import Scheduler, StepLimits
 from server.engine.thread import EngineThread
-from server.engine.tiers import AdapterTiers
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings

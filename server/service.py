@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from starlette.concurrency import run_in_threadpool
 
+from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission, Ask
-from server.engine.registry import Registry
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError

@@ -123,6 +123,13 @@ class Operands:
         """Makes room for `num_bytes` of blocks in all, so that putting them moves the pool no more."""
         self._grow(-(-num_bytes // UNIT) - self._extents.size)
 
+    def settle(self, room: torch.Tensor) -> None:
+        """Makes `room` (bytes,) uint8, zeros of the caller's that start at a multiple of 16, the pool, which must be empty."""
+        assert not self._extents.size
+        assert not len(room) % UNIT
+        self._extents.grow(len(room) // UNIT)
+        self.pool, self.bound = room, None
+
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"bound": None}
 

@@ -11,7 +11,7 @@ from lori.merge_methods import MergeOptions
 from lori.names import unknown_adapter
 from lori.summary import Summary
 from lori.template import Message, Template, encode, render_prompt
-from server.engine.registry import Registry
+from server.engine.adapters.registry import Registry
 from server.engine.request import AdapterTerm, Request, Sampling
 
 DEFAULT_MAX_TOKENS = 128

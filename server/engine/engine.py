@@ -10,13 +10,13 @@ from itertools import accumulate
 import torch
 from tokenizers import Tokenizer
 
-from server.engine.kv_cache import must_score
+from server.engine.adapters.tiers import AdapterTiers
+from server.engine.model.runner import Runner
 from server.engine.replies import Emit, Reply, Score
 from server.engine.request import ErrorEvent, ErrorKind, FinishReason, Request, Sequence
-from server.engine.runner import Runner
-from server.engine.sampler import Sampler, log_probabilities, sound_rows
-from server.engine.scheduler import Chunk, Scheduler
-from server.engine.tiers import AdapterTiers
+from server.engine.sampling.sampler import Sampler, log_probabilities, sound_rows
+from server.engine.scheduling.kv_cache import must_score
+from server.engine.scheduling.scheduler import Chunk, Scheduler
 
 logger = logging.getLogger(__name__)
 OVERFLOW = "the model's numbers overflow under these adapters and weights"

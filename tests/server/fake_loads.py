@@ -6,10 +6,10 @@ from typing import cast
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
-from server.engine.loader import Loaded, Loader
+from server.engine.adapters.loader import Loaded, Loader
+from server.engine.adapters.residents import Residents
+from server.engine.adapters.tiers import MAX_LOADING, AdapterTiers
 from server.engine.request import Request
-from server.engine.residents import Residents
-from server.engine.tiers import MAX_LOADING, AdapterTiers
 
 SCALE = 2.0
 """alpha / r of all."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from server.engine.kv_cache import KvCache
 from server.engine.request import AdapterTerm, Request, Sequence
-from server.engine.residency import Residency
-from server.engine.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.residency import Residency
+from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
 
 
 def request(

@@ -23,18 +23,18 @@ from lori.sparse import SparseB
 from lori.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
+from server.engine.adapters.loader import Loader
+from server.engine.adapters.registry import Registry
+from server.engine.adapters.residents import Residents
+from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission, Ask
 from server.engine.engine import Engine
-from server.engine.kv_cache import KvCache
-from server.engine.loader import Loader
-from server.engine.registry import Registry
+from server.engine.model.runner import Runner
 from server.engine.replies import Emit
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
-from server.engine.residents import Residents
-from server.engine.runner import Runner
-from server.engine.scheduler import Chunk, Scheduler, StepLimits
-from server.engine.tiers import AdapterTiers
+from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
 from server.loading import make_pool, make_registry
 from server.service import Service
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer

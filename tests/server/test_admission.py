@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.merge_methods import MergeOptions
 from lori.template import Message, Template
+from server.engine.adapters.registry import Registry
 from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
-from server.engine.registry import Registry
 from server.engine.request import Sampling
 from tests.server.rig import EOS, build
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from server.engine.blocks import BlockPool
+from server.engine.scheduling.blocks import BlockPool
 
 
 def published(pool: BlockPool, *keys: bytes) -> list[int]:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.cutoff import NUM_GROUPS, Cutoff, cut, draw_few
-from server.engine.random_stream import uniforms
 from server.engine.request import Sampling
+from server.engine.sampling.cutoff import NUM_GROUPS, Cutoff, cut, draw_few
+from server.engine.sampling.random_stream import uniforms
 
 LEVELS = [0.0, 0.1, 0.35, 0.5, 0.77, 0.9, 1 - 2.0**-53]
 

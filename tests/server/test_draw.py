@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.draw import WIDTH, draw
-from server.engine.random_stream import uniforms
+from server.engine.sampling.draw import WIDTH, draw
+from server.engine.sampling.random_stream import uniforms
 
 HIGHEST = 1 - 2.0**-53
 

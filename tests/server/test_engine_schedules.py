@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lori.merge_methods import MergeOptions
+from server.engine.adapters.tiers import AdapterTiers
 from server.engine.engine import Engine
-from server.engine.kv_cache import KvCache
+from server.engine.model.runner import Runner
 from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
-from server.engine.runner import Runner
-from server.engine.scheduler import Chunk, Scheduler, StepLimits
-from server.engine.tiers import AdapterTiers
+from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
 from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_tiers
 from tests.server.plans import request
 from tests.server.rig import EOS

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from server.engine.contest import MAX_DEBTS, Contest, Share
-from server.engine.fairness import FairQueue
 from server.engine.request import Sequence
+from server.engine.scheduling.contest import MAX_DEBTS, Contest, Share
+from server.engine.scheduling.fairness import FairQueue
 from tests.server.plans import request
 
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel
 from lori.template import encode
+from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.registry import Registry
 from server.engine.thread import EngineThread
 from server.metrics import Metrics
 from server.service import Service

@@ -2,8 +2,8 @@
 
 import pytest
 
-from server.engine.kv_cache import KvCache, block_key
 from server.engine.request import Request, Sequence
+from server.engine.scheduling.kv_cache import KvCache, block_key
 from tests.server.plans import request
 
 

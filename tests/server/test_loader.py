@@ -18,8 +18,8 @@ from lori.merge_methods import MERGE_METHODS, MergeMethod, MergeOptions
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
 from lori.store import AdapterStore
 from lori.summary import summarise
-from server.engine.loader import Loaded, Loader
-from server.engine.registry import Registry
+from server.engine.adapters.loader import Loaded, Loader
+from server.engine.adapters.registry import Registry
 from server.engine.request import AdapterTerm, Request
 from server.loading import make_registry
 from tests.lori.adapters import BASE, SHAPES, make_config, make_modules, save

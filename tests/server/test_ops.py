@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from lori.kernels.native import MODULE, instruction_sets
-from server.engine.decoder import Heads, Norm, Ops, Turns
-from server.engine.native_ops import NativeOps
-from server.engine.spans import Span
-from server.engine.torch_ops import TorchOps
+from server.engine.model.decoder import Heads, Norm, Ops, Turns
+from server.engine.model.native_ops import NativeOps
+from server.engine.model.spans import Span
+from server.engine.model.torch_ops import TorchOps
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.residents import Residents
+from server.engine.adapters.residents import Residents
 
 
 def filled(num_slots: int, *digests: str, max_bytes: int = 100) -> Residents:

@@ -29,11 +29,11 @@ from lori.base_model import load_base_model
 from lori.errors import ModelError
 from lori.kernels.native import MODULE
 from server.engine.admission import Ask
-from server.engine.native_ops import NativeOps
-from server.engine.probe import check, own_logits
+from server.engine.model.native_ops import NativeOps
+from server.engine.model.probe import check, own_logits
+from server.engine.model.torch_ops import TorchOps
 from server.engine.request import Sequence as EngineSequence
-from server.engine.scheduler import Chunk
-from server.engine.torch_ops import TorchOps
+from server.engine.scheduling.scheduler import Chunk
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.rig import EOS, Heard, Rig, build, greedy, request

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.random_stream import uniforms
 from server.engine.request import Request, Sampling, Sequence
-from server.engine.sampler import Sampler, log_probabilities, sound_rows
+from server.engine.sampling.random_stream import uniforms
+from server.engine.sampling.sampler import Sampler, log_probabilities, sound_rows
 
 STOP_IDS = (3, 7)
 SIZE = 50

@@ -3,8 +3,8 @@
 import pytest
 
 from server.engine.request import Sequence
-from server.engine.residency import Residency
-from server.engine.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.residency import Residency
+from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
 from tests.server.plans import FakeGate, added, added_choices, num_tokens, request, run, run_step, scheduler, spans
 
 

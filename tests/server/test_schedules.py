@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engine.kv_cache import must_score
 from server.engine.request import Request, Sequence
-from server.engine.scheduler import Chunk, Scheduler
+from server.engine.scheduling.kv_cache import must_score
+from server.engine.scheduling.scheduler import Chunk, Scheduler
 from tests.server.plans import FakeGate, added_choices, digests, is_done, request, scheduler
 
 ADAPTERS = ("a", "b", "c", "bad")

@@ -6,9 +6,9 @@ from typing import cast
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.registry import Registry
 from server.engine.request import DoneEvent
 from server.engine.thread import EngineThread
 from server.metrics import Metrics

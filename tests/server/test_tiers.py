@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from lori.merge_methods import MergeOptions
+from server.engine.adapters.tiers import MAX_LOADING, AdapterTiers
 from server.engine.request import AdapterTerm, Sequence
-from server.engine.tiers import MAX_LOADING, AdapterTiers
 from tests.server.fake_loads import SCALE, FakeLoader, fake_tiers
 from tests.server.plans import request
 

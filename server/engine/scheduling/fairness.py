@@ -7,8 +7,8 @@ Nothing here knows of blocks, slots or steps.
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from server.engine.contest import Contest, Share
 from server.engine.request import Request, Sequence
+from server.engine.scheduling.contest import Contest, Share
 
 
 @dataclass(slots=True, eq=False)

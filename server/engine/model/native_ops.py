@@ -3,16 +3,15 @@
 Shapes: T tokens, H heads, G key-value heads, E head size, S spans.
 """
 
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 
 from lori.kernels.native import MODULE, instruction_sets
-from server.engine.decoder import Heads, Norm, Turns
-from server.engine.spans import Span
+from lori.kernels.pages import zeros
+from server.engine.model.decoder import Heads, Norm, Turns
+from server.engine.model.spans import Span
 
 BLOCK_TOKENS = 16
 """Of the memory; a block of the engine's is one or more of them."""
@@ -34,7 +33,7 @@ class NativeOps:
         self._heads = [_bound(of, module) for of in heads]
         sizes = [self._layers.block_bytes(of) * self._num_blocks for of in self._heads]
         self._shape = (heads[0].num_heads, heads[0].num_kv_heads)
-        self._memory = [_zeros(size) for size in sizes]
+        self._memory = [zeros(size) for size in sizes]
         self.num_bytes = sum(sizes)
 
     def plan(self, spans: Sequence[Span]) -> object:
@@ -83,14 +82,6 @@ class NativeOps:
             turns[1].data_ptr(), self._memory[layer].data_ptr(), self._num_blocks, torch.get_num_threads(),
         )  # fmt: skip
         return out
-
-
-def _zeros(num_bytes: int) -> torch.Tensor:
-    # Pages that nothing writes take no room. Where the system has huge ones, fewer look-ups of addresses miss.
-    pages = mmap.mmap(-1, num_bytes)
-    with suppress(AttributeError, OSError):  # a system without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _bound(heads: Heads, module: Any) -> Any:

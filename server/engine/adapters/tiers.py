@@ -11,10 +11,10 @@ from itertools import islice
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
-from server.engine.loader import Loader
+from server.engine.adapters.loader import Loader
+from server.engine.adapters.residents import Residents
 from server.engine.request import Sequence
-from server.engine.residency import Residency
-from server.engine.residents import Residents
+from server.engine.scheduling.residency import Residency
 
 MAX_LOADING = 16
 """Adapters that are read, or wait in RAM for the sequences that asked for them, at a time; others are asked for later."""

@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from lori.errors import ModelError
+from server.engine.model.runner import Runner
 from server.engine.request import Request, Sequence
-from server.engine.runner import Runner
-from server.engine.scheduler import Chunk
+from server.engine.scheduling.scheduler import Chunk
 
 CUTS = (0, 8, 11, 12)
 """The probe runs as a prompt, as a later chunk of it, and as a decoding step."""

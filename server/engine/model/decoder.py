@@ -12,7 +12,7 @@ import torch
 
 from lori.kernels import Route
 from lori.projection import Projection
-from server.engine.spans import Span
+from server.engine.model.spans import Span
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine (T, E) fp32 of each token's position."""

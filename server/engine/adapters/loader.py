@@ -11,7 +11,7 @@ from lori.errors import AdapterFormatError, LoriError
 from lori.merge import merge
 from lori.merge_methods import MergeOptions
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
-from server.engine.registry import Registry
+from server.engine.adapters.registry import Registry
 from server.engine.request import AdapterTerm, Request
 
 logger = logging.getLogger(__name__)

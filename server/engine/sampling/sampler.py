@@ -11,12 +11,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from server.engine.cutoff import cut, draw_few
-from server.engine.draw import draw
-from server.engine.logit_edits import LogitEdits, edited
 from server.engine.request import Sequence
-from server.engine.sampling_batch import SamplingBatch, SamplingState
-from server.engine.upload import to_device
+from server.engine.sampling.cutoff import cut, draw_few
+from server.engine.sampling.draw import draw
+from server.engine.sampling.logit_edits import LogitEdits, edited
+from server.engine.sampling.sampling_batch import SamplingBatch, SamplingState
+from server.engine.sampling.upload import to_device
 
 
 @dataclass(frozen=True, slots=True)

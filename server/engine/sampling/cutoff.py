@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from server.engine.request import Sampling
-from server.engine.upload import to_device
+from server.engine.sampling.upload import to_device
 
 Floats = NDArray[np.float32]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from server.engine.decoder import Heads, Norm, Turns
-from server.engine.spans import Span
+from server.engine.model.decoder import Heads, Norm, Turns
+from server.engine.model.spans import Span
 
 PAD_TO = 64
 ACTIVATIONS = {

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from server.engine.request import Sampling, Sequence
-from server.engine.token_counts import TokenCounts
-from server.engine.upload import to_device
+from server.engine.sampling.token_counts import TokenCounts
+from server.engine.sampling.upload import to_device
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]

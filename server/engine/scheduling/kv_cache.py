@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
-from server.engine.blocks import BlockPool
 from server.engine.request import Request, Sequence
+from server.engine.scheduling.blocks import BlockPool
 
 DIGEST_SIZE = 32
 """Bytes of a key: who could make two texts of one key would read another's answers."""

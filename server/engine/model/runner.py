@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from lori.kernels import Route, Term
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
-from server.engine.decoder import Decoder, Ops
-from server.engine.families import head_size, read_decoder
-from server.engine.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NativeOps
-from server.engine.scheduler import Chunk
-from server.engine.spans import Span
-from server.engine.torch_ops import TorchOps
+from server.engine.model.decoder import Decoder, Ops
+from server.engine.model.families import head_size, read_decoder
+from server.engine.model.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NativeOps
+from server.engine.model.spans import Span
+from server.engine.model.torch_ops import TorchOps
+from server.engine.scheduling.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)

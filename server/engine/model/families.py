@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lori.errors import ModelError
 from lori.pool import AdapterPool
 from lori.projection import Projection, project
-from server.engine.decoder import Decoder, Heads, Layer, Norm, Turns
+from server.engine.model.decoder import Decoder, Heads, Layer, Norm, Turns
 
 GEMMA = ("gemma2", "gemma3_text")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *GEMMA)

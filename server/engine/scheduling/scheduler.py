@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf
 
-from server.engine.choices import Choices
-from server.engine.deadlines import Deadlines
-from server.engine.fairness import FairQueue
-from server.engine.kv_cache import KvCache
 from server.engine.request import Sequence
-from server.engine.residency import ResidencyGate
+from server.engine.scheduling.choices import Choices
+from server.engine.scheduling.deadlines import Deadlines
+from server.engine.scheduling.fairness import FairQueue
+from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.residency import ResidencyGate
 
 
 @dataclass(frozen=True, slots=True)
