@@ -14,10 +14,12 @@ from itertools import pairwise
 from tests.bench.serve_asks import Ask, Names, distinct, make_asks, no_adapter, poisson, prompt
 from tests.bench.serve_load import Load, no_collection, open_loop
 from tests.bench.serve_targets import Server
-from tests.bench.serve_wire import Reply
+from tests.bench.serve_wire import FailedError, Reply
 
 SETTLE_S = 0.3
 """Between two probes: several steps of the others."""
+BEGIN_S = 60
+"""In which all others must have begun, prompts and all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,8 @@ class Sizes:
     prompt_words: int = 100
     num_tokens: int = 64
     long_words: int = 4000
-    others_tokens: int = 1500
-    """What others can generate while they are watched; they are left when that is over."""
+    others_tokens: int = 1000
+    """What others can generate while they are watched, more than they will; they are left when that is over."""
     num_pairs: int = 8
     """Cold and warm probes of a run."""
     num_arrivals: int = 96
@@ -107,20 +109,27 @@ async def decoding(
     replies = [Reply() for _ in asks]
     tasks = [asyncio.create_task(server.send(*pair)) for pair in zip(asks, replies, strict=True)]
     try:
-        while not all(reply.times for reply in replies):
-            await asyncio.sleep(0.02)
-            for task in tasks:
-                if task.done():
-                    await task
+        await _all_begun(replies)
         # What came while some prompts were computed is no usual step.
         for reply in replies:
             reply.times.clear()
         await asyncio.sleep(4 * SETTLE_S)
         yield replies
+        if any(task.done() for task in tasks):
+            raise FailedError(f"others ended while they were watched: {sizes.others_tokens} tokens are too few")
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all_begun(replies: Sequence[Reply]) -> None:
+    for _ in range(round(BEGIN_S / 0.02)):
+        if all(reply.times for reply in replies):
+            return
+        await asyncio.sleep(0.02)
+    num_begun = sum(bool(reply.times) for reply in replies)
+    raise FailedError(f"of {len(replies)} requests that are to decode together, {num_begun} do after {BEGIN_S} s")
 
 
 async def _pairs(
