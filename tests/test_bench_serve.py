@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from tests.bench.serve_figures import Spread, gaps_ms, percentile
 from tests.bench.serve_goals import MOST, goals
 from tests.bench.serve_load import Load, closed_loop, open_loop
 from tests.bench.serve_plot import plot
-from tests.bench.serve_probes import Sizes, largest_gap
+from tests.bench.serve_probes import Sizes, largest_gap, probe_long
 from tests.bench.serve_results import COLUMNS, Results, cells
 from tests.bench.serve_run import OPEN, Plan
 from tests.bench.serve_stage import Setting, missing_peers, staged
@@ -27,7 +27,7 @@ from tests.bench.serve_targets import start_batches
 from tests.bench.serve_wire import FailedError, Reply, ask
 from tests.server.rig import save_writer_model
 
-TINY = Sizes(prompt_words=12, num_tokens=6, long_words=60, others_tokens=600, num_pairs=2, num_arrivals=6)
+TINY = Sizes(prompt_words=12, num_tokens=6, long_words=60, others_tokens=3900, num_pairs=2, num_arrivals=6, settle_s=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +279,9 @@ def test_a_peer_that_is_not_there_is_left_out_with_the_reason(tmp_path: Path) ->
 def test_it_is_drawn(results: Results, tmp_path: Path) -> None:
     plot([asdict(row) for row in results.rows()], tmp_path / "serve.png")
     assert (tmp_path / "serve.png").stat().st_size > 10_000
+
+
+def test_others_that_end_before_the_probe_spoil_it(writer: Path, tmp_path: Path) -> None:
+    short = replace(TINY, others_tokens=2)
+    with staged(Setting(0, tmp_path, writer)) as stage, stage.own() as server, pytest.raises(FailedError, match="too few"):
+        probe_long(server, 2, [], short, "seed")

@@ -41,6 +41,8 @@ from tests.bench.serve_wire import FailedError
 TESTS = Path(__file__).parents[1] / "server"
 GATE = [str(TESTS / f"test_{name}.py") for name in ("engine", "runner", "scheduler", "kv_cache", "sampler")]
 """What must pass before anything is printed; of a quick run, the first two."""
+QUIET_PERCENT = 5.0
+"""Of the servers' core, for others: more than that moves the figures."""
 QUICK = ("off", "unused", str(NUM_DISTINCT), "merge2", "cold")
 
 
@@ -82,7 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
     parser.add_argument("--model", type=Path, help="another base model's folder")
     parser.add_argument("--server-flags", default="", help="more flags of this server, in one string")
-    parser.add_argument("--scratch", type=Path, help="where adapters are written, and removed: 90 MB and 8 kB an adapter")
+    parser.add_argument("--scratch", type=Path, help="where adapters are written, and removed: 45 MB and 8 kB an adapter")
     arguments = parser.parse_args()
     arguments.cases = arguments.cases or (QUICK if arguments.quick else slugs)
     arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
@@ -137,6 +139,7 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
     print(f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; one reads {bandwidth} GB/s from memory")
     print(", ".join(f"{name} {found}" for name, found in software.items()))
     print(f"servers on core {cores[0]}, users on core {cores[-1]}; {len(results.bandwidths)} repeats; medians (ranges)")
+    print(f"of the servers' core others used {said(results.disturbances)}")
     print_table(COLUMNS, [cells(row) for row in rows])
     for what, values in results.figures.items():
         print(f"{what}: {Spread.of(values)}")
@@ -148,6 +151,7 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
         document = {
             "machine": where | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
             "versions": software,
+            "disturbances": results.disturbances,
             "rows": [asdict(row) for row in rows],
             "figures": {what: asdict(Spread.of(values)) for what, values in results.figures.items()},
             "goals": [asdict(goal) | {"is_met": goal.is_met} for goal in judged],
@@ -156,6 +160,12 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
     if plot_file:
         # matplotlib is an extra, which the table does not need.
         importlib.import_module("tests.bench.serve_plot").plot([asdict(row) for row in rows], plot_file)
+
+
+def said(disturbances: Sequence[float]) -> str:
+    """Says how quiet the machine was."""
+    spread = Spread.of(100 * share for share in disturbances or [0.0])
+    return f"{spread} %; far above 1 % the figures say little" if spread.high > QUIET_PERCENT else f"{spread} %"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lori.sparse import SparseB
 
 RANK, DENSITY = 32, 0.1
 ALPHA = 2.0 * RANK
-NUM_FILES = 64
+NUM_FILES = 32
 """Different weights files."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -14,10 +14,10 @@ from itertools import pairwise
 from tests.bench.serve_asks import Ask, Names, distinct, make_asks, no_adapter, poisson, prompt
 from tests.bench.serve_load import Load, no_collection, open_loop
 from tests.bench.serve_targets import Server
-from tests.bench.serve_wire import Reply
+from tests.bench.serve_wire import FailedError, Reply
 
-SETTLE_S = 0.3
-"""Between two probes: several steps of the others."""
+BEGIN_S = 60
+"""In which all others must have begun, prompts and all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,14 @@ class Sizes:
     prompt_words: int = 100
     num_tokens: int = 64
     long_words: int = 4000
-    others_tokens: int = 1500
-    """What others can generate while they are watched; they are left when that is over."""
+    others_tokens: int = 1000
+    """What others can generate while they are watched, more than they will; they are left when that is over."""
     num_pairs: int = 8
     """Cold and warm probes of a run."""
     num_arrivals: int = 96
     """Requests of an open loop."""
+    settle_s: float = 0.3
+    """Between two probes: several steps of the others."""
 
 
 def probe_cold(server: Server, warm: Sequence[str], cold: Iterator[str], sizes: Sizes, seed: str) -> dict[str, float]:
@@ -62,7 +64,7 @@ async def _long(server: Server, num_others: int, names: Sequence[str], sizes: Si
     with no_collection():
         async with decoding(server, num_others, distinct(names) if names else no_adapter, sizes, seed) as others:
             usual = statistics.median(gap for other in others for gap in other.gaps_s)
-            found = await probe(server, Ask(prompt(f"{seed} long", sizes.long_words), (), 1), others)
+            found = await probe(server, Ask(prompt(f"{seed} long", sizes.long_words), (), 1), others, sizes.settle_s)
     return {
         f"long prompt, beside {num_others}: their largest gap / usual": found.gap_ms / (1e3 * usual),
         f"long prompt, beside {num_others}: its first token, ms": found.first_ms,
@@ -84,10 +86,10 @@ class Probe:
     gap_ms: float
 
 
-async def probe(server: Server, ask: Ask, others: Sequence[Reply]) -> Probe:
-    """Sends `ask` while `others` decode."""
+async def probe(server: Server, ask: Ask, others: Sequence[Reply], settle_s: float) -> Probe:
+    """Sends `ask` while `others` decode, and lets the step that answers it end for them too."""
     reply = await server.send(ask)
-    await asyncio.sleep(SETTLE_S)
+    await asyncio.sleep(settle_s)
     gaps = (largest_gap(other.times, reply.asked, reply.asked + reply.first_s) for other in others)
     return Probe(1e3 * reply.first_s, 1e3 * max(gaps, default=0.0))
 
@@ -107,20 +109,32 @@ async def decoding(
     replies = [Reply() for _ in asks]
     tasks = [asyncio.create_task(server.send(*pair)) for pair in zip(asks, replies, strict=True)]
     try:
-        while not all(reply.times for reply in replies):
-            await asyncio.sleep(0.02)
-            for task in tasks:
-                if task.done():
-                    await task
+        await _all_begun(replies)
         # What came while some prompts were computed is no usual step.
         for reply in replies:
             reply.times.clear()
-        await asyncio.sleep(4 * SETTLE_S)
+        await asyncio.sleep(4 * sizes.settle_s)
+        _check_running(tasks)
         yield replies
+        _check_running(tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _check_running(tasks: Sequence[asyncio.Task[Reply]]) -> None:
+    if any(task.done() for task in tasks):
+        raise FailedError("others ended while they were watched: their tokens are too few")
+
+
+async def _all_begun(replies: Sequence[Reply]) -> None:
+    for _ in range(round(BEGIN_S / 0.02)):
+        if all(reply.times for reply in replies):
+            return
+        await asyncio.sleep(0.02)
+    num_begun = sum(bool(reply.times) for reply in replies)
+    raise FailedError(f"of {len(replies)} requests that are to decode together, {num_begun} do after {BEGIN_S} s")
 
 
 async def _pairs(
@@ -130,7 +144,7 @@ async def _pairs(
     for i in range(sizes.num_pairs):
         both = [Ask(prompt(f"{seed} {i} {name}", sizes.prompt_words), name, 1) for name in (choose(i), (next(cold),))]
         first, second = (0, 1) if i % 2 else (1, 0)
-        found = {place: await probe(server, both[place], others) for place in (first, second)}
+        found = {place: await probe(server, both[place], others, sizes.settle_s) for place in (first, second)}
         pairs.append((found[0], found[1]))
     return pairs
 

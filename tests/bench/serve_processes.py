@@ -5,7 +5,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -51,6 +52,10 @@ class Program:
         with self.process:  # waits, and closes its pipes
             pass
 
+    def cpu_s(self) -> float:
+        """Returns the processor's time that it, and all of its session that still runs, has used."""
+        return sum(_cpu_s(stat) for stat in _stats() if int(stat[3]) == self.process.pid)
+
     def wait_until(self, is_ready: Callable[[], bool]) -> None:
         """Returns when it `is_ready`. Raises `FailedError`, with the end of its log, where it ends before or takes too long."""
         end = time.monotonic() + READY_S
@@ -69,11 +74,30 @@ def answers(port: int, path: str) -> bool:
         return False
 
 
+def busy_s(core: int) -> float:
+    """Returns the time for which `core` has been busy, with whatever."""
+    lines = Path("/proc/stat").read_text().splitlines()
+    ticks = next(line.split()[1:] for line in lines if line.startswith(f"cpu{core} "))
+    user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, ticks)
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def free_port() -> int:
     """Returns a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _stats() -> Iterator[list[str]]:
+    """Yields what /proc says of each process after its name, see proc(5): its state comes first."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            yield file.read_text().rpartition(")")[2].split()
+
+
+def _cpu_s(stat: list[str]) -> float:
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _environment() -> dict[str, str]:

@@ -12,11 +12,15 @@ from tests.bench.serve_load import Load
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A load for each turn and repeat; a figure for each probe and repeat, by what it says; bytes/s of the core."""
+    """A load for each turn and repeat; a figure for each probe and repeat, by what it says; bytes/s of the core.
+
+    `disturbances` are the shares of a load's time for which the core was busy with anything but the target.
+    """
 
     loads: dict[Turn, list[Load]] = field(default_factory=lambda: defaultdict(list))
     figures: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     bandwidths: list[float] = field(default_factory=list)
+    disturbances: list[float] = field(default_factory=list)
 
     def of(self, slug: str, concurrency: int = NUM_DISTINCT) -> Sequence[Load]:
         """Returns the loads of a case, none where it was not measured."""

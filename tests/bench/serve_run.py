@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from tests.bench.machine import bandwidth_of
 from tests.bench.serve_asks import make_asks, no_adapter
 from tests.bench.serve_cases import NUM_DISTINCT, OWN, Case, Turn, names
-from tests.bench.serve_load import Load
 from tests.bench.serve_probes import Sizes, probe_cold, probe_long, probe_open
+from tests.bench.serve_processes import busy_s
 from tests.bench.serve_results import Results
 from tests.bench.serve_stage import Stage
 
@@ -40,7 +40,7 @@ class Plan:
         for repeat in range(repeats):
             results.bandwidths.append(bandwidth_of(stage.setting.core))
             for turn in self.turns:
-                results.loads[turn].append(self._load(stage, turn, f"{repeat} {turn.case.slug} {turn.concurrency}"))
+                self._load(stage, turn, results, f"{repeat} {turn.case.slug} {turn.concurrency}")
                 tick(f"{turn.case.engine}, {turn.case.title}, {turn.concurrency} users")
             for name in self.probes:
                 self._probe(stage, name, results, f"{repeat} {name}")
@@ -55,11 +55,15 @@ class Plan:
                     target.measure(asks, NUM_DISTINCT)
                 return
 
-    def _load(self, stage: Stage, turn: Turn, seed: str) -> Load:
+    def _load(self, stage: Stage, turn: Turn, results: Results, seed: str) -> None:
         words, tokens = self.sizes.prompt_words, self.sizes.num_tokens
         asks = make_asks(seed, turn.num_requests, words, tokens, turn.case.choose(seed))
         with stage.on(turn.case.engine, turn.case.target) as target:
-            return target.measure(asks, turn.concurrency)
+            before = busy_s(stage.setting.core) - target.program.cpu_s()
+            load = target.measure(asks, turn.concurrency)
+            others = busy_s(stage.setting.core) - target.program.cpu_s() - before
+        results.loads[turn].append(load)
+        results.disturbances.append(others / load.seconds)
 
     def _probe(self, stage: Stage, name: str, results: Results, seed: str) -> None:
         popular = names(NUM_DISTINCT)
