@@ -33,7 +33,7 @@ LORI_INLINE void multiply_tile(const Tile& tile, Ahead& ahead, __m512 (&sums)[kR
     __m512i lanes[kVectors];
     for (int v = 0; v < kVectors; v++) lanes[v] = _mm512_loadu_si512(weights + 32 * v);
     _mm_prefetch(reinterpret_cast<const char*>(following), _MM_HINT_T1);
-    if (pair & 1) ask(ahead);
+    ask(ahead);
     for (int r = 0; r < kRows; r++) {
       int word;
       __builtin_memcpy(&word, tile.x + r * tile.x_stride + 2 * pair, 4);
