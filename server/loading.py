@@ -40,6 +40,10 @@ MIN_CONTEXT = 16
 """Tokens of KV memory below which nothing can be served."""
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"
 GIB = 2**30
+BYTES_PER_ENTRY = {torch.bfloat16: 4.5, torch.float32: 6.5}
+"""Of a resident adapter: a little more than what was measured at a tenth kept."""
+NUM_MERGES = 32
+"""Merges that are no sums for which there is room from the start."""
 
 
 def load_service(settings: Settings) -> Service:
@@ -67,7 +71,7 @@ def load_service(settings: Settings) -> Service:
         context_tokens=_context_tokens(base),
         free_tokens=measure_free_tokens(runner, base.model, min(64, max_context), settings.block_size),
     )
-    pool.reserve(int(settings.resident_gib * GIB) if registry.by_name else 0)
+    pool.reserve(min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB))
@@ -88,11 +92,11 @@ def load_service(settings: Settings) -> Service:
 
 
 def _context_tokens(base: BaseModel) -> float:
-    # By the operations of both; those of attention take about twice as long each.
+    # By the operations of both; those of attention were measured to take about four times as long each.
     config = base.model.config.get_text_config()
     in_products = sum(d * n for d, n in base.identity.shapes.values())
     a_key = 2 * int(config.num_hidden_layers) * int(config.num_attention_heads) * head_size(base.model)
-    return in_products / a_key / 2
+    return in_products / a_key / 4
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
@@ -106,6 +110,16 @@ def make_pool(base: BaseModel, registry: Registry, num_slots: int) -> AdapterPoo
     bases = list(dict.fromkeys(_basis(of) for of in found))
     rank = max((of.summary.max_rank for of in found), default=0)
     return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
+
+
+def _likely_bytes(base: BaseModel, registry: Registry, max_resident: int) -> int:
+    # Of all registered adapters and some merges, at what an adapter of the highest rank takes that keeps most.
+    found = [of.summary for of in registry.by_name.values()]
+    if not found:
+        return 0
+    num_outputs = sum(d for d, _ in base.identity.shapes.values())
+    largest = max((1 - of.sparsity) * of.max_rank for of in found) * num_outputs * BYTES_PER_ENTRY[base.model.dtype]
+    return int(largest * min(max_resident, len(found) + NUM_MERGES))
 
 
 def _basis(of: Registered) -> Basis:

@@ -7,7 +7,7 @@ import torch
 
 
 def zeros(num_bytes: int) -> torch.Tensor:
-    """Returns zeros (num_bytes,) uint8 on the CPU. Pages that nothing writes take no room."""
+    """Returns zeros (num_bytes,) uint8 on the CPU. They have their room at once: no step waits until the system clears a page."""
     if not num_bytes:
         return torch.zeros(0, dtype=torch.uint8)
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows: its pages are all of one size
@@ -15,4 +15,4 @@ def zeros(num_bytes: int) -> torch.Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones are never huge
     with suppress(AttributeError, OSError):  # a system without them
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return torch.frombuffer(pages, dtype=torch.uint8).zero_()

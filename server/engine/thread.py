@@ -62,6 +62,7 @@ class EngineThread:
             return
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._events[request.id] = events
+        self._engine.tiers.prefetch(request)
         self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
         num_running = request.num_choices
         try:

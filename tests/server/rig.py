@@ -339,6 +339,9 @@ class FakeTiers:
 
     is_closed: bool = False
 
+    def prefetch(self, request: Request) -> None:
+        pass
+
     def on_arrival(self, notify: Callable[[], None]) -> None:
         self.notify = notify
 

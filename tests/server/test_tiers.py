@@ -399,3 +399,26 @@ def test_who_waits_for_loads_is_told_of_them(loader: FakeLoader) -> None:
 def test_closing_ends_the_loader(loader: FakeLoader) -> None:
     fake_tiers(loader).close()
     assert loader.is_closed
+
+
+def test_what_a_request_will_need_is_read_before_it_is_asked_for(loader: FakeLoader) -> None:
+    tiers, sequence = fake_tiers(loader), wanting("a", "b")
+    tiers.prefetch(sequence.request)
+    tiers.prefetch(sequence.request)
+    assert loader.started == ["a", "b"]
+    load(tiers, loader, "a")
+    assert tiers.pin(sequence) == "loading"
+    tiers.prefetch(sequence.request)
+    assert loader.started == ["a", "b"], "one is in RAM, the other on its way"
+    load(tiers, loader, "b")
+    assert tiers.pin(sequence) == "ready"
+    tiers.prefetch(sequence.request)
+    assert loader.started == ["a", "b"]
+    tiers.check_integrity([sequence])
+
+
+def test_no_more_is_read_ahead_than_may_be_read_at_a_time(loader: FakeLoader) -> None:
+    tiers = fake_tiers(loader, max_loading=2)
+    for name in "abc":
+        tiers.prefetch(wanting(name).request)
+    assert loader.started == ["a", "b"]

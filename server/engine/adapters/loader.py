@@ -1,6 +1,7 @@
 """Reads adapters in a thread of its own: checked, merged where that is asked for, and packed for the kernels."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,21 +34,28 @@ class Loader:
     def __init__(self, registry: Registry, reader: PackedReader) -> None:
         self._registry, self._reader = registry, reader
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
-        self._done: list[Future[Loaded]] = []
+        self._lock = threading.Lock()
+        self._reading: dict[str, Future[Loaded]] = {}
         self.notify: Callable[[], None] = lambda: None
 
+    @property
+    def num_reading(self) -> int:
+        """Adapters that are read, or were and are not collected."""
+        return len(self._reading)
+
     def start(self, digest: str, request: Request) -> None:
-        """Begins to read the resident `digest` of `request`."""
-        future = self._pool.submit(self._load, digest, request)
-        self._done.append(future)
+        """Begins to read the resident `digest` of `request`, if it is not being read. Any thread may."""
+        with self._lock:
+            if digest in self._reading:
+                return
+            future = self._reading[digest] = self._pool.submit(self._load, digest, request)
         future.add_done_callback(lambda _: self.notify())
 
     def collect(self) -> list[Loaded]:
         """Returns what was read since the last call."""
-        ended = [future for future in self._done if future.done()]
-        for future in ended:
-            self._done.remove(future)
-        return [future.result() for future in ended]
+        with self._lock:
+            ended = [digest for digest, future in self._reading.items() if future.done()]
+            return [self._reading.pop(digest).result() for digest in ended]
 
     def close(self) -> None:
         """Ends the thread; what is not begun is never read."""

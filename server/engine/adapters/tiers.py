@@ -13,7 +13,7 @@ from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.residents import Residents
-from server.engine.request import Sequence
+from server.engine.request import Request, Sequence
 from server.engine.scheduling.residency import Residency
 
 MAX_LOADING = 16
@@ -48,6 +48,13 @@ class AdapterTiers:
     def on_arrival(self, notify: Callable[[], None]) -> None:
         """Has `notify` called, from the loader's thread, whenever `collect` has something."""
         self._loader.notify = notify
+
+    def prefetch(self, request: Request) -> None:
+        """Has the adapters of a request read that is on its way to the engine, while a step runs. Any thread may."""
+        for digest, _ in request.residents:
+            is_near = digest in self.residents or digest in self._loaded
+            if not is_near and self._loader.num_reading < self._max_loading:
+                self._loader.start(digest, request)
 
     def pin(self, sequence: Sequence) -> Residency:
         """See `ResidencyGate`. Nothing is held for a sequence that hears "loading", but that what it waits for stays in RAM."""
@@ -90,6 +97,8 @@ class AdapterTiers:
             if not waiting:
                 self._wanted.pop(loaded.digest, None)
             self.observe_load(loaded.seconds)
+            if loaded.digest in self._loaded:  # it was asked for again just as it came
+                continue
             self._loaded[loaded.digest] = loaded.packed
             self.num_loaded_bytes += loaded.packed.num_bytes
         self._trim()
