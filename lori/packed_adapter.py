@@ -152,8 +152,9 @@ class PackedReader:
     def _plan(self, config: AdapterConfig) -> _Plan | None:
         patterns = (config.rank_pattern, config.alpha_pattern, config.lori.shapes)
         recipe = (config.r, config.lora_alpha, config.target_modules, *(tuple(of.items()) for of in patterns))
-        if recipe not in self._plans:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.clear()
-            self._plans[recipe] = _Plan.of(config, self.base, self.layouts)
-        return self._plans[recipe]
+        if recipe in (plans := self._plans):
+            return plans[recipe]
+        plan = _Plan.of(config, self.base, self.layouts)
+        # Another table, not this one cleared: another thread may be looking something up.
+        self._plans = {recipe: plan} if len(plans) >= MAX_PLANS else plans | {recipe: plan}
+        return plan

@@ -66,7 +66,7 @@ class AdapterPool:
         sizes = [num_bytes * d // total // UNIT * UNIT for d, _ in self._shapes.values()]
         rooms = zeros(sum(sizes)).split(sizes) if self._device.type == "cpu" else None
         for number, operands in enumerate(self._operands.values()):
-            if rooms is None:
+            if rooms is None or len(operands.pool):
                 operands.reserve(sizes[number])
             else:
                 operands.settle(rooms[number])

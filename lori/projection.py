@@ -30,15 +30,16 @@ class Projection(Protocol):
 def project(linears: Sequence[nn.Linear], blocks: Blocks = (), operands: Sequence[Operands] = ()) -> Projection:
     """Returns the product that stands for `linears`; without operands no route may be given to it.
 
-    Copies the weights. On a CPU with bf16 instructions it is in C++, else torch's.
+    Copies the weights. It is in C++ where `has_native` says so and the number of inputs is even, else torch's.
     """
     return (NativeProjection if _is_native(linears) else TorchProjection)(linears, blocks, operands)
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this dtype are computed by the compiled module; where a CPU has tiles, torch's are faster."""
-    has_tiles = torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and dtype is torch.bfloat16 and "avx512_bf16" in instruction_sets() and not has_tiles
+    """Whether products of this dtype are computed by the compiled module: in bf16 on a CPU with its instructions and no tiles."""
+    if device.type != "cpu" or dtype is not torch.bfloat16 or "avx512_bf16" not in instruction_sets():
+        return False
+    return not torch.cpu._is_amx_tile_supported()  # with which torch is faster; no public function says it
 
 
 def _is_native(linears: Sequence[nn.Linear]) -> bool:
@@ -56,7 +57,7 @@ class TorchProjection:
         like = linears[0].weight.detach()
         rows = [a.to(like) for of_layer in blocks for a in of_layer]
         self._weight = torch.cat([*(linear.weight.detach() for linear in linears), *rows])  # (sum of D + sum of A R, N)
-        bias = joint_bias(linears)
+        bias = _joint_bias(linears)
         self._bias = None if bias is None else F.pad(bias, (0, sum(self._reduced)))
         self._num_outputs = sum(self._outputs)
 
@@ -90,8 +91,7 @@ class NativeProjection:
         panels = zeros(2 * sum(sizes)).view(torch.uint16)
         for weight, part in zip(weights, panels.split(sizes), strict=True):
             module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
-        self._s = torch.empty(0, self._num_reduced, dtype=torch.bfloat16)
-        bias = joint_bias(linears)
+        bias = _joint_bias(linears)
         self._bound = module.Projection(
             panels.numpy(), self._outputs, self._reduced, num_inputs, None if bias is None else bias.float().numpy()
         )
@@ -105,9 +105,7 @@ class NativeProjection:
         if route is None:
             self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             return y
-        if len(self._s) < num_tokens:
-            self._s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
-        s = self._s[:num_tokens]
+        s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
         if route.runs and any(dense_segments(of, route) for of in self._operands):
             self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             self._bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
@@ -126,7 +124,7 @@ class NativeProjection:
             add_delta(of_layer, reduced.view(len(y), reduced.shape[1] // rank, rank), of, route)
 
 
-def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
     """Returns the biases of the layers in one, zero where a layer has none; `None` where none has."""
     if all(linear.bias is None for linear in linears):
         return None

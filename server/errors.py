@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.engine.admission import RefusedError
+from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.schemas import ErrorReply, GenerateBody, error_reply
 
@@ -27,12 +28,34 @@ class EngineError(Exception):
     """The engine failed while it ran the request."""
 
 
+class AdapterFailedError(EngineError):
+    """An adapter that the request named cannot be served."""
+
+
+class OutOfTimeError(EngineError):
+    """The request was not done in its time."""
+
+
+class StoppedError(EngineError):
+    """The server stopped before the request was done."""
+
+
+FAILURES: dict[ErrorKind, type[EngineError]] = {
+    "engine": EngineError,
+    "adapter": AdapterFailedError,
+    "timeout": OutOfTimeError,
+    "stop": StoppedError,
+}
+"""By what the engine says of a failure."""
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
     UnknownAdapterError: (404, "NotFoundError"),
     BusyError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
+    AdapterFailedError: (500, "AdapterError"),
+    OutOfTimeError: (504, "TimeoutError"),
+    StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
 FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields}

@@ -58,12 +58,9 @@ def load_service(settings: Settings) -> Service:
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident)
     num_blocks = _num_blocks(settings, base)
-    try:
-        runner = Runner(base.model, pool, num_blocks, settings.block_size)
-    except (RuntimeError, OSError) as error:  # there is not so much memory
-        raise ModelError(f"--kv-cache-gib {settings.kv_cache_gib:g}: {' '.join(str(error).split())}") from error
-    check(runner, base.model, expected, settings.block_size)
+    runner = Runner(base.model, pool, num_blocks, settings.block_size)
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
+    check(runner, base.model, expected, max_context, settings.block_size)
     limits = StepLimits(
         max_sequences=settings.max_batch,
         max_tokens=settings.max_step_tokens,
@@ -131,12 +128,13 @@ def _log(base: BaseModel, num_adapters: int, runner: Runner, num_kv_tokens: int,
     dtype, device = base.model.dtype, base.model.device
     products = "C++" if has_native(dtype, device) else "torch"
     logger.info(
-        "%s in %s on %s, %d threads; products in %s; deltas in %s; %d adapters; keys and values of %d tokens in %.0f MiB",
+        "%s in %s on %s, %d threads; products in %s, attention in %s, deltas in %s; %d adapters; room for %d tokens in %.0f MiB",
         base.name,
         str(dtype).removeprefix("torch."),
         device,
         torch.get_num_threads(),
         products,
+        runner.attention,
         description(),
         num_adapters,
         num_kv_tokens,
@@ -156,9 +154,9 @@ def _metrics(model: str, scheduler: Scheduler, tiers: AdapterTiers, num_register
         ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
         ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
         ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
-        ("vllm:num_preemptions", "Requests that gave up their KV memory so far.", lambda: scheduler.num_preemptions),
-        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
-        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
+        ("vllm:num_preemptions_total", "Requests that gave up their KV memory so far.", lambda: scheduler.num_preemptions),
+        ("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
+        ("vllm:prefix_cache_hits_total", "Prompt tokens found there.", lambda: cache.num_found_tokens),
         ("lori:adapters_registered", "Adapters that can be asked for.", lambda: num_registered),
         ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
         ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),

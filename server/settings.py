@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     """Memory for adapters that were read and are not in use, in GiB: they need not be read again."""
     kv_cache_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
     """Memory for the keys and values of all running requests, in GiB."""
-    block_size: int = Field(default=16, ge=1)
+    block_size: int = Field(default=16, ge=16, multiple_of=16)
     """Tokens that a block of KV memory holds."""
     max_batch: int = Field(default=64, ge=1)
     """Requests that run together; more of them wait."""

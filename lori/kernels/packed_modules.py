@@ -105,5 +105,6 @@ def _put_at_once(operands: Mapping[str, Operands], slot: int, packed: PackedModu
         first_unit, first_window = end, first_window + num_windows
     if rows:
         MODULE.put_adapter(packed.blocks.numpy(), packed.starts.numpy(), np.array(rows, dtype=np.int64), basis)
+    by_module = packed.by_module if in_pieces else {}
     for name in in_pieces:
-        operands[name].put(slot, packed.by_module[name], basis)
+        operands[name].put(slot, by_module[name], basis)

@@ -35,7 +35,9 @@ class Reply:
         """Notes the scores of the prompt's tokens from `start` on, once, however often they are computed."""
         request = self.sequence.request
         if not self._num_scored:
-            self._logprobs.append(self._logprob(request.prompt_ids[0], 0, None, {}))  # which nothing predicts
+            self._logprobs.append(
+                self._logprob(request.prompt_ids[0], request.prompt_offsets[0], None, {})
+            )  # which nothing predicts
             self._num_scored = 1
         for place, (value, top) in enumerate(scores, start):
             if place >= self._num_scored:

@@ -14,8 +14,8 @@ from lori.merge_methods import DEFAULTS as LINEAR
 from lori.merge_methods import MergeOptions
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
-ErrorKind = Literal["engine", "adapter", "timeout"]
-"""Whose fault it was: the engine's own, an adapter's file, or nobody's: time was up."""
+ErrorKind = Literal["engine", "adapter", "timeout", "stop"]
+"""Whose fault it was: the engine's own, an adapter's, or nobody's: time was up, or the server stops."""
 
 
 @dataclass(frozen=True, slots=True)

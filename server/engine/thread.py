@@ -62,10 +62,10 @@ class EngineThread:
             return
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._events[request.id] = events
-        self._engine.tiers.prefetch(request)
-        self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
         num_running = request.num_choices
         try:
+            self._engine.tiers.prefetch(request)
+            self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
             while num_running:
                 event = await events.get()
                 yield event
@@ -90,16 +90,16 @@ class EngineThread:
                 self._events[request_id].put_nowait(event)
 
     def _run(self) -> None:
-        reason = "the server is stopping"
+        last = ErrorEvent("the server is stopping", "stop")
         try:
             self._serve()
         except Exception as error:  # whatever it was, every request and /ready hear of it
-            reason = f"the engine died: {error!r}"
+            last = ErrorEvent(f"the engine died: {error!r}")
             logger.exception("the engine died; every request fails and the server is not ready any more")
         finally:
             self._tell()
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._die, reason)
+            self._loop.call_soon_threadsafe(self._die, last)
             self._engine.tiers.close()
 
     def _serve(self) -> None:
@@ -120,7 +120,7 @@ class EngineThread:
         left = self._engine.time_left()
         return None if left is None else min(left, threading.TIMEOUT_MAX)
 
-    def _die(self, reason: str) -> None:
+    def _die(self, last: ErrorEvent) -> None:
         self.is_alive = False
         for events in self._events.values():
-            events.put_nowait(ErrorEvent(reason))
+            events.put_nowait(last)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Request as EngineRequest
-from server.errors import EngineError
+from server.errors import FAILURES, TABLE, EngineError
 from server.routes.dependencies import get_service
 from server.schemas import (
     DoneData,
@@ -106,7 +106,7 @@ async def collect(service: Service, request: EngineRequest) -> GenerateReply:
                 case DoneEvent():
                     done = done_data(request, event)
                 case ErrorEvent():
-                    raise EngineError(event.message)
+                    raise FAILURES[event.kind](event.message)
     return GenerateReply(text="".join(texts), logprobs=to_logprobs(request, logprobs), **done.model_dump())
 
 
@@ -120,7 +120,7 @@ async def stream(service: Service, request: EngineRequest) -> AsyncIterator[byte
                 case DoneEvent():
                     yield sse("done", done_data(request, event))
                 case ErrorEvent():
-                    detail = error_reply(500, "InternalServerError", event.message, None)
+                    detail = error_reply(*TABLE[FAILURES[event.kind]], event.message, None)
                     yield sse("error", ErrorReply.model_validate(detail))
 
 

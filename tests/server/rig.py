@@ -260,7 +260,7 @@ def build(
 def rig_of(service: Service) -> Rig:
     """Returns a rig on the engine of a service that was not started."""
     engine, admission = service.engine._engine, service.admission
-    return Rig(engine, admission._tokenizer, admission, engine._runner, service.registry, {})
+    return Rig(engine, admission._tokenizer, admission, engine._turn.runner, service.registry, {})
 
 
 class WatchedRunner:
@@ -275,11 +275,11 @@ class WatchedRunner:
         fault: Callable[[Chunk], Exception | None] = lambda _: None,
         overflows: Callable[[Chunk], bool] = lambda _: False,
     ) -> None:
-        self._runner, self._fault, self._overflows = rig.engine._runner, fault, overflows
+        self._runner, self._fault, self._overflows = rig.engine._turn.runner, fault, overflows
         self.num_tokens = 0
         self.broken_by: type[Exception] = SystemError
         """After such an error nothing can be computed any more."""
-        rig.engine._runner = cast(Runner, self)
+        rig.engine._turn.runner = cast(Runner, self)
 
     def is_broken(self, error: Exception) -> bool:
         return isinstance(error, self.broken_by)

@@ -135,7 +135,7 @@ def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "named"),
     [
         pytest.param({"max_batch": 64, "max_step_tokens": 2}, "max.step.tokens", id="a step without room for prompts"),
-        pytest.param({"block_size": 4, "kv_cache_gib": 1e-9}, "kv.cache.gib", id="hardly any memory"),
+        pytest.param({"kv_cache_gib": 1e-9}, "kv.cache.gib", id="hardly any memory"),
         pytest.param({"kv_cache_gib": float("inf")}, "kv.cache.gib", id="endless memory"),
         pytest.param({"kv_cache_gib": 1e9}, "kv.cache.gib", id="more memory than there is"),
     ],

@@ -119,7 +119,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, block_size: int, tmp
 def paged_logits(rig: Rig, ids: Sequence[int], cuts: Sequence[int], blocks: Sequence[int]) -> torch.Tensor:
     """Returns the logits (T, V) of `ids`, computed in a step for each part between `cuts`, with its keys in `blocks`."""
     of = replace(request(len(ids)), prompt_ids=tuple(ids))
-    sequence = EngineSequence(of, blocks=[*blocks])
+    sequence = EngineSequence(of, blocks=[*blocks], terms=[])
     parts = [rig.runner.forward([Chunk(sequence, i, j)], range(j - i)) for i, j in pairwise(cuts)]
     return torch.cat(parts)
 
@@ -252,10 +252,10 @@ def test_a_model_whose_own_logits_are_others_is_refused(tmp_path: Path) -> None:
     base = load_base_model(str(tmp_path), torch.float32, attention="eager")
     expected = own_logits(base.model)
     runner = build(tmp_path, num_blocks=8).runner
-    check(runner, base.model, expected, 16)
+    check(runner, base.model, expected, 128, 16)
     for wrong in (expected.roll(1, 0), expected + 0.2 * expected.norm() / expected.numel() ** 0.5, expected * torch.nan):
         with pytest.raises(ModelError, match="other logits than the model itself"):
-            check(runner, base.model, wrong, 16)
+            check(runner, base.model, wrong, 128, 16)
 
 
 def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:

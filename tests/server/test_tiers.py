@@ -417,8 +417,12 @@ def test_what_a_request_will_need_is_read_before_it_is_asked_for(loader: FakeLoa
     tiers.check_integrity([sequence])
 
 
-def test_no_more_is_read_ahead_than_may_be_read_at_a_time(loader: FakeLoader) -> None:
+def test_nothing_is_read_ahead_while_anything_is_read(loader: FakeLoader) -> None:
+    """What those who waited longer ask for would come after it."""
     tiers = fake_tiers(loader, max_loading=2)
-    for name in "abc":
-        tiers.prefetch(wanting(name).request)
+    tiers.prefetch(wanting("a", "b", "c").request)
+    tiers.prefetch(wanting("d").request)
     assert loader.started == ["a", "b"]
+    load(tiers, loader, "a", "b")
+    tiers.prefetch(wanting("d").request)
+    assert loader.started == ["a", "b", "d"]

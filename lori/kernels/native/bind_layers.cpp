@@ -28,13 +28,17 @@ LayerFunctions choose_layer_functions(const std::string& name, Dtype dtype) {
 
 Matrix matrix(uintptr_t at, int64_t stride) { return {reinterpret_cast<uint8_t*>(at), stride}; }
 
-// Calls run(first, last) with shares of `count`, on as many threads as are worth it.
+int num_parts(int64_t count, int num_threads, int64_t least) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least)));
+}
+
+// Calls run(first, last, number) with shares of `count`, on as many threads as are worth it.
 template <typename Run>
 void share(int64_t count, int num_threads, int64_t least, Run run) {
-  const int parts = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least)));
-  if (parts == 1) return run(0, count);
+  const int parts = num_parts(count, num_threads, least);
+  if (parts == 1) return run(0, count, 0);
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
-  for (int part = 0; part < parts; part++) run(count * part / parts, count * (part + 1) / parts);
+  for (int part = 0; part < parts; part++) run(count * part / parts, count * (part + 1) / parts, part);
 }
 
 // The spans of a step and their blocks of 16 tokens, and how the work is divided. Copied: a step's own.
@@ -124,7 +128,7 @@ class BoundLayers {
                     static_cast<int64_t>(weight.shape(0)),
                     epsilon};
     const nb::gil_scoped_release release;
-    share(num_rows, num_threads, 64, [&](int64_t first, int64_t last) { functions_.norm(norm, first, last); });
+    share(num_rows, num_threads, 64, [&](int64_t first, int64_t last, int) { functions_.norm(norm, first, last); });
   }
 
   void gate(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t num_rows, int64_t size, int activation,
@@ -132,7 +136,7 @@ class BoundLayers {
     if (size % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
     const Gate gate{matrix(x, x_stride), matrix(out, out_stride), size, static_cast<Activation>(activation)};
     const nb::gil_scoped_release release;
-    share(num_rows, num_threads, 16, [&](int64_t first, int64_t last) { functions_.gate(gate, first, last); });
+    share(num_rows, num_threads, 16, [&](int64_t first, int64_t last, int) { functions_.gate(gate, first, last); });
   }
 
   void attend(const BoundHeads& bound, const BoundSpans& spans, uintptr_t qkv, int64_t qkv_stride, uintptr_t out,
@@ -147,13 +151,15 @@ class BoundLayers {
                               spans.spans().data(),
                               spans.table()};
     const nb::gil_scoped_release release;
-    share(spans.num_tokens(), num_threads, 16, [&](int64_t first, int64_t last) { write(heads, attention, spans, first, last); });
+    share(spans.num_tokens(), num_threads, 16,
+          [&](int64_t first, int64_t last, int) { write(heads, attention, spans, first, last); });
     const auto& pieces = spans.pieces();
+    const auto count = static_cast<int64_t>(pieces.size());
     const int64_t size = scratch_size(spans.last_position());
-    share(static_cast<int64_t>(pieces.size()), num_threads, 4, [&](int64_t first, int64_t last) {
-      std::vector<float> scratch(static_cast<size_t>(size));
+    std::vector<float> scratch(static_cast<size_t>(size * num_parts(count, num_threads, 4)));  // here an error can be told
+    share(count, num_threads, 4, [&](int64_t first, int64_t last, int number) {
       for (int64_t i = first; i < last; i++)
-        functions_.attend(heads, attention, pieces[i], pieces[std::min(i + 1, last - 1)], scratch.data());
+        functions_.attend(heads, attention, pieces[i], pieces[std::min(i + 1, last - 1)], scratch.data() + size * number);
     });
   }
 

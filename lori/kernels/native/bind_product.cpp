@@ -2,8 +2,6 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
-#include <stdexcept>
 #include <vector>
 
 #ifdef _OPENMP
@@ -52,14 +50,14 @@ class Projection {
   void multiply(uintptr_t x, int64_t x_stride, int num_tokens, uintptr_t y, int64_t y_stride, int num_threads) const {
     const nb::gil_scoped_release release;
     const Tokens tokens = make(x, x_stride, y, y_stride);
-    run(num_threads, [&](const Share& share) { all(parts_, tokens, num_tokens, share, nullptr, nullptr); });
+    run(num_threads, [&](const Share& share) { all(parts_, tokens, num_tokens, share); });
   }
 
   // s (T, sum of A R) = A x.
   void reduce(uintptr_t x, int64_t x_stride, int num_tokens, uintptr_t s, int64_t s_stride, int num_threads) const {
     const nb::gil_scoped_release release;
     const Tokens tokens = make(x, x_stride, s, s_stride);
-    run(num_threads, [&](const Share& share) { all(shrinks_, tokens, num_tokens, share, nullptr, nullptr); });
+    run(num_threads, [&](const Share& share) { all(shrinks_, tokens, num_tokens, share); });
   }
 
   // y and s as above, and the deltas of the route added to y.
@@ -71,7 +69,7 @@ class Projection {
     const nb::gil_scoped_release release;
     const Tokens tokens = make(x, x_stride, y, y_stride), reduced = make(x, x_stride, s, s_stride);
     run(num_threads, [&](const Share& share) {
-      all(shrinks_, reduced, num_tokens, share, nullptr, nullptr);
+      all(shrinks_, reduced, num_tokens, share);
       int64_t output = 0, column = 0;
       for (size_t i = 0; i < parts_.size(); i++) {
         Tokens part = tokens;
@@ -122,11 +120,10 @@ class Projection {
 #endif
   }
 
-  static void all(const std::vector<Part>& parts, const Tokens& tokens, int num_tokens, const Share& share,
-                  const Ahead::Range* first, const Ahead::Range* last) {
+  static void all(const std::vector<Part>& parts, const Tokens& tokens, int num_tokens, const Share& share) {
     Tokens part = tokens;
     for (const Part& of : parts) {
-      one(of, part, num_tokens, share, first, last);
+      one(of, part, num_tokens, share);
       part.y += of.num_outputs;
     }
   }
@@ -156,16 +153,15 @@ class Projection {
                      const Step& step, const Share& share) {
     const Operands& operands = bound.operands();
     const int64_t items = route.num_active() * operands.num_windows;
-    one(part, tokens, num_tokens, share, nullptr, nullptr);
+    one(part, tokens, num_tokens, share);
     barrier();
     bound.expand()(operands, route.route(), step, share.first(items), share.last(items));
   }
 
   // A share of a part: of its panels, and where there are few of them of the tokens too.
-  static void one(const Part& part, const Tokens& tokens, int num_tokens, const Share& share, const Ahead::Range* first,
-                  const Ahead::Range* last) {
+  static void one(const Part& part, const Tokens& tokens, int num_tokens, const Share& share) {
     float sums[kRowBlock * kPanelOutputs];
-    Ahead ahead(first, last);
+    Ahead ahead(nullptr, nullptr);
     const int panels = part.num_panels();
     const int row_parts = panels >= 4 * share.num_parts ? 1 : std::max(1, std::min(share.num_parts, num_tokens / 32));
     const int64_t items = int64_t{panels} * row_parts;

@@ -69,11 +69,12 @@ struct Attention {
   const int32_t* table;
 };
 
-// The functions of one instruction set, for one dtype. `first` and `last` count rows; of `attend`, pieces as `divide` gives them.
+// Tokens of a span that are attended with together, for one key-value head.
 struct Piece {
   int32_t span, first_token, num_tokens, kv_head;
 };
 
+// The functions of one instruction set, for one dtype. `first` and `last` count rows.
 struct LayerFunctions {
   void (*norm)(const Norm&, int64_t first, int64_t last);
   void (*gate)(const Gate&, int64_t first, int64_t last);

@@ -154,6 +154,7 @@ nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num
 
 NB_MODULE(_lori_cpu, m) {
   using namespace lori;
+  nb::set_leak_warnings(false);  // what a process holds to its end is no leak
   m.doc() = "The CPU kernel of lori; see lori/kernels.";
   m.attr("VERSION") = LORI_VERSION;
   m.attr("COMPILER") = LORI_COMPILER;

@@ -50,9 +50,6 @@ struct Ahead {
 
 // Multiplies the tokens first_row .. last_row with the panels first_panel .. last_panel. `sums` is scratch: kRowBlock x
 // kPanelOutputs.
-using Multiply = void (*)(const Part&, const Tokens&, int first_row, int last_row, int first_panel, int last_panel, Ahead&,
-                          float* sums);
-
 void multiply_avx512_bf16(const Part&, const Tokens&, int first_row, int last_row, int first_panel, int last_panel, Ahead&,
                           float* sums);
 

@@ -3,18 +3,21 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lori.adapter import Adapter
+from lori.entry import Entry
 from lori.errors import AdapterFormatError, LoriError
 from lori.merge import merge
-from lori.merge_methods import MergeOptions
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
 from server.engine.adapters.registry import Registry
-from server.engine.request import AdapterTerm, Request
+from server.engine.request import Request
 
+Read = TypeVar("Read", Adapter, PackedAdapter)
 logger = logging.getLogger(__name__)
 
 
@@ -29,13 +32,14 @@ class Loaded:
 
 
 class Loader:
-    """Reads what requests name. `notify` is called from its thread whenever something was read."""
+    """Reads what requests name. `notify` is called whenever something was read, mostly from its thread."""
 
     def __init__(self, registry: Registry, reader: PackedReader) -> None:
         self._registry, self._reader = registry, reader
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
         self._lock = threading.Lock()
         self._reading: dict[str, Future[Loaded]] = {}
+        self._is_closed = False
         self.notify: Callable[[], None] = lambda: None
 
     @property
@@ -44,9 +48,9 @@ class Loader:
         return len(self._reading)
 
     def start(self, digest: str, request: Request) -> None:
-        """Begins to read the resident `digest` of `request`, if it is not being read. Any thread may."""
+        """Begins to read the resident `digest` of `request`, if it is not being read and this is not closed. Any thread may."""
         with self._lock:
-            if digest in self._reading:
+            if digest in self._reading or self._is_closed:
                 return
             future = self._reading[digest] = self._pool.submit(self._load, digest, request)
         future.add_done_callback(lambda _: self.notify())
@@ -55,10 +59,12 @@ class Loader:
         """Returns what was read since the last call."""
         with self._lock:
             ended = [digest for digest, future in self._reading.items() if future.done()]
-            return [self._reading.pop(digest).result() for digest in ended]
+            return [self._reading.pop(digest).result() for digest in ended if not self._reading[digest].cancelled()]
 
     def close(self) -> None:
         """Ends the thread; what is not begun is never read."""
+        with self._lock:
+            self._is_closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def _load(self, digest: str, request: Request) -> Loaded:
@@ -76,15 +82,21 @@ class Loader:
 
     def _pack(self, digest: str, request: Request) -> PackedAdapter:
         if request.merge.method == "linear":
-            packed = self._reader.read_entry(self._registry.find(digest).entry)
-            _check_digest(packed.name, packed.config.lori.content_digest, digest)
-            return packed
-        return pack_adapter(self._merged(request.terms, request.merge), self._reader.layouts)
+            return self._sound(digest, request, self._reader.read_entry)
+        return pack_adapter(self._merged(request), self._reader.layouts)
 
-    def _merged(self, terms: Sequence[AdapterTerm], options: MergeOptions) -> Adapter:
-        adapters = [self._registry.find(term.digest).entry.load(self._reader.base) for term in terms]
-        for adapter, term in zip(adapters, terms, strict=True):
-            _check_digest(adapter.name, adapter.config.lori.content_digest, term.digest)
+    def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:
+        # The same content may lie under several names: one that is damaged need not fail who named another.
+        *others, last = self._registry.find(digest, {term.name for term in request.terms})
+        for of in others:
+            with suppress(AdapterFormatError, OSError, ValueError):
+                return _checked(read(of.entry), digest)
+        return _checked(read(last.entry), digest)
+
+    def _merged(self, request: Request) -> Adapter:
+        terms, options = request.terms, request.merge
+        base = self._reader.base
+        adapters = [self._sound(term.digest, request, lambda entry: entry.load(base)) for term in terms]
         return merge(
             adapters,
             [term.weight for term in terms],
@@ -96,9 +108,12 @@ class Loader:
         )
 
 
-def _check_digest(name: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise ValueError(f"{name!r} was changed on disk since the server started: its digest is {found}, expected {expected}")
+def _checked(found: Read, expected: str) -> Read:
+    digest = found.config.lori.content_digest
+    if digest != expected:
+        changed = f"{found.name!r} was changed on disk since the server started"
+        raise ValueError(f"{changed}: its digest is {digest}, expected {expected}")
+    return found
 
 
 def _name(digest: str, request: Request) -> str:

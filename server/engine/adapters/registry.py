@@ -1,6 +1,6 @@
 """The adapters that can be asked for: what is known of each before its weights are read, and where it is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lori.entry import Entry
@@ -20,8 +20,10 @@ class Registry:
 
     def __init__(self, adapters: Sequence[Registered]) -> None:
         self.by_name: Mapping[str, Registered] = {of.summary.name: of for of in adapters}
-        self._by_digest = {of.summary.digest: of for of in adapters}
+        self._by_digest: dict[str, list[Registered]] = {}
+        for of in adapters:
+            self._by_digest.setdefault(of.summary.digest, []).append(of)
 
-    def find(self, digest: str) -> Registered:
-        """Returns an adapter of this content, under any of its names."""
-        return self._by_digest[digest]
+    def find(self, digest: str, names: Collection[str]) -> Sequence[Registered]:
+        """Returns the adapters of this content, first those of `names`."""
+        return sorted(self._by_digest[digest], key=lambda of: of.summary.name not in names)

@@ -1,9 +1,10 @@
 """The way of an adapter: registered (on disk), loaded (in RAM, packed), resident (in the kernels' operands).
 
 Each tier has its budget in bytes; the adapter that is unused longest goes first, never one that a sequence uses or waits for.
-The engine's thread owns it all; reading is the loader's, in a thread of its own.
+The engine's thread owns it all, and alone changes it; reading is the loader's, in a thread of its own.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
@@ -16,6 +17,7 @@ from server.engine.adapters.residents import Residents
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.residency import Residency
 
+logger = logging.getLogger(__name__)
 MAX_LOADING = 16
 """Adapters that are read, or wait in RAM for the sequences that asked for them, at a time; others are asked for later."""
 
@@ -50,10 +52,13 @@ class AdapterTiers:
         self._loader.notify = notify
 
     def prefetch(self, request: Request) -> None:
-        """Has the adapters of a request read that is on its way to the engine, while a step runs. Any thread may."""
-        for digest, _ in request.residents:
-            is_near = digest in self.residents or digest in self._loaded
-            if not is_near and self._loader.num_reading < self._max_loading:
+        """Has the adapters of a request read that is on its way to the engine, while a step runs and the loader is idle.
+
+        Any thread may: it looks up keys alone, and what it finds may be out of date, which costs a reading at most.
+        """
+        missing = [digest for digest, _ in request.residents if digest not in self.residents and digest not in self._loaded]
+        if missing and not self._loader.num_reading:
+            for digest in missing[: self._max_loading]:
                 self._loader.start(digest, request)
 
     def pin(self, sequence: Sequence) -> Residency:
@@ -65,10 +70,16 @@ class AdapterTiers:
             return "loading"
         pinned: list[str] = []
         for digest in sorted(digests, key=missing.__contains__):  # first what is here, which must not go for what is not
-            if digest not in self.residents and not self._settle(digest):
+            try:
+                fits = digest in self.residents or self._settle(digest)
+            except (MemoryError, RuntimeError, ValueError) as error:  # one adapter's failure is not the engine's
+                logger.exception("an adapter could not be made resident")
+                self._failed[sequence] = f"an adapter could not be made resident: {error!r}"
+                fits = False
+            if not fits:
                 for other in pinned:
                     self.residents.unpin(other)
-                return self._refuse(sequence)
+                return "loading" if sequence in self._failed else self._refuse(sequence)
             self.residents.pin(digest)
             pinned.append(digest)
         self._forget(sequence)
@@ -139,7 +150,11 @@ class AdapterTiers:
         for slot in emptied:
             self._pool.clear(slot)
         slot = self.residents.add(digest, packed.num_bytes, packed.config.scale)
-        self._pool.put(slot, packed)
+        try:
+            self._pool.put(slot, packed)
+        except (MemoryError, RuntimeError, ValueError):
+            self._pool.clear(self.residents.remove(digest))
+            raise
         self._loaded.move_to_end(digest)
         return True
 

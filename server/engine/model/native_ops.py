@@ -52,6 +52,9 @@ class NativeOps:
 
     def norm(self, stream: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
         """See `Ops`."""
+        assert stream.dtype is self._dtype
+        assert stream.is_contiguous()
+        assert added is None or (added.shape == stream.shape and added.is_contiguous())
         out = torch.empty_like(stream)
         num_rows, size = stream.shape
         at = 0 if added is None else added.data_ptr()
@@ -63,6 +66,8 @@ class NativeOps:
 
     def gate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """See `Ops`."""
+        assert x.dtype is self._dtype
+        assert x.is_contiguous()
         num_rows, both = x.shape
         out = torch.empty(num_rows, both // 2, dtype=x.dtype)
         self._layers.gate(

@@ -15,8 +15,8 @@ from server.engine.model.runner import Runner
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.scheduler import Chunk
 
-CUTS = (0, 8, 11, 12)
-"""The probe runs as a prompt, as a later chunk of it, and as a decoding step."""
+NUM_TOKENS = 40
+"""Of the probe: more than two blocks of 16, where there is room for them."""
 MAX_ERROR = 0.1
 """Relative: bf16 rounds, a wrong attention or scale does much more."""
 NUM_TURNS = 5
@@ -26,14 +26,19 @@ def own_logits(model: PreTrainedModel) -> torch.Tensor:
     """Returns the logits (P, V) fp32 of the probe that `model` gives by itself, for `check`."""
     model.set_attn_implementation("eager")  # others leave out what a family does to its scores
     with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([_ids(model, CUTS[-1])], device=model.device)).logits[0].float()
+        logits: torch.Tensor = model(torch.tensor([_ids(model, NUM_TOKENS)], device=model.device)).logits[0].float()
     return logits
 
 
-def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, block_size: int) -> None:
-    """Raises `ModelError` unless the runner gives the `expected` logits of the probe."""
-    sequence = _sequence(_ids(model, CUTS[-1]), block_size)
-    parts = [runner.forward([Chunk(sequence, start, stop)], range(stop - start)) for start, stop in pairwise(CUTS)]
+def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, max_context: int, block_size: int) -> None:
+    """Raises `ModelError` unless the runner gives the `expected` logits of the probe, or of as much of it as the context holds.
+
+    It runs as a prompt, as a later chunk of it, and as a decoding step.
+    """
+    count = min(NUM_TOKENS, max_context)
+    sequence, expected = _sequence(_ids(model, count), block_size), expected[:count]
+    cuts = (0, count * 2 // 3, count - 1, count)
+    parts = [runner.forward([Chunk(sequence, start, stop)], range(stop - start)) for start, stop in pairwise(cuts)]
     difference = ((torch.cat(parts) - expected).norm() / expected.norm()).item()
     if not difference <= MAX_ERROR:
         raise ModelError(

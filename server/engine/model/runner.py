@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from lori.errors import ModelError
 from lori.kernels import Route, Term
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
@@ -40,7 +41,16 @@ class Runner:
         with torch.inference_mode():
             self._decoder: Decoder = read_decoder(model, pool)
         self._routed = _Routed([], [], None)
-        self._ops = make_ops(self._decoder, num_blocks, block_size, self._dtype, self._device)
+        try:
+            self._ops = make_ops(self._decoder, num_blocks, block_size, self._dtype, self._device)
+        except (MemoryError, OSError, RuntimeError) as error:
+            room = f"the keys and values of {num_blocks * block_size} tokens"
+            raise ModelError(f"--kv-cache-gib: there is no room for {room}: {' '.join(str(error).split())}") from error
+
+    @property
+    def attention(self) -> str:
+        """What computes all but the products, for a log."""
+        return "C++" if isinstance(self._ops, NativeOps) else "torch"
 
     @property
     def num_kv_bytes(self) -> int:
@@ -49,7 +59,7 @@ class Runner:
 
     def is_broken(self, error: Exception) -> bool:
         """Whether after `error` nothing can be computed any more: a GPU's memory is lost with its first fault."""
-        return self._device.type != "cpu" and isinstance(error, RuntimeError)
+        return "CUDA error" in str(error)  # not where it is out of memory
 
     @torch.inference_mode()
     def forward(self, chunks: Items[Chunk], positions: Items[int]) -> torch.Tensor:
@@ -80,7 +90,8 @@ class Runner:
         if before.counts != counts or any(map(operator.is_not, before.terms, of_chunks)):
             terms, row = [], 0
             for count, of_chunk in zip(counts, of_chunks, strict=True):
-                terms += [Term(row, row + count, slot, weight) for slot, weight in of_chunk or ()]
+                assert of_chunk is not None, "what runs is pinned"
+                terms += [Term(row, row + count, slot, weight) for slot, weight in of_chunk]
                 row += count
             route = Route.of(terms, num_tokens, self._device) if terms else None
             self._routed = before = _Routed(counts, of_chunks, route)
