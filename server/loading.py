@@ -89,11 +89,11 @@ def load_service(settings: Settings) -> Service:
 
 
 def _context_tokens(base: BaseModel) -> float:
-    # By the operations of both; those of attention were measured to take about four times as long each.
+    # By the operations of both; those of attention take about twice as long each.
     config = base.model.config.get_text_config()
     in_products = sum(d * n for d, n in base.identity.shapes.values())
     a_key = 2 * int(config.num_hidden_layers) * int(config.num_attention_heads) * head_size(base.model)
-    return in_products / a_key / 4
+    return in_products / a_key / 2
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:

@@ -60,9 +60,8 @@ class Reply:
             self._logprobs.append(self._logprob(token, offset, score[0], few))
         if token in self.stop_ids and not request.ignore_eos:
             return "stop"
-        text = self.text.push(token)
-        if text or self._logprobs:
-            self._tell(text, is_prompt=False)
+        # Told even where no text is sure yet: a client sees that it goes on.
+        self._tell(self.text.push(token), is_prompt=False)
         if self.text.is_stopped:
             return "stop_sequence"
         return "length" if len(self.sequence.output_ids) == request.max_tokens else None
