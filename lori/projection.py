@@ -57,7 +57,7 @@ class TorchProjection:
         like = linears[0].weight.detach()
         rows = [a.to(like) for of_layer in blocks for a in of_layer]
         self._weight = torch.cat([*(linear.weight.detach() for linear in linears), *rows])  # (sum of D + sum of A R, N)
-        bias = _joint_bias(linears)
+        bias = joint_bias(linears)
         self._bias = None if bias is None else F.pad(bias, (0, sum(self._reduced)))
         self._num_outputs = sum(self._outputs)
 
@@ -91,7 +91,7 @@ class NativeProjection:
         panels = zeros(2 * sum(sizes)).view(torch.uint16)
         for weight, part in zip(weights, panels.split(sizes), strict=True):
             module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
-        bias = _joint_bias(linears)
+        bias = joint_bias(linears)
         self._bound = module.Projection(
             panels.numpy(), self._outputs, self._reduced, num_inputs, None if bias is None else bias.float().numpy()
         )
@@ -124,7 +124,7 @@ class NativeProjection:
             add_delta(of_layer, reduced.view(len(y), reduced.shape[1] // rank, rank), of, route)
 
 
-def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
     """Returns the biases of the layers in one, zero where a layer has none; `None` where none has."""
     if all(linear.bias is None for linear in linears):
         return None
