@@ -32,7 +32,7 @@ class Loaded:
 
 
 class Loader:
-    """Reads what requests name. `notify` is called whenever something was read, mostly from its thread."""
+    """Reads what requests name. `notify` is called, from any thread, whenever something was read."""
 
     def __init__(self, registry: Registry, reader: PackedReader) -> None:
         self._registry, self._reader = registry, reader
