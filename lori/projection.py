@@ -76,23 +76,27 @@ class TorchProjection:
 
 
 class NativeProjection:
-    """The product in C++, bf16: the weights in panels, the adapters' bytes asked for while it computes."""
+    """The product in C++, bf16: the weights in panels, the adapters' bytes asked for while it computes.
+
+    `bound` is the module's view of it, `operands` are those of its layers.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear], blocks: Blocks, operands: Sequence[Operands]) -> None:
         module: Any = MODULE
         self._outputs = [linear.out_features for linear in linears]
         self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
-        self._operands = operands
+        self.operands = operands
         self._num_outputs, self._num_reduced = sum(self._outputs), sum(self._reduced)
         num_inputs = self._num_inputs = linears[0].in_features
         weights = [linear.weight.detach() for linear in linears]
-        weights += [torch.cat([a.to(weights[0]) for a in of_layer]) for of_layer in blocks]
+        if blocks:  # the A of all layers in one: a panel of few rows takes as long as a whole one
+            weights.append(torch.cat([a.to(weights[0]) for of_layer in blocks for a in of_layer]))
         sizes = [module.part_size(len(weight), num_inputs) for weight in weights]
         panels = zeros(2 * sum(sizes)).view(torch.uint16)
         for weight, part in zip(weights, panels.split(sizes), strict=True):
             module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
         bias = joint_bias(linears)
-        self._bound = module.Projection(
+        self.bound: Any = module.Projection(
             panels.numpy(), self._outputs, self._reduced, num_inputs, None if bias is None else bias.float().numpy()
         )
 
@@ -103,22 +107,26 @@ class NativeProjection:
         num_tokens, threads = len(x), torch.get_num_threads()
         y = torch.empty(num_tokens, self._num_outputs, dtype=torch.bfloat16)
         if route is None:
-            self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
+            self.bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             return y
         s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
-        if route.runs and any(dense_segments(of, route) for of in self._operands):
-            self._bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
-            self._bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
+        if self.has_dense(route):
+            self.bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
+            self.bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
             self._add_deltas(y, s, route)
         else:
-            self._bound.project(
+            self.bound.project(
                 x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, s.data_ptr(), self._num_reduced,
-                [bound_operands(of) for of in self._operands], bound_route(route), threads,
+                [bound_operands(of) for of in self.operands], bound_route(route), threads,
             )  # fmt: skip
         return y
 
+    def has_dense(self, route: Route) -> bool:
+        """Whether the route has segments so long that B is unpacked for them."""
+        return bool(route.runs) and any(dense_segments(of, route) for of in self.operands)
+
     def _add_deltas(self, y: torch.Tensor, s: torch.Tensor, route: Route) -> None:
-        parts = zip(y.split(self._outputs, 1), s.split(self._reduced, 1), self._operands, strict=True)
+        parts = zip(y.split(self._outputs, 1), s.split(self._reduced, 1), self.operands, strict=True)
         for of_layer, reduced, of in parts:
             rank = of.layout.rank
             add_delta(of_layer, reduced.view(len(y), reduced.shape[1] // rank, rank), of, route)

@@ -348,7 +348,7 @@ def sizes_of(case: Case) -> tuple[list[int], list[int]]:
 
 def bound(case: Case) -> Any:
     """Returns the module's own projection."""
-    return NativeProjection(case.linears, case.blocks, case.operands)._bound
+    return NativeProjection(case.linears, case.blocks, case.operands).bound
 
 
 @needs_native

@@ -1,16 +1,11 @@
-// Bindings of layers.h: arrays are given by address; who calls has checked shapes, and keeps them alive.
+// Bindings of layers.h.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
-#include <stdexcept>
-#include <vector>
-
 #include "bindings.h"
-#include "bound.h"
-#include "layers.h"
+#include "bound_layers.h"
 
 namespace lori {
-namespace {
 
 LayerFunctions choose_layer_functions(const std::string& name, Dtype dtype) {
   if (!is_supported(name)) throw nb::value_error(("this processor does not run " + name).c_str());
@@ -26,156 +21,40 @@ LayerFunctions choose_layer_functions(const std::string& name, Dtype dtype) {
   return layers_portable(dtype);
 }
 
-Matrix matrix(uintptr_t at, int64_t stride) { return {reinterpret_cast<uint8_t*>(at), stride}; }
+namespace {
 
-int num_parts(int64_t count, int num_threads, int64_t least) {
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(num_threads, count / least)));
+void norm(const BoundLayers& layers, uintptr_t stream, int64_t stream_stride, uintptr_t added, int64_t added_stride,
+          uintptr_t out, int64_t out_stride, int64_t num_rows, const Array<float, 1>& weight, float epsilon, int num_threads) {
+  const auto size = static_cast<int64_t>(weight.shape(0));
+  if (size % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
+  const Norm of{
+      matrix(stream, stream_stride), matrix(added, added_stride), matrix(out, out_stride), weight.data(), size, epsilon};
+  const nb::gil_scoped_release release;
+  layers.norm(of, num_rows, num_threads);
 }
 
-// Calls run(first, last, number) with shares of `count`, on as many threads as are worth it.
-template <typename Run>
-void share(int64_t count, int num_threads, int64_t least, Run run) {
-  const int parts = num_parts(count, num_threads, least);
-  if (parts == 1) return run(0, count, 0);
-#pragma omp parallel for num_threads(parts) schedule(static, 1)
-  for (int part = 0; part < parts; part++) run(count * part / parts, count * (part + 1) / parts, part);
+void gate(const BoundLayers& layers, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t num_rows,
+          int64_t size, int activation, int num_threads) {
+  if (size % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
+  const Gate of{matrix(x, x_stride), matrix(out, out_stride), size, static_cast<Activation>(activation)};
+  const nb::gil_scoped_release release;
+  layers.gate(of, num_rows, num_threads);
 }
 
-// The spans of a step and their blocks of 16 tokens, and how the work is divided. Copied: a step's own.
-class BoundSpans {
- public:
-  BoundSpans(Array<int32_t, 2> spans, Array<int32_t, 1> table, int num_heads, int num_kv_heads)
-      : spans_(spans.shape(0)),
-        table_(table.data(), table.data() + table.shape(0)),
-        num_heads_(num_heads),
-        num_kv_heads_(num_kv_heads) {
-    if (spans.shape(1) != 4 || num_kv_heads < 1 || num_heads % num_kv_heads)
-      throw nb::value_error("spans (S, 4) and heads that are a multiple of the key-value heads expected");
-    const int at_once = std::max(1, kMaxRows / (num_heads / num_kv_heads));
-    int32_t row = 0;
-    for (size_t i = 0; i < spans_.size(); i++) {
-      const int32_t* of = spans.data() + 4 * i;
-      const Span span = spans_[i] = {of[0], of[1], of[2], of[3]};
-      const int64_t last = int64_t{span.position} + span.num_tokens - 1;
-      if (span.row != row || span.num_tokens < 1 || span.position < 0 || span.blocks < 0 ||
-          span.blocks + last / kBlockTokens >= static_cast<int64_t>(table_.size()))
-        throw nb::value_error("spans must follow one another, and their blocks lie in the table");
-      row += span.num_tokens;
-      last_position_ = std::max(last_position_, static_cast<int>(last));
-      for (int kv_head = 0; kv_head < num_kv_heads; kv_head++)
-        for (int32_t token = 0; token < span.num_tokens; token += at_once)
-          pieces_.push_back({static_cast<int32_t>(i), token, std::min(at_once, span.num_tokens - token), kv_head});
-    }
-    num_tokens_ = row;
-    for (const int32_t block : table_) {
-      if (block < 0) throw nb::value_error("a block is negative");
-      last_block_ = std::max(last_block_, block);
-    }
-  }
-  const std::vector<Span>& spans() const { return spans_; }
-  const std::vector<Piece>& pieces() const { return pieces_; }
-  const int32_t* table() const { return table_.data(); }
-  int num_tokens() const { return num_tokens_; }
-  int last_position() const { return last_position_; }
-  int last_block() const { return last_block_; }
-  bool is_for(const Heads& heads) const { return heads.num_heads == num_heads_ && heads.num_kv_heads == num_kv_heads_; }
-
- private:
-  std::vector<Span> spans_;
-  std::vector<int32_t> table_;
-  std::vector<Piece> pieces_;
-  int num_heads_, num_kv_heads_, num_tokens_ = 0, last_position_ = 0, last_block_ = 0;
-};
-
-class BoundHeads {
- public:
-  BoundHeads(int num_heads, int num_kv_heads, int head_size, float scale, int window, float softcap, float epsilon,
-             std::optional<Array<float, 1>> query_norm, std::optional<Array<float, 1>> key_norm)
-      : query_norm_(query_norm), key_norm_(key_norm) {
-    if (head_size < kLanes || head_size > 512 || head_size % kLanes || num_kv_heads < 1 || num_heads % num_kv_heads)
-      throw nb::value_error("heads of 16 to 512 values, in 16s, a multiple of the key-value heads expected");
-    for (const auto& norm : {query_norm, key_norm})
-      if (norm && static_cast<int>(norm->shape(0)) != head_size) throw nb::value_error("a norm is not of a head's size");
-    heads_ = {num_heads,
-              num_kv_heads,
-              head_size,
-              scale,
-              epsilon,
-              window,
-              softcap,
-              query_norm ? query_norm->data() : nullptr,
-              key_norm ? key_norm->data() : nullptr};
-  }
-  const Heads& heads() const { return heads_; }
-
- private:
-  std::optional<Array<float, 1>> query_norm_, key_norm_;
-  Heads heads_;
-};
-
-class BoundLayers {
- public:
-  BoundLayers(const std::string& instruction_set, const std::string& dtype)
-      : dtype_(parse_dtype(dtype)), functions_(choose_layer_functions(instruction_set, dtype_)) {}
-
-  void norm(uintptr_t stream, int64_t stream_stride, uintptr_t added, int64_t added_stride, uintptr_t out, int64_t out_stride,
-            int64_t num_rows, const Array<float, 1>& weight, float epsilon, int num_threads) const {
-    if (weight.shape(0) % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
-    const Norm norm{matrix(stream, stream_stride),
-                    matrix(added, added_stride),
-                    matrix(out, out_stride),
-                    weight.data(),
-                    static_cast<int64_t>(weight.shape(0)),
-                    epsilon};
-    const nb::gil_scoped_release release;
-    share(num_rows, num_threads, 64, [&](int64_t first, int64_t last, int) { functions_.norm(norm, first, last); });
-  }
-
-  void gate(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t num_rows, int64_t size, int activation,
-            int num_threads) const {
-    if (size % kLanes) throw nb::value_error("a multiple of 16 values a row expected");
-    const Gate gate{matrix(x, x_stride), matrix(out, out_stride), size, static_cast<Activation>(activation)};
-    const nb::gil_scoped_release release;
-    share(num_rows, num_threads, 16, [&](int64_t first, int64_t last, int) { functions_.gate(gate, first, last); });
-  }
-
-  void attend(const BoundHeads& bound, const BoundSpans& spans, uintptr_t qkv, int64_t qkv_stride, uintptr_t out,
-              int64_t out_stride, uintptr_t cosine, uintptr_t sine, uintptr_t memory, int64_t num_blocks, int num_threads) const {
-    const Heads& heads = bound.heads();
-    if (!spans.is_for(heads) || spans.last_block() >= num_blocks) throw nb::value_error("the spans are of another memory");
-    const Attention attention{matrix(qkv, qkv_stride),
-                              matrix(out, out_stride),
-                              reinterpret_cast<const float*>(cosine),
-                              reinterpret_cast<const float*>(sine),
-                              reinterpret_cast<uint8_t*>(memory),
-                              spans.spans().data(),
-                              spans.table()};
-    const nb::gil_scoped_release release;
-    share(spans.num_tokens(), num_threads, 16,
-          [&](int64_t first, int64_t last, int) { write(heads, attention, spans, first, last); });
-    const auto& pieces = spans.pieces();
-    const auto count = static_cast<int64_t>(pieces.size());
-    const int64_t size = scratch_size(spans.last_position());
-    std::vector<float> scratch(static_cast<size_t>(size * num_parts(count, num_threads, 4)));  // here an error can be told
-    share(count, num_threads, 4, [&](int64_t first, int64_t last, int number) {
-      for (int64_t i = first; i < last; i++)
-        functions_.attend(heads, attention, pieces[i], pieces[std::min(i + 1, last - 1)], scratch.data() + size * number);
-    });
-  }
-
-  int64_t block_bytes(const BoundHeads& bound) const { return lori::block_bytes(bound.heads(), dtype_); }
-
- private:
-  void write(const Heads& heads, const Attention& attention, const BoundSpans& spans, int64_t first, int64_t last) const {
-    for (const Span& span : spans.spans()) {
-      const int64_t begin = std::max<int64_t>(first, span.row), end = std::min<int64_t>(last, span.row + span.num_tokens);
-      if (begin < end) functions_.write(heads, attention, span, begin, end);
-    }
-  }
-
-  Dtype dtype_;
-  LayerFunctions functions_;
-};
+void attend(const BoundLayers& layers, const BoundHeads& heads, const BoundSpans& spans, uintptr_t qkv, int64_t qkv_stride,
+            uintptr_t out, int64_t out_stride, uintptr_t cosine, uintptr_t sine, uintptr_t memory, int64_t num_blocks,
+            int num_threads) {
+  spans.check(heads.heads(), num_blocks);
+  const Attention of{matrix(qkv, qkv_stride),
+                     matrix(out, out_stride),
+                     reinterpret_cast<const float*>(cosine),
+                     reinterpret_cast<const float*>(sine),
+                     reinterpret_cast<uint8_t*>(memory),
+                     spans.spans().data(),
+                     spans.table()};
+  const nb::gil_scoped_release release;
+  layers.attend(heads.heads(), of, spans, num_threads);
+}
 
 }  // namespace
 
@@ -187,10 +66,11 @@ void bind_layers(nb::module_& m) {
            nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none());
   nb::class_<BoundLayers>(m, "Layers")
       .def(nb::init<const std::string&, const std::string&>())
-      .def("norm", &BoundLayers::norm)
-      .def("gate", &BoundLayers::gate)
-      .def("attend", &BoundLayers::attend)
-      .def("block_bytes", &BoundLayers::block_bytes);
+      .def("norm", &norm)
+      .def("gate", &gate)
+      .def("attend", &attend)
+      .def("block_bytes",
+           [](const BoundLayers& layers, const BoundHeads& heads) { return block_bytes(heads.heads(), layers.dtype()); });
 }
 
 }  // namespace lori

@@ -8,5 +8,6 @@ namespace lori {
 void bind_adapter(nanobind::module_& m);  // what takes an adapter whole
 void bind_layers(nanobind::module_& m);
 void bind_product(nanobind::module_& m);
+void bind_stack(nanobind::module_& m);  // after those above
 
 }  // namespace lori

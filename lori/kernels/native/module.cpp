@@ -175,4 +175,5 @@ NB_MODULE(_lori_cpu, m) {
   nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>());
   bind_layers(m);
   bind_product(m);
+  bind_stack(m);
 }

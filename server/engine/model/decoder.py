@@ -61,7 +61,7 @@ class Layer:
 
 
 class Ops(Protocol):
-    """What a layer does beside its products, and the memory of its keys and values. `Step` is what `plan` makes of the spans."""
+    """What a layer does beside its products, and the memory of its keys and values."""
 
     num_bytes: int
 
@@ -76,6 +76,29 @@ class Ops(Protocol):
 
     def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
         """Writes the step's keys and values and returns what its tokens attend to, (T, H E); qkv (T, (H + 2 G) E) is used up."""
+
+    def run(
+        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+    ) -> torch.Tensor:
+        """Adds to `stream` (T, D) what all layers give but the last MLP, and returns that (T, D): `run_layers`, or as it does."""
+
+
+def run_layers(
+    ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+) -> torch.Tensor:
+    """Runs the layers by the operations of `ops`, as its `run` says."""
+    added: torch.Tensor | None = None
+    for number, layer in enumerate(layers):
+        qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
+        added = layer.output(ops.attend(qkv, number, layer.heads, turns[layer.turn], step), route)
+        if layer.attention_output_norm is not None:
+            added = ops.norm(added, None, layer.attention_output_norm)
+        hidden = layer.gate_up(ops.norm(stream, added, layer.mlp_norm), route)
+        added = layer.down(ops.gate(hidden, layer.activation), route)
+        if layer.mlp_output_norm is not None:
+            added = ops.norm(added, None, layer.mlp_output_norm)
+    assert added is not None
+    return added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,18 +118,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Returns the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,)."""
         stream = self.embed(ids)
-        turns = self.turns(positions)
-        added: torch.Tensor | None = None
-        for number, layer in enumerate(self.layers):
-            qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
-            added = layer.output(ops.attend(qkv, number, layer.heads, turns[layer.turn], step), route)
-            if layer.attention_output_norm is not None:
-                added = ops.norm(added, None, layer.attention_output_norm)
-            hidden = layer.gate_up(ops.norm(stream, added, layer.mlp_norm), route)
-            added = layer.down(ops.gate(hidden, layer.activation), route)
-            if layer.mlp_output_norm is not None:
-                added = ops.norm(added, None, layer.mlp_output_norm)
-        assert added is not None
+        added = ops.run(self.layers, stream, self.turns(positions), step, route)
         logits = self.head(ops.norm(stream[rows], added[rows], self.norm), None).float()
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)

@@ -3,14 +3,15 @@
 Shapes: T tokens, H heads, G key-value heads, E head size, S spans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from lori.kernels import Route
 from lori.kernels.native import MODULE, instruction_sets
 from lori.kernels.pages import zeros
-from server.engine.model.decoder import Heads, Norm, Turns
+from server.engine.model.decoder import Heads, Layer, Norm, Turns, run_layers
 from server.engine.model.spans import Span
 
 BLOCK_TOKENS = 16
@@ -87,6 +88,12 @@ class NativeOps:
             turns[1].data_ptr(), self._memory[layer].data_ptr(), self._num_blocks, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def run(
+        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+    ) -> torch.Tensor:
+        """See `Ops`."""
+        return run_layers(self, layers, stream, turns, step, route)
 
 
 def _bound(heads: Heads, module: Any) -> Any:

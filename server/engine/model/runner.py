@@ -17,6 +17,7 @@ from lori.pool import AdapterPool
 from server.engine.model.decoder import Decoder, Ops
 from server.engine.model.families import head_size, read_decoder
 from server.engine.model.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NativeOps
+from server.engine.model.native_stack import NUM_PRODUCTS, NativeStack, products
 from server.engine.model.spans import Span
 from server.engine.model.torch_ops import TorchOps
 from server.engine.scheduling.scheduler import Chunk
@@ -111,5 +112,7 @@ def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dt
     has_sizes = block_size % BLOCK_TOKENS == 0 and all(width % LANES == 0 for width in widths)
     is_alike = len({(of.num_heads, of.num_kv_heads) for of in heads}) == 1 and max(of.head_size for of in heads) <= MAX_HEAD
     if MODULE and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and has_sizes and is_alike:
+        if all(len(products(layer)) == NUM_PRODUCTS for layer in decoder.layers):
+            return NativeStack(decoder.layers, num_blocks, block_size, dtype)
         return NativeOps(heads, num_blocks, block_size, dtype)
     return TorchOps(heads, num_blocks, block_size, dtype, device)

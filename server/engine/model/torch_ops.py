@@ -4,13 +4,14 @@ Keys and values lie token by token. Spans of one token are attended to together,
 Shapes: T tokens of a step, S spans, B spans of one token, L keys, C tokens of a span, H heads, G key-value heads, E head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from server.engine.model.decoder import Heads, Norm, Turns
+from lori.kernels import Route
+from server.engine.model.decoder import Heads, Layer, Norm, Turns, run_layers
 from server.engine.model.spans import Span
 
 PAD_TO = 64
@@ -91,6 +92,12 @@ class TorchOps:
             span = slice(chunk.row, chunk.row + chunk.num_tokens)
             out[span] = _prefill(query[span], keys[chunk.keys], values[chunk.keys], heads)
         return out.flatten(1)
+
+    def run(
+        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+    ) -> torch.Tensor:
+        """See `Ops`."""
+        return run_layers(self, layers, stream, turns, step, route)
 
     def _turn(self, x: torch.Tensor, norm: Norm | None, turns: Turns) -> torch.Tensor:
         # Halves of a head are turned against each other.

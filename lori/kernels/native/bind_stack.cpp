@@ -1,0 +1,204 @@
+// All layers of a decoder in one call, in bfloat16: what Python would take between its calls adds up to a tenth of a small step.
+//
+// Shapes: T tokens of a step, D width.
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <mutex>
+#include <utility>
+
+#include "bindings.h"
+#include "bound_layers.h"
+#include "bound_product.h"
+
+namespace lori {
+
+#ifndef LORI_AVX512_BF16
+void bind_stack(nb::module_&) {}  // there are no products for it
+#else
+
+namespace {
+
+using MaybeNorm = std::optional<Array<float, 1> >;
+
+// A decoder's layer: attention, then the MLP, each on a norm of the stream, to which what it gives is added.
+class Layer {
+ public:
+  Layer(Array<float, 1> attention_norm, const Projection* qkv, const BoundHeads* heads, int turn, const Projection* output,
+        MaybeNorm attention_output_norm, Array<float, 1> mlp_norm, const Projection* gate_up, int activation,
+        const Projection* down, MaybeNorm mlp_output_norm, float epsilon, uintptr_t memory)
+      : attention_norm(attention_norm),
+        mlp_norm(mlp_norm),
+        attention_output_norm(attention_output_norm),
+        mlp_output_norm(mlp_output_norm),
+        qkv(*qkv),
+        output(*output),
+        gate_up(*gate_up),
+        down(*down),
+        heads(heads->heads()),
+        turn(turn),
+        activation(static_cast<Activation>(activation)),
+        epsilon(epsilon),
+        memory(reinterpret_cast<uint8_t*>(memory)) {
+    const int width = qkv->num_inputs(), size = this->heads.head_size;
+    const int attended = this->heads.num_heads * size, inner = down->num_inputs();
+    if (qkv->num_outputs() != attended + 2 * this->heads.num_kv_heads * size || output->num_inputs() != attended ||
+        output->num_outputs() != width || gate_up->num_inputs() != width || gate_up->num_outputs() != 2 * inner ||
+        down->num_outputs() != width || width % kLanes || inner % kLanes)
+      throw nb::value_error("these products are not those of a layer");
+    for (const MaybeNorm& norm : {MaybeNorm(attention_norm), MaybeNorm(mlp_norm), attention_output_norm, mlp_output_norm})
+      if (norm && static_cast<int>(norm->shape(0)) != width) throw nb::value_error("a norm is not of the layer's width");
+  }
+
+  std::array<const Projection*, 4> products() const { return {&qkv, &output, &gate_up, &down}; }
+
+  const Array<float, 1> attention_norm, mlp_norm;
+  const MaybeNorm attention_output_norm, mlp_output_norm;
+  const Projection &qkv, &output, &gate_up, &down;
+  const Heads heads;
+  const int turn;
+  const Activation activation;
+  const float epsilon;
+  uint8_t* const memory;
+};
+
+// What a step's layers share.
+struct Pass {
+  const BoundLayers& functions;
+  const BoundSpans& spans;
+  const BoundRoute* route;  // or null
+  const std::vector<std::pair<uintptr_t, uintptr_t> >& turns;
+  int num_tokens, num_threads;
+  const BoundOperands* const* operands;  // of the next product
+  uint16_t* reduced;
+
+  void norm(uint16_t* stream, uint16_t* added, uint16_t* out, const Array<float, 1>& weight, float epsilon) const {
+    const auto size = static_cast<int64_t>(weight.shape(0));
+    functions.norm({rows(stream, size), rows(added, size), rows(out, size), weight.data(), size, epsilon}, num_tokens,
+                   num_threads);
+  }
+
+  void project(const Projection& product, const uint16_t* x, uint16_t* y) {
+    const Tokens tokens{x, y, product.num_inputs(), product.num_outputs()};
+    if (!route) return product.multiply(tokens, num_tokens, num_threads);
+    product.project(tokens, {x, reduced, product.num_inputs(), product.num_reduced()}, num_tokens, operands, *route, num_threads);
+    operands += product.num_layers();
+  }
+
+  void attend(const Layer& layer, uint16_t* qkv, uint16_t* out) const {
+    const auto& turn = turns[layer.turn];
+    const Attention attention{rows(qkv, layer.qkv.num_outputs()),
+                              rows(out, layer.output.num_inputs()),
+                              reinterpret_cast<const float*>(turn.first),
+                              reinterpret_cast<const float*>(turn.second),
+                              layer.memory,
+                              spans.spans().data(),
+                              spans.table()};
+    functions.attend(layer.heads, attention, spans, num_threads);
+  }
+
+  void gate(const Layer& layer, uint16_t* hidden, uint16_t* out) const {
+    const int64_t size = layer.down.num_inputs();
+    functions.gate({rows(hidden, 2 * size), rows(out, size), size, layer.activation}, num_tokens, num_threads);
+  }
+
+  static Matrix rows(uint16_t* at, int64_t stride) { return {reinterpret_cast<uint8_t*>(at), stride}; }
+};
+
+class Stack {
+ public:
+  Stack(const BoundLayers* functions, const std::vector<const Layer*>& layers, int64_t num_blocks)
+      : functions_(*functions), layers_(layers), num_blocks_(num_blocks) {
+    if (layers.empty() || functions->dtype() != Dtype::kBfloat16) throw nb::value_error("layers in bfloat16 expected");
+    width_ = layers[0]->qkv.num_inputs();
+    for (const Layer* layer : layers) {
+      if (layer->qkv.num_inputs() != width_) throw nb::value_error("layers of one width expected");
+      for (const Projection* product : layer->products()) {
+        num_operands_ += product->num_layers();
+        num_reduced_ = std::max<int64_t>(num_reduced_, product->num_reduced());
+        num_between_ = std::max<int64_t>({num_between_, product->num_inputs(), product->num_outputs()});
+      }
+    }
+  }
+
+  // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `operands` are those of all
+  // products in their order, where there is a route.
+  void forward(uintptr_t stream, uintptr_t added, const BoundSpans& spans,
+               const std::vector<std::pair<uintptr_t, uintptr_t> >& turns, const BoundRoute* route,
+               const std::vector<const BoundOperands*>& operands, int num_threads) {
+    check(spans, turns, route, operands);
+    const nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const int64_t num_tokens = spans.num_tokens();
+    const auto size = static_cast<size_t>(num_tokens * (2 * num_between_ + num_reduced_));
+    if (scratch_.size() < size) scratch_.resize(size);
+    uint16_t *first = scratch_.data(), *second = first + num_tokens * num_between_;
+    Pass pass{functions_,
+              spans,
+              route,
+              turns,
+              static_cast<int>(num_tokens),
+              num_threads,
+              operands.data(),
+              second + num_tokens * num_between_};
+    auto *x = reinterpret_cast<uint16_t*>(stream), *out = reinterpret_cast<uint16_t*>(added);
+    for (const Layer* layer : layers_) {
+      pass.norm(x, layer == layers_[0] ? nullptr : out, first, layer->attention_norm, layer->epsilon);
+      pass.project(layer->qkv, first, second);
+      pass.attend(*layer, second, first);
+      pass.project(layer->output, first, out);
+      if (layer->attention_output_norm) pass.norm(out, nullptr, out, *layer->attention_output_norm, layer->epsilon);
+      pass.norm(x, out, first, layer->mlp_norm, layer->epsilon);
+      pass.project(layer->gate_up, first, second);
+      pass.gate(*layer, second, first);
+      pass.project(layer->down, first, out);
+      if (layer->mlp_output_norm) pass.norm(out, nullptr, out, *layer->mlp_output_norm, layer->epsilon);
+    }
+  }
+
+ private:
+  void check(const BoundSpans& spans, const std::vector<std::pair<uintptr_t, uintptr_t> >& turns, const BoundRoute* route,
+             const std::vector<const BoundOperands*>& operands) const {
+    if (operands.size() != (route ? num_operands_ : 0))
+      throw nb::value_error("operands of all products, or none without a route, expected");
+    const BoundOperands* const* of = operands.data();
+    for (const Layer* layer : layers_) {
+      spans.check(layer->heads, num_blocks_);
+      if (layer->turn < 0 || layer->turn >= static_cast<int>(turns.size())) throw nb::value_error("a layer's turns are missing");
+      if (!route) continue;
+      for (const Projection* product : layer->products()) {
+        product->check(of, product->num_layers(), *route, spans.num_tokens());
+        of += product->num_layers();
+      }
+    }
+  }
+
+  const BoundLayers& functions_;
+  const std::vector<const Layer*> layers_;
+  const int64_t num_blocks_;
+  int64_t width_ = 0, num_reduced_ = 0, num_between_ = 0;
+  size_t num_operands_ = 0;
+  std::vector<uint16_t> scratch_;
+  std::mutex mutex_;  // of the scratch
+};
+
+}  // namespace
+
+void bind_stack(nb::module_& m) {
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<Array<float, 1>, const Projection*, const BoundHeads*, int, const Projection*, MaybeNorm, Array<float, 1>,
+                    const Projection*, int, const Projection*, MaybeNorm, float, uintptr_t>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 9>(),
+           nb::keep_alive<1, 11>(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  nb::class_<Stack>(m, "Stack")
+      .def(nb::init<const BoundLayers*, const std::vector<const Layer*>&, int64_t>(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>())
+      .def("forward", &Stack::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+}
+
+#endif
+
+}  // namespace lori

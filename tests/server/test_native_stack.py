@@ -1,0 +1,144 @@
+"""A decoder's layers in one call of the compiled module: bit for bit what they give one by one, and what is refused."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lori.base_model import load_base_model
+from lori.basis import Seeded
+from lori.kernels import Route, Term
+from lori.kernels.cpu import bound_operands, bound_route
+from lori.layer import module_shapes
+from lori.packed_adapter import pack_adapter
+from lori.pool import AdapterPool
+from lori.projection import has_native
+from server.engine.model.native_ops import NativeOps
+from server.engine.model.native_stack import NativeStack
+from server.engine.model.runner import Runner
+from server.engine.model.spans import Span
+from server.engine.request import Request
+from server.engine.request import Sequence as EngineSequence
+from server.engine.scheduling.scheduler import Chunk
+from tests.lori.adapters import make_adapter
+from tests.server.rig import ALL_LINEAR
+from tests.server.test_runner import SERVED
+from tests.tiny import save_tiny_model
+
+BF16 = torch.bfloat16
+pytestmark = pytest.mark.skipif(not has_native(BF16, torch.device("cpu")), reason="there are no native products")
+KNOWN = sorted(SERVED.keys() - {"llama with heads of 12"})
+IDS = tuple(range(40, 110))
+CUTS = (0, 3, 60, 61, 62, 70)
+"""A prompt in parts, one of them long, and steps of one token."""
+TERMS: Sequence[Sequence[tuple[int, float]]] = [(), ((0, 1.0),), ((0, 0.5), (2, -2.0)), ((1, 1.0),)]
+"""Of each sequence: base, one, a merge, and one on another basis."""
+NUM_BLOCKS = 8
+
+
+@pytest.fixture(autouse=True)
+def num_threads() -> Iterator[Callable[[int], None]]:
+    """One thread, and what sets another number for one test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def runner_of(folder: Path, name: str) -> Runner:
+    """Returns a runner in bf16 with three adapters in its slots."""
+    model = load_base_model(str(save_tiny_model(folder, SERVED[name]())), BF16, attention="eager").model
+    shapes, bases = module_shapes(model), [Seeded(seed=3), Seeded(seed=3, stream=7)]
+    adapters = [
+        make_adapter("wide", shapes, ALL_LINEAR, 8, 16.0, bases[0], seed=1),
+        make_adapter("narrow", shapes, ("q_proj", "up_proj"), 3, 4.5, bases[1], seed=2),
+        make_adapter("shared", shapes, ("down_proj", "o_proj"), 5, 5.0, bases[0], seed=3),
+    ]
+    pool = AdapterPool(shapes, bases, 8, len(adapters), BF16)
+    for slot, adapter in enumerate(adapters):
+        pool.put(slot, pack_adapter(adapter, pool.layouts))
+    return Runner(model, pool, NUM_BLOCKS * len(TERMS), 16)
+
+
+def sequences() -> list[EngineSequence]:
+    request = Request(id="x", prompt_text="", prompt_ids=IDS, prompt_offsets=(0,) * len(IDS), max_tokens=0)
+    made = [EngineSequence(request, blocks=[*range(i * NUM_BLOCKS, (i + 1) * NUM_BLOCKS)]) for i in range(len(TERMS))]
+    for sequence, terms in zip(made, TERMS, strict=True):
+        sequence.terms = [*terms]
+    return made
+
+
+def steps(of: Sequence[EngineSequence]) -> Iterator[list[Chunk]]:
+    """Yields steps that mix sequences of one token with longer ones."""
+    parts = [[Chunk(s, i, j) for i, j in pairwise(CUTS)] for s in of]
+    for number, late in enumerate(parts[3]):
+        early = [part[number] for part in parts[:3]]
+        yield sorted([*early, late], key=lambda chunk: chunk.stop - chunk.start > 1)
+
+
+def logits(runner: Runner) -> list[torch.Tensor]:
+    """Returns the logits of all tokens of every step."""
+    return [runner.forward(chunks, range(sum(c.stop - c.start for c in chunks))) for chunks in steps(sequences())]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", KNOWN)
+def test_all_layers_at_once_give_what_they_give_one_by_one(
+    name: str, threads: int, tmp_path: Path, num_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_threads(threads)
+    runner = runner_of(tmp_path, name)
+    assert isinstance(runner._ops, NativeStack)
+    found = logits(runner)
+    monkeypatch.setattr(NativeStack, "run", NativeOps.run)
+    expected = logits(runner)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert expected[0].isfinite().all()
+
+
+def test_adapters_change_what_is_computed(tmp_path: Path) -> None:
+    (first, *_) = logits(runner_of(tmp_path, "llama"))
+    base, one, merged, other = (first[row * CUTS[1] : (row + 1) * CUTS[1]] for row in range(4))
+    assert all(not torch.equal(base, row) for row in (one, merged, other))
+
+
+def test_long_segments_of_a_dense_adapter_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the layers run one by one: a product with the unpacked B is torch's."""
+    runner = runner_of(tmp_path, "llama")
+    expected = logits(runner)
+    one_by_one: list[int] = []
+    run = NativeOps.run
+    monkeypatch.setattr(NativeOps, "run", lambda *given: (one_by_one.append(1), run(*given))[1])
+    monkeypatch.setattr("lori.kernels.cpu._crossover", lambda *_: 50.0)
+    for operands in stack_of(runner)._operands:
+        operands.packed_tokens.clear()
+    for a, b in zip(logits(runner), expected, strict=True):
+        assert (a - b).norm() / b.norm() < 0.02
+    assert len(one_by_one) == 1, "in one step of the five is a segment of more than 50 tokens"
+
+
+def test_what_is_not_of_these_layers_is_refused(tmp_path: Path) -> None:
+    stack = stack_of(runner_of(tmp_path, "llama"))
+    x = torch.zeros(1, 48, dtype=BF16)
+    turns = [(0, 0)]
+    step, elsewhere = (stack.plan([Span(0, 1, 0, [block])]) for block in (0, NUM_BLOCKS * len(TERMS)))
+    with pytest.raises(ValueError, match="another memory"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), elsewhere, turns, None, [], 1)
+    with pytest.raises(ValueError, match="turns are missing"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, [], None, [], 1)
+    operands = [bound_operands(of) for of in stack._operands]
+    with pytest.raises(ValueError, match="or none without a route"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, None, operands, 1)
+    route = bound_route(Route.of([Term(0, 1, 3, 1.0)], 1))
+    with pytest.raises(ValueError, match="a slot that the operands do not have"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, route, operands, 1)
+    with pytest.raises(ValueError, match="not of this layer"):
+        stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, route, operands[::-1], 1)
+
+
+def stack_of(runner: Runner) -> Any:
+    assert isinstance(runner._ops, NativeStack)
+    return runner._ops
