@@ -203,12 +203,13 @@ LORI_INLINE Rows rows_at(const __m512i* low, const __m512i* high, __m512i places
           _mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, _mm512_srli_epi32(lower, 16), upper, 0xca))};
 }
 
-inline Rows load_rows(const uint16_t* y, uint32_t mask) {
-  const __m512i words = _mm512_maskz_loadu_epi16(mask, y);
+LORI_INLINE Rows load_rows(const uint16_t* y, uint32_t mask) {
+  const __m512i words = mask == ~0u ? _mm512_loadu_si512(y) : _mm512_maskz_loadu_epi16(mask, y);
   return {low_halves(words), high_halves(words)};
 }
 
-inline void store_rows(uint16_t* y, uint32_t mask, Rows rows) {
+// A store by a mask takes many times as long as a whole one.
+LORI_INLINE void store_rows(uint16_t* y, uint32_t mask, Rows rows) {
 #ifdef LORI_DOT
   const __m512i turns =
       _mm512_or_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -225,7 +226,10 @@ inline void store_rows(uint16_t* y, uint32_t mask, Rows rows) {
   const __m512i words =
       _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), _mm512_srli_epi32(round(rows.even), 16), round(rows.odd), 0xca);
 #endif
-  _mm512_mask_storeu_epi16(y, mask, words);
+  if (mask == ~0u)
+    _mm512_storeu_si512(y, words);
+  else
+    _mm512_mask_storeu_epi16(y, mask, words);
 }
 
 inline Rows load_rows(const float* y, uint32_t mask) {
@@ -240,6 +244,34 @@ inline void store_rows(float* y, uint32_t mask, Rows rows) {
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   _mm512_mask_storeu_ps(y, mask & 0xffff, _mm512_permutex2var_ps(rows.even, first, rows.odd));
   _mm512_mask_storeu_ps(y + kLanes, mask >> 16, _mm512_permutex2var_ps(rows.even, second, rows.odd));
+}
+
+// Adds weight * sums to the rows of a window: the first term reads y, the last writes it, `totals` are kept between them.
+template <int kNumPlanes, typename Value>
+LORI_INLINE void add_rows(Value* y, int num_rows, const uint8_t* places, const __m512i* low, const __m512i* high, __m512 weight,
+                          bool is_first, bool is_last, Rows* totals) {
+  const auto add = [&](auto is_first_term, auto is_last_term) __attribute__((always_inline)) {
+    for (int i = 0; 32 * i < num_rows; i++) {
+      const int left = num_rows - 32 * i;
+      const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
+      const Rows sums = rows_at<kNumPlanes>(low, high, load_places(places + 32 * i, left));
+      Rows rows = is_first_term ? load_rows(y + 32 * i, mask) : totals[i];
+      rows.even = _mm512_fmadd_ps(weight, sums.even, rows.even);
+      rows.odd = _mm512_fmadd_ps(weight, sums.odd, rows.odd);
+      if (is_last_term)
+        store_rows(y + 32 * i, mask, rows);
+      else
+        totals[i] = rows;
+    }
+  };
+  if (is_first && is_last)
+    add(std::true_type(), std::true_type());
+  else if (is_first)
+    add(std::true_type(), std::false_type());
+  else if (is_last)
+    add(std::false_type(), std::true_type());
+  else
+    add(std::false_type(), std::false_type());
 }
 
 // What is added to y: one item, and the one to ask the memory for.
@@ -277,33 +309,12 @@ void expand_item(const Work& work) {
     if (later_term + 1 < later.segment->last_term) later_term++;
     __m512i low[kNumPlanes], high[kNumPlanes];
     multiply<kNumPlanes, Column>(block, s, later_block ? later_block : block.steps, low, high);
-    const auto add = [&](auto is_first_term, auto is_last_term) {
-      for (int i = 0; 32 * i < num_rows; i++) {
-        const int left = num_rows - 32 * i;
-        const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
-        const Rows sums = rows_at<kNumPlanes>(low, high, load_places(block.places + 32 * i, left));
-        Rows rows = is_first_term ? load_rows(y + 32 * i, mask) : totals[i];
-        rows.even = _mm512_fmadd_ps(weight, sums.even, rows.even);
-        rows.odd = _mm512_fmadd_ps(weight, sums.odd, rows.odd);
-        if (is_last_term)
-          store_rows(y + 32 * i, mask, rows);
-        else
-          totals[i] = rows;
-      }
-    };
-    if (is_first && is_last)
-      add(std::true_type(), std::true_type());
-    else if (is_first)
-      add(std::true_type(), std::false_type());
-    else if (is_last)
-      add(std::false_type(), std::true_type());
-    else
-      add(std::false_type(), std::false_type());
+    add_rows<kNumPlanes>(y, num_rows, block.places, low, high, weight, is_first, is_last, totals);
     if (is_last) return;
   }
 }
 
-constexpr int kGroup = 4;  // tokens with the same one term that a window is read for once
+constexpr int kGroup = 4;  // tokens with the same terms for which a window is read once
 
 // sums[slice][token] = the products of a window with s of each of the tokens.
 template <int kNumPlanes, int kTokens, typename Column, typename Source>
@@ -331,39 +342,38 @@ LORI_INLINE void multiply_group(const Window& window, const Source* s, __m512 (&
   }
 }
 
-// Adds one window of one term to kTokens tokens that follow one another.
-template <int kNumPlanes, int kTokens, typename Column, typename Source>
+// Adds one window of all terms of a segment to kGroup tokens that follow one another.
+template <int kNumPlanes, typename Column, typename Source>
 void expand_group(const Work& work) {
   using Value = typename Source::Value;
   const Operands& operands = work.operands;
+  const Route& route = work.route;
   const Item& item = work.item;
-  const int slot = work.route.slots[item.segment->first_term];
-  const uint8_t* at = operands.block(slot, item.window);
-  if (!at) return;
-  const Window block(at, kLanes * (sizeof(Value) + sizeof(Column)));
-  const uint8_t* row = work.step.s + item.token * work.step.s_stride +
-                       sizeof(Value) * operands.basis_of[slot] * static_cast<size_t>(operands.rank);
-  const Source s[kTokens] = {Source(row, operands.rank, nullptr), Source(row + work.step.s_stride, operands.rank, nullptr),
-                             Source(row + 2 * work.step.s_stride, operands.rank, nullptr),
-                             Source(row + 3 * work.step.s_stride, operands.rank, nullptr)};
-  __m512 sums[2 * kNumPlanes][kTokens];
-  multiply_group<kNumPlanes, kTokens, Column>(block, s, sums);
-  const __m512 weight = _mm512_set1_ps(work.route.weights[item.segment->first_term]);
+  const Segment& segment = *item.segment;
   const int rows_left = operands.num_outputs - item.window * kWindowRows,
             num_rows = rows_left < kWindowRows ? rows_left : kWindowRows;
-  for (int t = 0; t < kTokens; t++) {
-    Value* y = reinterpret_cast<Value*>(work.step.y + (item.token + t) * work.step.y_stride) + item.window * kWindowRows;
-    __m512i low[kNumPlanes], high[kNumPlanes];
+  Value* y = reinterpret_cast<Value*>(work.step.y + item.token * work.step.y_stride) + item.window * kWindowRows;
+  const ptrdiff_t y_stride = work.step.y_stride / static_cast<ptrdiff_t>(sizeof(Value));
+  Rows totals[kGroup][kPlanes];
+  int term = next_term(operands, route, segment, segment.first_term, item.window);
+  for (bool is_first = true; term < segment.last_term; is_first = false) {
+    const int slot = route.slots[term];
+    const Window block(operands.block(slot, item.window), kLanes * (sizeof(Value) + sizeof(Column)));
+    const uint8_t* row = work.step.s + item.token * work.step.s_stride +
+                         sizeof(Value) * operands.basis_of[slot] * static_cast<size_t>(operands.rank);
+    const Source s[kGroup] = {Source(row, operands.rank, nullptr), Source(row + work.step.s_stride, operands.rank, nullptr),
+                              Source(row + 2 * work.step.s_stride, operands.rank, nullptr),
+                              Source(row + 3 * work.step.s_stride, operands.rank, nullptr)};
+    const __m512 weight = _mm512_set1_ps(route.weights[term]);
+    term = next_term(operands, route, segment, term + 1, item.window);
+    __m512 sums[2 * kNumPlanes][kGroup];
+    multiply_group<kNumPlanes, kGroup, Column>(block, s, sums);
+    for (int t = 0; t < kGroup; t++) {
+      __m512i low[kNumPlanes], high[kNumPlanes];
 #pragma GCC unroll 8
-    for (int i = 0; i < kNumPlanes; i++) to_planes(sums[2 * i][t], sums[2 * i + 1][t], low[i], high[i]);
-    for (int i = 0; 32 * i < num_rows; i++) {
-      const int left = num_rows - 32 * i;
-      const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
-      const Rows found = rows_at<kNumPlanes>(low, high, load_places(block.places + 32 * i, left));
-      Rows rows = load_rows(y + 32 * i, mask);
-      rows.even = _mm512_fmadd_ps(weight, found.even, rows.even);
-      rows.odd = _mm512_fmadd_ps(weight, found.odd, rows.odd);
-      store_rows(y + 32 * i, mask, rows);
+      for (int i = 0; i < kNumPlanes; i++) to_planes(sums[2 * i][t], sums[2 * i + 1][t], low[i], high[i]);
+      add_rows<kNumPlanes>(y + t * y_stride, num_rows, block.places, low, high, weight, is_first, term == segment.last_term,
+                           totals[t]);
     }
   }
 }
@@ -371,7 +381,7 @@ void expand_group(const Work& work) {
 template <int kNumPlanes, typename Column, typename Source>
 void expand_one_or_more(const Work& work, bool is_group) {
   if constexpr (Source::kInRegisters) {
-    if (is_group) return expand_group<kNumPlanes, kGroup, Column, Source>(work);
+    if (is_group) return expand_group<kNumPlanes, Column, Source>(work);
   }
   expand_item<kNumPlanes, Column, Source>(work);
 }
@@ -384,8 +394,7 @@ void expand(const Operands& operands, const Route& route, const Step& step, int6
   for (int64_t i = first; i < last;) {
     const Work work{operands, route, step, *walk, *ahead};
     const Segment& segment = *work.item.segment;
-    const bool is_group = Source::kInRegisters && segment.last_term - segment.first_term == 1 &&
-                          segment.stop - work.item.token >= kGroup && last - i >= kGroup;
+    const bool is_group = Source::kInRegisters && segment.stop - work.item.token >= kGroup && last - i >= kGroup;
     const int num_slices = operands.num_slices - work.item.window * kWindowSlices;
     if (num_slices > 8)
       expand_one_or_more<8, Column, Source>(work, is_group);
