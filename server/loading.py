@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -42,6 +43,8 @@ DEMO_ADAPTERS = Path(__file__).parent / "adapters"
 GIB = 2**30
 BYTES_PER_ENTRY = {torch.bfloat16: 4.5, torch.float32: 6.5}
 """Of a resident adapter: a little more than what was measured at a tenth kept."""
+PATIENCE_S = 0.005
+"""What a step waits for an adapter that is being read: about as long as that takes."""
 NUM_MERGES = 32
 """Merges that are no sums for which there is room from the start."""
 
@@ -71,7 +74,7 @@ def load_service(settings: Settings) -> Service:
     pool.reserve(min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
-    tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB))
+    tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s())
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
     _log(base, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
@@ -86,6 +89,12 @@ def load_service(settings: Settings) -> Service:
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
     )
+
+
+def _patience_s() -> float:
+    # Where a step takes every core it would take the loader's, too, and what is read half way would wait for the step after it.
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return PATIENCE_S if torch.get_num_threads() >= num_cores else 0.0
 
 
 def _context_tokens(base: BaseModel) -> float:

@@ -187,12 +187,31 @@ class SlowReader:
     """Reads nothing before it is let."""
 
     def __init__(self) -> None:
-        self.may_read, self.num_read = threading.Event(), 0
+        self.is_reading, self.may_read, self.num_read = threading.Event(), threading.Event(), 0
 
     def read_entry(self, _: object) -> PackedAdapter:
+        self.is_reading.set()
         assert self.may_read.wait(LIMIT_S)
         self.num_read += 1
         raise ValueError("enough")
+
+
+def test_waiting_ends_with_what_is_read_and_is_done_once(tmp_path: Path) -> None:
+    reader = SlowReader()
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("ab")]
+    desk = Desk(tmp_path, adapters, cast(PackedReader, reader))
+    desk.loader.wait(LIMIT_S)  # for nothing
+    of = desk.request("a", "b")
+    for digest, _ in of.residents:
+        desk.loader.start(digest, of)
+    assert reader.is_reading.wait(LIMIT_S)
+    desk.loader.wait(0.0)
+    desk.loader.wait(LIMIT_S)  # again for the same one: not at all
+    assert desk.loader.collect() == []
+    reader.may_read.set()
+    while reader.num_read < len(of.residents):
+        desk.loader.wait(LIMIT_S)
+    desk.loader.close()
 
 
 def test_closing_reads_no_more_than_what_is_begun(tmp_path: Path) -> None:

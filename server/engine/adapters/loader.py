@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -40,6 +40,7 @@ class Loader:
         self._lock = threading.Lock()
         self._reading: dict[str, Future[Loaded]] = {}
         self._is_closed = False
+        self._awaited: Future[Loaded] | None = None
         self.notify: Callable[[], None] = lambda: None
 
     @property
@@ -54,6 +55,14 @@ class Loader:
                 return
             future = self._reading[digest] = self._pool.submit(self._load, digest, request)
         future.add_done_callback(lambda _: self.notify())
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits, no longer than that and once for each, until the one that is being read now is there."""
+        with self._lock:
+            reading = next((future for future in self._reading.values() if future.running()), None)
+        if reading and reading is not self._awaited:
+            self._awaited = reading
+            wait([reading], timeout_s)
 
     def collect(self) -> list[Loaded]:
         """Returns what was read since the last call."""

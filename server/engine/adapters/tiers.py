@@ -23,7 +23,10 @@ MAX_LOADING = 16
 
 
 class AdapterTiers:
-    """Keeps resident what running sequences need: the scheduler's `ResidencyGate`."""
+    """Keeps resident what running sequences need: the scheduler's `ResidencyGate`.
+
+    A step that could begin waits `patience_s` for an adapter that is just being read.
+    """
 
     def __init__(
         self,
@@ -32,9 +35,11 @@ class AdapterTiers:
         loader: Loader,
         max_loaded_bytes: int,
         max_loading: int = MAX_LOADING,
+        patience_s: float = 0.0,
     ) -> None:
         self._pool, self.residents, self._loader = pool, residents, loader
         self._max_loaded_bytes, self._max_loading = max_loaded_bytes, max_loading
+        self._patience_s = patience_s
         self._loaded: OrderedDict[str, PackedAdapter] = OrderedDict()  # the one unused longest first
         self._wanted: dict[str, dict[Sequence, None]] = {}
         self._failed: dict[Sequence, str] = {}
@@ -98,6 +103,8 @@ class AdapterTiers:
 
     def collect(self) -> bool:
         """Takes in what was read; returns whether anything was, so that the scheduler is to ask again."""
+        if self._patience_s and self._loader.num_reading:
+            self._loader.wait(self._patience_s)
         arrived = self._loader.collect()
         for loaded in arrived:
             waiting = self._wanted.get(loaded.digest, {})
