@@ -25,12 +25,15 @@ from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.model.families import check_family, head_size
-from server.engine.model.probe import check, measure_free_tokens, own_logits
+from server.engine.model.families import check_family
+from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler, StepLimits
+from server.engine.step_timing import measure_step_cost
 from server.engine.thread import EngineThread
+from server.engine.turn import Turn
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
@@ -65,8 +68,15 @@ def load_service(settings: Settings) -> Service:
         max_sequences=settings.max_batch,
         max_tokens=settings.max_step_tokens,
         max_stall=settings.max_stall,
-        context_tokens=_context_tokens(base),
-        free_tokens=measure_free_tokens(runner, base.model, min(64, max_context), settings.block_size),
+        cost=measure_step_cost(
+            Turn(runner, Sampler(_stop_ids(base))),
+            num_ids=base.model.config.get_text_config().vocab_size,
+            max_tokens=settings.max_step_tokens,
+            max_sequences=settings.max_batch,
+            max_context=max_context,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+        ),
     )
     pool.reserve(min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
@@ -86,14 +96,6 @@ def load_service(settings: Settings) -> Service:
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
     )
-
-
-def _context_tokens(base: BaseModel) -> float:
-    # By the operations of both; those of attention take about twice as long each.
-    config = base.model.config.get_text_config()
-    in_products = sum(d * n for d, n in base.identity.shapes.values())
-    a_key = 2 * int(config.num_hidden_layers) * int(config.num_attention_heads) * head_size(base.model)
-    return in_products / a_key / 2
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
@@ -140,7 +142,8 @@ def _log(base: BaseModel, num_adapters: int, runner: Runner, num_kv_tokens: int,
         num_kv_tokens,
         runner.num_kv_bytes / 2**20,
     )
-    logger.info("a step takes as long as %d tokens take, whatever is in it", limits.free_tokens)
+    logger.info("a step in which one sequence decodes takes %.1f ms", 1e3 * limits.cost.decoding(1))
+    logger.debug("what steps cost: %s", limits.cost)
     if not MODULE:
         logger.warning(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
