@@ -92,7 +92,7 @@ def load_service(settings: Settings) -> Service:
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident),
+        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings)),
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
     )
@@ -119,6 +119,11 @@ def _likely_bytes(base: BaseModel, registry: Registry, max_resident: int) -> int
     num_outputs = sum(d for d, _ in base.identity.shapes.values())
     largest = max((1 - of.sparsity) * of.max_rank for of in found) * num_outputs * BYTES_PER_ENTRY[base.model.dtype]
     return int(largest * min(max_resident, len(found) + NUM_MERGES))
+
+
+def _max_kept(base: BaseModel, settings: Settings) -> float:
+    # An entry has a value and a column of a byte at least; what a slice is filled up with comes on top.
+    return settings.resident_gib * GIB / (base.model.dtype.itemsize + 1)
 
 
 def _basis(of: Registered) -> Basis:
@@ -157,18 +162,22 @@ def _metrics(model: str, scheduler: Scheduler, tiers: AdapterTiers, num_register
         ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
         ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
         ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
-        ("vllm:num_preemptions_total", "Requests that gave up their KV memory so far.", lambda: scheduler.num_preemptions),
-        ("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
-        ("vllm:prefix_cache_hits_total", "Prompt tokens found there.", lambda: cache.num_found_tokens),
         ("lori:adapters_registered", "Adapters that can be asked for.", lambda: num_registered),
         ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
         ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
         ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
         ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
         ("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
-        ("lori:adapter_evictions", "Adapters that made room for others so far.", lambda: residents.num_evictions),
     ):
         metrics.watch(name, help_text, read)
+    for name, help_text, read in (
+        ("vllm:num_preemptions", "Requests that gave up their KV memory.", lambda: scheduler.num_preemptions),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
+        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
+        ("lori:adapter_load_failures", "Adapters that could not be read or made resident.", lambda: tiers.num_failures),
+        ("lori:adapter_evictions", "Adapters that made room for others.", lambda: residents.num_evictions),
+    ):
+        metrics.watch_count(name, help_text, read)
     tiers.observe_load = metrics.load_seconds.observe
     return metrics
 
