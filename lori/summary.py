@@ -29,13 +29,15 @@ class Summary:
     targets: tuple[str, ...]
     """As `AdapterConfig.target_modules`."""
     sparsity: float
+    num_kept: int
+    """Entries of B that are kept, over all modules, by what the config says of its sparsity."""
     templates: tuple[Template, ...]
     merge_weights: Mapping[str, tuple[float, float]] = field(hash=False)
     metrics: Mapping[str, float] = field(hash=False)
 
     @classmethod
-    def of(cls, name: str, config: AdapterConfig) -> "Summary":
-        """Returns the summary of the adapter called `name`."""
+    def of(cls, name: str, config: AdapterConfig, num_entries: int) -> "Summary":
+        """Returns the summary of the adapter called `name`, whose B has `num_entries`, zeros too."""
         section = config.lori
         return cls(
             name=name,
@@ -47,6 +49,7 @@ class Summary:
             scale=config.scale,
             targets=config.target_modules,
             sparsity=section.sparsity,
+            num_kept=round((1 - section.sparsity) * num_entries),
             templates=section.templates,
             merge_weights=section.merge_weights,
             metrics=section.metrics,
@@ -81,13 +84,21 @@ class _Reader:
     def __init__(self, base: BaseIdentity) -> None:
         self._base = base
         self._base_faults: dict[object, list[str]] = {}
+        self._entries: dict[object, int] = {}
 
     def read(self, entry: Entry) -> Summary:
         config = read_config(entry.folder)
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
         if faults := self._faults(config):
             raise AdapterFormatError(str(entry.folder), faults)
-        return Summary.of(entry.name, config)
+        return Summary.of(entry.name, config, self._num_entries(config))
+
+    def _num_entries(self, config: AdapterConfig) -> int:
+        recipe = (config.r, tuple(config.rank_pattern.items()), config.target_modules)
+        if recipe not in self._entries:
+            shapes = {name: shape for name, shape in self._base.shapes.items() if config.is_target(name)}
+            self._entries[recipe] = sum(num_outputs * config.rank_of(name) for name, (num_outputs, _) in shapes.items())
+        return self._entries[recipe]
 
     def _faults(self, config: AdapterConfig) -> list[str]:
         recipe = (config.base_name, config.lori.base_digest, config.target_modules, tuple(config.lori.shapes.items()))

@@ -26,12 +26,15 @@ from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.model.families import check_family, head_size
-from server.engine.model.probe import check, measure_free_tokens, own_logits
+from server.engine.model.families import check_family
+from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler, StepLimits
+from server.engine.step_timing import measure_step_cost
 from server.engine.thread import EngineThread
+from server.engine.turn import Turn
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
@@ -68,8 +71,15 @@ def load_service(settings: Settings) -> Service:
         max_sequences=settings.max_batch,
         max_tokens=settings.max_step_tokens,
         max_stall=settings.max_stall,
-        context_tokens=_context_tokens(base),
-        free_tokens=measure_free_tokens(runner, base.model, min(64, max_context), settings.block_size),
+        cost=measure_step_cost(
+            Turn(runner, Sampler(_stop_ids(base))),
+            num_ids=base.model.config.get_text_config().vocab_size,
+            max_tokens=settings.max_step_tokens,
+            max_sequences=settings.max_batch,
+            max_context=max_context,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+        ),
     )
     pool.reserve(min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
@@ -85,7 +95,7 @@ def load_service(settings: Settings) -> Service:
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident),
+        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings)),
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
     )
@@ -95,14 +105,6 @@ def _patience_s() -> float:
     # Where a step takes every core it would take the loader's, too, and what is read half way would wait for the step after it.
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return PATIENCE_S if torch.get_num_threads() >= num_cores else 0.0
-
-
-def _context_tokens(base: BaseModel) -> float:
-    # By the operations of both; those of attention take about twice as long each.
-    config = base.model.config.get_text_config()
-    in_products = sum(d * n for d, n in base.identity.shapes.values())
-    a_key = 2 * int(config.num_hidden_layers) * int(config.num_attention_heads) * head_size(base.model)
-    return in_products / a_key / 2
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
@@ -128,6 +130,11 @@ def _likely_bytes(base: BaseModel, registry: Registry, max_resident: int) -> int
     return int(largest * min(max_resident, len(found) + NUM_MERGES))
 
 
+def _max_kept(base: BaseModel, settings: Settings) -> float:
+    # An entry has a value and a column of a byte at least; what a slice is filled up with comes on top.
+    return settings.resident_gib * GIB / (base.model.dtype.itemsize + 1)
+
+
 def _basis(of: Registered) -> Basis:
     said = of.summary.basis
     return load_basis(of.entry.folder.parent, said.digest) if isinstance(said, ExplicitConfig) else said.basis()
@@ -149,7 +156,8 @@ def _log(base: BaseModel, num_adapters: int, runner: Runner, num_kv_tokens: int,
         num_kv_tokens,
         runner.num_kv_bytes / 2**20,
     )
-    logger.info("a step takes as long as %d tokens take, whatever is in it", limits.free_tokens)
+    logger.info("a step in which one sequence decodes takes %.1f ms", 1e3 * limits.cost.decoding(1))
+    logger.debug("what steps cost: %s", limits.cost)
     if not MODULE:
         logger.warning(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
@@ -163,18 +171,22 @@ def _metrics(model: str, scheduler: Scheduler, tiers: AdapterTiers, num_register
         ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
         ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
         ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
-        ("vllm:num_preemptions_total", "Requests that gave up their KV memory so far.", lambda: scheduler.num_preemptions),
-        ("vllm:prefix_cache_queries_total", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
-        ("vllm:prefix_cache_hits_total", "Prompt tokens found there.", lambda: cache.num_found_tokens),
         ("lori:adapters_registered", "Adapters that can be asked for.", lambda: num_registered),
         ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
         ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
         ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
         ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
         ("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
-        ("lori:adapter_evictions", "Adapters that made room for others so far.", lambda: residents.num_evictions),
     ):
         metrics.watch(name, help_text, read)
+    for name, help_text, read in (
+        ("vllm:num_preemptions", "Requests that gave up their KV memory.", lambda: scheduler.num_preemptions),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
+        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
+        ("lori:adapter_load_failures", "Adapters that could not be read or made resident.", lambda: tiers.num_failures),
+        ("lori:adapter_evictions", "Adapters that made room for others.", lambda: residents.num_evictions),
+    ):
+        metrics.watch_count(name, help_text, read)
     tiers.observe_load = metrics.load_seconds.observe
     return metrics
 

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
@@ -16,7 +16,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Service:
     """One served base model."""
 
@@ -26,22 +26,31 @@ class Service:
     admission: Admission
     engine: EngineThread
     metrics: Metrics
+    num_requests: int = field(default=0, init=False)
+    """That are being admitted, wait, run, or whose answer is being sent."""
 
-    async def admit(self, ask: Ask) -> Request:
-        """Returns the request, or raises what the error table knows. Long prompts are encoded off the event loop."""
-        self._check_room()
-        request = await run_in_threadpool(self.admission.admit, ask)
-        # Others may have come meanwhile.
-        self._check_room()
-        for term in request.terms:
-            self.metrics.adapter_requests.labels(term.name).inc()
-        return request
+    @asynccontextmanager
+    async def admitted(self, ask: Ask) -> AsyncGenerator[Request, None]:
+        """Gives the request, which has its place until the block ends, or raises what the error table knows.
 
-    def _check_room(self) -> None:
+        Long prompts are encoded off the event loop, when the place is taken already.
+        """
+        self._check_alive()
+        if self.num_requests >= self.settings.max_requests:
+            raise BusyError(f"{self.num_requests} requests are waiting or running, which is the limit; try again")
+        self.num_requests += 1
+        try:
+            request = await run_in_threadpool(self.admission.admit, ask)
+            self._check_alive()
+            for term in request.terms:
+                self.metrics.adapter_requests.labels(term.name).inc()
+            yield request
+        finally:
+            self.num_requests -= 1
+
+    def _check_alive(self) -> None:
         if not self.engine.is_alive:
             raise EngineDeadError("the engine is not running")
-        if self.engine.num_requests >= self.settings.max_requests:
-            raise BusyError(f"{self.engine.num_requests} requests are waiting or running, which is the limit; try again")
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events and counts them; closing it aborts the request."""

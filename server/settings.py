@@ -47,10 +47,13 @@ class Settings(BaseSettings):
     """Requests that run together; more of them wait."""
     max_step_tokens: int = Field(default=512, ge=2)
     """Tokens computed in one step; long prompts are cut to fit, so that they do not stall the others."""
-    max_stall: float = Field(default=1.75, ge=1)
-    """How many times as long as decoding alone a step may take, about, for the sake of prompts beside it."""
+    max_stall: float = Field(default=1.8, ge=1)
+    """How many times as long as decoding alone a step may take, about, for the sake of prompts beside it. What steps take is
+    measured at start; below 2 a prompt rarely lets others wait twice as long for a token, above it its own comes sooner."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests running and waiting; one more is answered 429."""
+    max_unread_s: float = Field(default=60, gt=0, le=86400)
+    """How long a client may take nothing of its stream, in seconds; then its connection is ended, for it holds a place."""
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """The longest request body; a longer one is answered 413."""
 

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from transformers import PreTrainedTokenizerBase
 
@@ -51,10 +52,14 @@ class Ask:
 class Admission:
     """Turns what clients ask into requests that the engine can run."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, registry: Registry, max_context: int, max_terms: int = 1) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, registry: Registry, max_context: int, max_terms: int = 1, max_kept: float = inf
+    ) -> None:
         self._tokenizer, self._registry, self._max_context = tokenizer, registry, max_context
         self._max_terms = max_terms
         """Adapters that can be resident together."""
+        self._max_kept = max_kept
+        """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
 
     def admit(self, ask: Ask) -> Request:
         """Returns the request. Raises `RefusedError`, `TemplateError` or `UnknownAdapterError`."""
@@ -70,7 +75,7 @@ class Admission:
         if not len(encoding):
             raise RefusedError(field, "is empty, expected at least one token")
         max_tokens = self._max_tokens(ask, field, len(encoding))
-        self._check_merge(ask, adapters)
+        self._check_merge(ask, adapters, weights)
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
@@ -90,13 +95,22 @@ class Admission:
             timeout_s=ask.timeout_s,
         )
 
-    def _check_merge(self, ask: Ask, adapters: Sequence[Summary]) -> None:
+    def _check_merge(self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float]) -> None:
         bases = {of.basis for of in adapters}
         if ask.merge.method != "linear" and len(bases) > 1:
             said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
             raise RefusedError("merge", f"{ask.merge.method} needs adapters on one basis, found {said}; 'linear' needs none")
         if ask.merge.method == "linear" and len(adapters) > self._max_terms:
             raise RefusedError("adapter", f"names {len(adapters)} adapters, expected at most {self._max_terms}")
+        # Merges that are no sums keep fewer entries than their parts; how many is not known before.
+        num_kept = sum({of.digest: of.num_kept for of, weight in zip(adapters, weights, strict=True) if weight}.values())
+        if ask.merge.method == "linear" and num_kept > self._max_kept:
+            said = "which keep" if len(adapters) > 1 else "which keeps"
+            raise RefusedError(
+                "adapter",
+                f"names {', '.join(repr(of.name) for of in adapters)}, {said} {num_kept} entries of B, "
+                f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
+            )
 
     def _find(self, names: Sequence[str]) -> list[Summary]:
         known = self._registry.by_name

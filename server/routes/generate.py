@@ -1,13 +1,13 @@
 """POST /generate: this server's own route. Translates only."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from server.engine.admission import Ask
@@ -15,6 +15,7 @@ from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent, To
 from server.engine.request import Request as EngineRequest
 from server.errors import FAILURES, TABLE, EngineError
 from server.routes.dependencies import get_service
+from server.routes.event_stream import EventStream
 from server.schemas import (
     DoneData,
     ErrorReply,
@@ -41,10 +42,11 @@ async def generate(
     body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
 ) -> GenerateReply | Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
-    request = await service.admit(to_ask(body))
-    if body.stream:
-        return EventSourceResponse(stream(service, request), headers={"X-Accel-Buffering": "no", "Cache-Control": "no-cache"})
-    reply = await until_disconnect(http, service, request)
+    async with AsyncExitStack() as place:
+        request = await place.enter_async_context(service.admitted(to_ask(body)))
+        if body.stream:
+            return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
+        reply = await until_disconnect(http, service, request)
     # A client that has gone hears nothing; 499 is what proxies' logs call it.
     return Response(status_code=499) if reply is None else reply
 
@@ -110,7 +112,7 @@ async def collect(service: Service, request: EngineRequest) -> GenerateReply:
     return GenerateReply(text="".join(texts), logprobs=to_logprobs(request, logprobs), **done.model_dump())
 
 
-async def stream(service: Service, request: EngineRequest) -> AsyncIterator[bytes]:
+async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[bytes, None]:
     """Yields the reply as server-sent events."""
     async with aclosing(service.generate(request)) as events:
         async for event in events:

@@ -6,6 +6,7 @@ from server.engine.request import AdapterTerm, Request, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.residency import Residency
 from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.step_cost import Curve, StepCost
 
 
 def request(
@@ -79,6 +80,12 @@ class FakeGate:
         return [digest for digest in loading if not self.resident[digest]]
 
 
+def step_cost(free_tokens: int = 0, per_key: float = 0.0, per_pair: float = 0.0) -> StepCost:
+    """Returns the cost of steps that take a unit a token, and as long as `free_tokens` take whatever is in them."""
+    line = Curve((1, 2), (1.0 + free_tokens, 2.0 + free_tokens))
+    return StepCost(prompt=line, decoding=line, per_key=per_key, per_pair=per_pair)
+
+
 def scheduler(
     num_blocks: int = 64,
     *,
@@ -86,10 +93,10 @@ def scheduler(
     max_sequences: int = 4,
     max_tokens: int = 8,
     max_stall: float = float("inf"),
-    free_tokens: int = 0,
+    cost: StepCost | None = None,
     gate: FakeGate | None = None,
 ) -> Scheduler:
-    limits = StepLimits(max_sequences=max_sequences, max_tokens=max_tokens, max_stall=max_stall, free_tokens=free_tokens)
+    limits = StepLimits(max_sequences=max_sequences, max_tokens=max_tokens, max_stall=max_stall, cost=cost or StepCost())
     return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits)
 
 

@@ -198,6 +198,28 @@ def test_more_adapters_than_can_be_resident_together_are_refused(tokenizer: PreT
     assert len(few.admit(Ask(prompt="x", adapters=("math", "safety"))).terms) == 2
 
 
+def test_what_adapters_keep_is_known_before_they_are_read(writer_model: Path, adapters: Path) -> None:
+    rig = build(writer_model, adapters)
+    kept = {name: sum(b.values.numel() for b in of.modules.values()) for name, of in rig.adapters.items()}
+    assert {name: of.summary.num_kept for name, of in rig.registry.by_name.items()} == kept
+
+
+def test_adapters_for_which_there_is_no_memory_together_are_refused(
+    tokenizer: PreTrainedTokenizerFast, registry: Registry
+) -> None:
+    kept = {name: of.summary.num_kept for name, of in registry.by_name.items()}
+    both = kept["math"] + kept["safety"]
+    exact = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_kept=both)
+    assert len(exact.admit(Ask(prompt="x", adapters=("math", "safety"))).terms) == 2
+    small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_kept=both - 0.5)
+    error = refusal(small, Ask(prompt="x", adapters=("math", "safety")))
+    assert error.field == "adapter"
+    assert f"names 'math', 'safety', which keep {both} entries of B, expected at most {both - 1}" in str(error)
+    assert len(small.admit(Ask(prompt="x", adapters=("math",))).terms) == 1
+    assert len(small.admit(Ask(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0))).residents) == 1
+    assert small.admit(Ask(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties"))).residents
+
+
 def test_a_merge_that_is_built_once_takes_one_place_however_many_adapters_it_has(
     tokenizer: PreTrainedTokenizerFast, registry: Registry
 ) -> None:

@@ -1,27 +1,34 @@
 """Over a real socket, against a real server in a process of its own: routes, refusals, streams, disconnects, metrics."""
 
+import asyncio
 import json
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from typing import Any, cast
 from unittest.mock import ANY
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message
 from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel
 from lori.template import encode
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission
+from server.engine.admission import Admission, Ask
 from server.engine.engine import Engine
+from server.engine.replies import Emit
+from server.engine.request import Request, TextEvent
 from server.engine.thread import EngineThread
 from server.metrics import Metrics
+from server.routes.event_stream import EventStream
 from server.service import Service
 from server.settings import Settings
-from tests.server.live import MAX_BODY_BYTES, RUNNING, Live, events, serve_here
+from tests.server.live import LIMIT_S, MAX_BODY_BYTES, RUNNING, Live, events, serve_here, wait_until
 from tests.server.rig import FakeEngine, greedy
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -208,11 +215,20 @@ def test_metrics_say_where_the_adapters_are(live: Live) -> None:
     assert 2 <= live.metric("lori:adapters_resident") <= 3
     assert live.metric("lori:adapters_resident_bytes") > 0
     assert live.metric("lori:adapters_pinned") == 0
-    assert live.metric("lori:adapter_evictions") == 0
+    assert live.metric("lori:adapter_evictions_total") == 0
+    assert live.metric("lori:adapter_load_failures_total") == 0
     num_read = live.metric("lori:adapter_load_seconds_count")
     assert num_read == live.metric("lori:adapters_loaded") >= 2
     live.generate(prompt=FOX, max_tokens=2, adapter=["math", "intent"])
     assert live.metric("lori:adapter_load_seconds_count") == num_read, "what is resident is not read again"
+
+
+def test_what_counts_up_is_a_counter(live: Live) -> None:
+    families = {f.name: f.type for f in text_string_to_metric_families(live.client.get("/metrics").text)}
+    counters = ("vllm:num_preemptions", "vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "lori:adapter_evictions")
+    for name in (*counters, "lori:adapter_load_failures", "lori:adapter_requests", "vllm:request_success"):
+        assert families[name] == "counter"
+    assert [name for name, kind in families.items() if kind == "gauge" and name.endswith("_total")] == []
 
 
 def test_an_unknown_adapter_is_404_with_near_names(live: Live) -> None:
@@ -469,8 +485,8 @@ def test_twenty_clients_at_once_have_the_texts_they_have_alone(live: Live) -> No
 
 
 @contextmanager
-def served(tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, **settings: int) -> Iterator[httpx.Client]:
-    """An app in this process, with a fake for its engine."""
+def served(tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, **settings: int) -> Iterator[tuple[httpx.Client, Service]]:
+    """An app in this process, with a fake for its engine, and its service."""
     service = Service(
         settings=Settings(**settings),
         base_model="fake",
@@ -480,11 +496,11 @@ def served(tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, **settings: i
         metrics=Metrics("fake"),
     )
     with serve_here(service) as client:
-        yield client
+        yield client, service
 
 
 def test_when_the_engine_dies_a_waiting_client_is_told_why(tokenizer: PreTrainedTokenizerFast) -> None:
-    with served(tokenizer, FakeEngine(dies_at=2)) as client:
+    with served(tokenizer, FakeEngine(dies_at=2)) as (client, _):
         error = refusal(client.post("/generate", json={"prompt": "x"}), 500)
         assert "out of luck" in error["message"]
         assert error["type"] == "InternalServerError"
@@ -492,7 +508,7 @@ def test_when_the_engine_dies_a_waiting_client_is_told_why(tokenizer: PreTrained
 
 def test_when_the_engine_dies_a_stream_ends_with_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with (
-        served(tokenizer, FakeEngine(dies_at=2)) as client,
+        served(tokenizer, FakeEngine(dies_at=2)) as (client, _),
         client.stream("POST", "/generate", json={"prompt": "x", "stream": True}) as reply,
     ):
         (first, token), (last, data) = events(reply.iter_lines())
@@ -504,7 +520,7 @@ def test_when_the_engine_dies_a_stream_ends_with_an_error(tokenizer: PreTrainedT
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_dead_engine_makes_the_server_unready_but_healthy(tokenizer: PreTrainedTokenizerFast, is_stream: bool) -> None:
-    with served(tokenizer, FakeEngine(dies_at=1)) as client:
+    with served(tokenizer, FakeEngine(dies_at=1)) as (client, _):
         assert client.get("/ready").status_code == 200
         assert client.post("/generate", json={"prompt": "x"}).status_code == 500
         assert client.get("/health").status_code == 200
@@ -513,9 +529,85 @@ def test_a_dead_engine_makes_the_server_unready_but_healthy(tokenizer: PreTraine
         assert error["type"] == "ServiceUnavailableError"
 
 
+class SlowAdmission:
+    """A fake of admission that takes until `may_go_on`."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.may_go_on = threading.Event()
+
+    def admit(self, ask: Ask) -> Request:
+        assert self.may_go_on.wait(LIMIT_S)
+        return self._admission.admit(ask)
+
+
+def test_requests_that_are_being_admitted_have_their_places(tokenizer: PreTrainedTokenizerFast) -> None:
+    with served(tokenizer, FakeEngine(), max_requests=2) as (client, service), ThreadPoolExecutor(2) as pool:
+        slow = service.admission = cast(Any, SlowAdmission(service.admission))
+        first = [pool.submit(client.post, "/generate", json={"prompt": "x", "stream": is_stream}) for is_stream in (False, True)]
+        wait_until(lambda: service.num_requests == 2, "two requests")
+        refusal(client.post("/generate", json={"prompt": "x"}), 429)
+        slow.may_go_on.set()
+        assert [reply.result().status_code for reply in first] == [200, 200]
+        wait_until(lambda: service.num_requests == 0, "their ends")
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+
+
+def test_a_request_that_is_refused_gives_its_place_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    with served(tokenizer, FakeEngine(), max_requests=1) as (client, _):
+        for _ in range(3):
+            refusal(client.post("/generate", json={"prompt": ""}), 400)
+        assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+
+
+class LoudEngine(FakeEngine):
+    """Says a megabyte in every step."""
+
+    def submit(self, request: Request, emit: Emit) -> None:
+        super().submit(request, lambda event: emit(TextEvent("x" * 2**20) if isinstance(event, TextEvent) else event))
+
+
+def test_a_client_that_does_not_read_its_stream_loses_its_place(tokenizer: PreTrainedTokenizerFast) -> None:
+    body = json.dumps({"prompt": "x", "stream": True}).encode()
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    engine = LoudEngine(num_steps=64)
+    with served(tokenizer, engine, max_requests=1, max_unread_s=1) as (client, service):
+        address = (client.base_url.host, client.base_url.port)
+        with socket.create_connection(address) as silent:
+            silent.sendall(head.encode() + body)
+            wait_until(lambda: bool(engine.said), "its first step")
+            wait_until(lambda: service.num_requests == 0, "its place")
+            assert client.post("/generate", json={"prompt": "x"}).status_code == 200
+            read = 0
+            while chunk := silent.recv(2**20):
+                read += len(chunk)
+            assert 0 < read < 64 * 2**20, "not the whole answer"
+
+
+def test_a_client_that_leaves_before_its_stream_begins_gives_its_place_back() -> None:
+    left: list[str] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"never"
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        await asyncio.Event().wait()
+
+    async def test() -> None:
+        place = AsyncExitStack()
+        place.callback(left.append, "its place")
+        await EventStream(events(), place, LIMIT_S)({"type": "http"}, receive, send)
+
+    asyncio.run(test())
+    assert left == ["its place"]
+
+
 def test_more_requests_than_the_limit_are_429(tokenizer: PreTrainedTokenizerFast) -> None:
     with (
-        served(tokenizer, FakeEngine(num_steps=10**9), max_requests=1) as client,
+        served(tokenizer, FakeEngine(num_steps=10**9), max_requests=1) as (client, _),
         client.stream("POST", "/generate", json={"prompt": "x", "stream": True}) as reply,
     ):
         lines = reply.iter_lines()

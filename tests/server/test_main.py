@@ -92,10 +92,23 @@ def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, a
             assert message.startswith("adapter 'safety' cannot be served: ")
             assert "adapter_model.safetensors is not" in message
             assert str(place) not in message, "a client is told the faults, not where the file lies"
+        assert live.metric("lori:adapter_load_failures_total") >= 2
         for fine in (None, "math"):
             assert len(live.generate(prompt="a", max_tokens=3, adapter=fine)["text"]) == 3
         assert live.client.get("/ready").status_code == 200
         assert "Traceback" not in live.log.read_text()
+
+
+def test_adapters_too_large_for_the_memory_are_refused_by_field(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
+    with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01", "--resident-gib", "1e-6") as live:
+        reply = live.client.post("/generate", json={"prompt": "a", "max_tokens": 3, "adapter": ["math", "safety"]})
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert (error["param"], error["type"]) == ("adapter", "BadRequestError")
+        assert "names 'math', 'safety', which keep " in error["message"]
+        assert "expected at most 214, for which there is memory (--resident-gib)" in error["message"]
+        assert len(live.generate(prompt="a", max_tokens=3)["text"]) == 3
 
 
 def test_an_unknown_model_is_one_clear_line(cannot_start: dict[str, Ended]) -> None:

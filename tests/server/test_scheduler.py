@@ -5,7 +5,8 @@ import pytest
 from server.engine.request import Sequence
 from server.engine.scheduling.residency import Residency
 from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
-from tests.server.plans import FakeGate, added, added_choices, num_tokens, request, run, run_step, scheduler, spans
+from server.engine.scheduling.step_cost import LEAST
+from tests.server.plans import FakeGate, added, added_choices, num_tokens, request, run, run_step, scheduler, spans, step_cost
 
 
 def test_a_prompt_longer_than_the_budget_is_chunked() -> None:
@@ -75,17 +76,40 @@ def test_a_long_prompt_stalls_no_decoding() -> None:
 
 @pytest.mark.parametrize(
     ("max_stall", "free_tokens", "num_prompt_tokens"),
-    [(2.0, 10, 12), (1.5, 10, 6), (2.0, 0, 2), (1.0, 10, 1), (1.01, 0, 1), (2.0, 500, 62), (float("inf"), 0, 62)],
+    [(2.0, 10, 12), (1.5, 10, 6), (2.0, 0, 4), (1.0, 10, 4), (1.01, 0, 4), (2.0, 500, 62), (float("inf"), 0, 62)],
 )
 def test_prompts_beside_decoding_lengthen_a_step_by_no_more_than_the_greatest_stall(
     max_stall: float, free_tokens: int, num_prompt_tokens: int
 ) -> None:
-    it = scheduler(max_tokens=64, max_stall=max_stall, free_tokens=free_tokens)
+    it = scheduler(max_tokens=64, max_stall=max_stall, cost=step_cost(free_tokens))
     for text in (0, 1):
         added(it, request(2, 50, text=text))
     run_step(it)
     added(it, request(200, text=2))
     assert num_tokens(run_step(it)) == 2 + num_prompt_tokens
+
+
+def test_chunks_become_shorter_the_more_keys_they_read() -> None:
+    cost = step_cost(free_tokens=50, per_key=0.01, per_pair=0.01)
+    it = scheduler(400, max_tokens=64, max_stall=2.0, cost=cost)
+    added(it, request(2, 200))
+    run_step(it)
+    long = added(it, request(1000, 1, text=1))
+    sizes = [c.stop - c.start for chunks in run(it) for c in chunks if c.sequence is long]
+    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+    assert sizes[0] == 41
+    assert sizes[-2] == LEAST + 1, "it comes to its end, whatever it costs"
+
+
+def test_a_prompt_for_which_there_is_no_time_waits_for_the_one_before_it() -> None:
+    it = scheduler(max_tokens=64, max_stall=1.5, cost=step_cost(free_tokens=20))
+    added(it, request(2, 50))
+    run_step(it)
+    first, second = added(it, request(30, text=1)), added(it, request(9, text=2))
+    steps = run(it)
+    begins = next(step for step, chunks in enumerate(steps) for c in chunks if c.sequence is second)
+    ends = next(step for step, chunks in enumerate(steps) for c in chunks if c.sequence is first and c.stop == 30)
+    assert begins >= ends > 0
 
 
 def test_a_prompt_that_stalls_nobody_has_the_whole_budget() -> None:

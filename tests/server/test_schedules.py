@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.kv_cache import must_score
 from server.engine.scheduling.scheduler import Chunk, Scheduler
-from tests.server.plans import FakeGate, added_choices, digests, is_done, request, scheduler
+from server.engine.scheduling.step_cost import LEAST, StepCost
+from tests.server.plans import FakeGate, added_choices, digests, is_done, request, scheduler, step_cost
 
 ADAPTERS = ("a", "b", "c", "bad")
 MAX_STEPS = 2000
@@ -34,7 +35,7 @@ class Schedule:
     max_sequences: int
     max_prompt_tokens: int
     max_stall: float
-    free_tokens: int
+    cost: StepCost
     num_slots: int
     delays: dict[str, int]
     arrivals: list[Arrival]
@@ -67,7 +68,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         draw(st.integers(1, 6)),
         draw(st.integers(1, 20)),
         draw(st.sampled_from([1.0, 1.5, 2.0, float("inf")])),
-        draw(st.integers(0, 8)),
+        step_cost(draw(st.integers(0, 8)), draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([0.0, 0.1]))),
         num_slots,
         {adapter: draw(st.integers(0, 4)) for adapter in ADAPTERS} | {"bad": draw(st.integers(1, 4))},
         sorted(arrivals, key=lambda a: a.step),
@@ -154,8 +155,14 @@ class Run:
         assert decoding <= {c.sequence for c in chunks}, "all that decode do so in every step"
         assert len({c.sequence for c in chunks}) == len(chunks)
         if decoding:
-            beside = sum(c.stop - c.start for c in chunks if c.sequence not in decoding)
-            assert beside <= max(1, (limits.max_stall - 1) * (len(decoding) + limits.free_tokens))
+            prompts = [c for c in chunks if c.sequence not in decoding]
+            usual = limits.cost.usual([s.num_computed for s in decoding])
+            seconds, num_tokens = usual, len(decoding)
+            for chunk in sorted(prompts, key=lambda c: c.sequence.request.priority):
+                seconds += limits.cost.added(num_tokens, chunk.start, chunk.stop - chunk.start)
+                num_tokens += chunk.stop - chunk.start
+            is_least = len(prompts) <= 1 and num_tokens - len(decoding) <= LEAST + 1
+            assert is_least or seconds <= limits.max_stall * usual * (1 + 1e-9)
 
     def commit(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
@@ -197,7 +204,7 @@ def test_any_schedule_keeps_its_promises(of: Schedule) -> None:
         max_sequences=of.max_sequences,
         max_tokens=of.max_sequences + of.max_prompt_tokens,
         max_stall=of.max_stall,
-        free_tokens=of.free_tokens,
+        cost=of.cost,
         gate=gate,
     )
     run = Run(of, it, gate, FakeMemory(of.block_size))

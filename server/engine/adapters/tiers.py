@@ -44,6 +44,8 @@ class AdapterTiers:
         self._wanted: dict[str, dict[Sequence, None]] = {}
         self._failed: dict[Sequence, str] = {}
         self.num_loaded_bytes = 0
+        self.num_failures = 0
+        """Adapters that could not be read, or not be made resident, so far."""
         self.observe_load: Callable[[float], None] = lambda _: None
         """Is told the seconds that reading each adapter took."""
 
@@ -79,6 +81,7 @@ class AdapterTiers:
                 fits = digest in self.residents or self._settle(digest)
             except (MemoryError, RuntimeError, ValueError) as error:  # one adapter's failure is not the engine's
                 logger.exception("an adapter could not be made resident")
+                self.num_failures += 1
                 self._failed[sequence] = f"an adapter could not be made resident: {error!r}"
                 fits = False
             if not fits:
@@ -109,6 +112,7 @@ class AdapterTiers:
         for loaded in arrived:
             waiting = self._wanted.get(loaded.digest, {})
             if loaded.packed is None:
+                self.num_failures += 1
                 self._failed |= dict.fromkeys(waiting, loaded.fault)
                 self._wanted.pop(loaded.digest, None)
                 continue

@@ -1,11 +1,6 @@
-"""Proves at start that a model is served right: the runner's logits must be those that the model gives by itself.
+"""Proves at start that a model is served right: the runner's logits must be those that the model gives by itself."""
 
-And measures what a step costs, for the scheduler.
-"""
-
-import time
 from itertools import pairwise
-from statistics import median
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +14,6 @@ NUM_TOKENS = 40
 """Of the probe: more than two blocks of 16, where there is room for them."""
 MAX_ERROR = 0.1
 """Relative: bf16 rounds, a wrong attention or scale does much more."""
-NUM_TURNS = 5
 
 
 def own_logits(model: PreTrainedModel) -> torch.Tensor:
@@ -45,20 +39,6 @@ def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, max_co
             f"models of type {model.config.model_type!r} are not served: paged attention gives other logits than the "
             f"model itself (relative difference {difference:.3f}, at most {MAX_ERROR} expected)"
         )
-
-
-def measure_free_tokens(runner: Runner, model: PreTrainedModel, num_tokens: int, block_size: int) -> int:
-    """Returns how many tokens take as long as a step takes whatever is in it; measured on steps of 1 and of `num_tokens`."""
-    sequence = _sequence(_ids(model, num_tokens), block_size)
-    times: dict[int, list[float]] = {1: [], num_tokens: []}
-    for _ in range(NUM_TURNS):
-        for count, of_count in times.items():
-            started = time.perf_counter()
-            runner.forward([Chunk(sequence, 0, count)], [count - 1]).cpu()
-            of_count.append(time.perf_counter() - started)
-    short, long = (median(of_count) for of_count in times.values())
-    marginal = max(1e-9, (long - short) / (num_tokens - 1))
-    return round(min(float(num_tokens), max(1.0, short / marginal - 1)))
 
 
 def _sequence(ids: tuple[int, ...], block_size: int) -> Sequence:

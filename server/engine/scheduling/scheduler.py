@@ -6,8 +6,8 @@ block; when there is none left, the one that joined last gives up its blocks, an
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import ceil, inf
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 
 from server.engine.request import Sequence
 from server.engine.scheduling.choices import Choices
@@ -15,6 +15,7 @@ from server.engine.scheduling.deadlines import Deadlines
 from server.engine.scheduling.fairness import FairQueue
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.residency import ResidencyGate
+from server.engine.scheduling.step_cost import Room, StepCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +39,16 @@ class StepLimits:
     max_sequences: int
     max_tokens: int
     max_stall: float = 2.0
-    """How many times as long as decoding alone a step may take that computes prompts beside it, about; infinite: no limit."""
-    free_tokens: int = 0
-    """As many tokens take as long as a step takes whatever is in it: its fixed cost over a token's."""
-    context_tokens: float = inf
-    """Keys that a token attends to in the time that all else of it takes."""
+    """How many times as long as decoding alone a step may take that computes prompts beside it; infinite: no limit."""
+    cost: StepCost = field(default_factory=StepCost)
 
     def __post_init__(self) -> None:
         assert self.max_tokens > self.max_sequences, "a step must have room for prompts beside decoding"
         assert self.max_stall >= 1
 
-    def cost(self, position: int) -> float:
-        """What a token at `position` costs, in tokens that attend to nothing."""
-        return 1 + position / self.context_tokens
-
-    def num_affordable(self, num_tokens: int, position: int) -> int:
-        """Tokens from `position` on that cost as much as `num_tokens` that attend to nothing; at least one, if that is not 0."""
-        return max(1, int(num_tokens / self.cost(position))) if num_tokens > 0 else 0
-
-    def num_prompt_tokens(self, num_decoding: int) -> int:
-        """Tokens of prompts that a step has room for beside so many that decode; at least one."""
-        left = self.max_tokens - num_decoding
-        if not num_decoding:
-            return left
-        return int(min(left, max(1, (self.max_stall - 1) * (num_decoding + self.free_tokens))))
+    def room(self, positions: Items[int]) -> Room:
+        """Returns what there is for prompts beside the sequences that decode at `positions`."""
+        return Room(self.cost, self.max_tokens, self.max_stall, positions)
 
 
 class Scheduler:
@@ -259,12 +246,11 @@ class Scheduler:
             elif stop > sequence.num_computed:
                 prompts.append(sequence)
         longer: list[Chunk] = []
-        left = self.limits.num_prompt_tokens(len(single)) if prompts else 0
+        room = self.limits.room([chunk.start for chunk in single])
         for sequence in sorted(prompts, key=lambda s: s.request.priority):
             start = sequence.num_computed
-            count = min(self.limits.num_affordable(left, start), sequence.num_tokens - start)
+            count = room.take(start, sequence.num_tokens - start)
             if not count:
                 break
             (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
-            left -= ceil(count * self.limits.cost(start))
         return single + longer
