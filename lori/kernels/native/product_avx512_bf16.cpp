@@ -1,5 +1,7 @@
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "product.h"
 
 namespace lori {
@@ -32,7 +34,8 @@ LORI_INLINE void multiply_tile(const Tile& tile, Ahead& ahead, __m512 (&sums)[kR
   for (int pair = 0; pair < tile.num_pairs; pair++, weights += kVectors * 32, following += tile.step) {
     __m512i lanes[kVectors];
     for (int v = 0; v < kVectors; v++) lanes[v] = _mm512_loadu_si512(weights + 32 * v);
-    _mm_prefetch(reinterpret_cast<const char*>(following), _MM_HINT_T1);
+    for (int line = 0; line < kVectors; line++)
+      if (64 * line < tile.step) _mm_prefetch(reinterpret_cast<const char*>(following) + 64 * line, _MM_HINT_T1);
     ask(ahead);
     for (int r = 0; r < kRows; r++) {
       int word;
@@ -83,7 +86,8 @@ void multiply_any(int num_rows, const Part& part, const Panel& panel, const Tile
   }
 }
 
-// All tokens of a block with one panel, in tiles of about the same size: a tile of few would leave the units idle.
+// All tokens of a block with one panel, in tiles of about the same size: a tile of few would leave the units idle. Two are of one
+// size, and overlap where they must: of two sizes in turn each would wait for its weights.
 void multiply_panel(const Part& part, const Tokens& tokens, int first_row, int num_rows, int panel, Ahead& ahead, float* sums) {
   const int outputs = part.panel_outputs(panel), num_tiles = (num_rows + kTileRows - 1) / kTileRows;
   const int size = num_rows / num_tiles, num_larger = num_rows % num_tiles;
@@ -93,9 +97,11 @@ void multiply_panel(const Part& part, const Tokens& tokens, int first_row, int n
     const uint16_t* weights = part.panel(panel) + int64_t{outputs} * input;
     const int64_t num_bytes = int64_t{2} * outputs * num_inputs;
     const Panel of{first_output, left < outputs ? left : outputs, input == 0, input + num_inputs == part.num_inputs};
-    int row = first_row;
+    int next = 0;
     for (int i = 0; i < num_tiles; i++) {
-      const int rows = size + (i < num_larger);
+      const int rows = num_tiles == 2 ? size + num_larger : size + (i < num_larger);
+      const int row = first_row + std::min(next, num_rows - rows);
+      next += rows;
       const uint8_t* begin = reinterpret_cast<const uint8_t*>(weights);
       Tile tile{tokens.x + row * tokens.x_stride + input,
                 weights,
@@ -105,14 +111,13 @@ void multiply_panel(const Part& part, const Tokens& tokens, int first_row, int n
                 static_cast<int>(4 * outputs / num_tiles)};
       if (num_tiles == 1) tile.following = begin + kFarAhead;
       uint16_t* y = tokens.y + row * tokens.y_stride + first_output;
-      float* partial = sums + static_cast<int64_t>(row - first_row) * kPanelOutputs;
+      float* partial = sums + static_cast<int64_t>(next - rows) * kPanelOutputs;
       if (outputs == 48)
         multiply_any<3>(rows, part, of, tile, ahead, y, tokens.y_stride, partial);
       else if (outputs == 32)
         multiply_any<2>(rows, part, of, tile, ahead, y, tokens.y_stride, partial);
       else
         multiply_any<1>(rows, part, of, tile, ahead, y, tokens.y_stride, partial);
-      row += rows;
     }
   }
 }
