@@ -30,22 +30,28 @@ class BaseModel:
         return self.identity.name
 
 
-def default_dtype() -> torch.dtype:
-    """Returns bf16 where this machine computes in it, else fp32."""
+CPU = torch.device("cpu")
+
+
+def default_dtype(device: torch.device = CPU) -> torch.dtype:
+    """Returns bf16 where the device computes in it, as every GPU that serves does, else fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16
     capability = torch.backends.cpu.get_cpu_capability()
     has_bf16 = capability.startswith("AVX512") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def resolve_dtype(name: str) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
     """Returns the dtype called `name`: "auto" (see `default_dtype`), "bfloat16" or "float32"."""
-    return default_dtype() if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    return default_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa") -> BaseModel:
-    """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) for inference.
+def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa", device: torch.device = CPU) -> BaseModel:
+    """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
 
-    `attention` is the name of an attention function that transformers knows. Raises `ModelError` where there is none.
+    `attention` is the name of an attention function that transformers knows. Raises `ModelError` where there is no such base, or
+    no room for it.
     """
     folder = str(embedded_model()) if name is None else name
     if (folder.startswith((".", "/")) or Path(folder).exists()) and not (Path(folder) / "config.json").is_file():
@@ -67,4 +73,9 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
-    return BaseModel(identify(model, EMBEDDED_NAME if name is None else short_name(name)), model, tokenizer)
+    identity = identify(model, EMBEDDED_NAME if name is None else short_name(name))
+    try:
+        model.to(device)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"there is no room for {identity.name} on {device}: {' '.join(str(error).split())}") from error
+    return BaseModel(identity, model, tokenizer)

@@ -2,6 +2,7 @@
 
 LoriError
 ├── ModelError            the base model cannot be found, fetched or used
+├── DeviceError           the device that was asked for is not there, or cannot serve
 ├── TemplateError         a conversation cannot be written as a prompt
 └── AdapterError
     ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
@@ -17,6 +18,10 @@ class LoriError(Exception):
 
 class ModelError(LoriError):
     """The base model cannot be found, fetched or used."""
+
+
+class DeviceError(LoriError):
+    """The device that was asked for is not there, or cannot serve."""
 
 
 class TemplateError(LoriError):

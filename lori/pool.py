@@ -72,6 +72,16 @@ class AdapterPool:
                 operands.settle(rooms[number])
 
     @property
+    def has_operands(self) -> bool:
+        """Whether there is anything that could be added."""
+        return bool(self._operands)
+
+    @property
+    def num_moves(self) -> int:
+        """How often operands have moved, see `Operands.num_moves`."""
+        return sum(operands.num_moves for operands in self._operands.values())
+
+    @property
     def num_bytes(self) -> int:
         """What the operands of all slots hold, in bytes."""
         return sum(operands.num_bytes for operands in self._operands.values())

@@ -6,10 +6,10 @@ that what a step reads lies together; then each row takes the sum of its positio
 the column of each entry with every column, and multiplies. That costs two instructions a column where the gather takes some seven
 a token, so it begins to pay at a third as many tokens as the rank.
 
-Launches go to the current stream of the current device. What is waited for is the segments of a route of `DENSE_TOKENS` or more,
-once. The gather's grid comes from the shapes alone, so a step may be captured in a CUDA graph: captured with a `Route` not used
-before, it takes the gather throughout and waits for nothing, and a replay reads what the route's arrays hold then. The pool must
-not move in between (`Operands.reserve`).
+Launches go to the current stream of the current device, and nothing waits for it but the plan of a route that `Route.of` did not
+make. The gather's grid comes from the shapes alone, so a step may be captured in a CUDA graph: captured with a `Route` not used
+before, it takes the gather throughout, and a replay reads what the route's arrays hold then. `Route.by_token` gives every token a
+segment, whatever the terms. The pool must not move in between (`Operands.num_moves`).
 
 Prefixes: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block. Shapes: T tokens, A bases, R rank, D outputs,
 W windows, N programs along the tokens.
@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lori.device import to_device
 from lori.kernels.layout import HEADER, LANES, SLICES, UNIT, WINDOW, Layout
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
@@ -81,20 +82,23 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
 
 
 def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
-    """Returns the plan of a route. Where a segment may be long and no graph is captured, reads the segments back to the host."""
+    """Returns the plan of a route. Where a segment may be long and no graph is captured, asks for the segments (`Route.rows`)."""
     device = route.segments.device
+    if route.is_by_token:
+        by_token = torch.stack([route.segments[:, column] for column in (0, 2, 3)], 1)
+        return Plan(by_token, route.segments[:0], by_token)
     tokens = _with_terms(route, torch.arange(route.num_tokens, dtype=torch.int32, device=device))
     if route.num_tokens < dense_tokens or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return Plan(tokens, route.segments[:0], tokens)
     tiles: list[tuple[int, int, int, int]] = []
     rest: list[int] = []
-    for start, stop, first, last in route.segments.tolist():
+    for start, stop, first, last in route.rows:
         if stop - start < dense_tokens:
             rest += range(start, stop)
         else:
             tiles += ((tile, min(tile + TILE, stop), first, last) for tile in range(start, stop, TILE))
-    rest_tokens = torch.tensor(rest, dtype=torch.int32).to(device)
-    return Plan(tokens, torch.tensor(tiles, dtype=torch.int32).view(-1, 4).to(device), _with_terms(route, rest_tokens))
+    rest_tokens = to_device(torch.tensor(rest, dtype=torch.int32), device)
+    return Plan(tokens, to_device(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), device), _with_terms(route, rest_tokens))
 
 
 def dense_sizes(layout: Layout) -> tuple[int, int]:

@@ -37,6 +37,8 @@ class Operands:
         """What a kernel made of the arrays above; forgotten when the pool moves."""
         self.packed_tokens: dict[int, float] = {}
         """What a kernel remembers of slots; forgotten when a slot changes."""
+        self.num_moves = 0
+        """How often the pool has moved: what was captured with its address is right no more."""
         self._extents = Extents()
         self._taken: dict[int, list[tuple[int, int]]] = {}  # the stretches of each slot, start and length
         self._dense: torch.Tensor | None = None
@@ -129,6 +131,7 @@ class Operands:
         assert not len(room) % UNIT
         self._extents.grow(len(room) // UNIT)
         self.pool, self.bound = room, None
+        self.num_moves += 1
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"bound": None}
@@ -189,3 +192,4 @@ class Operands:
             pool[: len(self.pool)] = self.pool
         self._extents.grow(length)
         self.pool, self.bound = pool, None
+        self.num_moves += 1

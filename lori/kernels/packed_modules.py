@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from lori.device import to_device
 from lori.kernels.layout import UNIT, Layout, Packed
 from lori.kernels.native import MODULE
 from lori.kernels.operands import Operands
@@ -65,7 +66,8 @@ def put_modules(operands: Mapping[str, Operands], slot: int, packed: PackedModul
         _put_at_once(operands, slot, packed, basis)
         return
     device = next((of.pool.device for of in operands.values()), packed.blocks.device)
-    there = PackedModules(packed.layouts, packed.blocks.to(device), packed.starts.to(device), packed.ends)  # one transfer
+    blocks, starts = (to_device(of, device) for of in (packed.blocks, packed.starts))  # one transfer of each
+    there = PackedModules(packed.layouts, blocks, starts, packed.ends)
     for name, of in there.by_module.items():
         operands[name].put(slot, of, basis)
 

@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 
+from lori.device import to_device
+
 LONG = 40
 """Tokens of a segment from which on it may be worth while to unpack a B: that of a dense one of 14336 outputs."""
 
@@ -34,6 +36,8 @@ class Route:
 
     def __init__(self, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, num_tokens: int) -> None:
         self.segments, self.slots, self.weights, self.num_tokens = segments, slots, weights, num_tokens
+        self.is_by_token = False
+        """Whether segment t is token t's, see `by_token`."""
         self.cpu: object = None
         self.gpu: object = None
         """What the kernel of that name made of the arrays above."""
@@ -59,12 +63,26 @@ class Route:
             segments.append((start, stop, len(slots), len(slots) + len(added)))
             slots += added.keys()
             weights += added.values()
-        return cls(
-            torch.tensor(segments, dtype=torch.int32).view(-1, 4).to(device),
-            torch.tensor(slots, dtype=torch.int32, device=device),
-            torch.tensor(weights, dtype=torch.float32, device=device),
+        there = torch.device(device)
+        route = cls(
+            to_device(torch.tensor(segments, dtype=torch.int32).view(-1, 4), there),
+            to_device(torch.tensor(slots, dtype=torch.int32), there),
+            to_device(torch.tensor(weights, dtype=torch.float32), there),
             num_tokens,
         )
+        route.rows = segments
+        return route
+
+    @classmethod
+    def by_token(cls, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> "Route":
+        """Returns the route of one segment for each token, with no terms (`first` = `last`) where it has none.
+
+        So the shapes do not depend on the terms: what a kernel launches stays right as the arrays change. For kernels that take
+        segments without terms: `gpu` and `reference`.
+        """
+        route = cls(segments, slots, weights, len(segments))
+        route.is_by_token = True
+        return route
 
     def without(self, left_out: tuple[int, ...]) -> "Route":
         """Returns the route without the segments of these numbers; the same one for every layer."""
@@ -72,6 +90,11 @@ class Route:
             kept = [i for i in range(len(self.segments)) if i not in left_out]
             self._without[left_out] = Route(self.segments[kept], self.slots, self.weights, self.num_tokens)
         return self._without[left_out]
+
+    @cached_property
+    def rows(self) -> list[tuple[int, int, int, int]]:
+        """`segments` as plain numbers. A route that `of` made need not ask the device for them."""
+        return [(start, stop, first, last) for start, stop, first, last in self.segments.tolist()]
 
     @cached_property
     def runs(self) -> tuple[tuple[int, int, int], ...]:
@@ -86,7 +109,7 @@ class Route:
     def spans(self) -> list[tuple[int, int, list[tuple[int, float]]]]:
         """Each segment's start and stop, and the slot and weight of each of its terms."""
         terms = list(zip(self.slots.tolist(), self.weights.tolist(), strict=True))
-        return [(start, stop, terms[first:last]) for start, stop, first, last in self.segments.tolist()]
+        return [(start, stop, terms[first:last]) for start, stop, first, last in self.rows]
 
     @cached_property
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:

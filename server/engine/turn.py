@@ -9,9 +9,12 @@ from itertools import accumulate
 
 import torch
 
+from lori.device import to_device
 from server.engine.model.runner import Runner
 from server.engine.replies import Score
-from server.engine.sampling.sampler import Sampler, log_probabilities, sound_rows
+from server.engine.sampling.read_back import read_back
+from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.scores import are_sound, score, to_scores
 from server.engine.scheduling.kv_cache import must_score
 from server.engine.scheduling.scheduler import Chunk
 
@@ -35,25 +38,31 @@ class Turn:
         self.runner, self._sampler = runner, sampler
 
     def compute(self, chunks: Items[Chunk]) -> list[Outcome]:
-        """Returns the outcome of every chunk."""
+        """Returns the outcome of every chunk. It waits for the device once, at the end."""
         spans = [_wanted(chunk) for chunk in chunks]
         starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
         positions = [start + row for start, span in zip(starts, spans, strict=False) for row in span]
         logits = self.runner.forward(chunks, positions)
         parts = dict(zip(chunks, logits.split([len(span) for span in spans]), strict=True))
-        scored = {chunk: _score_prompt(chunk, part) for chunk, part in parts.items() if must_score(chunk.sequence)}
         last = [chunk for chunk in chunks if chunk.is_last]
         # Most steps want one row of each chunk: then the logits are the rows to sample from.
         rows = logits if len(last) == len(positions) else torch.stack([parts[c][-1] for c in last]) if last else logits[:0]
-        sampled = self._sampler.sample(rows, [chunk.sequence for chunk in last])
-        scores = _score_outputs(rows, last, sampled.tokens)
-        of = {c: (t, s) for c, t, s in zip(last, sampled.tokens, sampled.is_sound, strict=True)}
-        outcomes = []
-        for chunk in chunks:
-            token, is_sound = of.get(chunk, (None, True))
-            prompt_scores = scored.get(chunk, ())
-            outcomes.append(Outcome(chunk, token, is_sound and prompt_scores is not None, prompt_scores or (), scores.get(chunk)))
-        return outcomes
+        picked = self._sampler.pick(rows, [chunk.sequence for chunk in last])
+        asked = [row for row, chunk in enumerate(last) if chunk.sequence.request.num_logprobs is not None]
+        scored = [chunk for chunk in chunks if must_score(chunk.sequence)]
+        of_prompts = [_score_prompt(chunk, parts[chunk]) for chunk in scored]
+        picks, of_outputs, *of_scored = read_back([picked, _score_outputs(rows, picked[0], last, asked), *of_prompts])
+        tokens = {c: (int(token), bool(is_sound)) for c, token, is_sound in zip(last, *picks, strict=True)}
+        scores = dict(zip((last[row] for row in asked), to_scores(of_outputs), strict=True))
+        prompts = dict(zip(scored, of_scored, strict=True))
+        return [_outcome(c, tokens.get(c, (None, True)), prompts.get(c, ()), scores.get(c)) for c in chunks]
+
+
+def _outcome(chunk: Chunk, picked: tuple[int | None, bool], of_prompt: Items[Items[float]], score: Score | None) -> Outcome:
+    # Rows of the prompt begin with whether they are sound.
+    token, is_sound = picked
+    is_sound = is_sound and all(row[0] for row in of_prompt)
+    return Outcome(chunk, token, is_sound, to_scores([row[1:] for row in of_prompt]) if is_sound else (), score)
 
 
 def _wanted(chunk: Chunk) -> range:
@@ -65,20 +74,22 @@ def _wanted(chunk: Chunk) -> range:
     return range(last + 1 if chunk.is_last else num_scored)
 
 
-def _score_prompt(chunk: Chunk, logits: torch.Tensor) -> Items[Score] | None:
-    # None where the logits are not sound.
+def _score_prompt(chunk: Chunk, logits: torch.Tensor) -> torch.Tensor:
+    # For each prompt token that the chunk's logits predict: whether they are sound, and its `score`.
     request = chunk.sequence.request
     targets = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
     assert request.num_logprobs is not None
-    if not all(sound_rows(logits[: len(targets)])):
-        return None
-    return log_probabilities(logits[: len(targets)], targets, request.num_logprobs) if targets else ()
+    rows = logits[: len(targets)]
+    tokens = to_device(torch.tensor(targets, dtype=torch.int64), logits.device)
+    return torch.cat([are_sound(rows)[:, None].double(), score(rows, tokens, request.num_logprobs)], 1)
 
 
-def _score_outputs(logits: torch.Tensor, chunks: Items[Chunk], tokens: Items[int]) -> dict[Chunk, Score]:
-    asked = [i for i, chunk in enumerate(chunks) if chunk.sequence.request.num_logprobs is not None]
+def _score_outputs(logits: torch.Tensor, tokens: torch.Tensor, chunks: Items[Chunk], asked: Items[int]) -> torch.Tensor:
+    # Of the rows that are asked for.
     if not asked:
-        return {}
-    most = max(chunks[i].sequence.request.num_logprobs or 0 for i in asked)
-    scores = log_probabilities(logits[asked], [tokens[i] for i in asked], most)
-    return {chunks[i]: score for i, score in zip(asked, scores, strict=True)}
+        return logits[:0]
+    most = max(chunks[row].sequence.request.num_logprobs or 0 for row in asked)
+    if len(asked) == len(chunks):
+        return score(logits, tokens, most)
+    rows = to_device(torch.tensor(asked, dtype=torch.int64), logits.device)
+    return score(logits[rows], tokens[rows], most)

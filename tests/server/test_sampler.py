@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from server.engine.request import Request, Sampling, Sequence
 from server.engine.sampling.random_stream import uniforms
-from server.engine.sampling.sampler import Sampler, log_probabilities, sound_rows
+from server.engine.sampling.read_back import read_back
+from server.engine.sampling.sampler import Sampler
+from server.engine.sampling.scores import are_sound, score, to_scores
 
 STOP_IDS = (3, 7)
 SIZE = 50
@@ -41,10 +43,16 @@ def logits(num_rows: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, size, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def pick(sampler: Sampler, rows: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], list[bool]]:
+    """Returns the tokens, and which rows are sound."""
+    tokens, is_sound = sampler.pick(rows, sequences).tolist()
+    return tokens, [bool(sound) for sound in is_sound]
+
+
 def sample(rows: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    sampled = Sampler(STOP_IDS).sample(rows, sequences)
-    assert all(sampled.is_sound)
-    return sampled.tokens
+    tokens, is_sound = pick(Sampler(STOP_IDS), rows, sequences)
+    assert all(is_sound)
+    return tokens
 
 
 def expected_token(row: list[float], s: Sequence) -> int:
@@ -125,7 +133,7 @@ def test_steps_of_one_sampler_pick_as_a_new_one_does() -> None:
     for step in range(60):
         chosen = [sequences[i] for i in random.permutation(10)[: random.integers(1, 11)]] if step % 3 == 0 else chosen
         rows = logits(len(chosen), seed=step)
-        tokens = sampler.sample(rows, chosen).tokens
+        tokens, _ = pick(sampler, rows, chosen)
         assert tokens == sample(rows, chosen)
         for s, token in zip(chosen, tokens, strict=True):
             s.output_ids.append(token)
@@ -135,9 +143,9 @@ def test_what_is_kept_of_a_sequence_ends_with_it() -> None:
     sampler = Sampler(STOP_IDS)
     gone = [sequence(Sampling(temperature=1.0, repetition_penalty=1.1)) for _ in range(5)]
     watched = [weakref.ref(s) for s in gone]
-    sampler.sample(logits(5), gone)
+    pick(sampler, logits(5), gone)
     stays = [heated(1.0)]
-    sampler.sample(logits(1), stays)
+    pick(sampler, logits(1), stays)
     gone.clear()
     gc.collect()
     assert [ref() for ref in watched] == [None] * 5
@@ -191,25 +199,24 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(ask: Sampling, 
     rows = logits(5)
     expected = sample(rows, [sequence(ask) for ask in asks])
     rows[2, 9] = bad  # What a bias forbids is looked at, too.
-    sampled = Sampler(STOP_IDS).sample(rows, [sequence(ask) for ask in asks])
-    assert sampled.is_sound == sound_rows(rows) == [True, True, False, True, True]
-    assert 0 <= sampled.tokens[2] < SIZE
-    assert sampled.tokens[:2] + sampled.tokens[3:] == expected[:2] + expected[3:]
+    tokens, is_sound = pick(Sampler(STOP_IDS), rows, [sequence(ask) for ask in asks])
+    assert is_sound == are_sound(rows).tolist() == [True, True, False, True, True]
+    assert 0 <= tokens[2] < SIZE
+    assert tokens[:2] + tokens[3:] == expected[:2] + expected[3:]
 
 
 def test_a_model_may_forbid_tokens_but_not_all() -> None:
     rows = logits(3)
     rows[0, 5] = -math.inf
     rows[1] = -math.inf
-    assert sound_rows(rows) == [True, False, True]
-    assert Sampler(()).sample(rows, [heated(1.0) for _ in range(3)]).is_sound == [True, False, True]
+    assert are_sound(rows).tolist() == [True, False, True]
+    assert pick(Sampler(()), rows, [heated(1.0) for _ in range(3)])[1] == [True, False, True]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_that_forbids_every_token_is_reported(temperature: float) -> None:
     ask = Sampling(temperature=temperature, logit_bias=tuple((token, -math.inf) for token in range(SIZE)))
-    sampled = Sampler(()).sample(logits(2), [sequence(ask), heated(temperature)])
-    assert sampled.is_sound == [False, True]
+    assert pick(Sampler(()), logits(2), [sequence(ask), heated(temperature)])[1] == [False, True]
 
 
 def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
@@ -231,7 +238,7 @@ def test_log_probabilities_are_torchs() -> None:
     rows = logits(5)
     tokens = [4, 0, 49, 17, 17]
     expected = torch.log_softmax(rows, -1)
-    found = log_probabilities(rows, tokens, 3)
+    found = to_scores(score(rows, torch.tensor(tokens), 3).tolist())
     for row, (token, (value, top)) in enumerate(zip(tokens, found, strict=True)):
         assert value == pytest.approx(expected[row, token].item(), abs=1e-6)
         best = expected[row].topk(3)
@@ -240,4 +247,19 @@ def test_log_probabilities_are_torchs() -> None:
 
 
 def test_no_alternatives_where_none_are_asked_for() -> None:
-    assert [top for _, top in log_probabilities(logits(2), [1, 2], 0)] == [{}, {}]
+    assert [top for _, top in to_scores(score(logits(2), torch.tensor([1, 2]), 0).tolist())] == [{}, {}]
+    assert to_scores([]) == []
+
+
+def test_scores_do_not_wait_for_the_device() -> None:
+    tokens = torch.empty(3, dtype=torch.int64, device="meta")
+    assert score(torch.empty(3, 300, device="meta"), tokens, 2).shape == (3, 5)
+    assert are_sound(torch.empty(3, 300, device="meta")).shape == (3,)
+
+
+def test_what_is_read_back_together_is_what_was_in_each() -> None:
+    parts = [torch.tensor([[2**53 - 1, 7], [0, 1]]), torch.zeros(2, 0), torch.tensor([[0.1, -torch.inf, 3.0]]), torch.zeros(0, 4)]
+    assert read_back(parts) == [[[2**53 - 1, 7], [0, 1]], [[], []], [[torch.tensor(0.1).item(), -math.inf, 3.0]], []]
+    assert read_back([torch.empty(2, 0, device="meta")]) == [[[], []]], "where there is nothing, nobody waits"
+    with pytest.raises(NotImplementedError):
+        read_back([torch.empty(2, 1, device="meta")])

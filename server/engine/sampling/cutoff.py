@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lori.device import to_device
 from server.engine.request import Sampling
-from server.engine.sampling.upload import to_device
 
 Floats = NDArray[np.float32]
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lori.device import to_device
 from server.engine.request import Sampling, Sequence
 from server.engine.sampling.token_counts import TokenCounts
-from server.engine.sampling.upload import to_device
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]

@@ -5,27 +5,17 @@ Shapes: P rows, V vocabulary, R rows that are drawn.
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
+from lori.device import to_device
 from server.engine.request import Sequence
 from server.engine.sampling.cutoff import cut, draw_few
 from server.engine.sampling.draw import draw
 from server.engine.sampling.logit_edits import LogitEdits, edited
 from server.engine.sampling.sampling_batch import SamplingBatch, SamplingState
-from server.engine.sampling.upload import to_device
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The next token of each row, and whether the row was sound: where it was not, the token means nothing."""
-
-    tokens: list[int]
-    is_sound: list[bool]
-    """Not so with NaN or infinity among the logits, or with every token forbidden."""
 
 
 class Sampler:
@@ -40,17 +30,13 @@ class Sampler:
         self._batch: SamplingBatch | None = None
         self._memory: torch.Tensor | None = None
 
-    def sample(self, logits: torch.Tensor, sequences: Items[Sequence]) -> Sampled:
-        """Returns the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous.
-
-        The logits are the same afterwards. It waits for their device once, at the end.
-        """
-        tokens, is_sound = self.pick(logits, sequences).tolist()
-        return Sampled(tokens, [bool(x) for x in is_sound])
-
     @torch.inference_mode()
     def pick(self, logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-        """Returns the tokens, and 1 for the sound rows, as a tensor (2, P) on the logits' device, and does not wait for it."""
+        """Picks the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous; they are the same afterwards.
+
+        Returns the tokens, and 1 for the sound rows, as a tensor (2, P) int64 on the logits' device, and does not wait for it.
+        A row is not sound with NaN or infinity among its logits, or with every token forbidden: its token means nothing.
+        """
         batch = self._batch_of(sequences, logits.device)
         tokens = likeliest(logits)
         peaks = logits.gather(1, tokens[:, None])  # (P, 1)
@@ -109,22 +95,3 @@ def _draw(logits: torch.Tensor, peaks: torch.Tensor, batch: SamplingBatch, memor
         return draw(torch.cat([probabilities[:num_whole], cut(probabilities[num_whole:], batch.cutoffs)]), levels)
     few = draw_few(probabilities[num_whole:].numpy(), batch.cutoffs, levels[num_whole:].tolist())
     return torch.cat([draw(probabilities[:num_whole], levels[:num_whole]), torch.tensor(few)])
-
-
-def sound_rows(logits: torch.Tensor) -> list[bool]:
-    """Returns, for each row of `logits` (P, V), whether it holds neither NaN nor plus infinity, and a token that is possible."""
-    sound: list[bool] = logits.amax(-1).isfinite().tolist()
-    return sound
-
-
-def log_probabilities(logits: torch.Tensor, tokens: Items[int], num_top: int) -> list[tuple[float, dict[int, float]]]:
-    """Returns, for each row of `logits` (P, V), the log-probability of its token and the `num_top` likeliest alternatives.
-
-    They are the model's own, of the logits as it gave them: before bias, penalties, temperature and cutoffs.
-    """
-    scores = logits.log_softmax(-1)
-    own = scores.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
-    if not num_top:
-        return [(value, {}) for value in own]
-    values, ids = (x.tolist() for x in scores.topk(num_top, dim=-1))
-    return [(o, dict(zip(i, v, strict=True))) for o, i, v in zip(own, ids, values, strict=True)]

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lori.device import to_device
 from server.engine.request import Sequence
 from server.engine.sampling.cutoff import Cutoff
 from server.engine.sampling.logit_edits import LogitEdits
 from server.engine.sampling.random_stream import RandomStream
-from server.engine.sampling.upload import to_device
 
 TEMPERATURES = (1e-30, 1e30)
 """Beyond these nothing changes but that fp32 overflows."""

@@ -1,0 +1,64 @@
+"""Which device is meant, and how small tensors get there without waiting for it."""
+
+import re
+from importlib.util import find_spec
+
+import torch
+
+from lori.errors import DeviceError
+
+MIN_CAPABILITY = (8, 0)
+"""Of a GPU: what Triton compiles for, and the first that computes in bf16."""
+NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device called `name`: "cpu", "cuda" (the first GPU), "cuda:N", or "auto": the first GPU that can serve, else
+    the CPU.
+
+    Raises `DeviceError` where it is not there or cannot serve.
+    """
+    if not NAME.fullmatch(name):
+        raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if name == "cpu":
+        return torch.device(name)
+    if name == "auto":
+        able = (index for index in range(_num_gpus()) if not _fault(index))
+        return next((torch.device("cuda", index) for index in able), torch.device("cpu"))
+    index = int(name.partition(":")[2] or 0)
+    if fault := _fault(index):
+        raise DeviceError(f"--device {name}: {fault}; pass --device cpu, or one that is there")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """Returns what a person would call it, for a log."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a CPU tensor on `device`, without waiting for what runs there."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def copy_to_device(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies a CPU tensor to `target`, without waiting for what runs on its device. `source` may be changed at once."""
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def _num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _fault(index: int) -> str | None:
+    # Why this GPU cannot serve.
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"this torch ({torch.__version__}) is built for CPUs alone"
+    if index >= _num_gpus():
+        return f"torch sees {_num_gpus() or 'no'} GPU{'s' * (_num_gpus() > 1)}"
+    if (found := torch.cuda.get_device_capability(index)) < MIN_CAPABILITY:
+        least = ".".join(map(str, MIN_CAPABILITY))
+        return f"{torch.cuda.get_device_name(index)} is of compute capability {found[0]}.{found[1]}, expected {least} or more"
+    if not find_spec("triton"):
+        return "its kernels need triton: pip install 'lori-server[gpu]'"
+    return None
