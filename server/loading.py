@@ -12,6 +12,7 @@ from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Basis
 from lori.basis_file import load_basis
 from lori.config import ExplicitConfig
+from lori.device import device_name, resolve_device
 from lori.entry import Entry
 from lori.errors import ModelError
 from lori.kernels.native import MISSING, MODULE, description
@@ -48,6 +49,8 @@ BYTES_PER_ENTRY = {torch.bfloat16: 4.5, torch.float32: 6.5}
 """Of a resident adapter: a little more than what was measured at a tenth kept."""
 PATIENCE_S = 0.005
 """What a step waits for an adapter that is being read: about as long as that takes."""
+NUM_SPARE_BLOCKS = {"cpu": 0, "cuda": 1}
+"""Of KV memory, which no sequence owns (`GpuOps`)."""
 NUM_MERGES = 32
 """Merges that are no sums for which there is room from the start."""
 
@@ -56,15 +59,18 @@ def load_service(settings: Settings) -> Service:
     """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    device = resolve_device(settings.device)
     # Its own attention only says what the logits should be; not every family has another than the eager one.
-    base = load_base_model(settings.model, resolve_dtype(settings.dtype), attention="eager")
+    base = load_base_model(settings.model, resolve_dtype(settings.dtype, device), "eager", device)
     check_family(base.model)
     entries = _entries(settings)
     registry = make_registry(entries, summarise(entries, base.identity))
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident)
     num_blocks = _num_blocks(settings, base)
-    runner = Runner(base.model, pool, num_blocks, settings.block_size)
+    runner = Runner(base.model, pool, num_blocks, settings.block_size, settings.max_batch)
+    _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
+    runner.prepare()
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check(runner, base.model, expected, max_context, settings.block_size)
     limits = StepLimits(
@@ -81,7 +87,6 @@ def load_service(settings: Settings) -> Service:
             block_size=settings.block_size,
         ),
     )
-    pool.reserve(min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s())
@@ -120,6 +125,13 @@ def make_pool(base: BaseModel, registry: Registry, num_slots: int) -> AdapterPoo
     return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
 
 
+def _reserve(pool: AdapterPool, num_bytes: int) -> None:
+    try:
+        pool.reserve(num_bytes)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ModelError(f"--resident-gib: there is no room for adapters: {' '.join(str(error).split())}") from error
+
+
 def _likely_bytes(base: BaseModel, registry: Registry, max_resident: int) -> int:
     # Of all registered adapters and some merges, at what an adapter of the highest rank takes that keeps most.
     found = [of.summary for of in registry.by_name.values()]
@@ -147,18 +159,18 @@ def _log(base: BaseModel, num_adapters: int, runner: Runner, num_kv_tokens: int,
         "%s in %s on %s, %d threads; products in %s, attention in %s, deltas in %s; %d adapters; room for %d tokens in %.0f MiB",
         base.name,
         str(dtype).removeprefix("torch."),
-        device,
+        device_name(device),
         torch.get_num_threads(),
         products,
         runner.attention,
-        description(),
+        description() if device.type == "cpu" else "Triton",
         num_adapters,
         num_kv_tokens,
         runner.num_kv_bytes / 2**20,
     )
     logger.info("a step in which one sequence decodes takes %.1f ms", 1e3 * limits.cost.decoding(1))
     logger.debug("what steps cost: %s", limits.cost)
-    if not MODULE:
+    if not MODULE and device.type == "cpu":
         logger.warning(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
             MISSING,
@@ -201,7 +213,7 @@ def _entries(settings: Settings) -> dict[str, Entry]:
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:
     num_bytes = bytes_per_token(base.model) * settings.block_size
-    num_blocks = int(settings.kv_cache_gib * GIB) // num_bytes
+    num_blocks = int(settings.kv_cache_gib * GIB) // num_bytes - NUM_SPARE_BLOCKS[base.model.device.type]
     if num_blocks * settings.block_size < MIN_CONTEXT:
         raise ModelError(
             f"--kv-cache-gib {settings.kv_cache_gib:g} holds {num_blocks * settings.block_size} tokens of {base.name}, "

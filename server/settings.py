@@ -29,8 +29,10 @@ class Settings(BaseSettings):
     """A folder of adapters. An adapter in it comes before a demo adapter of the same name."""
     demo_adapters: bool = True
     """Serves the demo adapters too, on the embedded model."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where all of it is: cpu, cuda (the first GPU), cuda:N, or auto, a GPU where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights and products: auto is bfloat16 where the machine computes in it."""
+    """Weights and products: auto is bfloat16 where the device computes in it."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
     resident_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)

@@ -12,18 +12,15 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from lori.kernels import Operands, Route, Term, add_delta, default_kernel, gpu
 from lori.kernels.layout import Layout
 from tests.bench.bgmv import bgmv
+from tests.interpreter import mend
 from tests.lori.operands import POPULARITY, Case, assert_close, by_hand, make_case, put, random_b
 
 HAS_GPU = torch.cuda.is_available()
@@ -45,20 +42,7 @@ NUM_TERMS = {"identical": 1, "zipf": 4}
 
 @pytest.fixture(autouse=True)
 def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter (3.9) cuts fp32 off to bf16 where a device rounds, and takes the bits of bf16 matrices for numbers."""
-    cast, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
-
-    def rounded(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
-        if dtype.scalar != tl.bfloat16:
-            return cast(self, source, dtype)
-        bits: npt.NDArray[np.int16] = torch.from_numpy(source.data).bfloat16().view(torch.int16).numpy()
-        return TensorHandle(bits.view(np.uint16), tl.bfloat16)
-
-    def widened(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *more: object) -> TensorHandle:
-        return dot(self, *(self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *more)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)
+    mend(monkeypatch)
 
 
 @pytest.fixture(params=DEVICES)

@@ -32,8 +32,9 @@ def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.Te
     """Servers with wrong flags, by what is wrong. Started together: each takes seconds to import what it needs."""
     place = tmp_path_factory.mktemp("main")
     flags = {
-        "bad flags": ["--port", "99999", "--max-batch", "none"],
+        "bad flags": ["--port", "99999", "--max-batch", "none", "--device", "tpu"],
         "no model": ["--model", "no/such-model"],
+        "no device": ["--device", "cuda:99"],
         "unsound adapters": ["--model", str(writer_model), "--adapters", str(unsound(adapters, place / "adapters"))],
     }
     processes = {name: run_main(place / name, *args) for name, args in flags.items()}
@@ -66,6 +67,15 @@ def test_bad_flags_are_named_all_at_once(cannot_start: dict[str, Ended]) -> None
     assert len(ended.lines) == 1
     assert "--port: " in ended.lines[0]
     assert "--max-batch: " in ended.lines[0]
+    assert "--device: " in ended.lines[0]
+
+
+def test_a_device_that_is_not_there_is_one_clear_line(cannot_start: dict[str, Ended]) -> None:
+    ended = cannot_start["no device"]
+    assert ended.code == 1
+    assert len(ended.lines) == 1
+    assert ended.lines[0].startswith("error: --device cuda:99: ")
+    assert ended.lines[0].endswith("; pass --device cpu, or one that is there")
 
 
 def test_unsound_adapters_are_reported_whole(cannot_start: dict[str, Ended]) -> None:

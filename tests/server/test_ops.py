@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from lori.kernels.native import MODULE, instruction_sets
+from server.engine.model import paged_attention
 from server.engine.model.decoder import Heads, Norm, Ops, Turns
+from server.engine.model.gpu_ops import GpuOps
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.spans import Span
 from server.engine.model.torch_ops import TorchOps
+from tests.interpreter import mend
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
@@ -26,13 +30,15 @@ CPU = torch.device("cpu")
 ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8}
 POISON = (float("nan"), float("inf"), 3e38)
 NATIVE = instruction_sets()
-IMPLEMENTATIONS = ["torch", *NATIVE]
+IMPLEMENTATIONS = ["torch", "triton", *NATIVE]
 
 
 def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> Ops:
-    """Returns torch's ops, or those in C++ of an instruction set."""
+    """Returns torch's ops, a GPU's in Triton's interpreter, or those in C++ of an instruction set."""
     if implementation == "torch":
         return TorchOps(heads, num_blocks, block_size, dtype, CPU)
+    if implementation == "triton":
+        return GpuOps(heads, num_blocks, block_size, dtype, CPU)
     ops = NativeOps(heads, num_blocks, block_size, dtype)
     module: Any = MODULE
     ops._layers = module.Layers(implementation, str(dtype).removeprefix("torch."))
@@ -49,6 +55,15 @@ HEADS = Heads(num_heads=4, num_kv_heads=2, head_size=32, scale=32**-0.5)
 needs_native = pytest.mark.skipif(not NATIVE, reason="the module is missing")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.fixture(autouse=True)
+def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton interprets, which takes long: keys are split in fewer parts. A device does not warn of infinity less infinity."""
+    mend(monkeypatch)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 8)
+    with np.errstate(invalid="ignore"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -32,7 +32,7 @@ class Sampler:
 
     @torch.inference_mode()
     def pick(self, logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-        """Picks the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous; they are the same afterwards.
+        """Picks the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous, which stay the same.
 
         Returns the tokens, and 1 for the sound rows, as a tensor (2, P) int64 on the logits' device, and does not wait for it.
         A row is not sound with NaN or infinity among its logits, or with every token forbidden: its token means nothing.

@@ -1,0 +1,138 @@
+"""Attention of tokens that decode, in Triton: each sees the keys of its own sequence, which lie in blocks.
+
+A program is some keys of one sequence and the queries of one key-value head, so that a key is read once for all of these. Where
+sequences and heads are too few to fill a device, each sequence's keys are split over several programs, and a second kernel puts
+their parts together (flash decoding). Grids come from the shapes alone: a step may be captured and replayed with other arrays.
+
+Prefixes: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block. Shapes: B sequences, H heads, G key-value heads, E head
+size, P places in memory, S splits, K keys of a program's step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from server.engine.model.decoder import Heads
+from server.engine.model.decoding_inputs import Decoding
+
+PROGRAMS, MAX_SPLITS = 256, 16
+"""Programs from which on a device is full, about, and splits of a sequence's keys at most."""
+KEYS = 64
+"""K: keys that a program looks at together."""
+OPTIONS = {"num_warps": 4}
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: Decoding, heads: Heads, block_size: int
+) -> torch.Tensor:
+    """Returns softmax(scale * query keys^T) values (B, H, E), summed in fp32, for query (B, H, E), keys and values (P, G, E).
+
+    All contiguous and of one dtype. A key is a token's where it lies within `heads.window`; scores are capped by `heads.softcap`.
+    """
+    assert query.is_contiguous()
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    num_rows, num_heads, size = query.shape
+    group, num_splits = num_heads // heads.num_kv_heads, splits_of(num_rows * heads.num_kv_heads)
+    out = torch.empty_like(query)
+    shape = (num_rows, num_heads, num_splits)
+    part = out if num_splits == 1 else torch.empty(*shape, size, dtype=torch.float32, device=query.device)
+    weight = torch.empty(shape, dtype=torch.float32, device=query.device)
+    of_heads = (heads.scale, heads.softcap, heads.num_kv_heads, group, size, heads.window)
+    tiles = (block_size, num_splits, max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(size)), KEYS)
+    arrays = (decoding.table, decoding.starts, decoding.lengths)
+    attend_split[num_rows, heads.num_kv_heads, num_splits](
+        part, weight, query, keys, values, *arrays, *of_heads, *tiles, **OPTIONS
+    )
+    if num_splits > 1:
+        join[num_rows * num_heads,](out, part, weight, num_splits, size, tiles[3], **OPTIONS)
+    return out
+
+
+def splits_of(num_programs: int) -> int:
+    """Returns S for so many sequences times key-value heads: a power of two."""
+    return int(min(MAX_SPLITS, triton.next_power_of_2(max(1, PROGRAMS // num_programs))))
+
+
+@triton.jit
+def attend_split(
+    p_part: tl.tensor,
+    p_weight: tl.tensor,
+    p_query: tl.tensor,
+    p_keys: tl.tensor,
+    p_values: tl.tensor,
+    p_table: tl.tensor,
+    p_starts: tl.tensor,
+    p_lengths: tl.tensor,
+    scale: tl.constexpr,
+    softcap: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    group: tl.constexpr,
+    size: tl.constexpr,
+    window: tl.constexpr,
+    block_size: tl.constexpr,
+    num_splits: tl.constexpr,
+    rows: tl.constexpr,
+    width: tl.constexpr,
+    num_keys: tl.constexpr,
+) -> None:
+    """Semantics: part, weight = softmax over a split of the keys times these values, and log of the sum of exp; grid (B, G, S).
+
+    part: (B, H, S, E). weight: (B, H, S) fp32. `rows` >= H/G and `width` >= E are what a matrix product takes.
+    """
+    i_b, i_g, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length, p_blocks = tl.load(p_lengths + i_b), p_table + tl.load(p_starts + i_b)
+    first = tl.maximum(length - window, 0) if window > 0 else length * 0
+    num_each = tl.cdiv(tl.cdiv(length - first, num_splits), num_keys) * num_keys
+    begin = first + i_s * num_each
+    end = tl.minimum(begin + num_each, length)
+    o_h, o_e = tl.arange(0, rows), tl.arange(0, width)
+    m_h, m_e = o_h < group, o_e < size
+    i_head = (i_b * num_kv_heads + i_g) * group + o_h  # of all rows
+    b_query = tl.load(p_query + i_head[:, None] * size + o_e[None, :], mask=m_h[:, None] & m_e[None, :], other=0.0)
+    b_most = tl.full((rows,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((rows,), tl.float32)
+    b_out = tl.zeros((rows, width), tl.float32)
+    for i_key in range(begin, end, num_keys):
+        o_key = i_key + tl.arange(0, num_keys)
+        m_key = o_key < end
+        block = tl.load(p_blocks + o_key // block_size, mask=m_key, other=0).to(tl.int64)
+        o_place = ((block * block_size + o_key % block_size) * num_kv_heads + i_g) * size
+        b_keys = tl.load(p_keys + o_place[None, :] + o_e[:, None], mask=m_key[None, :] & m_e[:, None], other=0.0)
+        b_scores = tl.dot(b_query, b_keys, input_precision="ieee") * scale
+        if softcap > 0:
+            b_tail = tl.exp(-2 / softcap * tl.abs(b_scores))
+            b_scores = softcap * tl.where(b_scores < 0, b_tail - 1, 1 - b_tail) / (1 + b_tail)  # tanh
+        b_scores = tl.where(m_key[None, :], b_scores, float("-inf"))
+        b_next = tl.maximum(b_most, tl.max(b_scores, 1))
+        b_kept, b_probable = tl.exp(b_most - b_next), tl.exp(b_scores - b_next[:, None])
+        b_values = tl.load(p_values + o_place[:, None] + o_e[None, :], mask=m_key[:, None] & m_e[None, :], other=0.0)
+        b_sum = b_sum * b_kept + tl.sum(b_probable, 1)
+        b_out *= b_kept[:, None]
+        b_out += tl.dot(b_probable.to(b_values.dtype), b_values, input_precision="ieee")
+        b_most = b_next
+    b_sum = tl.where(begin < end, b_sum, 1.0)  # a split may have no key: its weight is exp of minus infinity
+    o_part = (i_head * num_splits + i_s).to(tl.int64)
+    p_out = p_part + o_part[:, None] * size + o_e[None, :]
+    tl.store(p_out, (b_out / b_sum[:, None]).to(p_part.dtype.element_ty), mask=m_h[:, None] & m_e[None, :])
+    tl.store(p_weight + o_part, b_most + tl.log(b_sum), mask=m_h)
+
+
+@triton.jit
+def join(
+    p_out: tl.tensor,
+    p_part: tl.tensor,
+    p_weight: tl.tensor,
+    num_splits: tl.constexpr,
+    size: tl.constexpr,
+    width: tl.constexpr,
+) -> None:
+    """Semantics: out = sum over S of softmax(weight) * part, for one head of one sequence; grid (B H,)."""
+    i_n = tl.program_id(0).to(tl.int64)
+    o_s, o_e = tl.arange(0, num_splits), tl.arange(0, width)
+    b_weight = tl.load(p_weight + i_n * num_splits + o_s)
+    b_share = tl.exp(b_weight - tl.max(b_weight, 0))
+    p_parts = p_part + (i_n * num_splits + o_s)[:, None] * size + o_e[None, :]
+    b_part = tl.load(p_parts, mask=(o_e < size)[None, :], other=0.0)
+    b_out = tl.sum(b_part * b_share[:, None], 0) / tl.sum(b_share, 0)
+    tl.store(p_out + i_n * size + o_e, b_out.to(p_out.dtype.element_ty), mask=o_e < size)

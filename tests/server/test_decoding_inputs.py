@@ -1,0 +1,118 @@
+"""The arrays that a replayed step reads: what lies where, whatever the steps before left there."""
+
+import random
+
+import pytest
+import torch
+
+from server.engine.model.decoding_inputs import MIN_STRIDE, TERMS, DecodingInputs, Terms, sizes_up_to
+from server.engine.model.spans import Span
+
+CPU = torch.device("cpu")
+SPARE = 99
+
+
+def make(max_rows: int = 9, max_blocks: int = 40, block_size: int = 4) -> DecodingInputs:
+    return DecodingInputs(max_rows, max_blocks, block_size, SPARE, CPU)
+
+
+def blocks_of(inputs: DecodingInputs, size: int, row: int, block_size: int = 4) -> list[int]:
+    """Returns the blocks that a row's keys lie in, as a kernel finds them."""
+    of = inputs.decoding(size)
+    start, num_keys = int(of.starts[row]), int(of.lengths[row])
+    return of.table[start : start + -(-num_keys // block_size)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"),
+    [
+        (1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 16]), (24, [1, 2, 4, 8, 16, 24]),
+        (64, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]), (65, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80]),
+    ],
+)  # fmt: skip
+def test_sizes(most: int, sizes: list[int]) -> None:
+    assert sizes_up_to(most) == sizes
+    many = sizes_up_to(1000)
+    assert many[-1] >= 1000
+    assert len(many) < 30
+    assert all(next(size for size in many if size >= rows) <= rows * 1.25 + 8 for rows in range(1, 1001))
+
+
+def test_a_step_runs_as_the_next_size_that_holds_it() -> None:
+    inputs = make(9)
+    spans = [Span(i, 1, i, [i, i, i]) for i in range(17)]
+    assert [inputs.size_for(spans[:n], [()] * n) for n in (1, 2, 3, 8, 9, 16, 17)] == [1, 2, 4, 8, 16, 16, None]
+    assert inputs.size_for([*spans[:2], Span(2, 2, 0, [5])], [()] * 3) is None
+    term = (0, 1.0)
+    assert inputs.size_for(spans[:1], [[term] * TERMS]) == 1
+    assert inputs.size_for(spans[:1], [[term] * (TERMS + 1)]) is None
+    assert inputs.size_for(spans[:3], [[term] * (2 * TERMS), [], [term] * (2 * TERMS)]) == 4
+
+
+def test_rows_are_those_of_the_step_and_the_others_see_one_key_of_the_spare_block() -> None:
+    inputs = make()
+    spans = [Span(0, 1, 6, [3, 8]), Span(1, 1, 0, [5]), Span(2, 1, 8, [1, 2, 4])]
+    terms: list[Terms] = [[(7, 0.5), (2, -1.0)], [], [(1, 3.0)]]
+    inputs.fill(4, [11, 12, 13], spans, terms)
+    ids, positions = inputs.tokens(4)
+    assert ids.tolist() == [11, 12, 13, 0]
+    assert positions.tolist() == [6, 0, 8, 0]
+    decoding, route = inputs.decoding(4), inputs.route(4)
+    assert decoding.write.tolist() == [8 * 4 + 2, 5 * 4, 4 * 4, SPARE * 4]
+    assert decoding.lengths.tolist() == [7, 1, 9, 1]
+    assert [blocks_of(inputs, 4, row) for row in range(4)] == [[3, 8], [5], [1, 2, 4], [SPARE]]
+    assert route.segments.tolist() == [[0, 1, 0, 2], [1, 2, 2, 2], [2, 3, 2, 3], [3, 4, 3, 3]]
+    assert route.spans == [(0, 1, [(7, 0.5), (2, -1.0)]), (1, 2, []), (2, 3, [(1, 3.0)]), (3, 4, [])]
+    assert route.is_by_token
+
+
+def test_all_is_at_the_same_places_in_every_step() -> None:
+    inputs = make()
+    inputs.fill(4, [1], [Span(0, 1, 0, [1])], [()])
+    first, route = inputs.decoding(4), inputs.route(4)
+    inputs.fill(4, [1], [Span(0, 1, 150, [*range(38)])], [[(1, 2.0)]])
+    then, route_then = inputs.decoding(4), inputs.route(4)
+    for name in ("starts", "lengths", "table"):
+        assert getattr(first, name).data_ptr() == getattr(then, name).data_ptr()
+        assert getattr(first, name).data_ptr() % 16 == 0
+    for name in ("segments", "slots", "weights"):
+        assert getattr(route, name).data_ptr() == getattr(route_then, name).data_ptr()
+        assert getattr(route, name).data_ptr() % 16 == 0
+    assert first.lengths.tolist() == [151, 1, 1, 1], "what was returned before are the places, not what they held"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_the_steps_before_left_a_step_is_right(seed: int) -> None:
+    """Rows, sizes, strides, and what blocks a sequence has change at random, in place."""
+    rng, inputs = random.Random(seed), make()
+    lists = [[rng.randrange(90) for _ in range(rng.randint(1, 3))] for _ in range(12)]
+    for _ in range(150):
+        for blocks in rng.sample(lists, 3):
+            match rng.choice(["grow", "shrink", "replace", "wait"]):
+                case "grow" if len(blocks) < 40:
+                    blocks.append(rng.randrange(90))
+                case "shrink":
+                    del blocks[1:]
+                case "replace":
+                    blocks[:] = [rng.randrange(90) for _ in blocks]
+        chosen = rng.sample(lists, rng.randint(1, 9))
+        spans = [Span(i, 1, 4 * len(blocks) - rng.randint(1, 4), blocks) for i, blocks in enumerate(chosen)]
+        terms: list[Terms] = [[(rng.randrange(50), float(rng.randrange(9))) for _ in range(rng.randint(0, 4))] for _ in chosen]
+        size = inputs.size_for(spans, terms)
+        assert size is not None
+        inputs.fill(size, [*range(len(chosen))], spans, terms)
+        assert [blocks_of(inputs, size, row) for row in range(size)] == chosen + [[SPARE]] * (size - len(chosen))
+        assert [of for _, _, of in inputs.route(size).spans] == terms + [[]] * (size - len(chosen))
+        assert inputs.decoding(size).write.tolist()[: len(chosen)] == [
+            blocks[span.position // 4] * 4 + span.position % 4 for blocks, span in zip(chosen, spans, strict=True)
+        ]
+
+
+def test_what_is_copied_is_what_the_longest_row_needs() -> None:
+    inputs = make(max_blocks=1000)
+    inputs.fill(1, [1], [Span(0, 1, 0, [1])], [()])
+    assert inputs.decoding(1).starts.tolist() == [0]
+    inputs.fill(2, [1, 1], [Span(0, 1, 0, [1]), Span(1, 1, 0, [1])], [(), ()])
+    assert inputs.decoding(2).starts.tolist() == [0, MIN_STRIDE]
+    inputs.fill(2, [1, 1], [Span(0, 1, 0, [1]), Span(1, 1, 0, [1] * 999)], [(), ()])
+    assert inputs.decoding(2).starts.tolist() == [0, 1024]

@@ -1,0 +1,267 @@
+"""Decoding steps of fixed shapes, replayed: they say what steps say that are computed as they come."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lori.base_model import BaseModel
+from server.engine.admission import Ask
+from server.engine.model.decoding_inputs import TERMS
+from server.engine.model.gpu_ops import GpuOps
+from server.engine.model.replays import Replays
+from server.engine.request import Sequence as EngineSequence
+from server.engine.scheduling.scheduler import Chunk
+from tests.server.replayed import Recorder, pretend_gpu
+from tests.server.rig import Heard, Rig, build, request, write_adapter
+
+FOX = "The quick brown fox jumps over the lazy dog."
+ASKS = [
+    Ask(prompt=FOX, max_tokens=14),
+    Ask(prompt=FOX, max_tokens=12, adapters=("math",), num_logprobs=2),
+    Ask(prompt=FOX[:17], max_tokens=7, adapters=("math", "safety"), weights=(1.0, -0.5)),
+    Ask(prompt=FOX[:3], max_tokens=9, adapters=("intent",), num_logprobs=0),
+    Ask(prompt=FOX[5:], max_tokens=5, adapters=("safety",)),
+]
+JOINS = [0, 1, 3, 3, 6]
+
+
+def values(heard: Heard) -> list[float | None]:
+    return [one.value for one in heard.logprobs]
+
+
+def assert_alike(found: Sequence[Heard], expected: Sequence[Heard]) -> None:
+    assert [heard.tokens for heard in found] == [heard.tokens for heard in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert values(one) == pytest.approx(values(other), abs=1e-4)
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_what_is_said_is_what_a_cpu_says(
+    block_size: int, writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch, its adapters and their merges change from step to step; with blocks of one token the table grows on the way."""
+    sizes = {"max_step_tokens": 64, "block_size": block_size, "num_blocks": 512}
+    expected = build(writer_model, adapters, **sizes).run(ASKS, JOINS)
+    recorder = pretend_gpu(monkeypatch)
+    rig = build(writer_model, adapters, **sizes)
+    assert_alike(rig.run(ASKS, JOINS), expected)
+    assert recorder.num_replayed >= 10
+
+
+def test_scarce_memory_changes_nothing(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests give up their blocks for others and come back with other ones."""
+    sizes = {"max_step_tokens": 64, "block_size": 4, "num_blocks": 26}
+    expected = build(writer_model, adapters, **sizes).run(ASKS, JOINS)
+    recorder = pretend_gpu(monkeypatch)
+    rig = build(writer_model, adapters, **sizes)
+    assert_alike(rig.run(ASKS, JOINS), expected)
+    assert rig.scheduler.num_preemptions > 0
+    assert recorder.num_replayed >= 10
+
+
+def test_replays_read_adapters_with_the_kernel_of_a_gpu(
+    writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters come and go between the steps: with room for one alone, each request's is put where the other's was."""
+    asks = [replace(ask, prompt=ask.prompt[:4], max_tokens=3) for ask in ASKS if len(ask.adapters) == 1]
+    alone = [build(writer_model, adapters).run([ask])[0] for ask in asks]
+    recorder = pretend_gpu(monkeypatch, kernel="gpu")
+    rig = build(writer_model, adapters, num_slots=1)
+    assert_alike([rig.run([ask])[0] for ask in asks], alone)
+    assert recorder.num_replayed == 2 * len(asks)
+
+
+# --- single steps
+
+
+class Steps:
+    """The steps of a runner in a GPU's way, and beside them those of a CPU's."""
+
+    def __init__(self, folder: Path, adapters: Path | None, monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
+        self.plain = build(folder, adapters, **sizes)
+        self.recorder = pretend_gpu(monkeypatch, kernel="gpu")
+        self.rig = build(folder, adapters, **sizes)
+        for rig in (self.plain, self.rig):
+            for slot, name in enumerate(rig.adapters):
+                put(rig, slot, name)
+        self.block_size = sizes.get("block_size", 16)
+        self.num_blocks_used = 0
+
+    def start(self, num_tokens: int, *terms: tuple[int, float]) -> EngineSequence:
+        """Returns a sequence with keys of its first `num_tokens` tokens, and room for as many again and 16."""
+        blocks = range(self.num_blocks_used, self.num_blocks_used + 1 + (2 * num_tokens + 16) // self.block_size)
+        self.num_blocks_used = blocks.stop
+        sequence = EngineSequence(request(num_tokens), output_ids=[7], blocks=[*blocks], terms=[*terms])
+        for rig in (self.plain, self.rig):
+            rig.runner.forward([Chunk(sequence, 0, num_tokens)], [])
+        return sequence
+
+    def check(self, *sequences: EngineSequence) -> None:
+        """Decodes a token of each, and appends another."""
+        chunks = [Chunk(sequence, sequence.num_tokens - 1, sequence.num_tokens) for sequence in sequences]
+        rows = range(len(chunks))
+        expected, found = (rig.runner.forward(chunks, rows) for rig in (self.plain, self.rig))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+        for sequence in sequences:
+            sequence.output_ids.append(len(sequence.output_ids) * 13 % 256)
+
+
+def put(rig: Rig, slot: int, name: str) -> None:
+    """Makes an adapter resident, past the tiers."""
+    tiers = rig.engine.tiers
+    tiers._pool.put(slot, tiers._loader._reader.read_entry(rig.registry.by_name[name].entry))
+
+
+def replays_of(rig: Rig) -> Replays:
+    found = rig.runner._replays
+    assert found is not None
+    return found
+
+
+def test_steps_of_every_size(writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(writer_model, adapters, monkeypatch, max_batch=9)
+    sequences = [steps.start(1 + 5 * i, *[(i % 3, 0.5 + i)] * (i % 4 > 0)) for i in range(9)]
+    for count in (1, 9, 3, 2, 4, 7):
+        steps.check(*sequences[:count])
+    steps.check(*sequences[:4:-1])  # in other rows
+    assert steps.recorder.num_replayed == 8  # a prompt of one token is one, too
+    assert steps.recorder.num_recorded == replays_of(steps.rig).num_recorded == 5  # of 1, 16, 4, 2 and 8
+
+
+def test_a_sequence_grows_over_all_strides_of_the_table(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(writer_model, None, monkeypatch, block_size=1, num_blocks=400)
+    long, short = steps.start(60), steps.start(2)
+    for _ in range(3):
+        steps.check(short)
+        steps.check(long, short)
+    for _ in range(6):
+        steps.check(short)
+    assert steps.recorder.num_recorded == 2
+
+
+def test_rows_that_pad_a_step_touch_no_block_of_a_sequence(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(writer_model, None, monkeypatch, num_blocks=8)
+    sequences = [steps.start(3) for _ in range(3)]
+    ops = steps.rig.runner._ops
+    assert isinstance(ops, GpuOps)
+    memory = ops._memory.unflatten(2, (-1, 16))  # (layers, 2, blocks, 16, G, E)
+    assert memory.shape[2] == 9
+    before = memory.clone()
+    steps.check(*sequences)
+    is_changed = (memory != before).flatten(4).any(-1).any(0).any(0).nonzero().tolist()
+    assert is_changed == [[sequence.blocks[0], 3] for sequence in sequences] + [[ops.spare_block, 0]]
+
+
+def test_what_memory_holds_elsewhere_is_not_seen(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(writer_model, None, monkeypatch, num_blocks=12)
+    ops = steps.rig.runner._ops
+    assert isinstance(ops, GpuOps)
+    ops._memory.fill_(torch.nan)
+    sequences = [steps.start(20), steps.start(1), steps.start(16)]
+    for _ in range(3):
+        steps.check(*sequences)
+
+
+def test_when_the_pool_moves_steps_are_recorded_anew(
+    writer_model: Path, writer: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("a", 5), ("b", 6)):
+        write_adapter(tmp_path / name, writer, seed=seed)
+    steps = Steps(writer_model, tmp_path, monkeypatch)
+    sequence = steps.start(4, (0, 1.0))
+    steps.check(sequence)
+    steps.check(sequence)
+    assert steps.recorder.num_recorded == 1
+    num_starts, num_moves = steps.recorder.num_starts, steps.rig.engine.tiers._pool.num_moves
+    for rig in (steps.plain, steps.rig):
+        put(rig, 2, "b")
+        put(rig, 3, "b")
+        put(rig, 4, "a")
+    assert steps.rig.engine.tiers._pool.num_moves > num_moves
+    for slot in (0, 4, 3):
+        sequence.terms = [(slot, 1.5)]
+        steps.check(sequence)
+    assert steps.recorder.num_recorded == 2
+    assert steps.recorder.num_starts == num_starts + 1
+    assert replays_of(steps.rig).num_recorded == 1
+
+
+def test_an_adapter_put_where_another_was_is_the_one_that_is_read(
+    writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(writer_model, adapters, monkeypatch)
+    sequence = steps.start(4, (0, 1.0))
+    steps.check(sequence)
+    for rig in (steps.plain, steps.rig):
+        rig.engine.tiers._pool.clear(2)
+        put(rig, 0, "safety")
+    steps.check(sequence)
+    assert steps.recorder.num_recorded == 1
+
+
+def test_a_step_with_too_many_terms_is_computed_as_it_comes(
+    writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(writer_model, adapters, monkeypatch)
+    many = [(i % 3, 0.1 + i) for i in range(TERMS + 1)]
+    one, other = steps.start(4, *many), steps.start(3)
+    steps.check(one)
+    assert steps.recorder.num_replayed == 0
+    steps.check(one, other)  # the room is that of all rows
+    assert steps.recorder.num_replayed == 1
+
+
+def test_steps_with_prompts_and_larger_ones_are_computed_as_they_come(
+    writer_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(writer_model, None, monkeypatch, max_batch=2)
+    sequences = [steps.start(3) for _ in range(3)]
+    steps.check(*sequences)
+    mixed = [Chunk(sequences[0], 4, 5), Chunk(sequences[1], 0, 4)]
+    expected, found = (rig.runner.forward(mixed, range(5)) for rig in (steps.plain, steps.rig))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+    assert steps.recorder.num_replayed == 0
+
+
+def test_wanted_rows_in_any_order_stay_when_the_next_step_is_computed(
+    writer_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(writer_model, None, monkeypatch)
+    chunks = [Chunk(steps.start(count), count, count + 1) for count in (2, 5, 9)]
+    expected = steps.plain.runner.forward(chunks, [2, 0])
+    found = steps.rig.runner.forward(chunks, [2, 0])
+    steps.rig.runner.forward(chunks[1:], [0, 1])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+    assert steps.rig.runner.forward(chunks, []).shape == (0, 257)
+
+
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_all_sizes_are_recorded_before_the_first_request(
+    has_adapters: bool, writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = pretend_gpu(monkeypatch)
+    rig = build(writer_model, adapters if has_adapters else None, max_batch=5)
+    rig.runner.prepare()
+    assert recorder.num_recorded == recorder.num_replayed == 4 * (1 + has_adapters)
+    if has_adapters:  # the pool has not moved by then: it is reserved at start
+        monkeypatch.setattr(type(rig.engine.tiers._pool), "num_moves", 0)
+    rig.run([Ask(prompt=FOX, max_tokens=4, adapters=("math",) * has_adapters) for _ in range(3)])
+    assert recorder.num_recorded == 4 * (1 + has_adapters)
+
+
+def test_a_runner_on_a_cpu_has_nothing_to_prepare(writer_model: Path) -> None:
+    rig = build(writer_model)
+    rig.runner.prepare()
+    assert rig.runner._replays is None
+
+
+def test_a_step_that_waits_for_the_device_cannot_be_recorded() -> None:
+    """The tape of these tests is as strict as a graph."""
+    x = torch.ones(3)
+    waits: list[Callable[[], object]] = [lambda: x.sum().item(), x.nonzero, lambda: x[x > 0], lambda: bool(x[0]), x.unique]
+    for wait in waits:
+        with pytest.raises(AssertionError, match="waits for the device"):
+            Recorder().record(lambda wait=wait: wait())
