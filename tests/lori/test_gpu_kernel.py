@@ -114,6 +114,34 @@ def test_a_plan_gives_each_token_its_terms(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_route_by_token_is_read_anew_whatever_its_arrays_hold(dtype: torch.dtype, device: str) -> None:
+    """So a step may be captured: the plan is made of the arrays alone, and no array's shape says how many terms there are."""
+    case = make_case((40, 2, 5, 33, 3), dtype, "uniform", 2, device)
+    before, segments = case.y.clone(), torch.zeros(40, 4, dtype=torch.int32, device=device)
+    slots, weights = torch.zeros(90, dtype=torch.int32, device=device), torch.full((90,), torch.nan, device=device)
+    for terms in (
+        [],
+        [Term(3, 4, 1, 2.0), Term(39, 40, 0, 1.0), Term(39, 40, 2, -1.0)],
+        [Term(t, t + 1, t % 3, 0.5) for t in range(40)],
+    ):
+        case.y.copy_(before)
+        of_token = [[term for term in terms if term.start == t] for t in range(40)]
+        ends = [sum(map(len, of_token[: t + 1])) for t in range(40)]
+        segments.copy_(torch.tensor([[t, t + 1, ends[t] - len(of_token[t]), ends[t]] for t in range(40)]))
+        slots[: ends[-1]] = torch.tensor([term.slot for of in of_token for term in of], dtype=torch.int32)
+        weights[: ends[-1]] = torch.tensor([term.weight for of in of_token for term in of])
+        case = replace(case, terms=tuple(terms))
+        exact, magnitude = by_hand(case)
+        route = Route.by_token(segments, slots, weights)
+        gpu.add_delta(case.y, case.s, case.operands, route)
+        assert_close(case.y, exact, magnitude)
+        plan = route.gpu
+        assert isinstance(plan, gpu.Plan)
+        assert plan.tokens.shape == (40, 3)
+        assert not len(plan.tiles)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_has_no_delta_keeps_every_bit(dtype: torch.dtype, dense_tokens: int, device: str) -> None:
     operands = Operands(2, 3, 300, dtype, device)
     only = torch.zeros(300, 3)

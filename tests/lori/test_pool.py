@@ -183,3 +183,22 @@ def test_room_that_is_made_changes_nothing(model: PreTrainedModel, adapters: lis
     pool.reserve(2**20)
     assert pool.num_bytes > 2**19
     assert torch.equal(logits(runner, [(0, 1.0)]), before)
+
+
+def test_a_pool_says_when_it_has_moved(model: PreTrainedModel, adapters: list[Adapter]) -> None:
+    """What was captured on a GPU holds its address."""
+    served = Served(deepcopy(model), adapters)
+    pool, packed = served.pool, pack_adapter(adapters[0], served.pool.layouts)
+
+    def addresses() -> list[int]:
+        return [of.pool.data_ptr() for of in pool._operands.values()]
+
+    before, num_moves = addresses(), pool.num_moves
+    pool.clear(0)
+    pool.put(0, packed)
+    assert (addresses(), pool.num_moves) == (before, num_moves), "there was room"
+    pool.reserve(2**20)
+    assert pool.num_moves > num_moves
+    assert addresses() != before
+    assert pool.has_operands
+    assert not AdapterPool({}, [], 0, 1, torch.float32).has_operands

@@ -62,3 +62,20 @@ def test_a_route_without_some_segments_is_made_once() -> None:
     assert rest.spans == [(0, 2, [(0, 1.0)]), (4, 6, [(2, 3.0)])]
     assert route.without((1,)) is rest
     assert len(route.without((0, 1, 2)).segments) == 0
+
+
+def test_what_a_route_was_made_of_is_not_asked_of_its_device() -> None:
+    """A meta tensor has no numbers: to look at one is an error."""
+    route = Route.of([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5, "meta")
+    assert route.rows == [(0, 2, 0, 1), (3, 4, 1, 2)]
+    same = Route.of([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5)
+    assert Route(same.segments, same.slots, same.weights, 5).rows == route.rows
+
+
+def test_a_route_by_token_has_a_segment_for_each() -> None:
+    segments = torch.tensor([[0, 1, 0, 2], [1, 2, 2, 2], [2, 3, 2, 3]], dtype=torch.int32)
+    route = Route.by_token(segments, torch.tensor([4, 5, 6, 0], dtype=torch.int32), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    assert route.num_tokens == 3
+    assert route.is_by_token
+    assert route.spans == [(0, 1, [(4, 1.0), (5, 2.0)]), (1, 2, []), (2, 3, [(6, 3.0)])]
+    assert not Route.of([Term(0, 1, 0, 1.0)], 1).is_by_token

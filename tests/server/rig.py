@@ -239,15 +239,17 @@ def build(
     max_resident_bytes: int = 2**30,
     max_loaded_bytes: int = 2**30,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    max_replayed: int | None = None,
 ) -> Rig:
     """Returns a rig on the model in `folder`, put together as `server.loading` does it."""
-    base = load_base_model(str(folder), dtype, attention="eager")
+    base = load_base_model(str(folder), dtype, "eager", torch.device(device))
     entries = AdapterStore(adapters).current() if adapters else {}
     registry = make_registry(entries, summarise(entries, base.identity))
     pool = make_pool(base, registry, num_slots)
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, Residents(num_slots, max_resident_bytes), loader, max_loaded_bytes)
-    runner = Runner(base.model, pool, num_blocks, block_size, max_batch)
+    runner = Runner(base.model, pool, num_blocks, block_size, max_batch if max_replayed is None else max_replayed)
     limits = StepLimits(max_sequences=max_batch, max_tokens=max_step_tokens, max_stall=max_stall)
     scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)

@@ -30,7 +30,8 @@ CPU = torch.device("cpu")
 ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8}
 POISON = (float("nan"), float("inf"), 3e38)
 NATIVE = instruction_sets()
-IMPLEMENTATIONS = ["torch", "triton", *NATIVE]
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton does not interpret")
+IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=INTERPRETED), *NATIVE]
 
 
 def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> Ops:

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import lori.projection
 from lori.base_model import BaseModel
+from lori.kernels import Route, gpu
 from server.engine.admission import Ask
 from server.engine.model.decoding_inputs import TERMS
 from server.engine.model.gpu_ops import GpuOps
 from server.engine.model.replays import Replays
 from server.engine.request import Sequence as EngineSequence
 from server.engine.scheduling.scheduler import Chunk
-from tests.server.replayed import Recorder, pretend_gpu
+from tests.server.replayed import Recorder, Tape, pretend_gpu
 from tests.server.rig import Heard, Rig, build, request, write_adapter
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton does not interpret")
 
 FOX = "The quick brown fox jumps over the lazy dog."
 ASKS = [
@@ -256,6 +260,40 @@ def test_a_runner_on_a_cpu_has_nothing_to_prepare(writer_model: Path) -> None:
     rig = build(writer_model)
     rig.runner.prepare()
     assert rig.runner._replays is None
+
+
+def test_steps_that_are_computed_as_they_come_ask_the_device_for_nothing(
+    writer_model: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as a CPU can tell: prompts of several adapters, one so long that its deltas are dense, beside a row that decodes."""
+    steps = Steps(writer_model, adapters, monkeypatch)
+    monkeypatch.setattr(lori.projection, "add_delta", gpu.add_delta)
+    decodes, dense, merged = steps.start(4, (0, 1.0)), steps.start(1, (1, 1.0)), steps.start(1, (0, 0.5), (2, 1.0))
+    decodes.request, dense.request = request(4), request(gpu.DENSE_TOKENS)
+    dense.blocks = [*range(8, 12)]
+    chunks = [Chunk(decodes, 4, 5), Chunk(merged, 0, 1), Chunk(dense, 0, gpu.DENSE_TOKENS)]
+    expected = steps.plain.runner.forward(chunks, [0, 9])
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("numbers are read back"))
+    with Tape():
+        found = steps.rig.runner.forward(chunks, [0, 9])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
+    assert isinstance(steps.rig.runner._routed.route, Route)
+    plan = steps.rig.runner._routed.route.gpu
+    assert isinstance(plan, gpu.Plan)
+    assert len(plan.tiles) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "is_broken"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+        ("no", False),
+    ],
+)
+def test_after_a_fault_of_a_gpu_nothing_can_be_computed(said: str, is_broken: bool, writer_model: Path) -> None:
+    assert build(writer_model).runner.is_broken(RuntimeError(said)) == is_broken
 
 
 def test_a_step_that_waits_for_the_device_cannot_be_recorded() -> None:

@@ -45,7 +45,7 @@ class Replays:
     ) -> None:
         self._decoder, self._ops, self._pool, self._inputs = decoder, ops, pool, inputs
         self._start, self._record = start, start()
-        self._logits = torch.empty(inputs.sizes[-1], num_tokens, device=inputs.rows.device)  # (B, V) of the greatest size
+        self._logits = torch.empty(inputs.sizes[-1], num_tokens, dtype=torch.float32, device=inputs.rows.device)  # of any size
         self._recorded: dict[tuple[int, bool], Replay] = {}
         self._num_moves = pool.num_moves
 

@@ -72,7 +72,7 @@ class Runner:
 
     def is_broken(self, error: Exception) -> bool:
         """Whether after `error` nothing can be computed any more: a GPU's memory is lost with its first fault."""
-        return "CUDA error" in str(error)  # not where it is out of memory
+        return any(sign in str(error) for sign in ("CUDA error", "Triton Error [CUDA]"))  # not where it is out of memory
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -1,0 +1,144 @@
+"""Attention of tokens that decode, in Triton: what a split is, and that it compiles for GPUs.
+
+`test_ops` holds it to loops in fp64, with heads of every size and number, windows and caps. Shapes: B sequences, H heads, G
+key-value heads, E head size.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from server.engine.model import paged_attention
+from server.engine.model.decoder import Heads
+from server.engine.model.decoding_inputs import Decoding
+from tests.interpreter import mend
+
+ROOT = Path(__file__).parents[2]
+HAS_GPU = torch.cuda.is_available()
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton does not interpret")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")]),
+]
+HEADS = Heads(num_heads=6, num_kv_heads=2, head_size=24, scale=0.2)
+BLOCK = 16
+LENGTHS = [1, 64, 65, 130, 300]
+
+
+@pytest.fixture(autouse=True)
+def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    mend(monkeypatch)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the tensors are."""
+    return str(request.param)
+
+
+def case(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Decoding]:
+    """Returns queries (B, H, E), keys and values (P, G, E), and where they lie. What is nobody's is no number."""
+    g = torch.Generator().manual_seed(0)
+    counts = [-(-length // BLOCK) for length in LENGTHS]
+    table = torch.randperm(sum(counts) + 3, generator=g)[: sum(counts)].int()
+    query = torch.randn(len(LENGTHS), HEADS.num_heads, HEADS.head_size, generator=g)
+    keys, values = (torch.full(((len(table) + 3) * BLOCK, HEADS.num_kv_heads, HEADS.head_size), torch.nan) for _ in range(2))
+    starts = torch.tensor([0, *counts]).cumsum(0)[:-1].int()
+    for start, length in zip(starts, LENGTHS, strict=True):
+        places = (table[start:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:length]
+        for memory in (keys, values):
+            memory[places] = torch.randn(length, *memory.shape[1:], generator=g)
+    decoding = Decoding(torch.zeros(0), *(x.to(device) for x in (starts, torch.tensor(LENGTHS, dtype=torch.int32), table)))
+    return query.to(device, dtype), keys.to(device, dtype), values.to(device, dtype), decoding
+
+
+def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: Decoding, heads: Heads) -> torch.Tensor:
+    """Returns what each row attends to, in fp64, (B, H, E)."""
+    out = []
+    for row, start, length in zip(query, decoding.starts, decoding.lengths, strict=True):
+        places = (decoding.table[start:, None].long() * BLOCK + torch.arange(BLOCK, device=keys.device)).flatten()[:length]
+        seen = places[-heads.window :] if heads.window else places
+        k, v = (of[seen].double().repeat_interleave(heads.num_heads // heads.num_kv_heads, 1) for of in (keys, values))
+        scores = torch.einsum("he,lhe->hl", row.double(), k) * heads.scale
+        scores = heads.softcap * torch.tanh(scores / heads.softcap) if heads.softcap else scores
+        out.append(torch.einsum("hl,lhe->he", scores.softmax(-1), v))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("num_programs", [10, 20, 80, 10_000])
+@pytest.mark.parametrize("changes", [{}, {"window": 1}, {"window": 100}, {"softcap": 2.0}])
+def test_however_keys_are_split_the_sum_is_the_same(
+    num_programs: int, changes: dict[str, float], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 1, 2, 8 and 16 parts, of which a short sequence leaves most without a key."""
+    monkeypatch.setattr(paged_attention, "PROGRAMS", num_programs)
+    assert paged_attention.splits_of(len(LENGTHS) * HEADS.num_kv_heads) == {10: 1, 20: 2, 80: 8, 10_000: 16}[num_programs]
+    heads = replace(HEADS, **changes)
+    arrays = case(device)
+    out = paged_attention.attend(*arrays, heads, BLOCK)
+    torch.testing.assert_close(out.double(), exact(*arrays, heads), rtol=1e-5, atol=1e-5)
+
+
+def test_in_bf16_what_comes_out_is_rounded_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 40)
+    arrays = case(device, torch.bfloat16)
+    out = paged_attention.attend(*arrays, HEADS, BLOCK)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.double(), exact(*arrays, HEADS), rtol=2**-8, atol=2**-7)
+
+
+def test_a_device_is_filled_but_no_sequence_cut_too_small() -> None:
+    splits = [paged_attention.splits_of(count) for count in (1, 8, 24, 64, 128, 129, 256, 4096)]
+    assert splits == [16, 16, 16, 4, 2, 1, 1, 1]
+
+
+def compile_ahead(capability: int) -> dict[str, object]:
+    """Compiles both kernels as real models want them, and returns what their code is like. Needs triton not to interpret."""
+    found: dict[str, object] = {}
+    models = {"SmolLM2-135M": (3, 3, 64, 0.0, 0), "Llama-3-8B": (8, 4, 128, 0.0, 0), "Gemma-2-9B": (8, 2, 256, 50.0, 4096)}
+    for (model, (num_kv_heads, group, size, softcap, window)), dtype, num_splits in product(
+        models.items(), (torch.bfloat16, torch.float32), (1, 16)
+    ):
+        if dtype is torch.float32 and model != "SmolLM2-135M":
+            continue
+        value = "*bf16" if dtype is torch.bfloat16 else "*fp32"
+        sizes: dict[str, float] = {
+            "scale": size**-0.5, "softcap": softcap, "num_kv_heads": num_kv_heads, "group": group, "size": size, "window": window,
+            "block_size": BLOCK, "num_splits": num_splits, "rows": 16, "width": size, "num_keys": paged_attention.KEYS,
+        }  # fmt: skip
+        types = {"p_table": "*i32", "p_starts": "*i32", "p_lengths": "*i32", "p_weight": "*fp32"}
+        types["p_part"] = value if num_splits == 1 else "*fp32"
+        for kernel in (paged_attention.attend_split, *([paged_attention.join] if num_splits > 1 else [])):
+            constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+            signature = {name: "constexpr" if name in constants else types.get(name, value) for name in kernel.arg_names}
+            source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=paged_attention.OPTIONS)
+            found[f"{kernel.__name__} {model} {dtype} {num_splits}"] = {
+                "is_elf": code.asm["cubin"][:4] == b"\x7fELF",
+                "multiplies_matrices": "mma" in code.asm["ptx"],
+                "shared": code.metadata.shared,
+            }
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
+    module, call = "tests.server.test_paged_attention", f"compile_ahead({capability})"
+    script = f"import json; from {module} import compile_ahead; print(json.dumps({call}))"
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 12
+    for name, code in found.items():
+        assert code["is_elf"], name
+        assert code["shared"] <= 160 << 10, (name, code)  # an A100 has 164 KiB
+        assert code["multiplies_matrices"] == ("attend_split" in name and "bfloat16" in name), name
