@@ -125,5 +125,6 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str | None = None) -> R
 
     monkeypatch.setattr(lori.projection, "add_delta", add)
     monkeypatch.setattr(runner, "make_ops", make_ops)
+    monkeypatch.setattr(runner.Runner, "_can_replay", True)  # without recording every size before
     monkeypatch.setattr(runner, "CudaGraphs", lambda _: recorder.start())
     return recorder

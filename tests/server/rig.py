@@ -250,6 +250,8 @@ def build(
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, Residents(num_slots, max_resident_bytes), loader, max_loaded_bytes)
     runner = Runner(base.model, pool, num_blocks, block_size, max_batch if max_replayed is None else max_replayed)
+    if device != "cpu":
+        runner.prepare()
     limits = StepLimits(max_sequences=max_batch, max_tokens=max_step_tokens, max_stall=max_stall)
     scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)

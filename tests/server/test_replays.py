@@ -14,6 +14,7 @@ from server.engine.admission import Ask
 from server.engine.model.decoding_inputs import TERMS
 from server.engine.model.gpu_ops import GpuOps
 from server.engine.model.replays import Replays
+from server.engine.model.runner import Runner
 from server.engine.request import Sequence as EngineSequence
 from server.engine.scheduling.scheduler import Chunk
 from tests.server.replayed import Recorder, Tape, pretend_gpu
@@ -240,6 +241,20 @@ def test_wanted_rows_in_any_order_stay_when_the_next_step_is_computed(
     steps.rig.runner.forward(chunks[1:], [0, 1])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
     assert steps.rig.runner.forward(chunks, []).shape == (0, 257)
+
+
+def test_nothing_is_replayed_before_it_is_prepared(writer_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps cost is measured before, when all are computed in one way."""
+    recorder = pretend_gpu(monkeypatch)
+    monkeypatch.setattr(Runner, "_can_replay", False)
+    rig = build(writer_model, max_batch=1)
+    ask = Ask(prompt=FOX, max_tokens=4)
+    (before,) = rig.run([ask])
+    assert recorder.num_replayed == 0
+    rig.runner.prepare()
+    (after,) = rig.run([ask])
+    assert recorder.num_replayed > 1
+    assert after.tokens == before.tokens
 
 
 @pytest.mark.parametrize("has_adapters", [False, True])

@@ -41,8 +41,11 @@ class _Routed:
 class Runner:
     """The base model with its adapters and its KV memory of `num_blocks` blocks.
 
-    Takes the layers' weights out of `model`. On a GPU steps of up to `max_batch` sequences that only decode are replayed.
+    Takes the layers' weights out of `model`. On a GPU steps of up to `max_batch` sequences that only decode are replayed, once
+    they are prepared.
     """
+
+    _can_replay = False
 
     def __init__(self, model: PreTrainedModel, pool: AdapterPool, num_blocks: int, block_size: int, max_batch: int = 0) -> None:
         self._dtype, self._device = model.dtype, model.device
@@ -82,6 +85,7 @@ class Runner:
         try:
             with on_device(self._device):
                 self._replays.prepare()
+            self._can_replay = True
         except torch.OutOfMemoryError as error:
             raise ModelError(f"--max-batch: there is no room for such steps: {' '.join(str(error).split())}") from error
 
@@ -114,7 +118,7 @@ class Runner:
         return to_device(torch.tensor(numbers, dtype=torch.int64), self._device)
 
     def _replay(self, chunks: Items[Chunk], ids: Items[int], spans: Items[Span]) -> torch.Tensor | None:
-        if self._replays is None:
+        if self._replays is None or not self._can_replay:
             return None
         terms = [chunk.sequence.terms for chunk in chunks]
         return self._replays.forward(ids, spans, [of or () for of in terms])
