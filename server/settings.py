@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     """Requests that run together; more of them wait."""
     max_step_tokens: int = Field(default=512, ge=2)
     """Tokens computed in one step; long prompts are cut to fit, so that they do not stall the others."""
-    max_stall: float = Field(default=1.8, ge=1)
+    max_stall: float = Field(default=1.7, ge=1)
     """How many times as long as decoding alone a step may take, about, for the sake of prompts beside it. What steps take is
     measured at start; below 2 a prompt rarely lets others wait twice as long for a token, above it its own comes sooner."""
     max_requests: int = Field(default=1024, ge=1)

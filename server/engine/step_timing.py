@@ -57,8 +57,8 @@ def measure_step_cost(
 
 
 def _sizes(most: int) -> tuple[int, ...]:
-    # 1, 16, 64, 256, and so on to the most.
-    return tuple(sorted({1, *takewhile(lambda size: size < most, (4**power for power in count(2))), most}))
+    # 1, 8, 16, 32, and so on to the most: up to 8 tokens a product takes no longer than reading its weights.
+    return tuple(sorted({1, *takewhile(lambda size: size < most, (2**power for power in count(3))), most}))
 
 
 def _worthwhile(turn: Turn, steps: Items[Items[Chunk]]) -> Items[Items[Chunk]]:

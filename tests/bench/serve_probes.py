@@ -6,6 +6,7 @@ time, from its request to its first token.
 
 import asyncio
 import statistics
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -56,19 +57,38 @@ async def _cold(server: Server, warm: Sequence[str], cold: Iterator[str], sizes:
 
 
 def probe_long(server: Server, num_others: int, names: Sequence[str], sizes: Sizes, seed: str) -> dict[str, float]:
-    """Returns what a long prompt makes others wait, as a ratio to their usual step, and how long it itself waits, in ms."""
+    """Returns what a long prompt makes others wait, as a ratio to their usual step, and how long it itself waits, in ms.
+
+    While it is computed for seconds the others' own contexts grow, and so does their usual step: it is taken to grow evenly from
+    what it was before to what it is after.
+    """
     return asyncio.run(_long(server, num_others, names, sizes, seed))
 
 
 async def _long(server: Server, num_others: int, names: Sequence[str], sizes: Sizes, seed: str) -> dict[str, float]:
     with no_collection():
         async with decoding(server, num_others, distinct(names) if names else no_adapter, sizes, seed) as others:
-            usual = statistics.median(gap for other in others for gap in other.gaps_s)
-            found = await probe(server, Ask(prompt(f"{seed} long", sizes.long_words), (), 1), others, sizes.settle_s)
+            before = usual_gap(others, 0.0)
+            reply = await server.send(Ask(prompt(f"{seed} long", sizes.long_words), (), 1))
+            answered = time.perf_counter()
+            await asyncio.sleep(4 * sizes.settle_s)
+            after = usual_gap(others, answered)
+    end = reply.asked + reply.first_s
+    ratios = (
+        (late - early) / (before + (after - before) * min(1.0, max(0.0, (late - reply.asked) / reply.first_s)))
+        for other in others
+        for early, late in pairwise(other.times)
+        if early < end and late > reply.asked
+    )
     return {
-        f"long prompt, beside {num_others}: their largest gap / usual": found.gap_ms / (1e3 * usual),
-        f"long prompt, beside {num_others}: its first token, ms": found.first_ms,
+        f"long prompt, beside {num_others}: their largest gap / usual": max(ratios),
+        f"long prompt, beside {num_others}: its first token, ms": 1e3 * reply.first_s,
     }
+
+
+def usual_gap(others: Sequence[Reply], since: float) -> float:
+    """Returns the median time between two tokens of any of `others`, both since then, in s."""
+    return statistics.median(late - early for other in others for early, late in pairwise(other.times) if early >= since)
 
 
 def probe_open(server: Server, tokens_per_s: float, names: Sequence[str], sizes: Sizes, seed: str) -> Load:
