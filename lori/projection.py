@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lori.errors import ModelError
 from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route, dense_segments
 from lori.kernels.native import MODULE, instruction_sets
 from lori.kernels.pages import zeros
+from lori.quantization import Quantization, quantize
 
 Blocks = Sequence[Sequence[torch.Tensor]]
 """The A (R, N) of every basis, of each layer."""
@@ -27,12 +29,25 @@ class Projection(Protocol):
         """Returns y (T, sum of D) for x (T, N), contiguous: W x + bias, and the deltas of the route."""
 
 
-def project(linears: Sequence[nn.Linear], blocks: Blocks = (), operands: Sequence[Operands] = ()) -> Projection:
+def project(
+    linears: Sequence[nn.Linear],
+    blocks: Blocks = (),
+    operands: Sequence[Operands] = (),
+    quantization: Quantization | None = None,
+) -> Projection:
     """Returns the product that stands for `linears`; without operands no route may be given to it.
 
-    Copies the weights. It is in C++ where `has_native` says so and the number of inputs is even, else torch's.
+    Copies the weights. It is in C++ where `has_native` says so and the number of inputs is even, else torch's, which has none for
+    quantized weights: raises `ModelError` then.
     """
-    return (NativeProjection if _is_native(linears) else TorchProjection)(linears, blocks, operands)
+    if _is_native(linears):
+        return NativeProjection(linears, blocks, operands, quantization)
+    if quantization:
+        weight = linears[0].weight
+        found = f"{quantization} of {weight.shape[1]} inputs in {weight.dtype} on {weight.device}"
+        needs = "a CPU with AVX-512 for bfloat16, the compiled module, and an even number of inputs in torch.bfloat16"
+        raise ModelError(f"there are no products in {found} here: they need {needs}")
+    return TorchProjection(linears, blocks, operands)
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
@@ -78,10 +93,17 @@ class TorchProjection:
 class NativeProjection:
     """The product in C++, bf16: the weights in panels, the adapters' bytes asked for while it computes.
 
-    `bound` is the module's view of it, `operands` are those of its layers.
+    The weights, not the rows of A, are quantized where that is asked for. `bound` is the module's view, `operands` are those
+    of its layers.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], blocks: Blocks, operands: Sequence[Operands]) -> None:
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        blocks: Blocks,
+        operands: Sequence[Operands],
+        quantization: Quantization | None = None,
+    ) -> None:
         module: Any = MODULE
         self._outputs = [linear.out_features for linear in linears]
         self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
@@ -89,15 +111,22 @@ class NativeProjection:
         self._num_outputs, self._num_reduced = sum(self._outputs), sum(self._reduced)
         num_inputs = self._num_inputs = linears[0].in_features
         weights = [linear.weight.detach() for linear in linears]
-        if blocks:  # the A of all layers in one: a panel of few rows takes as long as a whole one
-            weights.append(torch.cat([a.to(weights[0]) for of_layer in blocks for a in of_layer]))
-        sizes = [module.part_size(len(weight), num_inputs) for weight in weights]
-        panels = zeros(2 * sum(sizes)).view(torch.uint16)
-        for weight, part in zip(weights, panels.split(sizes), strict=True):
-            module.pack_weights(weight.contiguous().view(torch.uint16).numpy(), part.numpy())
+        # The A of all layers in one: a panel of few rows takes as long as a whole one.
+        rows = [torch.cat([a.to(weights[0]) for of_layer in blocks for a in of_layer])] if blocks else []
+        narrow, scales = None, None
+        if quantization:
+            quantized, of_outputs = zip(*map(quantize, weights), strict=True)
+            narrow, scales, weights = _panels(quantized, torch.int8).numpy(), torch.cat(of_outputs).numpy(), []
+        panels = _panels([weight.view(torch.uint16) for weight in [*weights, *rows]], torch.uint16)
         bias = joint_bias(linears)
         self.bound: Any = module.Projection(
-            panels.numpy(), self._outputs, self._reduced, num_inputs, None if bias is None else bias.float().numpy()
+            panels.numpy(),
+            self._outputs,
+            self._reduced,
+            num_inputs,
+            None if bias is None else bias.float().numpy(),
+            narrow,
+            scales,
         )
 
     def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
@@ -130,6 +159,16 @@ class NativeProjection:
         for of_layer, reduced, of in parts:
             rank = of.layout.rank
             add_delta(of_layer, reduced.view(len(y), reduced.shape[1] // rank, rank), of, route)
+
+
+def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    # Laid out for the module, one after the other.
+    module: Any = MODULE
+    sizes = [module.part_size(*weight.shape) for weight in weights]
+    panels = zeros(dtype.itemsize * sum(sizes)).view(dtype)
+    for weight, part in zip(weights, panels.split(sizes), strict=True):
+        module.pack_weights(weight.contiguous().numpy(), part.numpy())
+    return panels
 
 
 def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:

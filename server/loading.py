@@ -19,6 +19,7 @@ from lori.kernels.native import MISSING, MODULE, description
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import has_native
+from lori.quantization import Quantization
 from lori.store import AdapterStore
 from lori.summary import Summary, summarise
 from server.engine.adapters.loader import Loader
@@ -68,7 +69,7 @@ def load_service(settings: Settings) -> Service:
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident)
     num_blocks = _num_blocks(settings, base)
-    runner = Runner(base.model, pool, num_blocks, settings.block_size, settings.max_batch)
+    runner = Runner(base.model, pool, num_blocks, settings.block_size, settings.max_batch, settings.quantization)
     _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check(runner, base.model, expected, max_context, settings.block_size)
@@ -93,7 +94,7 @@ def load_service(settings: Settings) -> Service:
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s())
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
-    _log(base, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
+    _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
@@ -154,9 +155,13 @@ def _basis(of: Registered) -> Basis:
     return load_basis(of.entry.folder.parent, said.digest) if isinstance(said, ExplicitConfig) else said.basis()
 
 
-def _log(base: BaseModel, num_adapters: int, runner: Runner, num_kv_tokens: int, limits: StepLimits) -> None:
+def _log(
+    base: BaseModel, quantization: Quantization | None, num_adapters: int, runner: Runner, num_kv_tokens: int, limits: StepLimits
+) -> None:
     dtype, device = base.model.dtype, base.model.device
     products = "C++" if has_native(dtype, device) else "torch"
+    if quantization:
+        products = f"{products} on weights in {quantization}"
     logger.info(
         "%s in %s on %s, %d threads; products in %s, attention in %s, deltas in %s; %d adapters; room for %d tokens in %.0f MiB",
         base.name,

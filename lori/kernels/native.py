@@ -10,7 +10,7 @@ from lori.kernels.layout import Layout, Packed
 from lori.kernels.layout import pack as pack_in_numpy
 from lori.sparse import SparseB
 
-VERSION = 4
+VERSION = 5
 """Of the layout and the module's functions; CMakeLists.txt has the same."""
 
 

@@ -75,18 +75,25 @@ void expect(bool is_right, const char* what, int a, int b, int c) {
 #ifdef MULTIPLY
 
 // A product whose rows are apart, in three calls, as threads share it.
+template <typename Weight>
 void check_product(int num_rows, int num_outputs, int num_inputs, bool has_bias) {
-  Values<uint16_t> weight(static_cast<size_t>(num_outputs) * num_inputs), panels(part_bytes(num_outputs, num_inputs) / 2);
-  Values<float> bias(num_outputs);
-  weight.fill();
+  constexpr bool kIsNarrow = sizeof(Weight) == 1;
+  Values<Weight> weight(static_cast<size_t>(num_outputs) * num_inputs), panels(part_size(num_outputs, num_inputs));
+  Values<float> bias(num_outputs), scales(num_outputs);
+  weight.fill(kIsNarrow ? 20 : 1);
   bias.fill();
+  scales.fill();
   pack_part(weight.at.get(), num_outputs, num_inputs, panels.at.get());
   const int x_gap = draw(0, 3), y_gap = draw(0, 3);
   const int64_t x_stride = num_inputs + x_gap, y_stride = num_outputs + y_gap;
   Values<uint16_t> x((num_rows - 1) * x_stride + num_inputs), y((num_rows - 1) * y_stride + num_outputs);
   for (int row = 0; row < num_rows; row++)
     for (int i = 0; i < num_inputs; i++) x.set(row * x_stride + i, normal());
-  const Part part{panels.at.get(), has_bias ? bias.at.get() : nullptr, num_outputs, num_inputs};
+  Part part{nullptr, has_bias ? bias.at.get() : nullptr, num_outputs, num_inputs};
+  if constexpr (kIsNarrow)
+    part.narrow = panels.at.get(), part.scales = scales.at.get();
+  else
+    part.panels = panels.at.get();
   const Tokens tokens{x.at.get(), y.at.get(), x_stride, y_stride};
   Values<float> sums(kRowBlock * kPanelOutputs);
   Values<uint16_t> wanted(draw(1, 500)), other(1);
@@ -102,7 +109,8 @@ void check_product(int num_rows, int num_outputs, int num_inputs, bool has_bias)
     for (int o = 0; o < num_outputs; o++) {
       double exact = has_bias ? bias.get(o) : 0, magnitude = std::fabs(exact);
       for (int i = 0; i < num_inputs; i++) {
-        const double product = double{x.get(r * x_stride + i)} * weight.get(static_cast<size_t>(o) * num_inputs + i);
+        const double scale = kIsNarrow ? scales.get(o) : 1;
+        const double product = scale * x.get(r * x_stride + i) * weight.get(static_cast<size_t>(o) * num_inputs + i);
         exact += product;
         magnitude += std::fabs(product);
       }
@@ -110,16 +118,17 @@ void check_product(int num_rows, int num_outputs, int num_inputs, bool has_bias)
     }
     for (int gap = num_outputs; gap < y_stride && r + 1 < num_rows; gap++) is_right &= y.at[r * y_stride + gap] == 0xffff;
   }
-  expect(is_right, "product", num_rows, num_outputs, num_inputs);
+  expect(is_right, kIsNarrow ? "product in int8" : "product", num_rows, num_outputs, num_inputs);
 }
 
+template <typename Weight>
 void check_products() {
   for (int num_outputs = 1; num_outputs <= 100; num_outputs++)
     for (int num_rows = 1; num_rows <= 17; num_rows++)
-      check_product(num_rows, num_outputs, 2 * draw(1, 12), (num_rows + num_outputs) % 2);
-  for (int num_outputs : {1, 16, 31, 48, 49, 80, 97, 100}) check_product(257, num_outputs, 2 * draw(1, 12), num_outputs % 2);
-  for (int num_inputs : {4094, 4096, 4098, 8192, 8194})
-    for (int num_rows : {1, 9}) check_product(num_rows, 65, num_inputs, true);
+      check_product<Weight>(num_rows, num_outputs, 2 * draw(1, 12), (num_rows + num_outputs) % 2);
+  for (int num_outputs : {1, 16, 31, 48, 49, 80, 97, 100}) check_product<Weight>(257, num_outputs, 2 * draw(1, 12), num_outputs % 2);
+  for (int num_inputs : {254, 258, 4094, 4096, 4098, 8192, 8194})
+    for (int num_rows : {1, 9}) check_product<Weight>(num_rows, 65, num_inputs, true);
 }
 
 #endif
@@ -394,7 +403,8 @@ void check_layers(const LayerFunctions& functions) {
 
 int main() {
 #ifdef MULTIPLY
-  check_products();
+  check_products<uint16_t>();
+  check_products<int8_t>();
 #endif
   check_layers<uint16_t>(LAYERS(Dtype::kBfloat16));
   check_layers<float>(LAYERS(Dtype::kFloat32));

@@ -7,7 +7,8 @@ Shapes: T tokens, N inputs, D outputs of a layer, A bases, R rank, S slots.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ import pytest
 import torch
 from torch import nn
 
+from lori.errors import ModelError
 from lori.kernels import Operands, Route, Term
 from lori.kernels.cpu import bound_operands, bound_route, dense_segments
 from lori.kernels.native import MODULE, instruction_sets
 from lori.projection import NativeProjection, Projection, TorchProjection, has_native, joint_bias, project
+from lori.quantization import quantize
 from tests.lori.operands import put, random_b
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -525,10 +528,48 @@ def test_panels_and_biases_of_other_sizes_are_refused() -> None:
     assert size == 22 * (48 + 16)
     for num_values, num_inputs, bias in ((size - 1, 22, 33), (size + 1, 22, 33), (size, 21, 33), (size, 0, 33), (size, 22, 32)):
         with pytest.raises(ValueError, match=r"expected|sizes"):
-            module.Projection(make(num_values).numpy(), [33], [5], num_inputs, torch.zeros(bias).numpy())
+            module.Projection(make(num_values).numpy(), [33], [5], num_inputs, torch.zeros(bias).numpy(), None, None)
     weight = make(33, 22).numpy()
     for num_values in (22 * 48 - 1, 22 * 48 + 1):
         with pytest.raises(ValueError, match="panels of the weights' size"):
             module.pack_weights(weight, make(num_values).numpy())
     with pytest.raises(ValueError, match="even number"):
         module.pack_weights(make(33, 21).numpy(), make(21 * 48).numpy())
+
+
+# --- weights in int8
+
+
+@needs_native
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 17, 300])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_quantized_weights_give_what_their_rounded_values_give(sizes: tuple[Any, ...], num_tokens: int) -> None:
+    case, x, terms = make_case(sizes), tokens(num_tokens, sizes[1]), terms_of(num_tokens)
+    product = project(case.linears, case.blocks, case.operands, "int8")
+    rounded = replace(case, linears=[of_rounded(linear) for linear in case.linears])
+    assert_within(product(x, None), rounded.expected(x))
+    assert_within(product(x, Route.of(terms, num_tokens)), rounded.expected(x, terms))
+
+
+def of_rounded(linear: nn.Linear) -> nn.Linear:
+    """Returns a layer in fp32 with the weights that int8 gives."""
+    quantized, scales = quantize(linear.weight)
+    wide = deepcopy(linear).float()
+    wide.weight.copy_(scales[:, None] * quantized)
+    return wide
+
+
+def test_a_quantized_weight_is_off_by_half_a_step_of_its_output_at_most() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 40)[:, None]
+    weight[7] = 0
+    quantized, scales = quantize(weight)
+    assert quantized.dtype is torch.int8
+    assert ((scales[:, None] * quantized - weight).abs() <= 0.5001 * scales[:, None]).all()
+    assert (quantized.abs().amax(1) == 127).sum() == 39
+    assert (quantized[7] == 0).all()
+
+
+@pytest.mark.parametrize(("num_inputs", "dtype"), [(16, torch.float32), (15, BF16)])
+def test_what_has_no_products_in_int8_is_refused(num_inputs: int, dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match=f"int8 of {num_inputs} inputs in {dtype}"):
+        project([nn.Linear(num_inputs, 4, dtype=dtype)], quantization="int8")

@@ -19,6 +19,7 @@ from lori.identity import BaseIdentity
 from lori.new_config import new_config
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
+from lori.quantization import Quantization
 from lori.sparse import SparseB
 from lori.store import AdapterStore
 from lori.summary import summarise
@@ -239,6 +240,7 @@ def build(
     max_resident_bytes: int = 2**30,
     max_loaded_bytes: int = 2**30,
     dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
     device: str = "cpu",
     max_replayed: int | None = None,
 ) -> Rig:
@@ -249,7 +251,7 @@ def build(
     pool = make_pool(base, registry, num_slots)
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
     tiers = AdapterTiers(pool, Residents(num_slots, max_resident_bytes), loader, max_loaded_bytes)
-    runner = Runner(base.model, pool, num_blocks, block_size, max_batch if max_replayed is None else max_replayed)
+    runner = Runner(base.model, pool, num_blocks, block_size, max_batch if max_replayed is None else max_replayed, quantization)
     if device != "cpu":
         runner.prepare()
     limits = StepLimits(max_sequences=max_batch, max_tokens=max_step_tokens, max_stall=max_stall)

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lori import projection
 from lori.base_model import load_base_model
 from lori.errors import ModelError
 from lori.kernels.native import MODULE
@@ -36,7 +37,7 @@ from server.engine.request import Sequence as EngineSequence
 from server.engine.scheduling.scheduler import Chunk
 from server.loading import load_service
 from server.settings import Settings
-from tests.server.rig import EOS, Heard, Rig, build, greedy, request
+from tests.server.rig import EOS, Heard, Rig, build, greedy, request, rig_of
 from tests.tiny import save_tiny_model, tiny_llama_config
 
 SIZES: dict[str, Any] = {
@@ -80,6 +81,9 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma2 without caps": lambda: Gemma2Config(**GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None),
 }
+needs_products = pytest.mark.skipif(
+    not projection.has_native(torch.bfloat16, torch.device("cpu")), reason="there are no native products"
+)
 NATIVE, TORCH = 16, 5
 """Block sizes that the compiled operations know, and do not."""
 PROMPT_LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 70)
@@ -278,3 +282,30 @@ def test_the_logits_are_those_of_the_wanted_positions(tmp_path: Path) -> None:
         rows = torch.cat([reference(torch.arange(length)[None]).logits[0] for length in lengths])
     assert torch.allclose(found, rows[order], atol=1e-4)
     assert found.dtype == torch.float32
+
+
+@needs_products
+def test_weights_in_int8_give_nearly_the_same_logits(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, SERVED["llama"]())
+    ids = [*range(40, 80)]
+    exact, quantized = (
+        paged_logits(build(tmp_path, dtype=torch.bfloat16, quantization=q), ids, (0, 30, 40), range(3)) for q in (None, "int8")
+    )
+    difference = ((quantized - exact).norm() / exact.norm()).item()
+    assert 1e-4 < difference < 0.05
+
+
+@needs_products
+def test_a_server_on_weights_in_int8_answers(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, SERVED["qwen3"]())
+    rig = rig_of(
+        load_service(Settings(model=str(folder), dtype="bfloat16", device="cpu", quantization="int8", kv_cache_gib=0.01))
+    )
+    (heard,) = rig.run([Ask(prompt="The quick brown fox", max_tokens=5, ignore_eos=True)])
+    assert len(heard.tokens) == 5
+
+
+def test_int8_is_refused_where_there_are_no_products_for_it(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path, SERVED["llama"]())
+    with pytest.raises(ModelError, match=r"no products in int8 .* in torch.float32 on cpu"):
+        load_service(Settings(model=str(folder), dtype="float32", device="cpu", quantization="int8"))

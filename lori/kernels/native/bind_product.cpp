@@ -38,9 +38,10 @@ void project(const Projection& projection, uintptr_t x, int64_t x_stride, int nu
                      num_threads);
 }
 
-void pack_weights(Array<uint16_t, 2> weight, nb::ndarray<uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> panels) {
+template <typename Weight>
+void pack_weights(Array<Weight, 2> weight, nb::ndarray<Weight, nb::ndim<1>, nb::c_contig, nb::device::cpu> panels) {
   const int num_outputs = static_cast<int>(weight.shape(0)), num_inputs = static_cast<int>(weight.shape(1));
-  if (num_inputs % 2 || static_cast<int64_t>(panels.shape(0)) != part_bytes(num_outputs, num_inputs) / 2)
+  if (num_inputs % 2 || static_cast<int64_t>(panels.shape(0)) != part_size(num_outputs, num_inputs))
     throw nb::value_error("panels of the weights' size, and an even number of inputs, expected");
   const nb::gil_scoped_release release;
   pack_part(weight.data(), num_outputs, num_inputs, panels.data());
@@ -49,12 +50,13 @@ void pack_weights(Array<uint16_t, 2> weight, nb::ndarray<uint16_t, nb::ndim<1>, 
 }  // namespace
 
 void bind_product(nb::module_& m) {
-  m.def("part_size", [](int num_outputs, int num_inputs) { return part_bytes(num_outputs, num_inputs) / 2; });
-  m.def("pack_weights", &pack_weights);
+  m.def("part_size", &part_size);
+  m.def("pack_weights", &pack_weights<uint16_t>);
+  m.def("pack_weights", &pack_weights<int8_t>);
   nb::class_<Projection>(m, "Projection")
-      .def(
-          nb::init<Array<uint16_t, 1>, const std::vector<int>&, const std::vector<int>&, int, std::optional<Array<float, 1> > >(),
-          nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none())
+      .def(nb::init<Array<uint16_t, 1>, const std::vector<int>&, const std::vector<int>&, int, std::optional<Array<float, 1> >,
+                    std::optional<Array<int8_t, 1> >, std::optional<Array<float, 1> > >(),
+           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none())
       .def("multiply", &multiply)
       .def("reduce", &reduce)
       .def("project", &project);

@@ -28,26 +28,30 @@ inline void barrier() {
 class Projection {
  public:
   // `panels` holds the parts one after the other: each layer's W, of `sizes` outputs, then the A of all, of `reduced` rows each.
+  // Where there is `narrow` it has those of W, in int8 with a scale for each output.
   Projection(Array<uint16_t, 1> panels, const std::vector<int>& sizes, const std::vector<int>& reduced, int num_inputs,
-             std::optional<Array<float, 1>> bias)
-      : panels_(panels), bias_(bias), reduced_(reduced), num_inputs_(num_inputs) {
+             std::optional<Array<float, 1>> bias, std::optional<Array<int8_t, 1>> narrow, std::optional<Array<float, 1>> scales)
+      : panels_(panels), bias_(bias), narrow_(narrow), scales_(scales), reduced_(reduced), num_inputs_(num_inputs) {
     if (num_inputs < 2 || num_inputs % 2) throw nb::value_error("an even number of inputs expected");
     if (!reduced.empty() && reduced.size() != sizes.size())
       throw nb::value_error("rows of A for each layer, or for none, expected");
-    int64_t at = 0;
-    const auto part = [&](int size, const float* bias_at) {
-      const Part made{panels_.data() + at, bias_at, size, num_inputs};
-      at += part_bytes(size, num_inputs) / 2;
-      return made;
-    };
+    if (narrow.has_value() != scales.has_value())
+      throw nb::value_error("scales with weights in int8, and only with them, expected");
+    int64_t at = 0, narrow_at = 0;
     for (const int size : sizes) {
-      parts_.push_back(part(size, bias ? bias->data() + num_outputs_ : nullptr));
+      Part part{panels.data() + at, bias ? bias->data() + num_outputs_ : nullptr, size, num_inputs};
+      if (narrow) part.panels = nullptr, part.narrow = narrow->data() + narrow_at, part.scales = scales->data() + num_outputs_;
+      (narrow ? narrow_at : at) += part_size(size, num_inputs);
+      parts_.push_back(part);
       num_outputs_ += size;
     }
     for (const int size : reduced) num_reduced_ += size;
-    shrink_ = part(num_reduced_, nullptr);
-    if (at != static_cast<int64_t>(panels.shape(0)) || (bias && static_cast<int>(bias->shape(0)) != num_outputs_))
-      throw nb::value_error("panels and bias do not have these sizes");
+    shrink_ = {panels.data() + at, nullptr, num_reduced_, num_inputs};
+    at += part_size(num_reduced_, num_inputs);
+    if (at != static_cast<int64_t>(panels.shape(0)) || narrow_at != static_cast<int64_t>(narrow ? narrow->shape(0) : 0) ||
+        (bias && static_cast<int>(bias->shape(0)) != num_outputs_) ||
+        (scales && static_cast<int>(scales->shape(0)) != num_outputs_))
+      throw nb::value_error("panels, scales and bias do not have these sizes");
   }
 
   int num_inputs() const { return num_inputs_; }
@@ -182,6 +186,8 @@ class Projection {
 
   Array<uint16_t, 1> panels_;
   std::optional<Array<float, 1>> bias_;
+  std::optional<Array<int8_t, 1>> narrow_;
+  std::optional<Array<float, 1>> scales_;
   std::vector<Part> parts_;
   Part shrink_{};
   std::vector<int> reduced_;

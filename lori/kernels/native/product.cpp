@@ -2,11 +2,12 @@
 
 namespace lori {
 
-void pack_part(const uint16_t* weight, int num_outputs, int num_inputs, uint16_t* panels) {
-  const Part part{panels, nullptr, num_outputs, num_inputs};
+template <typename Weight>
+void pack_part(const Weight* weight, int num_outputs, int num_inputs, Weight* panels) {
+  const Part part{nullptr, nullptr, num_outputs, num_inputs};
   for (int panel = 0; panel < part.num_panels(); panel++) {
     const int outputs = part.panel_outputs(panel);
-    uint16_t* to = panels + int64_t{panel} * kPanelOutputs * num_inputs;
+    Weight* to = panels + part.panel_at(panel);
     for (int output = 0; output < outputs; output++) {
       const int64_t row = int64_t{panel} * kPanelOutputs + output;
       for (int input = 0; input < num_inputs; input++)
@@ -14,5 +15,8 @@ void pack_part(const uint16_t* weight, int num_outputs, int num_inputs, uint16_t
     }
   }
 }
+
+template void pack_part(const uint16_t*, int, int, uint16_t*);
+template void pack_part(const int8_t*, int, int, int8_t*);
 
 }  // namespace lori

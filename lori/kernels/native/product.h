@@ -1,8 +1,8 @@
 // The product of bfloat16 tokens with frozen weights, y = W x, in AVX-512 with bfloat16 instructions.
 //
 // The weights of a part, (D, N), are cut in panels of 48 outputs; the last has as many as are left, rounded up to 16 and filled
-// with zeros. A panel is (N / 2, outputs, 2): two inputs of an output lie together, as one instruction takes them.
-// Shapes: T tokens, D outputs, N inputs (even).
+// with zeros. A panel is (N / 2, outputs, 2): two inputs of an output lie together, as one instruction takes them. Weights in
+// int8 have a scale for each output. Shapes: T tokens, D outputs, N inputs (even).
 #pragma once
 
 #include "layout.h"
@@ -13,23 +13,26 @@ constexpr int kPanelOutputs = 48;
 constexpr int kTileRows = 8;      // tokens that are multiplied with a panel at a time: 24 sums of 16 outputs stay in registers
 constexpr int kMaxInputs = 4096;  // of a panel at a time, so that it stays in the second cache
 constexpr int kRowBlock = 256;    // tokens that meet all panels before the next do
+constexpr int kWidened = 256;  // inputs of a panel of int8 that are made bfloat16 at a time, so that they stay in the first cache
 
 struct Part {
-  const uint16_t* panels;
-  const float* bias;  // (D,) or null
+  const uint16_t* panels;  // null where the weights are in int8
+  const float* bias;       // (D,) or null
   int num_outputs, num_inputs;
+  const int8_t* narrow = nullptr;
+  const float* scales = nullptr;  // (D,), of `narrow`
 
   LORI_INLINE int num_panels() const { return (num_outputs + kPanelOutputs - 1) / kPanelOutputs; }
   LORI_INLINE int panel_outputs(int panel) const {  // rounded up
     const int left = num_outputs - panel * kPanelOutputs;
     return left < kPanelOutputs ? (left + kLanes - 1) / kLanes * kLanes : kPanelOutputs;
   }
-  LORI_INLINE const uint16_t* panel(int i) const { return panels + int64_t{i} * kPanelOutputs * num_inputs; }
+  LORI_INLINE int64_t panel_at(int i) const { return int64_t{i} * kPanelOutputs * num_inputs; }  // in weights
 };
 
-// Bytes of the panels of a part.
-LORI_INLINE int64_t part_bytes(int num_outputs, int num_inputs) {
-  return int64_t{2} * num_inputs * ((num_outputs + kLanes - 1) / kLanes * kLanes);
+// Weights of the panels of a part.
+LORI_INLINE int64_t part_size(int num_outputs, int num_inputs) {
+  return int64_t{num_inputs} * ((num_outputs + kLanes - 1) / kLanes * kLanes);
 }
 
 struct Tokens {
@@ -54,6 +57,7 @@ void multiply_avx512_bf16(const Part&, const Tokens&, int first_row, int last_ro
                           float* sums);
 
 // Lays out weights (D, N), row by row, as panels.
-void pack_part(const uint16_t* weight, int num_outputs, int num_inputs, uint16_t* panels);
+template <typename Weight>
+void pack_part(const Weight* weight, int num_outputs, int num_inputs, Weight* panels);
 
 }  // namespace lori

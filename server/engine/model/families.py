@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lori.errors import ModelError
 from lori.pool import AdapterPool
 from lori.projection import Projection, project
+from lori.quantization import Quantization
 from server.engine.model.decoder import Decoder, Heads, Layer, Norm, Turns
 
 GEMMA = ("gemma2", "gemma3_text")
@@ -39,13 +40,16 @@ def check_family(model: PreTrainedModel) -> None:
         raise ModelError(f"this {config.model_type} model is not served: {'; '.join(faults)}")
 
 
-def read_decoder(model: PreTrainedModel, pool: AdapterPool) -> Decoder:
-    """Returns the decoder of a `model` that `check_family` lets pass. Its layers' weights are taken out of it, one by one."""
+def read_decoder(model: PreTrainedModel, pool: AdapterPool, quantization: Quantization | None = None) -> Decoder:
+    """Returns the decoder of a `model` that `check_family` lets pass. Its layers' weights are taken out of it, one by one.
+
+    They are quantized where that is asked for, its embeddings and the output's are not. Raises `ModelError` where they cannot be.
+    """
     config: Any = model.config
     body: Any = model.model
     layers = []
     for number in range(len(body.layers)):
-        layers.append(_layer(body.layers[number], f"model.layers.{number}", config, number, pool))
+        layers.append(_layer(body.layers[number], f"model.layers.{number}", config, number, pool, quantization))
         body.layers[number] = nn.Identity()  # its weights are in the products now
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
@@ -65,12 +69,13 @@ def head_size(model: PreTrainedModel) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool) -> Layer:
+def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool, quantization: Quantization | None) -> Layer:
     is_gemma = config.model_type in GEMMA
 
     def product(owner: str, *names: str) -> Projection:
         full = [f"{name}.{owner}.{child}" for child in names]
-        return project([getattr(getattr(layer, owner), child) for child in names], pool.blocks(full), pool.operands_of(full))
+        linears = [getattr(getattr(layer, owner), child) for child in names]
+        return project(linears, pool.blocks(full), pool.operands_of(full), quantization)
 
     return Layer(
         attention_norm=_norm(layer.input_layernorm, config),

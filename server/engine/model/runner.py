@@ -18,6 +18,7 @@ from lori.errors import ModelError
 from lori.kernels import Route, Term
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
+from lori.quantization import Quantization
 from server.engine.model.cuda_graphs import CudaGraphs
 from server.engine.model.decoder import Decoder, Ops
 from server.engine.model.decoding_inputs import DecodingInputs
@@ -47,10 +48,18 @@ class Runner:
 
     _can_replay = False
 
-    def __init__(self, model: PreTrainedModel, pool: AdapterPool, num_blocks: int, block_size: int, max_batch: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: AdapterPool,
+        num_blocks: int,
+        block_size: int,
+        max_batch: int = 0,
+        quantization: Quantization | None = None,
+    ) -> None:
         self._dtype, self._device = model.dtype, model.device
         with torch.inference_mode():
-            self._decoder: Decoder = read_decoder(model, pool)
+            self._decoder: Decoder = read_decoder(model, pool, quantization)
         self._routed = _Routed([], [], None)
         self._replays: Replays | None = None
         try:
