@@ -1,5 +1,6 @@
 """Which device is meant, and how small tensors get there without waiting for it."""
 
+import logging
 import re
 from importlib.util import find_spec
 
@@ -7,6 +8,7 @@ import torch
 
 from lori.errors import DeviceError
 
+logger = logging.getLogger(__name__)
 MIN_CAPABILITY = (8, 0)
 """Of a GPU: what Triton compiles for, and the first that computes in bf16."""
 NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -23,8 +25,11 @@ def resolve_device(name: str) -> torch.device:
     if name == "cpu":
         return torch.device(name)
     if name == "auto":
-        able = (index for index in range(_num_gpus()) if not _fault(index))
-        return next((torch.device("cuda", index) for index in able), torch.device("cpu"))
+        for index in range(_num_gpus()):
+            if not (fault := _fault(index)):
+                return torch.device("cuda", index)
+            logger.warning("cuda:%d is not used: %s", index, fault)
+        return torch.device("cpu")
     index = int(name.partition(":")[2] or 0)
     if fault := _fault(index):
         raise DeviceError(f"--device {name}: {fault}; pass --device cpu, or one that is there")

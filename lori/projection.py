@@ -45,7 +45,7 @@ def project(
     if quantization:
         weight = linears[0].weight
         found = f"{quantization} of {weight.shape[1]} inputs in {weight.dtype} on {weight.device}"
-        needs = "a CPU with AVX-512 for bfloat16, the compiled module, and an even number of inputs in torch.bfloat16"
+        needs = "a CPU with AVX-512 for bfloat16 and without AMX, the compiled module, and an even number of inputs in bfloat16"
         raise ModelError(f"there are no products in {found} here: they need {needs}")
     return TorchProjection(linears, blocks, operands)
 

@@ -46,16 +46,27 @@ def main() -> int:
     config = uvicorn.Config(
         create_app(service), host=settings.host, port=settings.port, timeout_graceful_shutdown=DRAIN_S + GRACE_S
     )
-    DrainingServer(config, service.engine).run()
+    DrainingServer(config, service.engine, settings.max_unread_s).run()
     return 0
 
 
 class DrainingServer(uvicorn.Server):
-    """Stops the engine when running requests have had their time, so that each hears an error before its connection ends."""
+    """Stops the engine when running requests have had their time, so that each hears an error before its connection ends.
 
-    def __init__(self, config: uvicorn.Config, engine: EngineThread) -> None:
+    A connection whose client takes nothing of what was sent for `max_unread_s` is ended by the system, where it can (Linux):
+    closing it would wait until all is taken.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: EngineThread, max_unread_s: float) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._max_unread_s = engine, max_unread_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens; what is accepted has the options of the socket that listens."""
+        await super().startup(sockets)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            for listening in (of for server in self.servers for of in server.sockets):
+                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._max_unread_s))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops accepting, waits for running requests, and ends what is left."""

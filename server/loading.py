@@ -92,7 +92,7 @@ def load_service(settings: Settings) -> Service:
         check(runner, base.model, expected, max_context, settings.block_size)
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
-    tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s())
+    tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
@@ -109,10 +109,10 @@ def load_service(settings: Settings) -> Service:
     )
 
 
-def _patience_s() -> float:
+def _patience_s(device: torch.device) -> float:
     # Where a step takes every core it would take the loader's, too, and what is read half way would wait for the step after it.
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return PATIENCE_S if torch.get_num_threads() >= num_cores else 0.0
+    return PATIENCE_S if device.type == "cpu" and torch.get_num_threads() >= num_cores else 0.0
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
@@ -136,13 +136,9 @@ def _reserve(pool: AdapterPool, num_bytes: int) -> None:
 
 
 def _likely_bytes(base: BaseModel, registry: Registry, max_resident: int) -> int:
-    # Of all registered adapters and some merges, at what an adapter of the highest rank takes that keeps most.
-    found = [of.summary for of in registry.by_name.values()]
-    if not found:
-        return 0
-    num_outputs = sum(d for d, _ in base.identity.shapes.values())
-    largest = max((1 - of.sparsity) * of.max_rank for of in found) * num_outputs * BYTES_PER_ENTRY[base.model.dtype]
-    return int(largest * min(max_resident, len(found) + NUM_MERGES))
+    # Of all registered adapters and some merges, at what the largest takes.
+    kept = [of.summary.num_kept for of in registry.by_name.values()]
+    return int(max(kept, default=0) * BYTES_PER_ENTRY[base.model.dtype] * min(max_resident, len(kept) + NUM_MERGES))
 
 
 def _max_kept(base: BaseModel, settings: Settings) -> float:

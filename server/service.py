@@ -37,7 +37,7 @@ class Service:
         """
         self._check_alive()
         if self.num_requests >= self.settings.max_requests:
-            raise BusyError(f"{self.num_requests} requests are waiting or running, which is the limit; try again")
+            raise BusyError(f"{self.num_requests} requests are under way, which is the limit; try again")
         self.num_requests += 1
         try:
             request = await run_in_threadpool(self.admission.admit, ask)

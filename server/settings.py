@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     """How many times as long as decoding alone a step may take, about, for the sake of prompts beside it. What steps take is
     measured at start; below 2 a prompt rarely lets others wait twice as long for a token, above it its own comes sooner."""
     max_requests: int = Field(default=1024, ge=1)
-    """Requests running and waiting; one more is answered 429."""
+    """Requests under way, from their first check to the last that is sent; one more is answered 429."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)
     """How long a client may take nothing of its stream, in seconds; then its connection is ended, for it holds a place."""
     max_body_bytes: int = Field(default=1 << 20, ge=1024)

@@ -74,6 +74,8 @@ def _worthwhile(turn: Turn, steps: Items[Items[Chunk]]) -> Items[Items[Chunk]]:
 
 def _times(turn: Turn, steps: Items[Items[Chunk]]) -> list[float]:
     # The least of each: what else the machine does only adds to it. In turn, for it may be busy for a while.
+    for step in steps:
+        _time(turn, step)  # the first of its kind may have to compile
     turns: list[list[float]] = []
     while len(turns) < NUM_TURNS and sum(map(sum, turns)) < MAX_SECONDS:
         turns.append([_time(turn, step) for step in steps])

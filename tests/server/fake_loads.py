@@ -52,6 +52,8 @@ class FakeLoader:
     pending: dict[str, Request] = field(default_factory=dict)
     notify: Callable[[], None] = lambda: None
     is_closed: bool = False
+    arrives_when_awaited: bool = False
+    waits_s: list[float] = field(default_factory=list)
     _arrived: list[Loaded] = field(default_factory=list)
 
     @property
@@ -71,6 +73,11 @@ class FakeLoader:
         self._arrived.append(Loaded(digest, packed, fault, 0.5))
         self.notify()
 
+    def wait(self, timeout_s: float) -> None:
+        self.waits_s.append(timeout_s)
+        for digest in [*self.pending] if self.arrives_when_awaited else []:
+            self.arrive(digest)
+
     def collect(self) -> list[Loaded]:
         arrived, self._arrived = self._arrived, []
         return arrived
@@ -85,6 +92,7 @@ def fake_tiers(
     max_bytes: int = 1000,
     max_loaded_bytes: int = 1000,
     max_loading: int = MAX_LOADING,
+    patience_s: float = 0.0,
 ) -> AdapterTiers:
-    pool = cast(AdapterPool, FakePool())
-    return AdapterTiers(pool, Residents(num_slots, max_bytes), cast(Loader, loader), max_loaded_bytes, max_loading)
+    pool, residents = cast(AdapterPool, FakePool()), Residents(num_slots, max_bytes)
+    return AdapterTiers(pool, residents, cast(Loader, loader), max_loaded_bytes, max_loading, patience_s)

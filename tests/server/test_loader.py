@@ -196,21 +196,30 @@ class SlowReader:
         raise ValueError("enough")
 
 
-def test_waiting_ends_with_what_is_read_and_is_done_once(tmp_path: Path) -> None:
+def test_what_is_read_is_waited_for(tmp_path: Path) -> None:
     reader = SlowReader()
-    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("ab")]
-    desk = Desk(tmp_path, adapters, cast(PackedReader, reader))
+    desk = Desk(tmp_path, [save(tmp_path / "a", make_config(), make_modules())], cast(PackedReader, reader))
     desk.loader.wait(LIMIT_S)  # for nothing
-    of = desk.request("a", "b")
-    for digest, _ in of.residents:
-        desk.loader.start(digest, of)
+    of = desk.request("a")
+    desk.loader.start(of.residents[0][0], of)
+    assert reader.is_reading.wait(LIMIT_S)
+    timer = threading.Timer(0.05, reader.may_read.set)
+    timer.start()
+    desk.loader.wait(LIMIT_S)
+    assert len(desk.loader.collect()) == 1
+    desk.loader.close()
+
+
+def test_it_is_waited_for_once(tmp_path: Path) -> None:
+    reader = SlowReader()
+    desk = Desk(tmp_path, [save(tmp_path / "a", make_config(), make_modules())], cast(PackedReader, reader))
+    of = desk.request("a")
+    desk.loader.start(of.residents[0][0], of)
     assert reader.is_reading.wait(LIMIT_S)
     desk.loader.wait(0.0)
-    desk.loader.wait(LIMIT_S)  # again for the same one: not at all
+    desk.loader.wait(LIMIT_S)  # not at all: nothing lets it read
     assert desk.loader.collect() == []
     reader.may_read.set()
-    while reader.num_read < len(of.residents):
-        desk.loader.wait(LIMIT_S)
     desk.loader.close()
 
 

@@ -1,19 +1,28 @@
 """`python -m server` as a process: how it ends, and what it says where it cannot start."""
 
+import asyncio
 import json
 import shutil
 import signal
+import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
 
 from lori.config_file import seal_config
 from lori.errors import LoriError
 from lori.format import read_config
+from server import loading
+from server.__main__ import DrainingServer
+from server.engine.thread import EngineThread
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.live import LIMIT_S, events, run_main, start
@@ -167,3 +176,27 @@ def test_settings_that_cannot_be_are_refused_by_name(writer_model: Path, flags: 
     """Whichever flag a person gets wrong, `main` can only say so if it is one of these two errors."""
     with pytest.raises((ValidationError, LoriError), match=named):
         load_service(Settings(model=str(writer_model), dtype="float32", **flags))
+
+
+@pytest.mark.parametrize(("device", "num_threads", "waits"), [("cpu", 1000, True), ("cpu", 1, False), ("cuda", 1000, False)])
+def test_a_step_waits_for_an_adapter_where_it_would_take_the_reader_s_core(
+    device: str, num_threads: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert (loading._patience_s(torch.device(device)) > 0) is waits
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no TCP_USER_TIMEOUT")
+def test_the_system_ends_connections_of_which_nothing_is_taken() -> None:
+    async def options() -> list[int]:
+        config = uvicorn.Config(FastAPI(), port=0)
+        server = DrainingServer(config, cast(EngineThread, SimpleNamespace(request_stop=lambda: None)), 2.5)
+        config.load()
+        server.lifespan = config.lifespan_class(config)
+        await server.startup()
+        found = [of.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for each in server.servers for of in each.sockets]
+        await server.shutdown()
+        return found
+
+    assert asyncio.run(options()) == [2500]

@@ -62,7 +62,7 @@ def test_slow_steps_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measure(quick, monkeypatch)
     monkeypatch.setattr(step_timing, "MAX_SECONDS", 1.0)
     measure(slow, monkeypatch)
-    num_before = 10  # two of each size of prompt
+    num_before = 22  # two of each size of prompt, one of each step
     assert len(quick.steps) - num_before == NUM_TURNS * (len(slow.steps) - num_before)
 
 

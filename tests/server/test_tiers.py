@@ -70,6 +70,32 @@ def test_an_adapter_is_read_then_resident_with_its_scale_in_the_weight(loader: F
     tiers.check_integrity([sequence])
 
 
+def test_a_step_waits_for_what_is_being_read(loader: FakeLoader) -> None:
+    tiers, sequence = fake_tiers(loader, patience_s=0.25), wanting("a")
+    loader.arrives_when_awaited = True
+    assert not tiers.collect()
+    assert not loader.waits_s, "nothing is read"
+    assert tiers.pin(sequence) == "loading"
+    assert tiers.collect()
+    assert loader.waits_s == [0.25]
+    assert tiers.pin(sequence) == "ready"
+
+
+def test_a_step_without_patience_waits_for_nothing(loader: FakeLoader) -> None:
+    tiers = fake_tiers(loader)
+    assert tiers.pin(wanting("a")) == "loading"
+    assert not tiers.collect()
+    assert not loader.waits_s
+
+
+def test_a_reading_that_failed_before_anybody_asked_for_it_is_no_failure(loader: FakeLoader) -> None:
+    tiers = fake_tiers(loader)
+    tiers.prefetch(wanting("a").request)
+    loader.arrive("a", fault="torn")
+    assert tiers.collect()
+    assert tiers.num_failures == 0
+
+
 def test_an_adapter_of_weight_0_is_not_read(loader: FakeLoader) -> None:
     assert fake_tiers(loader).pin(wanting("a", weight=0.0)) == "ready"
     assert not loader.started

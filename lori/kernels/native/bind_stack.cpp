@@ -107,20 +107,37 @@ struct Pass {
   static Matrix rows(uint16_t* at, int64_t stride) { return {reinterpret_cast<uint8_t*>(at), stride}; }
 };
 
+constexpr int kLineValues = 32;  // of a line of memory; rows that lie across lines are read and written twice
+
+// Room that grows, from the beginning of a line on.
+class Scratch {
+ public:
+  void reserve(int64_t num_values) {
+    if (static_cast<int64_t>(values_.size()) < num_values + kLineValues) values_.resize(num_values + kLineValues);
+  }
+  uint16_t* at() {
+    const auto address = reinterpret_cast<uintptr_t>(values_.data());
+    return values_.data() + (-address / 2) % kLineValues;
+  }
+
+ private:
+  std::vector<uint16_t> values_;
+};
+
 class Stack {
  public:
   Stack(const BoundLayers* functions, const std::vector<const Layer*>& layers, int64_t num_blocks)
       : functions_(*functions), layers_(layers), num_blocks_(num_blocks) {
     if (layers.empty() || functions->dtype() != Dtype::kBfloat16) throw nb::value_error("layers in bfloat16 expected");
-    width_ = layers[0]->qkv.num_inputs();
     for (const Layer* layer : layers) {
-      if (layer->qkv.num_inputs() != width_) throw nb::value_error("layers of one width expected");
+      if (layer->qkv.num_inputs() != layers[0]->qkv.num_inputs()) throw nb::value_error("layers of one width expected");
       for (const Projection* product : layer->products()) {
         num_operands_ += product->num_layers();
         num_reduced_ = std::max<int64_t>(num_reduced_, product->num_reduced());
         num_between_ = std::max<int64_t>({num_between_, product->num_inputs(), product->num_outputs()});
       }
     }
+    for (int64_t* of : {&num_reduced_, &num_between_}) *of = (*of + kLineValues - 1) / kLineValues * kLineValues;
   }
 
   // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `operands` are those of all
@@ -132,9 +149,8 @@ class Stack {
     const nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t num_tokens = spans.num_tokens();
-    const auto size = static_cast<size_t>(num_tokens * (2 * num_between_ + num_reduced_));
-    if (scratch_.size() < size) scratch_.resize(size);
-    uint16_t *first = scratch_.data(), *second = first + num_tokens * num_between_;
+    scratch_.reserve(num_tokens * (2 * num_between_ + num_reduced_));
+    uint16_t *first = scratch_.at(), *second = first + num_tokens * num_between_;
     Pass pass{functions_,
               spans,
               route,
@@ -178,9 +194,9 @@ class Stack {
   const BoundLayers& functions_;
   const std::vector<const Layer*> layers_;
   const int64_t num_blocks_;
-  int64_t width_ = 0, num_reduced_ = 0, num_between_ = 0;
+  int64_t num_reduced_ = 0, num_between_ = 0;  // values of a row, in whole lines of memory
   size_t num_operands_ = 0;
-  std::vector<uint16_t> scratch_;
+  Scratch scratch_;
   std::mutex mutex_;  // of the scratch
 };
 

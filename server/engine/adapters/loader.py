@@ -68,6 +68,8 @@ class Loader:
         """Returns what was read since the last call."""
         with self._lock:
             ended = [digest for digest, future in self._reading.items() if future.done()]
+            if self._awaited and self._awaited.done():
+                self._awaited = None
             return [self._reading.pop(digest).result() for digest in ended if not self._reading[digest].cancelled()]
 
     def close(self) -> None:

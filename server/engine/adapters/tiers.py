@@ -105,14 +105,15 @@ class AdapterTiers:
         sequence.terms = None
 
     def collect(self) -> bool:
-        """Takes in what was read; returns whether anything was, so that the scheduler is to ask again."""
+        """Takes in what was read, and what is just being read where that is waited for; returns whether anything was, so that the
+        scheduler is to ask again."""
         if self._patience_s and self._loader.num_reading:
             self._loader.wait(self._patience_s)
         arrived = self._loader.collect()
         for loaded in arrived:
             waiting = self._wanted.get(loaded.digest, {})
             if loaded.packed is None:
-                self.num_failures += 1
+                self.num_failures += bool(waiting)  # else it is read again for who asked
                 self._failed |= dict.fromkeys(waiting, loaded.fault)
                 self._wanted.pop(loaded.digest, None)
                 continue

@@ -36,8 +36,8 @@ def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, max_co
     difference = ((torch.cat(parts) - expected).norm() / expected.norm()).item()
     if not difference <= MAX_ERROR:
         raise ModelError(
-            f"models of type {model.config.model_type!r} are not served: paged attention gives other logits than the "
-            f"model itself (relative difference {difference:.3f}, at most {MAX_ERROR} expected)"
+            f"this {model.config.model_type} model is not served: what is computed here, quantized or not, gives other logits "
+            f"than the model itself (relative difference {difference:.3f}, at most {MAX_ERROR} expected)"
         )
 
 

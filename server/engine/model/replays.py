@@ -63,7 +63,7 @@ class Replays:
 
     def forward(self, ids: Sequence[int], spans: Sequence[Span], terms: Sequence[Terms]) -> torch.Tensor | None:
         """Returns the logits (B, V) fp32 of a step, or `None` where it is none that can be replayed: not all of its spans are of
-        one token, or there are more of them, or of their terms, than any size holds.
+        one token, there are more of them than any size holds, or more of their terms than the size for so many holds.
 
         They are valid until the next call. Nothing waits for the device, but where a step is recorded.
         """

@@ -3,6 +3,7 @@
 Shapes: T tokens of a step, V vocabulary, P positions whose logits are wanted.
 """
 
+import logging
 import operator
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,8 @@ from server.engine.model.replays import ReplayableOps, Replays
 from server.engine.model.spans import Span
 from server.engine.model.torch_ops import TorchOps
 from server.engine.scheduling.scheduler import Chunk
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +67,16 @@ class Runner:
         self._replays: Replays | None = None
         try:
             self._ops = make_ops(self._decoder, num_blocks, block_size, self._dtype, self._device)
-            if max_batch and isinstance(self._ops, ReplayableOps):
-                inputs = make_inputs(self._ops, model, num_blocks, max_batch)
-                vocabulary, graphs = model.get_output_embeddings().out_features, partial(CudaGraphs, self._device)
-                self._replays = Replays(self._decoder, self._ops, pool, inputs, vocabulary, graphs)
         except (MemoryError, OSError, RuntimeError) as error:
             room = f"the keys and values of {num_blocks * block_size} tokens"
             raise ModelError(f"--kv-cache-gib: there is no room for {room}: {' '.join(str(error).split())}") from error
+        if max_batch and isinstance(self._ops, ReplayableOps):
+            try:
+                inputs = make_inputs(self._ops, model, num_blocks, max_batch)
+                vocabulary, graphs = model.get_output_embeddings().out_features, partial(CudaGraphs, self._device)
+                self._replays = Replays(self._decoder, self._ops, pool, inputs, vocabulary, graphs)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(f"--max-batch: there is no room for such steps: {' '.join(str(error).split())}") from error
 
     @property
     def attention(self) -> str:
@@ -130,7 +136,12 @@ class Runner:
         if self._replays is None or not self._can_replay:
             return None
         terms = [chunk.sequence.terms for chunk in chunks]
-        return self._replays.forward(ids, spans, [of or () for of in terms])
+        try:
+            return self._replays.forward(ids, spans, [of or () for of in terms])
+        except torch.OutOfMemoryError:
+            logger.exception("there is no room to record steps again: from now on none is replayed")
+            self._replays = None
+            return None
 
     def _route(self, chunks: Items[Chunk], num_tokens: int) -> Route | None:
         # While the same sequences decode it is the one of the step before.
