@@ -231,7 +231,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, i
         "portable": "",
         "avx2": "-mavx2 -mfma",
         "avx512": "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq",
-        "avx512_bf16": "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16",
+        "avx512_bf16": "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mavx512vbmi",
     }[instruction_set]
     sanitize = "-O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all"
     files = [

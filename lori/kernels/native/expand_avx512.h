@@ -1,14 +1,14 @@
 // The kernel in AVX-512. Included twice, with and without the bfloat16 instructions (LORI_DOT).
 //
-// A window's sums stay in registers: an accumulator a slice. They are cut in planes of their low and high halves, since a
-// permutation of 16-bit words reaches twice as many rows as one of 32-bit words, and each row picks its word from the planes.
-// Rows of y are worked on 32 at a time, the even ones in one register and the odd ones in another, as their bfloat16 lie.
+// A window's sums stay in registers: an accumulator a slice. Each row picks its sum from them (planes_avx512.h). Rows of y are
+// worked on 32 at a time, the even ones in one register and the odd ones in another, as their bfloat16 lie.
 #pragma once
 
 #include <immintrin.h>
 
 #include <type_traits>
 
+#include "planes_avx512.h"
 #include "walk.h"
 
 namespace lori {
@@ -133,74 +133,29 @@ struct FloatMemory {
   }
 };
 
-// The low halves of the sums of two slices, word by word in turn, and the high halves.
-LORI_INLINE void to_planes(__m512 first, __m512 second, __m512i& low, __m512i& high) {
-  const __m512i mask = _mm512_set1_epi32(0xffff), even = _mm512_castps_si512(first), odd = _mm512_castps_si512(second);
-  low = _mm512_ternarylogic_epi32(mask, even, _mm512_slli_epi32(odd, 16), 0xca);  // mask ? even : odd << 16
-  high = _mm512_ternarylogic_epi32(mask, _mm512_srli_epi32(even, 16), odd, 0xca);
-}
-
-// low[i], high[i] = the halves of the sums of slices 2 i and 2 i + 1, word by word in turn: a row's place is its word.
+// sums[slice] = the products of a window with s.
 template <int kNumPlanes, typename Column, typename Source>
-LORI_INLINE void multiply(const Window& window, const Source& s, const uint8_t* later, __m512i* low, __m512i* high) {
+LORI_INLINE void multiply(const Window& window, const Source& s, const uint8_t* later, __m512 (&sums)[2 * kNumPlanes]) {
   using Value = typename Source::Value;
   constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
   const uint8_t* at = window.steps;
-  __m512 sums[2 * kNumPlanes];
   int begin = 0;
 #pragma GCC unroll 16
   for (int slice = 0; slice < 2 * kNumPlanes; slice++) {
     __m512 sum = _mm512_setzero_ps();
-    int steps = window.ends[slice] - begin;  // none beyond the window's own slices
+    unsigned steps = window.ends[slice] - begin;  // none beyond the window's own slices
     begin = window.ends[slice];
     if constexpr (sizeof(Value) == 2) {
-      for (; steps >= 2; steps -= 2, at += 2 * kStepBytes)
+      for (const uint8_t* last = at + steps / 2 * (2 * kStepBytes); at != last; at += 2 * kStepBytes)
         sum =
             s.add_pair(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
+      steps %= 2;
     }
     for (; steps > 0; steps--, at += kStepBytes)
       sum = s.add_one(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + kLanes * sizeof(Value)));
     sums[slice] = sum;
     for (int line = 0; line < kLinesAhead; line++) __builtin_prefetch(later + 64 * (kLinesAhead * slice + line));
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kNumPlanes; i++) to_planes(sums[2 * i], sums[2 * i + 1], low[i], high[i]);
-}
-
-// 32 rows as fp32, the even ones and the odd ones.
-struct Rows {
-  __m512 even, odd;
-};
-
-// The places of 32 rows, or of the `left` last ones.
-inline __m512i load_places(const uint8_t* places, int left) {
-  const __m128i* at = reinterpret_cast<const __m128i*>(places);
-  if (left > kLanes) return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-  return _mm512_cvtepu8_epi16(_mm256_castsi128_si256(_mm_loadu_si128(at)));
-}
-
-// Returns the words of a plane at 32 places.
-template <int kNumPlanes>
-LORI_INLINE __m512i pick(const __m512i* plane, __m512i places, __mmask32 is_64, __mmask32 is_128) {
-  if constexpr (kNumPlanes == 1) return _mm512_permutexvar_epi16(places, plane[0]);
-  __m512i found[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < kNumPlanes / 2; i++) found[i] = _mm512_permutex2var_epi16(plane[2 * i], places, plane[2 * i + 1]);
-  if constexpr (kNumPlanes >= 4) found[0] = _mm512_mask_blend_epi16(is_64, found[0], found[1]);
-  if constexpr (kNumPlanes == 8)
-    found[0] = _mm512_mask_blend_epi16(is_128, found[0], _mm512_mask_blend_epi16(is_64, found[2], found[3]));
-  return found[0];
-}
-
-// Returns the sums at 32 places.
-template <int kNumPlanes>
-LORI_INLINE Rows rows_at(const __m512i* low, const __m512i* high, __m512i places) {
-  const __mmask32 is_64 = _mm512_test_epi16_mask(places, _mm512_set1_epi16(64));
-  const __mmask32 is_128 = _mm512_test_epi16_mask(places, _mm512_set1_epi16(128));
-  const __m512i lower = pick<kNumPlanes>(low, places, is_64, is_128), upper = pick<kNumPlanes>(high, places, is_64, is_128);
-  const __m512i half = _mm512_set1_epi32(0xffff);
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, lower, _mm512_slli_epi32(upper, 16), 0xca)),
-          _mm512_castsi512_ps(_mm512_ternarylogic_epi32(half, _mm512_srli_epi32(lower, 16), upper, 0xca))};
 }
 
 LORI_INLINE Rows load_rows(const uint16_t* y, uint32_t mask) {
@@ -248,20 +203,25 @@ inline void store_rows(float* y, uint32_t mask, Rows rows) {
 
 // Adds weight * sums to the rows of a window: the first term reads y, the last writes it, `totals` are kept between them.
 template <int kNumPlanes, typename Value>
-LORI_INLINE void add_rows(Value* y, int num_rows, const uint8_t* places, const __m512i* low, const __m512i* high, __m512 weight,
+LORI_INLINE void add_rows(Value* y, int num_rows, const uint8_t* places, const Planes<kNumPlanes>& planes, __m512 weight,
                           bool is_first, bool is_last, Rows* totals) {
   const auto add = [&](auto is_first_term, auto is_last_term) __attribute__((always_inline)) {
-    for (int i = 0; 32 * i < num_rows; i++) {
-      const int left = num_rows - 32 * i;
-      const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
-      const Rows sums = rows_at<kNumPlanes>(low, high, load_places(places + 32 * i, left));
-      Rows rows = is_first_term ? load_rows(y + 32 * i, mask) : totals[i];
-      rows.even = _mm512_fmadd_ps(weight, sums.even, rows.even);
-      rows.odd = _mm512_fmadd_ps(weight, sums.odd, rows.odd);
-      if (is_last_term)
-        store_rows(y + 32 * i, mask, rows);
-      else
-        totals[i] = rows;
+    for (int row = 0; row < num_rows; row += 64) {
+      Rows sums[2];
+      planes.rows_at(places + row, num_rows - row, sums);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        const int at = row + 32 * half, left = num_rows - at;
+        if (left <= 0) break;
+        const uint32_t mask = left >= 32 ? ~0u : (1u << left) - 1;
+        Rows rows = is_first_term ? load_rows(y + at, mask) : totals[at / 32];
+        rows.even = _mm512_fmadd_ps(weight, sums[half].even, rows.even);
+        rows.odd = _mm512_fmadd_ps(weight, sums[half].odd, rows.odd);
+        if (is_last_term)
+          store_rows(y + at, mask, rows);
+        else
+          totals[at / 32] = rows;
+      }
     }
   };
   if (is_first && is_last)
@@ -307,9 +267,10 @@ void expand_item(const Work& work) {
     const bool is_last = term == segment.last_term;
     const uint8_t* later_block = operands.block(route.slots[later_term], later.window);
     if (later_term + 1 < later.segment->last_term) later_term++;
-    __m512i low[kNumPlanes], high[kNumPlanes];
-    multiply<kNumPlanes, Column>(block, s, later_block ? later_block : block.steps, low, high);
-    add_rows<kNumPlanes>(y, num_rows, block.places, low, high, weight, is_first, is_last, totals);
+    __m512 sums[2 * kNumPlanes];
+    multiply<kNumPlanes, Column>(block, s, later_block ? later_block : block.steps, sums);
+    const Planes<kNumPlanes> planes([&](int slice) { return sums[slice]; });
+    add_rows(y, num_rows, block.places, planes, weight, is_first, is_last, totals);
     if (is_last) return;
   }
 }
@@ -326,13 +287,14 @@ LORI_INLINE void multiply_group(const Window& window, const Source* s, __m512 (&
   for (int slice = 0; slice < 2 * kNumPlanes; slice++) {
     __m512 sum[kTokens];
     for (int t = 0; t < kTokens; t++) sum[t] = _mm512_setzero_ps();
-    int steps = window.ends[slice] - begin;
+    unsigned steps = window.ends[slice] - begin;
     begin = window.ends[slice];
     if constexpr (sizeof(Value) == 2) {
-      for (; steps >= 2; steps -= 2, at += 2 * kStepBytes)
+      for (const uint8_t* last = at + steps / 2 * (2 * kStepBytes); at != last; at += 2 * kStepBytes)
         for (int t = 0; t < kTokens; t++)
           sum[t] = s[t].add_pair(sum[t], reinterpret_cast<const Value*>(at),
                                  reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
+      steps %= 2;
     }
     for (; steps > 0; steps--, at += kStepBytes)
       for (int t = 0; t < kTokens; t++)
@@ -369,11 +331,8 @@ void expand_group(const Work& work) {
     __m512 sums[2 * kNumPlanes][kGroup];
     multiply_group<kNumPlanes, kGroup, Column>(block, s, sums);
     for (int t = 0; t < kGroup; t++) {
-      __m512i low[kNumPlanes], high[kNumPlanes];
-#pragma GCC unroll 8
-      for (int i = 0; i < kNumPlanes; i++) to_planes(sums[2 * i][t], sums[2 * i + 1][t], low[i], high[i]);
-      add_rows<kNumPlanes>(y + t * y_stride, num_rows, block.places, low, high, weight, is_first, term == segment.last_term,
-                           totals[t]);
+      const Planes<kNumPlanes> planes([&](int slice) { return sums[slice][t]; });
+      add_rows(y + t * y_stride, num_rows, block.places, planes, weight, is_first, term == segment.last_term, totals[t]);
     }
   }
 }
