@@ -77,6 +77,7 @@ def load_service(settings: Settings) -> Service:
         max_sequences=settings.max_batch,
         max_tokens=settings.max_step_tokens,
         max_stall=settings.max_stall,
+        short_step_s=settings.short_step_ms / 1000,
         cost=measure_step_cost(
             Turn(runner, Sampler(_stop_ids(base))),
             num_ids=base.model.config.get_text_config().vocab_size,

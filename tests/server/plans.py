@@ -93,10 +93,17 @@ def scheduler(
     max_sequences: int = 4,
     max_tokens: int = 8,
     max_stall: float = float("inf"),
+    short_step_s: float = 0.0,
     cost: StepCost | None = None,
     gate: FakeGate | None = None,
 ) -> Scheduler:
-    limits = StepLimits(max_sequences=max_sequences, max_tokens=max_tokens, max_stall=max_stall, cost=cost or StepCost())
+    limits = StepLimits(
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+        max_stall=max_stall,
+        short_step_s=short_step_s,
+        cost=cost or StepCost(),
+    )
     return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits)
 
 

@@ -33,17 +33,17 @@ def test_nothing_is_sampled_for_a_request_without_output() -> None:
     assert (chunk.start, chunk.stop, chunk.is_last) == (0, 4, False)
 
 
-def test_decoding_comes_first_and_prompts_share_what_is_left_in_order_of_admission() -> None:
+def test_decoding_comes_first_and_prompts_share_what_is_left_by_turns() -> None:
     it = scheduler(max_tokens=8)
     long = added(it, request(30))
     short = added(it, request(3, text=1))
     assert spans(run_step(it)) == [(long, 0, 8)]
-    for start in (8, 16):
-        assert spans(run_step(it)) == [(long, start, start + 8)]
-    assert spans(run_step(it)) == [(long, 24, 30), (short, 0, 2)]
+    assert spans(run_step(it)) == [(short, 0, 3), (long, 8, 13)]
+    assert spans(run_step(it)) == [(short, 3, 4), (long, 13, 20)]
     late = added(it, request(9, text=2))
-    assert spans(run_step(it)) == [(long, 30, 31), (short, 2, 3), (late, 0, 6)]
-    assert spans(run_step(it)) == [(long, 31, 32), (short, 3, 4), (late, 6, 9)]
+    assert spans(run_step(it)) == [(short, 4, 5), (long, 20, 27)]
+    assert spans(run_step(it)) == [(short, 5, 6), (long, 27, 30), (late, 0, 4)]
+    assert spans(run_step(it)) == [(long, 30, 31), (late, 4, 9)]
 
 
 def test_a_prompt_cut_to_one_token_is_among_the_first() -> None:
@@ -101,15 +101,48 @@ def test_chunks_become_shorter_the_more_keys_they_read() -> None:
     assert sizes[-2] == LEAST + 1, "it comes to its end, whatever it costs"
 
 
-def test_a_prompt_for_which_there_is_no_time_waits_for_the_one_before_it() -> None:
-    it = scheduler(max_tokens=64, max_stall=1.5, cost=step_cost(free_tokens=20))
-    added(it, request(2, 50))
+def prompts_beside_decoding(*sizes: int) -> tuple[list[Sequence], list[list[Sequence]]]:
+    """Returns prompts that come together where little is left beside decoding, and which of them each step computes."""
+    it = scheduler(400, max_tokens=64, max_stall=1.5, cost=step_cost(free_tokens=20))
+    added(it, request(2, 200))
     run_step(it)
-    first, second = added(it, request(30, text=1)), added(it, request(9, text=2))
-    steps = run(it)
-    begins = next(step for step, chunks in enumerate(steps) for c in chunks if c.sequence is second)
-    ends = next(step for step, chunks in enumerate(steps) for c in chunks if c.sequence is first and c.stop == 30)
-    assert begins >= ends > 0
+    prompts = [added(it, request(size, 1, text=text)) for text, size in enumerate(sizes, 1)]
+    return prompts, [[c.sequence for c in chunks if c.sequence in prompts] for chunks in run(it)]
+
+
+def test_a_prompt_waits_for_one_as_long_that_came_before() -> None:
+    (first, second), steps = prompts_beside_decoding(30, 30)
+    assert max(step for step, computed in enumerate(steps) if first in computed) <= min(
+        step for step, computed in enumerate(steps) if second in computed
+    )
+
+
+def test_a_short_prompt_waits_a_step_at_most_for_each_of_its_own_behind_a_long_one() -> None:
+    (_, short), steps = prompts_beside_decoding(500, 30)
+    of_short = [step for step, computed in enumerate(steps) if short in computed]
+    assert of_short[-1] <= 2 * len(of_short)
+    assert len(steps) > 40
+
+
+def test_a_long_prompt_has_every_other_step_though_shorter_ones_never_cease() -> None:
+    it = scheduler(1000, max_tokens=64, max_stall=1.5, cost=step_cost(free_tokens=20))
+    added(it, request(2, 400))
+    run_step(it)
+    long = added(it, request(1000, 1, text=1))
+    computed = []
+    for text in range(2, 100):
+        added(it, request(12, 1, text=text))
+        computed.append(long in [c.sequence for c in run_step(it)])
+    assert computed[1:].count(True) >= len(computed[1:]) // 2
+
+
+def test_short_prompts_may_make_a_step_take_longer_than_the_greatest_stall() -> None:
+    it = scheduler(max_tokens=64, max_stall=1.5, short_step_s=50.0, cost=step_cost(free_tokens=20))
+    one = added(it, request(2, 50))
+    run_step(it)
+    first, second = added(it, request(20, 1, text=1)), added(it, request(20, 1, text=2))
+    assert spans(run_step(it)) == [(one, 2, 3), (first, 0, 20), (second, 0, 9)]
+    assert spans(run_step(it)) == [(one, 3, 4), (second, 9, 20)]
 
 
 def test_a_prompt_that_stalls_nobody_has_the_whole_budget() -> None:

@@ -14,6 +14,7 @@ from server.engine.scheduling.choices import Choices
 from server.engine.scheduling.deadlines import Deadlines
 from server.engine.scheduling.fairness import FairQueue
 from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.prompt_turns import PromptTurns
 from server.engine.scheduling.residency import ResidencyGate
 from server.engine.scheduling.step_cost import Room, StepCost
 
@@ -40,6 +41,8 @@ class StepLimits:
     max_tokens: int
     max_stall: float = 2.0
     """How many times as long as decoding alone a step may take that computes prompts beside it; infinite: no limit."""
+    short_step_s: float = 0.0
+    """Seconds that a step may take for short prompts, where that limit is less (see `Room`)."""
     cost: StepCost = field(default_factory=StepCost)
 
     def __post_init__(self) -> None:
@@ -48,7 +51,13 @@ class StepLimits:
 
     def room(self, positions: Items[int]) -> Room:
         """Returns what there is for prompts beside the sequences that decode at `positions`."""
-        return Room(self.cost, self.max_tokens, self.max_stall, positions)
+        return Room(
+            self.cost,
+            max_tokens=self.max_tokens,
+            max_stall=self.max_stall,
+            short_step_s=self.short_step_s,
+            positions=positions,
+        )
 
 
 class Scheduler:
@@ -62,7 +71,7 @@ class Scheduler:
         self.num_preemptions = 0
         """So far."""
         self._gate = gate
-        self._queue, self._choices, self._deadlines = FairQueue(), Choices(), Deadlines()
+        self._queue, self._choices, self._deadlines, self._turns = FairQueue(), Choices(), Deadlines(), PromptTurns()
         self._loading: dict[Sequence, None] = {}
         self._can_step = True
 
@@ -247,10 +256,8 @@ class Scheduler:
                 prompts.append(sequence)
         longer: list[Chunk] = []
         room = self.limits.room([chunk.start for chunk in single])
-        for sequence in sorted(prompts, key=lambda s: s.request.priority):
+        for sequence in self._turns.order(prompts):
             start = sequence.num_computed
-            count = room.take(start, sequence.num_tokens - start)
-            if not count:
-                break
-            (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
+            if count := room.take(start, sequence.num_tokens - start, min(start, sequence.num_cached)):
+                (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
         return single + longer
