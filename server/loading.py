@@ -73,21 +73,7 @@ def load_service(settings: Settings) -> Service:
     _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check(runner, base.model, expected, max_context, settings.block_size)
-    limits = StepLimits(
-        max_sequences=settings.max_batch,
-        max_tokens=settings.max_step_tokens,
-        max_stall=settings.max_stall,
-        short_step_s=settings.short_step_ms / 1000,
-        cost=measure_step_cost(
-            Turn(runner, Sampler(_stop_ids(base))),
-            num_ids=base.model.config.get_text_config().vocab_size,
-            max_tokens=settings.max_step_tokens,
-            max_sequences=settings.max_batch,
-            max_context=max_context,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-        ),
-    )
+    limits = _limits(settings, base, runner, max_context, num_blocks)
     if device.type == "cuda":  # only now: a step with prompts costs what was measured, which is more than a replayed one does
         runner.prepare()
         check(runner, base.model, expected, max_context, settings.block_size)
@@ -107,6 +93,30 @@ def load_service(settings: Settings) -> Service:
         admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings)),
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
+    )
+
+
+def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: int, num_blocks: int) -> StepLimits:
+    try:
+        cost = measure_step_cost(
+            Turn(runner, Sampler(_stop_ids(base))),
+            num_ids=base.model.config.get_text_config().vocab_size,
+            max_tokens=settings.max_step_tokens,
+            max_sequences=settings.max_batch,
+            max_context=max_context,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"--max-step-tokens, --kv-cache-gib: there is no room for a step: {' '.join(str(error).split())}"
+        ) from error
+    return StepLimits(
+        max_sequences=settings.max_batch,
+        max_tokens=settings.max_step_tokens,
+        max_stall=settings.max_stall,
+        short_step_s=settings.short_step_ms / 1000,
+        cost=cost,
     )
 
 

@@ -86,6 +86,23 @@ def step_cost(free_tokens: int = 0, per_key: float = 0.0, per_pair: float = 0.0)
     return StepCost(prompt=line, decoding=line, per_key=per_key, per_pair=per_pair)
 
 
+def step_limits(
+    max_sequences: int,
+    max_tokens: int,
+    max_stall: float = float("inf"),
+    short_step_s: float = 0.0,
+    cost: StepCost | None = None,
+) -> StepLimits:
+    """Returns limits; of steps that take a unit a token unless their cost is given."""
+    return StepLimits(
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+        max_stall=max_stall,
+        short_step_s=short_step_s,
+        cost=cost or step_cost(),
+    )
+
+
 def scheduler(
     num_blocks: int = 64,
     *,
@@ -97,13 +114,7 @@ def scheduler(
     cost: StepCost | None = None,
     gate: FakeGate | None = None,
 ) -> Scheduler:
-    limits = StepLimits(
-        max_sequences=max_sequences,
-        max_tokens=max_tokens,
-        max_stall=max_stall,
-        short_step_s=short_step_s,
-        cost=cost or StepCost(),
-    )
+    limits = step_limits(max_sequences, max_tokens, max_stall, short_step_s, cost)
     return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits)
 
 

@@ -35,9 +35,10 @@ from server.engine.replies import Emit
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.scheduler import Chunk, Scheduler
 from server.loading import make_pool, make_registry
 from server.service import Service
+from tests.server.plans import step_limits
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -254,7 +255,7 @@ def build(
     runner = Runner(base.model, pool, num_blocks, block_size, max_batch if max_replayed is None else max_replayed, quantization)
     if device != "cpu":
         runner.prepare()
-    limits = StepLimits(max_sequences=max_batch, max_tokens=max_step_tokens, max_stall=max_stall)
+    limits = step_limits(max_batch, max_step_tokens, max_stall)
     scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS])
@@ -325,7 +326,7 @@ class ScriptedRunner:
 def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_step_tokens: int = 16) -> Rig:
     """Returns a rig whose model says `script`."""
     tiers = no_tiers()
-    limits = StepLimits(max_sequences=4, max_tokens=max_step_tokens, max_stall=float("inf"))
+    limits = step_limits(4, max_step_tokens)
     scheduler = Scheduler(KvCache(256, 4, ""), tiers, limits)
     runner = cast(Runner, ScriptedRunner(script))
     engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS])

@@ -17,9 +17,9 @@ from server.engine.engine import Engine
 from server.engine.model.runner import Runner
 from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.scheduler import Chunk, Scheduler
 from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_tiers
-from tests.server.plans import request
+from tests.server.plans import request, step_limits
 from tests.server.rig import EOS
 from tests.server.test_schedules import FakeMemory
 
@@ -268,9 +268,7 @@ def test_any_schedule_ends_and_leaves_nothing_behind(
     """Too little of all, choices, cancels, deadlines; loads that are slow or bad, adapters that never fit, steps that throw."""
     loader = FakeLoader()
     tiers: AdapterTiers = fake_tiers(loader, of.num_slots, SLOT_BYTES, of.max_loaded_bytes, of.max_loading)
-    limits = StepLimits(
-        max_sequences=of.max_sequences, max_tokens=of.max_sequences + of.max_prompt_tokens, max_stall=float("inf")
-    )
+    limits = step_limits(of.max_sequences, of.max_sequences + of.max_prompt_tokens)
     scheduler = Scheduler(KvCache(of.num_blocks, of.block_size, "base"), tiers, limits)
     runner = cast(Runner, FakeRunner(of, cast(FakePool, tiers._pool).slots))
     run = Run(of, Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS]), loader)

@@ -4,9 +4,21 @@ import pytest
 
 from server.engine.request import Sequence
 from server.engine.scheduling.residency import Residency
-from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.scheduler import Chunk, Scheduler
 from server.engine.scheduling.step_cost import LEAST
-from tests.server.plans import FakeGate, added, added_choices, num_tokens, request, run, run_step, scheduler, spans, step_cost
+from tests.server.plans import (
+    FakeGate,
+    added,
+    added_choices,
+    num_tokens,
+    request,
+    run,
+    run_step,
+    scheduler,
+    spans,
+    step_cost,
+    step_limits,
+)
 
 
 def test_a_prompt_longer_than_the_budget_is_chunked() -> None:
@@ -153,7 +165,7 @@ def test_a_prompt_that_stalls_nobody_has_the_whole_budget() -> None:
 
 def test_a_step_must_have_room_for_a_prompt() -> None:
     with pytest.raises(AssertionError):
-        StepLimits(max_sequences=8, max_tokens=8)
+        step_limits(8, 8)
 
 
 def test_no_more_than_the_greatest_number_runs() -> None:

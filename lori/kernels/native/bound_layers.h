@@ -2,6 +2,7 @@
 // them alive.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -123,10 +124,11 @@ class BoundLayers {
     const auto& pieces = spans.pieces();
     const auto count = static_cast<int64_t>(pieces.size());
     const int64_t size = scratch_size(spans.last_position());
-    std::vector<float> scratch(static_cast<size_t>(size * num_parts(count, num_threads, 4)));  // here an error can be told
+    // Here an error can be told. Not cleared: all of it is written before it is read.
+    const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(size * num_parts(count, num_threads, 4))]);
     share(count, num_threads, 4, [&](int64_t first, int64_t last, int number) {
       for (int64_t i = first; i < last; i++)
-        functions_.attend(heads, attention, pieces[i], pieces[std::min(i + 1, last - 1)], scratch.data() + size * number);
+        functions_.attend(heads, attention, pieces[i], pieces[std::min(i + 1, last - 1)], scratch.get() + size * number);
     });
   }
 

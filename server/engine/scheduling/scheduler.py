@@ -7,7 +7,7 @@ block; when there is none left, the one that joined last gives up its blocks, an
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from server.engine.request import Sequence
 from server.engine.scheduling.choices import Choices
@@ -39,11 +39,11 @@ class StepLimits:
 
     max_sequences: int
     max_tokens: int
-    max_stall: float = 2.0
+    max_stall: float
     """How many times as long as decoding alone a step may take that computes prompts beside it; infinite: no limit."""
-    short_step_s: float = 0.0
+    short_step_s: float
     """Seconds that a step may take for short prompts, where that limit is less (see `Room`)."""
-    cost: StepCost = field(default_factory=StepCost)
+    cost: StepCost
 
     def __post_init__(self) -> None:
         assert self.max_tokens > self.max_sequences, "a step must have room for prompts beside decoding"

@@ -42,20 +42,17 @@ class Curve:
         return max(self.seconds[0], low + (high - low) * (count - left) / (right - left))
 
 
-A_UNIT_EACH = Curve((1, 2), (1.0, 2.0))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """A step's seconds. By default a token takes one, and nothing else does."""
+    """A step's seconds."""
 
-    prompt: Curve = A_UNIT_EACH
+    prompt: Curve
     """Of a step by its tokens, which see few keys."""
-    decoding: Curve = A_UNIT_EACH
+    decoding: Curve
     """Of a step by the sequences that decode, which see few keys: a step without prompts."""
-    per_key: float = 0.0
+    per_key: float
     """Of reading a key for a chunk, or a token that decodes."""
-    per_pair: float = 0.0
+    per_pair: float
     """Of a token that attends to a key."""
 
     def usual(self, positions: Sequence[int]) -> float:
