@@ -33,7 +33,8 @@ from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.scheduler import Scheduler, StepLimits
+from server.engine.scheduling.room import StepLimits
+from server.engine.scheduling.scheduler import Scheduler
 from server.engine.step_timing import measure_step_cost
 from server.engine.thread import EngineThread
 from server.engine.turn import Turn
@@ -107,7 +108,7 @@ def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: in
             num_blocks=num_blocks,
             block_size=settings.block_size,
         )
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         raise ModelError(
             f"--max-step-tokens, --kv-cache-gib: there is no room for a step: {' '.join(str(error).split())}"
         ) from error

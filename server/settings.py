@@ -53,11 +53,11 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(default=512, ge=2)
     """Tokens computed in one step; long prompts are cut to fit, so that they do not stall the others."""
     max_stall: float = Field(default=1.7, ge=1)
-    """How many times as long as decoding alone a step may take, about, for the sake of prompts beside it. What steps take is
-    measured at start; below 2 a prompt rarely lets others wait twice as long for a token, above it its own comes sooner."""
+    """How many times as long as decoding alone a step may take, about, for the sake of long prompts beside it. What steps take is
+    measured at start; below 2 a long prompt rarely lets others wait twice as long for a token, above it its own comes sooner."""
     short_step_ms: float = Field(default=35, ge=0, le=60_000)
-    """How long a step may take for short prompts, in milliseconds, where `max_stall` times one without is less: those computed
-    in four such steps. With more, first tokens come sooner and more are served; with less, others' tokens come more evenly."""
+    """How long a step may take for the sake of short prompts, in milliseconds, where that is more: prompts that would fill four
+    such steps at most. With more, first tokens come sooner and more is served; with less, others' tokens come more evenly."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests under way, from their first check to the last that is sent; one more is answered 429."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)

@@ -160,6 +160,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     """Tokens of the prompt that were found in the prefix cache when it first ran."""
+    num_found: int = 0
+    """Tokens that were found computed when it last joined."""
     num_preemptions: int = 0
     """How often it gave up its blocks for others and had to be computed again."""
     keys: list[bytes] = field(default_factory=list, repr=False)

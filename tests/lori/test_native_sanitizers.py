@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from lori.kernels import native
+from tests.lori.instruction_sets import FLAGS
 
 SOURCES = Path(native.__file__).parent / "native"
-AVX512 = "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-FLAGS = {"portable": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vbmi"}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")

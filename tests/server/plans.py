@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from server.engine.request import AdapterTerm, Request, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.residency import Residency
-from server.engine.scheduling.scheduler import Chunk, Scheduler, StepLimits
+from server.engine.scheduling.room import StepLimits
+from server.engine.scheduling.scheduler import Chunk, Scheduler
 from server.engine.scheduling.step_cost import Curve, StepCost
 
 
@@ -78,6 +79,12 @@ class FakeGate:
         for digest in loading:
             self.resident[digest] -= 1
         return [digest for digest in loading if not self.resident[digest]]
+
+
+MEASURED = StepCost(
+    prompt=Curve((1, 16, 64), (9.0, 12.0, 36.0)), decoding=Curve((1, 16, 64), (9.0, 15.0, 45.0)), per_key=0.001, per_pair=0.0002
+)
+"""Milliseconds of a model on a CPU: up to 16 tokens cost little, those after them half a millisecond each."""
 
 
 def step_cost(free_tokens: int = 0, per_key: float = 0.0, per_pair: float = 0.0) -> StepCost:

@@ -26,6 +26,7 @@ from server.engine.thread import EngineThread
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.live import LIMIT_S, events, run_main, start
+from tests.server.rig import rig_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +177,32 @@ def test_settings_that_cannot_be_are_refused_by_name(writer_model: Path, flags: 
     """Whichever flag a person gets wrong, `main` can only say so if it is one of these two errors."""
     with pytest.raises((ValidationError, LoriError), match=named):
         load_service(Settings(model=str(writer_model), dtype="float32", **flags))
+
+
+def test_the_limits_of_steps_are_those_of_the_settings(writer_model: Path) -> None:
+    settings = Settings(
+        model=str(writer_model),
+        dtype="float32",
+        max_batch=3,
+        max_step_tokens=40,
+        max_stall=1.3,
+        short_step_ms=20,
+        kv_cache_gib=0.01,
+    )
+    limits = rig_of(load_service(settings)).scheduler.limits
+    assert (limits.max_sequences, limits.max_tokens, limits.max_stall, limits.short_step_s) == (3, 40, 1.3, 0.02)
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("none left")])
+def test_no_memory_for_the_steps_that_are_timed_is_said_as_that(
+    writer_model: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("server.loading.measure_step_cost", fail)
+    with pytest.raises(LoriError, match=r"--max-step-tokens.*there is no room for a step: none left"):
+        load_service(Settings(model=str(writer_model), dtype="float32", kv_cache_gib=0.01))
 
 
 @pytest.mark.parametrize(("device", "num_threads", "waits"), [("cpu", 1000, True), ("cpu", 1, False), ("cuda", 1000, False)])

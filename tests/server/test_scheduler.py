@@ -4,8 +4,8 @@ import pytest
 
 from server.engine.request import Sequence
 from server.engine.scheduling.residency import Residency
+from server.engine.scheduling.room import LEAST
 from server.engine.scheduling.scheduler import Chunk, Scheduler
-from server.engine.scheduling.step_cost import LEAST
 from tests.server.plans import (
     FakeGate,
     added,
@@ -49,13 +49,13 @@ def test_decoding_comes_first_and_prompts_share_what_is_left_by_turns() -> None:
     it = scheduler(max_tokens=8)
     long = added(it, request(30))
     short = added(it, request(3, text=1))
-    assert spans(run_step(it)) == [(long, 0, 8)]
-    assert spans(run_step(it)) == [(short, 0, 3), (long, 8, 13)]
-    assert spans(run_step(it)) == [(short, 3, 4), (long, 13, 20)]
+    assert spans(run_step(it)) == [(short, 0, 3), (long, 0, 5)]
+    assert spans(run_step(it)) == [(short, 3, 4), (long, 5, 12)]
     late = added(it, request(9, text=2))
-    assert spans(run_step(it)) == [(short, 4, 5), (long, 20, 27)]
-    assert spans(run_step(it)) == [(short, 5, 6), (long, 27, 30), (late, 0, 4)]
-    assert spans(run_step(it)) == [(long, 30, 31), (late, 4, 9)]
+    assert spans(run_step(it)) == [(short, 4, 5), (late, 0, 7)]
+    assert spans(run_step(it)) == [(short, 5, 6), (long, 12, 19)]
+    assert spans(run_step(it)) == [(late, 7, 9), (long, 19, 25)]
+    assert spans(run_step(it)) == [(late, 9, 10), (long, 25, 30)]
 
 
 def test_a_prompt_cut_to_one_token_is_among_the_first() -> None:
@@ -67,11 +67,20 @@ def test_a_prompt_cut_to_one_token_is_among_the_first() -> None:
 
 def test_of_prompts_that_run_the_lower_priority_is_computed_first() -> None:
     it = scheduler(max_tokens=8)
-    late = added(it, request(30, priority=1))
+    late = added(it, request(20, priority=1))
     run_step(it)
-    early = added(it, request(9, text=1))
-    assert spans(run_step(it)) == [(early, 0, 8)]
-    assert spans(run_step(it)) == [(early, 8, 9), (late, 8, 15)]
+    early = added(it, request(30, text=1))
+    assert [spans(run_step(it)) for _ in range(3)] == [[(early, start, start + 8)] for start in (0, 8, 16)]
+    assert spans(run_step(it)) == [(early, 24, 30), (late, 8, 10)]
+
+
+def test_short_prompts_of_a_lower_priority_make_no_step_longer() -> None:
+    it = scheduler(200, max_tokens=64, max_stall=1.5, short_step_s=50.0, cost=step_cost(free_tokens=20))
+    one = added(it, request(2, 50))
+    run_step(it)
+    added(it, request(20, 1, text=1, priority=1))
+    early = added(it, request(300, 1, text=2))
+    assert spans(run_step(it)) == [(one, 2, 3), (early, 0, 9)]
 
 
 def test_a_long_prompt_stalls_no_decoding() -> None:
@@ -143,7 +152,7 @@ def test_a_long_prompt_has_every_other_step_though_shorter_ones_never_cease() ->
     long = added(it, request(1000, 1, text=1))
     computed = []
     for text in range(2, 100):
-        added(it, request(12, 1, text=text))
+        added(it, request(10, 1, text=text))
         computed.append(long in [c.sequence for c in run_step(it)])
     assert computed[1:].count(True) >= len(computed[1:]) // 2
 

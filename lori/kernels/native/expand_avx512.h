@@ -14,7 +14,7 @@
 namespace lori {
 namespace {
 
-constexpr int kPlanes = kWindowSlices / 2;
+constexpr int kPairs = kWindowSlices / 2;
 
 // Where in the pool an adapter lies no processor foresees, so the memory is asked ahead for the block of a later item: 3 items
 // ahead, and 3 lines for each slice, which is what a tenth kept takes. Other distances, more lines and fewer took longer.
@@ -134,14 +134,14 @@ struct FloatMemory {
 };
 
 // sums[slice] = the products of a window with s.
-template <int kNumPlanes, typename Column, typename Source>
-LORI_INLINE void multiply(const Window& window, const Source& s, const uint8_t* later, __m512 (&sums)[2 * kNumPlanes]) {
+template <int kNumPairs, typename Column, typename Source>
+LORI_INLINE void multiply(const Window& window, const Source& s, const uint8_t* later, __m512 (&sums)[2 * kNumPairs]) {
   using Value = typename Source::Value;
   constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
   const uint8_t* at = window.steps;
   int begin = 0;
 #pragma GCC unroll 16
-  for (int slice = 0; slice < 2 * kNumPlanes; slice++) {
+  for (int slice = 0; slice < 2 * kNumPairs; slice++) {
     __m512 sum = _mm512_setzero_ps();
     unsigned steps = window.ends[slice] - begin;  // none beyond the window's own slices
     begin = window.ends[slice];
@@ -202,8 +202,8 @@ inline void store_rows(float* y, uint32_t mask, Rows rows) {
 }
 
 // Adds weight * sums to the rows of a window: the first term reads y, the last writes it, `totals` are kept between them.
-template <int kNumPlanes, typename Value>
-LORI_INLINE void add_rows(Value* y, int num_rows, const uint8_t* places, const Planes<kNumPlanes>& planes, __m512 weight,
+template <int kNumPairs, typename Value>
+LORI_INLINE void add_rows(Value* y, int num_rows, const uint8_t* places, const Planes<kNumPairs>& planes, __m512 weight,
                           bool is_first, bool is_last, Rows* totals) {
   const auto add = [&](auto is_first_term, auto is_last_term) __attribute__((always_inline)) {
     for (int row = 0; row < num_rows; row += 64) {
@@ -242,7 +242,7 @@ struct Work {
   Item item, later;
 };
 
-template <int kNumPlanes, typename Column, typename Source>
+template <int kNumPairs, typename Column, typename Source>
 void expand_item(const Work& work) {
   using Value = typename Source::Value;
   const Operands& operands = work.operands;
@@ -255,7 +255,7 @@ void expand_item(const Work& work) {
             num_rows = rows_left < kWindowRows ? rows_left : kWindowRows;
   Value* y = reinterpret_cast<Value*>(work.step.y + item.token * work.step.y_stride) + item.window * kWindowRows;
   alignas(64) float buffer[kMaxRank];  // s in fp32, where the source needs it
-  Rows totals[kPlanes];
+  Rows totals[kPairs];
   for (bool is_first = true;; is_first = false) {
     const int slot = route.slots[term];
     const Window block(operands.block(slot, item.window), kLanes * (sizeof(Value) + sizeof(Column)));
@@ -267,9 +267,9 @@ void expand_item(const Work& work) {
     const bool is_last = term == segment.last_term;
     const uint8_t* later_block = operands.block(route.slots[later_term], later.window);
     if (later_term + 1 < later.segment->last_term) later_term++;
-    __m512 sums[2 * kNumPlanes];
-    multiply<kNumPlanes, Column>(block, s, later_block ? later_block : block.steps, sums);
-    const Planes<kNumPlanes> planes([&](int slice) { return sums[slice]; });
+    __m512 sums[2 * kNumPairs];
+    multiply<kNumPairs, Column>(block, s, later_block ? later_block : block.steps, sums);
+    const Planes<kNumPairs> planes([&](int slice) { return sums[slice]; });
     add_rows(y, num_rows, block.places, planes, weight, is_first, is_last, totals);
     if (is_last) return;
   }
@@ -278,13 +278,13 @@ void expand_item(const Work& work) {
 constexpr int kGroup = 4;  // tokens with the same terms for which a window is read once
 
 // sums[slice][token] = the products of a window with s of each of the tokens.
-template <int kNumPlanes, int kTokens, typename Column, typename Source>
-LORI_INLINE void multiply_group(const Window& window, const Source* s, __m512 (&sums)[2 * kNumPlanes][kTokens]) {
+template <int kNumPairs, int kTokens, typename Column, typename Source>
+LORI_INLINE void multiply_group(const Window& window, const Source* s, __m512 (&sums)[2 * kNumPairs][kTokens]) {
   using Value = typename Source::Value;
   constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
   const uint8_t* at = window.steps;
   int begin = 0;
-  for (int slice = 0; slice < 2 * kNumPlanes; slice++) {
+  for (int slice = 0; slice < 2 * kNumPairs; slice++) {
     __m512 sum[kTokens];
     for (int t = 0; t < kTokens; t++) sum[t] = _mm512_setzero_ps();
     unsigned steps = window.ends[slice] - begin;
@@ -305,7 +305,7 @@ LORI_INLINE void multiply_group(const Window& window, const Source* s, __m512 (&
 }
 
 // Adds one window of all terms of a segment to kGroup tokens that follow one another.
-template <int kNumPlanes, typename Column, typename Source>
+template <int kNumPairs, typename Column, typename Source>
 void expand_group(const Work& work) {
   using Value = typename Source::Value;
   const Operands& operands = work.operands;
@@ -316,7 +316,7 @@ void expand_group(const Work& work) {
             num_rows = rows_left < kWindowRows ? rows_left : kWindowRows;
   Value* y = reinterpret_cast<Value*>(work.step.y + item.token * work.step.y_stride) + item.window * kWindowRows;
   const ptrdiff_t y_stride = work.step.y_stride / static_cast<ptrdiff_t>(sizeof(Value));
-  Rows totals[kGroup][kPlanes];
+  Rows totals[kGroup][kPairs];
   int term = next_term(operands, route, segment, segment.first_term, item.window);
   for (bool is_first = true; term < segment.last_term; is_first = false) {
     const int slot = route.slots[term];
@@ -328,21 +328,21 @@ void expand_group(const Work& work) {
                               Source(row + 3 * work.step.s_stride, operands.rank, nullptr)};
     const __m512 weight = _mm512_set1_ps(route.weights[term]);
     term = next_term(operands, route, segment, term + 1, item.window);
-    __m512 sums[2 * kNumPlanes][kGroup];
-    multiply_group<kNumPlanes, kGroup, Column>(block, s, sums);
+    __m512 sums[2 * kNumPairs][kGroup];
+    multiply_group<kNumPairs, kGroup, Column>(block, s, sums);
     for (int t = 0; t < kGroup; t++) {
-      const Planes<kNumPlanes> planes([&](int slice) { return sums[slice][t]; });
+      const Planes<kNumPairs> planes([&](int slice) { return sums[slice][t]; });
       add_rows(y + t * y_stride, num_rows, block.places, planes, weight, is_first, term == segment.last_term, totals[t]);
     }
   }
 }
 
-template <int kNumPlanes, typename Column, typename Source>
+template <int kNumPairs, typename Column, typename Source>
 void expand_one_or_more(const Work& work, bool is_group) {
   if constexpr (Source::kInRegisters) {
-    if (is_group) return expand_group<kNumPlanes, Column, Source>(work);
+    if (is_group) return expand_group<kNumPairs, Column, Source>(work);
   }
-  expand_item<kNumPlanes, Column, Source>(work);
+  expand_item<kNumPairs, Column, Source>(work);
 }
 
 template <typename Column, typename Source>

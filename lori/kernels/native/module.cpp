@@ -27,6 +27,7 @@ bool is_supported(const std::string& name) {
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (name == "avx512") return has_512;
 #ifdef LORI_AVX512_BF16
+  // VBMI for planes of bytes (planes_avx512.h); of all that have the others one generation of servers lacks it.
   if (name == "avx512_bf16") return has_512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 #endif
 #endif

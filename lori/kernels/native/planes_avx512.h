@@ -1,5 +1,5 @@
 // Picks the sums of rows from those of a window's slices, among which each row has its place. They are cut in planes of their
-// halves, or of their bytes where instructions permute these (LORI_DOT): a permutation of narrower words reaches more rows.
+// halves, or of their bytes where instructions permute these (VBMI): a permutation of narrower words reaches more rows.
 #pragma once
 
 #include <immintrin.h>
@@ -21,21 +21,22 @@ struct Rows {
   __m512 even, odd;
 };
 
-#ifdef LORI_DOT
-// The sums of a window, cut in planes of their bytes: bytes[k][i] has byte k of the sums at the places 64 i .. 64 i + 63.
-template <int kNumPlanes>
+#ifdef __AVX512VBMI__
+// The sums of kNumPairs pairs of slices, cut in planes of their bytes: bytes[k][i] has byte k of the sums at the places 64 i ..
+// 64 i + 63.
+template <int kNumPairs>
 struct Planes {
-  static constexpr int kRegisters = (kNumPlanes + 1) / 2;
+  static constexpr int kRegisters = (kNumPairs + 1) / 2;
   __m512i bytes[4][kRegisters];
 
   template <typename SumOf>
   LORI_INLINE explicit Planes(SumOf sum_of) {
-    const __m512i even = byte_numbers(0, 2), odd = byte_numbers(1, 2);
+    const __m512i even = every_other_byte(0), odd = every_other_byte(1);
 #pragma GCC unroll 4
     for (int i = 0; i < kRegisters; i++) {
       __m512i low[2], high[2];
       to_planes(sum_of(4 * i), sum_of(4 * i + 1), low[0], high[0]);
-      if constexpr (kNumPlanes > 1) {
+      if constexpr (kNumPairs > 1) {
         to_planes(sum_of(4 * i + 2), sum_of(4 * i + 3), low[1], high[1]);
       } else {
         low[1] = low[0];
@@ -64,9 +65,9 @@ struct Planes {
   }
 
  private:
-  static LORI_INLINE __m512i byte_numbers(int first, int step) {
+  static LORI_INLINE __m512i every_other_byte(int first) {
     alignas(64) uint8_t numbers[64];
-    for (int i = 0; i < 64; i++) numbers[i] = static_cast<uint8_t>(first + step * i);
+    for (int i = 0; i < 64; i++) numbers[i] = static_cast<uint8_t>(first + 2 * i);
     return _mm512_load_si512(numbers);
   }
   static LORI_INLINE __m512i unpacked_rows() {
@@ -87,21 +88,22 @@ struct Planes {
   }
 };
 #else
-// The sums of a window, cut in planes of their low and high halves: those of slices 2 i and 2 i + 1, word by word in turn.
-template <int kNumPlanes>
+// The sums of kNumPairs pairs of slices, cut in planes of their low and high halves: those of slices 2 i and 2 i + 1, word by
+// word in turn.
+template <int kNumPairs>
 struct Planes {
-  __m512i low[kNumPlanes], high[kNumPlanes];
+  __m512i low[kNumPairs], high[kNumPairs];
 
   template <typename SumOf>
   LORI_INLINE explicit Planes(SumOf sum_of) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kNumPlanes; i++) to_planes(sum_of(2 * i), sum_of(2 * i + 1), low[i], high[i]);
+    for (int i = 0; i < kNumPairs; i++) to_planes(sum_of(2 * i), sum_of(2 * i + 1), low[i], high[i]);
   }
 
   // The sums of 64 rows, or of the `left` last ones.
   LORI_INLINE void rows_at(const uint8_t* places, int left, Rows* rows) const {
     rows[0] = rows_of(load_places(places, left));
-    rows[1] = left > 32 ? rows_of(load_places(places + 32, left - 32)) : rows[0];
+    rows[1] = left > 32 ? rows_of(load_places(places + 32, left - 32)) : rows[0];  // not read, but never undefined
   }
 
  private:
@@ -113,12 +115,12 @@ struct Planes {
   }
   // The words of a plane at 32 places.
   static LORI_INLINE __m512i pick(const __m512i* plane, __m512i places, __mmask32 is_64, __mmask32 is_128) {
-    if constexpr (kNumPlanes == 1) return _mm512_permutexvar_epi16(places, plane[0]);
+    if constexpr (kNumPairs == 1) return _mm512_permutexvar_epi16(places, plane[0]);
     __m512i found[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < kNumPlanes / 2; i++) found[i] = _mm512_permutex2var_epi16(plane[2 * i], places, plane[2 * i + 1]);
-    if constexpr (kNumPlanes >= 4) found[0] = _mm512_mask_blend_epi16(is_64, found[0], found[1]);
-    if constexpr (kNumPlanes == 8)
+    for (int i = 0; i < kNumPairs / 2; i++) found[i] = _mm512_permutex2var_epi16(plane[2 * i], places, plane[2 * i + 1]);
+    if constexpr (kNumPairs >= 4) found[0] = _mm512_mask_blend_epi16(is_64, found[0], found[1]);
+    if constexpr (kNumPairs == 8)
       found[0] = _mm512_mask_blend_epi16(is_128, found[0], _mm512_mask_blend_epi16(is_64, found[2], found[3]));
     return found[0];
   }

@@ -74,7 +74,7 @@ class KvCache:
         self._pool.share(found)
         num_new = self.num_needed(sequence.num_tokens) - len(found)
         sequence.blocks = [*found, *self._pool.allocate(num_new)]
-        sequence.num_computed = len(found) * self.block_size
+        sequence.num_computed = sequence.num_found = len(found) * self.block_size
         if not sequence.num_preemptions and not must_score(sequence):
             sequence.num_cached = sequence.num_computed
             self.num_asked_tokens += len(sequence.request.prompt_ids)

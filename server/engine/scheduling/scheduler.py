@@ -6,7 +6,6 @@ block; when there is none left, the one that joined last gives up its blocks, an
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from server.engine.request import Sequence
@@ -16,7 +15,7 @@ from server.engine.scheduling.fairness import FairQueue
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.prompt_turns import PromptTurns
 from server.engine.scheduling.residency import ResidencyGate
-from server.engine.scheduling.step_cost import Room, StepCost
+from server.engine.scheduling.room import Room, StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +30,6 @@ class Chunk:
     def is_last(self) -> bool:
         """Whether the token after this chunk is to be sampled."""
         return self.stop == self.sequence.num_tokens and self.sequence.request.max_tokens > 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepLimits:
-    """How much a step may take on."""
-
-    max_sequences: int
-    max_tokens: int
-    max_stall: float
-    """How many times as long as decoding alone a step may take that computes prompts beside it; infinite: no limit."""
-    short_step_s: float
-    """Seconds that a step may take for short prompts, where that limit is less (see `Room`)."""
-    cost: StepCost
-
-    def __post_init__(self) -> None:
-        assert self.max_tokens > self.max_sequences, "a step must have room for prompts beside decoding"
-        assert self.max_stall >= 1
-
-    def room(self, positions: Items[int]) -> Room:
-        """Returns what there is for prompts beside the sequences that decode at `positions`."""
-        return Room(
-            self.cost,
-            max_tokens=self.max_tokens,
-            max_stall=self.max_stall,
-            short_step_s=self.short_step_s,
-            positions=positions,
-        )
 
 
 class Scheduler:
@@ -255,9 +227,12 @@ class Scheduler:
             elif stop > sequence.num_computed:
                 prompts.append(sequence)
         longer: list[Chunk] = []
-        room = self.limits.room([chunk.start for chunk in single])
-        for sequence in self._turns.order(prompts):
+        room = Room(self.limits, [chunk.start for chunk in single])
+        ordered = self._turns.next_order(prompts)
+        for sequence in ordered:
             start = sequence.num_computed
-            if count := room.take(start, sequence.num_tokens - start, min(start, sequence.num_cached)):
+            # Who is of a lower priority than the first stalls nobody for longer.
+            is_of_first = sequence.request.priority == ordered[0].request.priority
+            if count := room.take(start, sequence.num_tokens, first=sequence.num_found, may_exceed=is_of_first):
                 (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
         return single + longer

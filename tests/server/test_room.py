@@ -1,0 +1,106 @@
+"""How much of its prompts a step has room for."""
+
+from math import inf
+
+import pytest
+
+from server.engine.scheduling.room import LEAST, MAX_SHORT_STEPS, MULTIPLE, Room
+from tests.server.plans import MEASURED, step_limits
+
+
+def room(max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8) -> Room:
+    """Returns the room beside sequences that decode at position 150."""
+    limits = step_limits(max_tokens - 1, max_tokens, max_stall, short_step_s, MEASURED)
+    return Room(limits, [150] * num_decoding)
+
+
+def take(of: Room, start: int, num_tokens: int, *, first: int = 0, may_exceed: bool = True) -> int:
+    return of.take(start, start + num_tokens, first=first, may_exceed=may_exceed)
+
+
+@pytest.mark.parametrize("max_stall", [1.3, 1.8, 2.0])
+@pytest.mark.parametrize("start", [0, 1000, 3900])
+@pytest.mark.parametrize("num_decoding", [1, 8, 13, 32])
+def test_a_chunk_is_the_longest_whose_step_takes_no_longer_than_it_may(num_decoding: int, start: int, max_stall: float) -> None:
+    count = take(room(max_stall=max_stall, num_decoding=num_decoding), start, 4000)
+    usual = MEASURED.usual([150] * num_decoding)
+    assert count >= LEAST
+    assert (num_decoding + count) % MULTIPLE == 0
+    assert usual + MEASURED.added(num_decoding, start, count + MULTIPLE) > max_stall * usual
+    assert count < LEAST + MULTIPLE or usual + MEASURED.added(num_decoding, start, count) <= max_stall * usual
+
+
+def test_the_end_of_a_prompt_is_taken_as_it_is() -> None:
+    assert take(room(), 0, 11) == 11
+    assert take(room(max_stall=1.0), 0, 3) == 3
+
+
+def test_several_prompts_share_the_room_and_none_but_the_first_is_given_what_there_is_not() -> None:
+    alone = take(room(), 0, 500)
+    shared = room()
+    assert take(shared, 0, 8) == 8
+    second = take(shared, 0, 500)
+    assert LEAST <= second < alone
+    assert 8 + second <= alone + MULTIPLE
+    assert take(shared, 0, 500) == 0
+
+
+def test_a_step_without_decoding_has_all_its_tokens_to_give() -> None:
+    whole = room(64, 1.0, num_decoding=0)
+    assert [take(whole, 0, 40), take(whole, 0, 40), take(whole, 0, 40)] == [40, 24, 0]
+
+
+@pytest.mark.parametrize("max_stall", [1.0, inf])
+def test_there_is_never_room_for_more_tokens_than_a_step_may_have(max_stall: float) -> None:
+    assert take(room(10, max_stall), 0, 100) == 2
+
+
+def seconds_of(count: int) -> float:
+    return MEASURED.usual([150] * 8) + MEASURED.added(8, 0, count)
+
+
+def test_short_prompts_together_fill_a_step_of_the_time_that_it_may_take_for_them() -> None:
+    several = room(short_step_s=40.0)
+    counts = [take(several, 0, 30), take(several, 0, 30), take(several, 0, 30)]
+    assert counts[0] == 30
+    assert LEAST <= counts[1] < 30
+    assert counts[2] == 0
+    assert seconds_of(sum(counts)) <= 40.0 < seconds_of(sum(counts) + MULTIPLE)
+
+
+def test_long_prompts_have_no_part_in_that_and_short_ones_have_what_these_leave() -> None:
+    count = take(room(), 0, 4000)
+    both = room(short_step_s=40.0)
+    assert take(both, 0, 4000) == count
+    beside = take(both, 0, 24)
+    assert LEAST <= beside <= 24
+    assert take(both, 0, 4000) == 0
+    assert seconds_of(count + beside) <= 40.0
+
+
+def test_short_prompts_that_may_not_exceed_have_no_part_in_it_either() -> None:
+    assert take(room(short_step_s=40.0), 0, 40, may_exceed=False) == take(room(), 0, 40) < take(room(short_step_s=40.0), 0, 40)
+
+
+def test_the_end_of_a_long_prompt_is_not_short() -> None:
+    longest = next(count for count in range(1, 4000) if MEASURED.added(0, 0, count + 1) > 40.0 * MAX_SHORT_STEPS)
+    limited = take(room(), longest - 30, 4000)
+    assert take(room(short_step_s=40.0), longest - 30, 30) == 30
+    assert take(room(short_step_s=40.0), longest - 30, 31) == limited < 30
+    assert take(room(short_step_s=40.0), longest - 30, 31, first=2) > limited, "what was found in the cache is not computed"
+
+
+@pytest.mark.parametrize("short_step_s", [12.0, 20.0])
+def test_a_step_that_may_be_longer_for_all_is_so_for_short_ones(short_step_s: float) -> None:
+    assert MEASURED.added(0, 0, 40) < MAX_SHORT_STEPS * short_step_s
+    assert take(room(short_step_s=short_step_s), 0, 40) == take(room(), 0, 40) < 40
+
+
+def test_where_none_decodes_a_long_prompt_lets_a_short_one_wait_no_longer_than_others() -> None:
+    one = room(num_decoding=0, short_step_s=40.0)
+    assert take(one, 0, 30) == 30
+    beside = take(one, 0, 4000)
+    assert MEASURED.added(0, 0, 30 + beside) <= 40.0
+    assert beside >= LEAST
+    several = room(num_decoding=0, short_step_s=40.0)
+    assert [take(several, 0, 60) for _ in range(5)] == [60] * 5
