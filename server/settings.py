@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     measured at start; below 2 a long prompt rarely lets others wait twice as long for a token, above it its own comes sooner."""
     short_step_ms: float = Field(default=35, ge=0, le=60_000)
     """How long a step may take for the sake of short prompts, in milliseconds, where that is more: prompts that would fill four
-    such steps at most. With more, first tokens come sooner and more is served; with less, others' tokens come more evenly."""
+    such steps at most. With more, their first tokens come sooner; with less, others' tokens come more evenly."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests under way, from their first check to the last that is sent; one more is answered 429."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)

@@ -146,6 +146,7 @@ LORI_INLINE void multiply(const Window& window, const Source& s, const uint8_t* 
     unsigned steps = window.ends[slice] - begin;  // none beyond the window's own slices
     begin = window.ends[slice];
     if constexpr (sizeof(Value) == 2) {
+      // Counted by address: a count beside it takes as long as the products.
       for (const uint8_t* last = at + steps / 2 * (2 * kStepBytes); at != last; at += 2 * kStepBytes)
         sum =
             s.add_pair(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
