@@ -11,10 +11,11 @@ from starlette.exceptions import HTTPException
 
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
-from server.engine.admission import RefusedError
+from server.engine.admission import PolicyError, RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
-from server.schemas import ErrorReply, GenerateBody, error_reply
+from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.generation import GenerateBody, WeightedAdapter
 
 logger = logging.getLogger(__name__)
 MAX_FAULTS = 10
@@ -51,6 +52,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
     UnknownAdapterError: (404, "NotFoundError"),
+    PolicyError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
@@ -58,7 +60,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
-FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields}
+FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields, *WeightedAdapter.model_fields}
 FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter"}
 
 

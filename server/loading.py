@@ -86,12 +86,13 @@ def load_service(settings: Settings) -> Service:
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
+    num_ids = base.model.config.get_text_config().vocab_size
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
     return Service(
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings)),
+        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids),
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
     )
@@ -127,9 +128,9 @@ def _patience_s(device: torch.device) -> float:
     return PATIENCE_S if device.type == "cpu" and torch.get_num_threads() >= num_cores else 0.0
 
 
-def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
-    """Returns what can be asked for."""
-    return Registry([Registered(entries[name], summary) for name, summary in summaries.items()])
+def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary], others: Iterable[Registered] = ()) -> Registry:
+    """Returns what can be asked for: what names mean now, and other versions."""
+    return Registry([Registered(entries[name], summary) for name, summary in summaries.items()], others)
 
 
 def make_pool(base: BaseModel, registry: Registry, num_slots: int) -> AdapterPool:

@@ -1,13 +1,15 @@
-"""What the routes work with: one admitted request in, its events out, and the server's own facts."""
+"""What the routes work with: admitted requests in, their events out, and the server's own facts."""
 
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
+from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
+from server.engine.adapters.resolution import check_registered
 from server.engine.admission import Admission, Ask
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
 from server.engine.thread import EngineDeadError, EngineThread
@@ -26,27 +28,34 @@ class Service:
     admission: Admission
     engine: EngineThread
     metrics: Metrics
+    uses: AdapterUses = field(default_factory=AdapterUses)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
 
     @asynccontextmanager
-    async def admitted(self, ask: Ask) -> AsyncGenerator[Request, None]:
-        """Gives the request, which has its place until the block ends, or raises what the error table knows.
+    async def admitted(self, asks: Sequence[Ask]) -> AsyncGenerator[list[Request], None]:
+        """Gives the requests, which have their places until the block ends, or raises what the error table knows.
 
-        Long prompts are encoded off the event loop, when the place is taken already.
+        All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
         self._check_alive()
-        if self.num_requests >= self.settings.max_requests:
-            raise BusyError(f"{self.num_requests} requests are under way, which is the limit; try again")
-        self.num_requests += 1
+        if self.num_requests + len(asks) > self.settings.max_requests:
+            raise BusyError(
+                f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
+            )
+        self.num_requests += len(asks)
         try:
-            request = await run_in_threadpool(self.admission.admit, ask)
+            requests = await run_in_threadpool(lambda: [self.admission.admit(ask) for ask in asks])
             self._check_alive()
-            for term in request.terms:
-                self.metrics.adapter_requests.labels(term.name).inc()
-            yield request
+            with ExitStack() as held:
+                for request in requests:
+                    check_registered(self.registry, request)
+                    held.enter_context(self.uses.held((*request.terms, *request.policy)))
+                    for term in request.terms:
+                        self.metrics.adapter_requests.labels(term.name).inc()
+                yield requests
         finally:
-            self.num_requests -= 1
+            self.num_requests -= len(asks)
 
     def _check_alive(self) -> None:
         if not self.engine.is_alive:

@@ -9,7 +9,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from lori.summary import Summary
 from server.engine.thread import EngineDeadError
 from server.routes.dependencies import get_service
-from server.schemas import AdapterInfo, AdapterList, Health
+from server.schemas.adapters import AdapterInfo, AdapterList
+from server.schemas.generation import Health
 from server.service import Service
 
 router = APIRouter()
