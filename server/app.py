@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from server.body_limit import BodyLimit
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import generate, operations
+from server.routes import chat, completions, generate, models, operations, tokens
 from server.service import Service
 
 
@@ -36,7 +36,7 @@ def create_app(service: Service) -> FastAPI:
         responses=REFUSALS,
     )
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
-    app.include_router(generate.router)
-    app.include_router(operations.router)
+    for routes in (generate, completions, chat, models, tokens, operations):
+        app.include_router(routes.router)
     add_error_handlers(app)
     return app

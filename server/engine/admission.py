@@ -24,7 +24,7 @@ class RefusedError(Exception):
     """A request asks for what cannot be: names the field, what was found and what was expected."""
 
     def __init__(self, field: str, message: str) -> None:
-        self.field = field
+        self.field, self.message = field, message
         super().__init__(f"{field}: {message}")
 
 
@@ -47,6 +47,8 @@ class Ask:
     policy: tuple[tuple[str, float], ...] = ()
     """What the operator adds to the caller's every request: name or `name@version`, and weight."""
     max_tokens: int | None = None
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+    """Where `max_tokens` is None, if the context has room for them; None: all that it has room for."""
     sampling: Sampling = field(default_factory=Sampling)
     """But for its seed."""
     seed: int | None = None
@@ -100,7 +102,7 @@ class Admission:
             merge=ask.merge,
             policy=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in policy),
             max_tokens=max_tokens,
-            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed),
+            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed % 2**64),
             stop=ask.stop,
             include_stop=ask.include_stop,
             ignore_eos=ask.ignore_eos,
@@ -208,7 +210,7 @@ class Admission:
         if room < (0 if ask.max_tokens == 0 else 1):
             raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self.max_context} with the answer")
         if ask.max_tokens is None:
-            return min(DEFAULT_MAX_TOKENS, room)
+            return room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
         if ask.max_tokens > room:
             raise RefusedError(
                 "max_tokens",
