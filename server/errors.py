@@ -11,6 +11,9 @@ from starlette.exceptions import HTTPException
 
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
+from server.access.caller import ForbiddenError
+from server.access.limits import RateLimitedError
+from server.access.policy import NamesPolicyError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
@@ -50,16 +53,20 @@ FAILURES: dict[ErrorKind, type[EngineError]] = {
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
+    NamesPolicyError: (400, "BadRequestError"),
+    ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
     BusyError: (429, "RateLimitError"),
+    RateLimitedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
+    PolicyError: (500, "AdapterError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
 FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields}
-FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter"}
+FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter", NamesPolicyError: "adapter"}
 
 
 def _answer(
@@ -118,7 +125,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     kind = type(error)
     field = error.field if isinstance(error, RefusedError) else FIELDS.get(kind)
     status, name = TABLE[kind]
-    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None)
+    retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
+    return _answer(status, name, str(error), field, {"Retry-After": str(retry_after_s)} if status == 429 else None)
 
 
 async def on_unknown(request: Request, error: Exception) -> JSONResponse:

@@ -22,6 +22,8 @@ from lori.projection import has_native
 from lori.quantization import Quantization
 from lori.store import AdapterStore
 from lori.summary import Summary, summarise
+from server.access.key_ring import KeyRing
+from server.access.policy import check_policies
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.residents import Residents
@@ -58,7 +60,11 @@ NUM_MERGES = 32
 
 
 def load_service(settings: Settings) -> Service:
-    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served."""
+    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served.
+
+    Raises `KeyFileError` where the key file is not sound.
+    """
+    keys = KeyRing(settings.keys) if settings.keys else None
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
@@ -67,6 +73,9 @@ def load_service(settings: Settings) -> Service:
     check_family(base.model)
     entries = _entries(settings)
     registry = make_registry(entries, summarise(entries, base.identity))
+    if keys:
+        keys.require(lambda found: check_policies(found, registry.summary, registry.by_name))
+        logger.info("%s", keys.keys)
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident)
     num_blocks = _num_blocks(settings, base)
@@ -94,6 +103,7 @@ def load_service(settings: Settings) -> Service:
         admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings)),
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, len(registry.by_name)),
+        keys=keys,
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
+from server.access.key_ring import KeyRing
+from server.access.limits import Limiter
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission, Ask
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
@@ -26,6 +28,9 @@ class Service:
     admission: Admission
     engine: EngineThread
     metrics: Metrics
+    keys: KeyRing | None = None
+    """Whose requests are answered; None: anybody's."""
+    limiter: Limiter = field(default_factory=Limiter)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
 

@@ -1,19 +1,15 @@
 """GET /health, /ready, /adapters and /metrics. Translates only."""
 
-from typing import Annotated
-
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from lori.summary import Summary
 from server.engine.thread import EngineDeadError
-from server.routes.dependencies import get_service
+from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas import AdapterInfo, AdapterList, Health
-from server.service import Service
 
 router = APIRouter()
-ServiceOf = Annotated[Service, Depends(get_service)]
 
 
 @router.get("/health")
@@ -53,7 +49,7 @@ def describe(adapter: Summary) -> AdapterInfo:
     )
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -24,6 +24,10 @@ class Registry:
         for of in adapters:
             self._by_digest.setdefault(of.summary.digest, []).append(of)
 
+    def summary(self, name: str) -> Summary | None:
+        """Returns what is known of the adapter called `name`, or None where there is none."""
+        return self.by_name[name].summary if name in self.by_name else None
+
     def find(self, digest: str, names: Collection[str]) -> Sequence[Registered]:
         """Returns the adapters of this content, first those of `names`."""
         return sorted(self._by_digest[digest], key=lambda of: of.summary.name not in names)
