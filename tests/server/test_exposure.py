@@ -1,6 +1,7 @@
 """A server that other machines reach has keys, or was told that it needs none."""
 
 import logging
+import socket
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def test_an_address_that_others_reach_needs_keys(host: str, caplog: pytest.LogCa
         check_exposure(Settings(host=host))
     assert f"--host: {host!r}" in str(caught.value)
     assert not caplog.records
+
+
+def test_a_name_of_several_addresses_is_this_machine_s_where_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "10.0.0.7")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    assert not is_loopback("both.example")
+    found.pop()
+    assert is_loopback("both.example")
 
 
 @pytest.mark.parametrize("host", REACHED)
