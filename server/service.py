@@ -43,15 +43,16 @@ class Service:
         self._check_alive()
         if self.num_requests >= self.settings.max_requests:
             raise BusyError(f"{self.num_requests} requests are under way, which is the limit; try again")
-        self.num_requests += 1
-        try:
-            request = await run_in_threadpool(self.admission.admit, ask)
-            self._check_alive()
-            for term in request.terms:
-                self.metrics.adapter_requests.labels(term.name).inc()
-            yield request
-        finally:
-            self.num_requests -= 1
+        with self.limiter.place(ask.caller):
+            self.num_requests += 1
+            try:
+                request = await run_in_threadpool(self.admission.admit, ask)
+                self._check_alive()
+                for term in request.terms:
+                    self.metrics.adapter_requests.labels(term.name).inc()
+                yield request
+            finally:
+                self.num_requests -= 1
 
     def _check_alive(self) -> None:
         if not self.engine.is_alive:

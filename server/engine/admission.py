@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lori.merge_methods import DEFAULTS as LINEAR
 from lori.merge_methods import MergeOptions
-from lori.names import unknown_adapter
 from lori.summary import Summary
 from lori.template import Message, Template, encode, render_prompt
+from server.access.caller import Caller
+from server.access.policy import choose
 from server.engine.adapters.registry import Registry
 from server.engine.request import AdapterTerm, Request, Sampling
 
@@ -46,6 +47,8 @@ class Ask:
     num_choices: int = 1
     priority: int = 0
     tenant: str = ""
+    caller: Caller = field(default_factory=Caller)
+    """What it may name, and what is added to what it names."""
     timeout_s: float | None = None
 
 
@@ -62,9 +65,10 @@ class Admission:
         """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
 
     def admit(self, ask: Ask) -> Request:
-        """Returns the request. Raises `RefusedError`, `TemplateError` or `UnknownAdapterError`."""
-        adapters = self._find(ask.adapters)
-        weights = self._weights(ask, len(adapters))
+        """Returns the request. Raises `RefusedError`, `TemplateError`, or as `choose`."""
+        adapters, policy = choose(ask.caller, self._once(ask.adapters), self._registry.summary, self._registry.by_name)
+        # What is added is as heavy as the operator says, and does not choose how messages are written.
+        terms = [*zip(adapters, self._weights(ask, len(adapters)), strict=True), *policy]
         field = "prompt" if isinstance(ask.prompt, str) else "messages"
         if isinstance(ask.prompt, str):
             text = ask.prompt
@@ -75,13 +79,13 @@ class Admission:
         if not len(encoding):
             raise RefusedError(field, "is empty, expected at least one token")
         max_tokens = self._max_tokens(ask, field, len(encoding))
-        self._check_merge(ask, adapters, weights)
+        self._check_merge(ask, [of for of, _ in terms], [weight for _, weight in terms], has_policy=bool(policy))
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
             prompt_ids=tuple(encoding.ids),
             prompt_offsets=tuple(start for start, _ in encoding.offsets),
-            terms=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in zip(adapters, weights, strict=True)),
+            terms=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in terms),
             merge=ask.merge,
             max_tokens=max_tokens,
             sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed),
@@ -95,7 +99,10 @@ class Admission:
             timeout_s=ask.timeout_s,
         )
 
-    def _check_merge(self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float]) -> None:
+    def _check_merge(self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float], has_policy: bool) -> None:
+        if ask.merge.method != "linear" and has_policy:
+            said = f"{ask.merge.method} would cut down what the operator adds to every request of {ask.tenant!r}"
+            raise RefusedError("merge", f"{said}, expected 'linear'")
         bases = {of.basis for of in adapters}
         if ask.merge.method != "linear" and len(bases) > 1:
             said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
@@ -112,14 +119,11 @@ class Admission:
                 f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
             )
 
-    def _find(self, names: Sequence[str]) -> list[Summary]:
-        known = self._registry.by_name
+    def _once(self, names: Sequence[str]) -> Sequence[str]:
         for place, name in enumerate(names):
-            if name not in known:
-                raise unknown_adapter(name, known)
             if name in names[:place]:
                 raise RefusedError("adapter", f"names {name!r} twice, expected each adapter once")
-        return [known[name].summary for name in names]
+        return names
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
         if ask.weights is None:

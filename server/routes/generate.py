@@ -2,19 +2,20 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Annotated, Any
+from typing import Any
 
 import anyio
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
+from server.access.caller import Caller
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import FAILURES, TABLE, EngineError
-from server.routes.dependencies import get_service
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.schemas import (
     DoneData,
@@ -38,12 +39,10 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
-async def generate(
-    body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
-) -> GenerateReply | Response:
+async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> GenerateReply | Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        request = await place.enter_async_context(service.admitted(to_ask(body)))
+        request = await place.enter_async_context(service.admitted(to_ask(body, caller)))
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         reply = await until_disconnect(http, service, request)
@@ -51,8 +50,8 @@ async def generate(
     return Response(status_code=499) if reply is None else reply
 
 
-def to_ask(body: GenerateBody) -> Ask:
-    """Returns what a body asks for."""
+def to_ask(body: GenerateBody, caller: Caller) -> Ask:
+    """Returns what the caller asks for with a body."""
     names = [body.adapter] if isinstance(body.adapter, str) else body.adapter or []
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     prompt = body.prompt if body.messages is None else body.messages
@@ -69,6 +68,9 @@ def to_ask(body: GenerateBody) -> Ask:
         ignore_eos=body.ignore_eos,
         num_logprobs=body.logprobs,
         echo=body.echo,
+        priority=caller.priority,
+        tenant=caller.tenant,
+        caller=caller,
     )
 
 

@@ -6,7 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from lori.summary import Summary
 from server.engine.thread import EngineDeadError
-from server.routes.dependencies import ServiceOf, require_monitor
+from server.routes.dependencies import CallerOf, ServiceOf, require_monitor
 from server.schemas import AdapterInfo, AdapterList, Health
 
 router = APIRouter()
@@ -27,11 +27,11 @@ async def ready(service: ServiceOf) -> Health:
 
 
 @router.get("/adapters")
-async def adapters(service: ServiceOf) -> AdapterList:
-    """Lists the adapters that a request can name."""
+async def adapters(service: ServiceOf, caller: CallerOf) -> AdapterList:
+    """Lists the adapters that a request with this key can name."""
     return AdapterList(
         base_model=service.base_model,
-        adapters=[describe(of.summary) for of in service.registry.by_name.values()],
+        adapters=[describe(of.summary) for name, of in service.registry.by_name.items() if caller.may_use(name)],
     )
 
 
