@@ -5,8 +5,12 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TypedDict
 
+import anyio
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
+from server.access.gate import Gate
+from server.access.openapi import KeyedApi
 from server.body_limit import BodyLimit
 from server.errors import REFUSALS, add_error_handlers
 from server.routes import chat, completions, generate, models, operations, tokens
@@ -25,17 +29,31 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         service.engine.start()
-        yield State(service=service)
+        async with anyio.create_task_group() as group:
+            if service.keys:
+                group.start_soon(service.keys.watch)
+            yield State(service=service)
+            group.cancel_scope.cancel()
         await service.engine.stop()
 
-    app = FastAPI(
+    app = (KeyedApi if service.keys else FastAPI)(
         title="lori-server",
         version=version("lori-server"),
         summary="One base model, many LoRI adapters, merged in every request.",
         lifespan=lifespan,
         responses=REFUSALS,
     )
+    # The last is asked first: a browser asks without a key whether it may send one.
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(Gate, ring=service.keys)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     for routes in (generate, completions, chat, models, tokens, operations):
         app.include_router(routes.router)
     add_error_handlers(app)

@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
+from server.access.caller import ForbiddenError
+from server.access.limits import RateLimitedError
 from server.engine.admission import PolicyError, RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
@@ -69,10 +71,12 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     UnknownAdapterError: (404, "NotFoundError"),
     UnknownModelError: (404, "NotFoundError"),
     ModelWeightsError: (400, "BadRequestError"),
-    PolicyError: (503, "ServiceUnavailableError"),
+    ForbiddenError: (403, "PermissionDeniedError"),
     BusyError: (429, "RateLimitError"),
+    RateLimitedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
+    PolicyError: (500, "AdapterError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
@@ -154,7 +158,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     kind = type(error.error if isinstance(error, FieldError) else error)
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
-    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None)
+    retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
+    return _answer(status, name, str(error), field, {"Retry-After": str(retry_after_s)} if status == 429 else None)
 
 
 async def on_unknown(request: Request, error: Exception) -> JSONResponse:

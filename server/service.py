@@ -3,10 +3,13 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.concurrency import run_in_threadpool
 
+from server.access.caller import Caller
+from server.access.key_ring import KeyRing
+from server.access.limits import Limiter
 from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
@@ -28,13 +31,16 @@ class Service:
     admission: Admission
     engine: EngineThread
     metrics: Metrics
+    keys: KeyRing | None = None
+    """Whose requests are answered; None: anybody's."""
+    limiter: Limiter = field(default_factory=Limiter)
     uses: AdapterUses = field(default_factory=AdapterUses)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
 
     @asynccontextmanager
-    async def admitted(self, asks: Sequence[Ask]) -> AsyncGenerator[list[Request], None]:
-        """Gives the requests, which have their places until the block ends, or raises what the error table knows.
+    async def admitted(self, asks: Sequence[Ask], caller: Caller) -> AsyncGenerator[list[Request], None]:
+        """Gives the caller's requests, which have their places until the block ends, or raises what the error table knows.
 
         All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
@@ -43,19 +49,22 @@ class Service:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
-        self.num_requests += len(asks)
-        try:
-            requests = await run_in_threadpool(lambda: [self.admission.admit(ask) for ask in asks])
+        with ExitStack() as held:
+            for _ in asks:
+                held.enter_context(self.limiter.place(caller))
+            self.num_requests += len(asks)
+            held.callback(self._give_back, len(asks))
+            requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
             self._check_alive()
-            with ExitStack() as held:
-                for request in requests:
-                    check_registered(self.registry, request)
-                    held.enter_context(self.uses.held((*request.terms, *request.policy)))
-                    for term in request.terms:
-                        self.metrics.adapter_requests.labels(term.name).inc()
-                yield requests
-        finally:
-            self.num_requests -= len(asks)
+            for request in requests:
+                check_registered(self.registry, request)
+                held.enter_context(self.uses.held((*request.terms, *request.policy)))
+                for term in request.terms:
+                    self.metrics.adapter_requests.labels(term.name).inc()
+            yield requests
+
+    def _give_back(self, num_requests: int) -> None:
+        self.num_requests -= num_requests
 
     def _check_alive(self) -> None:
         if not self.engine.is_alive:
@@ -81,3 +90,11 @@ class Service:
         finally:
             self.metrics.success.labels(self.metrics.base_model, reason).inc()
             self.metrics.latency.observe(time.monotonic() - started)
+
+
+def _by(caller: Caller, ask: Ask) -> Ask:
+    # No route can forget whose request it is.
+    priority = ask.priority
+    if caller.tenant:
+        priority = caller.priority if priority is None else max(priority, caller.priority)
+    return replace(ask, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority)

@@ -4,9 +4,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
@@ -14,7 +13,7 @@ from fastapi.sse import format_sse_event
 from server.answers import Answer, collect, until_disconnect
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
-from server.routes.dependencies import get_service
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import STREAM
 from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
@@ -36,13 +35,11 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAM)
-async def chat_completions(
-    body: ChatBody, http: HttpRequest, service: Annotated[Service, Depends(get_service)]
-) -> ChatReply | Response:
+async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> ChatReply | Response:
     """Answers a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
         with in_fields_of(body):
-            [request] = await place.enter_async_context(service.admitted([_to_ask(body, service.base_model)]))
+            [request] = await place.enter_async_context(service.admitted([_to_ask(body, service.base_model)], caller))
         writer = _Writer(body, service.base_model, request)
         if body.stream:
             return EventStream(writer.stream(service), place.pop_all(), service.settings.max_unread_s)

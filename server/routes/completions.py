@@ -4,9 +4,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
@@ -15,7 +14,7 @@ from server.answers import Answer, collect_all, merged, until_disconnect
 from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
-from server.routes.dependencies import get_service
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import STREAM, to_logprobs
 from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
@@ -28,13 +27,13 @@ router = APIRouter()
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAM)
 async def completions(
-    body: CompletionBody, http: HttpRequest, service: Annotated[Service, Depends(get_service)]
+    body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf
 ) -> CompletionReply | Response:
     """Continues prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as places:
         with in_fields_of(body):
             asks = to_asks(body, service.base_model)
-            requests = await places.enter_async_context(service.admitted(asks))
+            requests = await places.enter_async_context(service.admitted(asks, caller))
         writer = _Writer(body, service.base_model, requests)
         if body.stream:
             return EventStream(writer.stream(service), places.pop_all(), service.settings.max_unread_s)

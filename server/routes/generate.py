@@ -2,9 +2,9 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
@@ -15,7 +15,7 @@ from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import FAILURES, TABLE
-from server.routes.dependencies import get_service
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.schemas.errors import ErrorReply, error_reply
 from server.schemas.generation import (
@@ -41,12 +41,10 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
-async def generate(
-    body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
-) -> GenerateReply | Response:
+async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> GenerateReply | Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        [request] = await place.enter_async_context(service.admitted([to_ask(body)]))
+        [request] = await place.enter_async_context(service.admitted([to_ask(body)], caller))
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))

@@ -1,33 +1,31 @@
 """POST /tokenize and /detokenize, in vLLM's form. Translates only."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
 from lori.errors import UnknownAdapterError
-from server.engine.adapters.resolution import resolve
+from server.access.caller import Caller
+from server.engine.adapters.resolution import AmbiguousVersionError, resolve
 from server.model_names import UnknownModelError, parse_model
-from server.routes.dependencies import get_service
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
 from server.service import Service
 from server.token_texts import text_of, token_ids, token_texts
 
 router = APIRouter()
-ServiceOf = Annotated[Service, Depends(get_service)]
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, service: ServiceOf) -> TokenizeReply:
+async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> TokenizeReply:
     """Returns the tokens of a text or of a conversation."""
-    _check_model(body.model, service)
+    _check_model(body.model, service, caller)
     return await run_in_threadpool(_tokenize, body, service)
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, service: ServiceOf) -> DetokenizeReply:
+async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> DetokenizeReply:
     """Returns the text of tokens."""
-    _check_model(body.model, service)
+    _check_model(body.model, service, caller)
     return DetokenizeReply(prompt=await run_in_threadpool(text_of, service.admission.tokenizer, body.tokens))
 
 
@@ -44,11 +42,11 @@ def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:
     )
 
 
-def _check_model(model: str | None, service: Service) -> None:
+def _check_model(model: str | None, service: Service, caller: Caller) -> None:
     if model is None:
         return
     for reference in parse_model(model, service.base_model).adapters:
         try:
-            resolve(service.registry, reference, lambda _: True)
-        except UnknownAdapterError as error:
+            resolve(service.registry, reference, caller.may_use)
+        except (UnknownAdapterError, AmbiguousVersionError) as error:
             raise UnknownModelError(model) from error

@@ -75,8 +75,8 @@ class SamplingFields(BaseModel):
     """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
     timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None
     """The request is given up, and answered 504, if it takes longer, in seconds."""
-    priority: int = Field(default=0, ge=-1000, le=1000)
-    """Lower runs earlier. A key's own priority is the lowest that its requests can have."""
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
 
     @model_validator(mode="before")
     @classmethod
