@@ -5,11 +5,13 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TypedDict
 
+import anyio
 from fastapi import FastAPI
 
 from server.body_limit import BodyLimit
+from server.comparison import Comparer
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import generate, operations
+from server.routes import comparison, generate, operations
 from server.service import Service
 
 
@@ -17,6 +19,9 @@ class State(TypedDict):
     """What routes find in `request.state`."""
 
     service: Service
+    comparer: Comparer
+    comparing: anyio.Lock
+    """Held by the one request that compares adapters."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -25,7 +30,7 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         service.engine.start()
-        yield State(service=service)
+        yield State(service=service, comparer=Comparer(), comparing=anyio.Lock())
         await service.engine.stop()
 
     app = FastAPI(
@@ -37,6 +42,8 @@ def create_app(service: Service) -> FastAPI:
     )
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
     app.include_router(generate.router)
+    # Before what takes any name for an adapter's.
+    app.include_router(comparison.router)
     app.include_router(operations.router)
     add_error_handlers(app)
     return app
