@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from server.body_limit import BodyLimit
 from server.comparison import Comparer
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import comparison, generate, operations
+from server.routes import comparison, generate, operations, playground
 from server.service import Service
 
 
@@ -45,5 +45,7 @@ def create_app(service: Service) -> FastAPI:
     # Before what takes any name for an adapter's.
     app.include_router(comparison.router)
     app.include_router(operations.router)
+    app.include_router(playground.router)
+    app.mount("/static", playground.static)
     add_error_handlers(app)
     return app
