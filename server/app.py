@@ -12,8 +12,9 @@ from starlette.middleware.cors import CORSMiddleware
 from server.access.gate import Gate
 from server.access.openapi import KeyedApi
 from server.body_limit import BodyLimit
+from server.comparison import Comparer
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import chat, completions, generate, models, operations, tokens
+from server.routes import chat, comparison, completions, generate, models, operations, playground, tokens
 from server.service import Service
 
 
@@ -21,6 +22,9 @@ class State(TypedDict):
     """What routes find in `request.state`."""
 
     service: Service
+    comparer: Comparer
+    comparing: anyio.Lock
+    """Held by the one request that compares adapters."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -32,7 +36,7 @@ def create_app(service: Service) -> FastAPI:
         async with anyio.create_task_group() as group:
             if service.keys:
                 group.start_soon(service.keys.watch)
-            yield State(service=service)
+            yield State(service=service, comparer=Comparer(), comparing=anyio.Lock())
             group.cancel_scope.cancel()
         await service.engine.stop()
 
@@ -54,7 +58,9 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["Retry-After"],
         )
-    for routes in (generate, completions, chat, models, tokens, operations):
+    # The comparison comes before what takes any name for an adapter's.
+    for routes in (generate, completions, chat, models, tokens, comparison, operations, playground):
         app.include_router(routes.router)
+    app.mount("/static", playground.static)
     add_error_handlers(app)
     return app
