@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
+from server.access.caller import ForbiddenError
 from server.engine.admission import PolicyError, RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
@@ -51,6 +52,7 @@ FAILURES: dict[ErrorKind, type[EngineError]] = {
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
+    ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
     PolicyError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
