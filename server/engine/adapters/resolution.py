@@ -38,7 +38,7 @@ def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapt
 def check_registered(registry: Registry, request: Request) -> None:
     """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted."""
     for term in (*request.terms, *request.policy):
-        if not registry.has(term.digest):
+        if not registry.has(term.name, term.digest):
             raise UnknownAdapterError(term.name, (), (term.name,))
 
 
