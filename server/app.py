@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from server.body_limit import BodyLimit
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import generate, operations
+from server.routes import adapters, generate, operations, vllm_adapters
 from server.service import Service
 
 
@@ -25,8 +25,9 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         service.engine.start()
-        yield State(service=service)
-        await service.engine.stop()
+        async with service.admin.running():
+            yield State(service=service)
+            await service.engine.stop()
 
     app = FastAPI(
         title="lori-server",
@@ -35,8 +36,11 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         responses=REFUSALS,
     )
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, others=uploads)
     app.include_router(generate.router)
+    for router in (adapters.router, adapters.admin, vllm_adapters.router):
+        app.include_router(router)
     app.include_router(operations.router)
     add_error_handlers(app)
     return app

@@ -1,7 +1,7 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,12 +9,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from lori.errors import TemplateError, UnknownAdapterError
+from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.engine.admission import PolicyError, RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
+from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
 from server.schemas.errors import ErrorReply, error_reply
 from server.schemas.generation import GenerateBody, WeightedAdapter
 
@@ -24,6 +25,14 @@ MAX_FAULTS = 10
 
 class BusyError(Exception):
     """The queue is full."""
+
+
+class ConflictError(Exception):
+    """What is asked for cannot be as things stand: another request, or a setting, has to come first."""
+
+
+class StoreError(Exception):
+    """The disk or the hub failed: what is asked for may do later."""
 
 
 class EngineError(Exception):
@@ -52,9 +61,12 @@ FAILURES: dict[ErrorKind, type[EngineError]] = {
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
+    AdapterFormatError: (400, "BadRequestError"),
     ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
+    ConflictError: (409, "ConflictError"),
     PolicyError: (503, "ServiceUnavailableError"),
+    StoreError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
@@ -62,14 +74,20 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
-FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields, *WeightedAdapter.model_fields}
+BODIES = (GenerateBody, Message, WeightedAdapter, AliasBody, HubBody, LoadLoraBody, UnloadLoraBody)
+FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
 FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter"}
 
 
 def _answer(
-    status: int, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    kind: str,
+    message: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    faults: Sequence[str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(error_reply(status, kind, message, param), status, headers)
+    return JSONResponse(error_reply(status, kind, message, param, faults), status, headers)
 
 
 def _say(error: dict[str, Any]) -> tuple[str, str]:
@@ -122,7 +140,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     kind = type(error)
     field = error.field if isinstance(error, RefusedError) else FIELDS.get(kind)
     status, name = TABLE[kind]
-    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None)
+    faults = error.faults if isinstance(error, AdapterFormatError) else None
+    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None, faults)
 
 
 async def on_unknown(request: Request, error: Exception) -> JSONResponse:

@@ -17,14 +17,18 @@ class Registered:
     @property
     def known_as(self) -> frozenset[str]:
         """All that it is known as: its name, the one of its folder where that is an alias, its content."""
-        return frozenset((self.summary.name, self.entry.folder.name.partition("@")[0], self.summary.digest))
+        return frozenset((self.summary.name, self.owner, self.summary.digest))
+
+    @property
+    def owner(self) -> str:
+        """The adapter that its files are of: another name, where its own is an alias."""
+        return self.entry.folder.name.partition("@")[0]
 
     def entries(self) -> Iterator[Entry]:
         """Yields where its files may be: a folder as its maker left it is renamed when a version of its name is published."""
         yield self.entry
-        owner, at, _ = self.entry.folder.name.partition("@")
-        kept = Entry(self.entry.name, self.entry.folder.with_name(f"{owner}@{self.summary.version}"))
-        if not at and kept.folder.is_dir():
+        kept = Entry(self.entry.name, self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
+        if kept.folder != self.entry.folder and kept.folder.is_dir():
             yield kept
 
 
