@@ -4,7 +4,7 @@ What a name means changes at once, for those who ask from then on: requests unde
 """
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,6 +33,8 @@ Found = TypeVar("Found")
 PIN_S = 10.0
 """How long a pin waits for running requests to make room."""
 LOOK_S = 0.05
+MAX_RECEIVED = 4
+"""Adapters that are received at once: each is in memory meanwhile."""
 
 
 class LoadedError(ConflictError):
@@ -66,7 +68,8 @@ class AdapterAdmin:
         self._registry, self._uses, self._engine, self._maybe_files, self._required = registry, uses, engine, files, required
         self._turns = Turns()
         self._departures = Departures(registry, uses, engine, self._turns, files)
-        self._reading, self._fetching = anyio.Semaphore(1), anyio.Semaphore(1)  # whole adapters are in memory meanwhile
+        self._reading = anyio.Semaphore(1)  # one adapter at a time takes a core, and memory
+        self._num_received = 0
         self._pins: dict[str, str] = {}
 
     @property
@@ -80,34 +83,37 @@ class AdapterAdmin:
         async with self._departures.running():
             yield
 
-    def check_keeps(self) -> None:
-        """Raises `ConflictError` where no adapter can be put anywhere."""
+    @asynccontextmanager
+    async def receiving(self) -> AsyncIterator[None]:
+        """Lets an adapter be received, in memory, until the block ends. Raises where none can be kept, or many are received."""
         self._files.check_keeps()
+        if self._num_received == MAX_RECEIVED:
+            raise BusyError(f"{MAX_RECEIVED} adapters are being received, which is the limit; try again")
+        self._num_received += 1
+        try:
+            yield
+        finally:
+            self._num_received -= 1
 
     async def details(self, of: Registered) -> Details:
         """Reads the whole of an adapter, for a person."""
         return await run_sync(self._files.details.read, of)
 
-    async def publish(self, name: str, read: Callable[[], Awaitable[Files]], may_replace: bool = True) -> Registered:
-        """Puts the adapter that `read` gives in the store, as a new version, and makes `name` mean it."""
+    async def publish(self, name: str, content: Files, may_replace: bool = True) -> Registered:
+        """Puts an adapter in the store, as a new version, and makes `name` mean it."""
         files = self._files
         async with self._turns.of(name):
             self._check_new(name, may_replace)
-            async with self._reading:
-                ready = await run_sync(files.publish, name, await read())
+            ready = await self._read(lambda: files.publish(name, content))
             self._departures.take_back(ready.adapter)
             return await self._register(ready)
 
     async def publish_from_hub(self, name: str, source: str, may_replace: bool = True) -> Registered:
         """The same with an adapter on the hub, which is fetched."""
         files = self._files
-        async with self._fetching:
-            found = await run_sync(files.fetch, source)
-
-            async def fetched() -> Files:
-                return found
-
-            return await self.publish(name, fetched, may_replace)
+        async with self.receiving():
+            self._check_new(name, may_replace)
+            return await self.publish(name, await run_sync(files.fetch, source), may_replace)
 
     async def load(self, reference: str, name: str | None = None, may_replace: bool = True) -> Registered:
         """Reads what `reference` means in the store now, and makes `name`, or its own name, mean it."""

@@ -164,7 +164,11 @@ class AdapterFiles:
         return bool(self._demo and self._demo.versions(name)) and not is_own
 
     def _ready(self, entry: Entry) -> Ready:
-        summary = self._summaries.read(entry)
+        try:
+            summary = self._summaries.read(entry)
+        except AdapterFormatError:
+            entry.load(self._reader.base)  # says what is wrong with the rest of it, too
+            raise
         self._fit.check(entry.name, summary)
         packed = self._packed(entry, summary.digest)
         versions = self._own.versions(entry.name) if self._own else ()

@@ -16,7 +16,7 @@ from server.engine.adapters.registry import Registered
 from server.engine.adapters.resolution import AmbiguousVersionError, resolve
 from server.engine.admission import RefusedError
 from server.routes.dependencies import CallerOf, ServiceOf, require_admin
-from server.routes.uploads import FILES, REQUEST_BODY, checked_name, checked_reference, form_files, form_name, hub_body
+from server.routes.uploads import REQUEST_BODY, checked_name, checked_reference, hub_body, read_upload
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, AliasBody, WithdrawnReply
 from server.service import Service
 
@@ -71,9 +71,9 @@ async def publish(http: Request, service: ServiceOf, response: Response) -> Adap
 
 
 async def _publish_form(http: Request, service: Service) -> Registered:
-    service.admin.check_keeps()
-    async with http.form(max_files=len(FILES), max_fields=1) as form:
-        return await service.admin.publish(form_name(form), lambda: form_files(form))
+    async with service.admin.receiving():
+        upload = await read_upload(http)
+        return await service.admin.publish(upload.name, upload.files)
 
 
 async def _publish_from_hub(http: Request, service: Service) -> Registered:

@@ -1,25 +1,28 @@
 """Reads the bodies of POST /adapters, when it is known that the caller may send one. No name in them is ever a path."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.format import CARD_FILE, MAX_TEXT_BYTES, WEIGHTS_FILE, Files
+from lori.format import CARD_FILE, MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, Files
 from lori.names import check_name, split_reference
 from server.engine.admission import RefusedError
+from server.routes.form import read_form
 from server.schemas.adapters import HubBody
 
 FILES = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
 """The fields of a form that are files, and what they are called in the store, whatever they are called in the form."""
 REQUIRED = ("name", "config", "weights")
 MAX_REFERENCE = 256
+LIMITS = {"name": 4 * MAX_REFERENCE, "config": MAX_TEXT_BYTES, "weights": MAX_WEIGHTS_BYTES, "card": MAX_TEXT_BYTES}
+"""Bytes of each field; those of all together are limited as a body is."""
 REQUEST_BODY: dict[str, Any] = {
     "required": True,
     "content": {
@@ -39,6 +42,14 @@ REQUEST_BODY: dict[str, Any] = {
         "application/json": {"schema": HubBody.model_json_schema()},
     },
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An adapter that was sent: not looked at yet, but for its name."""
+
+    name: str
+    files: Files
 
 
 def checked_name(name: str, field: str = "name") -> str:
@@ -61,36 +72,14 @@ def _checked(check: Callable[[str], object], value: str, field: str) -> str:
     return value
 
 
-def form_name(form: FormData) -> str:
-    """Returns what the adapter of a form is to be called. Raises `RefusedError` for a form that is not one of an adapter."""
-    fields = [field for field, _ in form.multi_items()]
-    for field in fields:
-        if field != "name" and field not in FILES:
-            raise RefusedError(field, f"unknown field, expected {', '.join((*REQUIRED, 'card'))}")
-        if fields.count(field) > 1:
-            raise RefusedError(field, "is there twice")
+async def read_upload(http: Request) -> Upload:
+    """Returns the adapter that a form holds. Raises `RefusedError` for a form that holds none."""
+    fields = await read_form(http.headers["content-type"], http.stream(), LIMITS)
     for field in REQUIRED:
         if field not in fields:
             raise RefusedError(field, "is missing")
-    name = form["name"]
-    if not isinstance(name, str):
-        raise RefusedError("name", "is a file, expected text")
-    return checked_name(name)
-
-
-async def form_files(form: FormData) -> Files:
-    """Returns the files of a form, under their names in the store. Raises `RefusedError`."""
-    found: dict[str, bytes] = {}
-    for field, file in FILES.items():
-        part = form.get(field)
-        if part is None:
-            continue
-        if not isinstance(part, UploadFile):
-            raise RefusedError(field, "is text, expected a file")
-        if field != "weights" and (part.size or 0) > MAX_TEXT_BYTES:
-            raise RefusedError(field, f"has {part.size} bytes, expected {MAX_TEXT_BYTES} at most")
-        found[file] = await part.read()
-    return found
+    name = checked_name(fields["name"].decode(errors="replace"))
+    return Upload(name, {file: fields[field] for field, file in FILES.items() if field in fields})
 
 
 async def hub_body(http: Request, max_bytes: int) -> HubBody:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +96,14 @@ def start(log: Path, *flags: str) -> Iterator[Live]:
 
 
 @contextmanager
-def serve_here(service: Service) -> Iterator[httpx.Client]:
-    """Serves the app of `service` on a free port, from a thread of this process, until the block ends."""
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_config=None))
+def serve_here(service: Service, overrides: Mapping[Callable[..., Any], Callable[..., Any]] = {}) -> Iterator[httpx.Client]:
+    """Serves the app of `service` on a free port, from a thread of this process, until the block ends.
+
+    `overrides` are other dependencies of its routes.
+    """
+    app = create_app(service)
+    app.dependency_overrides.update(overrides)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -122,6 +122,7 @@ class AdapterTiers:
                 self.num_failures += bool(waiting)  # else it is read again for who asked
                 self._failed |= dict.fromkeys(waiting, loaded.fault)
                 self._wanted.pop(loaded.digest, None)
+                self._dropped.discard(loaded.digest)
                 continue
             if not waiting:
                 self._wanted.pop(loaded.digest, None)
