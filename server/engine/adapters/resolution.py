@@ -35,15 +35,20 @@ def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
     """
     found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
     if not found or not is_allowed:
-        raise unknown_adapter(reference, filter(may_use, registry.by_name))
+        raise unknown(registry, reference, may_use)
     if len(found) > 1:
         said = " or ".join(f"{of.summary.name}@{of.summary.version}" for of in found)
         raise AmbiguousVersionError(f"{reference!r} could be {said}")
     return found[0]
 
 
+def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError:
+    """Returns the error for an unknown `reference`, with names that the caller may use and that look like it."""
+    return unknown_adapter(reference, filter(may_use, registry.by_name))
+
+
 def check_registered(registry: Registry, request: Request) -> None:
     """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted."""
     for term in (*request.terms, *request.policy):
-        if not registry.has(term.digest):
+        if not registry.has(term.name, term.digest):
             raise UnknownAdapterError(term.name, (), (term.name,))
