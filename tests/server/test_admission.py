@@ -90,7 +90,9 @@ def test_a_refusal_names_the_field_and_what_was_found_and_expected(admission: Ad
     assert said in str(error)
 
 
-@pytest.mark.parametrize(("name", "near"), [("maths", ("math",)), ("MATH", ()), ("safty", ("safety",)), ("../math", ("math",))])
+@pytest.mark.parametrize(
+    ("name", "near"), [("maths", ("math",)), ("MATH", ("math",)), ("nobody", ()), ("safty", ("safety",)), ("../math", ("math",))]
+)
 def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, name: str, near: tuple[str, ...]) -> None:
     with pytest.raises(UnknownAdapterError) as caught:
         admission.admit(Ask(prompt="x", adapters=("safety", name)))
