@@ -14,7 +14,8 @@ from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
-from server.engine.admission import PolicyError, RefusedError
+from server.engine.adapters.resolution import PolicyError
+from server.engine.admission import RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
