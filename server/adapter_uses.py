@@ -72,5 +72,5 @@ class AdapterUses:
 
     def forget(self, name: str, digest: str) -> None:
         """Forgets an adapter that nobody uses, nor can ask for any more."""
-        use = self._uses.pop((name, digest), None)
-        assert use is None or not use.num_using
+        assert not self.of(name, digest).num_using
+        self._uses.pop((name, digest), None)
