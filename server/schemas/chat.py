@@ -5,26 +5,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lori.template import Message, Template, Text
-from server.schemas.fields import BODY
+from server.schemas.fields import Body
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     """A part of a message; only text is known here."""
-
-    model_config = BODY
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """One turn of a conversation."""
-
-    model_config = BODY
 
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is `system`."""

@@ -2,15 +2,16 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template, Text
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, TokenIds
+from server.schemas.fields import MAX_LOGPROBS, TokenIds, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
+Turn = Annotated[Message, BeforeValidator(check_num_fields)]
+Messages = Annotated[list[Turn], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
 class GenerateBody(SamplingFields, MergeFields):

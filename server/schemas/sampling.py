@@ -1,15 +1,15 @@
 """What bodies say of how tokens are picked and adapters are merged, in every route that generates."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
 from server.engine.request import Sampling
 from server.schemas.fields import (
-    BODY,
     MAX_ADAPTERS,
     AdapterName,
+    Body,
     LogitBias,
     MinP,
     NumChoices,
@@ -21,14 +21,11 @@ from server.schemas.fields import (
     TopK,
     TopP,
     Weight,
-    check_num_fields,
 )
 
 
-class WeightedAdapter(BaseModel):
+class WeightedAdapter(Body):
     """An adapter with its weight."""
-
-    model_config = BODY
 
     name: AdapterName
     """Its name, or `name@version`."""
@@ -42,10 +39,8 @@ Adapters = (
 )
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(Body):
     """How tokens are picked, and how long that may take."""
-
-    model_config = BODY
 
     min_tokens: int = Field(default=0, ge=0)
     """Before so many tokens the answer does not end by itself."""
@@ -78,11 +73,6 @@ class SamplingFields(BaseModel):
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, body: Any) -> Any:
-        return check_num_fields(body)
-
     def to_sampling(self) -> Sampling:
         """Returns it as the engine has it, but for the seed."""
         return Sampling(
@@ -103,10 +93,8 @@ class SamplingFields(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class MergeFields(BaseModel):
+class MergeFields(Body):
     """How adapters are merged."""
-
-    model_config = BODY
 
     weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
     """One for each adapter; absent: each 1/n."""
