@@ -133,7 +133,8 @@ def _join(places: list[Any]) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    # Of what is long only the beginning is written: there may be a million tokens.
+    text = repr(value[:60] if isinstance(value, str | list) else value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 

@@ -2,7 +2,17 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from lori.template import Text
 
@@ -50,12 +60,21 @@ def _is_not_empty(value: str) -> str:
     return value
 
 
+def one_or_many(value: Any) -> str:
+    """Returns which form a value has of those that its field may have. What is wrong is then said of that form alone."""
+    return "many" if isinstance(value, list) else "one"
+
+
 StopText = Annotated[Text, AfterValidator(_is_not_empty), WithJsonSchema({"type": "string", "minLength": 1})]
-Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stops = Annotated[
+    Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
+    Discriminator(one_or_many),
+]
 AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Prompt = Annotated[Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")], Discriminator(one_or_many)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]

@@ -5,9 +5,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
-from lori.template import Message, Template, Text
+from lori.template import Message, Template
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, TokenIds, check_num_fields
+from server.schemas.fields import MAX_LOGPROBS, Prompt, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Turn = Annotated[Message, BeforeValidator(check_num_fields)]
@@ -31,7 +31,7 @@ class GenerateBody(SamplingFields, MergeFields):
         },
     )
 
-    prompt: Text | TokenIds | None = None
+    prompt: Prompt | None = None
     """Text to continue, as it stands, or its token ids. Either this or `messages`."""
     messages: Messages | None = None
     """A conversation to answer, written with the adapter's own template."""

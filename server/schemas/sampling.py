@@ -1,8 +1,8 @@
 """What bodies say of how tokens are picked and adapters are merged, in every route that generates."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
 from server.engine.request import Sampling
@@ -32,11 +32,18 @@ class WeightedAdapter(Body):
     weight: Weight
 
 
-Adapters = (
-    AdapterName
-    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-    | Annotated[list[WeightedAdapter], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-)
+def _form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "one"
+    return "objects" if value and isinstance(value[0], dict) else "texts"
+
+
+Adapters = Annotated[
+    Annotated[AdapterName, Tag("one")]
+    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("texts")]
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True), Tag("objects")],
+    Discriminator(_form),
+]
 
 
 class SamplingFields(Body):
