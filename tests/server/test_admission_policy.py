@@ -112,25 +112,34 @@ def test_it_does_not_choose_how_messages_are_written(admission: Admission) -> No
 )
 def test_it_cannot_be_named_so_that_no_weight_takes_it_back(admission: Admission, policy: str, reference: str) -> None:
     for adapters, weights in (((reference,), (-0.7,)), (("math", reference), (1.0, 0.0))):
-        said = refusal(admission, Ask(prompt="x", adapters=adapters, weights=weights, policy=((policy, 0.7),)))
-        assert said == f"names {reference.partition('@')[0]!r}, which the operator adds to every request: leave it out"
+        said = refusal(admission, Ask(prompt="x", adapters=adapters, weights=weights, policy=((policy, 0.7),), tenant="they"))
+        assert said == f"names {reference!r}, which the operator adds to every request of 'they'"
 
 
-def test_what_the_caller_may_not_use_may_be_added_and_is_not_told(admission: Admission) -> None:
+def test_what_the_caller_may_not_use_may_be_added(admission: Admission) -> None:
+    """That the operator adds it is no secret: replies show it. What is like it is."""
     ask = replace(GUARDED, may_use=lambda name: name == "math")
     assert [term.name for term in admission.admit(replace(ask, adapters=("math",))).policy] == ["guard"]
-    for name in ("guard", "guard@a", "shield"):
+    for name in ("guard", "guard@a", "guard@f"):
+        assert "which the operator adds" in refusal(admission, replace(ask, adapters=(name,)))
+    for name in ("shield", "copy", "nobody"):
         with pytest.raises(UnknownAdapterError) as caught:
             admission.admit(replace(ask, adapters=(name,)))
         assert str(caught.value) == f"there is no adapter {name!r}: known are 'math'"
 
 
-@pytest.mark.parametrize("reference", ["nobody", "guard@f", "gaurd", "guard@", ""])
-@pytest.mark.parametrize("names", [(), ("math",)])
-def test_nothing_is_answered_without_it(admission: Admission, names: tuple[str, ...], reference: str) -> None:
+@pytest.mark.parametrize("reference", ["nobody", "guard@f", "gaurd", "guard@", "", "several@c"])
+@pytest.mark.parametrize("names", [(), ("math",), ("nobody",)])
+def test_nothing_is_answered_without_it(
+    admission: Admission, registry: Registry, names: tuple[str, ...], reference: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has what is missing; the client is told no name, which could be one that it may not know."""
+    for digest in ("c1" * 32, "c2" * 32):
+        registry.put(registered("several", digest))
     with pytest.raises(PolicyError) as caught:
-        admission.admit(Ask(prompt="x", adapters=names, policy=(("copy", 1.0), (reference, 1.0))))
-    assert str(caught.value) == f"the adapter {reference!r}, which the operator adds to every request, is not there"
+        admission.admit(Ask(prompt="x", adapters=names, policy=(("copy", 1.0), (reference, 1.0)), tenant="they"))
+    assert str(caught.value) == "the operator's adapters cannot be added to this request, and it is not served without them"
+    assert f"requests of tenant 'they' fail: its policy names {reference}, which is not there" in caplog.text
 
 
 def test_it_takes_places_among_the_adapters_that_can_be_resident(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:

@@ -114,8 +114,8 @@ def test_content_that_is_put_back_from_another_folder_is_read_there(registry: Re
     assert registry.find(TWO, ()) == [moved]
 
 
-def test_an_adapter_is_known_by_its_name_its_folder_and_its_content() -> None:
-    assert registered("math", ONE).known_as == {"math", ONE}
-    assert registered("old", ONE, folder="math").known_as == {"old", "math", ONE}
+def test_an_adapter_has_its_name_and_that_of_its_folder() -> None:
+    assert registered("math", ONE).names == {"math"}
+    assert registered("old", ONE, folder="math").names == {"old", "math"}
     as_its_maker_left_it = Registered(Entry("math", Path("store/math")), registered("math", ONE).summary)
-    assert as_its_maker_left_it.known_as == {"math", ONE}
+    assert as_its_maker_left_it.names == {"math"}
