@@ -128,6 +128,28 @@ class TextEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a choice's time went, in seconds; 0 where it did not come so far."""
+
+    queue: float = 0.0
+    """From its submission to its first step."""
+    prefill: float = 0.0
+    """From there to its first token."""
+    decode: float = 0.0
+    """From there to its end."""
+
+    @property
+    def first_token(self) -> float:
+        """From its submission to its first token."""
+        return self.queue + self.prefill
+
+    @property
+    def total(self) -> float:
+        """From its submission to its end."""
+        return self.queue + self.prefill + self.decode
+
+
+@dataclass(frozen=True, slots=True)
 class DoneEvent:
     """The last event of a choice that ended well. `num_cached_tokens` of its prompt were not computed again."""
 
@@ -136,6 +158,7 @@ class DoneEvent:
     num_completion_tokens: int
     choice: int = 0
     num_cached_tokens: int = 0
+    timings: Timings = field(default=Timings(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
