@@ -1,17 +1,18 @@
 """What the routes work with: one admitted request in, its events out, and the server's own facts."""
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
 
+from server.account import Account
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission, Ask
-from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
+from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
-from server.errors import BusyError
+from server.errors import BusyError, DrainingError
+from server.exchange import current
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -28,6 +29,12 @@ class Service:
     metrics: Metrics
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
+    is_draining: bool = field(default=False, init=False)
+    """Whether the server is about to end: it is not ready any more, and answers on no connection twice."""
+
+    def __post_init__(self) -> None:
+        help_text = "Requests, from their first check to the last byte of their answers."
+        self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
 
     @asynccontextmanager
     async def admitted(self, ask: Ask) -> AsyncGenerator[Request, None]:
@@ -42,11 +49,16 @@ class Service:
         try:
             request = await run_in_threadpool(self.admission.admit, ask)
             self._check_alive()
-            for term in request.terms:
-                self.metrics.adapter_requests.labels(term.name).inc()
+            self.metrics.count_admitted([term.name for term in request.terms])
             yield request
         finally:
             self.num_requests -= 1
+
+    def check_ready(self) -> None:
+        """Raises `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
+        self._check_alive()
+        if self.is_draining:
+            raise DrainingError("the server is about to end")
 
     def _check_alive(self) -> None:
         if not self.engine.is_alive:
@@ -54,21 +66,13 @@ class Service:
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events and counts them; closing it aborts the request."""
-        started, is_first, reason = time.monotonic(), True, "cancelled"
+        account = Account(request, self.metrics, self.settings.log_prompts)
+        if exchange := current.get():
+            exchange.accounts.append(account)
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
-                    if is_first and isinstance(event, TextEvent) and not event.is_prompt:
-                        self.metrics.first_token.observe(time.monotonic() - started)
-                        is_first = False
-                    if isinstance(event, DoneEvent):
-                        reason = event.finish_reason
-                        # All choices have one prompt.
-                        self.metrics.prompt_tokens.inc(event.num_prompt_tokens if event.choice == 0 else 0)
-                        self.metrics.generation_tokens.inc(event.num_completion_tokens)
-                    elif isinstance(event, ErrorEvent):
-                        reason = "error"
+                    account.hear(event)
                     yield event
         finally:
-            self.metrics.success.labels(self.metrics.base_model, reason).inc()
-            self.metrics.latency.observe(time.monotonic() - started)
+            account.close()

@@ -4,10 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from lori.summary import Summary
-from server.engine.thread import EngineDeadError
 from server.routes.dependencies import get_service
 from server.schemas import AdapterInfo, AdapterList, Health
 from server.service import Service
@@ -24,9 +23,8 @@ async def health() -> Health:
 
 @router.get("/ready")
 async def ready(service: ServiceOf) -> Health:
-    """Answers 200 while requests can be answered."""
-    if not service.engine.is_alive:
-        raise EngineDeadError("the engine is not running")
+    """Answers 200 while requests can be answered, and the server is not about to end."""
+    service.check_ready()
     return Health(status="ready")
 
 
@@ -56,4 +54,4 @@ def describe(adapter: Summary) -> AdapterInfo:
 @router.get("/metrics", response_class=Response)
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
-    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
