@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from server.body_limit import BodyLimit
 from server.errors import REFUSALS, add_error_handlers
+from server.request_log import RequestLog
 from server.routes import generate, operations
 from server.service import Service
 
@@ -35,7 +36,8 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         responses=REFUSALS,
     )
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s)
+    app.add_middleware(RequestLog, service=service)  # the last one added is the outermost
     app.include_router(generate.router)
     app.include_router(operations.router)
     add_error_handlers(app)
