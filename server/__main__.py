@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from lori.errors import AdapterFormatError, LoriError
 from lori.flags import flag_faults
+from server.access.exposure import ExposedError, check_exposure, log_exposure
+from server.access.keys import KeyFileError
 from server.app import create_app
 from server.drain import GRACE_S, DrainingServer
 from server.http_protocol import HttpProtocol
@@ -29,16 +31,20 @@ def main() -> int:
     try:
         settings = Settings(_cli_parse_args=True)
         configure_log(settings.log_format)
+        check_exposure(settings)
         tracing = start_tracing(settings.otlp_traces_endpoint)
         _check_port(settings.host, settings.port)
         service = load_service(settings)
     except ValidationError as error:
         print(f"error: {flag_faults(error)}", file=sys.stderr)
         return 2
+    except ExposedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
         return 1
-    except AdapterFormatError as error:
+    except (AdapterFormatError, KeyFileError) as error:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except LoriError as error:
@@ -47,6 +53,7 @@ def main() -> int:
     app = create_app(service)
     if tracing:
         tracing.instrument(app)
+    log_exposure(settings)
     config = uvicorn.Config(
         app,
         host=settings.host,

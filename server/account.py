@@ -37,8 +37,8 @@ class Account:
 
     @property
     def names(self) -> list[str]:
-        """The adapters of the request."""
-        return [term.name for term in self.request.terms]
+        """The adapters of the request, and those that the operator adds to it."""
+        return [term.name for term in (*self.request.terms, *self.request.policy)]
 
     def hear(self, event: Event) -> None:
         """Takes in what the engine said."""

@@ -5,7 +5,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.schemas import error_reply
+from server.schemas.errors import error_reply
 
 CLOSE = {"Connection": "close"}
 

@@ -6,14 +6,24 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.template import Message
-from server.engine.admission import RefusedError
+from server.access.caller import ForbiddenError
+from server.access.limits import RateLimitedError
+from server.engine.admission import PolicyError, RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
-from server.schemas import ErrorReply, GenerateBody, error_reply
+from server.model_names import ModelWeightsError, UnknownModelError
+from server.schemas.chat import ChatBody, ChatMessage, TextPart
+from server.schemas.completions import CompletionBody
+from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.generation import GenerateBody
+from server.schemas.openai import StreamOptions
+from server.schemas.sampling import WeightedAdapter
+from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
 MAX_FAULTS = 10
 
@@ -24,6 +34,14 @@ class BusyError(Exception):
 
 class DrainingError(Exception):
     """The server is about to end: it answers, but is not ready."""
+
+
+class FieldError(Exception):
+    """Another error, of what a route calls `field`."""
+
+    def __init__(self, field: str, error: Exception) -> None:
+        self.field, self.error = field, error
+        super().__init__(str(error))
 
 
 class EngineError(Exception):
@@ -53,18 +71,40 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
     UnknownAdapterError: (404, "NotFoundError"),
+    UnknownModelError: (404, "NotFoundError"),
+    ModelWeightsError: (400, "BadRequestError"),
+    ForbiddenError: (403, "PermissionDeniedError"),
     BusyError: (429, "RateLimitError"),
+    RateLimitedError: (429, "RateLimitError"),
     DrainingError: (503, "ServiceUnavailableError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
+    PolicyError: (500, "AdapterError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
 KINDS = {404: "NotFoundError", 408: "TimeoutError"}
 """Of what the framework, and what reads bodies, refuse by status."""
-FIELDS_OF_BODIES = {*GenerateBody.model_fields, *Message.model_fields}
-FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter"}
+BODIES: tuple[type[BaseModel], ...] = (
+    GenerateBody,
+    WeightedAdapter,
+    Message,
+    CompletionBody,
+    ChatBody,
+    ChatMessage,
+    TextPart,
+    StreamOptions,
+    TokenizeBody,
+    DetokenizeBody,
+)
+FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
+FIELDS: dict[type[Exception], str] = {
+    TemplateError: "messages",
+    UnknownAdapterError: "adapter",
+    UnknownModelError: "model",
+    ModelWeightsError: "model",
+}
 
 
 def _answer(
@@ -119,10 +159,11 @@ async def on_http(_: Request, error: Exception) -> JSONResponse:
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
     """Answers what the table knows."""
-    kind = type(error)
-    field = error.field if isinstance(error, RefusedError) else FIELDS.get(kind)
+    kind = type(error.error if isinstance(error, FieldError) else error)
+    field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
-    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None)
+    retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
+    return _answer(status, name, str(error), field, {"Retry-After": str(retry_after_s)} if status == 429 else None)
 
 
 def unknown_reply() -> JSONResponse:
@@ -134,7 +175,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app` the same shape."""
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    for kind in TABLE:
+    for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
 
 

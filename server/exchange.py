@@ -1,7 +1,9 @@
 """One HTTP request and its answer, as far as they are told of afterwards. What works for it finds it in the context."""
 
+from collections.abc import MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from server.account import Account
 
@@ -12,6 +14,8 @@ class Exchange:
 
     id: str
     accounts: list[Account] = field(default_factory=list)
+    scope: MutableMapping[str, Any] | None = None
+    """ASGI's, as it reached the routes; None where it did not."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.tiers import AdapterTiers
-from server.engine.request import Sequence
+from server.engine.request import AdapterTerm, Sequence
 from server.engine.scheduling.scheduler import Scheduler
 from server.metrics import Metrics
 
@@ -40,7 +40,11 @@ def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: Ad
 
 def _named(sequences: Iterable[Sequence]) -> set[str]:
     # The copy of a dict's keys is made at once, by the interpreter itself: a loop over them could meet a change.
-    return {term.name for sequence in [*sequences] for term in sequence.request.terms}
+    return {term.name for sequence in [*sequences] for term in _terms(sequence)}
+
+
+def _terms(sequence: Sequence) -> Iterable[AdapterTerm]:
+    return (*sequence.request.terms, *sequence.request.policy)
 
 
 def _resident(registry: Registry, digests: frozenset[str]) -> set[str]:

@@ -5,7 +5,7 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.schemas import error_reply
+from server.schemas.errors import error_reply
 
 MAX_HELD_BYTES = 64 * 1024
 

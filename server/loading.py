@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,12 @@ from lori.projection import has_native
 from lori.quantization import Quantization
 from lori.store import AdapterStore
 from lori.summary import Summary, summarise
+from server.access.key_ring import KeyRing
+from server.access.policy import check_policies
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.residents import Residents
+from server.engine.adapters.resolution import meanings
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -58,7 +62,11 @@ NUM_MERGES = 32
 
 
 def load_service(settings: Settings) -> Service:
-    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served."""
+    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served.
+
+    Raises `KeyFileError` where the key file is not sound.
+    """
+    keys = KeyRing(settings.keys) if settings.keys else None
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
@@ -67,6 +75,9 @@ def load_service(settings: Settings) -> Service:
     check_family(base.model)
     entries = _entries(settings)
     registry = make_registry(entries, summarise(entries, base.identity))
+    if keys:
+        keys.require(lambda found: check_policies(found, partial(_meaning, registry), registry.by_name))
+        logger.info("%s", keys.keys)
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident)
     num_blocks = _num_blocks(settings, base)
@@ -86,14 +97,16 @@ def load_service(settings: Settings) -> Service:
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
+    num_ids = base.model.config.get_text_config().vocab_size
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
     return Service(
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings)),
+        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids),
         engine=EngineThread(engine),
         metrics=make_metrics(base.name, registry, scheduler, tiers),
+        keys=keys,
     )
 
 
@@ -127,9 +140,14 @@ def _patience_s(device: torch.device) -> float:
     return PATIENCE_S if device.type == "cpu" and torch.get_num_threads() >= num_cores else 0.0
 
 
-def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
-    """Returns what can be asked for."""
-    return Registry([Registered(entries[name], summary) for name, summary in summaries.items()])
+def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary], others: Iterable[Registered] = ()) -> Registry:
+    """Returns what can be asked for: what names mean now, and other versions."""
+    return Registry([Registered(entries[name], summary) for name, summary in summaries.items()], others)
+
+
+def _meaning(registry: Registry, reference: str) -> Summary | None:
+    found = meanings(registry, reference)
+    return found[0].summary if len(found) == 1 else None
 
 
 def make_pool(base: BaseModel, registry: Registry, num_slots: int) -> AdapterPool:

@@ -41,6 +41,19 @@ class RequestLog:
             await self._app(scope, receive, send)
 
 
+class ScopeNote:
+    """The innermost: notes the scope that reaches the routes, maybe a copy of the first. It knows the route, and who asks."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on."""
+        if exchange := current.get():
+            exchange.scope = scope
+        await self._app(scope, receive, send)
+
+
 class _Watched:
     # One request: what came of it, as its messages tell.
 
@@ -90,7 +103,7 @@ class _Watched:
 
     def _end(self) -> None:
         self._trace()
-        route = getattr(self._scope.get("route"), "path", NO_ROUTE)
+        route = getattr((self._exchange.scope or self._scope).get("route"), "path", NO_ROUTE)
         status = self._status or LEFT
         self._service.metrics.count_answer(route, status)
         level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
@@ -98,7 +111,8 @@ class _Watched:
             logger.log(level, MESSAGE, self._scope["method"], route, status, extra=self._fields(route, status))
 
     def _fields(self, route: str, status: int) -> dict[str, Any]:
-        scope, caller = self._scope, self._scope["state"].get("caller")
+        scope = self._exchange.scope or self._scope
+        caller = scope["state"].get("caller")
         fields: dict[str, Any] = {
             "request_id": self._exchange.id,
             "trace_id": f"{self._span.get_span_context().trace_id:032x}" if self._span else None,
@@ -125,8 +139,9 @@ def _of_accounts(accounts: Sequence[Account]) -> dict[str, Any]:
     texts = [(of.request.prompt_text, "".join(of.texts)) for of in accounts if of.keeps_text]
     return {
         "generations": [of.request.id for of in accounts],
-        "adapters": [f"{term.name}@{term.version}" for term in first.request.terms],
+        "adapters": [term.reference for term in first.request.terms],
         "weights": [term.weight for term in first.request.terms],
+        "policy": [term.reference for term in first.request.policy] or None,
         "prompt_tokens": sum(of.num_prompt_tokens for of in accounts),
         "completion_tokens": sum(of.num_completion_tokens for of in accounts),
         "finish_reason": accounts[-1].reason,

@@ -1,13 +1,18 @@
-"""What the routes work with: one admitted request in, its events out, and the server's own facts."""
+"""What the routes work with: admitted requests in, their events out, and the server's own facts."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
 
 from starlette.concurrency import run_in_threadpool
 
+from server.access.caller import Caller
+from server.access.key_ring import KeyRing
+from server.access.limits import Limiter
 from server.account import Account
+from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
+from server.engine.adapters.resolution import check_registered
 from server.engine.admission import Admission, Ask
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
@@ -27,6 +32,10 @@ class Service:
     admission: Admission
     engine: EngineThread
     metrics: Metrics
+    keys: KeyRing | None = None
+    """Whose requests are answered; None: anybody's."""
+    limiter: Limiter = field(default_factory=Limiter)
+    uses: AdapterUses = field(default_factory=AdapterUses)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
     is_draining: bool = field(default=False, init=False)
@@ -37,22 +46,32 @@ class Service:
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
 
     @asynccontextmanager
-    async def admitted(self, ask: Ask) -> AsyncGenerator[Request, None]:
-        """Gives the request, which has its place until the block ends, or raises what the error table knows.
+    async def admitted(self, asks: Sequence[Ask], caller: Caller) -> AsyncGenerator[list[Request], None]:
+        """Gives the caller's requests, which have their places until the block ends, or raises what the error table knows.
 
-        Long prompts are encoded off the event loop, when the place is taken already.
+        All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
         self._check_alive()
-        if self.num_requests >= self.settings.max_requests:
-            raise BusyError(f"{self.num_requests} requests are under way, which is the limit; try again")
-        self.num_requests += 1
-        try:
-            request = await run_in_threadpool(self.admission.admit, ask)
+        if self.num_requests + len(asks) > self.settings.max_requests:
+            raise BusyError(
+                f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
+            )
+        with ExitStack() as held:
+            for _ in asks:
+                held.enter_context(self.limiter.place(caller))
+            self.num_requests += len(asks)
+            held.callback(self._give_back, len(asks))
+            requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
             self._check_alive()
-            self.metrics.count_admitted([term.name for term in request.terms])
-            yield request
-        finally:
-            self.num_requests -= 1
+            for request in requests:
+                check_registered(self.registry, request)
+                terms = (*request.terms, *request.policy)
+                held.enter_context(self.uses.held(terms))
+                self.metrics.count_admitted([term.name for term in terms])
+            yield requests
+
+    def _give_back(self, num_requests: int) -> None:
+        self.num_requests -= num_requests
 
     def check_ready(self) -> None:
         """Raises `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
@@ -76,3 +95,11 @@ class Service:
                     yield event
         finally:
             account.close()
+
+
+def _by(caller: Caller, ask: Ask) -> Ask:
+    # No route can forget whose request it is.
+    priority = ask.priority
+    if caller.tenant:
+        priority = caller.priority if priority is None else max(priority, caller.priority)
+    return replace(ask, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority)

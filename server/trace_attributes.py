@@ -41,8 +41,9 @@ def attributes(exchange: Exchange, base_model: str) -> dict[str, Value]:
         "gen_ai.response.finish_reasons": [of.reason for of in accounts],
         "gen_ai.usage.input_tokens": sum(of.num_prompt_tokens for of in accounts),
         "gen_ai.usage.output_tokens": sum(of.num_completion_tokens for of in accounts),
-        "lori.adapters": [f"{term.name}@{term.version}" for term in request.terms],
+        "lori.adapters": [term.reference for term in request.terms],
         "lori.weights": [term.weight for term in request.terms],
+        "lori.policy": [term.reference for term in request.policy],
         "lori.merge": request.merge.method,
     }
     if first.total_s:

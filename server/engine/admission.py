@@ -1,5 +1,6 @@
 """Accepts or refuses: every 4xx about a request's content is decided here, before the first byte. No tensor, no asyncio."""
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lori.merge_methods import DEFAULTS as LINEAR
 from lori.merge_methods import MergeOptions
-from lori.names import unknown_adapter
 from lori.summary import Summary
-from lori.template import Message, Template, encode, render_prompt
-from server.engine.adapters.registry import Registry
+from lori.template import Template, encode, render_prompt
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, meanings, resolve
+from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
 
+logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
 
 
@@ -22,29 +25,42 @@ class RefusedError(Exception):
     """A request asks for what cannot be: names the field, what was found and what was expected."""
 
     def __init__(self, field: str, message: str) -> None:
-        self.field = field
+        self.field, self.message = field, message
         super().__init__(f"{field}: {message}")
+
+
+class PolicyError(Exception):
+    """What the operator adds to every request of a tenant cannot be added: nothing is served without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """A request as a client means it, whatever route it came by."""
 
-    prompt: str | Sequence[Message]
+    prompt: Prompt
     template: Template | None = None
     adapters: tuple[str, ...] = ()
+    """Each a name or `name@version`."""
     weights: tuple[float, ...] | None = None
     merge: MergeOptions = LINEAR
+    may_use: MayUse = lambda _: True
+    """Whether the caller may use the adapters of a name."""
+    policy: tuple[tuple[str, float], ...] = ()
+    """What the operator adds to the caller's every request: name or `name@version`, and weight."""
     max_tokens: int | None = None
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+    """Where `max_tokens` is None, if the context has room for them; None: all that it has room for."""
     sampling: Sampling = field(default_factory=Sampling)
     """But for its seed."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
     ignore_eos: bool = False
     num_logprobs: int | None = None
     echo: bool = False
     num_choices: int = 1
-    priority: int = 0
+    priority: int | None = None
+    """None: 0."""
     tenant: str = ""
     timeout_s: float | None = None
 
@@ -53,73 +69,124 @@ class Admission:
     """Turns what clients ask into requests that the engine can run."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, registry: Registry, max_context: int, max_terms: int = 1, max_kept: float = inf
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        registry: Registry,
+        max_context: int,
+        max_terms: int = 1,
+        max_kept: float = inf,
+        num_ids: int | None = None,
     ) -> None:
-        self._tokenizer, self._registry, self._max_context = tokenizer, registry, max_context
+        """`num_ids`: tokens below it are known to the model; None: those of the tokenizer."""
+        self.tokenizer, self.max_context = tokenizer, max_context
+        self._registry = registry
+        self._num_ids = len(tokenizer) if num_ids is None else num_ids
         self._max_terms = max_terms
         """Adapters that can be resident together."""
         self._max_kept = max_kept
         """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
 
     def admit(self, ask: Ask) -> Request:
-        """Returns the request. Raises `RefusedError`, `TemplateError` or `UnknownAdapterError`."""
-        adapters = self._find(ask.adapters)
+        """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError` or `PolicyError`."""
+        added = self._added(ask)
+        adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
+        policy = [(of.summary, weight) for of, weight in added]
         weights = self._weights(ask, len(adapters))
-        field = "prompt" if isinstance(ask.prompt, str) else "messages"
-        if isinstance(ask.prompt, str):
-            text = ask.prompt
-        else:
-            text = render_prompt(self._tokenizer, ask.prompt, ask.template or self._template(adapters))
-        encoding = encode(self._tokenizer, text)
-        # Its lists are made only of what is not refused: a long text's would take seconds.
-        if not len(encoding):
-            raise RefusedError(field, "is empty, expected at least one token")
-        max_tokens = self._max_tokens(ask, field, len(encoding))
-        self._check_merge(ask, adapters, weights)
+        text, ids, offsets, max_tokens = self._encode(ask, adapters)
+        self._check_merge(ask, adapters, weights, policy)
+        self._check_bias(ask.sampling)
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
-            prompt_ids=tuple(encoding.ids),
-            prompt_offsets=tuple(start for start, _ in encoding.offsets),
+            prompt_ids=ids,
+            prompt_offsets=offsets,
             terms=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in zip(adapters, weights, strict=True)),
             merge=ask.merge,
+            policy=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in policy),
             max_tokens=max_tokens,
-            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed),
+            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed % 2**64),
             stop=ask.stop,
+            include_stop=ask.include_stop,
             ignore_eos=ask.ignore_eos,
             num_logprobs=ask.num_logprobs,
             echo=ask.echo,
             num_choices=ask.num_choices,
-            priority=ask.priority,
+            priority=ask.priority or 0,
             tenant=ask.tenant,
             timeout_s=ask.timeout_s,
         )
 
-    def _check_merge(self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float]) -> None:
+    def _encode(self, ask: Ask, adapters: Sequence[Summary]) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
+        field = "prompt" if isinstance(ask.prompt, str | TokenPrompt) else "messages"
+        if isinstance(ask.prompt, TokenPrompt):
+            ids = ask.prompt.ids
+            max_tokens = self._max_tokens(ask, field, len(ids))
+            if outside := [token for token in ids if not 0 <= token < self._num_ids]:
+                raise RefusedError("prompt", f"has the token {outside[0]}, expected 0 to {self._num_ids - 1}")
+            # Only who sees the prompt again needs its text.
+            text, offsets = text_of(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", (0,) * len(ids))
+            return text, ids, offsets, max_tokens
+        text = ask.prompt if isinstance(ask.prompt, str) else ""
+        if not isinstance(ask.prompt, str):
+            text = render_prompt(self.tokenizer, ask.prompt, ask.template or self._template(adapters))
+        encoding = encode(self.tokenizer, text)
+        # Its lists are made only of what is not refused: a long text's would take seconds.
+        max_tokens = self._max_tokens(ask, field, len(encoding))
+        return text, tuple(encoding.ids), tuple(start for start, _ in encoding.offsets), max_tokens
+
+    def _check_merge(
+        self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float], policy: Sequence[tuple[Summary, float]]
+    ) -> None:
         bases = {of.basis for of in adapters}
-        if ask.merge.method != "linear" and len(bases) > 1:
+        is_sum = ask.merge.method == "linear"
+        if not is_sum and len(bases) > 1:
             said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
             raise RefusedError("merge", f"{ask.merge.method} needs adapters on one basis, found {said}; 'linear' needs none")
-        if ask.merge.method == "linear" and len(adapters) > self._max_terms:
-            raise RefusedError("adapter", f"names {len(adapters)} adapters, expected at most {self._max_terms}")
+        num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
+        if num_terms > self._max_terms:
+            beside = f" beside {len(policy)} of the operator's" if policy else ""
+            raise RefusedError("adapter", f"names {len(adapters)} adapters{beside}, expected at most {self._max_terms}")
         # Merges that are no sums keep fewer entries than their parts; how many is not known before.
-        num_kept = sum({of.digest: of.num_kept for of, weight in zip(adapters, weights, strict=True) if weight}.values())
-        if ask.merge.method == "linear" and num_kept > self._max_kept:
-            said = "which keep" if len(adapters) > 1 else "which keeps"
+        summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
+        num_kept = sum({of.digest: of.num_kept for of, weight in summed if weight}.values())
+        if num_kept > self._max_kept:
+            said = "which keep" if len(summed) > 1 else "which keeps"
             raise RefusedError(
                 "adapter",
-                f"names {', '.join(repr(of.name) for of in adapters)}, {said} {num_kept} entries of B, "
+                f"names {', '.join(repr(of.name) for of, _ in summed)}, {said} {num_kept} entries of B, "
                 f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
             )
 
-    def _find(self, names: Sequence[str]) -> list[Summary]:
-        known = self._registry.by_name
-        for place, name in enumerate(names):
-            if name not in known:
-                raise unknown_adapter(name, known)
-            if name in names[:place]:
-                raise RefusedError("adapter", f"names {name!r} twice, expected each adapter once")
-        return [known[name].summary for name in names]
+    def _check_bias(self, sampling: Sampling) -> None:
+        if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self._num_ids]:
+            raise RefusedError("logit_bias", f"names the token {outside[0]}, expected 0 to {self._num_ids - 1}")
+
+    def _find(self, ask: Ask, added: Sequence[Registered]) -> list[Registered]:
+        # A weight of the client's could take the operator's back: by another name, or of another version.
+        names, digests = {name for of in added for name in of.names}, {of.summary.digest for of in added}
+        found: list[Registered] = []
+        for reference in ask.adapters:
+            name = reference.partition("@")[0]
+            of = None if name in names else self._resolve(reference, ask.may_use)
+            if of is None or of.names & names or of.summary.digest in digests:
+                raise RefusedError("adapter", f"names {reference!r}, which the operator adds to every request of {ask.tenant!r}")
+            if any((of.summary.name, of.summary.digest) == (other.summary.name, other.summary.digest) for other in found):
+                raise RefusedError("adapter", f"names {reference!r} twice, expected each adapter once")
+            found.append(of)
+        return found
+
+    def _resolve(self, reference: str, may_use: MayUse) -> Registered:
+        try:
+            return resolve(self._registry, reference, may_use)
+        except AmbiguousVersionError as error:
+            raise RefusedError("adapter", str(error)) from error
+
+    def _added(self, ask: Ask) -> list[tuple[Registered, float]]:
+        found = [(meanings(self._registry, reference), weight) for reference, weight in ask.policy]
+        if missing := [reference for (reference, _), (of, _) in zip(ask.policy, found, strict=True) if len(of) != 1]:
+            logger.error("requests of tenant %r fail: its policy names %s, which is not there", ask.tenant, ", ".join(missing))
+            raise PolicyError("the operator's adapters cannot be added to this request, and it is not served without them")
+        return [(of[0], weight) for of, weight in found]
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
         if ask.weights is None:
@@ -139,16 +206,18 @@ class Admission:
         raise RefusedError("template", f"these adapters were trained on no common template ({said}), expected one here")
 
     def _max_tokens(self, ask: Ask, field: str, num_prompt: int) -> int:
-        room = self._max_context - num_prompt
+        if not num_prompt:
+            raise RefusedError(field, "is empty, expected at least one token")
+        room = self.max_context - num_prompt
         # A prompt that only scores may fill the context; one that is to be continued must leave room for a token.
         if room < (0 if ask.max_tokens == 0 else 1):
-            raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self._max_context} with the answer")
+            raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self.max_context} with the answer")
         if ask.max_tokens is None:
-            return min(DEFAULT_MAX_TOKENS, room)
+            return room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
         if ask.max_tokens > room:
             raise RefusedError(
                 "max_tokens",
-                f"{ask.max_tokens} with a prompt of {num_prompt} tokens exceeds the context of {self._max_context}, "
+                f"{ask.max_tokens} with a prompt of {num_prompt} tokens exceeds the context of {self.max_context}, "
                 f"expected at most {room}",
             )
         if not ask.max_tokens and not ask.echo:

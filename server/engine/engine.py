@@ -14,6 +14,7 @@ from server.engine.request import ErrorEvent, ErrorKind, FinishReason, Request, 
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import must_score
 from server.engine.scheduling.scheduler import Chunk, Scheduler
+from server.engine.stopwatch import Stopwatch
 from server.engine.turn import Outcome, Turn
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Engine:
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.num_choices)]
         self._by_id[request.id] = sequences
         for sequence in sequences:
-            self._replies[sequence] = Reply(sequence, emit, self._tokenizer, self._stop_ids)
+            self._replies[sequence] = Reply(sequence, emit, self._tokenizer, self._stop_ids, Stopwatch(self.clock))
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -75,6 +76,8 @@ class Engine:
         self._fail_unservable()
         chunks = [chunk for chunk in chunks if chunk.sequence in self._replies]
         if chunks:
+            for chunk in chunks:
+                self._replies[chunk.sequence].stopwatch.begin()
             for outcome in self._compute(chunks):
                 self._commit_alone(outcome)
 

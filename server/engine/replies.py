@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from server.engine.request import DoneEvent, Event, FinishReason, Sequence, TextEvent, TokenLogprob
+from server.engine.stopwatch import Stopwatch
 from server.engine.text import TextStream
 
 Emit = Callable[[Event], None]
@@ -22,6 +23,7 @@ class Reply:
     emit: Emit
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
+    stopwatch: Stopwatch
     text: TextStream = field(init=False)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _num_scored: int = 0
@@ -29,7 +31,13 @@ class Reply:
 
     def __post_init__(self) -> None:
         request = self.sequence.request
-        self.text = TextStream(self.tokenizer, request.prompt_ids, request.stop, request.sampling.min_tokens)
+        self.text = TextStream(
+            self.tokenizer,
+            request.prompt_ids,
+            request.stop,
+            request.sampling.min_tokens,
+            include_stop=request.include_stop,
+        )
 
     def score_prompt(self, start: int, scores: Items[Score]) -> None:
         """Notes the scores of the prompt's tokens from `start` on, once, however often they are computed."""
@@ -54,6 +62,7 @@ class Reply:
     def take(self, token: int, score: Score | None) -> FinishReason | None:
         """Tells the text that the sequence's next token, already among its own, makes sure; returns why it is over, if it is."""
         request = self.sequence.request
+        self.stopwatch.note_token()
         if score is not None:
             offset = (len(request.prompt_text) if request.echo else 0) + self.text.num_characters
             few = dict([*score[1].items()][: request.num_logprobs])
@@ -73,7 +82,8 @@ class Reply:
         if text or self._logprobs:
             self._tell(text, is_prompt=not sequence.output_ids)
         num_prompt = len(sequence.request.prompt_ids)
-        self.emit(DoneEvent(reason, num_prompt, len(sequence.output_ids), sequence.choice, sequence.num_cached))
+        num_output, timings = len(sequence.output_ids), self.stopwatch.stop()
+        self.emit(DoneEvent(reason, num_prompt, num_output, sequence.choice, sequence.num_cached, timings))
 
     def _tell(self, text: str, is_prompt: bool) -> None:
         self.emit(TextEvent(text, tuple(self._logprobs), is_prompt, self.sequence.choice))

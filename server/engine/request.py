@@ -32,6 +32,11 @@ class AdapterTerm:
         """The digits of the digest that a client sees."""
         return self.digest[:NUM_VERSION_DIGITS]
 
+    @property
+    def reference(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -75,8 +80,12 @@ class Request:
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
     """How the adapters of `terms` are combined; anything but `linear` is built once and kept as a resident adapter."""
+    policy: tuple[AdapterTerm, ...] = ()
+    """What the operator adds to every request of this tenant, at these weights, whatever `merge` is."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    """The text ends after the stop string, not before it."""
     ignore_eos: bool = False
     """Stop tokens do not end the answer."""
     num_logprobs: int | None = None
@@ -97,11 +106,19 @@ class Request:
 
         Adapters that are summed are there one by one; any other merge is one, of its own digest and of weight 1.
         """
+        merged = self.merged_digest
+        summed = self.policy if merged else (*self.terms, *self.policy)
+        wanted = [(term.digest, term.weight) for term in summed if term.weight]
+        return tuple(sorted([*wanted, (merged, 1.0)] if merged else wanted))
+
+    @property
+    def merged_digest(self) -> str | None:
+        """The digest of what is built of `terms`; None where they are summed, or count for nothing."""
         wanted = sorted((term.digest, term.weight) for term in self.terms if term.weight)
         if self.merge.method == "linear" or not wanted:
-            return tuple(wanted)
+            return None
         said = json.dumps([dict(self.merge.used), wanted], sort_keys=True)
-        return ((hashlib.sha256(said.encode()).hexdigest(), 1.0),)
+        return hashlib.sha256(said.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

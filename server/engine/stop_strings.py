@@ -16,8 +16,9 @@ class StopStrings:
     A place is tried once a stop string, however long the text and the stop strings are.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = stops
+    def __init__(self, stops: tuple[str, ...], is_included: bool = False) -> None:
+        """With `is_included` the text ends after the stop string that was found, else before it."""
+        self._stops, self._is_included = stops, is_included
         self._initials = frozenset(stop[0] for stop in stops)
         self._waiting = ""
         self._starts = [0] * len(stops)
@@ -34,9 +35,9 @@ class StopStrings:
         text = self._waiting + piece
         self._starts = [self._next(text, i, can_stop) for i in range(len(self._stops))]
         places = zip(self._stops, self._starts, strict=True)
-        if met := [start for stop, start in places if start + len(stop) <= len(text)]:
+        if met := [(start, start + len(stop)) for stop, start in places if start + len(stop) <= len(text)]:
             self.is_met, self._waiting = True, ""
-            return text[: min(met)]
+            return text[: min(met)[self._is_included]]
         sure = min(self._starts)
         self._waiting, self._starts = text[sure:], [start - sure for start in self._starts]
         return text[:sure]

@@ -21,14 +21,23 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class TextStream:
-    """The text of one sequence's output. `is_stopped` once a stop string was met; text from it on is never given out.
+    """The text of one sequence's output. `is_stopped` once a stop string was met; text from it on is never given out, nor the
+    stop string, but with `include_stop`.
 
     A stop string that is complete before there are `min_tokens` tokens is text like any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: tuple[int, ...], stops: tuple[str, ...], min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: tuple[int, ...],
+        stops: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        *,
+        include_stop: bool = False,
+    ) -> None:
         self._tokenizer, self._special = tokenizer, special_ids(tokenizer)
-        self._stops, self._num_missing = StopStrings(stops), min_tokens
+        self._stops, self._num_missing = StopStrings(stops, include_stop), min_tokens
         # A token's text may depend on those before it, so these are decoded again beside it; their text is `_known`.
         self._window = list(prompt_ids[-NUM_CONTEXT:])
         while self._text().startswith(HALF_CHARACTER):

@@ -1,7 +1,10 @@
-"""Gives the routes the service that the app was made with."""
+"""Gives the routes the service that the app was made with, and who asks."""
 
-from fastapi import Request
+from typing import Annotated
 
+from fastapi import Depends, Request
+
+from server.access.caller import Caller, ForbiddenError
 from server.service import Service
 
 
@@ -10,3 +13,31 @@ def get_service(request: Request) -> Service:
     service = request.state.service
     assert isinstance(service, Service)
     return service
+
+
+def get_caller(request: Request) -> Caller:
+    """Returns who sends the request."""
+    caller = request.state.caller
+    assert isinstance(caller, Caller)
+    return caller
+
+
+ServiceOf = Annotated[Service, Depends(get_service)]
+CallerOf = Annotated[Caller, Depends(get_caller)]
+
+
+def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
+    """Returns who sends the request. Raises `ForbiddenError` where he may not change adapters."""
+    if caller.is_admin:
+        return caller
+    if service.keys is None:
+        raise ForbiddenError("this route needs an admin's key, and the server has no keys: it is to be started with --keys FILE")
+    raise ForbiddenError(f"this route needs a key of the role 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}")
+
+
+def require_monitor(caller: CallerOf, service: ServiceOf) -> Caller:
+    """Returns who sends the request. Raises `ForbiddenError` where he may not read the metrics; without keys anybody may."""
+    if service.keys is None or caller.is_monitor or caller.is_admin:
+        return caller
+    said = f"this route needs a key of the role 'monitor' or 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
+    raise ForbiddenError(said)

@@ -2,30 +2,33 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Annotated, Any
+from typing import Any
 
-import anyio
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
+from server.answers import Answer, collect, until_disconnect
 from server.engine.admission import Ask
-from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent, TokenLogprob
+from server.engine.prompt import Prompt, TokenPrompt
+from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
-from server.errors import FAILURES, TABLE, EngineError
-from server.routes.dependencies import get_service
+from server.errors import FAILURES, TABLE
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
-from server.schemas import (
+from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.generation import (
+    ChoiceReply,
     DoneData,
-    ErrorReply,
     GenerateBody,
     GenerateReply,
     Logprobs,
+    MergeReply,
     ResolvedAdapter,
+    TimingsReply,
     TokenData,
     Usage,
-    error_reply,
 )
 from server.service import Service
 
@@ -38,78 +41,72 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
-async def generate(
-    body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
-) -> GenerateReply | Response:
+async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> GenerateReply | Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        request = await place.enter_async_context(service.admitted(to_ask(body)))
+        [request] = await place.enter_async_context(service.admitted([to_ask(body)], caller))
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
-        reply = await until_disconnect(http, service, request)
+        answers = await until_disconnect(http, collect(service, request))
     # A client that has gone hears nothing; 499 is what proxies' logs call it.
-    return Response(status_code=499) if reply is None else reply
+    return Response(status_code=499) if answers is None else to_reply(request, answers)
 
 
 def to_ask(body: GenerateBody) -> Ask:
     """Returns what a body asks for."""
-    names = [body.adapter] if isinstance(body.adapter, str) else body.adapter or []
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    prompt = body.prompt if body.messages is None else body.messages
-    assert prompt is not None
+    names, weights = body.to_adapters(body.adapter)
     return Ask(
-        prompt=prompt,
+        prompt=_to_prompt(body),
         template=body.template,
-        adapters=tuple(names),
-        weights=None if body.weights is None else tuple(body.weights),
+        adapters=names,
+        weights=weights,
+        merge=body.to_merge(),
         max_tokens=body.max_tokens,
-        sampling=Sampling(temperature=body.temperature),
+        sampling=body.to_sampling(),
         seed=body.seed,
-        stop=tuple(stops),
+        stop=body.stops(),
+        include_stop=body.include_stop,
         ignore_eos=body.ignore_eos,
         num_logprobs=body.logprobs,
         echo=body.echo,
+        num_choices=body.n,
+        priority=body.priority,
+        timeout_s=body.timeout_s,
     )
 
 
-async def until_disconnect(http: Request, service: Service, request: EngineRequest) -> GenerateReply | None:
-    """Returns the whole reply, or None where the client left first: the request is aborted then."""
-    reply: GenerateReply | None = None
-
-    async def answer() -> None:
-        nonlocal reply
-        reply = await collect(service, request)
-        group.cancel_scope.cancel()
-
-    async def watch() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        group.cancel_scope.cancel()
-
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(answer)
-            group.start_soon(watch)
-    except* EngineError as errors:
-        raise errors.exceptions[0] from errors
-    return reply
+def _to_prompt(body: GenerateBody) -> Prompt:
+    if isinstance(body.prompt, list):
+        return TokenPrompt(tuple(body.prompt))
+    prompt = body.prompt if body.messages is None else body.messages
+    assert prompt is not None
+    return prompt
 
 
-async def collect(service: Service, request: EngineRequest) -> GenerateReply:
-    """Returns the whole reply. Raises `EngineError`."""
-    texts: list[str] = []
-    logprobs: list[TokenLogprob] = []
-    async with aclosing(service.generate(request)) as events:
-        async for event in events:
-            match event:
-                case TextEvent():
-                    texts.append(event.text)
-                    logprobs += event.logprobs
-                case DoneEvent():
-                    done = done_data(request, event)
-                case ErrorEvent():
-                    raise FAILURES[event.kind](event.message)
-    return GenerateReply(text="".join(texts), logprobs=to_logprobs(request, logprobs), **done.model_dump())
+def to_reply(request: EngineRequest, answers: Sequence[Answer]) -> GenerateReply:
+    """Returns the whole reply."""
+    choices = [
+        ChoiceReply(
+            index=index,
+            text=answer.text,
+            finish_reason=answer.done.finish_reason,
+            logprobs=to_logprobs(request, answer.logprobs),
+        )
+        for index, answer in enumerate(answers)
+    ]
+    first = choices[0]
+    return GenerateReply(
+        id=request.id,
+        text=first.text,
+        adapter=to_adapters(request),
+        merge=to_merge(request),
+        finish_reason=first.finish_reason,
+        usage=to_usage([answer.done for answer in answers]),
+        timings=to_timings(answers[0].done.timings),
+        seed=request.sampling.seed,
+        logprobs=first.logprobs,
+        choices=choices if len(choices) > 1 else None,
+    )
 
 
 async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[bytes, None]:
@@ -118,9 +115,10 @@ async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[byt
         async for event in events:
             match event:
                 case TextEvent():
-                    yield sse("token", TokenData(text=event.text, logprobs=to_logprobs(request, event.logprobs)))
+                    logprobs = to_logprobs(request, event.logprobs)
+                    yield sse("token", TokenData(text=event.text, index=event.choice, logprobs=logprobs))
                 case DoneEvent():
-                    yield sse("done", done_data(request, event))
+                    yield sse("done", to_done(request, event))
                 case ErrorEvent():
                     detail = error_reply(*TABLE[FAILURES[event.kind]], event.message, None)
                     yield sse("error", ErrorReply.model_validate(detail))
@@ -131,15 +129,54 @@ def sse(name: str, data: BaseModel) -> bytes:
     return format_sse_event(event=name, data_str=data.model_dump_json())
 
 
-def done_data(request: EngineRequest, event: DoneEvent) -> DoneData:
+def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
     """Returns what is known at the end."""
-    num_prompt, num_completion = event.num_prompt_tokens, event.num_completion_tokens
     return DoneData(
         id=request.id,
-        adapter=[ResolvedAdapter(name=t.name, version=t.version, weight=t.weight) for t in request.terms],
+        index=event.choice,
+        adapter=to_adapters(request),
+        merge=to_merge(request),
         finish_reason=event.finish_reason,
-        usage=Usage(prompt_tokens=num_prompt, completion_tokens=num_completion, total_tokens=num_prompt + num_completion),
+        usage=to_usage([event]),
+        timings=to_timings(event.timings),
         seed=request.sampling.seed,
+    )
+
+
+def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
+    """Returns the adapters of a request, and what the operator adds."""
+    own, fixed = ((request.terms, False), (request.policy, True))
+    return [
+        ResolvedAdapter(name=term.name, version=term.version, weight=term.weight, policy=is_policy)
+        for terms, is_policy in (own, fixed)
+        for term in terms
+    ]
+
+
+def to_merge(request: EngineRequest) -> MergeReply | None:
+    """Returns how the adapters of a request are merged."""
+    return MergeReply.model_validate({**request.merge.used}) if request.terms or request.policy else None
+
+
+def to_usage(done: Sequence[DoneEvent]) -> Usage:
+    """Returns what the choices of one request cost, which have one prompt."""
+    num_prompt, num_completion = done[0].num_prompt_tokens, sum(event.num_completion_tokens for event in done)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_completion,
+        total_tokens=num_prompt + num_completion,
+        cached_tokens=done[0].num_cached_tokens,
+    )
+
+
+def to_timings(timings: Timings) -> TimingsReply:
+    """Returns where the time went, as it is on the wire."""
+    return TimingsReply(
+        queue_s=timings.queue,
+        prefill_s=timings.prefill,
+        decode_s=timings.decode,
+        time_to_first_token_s=timings.first_token,
+        total_s=timings.total,
     )
 
 

@@ -1,18 +1,15 @@
 """GET /health, /ready, /adapters and /metrics. Translates only."""
 
-from typing import Annotated
-
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lori.summary import Summary
-from server.routes.dependencies import get_service
-from server.schemas import AdapterInfo, AdapterList, Health
-from server.service import Service
+from server.routes.dependencies import CallerOf, ServiceOf, require_monitor
+from server.schemas.adapters import AdapterInfo, AdapterList
+from server.schemas.generation import Health
 
 router = APIRouter()
-ServiceOf = Annotated[Service, Depends(get_service)]
 
 
 @router.get("/health")
@@ -29,11 +26,11 @@ async def ready(service: ServiceOf) -> Health:
 
 
 @router.get("/adapters")
-async def adapters(service: ServiceOf) -> AdapterList:
-    """Lists the adapters that a request can name."""
+async def adapters(service: ServiceOf, caller: CallerOf) -> AdapterList:
+    """Lists the adapters that a request with this key can name."""
     return AdapterList(
         base_model=service.base_model,
-        adapters=[describe(of.summary) for of in service.registry.by_name.values()],
+        adapters=[describe(of.summary) for name, of in service.registry.by_name.items() if caller.may_use(name)],
     )
 
 
@@ -51,7 +48,7 @@ def describe(adapter: Summary) -> AdapterInfo:
     )
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

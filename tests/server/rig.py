@@ -267,7 +267,7 @@ def build(
 def rig_of(service: Service) -> Rig:
     """Returns a rig on the engine of a service that was not started."""
     engine, admission = service.engine._engine, service.admission
-    return Rig(engine, admission._tokenizer, admission, engine._turn.runner, service.registry, {})
+    return Rig(engine, admission.tokenizer, admission, engine._turn.runner, service.registry, {})
 
 
 class WatchedRunner:

@@ -141,9 +141,7 @@ def test_traces_without_their_packages_are_refused_at_start(hidden: str, monkeyp
     for name in [each for each in sys.modules if each.startswith(hidden)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, hidden, None)
-    with pytest.raises(
-        TracingError, match=r"^traces are asked for by OTEL_EXPORTER_OTLP_ENDPOINT, .* not installed: pip "
-    ):
+    with pytest.raises(TracingError, match=r"^traces are asked for by OTEL_EXPORTER_OTLP_ENDPOINT, .* not installed: pip "):
         start_tracing(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"})
 
 

@@ -92,13 +92,13 @@ class Loader:
         return Loaded(digest, packed, fault, time.perf_counter() - started)
 
     def _pack(self, digest: str, request: Request) -> PackedAdapter:
-        if request.merge.method == "linear":
-            return self._sound(digest, request, self._reader.read_entry)
-        return pack_adapter(self._merged(request), self._reader.layouts)
+        if digest == request.merged_digest:
+            return pack_adapter(self._merged(request), self._reader.layouts)
+        return self._sound(digest, request, self._reader.read_entry)
 
     def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:
         # The same content may lie under several names: one that is damaged need not fail who named another.
-        *others, last = self._registry.find(digest, {term.name for term in request.terms})
+        *others, last = self._registry.find(digest, {term.name for term in (*request.terms, *request.policy)})
         for of in others:
             with suppress(AdapterFormatError, OSError, ValueError):
                 return _checked(read(of.entry), digest)
@@ -129,7 +129,7 @@ def _checked(found: Read, expected: str) -> Read:
 
 def _name(digest: str, request: Request) -> str:
     # Of the one adapter, or of all that are merged.
-    own = [repr(term.name) for term in request.terms if term.digest == digest][:1]
+    own = [repr(term.name) for term in (*request.terms, *request.policy) if term.digest == digest][:1]
     return " + ".join(own or [repr(term.name) for term in request.terms])
 
 

@@ -1,0 +1,62 @@
+"""Who uses which adapter: how many requests under way, how many so far, when last. For the event loop alone."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from server.engine.request import AdapterTerm
+
+
+@dataclass(slots=True)
+class Use:
+    """Of one content under one name."""
+
+    num_using: int = 0
+    """Requests under way."""
+    num_requests: int = 0
+    """Requests so far."""
+    last_used: float | None = None
+    """When the last of them was admitted or ended, in seconds since 1970."""
+    _is_unused: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class AdapterUses:
+    """Counts the requests that use an adapter, by its name and the digest of its content."""
+
+    def __init__(self) -> None:
+        self._uses: dict[tuple[str, str], Use] = {}
+
+    def of(self, name: str, digest: str) -> Use:
+        """Returns what is known of an adapter's use."""
+        return self._uses.get((name, digest)) or Use()
+
+    @contextmanager
+    def held(self, terms: Sequence[AdapterTerm]) -> Iterator[None]:
+        """Counts a request with these terms until the block ends."""
+        uses = [self._uses.setdefault((term.name, term.digest), Use()) for term in terms]
+        for use in uses:
+            use.num_using += 1
+            use.num_requests += 1
+            use.last_used = time.time()
+            use._is_unused.clear()
+        try:
+            yield
+        finally:
+            for use in uses:
+                use.num_using -= 1
+                use.last_used = time.time()
+                if not use.num_using:
+                    use._is_unused.set()
+
+    async def unused(self, name: str, digest: str) -> None:
+        """Waits until no request under way uses an adapter."""
+        use = self._uses.get((name, digest))
+        while use and use.num_using:
+            await use._is_unused.wait()
+
+    def forget(self, name: str, digest: str) -> None:
+        """Forgets an adapter that nobody uses, nor can ask for any more."""
+        use = self._uses.pop((name, digest), None)
+        assert use is None or not use.num_using

@@ -1,0 +1,49 @@
+"""Which adapters the names in a request mean, for a caller who may use some of those that are registered."""
+
+from collections.abc import Callable, Sequence
+
+from lori.errors import AdapterError, UnknownAdapterError
+from lori.names import split_reference, unknown_adapter
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.request import Request
+
+MayUse = Callable[[str], bool]
+"""Whether the caller may use the adapters of a name; an alias is a name as any other."""
+
+
+class AmbiguousVersionError(AdapterError):
+    """The first digits of a version could be several."""
+
+
+def meanings(registry: Registry, reference: str) -> Sequence[Registered]:
+    """Returns what `name` or `name@version` may mean: one, none, or several whose version begins so."""
+    name, at, _ = reference.partition("@")
+    if not at:
+        return [found] if (found := registry.by_name.get(name)) else []
+    try:
+        name, version = split_reference(reference)
+    except AdapterError:
+        return []
+    return [of for of in registry.versions(name) if version and of.summary.version.startswith(version)]
+
+
+def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
+    """Returns what `name` or `name@version` means; the version's first digits will do.
+
+    What the caller may not use is as unknown as what there is not: the same error, the same work. Raises `UnknownAdapterError`,
+    `AmbiguousVersionError`.
+    """
+    found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
+    if not found or not is_allowed:
+        raise unknown_adapter(reference, filter(may_use, registry.by_name))
+    if len(found) > 1:
+        said = " or ".join(f"{of.summary.name}@{of.summary.version}" for of in found)
+        raise AmbiguousVersionError(f"{reference!r} could be {said}")
+    return found[0]
+
+
+def check_registered(registry: Registry, request: Request) -> None:
+    """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted."""
+    for term in (*request.terms, *request.policy):
+        if not registry.has(term.digest):
+            raise UnknownAdapterError(term.name, (), (term.name,))

@@ -1,0 +1,51 @@
+"""Fields that several bodies have: what they may hold, said once."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
+
+from lori.template import Text
+
+MAX_LOGPROBS = 20
+MAX_WEIGHT = 16.0
+MAX_FIELDS = 64
+MAX_ADAPTERS = 64
+MAX_STOPS = 16
+MAX_CHOICES = 64
+MAX_BIASED = 1024
+MAX_PROMPT_TOKENS = 2**20
+"""Beyond any context: what is longer is refused before it is looked at."""
+
+BODY = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def check_num_fields(body: Any) -> Any:
+    """Returns `body`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
+    if isinstance(body, dict) and len(body) > MAX_FIELDS:
+        raise ValueError(f"the body has {len(body)} fields, expected at most {MAX_FIELDS}")
+    return body
+
+
+def _is_not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("is empty, expected text")
+    return value
+
+
+StopText = Annotated[Text, AfterValidator(_is_not_empty), WithJsonSchema({"type": "string", "minLength": 1})]
+Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+AdapterName = Annotated[Text, Field(max_length=256)]
+Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
+NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED)]
+"""By token id, written as text since JSON's keys are."""

@@ -1,0 +1,172 @@
+"""What POST /generate takes and gives."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lori.merge_methods import MergeMethod
+from lori.template import Message, Template, Text
+from server.engine.request import FinishReason
+from server.schemas.fields import MAX_LOGPROBS, TokenIds
+from server.schemas.sampling import Adapters, MergeFields, SamplingFields
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
+
+
+class GenerateBody(SamplingFields, MergeFields):
+    """The body of POST /generate."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "safety"]},
+                {"prompt": "Customer: My card has not arrived.\nIntent:", "adapter": "intent", "stop": "\n"},
+                {
+                    "prompt": "Question: A pen costs $3. How much do 4 pens cost?\nAnswer:",
+                    "adapter": [{"name": "math", "weight": 1}, {"name": "safety", "weight": 0.8}],
+                    "max_tokens": 64,
+                },
+            ]
+        },
+    )
+
+    prompt: Text | TokenIds | None = None
+    """Text to continue, as it stands, or its token ids. Either this or `messages`."""
+    messages: Messages | None = None
+    """A conversation to answer, written with the adapter's own template."""
+    template: Template | None = None
+    """How `messages` are written, where it is not to be the adapter's own way."""
+    adapter: Adapters | None = None
+    """A name, `name@version`, several of them, or `{name, weight}` several times: their deltas are added. Absent, or an empty
+    list: the base model."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The longest answer; absent: 128, or what the context has left. 0 generates nothing, to score a text with `echo`."""
+    include_stop: bool = False
+    """The answer ends after the stop text, not before."""
+    echo: bool = False
+    """The reply's text, and its log-probabilities, begin with the prompt."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Adds log-probabilities, with this many alternatives for each token."""
+    stream: bool = False
+    """Sends the answer as server-sent events: `token` events, then a `done` for each answer, or `error`."""
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            both = "both" if self.prompt is not None else "neither"
+            raise ValueError(f"expected either 'prompt' or 'messages', found {both}")
+        if self.template is not None and self.messages is None:
+            raise ValueError("'template' is for 'messages'; a 'prompt' stands as it is")
+        return self
+
+    @model_validator(mode="after")
+    def _sound_weights(self) -> Self:
+        if self.weights is not None and self.adapter is None:
+            raise ValueError("'weights' needs 'adapter'")
+        self.check_weights(self.adapter)
+        return self
+
+
+class ResolvedAdapter(BaseModel):
+    """An adapter as the request used it."""
+
+    name: str
+    version: str
+    weight: float
+    policy: bool = False
+    """The operator adds it to every request."""
+
+
+class MergeReply(BaseModel):
+    """How the adapters were merged, with the options that have an effect."""
+
+    method: MergeMethod
+    density: float | None = None
+    sign: str | None = None
+    seed: int | None = None
+
+
+class Usage(BaseModel):
+    """Tokens that a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt, which were not computed again."""
+
+
+class TimingsReply(BaseModel):
+    """Where the time went, in seconds."""
+
+    queue_s: float
+    """Until its first step."""
+    prefill_s: float
+    """From there to its first token."""
+    decode_s: float
+    """From there to its end."""
+    time_to_first_token_s: float
+    total_s: float
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities in the form of OpenAI's completions: one entry for each token, those that end the text included."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TokenData(BaseModel):
+    """The data of a `token` event."""
+
+    text: str
+    index: int = 0
+    """Of the answer."""
+    logprobs: Logprobs | None = None
+
+
+class DoneData(BaseModel):
+    """The data of the `done` event: the reply without its text."""
+
+    id: str
+    index: int = 0
+    adapter: list[ResolvedAdapter]
+    merge: MergeReply | None
+    """None where there is no adapter."""
+    finish_reason: FinishReason
+    usage: Usage
+    timings: TimingsReply
+    seed: int
+
+
+class ChoiceReply(BaseModel):
+    """One of several answers."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: Logprobs | None = None
+
+
+class GenerateReply(BaseModel):
+    """The reply of POST /generate. With several answers, `text`, `finish_reason` and `logprobs` are those of the first."""
+
+    id: str
+    text: str
+    adapter: list[ResolvedAdapter]
+    merge: MergeReply | None
+    finish_reason: FinishReason
+    usage: Usage
+    timings: TimingsReply
+    seed: int
+    logprobs: Logprobs | None = None
+    choices: list[ChoiceReply] | None = None
+    """All answers, where more than one was asked for."""
+
+
+class Health(BaseModel):
+    """The reply of GET /health and GET /ready."""
+
+    status: Literal["ok", "ready"]
