@@ -8,8 +8,8 @@ from math import inf
 
 from transformers import PreTrainedTokenizerBase
 
-from lori.merge_methods import DEFAULTS as LINEAR
-from lori.merge_methods import MergeOptions
+from lori.merge_options import DEFAULTS as LINEAR
+from lori.merge_options import MergeOptions
 from lori.summary import Summary
 from lori.template import Template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lori.merge_methods import MergeMethod
+from lori.merge_options import MergeMethod
 from lori.template import Message, Template, Text
 from server.engine.request import FinishReason
 from server.schemas.fields import MAX_LOGPROBS, TokenIds

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from lori.merge_methods import MergeMethod, MergeOptions
+from lori.merge_options import MergeMethod, MergeOptions
 from server.engine.request import Sampling
 from server.schemas.fields import (
     BODY,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lori.merge_methods import MergeOptions
+from lori.merge_options import MergeOptions
 from server.access.keys import KeyFileError
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Ask
