@@ -123,6 +123,7 @@ def test_no_label_is_what_a_client_sent(live: Live) -> None:
     live.client.post("/generate", json={"prompt": "x", "template": mine})
     live.client.get(f"/{mine}", params={mine: mine}, headers={mine: mine, "x-request-id": mine})
     live.client.request("PROPFIND", "/health")
+    live.client.get(f"/static/{mine}")
     live.client.get("/health", headers={"Host": mine})
     text = live.client.get("/metrics").text
     assert mine not in text

@@ -15,6 +15,7 @@ from server.engine.admission import Ask
 from server.engine.request import Request
 from server.logs import TextFormatter
 from tests.server.fake_service import served
+from tests.server.keyed import ACME, bearer, write_keys
 from tests.server.live import Live, start, wait_until
 from tests.server.rig import FakeEngine
 
@@ -152,6 +153,23 @@ def test_prompts_and_answers_are_logged_only_where_that_is_asked_for(
         client.post("/generate", json={"prompt": SECRET, "adapter": "nobody"})
         client.post("/generate", json={"prompt": SECRET, "temperature": SECRET})
     assert (SECRET in str([vars(record) for record in caplog.records])) is is_asked
+
+
+def test_the_line_says_who_asked_and_never_the_key(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, _):
+        for name, key in (("known", ACME), ("unknown", "no-key-of-ours")):
+            reply = client.post("/generate", json={"prompt": "x"}, headers={HEADER: name, **bearer(key)})
+            assert reply.headers[HEADER] == name
+        known, unknown = line(caplog, "known"), line(caplog, "unknown")
+    assert (known["status"], known["route"], known["tenant"], known["key_id"]) == (200, "/generate", "acme", "acme-1")
+    assert (unknown["status"], unknown["path"]) == (401, "/generate")
+    assert not unknown.keys() & {"tenant", "key_id"}
+    said = str([vars(record) for record in caplog.records if not record.name.startswith("http")])
+    assert ACME not in said
+    assert "no-key-of-ours" not in said
 
 
 def test_text_shows_what_a_record_has_beside_its_message_on_one_line() -> None:
