@@ -1,6 +1,5 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +27,15 @@ from server.schemas.openai import StreamOptions
 from server.schemas.sampling import WeightedAdapter
 from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
-logger = logging.getLogger(__name__)
 MAX_FAULTS = 10
 
 
 class BusyError(Exception):
     """The queue is full."""
+
+
+class DrainingError(Exception):
+    """The server is about to end: it answers, but is not ready."""
 
 
 class FieldError(Exception):
@@ -87,6 +89,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     StoreError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
     RateLimitedError: (429, "RateLimitError"),
+    DrainingError: (503, "ServiceUnavailableError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
     PolicyError: (500, "AdapterError"),
@@ -94,6 +97,8 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
+KINDS = {404: "NotFoundError", 408: "TimeoutError"}
+"""Of what the framework, and what reads bodies, refuse by status."""
 BODIES: tuple[type[BaseModel], ...] = (
     GenerateBody,
     WeightedAdapter,
@@ -172,8 +177,7 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
 async def on_http(_: Request, error: Exception) -> JSONResponse:
     """Answers an unknown route, a wrong method, and what the framework itself refuses."""
     assert isinstance(error, HTTPException)
-    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
-    return _answer(error.status_code, kind, str(error.detail), headers=error.headers)
+    return _answer(error.status_code, KINDS.get(error.status_code, "BadRequestError"), str(error.detail), headers=error.headers)
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
@@ -187,9 +191,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     return _answer(status, name, str(error), field, headers, faults)
 
 
-async def on_unknown(request: Request, error: Exception) -> JSONResponse:
-    """Answers a fault of ours; the log has its trace."""
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+def unknown_reply() -> JSONResponse:
+    """Returns the answer to a request in which we failed; the log has the trace."""
     return _answer(500, "InternalServerError", "the server failed; its log says why")
 
 
@@ -199,7 +202,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
-    app.add_exception_handler(Exception, on_unknown)
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
