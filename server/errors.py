@@ -15,6 +15,7 @@ from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.engine.adapters.resolution import PolicyError
 from server.engine.admission import RefusedError
+from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
@@ -62,6 +63,10 @@ class AdapterFailedError(EngineError):
     """An adapter that the request named cannot be served."""
 
 
+class GrammarFailedError(EngineError):
+    """The grammar that the request gave could be followed no further."""
+
+
 class OutOfTimeError(EngineError):
     """The request was not done in its time."""
 
@@ -73,6 +78,7 @@ class StoppedError(EngineError):
 FAILURES: dict[ErrorKind, type[EngineError]] = {
     "engine": EngineError,
     "adapter": AdapterFailedError,
+    "grammar": GrammarFailedError,
     "timeout": OutOfTimeError,
     "stop": StoppedError,
 }
@@ -90,9 +96,11 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     BusyError: (429, "RateLimitError"),
     RateLimitedError: (429, "RateLimitError"),
     DrainingError: (503, "ServiceUnavailableError"),
+    CrowdedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
     PolicyError: (500, "AdapterError"),
+    GrammarFailedError: (422, "GrammarError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),

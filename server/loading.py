@@ -34,9 +34,11 @@ from server.engine.adapters.resolution import meanings
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
+from server.engine.grammar import GrammarError
 from server.engine.model.families import check_family
 from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.room import StepLimits
@@ -101,17 +103,20 @@ def load_service(settings: Settings) -> Service:
     loader = Loader(registry, reader)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
+    grammars = make_grammars(base)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
     num_ids = base.model.config.get_text_config().vocab_size
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
     return Service(
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids),
+        admission=Admission(
+            base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids, grammars
+        ),
         engine=EngineThread(engine),
         metrics=make_metrics(base.name, registry, scheduler, tiers),
         keys=keys,
@@ -177,6 +182,16 @@ def make_pool(
                 raise AdapterError(f"--max-rank is {max_rank}, and {of.summary.name!r} has rank {of.summary.max_rank}")
         rank = max_rank
     return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
+
+
+def make_grammars(base: BaseModel) -> Grammars | None:
+    """Returns what compiles grammars for a base model; None where its answers cannot follow one, which the log then says."""
+    num_tokens = base.model.config.get_text_config().vocab_size
+    try:
+        return Grammars(base.tokenizer.backend_tokenizer, num_tokens, _stop_ids(base))
+    except GrammarError as error:
+        logger.warning("no answer can be made to fit a JSON schema, a regular expression or a grammar: %s", error)
+        return None
 
 
 def _reserve(pool: AdapterPool, num_bytes: int) -> None:
