@@ -24,6 +24,7 @@ from server.schemas.chat import ChatBody, ChatMessage, TextPart
 from server.schemas.completions import CompletionBody
 from server.schemas.errors import ErrorReply, error_reply
 from server.schemas.generation import GenerateBody
+from server.schemas.grammars import AnyJson, ByLark, ByRegex, BySchema, NamedSchema, SchemaFormat
 from server.schemas.openai import StreamOptions
 from server.schemas.sampling import WeightedAdapter
 from server.schemas.tokens import DetokenizeBody, TokenizeBody
@@ -116,6 +117,12 @@ BODIES: tuple[type[BaseModel], ...] = (
     ChatMessage,
     TextPart,
     StreamOptions,
+    AnyJson,
+    BySchema,
+    ByRegex,
+    ByLark,
+    SchemaFormat,
+    NamedSchema,
     TokenizeBody,
     DetokenizeBody,
     AliasBody,
@@ -123,7 +130,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     LoadLoraBody,
     UnloadLoraBody,
 )
-FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
+FIELDS_OF_BODIES = {said.alias or field for body in BODIES for field, said in body.model_fields.items()}
 FIELDS: dict[type[Exception], str] = {
     TemplateError: "messages",
     UnknownAdapterError: "adapter",
