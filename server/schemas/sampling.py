@@ -30,6 +30,7 @@ class WeightedAdapter(Body):
     name: AdapterName
     """Its name, or `name@version`."""
     weight: Weight
+    """What its delta is multiplied with."""
 
 
 def _form(value: Any) -> str:
