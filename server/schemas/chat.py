@@ -3,7 +3,6 @@
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -14,7 +13,7 @@ from pydantic import (
 )
 
 from lori.template import Message, Template, Text
-from server.schemas.fields import Body, one_or_many
+from server.schemas.fields import Body, Reply, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
@@ -94,7 +93,7 @@ class ChatBody(OpenAIBody):
         return self
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(Reply):
     """A token and its log-probability."""
 
     token: str
@@ -109,20 +108,20 @@ class TokenLogprobReply(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(Reply):
     """Log-probabilities in the form of OpenAI's chat completions."""
 
     content: list[TokenLogprobReply]
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(Reply):
     """The answer as a turn of the conversation."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Reply):
     """One answer."""
 
     index: int
@@ -131,7 +130,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatReply(BaseModel):
+class ChatReply(Reply):
     """The reply of POST /v1/chat/completions."""
 
     id: str
@@ -143,7 +142,7 @@ class ChatReply(BaseModel):
     lori: LoriReply
 
 
-class Delta(BaseModel):
+class Delta(Reply):
     """What is new of an answer."""
 
     role: Literal["assistant"] | None = None
@@ -154,7 +153,7 @@ class Delta(BaseModel):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(Reply):
     """What is new of one answer."""
 
     index: int
@@ -163,7 +162,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(Reply):
     """A part of the reply, in a stream."""
 
     id: str

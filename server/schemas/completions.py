@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from lori.template import Text
-from server.schemas.fields import TokenIds
+from server.schemas.fields import Reply, TokenIds
 from server.schemas.generation import Logprobs
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
@@ -60,7 +60,7 @@ class CompletionBody(OpenAIBody):
         return self
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Reply):
     """One answer, or a part of one in a stream."""
 
     index: int
@@ -69,7 +69,7 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class CompletionReply(BaseModel):
+class CompletionReply(Reply):
     """The reply of POST /v1/completions, or a part of one in a stream."""
 
     id: str

@@ -47,6 +47,12 @@ class Body(BaseModel):
         return check_num_fields(value)
 
 
+class Reply(BaseModel):
+    """What a client is answered, or a part of it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
 def _are_few(bias: Any) -> Any:
     # As with fields: each of them could be an error of its own.
     if isinstance(bias, dict) and len(bias) > MAX_BIASED:

@@ -2,12 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, Prompt, check_num_fields
+from server.schemas.fields import MAX_LOGPROBS, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Turn = Annotated[Message, BeforeValidator(check_num_fields)]
@@ -68,7 +68,7 @@ class GenerateBody(SamplingFields, MergeFields):
         return self
 
 
-class ResolvedAdapter(BaseModel):
+class ResolvedAdapter(Reply):
     """An adapter as the request used it."""
 
     name: str
@@ -78,7 +78,7 @@ class ResolvedAdapter(BaseModel):
     """The operator adds it to every request."""
 
 
-class MergeReply(BaseModel):
+class MergeReply(Reply):
     """How the adapters were merged, with the options that have an effect."""
 
     method: MergeMethod
@@ -87,7 +87,7 @@ class MergeReply(BaseModel):
     seed: int | None = None
 
 
-class Usage(BaseModel):
+class Usage(Reply):
     """Tokens that a request cost."""
 
     prompt_tokens: int
@@ -97,7 +97,7 @@ class Usage(BaseModel):
     """Of the prompt, which were not computed again."""
 
 
-class TimingsReply(BaseModel):
+class TimingsReply(Reply):
     """Where the time went, in seconds."""
 
     queue_s: float
@@ -110,7 +110,7 @@ class TimingsReply(BaseModel):
     total_s: float
 
 
-class Logprobs(BaseModel):
+class Logprobs(Reply):
     """Log-probabilities in the form of OpenAI's completions: one entry for each token, those that end the text included."""
 
     tokens: list[str]
@@ -119,7 +119,7 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class TokenData(BaseModel):
+class TokenData(Reply):
     """The data of a `token` event."""
 
     text: str
@@ -128,7 +128,7 @@ class TokenData(BaseModel):
     logprobs: Logprobs | None = None
 
 
-class DoneData(BaseModel):
+class DoneData(Reply):
     """The data of the `done` event: the reply without its text."""
 
     id: str
@@ -142,7 +142,7 @@ class DoneData(BaseModel):
     seed: int
 
 
-class ChoiceReply(BaseModel):
+class ChoiceReply(Reply):
     """One of several answers."""
 
     index: int
@@ -151,8 +151,8 @@ class ChoiceReply(BaseModel):
     logprobs: Logprobs | None = None
 
 
-class GenerateReply(BaseModel):
-    """The reply of POST /generate. With several answers, `text`, `finish_reason` and `logprobs` are those of the first."""
+class GenerateReply(Reply):
+    """The reply of POST /generate. With several answers, all but `choices` and `usage` is of the first."""
 
     id: str
     text: str
@@ -167,7 +167,7 @@ class GenerateReply(BaseModel):
     """All answers, where more than one was asked for."""
 
 
-class Health(BaseModel):
+class Health(Reply):
     """The reply of GET /health and GET /ready."""
 
     status: Literal["ok", "ready"]

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from lori.template import Text
-from server.schemas.fields import MAX_LOGPROBS, Body, Temperature
+from server.schemas.fields import MAX_LOGPROBS, Body, Reply, Temperature
 from server.schemas.generation import MergeReply, ResolvedAdapter, TimingsReply
 from server.schemas.grammars import ResponseFormat
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
@@ -53,13 +53,13 @@ class OpenAIBody(SamplingFields, MergeFields):
         return self
 
 
-class CachedTokens(BaseModel):
+class CachedTokens(Reply):
     """Tokens of the prompt that were not computed again."""
 
     cached_tokens: int
 
 
-class OpenAIUsage(BaseModel):
+class OpenAIUsage(Reply):
     """Tokens that a request cost."""
 
     prompt_tokens: int
@@ -68,7 +68,7 @@ class OpenAIUsage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class LoriReply(BaseModel):
+class LoriReply(Reply):
     """What OpenAI's replies do not say: the adapters as resolved, what drew the tokens, where the time went."""
 
     adapter: list[ResolvedAdapter]
@@ -77,7 +77,7 @@ class LoriReply(BaseModel):
     timings: TimingsReply | None = None
 
 
-class ModelCard(BaseModel):
+class ModelCard(Reply):
     """A model that can be asked for: the base model, or an adapter on it."""
 
     id: str
@@ -91,7 +91,7 @@ class ModelCard(BaseModel):
     max_model_len: int
 
 
-class ModelList(BaseModel):
+class ModelList(Reply):
     """The reply of GET /v1/models."""
 
     object: Literal["list"] = "list"

@@ -31,6 +31,7 @@ class WeightedAdapter(Body):
     name: AdapterName
     """Its name, or `name@version`."""
     weight: Weight
+    """What its delta is multiplied with."""
 
 
 def _form(value: Any) -> str:

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from lori.template import Text
 from server.schemas.chat import ChatMessage
-from server.schemas.fields import MAX_PROMPT_TOKENS, Body, TokenId
+from server.schemas.fields import MAX_PROMPT_TOKENS, Body, Reply, TokenId
 from server.schemas.openai import Model
 
 
@@ -33,7 +33,7 @@ class TokenizeBody(Body):
         return self
 
 
-class TokenizeReply(BaseModel):
+class TokenizeReply(Reply):
     """The reply of POST /tokenize."""
 
     count: int
@@ -52,7 +52,7 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 
-class DetokenizeReply(BaseModel):
+class DetokenizeReply(Reply):
     """The reply of POST /detokenize."""
 
     prompt: str
