@@ -16,6 +16,7 @@ from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, Tok
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import STREAM
+from server.routes.json_route import JsonRoute
 from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
 from server.schemas.chat import (
     AnswerMessage,
@@ -31,7 +32,7 @@ from server.schemas.chat import (
 )
 from server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAM)

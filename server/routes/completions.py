@@ -17,12 +17,13 @@ from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, Tok
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import STREAM, to_logprobs
+from server.routes.json_route import JsonRoute
 from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
 from server.schemas.generation import Logprobs
 from server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAM)

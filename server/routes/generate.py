@@ -17,6 +17,7 @@ from server.engine.request import Request as EngineRequest
 from server.errors import FAILURES, TABLE
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
+from server.routes.json_route import JsonRoute
 from server.schemas.errors import ErrorReply, error_reply
 from server.schemas.generation import (
     ChoiceReply,
@@ -32,7 +33,7 @@ from server.schemas.generation import (
 )
 from server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {"text/event-stream": {"schema": {"type": "string", "description": "`token` events, then `done` or `error`"}}}
