@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,6 +30,11 @@ from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
 logger = logging.getLogger(__name__)
 MAX_FAULTS = 10
+MAX_NAME = 64
+SHORT = Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = 2, 3, 3, 60
+WORDS = {"model_attributes_type": "expected an object", "model_type": "expected an object", "dict_type": "expected an object"}
+"""Where pydantic's own are of Python."""
 
 
 class BusyError(Exception):
@@ -113,11 +119,9 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
     # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
     *places, last = error["loc"]
     known = [p for p in places[1:] if isinstance(p, int) or p in FIELDS_OF_BODIES]
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     if error["type"] == "extra_forbidden":
         return _join([*known, last]), "unknown field"
-    if error["type"] == "json_invalid":
-        return "", f"the body is not JSON: {message}"
     field = _join([*known, last] if isinstance(last, int) or last in FIELDS_OF_BODIES else known)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
@@ -125,17 +129,11 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
         return field, message if field else "the body is empty, a JSON object is required"
     if error["type"] == "value_error":
         return field, message
-    return field, f"{message}, found {_short(error['input'])}"
+    return field, f"{message}, found {SHORT.repr(error['input'])}"
 
 
 def _join(places: list[Any]) -> str:
-    return ".".join(map(str, places))
-
-
-def _short(value: object) -> str:
-    # Of what is long only the beginning is written: there may be a million tokens.
-    text = repr(value[:60] if isinstance(value, str | list) else value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return ".".join(place if len(place) <= MAX_NAME else place[: MAX_NAME - 1] + "…" for place in map(str, places))
 
 
 async def on_invalid(_: Request, error: Exception) -> JSONResponse:
