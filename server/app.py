@@ -14,7 +14,7 @@ from server.access.openapi import KeyedApi
 from server.body_limit import BodyLimit
 from server.comparison import Comparer
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import chat, comparison, completions, generate, models, operations, playground, tokens
+from server.routes import adapters, chat, comparison, completions, generate, models, operations, playground, tokens, vllm_adapters
 from server.service import Service
 
 
@@ -33,12 +33,12 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         service.engine.start()
-        async with anyio.create_task_group() as group:
+        async with anyio.create_task_group() as group, service.admin.running():
             if service.keys:
                 group.start_soon(service.keys.watch)
             yield State(service=service, comparer=Comparer(), comparing=anyio.Lock())
+            await service.engine.stop()
             group.cancel_scope.cancel()
-        await service.engine.stop()
 
     app = (KeyedApi if service.keys else FastAPI)(
         title="lori-server",
@@ -48,7 +48,8 @@ def create_app(service: Service) -> FastAPI:
         responses=REFUSALS,
     )
     # The last is asked first: a browser asks without a key whether it may send one.
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
+    uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, others=uploads)
     app.add_middleware(Gate, ring=service.keys)
     if service.settings.cors_origins:
         app.add_middleware(
@@ -59,8 +60,9 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["Retry-After"],
         )
     # The comparison comes before what takes any name for an adapter's.
-    for routes in (generate, completions, chat, models, tokens, comparison, operations, playground):
+    for routes in (generate, completions, chat, models, tokens, comparison, adapters, vllm_adapters, operations, playground):
         app.include_router(routes.router)
+    app.include_router(adapters.admin)
     app.mount("/static", playground.static)
     add_error_handlers(app)
     return app

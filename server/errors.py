@@ -1,7 +1,7 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from reprlib import Repr
 from typing import Any
 
@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from lori.errors import TemplateError, UnknownAdapterError
+from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
@@ -20,6 +20,7 @@ from server.engine.admission import RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
+from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
 from server.schemas.chat import ChatBody, ChatMessage, TextPart
 from server.schemas.completions import CompletionBody
 from server.schemas.errors import ErrorReply, error_reply
@@ -49,6 +50,14 @@ class FieldError(Exception):
         super().__init__(str(error))
 
 
+class ConflictError(Exception):
+    """What is asked for cannot be as things stand: another request, or a setting, has to come first."""
+
+
+class StoreError(Exception):
+    """The disk or the hub failed: what is asked for may do later."""
+
+
 class EngineError(Exception):
     """The engine failed while it ran the request."""
 
@@ -75,10 +84,13 @@ FAILURES: dict[ErrorKind, type[EngineError]] = {
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
+    AdapterFormatError: (400, "BadRequestError"),
+    ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
     UnknownModelError: (404, "NotFoundError"),
     ModelWeightsError: (400, "BadRequestError"),
-    ForbiddenError: (403, "PermissionDeniedError"),
+    ConflictError: (409, "ConflictError"),
+    StoreError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
     RateLimitedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
@@ -99,6 +111,10 @@ BODIES: tuple[type[BaseModel], ...] = (
     StreamOptions,
     TokenizeBody,
     DetokenizeBody,
+    AliasBody,
+    HubBody,
+    LoadLoraBody,
+    UnloadLoraBody,
 )
 FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
 FIELDS: dict[type[Exception], str] = {
@@ -110,9 +126,14 @@ FIELDS: dict[type[Exception], str] = {
 
 
 def _answer(
-    status: int, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    kind: str,
+    message: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    faults: Sequence[str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(error_reply(status, kind, message, param), status, headers)
+    return JSONResponse(error_reply(status, kind, message, param, faults), status, headers)
 
 
 def _say(error: dict[str, Any]) -> tuple[str, str]:
@@ -159,7 +180,9 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
-    return _answer(status, name, str(error), field, {"Retry-After": str(retry_after_s)} if status == 429 else None)
+    headers = {"Retry-After": str(retry_after_s)} if status == 429 else None
+    faults = error.faults if isinstance(error, AdapterFormatError) else None
+    return _answer(status, name, str(error), field, headers, faults)
 
 
 async def on_unknown(request: Request, error: Exception) -> JSONResponse:

@@ -1,7 +1,7 @@
 """What the routes work with: admitted requests in, their events out, and the server's own facts."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,8 @@ from starlette.concurrency import run_in_threadpool
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter
+from server.adapter_admin import AdapterAdmin
+from server.adapter_files import AdapterFiles
 from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
@@ -34,9 +36,17 @@ class Service:
     keys: KeyRing | None = None
     """Whose requests are answered; None: anybody's."""
     limiter: Limiter = field(default_factory=Limiter)
+    files: AdapterFiles | None = None
+    """Where adapters come from while the server runs; None: none come."""
+    required: Callable[[], Collection[str]] = tuple
+    """Gives the references of adapters that tenants cannot do without."""
     uses: AdapterUses = field(default_factory=AdapterUses)
+    admin: AdapterAdmin = field(init=False)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
+
+    def __post_init__(self) -> None:
+        self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
     async def admitted(self, asks: Sequence[Ask], caller: Caller) -> AsyncGenerator[list[Request], None]:

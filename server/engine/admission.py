@@ -135,6 +135,8 @@ class Admission:
     ) -> None:
         bases = {of.basis for of in adapters}
         is_sum = ask.merge.method == "linear"
+        if not is_sum and not adapters:
+            raise RefusedError("merge", f"is {ask.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
             raise RefusedError("merge", f"{ask.merge.method} needs adapters on one basis, found {said}; 'linear' needs none")

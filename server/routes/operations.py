@@ -1,13 +1,11 @@
-"""GET /health, /ready, /adapters and /metrics. Translates only."""
+"""GET /health, /ready and /metrics. Translates only."""
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from lori.summary import Summary
 from server.engine.thread import EngineDeadError
-from server.routes.dependencies import CallerOf, ServiceOf, require_monitor
-from server.schemas.adapters import AdapterInfo, AdapterList
+from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas.generation import Health
 
 router = APIRouter()
@@ -25,29 +23,6 @@ async def ready(service: ServiceOf) -> Health:
     if not service.engine.is_alive:
         raise EngineDeadError("the engine is not running")
     return Health(status="ready")
-
-
-@router.get("/adapters")
-async def adapters(service: ServiceOf, caller: CallerOf) -> AdapterList:
-    """Lists the adapters that a request with this key can name."""
-    return AdapterList(
-        base_model=service.base_model,
-        adapters=[describe(of.summary) for name, of in service.registry.by_name.items() if caller.may_use(name)],
-    )
-
-
-def describe(adapter: Summary) -> AdapterInfo:
-    """Returns what a client is told of an adapter."""
-    return AdapterInfo(
-        name=adapter.name,
-        version=adapter.version,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        sparsity=adapter.sparsity,
-        templates=list(adapter.templates),
-        merge_weights=dict(adapter.merge_weights),
-        metrics=dict(adapter.metrics),
-    )
 
 
 @router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])

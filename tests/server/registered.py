@@ -36,5 +36,6 @@ def registered(
         templates=templates,
         merge_weights={},
         metrics={},
+        num_bytes=100,
     )
     return Registered(Entry(name, place / f"{folder or name}@{summary.version}"), summary)

@@ -84,6 +84,7 @@ def refusal(admission: Admission, ask: Ask) -> RefusedError:
             "no common template (math: chat; intent: plain), expected one here",
             id="no common template",
         ),
+        pytest.param(Ask(prompt="x", merge=MergeOptions("ties")), "merge", "is 'ties' without adapters", id="a merge of nothing"),
         pytest.param(Ask(prompt=TokenPrompt(())), "prompt", "is empty, expected at least one token", id="no tokens"),
         pytest.param(
             Ask(prompt=TokenPrompt((5, 257, 999))), "prompt", "has the token 257, expected 0 to 256", id="an unknown token"

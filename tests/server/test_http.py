@@ -46,8 +46,9 @@ def lasting(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_prompt_is_continued_as_transformers_does(live: Live, writer: BaseModel) -> None:
-    reply = live.generate(prompt=FOX, max_tokens=30)
-    ids = encode(writer.tokenizer, FOX).ids
+    prompt = f"Nobody else asks this. {FOX}"
+    reply = live.generate(prompt=prompt, max_tokens=30)
+    ids = encode(writer.tokenizer, prompt).ids
     assert reply["text"] == writer.tokenizer.decode(greedy(writer.model, ids, 30))
     assert reply["finish_reason"] == "length"
     total = len(ids) + 30
@@ -220,7 +221,7 @@ def test_metrics_say_where_the_adapters_are(live: Live) -> None:
     live.generate(prompt=FOX, max_tokens=2, adapter=["math", "intent"])
     live.wait_for(running=0, waiting=0)
     assert live.metric("lori:adapters_registered") == 3
-    assert 2 <= live.metric("lori:adapters_resident") <= 3
+    assert live.metric("lori:adapters_resident") >= 2
     assert live.metric("lori:adapters_resident_bytes") > 0
     assert live.metric("lori:adapters_pinned") == 0
     assert live.metric("lori:adapter_evictions_total") == 0
@@ -394,7 +395,7 @@ def test_a_body_in_chunks_is_read(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/generate"), ("PUT", "/generate"), ("POST", "/adapters"), ("DELETE", "/health")]
+    ("method", "path"), [("GET", "/generate"), ("PUT", "/generate"), ("PUT", "/adapters"), ("DELETE", "/health")]
 )
 def test_a_wrong_method_is_405(live: Live, method: str, path: str) -> None:
     refusal(live.client.request(method, path), 405)
@@ -406,7 +407,7 @@ def test_a_wrong_method_is_told_the_right_one(live: Live) -> None:
     assert live.client.get("/generate").headers.get("allow") == "POST"
 
 
-@pytest.mark.parametrize("path", ["/v1", "/v2/generate", "/adapters/math", "/adapters/..%2f..%2fetc", "/%ff"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/generate", "/adapters/math/x", "/adapters/..%2f..%2fetc", "/%ff"])
 def test_an_unknown_path_is_404(live: Live, path: str) -> None:
     error = refusal(live.client.post(path, json={"prompt": "x"}), 404)
     assert error["type"] == "NotFoundError"

@@ -1,121 +1,106 @@
 """What can be asked for, by name, by version and by content, while it changes."""
 
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
+from lori.config import SeededConfig
 from lori.entry import Entry
+from lori.summary import Summary
 from server.engine.adapters.registry import Registered, Registry
-from tests.server.registered import registered
 
-ONE, TWO, THREE = "1" * 64, "2" * 64, "3" * 64
-
-
-def names(found: Iterable[Registered]) -> list[str]:
-    return [f"{of.summary.name}@{of.summary.digest[0]}" for of in found]
+BASIS = SeededConfig(generator="philox-u24-1", seed=0, stream=0)
 
 
-@pytest.fixture
-def registry() -> Registry:
-    """math in two versions, safety, and an alias of the old math."""
-    current = [registered("math", TWO), registered("safety", THREE), registered("old", ONE, folder="math")]
-    return Registry(current, [registered("math", ONE)])
+def of(name: str, digit: str, folder: str = "") -> Registered:
+    """An adapter whose digest is `digit` many times."""
+    summary = Summary(
+        name=name, digest=digit * 64, basis=BASIS, rank=4, max_rank=4, alpha=8.0, scale=2.0, targets=("q_proj",), sparsity=0.9,
+        num_kept=10, templates=("chat",), merge_weights={}, metrics={}, num_bytes=100,
+    )  # fmt: skip
+    return Registered(Entry(name, Path(folder or f"{name}@{summary.version}")), summary)
 
 
-def test_a_name_means_one_version_and_has_others(registry: Registry) -> None:
-    assert list(registry.by_name) == ["math", "safety", "old"]
-    assert registry.by_name["math"].summary.digest == TWO
-    assert names(registry.versions("math")) == ["math@2", "math@1"]
-    assert names(registry.versions("old")) == ["old@1"]
-    assert registry.versions("nobody") == ()
+def names(registry: Registry) -> dict[str, list[str]]:
+    """What each name means, and what else of it can be asked for, by the first digit of their digests."""
+    return {name: [version.summary.digest[0] for version in registry.versions(name)] for name in registry.by_name}
 
 
-def test_a_version_counts_once_however_often_it_is_given() -> None:
-    registry = Registry([registered("math", ONE), registered("math", TWO)], [registered("math", TWO), registered("math", ONE)])
-    assert registry.by_name["math"].summary.digest == TWO
-    assert names(registry.versions("math")) == ["math@2", "math@1"]
-    assert names(registry.find(ONE, ())) == ["math@1"]
+def test_a_name_means_the_last_that_was_put_and_others_are_asked_for_by_version() -> None:
+    registry = Registry([of("math", "1"), of("safety", "5")])
+    gone = registry.put(of("math", "2"), [of("math", "1")])
+    assert gone == []
+    assert names(registry) == {"math": ["2", "1"], "safety": ["5"]}
+    assert registry.by_name["math"].summary.digest[0] == "2"
+    assert registry.has("math", "1" * 64)
+    assert registry.has("math", "2" * 64)
+    assert not registry.has("safety", "1" * 64)
 
 
-def test_content_is_found_under_the_names_that_are_wanted_first(registry: Registry) -> None:
-    assert names(registry.find(ONE, {"math"})) == ["math@1", "old@1"]
-    assert names(registry.find(ONE, {"old"})) == ["old@1", "math@1"]
-    assert sorted(names(registry.find(ONE, ()))) == ["math@1", "old@1"]
-    assert registry.has(ONE)
-    assert not registry.has("4" * 64)
+def test_what_of_a_name_is_not_put_again_is_gone_and_found_until_it_is_forgotten() -> None:
+    registry = Registry([of("math", "1")], [of("math", "0")])
+    gone = registry.put(of("math", "2"), [of("math", "0")])
+    assert gone == [of("math", "1")]
+    assert names(registry) == {"math": ["2", "0"]}
+    assert not registry.has("math", "1" * 64)
+    assert registry.find("1" * 64, ()) == [of("math", "1")]
+    registry.forget(gone[0])
+    assert registry.find("1" * 64, ()) == []
 
 
-def test_what_is_put_is_what_its_name_means_and_the_others_stay(registry: Registry) -> None:
-    registry.put(registered("math", THREE))
-    assert registry.by_name["math"].summary.digest == THREE
-    assert names(registry.versions("math")) == ["math@3", "math@2", "math@1"]
-    assert sorted(names(registry.find(THREE, ()))) == ["math@3", "safety@3"]
-    registry.put(registered("math", ONE))
-    assert names(registry.versions("math")) == ["math@1", "math@3", "math@2"]
-    assert sorted(names(registry.find(ONE, ()))) == ["math@1", "old@1"]
+def test_what_is_put_twice_is_there_once() -> None:
+    registry = Registry([of("math", "1")])
+    registry.put(of("math", "1", "elsewhere"), [of("math", "1")])
+    assert names(registry) == {"math": ["1"]}
+    assert registry.find("1" * 64, ()) == [of("math", "1", "elsewhere")]
 
 
-def test_a_new_name_can_be_put(registry: Registry) -> None:
-    registry.put(registered("law", ONE))
-    assert names(registry.versions("law")) == ["law@1"]
-    assert sorted(names(registry.find(ONE, ()))) == ["law@1", "math@1", "old@1"]
-    assert list(registry.by_name) == ["math", "safety", "old", "law"]
-
-
-def test_who_read_the_tables_before_sees_what_was(registry: Registry) -> None:
-    before, versions = registry.by_name, registry.versions("math")
-    registry.put(registered("law", ONE))
-    registry.withdraw("math")
-    assert list(before) == ["math", "safety", "old"]
-    assert names(versions) == ["math@2", "math@1"]
-
-
-def test_what_was_withdrawn_is_found_until_it_is_forgotten(registry: Registry) -> None:
-    gone = registry.withdraw("math")
-    assert names(gone) == ["math@2", "math@1"]
-    assert "math" not in registry.by_name
-    assert registry.versions("math") == ()
-    assert not registry.has(TWO)
-    assert registry.has(ONE), "under another name"
-    assert names(registry.find(TWO, ())) == ["math@2"], "for requests that are under way"
-    for of in gone:
-        registry.forget(of)
-    assert names(registry.find(ONE, ())) == ["old@1"]
-    with pytest.raises(KeyError):
-        registry.find(TWO, ())
+def test_a_name_is_withdrawn_with_its_versions() -> None:
+    registry = Registry([of("math", "1"), of("prod", "1")], [of("math", "0")])
+    assert registry.withdraw("math") == (of("math", "1"), of("math", "0"))
+    assert names(registry) == {"prod": ["1"]}
     assert registry.withdraw("math") == ()
+    registry.forget(of("math", "1"))
+    assert registry.find("1" * 64, ("math",)) == [of("prod", "1")], "an alias still finds it"
 
 
-def test_forgetting_twice_is_no_harm(registry: Registry) -> None:
-    for of in (*registry.withdraw("math"), registered("math", TWO), registered("nobody", "4" * 64)):
-        registry.forget(of)
-        registry.forget(of)
-    assert names(registry.find(ONE, ())) == ["old@1"]
+def test_a_version_is_withdrawn_alone() -> None:
+    registry = Registry([of("math", "1")], [of("math", "0")])
+    registry.withdraw_version(of("math", "0"))
+    assert names(registry) == {"math": ["1"]}
+    assert registry.find("0" * 64, ()) == [of("math", "0")]
 
 
-def test_what_is_put_back_before_it_is_forgotten_stays(registry: Registry) -> None:
-    """An adapter that is removed and published again, while a request still used it, was found by nobody afterwards."""
+def test_versions_are_added_without_changing_what_a_name_means() -> None:
+    registry = Registry([of("math", "1")])
+    registry.add([of("math", "0"), of("math", "1", "again"), of("safety", "5")])
+    assert names(registry) == {"math": ["1", "0"]}
+    assert registry.by_name["math"] == of("math", "1")
+    assert registry.versions("safety") == (of("safety", "5"),)
+
+
+def test_who_reads_sees_one_state_or_the_next() -> None:
+    registry = Registry([of("math", "1")])
+    before = registry.by_name
+    registry.put(of("math", "2"))
+    registry.withdraw("math")
+    assert before["math"] == of("math", "1")
+
+
+def test_a_folder_that_was_renamed_when_a_version_was_published_is_found(tmp_path: Path) -> None:
+    plain = of("math", "1", str(tmp_path / "math"))
+    kept = tmp_path / f"math@{plain.summary.version}"
+    assert [entry.folder for entry in plain.entries()] == [tmp_path / "math"]
+    kept.mkdir()
+    assert [entry.folder for entry in plain.entries()] == [tmp_path / "math", kept]
+    assert {entry.name for entry in plain.entries()} == {"math"}
+    alias = replace(plain, entry=Entry("prod", kept))
+    assert [entry.folder for entry in alias.entries()] == [kept]
+    assert (plain.owner, alias.owner) == ("math", "math")
+
+
+def test_what_was_put_back_before_it_was_forgotten_stays() -> None:
+    registry = Registry([of("math", "1")])
     gone = registry.withdraw("math")
-    registry.put(registered("math", TWO))
-    for of in gone:
-        registry.forget(of)
-    assert names(registry.versions("math")) == ["math@2"]
-    assert registry.has(TWO)
-    assert names(registry.find(TWO, ())) == ["math@2"]
-    assert names(registry.find(ONE, ())) == ["old@1"]
-
-
-def test_content_that_is_put_back_from_another_folder_is_read_there(registry: Registry) -> None:
-    (gone, _) = registry.withdraw("math")
-    moved = registered("math", TWO, place=Path("elsewhere"))
-    registry.put(moved)
-    registry.forget(gone)
-    assert registry.find(TWO, ()) == [moved]
-
-
-def test_an_adapter_has_its_name_and_that_of_its_folder() -> None:
-    assert registered("math", ONE).names == {"math"}
-    assert registered("old", ONE, folder="math").names == {"old", "math"}
-    as_its_maker_left_it = Registered(Entry("math", Path("store/math")), registered("math", ONE).summary)
-    assert as_its_maker_left_it.names == {"math"}
+    registry.put(of("math", "1"))
+    registry.forget(gone[0])
+    assert registry.find("1" * 64, ()) == [of("math", "1")]

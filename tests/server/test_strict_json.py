@@ -23,7 +23,15 @@ def test_what_is_written_is_read(value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2.0", 2), ("-3e2", -300), ("9007199254740992.0", 2**53), ("2.5", 2.5), ("1e300", 1e300), ("-0.0", 0), ("1e999", float("inf"))],
+    [
+        ("2.0", 2),
+        ("-3e2", -300),
+        ("9007199254740992.0", 2**53),
+        ("2.5", 2.5),
+        ("1e300", 1e300),
+        ("-0.0", 0),
+        ("1e999", float("inf")),
+    ],
 )
 def test_a_whole_number_is_an_integer_however_it_is_written(text: str, value: float) -> None:
     found = read_json(text.encode())

@@ -42,21 +42,22 @@ def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
     """
     found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
     if not found or not is_allowed:
-        raise _unknown(registry, reference, may_use)
+        raise unknown(registry, reference, may_use)
     if len(found) > 1:
         said = " or ".join(f"{of.summary.name}@{of.summary.version}" for of in found)
         raise AmbiguousVersionError(f"{reference!r} could be {said}")
     return found[0]
 
 
+def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError:
+    """Returns the error for an unknown `reference`, with names that the caller may use and that look like it."""
+    return unknown_adapter(reference, filter(may_use, registry.by_name))
+
+
 def check_registered(registry: Registry, request: Request, may_use: MayUse) -> None:
     """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted; `PolicyError` for a policy."""
-    if not all(registry.has(term.digest) for term in request.policy):
+    if not all(registry.has(term.name, term.digest) for term in request.policy):
         raise PolicyError
     for term in request.terms:
-        if not registry.has(term.digest):
-            raise _unknown(registry, term.reference, may_use)
-
-
-def _unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError:
-    return unknown_adapter(reference, filter(may_use, registry.by_name))
+        if not registry.has(term.name, term.digest):
+            raise unknown(registry, term.reference, may_use)
