@@ -23,7 +23,7 @@ from server.model_names import ModelWeightsError, UnknownModelError
 from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
 from server.schemas.chat import ChatBody, ChatMessage, TextPart
 from server.schemas.completions import CompletionBody
-from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.errors import error_reply
 from server.schemas.generation import GenerateBody
 from server.schemas.openai import StreamOptions
 from server.schemas.sampling import WeightedAdapter
@@ -141,6 +141,8 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
     *places, last = error["loc"]
     known = [p for p in places[1:] if isinstance(p, int) or p in FIELDS_OF_BODIES]
     message = WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    if places and places[0] in ("query", "path", "header"):
+        return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
         return _join([*known, last]), "unknown field"
     field = _join([*known, last] if isinstance(last, int) or last in FIELDS_OF_BODIES else known)
@@ -198,10 +200,3 @@ def add_error_handlers(app: FastAPI) -> None:
     for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(Exception, on_unknown)
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorReply, "description": "The request is refused: the field, what was found, what was expected"},
-    "5XX": {"model": ErrorReply, "description": "The engine failed, or is not running"},
-}
-"""What every route may answer beside its own."""

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     WithJsonSchema,
     model_validator,
@@ -53,6 +54,13 @@ def _are_few(bias: Any) -> Any:
     if isinstance(bias, dict) and len(bias) > MAX_BIASED:
         raise ValueError(f"too many tokens: {len(bias)}, expected at most {MAX_BIASED}")
     return bias
+
+
+PROMPT_OR_MESSAGES: list[JsonValue] = [
+    {"required": ["prompt"], "properties": {"prompt": {"not": {"type": "null"}}, "messages": {"type": "null"}}},
+    {"required": ["messages"], "properties": {"messages": {"not": {"type": "null"}}, "prompt": {"type": "null"}}},
+]
+"""For a body's `oneOf`: which of its fields there may be together."""
 
 
 def _is_not_empty(value: str) -> str:
