@@ -13,6 +13,7 @@ from server.body_limit import BodyLimit
 from server.comparison import Comparer
 from server.errors import add_error_handlers
 from server.openapi import Api
+from server.request_log import RequestLog, ScopeNote
 from server.responses import ADMINISTERING, GENERATING, refusals
 from server.routes import (
     adapters,
@@ -53,9 +54,10 @@ def create_app(service: Service) -> FastAPI:
             group.cancel_scope.cancel()
 
     app = Api(lifespan, has_keys=service.keys is not None)
-    # The last is asked first: a browser asks without a key whether it may send one.
+    # The last is asked first: a browser asks without a key whether it may send one, and whatever is answered is logged.
+    app.add_middleware(ScopeNote)
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, others=uploads)
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, others=uploads)
     app.add_middleware(Gate, ring=service.keys)
     if service.settings.cors_origins:
         app.add_middleware(
@@ -63,8 +65,9 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=service.settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "X-Request-ID"],
         )
+    app.add_middleware(RequestLog, service=service)
     # The comparison comes before what takes any name for an adapter's.
     for routes, tag, statuses in (
         (generate, "generate", GENERATING),
