@@ -1,6 +1,7 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
 from collections.abc import Mapping, Sequence
+from reprlib import Repr
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,7 +23,7 @@ from server.model_names import ModelWeightsError, UnknownModelError
 from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
 from server.schemas.chat import ChatBody, ChatMessage, TextPart
 from server.schemas.completions import CompletionBody
-from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.errors import error_reply
 from server.schemas.generation import GenerateBody
 from server.schemas.grammars import AnyJson, ByLark, ByRegex, BySchema, NamedSchema, SchemaFormat
 from server.schemas.openai import StreamOptions
@@ -30,6 +31,11 @@ from server.schemas.sampling import WeightedAdapter
 from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
 MAX_FAULTS = 10
+MAX_NAME = 64
+SHORT = Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = 2, 3, 3, 60
+WORDS = {"model_attributes_type": "expected an object", "model_type": "expected an object", "dict_type": "expected an object"}
+"""Where pydantic's own are of Python."""
 
 
 class BusyError(Exception):
@@ -154,11 +160,11 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
     # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
     *places, last = error["loc"]
     known = [p for p in places[1:] if isinstance(p, int) or p in FIELDS_OF_BODIES]
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    if places and places[0] in ("query", "path", "header"):
+        return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
         return _join([*known, last]), "unknown field"
-    if error["type"] == "json_invalid":
-        return "", f"the body is not JSON: {message}"
     field = _join([*known, last] if isinstance(last, int) or last in FIELDS_OF_BODIES else known)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
@@ -166,17 +172,11 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
         return field, message if field else "the body is empty, a JSON object is required"
     if error["type"] == "value_error":
         return field, message
-    return field, f"{message}, found {_short(error['input'])}"
+    return field, f"{message}, found {SHORT.repr(error['input'])}"
 
 
 def _join(places: list[Any]) -> str:
-    return ".".join(map(str, places))
-
-
-def _short(value: object) -> str:
-    # Of what is long only the beginning is written: there may be a million tokens.
-    text = repr(value[:60] if isinstance(value, str | list) else value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return ".".join(place if len(place) <= MAX_NAME else place[: MAX_NAME - 1] + "…" for place in map(str, places))
 
 
 async def on_invalid(_: Request, error: Exception) -> JSONResponse:
@@ -217,10 +217,3 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorReply, "description": "The request is refused: the field, what was found, what was expected"},
-    "5XX": {"model": ErrorReply, "description": "The engine failed, or is not running"},
-}
-"""What every route may answer beside its own."""

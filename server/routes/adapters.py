@@ -15,13 +15,15 @@ from server.adapter_rows import describe_one, describe_whole, encode_list
 from server.engine.adapters.registry import Registered
 from server.engine.adapters.resolution import AmbiguousVersionError, resolve
 from server.engine.admission import RefusedError
+from server.responses import refusals
 from server.routes.dependencies import CallerOf, ServiceOf, require_admin
+from server.routes.json_route import JsonRoute
 from server.routes.uploads import REQUEST_BODY, checked_name, checked_reference, hub_body, read_upload
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, AliasBody, WithdrawnReply
 from server.service import Service
 
 router = APIRouter()
-admin = APIRouter(dependencies=[Depends(require_admin)])
+admin = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_admin)])
 WITHDRAWN: dict[int | str, dict[str, Any]] = {
     200: {"description": "Nothing of it is left in memory"},
     202: {"model": WithdrawnReply, "description": "Requests under way still use it: the rest follows when the last has ended"},
@@ -41,7 +43,7 @@ async def list_adapters(
     return Response(content, media_type="application/json")
 
 
-@router.get("/adapters/{name}")
+@router.get("/adapters/{name}", responses=refusals(404))
 async def show_adapter(name: str, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
     """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
     try:
@@ -52,7 +54,13 @@ async def show_adapter(name: str, service: ServiceOf, caller: CallerOf) -> Adapt
     return await run_in_threadpool(describe_whole, service, of, details, caller.may_use)
 
 
-@admin.post("/adapters", status_code=201, response_model=AdapterInfo, openapi_extra={"requestBody": REQUEST_BODY})
+@admin.post(
+    "/adapters",
+    status_code=201,
+    response_model=AdapterInfo,
+    responses=refusals(415),
+    openapi_extra={"requestBody": REQUEST_BODY},
+)
 async def publish(http: Request, service: ServiceOf, response: Response) -> AdapterInfo | Response:
     """Puts an adapter in the server's store, as a new version of its name, which means it from then on.
 

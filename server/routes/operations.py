@@ -4,10 +4,14 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from server.responses import Responses, refusals
 from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas.generation import Health
 
 router = APIRouter()
+METRICS: Responses = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}, "example": "lori:adapters_registered 4.0\n"}}}
+}
 
 
 @router.get("/health")
@@ -16,14 +20,14 @@ async def health() -> Health:
     return Health(status="ok")
 
 
-@router.get("/ready")
+@router.get("/ready", responses=refusals(503))
 async def ready(service: ServiceOf) -> Health:
     """Answers 200 while requests can be answered, and the server is not about to end."""
     service.check_ready()
     return Health(status="ready")
 
 
-@router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])
+@router.get("/metrics", response_class=Response, responses=METRICS, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

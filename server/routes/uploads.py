@@ -16,6 +16,7 @@ from lori.names import check_name, split_reference
 from server.engine.admission import RefusedError
 from server.routes.form import read_form
 from server.schemas.adapters import HubBody
+from server.strict_json import JsonError, read_json
 
 FILES = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
 """The fields of a form that are files, and what they are called in the store, whatever they are called in the form."""
@@ -90,7 +91,9 @@ async def hub_body(http: Request, max_bytes: int) -> HubBody:
         if len(content) > max_bytes:
             raise HTTPException(413, f"the body is longer than {max_bytes} bytes", {"Connection": "close"})
     try:
-        return HubBody.model_validate_json(content)
+        return HubBody.model_validate(read_json(content))
+    except JsonError as error:
+        raise HTTPException(400, f"the body {error}") from error
     except ValidationError as error:
         raise RequestValidationError([_in_body(one) for one in error.errors(include_url=False)], body=content) from error
 

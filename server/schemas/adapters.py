@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from lori.template import Template, Text
 from server.engine.adapters.places import Tier
-from server.schemas.fields import BODY, AdapterName
+from server.schemas.fields import AdapterName, Body
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 REVISION = r"^\w[\w./-]*$"
@@ -93,19 +93,19 @@ class WithdrawnReply(BaseModel):
     """Requests under way that still use it, and end on it: 0 with the status 200."""
 
 
-class AliasBody(BaseModel):
+class AliasBody(Body):
     """The body of PUT /adapters/{name}/alias."""
 
-    model_config = BODY
+    model_config = ConfigDict(json_schema_extra={"examples": [{"adapter": "intent"}]})
 
     adapter: AdapterName
     """A name, or `name@version`."""
 
 
-class HubBody(BaseModel):
+class HubBody(Body):
     """The body of POST /adapters for an adapter on the Hugging Face hub."""
 
-    model_config = BODY
+    model_config = ConfigDict(json_schema_extra={"examples": [{"hub_id": "someone/lori-intent", "name": "intent"}]})
 
     hub_id: Annotated[Text, Field(pattern=HUB_ID, max_length=200)]
     """`owner/name`."""
@@ -115,10 +115,10 @@ class HubBody(BaseModel):
     """What to call it; absent: as it is called on the hub."""
 
 
-class LoadLoraBody(BaseModel):
+class LoadLoraBody(Body):
     """The body of POST /v1/load_lora_adapter, as vLLM has it."""
 
-    model_config = BODY
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "intent", "lora_path": "intent"}]})
 
     lora_name: AdapterName
     """What requests call it from then on."""
@@ -130,10 +130,10 @@ class LoadLoraBody(BaseModel):
     """As vLLM has it: false alone."""
 
 
-class UnloadLoraBody(BaseModel):
+class UnloadLoraBody(Body):
     """The body of POST /v1/unload_lora_adapter, as vLLM has it."""
 
-    model_config = BODY
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "intent"}]})
 
     lora_name: AdapterName
     lora_int_id: int | None = None

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     ConfigDict,
-    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
     Tag,
@@ -13,7 +12,7 @@ from pydantic import (
 )
 
 from lori.template import Message, Template, Text
-from server.schemas.fields import Body, Reply, one_or_many
+from server.schemas.fields import Body, Reply, forms, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
@@ -35,7 +34,7 @@ class ChatMessage(Body):
     content: Annotated[
         Annotated[Text, Tag("one")]
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
-        Discriminator(one_or_many),
+        forms(one_or_many, "text, or a list of parts"),
     ]
     name: None = None
     """Not known here: must be absent."""
@@ -82,7 +81,7 @@ class ChatBody(OpenAIBody):
     store: Literal[False] | None = None
     """Nothing is stored."""
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:

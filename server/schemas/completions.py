@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Field, Tag, model_validator
 
 from lori.template import Text
-from server.schemas.fields import Reply, TokenIds
+from server.schemas.fields import Reply, TokenIds, forms
 from server.schemas.generation import Logprobs
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
@@ -13,9 +13,9 @@ MAX_PROMPTS = 256
 Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
 
-def _form(value: Any) -> str:
+def _form(value: Any) -> str | None:
     if not isinstance(value, list):
-        return "one"
+        return "one" if isinstance(value, str) else None
     return {list: "lists", int: "numbers", bool: "numbers"}.get(type(value[0]), "texts") if value else "texts"
 
 
@@ -24,7 +24,7 @@ Prompts = Annotated[
     | Annotated[list[Text], Several, Tag("texts")]
     | Annotated[TokenIds, Tag("numbers")]
     | Annotated[list[TokenIds], Several, Tag("lists")],
-    Discriminator(_form),
+    forms(_form, "text, a list of token ids, or a list of texts or of such lists"),
 ]
 
 

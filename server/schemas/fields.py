@@ -1,5 +1,6 @@
 """Fields that several bodies have: what they may hold, said once."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -9,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     WithJsonSchema,
     model_validator,
@@ -60,27 +62,45 @@ def _are_few(bias: Any) -> Any:
     return bias
 
 
+PROMPT_OR_MESSAGES: list[JsonValue] = [
+    {"required": ["prompt"], "properties": {"prompt": {"not": {"type": "null"}}, "messages": {"type": "null"}}},
+    {"required": ["messages"], "properties": {"messages": {"not": {"type": "null"}}, "prompt": {"type": "null"}}},
+]
+"""For a body's `oneOf`: which of its fields there may be together."""
+
+
 def _is_not_empty(value: str) -> str:
     if not value:
         raise ValueError("is empty, expected text")
     return value
 
 
-def one_or_many(value: Any) -> str:
-    """Returns which form a value has of those that its field may have. What is wrong is then said of that form alone."""
-    return "many" if isinstance(value, list) else "one"
+def forms(form_of: Callable[[Any], str | None], expected: str) -> Discriminator:
+    """Returns what picks the form of a value among those that its field may have; `form_of` returns None for none of them.
+
+    What is wrong is then said of that form alone, or that something of another kind was expected.
+    """
+    return Discriminator(form_of, "no_form", f"expected {expected}")
+
+
+def one_or_many(value: Any) -> str | None:
+    """Returns the form of a text or of a list."""
+    return "one" if isinstance(value, str) else "many" if isinstance(value, list) else None
 
 
 StopText = Annotated[Text, AfterValidator(_is_not_empty), WithJsonSchema({"type": "string", "minLength": 1})]
 Stops = Annotated[
     Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
-    Discriminator(one_or_many),
+    forms(one_or_many, "text, or a list of texts"),
 ]
 AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
-Prompt = Annotated[Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")], Discriminator(one_or_many)]
+Prompt = Annotated[
+    Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")],
+    forms(one_or_many, "text, or a list of token ids"),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -91,6 +111,8 @@ RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[
-    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED), BeforeValidator(_are_few)
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias],
+    Field(max_length=MAX_BIASED, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_are_few),
 ]
 """By token id, written as text since JSON's keys are."""

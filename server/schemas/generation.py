@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, Prompt, Reply, check_num_fields
+from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Turn = Annotated[Message, BeforeValidator(check_num_fields)]
@@ -19,6 +19,7 @@ class GenerateBody(SamplingFields, MergeFields):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "oneOf": PROMPT_OR_MESSAGES,
             "examples": [
                 {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "safety"]},
                 {"prompt": "Customer: My card has not arrived.\nIntent:", "adapter": "intent", "stop": "\n"},
@@ -27,7 +28,7 @@ class GenerateBody(SamplingFields, MergeFields):
                     "adapter": [{"name": "math", "weight": 1}, {"name": "safety", "weight": 0.8}],
                     "max_tokens": 64,
                 },
-            ]
+            ],
         },
     )
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
 from server.engine.request import Sampling
@@ -21,6 +21,7 @@ from server.schemas.fields import (
     TopK,
     TopP,
     Weight,
+    forms,
 )
 from server.schemas.grammars import AnyGrammar
 
@@ -34,9 +35,9 @@ class WeightedAdapter(Body):
     """What its delta is multiplied with."""
 
 
-def _form(value: Any) -> str:
+def _form(value: Any) -> str | None:
     if not isinstance(value, list):
-        return "one"
+        return "one" if isinstance(value, str) else None
     return "objects" if value and isinstance(value[0], dict) else "texts"
 
 
@@ -44,7 +45,7 @@ Adapters = Annotated[
     Annotated[AdapterName, Tag("one")]
     | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("texts")]
     | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True), Tag("objects")],
-    Discriminator(_form),
+    forms(_form, "an adapter's name, a list of names, or a list of objects with name and weight"),
 ]
 
 

@@ -6,14 +6,14 @@ from pydantic import ConfigDict, Field, model_validator
 
 from lori.template import Text
 from server.schemas.chat import ChatMessage
-from server.schemas.fields import MAX_PROMPT_TOKENS, Body, Reply, TokenId
+from server.schemas.fields import MAX_PROMPT_TOKENS, PROMPT_OR_MESSAGES, Body, Reply, TokenId
 from server.schemas.openai import Model
 
 
 class TokenizeBody(Body):
     """The body of POST /tokenize."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The quick brown fox"}]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": PROMPT_OR_MESSAGES, "examples": [{"prompt": "The quick brown fox"}]})
 
     model: Model | None = None
     """The base model, or what else POST /v1/completions can be asked for; all have one tokenizer."""
