@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lori.basis import Basis
-from lori.config import NUM_VERSION_DIGITS, AdapterConfig
+from lori.config import AdapterConfig
 from lori.errors import AdapterError
+from lori.names import NUM_VERSION_DIGITS
 from lori.sparse import SparseB
 
 

@@ -26,6 +26,16 @@ class CommonEntries:
     num_conflicts: int
     """Those of `num_signed` whose signs differ."""
 
+    @classmethod
+    def total(cls, parts: Sequence["CommonEntries"]) -> "CommonEntries":
+        """Returns what several modules share together."""
+        return cls(
+            num_both=sum(part.num_both for part in parts),
+            num_expected=math.fsum(part.num_expected for part in parts),
+            num_signed=sum(part.num_signed for part in parts),
+            num_conflicts=sum(part.num_conflicts for part in parts),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleComparison:
@@ -123,6 +133,11 @@ def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
     return cosines.clip(-1.0, 1.0)
 
 
+def common_entries(a: Adapter, b: Adapter, module: str) -> CommonEntries | None:
+    """Returns what the masks of two adapters share in one module; None on two bases."""
+    return _common(a.modules.get(module), b.modules.get(module)) if a.basis == b.basis else None
+
+
 def _compare_module(a: Adapter, b: Adapter, module: str, weights: tuple[float, float]) -> ModuleComparison:
     products = inner_products((a, b), module)
     sparse_a, sparse_b = a.modules.get(module), b.modules.get(module)
@@ -130,7 +145,7 @@ def _compare_module(a: Adapter, b: Adapter, module: str, weights: tuple[float, f
         module=module,
         num_a=sparse_a.values.numel() if sparse_a else 0,
         num_b=sparse_b.values.numel() if sparse_b else 0,
-        common=_common(sparse_a, sparse_b) if a.basis == b.basis else None,
+        common=common_entries(a, b, module),
         square_a=float(products[0, 0]),
         square_b=float(products[1, 1]),
         inner=float(products[0, 1]),
@@ -164,14 +179,7 @@ def _total(rows: Sequence[ModuleComparison]) -> ModuleComparison:
         module="",
         num_a=sum(row.num_a for row in rows),
         num_b=sum(row.num_b for row in rows),
-        common=CommonEntries(
-            num_both=sum(c.num_both for c in common),
-            num_expected=math.fsum(c.num_expected for c in common),
-            num_signed=sum(c.num_signed for c in common),
-            num_conflicts=sum(c.num_conflicts for c in common),
-        )
-        if common
-        else None,
+        common=CommonEntries.total(common) if common else None,
         square_a=math.fsum(row.square_a for row in rows),
         square_b=math.fsum(row.square_b for row in rows),
         inner=math.fsum(row.inner for row in rows),

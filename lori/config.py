@@ -9,12 +9,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lori.basis import Basis, Explicit, Seeded, explicit_name
 from lori.module_names import last
+from lori.names import NUM_VERSION_DIGITS
 from lori.rice import MAX_ENTRIES
 from lori.template import Template
 from lori.values import ValueType
 
-NUM_VERSION_DIGITS = 12
-"""Of a digest, where a person reads it."""
 MAX_RANK = 2**12
 MAX_SIZE = 2**24
 """Outputs or inputs of a module, far beyond any model's: a hostile file cannot ask for more memory."""

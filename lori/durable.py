@@ -32,13 +32,18 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file aside, syncs it, and puts it in place: a reader sees the old content or the new."""
+def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int, int] | None = None) -> None:
+    """Writes a file aside, syncs it, and puts it in place: a reader sees the old content or the new.
+
+    `owner`: its user and group, where they are not to be those of the process.
+    """
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}@")
     os.close(handle)
     try:
         write_file(Path(scratch), content)
-        os.chmod(scratch, 0o644)
+        if owner:
+            os.chown(scratch, *owner)
+        os.chmod(scratch, mode)
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)

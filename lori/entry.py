@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lori.adapter import Adapter
-from lori.config import NUM_VERSION_DIGITS
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import load_adapter, read_config
 from lori.identity import BaseIdentity
-from lori.names import NAME, VERSION
+from lori.names import NAME, NUM_VERSION_DIGITS, VERSION
 
 
 @dataclass(frozen=True, slots=True)

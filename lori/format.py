@@ -16,12 +16,13 @@ import torch
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
 from lori.basis_file import load_basis, save_basis
-from lori.config import NUM_VERSION_DIGITS, AdapterConfig, ExplicitConfig, basis_config
+from lori.config import AdapterConfig, ExplicitConfig, basis_config
 from lori.config_file import CONFIG_FILE, parse_config, seal_config
 from lori.durable import new_folder, read_regular, replace_file, write_file
 from lori.errors import AdapterError, AdapterFormatError
 from lori.identity import BaseIdentity
 from lori.module_names import last, natural
+from lori.names import NUM_VERSION_DIGITS
 from lori.tensor_file import parse_tensors
 from lori.values import ValueType
 from lori.weights import read_modules, weight_bytes

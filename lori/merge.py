@@ -17,11 +17,13 @@ from pydantic import ValidationError
 
 from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis, Explicit
-from lori.config import NUM_VERSION_DIGITS, AdapterConfig
+from lori.config import AdapterConfig
 from lori.errors import AdapterError
 from lori.format import seal
 from lori.identity import BaseIdentity
-from lori.merge_methods import DEFAULTS, MergeMethod, MergeOptions, SignMethod, combine, nonzero, placed, prune
+from lori.merge_methods import combine, nonzero, placed, prune
+from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions, SignMethod
+from lori.names import NUM_VERSION_DIGITS
 from lori.new_config import new_config
 from lori.sparse import SparseB
 from lori.template import Template

@@ -4,9 +4,10 @@ import difflib
 import re
 from collections.abc import Iterable
 
-from lori.config import NUM_VERSION_DIGITS
 from lori.errors import AdapterError, UnknownAdapterError
 
+NUM_VERSION_DIGITS = 12
+"""Of a digest, where a person reads it."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(rf"[0-9a-f]{{1,{NUM_VERSION_DIGITS}}}")
 

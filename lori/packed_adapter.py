@@ -16,7 +16,7 @@ import torch
 from lori.adapter import Adapter
 from lori.basis import Basis
 from lori.basis_file import load_basis
-from lori.config import NUM_VERSION_DIGITS, AdapterConfig
+from lori.config import AdapterConfig
 from lori.config_file import CONFIG_FILE, parse_config
 from lori.entry import Entry
 from lori.errors import AdapterError
@@ -25,6 +25,7 @@ from lori.identity import BaseIdentity
 from lori.kernels.layout import Layout
 from lori.kernels.native import MODULE, pack
 from lori.kernels.packed_modules import PackedModules
+from lori.names import NUM_VERSION_DIGITS
 from lori.values import ValueType
 
 MAX_PLANS = 256

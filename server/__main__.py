@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from lori.errors import AdapterFormatError, LoriError
 from lori.flags import flag_faults
+from server.access.exposure import ExposedError, check_exposure, log_exposure
+from server.access.keys import KeyFileError
 from server.app import create_app
 from server.engine.thread import EngineThread
 from server.loading import load_service
@@ -29,20 +31,25 @@ def main() -> int:
         signal.signal(number, _end)
     try:
         settings = Settings(_cli_parse_args=True)
+        check_exposure(settings)
         _check_port(settings.host, settings.port)
         service = load_service(settings)
     except ValidationError as error:
         print(f"error: {flag_faults(error)}", file=sys.stderr)
         return 2
+    except ExposedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
         return 1
-    except AdapterFormatError as error:
+    except (AdapterFormatError, KeyFileError) as error:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    log_exposure(settings)
     config = uvicorn.Config(
         create_app(service), host=settings.host, port=settings.port, timeout_graceful_shutdown=DRAIN_S + GRACE_S
     )

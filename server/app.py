@@ -5,11 +5,16 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TypedDict
 
+import anyio
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
+from server.access.gate import Gate
+from server.access.openapi import KeyedApi
 from server.body_limit import BodyLimit
+from server.comparison import Comparer
 from server.errors import REFUSALS, add_error_handlers
-from server.routes import adapters, generate, operations, vllm_adapters
+from server.routes import adapters, chat, comparison, completions, generate, models, operations, playground, tokens, vllm_adapters
 from server.service import Service
 
 
@@ -17,6 +22,9 @@ class State(TypedDict):
     """What routes find in `request.state`."""
 
     service: Service
+    comparer: Comparer
+    comparing: anyio.Lock
+    """Held by the one request that compares adapters."""
 
 
 def create_app(service: Service) -> FastAPI:
@@ -25,22 +33,36 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         service.engine.start()
-        async with service.admin.running():
-            yield State(service=service)
+        async with anyio.create_task_group() as group, service.admin.running():
+            if service.keys:
+                group.start_soon(service.keys.watch)
+            yield State(service=service, comparer=Comparer(), comparing=anyio.Lock())
             await service.engine.stop()
+            group.cancel_scope.cancel()
 
-    app = FastAPI(
+    app = (KeyedApi if service.keys else FastAPI)(
         title="lori-server",
         version=version("lori-server"),
         summary="One base model, many LoRI adapters, merged in every request.",
         lifespan=lifespan,
         responses=REFUSALS,
     )
+    # The last is asked first: a browser asks without a key whether it may send one.
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, others=uploads)
-    app.include_router(generate.router)
-    for router in (adapters.router, adapters.admin, vllm_adapters.router):
-        app.include_router(router)
-    app.include_router(operations.router)
+    app.add_middleware(Gate, ring=service.keys)
+    if service.settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    # The comparison comes before what takes any name for an adapter's.
+    for routes in (generate, completions, chat, models, tokens, comparison, adapters, vllm_adapters, operations, playground):
+        app.include_router(routes.router)
+    app.include_router(adapters.admin)
+    app.mount("/static", playground.static)
     add_error_handlers(app)
     return app

@@ -7,17 +7,25 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
+from server.access.limits import RateLimitedError
 from server.engine.admission import PolicyError, RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
+from server.model_names import ModelWeightsError, UnknownModelError
 from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
+from server.schemas.chat import ChatBody, ChatMessage, TextPart
+from server.schemas.completions import CompletionBody
 from server.schemas.errors import ErrorReply, error_reply
-from server.schemas.generation import GenerateBody, WeightedAdapter
+from server.schemas.generation import GenerateBody
+from server.schemas.openai import StreamOptions
+from server.schemas.sampling import WeightedAdapter
+from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
 logger = logging.getLogger(__name__)
 MAX_FAULTS = 10
@@ -25,6 +33,14 @@ MAX_FAULTS = 10
 
 class BusyError(Exception):
     """The queue is full."""
+
+
+class FieldError(Exception):
+    """Another error, of what a route calls `field`."""
+
+    def __init__(self, field: str, error: Exception) -> None:
+        self.field, self.error = field, error
+        super().__init__(str(error))
 
 
 class ConflictError(Exception):
@@ -64,19 +80,42 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     AdapterFormatError: (400, "BadRequestError"),
     ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
+    UnknownModelError: (404, "NotFoundError"),
+    ModelWeightsError: (400, "BadRequestError"),
     ConflictError: (409, "ConflictError"),
-    PolicyError: (503, "ServiceUnavailableError"),
     StoreError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
+    RateLimitedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
+    PolicyError: (500, "AdapterError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
-BODIES = (GenerateBody, Message, WeightedAdapter, AliasBody, HubBody, LoadLoraBody, UnloadLoraBody)
+BODIES: tuple[type[BaseModel], ...] = (
+    GenerateBody,
+    WeightedAdapter,
+    Message,
+    CompletionBody,
+    ChatBody,
+    ChatMessage,
+    TextPart,
+    StreamOptions,
+    TokenizeBody,
+    DetokenizeBody,
+    AliasBody,
+    HubBody,
+    LoadLoraBody,
+    UnloadLoraBody,
+)
 FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
-FIELDS: dict[type[Exception], str] = {TemplateError: "messages", UnknownAdapterError: "adapter"}
+FIELDS: dict[type[Exception], str] = {
+    TemplateError: "messages",
+    UnknownAdapterError: "adapter",
+    UnknownModelError: "model",
+    ModelWeightsError: "model",
+}
 
 
 def _answer(
@@ -137,11 +176,13 @@ async def on_http(_: Request, error: Exception) -> JSONResponse:
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
     """Answers what the table knows."""
-    kind = type(error)
-    field = error.field if isinstance(error, RefusedError) else FIELDS.get(kind)
+    kind = type(error.error if isinstance(error, FieldError) else error)
+    field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
+    retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
+    headers = {"Retry-After": str(retry_after_s)} if status == 429 else None
     faults = error.faults if isinstance(error, AdapterFormatError) else None
-    return _answer(status, name, str(error), field, {"Retry-After": "1"} if status == 429 else None, faults)
+    return _answer(status, name, str(error), field, headers, faults)
 
 
 async def on_unknown(request: Request, error: Exception) -> JSONResponse:
@@ -154,7 +195,7 @@ def add_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app` the same shape."""
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    for kind in TABLE:
+    for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
     app.add_exception_handler(Exception, on_unknown)
 

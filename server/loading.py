@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +23,14 @@ from lori.projection import has_native
 from lori.quantization import Quantization
 from lori.store import AdapterStore
 from lori.summary import Summary, summarise
+from server.access.key_ring import KeyRing
+from server.access.policy import check_policies
 from server.adapter_files import AdapterFiles
 from server.adapter_fit import Fit
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.residents import Residents
+from server.engine.adapters.resolution import meanings
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -62,7 +66,11 @@ NUM_MERGES = 32
 
 
 def load_service(settings: Settings) -> Service:
-    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served."""
+    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served.
+
+    Raises `KeyFileError` where the key file is not sound.
+    """
+    keys = KeyRing(settings.keys) if settings.keys else None
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
@@ -87,6 +95,9 @@ def load_service(settings: Settings) -> Service:
     reader = PackedReader(base.identity, pool.layouts)
     files = AdapterFiles(own, demo, reader, Fit.of(pool), settings.max_upload_bytes)
     registry.add(files.others(registry.by_name.values()))
+    if keys:
+        keys.require(lambda found: check_policies(found, partial(_meaning, registry), registry.by_name))
+        logger.info("%s", keys.keys)
     loader = Loader(registry, reader)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
@@ -103,6 +114,8 @@ def load_service(settings: Settings) -> Service:
         admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids),
         engine=EngineThread(engine),
         metrics=_metrics(base.name, scheduler, tiers, registry),
+        keys=keys,
+        required=lambda: [name for of in keys.keys.tenants.values() for name, _ in of.policy] if keys else [],
         files=files,
     )
 
@@ -140,6 +153,11 @@ def _patience_s(device: torch.device) -> float:
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
     """Returns what can be asked for: what names mean now."""
     return Registry(Registered(entries[name], summary) for name, summary in summaries.items())
+
+
+def _meaning(registry: Registry, reference: str) -> Summary | None:
+    found = meanings(registry, reference)
+    return found[0].summary if len(found) == 1 else None
 
 
 def make_pool(

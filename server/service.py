@@ -3,10 +3,13 @@
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.concurrency import run_in_threadpool
 
+from server.access.caller import Caller
+from server.access.key_ring import KeyRing
+from server.access.limits import Limiter
 from server.adapter_admin import AdapterAdmin
 from server.adapter_files import AdapterFiles
 from server.adapter_uses import AdapterUses
@@ -30,6 +33,9 @@ class Service:
     admission: Admission
     engine: EngineThread
     metrics: Metrics
+    keys: KeyRing | None = None
+    """Whose requests are answered; None: anybody's."""
+    limiter: Limiter = field(default_factory=Limiter)
     files: AdapterFiles | None = None
     """Where adapters come from while the server runs; None: none come."""
     required: Callable[[], Collection[str]] = tuple
@@ -43,8 +49,8 @@ class Service:
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
-    async def admitted(self, asks: Sequence[Ask]) -> AsyncGenerator[list[Request], None]:
-        """Gives the requests, which have their places until the block ends, or raises what the error table knows.
+    async def admitted(self, asks: Sequence[Ask], caller: Caller) -> AsyncGenerator[list[Request], None]:
+        """Gives the caller's requests, which have their places until the block ends, or raises what the error table knows.
 
         All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
@@ -53,19 +59,22 @@ class Service:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
-        self.num_requests += len(asks)
-        try:
-            requests = await run_in_threadpool(lambda: [self.admission.admit(ask) for ask in asks])
+        with ExitStack() as held:
+            for _ in asks:
+                held.enter_context(self.limiter.place(caller))
+            self.num_requests += len(asks)
+            held.callback(self._give_back, len(asks))
+            requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
             self._check_alive()
-            with ExitStack() as held:
-                for request in requests:
-                    check_registered(self.registry, request)
-                    held.enter_context(self.uses.held((*request.terms, *request.policy)))
-                    for term in request.terms:
-                        self.metrics.adapter_requests.labels(term.name).inc()
-                yield requests
-        finally:
-            self.num_requests -= len(asks)
+            for request in requests:
+                check_registered(self.registry, request)
+                held.enter_context(self.uses.held((*request.terms, *request.policy)))
+                for term in request.terms:
+                    self.metrics.adapter_requests.labels(term.name).inc()
+            yield requests
+
+    def _give_back(self, num_requests: int) -> None:
+        self.num_requests -= num_requests
 
     def _check_alive(self) -> None:
         if not self.engine.is_alive:
@@ -91,3 +100,11 @@ class Service:
         finally:
             self.metrics.success.labels(self.metrics.base_model, reason).inc()
             self.metrics.latency.observe(time.monotonic() - started)
+
+
+def _by(caller: Caller, ask: Ask) -> Ask:
+    # No route can forget whose request it is.
+    priority = ask.priority
+    if caller.tenant:
+        priority = caller.priority if priority is None else max(priority, caller.priority)
+    return replace(ask, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority)

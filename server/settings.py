@@ -1,10 +1,17 @@
 """Everything that `python -m server` can be told, by flag or by environment variable, each default written once."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)$")]
+
+
+def _split(value: Any) -> Any:
+    # The command line gives a list, the environment text.
+    return [one.strip() for one in value.split(",")] if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -23,6 +30,13 @@ class Settings(BaseSettings):
     """The address to listen on; 0.0.0.0 lets other machines in."""
     port: int = Field(default=8000, ge=0, le=65535)
     """The port to listen on; 0 takes a free one."""
+    keys: Path | None = None
+    """A file of tenants and keys, which `python -m server.keys` writes: requests need a key of it. It may change any time."""
+    open: bool = False
+    """Lets a server without keys listen on an address that other machines reach: whoever reaches the port may use it."""
+    cors_origins: Annotated[list[Origin], NoDecode, BeforeValidator(_split)] = []
+    """Pages of these origins, such as https://chat.example.org, may send requests from a browser, * is all: with commas between
+    them."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent."""
     adapters: Path | None = None

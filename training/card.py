@@ -1,6 +1,7 @@
 """An adapter's card, README.md in its folder: written from its config alone, so that the two cannot disagree."""
 
-from lori.config import NUM_VERSION_DIGITS, AdapterConfig
+from lori.config import AdapterConfig
+from lori.names import NUM_VERSION_DIGITS
 
 
 def render_card(name: str, config: AdapterConfig) -> str:

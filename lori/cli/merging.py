@@ -10,7 +10,7 @@ from lori.cli.arguments import AdaptersArgument, JsonOption, check_output, find_
 from lori.cli.output import print_made
 from lori.errors import AdapterError
 from lori.merge import merge as merge_adapters
-from lori.merge_methods import DEFAULTS, MergeMethod, MergeOptions, SignMethod
+from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions, SignMethod
 from lori.store import AdapterStore
 from lori.template import Template
 from lori.values import ValueType, rounding_error

@@ -18,8 +18,18 @@ class Caller:
     """A short public name of the key, for the log: never the key."""
     is_admin: bool = False
     """May change adapters, and sees all of them."""
+    is_monitor: bool = False
+    """May read /metrics."""
     allowed: tuple[str, ...] = ("*",)
     """Patterns of the names of adapters that it may use: `*`, `?`, `[abc]`."""
+    policy: tuple[tuple[str, float], ...] = ()
+    """Adapters that the operator adds to all its requests, as references, and their weights."""
+    priority: int = 0
+    """Lower runs earlier."""
+    requests_per_minute: int | None = None
+    """Of its tenant, with whatever key."""
+    max_requests: int | None = None
+    """Under way at once, of its tenant."""
     _allowed: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """Accepts or refuses: every 4xx about a request's content is decided here, before the first byte. No tensor, no asyncio."""
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,16 +8,16 @@ from math import inf
 
 from transformers import PreTrainedTokenizerBase
 
-from lori.errors import UnknownAdapterError
-from lori.merge_methods import DEFAULTS as LINEAR
-from lori.merge_methods import MergeOptions
+from lori.merge_options import DEFAULTS as LINEAR
+from lori.merge_options import MergeOptions
 from lori.summary import Summary
 from lori.template import Template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, resolve
+from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, meanings, resolve
 from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
 
+logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
 
 
@@ -24,12 +25,12 @@ class RefusedError(Exception):
     """A request asks for what cannot be: names the field, what was found and what was expected."""
 
     def __init__(self, field: str, message: str) -> None:
-        self.field = field
+        self.field, self.message = field, message
         super().__init__(f"{field}: {message}")
 
 
 class PolicyError(Exception):
-    """What the operator adds to every request of a tenant cannot be added: nothing is answered without it."""
+    """What the operator adds to every request of a tenant cannot be added: nothing is served without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class Ask:
     policy: tuple[tuple[str, float], ...] = ()
     """What the operator adds to the caller's every request: name or `name@version`, and weight."""
     max_tokens: int | None = None
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS
+    """Where `max_tokens` is None, if the context has room for them; None: all that it has room for."""
     sampling: Sampling = field(default_factory=Sampling)
     """But for its seed."""
     seed: int | None = None
@@ -56,7 +59,8 @@ class Ask:
     num_logprobs: int | None = None
     echo: bool = False
     num_choices: int = 1
-    priority: int = 0
+    priority: int | None = None
+    """None: 0."""
     tenant: str = ""
     timeout_s: float | None = None
 
@@ -84,9 +88,9 @@ class Admission:
 
     def admit(self, ask: Ask) -> Request:
         """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError` or `PolicyError`."""
-        found = self._find(ask)
-        policy = self._policy(ask, found)
-        adapters = [of.summary for of in found]
+        added = self._added(ask)
+        adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
+        policy = [(of.summary, weight) for of, weight in added]
         weights = self._weights(ask, len(adapters))
         text, ids, offsets, max_tokens = self._encode(ask, adapters)
         self._check_merge(ask, adapters, weights, policy)
@@ -100,14 +104,14 @@ class Admission:
             merge=ask.merge,
             policy=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in policy),
             max_tokens=max_tokens,
-            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed),
+            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed % 2**64),
             stop=ask.stop,
             include_stop=ask.include_stop,
             ignore_eos=ask.ignore_eos,
             num_logprobs=ask.num_logprobs,
             echo=ask.echo,
             num_choices=ask.num_choices,
-            priority=ask.priority,
+            priority=ask.priority or 0,
             tenant=ask.tenant,
             timeout_s=ask.timeout_s,
         )
@@ -157,31 +161,32 @@ class Admission:
         if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self._num_ids]:
             raise RefusedError("logit_bias", f"names the token {outside[0]}, expected 0 to {self._num_ids - 1}")
 
-    def _find(self, ask: Ask) -> list[Registered]:
+    def _find(self, ask: Ask, added: Sequence[Registered]) -> list[Registered]:
+        # A weight of the client's could take the operator's back: by another name, or of another version.
+        names, digests = {name for of in added for name in of.names}, {of.summary.digest for of in added}
         found: list[Registered] = []
         for reference in ask.adapters:
-            try:
-                of = resolve(self._registry, reference, ask.may_use)
-            except AmbiguousVersionError as error:
-                raise RefusedError("adapter", str(error)) from error
+            name = reference.partition("@")[0]
+            of = None if name in names else self._resolve(reference, ask.may_use)
+            if of is None or of.names & names or of.summary.digest in digests:
+                raise RefusedError("adapter", f"names {reference!r}, which the operator adds to every request of {ask.tenant!r}")
             if any((of.summary.name, of.summary.digest) == (other.summary.name, other.summary.digest) for other in found):
                 raise RefusedError("adapter", f"names {reference!r} twice, expected each adapter once")
             found.append(of)
         return found
 
-    def _policy(self, ask: Ask, asked: Sequence[Registered]) -> list[tuple[Summary, float]]:
+    def _resolve(self, reference: str, may_use: MayUse) -> Registered:
         try:
-            found = [(resolve(self._registry, name, lambda _: True), weight) for name, weight in ask.policy]
-        except (UnknownAdapterError, AmbiguousVersionError) as error:
-            raise PolicyError(f"what the operator adds to every request is not there: {error}") from error
-        # Else a weight of the client's could take the operator's back.
-        fixed = {known for of, _ in found for known in of.known_as}
-        for of in asked:
-            if of.known_as & fixed:
-                raise RefusedError(
-                    "adapter", f"names {of.summary.name!r}, which the operator adds to every request: leave it out"
-                )
-        return [(of.summary, weight) for of, weight in found]
+            return resolve(self._registry, reference, may_use)
+        except AmbiguousVersionError as error:
+            raise RefusedError("adapter", str(error)) from error
+
+    def _added(self, ask: Ask) -> list[tuple[Registered, float]]:
+        found = [(meanings(self._registry, reference), weight) for reference, weight in ask.policy]
+        if missing := [reference for (reference, _), (of, _) in zip(ask.policy, found, strict=True) if len(of) != 1]:
+            logger.error("requests of tenant %r fail: its policy names %s, which is not there", ask.tenant, ", ".join(missing))
+            raise PolicyError("the operator's adapters cannot be added to this request, and it is not served without them")
+        return [(of[0], weight) for of, weight in found]
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
         if ask.weights is None:
@@ -208,7 +213,7 @@ class Admission:
         if room < (0 if ask.max_tokens == 0 else 1):
             raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self.max_context} with the answer")
         if ask.max_tokens is None:
-            return min(DEFAULT_MAX_TOKENS, room)
+            return room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
         if ask.max_tokens > room:
             raise RefusedError(
                 "max_tokens",

@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lori.config import NUM_VERSION_DIGITS
-from lori.merge_methods import DEFAULTS as LINEAR
-from lori.merge_methods import MergeOptions
+from lori.merge_options import DEFAULTS as LINEAR
+from lori.merge_options import MergeOptions
+from lori.names import NUM_VERSION_DIGITS
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 ErrorKind = Literal["engine", "adapter", "timeout", "stop"]

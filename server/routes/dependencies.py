@@ -15,17 +15,29 @@ def get_service(request: Request) -> Service:
     return service
 
 
-def get_caller() -> Caller:
+def get_caller(request: Request) -> Caller:
     """Returns who sends the request."""
-    return Caller()
+    caller = request.state.caller
+    assert isinstance(caller, Caller)
+    return caller
 
 
 ServiceOf = Annotated[Service, Depends(get_service)]
 CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
-def require_admin(caller: CallerOf) -> Caller:
+def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
     """Returns who sends the request. Raises `ForbiddenError` where he may not change adapters."""
     if caller.is_admin:
         return caller
-    raise ForbiddenError("this route needs an admin's key, and the server has no keys: it is to be started with --keys FILE")
+    if service.keys is None:
+        raise ForbiddenError("this route needs an admin's key, and the server has no keys: it is to be started with --keys FILE")
+    raise ForbiddenError(f"this route needs a key of the role 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}")
+
+
+def require_monitor(caller: CallerOf, service: ServiceOf) -> Caller:
+    """Returns who sends the request. Raises `ForbiddenError` where he may not read the metrics; without keys anybody may."""
+    if service.keys is None or caller.is_monitor or caller.is_admin:
+        return caller
+    said = f"this route needs a key of the role 'monitor' or 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
+    raise ForbiddenError(said)

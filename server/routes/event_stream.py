@@ -1,13 +1,18 @@
 """A response of server-sent events that holds a request's place, and gives it back however it ends."""
 
+import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
+from time import monotonic
 
 import anyio
 from fastapi.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
 HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+KEEP_ALIVE_S = 15.0
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients skip; a proxy that closes what is silent for long hears that it is not."""
 
 
 class UnreadError(Exception):
@@ -17,24 +22,51 @@ class UnreadError(Exception):
 class EventStream(EventSourceResponse):
     """Sends `events`, and closes `place` at the end, also where the client has gone before the first.
 
-    A client that takes nothing for `max_unread_s` is left: the server ends its connection.
+    A client that takes nothing for `max_unread_s` is left: the server ends its connection. One that waits for its next event is
+    sent a comment every `keep_alive_s`.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], place: AsyncExitStack, max_unread_s: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        place: AsyncExitStack,
+        max_unread_s: float,
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
         super().__init__(events, headers=HEADERS)
-        self._events, self._place, self._max_unread_s = events, place, max_unread_s
+        self._events, self._place, self._max_unread_s, self._keep_alive_s = events, place, max_unread_s, keep_alive_s
+        self._quiet_since: float | None = None
+        """None until the first was sent, and while one is being sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers as ASGI has it."""
 
         async def send_in_time(message: Message) -> None:
+            self._quiet_since = None
             with anyio.move_on_after(self._max_unread_s) as scope:
                 await send(message)
             if scope.cancelled_caught:
                 raise UnreadError
+            self._quiet_since = monotonic()
 
         async with self._place, aclosing(self._events):
+            keep_alive = asyncio.create_task(self._keep_alive(send))
             try:
                 await super().__call__(scope, receive, send_in_time)
             except UnreadError:
                 return  # an answer that is not whole: uvicorn ends the connection
+            finally:
+                keep_alive.cancel()
+
+    async def _keep_alive(self, send: Send) -> None:
+        # Each message is an event, whole: a comment between two is between two events.
+        with suppress(OSError):  # the client has gone: who sends events hears it, too
+            while True:
+                left = self._keep_alive_s
+                if self._quiet_since is not None:
+                    left += self._quiet_since - monotonic()
+                if left > 0:
+                    await asyncio.sleep(left)
+                    continue
+                self._quiet_since = monotonic()
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

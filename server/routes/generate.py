@@ -2,25 +2,22 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
-from lori.merge_methods import MergeOptions
 from server.answers import Answer, collect, until_disconnect
 from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
-from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent, Timings, TokenLogprob
+from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import FAILURES, TABLE
-from server.routes.dependencies import get_service
+from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.schemas.errors import ErrorReply, error_reply
-from server.schemas.fields import to_bias, to_stops
 from server.schemas.generation import (
     ChoiceReply,
     DoneData,
@@ -44,12 +41,10 @@ STREAM: dict[int | str, dict[str, Any]] = {
 
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
-async def generate(
-    body: GenerateBody, http: Request, service: Annotated[Service, Depends(get_service)]
-) -> GenerateReply | Response:
+async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> GenerateReply | Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        [request] = await place.enter_async_context(service.admitted([to_ask(body)]))
+        [request] = await place.enter_async_context(service.admitted([to_ask(body)], caller))
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))
@@ -59,29 +54,17 @@ async def generate(
 
 def to_ask(body: GenerateBody) -> Ask:
     """Returns what a body asks for."""
-    asked = [body.adapter] if isinstance(body.adapter, str) else body.adapter or []
-    named = [of for of in asked if isinstance(of, str)]
-    weighted = [of for of in asked if not isinstance(of, str)]
+    names, weights = body.to_adapters(body.adapter)
     return Ask(
         prompt=_to_prompt(body),
         template=body.template,
-        adapters=(*named, *(of.name for of in weighted)),
-        weights=tuple(of.weight for of in weighted) if weighted else None if body.weights is None else tuple(body.weights),
-        merge=_to_merge(body),
+        adapters=names,
+        weights=weights,
+        merge=body.to_merge(),
         max_tokens=body.max_tokens,
-        sampling=Sampling(
-            logit_bias=to_bias(body.logit_bias),
-            min_tokens=body.min_tokens,
-            repetition_penalty=body.repetition_penalty,
-            presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
-            min_p=body.min_p,
-        ),
+        sampling=body.to_sampling(),
         seed=body.seed,
-        stop=to_stops(body.stop),
+        stop=body.stops(),
         include_stop=body.include_stop,
         ignore_eos=body.ignore_eos,
         num_logprobs=body.logprobs,
@@ -98,13 +81,6 @@ def _to_prompt(body: GenerateBody) -> Prompt:
     prompt = body.prompt if body.messages is None else body.messages
     assert prompt is not None
     return prompt
-
-
-def _to_merge(body: GenerateBody) -> MergeOptions:
-    merge = MergeOptions(body.merge)
-    if body.density is not None:
-        merge = replace(merge, density=body.density)
-    return merge if body.merge_seed is None else replace(merge, seed=body.merge_seed)
 
 
 def to_reply(request: EngineRequest, answers: Sequence[Answer]) -> GenerateReply:

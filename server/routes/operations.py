@@ -1,11 +1,11 @@
 """GET /health, /ready and /metrics. Translates only."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.engine.thread import EngineDeadError
-from server.routes.dependencies import ServiceOf
+from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas.generation import Health
 
 router = APIRouter()
@@ -25,7 +25,7 @@ async def ready(service: ServiceOf) -> Health:
     return Health(status="ready")
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -41,7 +41,7 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TO
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(ge=0, lt=2**31)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 MinP = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
@@ -49,13 +49,3 @@ NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED)]
 """By token id, written as text since JSON's keys are."""
-
-
-def to_stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    """Returns stop strings, one or many, as a tuple."""
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
-
-
-def to_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
-    """Returns a bias by token ids; -100 forbids a token, as OpenAI's does in effect."""
-    return tuple((int(token), value) for token, value in (bias or {}).items())

@@ -1,57 +1,23 @@
 """What POST /generate takes and gives."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lori.merge_methods import MergeMethod
+from lori.merge_options import MergeMethod
 from lori.template import Message, Template, Text
 from server.engine.request import FinishReason
-from server.schemas.fields import (
-    BODY,
-    MAX_ADAPTERS,
-    MAX_LOGPROBS,
-    AdapterName,
-    LogitBias,
-    MinP,
-    NumChoices,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
-    Stops,
-    Temperature,
-    TokenIds,
-    TopK,
-    TopP,
-    Weight,
-    check_num_fields,
-)
-
-
-class WeightedAdapter(BaseModel):
-    """An adapter with its weight."""
-
-    model_config = BODY
-
-    name: AdapterName
-    """Its name, or `name@version`."""
-    weight: Weight
-
+from server.schemas.fields import MAX_LOGPROBS, TokenIds
+from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
-Adapters = (
-    AdapterName
-    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-    | Annotated[list[WeightedAdapter], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-)
 
 
-class GenerateBody(BaseModel):
+class GenerateBody(SamplingFields, MergeFields):
     """The body of POST /generate."""
 
-    model_config = {
-        **BODY,
-        "json_schema_extra": {
+    model_config = ConfigDict(
+        json_schema_extra={
             "examples": [
                 {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "safety"]},
                 {"prompt": "Customer: My card has not arrived.\nIntent:", "adapter": "intent", "stop": "\n"},
@@ -62,7 +28,7 @@ class GenerateBody(BaseModel):
                 },
             ]
         },
-    }
+    )
 
     prompt: Text | TokenIds | None = None
     """Text to continue, as it stands, or its token ids. Either this or `messages`."""
@@ -73,59 +39,16 @@ class GenerateBody(BaseModel):
     adapter: Adapters | None = None
     """A name, `name@version`, several of them, or `{name, weight}` several times: their deltas are added. Absent, or an empty
     list: the base model."""
-    weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
-    """One for each adapter; absent: each 1/n."""
-    merge: MergeMethod = "linear"
-    """How several adapters become one: the exact sum, or what is built once and kept (TIES, DARE, the largest entries)."""
-    density: Annotated[float, Field(gt=0, le=1)] | None = None
-    """For a merge that is no sum: the share of each adapter's kept entries that survives; absent: 0.5."""
-    merge_seed: Seed | None = None
-    """Of the entries that `dare_linear` and `dare_ties` drop; absent: 0."""
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """The longest answer; absent: 128, or what the context has left. 0 generates nothing, to score a text with `echo`."""
-    min_tokens: int = Field(default=0, ge=0)
-    """Before so many tokens the answer does not end by itself."""
-    temperature: Temperature = 0.0
-    """0 takes the likeliest token each time."""
-    top_p: TopP = 1.0
-    """Draws among the likeliest tokens that together have this probability."""
-    top_k: TopK = 0
-    """Draws among this many likeliest tokens; 0: all."""
-    min_p: MinP = 0.0
-    """Draws among tokens of at least this share of the likeliest one's probability."""
-    repetition_penalty: RepetitionPenalty = 1.0
-    """Above 1, tokens of the prompt and the answer become less likely."""
-    presence_penalty: Penalty = 0.0
-    """Taken off the logits of tokens that the answer has."""
-    frequency_penalty: Penalty = 0.0
-    """Taken off the logits of tokens, as often as the answer has them."""
-    logit_bias: LogitBias | None = None
-    """Added to the logits of tokens, by id."""
-    seed: Seed | None = None
-    """Draws the tokens; absent: a random one, named in the reply."""
-    n: NumChoices = 1
-    """Answers to the prompt, which is computed once."""
-    stop: Stops | None = None
-    """The answer ends before any of these."""
     include_stop: bool = False
     """The answer ends after the stop text, not before."""
-    ignore_eos: bool = False
-    """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
     echo: bool = False
     """The reply's text, and its log-probabilities, begin with the prompt."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Adds log-probabilities, with this many alternatives for each token."""
     stream: bool = False
     """Sends the answer as server-sent events: `token` events, then a `done` for each answer, or `error`."""
-    timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None
-    """The request is given up, and answered 504, if it takes longer, in seconds."""
-    priority: int = Field(default=0, ge=-1000, le=1000)
-    """Lower runs earlier. A key's own priority is the lowest that its requests can have."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, body: Any) -> Any:
-        return check_num_fields(body)
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
@@ -137,15 +60,10 @@ class GenerateBody(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _sound_merge(self) -> Self:
+    def _sound_weights(self) -> Self:
         if self.weights is not None and self.adapter is None:
             raise ValueError("'weights' needs 'adapter'")
-        if self.weights is not None and isinstance(self.adapter, list) and any(not isinstance(of, str) for of in self.adapter):
-            raise ValueError("'weights' is for names; these adapters have their weights with them")
-        if self.density is not None and self.merge == "linear":
-            raise ValueError("'density' is for merges that are no sums; 'merge' is 'linear'")
-        if self.merge_seed is not None and self.merge not in ("dare_linear", "dare_ties"):
-            raise ValueError(f"'merge_seed' is for 'dare_linear' and 'dare_ties'; 'merge' is {self.merge!r}")
+        self.check_weights(self.adapter)
         return self
 
 

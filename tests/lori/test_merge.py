@@ -22,7 +22,8 @@ from lori.format import seal
 from lori.identity import BaseIdentity
 from lori.layer import module_shapes
 from lori.merge import MergeMethod, MergeOptions, SignMethod, merge
-from lori.merge_methods import MERGE_METHODS, drop_and_rescale, keep_largest
+from lori.merge_methods import drop_and_rescale, keep_largest
+from lori.merge_options import MERGE_METHODS
 from lori.new_config import new_config
 from lori.sparse import SparseB
 from lori.store import AdapterStore

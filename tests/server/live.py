@@ -7,8 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp
 
 from server.app import create_app
 from server.service import Service
@@ -95,14 +96,14 @@ def start(log: Path, *flags: str, module: str = "server") -> Iterator[Live]:
         process.wait()
 
 
-@contextmanager
-def serve_here(service: Service, overrides: Mapping[Callable[..., Any], Callable[..., Any]] = {}) -> Iterator[httpx.Client]:
-    """Serves the app of `service` on a free port, from a thread of this process, until the block ends.
+def serve_here(service: Service) -> AbstractContextManager[httpx.Client]:
+    """Serves the app of `service`, as `serve_app` does."""
+    return serve_app(create_app(service))
 
-    `overrides` are other dependencies of its routes.
-    """
-    app = create_app(service)
-    app.dependency_overrides.update(overrides)
+
+@contextmanager
+def serve_app(app: ASGIApp) -> Iterator[httpx.Client]:
+    """Serves `app` on a free port, from a thread of this process, until the block ends."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -1,4 +1,4 @@
-"""A real server in this process whose adapters change while it runs; who asks is said by a header, not by a key."""
+"""A real server in this process, with keys, whose adapters change while it runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,31 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from fastapi import Request
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.config_file import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.store import AdapterStore
-from server.access.caller import Caller
 from server.loading import load_service
-from server.routes.dependencies import get_caller
 from server.service import Service
 from server.settings import Settings
+from tests.server.keyed import bearer, key_table
 from tests.server.live import serve_here, wait_until
 from tests.server.rig import write_adapter
 
-ADMIN = {"authorization": "Bearer admin"}
-GUEST = {"authorization": "Bearer guest"}
-CALLERS = {"Bearer admin": Caller(is_admin=True), "Bearer guest": Caller(tenant="guest", allowed=("open-*",))}
+ADMIN, GUEST = bearer("lori_admin-key"), bearer("lori_guest-key")
+KEYS = f"""
+[tenants.guest]
+adapters = ["open-*"]
+{key_table("lori_guest-key", id="guest-1", tenant="guest")}
+{key_table("lori_admin-key", id="admin-1", role="admin")}
+"""
 FIELDS = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
 PROMPT = "The quick brown fox"
-
-
-def caller_of(request: Request) -> Caller:
-    """Stands in for keys."""
-    return CALLERS.get(request.headers.get("authorization", ""), Caller())
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +101,17 @@ def open_office(model: Path, base: BaseModel, place: Path, *, has_store: bool = 
     """Runs a server with the store `place`/store, which may be empty, until the block ends."""
     store = place / "store"
     store.mkdir(exist_ok=True)
-    given = {"model": str(model), "dtype": "float32", "threads": 1, "kv_cache_gib": 0.02, "resident_gib": 0.05} | settings
+    keys = place / "keys.toml"
+    keys.write_text(KEYS)
+    given = {
+        "keys": keys,
+        "model": str(model),
+        "dtype": "float32",
+        "threads": 1,
+        "kv_cache_gib": 0.02,
+        "resident_gib": 0.05,
+    } | settings
     service = load_service(Settings(adapters=store if has_store else None, **given))
-    with serve_here(service, {get_caller: caller_of}) as client:
+    with serve_here(service) as client:
         client.headers.update(ADMIN)
         yield Office(client, service, AdapterStore(store), base, place / "drafts")

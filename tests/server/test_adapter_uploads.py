@@ -226,7 +226,7 @@ def head(office: Office, length: int, headers: dict[str, str]) -> socket.socket:
 
 @pytest.mark.parametrize(
     ("length", "headers", "status"),
-    [(1 << 30, ADMIN, 413), (MAX_UPLOAD + 1, ADMIN, 413), (MAX_UPLOAD, GUEST, 403), (MAX_UPLOAD, {}, 403)],
+    [(1 << 30, ADMIN, 413), (MAX_UPLOAD + 1, ADMIN, 413), (MAX_UPLOAD, GUEST, 403), (MAX_UPLOAD, {}, 401)],
 )
 def test_what_is_refused_anyway_is_refused_before_it_is_sent(
     office: Office, length: int, headers: dict[str, str], status: int

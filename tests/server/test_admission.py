@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lori.errors import TemplateError, UnknownAdapterError
-from lori.merge_methods import MergeOptions
+from lori.merge_options import MergeOptions
 from lori.template import Message, Template
 from server.engine.adapters.registry import Registry
 from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lori.format import WEIGHTS_FILE
-from lori.merge_methods import MergeOptions
+from lori.merge_options import MergeOptions
 from server.engine.admission import Ask
 from server.engine.request import ErrorEvent, ErrorKind, Event
 from server.engine.scheduling.scheduler import Chunk

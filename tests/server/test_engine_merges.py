@@ -8,7 +8,7 @@ import pytest
 from lori.base_model import BaseModel
 from lori.format import save_adapter
 from lori.merge import merge
-from lori.merge_methods import MergeOptions
+from lori.merge_options import MergeOptions
 from server.engine.admission import Ask
 from tests.server.rig import Heard, Rig, build, write_adapter
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lori.merge_methods import MergeOptions
+from lori.merge_options import MergeOptions
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner

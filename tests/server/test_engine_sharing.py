@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lori.base_model import BaseModel
-from lori.merge_methods import MergeOptions
+from lori.merge_options import MergeOptions
 from lori.store import AdapterStore
 from server.engine.admission import Ask
 from server.engine.request import Sampling

@@ -406,7 +406,7 @@ def test_a_wrong_method_is_told_the_right_one(live: Live) -> None:
     assert live.client.get("/generate").headers.get("allow") == "POST"
 
 
-@pytest.mark.parametrize("path", ["/", "/v2/generate", "/adapters/math/x", "/adapters/..%2f..%2fetc", "/%ff"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/generate", "/adapters/math/x", "/adapters/..%2f..%2fetc", "/%ff"])
 def test_an_unknown_path_is_404(live: Live, path: str) -> None:
     error = refusal(live.client.post(path, json={"prompt": "x"}), 404)
     assert error["type"] == "NotFoundError"

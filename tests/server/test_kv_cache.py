@@ -1,5 +1,7 @@
 """What a sequence finds computed, and what it never finds."""
 
+from dataclasses import replace
+
 import pytest
 
 from server.engine.request import Request, Sequence
@@ -175,3 +177,10 @@ def test_integrity_notices_a_lost_block() -> None:
     sequence.blocks.pop()
     with pytest.raises(AssertionError):
         cache.check_integrity([sequence])
+
+
+def test_a_tenant_finds_nothing_that_another_one_asked() -> None:
+    cache = KvCache(64, 4, "base")
+    computed(cache, replace(request(15), tenant="acme"))
+    assert num_found(cache, replace(request(15), tenant="acme")) == 3
+    assert num_found(cache, replace(request(15), tenant="other")) == num_found(cache, request(15)) == 0

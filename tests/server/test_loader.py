@@ -14,7 +14,7 @@ from lori.config_file import CONFIG_FILE
 from lori.format import WEIGHTS_FILE
 from lori.kernels.layout import Layout
 from lori.merge import merge
-from lori.merge_methods import MERGE_METHODS, MergeMethod, MergeOptions
+from lori.merge_options import MERGE_METHODS, MergeMethod, MergeOptions
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
 from lori.store import AdapterStore
 from lori.summary import summarise

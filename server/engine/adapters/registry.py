@@ -15,9 +15,9 @@ class Registered:
     summary: Summary
 
     @property
-    def known_as(self) -> frozenset[str]:
-        """All that it is known as: its name, the one of its folder where that is an alias, its content."""
-        return frozenset((self.summary.name, self.owner, self.summary.digest))
+    def names(self) -> frozenset[str]:
+        """Its name, and its owner's where that is an alias."""
+        return frozenset((self.summary.name, self.owner))
 
     @property
     def owner(self) -> str:

@@ -1,6 +1,6 @@
 """Which adapters the names in a request mean, for a caller who may use some of those that are registered."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lori.errors import AdapterError, UnknownAdapterError
 from lori.names import split_reference, unknown_adapter
@@ -8,21 +8,33 @@ from server.engine.adapters.registry import Registered, Registry
 from server.engine.request import Request
 
 MayUse = Callable[[str], bool]
-"""Whether the caller may use the adapters of a name."""
+"""Whether the caller may use the adapters of a name; an alias is a name as any other."""
 
 
 class AmbiguousVersionError(AdapterError):
     """The first digits of a version could be several."""
 
 
+def meanings(registry: Registry, reference: str) -> Sequence[Registered]:
+    """Returns what `name` or `name@version` may mean: one, none, or several whose version begins so."""
+    name, at, _ = reference.partition("@")
+    if not at:
+        return [found] if (found := registry.by_name.get(name)) else []
+    try:
+        name, version = split_reference(reference)
+    except AdapterError:
+        return []
+    return [of for of in registry.versions(name) if version and of.summary.version.startswith(version)]
+
+
 def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
     """Returns what `name` or `name@version` means; the version's first digits will do.
 
-    What the caller may not use is as unknown as what there is not. Raises `UnknownAdapterError`, `AmbiguousVersionError`.
+    What the caller may not use is as unknown as what there is not: the same error, the same work. Raises `UnknownAdapterError`,
+    `AmbiguousVersionError`.
     """
-    name, at, _ = reference.partition("@")
-    found = _versions(registry, reference) if at else [of for of in [registry.by_name.get(name)] if of]
-    if not found or not may_use(name):
+    found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
+    if not found or not is_allowed:
         raise unknown(registry, reference, may_use)
     if len(found) > 1:
         said = " or ".join(f"{of.summary.name}@{of.summary.version}" for of in found)
@@ -40,11 +52,3 @@ def check_registered(registry: Registry, request: Request) -> None:
     for term in (*request.terms, *request.policy):
         if not registry.has(term.name, term.digest):
             raise UnknownAdapterError(term.name, (), (term.name,))
-
-
-def _versions(registry: Registry, reference: str) -> list[Registered]:
-    try:
-        name, version = split_reference(reference)
-    except AdapterError:
-        return []
-    return [of for of in registry.versions(name) if version and of.summary.version.startswith(version)]

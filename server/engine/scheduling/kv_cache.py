@@ -125,8 +125,11 @@ def must_score(sequence: Sequence) -> bool:
 
 
 def root_key(base: str, request: Request) -> bytes:
-    """Returns the parent of a first block's key: what its tokens are computed with."""
-    return hashlib.blake2b(repr((base, request.residents)).encode(), digest_size=DIGEST_SIZE).digest()
+    """Returns the parent of a first block's key: what its tokens are computed with, and whose they are.
+
+    A tenant that found what another one asked would learn it from how soon it is answered.
+    """
+    return hashlib.blake2b(repr((base, request.tenant, request.residents)).encode(), digest_size=DIGEST_SIZE).digest()
 
 
 def block_key(parent: bytes, ids: Items[int]) -> bytes:

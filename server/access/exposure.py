@@ -1,0 +1,44 @@
+"""Who can reach the server, and what that means: nobody serves a whole network by mistake."""
+
+import ipaddress
+import logging
+import socket
+
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class ExposedError(Exception):
+    """Whoever reaches the port could use the server, and nobody said that this is meant."""
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises `ExposedError`, and `OSError` where the host is no address and no name."""
+    if not (settings.keys or settings.open or is_loopback(settings.host)):
+        raise ExposedError(
+            f"--host: {settings.host!r} lets other machines in, and there are no keys; pass --keys FILE "
+            "(`python -m server.keys FILE --tenant NAME` makes one), or --open where whoever reaches the port may use the server"
+        )
+
+
+def log_exposure(settings: Settings) -> None:
+    """Says in the log who may use the server."""
+    if settings.keys:
+        logger.info("served on %s to whoever has a key of %s", settings.host, settings.keys)
+    elif is_loopback(settings.host):
+        logger.info(
+            "served on %s to whoever is on this machine, without keys (--keys): nobody may change adapters", settings.host
+        )
+    else:
+        logger.warning(
+            "OPEN: served on %s WITHOUT KEYS: whoever reaches the port may use every adapter, and read /metrics", settings.host
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Says whether only this machine reaches `host`. Raises `OSError` where that is no address and no name."""
+    if not host:  # all addresses, to what listens; but not to who looks it up
+        return False
+    found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(address).is_loopback for address in found)

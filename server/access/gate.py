@@ -1,0 +1,65 @@
+"""Who sends a request is known before a byte of its body is read, or it goes no further. Never logs, nor quotes, a key."""
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.access.caller import Caller
+from server.access.key_ring import KeyRing
+from server.schemas.errors import error_reply
+
+OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+STATIC = "/static/"
+MONITORED = "/metrics"
+HEADER = b"authorization"
+NOBODY = Caller(allowed=())
+"""Who asks for an open route: no matter who."""
+ASKED = "send a key with the header 'Authorization: Bearer KEY'"
+
+
+class Gate:
+    """Puts the caller into the request's state, or answers 401. Without a key ring everybody may pass, with no rights."""
+
+    def __init__(self, app: ASGIApp, ring: KeyRing | None) -> None:
+        self._app, self._ring = app, ring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request pass, or not."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+        elif isinstance(caller := self._caller(scope), JSONResponse):
+            await caller(scope, receive, send)
+        else:
+            state = {**scope.get("state", {}), "caller": caller}
+            # The key has done its work.
+            headers = [(name, value) for name, value in scope["headers"] if name != HEADER]
+            await self._app({**scope, "headers": headers, "state": state}, receive, send)
+
+    def _caller(self, scope: Scope) -> Caller | JSONResponse:
+        if self._ring is None:
+            return Caller()
+        if is_open(scope["path"]):
+            return NOBODY
+        found = [value for name, value in scope["headers"] if name == HEADER]
+        if not found:
+            return _unknown(f"no key was sent: {ASKED}")
+        scheme, _, key = found[0].strip().partition(b" ")
+        if len(found) > 1 or scheme.lower() != b"bearer" or not key.strip():
+            return _unknown(f"the Authorization header is no key's: {ASKED}")
+        caller = self._ring.find(key.strip())
+        if caller is None:
+            return _unknown("the key is not known")
+        if caller.is_monitor and not caller.is_admin and scope["path"] != MONITORED:
+            said = f"the key {caller.key_id!r} is of the role 'monitor', which reads {MONITORED} alone"
+            return JSONResponse(error_reply(403, "PermissionDeniedError", said, None), 403)
+        return caller
+
+
+def is_open(path: str) -> bool:
+    """Says whether a route needs no key."""
+    return path in OPEN or path.startswith(STATIC)
+
+
+def _unknown(message: str) -> JSONResponse:
+    return JSONResponse(error_reply(401, "AuthenticationError", message, None), 401, {"WWW-Authenticate": "Bearer"})

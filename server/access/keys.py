@@ -1,0 +1,138 @@
+"""The key file: tenants, and the keys that speak for them. It holds hashes of keys, no key.
+
+[tenants.acme]
+adapters = ["math", "acme-*"]
+policy = { safety = 0.5 }
+
+[[keys]]
+id = "acme-1"
+tenant = "acme"
+sha256 = "…"
+"""
+
+import hashlib
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from lori.durable import read_regular
+from server.access.caller import Caller
+from server.access.tables import WORD, KeyTable, Table, TenantTable
+
+MAX_BYTES = 1 << 22
+
+
+class KeyFileError(Exception):
+    """A key file is not sound: `lines` say everything that was found."""
+
+    def __init__(self, source: str, faults: Sequence[str]) -> None:
+        self.lines = [f"{source} is not a sound key file:", *(f"  {fault}" for fault in faults)]
+        super().__init__(f"{self.lines[0]} {'; '.join(faults)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What a sound key file says."""
+
+    callers: Mapping[str, Caller]
+    """By the sha256 of their keys: these are random, so that how long a hash is looked up tells nothing of them."""
+    tenants: Mapping[str, Caller]
+    """Every tenant, as a caller without a key."""
+
+    def find(self, key: bytes) -> Caller | None:
+        """Returns who sends `key`, or None."""
+        return self.callers.get(hashlib.sha256(key).hexdigest())
+
+    def __str__(self) -> str:
+        roles = Counter("admin" if of.is_admin else "monitor" if of.is_monitor else "tenant" for of in self.callers.values())
+        said = ", ".join(f"{roles[role]} {role}" for role in ("tenant", "admin", "monitor"))
+        return f"tenants: {len(self.tenants)}; keys by role: {said}"
+
+
+def read_keys(path: Path) -> Keys:
+    """Returns what a key file says. Raises `KeyFileError` with everything that is wrong with it."""
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except OSError as error:
+        raise KeyFileError(str(path), [f"it cannot be read: {error.strerror}"]) from error
+    keys = parse_keys(content, str(path))
+    if not keys.callers:  # half a file, or an empty one
+        raise KeyFileError(str(path), ["it has no [[keys]]: `python -m server.keys` makes one"])
+    return keys
+
+
+def parse_keys(content: bytes, source: str) -> Keys:
+    """Returns what the content of a key file says. Raises `KeyFileError` with everything that is wrong with it."""
+    try:
+        document = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML; lists in lists without end
+        raise KeyFileError(source, [f"it is not TOML: {error}"]) from error
+    named, listed = document.get("tenants", {}), document.get("keys", [])
+    faults = [f"{name}: unknown, expected tenants and keys" for name in document if name not in ("tenants", "keys")]
+    if not isinstance(named, dict) or not isinstance(listed, list):
+        raise KeyFileError(source, [*faults, "expected tables [tenants.NAME] and [[keys]]"])
+    tenants = {name: table for name, raw in named.items() if (table := _read(TenantTable, raw, f"tenants.{name}", faults))}
+    keys = [key for number, raw in enumerate(listed, 1) if (key := _read(KeyTable, raw, _place(number, raw), faults))]
+    faults += [*_names(named), *_crossed(keys, named)]
+    if faults:
+        raise KeyFileError(source, faults)
+    return _keys(tenants, keys)
+
+
+T = TypeVar("T", bound=Table)
+
+
+def _read(kind: type[T], raw: Any, place: str, faults: list[str]) -> T | None:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        for found in error.errors():
+            said = "unknown field" if found["type"] == "extra_forbidden" else found["msg"].removeprefix("Value error, ")
+            faults.append(f"{'.'.join([place, *map(str, found['loc'])])}: {said}")
+        return None
+
+
+def _place(number: int, raw: Any) -> str:
+    # Its place in the file, and its name where that is one.
+    name = raw.get("id") if isinstance(raw, dict) else None
+    return f"keys.{number} ({name})" if isinstance(name, str) and WORD.fullmatch(name) else f"keys.{number}"
+
+
+def _names(tenants: Mapping[str, Any]) -> Iterator[str]:
+    for name in tenants:
+        if not WORD.fullmatch(name):
+            yield f"tenants: {name!r} is no name, expected up to 64 letters, digits, - and _"
+
+
+def _crossed(keys: Sequence[KeyTable], tenants: Mapping[str, Any]) -> Iterator[str]:
+    yield from (
+        f"keys ({key.id}): there is no [tenants.{key.tenant}]" for key in keys if key.tenant and key.tenant not in tenants
+    )
+    yield from (f"keys ({name}): {n} keys have this id" for name, n in Counter(key.id for key in keys).items() if n > 1)
+    by_hash: dict[str, list[str]] = {}
+    for key in keys:
+        by_hash.setdefault(key.sha256, []).append(key.id)
+    yield from (f"keys ({', '.join(same)}): have the same sha256" for same in by_hash.values() if len(same) > 1)
+
+
+def _keys(tables: Mapping[str, TenantTable], keys: Sequence[KeyTable]) -> Keys:
+    tenants = {name: _tenant(name, table) for name, table in tables.items()}
+    others = {"admin": Caller(is_admin=True, is_monitor=True), "monitor": Caller(is_monitor=True, allowed=())}
+    callers = {key.sha256: replace(tenants[key.tenant] if key.tenant else others[key.role], key_id=key.id) for key in keys}
+    return Keys(callers, tenants)
+
+
+def _tenant(name: str, table: TenantTable) -> Caller:
+    return Caller(
+        tenant=name,
+        allowed=tuple(table.adapters),
+        policy=tuple(table.policy.items()),
+        priority=table.priority,
+        requests_per_minute=table.requests_per_minute,
+        max_requests=table.max_requests,
+    )

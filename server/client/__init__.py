@@ -1,0 +1,44 @@
+"""A client of this server for Python: `Client`, and `AsyncClient` for asyncio. Needs httpx and pydantic, and no torch."""
+
+from server.client.async_client import AsyncClient
+from server.client.client import Client
+from server.client.errors import (
+    ApiError,
+    BadRequestError,
+    BrokenStreamError,
+    ClientError,
+    ConflictError,
+    ConnectionFailedError,
+    ForbiddenError,
+    NotFoundError,
+    RateLimitError,
+    ServerError,
+    SilenceError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnexpectedReplyError,
+)
+from server.client.events import StreamEvent
+from server.schemas.generation import DoneData, TokenData
+
+__all__ = [
+    "ApiError",
+    "AsyncClient",
+    "BadRequestError",
+    "BrokenStreamError",
+    "Client",
+    "ClientError",
+    "ConflictError",
+    "ConnectionFailedError",
+    "DoneData",
+    "ForbiddenError",
+    "NotFoundError",
+    "RateLimitError",
+    "ServerError",
+    "SilenceError",
+    "StreamEvent",
+    "TokenData",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnexpectedReplyError",
+]

@@ -1,0 +1,84 @@
+"""What the methods of both clients send, and what their replies are read as. Knows no connection."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from server.client.errors import UnexpectedReplyError
+from server.client.fields import GenerateFields, MessageFields
+from server.schemas.adapters import AdapterList
+from server.schemas.generation import GenerateReply, Health
+from server.schemas.tokens import DetokenizeReply, TokenizeReply
+
+Reply = TypeVar("Reply", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Reply]):
+    """One request."""
+
+    method: str
+    path: str
+    reply: type[Reply]
+    body: Mapping[str, object] | None = None
+    is_repeatable: bool = True
+    """Made twice, it does no more than once: it may be made again where nobody knows whether it arrived."""
+
+    def to_request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
+        """Returns it as `http` sends it."""
+        return http.build_request(self.method, self.path, json=self.body)
+
+    def read(self, content: bytes) -> Reply:
+        """Returns the reply. Raises `UnexpectedReplyError`."""
+        return parsed(self.reply, content)
+
+
+def parsed(kind: type[Reply], content: bytes) -> Reply:
+    """Returns what is JSON of `kind`. Raises `UnexpectedReplyError` where it is something else."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise UnexpectedReplyError(f"expected {kind.__name__}, found {error}") from error
+
+
+def generate(fields: GenerateFields) -> Call[GenerateReply]:
+    """Asks for a whole answer."""
+    return Call("POST", "/generate", GenerateReply, {**fields})
+
+
+def stream(fields: GenerateFields) -> Call[GenerateReply]:
+    """Asks for an answer as it comes."""
+    return Call("POST", "/generate", GenerateReply, {**fields, "stream": True})
+
+
+def adapters() -> Call[AdapterList]:
+    """Asks which adapters there are."""
+    return Call("GET", "/adapters", AdapterList)
+
+
+def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool) -> Call[TokenizeReply]:
+    """Asks for the tokens of a text, or of a conversation."""
+    body = {
+        "prompt" if isinstance(given, str) else "messages": given,
+        "add_special_tokens": add_special_tokens,
+        "return_token_strs": return_token_strs,
+    }
+    return Call("POST", "/tokenize", TokenizeReply, body)
+
+
+def detokenize(tokens: Sequence[int]) -> Call[DetokenizeReply]:
+    """Asks for the text of tokens."""
+    return Call("POST", "/detokenize", DetokenizeReply, {"tokens": tokens})
+
+
+def health() -> Call[Health]:
+    """Asks whether the process answers."""
+    return Call("GET", "/health", Health)
+
+
+def ready() -> Call[Health]:
+    """Asks whether requests can be answered."""
+    return Call("GET", "/ready", Health)

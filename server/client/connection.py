@@ -1,0 +1,32 @@
+"""How both clients connect."""
+
+from typing import TypedDict
+
+import httpx
+
+URL = "http://localhost:8000"
+TIMEOUT_S = 600.0
+CONNECT_S = 10.0
+NUM_RETRIES = 2
+LONGEST_WAIT_S = 60.0
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=4.0)
+"""The server ends connections that were idle for 5 s: who used one just then would not be answered."""
+
+
+class Options(TypedDict):
+    """What httpx is told."""
+
+    base_url: str
+    headers: dict[str, str]
+    timeout: httpx.Timeout
+    limits: httpx.Limits
+
+
+def options(url: str, api_key: str | None, timeout_s: float | None) -> Options:
+    """Returns how to reach `url` with a key; `timeout_s` is how long the server may be silent."""
+    return Options(
+        base_url=url,
+        headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+        timeout=httpx.Timeout(timeout_s, connect=CONNECT_S if timeout_s is None else min(CONNECT_S, timeout_s)),
+        limits=LIMITS,
+    )

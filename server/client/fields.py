@@ -1,0 +1,57 @@
+"""What POST /generate can be asked for, as keyword arguments. `server.schemas.generation.GenerateBody` says what each means.
+
+Absent fields are not sent: the server has the defaults, and refuses what is wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict
+
+from lori.merge_options import MergeMethod
+from lori.template import Template
+
+
+class MessageFields(TypedDict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class WeightedAdapterFields(TypedDict):
+    """An adapter with its weight."""
+
+    name: str
+    weight: float
+
+
+class GenerateFields(TypedDict, total=False):
+    """All of them but `stream`, of which the client has a method."""
+
+    prompt: str | Sequence[int]
+    messages: Sequence[MessageFields]
+    template: Template
+    adapter: str | Sequence[str | WeightedAdapterFields] | None
+    """All of one form: the server refuses a mixture, which a type cannot say in a way that checkers infer."""
+    weights: Sequence[float]
+    merge: MergeMethod
+    density: float
+    merge_seed: int
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[str, float]
+    seed: int
+    n: int
+    stop: str | Sequence[str]
+    include_stop: bool
+    ignore_eos: bool
+    echo: bool
+    logprobs: int
+    timeout_s: float
+    priority: int

@@ -1,0 +1,74 @@
+"""Which failures of a call are followed by another attempt, and when.
+
+Only what is safe: nothing was sent, or nothing was answered and the call may be made twice, or the server says when to come
+again. Nothing is repeated once the head of a good reply is there: a stream has begun then.
+"""
+
+import random
+from dataclasses import dataclass
+
+import httpx
+
+from server.client.errors import ApiError, BrokenStreamError, ClientError, ConnectionFailedError, SilenceError
+
+FIRST_WAIT_S = 0.25
+MAX_WAIT_S = 8.0
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
+NOT_ANSWERED = (httpx.NetworkError, httpx.RemoteProtocolError)
+COME_AGAIN = (429, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """How often, and how long a client waits for it."""
+
+    number: int
+    longest_s: float
+    """A server that asks for more patience is not asked again."""
+
+
+@dataclass(slots=True)
+class Attempts:
+    """Those of one call."""
+
+    retries: Retries
+    is_repeatable: bool
+    """The call may be made twice: the second time changes nothing more."""
+    num_failed: int = 0
+
+    def wait_after_failure(self, error: httpx.RequestError) -> float:
+        """Returns how long to wait for the next attempt, in seconds. Raises what `error` means, where there is none."""
+        is_safe = isinstance(error, NOT_SENT) or (self.is_repeatable and isinstance(error, NOT_ANSWERED))
+        if not is_safe or not self._has_more():
+            raise lost(error) from error
+        return self._wait()
+
+    def wait_after_refusal(self, error: ApiError) -> float:
+        """Returns how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
+        asked = error.retry_after
+        if error.status not in COME_AGAIN or asked is None or asked > self.retries.longest_s or not self._has_more():
+            raise error
+        # All who were refused at once shall not come back at once.
+        return asked + self._wait()
+
+    def _has_more(self) -> bool:
+        return self.num_failed < self.retries.number
+
+    def _wait(self) -> float:
+        longest = min(MAX_WAIT_S, FIRST_WAIT_S * 2**self.num_failed)
+        self.num_failed += 1
+        return random.uniform(longest / 2, longest)
+
+
+def lost(error: httpx.RequestError) -> ClientError:
+    """Returns what the end of a connection, or what was wrong with it, means to a caller."""
+    return (SilenceError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError)(_said(error))
+
+
+def broken(error: httpx.RequestError) -> ClientError:
+    """Returns the same for a stream that has begun."""
+    return (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_said(error))
+
+
+def _said(error: httpx.RequestError) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,116 @@
+"""`python -m server.keys`: makes a key, shows it once, and writes its hash to the key file of `python -m server --keys FILE`."""
+
+import hashlib
+import secrets
+import stat
+import sys
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from filelock import FileLock
+
+from lori.durable import read_regular, replace_file
+from server.access.keys import MAX_BYTES, KeyFileError, Keys, parse_keys
+from server.access.tables import KEY_PREFIX, check_word
+
+NUM_BYTES = 32
+"""Of randomness: nobody guesses it, so that a fast hash of it may be kept."""
+LOCK_S = 60
+Role = Literal["tenant", "admin", "monitor"]
+
+
+def _word(value: str | None) -> str | None:
+    try:
+        return value and check_word(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is written of a key."""
+
+    key: str
+    name: str
+    role: Role
+    tenant: str | None
+    is_first: bool
+    """Of its tenant, which the file does not know yet."""
+
+    def toml(self) -> str:
+        """Returns the tables to append."""
+        said = {"id": self.name} | ({"tenant": self.tenant} if self.tenant else {"role": self.role})
+        said["sha256"] = hashlib.sha256(self.key.encode()).hexdigest()
+        lines = [f"[tenants.{self.tenant}]", ""] if self.is_first else []
+        return "\n".join([*lines, "[[keys]]", *(f'{name} = "{value}"' for name, value in said.items()), ""])
+
+
+def make_key(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="The key file: made if absent. Without one the entry is printed, too.", show_default=False),
+    ] = None,
+    tenant: Annotated[str | None, typer.Option(callback=_word, help="Who sends requests with it.", show_default=False)] = None,
+    role: Annotated[
+        Role, typer.Option(help="tenant: sends requests; admin: changes adapters, too; monitor: reads /metrics alone.")
+    ] = "tenant",
+    name: Annotated[
+        str | None, typer.Option("--id", callback=_word, help="What logs call it; such as acme-1 if absent.", show_default=False)
+    ] = None,
+) -> None:
+    """Makes a key, prints it once, and appends its hash to FILE. A running server reads FILE again when it changes."""
+    if (role == "tenant") != (tenant is not None):
+        raise typer.BadParameter("pass --tenant NAME, or else --role admin or --role monitor")
+    if file is None:
+        entry = _entry(parse_keys(b"", ""), role, tenant, name)
+        print(f"{entry.key}\n\n{entry.toml()}", end="")
+        return
+    entry = append(file, role, tenant, name)
+    print(entry.key)
+    print(f"{file} has the hash of the key {entry.name!r}; the key itself is shown this once", file=sys.stderr)
+    if entry.is_first:
+        print(f"the tenant {tenant!r} is new, and may use every adapter: [tenants.{tenant}] says otherwise", file=sys.stderr)
+
+
+def append(file: Path, role: Role, tenant: str | None, name: str | None) -> Entry:
+    """Adds a new key to a file, which is whole at any time, and stays its owner's. Raises `KeyFileError` or `OSError`."""
+    file = file.resolve()  # a link stays one
+    with FileLock(file.with_name(f".{file.name}.lock"), timeout=LOCK_S):
+        old = file.stat() if file.exists() else None
+        content = read_regular(file, MAX_BYTES) if old else b""
+        entry = _entry(parse_keys(content, str(file)), role, tenant, name)
+        gap = b"" if not content else b"\n" if content.endswith(b"\n") else b"\n\n"
+        content += gap + entry.toml().encode()
+        parse_keys(content, f"{file} with the new key")
+        mode, owner = (stat.S_IMODE(old.st_mode), (old.st_uid, old.st_gid)) if old else (0o600, None)
+        replace_file(file, content, mode, owner)
+    return entry
+
+
+def _entry(keys: Keys, role: Role, tenant: str | None, name: str | None) -> Entry:
+    used = {of.key_id for of in keys.callers.values()}
+    name = name or next(free for i in count(1) if (free := f"{tenant or role}-{i}") not in used)
+    key = KEY_PREFIX + secrets.token_urlsafe(NUM_BYTES)
+    return Entry(key, name, role, tenant, is_first=tenant is not None and tenant not in keys.tenants)
+
+
+def main() -> int:
+    """Runs the program and returns its exit code: 0, 1 where the file is not sound or cannot be written, 2 for wrong options."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(make_key)
+    try:
+        app(prog_name="python -m server.keys")
+    except KeyFileError as error:
+        print("error: " + "\n".join(error.lines), file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+// The list of the server's adapters: searched, picked from, and kept as it is now. Of thousands only some are drawn.
+
+import { getJson } from "./api.js";
+import { byId, el, setText } from "./elements.js";
+import { bytes, count, percent } from "./numbers.js";
+
+const STEP = 50;
+const TIERS = { disk: "read when a request names it", loaded: "in memory, packed", resident: "in the kernels’ operands" };
+
+/** The rows of GET /adapters; says "change" when they were asked for again. */
+export class Catalogue extends EventTarget {
+  rows = new Map();
+  baseModel = "";
+  fault = "";
+
+  /** Asks for them; what goes wrong is told in `fault`. */
+  async refresh() {
+    try {
+      const reply = await getJson("adapters");
+      this.rows = new Map(reply.adapters.map((row) => [row.name, row]));
+      [this.baseModel, this.fault] = [reply.base_model, ""];
+    } catch (error) {
+      this.fault = error.message;
+    }
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+/** Shows `catalogue`, and lets one pick for `mix`. */
+export class AdapterList {
+  #items = new Map();
+  #limit = STEP;
+
+  constructor(catalogue, mix) {
+    [this.catalogue, this.mix] = [catalogue, mix];
+    const draw = () => this.#draw();
+    catalogue.addEventListener("change", draw);
+    mix.addEventListener("change", draw);
+    byId("search").addEventListener("input", () => {
+      this.#limit = STEP;
+      byId("adapters").scrollTop = 0;
+      this.#draw();
+    });
+    byId("adapters-more").addEventListener("click", () => this.#more());
+  }
+
+  #draw() {
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const found = [...this.catalogue.rows.values()].filter((row) => words.every((word) => row.name.toLowerCase().includes(word)));
+    const shown = found.slice(0, this.#limit);
+    const items = shown.map((row) => this.#item(row));
+    const list = byId("adapters");
+    if (items.length !== list.children.length || items.some((item, place) => item !== list.children[place])) {
+      keepFocus(list, () => list.replaceChildren(...items));
+    }
+    byId("adapters-more").hidden = shown.length === found.length;
+    setText(byId("adapters-note"), this.catalogue.fault || told(shown.length, found.length, this.catalogue.rows.size));
+    byId("adapters-note").classList.toggle("fault", Boolean(this.catalogue.fault));
+  }
+
+  #item(row) {
+    let item = this.#items.get(row.name);
+    if (!item) this.#items.set(row.name, (item = this.#make(row)));
+    const tier = item.querySelector(".tier");
+    setText(tier, row.tier ?? "");
+    tier.dataset.tier = row.tier ?? "";
+    tier.title = TIERS[row.tier] ?? "";
+    item.querySelector("label").title = `${row.name}@${row.version}`;
+    setText(item.querySelector(".detail"), details(row));
+    item.querySelector("input").checked = this.mix.has(row.name);
+    return item;
+  }
+
+  #make({ name }) {
+    const id = `adapter-${this.#items.size}`;
+    const box = el("input", {
+      type: "checkbox",
+      "aria-labelledby": `${id}-name`,
+      "aria-describedby": `${id}-tier ${id}-detail`,
+      onchange: () => (box.checked ? this.mix.pick(name) : this.mix.drop(name)),
+    });
+    return el(
+      "li",
+      {},
+      el(
+        "label",
+        { class: "pick" },
+        box,
+        el("span", { class: "name", id: `${id}-name` }, name),
+        el("span", { class: "tier", id: `${id}-tier` }),
+        el("span", { class: "detail", id: `${id}-detail` }),
+      ),
+    );
+  }
+
+  #more() {
+    const first = this.#limit;
+    this.#limit += STEP;
+    this.#draw();
+    // The button may be gone now; reading goes on where it was.
+    byId("adapters").children[first]?.querySelector("input").focus();
+  }
+}
+
+function details(row) {
+  const density = row.density ?? (row.sparsity === undefined ? undefined : 1 - row.sparsity);
+  return [
+    row.bytes_on_disk && bytes(row.bytes_on_disk),
+    row.rank && `r ${row.rank}`,
+    density !== undefined && `${percent(density)} kept`,
+    row.num_requests !== undefined && `${count(row.num_requests)} ${row.num_requests === 1 ? "request" : "requests"}`,
+  ]
+    .filter(Boolean)
+    .join(" · ");
+}
+
+function told(numShown, numFound, numAll) {
+  if (!numAll) return "This server has no adapters.";
+  if (!numFound) return "None is called so.";
+  const found = numFound === numAll ? count(numAll) : `${count(numFound)} of ${count(numAll)}`;
+  return numShown < numFound ? `The first ${numShown} of ${count(numFound)}: search for the others.` : `${found} ${numAll === 1 ? "adapter" : "adapters"}`;
+}
+
+function keepFocus(list, change) {
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  change();
+  if (focused?.isConnected) focused.focus({ preventScroll: true });
+}

@@ -1,0 +1,64 @@
+// What is picked, with which weight. Knows no element of the page.
+
+/** The picked adapters in their order; says "change" whenever they or their weights are others. */
+export class Mix extends EventTarget {
+  #weights = new Map();
+
+  get names() {
+    return [...this.#weights.keys()];
+  }
+
+  /** One for each name; 1/n where nobody said another. */
+  get weights() {
+    return this.names.map((name) => this.weightOf(name));
+  }
+
+  /** Whether every weight is 1/n because nobody said another: the server's own default. */
+  get isEven() {
+    return [...this.#weights.values()].every((weight) => weight === null);
+  }
+
+  has(name) {
+    return this.#weights.has(name);
+  }
+
+  weightOf(name) {
+    return this.#weights.get(name) ?? Number((1 / this.#weights.size).toFixed(4));
+  }
+
+  pick(name) {
+    this.#weights.set(name, null);
+    this.#changed();
+  }
+
+  drop(name) {
+    this.#weights.delete(name);
+    this.#changed();
+  }
+
+  /** Sets weights by name; null is 1/n again. */
+  weigh(weights) {
+    for (const [name, weight] of Object.entries(weights)) this.#weights.set(name, weight);
+    this.#changed();
+  }
+
+  even() {
+    this.weigh(Object.fromEntries(this.names.map((name) => [name, null])));
+  }
+
+  #changed() {
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+/** Returns what the cards of `rows` say of merges among `names`: [{weights: {name: weight}, by}], each pair once. */
+export function cardWeights(rows, names) {
+  const found = new Map();
+  for (const by of names) {
+    for (const [other, [own, its]] of Object.entries(rows.get(by)?.merge_weights ?? {})) {
+      const pair = [by, other].sort().join();
+      if (names.includes(other) && !found.has(pair)) found.set(pair, { by, weights: { [by]: own, [other]: its } });
+    }
+  }
+  return [...found.values()];
+}

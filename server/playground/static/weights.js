@@ -1,0 +1,95 @@
+// The weights of what is picked: by slider, or exactly.
+
+import { byId, el } from "./elements.js";
+import { cardWeights } from "./mix.js";
+
+const REACH = 2;
+
+/** Shows `mix`, with the hints that the cards in `catalogue` give. */
+export class Weights {
+  #rows = new Map();
+
+  constructor(catalogue, mix) {
+    [this.catalogue, this.mix] = [catalogue, mix];
+    mix.addEventListener("change", () => this.#draw());
+    catalogue.addEventListener("change", () => this.#hint());
+    byId("even").addEventListener("click", () => mix.even());
+    byId("merge").addEventListener("change", showOptions);
+    showOptions();
+    this.#draw();
+  }
+
+  #draw() {
+    const names = this.mix.names;
+    const list = byId("mix");
+    for (const name of [...this.#rows.keys()].filter((name) => !names.includes(name))) {
+      this.#rows.get(name).remove();
+      this.#rows.delete(name);
+    }
+    for (const name of names) {
+      if (!this.#rows.has(name)) this.#rows.set(name, list.appendChild(this.#make(name)));
+      show(this.#rows.get(name), this.mix.weightOf(name));
+    }
+    byId("mix-empty").hidden = names.length > 0;
+    byId("merge-row").hidden = names.length < 2;
+    this.#hint();
+  }
+
+  #make(name) {
+    const weigh = (event) => this.mix.weigh({ [name]: event.target.value === "" ? null : Number(event.target.value) });
+    return el(
+      "li",
+      { class: "field weight" },
+      el("span", { class: "name", title: name }, name),
+      el("input", {
+        type: "range", min: -REACH, max: REACH, step: 0.05, "aria-label": `Weight of ${name}`, oninput: weigh,
+      }),
+      el("input", {
+        type: "number", step: 0.05, inputmode: "decimal", "aria-label": `Exact weight of ${name}`, oninput: weigh,
+        onblur: (event) => show(event.target.parentElement, this.mix.weightOf(name)),
+      }),
+      el("button", { type: "button", class: "bare", "aria-label": `Remove ${name}`, onclick: () => this.#remove(name) }, "×"),
+    );
+  }
+
+  #remove(name) {
+    const row = this.#rows.get(name);
+    const next = row.nextElementSibling ?? row.previousElementSibling;
+    (next?.querySelector("button") ?? byId("search")).focus();
+    this.mix.drop(name);
+  }
+
+  #hint() {
+    const hints = cardWeights(this.catalogue.rows, this.mix.names);
+    const texts = hints.map(({ by, weights }) => {
+      const said = Object.entries(weights).map(([name, weight]) => `${name} ${weight}`);
+      return `Weights of ${by}’s card: ${said.join(", ")}`;
+    });
+    const place = byId("card-weights");
+    // Drawn again only where they differ: a button that is focused stays.
+    if (texts.join() === [...place.children].map((button) => button.textContent).join()) return;
+    const use = (weights) => () => this.mix.weigh(weights);
+    place.replaceChildren(
+      ...texts.map((text, i) => el("button", { type: "button", class: "hinted", onclick: use(hints[i].weights) }, text)),
+    );
+  }
+}
+
+function show(row, weight) {
+  const [slider, exact] = row.querySelectorAll("input");
+  slider.value = weight;
+  slider.setAttribute("aria-valuetext", String(weight));
+  // What is filled lies between nothing and the weight.
+  const share = (value) => `${(50 * (Math.max(-REACH, Math.min(REACH, value)) + REACH)) / REACH}%`;
+  slider.style.setProperty("--from", share(Math.min(0, weight)));
+  slider.style.setProperty("--to", share(Math.max(0, weight)));
+  // Not while somebody writes there: "1." is on its way to "1.5".
+  if (exact !== document.activeElement) exact.value = weight;
+}
+
+function showOptions() {
+  const method = byId("merge").value;
+  const used = { density: method !== "linear", merge_seed: method.startsWith("dare") };
+  for (const field of document.querySelectorAll("#merge-row [data-for]")) field.hidden = !used[field.dataset.for];
+}
+

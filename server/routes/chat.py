@@ -1,0 +1,136 @@
+"""POST /v1/chat/completions. Translates only."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from fastapi.sse import format_sse_event
+
+from server.answers import Answer, collect, until_disconnect
+from server.engine.admission import Ask
+from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.event_stream import EventStream
+from server.routes.generate import STREAM
+from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
+from server.schemas.chat import (
+    AnswerMessage,
+    ChatBody,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatLogprobs,
+    ChatReply,
+    Delta,
+    TokenLogprobReply,
+    TopLogprob,
+)
+from server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAM)
+async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> ChatReply | Response:
+    """Answers a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
+    async with AsyncExitStack() as place:
+        with in_fields_of(body):
+            [request] = await place.enter_async_context(service.admitted([_to_ask(body, service.base_model)], caller))
+        writer = _Writer(body, service.base_model, request)
+        if body.stream:
+            return EventStream(writer.stream(service), place.pop_all(), service.settings.max_unread_s)
+        answers = await until_disconnect(http, collect(service, request))
+    return Response(status_code=499) if answers is None else writer.whole(answers)
+
+
+def _to_ask(body: ChatBody, base_model: str) -> Ask:
+    messages = [message.to_message() for message in body.messages]
+    return replace(
+        to_ask(body, base_model, messages),
+        template=body.template,
+        max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
+        default_max_tokens=None,
+        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+
+
+class _Writer:
+    """Writes what was answered to one body."""
+
+    def __init__(self, body: ChatBody, base_model: str, request: Request) -> None:
+        self._request = request
+        self._model = base_model if body.model is None else body.model
+        self._id, self._created = f"chatcmpl-{request.id}", int(time.time())
+        self._has_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def whole(self, answers: Sequence[Answer]) -> ChatReply:
+        """Returns the reply."""
+        return ChatReply(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=AnswerMessage(content=answer.text),
+                    logprobs=self._to_logprobs(answer.logprobs),
+                    finish_reason=finish_reason(answer.done),
+                )
+                for index, answer in enumerate(answers)
+            ],
+            usage=to_usage([[answer.done for answer in answers]]),
+            lori=to_lori(self._request, answers[0].done),
+        )
+
+    async def stream(self, service: Service) -> AsyncGenerator[bytes, None]:
+        """Yields the reply as server-sent events."""
+        for index in range(self._request.num_choices):
+            yield self._sse(self._chunk(ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))))
+        done: list[DoneEvent] = []
+        async with aclosing(service.generate(self._request)) as events:
+            async for event in events:
+                match event:
+                    case TextEvent():
+                        if event.text or event.logprobs:  # else half a character waits
+                            delta, logprobs = Delta(content=event.text), self._to_logprobs(event.logprobs)
+                            yield self._sse(self._chunk(ChatChunkChoice(index=event.choice, delta=delta, logprobs=logprobs)))
+                    case DoneEvent():
+                        done.append(event)
+                        choice = ChatChunkChoice(index=event.choice, delta=Delta(), finish_reason=finish_reason(event))
+                        chunk = self._chunk(choice)
+                        chunk.lori = to_lori(self._request, event)
+                        yield self._sse(chunk)
+                    case ErrorEvent():
+                        yield to_error(event)
+                        return
+        if self._has_usage:
+            last = self._chunk()
+            last.usage = to_usage([done])
+            yield self._sse(last)
+        yield DONE
+
+    def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
+        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
+
+    def _sse(self, chunk: ChatChunk) -> bytes:
+        left_out = {name for name, value in (("usage", self._has_usage), ("lori", chunk.lori)) if not value}
+        return format_sse_event(data_str=chunk.model_dump_json(exclude=left_out))
+
+    def _to_logprobs(self, found: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+        if self._request.num_logprobs is None:
+            return None
+        return ChatLogprobs(content=[_to_logprob(one) for one in found])
+
+
+def _to_logprob(one: TokenLogprob) -> TokenLogprobReply:
+    assert one.value is not None, "an answer's tokens are all predicted"
+    top = [_top(token, value) for token, value in one.top.items()]
+    return TokenLogprobReply(token=one.token, logprob=one.value, bytes=list(one.token.encode()), top_logprobs=top)
+
+
+def _top(token: str, value: float) -> TopLogprob:
+    return TopLogprob(token=token, logprob=value, bytes=list(token.encode()))

@@ -1,0 +1,67 @@
+"""GET /adapters/compare: how adapters relate before anyone merges them. Translates only."""
+
+from collections.abc import Sequence
+
+import anyio
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
+
+from lori.errors import AdapterError, UnknownAdapterError
+from server.comparison import Comparer
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, resolve
+from server.engine.admission import RefusedError
+from server.errors import AdapterFailedError, BusyError, FieldError
+from server.routes.dependencies import CallerOf, ServiceOf
+from server.schemas.comparison import AdapterComparison
+
+MAX_NAMES = 16
+MAX_WAITING = 8
+"""Comparisons that wait for the one that runs."""
+router = APIRouter()
+
+
+@router.get("/adapters/compare", response_model=AdapterComparison)
+async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: str = "") -> AdapterComparison | Response:
+    """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
+    asked = find(service.registry, names.split(",") if names else [], caller.may_use)
+    comparer, turn = http.state.comparer, http.state.comparing
+    assert isinstance(comparer, Comparer)
+    assert isinstance(turn, anyio.Lock)
+    if turn.statistics().tasks_waiting >= MAX_WAITING:
+        raise BusyError(f"{MAX_WAITING} comparisons wait already, which is the limit; try again")
+    async with turn:
+        if await http.is_disconnected():
+            return Response(status_code=499)
+        return await run_in_threadpool(answer, comparer, names.split(","), asked)
+
+
+def find(registry: Registry, names: Sequence[str], may_use: MayUse) -> list[Registered]:
+    """Returns the adapters called so, each a name or `name@version`. Raises `RefusedError` or `UnknownAdapterError`."""
+    if not 1 <= len(names) <= MAX_NAMES:
+        raise RefusedError("names", f"has {len(names)} names, expected 1 to {MAX_NAMES}, with commas between")
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise RefusedError("names", f"has {name!r} twice, expected each once")
+    try:
+        return [resolve(registry, name, may_use) for name in names]
+    except UnknownAdapterError as error:
+        raise FieldError("names", error) from error
+    except AmbiguousVersionError as error:
+        raise RefusedError("names", str(error)) from error
+
+
+def answer(comparer: Comparer, names: Sequence[str], asked: Sequence[Registered]) -> AdapterComparison:
+    """Returns the reply. Raises `AdapterFailedError` where an adapter cannot be read."""
+    try:
+        table = comparer.compare(asked)
+    except AdapterError as error:
+        raise AdapterFailedError(str(error)) from error
+    return AdapterComparison(
+        names=list(names),
+        cosine=[[pair.cosine for pair in row] for row in table],
+        overlap=[[pair.overlap for pair in row] for row in table],
+        sign_conflict=[[pair.sign_conflict for pair in row] for row in table],
+        chance_overlap=[[pair.chance_overlap for pair in row] for row in table],
+    )

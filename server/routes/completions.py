@@ -1,0 +1,129 @@
+"""POST /v1/completions. Translates only."""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from fastapi.sse import format_sse_event
+
+from server.answers import Answer, collect_all, merged, until_disconnect
+from server.engine.admission import Ask
+from server.engine.prompt import Prompt, TokenPrompt
+from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.event_stream import EventStream
+from server.routes.generate import STREAM, to_logprobs
+from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
+from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
+from server.schemas.generation import Logprobs
+from server.service import Service
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=CompletionReply, responses=STREAM)
+async def completions(
+    body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf
+) -> CompletionReply | Response:
+    """Continues prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
+    async with AsyncExitStack() as places:
+        with in_fields_of(body):
+            asks = to_asks(body, service.base_model)
+            requests = await places.enter_async_context(service.admitted(asks, caller))
+        writer = _Writer(body, service.base_model, requests)
+        if body.stream:
+            return EventStream(writer.stream(service), places.pop_all(), service.settings.max_unread_s)
+        answers = await until_disconnect(http, collect_all(service, requests))
+    return Response(status_code=499) if answers is None else writer.whole(answers)
+
+
+def to_asks(body: CompletionBody, base_model: str) -> list[Ask]:
+    """Returns what a body asks for, prompt by prompt."""
+    return [
+        replace(to_ask(body, base_model, prompt), max_tokens=body.max_tokens, echo=body.echo, num_logprobs=body.logprobs)
+        for prompt in _to_prompts(body)
+    ]
+
+
+def _to_prompts(body: CompletionBody) -> list[Prompt]:
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    if ids := [token for token in body.prompt if isinstance(token, int)]:
+        return [TokenPrompt(tuple(ids))]
+    return [of if isinstance(of, str) else TokenPrompt(tuple(of)) for of in body.prompt if not isinstance(of, int)]
+
+
+class _Writer:
+    """Writes what was answered to one body. The choices of all its requests are numbered through."""
+
+    def __init__(self, body: CompletionBody, base_model: str, requests: Sequence[Request]) -> None:
+        self._body, self._requests = body, requests
+        self._model = base_model if body.model is None else body.model
+        self._id, self._created = f"cmpl-{requests[0].id}", int(time.time())
+        self._has_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def whole(self, answers: Sequence[Sequence[Answer]]) -> CompletionReply:
+        """Returns the reply."""
+        every = [(request, answer) for request, of in zip(self._requests, answers, strict=True) for answer in of]
+        choices = [
+            CompletionChoice(
+                index=index,
+                text=answer.text,
+                logprobs=_to_logprobs(request, answer.logprobs),
+                finish_reason=finish_reason(answer.done),
+            )
+            for index, (request, answer) in enumerate(every)
+        ]
+        reply = self._part(choices)
+        reply.usage = to_usage([[answer.done for answer in of] for of in answers])
+        reply.lori = to_lori(self._requests[0], answers[0][0].done)
+        return reply
+
+    async def stream(self, service: Service) -> AsyncGenerator[bytes, None]:
+        """Yields the reply as server-sent events."""
+        done: list[list[DoneEvent]] = [[] for _ in self._requests]
+        async with aclosing(merged(service, self._requests)) as events:
+            async for place, event in events:
+                request = self._requests[place]
+                match event:
+                    case TextEvent():
+                        if event.text or event.logprobs:  # else half a character waits
+                            logprobs = _to_logprobs(request, event.logprobs)
+                            choice = CompletionChoice(index=self._index(place, event.choice), text=event.text, logprobs=logprobs)
+                            yield self._sse(self._part([choice]))
+                    case DoneEvent():
+                        done[place].append(event)
+                        index, reason = self._index(place, event.choice), finish_reason(event)
+                        part = self._part([CompletionChoice(index=index, text="", finish_reason=reason)])
+                        part.lori = to_lori(request, event)
+                        yield self._sse(part)
+                    case ErrorEvent():
+                        yield to_error(event)
+                        return
+        if self._has_usage:
+            last = self._part([])
+            last.usage = to_usage(done)
+            yield self._sse(last)
+        yield DONE
+
+    def _index(self, place: int, choice: int) -> int:
+        return place * self._body.n + choice
+
+    def _part(self, choices: list[CompletionChoice]) -> CompletionReply:
+        return CompletionReply(id=self._id, created=self._created, model=self._model, choices=choices)
+
+    def _sse(self, part: CompletionReply) -> bytes:
+        left_out = {name for name, value in (("usage", self._has_usage), ("lori", part.lori)) if not value}
+        return format_sse_event(data_str=part.model_dump_json(exclude=left_out))
+
+
+def _to_logprobs(request: Request, found: Sequence[TokenLogprob]) -> Logprobs | None:
+    # As vLLM's, the alternatives hold the token itself, too.
+    logprobs = to_logprobs(request, found)
+    if logprobs:
+        logprobs.top_logprobs = [one.top if one.value is None else {**one.top, one.token: one.value} for one in found]
+    return logprobs

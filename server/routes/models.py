@@ -1,0 +1,48 @@
+"""GET /v1/models: the base model, and every adapter as a model on it. Translates only."""
+
+import time
+
+from fastapi import APIRouter
+
+from server.engine.adapters.registry import Registered
+from server.model_names import UnknownModelError
+from server.routes.dependencies import CallerOf, ServiceOf
+from server.schemas.openai import ModelCard, ModelList
+from server.service import Service
+
+router = APIRouter()
+STARTED = int(time.time())
+
+
+@router.get("/v1/models")
+async def models(service: ServiceOf, caller: CallerOf) -> ModelList:
+    """Lists the models that `model` can name; adapters that are added, as `math+safety`, are not listed."""
+    return ModelList(
+        data=[_base(service), *(_card(service, of) for name, of in service.registry.by_name.items() if caller.may_use(name))]
+    )
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
+    """Returns one of them."""
+    if model == service.base_model:
+        return _base(service)
+    found, is_allowed = service.registry.by_name.get(model), caller.may_use(model)
+    if found is None or not is_allowed:
+        raise UnknownModelError(model)
+    return _card(service, found)
+
+
+def _base(service: Service) -> ModelCard:
+    name = service.base_model
+    return ModelCard(id=name, created=STARTED, root=name, parent=None, max_model_len=service.admission.max_context)
+
+
+def _card(service: Service, of: Registered) -> ModelCard:
+    return ModelCard(
+        id=of.summary.name,
+        created=STARTED,
+        root=f"{of.summary.name}@{of.summary.version}",
+        parent=service.base_model,
+        max_model_len=service.admission.max_context,
+    )

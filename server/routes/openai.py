@@ -1,0 +1,92 @@
+"""What OpenAI's routes share: bodies to what is asked for, and what was answered to their words. Translates only."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from fastapi.sse import format_sse_event
+
+from lori.errors import UnknownAdapterError
+from server.engine.admission import Ask, RefusedError
+from server.engine.prompt import Prompt
+from server.engine.request import DoneEvent, ErrorEvent, Request
+from server.errors import FAILURES, TABLE, FieldError
+from server.model_names import NamedModel, UnknownModelError, parse_model
+from server.routes.generate import to_adapters, to_merge, to_timings
+from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.openai import CachedTokens, FinishReason, LoriReply, OpenAIBody, OpenAIUsage
+
+DONE = format_sse_event(data_str="[DONE]")
+
+
+def to_ask(body: OpenAIBody, base_model: str, prompt: Prompt) -> Ask:
+    """Returns what a body asks for with one of its prompts; how long the answer may be is the route's to add.
+
+    Raises what the error table knows, for a model that is none.
+    """
+    named = NamedModel() if body.model is None else parse_model(body.model, base_model)
+    names, weights = body.to_adapters(body.adapters)
+    if body.adapters is not None and named.adapters:
+        raise RefusedError("adapters", f"is beside the model {body.model!r}, expected it beside the base model alone")
+    if named.weights is not None and body.weights is not None:
+        raise RefusedError("weights", f"is beside the weights in the model {body.model!r}, expected one of the two")
+    return Ask(
+        prompt=prompt,
+        adapters=named.adapters or names,
+        weights=named.weights or weights,
+        merge=body.to_merge(),
+        sampling=body.to_sampling(),
+        seed=body.seed,
+        stop=body.stops(),
+        include_stop=body.include_stop_str_in_output,
+        ignore_eos=body.ignore_eos,
+        num_choices=body.n,
+        priority=body.priority,
+        timeout_s=body.timeout_s,
+    )
+
+
+@contextmanager
+def in_fields_of(body: OpenAIBody) -> Iterator[None]:
+    """Raises what is wrong with adapters as what is wrong with the field of `body` that names them."""
+    is_model = body.adapters is None and body.model is not None
+    try:
+        yield
+    except UnknownAdapterError as error:
+        raise UnknownModelError(body.model or "") if is_model else FieldError("adapters", error) from error
+    except RefusedError as error:
+        if error.field != "adapter":
+            raise
+        raise RefusedError("model" if is_model else "adapters", error.message) from error
+
+
+def finish_reason(done: DoneEvent) -> FinishReason:
+    """Returns why an answer ended, as OpenAI says it."""
+    return "length" if done.finish_reason == "length" else "stop"
+
+
+def to_usage(done: Sequence[Sequence[DoneEvent]]) -> OpenAIUsage:
+    """Returns what several requests cost, each with its choices, which have one prompt."""
+    num_prompt = sum(of_request[0].num_prompt_tokens for of_request in done)
+    num_completion = sum(event.num_completion_tokens for of_request in done for event in of_request)
+    return OpenAIUsage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_completion,
+        total_tokens=num_prompt + num_completion,
+        prompt_tokens_details=CachedTokens(cached_tokens=sum(of_request[0].num_cached_tokens for of_request in done)),
+    )
+
+
+def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
+    """Returns what OpenAI's replies do not say."""
+    return LoriReply(
+        adapter=to_adapters(request),
+        merge=to_merge(request),
+        seed=request.sampling.seed,
+        timings=to_timings(done.timings) if done else None,
+    )
+
+
+def to_error(event: ErrorEvent) -> bytes:
+    """Returns the server-sent event of a failure."""
+    detail = error_reply(*TABLE[FAILURES[event.kind]], event.message, None)
+    return format_sse_event(data_str=ErrorReply.model_validate(detail).model_dump_json())

@@ -1,0 +1,42 @@
+"""GET / and /static: the playground, a page without a build that asks this server alone. Knows none of what it shows."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+PLAYGROUND = Path(__file__).parents[1] / "playground"
+PAGE = "index.html"
+HEADERS = {
+    # Nothing from elsewhere, nothing inline, no text that becomes a program or markup, in no other site's frame.
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    # Asked for again each time, and sent only where it has changed: the files of two versions never meet.
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class PlaygroundFiles(StaticFiles):
+    """Files of one folder, under the page's own rules."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Answers with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
+        reply = await super().get_response(path, scope)
+        reply.headers.update(HEADERS)
+        return reply
+
+
+router = APIRouter()
+page = PlaygroundFiles(directory=PLAYGROUND)
+static = PlaygroundFiles(directory=PLAYGROUND / "static")
+"""To be mounted at /static."""
+
+
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+async def playground(http: Request) -> Response:
+    """The page."""
+    return await page.get_response(PAGE, http.scope)

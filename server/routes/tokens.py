@@ -1,0 +1,52 @@
+"""POST /tokenize and /detokenize, in vLLM's form. Translates only."""
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+
+from lori.errors import UnknownAdapterError
+from server.access.caller import Caller
+from server.engine.adapters.resolution import AmbiguousVersionError, resolve
+from server.model_names import UnknownModelError, parse_model
+from server.routes.dependencies import CallerOf, ServiceOf
+from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
+from server.service import Service
+from server.token_texts import text_of, token_ids, token_texts
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> TokenizeReply:
+    """Returns the tokens of a text or of a conversation."""
+    _check_model(body.model, service, caller)
+    return await run_in_threadpool(_tokenize, body, service)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> DetokenizeReply:
+    """Returns the text of tokens."""
+    _check_model(body.model, service, caller)
+    return DetokenizeReply(prompt=await run_in_threadpool(text_of, service.admission.tokenizer, body.tokens))
+
+
+def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:
+    tokenizer = service.admission.tokenizer
+    prompt = body.prompt if body.messages is None else [message.to_message() for message in body.messages]
+    assert prompt is not None
+    ids = token_ids(tokenizer, prompt, add_special_tokens=body.add_special_tokens)
+    return TokenizeReply(
+        count=len(ids),
+        max_model_len=service.admission.max_context,
+        tokens=ids,
+        token_strs=token_texts(tokenizer, ids) if body.return_token_strs else None,
+    )
+
+
+def _check_model(model: str | None, service: Service, caller: Caller) -> None:
+    if model is None:
+        return
+    for reference in parse_model(model, service.base_model).adapters:
+        try:
+            resolve(service.registry, reference, caller.may_use)
+        except (UnknownAdapterError, AmbiguousVersionError) as error:
+            raise UnknownModelError(model) from error

@@ -1,0 +1,166 @@
+"""What POST /v1/chat/completions takes and gives."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from lori.template import Message, Template, Text
+from server.schemas.fields import BODY
+from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
+
+MAX_PARTS = 256
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is known here."""
+
+    model_config = BODY
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = BODY
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is `system`."""
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    name: None = None
+    """Not known here: must be absent."""
+
+    def to_message(self) -> Message:
+        """Returns it as the chat template has it; parts are joined by newlines."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return Message(role="system" if self.role == "developer" else self.role, content=text)
+
+
+class ChatBody(OpenAIBody):
+    """The body of POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "safety", "messages": [{"role": "user", "content": "How do I pick a lock?"}], "max_tokens": 64},
+                {
+                    "model": "math+safety",
+                    "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 times 7?"}],
+                    "temperature": 0,
+                    "max_completion_tokens": 32,
+                },
+            ]
+        }
+    )
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)]
+    """A conversation to answer, written with the adapter's own template."""
+    template: Template | None = None
+    """How `messages` are written, where it is not to be the adapter's own way."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The longest answer; absent: what the context has left."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """OpenAI's newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    """Adds log-probabilities."""
+    top_logprobs: TopLogprobs | None = None
+    """This many alternatives for each token."""
+    tools: Nothing | None = None
+    """Not known here: must be absent or empty."""
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] | None = None
+    """Nothing is stored."""
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("expected 'max_tokens' or 'max_completion_tokens', found both")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self
+
+
+class TopLogprob(BaseModel):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    """The token's text in UTF-8."""
+
+
+class TokenLogprobReply(TopLogprob):
+    """A token of the answer, its log-probability, and those of the likeliest ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities in the form of OpenAI's chat completions."""
+
+    content: list[TokenLogprobReply]
+
+
+class AnswerMessage(BaseModel):
+    """The answer as a turn of the conversation."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatReply(BaseModel):
+    """The reply of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: OpenAIUsage
+    lori: LoriReply
+
+
+class Delta(BaseModel):
+    """What is new of an answer."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_new(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
+
+
+class ChatChunkChoice(BaseModel):
+    """What is new of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    """A part of the reply, in a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: OpenAIUsage | None = None
+    lori: LoriReply | None = None

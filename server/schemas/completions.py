@@ -1,0 +1,66 @@
+"""What POST /v1/completions takes and gives."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lori.template import Text
+from server.schemas.fields import TokenIds
+from server.schemas.generation import Logprobs
+from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
+
+MAX_PROMPTS = 256
+Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+
+
+class CompletionBody(OpenAIBody):
+    """The body of POST /v1/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "intent", "prompt": "Customer: My card has not arrived.\nIntent:", "max_tokens": 8, "temperature": 0},
+                {"model": "math:1+safety:0.8", "prompt": ["Question: 2 + 3?\nAnswer:"], "max_tokens": 16, "logprobs": 1},
+            ]
+        }
+    )
+
+    prompt: Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[TokenIds], Several]
+    """Text to continue, or its token ids; or several of them, which run together."""
+    max_tokens: int = Field(default=16, ge=0)
+    """The longest answer. 0 generates nothing, to score a text with `echo`."""
+    echo: bool = False
+    """The reply's text, and its log-probabilities, begin with the prompt."""
+    logprobs: TopLogprobs | None = None
+    """Adds log-probabilities, with this many alternatives for each token."""
+    best_of: int | None = None
+    """Only as many as `n`: all answers are given."""
+    suffix: None = None
+    """Not known here: must be absent."""
+
+    @model_validator(mode="after")
+    def _gives_all(self) -> Self:
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError(f"'best_of' is {self.best_of}, expected as many as 'n', {self.n}: all answers are given")
+        return self
+
+
+class CompletionChoice(BaseModel):
+    """One answer, or a part of one in a stream."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class CompletionReply(BaseModel):
+    """The reply of POST /v1/completions, or a part of one in a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: OpenAIUsage | None = None
+    lori: LoriReply | None = None

@@ -1,0 +1,149 @@
+"""What bodies say of how tokens are picked and adapters are merged, in every route that generates."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from lori.merge_options import MergeMethod, MergeOptions
+from server.engine.request import Sampling
+from server.schemas.fields import (
+    BODY,
+    MAX_ADAPTERS,
+    AdapterName,
+    LogitBias,
+    MinP,
+    NumChoices,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Stops,
+    Temperature,
+    TopK,
+    TopP,
+    Weight,
+    check_num_fields,
+)
+
+
+class WeightedAdapter(BaseModel):
+    """An adapter with its weight."""
+
+    model_config = BODY
+
+    name: AdapterName
+    """Its name, or `name@version`."""
+    weight: Weight
+
+
+Adapters = (
+    AdapterName
+    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
+    | Annotated[list[WeightedAdapter], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
+)
+
+
+class SamplingFields(BaseModel):
+    """How tokens are picked, and how long that may take."""
+
+    model_config = BODY
+
+    min_tokens: int = Field(default=0, ge=0)
+    """Before so many tokens the answer does not end by itself."""
+    temperature: Temperature = 0.0
+    """0 takes the likeliest token each time."""
+    top_p: TopP = 1.0
+    """Draws among the likeliest tokens that together have this probability."""
+    top_k: TopK = 0
+    """Draws among this many likeliest tokens; 0 or -1: all."""
+    min_p: MinP = 0.0
+    """Draws among tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: RepetitionPenalty = 1.0
+    """Above 1, tokens of the prompt and the answer become less likely."""
+    presence_penalty: Penalty = 0.0
+    """Taken off the logits of tokens that the answer has."""
+    frequency_penalty: Penalty = 0.0
+    """Taken off the logits of tokens, as often as the answer has them."""
+    logit_bias: LogitBias | None = None
+    """Added to the logits of tokens, by id."""
+    seed: Seed | None = None
+    """Draws the tokens; absent: a random one, named in the reply."""
+    n: NumChoices = 1
+    """Answers to the prompt, which is computed once."""
+    stop: Stops | None = None
+    """The answer ends before any of these."""
+    ignore_eos: bool = False
+    """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
+    timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None
+    """The request is given up, and answered 504, if it takes longer, in seconds."""
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, body: Any) -> Any:
+        return check_num_fields(body)
+
+    def to_sampling(self) -> Sampling:
+        """Returns it as the engine has it, but for the seed."""
+        return Sampling(
+            # -100 forbids a token, as OpenAI's does in effect.
+            logit_bias=tuple((int(token), value) for token, value in (self.logit_bias or {}).items()),
+            min_tokens=self.min_tokens,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            temperature=self.temperature,
+            top_k=max(0, self.top_k),
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
+
+    def stops(self) -> tuple[str, ...]:
+        """Returns the stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class MergeFields(BaseModel):
+    """How adapters are merged."""
+
+    model_config = BODY
+
+    weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
+    """One for each adapter; absent: each 1/n."""
+    merge: MergeMethod = "linear"
+    """How several adapters become one: the exact sum, or what is built once and kept (TIES, DARE, the largest entries)."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For a merge that is no sum: the share of each adapter's kept entries that survives; absent: 0.5."""
+    merge_seed: Seed | None = None
+    """Of the entries that `dare_linear` and `dare_ties` drop; absent: 0."""
+
+    @model_validator(mode="after")
+    def _sound_merge(self) -> Self:
+        if self.density is not None and self.merge == "linear":
+            raise ValueError("'density' is for merges that are no sums; 'merge' is 'linear'")
+        if self.merge_seed is not None and self.merge not in ("dare_linear", "dare_ties"):
+            raise ValueError(f"'merge_seed' is for 'dare_linear' and 'dare_ties'; 'merge' is {self.merge!r}")
+        return self
+
+    def check_weights(self, asked: Adapters | None) -> None:
+        """Raises `ValueError` where there are `weights` for adapters that have theirs with them."""
+        if self.weights is not None and isinstance(asked, list) and any(not isinstance(of, str) for of in asked):
+            raise ValueError("'weights' is for names; these adapters have their weights with them")
+
+    def to_merge(self) -> MergeOptions:
+        """Returns it as `lori.merge` has it."""
+        defaults = MergeOptions()
+        return MergeOptions(
+            self.merge,
+            defaults.density if self.density is None else self.density,
+            defaults.sign,
+            defaults.seed if self.merge_seed is None else self.merge_seed,
+        )
+
+    def to_adapters(self, asked: Adapters | None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+        """Returns the references and the weights of what is asked for in one of its forms; no weights are each 1/n."""
+        several = [asked] if isinstance(asked, str) else asked or []
+        names = tuple(of if isinstance(of, str) else of.name for of in several)
+        if own := tuple(of.weight for of in several if not isinstance(of, str)):
+            return names, own
+        return names, None if self.weights is None else tuple(self.weights)

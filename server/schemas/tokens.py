@@ -1,0 +1,60 @@
+"""What POST /tokenize and /detokenize take and give, in vLLM's form."""
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lori.template import Text
+from server.schemas.chat import ChatMessage
+from server.schemas.fields import MAX_PROMPT_TOKENS, TokenId
+from server.schemas.openai import Model
+
+FORM = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class TokenizeBody(BaseModel):
+    """The body of POST /tokenize."""
+
+    model_config = ConfigDict(**FORM, json_schema_extra={"examples": [{"prompt": "The quick brown fox"}]})
+
+    model: Model | None = None
+    """The base model, or what else POST /v1/completions can be asked for; all have one tokenizer."""
+    prompt: Text | None = None
+    """Text as it stands. Either this or `messages`."""
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
+    """A conversation, written with the base model's chat template."""
+    add_special_tokens: bool = False
+    """Adds what the tokenizer puts around texts. No route that generates does."""
+    return_token_strs: bool = False
+    """Adds the tokens' texts."""
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError(f"expected either 'prompt' or 'messages', found {'both' if self.prompt is not None else 'neither'}")
+        return self
+
+
+class TokenizeReply(BaseModel):
+    """The reply of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """The body of POST /detokenize."""
+
+    model_config = ConfigDict(**FORM, json_schema_extra={"examples": [{"tokens": [504, 2365, 6354, 16438]}]})
+
+    model: Model | None = None
+    """As in POST /tokenize."""
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+
+
+class DetokenizeReply(BaseModel):
+    """The reply of POST /detokenize."""
+
+    prompt: str

@@ -1,0 +1,43 @@
+"""Many adapters compared at once, against two at a time."""
+
+from itertools import combinations_with_replacement
+
+import pytest
+
+from lori.compare import compare
+from lori.errors import AdapterError
+from lori.inner_products import module_order
+from lori.pairs import compare_pairs
+from tests.lori.test_compare import OTHERS, A, on_another_base, on_entries
+
+ADAPTERS = [A, *OTHERS.values(), on_entries([], []), on_entries([0, 4], [0.0, 2.0])]
+PAIRS = list(combinations_with_replacement(range(len(ADAPTERS)), 2))
+
+
+def near(found: float | None, expected: float | None) -> bool:
+    return found == expected if expected is None else found == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def test_every_pair_is_as_the_two_alone() -> None:
+    for (i, j), found in zip(PAIRS, compare_pairs(ADAPTERS, PAIRS), strict=True):
+        alone = compare(ADAPTERS[i], ADAPTERS[j]).total
+        for name in ("num_a", "num_b", "num_both", "overlap", "sign_conflict"):
+            assert getattr(found, name) == getattr(alone, name), (i, j, name)
+        for name in ("chance_overlap", "square_a", "square_b", "inner", "square_sum", "cosine"):
+            assert near(getattr(found, name), getattr(alone, name)), (i, j, name)
+
+
+def test_only_the_pairs_that_are_asked_for_are_compared() -> None:
+    (found,) = compare_pairs(ADAPTERS, [(3, 1)])
+    assert (found.num_a, found.num_b) == (ADAPTERS[3].num_kept, ADAPTERS[1].num_kept)
+
+
+def test_there_is_a_rest_after_each_module() -> None:
+    rests: list[None] = []
+    compare_pairs(ADAPTERS, [(0, 1)], lambda: rests.append(None))
+    assert len(rests) == len(module_order(ADAPTERS)) > 2
+
+
+def test_adapters_of_two_base_models_are_refused() -> None:
+    with pytest.raises(AdapterError, match="stranger"):
+        compare_pairs([A, on_another_base()], [(0, 1)])

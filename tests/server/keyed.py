@@ -1,0 +1,90 @@
+"""Servers in this process that ask for keys, with a fake for their engine."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+from transformers import PreTrainedTokenizerFast
+
+from server.access.key_ring import KeyRing
+from server.engine.adapters.registry import Registry
+from server.engine.admission import Admission
+from server.engine.engine import Engine
+from server.engine.thread import EngineThread
+from server.metrics import Metrics
+from server.service import Service
+from server.settings import Settings
+from tests.server.live import serve_here
+from tests.server.rig import FakeEngine
+
+ACME, OTHER, ADMIN, MONITOR = (f"lori_{name}-key" for name in ("acme", "other", "admin", "monitor"))
+"""Keys."""
+
+
+def key_table(key: str, **fields: str) -> str:
+    """Returns the table of a key."""
+    said = {**fields, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+    return "\n".join(["[[keys]]", *(f'{name} = "{value}"' for name, value in said.items()), ""])
+
+
+TABLES = (
+    key_table(ACME, id="acme-1", tenant="acme")
+    + key_table(OTHER, id="other-1", tenant="other")
+    + key_table(ADMIN, id="admin-1", role="admin")
+    + key_table(MONITOR, id="monitor-1", role="monitor")
+)
+
+
+def write_keys(place: Path, acme: str = "", other: str = "") -> Path:
+    """Writes a key file of two tenants, with what else is said of them, and a key of each role."""
+    file = place / "keys.toml"
+    file.write_text(f"[tenants.acme]\n{acme}\n[tenants.other]\n{other}\n{TABLES}")
+    return file
+
+
+def bearer(key: str) -> dict[str, str]:
+    """Returns the headers that send a key."""
+    return {"Authorization": f"Bearer {key}"}
+
+
+def make_service(
+    tokenizer: PreTrainedTokenizerFast,
+    keys: Path | None = None,
+    *,
+    engine: FakeEngine | None = None,
+    registry: Registry | None = None,
+    **settings: Any,
+) -> Service:
+    """Returns a service whose engine says "x" three times."""
+    registry = registry or Registry([])
+    return Service(
+        settings=Settings(keys=keys, **settings),
+        base_model="fake",
+        registry=registry,
+        admission=Admission(tokenizer, registry, 100, max_terms=3),
+        engine=EngineThread(cast(Engine, engine or FakeEngine())),
+        metrics=Metrics("fake"),
+        keys=KeyRing(keys) if keys else None,
+    )
+
+
+@contextmanager
+def served(service: Service, key: str | None = None) -> Iterator[httpx.Client]:
+    """Serves it until the block ends; the client sends `key`."""
+    with serve_here(service) as client:
+        if key is not None:
+            client.headers.update(bearer(key))
+        yield client
+
+
+def refusal(reply: httpx.Response, status: int) -> dict[str, Any]:
+    """Returns the error of a reply that must be one, in our shape."""
+    assert reply.status_code == status, reply.text
+    assert set(reply.json()) == {"error"}
+    error: dict[str, Any] = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    return error

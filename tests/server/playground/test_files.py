@@ -1,0 +1,62 @@
+"""The playground as files: where they are, and under which rules."""
+
+import mimetypes
+
+import pytest
+
+from server.routes.playground import PLAYGROUND
+from tests.server.live import Live
+from tests.server.test_http import refusal
+
+STATIC = sorted(path.name for path in (PLAYGROUND / "static").iterdir())
+
+
+def test_the_page_is_at_the_root(live: Live) -> None:
+    reply = live.client.get("/")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert reply.content == (PLAYGROUND / "index.html").read_bytes()
+    assert live.client.head("/").headers["content-length"] == reply.headers["content-length"]
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_file_is_what_its_type_says(live: Live, name: str) -> None:
+    reply = live.client.get(f"/static/{name}")
+    assert reply.content == (PLAYGROUND / "static" / name).read_bytes()
+    assert reply.headers["content-type"].partition(";")[0] == mimetypes.guess_type(name)[0]
+
+
+@pytest.mark.parametrize("path", ["/", "/static/main.js", "/static/style.css"])
+def test_nothing_comes_from_elsewhere_and_nothing_is_guessed(live: Live, path: str) -> None:
+    headers = live.client.get(path).headers
+    rules = dict(rule.strip().partition(" ")[::2] for rule in headers["content-security-policy"].split(";"))
+    assert rules["default-src"] == "'self'"
+    assert rules["frame-ancestors"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert "unsafe" not in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("path", ["/", "/static/main.js"])
+def test_what_has_not_changed_is_not_sent_again(live: Live, path: str) -> None:
+    first = live.client.get(path)
+    assert first.headers["cache-control"] == "no-cache"
+    again = live.client.get(path, headers={"if-none-match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("path", ["/static/", "/static/none.js", "/static/..%2findex.html", "/static/%00", "/index.html"])
+def test_what_is_no_file_of_it_is_404(live: Live, path: str) -> None:
+    refusal(live.client.get(path), 404)
+
+
+@pytest.mark.parametrize("path", ["/", "/static/main.js"])
+def test_it_is_only_read(live: Live, path: str) -> None:
+    reply = live.client.post(path)
+    refusal(reply, 405)
+    assert {method.strip() for method in reply.headers["allow"].split(",")} == {"GET", "HEAD"}
+
+
+def test_the_api_s_own_description_stays(live: Live) -> None:
+    assert "swagger" in live.client.get("/docs").text
+    assert "/" not in live.client.get("/openapi.json").json()["paths"]

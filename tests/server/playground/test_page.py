@@ -1,0 +1,279 @@
+"""The playground in a browser, on a real server: what it asks, what it shows, and how it takes a refusal."""
+
+import ast
+import json
+import shlex
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.server.live import Live
+from tests.server.playground.conftest import Visit, Visiting
+from tests.server.test_http import FOR_EVER, FOX
+
+MESSAGES = [{"role": "user", "content": "What is 12 times 7?"}, {"role": "assistant", "content": "84"}]
+
+
+def test_the_adapters_are_listed_and_searched(visit: Visit) -> None:
+    names = visit.page.locator("#adapters .name")
+    expect(names).to_have_text(["intent", "math", "safety"])
+    expect(visit.page.locator("#base-model")).to_have_text("tiny-writer")
+    search = visit.page.get_by_role("searchbox", name="Search adapters")
+    search.fill("AF")
+    expect(names).to_have_text(["safety"])
+    expect(visit.page.locator("#adapters-note")).to_have_text("1 of 3 adapters")
+    search.fill("nobody")
+    expect(names).to_have_count(0)
+    expect(visit.page.locator("#adapters-note")).to_have_text("None is called so.")
+
+
+def test_the_base_and_the_mix_answer_side_by_side(visit: Visit, live: Live) -> None:
+    visit.pick("math", "safety")
+    visit.ask(prompt=FOX, max_tokens="40")
+    assert visit.text("Base") == live.generate(prompt=FOX, max_tokens=40)["text"]
+    assert visit.text("Merged") == live.generate(prompt=FOX, max_tokens=40, adapter=["math", "safety"])["text"]
+    assert visit.bodies() == [
+        {"prompt": FOX, "max_tokens": 40, "stream": True},
+        {"prompt": FOX, "max_tokens": 40, "adapter": ["math", "safety"], "stream": True},
+    ]
+    assert visit.figure("Merged", "Tokens") == f"{len(FOX)} in, 40 out"
+    assert visit.figure("Merged", "Ended") == "max tokens"
+    assert visit.figure("Base", "First token").endswith("s")
+    assert float(visit.figure("Base", "Tokens/s")) > 0
+    expect(visit.page.locator("#answer-merged .note")).to_have_text("0.50 math + 0.50 safety")
+
+
+def test_without_a_pick_the_base_answers_alone(visit: Visit) -> None:
+    visit.ask(prompt=FOX, max_tokens="5")
+    assert len(visit.bodies()) == 1
+    assert len(visit.text("Base")) == 5
+    expect(visit.page.locator("#answer-merged .note")).to_have_text("Pick an adapter to see its answer here.")
+
+
+def test_a_weight_is_moved_by_keyboard(visit: Visit, live: Live) -> None:
+    visit.pick("math", "safety")
+    slider = visit.page.get_by_role("slider", name="Weight of math")
+    exact = visit.page.get_by_role("spinbutton", name="Exact weight of math")
+    expect(exact).to_have_value("0.5")
+    slider.focus()
+    for _ in range(3):
+        slider.press("ArrowRight")
+    expect(exact).to_have_value("0.65")
+    slider.press("Home")
+    expect(exact).to_have_value("-2")
+    expect(slider).to_have_attribute("aria-valuetext", "-2")
+    visit.ask(prompt=FOX, max_tokens="20")
+    assert visit.bodies()[1]["weights"] == [-2, 0.5]
+    expected = live.generate(prompt=FOX, max_tokens=20, adapter=["math", "safety"], weights=[-2, 0.5])
+    assert visit.text("Merged") == expected["text"]
+
+
+def test_a_weight_is_written_exactly_beyond_the_slider_too(visit: Visit) -> None:
+    visit.pick("math")
+    exact = visit.page.get_by_role("spinbutton", name="Exact weight of math")
+    exact.fill("-3.125")
+    expect(visit.page.get_by_role("slider")).to_have_value("-2")
+    visit.ask(prompt=FOX, max_tokens="3")
+    assert visit.bodies()[1]["weights"] == [-3.125]
+    assert visit.bodies()[1]["adapter"] == "math"
+
+
+def test_an_adapter_is_dropped_and_the_others_share_evenly_again(visit: Visit) -> None:
+    visit.pick("math", "safety", "intent")
+    exact = visit.page.get_by_role("spinbutton", name="Exact weight")
+    assert [box.input_value() for box in exact.all()] == ["0.3333"] * 3
+    visit.page.get_by_role("button", name="Remove safety").click()
+    expect(visit.page.get_by_role("checkbox", name="safety")).not_to_be_checked()
+    assert [box.input_value() for box in exact.all()] == ["0.5"] * 2
+    exact.first.fill("2")
+    visit.page.get_by_role("button", name="1/n each").click()
+    expect(exact.first).to_have_value("0.5")
+
+
+def test_stop_ends_both_and_gives_their_places_back(visit: Visit, live: Live) -> None:
+    live.wait_for(running=0, waiting=0)
+    visit.pick("math")
+    visit.page.locator("#prompt").fill("a")
+    visit.page.locator("#max_tokens").fill(str(FOR_EVER - 1))
+    visit.run()
+    for name in ("Base", "Merged"):
+        expect(visit.page.get_by_role("region", name=f"{name} answer")).not_to_be_empty()
+    visit.page.get_by_role("button", name="Stop").click()
+    for name in ("base", "merged"):
+        expect(visit.page.locator(f"#answer-{name} .end dd")).to_have_text("stopped")
+    live.wait_for(running=0, waiting=0)
+
+
+def test_a_second_run_replaces_the_first(visit: Visit, live: Live) -> None:
+    visit.page.locator("#prompt").fill("a")
+    visit.page.locator("#max_tokens").fill(str(FOR_EVER - 1))
+    visit.run()
+    expect(visit.page.get_by_role("region", name="Base answer")).not_to_be_empty()
+    visit.ask(prompt=FOX, max_tokens="9")
+    assert visit.text("Base") == live.generate(prompt=FOX, max_tokens=9)["text"]
+    assert visit.figure("Base", "Ended") == "max tokens"
+    live.wait_for(running=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("max_tokens", "1000000", "exceeds the context of 4096"),
+        ("max_tokens", "2.5", "found 2.5"),
+        ("temperature", "-1", "found -1"),
+        ("seed", "-1", "found -1"),
+        ("stop", "\n".join("abcdefghijklmnopq"), "at most 16"),
+        ("prompt", "", "is empty"),
+    ],
+)
+def test_a_refusal_is_shown_beside_its_field(visiting: Visiting, live: Live, field: str, value: str, said: str) -> None:
+    visit = visiting(live.url, allowed=(400,))
+    visit.pick("math")
+    control = visit.page.locator(f"#{field}")
+    visit.ask(**{"prompt": FOX, field: value})
+    expect(control).to_have_attribute("aria-invalid", "true")
+    described = visit.page.locator(f"#{control.get_attribute('aria-describedby')}")
+    expect(described).to_contain_text(said)
+    expect(visit.page.locator("#ask .fault:visible")).to_have_count(1)
+    for name in ("base", "merged"):
+        expect(visit.page.locator(f"#answer-{name} .fault")).to_contain_text(said)
+        expect(visit.page.locator(f"#answer-{name} .end dd")).to_have_text("failed")
+    control.fill("1")
+    expect(described).to_have_count(0)
+    expect(control).not_to_have_attribute("aria-invalid", "true")
+
+
+def test_a_weight_that_is_too_large_is_told_beside_it(visiting: Visiting, live: Live) -> None:
+    visit = visiting(live.url, allowed=(400,))
+    visit.pick("math", "safety")
+    exact = visit.page.get_by_role("spinbutton", name="Exact weight of safety")
+    exact.fill("17")
+    visit.ask(prompt=FOX, max_tokens="3")
+    expect(exact).to_have_attribute("aria-invalid", "true")
+    expect(visit.page.locator("#mix li").nth(1).locator(".fault")).to_contain_text("found 17")
+    assert len(visit.text("Base")) == 3, "the base model's answer is there all the same"
+
+
+def test_a_refusal_without_a_field_of_the_page_is_told_above_the_buttons(visiting: Visiting, live: Live) -> None:
+    visit = visiting(live.url, allowed=(400,))
+    visit.pick("math", "intent")
+    visit.page.get_by_role("radio", name="Messages").check()
+    visit.page.get_by_role("textbox", name="Message 1").fill("Hello?")
+    visit.ask(max_tokens="3")
+    expect(visit.page.locator("#template")).to_have_attribute("aria-invalid", "true")
+    expect(visit.page.locator("#ask .fault:visible")).to_contain_text("no common template")
+
+
+def test_messages_are_answered(visit: Visit, live: Live) -> None:
+    visit.pick("safety")
+    visit.page.get_by_role("radio", name="Messages").check()
+    expect(visit.page.locator("#prompt")).to_be_hidden()
+    visit.page.get_by_role("textbox", name="Message 1").fill(MESSAGES[0]["content"])
+    visit.page.get_by_role("button", name="Add a message").click()
+    expect(visit.page.get_by_role("textbox", name="Message 2")).to_be_focused()
+    visit.page.get_by_role("textbox", name="Message 2").fill(MESSAGES[1]["content"])
+    visit.page.get_by_role("combobox", name="Template").select_option("plain")
+    visit.ask(max_tokens="20")
+    assert visit.bodies()[0]["messages"] == MESSAGES
+    expected = live.generate(messages=MESSAGES, template="plain", adapter="safety", max_tokens=20)
+    assert visit.text("Merged") == expected["text"]
+    visit.page.get_by_role("button", name="Remove message 1").click()
+    expect(visit.page.get_by_role("textbox", name="Message 1")).to_have_value(MESSAGES[1]["content"])
+
+
+def test_stop_texts_and_sampling_are_sent(visit: Visit, live: Live) -> None:
+    visit.ask(prompt=FOX, max_tokens="60", temperature="0.8", seed="7", stop="e\n\\n\\\\n")
+    body = {"prompt": FOX, "max_tokens": 60, "temperature": 0.8, "seed": 7, "stop": ["e", "\n\\n"]}
+    assert visit.bodies() == [body | {"stream": True}]
+    assert visit.text("Base") == live.generate(**body)["text"]
+    assert visit.figure("Base", "Ended") in ("stop text", "max tokens")
+    assert visit.figure("Base", "Seed") == "7"
+
+
+def test_the_matrix_has_the_servers_figures(visit: Visit, live: Live) -> None:
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    table = visit.page.get_by_role("grid")
+    expect(table.get_by_role("columnheader")).to_have_text(["intent", "math", "safety"])
+    expect(table.get_by_role("rowheader")).to_have_text(["intent", "math", "safety"])
+    reply = live.client.get("/adapters/compare?names=intent,math,safety").json()
+    for figure, label in (("cosine", "Cosine"), ("overlap", "Overlap"), ("sign_conflict", "Sign conflict")):
+        visit.page.get_by_role("radio", name=label).check()
+        cells = [cell.text_content() or "" for cell in table.get_by_role("gridcell").all()]
+        told = [None if cell == "–" else float(cell.replace("−", "-")) for cell in cells if cell]
+        assert told == [pytest.approx(v, abs=0.006) if v is not None else None for row in reply[figure] for v in row]
+
+
+def test_the_matrix_follows_what_is_picked(visit: Visit) -> None:
+    visit.pick("math", "safety")
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety"])
+    visit.pick("intent")
+    expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety", "intent"])
+
+
+def test_the_matrix_is_walked_with_arrows(visit: Visit) -> None:
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    cells = visit.page.get_by_role("gridcell")
+    cells.and_(visit.page.locator("[tabindex='0']")).focus()
+    visit.page.keyboard.press("ArrowRight")
+    visit.page.keyboard.press("ArrowDown")
+    visit.page.keyboard.press("ArrowRight")
+    expect(visit.page.locator(":focus")).to_have_attribute("data-column", "2")
+    expect(visit.page.locator(":focus")).to_have_attribute("data-row", "1")
+    expect(visit.page.locator("#compare-detail")).to_contain_text("math and safety: cosine ")
+    visit.page.keyboard.press("ArrowRight")
+    expect(visit.page.locator(":focus")).to_have_attribute("data-column", "2")
+    expect(visit.page.locator("#matrix td[tabindex='0']")).to_have_count(1)
+
+
+def test_the_throughput_is_shown(visit: Visit) -> None:
+    figures = visit.page.locator("#gauges output")
+    expect(figures.nth(1)).to_have_text("0")
+    expect(figures.nth(3)).to_have_text("0%")
+    visit.ask(prompt=FOX, max_tokens="200")
+    expect(figures.first).not_to_have_text("0")
+
+
+def test_the_request_is_copied_as_curl(visiting: Visiting, live: Live) -> None:
+    visit = visiting(live.url, permissions=["clipboard-read", "clipboard-write"])
+    visit.pick("math", "safety")
+    visit.page.locator("#prompt").fill('It\'s "so"\n$HOME `x` \\ é')
+    visit.page.get_by_role("button", name="Copy as curl").click()
+    expect(visit.page.locator("#say")).to_have_text("Copied.")
+    command = visit.page.evaluate("navigator.clipboard.readText()")
+    words = shlex.split(command)
+    assert words[:3] == ["curl", "-s", f"{live.url}/generate"]
+    assert "Content-Type: application/json" in words
+    body = json.loads(words[-1])
+    assert body["prompt"] == 'It\'s "so"\n$HOME `x` \\ é'
+    assert live.generate(**body)["adapter"][0]["name"] == "math"
+
+
+def test_the_request_is_copied_as_python(visiting: Visiting, live: Live) -> None:
+    visit = visiting(live.url, permissions=["clipboard-read", "clipboard-write"])
+    visit.pick("math", "safety")
+    visit.page.get_by_role("spinbutton", name="Exact weight of math").fill("1")
+    visit.page.locator("#prompt").fill('Say "é"\n')
+    visit.page.get_by_role("button", name="Copy as Python").click()
+    expect(visit.page.locator("#say")).to_have_text("Copied.")
+    program = ast.parse(visit.page.evaluate("navigator.clipboard.readText()"))
+    calls = {ast.unparse(node.func): node for node in ast.walk(program) if isinstance(node, ast.Call)}
+    assert {word.arg: ast.literal_eval(word.value) for word in calls["OpenAI"].keywords}["base_url"] == f"{live.url}/v1"
+    assert {word.arg: ast.literal_eval(word.value) for word in calls["client.completions.create"].keywords} == {
+        "model": "tiny-writer",
+        "prompt": 'Say "é"\n',
+        "max_tokens": 128,
+        "extra_body": {"weights": [1, 0.5], "adapters": ["math", "safety"]},
+    }
+
+
+def test_where_the_clipboard_is_closed_the_text_is_shown(visit: Visit) -> None:
+    visit.page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    visit.page.locator("#prompt").fill("Hello")
+    visit.page.get_by_role("button", name="Copy as curl").click()
+    shown = visit.page.get_by_role("dialog").get_by_role("textbox")
+    expect(shown).to_have_value(f"""curl -s {visit.url}/generate \\
+  -H 'Content-Type: application/json' \\
+  -d '{{"prompt":"Hello","max_tokens":128}}'""")
+    visit.page.keyboard.press("Escape")
+    expect(shown).to_be_hidden()

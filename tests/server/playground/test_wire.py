@@ -1,0 +1,294 @@
+"""The playground in a browser, above a fake of the API: what a tiny server cannot show."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.server.playground.conftest import Visit, Visiting
+from tests.server.playground.fake_api import FakeApi, done, row, served, sse, token
+from tests.server.playground.test_reach import PALE
+
+MARKUP = '<img src="x" onerror="alert(1)"><script>alert(2)</script>&amp;'
+
+BARE_DONE: dict[str, Any] = {
+    "id": "gen-1", "adapter": [], "finish_reason": "length", "seed": 1,
+    "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+}  # fmt: skip
+
+
+@pytest.fixture
+def fake() -> FakeApi:
+    return FakeApi()
+
+
+@pytest.fixture(autouse=True)
+def url(fake: FakeApi) -> Iterator[str]:
+    """Is there before any page is open, and longer: a page that asks nobody has a fault."""
+    with served(fake) as client:
+        yield str(client.base_url).rstrip("/")
+
+
+def sides(visit: Visit, label: str) -> list[str]:
+    return [visit.figure(name, label) for name in ("Base", "Merged")]
+
+
+def test_of_thousands_of_adapters_some_are_drawn_and_all_are_found(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row(f"adapter-{i:05}") for i in range(10_000)]
+    page = visiting(url).page
+    boxes = page.locator("#adapters").get_by_role("checkbox")
+    expect(boxes).to_have_count(50)
+    expect(page.locator("#adapters-note")).to_have_text("The first 50 of 10,000: search for the others.")
+    page.get_by_role("button", name="Show more").click()
+    expect(boxes).to_have_count(100)
+    expect(boxes.nth(50)).to_be_focused()
+    page.get_by_role("searchbox").fill("0999 adapter")
+    expect(boxes).to_have_count(10 + 1)
+    page.get_by_role("searchbox").fill("09999")
+    expect(boxes).to_have_count(1)
+    boxes.check()
+    page.get_by_role("searchbox").fill("")
+    expect(boxes.first).to_have_accessible_name("adapter-00000")
+    expect(page.get_by_role("slider", name="Weight of adapter-09999")).to_be_visible()
+
+
+def test_an_adapter_is_shown_as_it_is_and_as_it_becomes(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row("math", num_requests=1234), row("safety", tier="loaded", bytes_on_disk=999, num_requests=1)]
+    visit = visiting(url)
+    items = visit.page.locator("#adapters li")
+    expect(items.nth(0)).to_have_text("mathdisk1.34 MB · r 32 · 10% kept · 1,234 requests")
+    expect(items.nth(1)).to_have_text("safetyloaded999 B · r 32 · 10% kept · 1 request")
+    visit.pick("math")
+    box = visit.page.get_by_role("checkbox", name="math")
+    box.focus()
+    fake.adapters[0] |= {"tier": "resident", "num_requests": 1235}
+    fake.adapters.append(row("new"))
+    # It asks again by itself; a run's end is a reason to.
+    visit.page.locator("#prompt").press("Control+Enter")
+    box.focus()
+    expect(items.nth(0).locator(".tier")).to_have_text("resident")
+    expect(items.nth(0)).to_contain_text("1,235 requests")
+    expect(items).to_have_count(3)
+    expect(box).to_be_focused()
+    expect(box).to_be_checked()
+
+
+def test_a_page_that_is_open_asks_again(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    page = visiting(url).page
+    expect(page.locator("#adapters li")).to_have_count(2)
+    fake.adapters.append(row("new"))
+    expect(page.locator("#adapters li")).to_have_count(3)
+
+
+def test_an_adapter_of_which_little_is_told_is_shown_all_the_same(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [{"name": "bare", "version": "0123456789ab"}, {"name": "old", "version": "ab", "rank": 8, "sparsity": 0.75}]
+    fake.stream = [token("x"), sse("done", BARE_DONE)]
+    visit = visiting(url)
+    expect(visit.page.locator("#adapters li")).to_have_text(["bare", "oldr 8 · 25% kept"])
+    visit.pick("bare")
+    visit.ask(prompt="x")
+    assert sides(visit, "Ended") == ["max tokens"] * 2
+    assert sides(visit, "In the queue") == ["–"] * 2
+
+
+def test_the_servers_own_timings_are_shown(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.stream = [token("a"), token("b"), done(26)]
+    visit = visiting(url)
+    visit.pick("math")
+    visit.ask(prompt="x")
+    assert sides(visit, "First token") == ["42 ms"] * 2
+    assert sides(visit, "Tokens/s") == ["50"] * 2
+    assert sides(visit, "In the queue") == ["3 ms"] * 2
+    assert sides(visit, "Tokens") == ["7 in, 26 out"] * 2
+    assert sides(visit, "Ended") == ["end of text"] * 2
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_stream_is_read_however_it_is_cut(visiting: Visiting, url: str, fake: FakeApi, end: str) -> None:
+    text = b"".join([token("aé€"), b": a comment\n\n", b"event\ndata: {}\n\n", token("\U0001f600\n\n"), done(2)])
+    # A carriage return that is last may be half of an end: only what follows it says.
+    fake.stream = [bytes([byte]) for byte in text.replace(b"\n", end.encode()) + b"\n"]
+    visit = visiting(url)
+    visit.ask(prompt="x")
+    assert visit.text("Base") == "aé€\U0001f600\n\n"
+    assert visit.figure("Base", "Ended") == "end of text"
+
+
+def test_what_a_model_says_is_text(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.stream = [token(MARKUP), done(1, adapter=[{"name": MARKUP, "version": "1", "weight": -1.0, "policy": True}])]
+    fake.adapters = [row(MARKUP)]
+    visit = visiting(url)
+    visit.pick(MARKUP)
+    visit.ask(prompt=MARKUP)
+    assert visit.text("Merged") == MARKUP
+    expect(visit.page.locator("#answer-merged .note")).to_have_text(f"−1.00 {MARKUP} (policy)")
+    expect(visit.page.locator("img, main script")).to_have_count(0)
+
+
+def test_an_answer_comes_as_it_is_said(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.may_go_on.clear()
+    visit = visiting(url)
+    visit.page.locator("#prompt").fill("x")
+    visit.run()
+    region = visit.page.get_by_role("region", name="Base answer")
+    expect(region).to_have_text("a ")
+    expect(region).to_have_attribute("aria-busy", "true")
+    assert visit.figure("Base", "First token") != "–"
+    fake.may_go_on.set()
+    expect(region).to_have_text("a b")
+    expect(region).not_to_have_attribute("aria-busy", "true")
+
+
+def test_an_error_within_a_stream_leaves_what_was_said(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    detail = {"message": "the engine failed", "type": "InternalServerError", "param": None, "code": 500}
+    fake.stream = [token("so far"), sse("error", {"error": detail})]
+    visit = visiting(url)
+    visit.ask(prompt="x")
+    expect(visit.page.get_by_role("region", name="Base answer")).to_have_text("so farthe engine failed")
+    expect(visit.page.locator("#answer-base .fault")).to_have_text("the engine failed")
+    expect(visit.page.locator("#fault")).to_have_text("the engine failed")
+    assert visit.figure("Base", "Ended") == "failed"
+
+
+def test_a_stream_that_ends_too_soon_is_no_answer(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.stream = [token("so far")]
+    visit = visiting(url)
+    visit.ask(prompt="x")
+    expect(visit.page.locator("#answer-base .fault")).to_have_text("The connection ended before the answer did.")
+
+
+def test_a_merge_is_sent_with_what_it_takes(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    visit = visiting(url)
+    visit.pick("math", "safety")
+    expect(visit.page.get_by_label("Density")).to_be_hidden()
+    merge = visit.page.get_by_role("combobox", name="Merge")
+    merge.select_option("ties")
+    visit.page.get_by_label("Density").fill("0.7")
+    expect(visit.page.get_by_label("Merge seed")).to_be_hidden()
+    visit.ask(prompt="x", top_p="0.9")
+    merge.select_option("dare_linear")
+    visit.page.get_by_label("Merge seed").fill("3")
+    visit.ask()
+    common = {"prompt": "x", "max_tokens": 128, "top_p": 0.9, "stream": True}
+    ties = common | {"adapter": ["math", "safety"], "merge": "ties", "density": 0.7}
+    dare = common | {"adapter": ["math", "safety"], "merge": "dare_linear", "density": 0.7, "merge_seed": 3}
+    assert [body for body in fake.bodies if "merge" in body] == [ties, dare]
+    assert [body for body in fake.bodies if "merge" not in body] == [common, common]
+
+
+def test_the_weights_of_a_card_are_used(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [
+        row("math", merge_weights={"safety": [1, 0.8]}),
+        row("safety", merge_weights={"math": [0.8, 1]}),
+        row("other"),
+    ]
+    visit = visiting(url)
+    visit.pick("math", "other")
+    expect(visit.page.locator("#card-weights button")).to_have_count(0)
+    visit.pick("safety")
+    visit.page.get_by_role("button", name="Weights of math’s card: math 1, safety 0.8").click()
+    visit.ask(prompt="x")
+    assert {"math": 1, "other": 0.3333, "safety": 0.8} in [
+        dict(zip(body["adapter"], body["weights"], strict=True)) for body in fake.bodies if "adapter" in body
+    ]
+
+
+def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.key = "secret-1"
+    visit = visiting(url, allowed=(401,), permissions=["clipboard-read", "clipboard-write"])
+    field = visit.page.get_by_label("API key")
+    expect(visit.page.locator("#key-hint")).to_have_text("This server wants a key. It stays in this tab.")
+    field.fill("wrong")
+    field.press("Enter")
+    expect(visit.page.locator("#key-hint")).to_have_text("The server does not know this key.")
+    field.fill("secret-1")
+    visit.page.get_by_role("button", name="Use it").click()
+    expect(visit.page.locator("#adapters li")).to_have_count(2)
+    expect(field).to_have_value("")
+    visit.ask(prompt="x")
+    assert fake.bearers[-1] == "Bearer secret-1"
+    assert visit.text("Base") == "a b"
+    kept = visit.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
+    assert kept == [["secret-1"], [], ""]
+    for name in ("curl", "Python"):
+        visit.page.get_by_role("button", name=f"Copy as {name}").click()
+        expect(visit.page.locator(".copied")).to_have_text(f"Copy as {name}")
+        text = visit.page.evaluate("navigator.clipboard.readText()")
+        assert "LORI_API_KEY" in text
+        assert "secret-1" not in text
+        expect(visit.page.locator(".copied")).to_have_count(0)
+    visit.page.reload()
+    expect(visit.page.locator("#adapters li")).to_have_count(2)
+    visit.page.get_by_role("button", name="Forget it").click()
+    expect(visit.page.locator("#key-hint")).to_have_text("This server wants a key. It stays in this tab.")
+
+
+def test_a_server_without_keys_asks_for_none(visiting: Visiting, url: str) -> None:
+    page = visiting(url).page
+    expect(page.locator("#adapters li")).to_have_count(2)
+    expect(page.get_by_label("API key")).to_be_hidden()
+
+
+def test_throughput_is_hidden_from_who_may_not_see_it(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.may_monitor = False
+    page = visiting(url, allowed=(403,)).page
+    expect(page.locator("#live-note")).to_have_text("Throughput is for keys that may read /metrics.")
+    expect(page.locator("#gauges")).to_be_hidden()
+    expect(page.locator("#adapters li")).to_have_count(2)
+
+
+def test_throughput_is_what_the_metrics_say(visiting: Visiting, url: str) -> None:
+    figures = visiting(url).page.locator("#gauges output")
+    expect(figures.nth(1)).to_have_text("3")
+    expect(figures.nth(2)).to_have_text("2")
+    expect(figures.nth(3)).to_have_text("25%")
+    # 100 more each time, which is each two seconds at most.
+    expect(figures.nth(0)).not_to_have_text("0")
+    assert 0 < float(figures.nth(0).text_content() or "") <= 60
+
+
+def test_of_two_bases_there_is_a_cosine_alone(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row(f"adapter-{i}") for i in range(20)]
+    page = visiting(url).page
+    for i in range(18):
+        page.get_by_role("checkbox", name=f"adapter-{i}", exact=True).check()
+    page.locator("#compare").scroll_into_view_if_needed()
+    expect(page.get_by_role("columnheader")).to_have_count(16)
+    cell = page.locator("#matrix td[data-row='0'][data-column='1']")
+    expect(cell).to_have_text("−0.180")
+    page.get_by_role("radio", name="Overlap").check()
+    expect(cell).to_have_text("–")
+    cell.hover()
+    expect(page.locator("#compare-detail")).to_contain_text("on two bases")
+
+
+@pytest.mark.parametrize("colour_scheme", ["light", "dark"])
+def test_a_figure_stands_out_from_every_colour(visiting: Visiting, url: str, fake: FakeApi, colour_scheme: str) -> None:
+    fake.adapters = [row(f"adapter-{i}") for i in range(16)]
+    page = visiting(url, color_scheme=colour_scheme).page
+    for box in page.locator("#adapters").get_by_role("checkbox").all():
+        box.check()
+    page.locator("#compare").scroll_into_view_if_needed()
+    expect(page.get_by_role("columnheader")).to_have_count(16)
+    shares = page.evaluate("[...document.querySelectorAll('#matrix td')].map((of) => of.style.getPropertyValue('--share'))")
+    assert {f"{10 * i:.1f}%" for i in range(11)} <= {*shares}
+    assert page.evaluate(PALE) == []
+
+
+def test_a_server_that_is_gone_is_told(visiting: Visiting, fake: FakeApi) -> None:
+    with served(fake) as client:
+        visit = visiting(str(client.base_url).rstrip("/"))
+        expect(visit.page.locator("#adapters li")).to_have_count(2)
+    visit.page.locator("#prompt").fill("x")
+    visit.run()
+    expect(visit.page.locator("#answer-base .fault")).to_have_text("The server does not answer. Is it running?")
+    expect(visit.page.locator("#adapters-note")).to_have_text("The server does not answer. Is it running?")
+    visit.faults[:] = [fault for fault in visit.faults if "ERR_CONNECTION" not in fault]
+
+
+def test_a_proxys_refusal_that_is_no_json_is_told(visiting: Visiting, url: str) -> None:
+    visit = visiting(url, allowed=(502,))
+    visit.page.route("**/generate", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
+    visit.ask(prompt="x")
+    expect(visit.page.locator("#answer-base .fault")).to_have_text("The server answered 502.")

@@ -1,0 +1,203 @@
+"""What a tenant's key gives it, over a real socket: which adapters, what is added, how much at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lori.merge_options import MergeOptions
+from server.access.keys import KeyFileError
+from server.engine.adapters.registry import Registry
+from server.engine.admission import Ask
+from server.engine.replies import Emit
+from server.engine.request import Request
+from server.loading import load_service
+from server.service import Service
+from server.settings import Settings
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
+from tests.server.live import events, wait_until
+from tests.server.rig import FakeEngine, build
+
+FOR_EVER = 10**9
+
+
+@pytest.fixture(scope="module")
+def registry(writer_model: Path, adapters: Path) -> Registry:
+    """math, safety and intent."""
+    return build(writer_model, adapters).registry
+
+
+class Listening(FakeEngine):
+    """Keeps the requests that it is given."""
+
+    def submit(self, request: Request, emit: Emit) -> None:
+        self.__dict__.setdefault("asked", []).append(request)
+        super().submit(request, emit)
+
+
+def ask(**body: object) -> dict[str, Any]:
+    return {"prompt": "x"} | body
+
+
+def names_of(reply: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(of["name"], of["weight"]) for of in reply["adapter"]]
+
+
+def test_a_tenant_sees_and_uses_its_adapters(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path, 'adapters = ["math", "int*"]', "adapters = []")
+    with served(make_service(tokenizer, keys, registry=registry)) as client:
+        for key, expected in ((ACME, ["intent", "math"]), (OTHER, []), (ADMIN, ["intent", "math", "safety"])):
+            listed = client.get("/adapters", headers=bearer(key)).json()["adapters"]
+            assert sorted(of["name"] for of in listed) == expected
+            for name in ("intent", "math", "safety"):
+                reply = client.post("/generate", headers=bearer(key), json=ask(adapter=name))
+                assert reply.status_code == (200 if name in expected else 404)
+            assert client.post("/generate", headers=bearer(key), json=ask()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "adapter", ["safety", ["math", "safety"], ["safety", "nobody"], ["safety", "safety"], "safety@0", "safet"]
+)
+def test_a_forbidden_adapter_is_answered_as_one_that_is_not_there(
+    tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path, adapter: str | list[str]
+) -> None:
+    keys = write_keys(tmp_path, 'adapters = ["math", "intent"]')
+    without = Registry([of for name, of in registry.by_name.items() if name != "safety"])
+    heard = []
+    for known in (registry, without):
+        with served(make_service(tokenizer, keys, registry=known), ACME) as client:
+            reply = client.post("/generate", json=ask(adapter=adapter))
+            headers = {name: value for name, value in reply.headers.items() if name != "date"}
+            heard.append((reply.status_code, reply.content, headers))
+    assert heard[0] == heard[1]
+    assert heard[0][0] in (400, 404)
+
+
+def test_the_policy_is_added_and_cannot_be_named(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path, 'adapters = ["math"]\npolicy = { safety = 0.25 }')
+    with served(make_service(tokenizer, keys, registry=registry), ACME) as client:
+        for adapter, weights, expected in (
+            (None, None, []),
+            ("math", None, [("math", 1.0)]),
+            (["math"], [0.5], [("math", 0.5)]),
+        ):
+            body = ask(adapter=adapter) | ({"weights": weights} if weights else {})
+            reply = client.post("/generate", json=body)
+            assert names_of(reply.json()) == [*expected, ("safety", 0.25)]
+        for adapters in ("safety", ["math", "safety"]):
+            error = refusal(client.post("/generate", json=ask(adapter=adapters)), 400)
+            assert error["param"] == "adapter"
+            assert error["message"] == "adapter: names 'safety', which the operator adds to every request of 'acme'"
+        other = client.post("/generate", json=ask(adapter="safety"), headers=bearer(OTHER)).json()
+        assert names_of(other) == [("safety", 1.0)]
+
+
+def test_nothing_is_served_without_its_policy(tokenizer: PreTrainedTokenizerFast, registry: Registry, tmp_path: Path) -> None:
+    engine = Listening()
+    keys = write_keys(tmp_path, "policy = { ghost = 1.0 }")
+    with served(make_service(tokenizer, keys, registry=registry, engine=engine), ACME) as client:
+        for body in (ask(), ask(adapter="math"), ask(stream=True)):
+            error = refusal(client.post("/generate", json=body), 500)
+            assert error["type"] == "AdapterError"
+            assert error["message"].endswith("it is not served without them")
+        assert client.post("/generate", json=ask(), headers=bearer(OTHER)).status_code == 200
+    assert len(engine.__dict__["asked"]) == 1
+
+
+def test_a_policy_of_an_adapter_that_is_not_there_stops_the_start(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+    def load(acme: str) -> Service:
+        keys = write_keys(tmp_path, acme)
+        return load_service(
+            Settings(model=str(writer_model), adapters=adapters, dtype="float32", kv_cache_gib=0.01, max_batch=2, keys=keys)
+        )
+
+    with pytest.raises(KeyFileError, match=r"tenants.acme.policy: there is no adapter 'ghost'"):
+        load("policy = { ghost = 1.0, safety = 1.0 }")
+    service = load("policy = { safety = 1.0 }")
+    assert service.keys
+    write_keys(tmp_path, "policy = { ghost = 1.0 }")
+    service.keys.look()
+    found = service.keys.find(ACME.encode())
+    assert found
+    assert found.policy == (("safety", 1.0),)
+
+
+def test_a_policy_is_summed_beside_any_merge(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+    admission = make_service(tokenizer, registry=registry).admission
+    ties = Ask(prompt="x", adapters=("math",), merge=MergeOptions("ties"), tenant="acme", policy=(("safety", 0.25),))
+    request = admission.admit(ties)
+    assert [(of.name, of.weight) for of in request.policy] == [("safety", 0.25)]
+    assert (request.policy[0].digest, 0.25) in request.residents
+    assert (request.merged_digest, 1.0) in request.residents
+    assert len(request.residents) == 2
+
+
+def test_the_engine_learns_whose_request_it_is(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    engine = Listening()
+    with served(make_service(tokenizer, write_keys(tmp_path, "priority = -3"), engine=engine)) as client:
+        for key in (ACME, OTHER, ADMIN):
+            client.post("/generate", json=ask(), headers=bearer(key))
+    assert [(of.tenant, of.priority) for of in engine.__dict__["asked"]] == [("acme", -3), ("other", 0), ("", 0)]
+
+
+def test_more_requests_in_a_minute_are_429(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with served(make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 2")), ACME) as client:
+        for _ in range(2):
+            assert client.post("/generate", json=ask()).status_code == 200
+        reply = client.post("/generate", json=ask())
+        error = refusal(reply, 429)
+        assert error["type"] == "RateLimitError"
+        assert error["message"].startswith("tenant 'acme' may send 2 requests a minute, and has sent them; try again in ")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        assert client.post("/generate", json=ask(), headers=bearer(OTHER)).status_code == 200
+        assert client.get("/adapters").status_code == 200
+
+
+def limited(tokenizer: PreTrainedTokenizerFast, place: Path, engine: FakeEngine) -> Service:
+    return make_service(tokenizer, write_keys(place, "max_requests = 1"), engine=engine)
+
+
+def is_free(service: Service) -> bool:
+    return not service.limiter._under_way
+
+
+def test_more_requests_at_once_are_429_until_a_client_leaves(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    engine = FakeEngine(num_steps=FOR_EVER)
+    service = limited(tokenizer, tmp_path, engine)
+    with served(service, ACME) as client:
+        for _ in range(2):
+            with client.stream("POST", "/generate", json=ask(stream=True)) as reply:
+                lines = reply.iter_lines()
+                assert next(lines) == "event: token"
+                refused = client.post("/generate", json=ask())
+                assert refusal(refused, 429)["message"] == "tenant 'acme' has 1 requests under way, and may have 1; try again"
+                assert refused.headers["retry-after"] == "1"
+                with client.stream("POST", "/generate", json=ask(stream=True), headers=bearer(OTHER)) as other:
+                    assert other.status_code == 200
+            wait_until(lambda: is_free(service), "its place")
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_place_is_given_back_at_the_end(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, is_stream: bool) -> None:
+    service = limited(tokenizer, tmp_path, FakeEngine())
+    with served(service, ACME) as client:
+        for _ in range(3):
+            assert client.post("/generate", json=ask(stream=is_stream)).status_code == 200
+            wait_until(lambda: is_free(service), "its place")
+            assert client.post("/generate", json=ask(adapter="nobody", stream=is_stream)).status_code == 404
+            assert is_free(service)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_place_is_given_back_when_the_engine_fails(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, is_stream: bool) -> None:
+    service = limited(tokenizer, tmp_path, FakeEngine(dies_at=2))
+    with served(service, ACME) as client:
+        reply = client.post("/generate", json=ask(stream=is_stream))
+        if is_stream:
+            assert [name for name, _ in events(reply.text.splitlines())][-1] == "error"
+        else:
+            refusal(reply, 500)
+        wait_until(lambda: is_free(service), "its place")
+        refusal(client.post("/generate", json=ask(stream=is_stream)), 503)
+        assert is_free(service)

@@ -1,0 +1,216 @@
+"""Both clients at a real server: every method, its types, and that leaving early ends the work."""
+
+import inspect
+import subprocess
+import sys
+import types
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+import anyio
+import pytest
+from pydantic import BaseModel
+
+from server.client import AsyncClient, BadRequestError, Client, DoneData, NotFoundError, TokenData
+from server.client.fields import GenerateFields
+from server.schemas.generation import GenerateBody, GenerateReply
+from tests.server.both_clients import KINDS, connecting
+from tests.server.live import LIMIT_S, Live
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+FOR_EVER = 4000
+"""Tokens, with the prompt: seconds of work for a tiny model."""
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "fastapi", "starlette", "uvicorn", "prometheus_client")
+
+EVERY_NUMBER: GenerateFields = {
+    "prompt": FOX, "max_tokens": 20, "min_tokens": 2, "temperature": 1.1, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 5,
+    "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logit_bias": {"70": 1.5}, "n": 3,
+    "ignore_eos": True, "timeout_s": 60, "priority": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(params=KINDS)
+def client(request: pytest.FixtureRequest, live: Live) -> Iterator[Client]:
+    with connecting(request.param) as connect:
+        yield connect(live.url, timeout_s=LIMIT_S)
+
+
+def lasting(reply: GenerateReply | DoneData) -> dict[str, Any]:
+    """What two replies to one request have in common."""
+    found = reply.model_dump(exclude={"id", "timings", "index", "text", "logprobs", "choices"})
+    return found | {"usage": {**found["usage"], "cached_tokens": None}}
+
+
+def test_an_answer_is_what_the_server_says(client: Client, live: Live) -> None:
+    reply = client.generate(prompt=FOX, adapter=["math", "safety"], weights=[1, 0.5], max_tokens=12, logprobs=1)
+    own = live.generate(prompt=FOX, adapter=["math", "safety"], weights=[1, 0.5], max_tokens=12, logprobs=1)
+    assert lasting(reply) == lasting(GenerateReply.model_validate(own | {"seed": reply.seed}))
+    assert reply.text == own["text"]
+    assert [(term.name, term.weight) for term in reply.adapter] == [("math", 1.0), ("safety", 0.5)]
+    assert reply.logprobs is not None
+    assert reply.logprobs.model_dump() == own["logprobs"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        GenerateFields(messages=[{"role": "user", "content": "Hi"}], template="chat", adapter="math", max_tokens=9, seed=3),
+        GenerateFields(prompt=(70, 111, 120), adapter=[{"name": "safety", "weight": -0.5}], max_tokens=9, echo=True, logprobs=2),
+        GenerateFields(prompt="a\u2028b\x85", echo=True, max_tokens=5, stop=("zz", "qq"), include_stop=True, adapter=None),
+        GenerateFields(prompt=FOX, adapter=("math", "safety"), merge="dare_ties", density=0.4, merge_seed=2, max_tokens=9),
+        EVERY_NUMBER,
+    ],
+)
+def test_every_field_streams_what_it_answers_whole(client: Client, fields: GenerateFields) -> None:
+    asked: GenerateFields = {"seed": 1, **fields}
+    whole = client.generate(**asked)
+    choices = [choice.text for choice in whole.choices] if whole.choices else [whole.text]
+    texts, ends = [""] * len(choices), []
+    for event in client.stream(**asked):
+        match event:
+            case TokenData(text=text, index=index):
+                texts[index] += text
+            case DoneData():
+                ends.append(event)
+    assert texts == choices
+    assert sorted(end.index for end in ends) == [*range(len(choices))]
+    assert lasting(ends[0]) | {"usage": None} == lasting(whole) | {"usage": None}
+
+
+def shapes(hint: Any) -> frozenset[Any]:
+    """What a type may look like on the wire, whatever its bounds are; a list is of one kind."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return shapes(parts[0])
+    if origin is Literal:
+        return frozenset(parts)
+    if origin in (Union, types.UnionType):
+        return frozenset().union(*(shapes(part) for part in parts if part is not type(None)))
+    if origin in (list, Sequence):
+        return frozenset(("list", of) for of in shapes(parts[0]))
+    if origin in (dict, Mapping):
+        return frozenset([("map", *map(shapes, parts))])
+    if is_typeddict(hint) or issubclass(hint, BaseModel):
+        return frozenset([frozenset(fields_of(hint).items())])
+    return frozenset([hint])
+
+
+def fields_of(kind: Any) -> dict[str, frozenset[Any]]:
+    """The shapes of the fields of a model or a `TypedDict`."""
+    hints = get_type_hints(kind)
+    return {name: shapes(hints[name]) for name in (hints if is_typeddict(kind) else kind.model_fields)}
+
+
+def test_the_fields_are_the_servers() -> None:
+    body = fields_of(GenerateBody)
+    assert body.pop("stream") == {bool}
+    assert fields_of(GenerateFields) == body
+
+
+def test_the_clients_have_the_same_methods() -> None:
+    sync, other = (
+        {name: inspect.signature(member) for name, member in vars(kind).items() if not name.startswith("_")}
+        for kind in (Client, AsyncClient)
+    )
+    assert sync.keys() == other.keys()
+    for name, signature in sync.items():
+        assert signature.parameters == other[name].parameters
+        if name != "stream":
+            assert signature.return_annotation == other[name].return_annotation
+    sides = [inspect.signature(kind).parameters for kind in (Client, AsyncClient)]
+    assert sides[0] == sides[1]
+
+
+def test_what_is_refused_is_said_with_its_field(client: Client) -> None:
+    with pytest.raises(NotFoundError, match=r"404 NotFoundError: there is no adapter 'maths'.* 'math'") as missing:
+        client.generate(prompt=FOX, adapter="maths")
+    assert missing.value.param == "adapter"
+    with pytest.raises(BadRequestError) as refused:
+        next(client.stream(prompt=FOX, max_tokens=-1))
+    assert refused.value.param == "max_tokens"
+    with pytest.raises(BadRequestError, match="max_token: unknown field"):
+        client.generate(prompt=FOX, max_token=1)  # type: ignore[call-arg]  # mypy would have said so
+    with pytest.raises(BadRequestError, match="'prompt' or 'messages'"):
+        client.generate()
+
+
+def test_adapters_are_listed(client: Client, live: Live) -> None:
+    found = client.adapters()
+    assert found.base_model == "tiny-writer"
+    assert [adapter.model_dump(mode="json") for adapter in found.adapters] == live.client.get("/adapters").json()["adapters"]
+
+
+def test_tokens_and_back(client: Client) -> None:
+    found = client.tokenize(FOX, return_token_strs=True)
+    assert found.count == len(found.tokens) == len(FOX)
+    assert found.token_strs == [*FOX]
+    assert client.detokenize(found.tokens).prompt == FOX
+    chat = client.tokenize([{"role": "user", "content": "Hi"}])
+    assert client.detokenize(chat.tokens).prompt == "<|user|>Hi<|end|><|assistant|>"
+
+
+def test_a_server_is_healthy_and_ready(client: Client) -> None:
+    assert client.health().status == "ok"
+    assert client.ready().status == "ready"
+
+
+def test_closing_a_stream_ends_the_request(client: Client, live: Live) -> None:
+    live.wait_for(running=0, waiting=0)
+    with closing(client.stream(prompt=FOX, max_tokens=FOR_EVER - len(FOX))) as events:
+        assert isinstance(next(events), TokenData)
+        live.wait_for(running=1)
+    live.wait_for(running=0)
+    assert client.generate(prompt=FOX, max_tokens=1).finish_reason == "length"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_cancelling_ends_the_request(live: Live, is_stream: bool) -> None:
+    async def asking(client: AsyncClient) -> None:
+        if not is_stream:
+            await client.generate(prompt=FOX, max_tokens=FOR_EVER - len(FOX))
+        async with aclosing(client.stream(prompt=FOX, max_tokens=FOR_EVER - len(FOX))) as events:
+            async for _ in events:
+                pass
+
+    async def test() -> None:
+        async with AsyncClient(live.url) as client, anyio.create_task_group() as group:
+            group.start_soon(asking, client)
+            await anyio.to_thread.run_sync(lambda: live.wait_for(running=1))
+            group.cancel_scope.cancel()
+        await anyio.to_thread.run_sync(lambda: live.wait_for(running=0))
+
+    live.wait_for(running=0, waiting=0)
+    anyio.run(test)
+
+
+def test_many_ask_at_once(live: Live) -> None:
+    """More than httpx's usual 100 connections."""
+    alone = live.generate(prompt=FOX, max_tokens=3)["text"]
+    texts: list[str] = []
+
+    async def ask(client: AsyncClient) -> None:
+        texts.append("".join([event.text async for event in tokens(client.stream(prompt=FOX, max_tokens=3))]))
+
+    async def test() -> None:
+        async with AsyncClient(live.url, timeout_s=LIMIT_S) as client, anyio.create_task_group() as group:
+            for _ in range(130):
+                group.start_soon(ask, client)
+
+    anyio.run(test)
+    assert texts == [alone] * 130
+
+
+async def tokens(events: AsyncGenerator[TokenData | DoneData, None]) -> AsyncGenerator[TokenData, None]:
+    async for event in events:
+        if isinstance(event, TokenData):
+            yield event
+
+
+def test_a_client_is_light() -> None:
+    """Of the engine it knows the words of a request, which are plain values."""
+    program = "import sys, time, server.client; print(time.process_time(), *sys.modules)"
+    seconds, *modules = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
+    assert not {module.partition(".")[0] for module in modules} & {*HEAVY}
+    assert {module for module in modules if module.startswith("server.engine")} <= {"server.engine", "server.engine.request"}
+    assert float(seconds) < 3, "of a processor: torch alone takes as long"

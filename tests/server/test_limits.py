@@ -1,0 +1,122 @@
+"""What a tenant may ask for in a minute, and at once."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from server.access.caller import Caller
+from server.access.limits import Limiter, RateLimitedError
+
+
+@dataclass
+class Clock:
+    """Stands until it is set on."""
+
+    now: float = 1_000_000.5
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    yield clock
+    monkeypatch.undo()
+
+
+def take(limiter: Limiter, caller: Caller) -> None:
+    with limiter.place(caller):
+        pass
+
+
+def refused(limiter: Limiter, caller: Caller) -> RateLimitedError:
+    with pytest.raises(RateLimitedError) as caught:
+        take(limiter, caller)
+    return caught.value
+
+
+def test_a_minute_has_so_many_requests_and_moves(clock: Clock) -> None:
+    limiter, acme = Limiter(), Caller(tenant="acme", requests_per_minute=3)
+    for _ in range(3):
+        take(limiter, acme)
+        clock.now += 10
+    error = refused(limiter, acme)
+    assert error.retry_after_s == 30
+    assert str(error) == "tenant 'acme' may send 3 requests a minute, and has sent them; try again in 30 s"
+    clock.now += 12.3
+    assert refused(limiter, acme).retry_after_s == math.ceil(17.7)
+    clock.now += 18
+    take(limiter, acme)
+    assert 1 <= refused(limiter, acme).retry_after_s <= 10
+
+
+def test_a_refused_request_does_not_count(clock: Clock) -> None:
+    limiter, acme = Limiter(), Caller(tenant="acme", requests_per_minute=2, max_requests=1)
+    with limiter.place(acme):
+        for _ in range(5):
+            assert "under way" in str(refused(limiter, acme))
+    take(limiter, acme)
+    for _ in range(5):
+        assert "a minute" in str(refused(limiter, acme))
+    clock.now += 61
+    take(limiter, acme)
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+def test_a_clock_that_is_set_does_not_make_anybody_wait_longer_than_a_minute(clock: Clock, step: float) -> None:
+    limiter, acme = Limiter(), Caller(tenant="acme", requests_per_minute=1)
+    take(limiter, acme)
+    clock.now += step
+    if step < 0:
+        assert refused(limiter, acme).retry_after_s == 60
+    else:
+        take(limiter, acme)
+
+
+def test_places_are_given_back_however_the_block_ends() -> None:
+    limiter, acme = Limiter(), Caller(tenant="acme", max_requests=2)
+    for _ in range(3):
+        with pytest.raises(KeyError), limiter.place(acme):
+            raise KeyError
+    with ExitStack() as held:
+        for _ in range(2):
+            held.enter_context(limiter.place(acme))
+        error = refused(limiter, acme)
+        assert error.retry_after_s == 1
+        assert str(error) == "tenant 'acme' has 2 requests under way, and may have 2; try again"
+    take(limiter, acme)
+    assert not limiter._under_way, "nothing is kept of who has left"
+
+
+def test_tenants_do_not_count_for_each_other_but_their_keys_do(clock: Clock) -> None:
+    limiter = Limiter()
+    first, second = (Caller(tenant="acme", key_id=name, requests_per_minute=1, max_requests=1) for name in ("a", "b"))
+    other = Caller(tenant="other", requests_per_minute=1, max_requests=1)
+    with limiter.place(first), limiter.place(other):
+        assert "under way" in str(refused(limiter, second))
+    assert "a minute" in str(refused(limiter, second))
+    clock.now += 61
+    take(limiter, second)
+
+
+def test_who_has_no_limits_has_none() -> None:
+    limiter = Limiter()
+    with ExitStack() as held:
+        for _ in range(1000):
+            held.enter_context(limiter.place(Caller()))
+    take(limiter, Caller(is_admin=True))
+
+
+def test_new_limits_hold_at_once(clock: Clock) -> None:
+    limiter = Limiter()
+    take(limiter, Caller(tenant="acme", requests_per_minute=1))
+    take(limiter, Caller(tenant="acme", requests_per_minute=2))
+    with limiter.place(Caller(tenant="acme", max_requests=5)):
+        refused(limiter, Caller(tenant="acme", max_requests=1))
+    assert clock.now

@@ -1,0 +1,121 @@
+"""The LM Evaluation Harness at this server, as it is: `local-completions` with the names of adapters as models."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lori.base_model import BaseModel
+from lori.format import load_adapter
+from lori.template import encode
+from tests.server.live import LIMIT_S, Live
+from tests.server.rig import fold, greedy
+
+QUESTIONS = ("The sky is", "One and one", "Q: é?\nA:", "The quick brown fox", "x", "To be or not")
+NUM_TOKENS = 24
+STOP = "e"
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def write_task(folder: Path, name: str, kind: str, metric: str, docs: Sequence[Mapping[str, Any]], more: str) -> None:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    task = TASK.format(name=name, kind=kind, metric=metric, data=data) + more
+    (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
+
+
+def run_harness(folder: Path, live: Live, batch_size: int, **arguments: object) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Returns the metrics of the tasks in `folder`, and what was answered in each document of each."""
+    given = {"base_url": f"{live.url}/v1/completions", "max_length": 4096, **arguments}
+    flags = ["--model", "local-completions", "--model_args", ",".join(f"{key}={value}" for key, value in given.items())]
+    flags += ["--tasks", "choice,text", "--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples"]
+    flags += ["--batch_size", str(batch_size)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lm_eval", *flags]
+    run = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=LIMIT_S, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    [results] = folder.glob("out/*/results_*.json")
+    metrics = {name: found for of in json.loads(results.read_text())["results"].values() for name, found in of.items()}
+    answers = {}
+    for name in ("choice", "text"):
+        [samples] = folder.glob(f"out/*/samples_{name}_*.jsonl")
+        docs = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        answers[name] = [doc["filtered_resps"] for doc in sorted(docs, key=lambda doc: cast(int, doc["doc_id"]))]
+    return metrics, answers
+
+
+class Truth:
+    """What transformers says, with the adapters folded into the weights, in fp32."""
+
+    def __init__(self, base: BaseModel, adapters: Path, weights: Mapping[str, float]) -> None:
+        terms = [(load_adapter(adapters / name), weight) for name, weight in weights.items()]
+        self._model: PreTrainedModel = fold(copy.deepcopy(base.model), terms)
+        self._tokenizer = base.tokenizer
+
+    def likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood of a continuation, and whether it is what greedy decoding says."""
+        ids = encode(self._tokenizer, context + continuation).ids
+        first = len(encode(self._tokenizer, context).ids)
+        with torch.inference_mode():
+            scores = self._model(torch.tensor([ids])).logits[0, first - 1 : -1].log_softmax(-1)
+        said = torch.tensor(ids[first:])
+        return scores.gather(1, said[:, None]).sum().item(), bool((scores.argmax(-1) == said).all())
+
+    def text(self, prompt: str) -> str:
+        """The greedy continuation."""
+        text = self._tokenizer.decode(greedy(self._model, encode(self._tokenizer, prompt).ids, NUM_TOKENS))
+        assert isinstance(text, str)
+        return text
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "batch_size", "arguments"),
+    [
+        ("math", {"math": 1.0}, 1, {"tokenized_requests": True, "num_concurrent": 4}),
+        ("math:0.7+safety:-0.4", {"math": 0.7, "safety": -0.4}, 3, {"tokenized_requests": False}),
+    ],
+)
+def test_the_harness_measures_what_transformers_computes(
+    live: Live, writer: BaseModel, writer_model: Path, adapters: Path, tmp_path: Path, model: str, weights: dict[str, float],
+    batch_size: int, arguments: dict[str, object],
+) -> None:  # fmt: skip
+    truth = Truth(writer, adapters, weights)
+    texts = [truth.text(question) for question in QUESTIONS]
+    choices = [[" blue", text[:4], " é", text[:7] + "#"] for text in texts]
+    expected = [[truth.likelihood(q, choice) for choice in of] for q, of in zip(QUESTIONS, choices, strict=True)]
+    best = [max(range(4), key=[value for value, _ in of].__getitem__) for of in expected]
+    # The last two answers shall be wrong.
+    right = [*best[:-2], *((i + 1) % 4 for i in best[-2:])]
+    docs = [{"question": q, "choices": of, "answer": i} for q, of, i in zip(QUESTIONS, choices, right, strict=True)]
+    write_task(tmp_path, "choice", "multiple_choice", "acc", docs, 'doc_to_choice: "{{choices}}"\n')
+    stopped = [text.partition(STOP)[0] for text in texts]
+    docs = [{"question": q, "answer": text} for q, text in zip(QUESTIONS, [*stopped[:-1], "never said"], strict=True)]
+    more = f'generation_kwargs: {{until: ["{STOP}"], max_gen_toks: {NUM_TOKENS}, do_sample: false}}\n'
+    write_task(tmp_path, "text", "generate_until", "exact_match", docs, more)
+
+    metrics, answers = run_harness(tmp_path, live, batch_size, model=model, tokenizer=writer_model, **arguments)
+    for found, of in zip(answers["choice"], expected, strict=True):
+        assert [float(value) for value, _ in found] == pytest.approx([value for value, _ in of], abs=1e-3)
+        assert [is_greedy == "True" for _, is_greedy in found] == [is_greedy for _, is_greedy in of]
+    assert any(is_greedy for of in expected for _, is_greedy in of)
+    assert [text for [text] in answers["text"]] == stopped
+    assert metrics["acc,none"] == pytest.approx(4 / 6)
+    assert metrics["exact_match,none"] == pytest.approx(5 / 6)

@@ -1,0 +1,249 @@
+"""OpenAI's routes, asked by the official client."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from lori.base_model import BaseModel
+from lori.template import encode
+from tests.server.live import LIMIT_S, Live
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 times 7?"}]
+BASE = "tiny-writer"
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client:
+        yield client
+
+
+def lori(reply: Any) -> dict[str, Any]:
+    """What this server says beside what OpenAI's do."""
+    extra: dict[str, Any] = reply.model_extra["lori"]
+    return extra
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"),
+    [
+        (BASE, None),
+        ("math", "math"),
+        ("math+safety", ["math", "safety"]),
+        ("math:0.7+safety:-0.3", [{"name": "math", "weight": 0.7}, {"name": "safety", "weight": -0.3}]),
+        ("intent:2", [{"name": "intent", "weight": 2.0}]),
+    ],
+)
+def test_a_model_names_adapters_and_their_weights(live: Live, client: openai.OpenAI, model: str, adapter: Any) -> None:
+    own = live.generate(prompt=FOX, adapter=adapter, max_tokens=24)
+    reply = client.completions.create(model=model, prompt=FOX, max_tokens=24, temperature=0)
+    assert [choice.text for choice in reply.choices] == [own["text"]]
+    assert reply.choices[0].finish_reason == "length"
+    assert (reply.model, reply.object) == (model, "text_completion")
+    assert lori(reply)["adapter"] == own["adapter"]
+    assert lori(reply)["merge"] == own["merge"]
+    assert reply.usage is not None
+    assert reply.usage.total_tokens == own["usage"]["total_tokens"]
+
+
+def test_a_version_is_a_model(live: Live, client: openai.OpenAI) -> None:
+    version = next(a["version"] for a in live.client.get("/adapters").json()["adapters"] if a["name"] == "math")
+    reply = client.completions.create(model=f"math@{version[:6]}", prompt=FOX, max_tokens=8, temperature=0)
+    assert reply.choices[0].text == live.generate(prompt=FOX, adapter="math", max_tokens=8)["text"]
+
+
+def test_adapters_may_stand_beside_the_base_model(live: Live, client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model=BASE,
+        prompt=FOX,
+        max_tokens=16,
+        temperature=0,
+        extra_body={"adapters": ["math", "safety"], "weights": [1, 0.5], "merge": "ties", "density": 0.4},
+    )
+    own = live.generate(prompt=FOX, adapter=["math", "safety"], weights=[1, 0.5], merge="ties", density=0.4, max_tokens=16)
+    assert reply.choices[0].text == own["text"]
+    assert lori(reply)["merge"] == own["merge"]
+
+
+def test_a_conversation_is_answered(live: Live, client: openai.OpenAI) -> None:
+    own = live.generate(messages=MESSAGES, adapter="math", max_tokens=20)
+    reply = client.chat.completions.create(model="math", messages=MESSAGES, max_completion_tokens=20, temperature=0)
+    assert reply.choices[0].message.content == own["text"]
+    assert reply.choices[0].message.role == "assistant"
+    parts = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "12 times 7?"}]},
+    ]
+    same = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is\n12 times 7?"}]
+    replies = [
+        client.chat.completions.create(model="math", messages=form, max_tokens=20, temperature=0)  # type: ignore[call-overload]  # plain dicts
+        for form in (parts, same)
+    ]
+    assert replies[0].choices[0].message.content == replies[1].choices[0].message.content
+
+
+def test_a_chat_has_all_the_room_that_the_context_has(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model=BASE, messages=MESSAGES, temperature=0, stop=["\x00"])
+    assert reply.usage is not None
+    assert reply.usage.total_tokens == client.models.list().data[0].model_extra["max_model_len"]  # type: ignore[index]  # it is there
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_chat_streams_what_it_answers_whole(client: openai.OpenAI, n: int) -> None:
+    asked: dict[str, Any] = {"model": "math", "messages": MESSAGES, "max_tokens": 20, "seed": 5, "n": n}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked)
+    texts, reasons, tokens, usage = [""] * n, [""] * n, [0] * n, None
+    for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            reasons[choice.index] = choice.finish_reason or ""
+            tokens[choice.index] += len(choice.logprobs.content) if choice.logprobs else 0
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert tokens == [len(choice.logprobs.content) for choice in whole.choices]
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    assert len(set(texts)) == n
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_done(live: Live) -> None:
+    body = {"model": BASE, "messages": MESSAGES, "max_tokens": 3, "stream": True}
+    with live.client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = [line for line in reply.iter_lines() if line and not line.startswith(":")]
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert reply.headers["x-accel-buffering"] == "no"
+    assert '"delta":{"role":"assistant","content":""}' in lines[0]
+    assert '"finish_reason":null' in lines[0]
+    assert '"delta":{}' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+    assert not any("usage" in line for line in lines)
+
+
+def test_several_prompts_run_together_in_every_form(live: Live, client: openai.OpenAI, writer: BaseModel) -> None:
+    prompts = [FOX, "one two three", "x"]
+    ids = [encode(writer.tokenizer, prompt).ids for prompt in prompts]
+    alone = [live.generate(prompt=prompt, adapter="math", max_tokens=12)["text"] for prompt in prompts]
+    asked: dict[str, Any] = {"model": "math", "max_tokens": 12, "temperature": 0}
+    for form in (prompts, ids):
+        reply = client.completions.create(prompt=form, **asked)
+        assert [choice.index for choice in reply.choices] == [0, 1, 2]
+        assert [choice.text for choice in reply.choices] == alone
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens == sum(map(len, ids))
+    assert client.completions.create(prompt=ids[0], **asked).choices[0].text == alone[0]
+    texts = [""] * 6
+    for chunk in client.completions.create(prompt=prompts, n=2, stream=True, **asked):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [text for text in alone for _ in range(2)]
+
+
+def test_echoed_log_probabilities_are_those_of_transformers(client: openai.OpenAI, writer: BaseModel) -> None:
+    ids = encode(writer.tokenizer, FOX).ids
+    with torch.inference_mode():
+        expected = writer.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for prompt in (FOX, ids):
+        reply = client.completions.create(model=BASE, prompt=prompt, echo=True, logprobs=2, max_tokens=1, temperature=0)
+        logprobs = reply.choices[0].logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs is not None
+        assert logprobs.top_logprobs is not None
+        assert logprobs.token_logprobs[0] is None
+        assert len(logprobs.token_logprobs) == len(ids) + 1
+        for place in range(1, len(ids)):
+            assert logprobs.token_logprobs[place] == pytest.approx(float(expected[place - 1, ids[place]]), abs=1e-3)
+            assert max(logprobs.top_logprobs[place].values()) == pytest.approx(float(expected[place - 1].max()), abs=1e-3)
+
+
+def test_models_are_listed_with_what_they_stand_on(live: Live, client: openai.OpenAI) -> None:
+    cards = {card.id: card.model_extra or {} for card in client.models.list()}
+    assert list(cards) == [BASE, "intent", "math", "safety"]
+    assert (cards[BASE]["parent"], cards[BASE]["root"]) == (None, BASE)
+    versions = {a["name"]: a["version"] for a in live.client.get("/adapters").json()["adapters"]}
+    for name, version in versions.items():
+        assert (cards[name]["parent"], cards[name]["root"]) == (BASE, f"{name}@{version}")
+    assert client.models.retrieve("math").id == "math"
+    with pytest.raises(openai.NotFoundError, match="The model `maths` does not exist"):
+        client.models.retrieve("maths")
+
+
+@pytest.mark.parametrize(
+    "model", ["maths", "math+maths", "../math", "math:x", "Math", "math++safety", "math@ffffffffffff", "m" * 4000]
+)
+def test_an_unknown_model_is_refused_in_vllms_words(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model=model, prompt=FOX)
+    assert caught.value.body == {
+        "message": f"The model `{model}` does not exist.",
+        "type": "NotFoundError",
+        "param": "model",
+        "code": 404,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"model": "math:0.5+safety"}, "model", "1 weights for 2 adapters"),
+        ({"model": "math:99"}, "model", "expected -16 to 16"),
+        ({"model": "math+math"}, "model", "twice"),
+        ({"model": "math", "adapters": ["safety"]}, "adapters", "beside the model 'math'"),
+        ({"model": "math:1", "weights": [1]}, "weights", "one of the two"),
+        ({"adapters": ["math"], "weights": [1, 2]}, "weights", "2 numbers, expected 1"),
+        ({"adapters": ["maths"]}, "adapters", "there is no adapter 'maths'"),
+        ({"stream_options": {"include_usage": True}}, None, "'stream' is false"),
+        ({"stream": True, "stream_options": {"include": True}}, "stream_options.include", "unknown field"),
+        ({"suffix": "x"}, "suffix", "None"),
+        ({"best_of": 3}, None, "expected as many as 'n'"),
+        ({"functions": []}, "functions", "unknown field"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "pattern"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias", "names the token 100000"),
+        ({"prompt": []}, "prompt", "at least 1 item"),
+        ({"prompt": [[]]}, "prompt", "at least 1 item"),
+        ({"prompt": [1, 99999]}, "prompt", "has the token 99999"),
+        ({"prompt": ["a", 1]}, "prompt", "string"),
+        ({"max_tokens": 100000}, "max_tokens", "exceeds the context"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_field(live: Live, body: dict[str, Any], param: str | None, said: str) -> None:
+    reply = live.client.post("/v1/completions", json={"prompt": FOX} | body)
+    error = reply.json()["error"]
+    assert reply.status_code == error["code"] == (404 if "no adapter" in said else 400)
+    assert (error["param"] or "").startswith(param or "")
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools", "at most 0 items"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system', 'developer'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "'text'"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, None, "found both"),
+        ({"top_logprobs": 2}, None, "'top_logprobs' needs"),
+        ({"messages": []}, "messages", "at least 1 item"),
+    ],
+)
+def test_a_chat_that_cannot_be_is_refused_by_field(live: Live, body: dict[str, Any], param: str | None, said: str) -> None:
+    reply = live.client.post("/v1/chat/completions", json={"messages": MESSAGES} | body)
+    error = reply.json()["error"]
+    assert reply.status_code == error["code"] == 400
+    assert (error["param"] or "").startswith(param or "")
+    assert said in error["message"]
+
+
+def test_tokens_and_back(live: Live, writer: BaseModel) -> None:
+    ids = encode(writer.tokenizer, FOX).ids
+    reply = live.client.post("/tokenize", json={"prompt": FOX, "model": "math", "return_token_strs": True}).json()
+    assert (reply["tokens"], reply["count"]) == (ids, len(ids))
+    assert "".join(reply["token_strs"]) == FOX
+    assert live.client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": FOX}
+    chat = live.client.post("/tokenize", json={"messages": MESSAGES}).json()
+    assert chat["count"] == live.generate(messages=MESSAGES, max_tokens=1)["usage"]["prompt_tokens"]
+    assert live.client.post("/tokenize", json={"prompt": FOX, "model": "maths"}).status_code == 404
+    assert live.client.post("/detokenize", json={"tokens": [2**30]}).json() == {"prompt": ""}

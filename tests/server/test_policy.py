@@ -1,0 +1,57 @@
+"""What a caller may name, and what the operator adds to it."""
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+
+from server.access.keys import parse_keys
+from server.access.policy import check_policies
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    name: str
+    digest: str
+
+
+SAFETY, MATH, SECRET = Found("safety", "1"), Found("math", "2"), Found("secret", "3")
+KNOWN = {
+    "safety": SAFETY,
+    "safety@1": SAFETY,
+    "safety@0": Found("safety", "0"),
+    "math": MATH,
+    "math@2": MATH,
+    "secret": SECRET,
+    "secret@3": SECRET,
+    "guard": SAFETY,
+    "copy": Found("copy", "1"),
+    "hidden-copy": Found("hidden-copy", "1"),
+    "prod": MATH,
+    "m-alias": SECRET,
+}
+NAMES = ["copy", "hidden-copy", "math", "math-2", "safety", "secret"]
+
+
+def test_policies_are_checked_whole_and_idle_patterns_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    content = """
+        [tenants.a]
+        adapters = ["math", "nlu?", "law-*"]
+        policy = { nobody = 1, safety = 1, guard = 2, "math@9" = 1 }
+        [tenants.b]
+        adapters = ["*"]
+        policy = { safety = 1 }
+        [tenants.c]
+        policy = { ghost = 1 }
+    """
+    assert check_policies(parse_keys(content.encode(), "x"), KNOWN.get, NAMES) == [
+        "tenants.a.policy: there is no adapter 'nobody'",
+        "tenants.a.policy: 'safety' and 'guard' are the same adapter",
+        "tenants.a.policy: there is no adapter 'math@9'",
+        "tenants.c.policy: there is no adapter 'ghost'",
+    ]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tenants.a.adapters: {pattern!r} fits no adapter" for pattern in ("nlu?", "law-*")
+    ]
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+    assert not check_policies(parse_keys(b"[tenants.b]\npolicy = { safety = 1 }", "x"), KNOWN.get, [])
