@@ -18,7 +18,7 @@ from lori.statistics import statistics
 from server.adapter_admin import MAX_WAITING
 from server.adapter_details import Details
 from tests.server.live import LIMIT_S, wait_until
-from tests.server.office import GUEST, Office, open_office
+from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter
 from tests.server.test_http import refusal
 
@@ -278,7 +278,9 @@ def test_who_waits_for_details_takes_no_thread_from_others(office: Office, monke
     details = office.service.files.details.read(office.service.registry.by_name["slow"])
     monkeypatch.setattr(office.service.files.details, "read", read)
     with ThreadPoolExecutor(60) as pool:
-        replies = [pool.submit(httpx.get, f"{office.client.base_url}/adapters/slow", timeout=LIMIT_S) for _ in range(60)]
+        replies = [
+            pool.submit(httpx.get, f"{office.client.base_url}/adapters/slow", timeout=LIMIT_S, headers=ADMIN) for _ in range(60)
+        ]
         wait_until(lambda: sum(reply.done() for reply in replies) == 60 - 1 - MAX_WAITING, "refusals")
         assert office.generate("slow")["text"]
         assert office.row("slow")

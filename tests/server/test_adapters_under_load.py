@@ -81,7 +81,7 @@ class Crowd:
 
     def _ask_on(self, number: int) -> None:
         draw = random.Random(number)
-        with httpx.Client(base_url=self._office.client.base_url, timeout=LIMIT_S) as client:
+        with httpx.Client(base_url=self._office.client.base_url, timeout=LIMIT_S, headers=ADMIN) as client:
             try:
                 while not self._has_ended.is_set():
                     self._ask(client, draw.choice(self._asked), draw.choice(PROMPTS), draw.random() < 0.3)
