@@ -14,7 +14,8 @@ from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
-from server.engine.admission import PolicyError, RefusedError
+from server.engine.adapters.resolution import PolicyError
+from server.engine.admission import RefusedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
@@ -153,7 +154,8 @@ def _join(places: list[Any]) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    # Of what is long only the beginning is written: there may be a million tokens.
+    text = repr(value[:60] if isinstance(value, str | list) else value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 

@@ -67,7 +67,8 @@ class Service:
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
             self._check_alive()
             for request in requests:
-                check_registered(self.registry, request)
+                check_registered(self.registry, request, caller.may_use)
+            for request in requests:
                 held.enter_context(self.uses.held((*request.terms, *request.policy)))
                 for term in request.terms:
                     self.metrics.adapter_requests.labels(term.name).inc()

@@ -13,7 +13,7 @@ from lori.merge_options import MergeOptions
 from lori.summary import Summary
 from lori.template import Template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, meanings, resolve
+from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, PolicyError, meanings, resolve
 from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
 
@@ -27,10 +27,6 @@ class RefusedError(Exception):
     def __init__(self, field: str, message: str) -> None:
         self.field, self.message = field, message
         super().__init__(f"{field}: {message}")
-
-
-class PolicyError(Exception):
-    """What the operator adds to every request of a tenant cannot be added: nothing is served without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +135,8 @@ class Admission:
     ) -> None:
         bases = {of.basis for of in adapters}
         is_sum = ask.merge.method == "linear"
+        if not is_sum and not adapters:
+            raise RefusedError("merge", f"is {ask.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
             raise RefusedError("merge", f"{ask.merge.method} needs adapters on one basis, found {said}; 'linear' needs none")
@@ -185,7 +183,7 @@ class Admission:
         found = [(meanings(self._registry, reference), weight) for reference, weight in ask.policy]
         if missing := [reference for (reference, _), (of, _) in zip(ask.policy, found, strict=True) if len(of) != 1]:
             logger.error("requests of tenant %r fail: its policy names %s, which is not there", ask.tenant, ", ".join(missing))
-            raise PolicyError("the operator's adapters cannot be added to this request, and it is not served without them")
+            raise PolicyError
         return [(of[0], weight) for of, weight in found]
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:

@@ -2,33 +2,42 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from lori.template import Message, Template, Text
-from server.schemas.fields import BODY
+from server.schemas.fields import Body, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     """A part of a message; only text is known here."""
-
-    model_config = BODY
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """One turn of a conversation."""
-
-    model_config = BODY
 
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is `system`."""
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    content: Annotated[
+        Annotated[Text, Tag("one")]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+        Discriminator(one_or_many),
+    ]
     name: None = None
     """Not known here: must be absent."""
 

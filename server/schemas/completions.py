@@ -1,8 +1,8 @@
 """What POST /v1/completions takes and gives."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from lori.template import Text
 from server.schemas.fields import TokenIds
@@ -11,6 +11,21 @@ from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsa
 
 MAX_PROMPTS = 256
 Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "one"
+    return {list: "lists", int: "numbers", bool: "numbers"}.get(type(value[0]), "texts") if value else "texts"
+
+
+Prompts = Annotated[
+    Annotated[Text, Tag("one")]
+    | Annotated[list[Text], Several, Tag("texts")]
+    | Annotated[TokenIds, Tag("numbers")]
+    | Annotated[list[TokenIds], Several, Tag("lists")],
+    Discriminator(_form),
+]
 
 
 class CompletionBody(OpenAIBody):
@@ -25,7 +40,7 @@ class CompletionBody(OpenAIBody):
         }
     )
 
-    prompt: Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[TokenIds], Several]
+    prompt: Prompts
     """Text to continue, or its token ids; or several of them, which run together."""
     max_tokens: int = Field(default=16, ge=0)
     """The longest answer. 0 generates nothing, to score a text with `echo`."""

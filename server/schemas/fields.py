@@ -2,7 +2,17 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from lori.template import Text
 
@@ -19,11 +29,29 @@ MAX_PROMPT_TOKENS = 2**20
 BODY = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-def check_num_fields(body: Any) -> Any:
-    """Returns `body`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
-    if isinstance(body, dict) and len(body) > MAX_FIELDS:
-        raise ValueError(f"the body has {len(body)} fields, expected at most {MAX_FIELDS}")
-    return body
+def check_num_fields(value: Any) -> Any:
+    """Returns `value`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"too many fields: {len(value)}, expected at most {MAX_FIELDS}")
+    return value
+
+
+class Body(BaseModel):
+    """What a client sends, or a part of it: nothing is taken for what it is not, and an unknown field is an error."""
+
+    model_config = BODY
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return check_num_fields(value)
+
+
+def _are_few(bias: Any) -> Any:
+    # As with fields: each of them could be an error of its own.
+    if isinstance(bias, dict) and len(bias) > MAX_BIASED:
+        raise ValueError(f"too many tokens: {len(bias)}, expected at most {MAX_BIASED}")
+    return bias
 
 
 def _is_not_empty(value: str) -> str:
@@ -32,12 +60,21 @@ def _is_not_empty(value: str) -> str:
     return value
 
 
+def one_or_many(value: Any) -> str:
+    """Returns which form a value has of those that its field may have. What is wrong is then said of that form alone."""
+    return "many" if isinstance(value, list) else "one"
+
+
 StopText = Annotated[Text, AfterValidator(_is_not_empty), WithJsonSchema({"type": "string", "minLength": 1})]
-Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stops = Annotated[
+    Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
+    Discriminator(one_or_many),
+]
 AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Prompt = Annotated[Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")], Discriminator(one_or_many)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -47,5 +84,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED), BeforeValidator(_are_few)
+]
 """By token id, written as text since JSON's keys are."""

@@ -2,15 +2,16 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
-from lori.template import Message, Template, Text
+from lori.template import Message, Template
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, TokenIds
+from server.schemas.fields import MAX_LOGPROBS, Prompt, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
+Turn = Annotated[Message, BeforeValidator(check_num_fields)]
+Messages = Annotated[list[Turn], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
 class GenerateBody(SamplingFields, MergeFields):
@@ -30,7 +31,7 @@ class GenerateBody(SamplingFields, MergeFields):
         },
     )
 
-    prompt: Text | TokenIds | None = None
+    prompt: Prompt | None = None
     """Text to continue, as it stands, or its token ids. Either this or `messages`."""
     messages: Messages | None = None
     """A conversation to answer, written with the adapter's own template."""

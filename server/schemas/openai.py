@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from lori.template import Text
-from server.schemas.fields import BODY, MAX_LOGPROBS, Temperature
+from server.schemas.fields import MAX_LOGPROBS, Body, Temperature
 from server.schemas.generation import MergeReply, ResolvedAdapter, TimingsReply
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
@@ -14,10 +14,8 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream says beside its text."""
-
-    model_config = BODY
 
     include_usage: bool = False
     """A last chunk, without choices, has the usage."""

@@ -2,14 +2,14 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
 from server.engine.request import Sampling
 from server.schemas.fields import (
-    BODY,
     MAX_ADAPTERS,
     AdapterName,
+    Body,
     LogitBias,
     MinP,
     NumChoices,
@@ -21,31 +21,33 @@ from server.schemas.fields import (
     TopK,
     TopP,
     Weight,
-    check_num_fields,
 )
 
 
-class WeightedAdapter(BaseModel):
+class WeightedAdapter(Body):
     """An adapter with its weight."""
-
-    model_config = BODY
 
     name: AdapterName
     """Its name, or `name@version`."""
     weight: Weight
 
 
-Adapters = (
-    AdapterName
-    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-    | Annotated[list[WeightedAdapter], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-)
+def _form(value: Any) -> str:
+    if not isinstance(value, list):
+        return "one"
+    return "objects" if value and isinstance(value[0], dict) else "texts"
 
 
-class SamplingFields(BaseModel):
+Adapters = Annotated[
+    Annotated[AdapterName, Tag("one")]
+    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("texts")]
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True), Tag("objects")],
+    Discriminator(_form),
+]
+
+
+class SamplingFields(Body):
     """How tokens are picked, and how long that may take."""
-
-    model_config = BODY
 
     min_tokens: int = Field(default=0, ge=0)
     """Before so many tokens the answer does not end by itself."""
@@ -78,11 +80,6 @@ class SamplingFields(BaseModel):
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, body: Any) -> Any:
-        return check_num_fields(body)
-
     def to_sampling(self) -> Sampling:
         """Returns it as the engine has it, but for the seed."""
         return Sampling(
@@ -103,10 +100,8 @@ class SamplingFields(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class MergeFields(BaseModel):
+class MergeFields(Body):
     """How adapters are merged."""
-
-    model_config = BODY
 
     weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
     """One for each adapter; absent: each 1/n."""

@@ -6,16 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lori.template import Text
 from server.schemas.chat import ChatMessage
-from server.schemas.fields import MAX_PROMPT_TOKENS, TokenId
+from server.schemas.fields import MAX_PROMPT_TOKENS, Body, TokenId
 from server.schemas.openai import Model
 
-FORM = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
-
-class TokenizeBody(BaseModel):
+class TokenizeBody(Body):
     """The body of POST /tokenize."""
 
-    model_config = ConfigDict(**FORM, json_schema_extra={"examples": [{"prompt": "The quick brown fox"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"prompt": "The quick brown fox"}]})
 
     model: Model | None = None
     """The base model, or what else POST /v1/completions can be asked for; all have one tokenizer."""
@@ -44,10 +42,10 @@ class TokenizeReply(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Body):
     """The body of POST /detokenize."""
 
-    model_config = ConfigDict(**FORM, json_schema_extra={"examples": [{"tokens": [504, 2365, 6354, 16438]}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [504, 2365, 6354, 16438]}]})
 
     model: Model | None = None
     """As in POST /tokenize."""

@@ -141,6 +141,15 @@ def test_adapters_are_listed(client: Client, live: Live) -> None:
     assert [adapter.model_dump(mode="json") for adapter in found.adapters] == live.client.get("/adapters").json()["adapters"]
 
 
+def test_adapters_are_compared(client: Client) -> None:
+    found = client.compare(["math", "safety", "intent"])
+    assert found.names == ["math", "safety", "intent"]
+    assert [row[place] for place, row in enumerate(found.cosine)] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert found.overlap[0][2] is None, "they are on two bases"
+    with pytest.raises(NotFoundError, match="no adapter 'maths'"):
+        client.compare(["maths", "math"])
+
+
 def test_tokens_and_back(client: Client) -> None:
     found = client.tokenize(FOX, return_token_strs=True)
     assert found.count == len(found.tokens) == len(FOX)

@@ -46,8 +46,9 @@ def lasting(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_prompt_is_continued_as_transformers_does(live: Live, writer: BaseModel) -> None:
-    reply = live.generate(prompt=FOX, max_tokens=30)
-    ids = encode(writer.tokenizer, FOX).ids
+    prompt = f"Nobody else asks this. {FOX}"
+    reply = live.generate(prompt=prompt, max_tokens=30)
+    ids = encode(writer.tokenizer, prompt).ids
     assert reply["text"] == writer.tokenizer.decode(greedy(writer.model, ids, 30))
     assert reply["finish_reason"] == "length"
     total = len(ids) + 30
@@ -220,7 +221,7 @@ def test_metrics_say_where_the_adapters_are(live: Live) -> None:
     live.generate(prompt=FOX, max_tokens=2, adapter=["math", "intent"])
     live.wait_for(running=0, waiting=0)
     assert live.metric("lori:adapters_registered") == 3
-    assert 2 <= live.metric("lori:adapters_resident") <= 3
+    assert live.metric("lori:adapters_resident") >= 2
     assert live.metric("lori:adapters_resident_bytes") > 0
     assert live.metric("lori:adapters_pinned") == 0
     assert live.metric("lori:adapter_evictions_total") == 0
@@ -258,7 +259,7 @@ BAD = [
     bad("an unknown field that is no word", {"prompt": "x", "max-tokens": 3}, ANY, "max-tokens", "unknown field"),
     bad("an unknown field that is a type's name", {"prompt": "x", "list": 3}, ANY, "list", "unknown field"),
     bad("prompt is a number", {"prompt": 3}, "prompt", "valid string", "found 3"),
-    bad("prompt is a list", {"prompt": ["a"]}, "prompt", "valid string", "found ['a']"),
+    bad("prompt is a list of texts", {"prompt": ["a"]}, "prompt.0", "valid integer", "found 'a'"),
     bad("prompt and messages", {"prompt": "x", "messages": MESSAGES}, None, "'prompt'", "'messages'", "found both"),
     bad("neither prompt nor messages", {"max_tokens": 3}, None, "'prompt'", "'messages'", "found neither"),
     bad("an empty object", {}, None, "'prompt'", "'messages'"),
@@ -290,7 +291,7 @@ BAD = [
     bad("a negative seed", {"prompt": "x", "seed": -1}, "seed", "found -1"),
     bad("a huge seed", {"prompt": "x", "seed": 2**63}, "seed", f"found {2**63}"),
     bad("an empty stop", {"prompt": "x", "stop": ""}, "stop", "empty"),
-    bad("an empty stop in a list", {"prompt": "x", "stop": ["a", ""]}, "stop", "stop.1: is empty"),
+    bad("an empty stop in a list", {"prompt": "x", "stop": ["a", ""]}, "stop.1", "stop.1: is empty"),
     bad("many stops", {"prompt": "x", "stop": ["a"] * 17}, "stop", "16"),
     bad("many logprobs", {"prompt": "x", "logprobs": 21}, "logprobs", "20", "found 21"),
     bad("echo is text", {"prompt": "x", "echo": "yes"}, "echo", "found 'yes'"),
@@ -307,7 +308,7 @@ BAD = [
     bad(
         "half a pair in a list of adapters",
         b'{"prompt": "x", "adapter": ["math", "\\udfff"]}',
-        "adapter",
+        "adapter.1",
         "adapter.1: ",
         "surrogate",
     ),

@@ -96,3 +96,11 @@ def test_a_folder_that_was_renamed_when_a_version_was_published_is_found(tmp_pat
     alias = replace(plain, entry=Entry("prod", kept))
     assert [entry.folder for entry in alias.entries()] == [kept]
     assert (plain.owner, alias.owner) == ("math", "math")
+
+
+def test_what_was_put_back_before_it_was_forgotten_stays() -> None:
+    registry = Registry([of("math", "1")])
+    gone = registry.withdraw("math")
+    registry.put(of("math", "1"))
+    registry.forget(gone[0])
+    assert registry.find("1" * 64, ()) == [of("math", "1")]

@@ -103,8 +103,10 @@ class Registry:
         self._tables = _Tables(tables.by_name, {**tables.versions, name: left}, tables.by_digest)
 
     def forget(self, gone: Registered) -> None:
-        """Lets what was withdrawn be found no more: no request that names it is under way."""
+        """Lets what was withdrawn be found no more, unless it was put back: no request that names it is under way."""
         tables, digest = self._tables, gone.summary.digest
+        if self.has(gone.summary.name, digest):
+            return
         left = tuple(of for of in tables.by_digest.get(digest, ()) if of.summary.name != gone.summary.name)
         others = {key: of for key, of in tables.by_digest.items() if key != digest}
         self._tables = _Tables(tables.by_name, tables.versions, others | ({digest: left} if left else {}))
