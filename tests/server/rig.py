@@ -25,6 +25,7 @@ from lori.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
 from server.engine.adapters.loader import Loader
+from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
@@ -351,6 +352,9 @@ class FakeTiers:
 
     def on_arrival(self, notify: Callable[[], None]) -> None:
         self.notify = notify
+
+    def places(self) -> dict[str, Place]:
+        return {}
 
     def close(self) -> None:
         self.is_closed = True
