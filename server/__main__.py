@@ -1,10 +1,9 @@
 """`python -m server`: serves the embedded model and the demo adapters, or what its flags say."""
 
-import logging
+import math
 import signal
 import socket
 import sys
-import threading
 from types import FrameType
 
 import uvicorn
@@ -15,23 +14,25 @@ from lori.flags import flag_faults
 from server.access.exposure import ExposedError, check_exposure, log_exposure
 from server.access.keys import KeyFileError
 from server.app import create_app
-from server.engine.thread import EngineThread
+from server.drain import GRACE_S, DrainingServer
+from server.http_protocol import HttpProtocol
 from server.loading import load_service
+from server.logs import configure_log
 from server.settings import Settings
-
-DRAIN_S = 30
-GRACE_S = 5
+from server.tracing import start_tracing
 
 
 def main() -> int:
     """Runs the server until SIGTERM or SIGINT; running requests may end first. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    # uvicorn drains on these signals, then raises them again for whoever had them before: for us that is a clean end.
+    configure_log("text")
+    # While the server loads; afterwards it drains.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:
         settings = Settings(_cli_parse_args=True)
+        configure_log(settings.log_format)
         check_exposure(settings)
+        tracing = start_tracing(settings.otlp_traces_endpoint)
         _check_port(settings.host, settings.port)
         service = load_service(settings)
     except ValidationError as error:
@@ -49,38 +50,24 @@ def main() -> int:
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    app = create_app(service)
+    if tracing:
+        tracing.instrument(app)
     log_exposure(settings)
     config = uvicorn.Config(
-        create_app(service), host=settings.host, port=settings.port, timeout_graceful_shutdown=DRAIN_S + GRACE_S
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=HttpProtocol,
+        log_config=None,  # ours holds for it
+        access_log=False,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
+        timeout_graceful_shutdown=GRACE_S,
     )
-    DrainingServer(config, service.engine, settings.max_unread_s).run()
+    DrainingServer(config, service).run()
+    if tracing:
+        tracing.stop()
     return 0
-
-
-class DrainingServer(uvicorn.Server):
-    """Stops the engine when running requests have had their time, so that each hears an error before its connection ends.
-
-    A connection whose client takes nothing of what was sent for `max_unread_s` is ended by the system, where it can (Linux):
-    closing it would wait until all is taken.
-    """
-
-    def __init__(self, config: uvicorn.Config, engine: EngineThread, max_unread_s: float) -> None:
-        super().__init__(config)
-        self._engine, self._max_unread_s = engine, max_unread_s
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens; what is accepted has the options of the socket that listens."""
-        await super().startup(sockets)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            for listening in (of for server in self.servers for of in server.sockets):
-                listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._max_unread_s))
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops accepting, waits for running requests, and ends what is left."""
-        timer = threading.Timer(DRAIN_S, self._engine.request_stop)
-        timer.start()
-        await super().shutdown(sockets)
-        timer.cancel()
 
 
 def _check_port(host: str, port: int) -> None:

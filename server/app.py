@@ -14,6 +14,7 @@ from server.access.openapi import KeyedApi
 from server.body_limit import BodyLimit
 from server.comparison import Comparer
 from server.errors import REFUSALS, add_error_handlers
+from server.request_log import RequestLog, ScopeNote
 from server.routes import adapters, chat, comparison, completions, generate, models, operations, playground, tokens, vllm_adapters
 from server.service import Service
 
@@ -47,9 +48,10 @@ def create_app(service: Service) -> FastAPI:
         lifespan=lifespan,
         responses=REFUSALS,
     )
-    # The last is asked first: a browser asks without a key whether it may send one.
+    # The last is asked first: a browser asks without a key whether it may send one, and whatever is answered is logged.
+    app.add_middleware(ScopeNote)
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, others=uploads)
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, others=uploads)
     app.add_middleware(Gate, ring=service.keys)
     if service.settings.cors_origins:
         app.add_middleware(
@@ -57,8 +59,9 @@ def create_app(service: Service) -> FastAPI:
             allow_origins=service.settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", "X-Request-ID"],
         )
+    app.add_middleware(RequestLog, service=service)
     # The comparison comes before what takes any name for an adapter's.
     for routes in (generate, completions, chat, models, tokens, comparison, adapters, vllm_adapters, operations, playground):
         app.include_router(routes.router)

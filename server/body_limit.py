@@ -1,22 +1,25 @@
-"""Refuses bodies that are too long, by their header where it says so, else as they come."""
+"""Refuses bodies that are too long, by their header where it says so, else as they come; and those that do not come."""
 
 from collections.abc import Mapping
 
+import anyio
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.schemas.errors import error_reply
 
+CLOSE = {"Connection": "close"}
+
 
 class BodyLimit:
-    """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it.
+    """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it; 408 after `max_s` seconds.
 
     `others` has the limits of single routes, by method and path.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, others: Mapping[tuple[str, str], int]) -> None:
-        self._app, self._max_bytes, self._others = app, max_bytes, others
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float, others: Mapping[tuple[str, str], int]) -> None:
+        self._app, self._max_bytes, self._max_s, self._others = app, max_bytes, max_s, others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, counting what it sends."""
@@ -27,17 +30,25 @@ class BodyLimit:
         said = f"the body is longer than {max_bytes} bytes"
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if int(told) > max_bytes:
-            reply = JSONResponse(error_reply(413, "BadRequestError", said, None), 413, {"Connection": "close"})
+            reply = JSONResponse(error_reply(413, "BadRequestError", said, None), 413, CLOSE)
             await reply(scope, receive, send)
             return
         num_bytes = 0
+        is_coming = True
+        deadline = anyio.current_time() + self._max_s
 
         async def counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_coming
+            message = await self._in_time(receive, deadline) if is_coming else await receive()
+            is_coming = message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > max_bytes:
-                raise HTTPException(413, said, {"Connection": "close"})
+                raise HTTPException(413, said, CLOSE)
             return message
 
         await self._app(scope, counted, send)
+
+    async def _in_time(self, receive: Receive, deadline: float) -> Message:
+        with anyio.CancelScope(deadline=deadline):
+            return await receive()
+        raise HTTPException(408, f"the body did not come whole within {self._max_s:g} s", CLOSE)

@@ -1,6 +1,5 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.engine.adapters.resolution import PolicyError
 from server.engine.admission import RefusedError
+from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
@@ -24,16 +24,20 @@ from server.schemas.chat import ChatBody, ChatMessage, TextPart
 from server.schemas.completions import CompletionBody
 from server.schemas.errors import ErrorReply, error_reply
 from server.schemas.generation import GenerateBody
+from server.schemas.grammars import AnyJson, ByLark, ByRegex, BySchema, NamedSchema, SchemaFormat
 from server.schemas.openai import StreamOptions
 from server.schemas.sampling import WeightedAdapter
 from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
-logger = logging.getLogger(__name__)
 MAX_FAULTS = 10
 
 
 class BusyError(Exception):
     """The queue is full."""
+
+
+class DrainingError(Exception):
+    """The server is about to end: it answers, but is not ready."""
 
 
 class FieldError(Exception):
@@ -60,6 +64,10 @@ class AdapterFailedError(EngineError):
     """An adapter that the request named cannot be served."""
 
 
+class GrammarFailedError(EngineError):
+    """The grammar that the request gave could be followed no further."""
+
+
 class OutOfTimeError(EngineError):
     """The request was not done in its time."""
 
@@ -71,6 +79,7 @@ class StoppedError(EngineError):
 FAILURES: dict[ErrorKind, type[EngineError]] = {
     "engine": EngineError,
     "adapter": AdapterFailedError,
+    "grammar": GrammarFailedError,
     "timeout": OutOfTimeError,
     "stop": StoppedError,
 }
@@ -87,13 +96,18 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     StoreError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
     RateLimitedError: (429, "RateLimitError"),
+    DrainingError: (503, "ServiceUnavailableError"),
+    CrowdedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
     PolicyError: (500, "AdapterError"),
+    GrammarFailedError: (422, "GrammarError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
+KINDS = {404: "NotFoundError", 408: "TimeoutError"}
+"""Of what the framework, and what reads bodies, refuse by status."""
 BODIES: tuple[type[BaseModel], ...] = (
     GenerateBody,
     WeightedAdapter,
@@ -103,6 +117,12 @@ BODIES: tuple[type[BaseModel], ...] = (
     ChatMessage,
     TextPart,
     StreamOptions,
+    AnyJson,
+    BySchema,
+    ByRegex,
+    ByLark,
+    SchemaFormat,
+    NamedSchema,
     TokenizeBody,
     DetokenizeBody,
     AliasBody,
@@ -110,7 +130,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     LoadLoraBody,
     UnloadLoraBody,
 )
-FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
+FIELDS_OF_BODIES = {said.alias or field for body in BODIES for field, said in body.model_fields.items()}
 FIELDS: dict[type[Exception], str] = {
     TemplateError: "messages",
     UnknownAdapterError: "adapter",
@@ -172,8 +192,7 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
 async def on_http(_: Request, error: Exception) -> JSONResponse:
     """Answers an unknown route, a wrong method, and what the framework itself refuses."""
     assert isinstance(error, HTTPException)
-    kind = "NotFoundError" if error.status_code == 404 else "BadRequestError"
-    return _answer(error.status_code, kind, str(error.detail), headers=error.headers)
+    return _answer(error.status_code, KINDS.get(error.status_code, "BadRequestError"), str(error.detail), headers=error.headers)
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
@@ -187,9 +206,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     return _answer(status, name, str(error), field, headers, faults)
 
 
-async def on_unknown(request: Request, error: Exception) -> JSONResponse:
-    """Answers a fault of ours; the log has its trace."""
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+def unknown_reply() -> JSONResponse:
+    """Returns the answer to a request in which we failed; the log has the trace."""
     return _answer(500, "InternalServerError", "the server failed; its log says why")
 
 
@@ -199,7 +217,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
-    app.add_exception_handler(Exception, on_unknown)
 
 
 REFUSALS: dict[int | str, dict[str, Any]] = {

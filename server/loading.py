@@ -34,9 +34,11 @@ from server.engine.adapters.resolution import meanings
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
+from server.engine.grammar import GrammarError
 from server.engine.model.families import check_family
 from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.room import StepLimits
@@ -44,7 +46,7 @@ from server.engine.scheduling.scheduler import Scheduler
 from server.engine.step_timing import measure_step_cost
 from server.engine.thread import EngineThread
 from server.engine.turn import Turn
-from server.metrics import Metrics
+from server.gauges import make_metrics
 from server.service import Service
 from server.settings import Settings
 
@@ -101,19 +103,22 @@ def load_service(settings: Settings) -> Service:
     loader = Loader(registry, reader)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
+    grammars = make_grammars(base)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
     num_ids = base.model.config.get_text_config().vocab_size
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
     return Service(
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids),
+        admission=Admission(
+            base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids, grammars
+        ),
         engine=EngineThread(engine),
-        metrics=_metrics(base.name, scheduler, tiers, registry),
+        metrics=make_metrics(base.name, registry, scheduler, tiers),
         keys=keys,
         required=lambda: [name for of in keys.keys.tenants.values() for name, _ in of.policy] if keys else [],
         files=files,
@@ -179,6 +184,16 @@ def make_pool(
     return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
 
 
+def make_grammars(base: BaseModel) -> Grammars | None:
+    """Returns what compiles grammars for a base model; None where its answers cannot follow one, which the log then says."""
+    num_tokens = base.model.config.get_text_config().vocab_size
+    try:
+        return Grammars(base.tokenizer.backend_tokenizer, num_tokens, _stop_ids(base))
+    except GrammarError as error:
+        logger.warning("no answer can be made to fit a JSON schema, a regular expression or a grammar: %s", error)
+        return None
+
+
 def _reserve(pool: AdapterPool, num_bytes: int) -> None:
     try:
         pool.reserve(num_bytes)
@@ -230,32 +245,6 @@ def _log(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
             MISSING,
         )
-
-
-def _metrics(model: str, scheduler: Scheduler, tiers: AdapterTiers, registry: Registry) -> Metrics:
-    metrics, cache, residents = Metrics(model), scheduler.cache, tiers.residents
-    for name, help_text, read in (
-        ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
-        ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
-        ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
-        ("lori:adapters_registered", "Adapters that can be asked for.", lambda: len(registry.by_name)),
-        ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
-        ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
-        ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
-        ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
-        ("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
-    ):
-        metrics.watch(name, help_text, read)
-    for name, help_text, read in (
-        ("vllm:num_preemptions", "Requests that gave up their KV memory.", lambda: scheduler.num_preemptions),
-        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
-        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
-        ("lori:adapter_load_failures", "Adapters that could not be read or made resident.", lambda: tiers.num_failures),
-        ("lori:adapter_evictions", "Adapters that made room for others.", lambda: residents.num_evictions),
-    ):
-        metrics.watch_count(name, help_text, read)
-    tiers.observe_load = metrics.load_seconds.observe
-    return metrics
 
 
 def _stores(settings: Settings) -> tuple[AdapterStore | None, AdapterStore | None]:

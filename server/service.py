@@ -1,6 +1,5 @@
 """What the routes work with: admitted requests in, their events out, and the server's own facts."""
 
-import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -10,15 +9,17 @@ from starlette.concurrency import run_in_threadpool
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter
+from server.account import Account
 from server.adapter_admin import AdapterAdmin
 from server.adapter_files import AdapterFiles
 from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
 from server.engine.admission import Admission, Ask
-from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
+from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
-from server.errors import BusyError
+from server.errors import BusyError, DrainingError
+from server.exchange import current
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -44,8 +45,12 @@ class Service:
     admin: AdapterAdmin = field(init=False)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
+    is_draining: bool = field(default=False, init=False)
+    """Whether the server is about to end: it is not ready any more, and answers on no connection twice."""
 
     def __post_init__(self) -> None:
+        help_text = "Requests, from their first check to the last byte of their answers."
+        self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
@@ -69,13 +74,19 @@ class Service:
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)
             for request in requests:
-                held.enter_context(self.uses.held((*request.terms, *request.policy)))
-                for term in request.terms:
-                    self.metrics.adapter_requests.labels(term.name).inc()
+                terms = (*request.terms, *request.policy)
+                held.enter_context(self.uses.held(terms))
+                self.metrics.count_admitted([term.name for term in terms])
             yield requests
 
     def _give_back(self, num_requests: int) -> None:
         self.num_requests -= num_requests
+
+    def check_ready(self) -> None:
+        """Raises `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
+        self._check_alive()
+        if self.is_draining:
+            raise DrainingError("the server is about to end")
 
     def _check_alive(self) -> None:
         if not self.engine.is_alive:
@@ -83,24 +94,16 @@ class Service:
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the request's events and counts them; closing it aborts the request."""
-        started, is_first, reason = time.monotonic(), True, "cancelled"
+        account = Account(request, self.metrics, self.settings.log_prompts)
+        if exchange := current.get():
+            exchange.accounts.append(account)
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
-                    if is_first and isinstance(event, TextEvent) and not event.is_prompt:
-                        self.metrics.first_token.observe(time.monotonic() - started)
-                        is_first = False
-                    if isinstance(event, DoneEvent):
-                        reason = event.finish_reason
-                        # All choices have one prompt.
-                        self.metrics.prompt_tokens.inc(event.num_prompt_tokens if event.choice == 0 else 0)
-                        self.metrics.generation_tokens.inc(event.num_completion_tokens)
-                    elif isinstance(event, ErrorEvent):
-                        reason = "error"
+                    account.hear(event)
                     yield event
         finally:
-            self.metrics.success.labels(self.metrics.base_model, reason).inc()
-            self.metrics.latency.observe(time.monotonic() - started)
+            account.close()
 
 
 def _by(caller: Caller, ask: Ask) -> Ask:

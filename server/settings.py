@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from server.logs import LogFormat
+
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)$")]
 
 
@@ -85,6 +87,23 @@ class Settings(BaseSettings):
     """The longest request body; a longer one is answered 413."""
     max_upload_bytes: int = Field(default=1 << 28, ge=1024)
     """The same for an adapter that is uploaded, or comes from the hub."""
+
+    max_body_s: float = Field(default=60, gt=0, le=86400)
+    """How long a request's body may take to come, in seconds; a longer wait is answered 408."""
+    keep_alive_s: float = Field(default=75, gt=0, le=86400)
+    """How long a connection may take to send the head of a request, the first or the next, in seconds; then it is closed."""
+    drain_notice_s: float = Field(default=2, ge=0, le=3600)
+    """After SIGTERM, how long the server takes new connections while /ready says 503, in seconds: until who sends requests has
+    noticed."""
+    drain_s: float = Field(default=30, ge=0, le=86400)
+    """After that, how long running requests may take to end, in seconds; what is left then hears an error."""
+    log_format: LogFormat = "text"
+    """text is for people; json is a JSON object a line, for machines."""
+    log_prompts: bool = False
+    """Logs prompts and answers, too. Without it neither is ever logged."""
+    otlp_traces_endpoint: str | None = Field(default=None, pattern=r"^https?://[^/]")
+    """Where to send traces by OpenTelemetry's protocol over HTTP, such as http://localhost:4318/v1/traces. Needs the extra otel.
+    The variables OTEL_EXPORTER_OTLP_* are heard, too."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> Self:

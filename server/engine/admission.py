@@ -14,8 +14,10 @@ from lori.summary import Summary
 from lori.template import Template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, PolicyError, meanings, resolve
+from server.engine.grammar import Grammar, GrammarError
 from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
+from server.engine.sampling.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
@@ -51,6 +53,7 @@ class Ask:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     include_stop: bool = False
+    grammar: Grammar | None = None
     ignore_eos: bool = False
     num_logprobs: int | None = None
     echo: bool = False
@@ -72,6 +75,7 @@ class Admission:
         max_terms: int = 1,
         max_kept: float = inf,
         num_ids: int | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`num_ids`: tokens below it are known to the model; None: those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
@@ -81,9 +85,11 @@ class Admission:
         """Adapters that can be resident together."""
         self._max_kept = max_kept
         """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
+        self._grammars = grammars
+        """None where the base model can follow none."""
 
     def admit(self, ask: Ask) -> Request:
-        """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError` or `PolicyError`."""
+        """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError`, `PolicyError` or `CrowdedError`."""
         added = self._added(ask)
         adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
         policy = [(of.summary, weight) for of, weight in added]
@@ -91,6 +97,7 @@ class Admission:
         text, ids, offsets, max_tokens = self._encode(ask, adapters)
         self._check_merge(ask, adapters, weights, policy)
         self._check_bias(ask.sampling)
+        self._check_grammar(ask)  # the last: it may take long
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
@@ -103,6 +110,7 @@ class Admission:
             sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed % 2**64),
             stop=ask.stop,
             include_stop=ask.include_stop,
+            grammar=ask.grammar,
             ignore_eos=ask.ignore_eos,
             num_logprobs=ask.num_logprobs,
             echo=ask.echo,
@@ -154,6 +162,18 @@ class Admission:
                 f"names {', '.join(repr(of.name) for of, _ in summed)}, {said} {num_kept} entries of B, "
                 f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
             )
+
+    def _check_grammar(self, ask: Ask) -> None:
+        if not (grammar := ask.grammar):
+            return
+        if ask.ignore_eos:
+            raise RefusedError("ignore_eos", f"cannot stand beside {grammar.field}, which says where the answer ends")
+        if not self._grammars:
+            raise RefusedError(grammar.field, "asks for what this base model cannot do: the server's log says why")
+        try:
+            self._grammars.check(grammar)
+        except GrammarError as error:
+            raise RefusedError(grammar.field, f"is no {grammar.kind} that an answer could follow: {error}") from error
 
     def _check_bias(self, sampling: Sampling) -> None:
         if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self._num_ids]:

@@ -30,6 +30,7 @@ from server.schemas.generation import (
     TokenData,
     Usage,
 )
+from server.schemas.grammars import to_grammar
 from server.service import Service
 
 router = APIRouter()
@@ -66,6 +67,7 @@ def to_ask(body: GenerateBody) -> Ask:
         seed=body.seed,
         stop=body.stops(),
         include_stop=body.include_stop,
+        grammar=to_grammar(body.grammar, "grammar"),
         ignore_eos=body.ignore_eos,
         num_logprobs=body.logprobs,
         echo=body.echo,

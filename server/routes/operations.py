@@ -2,9 +2,8 @@
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
-from server.engine.thread import EngineDeadError
 from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas.generation import Health
 
@@ -19,13 +18,12 @@ async def health() -> Health:
 
 @router.get("/ready")
 async def ready(service: ServiceOf) -> Health:
-    """Answers 200 while requests can be answered."""
-    if not service.engine.is_alive:
-        raise EngineDeadError("the engine is not running")
+    """Answers 200 while requests can be answered, and the server is not about to end."""
+    service.check_ready()
     return Health(status="ready")
 
 
 @router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
-    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from lori.template import Text
 from server.schemas.fields import MAX_LOGPROBS, Body, Temperature
 from server.schemas.generation import MergeReply, ResolvedAdapter, TimingsReply
+from server.schemas.grammars import ResponseFormat
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Model = Annotated[Text, Field(min_length=1, max_length=4096)]
@@ -34,6 +35,8 @@ class OpenAIBody(SamplingFields, MergeFields):
     """Draws the tokens; absent: a random one, named in the reply."""
     include_stop_str_in_output: bool = False
     """The answer ends after the stop text, not before."""
+    response_format: ResponseFormat | None = None
+    """JSON, or JSON of a schema; `grammar` has more."""
     stream: bool = False
     """Sends the answer as server-sent events, as OpenAI does."""
     stream_options: StreamOptions | None = None
@@ -44,6 +47,8 @@ class OpenAIBody(SamplingFields, MergeFields):
     def _is_sound(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is for streams; 'stream' is false")
+        if self.grammar is not None and self.response_format is not None:
+            raise ValueError("expected 'grammar' or 'response_format', found both")
         self.check_weights(self.adapters)
         return self
 

@@ -22,6 +22,7 @@ from server.schemas.fields import (
     TopP,
     Weight,
 )
+from server.schemas.grammars import AnyGrammar
 
 
 class WeightedAdapter(Body):
@@ -73,6 +74,8 @@ class SamplingFields(Body):
     """Answers to the prompt, which is computed once."""
     stop: Stops | None = None
     """The answer ends before any of these."""
+    grammar: AnyGrammar | None = None
+    """What the whole answer has to be: any JSON object, JSON of a schema, or text of a regular expression or a grammar."""
     ignore_eos: bool = False
     """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
     timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None

@@ -35,9 +35,10 @@ from server.engine.model.runner import Runner
 from server.engine.replies import Emit
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
+from server.engine.sampling.grammars import Grammars
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Chunk, Scheduler
-from server.loading import make_pool, make_registry
+from server.loading import make_grammars, make_pool, make_registry
 from server.service import Service
 from tests.server.plans import step_limits
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
@@ -259,9 +260,10 @@ def build(
     limits = step_limits(max_batch, max_step_tokens, max_stall)
     scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS])
+    grammars = make_grammars(base)
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS], grammars=grammars)
     loaded = {name: entry.load(base.identity) for name, entry in entries.items()}
-    admission = Admission(base.tokenizer, registry, context, num_slots)
+    admission = Admission(base.tokenizer, registry, context, num_slots, grammars=grammars)
     return Rig(engine, base.tokenizer, admission, runner, registry, loaded)
 
 
@@ -330,8 +332,10 @@ def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_s
     limits = step_limits(4, max_step_tokens)
     scheduler = Scheduler(KvCache(256, 4, ""), tiers, limits)
     runner = cast(Runner, ScriptedRunner(script))
-    engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS])
-    return Rig(engine, tokenizer, Admission(tokenizer, Registry([]), 1024), runner, Registry([]), {})
+    grammars = Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
+    engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS], grammars=grammars)
+    admission = Admission(tokenizer, Registry([]), 1024, grammars=grammars)
+    return Rig(engine, tokenizer, admission, runner, Registry([]), {})
 
 
 def no_tiers() -> AdapterTiers:
@@ -346,6 +350,9 @@ class FakeTiers:
     """Has nothing to read."""
 
     is_closed: bool = False
+
+    def places(self) -> dict[str, Place]:
+        return {}
 
     def prefetch(self, request: Request) -> None:
         pass

@@ -1,28 +1,21 @@
 """`python -m server` as a process: how it ends, and what it says where it cannot start."""
 
-import asyncio
 import json
 import shutil
 import signal
-import socket
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 import torch
-import uvicorn
-from fastapi import FastAPI
 from pydantic import ValidationError
 
 from lori.config_file import seal_config
 from lori.errors import LoriError
 from lori.format import read_config
 from server import loading
-from server.__main__ import DrainingServer
-from server.engine.thread import EngineThread
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.live import LIMIT_S, events, run_main, start
@@ -212,18 +205,3 @@ def test_a_step_waits_for_an_adapter_where_it_would_take_the_reader_s_core(
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     assert (loading._patience_s(torch.device(device)) > 0) is waits
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no TCP_USER_TIMEOUT")
-def test_the_system_ends_connections_of_which_nothing_is_taken() -> None:
-    async def options() -> list[int]:
-        config = uvicorn.Config(FastAPI(), port=0)
-        server = DrainingServer(config, cast(EngineThread, SimpleNamespace(request_stop=lambda: None)), 2.5)
-        config.load()
-        server.lifespan = config.lifespan_class(config)
-        await server.startup()
-        found = [of.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) for each in server.servers for of in each.sockets]
-        await server.shutdown()
-        return found
-
-    assert asyncio.run(options()) == [2500]

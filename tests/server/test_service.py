@@ -17,6 +17,8 @@ from server.settings import Settings
 from tests.server.live import LIMIT_S
 from tests.server.rig import FakeEngine, request
 
+LABELS = {"model_name": "fake", "engine": "0"}
+
 
 @pytest.mark.parametrize("num_choices", [1, 3])
 def test_all_choices_count_but_their_prompt_counts_once(tokenizer: PreTrainedTokenizerFast, num_choices: int) -> None:
@@ -33,11 +35,11 @@ def test_all_choices_count_but_their_prompt_counts_once(tokenizer: PreTrainedTok
     asyncio.run(asyncio.wait_for(test(), LIMIT_S))
 
     def value(name: str) -> float | None:
-        return metrics.registry.get_sample_value(f"vllm:{name}", {"model_name": "fake"})
+        return metrics.registry.get_sample_value(f"vllm:{name}", LABELS)
 
     assert value("prompt_tokens_total") == 1
     assert value("generation_tokens_total") == 4 * num_choices
     assert value("time_to_first_token_seconds_count") == 1
     assert value("e2e_request_latency_seconds_count") == 1
-    ended = metrics.registry.get_sample_value("vllm:request_success_total", {"model_name": "fake", "finished_reason": "length"})
+    ended = metrics.registry.get_sample_value("vllm:request_success_total", {**LABELS, "finished_reason": "length"})
     assert ended == 1

@@ -41,6 +41,11 @@ class Residents:
     def __len__(self) -> int:
         return len(self._by_digest)
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """What is resident now. Any thread may ask: the copy is made at once."""
+        return frozenset([*self._by_digest])
+
     def get(self, digest: str) -> Resident:
         """Returns what is known of a resident adapter."""
         return self._by_digest[digest]

@@ -1,0 +1,86 @@
+"""What one admitted request takes and gives: it hears the request's events, and metrics, log and traces tell of it."""
+
+import time
+from dataclasses import dataclass, field
+
+from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent, Timings
+from server.metrics import Metrics
+
+
+@dataclass(slots=True)
+class _Tokens:
+    # Of one choice: what tells the time from token to token.
+    last: float
+    count: int = 1
+    gap: float | None = None
+
+
+@dataclass(slots=True)
+class Account:
+    """Begins with the request; `close` ends it, however the request ended."""
+
+    request: Request
+    metrics: Metrics
+    keeps_text: bool = False
+    """Whether the answer's text is kept, to be logged."""
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    reason: str = "cancelled"
+    """Of the last choice that ended, or why none did."""
+    first_token_s: float | None = None
+    total_s: float = 0.0
+    timings: Timings | None = None
+    """Of the first choice that ended."""
+    texts: list[str] = field(default_factory=list)
+    _started: float = field(default_factory=time.monotonic)
+    _choices: dict[int, _Tokens] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters of the request, and those that the operator adds to it."""
+        return [term.name for term in (*self.request.terms, *self.request.policy)]
+
+    def hear(self, event: Event) -> None:
+        """Takes in what the engine said."""
+        match event:
+            case TextEvent():
+                if self.keeps_text:
+                    self.texts.append(event.text)
+                if not event.is_prompt:
+                    self._note_token(event.choice, time.monotonic())
+            case DoneEvent():
+                self._end_choice(event)
+            case ErrorEvent():
+                self.reason = "error"
+
+    def close(self) -> None:
+        """Tells the metrics; of choices that did not end, the tokens that came."""
+        self.total_s = time.monotonic() - self._started
+        if self._choices:
+            self.num_prompt_tokens = len(self.request.prompt_ids)
+            self.num_completion_tokens += sum(tokens.count for tokens in self._choices.values())
+        self.metrics.count_tokens(self.names, self.num_prompt_tokens, self.num_completion_tokens)
+        self.metrics.count_ended(self.reason, self.total_s)
+
+    def _note_token(self, choice: int, now: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = now - self._started
+            self.metrics.first_token.observe(self.first_token_s)
+        tokens = self._choices.get(choice)
+        if tokens is None:
+            self._choices[choice] = _Tokens(now)
+            return
+        if tokens.gap is not None:
+            self.metrics.token_gap.observe(tokens.gap)
+        tokens.last, tokens.count, tokens.gap = now, tokens.count + 1, now - tokens.last
+
+    def _end_choice(self, event: DoneEvent) -> None:
+        # The last text may be what was held back, and no token's: so each gap waits for the next.
+        tokens = self._choices.pop(event.choice, None)
+        if tokens and tokens.gap is not None and tokens.count <= event.num_completion_tokens:
+            self.metrics.token_gap.observe(tokens.gap)
+        self.reason = event.finish_reason
+        self.num_prompt_tokens = event.num_prompt_tokens  # all choices have one prompt
+        self.num_completion_tokens += event.num_completion_tokens
+        self.timings = self.timings or event.timings
+        self.metrics.observe_timings(event.timings)

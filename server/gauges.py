@@ -1,0 +1,51 @@
+"""What /metrics reads of the engine while the engine's thread moves it: numbers, and copies that are made at once."""
+
+from collections.abc import Iterable
+
+from server.engine.adapters.registry import Registry
+from server.engine.adapters.tiers import AdapterTiers
+from server.engine.request import AdapterTerm, Sequence
+from server.engine.scheduling.scheduler import Scheduler
+from server.metrics import Metrics
+
+
+def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: AdapterTiers) -> Metrics:
+    """Returns the metrics of a server of `model`."""
+    metrics, cache, residents = Metrics(model), scheduler.cache, tiers.residents
+    for name, help_text, read in (
+        ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
+        ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
+        ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
+        ("lori:adapters_registered", "Adapters that can be asked for.", lambda: len(registry.by_name)),
+        ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
+        ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
+        ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
+        ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
+        ("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
+    ):
+        metrics.watch(name, help_text, read)
+    for name, help_text, read in (
+        ("vllm:num_preemptions", "Requests that gave up their KV memory.", lambda: scheduler.num_preemptions),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
+        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
+        ("lori:adapter_load_failures", "Adapters that could not be read or made resident.", lambda: tiers.num_failures),
+        ("lori:adapter_evictions", "Adapters that made room for others.", lambda: residents.num_evictions),
+    ):
+        metrics.watch_count(name, help_text, read)
+    metrics.watch_requests(lambda: _named(scheduler.running), lambda: _named(scheduler.waiting), residents.num_slots)
+    metrics.watch_adapters(lambda: registry.by_name.keys(), lambda: _resident(registry, residents.digests))
+    tiers.observe_load = metrics.load_seconds.observe
+    return metrics
+
+
+def _named(sequences: Iterable[Sequence]) -> set[str]:
+    # The copy of a dict's keys is made at once, by the interpreter itself: a loop over them could meet a change.
+    return {term.name for sequence in [*sequences] for term in _terms(sequence)}
+
+
+def _terms(sequence: Sequence) -> Iterable[AdapterTerm]:
+    return (*sequence.request.terms, *sequence.request.policy)
+
+
+def _resident(registry: Registry, digests: frozenset[str]) -> set[str]:
+    return {name for name, of in registry.by_name.items() if of.summary.digest in digests}

@@ -1,0 +1,44 @@
+"""How the log is written: lines for people, or JSON for machines."""
+
+import logging
+import sys
+from typing import Literal
+
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+
+LogFormat = Literal["text", "json"]
+OF_UVICORN = "color_message"
+"""The message once more, for a terminal."""
+KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN])
+
+
+class TextFormatter(logging.Formatter):
+    """Level, name and message, and after them what the record has beside these."""
+
+    def __init__(self) -> None:
+        super().__init__("%(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        """Returns the line of a record."""
+        said = [f"{key}={value!r}" for key, value in record.__dict__.items() if key not in KNOWN]
+        return " ".join([super().formatMessage(record), *said])
+
+
+def configure_log(log_format: LogFormat) -> None:
+    """Makes all loggers, uvicorn's too, write so to the standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_json() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    # A warning of Python's would be a line that is no JSON.
+    logging.captureWarnings(log_format == "json")
+
+
+def _json() -> logging.Formatter:
+    return JsonFormatter(
+        "%(levelname)s %(name)s %(message)s",
+        rename_fields={"levelname": "level", "name": "logger"},
+        timestamp="time",
+        reserved_attrs=[*KNOWN],
+        json_ensure_ascii=True,
+    )

@@ -1,0 +1,152 @@
+"""Says of every HTTP request, at its end, what it was and how it ended: one line of the log. The outermost middleware.
+
+Neither prompts nor answers are told, unless the operator asks for them.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.account import Account
+from server.errors import unknown_reply
+from server.exchange import Exchange, current
+from server.request_id import HEADER, request_id
+from server.service import Service
+from server.trace_attributes import Span, attributes
+
+logger, faults = logging.getLogger("server.request"), logging.getLogger(__name__)
+PROBES = ("/health", "/ready", "/metrics")
+"""Asked for every few seconds by machines: told of only in a log of DEBUG, or when they fail."""
+NO_ROUTE = "none"
+LEFT = 499
+"""What proxies' logs call a request whose client left before it heard anything."""
+MAX_PATH = 200
+MESSAGE = "%s %s %d"
+
+
+class RequestLog:
+    """Gives each request an id, which its answer carries, and logs it when it is over."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, and watches what becomes of it."""
+        if scope["type"] == "http":
+            await _Watched(self._service, scope, receive, send).run(self._app)
+        else:
+            await self._app(scope, receive, send)
+
+
+class ScopeNote:
+    """The innermost: notes the scope that reaches the routes, maybe a copy of the first. It knows the route, and who asks."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on."""
+        if exchange := current.get():
+            exchange.scope = scope
+        await self._app(scope, receive, send)
+
+
+class _Watched:
+    # One request: what came of it, as its messages tell.
+
+    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        self._service, self._scope, self._receive, self._send = service, scope, receive, send
+        self._exchange = Exchange(request_id(scope["headers"]))
+        self._span: Span | None = scope.setdefault("state", {}).get("span")
+        self._started = time.monotonic()
+        self._status = 0
+        """Of the answer, where it has begun."""
+        self._is_whole = self._has_left = False
+
+    async def run(self, app: ASGIApp) -> None:
+        current.set(self._exchange)
+        try:
+            await app(self._scope, self.receive, self.send)
+        except Exception as error:  # a fault of ours is logged and answered; where the answer has begun the server does that
+            if self._status:
+                raise
+            faults.error("%s failed", self._exchange.id, exc_info=error)
+            if self._span:
+                self._span.record_exception(error)
+            await unknown_reply()(self._scope, self.receive, self.send)
+        finally:
+            self._end()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_whole:
+            self._has_left = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (HEADER, self._exchange.id.encode())]
+            if self._service.is_draining:
+                message["headers"].append((b"connection", b"close"))
+        elif not message.get("more_body", False):
+            self._is_whole = not self._has_left
+            self._trace()  # before this is sent: then the span is over
+        await self._send(message)
+
+    def _trace(self) -> None:
+        if self._span and self._span.is_recording():
+            self._span.set_attributes(attributes(self._exchange, self._service.base_model))
+
+    def _end(self) -> None:
+        self._trace()
+        route = getattr((self._exchange.scope or self._scope).get("route"), "path", NO_ROUTE)
+        status = self._status or LEFT
+        self._service.metrics.count_answer(route, status)
+        level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
+        if logger.isEnabledFor(level):
+            logger.log(level, MESSAGE, self._scope["method"], route, status, extra=self._fields(route, status))
+
+    def _fields(self, route: str, status: int) -> dict[str, Any]:
+        scope = self._exchange.scope or self._scope
+        caller = scope["state"].get("caller")
+        fields: dict[str, Any] = {
+            "request_id": self._exchange.id,
+            "trace_id": f"{self._span.get_span_context().trace_id:032x}" if self._span else None,
+            "method": scope["method"],
+            "route": route,
+            "path": scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:MAX_PATH] if route == NO_ROUTE else None,
+            "status": status,
+            "client": scope["client"][0] if scope.get("client") else None,
+            "tenant": getattr(caller, "tenant", None) or None,
+            "key_id": getattr(caller, "key_id", None) or None,
+            "total_s": round(time.monotonic() - self._started, 6),
+            "disconnected": self._has_left or None,
+            "unfinished": True if self._status and not (self._is_whole or self._has_left) else None,
+        }
+        if self._exchange.accounts:
+            fields |= _of_accounts(self._exchange.accounts)
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+def _of_accounts(accounts: Sequence[Account]) -> dict[str, Any]:
+    # Tokens of all; times and adapters of the first, which are those of the others or near them.
+    first = accounts[0]
+    timings = first.timings
+    texts = [(of.request.prompt_text, "".join(of.texts)) for of in accounts if of.keeps_text]
+    return {
+        "generations": [of.request.id for of in accounts],
+        "adapters": [term.reference for term in first.request.terms],
+        "weights": [term.weight for term in first.request.terms],
+        "policy": [term.reference for term in first.request.policy] or None,
+        "prompt_tokens": sum(of.num_prompt_tokens for of in accounts),
+        "completion_tokens": sum(of.num_completion_tokens for of in accounts),
+        "finish_reason": accounts[-1].reason,
+        "queue_s": round(timings.queue, 6) if timings else None,
+        "first_token_s": None if first.first_token_s is None else round(first.first_token_s, 6),
+        "prompts": [prompt for prompt, _ in texts] or None,
+        "texts": [text for _, text in texts] or None,
+    }

@@ -1,0 +1,45 @@
+"""Traces by OpenTelemetry, where they are asked for; what they need is an extra, and is not imported before."""
+
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from lori.errors import LoriError
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+OURS = "http/protobuf"
+MISSING = "traces are asked for by {by}, and OpenTelemetry is not installed: pip install 'lori-server[otel]' ({error})"
+
+
+class TracingError(LoriError):
+    """Traces are asked for and cannot be sent."""
+
+
+class Tracing(Protocol):
+    """Sends spans in the background."""
+
+    def instrument(self, app: FastAPI) -> None:
+        """Has each request of an app be a span."""
+
+    def stop(self) -> None:
+        """Sends what is left."""
+
+
+def start_tracing(endpoint: str | None, environment: Mapping[str, str] = os.environ) -> Tracing | None:
+    """Returns what sends traces to `endpoint`, or where the environment says; None where neither asks. Raises `TracingError`."""
+    asked = [name for name in ENDPOINTS if environment.get(name)]
+    if not endpoint and (not asked or environment.get("OTEL_TRACES_EXPORTER") == "none"):
+        return None
+    by = "--otlp-traces-endpoint" if endpoint else asked[0]
+    for name in PROTOCOLS:
+        if environment.get(name, OURS) != OURS:
+            raise TracingError(f"{name}: found {environment[name]!r}, expected {OURS!r}, the one protocol that is spoken here")
+    try:
+        started: Tracing = import_module("server.spans").Spans(endpoint)
+    except ImportError as error:
+        raise TracingError(MISSING.format(by=by, error=error)) from error
+    return started

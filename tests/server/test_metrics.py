@@ -1,0 +1,264 @@
+"""What /metrics says of requests and adapters, and that a client cannot add to what it has to say."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import PreTrainedTokenizerFast
+
+from server.account import Account
+from server.adapter_counts import MAX_LISTED
+from server.engine.adapters.registry import Registry
+from server.engine.adapters.residents import Residents
+from server.engine.adapters.tiers import AdapterTiers
+from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Request, Sequence, TextEvent, Timings
+from server.engine.scheduling.scheduler import Scheduler
+from server.gauges import make_metrics
+from server.metrics import Metrics
+from tests.server.fake_service import served
+from tests.server.live import Live
+from tests.server.rig import FakeEngine, request
+
+INFO = "vllm:lora_requests_info"
+
+
+def samples(text: str, name: str) -> list[dict[str, str]]:
+    return [s.labels for f in text_string_to_metric_families(text) for s in f.samples if s.name == name]
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    families = text_string_to_metric_families(metrics.text().decode())
+    [found] = [s.value for f in families for s in f.samples if s.name == name and labels.items() <= s.labels.items()]
+    return found
+
+
+@contextmanager
+def generating(live: Live, letter: str, adapter: object) -> Iterator[None]:
+    """Has the server write for long, with half of its memory."""
+    body = {"prompt": letter * 2500, "adapter": adapter, "stream": True, "max_tokens": 1500}
+    with live.client.stream("POST", "/generate", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        yield
+
+
+def test_vllm_s_metrics_have_its_labels(live: Live) -> None:
+    live.generate(prompt="a", max_tokens=2)
+    text = live.client.get("/metrics").text
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+        "vllm:num_preemptions_total",
+        "vllm:time_to_first_token_seconds_count",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:e2e_request_latency_seconds_count",
+        "vllm:request_queue_time_seconds_count",
+        "vllm:request_prefill_time_seconds_count",
+        "vllm:request_decode_time_seconds_count",
+    ):
+        assert samples(text, name) == [{"model_name": "tiny-writer", "engine": "0"}], name
+    reasons = {labels["finished_reason"] for labels in samples(text, "vllm:request_success_total")}
+    assert reasons == {"stop", "length", "abort", "error"}
+
+
+def test_who_runs_and_who_waits_is_said_by_adapter(live: Live) -> None:
+    """As one sample, the present one: the gateways of Kubernetes read which adapters are where."""
+    live.wait_for(running=0, waiting=0)
+    [idle] = samples(live.client.get("/metrics").text, INFO)
+    assert idle == {"max_lora": "1024", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    before = live.metric(INFO)
+    with generating(live, "a", ["safety", "math"]), generating(live, "b", "math"):
+        # There is no room for a third one.
+        thread = threading.Thread(
+            target=lambda: live.client.post("/generate", json={"prompt": "c" * 3600, "adapter": "intent", "max_tokens": 1})
+        )
+        thread.start()
+        live.wait_for(running=2, waiting=1)
+        [busy] = samples(live.client.get("/metrics").text, INFO)
+        assert busy == {"max_lora": "1024", "running_lora_adapters": "math,safety", "waiting_lora_adapters": "intent"}
+        assert live.metric(INFO) > before > 1.7e9, "the value is the time"
+    thread.join()
+    live.wait_for(running=0, waiting=0)
+
+
+def test_tokens_and_merges_are_counted_by_adapter(live: Live) -> None:
+    live.wait_for(running=0, waiting=0)
+    names = {"adapter": "safety"}
+
+    def numbers() -> list[float]:
+        return [
+            live.metric("lori:adapter_requests_total", **names),
+            live.metric("lori:adapter_tokens_total", kind="prompt", **names),
+            live.metric("lori:adapter_tokens_total", kind="generated", **names),
+            live.metric("lori:merge_terms_bucket", le="1.0"),
+            live.metric("lori:merge_terms_bucket", le="2.0"),
+            live.metric("lori:merge_terms_sum"),
+            live.metric("lori:http_requests_total", route="/generate", status="200"),
+        ]
+
+    before = numbers()
+    for adapter in (None, "safety", ["math", "safety"]):
+        live.generate(prompt="four", max_tokens=5, adapter=adapter)
+    assert [now - then for now, then in zip(numbers(), before, strict=True)] == [2, 8, 10, 2, 3, 3, 3]
+    resident = {labels["adapter"] for labels in samples(live.client.get("/metrics").text, "lori:adapter_resident")}
+    assert resident == {"intent", "math", "safety"}
+    assert live.metric("lori:adapter_resident", adapter="safety") == 1
+    assert live.metric("lori:requests_under_way") == 0
+
+
+def test_no_label_is_what_a_client_sent(live: Live) -> None:
+    """Else whoever may ask could fill the memory, here and in Prometheus."""
+    mine = "cardinality"
+    live.client.post("/generate", json={"prompt": "x", "adapter": mine})
+    live.client.post("/generate", json={"prompt": "x", "template": mine})
+    live.client.get(f"/{mine}", params={mine: mine}, headers={mine: mine, "x-request-id": mine})
+    live.client.request("PROPFIND", "/health")
+    live.client.get(f"/static/{mine}")
+    live.client.get("/health", headers={"Host": mine})
+    text = live.client.get("/metrics").text
+    assert mine not in text
+    assert "PROPFIND" not in text
+    assert {labels["route"] for labels in samples(text, "lori:http_requests_total")} >= {"none", "/generate", "/health"}
+
+
+def test_requests_under_way_are_a_gauge(tokenizer: PreTrainedTokenizerFast) -> None:
+    with (
+        served(tokenizer, FakeEngine(num_steps=10**9)) as (client, service),
+        client.stream("POST", "/generate", json={"prompt": "x", "stream": True}) as reply,
+    ):
+        lines = reply.iter_lines()  # which ends the answer when it is gone
+        next(lines)
+        assert value(service.metrics, "lori:requests_under_way") == 1
+
+
+def account(num_choices: int = 1, names: tuple[str, ...] = ()) -> Account:
+    terms = tuple(AdapterTerm(name, name, 1.0) for name in names)
+    asked = request(num_prompt=5, num_choices=num_choices)
+    return Account(Request(**{key: getattr(asked, key) for key in asked.__slots__} | {"terms": terms}), Metrics("fake"))
+
+
+def test_gaps_are_between_tokens() -> None:
+    """Neither the echo of a prompt is a token, nor text that was held back and comes at the end."""
+    for held_back in (False, True):
+        of = account()
+        of.hear(TextEvent("echo", is_prompt=True))
+        for _ in range(4):
+            of.hear(TextEvent("x"))
+        if held_back:
+            of.hear(TextEvent("held back"))
+        of.hear(DoneEvent("length", 5, 4))
+        of.close()
+        assert value(of.metrics, "vllm:inter_token_latency_seconds_count") == 3
+        assert value(of.metrics, "vllm:time_to_first_token_seconds_count") == 1
+
+
+def test_gaps_are_between_tokens_of_one_choice() -> None:
+    of = account(num_choices=2)
+    for _ in range(3):
+        for choice in (0, 1):
+            of.hear(TextEvent("x", choice=choice))
+    for choice in (0, 1):
+        of.hear(DoneEvent("length", 5, 3, choice))
+    of.close()
+    assert value(of.metrics, "vllm:inter_token_latency_seconds_count") == 4
+    assert value(of.metrics, "vllm:prompt_tokens_total") == 5
+    assert value(of.metrics, "vllm:generation_tokens_total") == 6
+
+
+def test_timings_are_observed_by_choice() -> None:
+    of = account()
+    of.hear(DoneEvent("stop", 5, 1, timings=Timings(queue=1, prefill=2, decode=4)))
+    of.close()
+    for part, seconds in (("queue", 1), ("prefill", 2), ("decode", 4)):
+        assert value(of.metrics, f"vllm:request_{part}_time_seconds_sum") == seconds
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (DoneEvent("stop_sequence", 5, 2), "stop"),
+        (DoneEvent("stop", 5, 2), "stop"),
+        (DoneEvent("length", 5, 2), "length"),
+        (ErrorEvent("out of luck"), "error"),
+        (None, "abort"),
+    ],
+)
+def test_ends_are_counted_by_vllm_s_reasons(last: DoneEvent | ErrorEvent | None, reason: str) -> None:
+    of = account(names=("math",))
+    of.hear(TextEvent("x"))
+    of.hear(TextEvent("x"))
+    if last:
+        of.hear(last)
+    of.close()
+    assert value(of.metrics, "vllm:request_success_total", finished_reason=reason) == 1
+    assert value(of.metrics, "vllm:generation_tokens_total") == 2, "also what came before it was given up"
+    assert value(of.metrics, "lori:adapter_tokens_total", adapter="math", kind="prompt") == 5
+
+
+def test_of_many_adapters_those_that_are_not_resident_are_left_out() -> None:
+    metrics = Metrics("fake")
+    names = [f"adapter-{i}" for i in range(MAX_LISTED)]
+    metrics.watch_adapters(lambda: names, lambda: {"adapter-7"})
+    told = [labels["adapter"] for labels in samples(metrics.text().decode(), "lori:adapter_resident")]
+    assert told == names
+    assert value(metrics, "lori:adapter_resident", adapter="adapter-7") == 1
+    assert value(metrics, "lori:adapter_resident", adapter="adapter-8") == 0
+    names.append("one more")
+    assert samples(metrics.text().decode(), "lori:adapter_resident") == [{"adapter": "adapter-7"}]
+
+
+def test_counts_are_told_as_they_are_now() -> None:
+    metrics = Metrics("fake")
+    for total in (1, 2, 3):
+        metrics.count_admitted(["math", 'qu"o\\te'])
+        assert value(metrics, "lori:adapter_requests_total", adapter="math") == total
+        assert value(metrics, "lori:adapter_requests_total", adapter='qu"o\\te') == total
+
+
+def test_scraping_does_not_meet_the_engine_s_changes() -> None:
+    """A loop over what another thread changes raises; the copies that are read here are made at once."""
+    residents = Residents(64, 2**20)
+    sequences = [Sequence(request(name=f"a{i}")) for i in range(64)]
+    running: dict[Sequence, None] = {}
+    scheduler = SimpleNamespace(
+        cache=SimpleNamespace(usage=0.0, num_asked_tokens=0, num_found_tokens=0),
+        running=running,
+        waiting=running,
+        num_waiting=0,
+        num_preemptions=0,
+    )
+    tiers = SimpleNamespace(residents=residents, num_loaded=0, num_loaded_bytes=0, num_failures=0, observe_load=None)
+    metrics = make_metrics("fake", Registry([]), cast(Scheduler, scheduler), cast(AdapterTiers, tiers))
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.is_set():
+            for number, sequence in enumerate(sequences):
+                running[sequence] = None
+                residents.add(f"a{number}", 1, 1.0)
+            for number, sequence in enumerate(sequences):
+                del running[sequence]
+                residents.remove(f"a{number}")
+
+    engine, interval = threading.Thread(target=change), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    engine.start()
+    try:
+        for _ in range(300):
+            metrics.text()
+        for _ in range(20_000):
+            assert len(residents.digests) <= 64
+    finally:
+        stop.set()
+        engine.join()
+        sys.setswitchinterval(interval)

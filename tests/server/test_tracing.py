@@ -1,0 +1,165 @@
+"""Traces, as a collector hears them, and what is said where they cannot be sent."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from server.tracing import TracingError, start_tracing
+from tests.server.live import LIMIT_S, Live, run_main, start, wait_until
+from tests.server.otlp import Collector, attributes, collector
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture(scope="module")
+def heard() -> Iterator[Collector]:
+    with collector() as kept:
+        yield kept
+
+
+@pytest.fixture(scope="module")
+def traced(writer_model: Path, adapters: Path, heard: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    patch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
+    flags += ["--kv-cache-gib", "0.01", "--otlp-traces-endpoint", heard.url, "--drain-notice-s", "0"]
+    with patch.context(), start(tmp_path_factory.mktemp("traced") / "log", *flags) as live:
+        patch.undo()
+        yield live
+
+
+def spans(heard: Collector, request_id: str) -> list[Span]:
+    return [span for span in heard.spans if attributes(span).get("lori.request_id") == request_id]
+
+
+def span(heard: Collector, request_id: str) -> Span:
+    """Returns the one span of a request, when it has come."""
+    wait_until(lambda: bool(spans(heard, request_id)), "its span")
+    [found] = spans(heard, request_id)
+    return found
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_request_is_one_span_of_its_client_s_trace(traced: Live, heard: Collector, is_stream: bool) -> None:
+    name = f"mine-{is_stream}"
+    body = {"prompt": "four", "max_tokens": 5, "adapter": ["math", "safety"], "weights": [1, 0.5], "temperature": 0.5}
+    headers = {"x-request-id": name, "traceparent": f"00-{TRACE}-{PARENT}-01"}
+    reply = traced.client.post("/generate", json=body | {"stream": is_stream}, headers=headers)
+    assert reply.status_code == 200
+    found = span(heard, name)
+    assert found.trace_id.hex() == TRACE
+    assert found.parent_span_id.hex() == PARENT
+    assert found.kind == Span.SPAN_KIND_SERVER
+    assert found.name == "POST /generate"
+    told: dict[str, Any] = attributes(found)
+    assert told["gen_ai.request.model"] == "tiny-writer"
+    assert told["gen_ai.request.max_tokens"] == 5
+    assert told["gen_ai.request.temperature"] == 0.5
+    assert told["gen_ai.usage.input_tokens"] == 4
+    assert told["gen_ai.usage.output_tokens"] == 5
+    assert told["gen_ai.response.finish_reasons"] == ["length"]
+    assert told["gen_ai.response.id"].startswith("gen-")
+    assert [each.partition("@")[0] for each in told["lori.adapters"]] == ["math", "safety"]
+    assert told["lori.weights"] == [1, 0.5]
+    assert told["lori.merge"] == "linear"
+    assert 0 < told["gen_ai.latency.time_to_first_token"] <= told["gen_ai.latency.e2e"]
+    assert told["gen_ai.latency.time_in_queue"] >= 0
+    assert (found.end_time_unix_nano - found.start_time_unix_nano) / 1e9 >= told["gen_ai.latency.e2e"]
+    assert not [each for each in heard.spans if each.parent_span_id == found.span_id], "no span for each message"
+
+
+def test_a_trace_that_nobody_began_begins_here(traced: Live, heard: Collector) -> None:
+    traced.client.post("/generate", json={"prompt": "a", "max_tokens": 1}, headers={"x-request-id": "first"})
+    found = span(heard, "first")
+    assert found.parent_span_id == b""
+    assert f"trace_id='{found.trace_id.hex()}'" in traced.log.read_text()
+
+
+def test_a_refusal_has_a_span_too(traced: Live, heard: Collector) -> None:
+    traced.client.post("/generate", json={"prompt": "a", "adapter": "nobody"}, headers={"x-request-id": "refused"})
+    found = span(heard, "refused")
+    assert "gen_ai.response.id" not in attributes(found)
+    assert 404 in attributes(found).values()
+
+
+def test_a_client_that_leaves_ends_its_span(traced: Live, heard: Collector) -> None:
+    body = {"prompt": "a", "max_tokens": 2000, "stream": True}
+    with httpx.stream("POST", f"{traced.url}/generate", json=body, headers={"x-request-id": "left"}, timeout=LIMIT_S) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+    found = span(heard, "left")
+    assert attributes(found)["gen_ai.response.finish_reasons"] == ["cancelled"]
+    assert found.status.code != Status.STATUS_CODE_ERROR
+
+
+def test_the_collector_hears_who_we_are_and_of_no_probes(traced: Live, heard: Collector) -> None:
+    for path in ("/health", "/ready", "/metrics"):
+        assert traced.client.get(path, headers={"x-request-id": "probe"}).status_code == 200
+    traced.client.get("/adapters", headers={"x-request-id": "last"})
+    span(heard, "last")
+    assert not spans(heard, "probe")
+    assert set(heard.paths) == {"/v1/traces"}
+    assert heard.resources[0]["service.name"] == "lori-server"
+    assert heard.resources[0]["deployment.environment.name"] == "test"
+
+
+def test_what_was_not_sent_yet_is_sent_at_the_end(writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
+    with collector() as heard:
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", heard.url)
+        monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
+        with start(tmp_path / "log", *flags, "--drain-notice-s", "0") as live:
+            live.generate(prompt="a", max_tokens=1)
+            assert not heard.spans
+            live.process.send_signal(signal.SIGTERM)
+            assert live.process.wait(LIMIT_S) == 0
+        assert [each.name for each in heard.spans] == ["POST /generate"]
+        assert heard.resources[0]["service.name"] == "mine", "the environment comes before our own name"
+
+
+def test_a_collector_that_is_not_there_hurts_nobody(writer_model: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
+    flags += ["--otlp-traces-endpoint", "http://127.0.0.1:9", "--drain-notice-s", "0"]
+    with start(tmp_path / "log", *flags) as live:
+        live.generate(prompt="a", max_tokens=1)
+        live.process.send_signal(signal.SIGTERM)
+        assert live.process.wait(LIMIT_S) == 0
+        assert "Traceback" not in live.log.read_text()
+
+
+@pytest.mark.parametrize("hidden", ["opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation"])
+def test_traces_without_their_packages_are_refused_at_start(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "server.spans", raising=False)
+    for name in [each for each in sys.modules if each.startswith(hidden)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, hidden, None)
+    with pytest.raises(TracingError, match=r"^traces are asked for by OTEL_EXPORTER_OTLP_ENDPOINT, .* not installed: pip "):
+        start_tracing(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"})
+
+
+def test_traces_that_cannot_be_sent_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    process = run_main(tmp_path / "log", "--otlp-traces-endpoint", "http://localhost:4317")
+    assert process.wait(LIMIT_S) == 1
+    [line] = (tmp_path / "log").read_text().splitlines()
+    assert line.startswith("error: OTEL_EXPORTER_OTLP_PROTOCOL: found 'grpc', expected 'http/protobuf'")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environment"),
+    [
+        (None, {}),
+        (None, {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}),
+        (None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x", "OTEL_TRACES_EXPORTER": "none"}),
+    ],
+)
+def test_nothing_is_traced_that_nobody_asked_for(endpoint: str | None, environment: dict[str, str]) -> None:
+    assert start_tracing(endpoint, environment) is None
