@@ -35,6 +35,8 @@ PIN_S = 10.0
 LOOK_S = 0.05
 MAX_RECEIVED = 4
 """Adapters that are received at once: each is in memory meanwhile."""
+MAX_WAITING = 16
+"""Requests for the whole of an adapter that wait for another one."""
 
 
 class LoadedError(ConflictError):
@@ -69,7 +71,8 @@ class AdapterAdmin:
         self._turns = Turns()
         self._departures = Departures(registry, uses, engine, self._turns, files)
         self._reading = anyio.Semaphore(1)  # one adapter at a time takes a core, and memory
-        self._num_received = 0
+        self._detailing, self._listing = anyio.CapacityLimiter(1), anyio.CapacityLimiter(2)
+        self._num_received = self._num_detailed = 0
         self._pins: dict[str, str] = {}
 
     @property
@@ -96,8 +99,19 @@ class AdapterAdmin:
             self._num_received -= 1
 
     async def details(self, of: Registered) -> Details:
-        """Reads the whole of an adapter, for a person."""
-        return await run_sync(self._files.details.read, of)
+        """Reads the whole of an adapter, for a person; one at a time, so that admission finds threads."""
+        files = self._files
+        if self._num_detailed > MAX_WAITING:
+            raise BusyError(f"{MAX_WAITING} requests wait for adapters to be read, which is the limit; try again")
+        self._num_detailed += 1
+        try:
+            return await run_sync(files.details.read, of, limiter=self._detailing)
+        finally:
+            self._num_detailed -= 1
+
+    async def listed(self, write: Callable[[], bytes]) -> bytes:
+        """Writes a list of adapters, which may be long, likewise."""
+        return await run_sync(write, limiter=self._listing)
 
     async def publish(self, name: str, content: Files, may_replace: bool = True) -> Registered:
         """Puts an adapter in the store, as a new version, and makes `name` mean it."""

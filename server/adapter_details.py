@@ -1,6 +1,5 @@
 """What the whole of an adapter says: its card and its modules. Runs in whatever thread calls it."""
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ class Details:
 
 
 class AdapterDetails:
-    """Reads adapters of `base`, one at a time, and remembers what it computed of them.
+    """Reads adapters of `base` and remembers what it computed of them; for one thread at a time.
 
     Between two modules it rests as long as the last one took: requests that are being answered come first.
     """
@@ -36,7 +35,6 @@ class AdapterDetails:
     def __init__(self, base: BaseIdentity, rest: Callable[[float], None] = time.sleep) -> None:
         self._base, self._rest = base, rest
         self._known: OrderedDict[str, Sequence[ModuleStatistics]] = OrderedDict()  # those asked for last are last
-        self._lock = threading.Lock()
 
     def read(self, of: Registered) -> Details:
         """Returns the details. Raises `AdapterFormatError`, `ConflictError` or `StoreError` where it cannot be read any more."""
@@ -46,13 +44,12 @@ class AdapterDetails:
             return Details(card.decode(errors="replace"), self._statistics(entry, of.summary.digest))
 
     def _statistics(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
-        with self._lock:
-            if digest not in self._known:
-                self._known[digest] = self._compute(entry, digest)
-            self._known.move_to_end(digest)
-            while len(self._known) > MAX_REMEMBERED:
-                self._known.popitem(last=False)
-            return self._known[digest]
+        if digest not in self._known:
+            self._known[digest] = self._compute(entry, digest)
+        self._known.move_to_end(digest)
+        while len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return self._known[digest]
 
     def _compute(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
         adapter = entry.load(self._base)

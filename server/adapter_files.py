@@ -1,5 +1,6 @@
 """The adapters that a server can load: what is read of its stores, and what is put there. Runs in whatever thread calls it."""
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from server.engine.admission import RefusedError
 from server.errors import ConflictError, StoreError
 from server.store_errors import told
 
+logger = logging.getLogger(__name__)
 NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"
 
 
@@ -182,11 +184,13 @@ class AdapterFiles:
         return packed
 
     def _summarised(self, entry: Entry) -> Registered | None:
-        with suppress(AdapterFormatError, ConflictError):
+        try:
             summary = self._summaries.read(entry)
             self._fit.check(entry.name, summary)
-            return Registered(entry, summary)
-        return None
+        except (AdapterFormatError, ConflictError) as error:
+            logger.warning("%s cannot be asked for: %s", entry.folder.name, error)
+            return None
+        return Registered(entry, summary)
 
 
 def _version(entry: Entry) -> str:

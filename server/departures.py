@@ -51,12 +51,15 @@ class Departures:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Lets go of things until the block ends, when the engine must have ended; then deletes what was to be deleted."""
-        async with anyio.create_task_group() as group:
-            self._group = group
-            yield
-            group.cancel_scope.cancel()
-        for name in [*self._doomed]:
-            await self._try_to_remove(name)
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                yield
+                group.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                for name in [*self._doomed]:
+                    await self._try_to_remove(name)
 
     def num_using(self, name: str) -> int:
         """Returns how many requests use what of `name` is leaving."""

@@ -39,7 +39,7 @@ async def list_adapters(
     limit: Annotated[int | None, Query(ge=1)] = None,
 ) -> Response:
     """Lists the adapters that the caller may name, all of them unless there is a `limit`; `after` goes on where that ended."""
-    content = await run_in_threadpool(encode_list, service, caller.may_use, prefix, after, limit)
+    content = await service.admin.listed(lambda: encode_list(service, caller.may_use, prefix, after, limit))
     return Response(content, media_type="application/json")
 
 

@@ -49,7 +49,7 @@ class AdapterList(BaseModel):
 
     base_model: str
     adapters: list[AdapterInfo]
-    next: str | None
+    next: str | None = None
     """Where there are more than `limit`: what `after` is to be for the next ones."""
 
 

@@ -1,17 +1,24 @@
 """Adapters that come, change and go, over a socket: what each route does, and what it refuses."""
 
 import shutil
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from lori.base_model import BaseModel
 from lori.config_file import CONFIG_FILE
 from lori.format import WEIGHTS_FILE, load_adapter, read_config, write_record
 from lori.statistics import statistics
-from tests.server.office import GUEST, Office, open_office
+from server.adapter_admin import MAX_WAITING
+from server.adapter_details import Details
+from tests.server.live import LIMIT_S, wait_until
+from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter
 from tests.server.test_http import refusal
 
@@ -256,6 +263,29 @@ def test_a_caller_sees_what_it_may_use_alone(office: Office) -> None:
     assert hidden["message"].replace("secret", "sacred") == absent["message"]
     assert office.client.get("/adapters/open-2", headers=GUEST).json()["aliases"] == []
     assert office.client.get("/adapters/open-2").json()["aliases"] == ["secret"]
+
+
+def test_who_waits_for_details_takes_no_thread_from_others(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are 40 threads, and admission needs one."""
+    office.have("slow", 40)
+    may_go_on = threading.Event()
+
+    def read(_: object) -> Details:
+        assert may_go_on.wait(LIMIT_S)
+        return Details("", details.modules)
+
+    assert office.service.files
+    details = office.service.files.details.read(office.service.registry.by_name["slow"])
+    monkeypatch.setattr(office.service.files.details, "read", read)
+    with ThreadPoolExecutor(60) as pool:
+        replies = [
+            pool.submit(httpx.get, f"{office.client.base_url}/adapters/slow", timeout=LIMIT_S, headers=ADMIN) for _ in range(60)
+        ]
+        wait_until(lambda: sum(reply.done() for reply in replies) == 60 - 1 - MAX_WAITING, "refusals")
+        assert office.generate("slow")["text"]
+        assert office.row("slow")
+        may_go_on.set()
+        assert Counter(reply.result().status_code for reply in replies) == {200: 1 + MAX_WAITING, 429: 59 - MAX_WAITING}
 
 
 CHANGES = [

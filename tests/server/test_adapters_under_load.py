@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -18,6 +18,8 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.format import load_adapter
 from lori.template import encode
+from server.engine.admission import Admission, Ask
+from server.engine.request import Request
 from tests.server.live import LIMIT_S, events, wait_until
 from tests.server.office import ADMIN, Office, open_office
 from tests.server.rig import fold, greedy
@@ -31,8 +33,9 @@ Answer = dict[str, Any]
 
 @pytest.fixture
 def office(writer_model: Path, writer: BaseModel, tmp_path: Path) -> Iterator[Office]:
-    """A server that forgets what it has read, and has few slots: adapters are read again and again."""
-    with open_office(writer_model, writer, tmp_path, loaded_gib=0, max_resident=4, max_rank=4, max_step_tokens=80) as found:
+    """A server that forgets what it has read, and has few slots and places: adapters wait, make room and are read again."""
+    settings = {"loaded_gib": 0, "max_resident": 4, "max_batch": 3, "max_step_tokens": 80, "max_rank": 4}
+    with open_office(writer_model, writer, tmp_path, **settings) as found:
         yield found
 
 
@@ -74,13 +77,16 @@ class Crowd:
     def wait_for(self, num_answers: int) -> None:
         """Waits for so many more answers."""
         until = self.statuses.total() + num_answers
-        wait_until(lambda: self.statuses.total() >= until, "answers")
+        wait_until(lambda: self.statuses.total() >= until or self._has_ended.is_set(), "answers")
 
     def _ask_on(self, number: int) -> None:
         draw = random.Random(number)
-        with httpx.Client(base_url=self._office.client.base_url, timeout=LIMIT_S) as client:
-            while not self._has_ended.is_set():
-                self._ask(client, draw.choice(self._asked), draw.choice(PROMPTS), draw.random() < 0.3)
+        with httpx.Client(base_url=self._office.client.base_url, timeout=LIMIT_S, headers=ADMIN) as client:
+            try:
+                while not self._has_ended.is_set():
+                    self._ask(client, draw.choice(self._asked), draw.choice(PROMPTS), draw.random() < 0.3)
+            finally:
+                self._has_ended.set()
 
     def _ask(self, client: httpx.Client, adapter: Any, prompt: str, is_stream: bool) -> None:
         body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "adapter": adapter, "stream": is_stream}
@@ -154,9 +160,11 @@ def test_replacing_under_load_gives_no_wrong_answer(office: Office, tell: Callab
 
 def test_deleting_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
     folders = [office.draft("x", seed) for seed in (4, 5)]
-    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in map(load_adapter, folders) for p in PROMPTS}
+    others = {name: office.have(name, seed) for seed, name in enumerate(("a", "b", "c", "d"), start=10)}
+    served = [*map(load_adapter, folders), *others.values()]
+    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in served for p in PROMPTS}
     statuses: Counter[int] = Counter()
-    crowd = Crowd(office, ["x"], expected)
+    crowd = Crowd(office, ["x", "x", *others], expected)
     with crowd.asking():
         for turn in range(30):
             assert office.upload("x", folders[turn % 2]).status_code == 201
@@ -168,9 +176,38 @@ def test_deleting_under_load_is_heard_as_404_alone(office: Office, tell: Callabl
                 crowd.wait_for(8)
     assert set(crowd.statuses) == {200, 404}
     assert statuses[202], "some were in use"
+    for name in others:
+        assert office.client.delete(f"/adapters/{name}").status_code == 200
     check_nothing_is_left(office)
     wait_until(lambda: not office.store.versions("x"), "the files to go")
     assert office.store.alias_names() == []
+
+
+class SlowAdmission:
+    """Admits, and then takes its time."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.has_admitted, self.may_go_on = threading.Event(), threading.Event()
+
+    def admit(self, ask: Ask) -> Request:
+        request = self._admission.admit(ask)
+        self.has_admitted.set()
+        assert self.may_go_on.wait(LIMIT_S)
+        return request
+
+
+def test_what_is_withdrawn_while_a_request_is_admitted_is_not_served_to_it(office: Office) -> None:
+    office.have("x", 1)
+    slow = SlowAdmission(office.service.admission)
+    office.service.admission = cast(Admission, slow)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(office.ask, "x")
+        assert slow.has_admitted.wait(LIMIT_S)
+        assert office.client.delete("/adapters/x").status_code == 200
+        slow.may_go_on.set()
+        assert reply.result().status_code == 404
+    check_nothing_is_left(office)
 
 
 def test_unloading_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:

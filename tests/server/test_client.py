@@ -217,9 +217,10 @@ async def tokens(events: AsyncGenerator[TokenData | DoneData, None]) -> AsyncGen
 
 
 def test_a_client_is_light() -> None:
-    """Of the engine it knows the words of a request, which are plain values."""
+    """Of the engine it knows the words of a request and of an adapter's place, which are plain values."""
+    words = {"server.engine", "server.engine.request", "server.engine.adapters", "server.engine.adapters.places"}
     program = "import sys, time, server.client; print(time.process_time(), *sys.modules)"
     seconds, *modules = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
     assert not {module.partition(".")[0] for module in modules} & {*HEAVY}
-    assert {module for module in modules if module.startswith("server.engine")} <= {"server.engine", "server.engine.request"}
+    assert {module for module in modules if module.startswith("server.engine")} <= words
     assert float(seconds) < 3, "of a processor: torch alone takes as long"

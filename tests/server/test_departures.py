@@ -230,6 +230,20 @@ def test_what_was_to_be_deleted_is_when_the_server_ends() -> None:
     run(test)
 
 
+def test_what_was_to_be_deleted_is_where_the_server_is_cancelled() -> None:
+    async def test() -> None:
+        desk = Desk(OLD)
+        with anyio.CancelScope() as scope:
+            async with desk.open():
+                desk.use("one", OLD)
+                await desk.departures.begin(desk.registry.withdraw("math"))
+                await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+                scope.cancel()
+        assert desk.removed == ["math"]
+
+    run(test)
+
+
 def test_a_dead_engine_has_nothing_to_free() -> None:
     async def test() -> None:
         async with Desk(OLD).open() as desk:
