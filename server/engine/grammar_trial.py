@@ -4,6 +4,7 @@
 with a line: what is wrong with it, as JSON text. Each is tried in a fork, which ends with its time or memory.
 """
 
+import gc
 import json
 import os
 import resource
@@ -73,6 +74,7 @@ def main() -> None:
     os.nice(5)  # Steps go first.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     compiler = GrammarCompiler(**json.loads(sys.stdin.readline()))
+    gc.freeze()  # What forks share stays shared.
     for line in sys.stdin:
         print(json.dumps(answer(compiler, Grammar(**json.loads(line)))), flush=True)
 
