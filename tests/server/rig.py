@@ -351,9 +351,6 @@ class FakeTiers:
 
     is_closed: bool = False
 
-    def places(self) -> dict[str, Place]:
-        return {}
-
     def prefetch(self, request: Request) -> None:
         pass
 
