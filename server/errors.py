@@ -14,6 +14,7 @@ from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
+from server.allowed_methods import allowed_methods
 from server.engine.adapters.resolution import PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError
@@ -189,9 +190,12 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
     return _answer(400, "BadRequestError", said, faults[0][0] or None)
 
 
-async def on_http(_: Request, error: Exception) -> JSONResponse:
+async def on_http(request: Request, error: Exception) -> JSONResponse:
     """Answers an unknown route, a wrong method, and what the framework itself refuses."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = ", ".join(allowed_methods(request))
+        return _answer(405, "BadRequestError", f"the method is {request.method}, expected {allowed}", headers={"Allow": allowed})
     return _answer(error.status_code, KINDS.get(error.status_code, "BadRequestError"), str(error.detail), headers=error.headers)
 
 

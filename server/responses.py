@@ -32,13 +32,14 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     ),
     413: ("The body is too long", "BadRequestError", "the body is longer than 1048576 bytes", None),
     415: ("The body is of another kind", "BadRequestError", "Content-Type is 'text/plain', expected application/json", None),
+    422: ("An answer cannot follow the grammar any further", "GrammarError", "the grammar could be followed no further", None),
     429: ("Too many requests, of the key's tenant or of all", "RateLimitError", "1024 requests are under way; try again", None),
     500: ("The server failed, or an adapter did", "InternalServerError", "the server failed; its log says why", None),
     503: ("The engine is not running", "ServiceUnavailableError", "the engine is not running", None),
     504: ("The answer was not done within `timeout_s`", "TimeoutError", "not done within 30 s", None),
 }
 """What a status says, with the type, the message and the field of an example."""
-GENERATING = (400, 404, 408, 413, 429, 503, 504)
+GENERATING = (400, 404, 408, 413, 422, 429, 503, 504)
 """What a route that generates may answer."""
 ADMINISTERING = (400, 403, 404, 408, 409, 413, 429, 503)
 """What a route that changes adapters may answer."""

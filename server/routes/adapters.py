@@ -3,13 +3,14 @@
 from collections.abc import Awaitable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from lori.hub import SCHEME, name_in
+from lori.names import NAME, VERSION
 from server.adapter_admin import Withdrawn
 from server.adapter_rows import describe_one, describe_whole, encode_list
 from server.engine.adapters.registry import Registered
@@ -24,6 +25,15 @@ from server.service import Service
 
 router = APIRouter()
 admin = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_admin)])
+NamePath = Annotated[str, Path(description="An adapter's name.", json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
+ReferencePath = Annotated[
+    str,
+    Path(
+        description="`name` or `name@version`, of which the first digits will do.",
+        json_schema_extra={"pattern": f"^{NAME.pattern}(@{VERSION.pattern})?$"},
+    ),
+]
+"""Described alone: what a name is, is checked elsewhere."""
 WITHDRAWN: dict[int | str, dict[str, Any]] = {
     200: {"description": "Nothing of it is left in memory"},
     202: {"model": WithdrawnReply, "description": "Requests under way still use it: the rest follows when the last has ended"},
@@ -44,7 +54,7 @@ async def list_adapters(
 
 
 @router.get("/adapters/{name}", responses=refusals(404))
-async def show_adapter(name: str, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
+async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
     """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
     try:
         of = await run_in_threadpool(resolve, service.registry, name, caller.may_use)
@@ -96,7 +106,7 @@ KINDS = {"multipart/form-data": _publish_form, "application/json": _publish_from
 
 
 @admin.delete("/adapters/{name}", response_model=WithdrawnReply, responses=WITHDRAWN)
-async def delete(name: str, service: ServiceOf) -> Response:
+async def delete(name: ReferencePath, service: ServiceOf) -> Response:
     """Deletes a name with all its versions, a version (`name@version`) or an alias, in the store too.
 
     Who asks for it from then on hears 404. Requests under way end on it, and its files are there until then.
@@ -105,20 +115,20 @@ async def delete(name: str, service: ServiceOf) -> Response:
 
 
 @admin.put("/adapters/{name}/alias")
-async def set_alias(name: str, body: AliasBody, service: ServiceOf) -> AdapterInfo:
+async def set_alias(name: NamePath, body: AliasBody, service: ServiceOf) -> AdapterInfo:
     """Makes a name mean what another one means now, or goes back to one of its own versions, in the store too."""
     reference = checked_reference(body.adapter, "adapter")
     return describe_one(service, await service.admin.alias(checked_name(name), reference))
 
 
 @admin.post("/adapters/{name}/load")
-async def load(name: str, service: ServiceOf) -> AdapterInfo:
+async def load(name: NamePath, service: ServiceOf) -> AdapterInfo:
     """Reads what the name means in the store now: what was unloaded, or was put there since."""
     return describe_one(service, await service.admin.load(checked_name(name)))
 
 
 @admin.post("/adapters/{name}/unload", response_model=WithdrawnReply, responses=WITHDRAWN)
-async def unload(name: str, service: ServiceOf) -> Response:
+async def unload(name: ReferencePath, service: ServiceOf) -> Response:
     """Withdraws a name with its versions, or a version that is not what its name means; `load` brings it back.
 
     Who asks for it from then on hears 404. Requests under way end on it, then its memory is freed.
@@ -127,13 +137,13 @@ async def unload(name: str, service: ServiceOf) -> Response:
 
 
 @admin.post("/adapters/{name}/pin")
-async def pin(name: str, service: ServiceOf) -> AdapterInfo:
+async def pin(name: NamePath, service: ServiceOf) -> AdapterInfo:
     """Keeps what the name means resident, also when that changes, until it is unpinned or the server ends."""
     return describe_one(service, await service.admin.pin(checked_name(name)))
 
 
 @admin.post("/adapters/{name}/unpin")
-async def unpin(name: str, service: ServiceOf) -> AdapterInfo:
+async def unpin(name: NamePath, service: ServiceOf) -> AdapterInfo:
     """Lets an adapter make room for others again."""
     return describe_one(service, await service.admin.unpin(checked_name(name)))
 

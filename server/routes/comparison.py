@@ -32,7 +32,7 @@ Names = Annotated[
 
 
 @router.get("/adapters/compare", response_model=AdapterComparison)
-async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: str = "") -> AdapterComparison | Response:
+async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
     asked = find(service.registry, names.split(",") if names else [], caller.may_use)
     comparer, turn = http.state.comparer, http.state.comparing

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from lori.template import Template, Text
 from server.engine.adapters.places import Tier
@@ -10,6 +10,12 @@ from server.schemas.fields import AdapterName, Body
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 REVISION = r"^\w[\w./-]*$"
+
+Pair = Annotated[
+    tuple[float, float],
+    WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}),
+]
+"""Described so that all tools know what it is."""
 
 
 class AdapterInfo(BaseModel):
@@ -25,7 +31,7 @@ class AdapterInfo(BaseModel):
     density: float
     """The share of B's entries that are kept."""
     templates: list[Template]
-    merge_weights: dict[str, tuple[float, float]]
+    merge_weights: dict[str, Pair]
     metrics: dict[str, float]
     bytes_on_disk: int
     bytes_loaded: int
