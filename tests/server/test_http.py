@@ -404,7 +404,12 @@ def test_a_wrong_method_is_405(live: Live, method: str, path: str) -> None:
 
 def test_a_wrong_method_is_told_the_right_one(live: Live) -> None:
     """RFC 9110, section 15.5.6: a 405 must say what is allowed."""
-    for path, allowed in (("/generate", "POST"), ("/adapters", "GET, POST"), ("/adapters/math", "GET, DELETE"), ("/", "GET, HEAD")):
+    for path, allowed in (
+        ("/generate", "POST"),
+        ("/adapters", "GET, POST"),
+        ("/adapters/math", "GET, DELETE"),
+        ("/", "GET, HEAD"),
+    ):
         reply = live.client.patch(path)
         assert reply.headers.get("allow") == allowed
         assert reply.json()["error"]["message"] == f"the method is PATCH, expected {allowed}"
