@@ -1,5 +1,6 @@
 """A client of this server for Python: `Client`, and `AsyncClient` for asyncio. Needs httpx and pydantic, and no torch."""
 
+from server.client.adapter_calls import AdapterFiles
 from server.client.async_client import AsyncClient
 from server.client.client import Client
 from server.client.errors import (
@@ -22,6 +23,7 @@ from server.client.events import StreamEvent
 from server.schemas.generation import DoneData, TokenData
 
 __all__ = [
+    "AdapterFiles",
     "ApiError",
     "AsyncClient",
     "BadRequestError",

@@ -2,20 +2,24 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 from anyio import sleep
+from anyio.to_thread import run_sync
 from pydantic import BaseModel
 
+import server.client.adapter_calls as adapter_calls
 import server.client.calls as calls
+from server.client.adapter_calls import AdapterFiles
 from server.client.calls import Call
 from server.client.connection import LONGEST_WAIT_S, NUM_RETRIES, TIMEOUT_S, URL, options
 from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
 from server.client.retries import Attempts, Retries, broken, lost
-from server.schemas.adapters import AdapterList
+from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
@@ -64,13 +68,50 @@ class AsyncClient:
                 raise broken(error) from error
         reader.check_end()
 
-    async def adapters(self) -> AdapterList:
-        """Lists the adapters that a request can name."""
-        return await self._ask(calls.adapters())
+    async def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
+        """Lists the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
+        return await self._ask(adapter_calls.adapters(prefix, after, limit))
+
+    async def adapter(self, name: str) -> AdapterDetail:
+        """Shows an adapter, `name` or `name@version`, with its card and each of its modules."""
+        return await self._ask(adapter_calls.adapter(name))
 
     async def compare(self, names: Sequence[str]) -> AdapterComparison:
         """Says how adapters relate, each with each."""
-        return await self._ask(calls.compare(names))
+        return await self._ask(adapter_calls.compare(names))
+
+    async def upload(self, name: str, adapter: str | Path | AdapterFiles) -> AdapterInfo:
+        """Publishes an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
+        files = adapter if isinstance(adapter, AdapterFiles) else await run_sync(AdapterFiles.read, adapter)
+        return await self._ask(adapter_calls.upload(name, files))
+
+    async def fetch(self, hub_id: str, *, name: str | None = None, revision: str | None = None) -> AdapterInfo:
+        """Has the server publish an adapter from the hub, where it was started with --hub."""
+        return await self._ask(adapter_calls.fetch(hub_id, name, revision))
+
+    async def alias(self, name: str, meant: str) -> AdapterInfo:
+        """Makes a name mean another adapter, or one of its own versions."""
+        return await self._ask(adapter_calls.alias(name, meant))
+
+    async def delete(self, name: str) -> WithdrawnReply:
+        """Deletes an adapter with its versions, one of them or an alias; requests under way end on it."""
+        return await self._ask(adapter_calls.delete(name))
+
+    async def unload(self, name: str) -> WithdrawnReply:
+        """Withdraws an adapter or a version until it is loaded; requests under way end on it."""
+        return await self._ask(adapter_calls.unload(name))
+
+    async def load(self, name: str) -> AdapterInfo:
+        """Reads what the name means in the server's store now."""
+        return await self._ask(adapter_calls.load(name))
+
+    async def pin(self, name: str) -> AdapterInfo:
+        """Keeps an adapter resident."""
+        return await self._ask(adapter_calls.pin(name))
+
+    async def unpin(self, name: str) -> AdapterInfo:
+        """Lets an adapter make room for others again."""
+        return await self._ask(adapter_calls.unpin(name))
 
     async def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False

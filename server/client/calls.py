@@ -9,8 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from server.client.errors import UnexpectedReplyError
 from server.client.fields import GenerateFields, MessageFields
-from server.schemas.adapters import AdapterList
-from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -25,13 +23,17 @@ class Call(Generic[Reply]):
     path: str
     reply: type[Reply]
     body: Mapping[str, object] | None = None
+    """JSON; beside `files`, a form's fields."""
     params: Mapping[str, str] | None = None
+    files: Mapping[str, bytes] | None = None
     is_repeatable: bool = True
     """Made twice, it does no more than once: it may be made again where nobody knows whether it arrived."""
 
     def to_request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """Returns it as `http` sends it."""
-        return http.build_request(self.method, self.path, json=self.body, params=self.params)
+        if self.files is None:
+            return http.build_request(self.method, self.path, json=self.body, params=self.params)
+        return http.build_request(self.method, self.path, data={**(self.body or {})}, files={**self.files})
 
     def read(self, content: bytes) -> Reply:
         """Returns the reply. Raises `UnexpectedReplyError`."""
@@ -54,16 +56,6 @@ def generate(fields: GenerateFields) -> Call[GenerateReply]:
 def stream(fields: GenerateFields) -> Call[GenerateReply]:
     """Asks for an answer as it comes."""
     return Call("POST", "/generate", GenerateReply, {**fields, "stream": True})
-
-
-def adapters() -> Call[AdapterList]:
-    """Asks which adapters there are."""
-    return Call("GET", "/adapters", AdapterList)
-
-
-def compare(names: Sequence[str]) -> Call[AdapterComparison]:
-    """Asks how adapters relate, each with each."""
-    return Call("GET", "/adapters/compare", AdapterComparison, params={"names": ",".join(names)})
 
 
 def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool) -> Call[TokenizeReply]:

@@ -2,20 +2,23 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from pathlib import Path
 from time import sleep
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 from pydantic import BaseModel
 
+import server.client.adapter_calls as adapter_calls
 import server.client.calls as calls
+from server.client.adapter_calls import AdapterFiles
 from server.client.calls import Call
 from server.client.connection import LONGEST_WAIT_S, NUM_RETRIES, TIMEOUT_S, URL, options
 from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
 from server.client.retries import Attempts, Retries, broken, lost
-from server.schemas.adapters import AdapterList
+from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
@@ -70,13 +73,50 @@ class Client:
                 raise broken(error) from error
         reader.check_end()
 
-    def adapters(self) -> AdapterList:
-        """Lists the adapters that a request can name."""
-        return self._ask(calls.adapters())
+    def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
+        """Lists the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
+        return self._ask(adapter_calls.adapters(prefix, after, limit))
+
+    def adapter(self, name: str) -> AdapterDetail:
+        """Shows an adapter, `name` or `name@version`, with its card and each of its modules."""
+        return self._ask(adapter_calls.adapter(name))
 
     def compare(self, names: Sequence[str]) -> AdapterComparison:
         """Says how adapters relate, each with each."""
-        return self._ask(calls.compare(names))
+        return self._ask(adapter_calls.compare(names))
+
+    def upload(self, name: str, adapter: str | Path | AdapterFiles) -> AdapterInfo:
+        """Publishes an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
+        files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles.read(adapter)
+        return self._ask(adapter_calls.upload(name, files))
+
+    def fetch(self, hub_id: str, *, name: str | None = None, revision: str | None = None) -> AdapterInfo:
+        """Has the server publish an adapter from the hub, where it was started with --hub."""
+        return self._ask(adapter_calls.fetch(hub_id, name, revision))
+
+    def alias(self, name: str, meant: str) -> AdapterInfo:
+        """Makes a name mean another adapter, or one of its own versions."""
+        return self._ask(adapter_calls.alias(name, meant))
+
+    def delete(self, name: str) -> WithdrawnReply:
+        """Deletes an adapter with its versions, one of them or an alias; requests under way end on it."""
+        return self._ask(adapter_calls.delete(name))
+
+    def unload(self, name: str) -> WithdrawnReply:
+        """Withdraws an adapter or a version until it is loaded; requests under way end on it."""
+        return self._ask(adapter_calls.unload(name))
+
+    def load(self, name: str) -> AdapterInfo:
+        """Reads what the name means in the server's store now."""
+        return self._ask(adapter_calls.load(name))
+
+    def pin(self, name: str) -> AdapterInfo:
+        """Keeps an adapter resident."""
+        return self._ask(adapter_calls.pin(name))
+
+    def unpin(self, name: str) -> AdapterInfo:
+        """Lets an adapter make room for others again."""
+        return self._ask(adapter_calls.unpin(name))
 
     def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False

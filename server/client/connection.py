@@ -10,7 +10,7 @@ CONNECT_S = 10.0
 NUM_RETRIES = 2
 LONGEST_WAIT_S = 60.0
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=4.0)
-"""The server ends connections that were idle for 5 s: who used one just then would not be answered."""
+"""Servers and gateways end connections that were idle for a while, at least 5 s: who used one just then would not be answered."""
 
 
 class Options(TypedDict):

@@ -44,7 +44,7 @@ class UnexpectedReplyError(ClientError):
 
 
 class ApiError(ClientError):
-    """The server's own words.
+    """The server's own words: `detail` is all of them.
 
     `param` is the field that is wrong, where one is; `retry_after` says after how many seconds to come again.
     """
@@ -52,7 +52,7 @@ class ApiError(ClientError):
     def __init__(self, detail: ErrorDetail, retry_after: float | None = None) -> None:
         super().__init__(detail, retry_after)
         self.status, self.type, self.message, self.param = detail.code, detail.type, detail.message, detail.param
-        self.retry_after = retry_after
+        self.detail, self.retry_after = detail, retry_after
 
     def __str__(self) -> str:
         return f"{self.status} {self.type}: {self.message}"

@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 import types
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
@@ -191,29 +191,6 @@ def test_cancelling_ends_the_request(live: Live, is_stream: bool) -> None:
 
     live.wait_for(running=0, waiting=0)
     anyio.run(test)
-
-
-def test_many_ask_at_once(live: Live) -> None:
-    """More than httpx's usual 100 connections."""
-    alone = live.generate(prompt=FOX, max_tokens=3)["text"]
-    texts: list[str] = []
-
-    async def ask(client: AsyncClient) -> None:
-        texts.append("".join([event.text async for event in tokens(client.stream(prompt=FOX, max_tokens=3))]))
-
-    async def test() -> None:
-        async with AsyncClient(live.url, timeout_s=LIMIT_S) as client, anyio.create_task_group() as group:
-            for _ in range(130):
-                group.start_soon(ask, client)
-
-    anyio.run(test)
-    assert texts == [alone] * 130
-
-
-async def tokens(events: AsyncGenerator[TokenData | DoneData, None]) -> AsyncGenerator[TokenData, None]:
-    async for event in events:
-        if isinstance(event, TokenData):
-            yield event
 
 
 def test_a_client_is_light() -> None:

@@ -6,10 +6,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing
 
+import anyio
 import pytest
 
 from server.client import (
     ApiError,
+    AsyncClient,
     BrokenStreamError,
     Client,
     ConnectionFailedError,
@@ -25,6 +27,7 @@ from server.schemas.adapters import AdapterList
 from server.schemas.errors import ErrorDetail, error_reply
 from server.schemas.generation import DoneData, TimingsReply, TokenData, Usage
 from tests.server.both_clients import KINDS, Connect, connecting
+from tests.server.live import wait_until
 from tests.server.scripted import RESET, SILENT, UNREAD, chunks, reply, scripted
 
 NOBODY = reply(AdapterList(base_model="fake", adapters=[]).model_dump_json())
@@ -184,7 +187,7 @@ def test_a_stream_is_read_wherever_it_is_cut(connect: Connect) -> None:
     """Line ends of Python that are none of a stream; comments; events of a newer server; lines that end in two bytes."""
     text = "a\u2028b\x85c é€😀\r\n\x0b\x1d"
     done = sse("done", DONE.model_dump_json()).replace(b"\n", b"\r\n")
-    stream = b": keep-alive\n\n:\n\nevent: later\ndata: {}\n\nevent: empty\n\n" + token(text) + done
+    stream = b": keep-alive\n\n:\n\nevent: later\ndata: {}\n\nevent: token\n\n" + token(text) + done
     for length in (1, 2, 3, 7, len(stream)):
         with scripted(chunks(*(stream[i : i + length] for i in range(0, len(stream), length)))) as server:
             assert [*connect(server.url).stream(prompt="x")] == [TokenData(text=text), DONE]
@@ -206,6 +209,27 @@ def test_what_is_not_this_server_is_said(connect: Connect) -> None:
         for status, said in ((502, page), (404, "an empty reply"), (301, "{}")):
             with pytest.raises(ApiError, match=f"{status} UnknownError: {said}"):
                 client.adapters()
+
+
+def test_the_status_is_the_replys_own(connect: Connect) -> None:
+    changed = reply(json.dumps(error_reply(500, "SomeError", "not so", None)), "502 Bad Gateway")
+    with scripted(changed) as server, pytest.raises(ServerError) as caught:
+        connect(server.url).adapters()
+    assert caught.value.status == caught.value.args[0].code == 502
+
+
+def test_many_ask_at_once() -> None:
+    """More than httpx's usual 100 connections."""
+
+    async def test() -> None:
+        async with AsyncClient(server.url) as client, anyio.create_task_group() as group:
+            for _ in range(130):
+                group.start_soon(client.adapters)
+            await anyio.to_thread.run_sync(lambda: wait_until(lambda: len(server.requests) == 130, "130 requests"))
+            group.cancel_scope.cancel()
+
+    with scripted(*[SILENT] * 130) as server:
+        anyio.run(test)
 
 
 def test_a_key_is_sent_with_every_request(connect: Connect) -> None:

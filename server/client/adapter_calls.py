@@ -1,0 +1,91 @@
+"""What both clients send about adapters, which an admin's key alone may change. Knows no connection."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from server.client.calls import Call
+from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
+from server.schemas.comparison import AdapterComparison
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter's files, as bytes: this server's, or a PEFT LoRA's."""
+
+    config: bytes
+    weights: bytes
+    card: bytes | None = None
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self:
+        """Returns those of an adapter's folder, which may have no card. Raises `OSError`."""
+        config, weights, card = (Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE))
+        return cls(config.read_bytes(), weights.read_bytes(), card.read_bytes() if card.exists() else None)
+
+
+def adapters(prefix: str, after: str, limit: int | None) -> Call[AdapterList]:
+    """Asks which adapters there are."""
+    params = {"prefix": prefix, "after": after, "limit": "" if limit is None else str(limit)}
+    return Call("GET", "/adapters", AdapterList, params={name: value for name, value in params.items() if value})
+
+
+def adapter(name: str) -> Call[AdapterDetail]:
+    """Asks for all of one."""
+    return Call("GET", path(name), AdapterDetail)
+
+
+def compare(names: Sequence[str]) -> Call[AdapterComparison]:
+    """Asks how adapters relate, each with each."""
+    return Call("GET", "/adapters/compare", AdapterComparison, params={"names": ",".join(names)})
+
+
+def upload(name: str, files: AdapterFiles) -> Call[AdapterInfo]:
+    """Sends an adapter."""
+    sent = {"config": files.config, "weights": files.weights} | ({} if files.card is None else {"card": files.card})
+    return Call("POST", "/adapters", AdapterInfo, {"name": name}, files=sent, is_repeatable=False)
+
+
+def fetch(hub_id: str, name: str | None, revision: str | None) -> Call[AdapterInfo]:
+    """Has the server load one from the hub."""
+    body = {"hub_id": hub_id, "name": name, "revision": revision}
+    return Call("POST", "/adapters", AdapterInfo, body, is_repeatable=False)
+
+
+def delete(name: str) -> Call[WithdrawnReply]:
+    """Has one deleted."""
+    return Call("DELETE", path(name), WithdrawnReply, is_repeatable=False)
+
+
+def unload(name: str) -> Call[WithdrawnReply]:
+    """Has one withdrawn."""
+    return Call("POST", f"{path(name)}/unload", WithdrawnReply, is_repeatable=False)
+
+
+def load(name: str) -> Call[AdapterInfo]:
+    """Has one read from the store."""
+    return Call("POST", f"{path(name)}/load", AdapterInfo)
+
+
+def pin(name: str) -> Call[AdapterInfo]:
+    """Has one kept resident."""
+    return Call("POST", f"{path(name)}/pin", AdapterInfo)
+
+
+def unpin(name: str) -> Call[AdapterInfo]:
+    """Has one make room for others."""
+    return Call("POST", f"{path(name)}/unpin", AdapterInfo)
+
+
+def alias(name: str, meant: str) -> Call[AdapterInfo]:
+    """Has a name mean another one."""
+    return Call("PUT", f"{path(name)}/alias", AdapterInfo, {"adapter": meant})
+
+
+def path(name: str) -> str:
+    """Returns the path of an adapter, whatever it is called."""
+    return f"/adapters/{quote(name, safe='@')}"

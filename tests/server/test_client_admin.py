@@ -1,0 +1,126 @@
+"""Both clients change the adapters of a real server while it runs, with an admin's key."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lori.base_model import BaseModel
+from lori.config_file import CONFIG_FILE
+from lori.format import CARD_FILE, WEIGHTS_FILE
+from server.client import (
+    AdapterFiles,
+    BadRequestError,
+    Client,
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    adapter_calls,
+)
+from tests.server.both_clients import KINDS, Connect, connecting
+from tests.server.office import Office, open_office
+
+
+@pytest.fixture(scope="module")
+def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    """A server that was started with an empty store."""
+    with open_office(writer_model, writer, tmp_path_factory.mktemp("office")) as found:
+        yield found
+
+
+@pytest.fixture(params=KINDS)
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    with connecting(request.param) as connect:
+        yield connect
+
+
+@pytest.fixture
+def client(office: Office, connect: Connect) -> Iterator[Client]:
+    """A client with an admin's key; the store is empty when the test ends."""
+    client = connect(str(office.client.base_url), api_key="admin")
+    yield client
+    for adapter in client.adapters().adapters:
+        client.delete(adapter.name)
+
+
+def test_the_files_are_called_as_in_a_folder() -> None:
+    assert (adapter_calls.CONFIG_FILE, adapter_calls.WEIGHTS_FILE, adapter_calls.CARD_FILE) == (
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+        CARD_FILE,
+    )
+
+
+def test_an_adapter_is_uploaded_shown_and_deleted(office: Office, client: Client) -> None:
+    folder = office.draft("math", 1)
+    (folder / CARD_FILE).write_text("# A card")
+    row = client.upload("math", folder)
+    assert (row.name, row.tier, row.num_requests) == ("math", "resident", 0)
+    assert client.generate(prompt="x", adapter="math", max_tokens=2).adapter[0].version == row.version
+    shown = client.adapter("math")
+    assert (shown.versions, shown.card, shown.num_requests) == ([row.version], "# A card", 1)
+    assert shown.total.num_kept == sum(module.num_kept for module in shown.modules)
+    assert [one.name for one in client.adapters().adapters] == ["math"]
+    gone = client.delete("math")
+    assert (gone.name, gone.versions, gone.num_using) == ("math", [row.version], 0)
+    with pytest.raises(NotFoundError):
+        client.adapter("math")
+
+
+def test_an_adapter_is_uploaded_as_bytes_and_a_name_goes_back_to_a_version(office: Office, client: Client) -> None:
+    versions = []
+    for seed in (2, 3):
+        folder = office.draft("math", seed)
+        files = AdapterFiles((folder / CONFIG_FILE).read_bytes(), (folder / WEIGHTS_FILE).read_bytes())
+        versions.append(client.upload("math", files).version)
+    assert client.adapter(f"math@{versions[0]}").version == versions[0]
+    assert client.alias("math", f"math@{versions[0]}").version == versions[0]
+    assert client.adapter("math").versions == versions
+    assert client.alias("also", "math").name == "also"
+    with pytest.raises(ConflictError, match="'also'"):
+        client.delete("math")
+    client.delete("also")
+
+
+def test_an_adapter_is_pinned_and_unpinned_unloaded_and_loaded(office: Office, client: Client) -> None:
+    version = client.upload("math", office.draft("math", 4)).version
+    assert client.pin("math").is_pinned
+    assert not client.unpin("math").is_pinned
+    assert client.unload("math").versions == [version]
+    with pytest.raises(NotFoundError):
+        client.generate(prompt="x", adapter="math")
+    assert client.load("math").version == version
+
+
+def test_adapters_are_listed_page_by_page(office: Office, client: Client) -> None:
+    for name in ("a-one", "a-two", "b"):
+        client.upload(name, office.draft("math", 5))
+    page = client.adapters(prefix="a", limit=1)
+    assert [one.name for one in page.adapters] == ["a-one"]
+    assert page.next is not None
+    assert [one.name for one in client.adapters(prefix="a", after=page.next).adapters] == ["a-two"]
+    assert len(client.adapters().adapters) == 3
+
+
+def test_an_unsound_adapter_is_refused_with_all_faults(office: Office, client: Client) -> None:
+    sound = AdapterFiles.read(office.draft("math", 6))
+    with pytest.raises(BadRequestError) as caught:
+        client.upload("math", AdapterFiles(sound.config, sound.weights[:-1]))
+    assert caught.value.detail.faults
+    with pytest.raises(BadRequestError, match="--hub"):
+        client.fetch("owner/name", name="math", revision="main")
+
+
+@pytest.mark.parametrize("name", ["../math", "a b", "maths?x=1", "é", "math/unload"])
+def test_a_name_is_never_a_path(client: Client, name: str) -> None:
+    with pytest.raises((BadRequestError, NotFoundError)):
+        client.pin(name)
+
+
+def test_without_an_admins_key_nothing_is_changed(office: Office, connect: Connect) -> None:
+    guest = connect(str(office.client.base_url), api_key="guest")
+    with pytest.raises(ForbiddenError):
+        guest.upload("open-math", office.draft("math", 7))
+    for change in (guest.delete, guest.pin, guest.unpin, guest.load, guest.unload):
+        with pytest.raises(ForbiddenError):
+            change("math")
