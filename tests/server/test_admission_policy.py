@@ -134,8 +134,7 @@ def test_nothing_is_answered_without_it(
     admission: Admission, registry: Registry, names: tuple[str, ...], reference: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The log has what is missing; the client is told no name, which could be one that it may not know."""
-    for digest in ("c1" * 32, "c2" * 32):
-        registry.put(registered("several", digest))
+    registry.put(registered("several", "c1" * 32), [registered("several", "c2" * 32)])
     with pytest.raises(PolicyError) as caught:
         admission.admit(Ask(prompt="x", adapters=names, policy=(("copy", 1.0), (reference, 1.0)), tenant="they"))
     assert str(caught.value) == "the operator's adapters cannot be added to this request, and it is not served without them"
