@@ -31,6 +31,15 @@ class Entry:
         """`name@version`. Raises as `version`."""
         return f"{self.name}@{self.version}"
 
+    @property
+    def num_bytes(self) -> int:
+        """What its files hold, in bytes; 0 where there are none any more."""
+        try:
+            with os.scandir(self.folder) as items:
+                return sum(item.stat().st_size for item in items if item.is_file())
+        except FileNotFoundError:
+            return 0
+
     def load(self, base: BaseIdentity | None = None) -> Adapter:
         """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
         adapter = load_adapter(self.folder, base)

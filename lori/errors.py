@@ -6,7 +6,8 @@ LoriError
 ├── TemplateError         a conversation cannot be written as a prompt
 └── AdapterError
     ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
-    └── UnknownAdapterError   no adapter of that name; carries the near matches
+    ├── UnknownAdapterError   no adapter of that name; carries the near matches
+    └── UnreachableError      the hub cannot be reached just now
 """
 
 from collections.abc import Sequence
@@ -59,3 +60,7 @@ class UnknownAdapterError(AdapterError):
         else:
             hint = "there are none at all"
         super().__init__(f"there is no adapter {name!r}: {hint}")
+
+
+class UnreachableError(AdapterError):
+    """The hub cannot be reached just now."""

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 
 from lori.config_file import CONFIG_FILE
-from lori.errors import AdapterError
+from lori.errors import AdapterError, UnreachableError
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.peft_config import TEMPLATES_FILE
 
@@ -30,7 +30,7 @@ def resolve(source: str) -> Path:
     """Returns the folder that `source` means: a path, or `hf://owner/name` with maybe `@revision`, which is fetched.
 
     What was fetched before is not fetched again. (One of ours with an A of its own cannot come so: its A lies in a store.) Raises
-    `AdapterError` where there is none, saying what to do.
+    `AdapterError` where there is none, saying what to do; `UnreachableError` where that is to wait.
     """
     if source.startswith(SCHEME):
         return _fetch(source)
@@ -72,8 +72,8 @@ def _fetch(source: str) -> Path:
     return folder
 
 
-def _unreachable(repo: str, error: Exception) -> AdapterError:
-    return AdapterError(
+def _unreachable(repo: str, error: Exception) -> UnreachableError:
+    return UnreachableError(
         f"the hub cannot be reached for {repo}: connect (HF_HUB_OFFLINE must not be set), "
         f"or download it elsewhere and pass the folder ({_text(error.__cause__ or error)})"
     )

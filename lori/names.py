@@ -1,8 +1,10 @@
 """What an adapter may be called, and what is said of a name that nobody knows."""
 
-import difflib
 import re
 from collections.abc import Iterable
+
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
 
 from lori.errors import AdapterError, UnknownAdapterError
 
@@ -10,6 +12,9 @@ NUM_VERSION_DIGITS = 12
 """Of a digest, where a person reads it."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(rf"[0-9a-f]{{1,{NUM_VERSION_DIGITS}}}")
+NUM_NEAR = 3
+NEAR = 0.6
+"""What a name shares with another that is meant by it: twice the letters in common, in order, of those of both."""
 
 
 def check_name(name: str) -> None:
@@ -30,7 +35,9 @@ def split_reference(reference: str) -> tuple[str, str]:
     return name, version
 
 
-def unknown_adapter(name: str, known: Iterable[str]) -> UnknownAdapterError:
-    """Returns the error for an unknown `name`, with the known names that look like it."""
+def unknown_adapter(reference: str, known: Iterable[str]) -> UnknownAdapterError:
+    """Returns the error for an unknown `name` or `name@version`, with the known names that look like it."""
     known = sorted(known)
-    return UnknownAdapterError(name, difflib.get_close_matches(name, known, n=3, cutoff=0.5), known)
+    name = reference.partition("@")[0].lower()
+    near = process.extract(name, known, scorer=Indel.normalized_similarity, score_cutoff=NEAR, limit=NUM_NEAR)
+    return UnknownAdapterError(reference, [found for found, *_ in near], known)

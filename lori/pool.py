@@ -33,7 +33,8 @@ class AdapterPool:
     ) -> None:
         if rank > MAX_RANK:
             raise AdapterError(f"the rank of an adapter is {rank}, expected at most {MAX_RANK}")
-        self._bases, self._rank, self._device = list(bases), rank, torch.device(device)
+        self.bases, self.rank = tuple(bases), rank
+        self._device = torch.device(device)
         self._shapes = dict(shapes) if rank and num_slots and bases else {}
         self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
 
@@ -43,7 +44,7 @@ class AdapterPool:
 
     def blocks(self, names: Sequence[str]) -> list[list[torch.Tensor]]:
         """Returns the A (R, N) of every basis, for each of these modules that has operands."""
-        return [[basis.draw(n, self._rank, self._shapes[n][1]) for basis in self._bases] for n in names if n in self._operands]
+        return [[basis.draw(n, self.rank, self._shapes[n][1]) for basis in self.bases] for n in names if n in self._operands]
 
     @property
     def layouts(self) -> Layouts:
@@ -52,9 +53,9 @@ class AdapterPool:
 
     def put(self, slot: int, adapter: PackedAdapter) -> None:
         """Makes `adapter` the one in `slot`, which no step that runs may use. Raises `ValueError` where it does not fit."""
-        if adapter.basis not in self._bases:
+        if adapter.basis not in self.bases:
             raise ValueError(f"{adapter.name!r} is on a basis ({adapter.basis}) that nothing was prepared for")
-        put_modules(self._operands, slot, adapter.modules, self._bases.index(adapter.basis))
+        put_modules(self._operands, slot, adapter.modules, self.bases.index(adapter.basis))
 
     def clear(self, slot: int) -> None:
         """Empties a slot, which no step that runs may use."""

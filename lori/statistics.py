@@ -4,7 +4,7 @@ Shapes: D outputs, R rank, N inputs of a module. Norms are Frobenius norms, in f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lori.adapter import Adapter
@@ -43,9 +43,16 @@ class ModuleStatistics:
         return self.num_empty_rows / self.num_rows
 
 
-def statistics(adapter: Adapter) -> list[ModuleStatistics]:
-    """Returns the statistics of every module, by layer, then in the order of `target_modules`."""
-    return [_module_statistics(adapter, module) for module in module_order([adapter])]
+def statistics(adapter: Adapter, rest: Callable[[], None] = lambda: None) -> list[ModuleStatistics]:
+    """Returns the statistics of every module, by layer, then in the order of `target_modules`.
+
+    `rest` is called after each: whoever shares the machine with others may pause there.
+    """
+    rows = []
+    for module in module_order([adapter]):
+        rows.append(_module_statistics(adapter, module))
+        rest()
+    return rows
 
 
 def total(modules: Sequence[ModuleStatistics]) -> ModuleStatistics:

@@ -48,6 +48,10 @@ class AdapterStore:
         self._check_root()
         return scan(self.root)
 
+    def versions(self, name: str) -> Sequence[Entry]:
+        """Returns every version of the adapter called `name`; none where there is none. Raises as `list`."""
+        return scan(self.root, name) if self.root.is_dir() else []
+
     def alias_names(self) -> Sequence[str]:
         """Returns the names of the aliases, whether they mean anything or not."""
         return self._aliases.names()
@@ -82,8 +86,8 @@ class AdapterStore:
         if not version:
             alias = self._aliases.get(name)
             is_direct = alias or (self.root / name / CONFIG_FILE).is_file()
-            return self._resolve(name, alias, () if is_direct else self._versions(name))
-        versions = self._versions(name)
+            return self._resolve(name, alias, () if is_direct else self.versions(name))
+        versions = self.versions(name)
         found = [entry for entry in versions if entry.folder.name.startswith(f"{name}@{version}")]
         if not found:
             found = [entry for entry in versions if entry.folder.name == name and entry.version.startswith(version)]
@@ -162,13 +166,17 @@ class AdapterStore:
         owner = name_of(self.find(reference).folder)
         # Under the owner's lock too, or what it means could be removed meanwhile.
         with locked(self.root, *{alias, owner}):
-            if alias != owner and self._versions(alias):
+            if alias != owner and self.versions(alias):
                 raise AdapterError(f"{alias!r} is an adapter: it can only mean one of its own versions")
             version = self.find(reference).version
             self._pin(owner)
             entry = self.find(f"{owner}@{version}")
             self._aliases.set(alias, entry.folder.name)
         return entry
+
+    def doomed(self, reference: str) -> Sequence[Entry]:
+        """Returns the versions that `remove` would remove now, none for an alias. Raises as that."""
+        return self._doomed(*split_reference(reference))[0]
 
     def remove(self, reference: str) -> Sequence[str]:
         """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns what is gone.
@@ -178,27 +186,13 @@ class AdapterStore:
         Raises `UnknownAdapterError` where there is none, `AdapterError` where an alias still means it.
         """
         name, version = split_reference(reference)
-        if not self.root.is_dir():
-            raise AdapterError(f"{self.root} is no folder of adapters")
+        self._check_is_folder()
         with locked(self.root, name):
-            doomed = [self.find(reference)] if version else list(self._versions(name))
-            try:
-                current = self._aliases.get(name)
-            except AdapterError:  # an alias that cannot be read can be removed
-                current = ""
-            if not version and current and (self.root / name / CONFIG_FILE).is_file():
-                self._resolve(name, current, doomed)  # says that the name means two things
-            if not doomed and current is None:
-                raise unknown_adapter(reference, self._known())
+            doomed, current = self._doomed(name, version)
             gone = {_known_as(entry) for entry in doomed}
-            meanings = self._aliases.readable()
-            holders = {alias: meant for alias, meant in meanings.items() if meant in gone and (version or alias != name)}
-            if holders:
-                said = ", ".join(f"{alias!r} means {meant}" for alias, meant in holders.items())
-                raise AdapterError(f"{said}: move or remove the alias first")
             bases = {file for entry in doomed if (file := self._basis_file(entry))}
             # What the name means goes last: a crash leaves the name with fewer versions.
-            doomed.sort(key=lambda entry: entry.folder.name == current)
+            doomed = sorted(doomed, key=lambda entry: entry.folder.name == current)
             for entry in doomed[:-1]:
                 remove_folder(entry.folder)
             if not version:
@@ -210,6 +204,31 @@ class AdapterStore:
                 for file in bases - {self._basis_file(entry) for entry in self.list()}:
                     file.unlink(missing_ok=True)
         return sorted(gone) or [name]
+
+    def _doomed(self, name: str, version: str) -> tuple[Sequence[Entry], str | None]:
+        """Returns what goes with `name`, or with its version alone, and what the alias `name` means. Raises as `remove`."""
+        self._check_is_folder()
+        reference = f"{name}@{version}" if version else name
+        doomed = [self.find(reference)] if version else self.versions(name)
+        try:
+            current = self._aliases.get(name)
+        except AdapterError:  # an alias that cannot be read can be removed
+            current = ""
+        if not version and current and (self.root / name / CONFIG_FILE).is_file():
+            self._resolve(name, current, doomed)  # says that the name means two things
+        if not doomed and current is None:
+            raise unknown_adapter(reference, self._known())
+        gone = {_known_as(entry) for entry in doomed}
+        meanings = self._aliases.readable()
+        holders = {alias: meant for alias, meant in meanings.items() if meant in gone and (version or alias != name)}
+        if holders:
+            said = ", ".join(f"{alias!r} means {meant}" for alias, meant in holders.items())
+            raise AdapterError(f"{said}: move or remove the alias first")
+        return doomed, current
+
+    def _check_is_folder(self) -> None:
+        if not self.root.is_dir():
+            raise AdapterError(f"{self.root} is no folder of adapters")
 
     def _basis_file(self, entry: Entry) -> Path | None:
         """Returns the file of an adapter's explicit basis; None where it has none, or cannot be read."""
@@ -236,9 +255,6 @@ class AdapterStore:
             raise unknown_adapter(name, self._known())
         return versions[0]
 
-    def _versions(self, name: str) -> Sequence[Entry]:
-        return scan(self.root, name) if self.root.is_dir() else []
-
     def _known(self) -> set[str]:
         return {entry.name for entry in self.list()} | self._aliases.all().keys() if self.root.is_dir() else set()
 
@@ -249,7 +265,7 @@ class AdapterStore:
         """
         plain = Entry(name, self.root / name)
         if not (plain.folder / CONFIG_FILE).is_file():
-            if self._aliases.get(name) is None and len(found := self._versions(name)) == 1:
+            if self._aliases.get(name) is None and len(found := self.versions(name)) == 1:
                 self._aliases.set(name, found[0].folder.name)
             return
         try:

@@ -35,10 +35,12 @@ class Summary:
     templates: tuple[Template, ...]
     merge_weights: Mapping[str, tuple[float, float]] = field(hash=False)
     metrics: Mapping[str, float] = field(hash=False)
+    num_bytes: int = field(compare=False)
+    """What its files hold."""
 
     @classmethod
-    def of(cls, name: str, config: AdapterConfig, num_entries: int) -> "Summary":
-        """Returns the summary of the adapter called `name`, whose B has `num_entries`, zeros too."""
+    def of(cls, name: str, config: AdapterConfig, num_entries: int, num_bytes: int) -> "Summary":
+        """Returns the summary of the adapter called `name`, whose B has `num_entries`, zeros too, and whose files `num_bytes`."""
         section = config.lori
         return cls(
             name=name,
@@ -54,6 +56,7 @@ class Summary:
             templates=section.templates,
             merge_weights=section.merge_weights,
             metrics=section.metrics,
+            num_bytes=num_bytes,
         )
 
     @property
@@ -68,7 +71,7 @@ def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Sum
     Raises one `AdapterFormatError` with the faults of all whose config cannot be read, is not sound, not that of the version
     that the folder's name says, or not of `base`.
     """
-    reader, faults, found = _Reader(base), [], {}
+    reader, faults, found = SummaryReader(base), [], {}
     for name, entry in entries.items():
         try:
             found[name] = reader.read(entry)
@@ -79,8 +82,8 @@ def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Sum
     return found
 
 
-class _Reader:
-    """Reads summaries; what many configs say of their base is checked once."""
+class SummaryReader:
+    """Reads the summaries of adapters of `base`; what many configs say of their base is checked once."""
 
     def __init__(self, base: BaseIdentity) -> None:
         self._base = base
@@ -88,11 +91,12 @@ class _Reader:
         self._entries: dict[object, int] = {}
 
     def read(self, entry: Entry) -> Summary:
+        """Returns the summary of one adapter. Raises `AdapterFormatError` as `summarise`."""
         config = read_config(entry.folder)
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
         if faults := self._faults(config):
             raise AdapterFormatError(str(entry.folder), faults)
-        return Summary.of(entry.name, config, self._num_entries(config))
+        return Summary.of(entry.name, config, self._num_entries(config), entry.num_bytes)
 
     def _num_entries(self, config: AdapterConfig) -> int:
         recipe = (config.r, tuple(config.rank_pattern.items()), config.target_modules)

@@ -74,5 +74,6 @@ def render_completion(prompt: str, completion: str, template: Template) -> str:
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> "Encoding":
     """Returns the token ids and offsets of rendered `text`: no token is added, since a template writes its own."""
-    encoding: Encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    return encoding
+    # As a batch of one: meanwhile other threads may run, which `encode` does not let them, for seconds where a text is long.
+    encodings: list[Encoding] = tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+    return encodings[0]

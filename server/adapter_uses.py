@@ -1,10 +1,11 @@
 """Who uses which adapter: how many requests under way, how many so far, when last. For the event loop alone."""
 
-import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import anyio
 
 from server.engine.request import AdapterTerm
 
@@ -19,7 +20,28 @@ class Use:
     """Requests so far."""
     last_used: float | None = None
     """When the last of them was admitted or ended, in seconds since 1970."""
-    _is_unused: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_unused: anyio.Event | None = None
+    """While it is used."""
+
+    def begin(self) -> None:
+        """Notes that a request begins."""
+        if not self.num_using:
+            self._is_unused = anyio.Event()
+        self.num_using += 1
+        self.num_requests += 1
+        self.last_used = time.time()
+
+    def end(self) -> None:
+        """Notes that a request ends."""
+        self.num_using -= 1
+        self.last_used = time.time()
+        if self._is_unused and not self.num_using:
+            self._is_unused.set()
+
+    async def unused(self) -> None:
+        """Waits until no request is under way."""
+        while self._is_unused and self.num_using:
+            await self._is_unused.wait()
 
 
 class AdapterUses:
@@ -37,26 +59,18 @@ class AdapterUses:
         """Counts a request with these terms until the block ends."""
         uses = [self._uses.setdefault((term.name, term.digest), Use()) for term in terms]
         for use in uses:
-            use.num_using += 1
-            use.num_requests += 1
-            use.last_used = time.time()
-            use._is_unused.clear()
+            use.begin()
         try:
             yield
         finally:
             for use in uses:
-                use.num_using -= 1
-                use.last_used = time.time()
-                if not use.num_using:
-                    use._is_unused.set()
+                use.end()
 
     async def unused(self, name: str, digest: str) -> None:
         """Waits until no request under way uses an adapter."""
-        use = self._uses.get((name, digest))
-        while use and use.num_using:
-            await use._is_unused.wait()
+        await self.of(name, digest).unused()
 
     def forget(self, name: str, digest: str) -> None:
         """Forgets an adapter that nobody uses, nor can ask for any more."""
-        use = self._uses.pop((name, digest), None)
-        assert use is None or not use.num_using
+        assert not self.of(name, digest).num_using
+        self._uses.pop((name, digest), None)

@@ -86,7 +86,10 @@ async def until_disconnect(http: HttpRequest, answering: Awaitable[Found]) -> Fo
 
 
 async def merged(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
-    """Yields the events of several requests as they come, each with the place of its request; closing it aborts them all."""
+    """Yields the events of several requests as they come, each with the place of its request; closing it aborts them all.
+
+    So does a fault of ours while one is heard, which is raised.
+    """
     heard: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
 
     async def listen(place: int, request: Request) -> None:
@@ -103,6 +106,7 @@ async def merged(service: Service, requests: Sequence[Request]) -> AsyncGenerato
         while num_open:
             place, event = await heard.get()
             if event is None:
+                await tasks[place]  # raises what ended it, if it was no event
                 num_open -= 1
             else:
                 yield place, event

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import TypedDict
 
 import anyio
@@ -10,12 +9,25 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from server.access.gate import Gate
-from server.access.openapi import KeyedApi
 from server.body_limit import BodyLimit
 from server.comparison import Comparer
-from server.errors import REFUSALS, add_error_handlers
+from server.errors import add_error_handlers
+from server.openapi import Api
 from server.request_log import RequestLog, ScopeNote
-from server.routes import chat, comparison, completions, generate, models, operations, playground, tokens
+from server.responses import ADMINISTERING, GENERATING, refusals
+from server.routes import (
+    adapters,
+    chat,
+    comparison,
+    completions,
+    docs,
+    generate,
+    models,
+    operations,
+    playground,
+    tokens,
+    vllm_adapters,
+)
 from server.service import Service
 
 
@@ -34,23 +46,18 @@ def create_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         service.engine.start()
-        async with anyio.create_task_group() as group:
+        async with anyio.create_task_group() as group, service.admin.running():
             if service.keys:
                 group.start_soon(service.keys.watch)
             yield State(service=service, comparer=Comparer(), comparing=anyio.Lock())
+            await service.engine.stop()
             group.cancel_scope.cancel()
-        await service.engine.stop()
 
-    app = (KeyedApi if service.keys else FastAPI)(
-        title="lori-server",
-        version=version("lori-server"),
-        summary="One base model, many LoRI adapters, merged in every request.",
-        lifespan=lifespan,
-        responses=REFUSALS,
-    )
+    app = Api(lifespan, has_keys=service.keys is not None)
     # The last is asked first: a browser asks without a key whether it may send one, and whatever is answered is logged.
     app.add_middleware(ScopeNote)
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s)
+    uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
+    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, others=uploads)
     app.add_middleware(Gate, ring=service.keys)
     if service.settings.cors_origins:
         app.add_middleware(
@@ -62,8 +69,22 @@ def create_app(service: Service) -> FastAPI:
         )
     app.add_middleware(RequestLog, service=service)
     # The comparison comes before what takes any name for an adapter's.
-    for routes in (generate, completions, chat, models, tokens, comparison, operations, playground):
-        app.include_router(routes.router)
+    for routes, tag, statuses in (
+        (generate, "generate", GENERATING),
+        (completions, "openai", GENERATING),
+        (chat, "openai", GENERATING),
+        (models, "openai", ()),
+        (tokens, "tokens", (400, 404, 408, 413)),
+        (comparison, "adapters", (400, 404, 429)),
+        (adapters, "adapters", (400,)),
+        (vllm_adapters, "openai", ADMINISTERING),
+        (operations, "operations", ()),
+        (playground, "operations", ()),
+        (docs, "operations", ()),
+    ):
+        app.include_router(routes.router, tags=[tag], responses=refusals(*statuses))
+    app.include_router(adapters.admin, tags=["adapters"], responses=refusals(*ADMINISTERING))
+    app.mount("/static/docs", docs.static)
     app.mount("/static", playground.static)
     add_error_handlers(app)
     return app

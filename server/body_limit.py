@@ -1,5 +1,7 @@
 """Refuses bodies that are too long, by their header where it says so, else as they come; and those that do not come."""
 
+from collections.abc import Mapping
+
 import anyio
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -11,19 +13,23 @@ CLOSE = {"Connection": "close"}
 
 
 class BodyLimit:
-    """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it; 408 after `max_s` seconds."""
+    """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it; 408 after `max_s` seconds.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float) -> None:
-        self._app, self._max_bytes, self._max_s = app, max_bytes, max_s
+    `others` has the limits of single routes, by method and path.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float, others: Mapping[tuple[str, str], int]) -> None:
+        self._app, self._max_bytes, self._max_s, self._others = app, max_bytes, max_s, others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, counting what it sends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = f"the body is longer than {self._max_bytes} bytes"
+        max_bytes = self._others.get((scope["method"], scope["path"]), self._max_bytes)
+        said = f"the body is longer than {max_bytes} bytes"
         told = dict(scope["headers"]).get(b"content-length", b"0")
-        if int(told) > self._max_bytes:
+        if int(told) > max_bytes:
             reply = JSONResponse(error_reply(413, "BadRequestError", said, None), 413, CLOSE)
             await reply(scope, receive, send)
             return
@@ -36,7 +42,7 @@ class BodyLimit:
             message = await self._in_time(receive, deadline) if is_coming else await receive()
             is_coming = message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
+            if num_bytes > max_bytes:
                 raise HTTPException(413, said, CLOSE)
             return message
 

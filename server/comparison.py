@@ -69,8 +69,9 @@ class Comparer:
 
 def _read(of: Registered) -> Adapter:
     name, expected = of.summary.name, of.summary.digest
+    *_, entry = of.entries()
     try:
-        adapter = of.entry.load()
+        adapter = entry.load()
     except (LoriError, OSError, ValueError) as error:  # whatever a file holds
         raise AdapterError(f"adapter {name!r} cannot be read: {_said(error)}") from error
     found = adapter.config.lori.content_digest

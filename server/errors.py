@@ -1,6 +1,7 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from reprlib import Repr
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,23 +10,32 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from lori.errors import TemplateError, UnknownAdapterError
+from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
-from server.engine.admission import PolicyError, RefusedError
+from server.engine.adapters.resolution import PolicyError
+from server.engine.admission import RefusedError
+from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
+from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
 from server.schemas.chat import ChatBody, ChatMessage, TextPart
 from server.schemas.completions import CompletionBody
-from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.errors import error_reply
 from server.schemas.generation import GenerateBody
+from server.schemas.grammars import AnyJson, ByLark, ByRegex, BySchema, NamedSchema, SchemaFormat
 from server.schemas.openai import StreamOptions
 from server.schemas.sampling import WeightedAdapter
 from server.schemas.tokens import DetokenizeBody, TokenizeBody
 
 MAX_FAULTS = 10
+MAX_NAME = 64
+SHORT = Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = 2, 3, 3, 60
+WORDS = {"model_attributes_type": "expected an object", "model_type": "expected an object", "dict_type": "expected an object"}
+"""Where pydantic's own are of Python."""
 
 
 class BusyError(Exception):
@@ -44,12 +54,24 @@ class FieldError(Exception):
         super().__init__(str(error))
 
 
+class ConflictError(Exception):
+    """What is asked for cannot be as things stand: another request, or a setting, has to come first."""
+
+
+class StoreError(Exception):
+    """The disk or the hub failed: what is asked for may do later."""
+
+
 class EngineError(Exception):
     """The engine failed while it ran the request."""
 
 
 class AdapterFailedError(EngineError):
     """An adapter that the request named cannot be served."""
+
+
+class GrammarFailedError(EngineError):
+    """The grammar that the request gave could be followed no further."""
 
 
 class OutOfTimeError(EngineError):
@@ -63,6 +85,7 @@ class StoppedError(EngineError):
 FAILURES: dict[ErrorKind, type[EngineError]] = {
     "engine": EngineError,
     "adapter": AdapterFailedError,
+    "grammar": GrammarFailedError,
     "timeout": OutOfTimeError,
     "stop": StoppedError,
 }
@@ -70,16 +93,21 @@ FAILURES: dict[ErrorKind, type[EngineError]] = {
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
+    AdapterFormatError: (400, "BadRequestError"),
+    ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
     UnknownModelError: (404, "NotFoundError"),
     ModelWeightsError: (400, "BadRequestError"),
-    ForbiddenError: (403, "PermissionDeniedError"),
+    ConflictError: (409, "ConflictError"),
+    StoreError: (503, "ServiceUnavailableError"),
     BusyError: (429, "RateLimitError"),
     RateLimitedError: (429, "RateLimitError"),
     DrainingError: (503, "ServiceUnavailableError"),
+    CrowdedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
     PolicyError: (500, "AdapterError"),
+    GrammarFailedError: (422, "GrammarError"),
     OutOfTimeError: (504, "TimeoutError"),
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
@@ -95,10 +123,20 @@ BODIES: tuple[type[BaseModel], ...] = (
     ChatMessage,
     TextPart,
     StreamOptions,
+    AnyJson,
+    BySchema,
+    ByRegex,
+    ByLark,
+    SchemaFormat,
+    NamedSchema,
     TokenizeBody,
     DetokenizeBody,
+    AliasBody,
+    HubBody,
+    LoadLoraBody,
+    UnloadLoraBody,
 )
-FIELDS_OF_BODIES = {field for body in BODIES for field in body.model_fields}
+FIELDS_OF_BODIES = {said.alias or field for body in BODIES for field, said in body.model_fields.items()}
 FIELDS: dict[type[Exception], str] = {
     TemplateError: "messages",
     UnknownAdapterError: "adapter",
@@ -108,20 +146,25 @@ FIELDS: dict[type[Exception], str] = {
 
 
 def _answer(
-    status: int, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    kind: str,
+    message: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    faults: Sequence[str] | None = None,
 ) -> JSONResponse:
-    return JSONResponse(error_reply(status, kind, message, param), status, headers)
+    return JSONResponse(error_reply(status, kind, message, param, faults), status, headers)
 
 
 def _say(error: dict[str, Any]) -> tuple[str, str]:
     # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
     *places, last = error["loc"]
     known = [p for p in places[1:] if isinstance(p, int) or p in FIELDS_OF_BODIES]
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    if places and places[0] in ("query", "path", "header"):
+        return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
         return _join([*known, last]), "unknown field"
-    if error["type"] == "json_invalid":
-        return "", f"the body is not JSON: {message}"
     field = _join([*known, last] if isinstance(last, int) or last in FIELDS_OF_BODIES else known)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
@@ -129,16 +172,11 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
         return field, message if field else "the body is empty, a JSON object is required"
     if error["type"] == "value_error":
         return field, message
-    return field, f"{message}, found {_short(error['input'])}"
+    return field, f"{message}, found {SHORT.repr(error['input'])}"
 
 
 def _join(places: list[Any]) -> str:
-    return ".".join(map(str, places))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return ".".join(place if len(place) <= MAX_NAME else place[: MAX_NAME - 1] + "…" for place in map(str, places))
 
 
 async def on_invalid(_: Request, error: Exception) -> JSONResponse:
@@ -163,7 +201,9 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
-    return _answer(status, name, str(error), field, {"Retry-After": str(retry_after_s)} if status == 429 else None)
+    headers = {"Retry-After": str(retry_after_s)} if status == 429 else None
+    faults = error.faults if isinstance(error, AdapterFormatError) else None
+    return _answer(status, name, str(error), field, headers, faults)
 
 
 def unknown_reply() -> JSONResponse:
@@ -177,10 +217,3 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorReply, "description": "The request is refused: the field, what was found, what was expected"},
-    "5XX": {"model": ErrorReply, "description": "The engine failed, or is not running"},
-}
-"""What every route may answer beside its own."""

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
-from lori.basis import Basis
+from lori.basis import Basis, Seeded
 from lori.basis_file import load_basis
 from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
 from lori.entry import Entry
-from lori.errors import ModelError
+from lori.errors import AdapterError, ModelError
 from lori.kernels.native import MISSING, MODULE, description
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
@@ -25,6 +25,8 @@ from lori.store import AdapterStore
 from lori.summary import Summary, summarise
 from server.access.key_ring import KeyRing
 from server.access.policy import check_policies
+from server.adapter_files import AdapterFiles
+from server.adapter_fit import Fit
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.residents import Residents
@@ -32,9 +34,11 @@ from server.engine.adapters.resolution import meanings
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
+from server.engine.grammar import GrammarError
 from server.engine.model.families import check_family
 from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
+from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.room import StepLimits
@@ -57,6 +61,8 @@ PATIENCE_S = 0.005
 """What a step waits for an adapter that is being read: about as long as that takes."""
 NUM_SPARE_BLOCKS = {"cpu": 0, "cuda": 1}
 """Of KV memory, which no sequence owns (`GpuOps`)."""
+NEW_RANK, NEW_DENSITY = 32, 0.1
+"""What adapters are likely to be that come while the server runs, where there is none yet."""
 NUM_MERGES = 32
 """Merges that are no sums for which there is room from the start."""
 
@@ -73,16 +79,14 @@ def load_service(settings: Settings) -> Service:
     # Its own attention only says what the logits should be; not every family has another than the eager one.
     base = load_base_model(settings.model, resolve_dtype(settings.dtype, device), "eager", device)
     check_family(base.model)
-    entries = _entries(settings)
+    own, demo = _stores(settings)
+    entries = _entries(own, demo)
     registry = make_registry(entries, summarise(entries, base.identity))
-    if keys:
-        keys.require(lambda found: check_policies(found, partial(_meaning, registry), registry.by_name))
-        logger.info("%s", keys.keys)
     expected = own_logits(base.model)
-    pool = make_pool(base, registry, settings.max_resident)
+    pool = make_pool(base, registry, settings.max_resident, own is not None, settings.max_rank)
     num_blocks = _num_blocks(settings, base)
     runner = Runner(base.model, pool, num_blocks, settings.block_size, settings.max_batch, settings.quantization)
-    _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, settings.max_resident)))
+    _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, pool, settings.max_resident)))
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check(runner, base.model, expected, max_context, settings.block_size)
     limits = _limits(settings, base, runner, max_context, num_blocks)
@@ -90,23 +94,34 @@ def load_service(settings: Settings) -> Service:
         runner.prepare()
         check(runner, base.model, expected, max_context, settings.block_size)
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
-    loader = Loader(registry, PackedReader(base.identity, pool.layouts))
+    reader = PackedReader(base.identity, pool.layouts)
+    files = AdapterFiles(own, demo, reader, Fit.of(pool), settings.max_upload_bytes)
+    registry.add(files.others(registry.by_name.values()))
+    if keys:
+        keys.require(lambda found: check_policies(found, partial(_meaning, registry), registry.by_name))
+        logger.info("%s", keys.keys)
+    loader = Loader(registry, reader)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
+    grammars = make_grammars(base)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
     num_ids = base.model.config.get_text_config().vocab_size
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base))
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
     return Service(
         settings=settings,
         base_model=base.name,
         registry=registry,
-        admission=Admission(base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids),
+        admission=Admission(
+            base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids, grammars
+        ),
         engine=EngineThread(engine),
         metrics=make_metrics(base.name, registry, scheduler, tiers),
         keys=keys,
+        required=lambda: [name for of in keys.keys.tenants.values() for name, _ in of.policy] if keys else [],
+        files=files,
     )
 
 
@@ -140,9 +155,9 @@ def _patience_s(device: torch.device) -> float:
     return PATIENCE_S if device.type == "cpu" and torch.get_num_threads() >= num_cores else 0.0
 
 
-def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary], others: Iterable[Registered] = ()) -> Registry:
-    """Returns what can be asked for: what names mean now, and other versions."""
-    return Registry([Registered(entries[name], summary) for name, summary in summaries.items()], others)
+def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
+    """Returns what can be asked for: what names mean now."""
+    return Registry(Registered(entries[name], summary) for name, summary in summaries.items())
 
 
 def _meaning(registry: Registry, reference: str) -> Summary | None:
@@ -150,12 +165,33 @@ def _meaning(registry: Registry, reference: str) -> Summary | None:
     return found[0].summary if len(found) == 1 else None
 
 
-def make_pool(base: BaseModel, registry: Registry, num_slots: int) -> AdapterPool:
-    """Returns a pool for the adapters that are registered: of their bases and their greatest rank."""
+def make_pool(
+    base: BaseModel, registry: Registry, num_slots: int, may_grow: bool = False, max_rank: int | None = None
+) -> AdapterPool:
+    """Returns a pool for the adapters that are registered: of their bases and their greatest rank.
+
+    With `may_grow` others may come: on these bases or the shared default one, and of rank `max_rank` at most. Raises
+    `AdapterError` where adapters of a higher rank are there already.
+    """
     found = [*registry.by_name.values()]
-    bases = list(dict.fromkeys(_basis(of) for of in found))
-    rank = max((of.summary.max_rank for of in found), default=0)
+    bases = list(dict.fromkeys([*map(_basis, found), *([Seeded()] if may_grow else [])]))
+    rank = max((of.summary.max_rank for of in found), default=NEW_RANK if may_grow else 0)
+    if may_grow and max_rank:
+        for of in found:
+            if of.summary.max_rank > max_rank:
+                raise AdapterError(f"--max-rank is {max_rank}, and {of.summary.name!r} has rank {of.summary.max_rank}")
+        rank = max_rank
     return AdapterPool(base.identity.shapes, bases, rank, num_slots, base.model.dtype, base.model.device)
+
+
+def make_grammars(base: BaseModel) -> Grammars | None:
+    """Returns what compiles grammars for a base model; None where its answers cannot follow one, which the log then says."""
+    num_tokens = base.model.config.get_text_config().vocab_size
+    try:
+        return Grammars(base.tokenizer.backend_tokenizer, num_tokens, _stop_ids(base))
+    except GrammarError as error:
+        logger.warning("no answer can be made to fit a JSON schema, a regular expression or a grammar: %s", error)
+        return None
 
 
 def _reserve(pool: AdapterPool, num_bytes: int) -> None:
@@ -165,10 +201,11 @@ def _reserve(pool: AdapterPool, num_bytes: int) -> None:
         raise ModelError(f"--resident-gib: there is no room for adapters: {' '.join(str(error).split())}") from error
 
 
-def _likely_bytes(base: BaseModel, registry: Registry, max_resident: int) -> int:
-    # Of all registered adapters and some merges, at what the largest takes.
+def _likely_bytes(base: BaseModel, registry: Registry, pool: AdapterPool, max_resident: int) -> int:
+    # Of all registered adapters and some merges, at what the largest takes; where there are none, of some that keep a tenth.
     kept = [of.summary.num_kept for of in registry.by_name.values()]
-    return int(max(kept, default=0) * BYTES_PER_ENTRY[base.model.dtype] * min(max_resident, len(kept) + NUM_MERGES))
+    usual = NEW_DENSITY * sum(layout.num_outputs * layout.rank for layout in pool.layouts.values())
+    return int(max(kept, default=usual) * BYTES_PER_ENTRY[base.model.dtype] * min(max_resident, len(kept) + NUM_MERGES))
 
 
 def _max_kept(base: BaseModel, settings: Settings) -> float:
@@ -210,12 +247,17 @@ def _log(
         )
 
 
-def _entries(settings: Settings) -> dict[str, Entry]:
-    demo = AdapterStore(DEMO_ADAPTERS).current() if settings.demo_adapters and settings.model is None else {}
-    own = AdapterStore(settings.adapters).current() if settings.adapters else {}
-    for name in demo.keys() & own.keys():
-        logger.info("%s is served in place of the demo adapter %r", own[name].folder, name)
-    return dict(sorted((demo | own).items()))
+def _stores(settings: Settings) -> tuple[AdapterStore | None, AdapterStore | None]:
+    """Returns the server's own store, and the one of demo adapters."""
+    has_demo = settings.demo_adapters and settings.model is None
+    return AdapterStore(settings.adapters) if settings.adapters else None, AdapterStore(DEMO_ADAPTERS) if has_demo else None
+
+
+def _entries(own: AdapterStore | None, demo: AdapterStore | None) -> dict[str, Entry]:
+    shown, mine = (store.current() if store else {} for store in (demo, own))
+    for name in shown.keys() & mine.keys():
+        logger.info("%s is served in place of the demo adapter %r", mine[name].folder, name)
+    return dict(sorted((shown | mine).items()))
 
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:

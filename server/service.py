@@ -1,6 +1,6 @@
 """What the routes work with: admitted requests in, their events out, and the server's own facts."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -10,6 +10,8 @@ from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter
 from server.account import Account
+from server.adapter_admin import AdapterAdmin
+from server.adapter_files import AdapterFiles
 from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
@@ -35,7 +37,12 @@ class Service:
     keys: KeyRing | None = None
     """Whose requests are answered; None: anybody's."""
     limiter: Limiter = field(default_factory=Limiter)
+    files: AdapterFiles | None = None
+    """Where adapters come from while the server runs; None: none come."""
+    required: Callable[[], Collection[str]] = tuple
+    """Gives the references of adapters that tenants cannot do without."""
     uses: AdapterUses = field(default_factory=AdapterUses)
+    admin: AdapterAdmin = field(init=False)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
     is_draining: bool = field(default=False, init=False)
@@ -44,6 +51,7 @@ class Service:
     def __post_init__(self) -> None:
         help_text = "Requests, from their first check to the last byte of their answers."
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
+        self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
     async def admitted(self, asks: Sequence[Ask], caller: Caller) -> AsyncGenerator[list[Request], None]:
@@ -64,7 +72,8 @@ class Service:
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
             self._check_alive()
             for request in requests:
-                check_registered(self.registry, request)
+                check_registered(self.registry, request, caller.may_use)
+            for request in requests:
                 terms = (*request.terms, *request.policy)
                 held.enter_context(self.uses.held(terms))
                 self.metrics.count_admitted([term.name for term in terms])

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent."""
     adapters: Path | None = None
     """A folder of adapters. An adapter in it comes before a demo adapter of the same name."""
+    max_rank: int | None = Field(default=None, ge=1, le=2048)
+    """The greatest rank of adapters that come while the server runs; absent: that of the adapters at start, or 32 where
+    --adapters holds none. A higher rank costs every adapter a little."""
+    hub: bool = False
+    """Lets an admin load adapters from the Hugging Face hub."""
     demo_adapters: bool = True
     """Serves the demo adapters too, on the embedded model."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -80,6 +85,8 @@ class Settings(BaseSettings):
     """How long a client may take nothing of its stream, in seconds; then its connection is ended, for it holds a place."""
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """The longest request body; a longer one is answered 413."""
+    max_upload_bytes: int = Field(default=1 << 28, ge=1024)
+    """The same for an adapter that is uploaded, or comes from the hub."""
 
     max_body_s: float = Field(default=60, gt=0, le=86400)
     """How long a request's body may take to come, in seconds; a longer wait is answered 408."""

@@ -1,4 +1,7 @@
-"""Texts to tokens and back, as routes that generate read them. Called off the event loop: long texts take a while."""
+"""Texts to tokens and back, as routes that generate read them. Called off the event loop: long texts take a while.
+
+In batches of one: a tokenizer lets other threads run meanwhile, which it does not with what is no batch.
+"""
 
 from collections.abc import Sequence
 
@@ -14,16 +17,19 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message
     """
     if not isinstance(prompt, str):
         return encode(tokenizer, render_prompt(tokenizer, prompt, "chat")).ids
-    ids: list[int] = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=add_special_tokens).ids
+    [encoding] = tokenizer.backend_tokenizer.encode_batch([prompt], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
     return ids
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Returns the text of each token."""
-    return [text_of(tokenizer, [token]) for token in ids]
+    texts = {token: text_of(tokenizer, [token]) for token in set(ids)}
+    return [texts[token] for token in ids]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Returns the text of tokens, special ones too; those that the tokenizer does not know have none."""
-    text: str = tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+    [text] = tokenizer.backend_tokenizer.decode_batch([list(ids)], skip_special_tokens=False)
+    assert isinstance(text, str)
     return text

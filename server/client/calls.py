@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from server.client.errors import UnexpectedReplyError
 from server.client.fields import GenerateFields, MessageFields
 from server.schemas.adapters import AdapterList
+from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -24,12 +25,13 @@ class Call(Generic[Reply]):
     path: str
     reply: type[Reply]
     body: Mapping[str, object] | None = None
+    params: Mapping[str, str] | None = None
     is_repeatable: bool = True
     """Made twice, it does no more than once: it may be made again where nobody knows whether it arrived."""
 
     def to_request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """Returns it as `http` sends it."""
-        return http.build_request(self.method, self.path, json=self.body)
+        return http.build_request(self.method, self.path, json=self.body, params=self.params)
 
     def read(self, content: bytes) -> Reply:
         """Returns the reply. Raises `UnexpectedReplyError`."""
@@ -57,6 +59,11 @@ def stream(fields: GenerateFields) -> Call[GenerateReply]:
 def adapters() -> Call[AdapterList]:
     """Asks which adapters there are."""
     return Call("GET", "/adapters", AdapterList)
+
+
+def compare(names: Sequence[str]) -> Call[AdapterComparison]:
+    """Asks how adapters relate, each with each."""
+    return Call("GET", "/adapters/compare", AdapterComparison, params={"names": ",".join(names)})
 
 
 def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool) -> Call[TokenizeReply]:

@@ -16,6 +16,7 @@ from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
 from server.client.retries import Attempts, Retries, broken, lost
 from server.schemas.adapters import AdapterList
+from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -72,6 +73,10 @@ class Client:
     def adapters(self) -> AdapterList:
         """Lists the adapters that a request can name."""
         return self._ask(calls.adapters())
+
+    def compare(self, names: Sequence[str]) -> AdapterComparison:
+        """Says how adapters relate, each with each."""
+        return self._ask(calls.compare(names))
 
     def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False

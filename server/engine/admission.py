@@ -13,9 +13,11 @@ from lori.merge_options import MergeOptions
 from lori.summary import Summary
 from lori.template import Template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, meanings, resolve
+from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, PolicyError, meanings, resolve
+from server.engine.grammar import Grammar, GrammarError
 from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
+from server.engine.sampling.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
@@ -27,10 +29,6 @@ class RefusedError(Exception):
     def __init__(self, field: str, message: str) -> None:
         self.field, self.message = field, message
         super().__init__(f"{field}: {message}")
-
-
-class PolicyError(Exception):
-    """What the operator adds to every request of a tenant cannot be added: nothing is served without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +53,7 @@ class Ask:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     include_stop: bool = False
+    grammar: Grammar | None = None
     ignore_eos: bool = False
     num_logprobs: int | None = None
     echo: bool = False
@@ -76,6 +75,7 @@ class Admission:
         max_terms: int = 1,
         max_kept: float = inf,
         num_ids: int | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`num_ids`: tokens below it are known to the model; None: those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
@@ -85,9 +85,11 @@ class Admission:
         """Adapters that can be resident together."""
         self._max_kept = max_kept
         """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
+        self._grammars = grammars
+        """None where the base model can follow none."""
 
     def admit(self, ask: Ask) -> Request:
-        """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError` or `PolicyError`."""
+        """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError`, `PolicyError` or `CrowdedError`."""
         added = self._added(ask)
         adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
         policy = [(of.summary, weight) for of, weight in added]
@@ -95,6 +97,7 @@ class Admission:
         text, ids, offsets, max_tokens = self._encode(ask, adapters)
         self._check_merge(ask, adapters, weights, policy)
         self._check_bias(ask.sampling)
+        self._check_grammar(ask)  # the last: it may take long
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
@@ -107,6 +110,7 @@ class Admission:
             sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed % 2**64),
             stop=ask.stop,
             include_stop=ask.include_stop,
+            grammar=ask.grammar,
             ignore_eos=ask.ignore_eos,
             num_logprobs=ask.num_logprobs,
             echo=ask.echo,
@@ -139,6 +143,8 @@ class Admission:
     ) -> None:
         bases = {of.basis for of in adapters}
         is_sum = ask.merge.method == "linear"
+        if not is_sum and not adapters:
+            raise RefusedError("merge", f"is {ask.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             said = "; ".join(f"{of.name}: {of.basis}" for of in adapters)
             raise RefusedError("merge", f"{ask.merge.method} needs adapters on one basis, found {said}; 'linear' needs none")
@@ -156,6 +162,18 @@ class Admission:
                 f"names {', '.join(repr(of.name) for of, _ in summed)}, {said} {num_kept} entries of B, "
                 f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
             )
+
+    def _check_grammar(self, ask: Ask) -> None:
+        if not (grammar := ask.grammar):
+            return
+        if ask.ignore_eos:
+            raise RefusedError("ignore_eos", f"cannot stand beside {grammar.field}, which says where the answer ends")
+        if not self._grammars:
+            raise RefusedError(grammar.field, "asks for what this base model cannot do: the server's log says why")
+        try:
+            self._grammars.check(grammar)
+        except GrammarError as error:
+            raise RefusedError(grammar.field, f"is no {grammar.kind} that an answer could follow: {error}") from error
 
     def _check_bias(self, sampling: Sampling) -> None:
         if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self._num_ids]:
@@ -185,7 +203,7 @@ class Admission:
         found = [(meanings(self._registry, reference), weight) for reference, weight in ask.policy]
         if missing := [reference for (reference, _), (of, _) in zip(ask.policy, found, strict=True) if len(of) != 1]:
             logger.error("requests of tenant %r fail: its policy names %s, which is not there", ask.tenant, ", ".join(missing))
-            raise PolicyError("the operator's adapters cannot be added to this request, and it is not served without them")
+            raise PolicyError
         return [(of[0], weight) for of, weight in found]
 
     def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:

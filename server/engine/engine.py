@@ -11,6 +11,7 @@ from server.engine.adapters.tiers import AdapterTiers
 from server.engine.model.runner import Runner
 from server.engine.replies import Emit, Reply
 from server.engine.request import ErrorEvent, ErrorKind, FinishReason, Request, Sequence
+from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import must_score
 from server.engine.scheduling.scheduler import Chunk, Scheduler
@@ -32,11 +33,12 @@ class Engine:
         tokenizer: Tokenizer,
         stop_ids: Iterable[int],
         clock: Callable[[], float] = time.monotonic,
+        grammars: Grammars | None = None,
     ) -> None:
         self.scheduler, self.tiers, self.clock = scheduler, tiers, clock
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
-        self._turn = Turn(runner, Sampler(self._stop_ids))
+        self._turn = Turn(runner, Sampler(self._stop_ids, grammars))
         self._replies: dict[Sequence, Reply] = {}
         self._by_id: dict[str, list[Sequence]] = {}
 
@@ -123,7 +125,7 @@ class Engine:
         if sequence not in self._replies:
             return  # another choice of its request has failed
         if not outcome.is_sound:
-            self._fail(sequence, OVERFLOW, "engine")
+            self._fail(sequence, outcome.fault or OVERFLOW, "grammar" if outcome.fault and sequence.request.grammar else "engine")
             return
         if must_score(sequence):
             for other in self._by_id[sequence.request.id]:

@@ -12,10 +12,11 @@ from typing import Literal
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
 from lori.names import NUM_VERSION_DIGITS
+from server.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
-ErrorKind = Literal["engine", "adapter", "timeout", "stop"]
-"""Whose fault it was: the engine's own, an adapter's, or nobody's: time was up, or the server stops."""
+ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
+"""Whose fault it was: the engine's own, an adapter's, the request's grammar's, or nobody's: time was up, or the server stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Added to the logits of these tokens; minus infinity forbids one."""
     min_tokens: int = 0
-    """Before so many output tokens no stop token is picked, and no stop string ends the answer."""
+    """Before so many output tokens no stop token is picked, and no stop string ends the answer, but where a grammar's end is."""
     repetition_penalty: float = 1.0
     """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the output (arXiv 1909.05858)."""
     presence_penalty: float = 0.0
@@ -86,6 +87,8 @@ class Request:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     """The text ends after the stop string, not before it."""
+    grammar: Grammar | None = None
+    """What the answer has to be; cut at `max_tokens` it is the beginning of that."""
     ignore_eos: bool = False
     """Stop tokens do not end the answer."""
     num_logprobs: int | None = None

@@ -7,15 +7,19 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
+from server.engine.adapters.places import Place
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request
 
 logger = logging.getLogger(__name__)
 
 Command = Callable[[Engine], None] | None
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 class EngineDeadError(Exception):
@@ -30,6 +34,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: dict[str, asyncio.Queue[Event]] = {}
         self._told: list[tuple[str, Event]] = []
+        self._calls: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_alive = False
@@ -54,6 +59,26 @@ class EngineThread:
         """Requests that are waiting or running."""
         return len(self._events)
 
+    def places(self) -> Mapping[str, Place]:
+        """Returns where the adapters are that are not on disk alone, by digest. Any thread may ask; it waits for no step."""
+        return self._engine.tiers.places()
+
+    async def call(self, command: Callable[[Engine], T]) -> T:
+        """Returns what `command` does between two steps, on the engine's thread; what it raises is raised here.
+
+        It is done also where nobody waits for it any more. Raises `EngineDeadError` where the engine is not running, or ends
+        before it is done.
+        """
+        if not self.is_alive:
+            raise EngineDeadError("the engine is not running")
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._calls.add(answer)
+        self._commands.put(partial(self._answer, command, answer))
+        try:
+            return await answer
+        finally:
+            self._calls.discard(answer)
+
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yields the events of a request as they come; closing the generator aborts the request."""
         if not self.is_alive:
@@ -73,6 +98,15 @@ class EngineThread:
         finally:
             del self._events[request.id]
             self._commands.put(lambda engine: engine.abort(request.id))
+
+    def _answer(self, command: Callable[[Engine], T], answer: asyncio.Future[T], engine: Engine) -> None:
+        assert self._loop is not None
+        try:
+            result = command(engine)
+        except Exception as error:  # noqa: BLE001 - it is the caller's, and no reason to end the engine
+            self._loop.call_soon_threadsafe(_settle, answer, answer.set_exception, error)
+        else:
+            self._loop.call_soon_threadsafe(_settle, answer, answer.set_result, result)
 
     def _emit(self, request_id: str, event: Event) -> None:
         self._told.append((request_id, event))
@@ -124,3 +158,10 @@ class EngineThread:
         self.is_alive = False
         for events in self._events.values():
             events.put_nowait(last)
+        for answer in self._calls:
+            _settle(answer, answer.set_exception, EngineDeadError(last.message))
+
+
+def _settle(answer: asyncio.Future[T], settle: Callable[[S], None], outcome: S) -> None:
+    if not answer.done():  # nobody waits any more
+        settle(outcome)

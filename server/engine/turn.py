@@ -4,7 +4,7 @@ Shapes: P positions whose logits are wanted, V vocabulary.
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -18,6 +18,8 @@ from server.engine.sampling.scores import are_sound, score, to_scores
 from server.engine.scheduling.kv_cache import must_score
 from server.engine.scheduling.scheduler import Chunk
 
+NOTHING_LEFT = "what the request forbids leaves no token"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -26,9 +28,11 @@ class Outcome:
     chunk: Chunk
     token: int | None
     is_sound: bool
-    """False where the model's numbers overflow: then nothing else here means anything."""
+    """False where the model's numbers overflow, or what the request asks for leaves no token: then only `fault` has a meaning."""
     prompt_scores: Items[Score]
     score: Score | None
+    fault: str = ""
+    """Why the request leaves no token, where that is it."""
 
 
 class Turn:
@@ -52,16 +56,18 @@ class Turn:
         scored = [chunk for chunk in chunks if must_score(chunk.sequence)]
         of_prompts = [_score_prompt(chunk, parts[chunk]) for chunk in scored]
         picks, of_outputs, *of_scored = read_back([picked, _score_outputs(rows, picked[0], last, asked), *of_prompts])
-        tokens = {c: (int(token), bool(is_sound)) for c, token, is_sound in zip(last, *picks, strict=True)}
+        tokens = {c: (int(token), int(is_sound)) for c, token, is_sound in zip(last, *picks, strict=True)}
+        faults = {c: self._sampler.fault(c.sequence) or NOTHING_LEFT for c, (_, is_sound) in tokens.items() if is_sound < 0}
         scores = dict(zip((last[row] for row in asked), to_scores(of_outputs), strict=True))
         prompts = dict(zip(scored, of_scored, strict=True))
-        return [_outcome(c, tokens.get(c, (None, True)), prompts.get(c, ()), scores.get(c)) for c in chunks]
+        outcomes = [_outcome(c, tokens.get(c, (None, 1)), prompts.get(c, ()), scores.get(c)) for c in chunks]
+        return [replace(o, fault=faults[o.chunk]) if o.chunk in faults else o for o in outcomes]
 
 
-def _outcome(chunk: Chunk, picked: tuple[int | None, bool], of_prompt: Items[Items[float]], score: Score | None) -> Outcome:
+def _outcome(chunk: Chunk, picked: tuple[int | None, int], of_prompt: Items[Items[float]], score: Score | None) -> Outcome:
     # Rows of the prompt begin with whether they are sound.
-    token, is_sound = picked
-    is_sound = is_sound and all(row[0] for row in of_prompt)
+    token, sound = picked
+    is_sound = sound > 0 and all(row[0] for row in of_prompt)
     return Outcome(chunk, token, is_sound, to_scores([row[1:] for row in of_prompt]) if is_sound else (), score)
 
 

@@ -13,9 +13,10 @@ from fastapi.sse import format_sse_event
 from server.answers import Answer, collect, until_disconnect
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
-from server.routes.generate import STREAM
+from server.routes.json_route import JsonRoute
 from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
 from server.schemas.chat import (
     AnswerMessage,
@@ -29,9 +30,15 @@ from server.schemas.chat import (
     TokenLogprobReply,
     TopLogprob,
 )
+from server.schemas.errors import ErrorReply
 from server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+STREAM = streams(
+    'data: {"id":"chatcmpl-gen-53ad4e5b230e22f6","object":"chat.completion.chunk",…}\n\ndata: [DONE]\n\n',
+    ("", ChatChunk),
+    ("", ErrorReply),
+)
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAM)

@@ -1,9 +1,10 @@
 """GET /adapters/compare: how adapters relate before anyone merges them. Translates only."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import anyio
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
@@ -20,6 +21,14 @@ MAX_NAMES = 16
 MAX_WAITING = 8
 """Comparisons that wait for the one that runs."""
 router = APIRouter()
+Names = Annotated[
+    str,
+    Query(
+        description=f"Adapters, each a name or `name@version`, with commas between: 1 to {MAX_NAMES}, each once.",
+        examples=["math,safety"],
+        json_schema_extra={"pattern": f"^[^,]+(,[^,]+){{0,{MAX_NAMES - 1}}}$"},
+    ),
+]
 
 
 @router.get("/adapters/compare", response_model=AdapterComparison)

@@ -14,15 +14,23 @@ from server.answers import Answer, collect_all, merged, until_disconnect
 from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
-from server.routes.generate import STREAM, to_logprobs
+from server.routes.generate import to_logprobs
+from server.routes.json_route import JsonRoute
 from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
+from server.schemas.errors import ErrorReply
 from server.schemas.generation import Logprobs
 from server.service import Service
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
+STREAM = streams(
+    'data: {"id":"cmpl-gen-53ad4e5b230e22f6","object":"text_completion",…}\n\ndata: [DONE]\n\n',
+    ("", CompletionReply),
+    ("", ErrorReply),
+)
 
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAM)

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -15,8 +14,10 @@ from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import FAILURES, TABLE
+from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
+from server.routes.json_route import JsonRoute
 from server.schemas.errors import ErrorReply, error_reply
 from server.schemas.generation import (
     ChoiceReply,
@@ -30,14 +31,17 @@ from server.schemas.generation import (
     TokenData,
     Usage,
 )
+from server.schemas.grammars import to_grammar
 from server.service import Service
 
-router = APIRouter()
-STREAM: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"text/event-stream": {"schema": {"type": "string", "description": "`token` events, then `done` or `error`"}}}
-    }
-}
+router = APIRouter(route_class=JsonRoute)
+STREAM = streams(
+    'event: token\ndata: {"text":" card","index":0,"logprobs":null}\n\n'
+    'event: done\ndata: {"id":"gen-53ad4e5b230e22f6","index":0,"adapter":[],"merge":null,"finish_reason":"length",…}\n\n',
+    ("token", TokenData),
+    ("done", DoneData),
+    ("error", ErrorReply),
+)
 
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
@@ -66,6 +70,7 @@ def to_ask(body: GenerateBody) -> Ask:
         seed=body.seed,
         stop=body.stops(),
         include_stop=body.include_stop,
+        grammar=to_grammar(body.grammar, "grammar"),
         ignore_eos=body.ignore_eos,
         num_logprobs=body.logprobs,
         echo=body.echo,

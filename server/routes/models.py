@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from server.engine.adapters.registry import Registered
 from server.model_names import UnknownModelError
+from server.responses import refusals
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.schemas.openai import ModelCard, ModelList
 from server.service import Service
@@ -22,7 +23,7 @@ async def models(service: ServiceOf, caller: CallerOf) -> ModelList:
     )
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=refusals(404))
 async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     """Returns one of them."""
     if model == service.base_model:

@@ -13,6 +13,7 @@ from server.errors import FAILURES, TABLE, FieldError
 from server.model_names import NamedModel, UnknownModelError, parse_model
 from server.routes.generate import to_adapters, to_merge, to_timings
 from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.grammars import to_grammar
 from server.schemas.openai import CachedTokens, FinishReason, LoriReply, OpenAIBody, OpenAIUsage
 
 DONE = format_sse_event(data_str="[DONE]")
@@ -38,6 +39,7 @@ def to_ask(body: OpenAIBody, base_model: str, prompt: Prompt) -> Ask:
         seed=body.seed,
         stop=body.stops(),
         include_stop=body.include_stop_str_in_output,
+        grammar=to_grammar(body.grammar, "grammar") or to_grammar(body.response_format, "response_format"),
         ignore_eos=body.ignore_eos,
         num_choices=body.n,
         priority=body.priority,

@@ -1,15 +1,17 @@
-"""GET /health, /ready, /adapters and /metrics. Translates only."""
+"""GET /health, /ready and /metrics. Translates only."""
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from lori.summary import Summary
-from server.routes.dependencies import CallerOf, ServiceOf, require_monitor
-from server.schemas.adapters import AdapterInfo, AdapterList
+from server.responses import Responses, refusals
+from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas.generation import Health
 
 router = APIRouter()
+METRICS: Responses = {
+    200: {"content": {"text/plain": {"schema": {"type": "string"}, "example": "lori:adapters_registered 4.0\n"}}}
+}
 
 
 @router.get("/health")
@@ -18,37 +20,14 @@ async def health() -> Health:
     return Health(status="ok")
 
 
-@router.get("/ready")
+@router.get("/ready", responses=refusals(503))
 async def ready(service: ServiceOf) -> Health:
     """Answers 200 while requests can be answered, and the server is not about to end."""
     service.check_ready()
     return Health(status="ready")
 
 
-@router.get("/adapters")
-async def adapters(service: ServiceOf, caller: CallerOf) -> AdapterList:
-    """Lists the adapters that a request with this key can name."""
-    return AdapterList(
-        base_model=service.base_model,
-        adapters=[describe(of.summary) for name, of in service.registry.by_name.items() if caller.may_use(name)],
-    )
-
-
-def describe(adapter: Summary) -> AdapterInfo:
-    """Returns what a client is told of an adapter."""
-    return AdapterInfo(
-        name=adapter.name,
-        version=adapter.version,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        sparsity=adapter.sparsity,
-        templates=list(adapter.templates),
-        merge_weights=dict(adapter.merge_weights),
-        metrics=dict(adapter.metrics),
-    )
-
-
-@router.get("/metrics", response_class=Response, dependencies=[Depends(require_monitor)])
+@router.get("/metrics", response_class=Response, responses=METRICS, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
     """Prometheus's text format."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

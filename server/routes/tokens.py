@@ -8,11 +8,12 @@ from server.access.caller import Caller
 from server.engine.adapters.resolution import AmbiguousVersionError, resolve
 from server.model_names import UnknownModelError, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.json_route import JsonRoute
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
 from server.service import Service
 from server.token_texts import text_of, token_ids, token_texts
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/tokenize")

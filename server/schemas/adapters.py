@@ -1,25 +1,140 @@
 """What is on the wire about adapters."""
 
-from pydantic import BaseModel
+from typing import Annotated
 
-from lori.template import Template
+from pydantic import BaseModel, ConfigDict, Field
+
+from lori.template import Template, Text
+from server.engine.adapters.places import Tier
+from server.schemas.fields import AdapterName, Body
+
+HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
+REVISION = r"^\w[\w./-]*$"
 
 
 class AdapterInfo(BaseModel):
-    """An adapter that can be asked for."""
+    """An adapter that can be asked for. Sizes are in bytes."""
+
+    model_config = {"use_attribute_docstrings": True}
 
     name: str
     version: str
     rank: int
     alpha: float
     sparsity: float
+    density: float
+    """The share of B's entries that are kept."""
     templates: list[Template]
     merge_weights: dict[str, tuple[float, float]]
     metrics: dict[str, float]
+    bytes_on_disk: int
+    bytes_loaded: int
+    """In RAM, ready to be made resident; 0 where it is not there."""
+    bytes_resident: int
+    """In the kernels' operands; 0 where it is not there."""
+    tier: Tier
+    is_pinned: bool
+    num_using: int
+    """Requests under way that use this version by this name."""
+    last_used: float | None
+    """When the last of them began or ended, in seconds since 1970."""
+    num_requests: int
+    """Since the server started."""
 
 
 class AdapterList(BaseModel):
-    """The reply of GET /adapters."""
+    """The reply of GET /adapters, in order of name."""
+
+    model_config = {"use_attribute_docstrings": True}
 
     base_model: str
     adapters: list[AdapterInfo]
+    next: str | None = None
+    """Where there are more than `limit`: what `after` is to be for the next ones."""
+
+
+class ModuleInfo(BaseModel):
+    """One module of an adapter, or all together. Norms are Frobenius norms of (alpha / r) B, and of (alpha / r) B A."""
+
+    module: str
+    num_rows: int
+    num_entries: int
+    num_kept: int
+    density: float
+    empty_rows: float
+    max_abs: float
+    norm_b: float
+    norm_delta: float
+
+
+class AdapterDetail(AdapterInfo):
+    """The reply of GET /adapters/{name}."""
+
+    versions: list[str]
+    """That can be asked for, as `name@version`; the first is what the name means."""
+    aliases: list[str]
+    """Other names of this version."""
+    card: str
+    """Markdown; empty where there is none."""
+    targets: list[str]
+    basis: str
+    modules: list[ModuleInfo]
+    total: ModuleInfo
+
+
+class WithdrawnReply(BaseModel):
+    """What can be asked for no more."""
+
+    model_config = {"use_attribute_docstrings": True}
+
+    name: str
+    versions: list[str]
+    num_using: int
+    """Requests under way that still use it, and end on it: 0 with the status 200."""
+
+
+class AliasBody(Body):
+    """The body of PUT /adapters/{name}/alias."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"adapter": "intent"}]})
+
+    adapter: AdapterName
+    """A name, or `name@version`."""
+
+
+class HubBody(Body):
+    """The body of POST /adapters for an adapter on the Hugging Face hub."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"hub_id": "someone/lori-intent", "name": "intent"}]})
+
+    hub_id: Annotated[Text, Field(pattern=HUB_ID, max_length=200)]
+    """`owner/name`."""
+    revision: Annotated[Text, Field(pattern=REVISION, max_length=200)] | None = None
+    """A branch, a tag or a commit; absent: the main branch."""
+    name: AdapterName | None = None
+    """What to call it; absent: as it is called on the hub."""
+
+
+class LoadLoraBody(Body):
+    """The body of POST /v1/load_lora_adapter, as vLLM has it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "intent", "lora_path": "intent"}]})
+
+    lora_name: AdapterName
+    """What requests call it from then on."""
+    lora_path: Annotated[Text, Field(max_length=512)]
+    """No path: an adapter in the server's store, as a name or `name@version`; or `hf://owner/name`, with the server's --hub."""
+    load_inplace: bool = False
+    """Lets a name that is there already mean this one."""
+    is_3d_lora_weight: bool = False
+    """As vLLM has it: false alone."""
+
+
+class UnloadLoraBody(Body):
+    """The body of POST /v1/unload_lora_adapter, as vLLM has it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "intent"}]})
+
+    lora_name: AdapterName
+    lora_int_id: int | None = None
+    """Of no consequence, there as here."""

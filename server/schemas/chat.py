@@ -2,33 +2,40 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from lori.template import Message, Template, Text
-from server.schemas.fields import BODY
+from server.schemas.fields import Body, Reply, forms, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
-class TextPart(BaseModel):
+class TextPart(Body):
     """A part of a message; only text is known here."""
-
-    model_config = BODY
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """One turn of a conversation."""
-
-    model_config = BODY
 
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is `system`."""
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    content: Annotated[
+        Annotated[Text, Tag("one")]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
+        forms(one_or_many, "text, or a list of parts"),
+    ]
     name: None = None
     """Not known here: must be absent."""
 
@@ -74,7 +81,7 @@ class ChatBody(OpenAIBody):
     store: Literal[False] | None = None
     """Nothing is stored."""
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -85,7 +92,7 @@ class ChatBody(OpenAIBody):
         return self
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(Reply):
     """A token and its log-probability."""
 
     token: str
@@ -100,20 +107,20 @@ class TokenLogprobReply(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(Reply):
     """Log-probabilities in the form of OpenAI's chat completions."""
 
     content: list[TokenLogprobReply]
 
 
-class AnswerMessage(BaseModel):
+class AnswerMessage(Reply):
     """The answer as a turn of the conversation."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Reply):
     """One answer."""
 
     index: int
@@ -122,7 +129,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
-class ChatReply(BaseModel):
+class ChatReply(Reply):
     """The reply of POST /v1/chat/completions."""
 
     id: str
@@ -134,7 +141,7 @@ class ChatReply(BaseModel):
     lori: LoriReply
 
 
-class Delta(BaseModel):
+class Delta(Reply):
     """What is new of an answer."""
 
     role: Literal["assistant"] | None = None
@@ -145,7 +152,7 @@ class Delta(BaseModel):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 
-class ChatChunkChoice(BaseModel):
+class ChatChunkChoice(Reply):
     """What is new of one answer."""
 
     index: int
@@ -154,7 +161,7 @@ class ChatChunkChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(Reply):
     """A part of the reply, in a stream."""
 
     id: str

@@ -1,16 +1,31 @@
 """What POST /v1/completions takes and gives."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, Tag, model_validator
 
 from lori.template import Text
-from server.schemas.fields import TokenIds
+from server.schemas.fields import Reply, TokenIds, forms
 from server.schemas.generation import Logprobs
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PROMPTS = 256
 Several = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+
+
+def _form(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "one" if isinstance(value, str) else None
+    return {list: "lists", int: "numbers", bool: "numbers"}.get(type(value[0]), "texts") if value else "texts"
+
+
+Prompts = Annotated[
+    Annotated[Text, Tag("one")]
+    | Annotated[list[Text], Several, Tag("texts")]
+    | Annotated[TokenIds, Tag("numbers")]
+    | Annotated[list[TokenIds], Several, Tag("lists")],
+    forms(_form, "text, a list of token ids, or a list of texts or of such lists"),
+]
 
 
 class CompletionBody(OpenAIBody):
@@ -25,7 +40,7 @@ class CompletionBody(OpenAIBody):
         }
     )
 
-    prompt: Text | Annotated[list[Text], Several] | TokenIds | Annotated[list[TokenIds], Several]
+    prompt: Prompts
     """Text to continue, or its token ids; or several of them, which run together."""
     max_tokens: int = Field(default=16, ge=0)
     """The longest answer. 0 generates nothing, to score a text with `echo`."""
@@ -45,7 +60,7 @@ class CompletionBody(OpenAIBody):
         return self
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Reply):
     """One answer, or a part of one in a stream."""
 
     index: int
@@ -54,7 +69,7 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class CompletionReply(BaseModel):
+class CompletionReply(Reply):
     """The reply of POST /v1/completions, or a part of one in a stream."""
 
     id: str

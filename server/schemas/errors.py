@@ -1,17 +1,19 @@
 """The body of every error."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong: `param` is the field, where it was one."""
+    """What was wrong: `param` is the field, where it was one; `faults` are all those of an adapter that is not sound."""
 
     message: str
     type: str
     param: str | None
     code: int
+    faults: list[str] | None = None
 
 
 class ErrorReply(BaseModel):
@@ -20,7 +22,12 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
-def error_reply(status: int, kind: str, message: str, param: str | None) -> dict[str, Any]:
+def error_reply(status: int, kind: str, message: str, param: str | None, faults: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the body of an error. A message may quote what the client sent, be it text or not."""
-    sound = message.encode("utf-8", "backslashreplace").decode()
-    return ErrorReply(error=ErrorDetail(message=sound, type=kind, param=param, code=status)).model_dump()
+    found = None if faults is None else list(map(_sound, faults))
+    detail = ErrorDetail(message=_sound(message), type=kind, param=param, code=status, faults=found)
+    return ErrorReply(error=detail).model_dump(exclude={} if found else {"error": {"faults"}})
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

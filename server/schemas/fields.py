@@ -1,8 +1,20 @@
 """Fields that several bodies have: what they may hold, said once."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from lori.template import Text
 
@@ -19,11 +31,42 @@ MAX_PROMPT_TOKENS = 2**20
 BODY = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-def check_num_fields(body: Any) -> Any:
-    """Returns `body`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
-    if isinstance(body, dict) and len(body) > MAX_FIELDS:
-        raise ValueError(f"the body has {len(body)} fields, expected at most {MAX_FIELDS}")
-    return body
+def check_num_fields(value: Any) -> Any:
+    """Returns `value`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
+    if isinstance(value, dict) and len(value) > MAX_FIELDS:
+        raise ValueError(f"too many fields: {len(value)}, expected at most {MAX_FIELDS}")
+    return value
+
+
+class Body(BaseModel):
+    """What a client sends, or a part of it: nothing is taken for what it is not, and an unknown field is an error."""
+
+    model_config = BODY
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return check_num_fields(value)
+
+
+class Reply(BaseModel):
+    """What a client is answered, or a part of it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+def _are_few(bias: Any) -> Any:
+    # As with fields: each of them could be an error of its own.
+    if isinstance(bias, dict) and len(bias) > MAX_BIASED:
+        raise ValueError(f"too many tokens: {len(bias)}, expected at most {MAX_BIASED}")
+    return bias
+
+
+PROMPT_OR_MESSAGES: list[JsonValue] = [
+    {"required": ["prompt"], "properties": {"prompt": {"not": {"type": "null"}}, "messages": {"type": "null"}}},
+    {"required": ["messages"], "properties": {"messages": {"not": {"type": "null"}}, "prompt": {"type": "null"}}},
+]
+"""For a body's `oneOf`: which of its fields there may be together."""
 
 
 def _is_not_empty(value: str) -> str:
@@ -32,12 +75,32 @@ def _is_not_empty(value: str) -> str:
     return value
 
 
+def forms(form_of: Callable[[Any], str | None], expected: str) -> Discriminator:
+    """Returns what picks the form of a value among those that its field may have; `form_of` returns None for none of them.
+
+    What is wrong is then said of that form alone, or that something of another kind was expected.
+    """
+    return Discriminator(form_of, "no_form", f"expected {expected}")
+
+
+def one_or_many(value: Any) -> str | None:
+    """Returns the form of a text or of a list."""
+    return "one" if isinstance(value, str) else "many" if isinstance(value, list) else None
+
+
 StopText = Annotated[Text, AfterValidator(_is_not_empty), WithJsonSchema({"type": "string", "minLength": 1})]
-Stops = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stops = Annotated[
+    Annotated[StopText, Tag("one")] | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("many")],
+    forms(one_or_many, "text, or a list of texts"),
+]
 AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+Prompt = Annotated[
+    Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")],
+    forms(one_or_many, "text, or a list of token ids"),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -47,5 +110,9 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
 NumChoices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASED)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias],
+    Field(max_length=MAX_BIASED, json_schema_extra={"additionalProperties": False}),
+    BeforeValidator(_are_few),
+]
 """By token id, written as text since JSON's keys are."""

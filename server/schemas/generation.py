@@ -2,15 +2,16 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
-from lori.template import Message, Template, Text
+from lori.template import Message, Template
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, TokenIds
+from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
+Turn = Annotated[Message, BeforeValidator(check_num_fields)]
+Messages = Annotated[list[Turn], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
 class GenerateBody(SamplingFields, MergeFields):
@@ -18,6 +19,7 @@ class GenerateBody(SamplingFields, MergeFields):
 
     model_config = ConfigDict(
         json_schema_extra={
+            "oneOf": PROMPT_OR_MESSAGES,
             "examples": [
                 {"messages": [{"role": "user", "content": "What is 12 times 7?"}], "adapter": ["math", "safety"]},
                 {"prompt": "Customer: My card has not arrived.\nIntent:", "adapter": "intent", "stop": "\n"},
@@ -26,11 +28,11 @@ class GenerateBody(SamplingFields, MergeFields):
                     "adapter": [{"name": "math", "weight": 1}, {"name": "safety", "weight": 0.8}],
                     "max_tokens": 64,
                 },
-            ]
+            ],
         },
     )
 
-    prompt: Text | TokenIds | None = None
+    prompt: Prompt | None = None
     """Text to continue, as it stands, or its token ids. Either this or `messages`."""
     messages: Messages | None = None
     """A conversation to answer, written with the adapter's own template."""
@@ -67,7 +69,7 @@ class GenerateBody(SamplingFields, MergeFields):
         return self
 
 
-class ResolvedAdapter(BaseModel):
+class ResolvedAdapter(Reply):
     """An adapter as the request used it."""
 
     name: str
@@ -77,7 +79,7 @@ class ResolvedAdapter(BaseModel):
     """The operator adds it to every request."""
 
 
-class MergeReply(BaseModel):
+class MergeReply(Reply):
     """How the adapters were merged, with the options that have an effect."""
 
     method: MergeMethod
@@ -86,7 +88,7 @@ class MergeReply(BaseModel):
     seed: int | None = None
 
 
-class Usage(BaseModel):
+class Usage(Reply):
     """Tokens that a request cost."""
 
     prompt_tokens: int
@@ -96,7 +98,7 @@ class Usage(BaseModel):
     """Of the prompt, which were not computed again."""
 
 
-class TimingsReply(BaseModel):
+class TimingsReply(Reply):
     """Where the time went, in seconds."""
 
     queue_s: float
@@ -109,7 +111,7 @@ class TimingsReply(BaseModel):
     total_s: float
 
 
-class Logprobs(BaseModel):
+class Logprobs(Reply):
     """Log-probabilities in the form of OpenAI's completions: one entry for each token, those that end the text included."""
 
     tokens: list[str]
@@ -118,7 +120,7 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
-class TokenData(BaseModel):
+class TokenData(Reply):
     """The data of a `token` event."""
 
     text: str
@@ -127,7 +129,7 @@ class TokenData(BaseModel):
     logprobs: Logprobs | None = None
 
 
-class DoneData(BaseModel):
+class DoneData(Reply):
     """The data of the `done` event: the reply without its text."""
 
     id: str
@@ -141,7 +143,7 @@ class DoneData(BaseModel):
     seed: int
 
 
-class ChoiceReply(BaseModel):
+class ChoiceReply(Reply):
     """One of several answers."""
 
     index: int
@@ -150,8 +152,8 @@ class ChoiceReply(BaseModel):
     logprobs: Logprobs | None = None
 
 
-class GenerateReply(BaseModel):
-    """The reply of POST /generate. With several answers, `text`, `finish_reason` and `logprobs` are those of the first."""
+class GenerateReply(Reply):
+    """The reply of POST /generate. With several answers, all but `choices` and `usage` is of the first."""
 
     id: str
     text: str
@@ -166,7 +168,7 @@ class GenerateReply(BaseModel):
     """All answers, where more than one was asked for."""
 
 
-class Health(BaseModel):
+class Health(Reply):
     """The reply of GET /health and GET /ready."""
 
     status: Literal["ok", "ready"]

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from lori.template import Text
-from server.schemas.fields import BODY, MAX_LOGPROBS, Temperature
+from server.schemas.fields import MAX_LOGPROBS, Body, Reply, Temperature
 from server.schemas.generation import MergeReply, ResolvedAdapter, TimingsReply
+from server.schemas.grammars import ResponseFormat
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Model = Annotated[Text, Field(min_length=1, max_length=4096)]
@@ -14,10 +15,8 @@ TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream says beside its text."""
-
-    model_config = BODY
 
     include_usage: bool = False
     """A last chunk, without choices, has the usage."""
@@ -36,6 +35,8 @@ class OpenAIBody(SamplingFields, MergeFields):
     """Draws the tokens; absent: a random one, named in the reply."""
     include_stop_str_in_output: bool = False
     """The answer ends after the stop text, not before."""
+    response_format: ResponseFormat | None = None
+    """JSON, or JSON of a schema; `grammar` has more."""
     stream: bool = False
     """Sends the answer as server-sent events, as OpenAI does."""
     stream_options: StreamOptions | None = None
@@ -46,17 +47,19 @@ class OpenAIBody(SamplingFields, MergeFields):
     def _is_sound(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is for streams; 'stream' is false")
+        if self.grammar is not None and self.response_format is not None:
+            raise ValueError("expected 'grammar' or 'response_format', found both")
         self.check_weights(self.adapters)
         return self
 
 
-class CachedTokens(BaseModel):
+class CachedTokens(Reply):
     """Tokens of the prompt that were not computed again."""
 
     cached_tokens: int
 
 
-class OpenAIUsage(BaseModel):
+class OpenAIUsage(Reply):
     """Tokens that a request cost."""
 
     prompt_tokens: int
@@ -65,7 +68,7 @@ class OpenAIUsage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class LoriReply(BaseModel):
+class LoriReply(Reply):
     """What OpenAI's replies do not say: the adapters as resolved, what drew the tokens, where the time went."""
 
     adapter: list[ResolvedAdapter]
@@ -74,7 +77,7 @@ class LoriReply(BaseModel):
     timings: TimingsReply | None = None
 
 
-class ModelCard(BaseModel):
+class ModelCard(Reply):
     """A model that can be asked for: the base model, or an adapter on it."""
 
     id: str
@@ -88,7 +91,7 @@ class ModelCard(BaseModel):
     max_model_len: int
 
 
-class ModelList(BaseModel):
+class ModelList(Reply):
     """The reply of GET /v1/models."""
 
     object: Literal["list"] = "list"

@@ -2,14 +2,14 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, Tag, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
 from server.engine.request import Sampling
 from server.schemas.fields import (
-    BODY,
     MAX_ADAPTERS,
     AdapterName,
+    Body,
     LogitBias,
     MinP,
     NumChoices,
@@ -21,31 +21,36 @@ from server.schemas.fields import (
     TopK,
     TopP,
     Weight,
-    check_num_fields,
+    forms,
 )
+from server.schemas.grammars import AnyGrammar
 
 
-class WeightedAdapter(BaseModel):
+class WeightedAdapter(Body):
     """An adapter with its weight."""
-
-    model_config = BODY
 
     name: AdapterName
     """Its name, or `name@version`."""
     weight: Weight
+    """What its delta is multiplied with."""
 
 
-Adapters = (
-    AdapterName
-    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-    | Annotated[list[WeightedAdapter], Field(max_length=MAX_ADAPTERS, fail_fast=True)]
-)
+def _form(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "one" if isinstance(value, str) else None
+    return "objects" if value and isinstance(value[0], dict) else "texts"
 
 
-class SamplingFields(BaseModel):
+Adapters = Annotated[
+    Annotated[AdapterName, Tag("one")]
+    | Annotated[list[AdapterName], Field(max_length=MAX_ADAPTERS, fail_fast=True), Tag("texts")]
+    | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True), Tag("objects")],
+    forms(_form, "an adapter's name, a list of names, or a list of objects with name and weight"),
+]
+
+
+class SamplingFields(Body):
     """How tokens are picked, and how long that may take."""
-
-    model_config = BODY
 
     min_tokens: int = Field(default=0, ge=0)
     """Before so many tokens the answer does not end by itself."""
@@ -71,17 +76,14 @@ class SamplingFields(BaseModel):
     """Answers to the prompt, which is computed once."""
     stop: Stops | None = None
     """The answer ends before any of these."""
+    grammar: AnyGrammar | None = None
+    """What the whole answer has to be: any JSON object, JSON of a schema, or text of a regular expression or a grammar."""
     ignore_eos: bool = False
     """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
     timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None
     """The request is given up, and answered 504, if it takes longer, in seconds."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, body: Any) -> Any:
-        return check_num_fields(body)
 
     def to_sampling(self) -> Sampling:
         """Returns it as the engine has it, but for the seed."""
@@ -103,10 +105,8 @@ class SamplingFields(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class MergeFields(BaseModel):
+class MergeFields(Body):
     """How adapters are merged."""
-
-    model_config = BODY
 
     weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
     """One for each adapter; absent: each 1/n."""

@@ -2,20 +2,18 @@
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from lori.template import Text
 from server.schemas.chat import ChatMessage
-from server.schemas.fields import MAX_PROMPT_TOKENS, TokenId
+from server.schemas.fields import MAX_PROMPT_TOKENS, PROMPT_OR_MESSAGES, Body, Reply, TokenId
 from server.schemas.openai import Model
 
-FORM = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
-
-class TokenizeBody(BaseModel):
+class TokenizeBody(Body):
     """The body of POST /tokenize."""
 
-    model_config = ConfigDict(**FORM, json_schema_extra={"examples": [{"prompt": "The quick brown fox"}]})
+    model_config = ConfigDict(json_schema_extra={"oneOf": PROMPT_OR_MESSAGES, "examples": [{"prompt": "The quick brown fox"}]})
 
     model: Model | None = None
     """The base model, or what else POST /v1/completions can be asked for; all have one tokenizer."""
@@ -35,7 +33,7 @@ class TokenizeBody(BaseModel):
         return self
 
 
-class TokenizeReply(BaseModel):
+class TokenizeReply(Reply):
     """The reply of POST /tokenize."""
 
     count: int
@@ -44,17 +42,17 @@ class TokenizeReply(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Body):
     """The body of POST /detokenize."""
 
-    model_config = ConfigDict(**FORM, json_schema_extra={"examples": [{"tokens": [504, 2365, 6354, 16438]}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [504, 2365, 6354, 16438]}]})
 
     model: Model | None = None
     """As in POST /tokenize."""
     tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 
-class DetokenizeReply(BaseModel):
+class DetokenizeReply(Reply):
     """The reply of POST /detokenize."""
 
     prompt: str

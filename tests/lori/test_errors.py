@@ -3,17 +3,27 @@
 import pytest
 
 from lori import errors
-from lori.errors import AdapterError, AdapterFormatError, LoriError, ModelError, TemplateError, UnknownAdapterError
+from lori.errors import (
+    AdapterError,
+    AdapterFormatError,
+    LoriError,
+    ModelError,
+    TemplateError,
+    UnknownAdapterError,
+    UnreachableError,
+)
 
 
-@pytest.mark.parametrize("kind", [ModelError, TemplateError, AdapterError, AdapterFormatError, UnknownAdapterError])
+@pytest.mark.parametrize(
+    "kind", [ModelError, TemplateError, AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError]
+)
 def test_all_are_caught_by_the_root(kind: type[Exception]) -> None:
     assert issubclass(kind, LoriError)
 
 
 def test_no_error_is_outside_the_tree() -> None:
     mine = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert len(mine) == 7
+    assert len(mine) == 8
     assert all(issubclass(kind, LoriError) for kind in mine)
     assert all(kind.__name__ in (errors.__doc__ or "") for kind in mine)
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from lori.errors import AdapterError
+from lori.errors import AdapterError, UnreachableError
 from lori.hub import resolve
 
 COMMIT = "c0ffee" + "0" * 34
@@ -178,5 +178,5 @@ def test_what_the_hub_refuses_is_told(hub: Hub, source: str, expected: str) -> N
 @pytest.mark.parametrize("is_offline", [False, True], ids=["nobody listens", "HF_HUB_OFFLINE"])
 def test_without_a_network_the_way_out_is_told(source: str, is_offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-    with pytest.raises(AdapterError, match=r"the hub cannot be reached for own/math: connect .* or download it elsewhere"):
+    with pytest.raises(UnreachableError, match=r"the hub cannot be reached for own/math: connect .* or download it elsewhere"):
         resolve(source)

@@ -1,6 +1,12 @@
 """What is said of a name that no adapter has."""
 
+import random
+
+import pytest
+
 from lori.names import unknown_adapter
+
+KNOWN = ["intent", "math", "safety"]
 
 
 def test_near_names_are_told_nearest_first() -> None:
@@ -14,5 +20,30 @@ def test_known_names_are_told_in_order_where_none_is_near() -> None:
     assert str(unknown_adapter("zzz", ["math", "code"])) == "there is no adapter 'zzz': known are 'code', 'math'"
 
 
-def test_at_most_three_near_names() -> None:
-    assert len(unknown_adapter("math", [f"math{i}" for i in range(9)]).near) == 3
+@pytest.mark.parametrize(
+    ("reference", "near"),
+    [
+        ("maths", ("math",)),
+        ("safty", ("safety",)),
+        ("intents", ("intent",)),
+        ("../math", ("math",)),
+        ("MATH", ("math",)),
+        ("Math@0123456789ab", ("math",)),
+        ("nobody", ()),
+        ("x" * 256, ()),
+        ("", ()),
+        ("@", ()),
+        ("\ud800", ()),
+        ("m\0ath", ("math",)),
+    ],
+)
+def test_what_looks_like_a_name_is_told_it(reference: str, near: tuple[str, ...]) -> None:
+    error = unknown_adapter(reference, KNOWN)
+    assert error.near == near
+    assert repr(reference) in str(error)
+
+
+def test_at_most_three_near_names_the_first_of_those_that_are_as_near() -> None:
+    known = [f"math{i}" for i in range(9)]
+    random.Random(1).shuffle(known)
+    assert unknown_adapter("math", known).near == ("math0", "math1", "math2")

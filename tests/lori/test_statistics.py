@@ -112,3 +112,9 @@ def test_modules_come_by_layer_then_as_the_targets_are_listed() -> None:
     adapter = make_adapter("a", shapes, ("q_proj", "lm_head", "down_proj"))
     expected = ["lm_head", "layers.2.q_proj", "layers.2.down_proj", "layers.10.q_proj", "layers.10.down_proj"]
     assert [row.module for row in statistics(adapter)] == expected
+
+
+def test_it_rests_after_each_module() -> None:
+    adapter, rests = make_adapter("a"), list[int]()
+    assert statistics(adapter, lambda: rests.append(1)) == statistics(adapter)
+    assert len(rests) == len(adapter.modules)

@@ -261,6 +261,22 @@ def test_a_removed_name_is_gone_with_all_its_versions(store: AdapterStore, tmp_p
     assert sorted(path.name for path in store.root.iterdir()) == [".aliases", ".locks", store.find("law").folder.name]
 
 
+def test_what_would_be_removed_is_told_and_stays(store: AdapterStore, tmp_path: Path) -> None:
+    versions = [publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)]
+    store.alias("prod", "math")
+    assert [entry.version for entry in store.doomed(f"math@{versions[0][:8]}")] == versions[:1]
+    assert store.doomed("prod") == []
+    with pytest.raises(AdapterError, match="'prod' means math@"):
+        store.doomed("math")
+    store.remove("prod")
+    assert {entry.version for entry in store.doomed("math")} == {entry.version for entry in store.versions("math")} == {*versions}
+    with pytest.raises(UnknownAdapterError):
+        store.doomed("law")
+    assert store.versions("law") == AdapterStore(tmp_path / "nowhere").versions("math") == []
+    with pytest.raises(AdapterError, match="is no folder of adapters"):
+        AdapterStore(tmp_path / "nowhere").doomed("math")
+
+
 def test_an_alias_of_what_is_gone_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
     # Was refused, since it means nothing: the store could not be mended.
     publish(store, tmp_path, "math")

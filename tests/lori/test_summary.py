@@ -23,6 +23,7 @@ def entry(folder: Path, **section: object) -> Entry:
 def test_a_summary_says_what_the_adapter_is_and_needs_no_weights(tmp_path: Path) -> None:
     math = entry(tmp_path / "math", templates=("plain", "chat"), metrics={"loss": 0.5}, merge_weights={"x": (1.0, 0.8)})
     adapter = load_adapter(math.folder, BASE)
+    assert math.num_bytes == sum(file.stat().st_size for file in math.folder.iterdir())
     (math.folder / WEIGHTS_FILE).unlink()
     summary = summarise({"algebra": math}, BASE)["algebra"]
     assert (summary.name, summary.version) == ("math", adapter.version)
@@ -31,6 +32,8 @@ def test_a_summary_says_what_the_adapter_is_and_needs_no_weights(tmp_path: Path)
     assert (summary.targets, summary.sparsity) == (adapter.config.target_modules, 0.6)
     assert (summary.templates, summary.metrics, summary.merge_weights) == (("plain", "chat"), {"loss": 0.5}, {"x": (1.0, 0.8)})
     assert isinstance(summary.basis, SeededConfig)
+    assert summary.num_bytes == math.num_bytes == (math.folder / CONFIG_FILE).stat().st_size
+    assert Entry("nobody", tmp_path / "nobody").num_bytes == 0
 
 
 def test_the_highest_rank_counts_single_modules(tmp_path: Path) -> None:

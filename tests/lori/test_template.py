@@ -1,5 +1,8 @@
 """How a prompt and its completion are written."""
 
+import threading
+import time
+
 import pytest
 from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
@@ -132,3 +135,22 @@ def test_encode_adds_no_token_where_the_tokenizer_would(tokenizer: PreTrainedTok
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[end])
     assert len(tokenizer("Hi").input_ids) == 3
     assert len(encode(tokenizer, "Hi").ids) == 2
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: PreTrainedTokenizerFast) -> None:
+    """They did not for as long as it took: a prompt of a megabyte stopped the server for seconds."""
+    took = list[float]()
+
+    def encode_long() -> None:
+        began = time.monotonic()
+        assert len(encode(tokenizer, "a" * 400_000)) == 400_000
+        took.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=encode_long)
+    mine = time.thread_time()
+    thread.start()
+    while not took:
+        pass
+    mine = time.thread_time() - mine
+    thread.join()
+    assert mine > took[0] / 20, "a twentieth of the time, on a machine that others use too"

@@ -29,6 +29,10 @@ class FakePacked:
     config: FakeConfig = FakeConfig()
 
 
+def fake_packed(digest: str, num_bytes: int = 1) -> PackedAdapter:
+    return cast(PackedAdapter, FakePacked(digest, num_bytes))
+
+
 @dataclass
 class FakePool:
     """Slots that hold digests; insists that none is overwritten."""
@@ -60,6 +64,9 @@ class FakeLoader:
     def num_reading(self) -> int:
         return len(self.pending)
 
+    def is_reading(self, digest: str) -> bool:
+        return digest in self.pending or any(loaded.digest == digest for loaded in self._arrived)
+
     def start(self, digest: str, request: Request) -> None:
         if digest in self.pending:
             return
@@ -68,9 +75,10 @@ class FakeLoader:
 
     def arrive(self, digest: str, num_bytes: int = 1, fault: str = "") -> None:
         """Ends the reading of an adapter, well or with a fault."""
-        del self.pending[digest]
-        packed = None if fault else cast(PackedAdapter, FakePacked(digest, num_bytes))
-        self._arrived.append(Loaded(digest, packed, fault, 0.5))
+        of = self.pending.pop(digest)
+        packed = None if fault else fake_packed(digest, num_bytes)
+        made_of = tuple(term.digest for term in of.terms) if digest == of.merged_digest else ()
+        self._arrived.append(Loaded(digest, packed, fault, 0.5, made_of))
         self.notify()
 
     def wait(self, timeout_s: float) -> None:

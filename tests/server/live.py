@@ -39,13 +39,13 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def run_main(log: Path, *flags: str) -> subprocess.Popen[bytes]:
+def run_main(log: Path, *flags: str, module: str = "server") -> subprocess.Popen[bytes]:
     """Starts `python -m server` with `flags` alone: no settings of the environment, no network. Both streams go to `log`."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "server", *flags], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", module, *flags], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
 
 
@@ -82,9 +82,9 @@ class Live:
 
 
 @contextmanager
-def start(log: Path, *flags: str) -> Iterator[Live]:
+def start(log: Path, *flags: str, module: str = "server") -> Iterator[Live]:
     """Runs a server on a free port until the block ends."""
-    process = run_main(log, "--port", "0", *flags)
+    process = run_main(log, "--port", "0", *flags, module=module)
     try:
         wait_until(lambda: process.poll() is not None or ADDRESS.search(log.read_text()) is not None, "the server")
         found = ADDRESS.search(log.read_text())

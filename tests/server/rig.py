@@ -25,6 +25,7 @@ from lori.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
 from server.engine.adapters.loader import Loader
+from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
@@ -34,9 +35,10 @@ from server.engine.model.runner import Runner
 from server.engine.replies import Emit
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
+from server.engine.sampling.grammars import Grammars
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Chunk, Scheduler
-from server.loading import make_pool, make_registry
+from server.loading import make_grammars, make_pool, make_registry
 from server.service import Service
 from tests.server.plans import step_limits
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
@@ -258,9 +260,10 @@ def build(
     limits = step_limits(max_batch, max_step_tokens, max_stall)
     scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS])
+    grammars = make_grammars(base)
+    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS], grammars=grammars)
     loaded = {name: entry.load(base.identity) for name, entry in entries.items()}
-    admission = Admission(base.tokenizer, registry, context, num_slots)
+    admission = Admission(base.tokenizer, registry, context, num_slots, grammars=grammars)
     return Rig(engine, base.tokenizer, admission, runner, registry, loaded)
 
 
@@ -329,8 +332,10 @@ def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_s
     limits = step_limits(4, max_step_tokens)
     scheduler = Scheduler(KvCache(256, 4, ""), tiers, limits)
     runner = cast(Runner, ScriptedRunner(script))
-    engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS])
-    return Rig(engine, tokenizer, Admission(tokenizer, Registry([]), 1024), runner, Registry([]), {})
+    grammars = Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
+    engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS], grammars=grammars)
+    admission = Admission(tokenizer, Registry([]), 1024, grammars=grammars)
+    return Rig(engine, tokenizer, admission, runner, Registry([]), {})
 
 
 def no_tiers() -> AdapterTiers:
@@ -351,6 +356,9 @@ class FakeTiers:
 
     def on_arrival(self, notify: Callable[[], None]) -> None:
         self.notify = notify
+
+    def places(self) -> dict[str, Place]:
+        return {}
 
     def close(self) -> None:
         self.is_closed = True

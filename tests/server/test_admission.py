@@ -11,7 +11,9 @@ from lori.merge_options import MergeOptions
 from lori.template import Message, Template
 from server.engine.adapters.registry import Registry
 from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
+from server.engine.prompt import TokenPrompt
 from server.engine.request import Sampling
+from tests.server.registered import registered
 from tests.server.rig import EOS, build
 
 CONTEXT = 200
@@ -82,6 +84,21 @@ def refusal(admission: Admission, ask: Ask) -> RefusedError:
             "no common template (math: chat; intent: plain), expected one here",
             id="no common template",
         ),
+        pytest.param(Ask(prompt="x", merge=MergeOptions("ties")), "merge", "is 'ties' without adapters", id="a merge of nothing"),
+        pytest.param(Ask(prompt=TokenPrompt(())), "prompt", "is empty, expected at least one token", id="no tokens"),
+        pytest.param(
+            Ask(prompt=TokenPrompt((5, 257, 999))), "prompt", "has the token 257, expected 0 to 256", id="an unknown token"
+        ),
+        pytest.param(Ask(prompt=TokenPrompt((-1,))), "prompt", "has the token -1, expected 0 to 256", id="a negative token"),
+        pytest.param(
+            Ask(prompt=TokenPrompt((999,) * 200)), "prompt", "has 200 tokens, and the context holds 200", id="many tokens"
+        ),
+        pytest.param(
+            Ask(prompt="x", sampling=Sampling(logit_bias=((5, 1.0), (257, 1.0)))),
+            "logit_bias",
+            "names the token 257, expected 0 to 256",
+            id="bias of an unknown token",
+        ),
     ],
 )
 def test_a_refusal_names_the_field_and_what_was_found_and_expected(admission: Admission, ask: Ask, field: str, said: str) -> None:
@@ -90,7 +107,9 @@ def test_a_refusal_names_the_field_and_what_was_found_and_expected(admission: Ad
     assert said in str(error)
 
 
-@pytest.mark.parametrize(("name", "near"), [("maths", ("math",)), ("MATH", ()), ("safty", ("safety",)), ("../math", ("math",))])
+@pytest.mark.parametrize(
+    ("name", "near"), [("maths", ("math",)), ("MATH", ("math",)), ("nobody", ()), ("safty", ("safety",)), ("../math", ("math",))]
+)
 def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, name: str, near: tuple[str, ...]) -> None:
     with pytest.raises(UnknownAdapterError) as caught:
         admission.admit(Ask(prompt="x", adapters=("safety", name)))
@@ -257,3 +276,67 @@ def test_what_is_asked_is_what_the_request_has(admission: Admission) -> None:
     assert request.sampling == replace(sampling, seed=7)
     for name in ("stop", "ignore_eos", "num_logprobs", "echo", "num_choices", "priority", "tenant", "timeout_s"):
         assert getattr(request, name) == getattr(ask, name)
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_tokens_stand_as_they_are_and_have_their_text_where_it_is_seen(admission: Admission, echo: bool) -> None:
+    text = admission.admit(Ask(prompt="aé€😀z", echo=echo))
+    request = admission.admit(Ask(prompt=TokenPrompt(text.prompt_ids), echo=echo))
+    assert request.prompt_ids == text.prompt_ids
+    assert request.max_tokens == text.max_tokens
+    assert len(request.prompt_offsets) == len(request.prompt_ids)
+    if echo:
+        assert (request.prompt_text, request.prompt_offsets) == (text.prompt_text, text.prompt_offsets)
+
+
+def test_what_the_model_knows_beyond_the_tokenizer_may_be_named(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+    """Many models have rows for more tokens than there are."""
+    padded = Admission(tokenizer, registry, CONTEXT, num_ids=320)
+    biased = Sampling(logit_bias=((319, 1.0),))
+    a, b = padded.admit(Ask(prompt="ab")).prompt_ids
+    request = padded.admit(Ask(prompt=TokenPrompt((a, 319, b)), echo=True, sampling=biased))
+    assert (request.prompt_ids, request.prompt_text, request.prompt_offsets) == ((a, 319, b), "ab", (0, 1, 1))
+    for ask in (Ask(prompt=TokenPrompt((320,))), Ask(prompt="x", sampling=Sampling(logit_bias=((320, 1.0),)))):
+        assert "token 320, expected 0 to 319" in str(refusal(padded, ask))
+
+
+VERSIONS = [registered("math", "ab1" + "0" * 61), registered("math", "ab2" + "0" * 61), registered("copy", "ab1" + "0" * 61)]
+
+
+@pytest.fixture
+def versioned(tokenizer: PreTrainedTokenizerFast) -> Admission:
+    """math in two versions, and another name of the first."""
+    current, old, copy = VERSIONS
+    return Admission(tokenizer, Registry([current, copy], [old]), CONTEXT, max_terms=3)
+
+
+def test_versions_of_one_adapter_may_be_added(versioned: Admission) -> None:
+    request = versioned.admit(Ask(prompt="x", adapters=("math@ab2", "math"), weights=(1.0, -1.0)))
+    assert [(term.reference, term.weight) for term in request.terms] == [("math@ab2000000000", 1.0), ("math@ab1000000000", -1.0)]
+
+
+def test_two_names_of_one_content_may_be_added(versioned: Admission) -> None:
+    request = versioned.admit(Ask(prompt="x", adapters=("math", "copy")))
+    assert [term.name for term in request.terms] == ["math", "copy"]
+
+
+@pytest.mark.parametrize("names", [("math", "math@ab1"), ("math@ab1", "math@ab10"), ("math@ab2", "copy", "math@ab2")])
+def test_one_version_is_named_once_however_it_is_named(versioned: Admission, names: tuple[str, ...]) -> None:
+    error = refusal(versioned, Ask(prompt="x", adapters=names))
+    assert error.field == "adapter"
+    assert f"{names[-1]!r} twice, expected each adapter once" in str(error)
+
+
+def test_digits_that_could_be_several_are_refused(versioned: Admission) -> None:
+    error = refusal(versioned, Ask(prompt="x", adapters=("math@ab",)))
+    assert error.field == "adapter"
+    assert "'math@ab' could be math@ab1000000000 or math@ab2000000000" in str(error)
+
+
+def test_only_what_the_caller_may_use_is_there(versioned: Admission) -> None:
+    ask = Ask(prompt="x", adapters=("math",), may_use=lambda name: name == "copy")
+    with pytest.raises(UnknownAdapterError, match="there is no adapter 'math': known are 'copy'"):
+        versioned.admit(ask)
+    with pytest.raises(UnknownAdapterError, match="there is no adapter 'math@ab': known are 'copy'"):
+        versioned.admit(replace(ask, adapters=("math@ab",)))
+    assert versioned.admit(replace(ask, adapters=("copy",))).terms[0].digest == VERSIONS[0].summary.digest

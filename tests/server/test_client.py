@@ -141,6 +141,15 @@ def test_adapters_are_listed(client: Client, live: Live) -> None:
     assert [adapter.model_dump(mode="json") for adapter in found.adapters] == live.client.get("/adapters").json()["adapters"]
 
 
+def test_adapters_are_compared(client: Client) -> None:
+    found = client.compare(["math", "safety", "intent"])
+    assert found.names == ["math", "safety", "intent"]
+    assert [row[place] for place, row in enumerate(found.cosine)] == pytest.approx([1, 1, 1], abs=1e-5)
+    assert found.overlap[0][2] is None, "they are on two bases"
+    with pytest.raises(NotFoundError, match="no adapter 'maths'"):
+        client.compare(["maths", "math"])
+
+
 def test_tokens_and_back(client: Client) -> None:
     found = client.tokenize(FOX, return_token_strs=True)
     assert found.count == len(found.tokens) == len(FOX)
@@ -208,9 +217,10 @@ async def tokens(events: AsyncGenerator[TokenData | DoneData, None]) -> AsyncGen
 
 
 def test_a_client_is_light() -> None:
-    """Of the engine it knows the words of a request, which are plain values."""
+    """Of the engine it knows the words of a request and of an adapter's place, which are plain values."""
+    words = {"server.engine", "server.engine.request", "server.engine.adapters", "server.engine.adapters.places"}
     program = "import sys, time, server.client; print(time.process_time(), *sys.modules)"
     seconds, *modules = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
     assert not {module.partition(".")[0] for module in modules} & {*HEAVY}
-    assert {module for module in modules if module.startswith("server.engine")} <= {"server.engine", "server.engine.request"}
+    assert {module for module in modules if module.startswith("server.engine")} <= words
     assert float(seconds) < 3, "of a processor: torch alone takes as long"

@@ -58,7 +58,7 @@ def test_openais_async_client_hears_many_streams_at_once(live: Live) -> None:
 @pytest.mark.parametrize("end", ["close", "cancel"])
 def test_an_openai_stream_that_is_left_frees_its_place(live: Live, route: str, end: str) -> None:
     async def hear(client: openai.AsyncOpenAI, heard: anyio.Event) -> None:
-        asked: dict[str, Any] = {"model": "math", "max_tokens": FOR_EVER, "stream": True}
+        asked: dict[str, Any] = {"model": "math", "max_tokens": FOR_EVER, "temperature": 0, "stream": True}
         create: Callable[..., Coroutine[Any, Any, Any]] = client.completions.create
         if route == "chat":
             create, asked["messages"] = client.chat.completions.create, messages("x")

@@ -46,8 +46,9 @@ def lasting(reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_prompt_is_continued_as_transformers_does(live: Live, writer: BaseModel) -> None:
-    reply = live.generate(prompt=FOX, max_tokens=30)
-    ids = encode(writer.tokenizer, FOX).ids
+    prompt = f"Nobody else asks this. {FOX}"
+    reply = live.generate(prompt=prompt, max_tokens=30)
+    ids = encode(writer.tokenizer, prompt).ids
     assert reply["text"] == writer.tokenizer.decode(greedy(writer.model, ids, 30))
     assert reply["finish_reason"] == "length"
     total = len(ids) + 30
@@ -220,7 +221,7 @@ def test_metrics_say_where_the_adapters_are(live: Live) -> None:
     live.generate(prompt=FOX, max_tokens=2, adapter=["math", "intent"])
     live.wait_for(running=0, waiting=0)
     assert live.metric("lori:adapters_registered") == 3
-    assert 2 <= live.metric("lori:adapters_resident") <= 3
+    assert live.metric("lori:adapters_resident") >= 2
     assert live.metric("lori:adapters_resident_bytes") > 0
     assert live.metric("lori:adapters_pinned") == 0
     assert live.metric("lori:adapter_evictions_total") == 0
@@ -257,8 +258,8 @@ BAD = [
     bad("an unknown field", {"prompt": "x", "max_token": 3}, "max_token", "max_token", "unknown field"),
     bad("an unknown field that is no word", {"prompt": "x", "max-tokens": 3}, ANY, "max-tokens", "unknown field"),
     bad("an unknown field that is a type's name", {"prompt": "x", "list": 3}, ANY, "list", "unknown field"),
-    bad("prompt is a number", {"prompt": 3}, "prompt", "valid string", "found 3"),
-    bad("prompt is a list", {"prompt": ["a"]}, "prompt", "valid string", "found ['a']"),
+    bad("prompt is a number", {"prompt": 3}, "prompt", "prompt: expected text, or a list of token ids, found 3"),
+    bad("prompt is a list of texts", {"prompt": ["a"]}, "prompt.0", "valid integer", "found 'a'"),
     bad("prompt and messages", {"prompt": "x", "messages": MESSAGES}, None, "'prompt'", "'messages'", "found both"),
     bad("neither prompt nor messages", {"max_tokens": 3}, None, "'prompt'", "'messages'", "found neither"),
     bad("an empty object", {}, None, "'prompt'", "'messages'"),
@@ -290,7 +291,7 @@ BAD = [
     bad("a negative seed", {"prompt": "x", "seed": -1}, "seed", "found -1"),
     bad("a huge seed", {"prompt": "x", "seed": 2**63}, "seed", f"found {2**63}"),
     bad("an empty stop", {"prompt": "x", "stop": ""}, "stop", "empty"),
-    bad("an empty stop in a list", {"prompt": "x", "stop": ["a", ""]}, "stop", "stop.1: is empty"),
+    bad("an empty stop in a list", {"prompt": "x", "stop": ["a", ""]}, "stop.1", "stop.1: is empty"),
     bad("many stops", {"prompt": "x", "stop": ["a"] * 17}, "stop", "16"),
     bad("many logprobs", {"prompt": "x", "logprobs": 21}, "logprobs", "20", "found 21"),
     bad("echo is text", {"prompt": "x", "echo": "yes"}, "echo", "found 'yes'"),
@@ -298,16 +299,16 @@ BAD = [
     bad("two faults", {"prompt": "x", "seed": -1, "logprobs": 50}, "seed", "seed: ", "; logprobs: "),
     bad("not JSON", b"prompt=x", None, "not JSON"),
     bad("half of JSON", b'{"prompt": "x"', None, "not JSON"),
-    bad("an array", [{"prompt": "x"}], None, "dictionary"),
+    bad("an array", [{"prompt": "x"}], None, "expected an object"),
     bad("null", b"null", None),
-    bad("a string", b'"prompt"', None, "dictionary"),
+    bad("a string", b'"prompt"', None, "expected an object"),
     bad("no body", b"", None, "required"),
     bad("half a surrogate pair in the prompt", b'{"prompt": "ab\\ud800"}', "prompt", "surrogate", "character 2"),
     bad("half a pair in the adapter", b'{"prompt": "x", "adapter": "\\udfff"}', "adapter", "surrogate"),
     bad(
         "half a pair in a list of adapters",
         b'{"prompt": "x", "adapter": ["math", "\\udfff"]}',
-        "adapter",
+        "adapter.1",
         "adapter.1: ",
         "surrogate",
     ),
@@ -394,7 +395,7 @@ def test_a_body_in_chunks_is_read(live: Live) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/generate"), ("PUT", "/generate"), ("POST", "/adapters"), ("DELETE", "/health")]
+    ("method", "path"), [("GET", "/generate"), ("PUT", "/generate"), ("PUT", "/adapters"), ("DELETE", "/health")]
 )
 def test_a_wrong_method_is_405(live: Live, method: str, path: str) -> None:
     refusal(live.client.request(method, path), 405)
@@ -406,7 +407,7 @@ def test_a_wrong_method_is_told_the_right_one(live: Live) -> None:
     assert live.client.get("/generate").headers.get("allow") == "POST"
 
 
-@pytest.mark.parametrize("path", ["/v1", "/v2/generate", "/adapters/math", "/adapters/..%2f..%2fetc", "/%ff"])
+@pytest.mark.parametrize("path", ["/v1", "/v2/generate", "/adapters/math/x", "/adapters/..%2f..%2fetc", "/%ff"])
 def test_an_unknown_path_is_404(live: Live, path: str) -> None:
     error = refusal(live.client.post(path, json={"prompt": "x"}), 404)
     assert error["type"] == "NotFoundError"

@@ -1,5 +1,7 @@
 """OpenAI's routes, asked by the official client."""
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,3 +249,67 @@ def test_tokens_and_back(live: Live, writer: BaseModel) -> None:
     assert chat["count"] == live.generate(messages=MESSAGES, max_tokens=1)["usage"]["prompt_tokens"]
     assert live.client.post("/tokenize", json={"prompt": FOX, "model": "maths"}).status_code == 404
     assert live.client.post("/detokenize", json={"tokens": [2**30]}).json() == {"prompt": ""}
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"answer": {"enum": ["yes", "no"]}, "sure": {"type": "boolean"}},
+    "required": ["answer", "sure"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_has_the_format_that_was_asked_for(client: openai.OpenAI, is_stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "math+safety", "messages": MESSAGES, "max_tokens": 200, "seed": 3}
+    asked |= {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER, "strict": True}}}
+    if is_stream:
+        chunks = [choice for chunk in client.chat.completions.create(**asked, stream=True) for choice in chunk.choices]
+        text, reason = "".join(choice.delta.content or "" for choice in chunks), chunks[-1].finish_reason
+    else:
+        choice = client.chat.completions.create(**asked).choices[0]
+        text, reason = choice.message.content or "", choice.finish_reason
+    assert reason == "stop"
+    answer = json.loads(text)
+    assert answer.keys() == {"answer", "sure"}
+    assert answer["answer"] in ("yes", "no")
+
+
+def test_text_is_a_format_too(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": BASE, "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+    plain = client.chat.completions.create(**asked)
+    assert client.chat.completions.create(**asked, response_format={"type": "text"}).choices[0] == plain.choices[0]
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        ({"type": "regex", "pattern": "(ab|cd){2,3}!"}, r"(ab|cd){2,3}!"),
+        ({"type": "lark", "text": 'start: "x" digit+ "y"\ndigit: "1" | "2"'}, r"x[12]+y?"),
+        ({"type": "json_schema", "schema": {"enum": ["one", "two"]}}, '"(one|two)"'),
+    ],
+)
+def test_generate_follows_a_grammar(live: Live, grammar: dict[str, Any], pattern: str) -> None:
+    reply = live.generate(prompt=FOX, grammar=grammar, temperature=1, max_tokens=30, adapter="math")
+    assert re.fullmatch(pattern, reply["text"])
+    assert reply["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "said"),
+    [
+        ("/generate", {"grammar": {"type": "regex", "pattern": "(("}}, "grammar", "regex"),
+        ("/generate", {"grammar": {"type": "json_schema", "schema": {"type": "nothing"}}}, "grammar", "json_schema"),
+        ("/generate", {"grammar": {"type": "yaml"}}, "grammar", "'json_object'"),
+        ("/generate", {"grammar": {"type": "regex", "pattern": ""}}, "grammar", "at least 1"),
+        ("/generate", {"grammar": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "grammar"),
+        ("/v1/completions", {"response_format": {"type": "json_schema"}}, "response_format", "required"),
+        ("/v1/completions", {"response_format": {"type": "text"}, "grammar": {"type": "json_object"}}, None, "found both"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(live: Live, path: str, body: dict[str, Any], param: str | None, said: str) -> None:
+    reply = live.client.post(path, json={"prompt": FOX} | body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400, reply.text
+    assert (error["param"] or "").startswith(param or "")
+    assert said in error["message"]

@@ -125,3 +125,28 @@ def test_any_order_of_use_keeps_the_books(uses: list[tuple[str, bool]]) -> None:
             residents.unpin(digest)
         residents.check_integrity(len(pinned))
         assert residents.num_pinned == len(set(pinned))
+
+
+def test_one_that_is_kept_makes_no_room_until_it_is_released() -> None:
+    residents = filled(2, "a", "b")
+    residents.keep("a")
+    residents.keep("a")
+    slot = residents.get("b").slot
+    assert residents.make_room(1) == [slot]
+    assert residents.make_room(100) is None
+    residents.check_integrity(0)
+    residents.release("a")
+    residents.release("a")
+    residents.release("nobody")
+    assert (residents.num_kept, residents.num_kept_bytes) == (0, 0)
+    assert residents.make_room(100) is not None
+    residents.check_integrity(0)
+
+
+def test_sizes_are_those_of_what_is_there() -> None:
+    residents = Residents(3, 100)
+    residents.add("a", 10, 1.0)
+    residents.add("b", 20, 1.0)
+    assert residents.sizes() == {"a": 10, "b": 20}
+    residents.remove("a")
+    assert residents.sizes() == {"b": 20}

@@ -46,7 +46,7 @@ def logits(num_rows: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
 def pick(sampler: Sampler, rows: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], list[bool]]:
     """Returns the tokens, and which rows are sound."""
     tokens, is_sound = sampler.pick(rows, sequences).tolist()
-    return tokens, [bool(sound) for sound in is_sound]
+    return tokens, [sound == 1 for sound in is_sound]
 
 
 def sample(rows: torch.Tensor, sequences: list[Sequence]) -> list[int]:

@@ -1,23 +1,31 @@
-"""What a service counts of its requests."""
+"""What a service counts of its requests, and which it lets in."""
 
 import asyncio
-from typing import cast
+from collections.abc import Coroutine
+from typing import Any, cast
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
+from lori.errors import UnknownAdapterError
+from server.access.caller import Caller
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission
+from server.engine.adapters.resolution import PolicyError
+from server.engine.admission import Admission, Ask, RefusedError
 from server.engine.engine import Engine
-from server.engine.request import DoneEvent
+from server.engine.request import DoneEvent, Request
 from server.engine.thread import EngineThread
+from server.errors import BusyError
 from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
 from tests.server.live import LIMIT_S
+from tests.server.registered import registered
 from tests.server.rig import FakeEngine, request
 
 LABELS = {"model_name": "fake", "engine": "0"}
+ONE, TWO = "1" * 64, "2" * 64
 
 
 @pytest.mark.parametrize("num_choices", [1, 3])
@@ -43,3 +51,101 @@ def test_all_choices_count_but_their_prompt_counts_once(tokenizer: PreTrainedTok
     assert value("e2e_request_latency_seconds_count") == 1
     ended = metrics.registry.get_sample_value("vllm:request_success_total", {**LABELS, "finished_reason": "length"})
     assert ended == 1
+
+
+@pytest.fixture
+def service(tokenizer: PreTrainedTokenizerFast) -> Service:
+    """One of two places, with the adapters math and guard."""
+    registry = Registry([registered("math", ONE), registered("guard", TWO)])
+    admission = Admission(tokenizer, registry, 100, max_terms=3)
+    engine = EngineThread(cast(Engine, FakeEngine()))
+    metrics = Metrics("fake")
+    metrics.watch_adapters(lambda: ["math", "guard"], tuple)
+    return Service(Settings(max_requests=2), "fake", registry, admission, engine, metrics)
+
+
+def run(service: Service, test: Coroutine[object, object, None]) -> None:
+    async def running() -> None:
+        service.engine.start()
+        await test
+        await service.engine.stop()
+
+    asyncio.run(asyncio.wait_for(running(), LIMIT_S))
+
+
+def asked(service: Service, name: str) -> float:
+    families = text_string_to_metric_families(service.metrics.text().decode())
+    samples = [s for f in families for s in f.samples if s.name == "lori:adapter_requests_total"]
+    return sum(sample.value for sample in samples if sample.labels["adapter"] == name)
+
+
+def using(service: Service) -> list[tuple[int, int]]:
+    uses = [service.uses.of(name, digest) for name, digest in (("math", ONE), ("guard", TWO))]
+    return [(use.num_using, use.num_requests) for use in uses]
+
+
+MATH = Ask(prompt="x", adapters=("math",))
+
+
+def test_requests_use_their_adapters_while_they_have_their_places(service: Service) -> None:
+    async def test() -> None:
+        async with service.admitted([MATH, MATH], Caller(tenant="they", policy=(("guard", 1.0),))) as (one, _):
+            assert [term.name for term in (*one.terms, *one.policy)] == ["math", "guard"]
+            assert service.num_requests == 2
+            assert using(service) == [(2, 2), (2, 2)]
+            with pytest.raises(BusyError, match="2 requests are under way"):
+                async with service.admitted([MATH], Caller()):
+                    pass
+        assert service.num_requests == 0
+        assert using(service) == [(0, 2), (0, 2)]
+        assert (asked(service, "math"), asked(service, "guard")) == (2, 2)
+
+    run(service, test())
+
+
+@pytest.mark.parametrize("refused", [Ask(prompt="x", adapters=("nobody",)), Ask(prompt="x" * 200), Ask(prompt="")])
+def test_where_one_of_several_is_refused_none_counts(service: Service, refused: Ask) -> None:
+    async def test() -> None:
+        with pytest.raises((UnknownAdapterError, RefusedError)):
+            async with service.admitted([MATH, refused], Caller()):
+                pass
+        assert service.num_requests == 0
+        assert using(service) == [(0, 0), (0, 0)]
+        assert asked(service, "math") == 0
+
+    run(service, test())
+
+
+class Withdrawing:
+    """A fake of admission, after which an adapter is gone."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        self._admission, self._registry, self._name = service.admission, service.registry, name
+
+    def admit(self, ask: Ask) -> Request:
+        admitted = self._admission.admit(ask)
+        if "last" in str(ask.prompt):
+            self._registry.withdraw(self._name)
+        return admitted
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "said"),
+    [
+        ("math", UnknownAdapterError, "there is no adapter 'math@111111111111': known are 'guard'"),
+        ("guard", PolicyError, "the operator's adapters cannot be added"),
+    ],
+)
+def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_nothing(
+    service: Service, name: str, expected: type[Exception], said: str
+) -> None:
+    async def test() -> None:
+        service.admission = cast(Any, Withdrawing(service, name))
+        with pytest.raises(expected, match=said):
+            async with service.admitted([MATH, Ask(prompt="last")], Caller(policy=(("guard", 1.0),), tenant="they")):
+                pass
+        assert service.num_requests == 0
+        assert using(service) == [(0, 0), (0, 0)]
+        assert asked(service, "math") == 0
+
+    run(service, test())

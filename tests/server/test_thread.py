@@ -13,7 +13,7 @@ import pytest
 from server.engine.admission import Ask
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
-from server.engine.thread import EngineThread
+from server.engine.thread import EngineDeadError, EngineThread
 from tests.server.live import LIMIT_S
 from tests.server.rig import FakeEngine, build, request
 
@@ -273,5 +273,89 @@ def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
         await thread.stop()
         rig.scheduler.check_integrity()
         assert rig.scheduler.cache.num_available == rig.scheduler.cache.num_blocks
+
+    run(test())
+
+
+def test_a_call_is_done_on_the_engines_thread_and_answered() -> None:
+    async def test() -> None:
+        engine = FakeEngine(num_steps=10**9)
+        thread = bridge(engine)
+        thread.start()
+        name = threading.current_thread().name
+        assert await thread.call(lambda _: threading.current_thread().name) == "engine" != name
+        running = thread.generate(named("one"))
+        await anext(running)
+        # Beside a request that runs: between two steps.
+        assert await asyncio.gather(*(thread.call(lambda engine, i=i: (i, engine.step_count > 0)) for i in range(5))) == [  # type: ignore[misc]
+            (i, True) for i in range(5)
+        ]
+        await running.aclose()
+        await thread.stop()
+
+    run(test())
+
+
+def test_what_a_call_raises_is_its_callers_and_no_end() -> None:
+    def fail(_: object) -> None:
+        raise KeyError("nothing of the kind")
+
+    async def test() -> None:
+        thread = bridge(FakeEngine())
+        thread.start()
+        with pytest.raises(KeyError, match="nothing of the kind"):
+            await thread.call(fail)
+        assert await listen(thread.generate(named("one"))) == WHOLE
+        await thread.stop()
+
+    run(test())
+
+
+def test_a_call_that_nobody_waits_for_is_done_all_the_same() -> None:
+    async def test() -> None:
+        engine = FakeEngine(num_steps=10**9)
+        engine.may_step.clear()
+        thread, done = bridge(engine), threading.Event()
+        thread.start()
+        running = asyncio.create_task(listen(thread.generate(named("one"))))
+        await asyncio.sleep(0)
+        call = asyncio.create_task(thread.call(lambda _: done.set()))
+        await asyncio.sleep(0)
+        call.cancel()
+        engine.may_step.set()
+        await until(done.is_set)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        await thread.stop()
+
+    run(test())
+
+
+class Watched(FakeEngine):
+    """Tells when it is in its first step."""
+
+    def step(self) -> None:
+        self.said["is in a step"] = 1
+        super().step()
+
+
+def test_calls_hear_of_the_engines_end() -> None:
+    async def test() -> None:
+        engine = Watched(num_steps=10**9, dies_at=1)
+        engine.may_step.clear()
+        thread = bridge(engine)
+        thread.start()
+        running = asyncio.create_task(listen(thread.generate(named("one"))))
+        await until(lambda: bool(engine.said))
+        call = asyncio.create_task(thread.call(lambda _: None))
+        await asyncio.sleep(0)
+        engine.may_step.set()
+        with pytest.raises(EngineDeadError, match="out of luck"):
+            await call
+        await running
+        with pytest.raises(EngineDeadError):
+            await thread.call(lambda _: None)
+        await thread.stop()
 
     run(test())

@@ -5,13 +5,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from lori.adapter import Adapter
 from lori.entry import Entry
-from lori.errors import AdapterFormatError, LoriError
+from lori.errors import AdapterError, AdapterFormatError, LoriError
 from lori.merge import merge
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
 from server.engine.adapters.registry import Registry
@@ -29,6 +28,8 @@ class Loaded:
     packed: PackedAdapter | None
     fault: str
     seconds: float
+    made_of: tuple[str, ...] = ()
+    """The digests of what was merged."""
 
 
 class Loader:
@@ -47,6 +48,10 @@ class Loader:
     def num_reading(self) -> int:
         """Adapters that are read, or were and are not collected."""
         return len(self._reading)
+
+    def is_reading(self, digest: str) -> bool:
+        """Whether an adapter is read, or was and is not collected."""
+        return digest in self._reading
 
     def start(self, digest: str, request: Request) -> None:
         """Begins to read the resident `digest` of `request`, if it is not being read and this is not closed. Any thread may."""
@@ -89,7 +94,8 @@ class Loader:
         except Exception as error:  # there is no memory, or a fault of ours: neither is a reason to end the engine
             logger.exception("adapter %s could not be read", _name(digest, request))
             packed, fault = None, f"adapter {_name(digest, request)} could not be read: {error!r}"
-        return Loaded(digest, packed, fault, time.perf_counter() - started)
+        made_of = tuple(term.digest for term in request.terms) if digest == request.merged_digest else ()
+        return Loaded(digest, packed, fault, time.perf_counter() - started, made_of)
 
     def _pack(self, digest: str, request: Request) -> PackedAdapter:
         if digest == request.merged_digest:
@@ -98,11 +104,14 @@ class Loader:
 
     def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:
         # The same content may lie under several names: one that is damaged need not fail who named another.
-        *others, last = self._registry.find(digest, {term.name for term in (*request.terms, *request.policy)})
-        for of in others:
-            with suppress(AdapterFormatError, OSError, ValueError):
-                return _checked(read(of.entry), digest)
-        return _checked(read(last.entry), digest)
+        found = self._registry.find(digest, {term.name for term in (*request.terms, *request.policy)})
+        fault: Exception = AdapterError("it was withdrawn before it was read")
+        for entry in (entry for of in found for entry in of.entries()):
+            try:
+                return _checked(read(entry), digest)
+            except (AdapterFormatError, OSError, ValueError) as error:
+                fault = error
+        raise fault
 
     def _merged(self, request: Request) -> Adapter:
         terms, options = request.terms, request.merge

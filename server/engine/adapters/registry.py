@@ -1,6 +1,6 @@
 """The adapters that can be asked for: what is known of each before its weights are read, and where it is."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lori.entry import Entry
@@ -16,8 +16,20 @@ class Registered:
 
     @property
     def names(self) -> frozenset[str]:
-        """Its name, and the one of its folder where that is an alias."""
-        return frozenset((self.summary.name, self.entry.folder.name.partition("@")[0]))
+        """Its name, and its owner's where that is an alias."""
+        return frozenset((self.summary.name, self.owner))
+
+    @property
+    def owner(self) -> str:
+        """The adapter that its files are of: another name, where its own is an alias."""
+        return self.entry.folder.name.partition("@")[0]
+
+    def entries(self) -> Iterator[Entry]:
+        """Yields where its files may be: a folder as its maker left it is renamed when a version of its name is published."""
+        yield self.entry
+        kept = Entry(self.entry.name, self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
+        if kept.folder != self.entry.folder and kept.folder.is_dir():
+            yield kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +60,33 @@ class Registry:
         return self._tables.versions.get(name, ())
 
     def find(self, digest: str, names: Collection[str]) -> Sequence[Registered]:
-        """Returns the adapters of this content, first those of `names`."""
-        return sorted(self._tables.by_digest[digest], key=lambda of: of.summary.name not in names)
+        """Returns the adapters of this content, first those of `names`; none where all are forgotten."""
+        return sorted(self._tables.by_digest.get(digest, ()), key=lambda of: of.summary.name not in names)
 
-    def has(self, digest: str) -> bool:
-        """Whether any name or version that can be asked for has this content."""
-        return any(of in self.versions(of.summary.name) for of in self._tables.by_digest.get(digest, ()))
+    def has(self, name: str, digest: str) -> bool:
+        """Whether this content can be asked for by this name, as what it means or by version."""
+        return any(of.summary.digest == digest for of in self.versions(name))
 
-    def put(self, adapter: Registered) -> None:
-        """Makes the adapter's name mean it; what the name meant can still be asked for by its version."""
+    def put(self, adapter: Registered, others: Sequence[Registered] = ()) -> Sequence[Registered]:
+        """Makes the adapter's name mean it, and `others`, of the same name, what can be asked for by version beside it.
+
+        Returns what of the name can be asked for no more; it is found by digest until it is forgotten.
+        """
         tables, name = self._tables, adapter.summary.name
-        others = tuple(of for of in self.versions(name) if of.summary.digest != adapter.summary.digest)
+        versions = (adapter, *(of for of in others if of.summary.digest != adapter.summary.digest))
         self._tables = _Tables(
-            {**tables.by_name, name: adapter},
-            {**tables.versions, name: (adapter, *others)},
-            _with(tables.by_digest, adapter),
+            {**tables.by_name, name: adapter}, {**tables.versions, name: versions}, _with(tables.by_digest, versions)
         )
+        kept = {of.summary.digest for of in versions}
+        return [of for of in tables.versions.get(name, ()) if of.summary.digest not in kept]
+
+    def add(self, others: Iterable[Registered]) -> None:
+        """Lets versions be asked for by version that are not what their names mean."""
+        tables, added = self._tables, [of for of in others if not self.has(of.summary.name, of.summary.digest)]
+        versions = {**tables.versions}
+        for of in added:
+            versions[of.summary.name] = (*versions.get(of.summary.name, ()), of)
+        self._tables = _Tables(tables.by_name, versions, _with(tables.by_digest, added))
 
     def withdraw(self, name: str) -> Sequence[Registered]:
         """Lets a name and its versions be asked for no more, and returns them. They are found by digest until forgotten."""
@@ -72,10 +95,19 @@ class Registry:
         self._tables = _Tables(by_name, {key: of for key, of in tables.versions.items() if key != name}, tables.by_digest)
         return gone
 
+    def withdraw_version(self, gone: Registered) -> None:
+        """Lets a version that is not what its name means be asked for no more. It is found by digest until forgotten."""
+        tables, name = self._tables, gone.summary.name
+        assert gone.summary.digest != tables.by_name[name].summary.digest
+        left = tuple(of for of in self.versions(name) if of.summary.digest != gone.summary.digest)
+        self._tables = _Tables(tables.by_name, {**tables.versions, name: left}, tables.by_digest)
+
     def forget(self, gone: Registered) -> None:
-        """Lets what was withdrawn be found no more: no request that names it is under way."""
+        """Lets what was withdrawn be found no more, unless it was put back: no request that names it is under way."""
         tables, digest = self._tables, gone.summary.digest
-        left = tuple(of for of in tables.by_digest.get(digest, ()) if of != gone)
+        if self.has(gone.summary.name, digest):
+            return
+        left = tuple(of for of in tables.by_digest.get(digest, ()) if of.summary.name != gone.summary.name)
         others = {key: of for key, of in tables.by_digest.items() if key != digest}
         self._tables = _Tables(tables.by_name, tables.versions, others | ({digest: left} if left else {}))
 
@@ -92,6 +124,11 @@ def _found_by(
     return {name: tuple(of.values()) for name, of in versions.items()}, {key: tuple(of) for key, of in by_digest.items()}
 
 
-def _with(by_digest: Mapping[str, tuple[Registered, ...]], adapter: Registered) -> Mapping[str, tuple[Registered, ...]]:
-    others = tuple(of for of in by_digest.get(adapter.summary.digest, ()) if of.summary.name != adapter.summary.name)
-    return {**by_digest, adapter.summary.digest: (adapter, *others)}
+def _with(
+    by_digest: Mapping[str, tuple[Registered, ...]], adapters: Iterable[Registered]
+) -> Mapping[str, tuple[Registered, ...]]:
+    found = {**by_digest}
+    for adapter in adapters:
+        others = (of for of in found.get(adapter.summary.digest, ()) if of.summary.name != adapter.summary.name)
+        found[adapter.summary.digest] = (adapter, *others)
+    return found

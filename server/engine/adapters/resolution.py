@@ -15,6 +15,13 @@ class AmbiguousVersionError(AdapterError):
     """The first digits of a version could be several."""
 
 
+class PolicyError(Exception):
+    """What the operator adds to every request of a tenant cannot be added. A client reads it: it names no adapter."""
+
+    def __init__(self) -> None:
+        super().__init__("the operator's adapters cannot be added to this request, and it is not served without them")
+
+
 def meanings(registry: Registry, reference: str) -> Sequence[Registered]:
     """Returns what `name` or `name@version` may mean: one, none, or several whose version begins so."""
     name, at, _ = reference.partition("@")
@@ -35,15 +42,22 @@ def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
     """
     found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
     if not found or not is_allowed:
-        raise unknown_adapter(reference, filter(may_use, registry.by_name))
+        raise unknown(registry, reference, may_use)
     if len(found) > 1:
         said = " or ".join(f"{of.summary.name}@{of.summary.version}" for of in found)
         raise AmbiguousVersionError(f"{reference!r} could be {said}")
     return found[0]
 
 
-def check_registered(registry: Registry, request: Request) -> None:
-    """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted."""
-    for term in (*request.terms, *request.policy):
-        if not registry.has(term.digest):
-            raise UnknownAdapterError(term.name, (), (term.name,))
+def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError:
+    """Returns the error for an unknown `reference`, with names that the caller may use and that look like it."""
+    return unknown_adapter(reference, filter(may_use, registry.by_name))
+
+
+def check_registered(registry: Registry, request: Request, may_use: MayUse) -> None:
+    """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted; `PolicyError` for a policy."""
+    if not all(registry.has(term.name, term.digest) for term in request.policy):
+        raise PolicyError
+    for term in request.terms:
+        if not registry.has(term.name, term.digest):
+            raise unknown(registry, term.reference, may_use)

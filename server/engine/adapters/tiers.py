@@ -1,18 +1,19 @@
 """The way of an adapter: registered (on disk), loaded (in RAM, packed), resident (in the kernels' operands).
 
-Each tier has its budget in bytes; the adapter that is unused longest goes first, never one that a sequence uses or waits for.
-The engine's thread owns it all, and alone changes it; reading is the loader's, in a thread of its own.
+Each tier has its budget in bytes; the adapter that is unused longest goes first, never one that a sequence uses or waits for, nor
+one that is kept. The engine's thread owns it all, and alone changes it; reading is the loader's, in a thread of its own.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from itertools import islice
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loader
+from server.engine.adapters.places import NoRoomError, Place
 from server.engine.adapters.residents import Residents
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.residency import Residency
@@ -43,6 +44,8 @@ class AdapterTiers:
         self._loaded: OrderedDict[str, PackedAdapter] = OrderedDict()  # the one unused longest first
         self._wanted: dict[str, dict[Sequence, None]] = {}
         self._failed: dict[Sequence, str] = {}
+        self._dropped: set[str] = set()  # those that go as soon as they can
+        self._made_of: dict[str, tuple[str, ...]] = {}  # of merges that are no sums, what was merged
         self.num_loaded_bytes = 0
         self.num_failures = 0
         """Adapters that could not be read, or not be made resident, so far."""
@@ -71,6 +74,7 @@ class AdapterTiers:
     def pin(self, sequence: Sequence) -> Residency:
         """See `ResidencyGate`. Nothing is held for a sequence that hears "loading", but that what it waits for stays in RAM."""
         digests = [digest for digest, _ in sequence.residents]
+        self._dropped.difference_update(digests)
         missing = [digest for digest in digests if digest not in self.residents]
         awaited = [digest for digest in missing if self._is_awaited(digest, sequence)]
         if awaited:
@@ -99,10 +103,12 @@ class AdapterTiers:
         """See `ResidencyGate`."""
         if sequence.terms is None:
             self._forget(sequence)
-            return
-        for digest, _ in sequence.residents:
-            self.residents.unpin(digest)
-        sequence.terms = None
+        else:
+            for digest, _ in sequence.residents:
+                self.residents.unpin(digest)
+            sequence.terms = None
+        for digest, _ in sequence.residents if self._dropped else ():
+            self._purge(digest)
 
     def collect(self) -> bool:
         """Takes in what was read, and what is just being read where that is waited for; returns whether anything was, so that the
@@ -116,14 +122,16 @@ class AdapterTiers:
                 self.num_failures += bool(waiting)  # else it is read again for who asked
                 self._failed |= dict.fromkeys(waiting, loaded.fault)
                 self._wanted.pop(loaded.digest, None)
+                self._dropped.discard(loaded.digest)
                 continue
             if not waiting:
                 self._wanted.pop(loaded.digest, None)
             self.observe_load(loaded.seconds)
-            if loaded.digest in self._loaded:  # it was asked for again just as it came
-                continue
-            self._loaded[loaded.digest] = loaded.packed
-            self.num_loaded_bytes += loaded.packed.num_bytes
+            self._add(loaded.digest, loaded.packed)
+            if loaded.made_of:
+                there = {digest: of for digest, of in self._made_of.items() if digest in self._loaded or digest in self.residents}
+                self._made_of = there | {loaded.digest: loaded.made_of}
+            self._purge(loaded.digest)
         self._trim()
         return bool(arrived)
 
@@ -131,6 +139,46 @@ class AdapterTiers:
         """Returns the sequences whose adapters cannot be served, each with the reason, once."""
         failed, self._failed = self._failed, {}
         return failed
+
+    def places(self) -> Mapping[str, Place]:
+        """Returns where the adapters are that are not on disk alone. Any thread may ask: what it hears was so a moment ago."""
+        loaded, resident = dict.copy(self._loaded), self.residents.sizes()  # copied without Python's loop
+        sizes = {digest: packed.num_bytes for digest, packed in loaded.items()}
+        return {digest: Place(sizes.get(digest, 0), resident.get(digest, 0)) for digest in sizes | resident}
+
+    def take_in(self, digest: str, packed: PackedAdapter) -> bool:
+        """Takes in an adapter that was read elsewhere, and makes it resident where there is room; returns whether it is."""
+        self._dropped.discard(digest)
+        self._add(digest, packed)
+        try:
+            return digest in self.residents or self._settle(digest)
+        except (MemoryError, RuntimeError):  # there is none; a request that asks for it will hear so
+            logger.exception("%r could not be made resident", packed.name)
+            return False
+        finally:
+            self._trim()
+
+    def keep(self, digest: str, packed: PackedAdapter) -> bool:
+        """Takes an adapter in and keeps it resident until it is released; returns False where all room is used just now.
+
+        Raises `NoRoomError` where too little would be left for others.
+        """
+        residents = self.residents
+        if not residents.can_keep(digest, packed.num_bytes):
+            found = f"{residents.num_kept} adapters of {residents.num_kept_bytes} bytes, and this one has {packed.num_bytes}"
+            half = f"half at most of {residents.num_slots} slots and {residents.max_bytes} bytes"
+            raise NoRoomError(f"pinned are {found}, expected {half}")
+        is_resident = self.take_in(digest, packed)
+        if is_resident:
+            residents.keep(digest)
+        return is_resident
+
+    def drop(self, digest: str) -> None:
+        """Frees what an adapter takes, and what was merged of it, as soon as no sequence uses it or waits for it."""
+        self.residents.release(digest)
+        for one in (digest, *(merged for merged, parts in self._made_of.items() if digest in parts)):
+            self._dropped.add(one)
+            self._purge(one)
 
     def check_integrity(self, running: Items[Sequence]) -> None:
         """Asserts that pins are those of the running sequences, and bytes those of what is there."""
@@ -172,10 +220,13 @@ class AdapterTiers:
 
     def _refuse(self, sequence: Sequence) -> Residency:
         self._forget(sequence)
-        sizes = [self._num_bytes(digest) for digest in {digest for digest, _ in sequence.residents}]
-        if len(sizes) <= self.residents.num_slots and sum(sizes) <= self.residents.max_bytes:
+        sizes = {digest: self._num_bytes(digest) for digest, _ in sequence.residents}
+        own = [size for digest, size in sizes.items() if self.residents.is_kept(digest)]
+        num_slots = self.residents.num_slots - self.residents.num_kept + len(own)
+        max_bytes = self.residents.max_bytes - self.residents.num_kept_bytes + sum(own)
+        if len(sizes) <= num_slots and sum(sizes.values()) <= max_bytes:
             return "full"
-        budget = f"{self.residents.num_slots} slots and {self.residents.max_bytes} bytes"
+        budget = f"{num_slots} slots and {max_bytes} bytes"
         self._failed[sequence] = f"its adapters do not fit together in the {budget} that the server has for adapters"
         return "loading"
 
@@ -189,10 +240,30 @@ class AdapterTiers:
             if not waiting and digest in self._loaded:
                 self._wanted.pop(digest, None)
 
+    def _add(self, digest: str, packed: PackedAdapter) -> None:
+        if digest not in self._loaded:  # else it was asked for again just as it came
+            self._loaded[digest] = packed
+            self.num_loaded_bytes += packed.num_bytes
+
     def _trim(self) -> None:
         for digest in [*self._loaded]:
             if self.num_loaded_bytes <= self._max_loaded_bytes:
                 return
             if not self._wanted.get(digest):
-                self.num_loaded_bytes -= self._loaded.pop(digest).num_bytes
-                self._wanted.pop(digest, None)
+                self._unload(digest)
+
+    def _unload(self, digest: str) -> None:
+        self.num_loaded_bytes -= self._loaded.pop(digest).num_bytes
+        self._wanted.pop(digest, None)
+
+    def _purge(self, digest: str) -> None:
+        if digest not in self._dropped or self._wanted.get(digest) or self._loader.is_reading(digest):
+            return
+        if digest in self.residents:
+            if not self.residents.get(digest).can_go:
+                return
+            self._pool.clear(self.residents.remove(digest))
+        if digest in self._loaded:
+            self._unload(digest)
+        self._made_of.pop(digest, None)
+        self._dropped.discard(digest)

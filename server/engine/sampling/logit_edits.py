@@ -39,7 +39,7 @@ class LogitEdits:
         sampling = request.sampling
         self._stop_ids = stop_ids
         self._min_tokens = 0 if request.ignore_eos else sampling.min_tokens
-        self._num_outputs = 0
+        self._num_outputs, self._can_only_end = 0, False
         bias: dict[int, float] = {}
         for token, value in sampling.logit_bias:
             bias[token] = bias.get(token, 0.0) + value
@@ -49,9 +49,9 @@ class LogitEdits:
         self.presence, self.frequency = _fp32(sampling.presence_penalty), _fp32(sampling.frequency_penalty)
         self.counts = _counts(request.prompt_ids, sampling)
 
-    def update(self, output_ids: Items[int]) -> None:
-        """Notes what the output has more than at the last call."""
-        self._num_outputs = len(output_ids)
+    def update(self, output_ids: Items[int], can_only_end: bool = False) -> None:
+        """Notes what the output has more than at the last call, and whether a grammar leaves nothing but stop tokens."""
+        self._num_outputs, self._can_only_end = len(output_ids), can_only_end
         if self.counts:
             self.counts.update(output_ids)
 
@@ -63,12 +63,16 @@ class LogitEdits:
     @property
     def is_active(self) -> bool:
         """Whether it changes anything in the next token's row."""
-        return bool(len(self.bias_ids)) or self.counts is not None or self._num_outputs < self._min_tokens
+        return bool(len(self.bias_ids)) or self.counts is not None or self._must_go_on
 
     @property
     def forbidden_ids(self) -> Ints:
         """The stop tokens, as long as they are not to be picked."""
-        return self._stop_ids if self._num_outputs < self._min_tokens else self._stop_ids[:0]
+        return self._stop_ids if self._must_go_on else self._stop_ids[:0]
+
+    @property
+    def _must_go_on(self) -> bool:
+        return self._num_outputs < self._min_tokens and not self._can_only_end
 
 
 def _counts(prompt_ids: tuple[int, ...], sampling: Sampling) -> TokenCounts | None:

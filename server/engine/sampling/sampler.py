@@ -14,6 +14,9 @@ from lori.device import to_device
 from server.engine.request import Sequence
 from server.engine.sampling.cutoff import cut, draw_few
 from server.engine.sampling.draw import draw
+from server.engine.sampling.grammar_masks import GrammarMasks
+from server.engine.sampling.grammar_state import Words
+from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.logit_edits import LogitEdits, edited
 from server.engine.sampling.sampling_batch import SamplingBatch, SamplingState
 
@@ -21,41 +24,53 @@ from server.engine.sampling.sampling_batch import SamplingBatch, SamplingState
 class Sampler:
     """Picks tokens, and keeps what it must know of each sequence as long as the sequence lives.
 
-    `stop_ids` are the tokens that `min_tokens` forbids.
+    `stop_ids` are the tokens that `min_tokens` forbids; `grammars` has the requests' own.
     """
 
-    def __init__(self, stop_ids: Iterable[int]) -> None:
-        self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
+    def __init__(self, stop_ids: Iterable[int], grammars: Grammars | None = None) -> None:
+        self._stop_ids, self._grammars = np.array(sorted(stop_ids), dtype=np.int64), grammars
         self._states: WeakKeyDictionary[Sequence, SamplingState] = WeakKeyDictionary()
         self._batch: SamplingBatch | None = None
         self._memory: torch.Tensor | None = None
+        self._masks = GrammarMasks()
 
     @torch.inference_mode()
     def pick(self, logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
         """Picks the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous, which stay the same.
 
         Returns the tokens, and 1 for the sound rows, as a tensor (2, P) int64 on the logits' device, and does not wait for it.
-        A row is not sound with NaN or infinity among its logits, or with every token forbidden: its token means nothing.
+        A row is not sound with NaN or infinity among its logits (0), or with every token forbidden (-1): its token means nothing.
         """
         batch = self._batch_of(sequences, logits.device)
         tokens = likeliest(logits)
         peaks = logits.gather(1, tokens[:, None])  # (P, 1)
-        is_sound = peaks.isfinite()
+        is_sound = peaks.isfinite().long()
+        allowed = self._allowed(batch)
         edits = self._active(batch)
-        with edited(logits, edits):
-            if edits:
-                rows = to_device(torch.tensor(list(edits), dtype=torch.int64), logits.device)
-                tokens[rows], peaks[rows] = _likeliest_of(logits if len(edits) == len(tokens) else logits[rows])
-                is_sound &= peaks.isfinite()
+        with edited(logits, edits), self._masks.confined(logits, allowed):
+            if changed := sorted({*edits, *allowed}):
+                rows = to_device(torch.tensor(changed, dtype=torch.int64), logits.device)
+                tokens[rows], peaks[rows] = _likeliest_of(logits if len(changed) == len(tokens) else logits[rows])
+                is_sound = torch.where(peaks.isfinite(), is_sound, -is_sound)
             if batch.drawn:
                 tokens[batch.rows] = _draw(logits, peaks, batch, self._room(len(batch.drawn), logits))
-        return torch.stack([tokens, is_sound[:, 0].long()])
+        return torch.stack([tokens, is_sound[:, 0]])
+
+    def fault(self, sequence: Sequence) -> str:
+        """Returns why the sequence's grammar can be followed no further, or nothing."""
+        state = self._states.get(sequence)
+        return state.grammar.fault if state and state.grammar else ""
 
     def _batch_of(self, sequences: Items[Sequence], device: torch.device) -> SamplingBatch:
         if self._batch is None or self._batch.sequences != list(sequences):
-            states = [self._states.get(s) or self._states.setdefault(s, SamplingState(s, self._stop_ids)) for s in sequences]
-            self._batch = SamplingBatch(sequences, states, device)
+            self._batch = SamplingBatch(sequences, [self._states.get(s) or self._begin(s) for s in sequences], device)
         return self._batch
+
+    def _begin(self, sequence: Sequence) -> SamplingState:
+        grammar = sequence.request.grammar
+        assert not grammar or self._grammars, "admission refuses what cannot be followed"
+        started = self._grammars.start(grammar) if grammar and self._grammars else None
+        return self._states.setdefault(sequence, SamplingState(sequence, self._stop_ids, started))
 
     def _room(self, num_rows: int, like: torch.Tensor) -> torch.Tensor:
         # (R, V) to compute in: on a CPU fresh memory of this size costs more than what is computed in it.
@@ -63,9 +78,15 @@ class Sampler:
             self._memory = torch.empty(num_rows, like.shape[1], dtype=like.dtype, device=like.device)
         return self._memory[:num_rows]
 
+    def _allowed(self, batch: SamplingBatch) -> dict[int, Words]:
+        for row, grammar in batch.grammars.items():
+            grammar.follow(batch.sequences[row].output_ids)
+        return {row: grammar.allowed for row, grammar in batch.grammars.items()}
+
     def _active(self, batch: SamplingBatch) -> dict[int, LogitEdits]:
         for row, edits in batch.edited.items():
-            edits.update(batch.sequences[row].output_ids)
+            grammar = batch.grammars.get(row)
+            edits.update(batch.sequences[row].output_ids, grammar is not None and grammar.can_only_end)
         return {row: edits for row, edits in batch.edited.items() if edits.is_active}
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lori.device import to_device
 from server.engine.request import Sequence
 from server.engine.sampling.cutoff import Cutoff
+from server.engine.sampling.grammar_state import GrammarState
 from server.engine.sampling.logit_edits import LogitEdits
 from server.engine.sampling.random_stream import RandomStream
 
@@ -22,12 +23,13 @@ TEMPERATURES = (1e-30, 1e30)
 class SamplingState:
     """What is kept of one sequence from step to step. It does not hold the sequence, with which it ends."""
 
-    def __init__(self, sequence: Sequence, stop_ids: NDArray[np.int64]) -> None:
+    def __init__(self, sequence: Sequence, stop_ids: NDArray[np.int64], grammar: GrammarState | None = None) -> None:
         sampling = sequence.request.sampling
         self.stream = RandomStream(sampling.seed, sequence.choice)
         self.cutoff = Cutoff.of(sampling)
         self.temperature = sampling.temperature if sampling.top_k != 1 else 0.0  # Of one token there is nothing to draw.
         self.edits = LogitEdits(sequence, stop_ids)
+        self.grammar = grammar
 
 
 class SamplingBatch:
@@ -38,6 +40,7 @@ class SamplingBatch:
 
     def __init__(self, sequences: Items[Sequence], states: Items[SamplingState], device: torch.device) -> None:
         self.sequences, self.states = list(sequences), list(states)
+        self.grammars = {row: state.grammar for row, state in enumerate(states) if state.grammar}
         self.edited = {row: state.edits for row, state in enumerate(states) if state.edits.can_change}
         drawn = [row for row, state in enumerate(states) if state.temperature]
         self.drawn = sorted(drawn, key=lambda row: not states[row].cutoff.is_none)

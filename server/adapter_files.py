@@ -1,0 +1,199 @@
+"""The adapters that a server can load: what is read of its stores, and what is put there. Runs in whatever thread calls it."""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from lori.basis_file import load_basis
+from lori.config_file import CONFIG_FILE, parse_config
+from lori.entry import Entry
+from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError
+from lori.format import Files, read_file, read_files
+from lori.hub import SCHEME, resolve
+from lori.incoming import is_peft, parse_incoming
+from lori.names import split_reference
+from lori.packed_adapter import PackedAdapter, PackedReader
+from lori.peft_config import TEMPLATES_FILE
+from lori.store import AdapterStore
+from lori.summary import SummaryReader
+from server.adapter_details import AdapterDetails
+from server.adapter_fit import Fit
+from server.engine.adapters.registry import Registered
+from server.engine.admission import RefusedError
+from server.errors import ConflictError, StoreError
+from server.store_errors import told
+
+logger = logging.getLogger(__name__)
+NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """An adapter that was read and checked, and is not registered yet."""
+
+    adapter: Registered
+    packed: PackedAdapter
+    others: Sequence[Registered] = ()
+    """Other versions of its name."""
+
+
+class AdapterFiles:
+    """The server's own store, which may be written, and the demo adapters, which may not.
+
+    Raises `AdapterFormatError`, `UnknownAdapterError`, `RefusedError`, `ConflictError` or `StoreError`.
+    """
+
+    def __init__(
+        self,
+        own: AdapterStore | None,
+        demo: AdapterStore | None,
+        reader: PackedReader,
+        fit: Fit,
+        max_bytes: int,
+        fetch: Callable[[str], Path] = resolve,
+    ) -> None:
+        """`max_bytes` are those that an adapter from the hub may have."""
+        self._own, self._demo, self._reader, self._fit = own, demo, reader, fit
+        self._max_bytes, self._fetch = max_bytes, fetch
+        self._summaries = SummaryReader(reader.base)
+        self.details = AdapterDetails(reader.base)
+
+    def read(self, reference: str, name: str | None = None) -> Ready:
+        """Reads and checks what `reference` means in the store now, to be asked for as `name`, or as it is called there."""
+        with told(self._own, self._demo):
+            entry = self._find(reference)
+            if name and name != entry.name:
+                if self._own and self._own.versions(name):
+                    raise ConflictError(f"{name!r} is another adapter: it can only mean one of its own versions")
+                entry = replace(entry, name=name)
+            return self._ready(entry)
+
+    def publish(self, name: str, files: Files) -> Ready:
+        """Checks the adapter that `files` are, puts it in the store as a version of `name`, and makes the name mean it."""
+        store = self._writable()
+        with told(store):
+            # First what it is said to be: A is drawn to check the rest, which takes long at a rank that nobody can serve.
+            config = parse_config(files.get(CONFIG_FILE, b""), [])
+            if config and config.lori.base_digest == self._reader.base.digest:
+                self._fit.check(name, config)
+            found = parse_incoming(name, files, partial(load_basis, store.root), self._reader.base)
+            self._fit.check(name, found.adapter.config)
+            return self._ready(store.put(found.adapter, found.files))
+
+    def fetch(self, source: str) -> Files:
+        """Returns the files of an adapter on the hub, `hf://owner/name` with maybe `@revision`."""
+        if not source.startswith(SCHEME):
+            raise RefusedError("hub_id", f"is {source!r}, expected {SCHEME}owner/name[@revision]")
+        try:
+            folder = self._fetch(source)
+        except UnreachableError as error:
+            raise StoreError(str(error)) from error
+        except AdapterError as error:
+            raise RefusedError("hub_id", str(error)) from error
+        faults: list[str] = []
+        files = dict(read_files(folder, faults))
+        if is_peft(files) and (folder / TEMPLATES_FILE).exists():
+            files[TEMPLATES_FILE] = read_file(folder, TEMPLATES_FILE, faults) or b""
+        if faults:
+            raise AdapterFormatError(source, faults)
+        if (num_bytes := sum(map(len, files.values()))) > self._max_bytes:
+            raise RefusedError("hub_id", f"{source} has {num_bytes} bytes, expected {self._max_bytes} at most")
+        return files
+
+    def alias(self, alias: str, reference: str) -> Ready:
+        """Makes `alias` mean what `reference` means now, in the store too; a name can go back to one of its versions so."""
+        store = self._writable()
+        with told(store):
+            if self._is_demo(reference):
+                raise ConflictError(f"{reference!r} is a demo adapter, and an alias means one of the server's own")
+            return self._ready(replace(store.alias(alias, reference), name=alias))
+
+    def check_keeps(self) -> None:
+        """Raises `ConflictError` where no adapter can be put anywhere."""
+        store = self._writable()
+        if not os.access(store.root, os.W_OK):
+            raise ConflictError("the server may not write its adapters' folder")
+
+    def doomed(self, reference: str) -> list[str]:
+        """Returns the versions that `remove` would remove; none for an alias. Raises what that would raise now."""
+        if self._is_demo(reference):
+            raise ConflictError(f"{reference!r} is a demo adapter, which is never deleted: it can be unloaded")
+        self.check_keeps()
+        with told(self._own):
+            return [known for entry in self._writable().doomed(reference) if (known := _version(entry))]
+
+    def pack(self, of: Registered) -> PackedAdapter:
+        """Reads and checks what is registered already."""
+        with told(self._own, self._demo):
+            *_, entry = of.entries()
+            return self._packed(entry, of.summary.digest)
+
+    def remove(self, references: Sequence[str]) -> None:
+        """Removes versions, names with all their versions, or aliases; what is gone already is no fault."""
+        with told(self._own):
+            for reference in references:
+                with suppress(UnknownAdapterError):
+                    self._writable().remove(reference)
+
+    def others(self, current: Collection[Registered]) -> list[Registered]:
+        """Returns the versions in the store that `current` has not, as far as they are sound and can be served."""
+        known = {(of.summary.name, of.summary.digest) for of in current}
+        entries = self._own.list() if self._own else ()
+        found = [of for entry in entries if "@" in entry.folder.name and (of := self._summarised(entry))]
+        return [of for of in found if (of.summary.name, of.summary.digest) not in known]
+
+    def _find(self, reference: str) -> Entry:
+        stores = [store for store in (self._own, self._demo) if store]
+        if not stores:
+            raise ConflictError(NO_STORE)
+        for store in stores[:-1]:
+            with suppress(UnknownAdapterError):
+                return store.find(reference)
+        return stores[-1].find(reference)
+
+    def _writable(self) -> AdapterStore:
+        if self._own is None:
+            raise ConflictError(NO_STORE)
+        return self._own
+
+    def _is_demo(self, reference: str) -> bool:
+        name, _ = split_reference(reference)
+        is_own = self._own and (self._own.versions(name) or name in self._own.alias_names())
+        return bool(self._demo and self._demo.versions(name)) and not is_own
+
+    def _ready(self, entry: Entry) -> Ready:
+        try:
+            summary = self._summaries.read(entry)
+        except AdapterFormatError:
+            entry.load(self._reader.base)  # says what is wrong with the rest of it, too
+            raise
+        self._fit.check(entry.name, summary)
+        packed = self._packed(entry, summary.digest)
+        versions = self._own.versions(entry.name) if self._own else ()
+        others = [of for other in versions if other.folder != entry.folder and (of := self._summarised(other))]
+        return Ready(Registered(entry, summary), packed, others)
+
+    def _packed(self, entry: Entry, digest: str) -> PackedAdapter:
+        packed = self._reader.read_entry(entry)
+        if packed.config.lori.content_digest != digest:
+            raise ConflictError(f"{entry.name!r} was changed on disk: load it again")
+        return packed
+
+    def _summarised(self, entry: Entry) -> Registered | None:
+        try:
+            summary = self._summaries.read(entry)
+            self._fit.check(entry.name, summary)
+        except (AdapterFormatError, ConflictError) as error:
+            logger.warning("%s cannot be asked for: %s", entry.folder.name, error)
+            return None
+        return Registered(entry, summary)
+
+
+def _version(entry: Entry) -> str:
+    with suppress(AdapterFormatError):
+        return entry.version
+    return ""

@@ -1,0 +1,150 @@
+"""What was withdrawn: it is freed, and deleted where that was asked for, when the last request that uses it has ended."""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.to_thread import run_sync
+
+from lori.errors import LoriError
+from server.adapter_uses import AdapterUses
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.engine import Engine
+from server.engine.thread import EngineDeadError, EngineThread
+from server.errors import ConflictError, StoreError
+from server.turns import Turns
+
+logger = logging.getLogger(__name__)
+Of = TypeVar("Of")
+
+
+class Remover(Protocol):
+    """Removes files."""
+
+    def remove(self, references: Sequence[str]) -> None:
+        """Removes versions, names with all their versions, or aliases; what is gone already is no fault."""
+
+
+@dataclass(slots=True)
+class _Doomed:
+    """Of one name, the versions whose files go; with `is_whole` the name goes, too."""
+
+    versions: set[str]
+    is_whole: bool
+
+
+class Departures:
+    """Versions that can be asked for no more. For the event loop alone, while the block of `running` lasts."""
+
+    def __init__(
+        self, registry: Registry, uses: AdapterUses, engine: EngineThread, turns: Turns, remover: Remover | None
+    ) -> None:
+        self._registry, self._uses, self._engine, self._turns, self._remover = registry, uses, engine, turns, remover
+        self._leaving: dict[tuple[str, str], Registered] = {}
+        self._doomed: dict[str, _Doomed] = {}
+        self._group: TaskGroup | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Lets go of things until the block ends, when the engine must have ended; then deletes what was to be deleted."""
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                yield
+                group.cancel_scope.cancel()
+        finally:
+            with anyio.CancelScope(shield=True):
+                for name in [*self._doomed]:
+                    await self._try_to_remove(name)
+
+    def num_using(self, name: str) -> int:
+        """Returns how many requests use what of `name` is leaving."""
+        return sum(self._uses.of(name, digest).num_using for of_name, digest in self._leaving if of_name == name)
+
+    def is_doomed(self, of: Registered) -> bool:
+        """Whether the files of an adapter are about to go."""
+        doomed = self._doomed.get(of.owner)
+        return doomed is not None and of.summary.version in doomed.versions
+
+    async def begin(self, gone: Iterable[Registered]) -> None:
+        """Frees what was withdrawn, now or as soon as no request uses it."""
+        for of in gone:
+            self._leaving[of.summary.name, of.summary.digest] = of
+            if self._uses.of(of.summary.name, of.summary.digest).num_using:
+                self._start(self._free_when_unused, of)
+            else:
+                await self._free(of)
+
+    def take_back(self, of: Registered) -> None:
+        """Lets an adapter stay, which is registered again."""
+        self._leaving.pop((of.summary.name, of.summary.digest), None)
+        if doomed := self._doomed.get(of.summary.name):
+            doomed.is_whole = False
+            doomed.versions.discard(of.summary.version)
+
+    async def delete(self, name: str, versions: Collection[str], is_whole: bool) -> None:
+        """Deletes the files of versions that were withdrawn, now or as soon as no request uses them. In the turn of `name`.
+
+        Raises as `AdapterFiles.remove` where it is now.
+        """
+        before = self._doomed.get(name, _Doomed(set(), False))
+        is_new = name not in self._doomed
+        self._doomed[name] = _Doomed(before.versions | set(versions), before.is_whole or is_whole)
+        if not self._used(name):
+            await self._remove(name)
+        elif is_new:
+            self._start(self._delete_when_unused, name)
+
+    def _start(self, task: Callable[[Of], Coroutine[None, None, None]], of: Of) -> None:
+        assert self._group, "the application runs"
+        self._group.start_soon(task, of)
+
+    def _used(self, name: str) -> list[Registered]:
+        # By whatever name: who asked for an alias reads the files of what it means.
+        return [of for of in self._leaving.values() if of.owner == name and self.is_doomed(of)]
+
+    async def _free_when_unused(self, of: Registered) -> None:
+        await self._uses.unused(of.summary.name, of.summary.digest)
+        await self._free(of)
+
+    async def _free(self, of: Registered) -> None:
+        name, digest = of.summary.name, of.summary.digest
+        if self._leaving.get((name, digest)) is not of:
+            return  # it came back, or is free
+        del self._leaving[name, digest]
+        self._registry.forget(of)
+        self._uses.forget(name, digest)
+        if self._registry.find(digest, ()):
+            return  # the same content has another name
+        with suppress(EngineDeadError):
+            await self._engine.call(lambda engine: _drop(engine, digest))
+        logger.info("%s@%s is freed", name, of.summary.version)
+
+    async def _delete_when_unused(self, name: str) -> None:
+        while name in self._doomed:
+            for of in self._used(name):
+                await self._free_when_unused(of)
+            async with self._turns.of(name):
+                if name in self._doomed and not self._used(name):
+                    await self._try_to_remove(name)
+
+    async def _try_to_remove(self, name: str) -> None:
+        try:
+            await self._remove(name)
+        except (LoriError, ConflictError, StoreError) as error:
+            logger.warning("%r was withdrawn, and could not be deleted: %s", name, error)
+
+    async def _remove(self, name: str) -> None:
+        doomed = self._doomed.pop(name)
+        assert self._remover
+        await run_sync(self._remover.remove, [name] if doomed.is_whole else [f"{name}@{v}" for v in sorted(doomed.versions)])
+        logger.info("%s is deleted", name if doomed.is_whole else ", ".join(f"{name}@{v}" for v in sorted(doomed.versions)))
+
+
+def _drop(engine: Engine, digest: str) -> None:
+    engine.tiers.drop(digest)
+    engine.wake()

@@ -1,0 +1,105 @@
+"""What the API says of itself, at /openapi.json. Knows the wire, not how it is answered."""
+
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
+from starlette.types import Lifespan
+
+from server.access.gate import is_open
+from server.examples import REPLIES
+from server.responses import refusal_example, refusals
+from server.schemas.chat import ChatChunk
+from server.schemas.errors import ErrorReply
+from server.schemas.generation import DoneData, TokenData
+
+DESCRIPTION = """
+Every request names the adapters that it is answered with, and what it adds of them.
+
+- **Errors** are `{"error": {"message", "type", "param", "code"}}`, with the status as `code` and the field at fault as `param`. A
+  request is refused before the first byte of its answer. What fails later ends a stream with an `error` event.
+- **Bodies** are JSON (RFC 8259, UTF-8). An unknown field, a field that is there twice, and a value of another type are errors.
+- **Streams** are server-sent events. Lines that begin with a colon are comments, which keep the connection open.
+- **OpenAI's clients** work as they are: `model` is the base model, an adapter, or several, as `math:0.7+safety:0.3`.
+"""
+TAGS = (
+    ("generate", "Answers, with any adapters, merged in the request."),
+    ("openai", "The same for OpenAI's clients, with vLLM's fields."),
+    ("tokens", "Texts to tokens and back."),
+    ("adapters", "What can be added, and how it relates. What changes it needs an admin's key."),
+    ("operations", "For orchestrators and for Prometheus."),
+)
+REQUEST_ID = {"description": "The request's own X-Request-ID, or a new one: the log has it, too", "schema": {"type": "string"}}
+EVENTS = (TokenData, DoneData, ChatChunk, ErrorReply)
+"""What streams hold: FastAPI does not see them."""
+KEY = "key"
+
+
+class Api(FastAPI):
+    """The application, with its description."""
+
+    def __init__(self, lifespan: Lifespan[Any], *, has_keys: bool) -> None:
+        super().__init__(
+            title="lori-server",
+            version=version("lori-server"),
+            summary="One base model, many LoRI adapters, merged in every request.",
+            description=DESCRIPTION.strip(),
+            license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            openapi_tags=[{"name": name, "description": said} for name, said in TAGS],
+            generate_unique_id_function=_operation_id,
+            docs_url=None,  # routes/docs.py has a viewer that loads nothing from elsewhere
+            redoc_url=None,
+            lifespan=lifespan,
+            responses=refusals(500),
+        )
+        self._has_keys = has_keys
+        self._document: dict[str, Any] | None = None
+
+    def openapi(self) -> dict[str, Any]:
+        """Returns the description."""
+        if self._document is None:
+            self._document = super().openapi()
+            _complete(self._document, self._has_keys)
+        return self._document
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+def _complete(document: dict[str, Any], has_keys: bool) -> None:
+    components = document["components"]
+    _, events = models_json_schema([(of, "serialization") for of in EVENTS], ref_template="#/components/schemas/{model}")
+    components["schemas"] |= events["$defs"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(unused, None)
+    components["headers"] = {"X-Request-ID": REQUEST_ID}
+    if has_keys:
+        said = "A key that the operator made with `python -m server.keys`."
+        components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer", "description": said}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _complete_operation(operation, needs_key=has_keys and not is_open(path))
+
+
+def _complete_operation(operation: dict[str, Any], *, needs_key: bool) -> None:
+    # The first paragraph of a route's docstring is its summary.
+    summary, _, rest = operation.pop("description", "").partition("\n\n")
+    operation["summary"] = summary.rstrip(".")
+    if rest:
+        operation["description"] = rest
+    responses = operation["responses"]
+    # FastAPI's own: a body that is not sound is answered 400.
+    responses.pop("422", None)
+    if needs_key:
+        operation["security"] = [{KEY: []}]
+        responses |= {str(status): said for status, said in refusals(401, 403).items()}
+    operation["responses"] = dict(sorted(responses.items()))
+    for status, response in responses.items():
+        is_reply = status.startswith("2")
+        # Only now: FastAPI takes the nulls out of what it is told.
+        for content in [*response.get("content", {}).values()][:1]:
+            content.setdefault("example", REPLIES.get(operation["operationId"]) if is_reply else refusal_example(int(status)))
+        response["headers"] = {"X-Request-ID": {"$ref": "#/components/headers/X-Request-ID"}} | response.get("headers", {})

@@ -1,0 +1,144 @@
+"""Which adapters there are, and how admins change that while requests run. Translates only."""
+
+from collections.abc import Awaitable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from lori.hub import SCHEME, name_in
+from server.adapter_admin import Withdrawn
+from server.adapter_rows import describe_one, describe_whole, encode_list
+from server.engine.adapters.registry import Registered
+from server.engine.adapters.resolution import AmbiguousVersionError, resolve
+from server.engine.admission import RefusedError
+from server.responses import refusals
+from server.routes.dependencies import CallerOf, ServiceOf, require_admin
+from server.routes.json_route import JsonRoute
+from server.routes.uploads import REQUEST_BODY, checked_name, checked_reference, hub_body, read_upload
+from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, AliasBody, WithdrawnReply
+from server.service import Service
+
+router = APIRouter()
+admin = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_admin)])
+WITHDRAWN: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Nothing of it is left in memory"},
+    202: {"model": WithdrawnReply, "description": "Requests under way still use it: the rest follows when the last has ended"},
+}
+
+
+@router.get("/adapters", response_model=AdapterList)
+async def list_adapters(
+    service: ServiceOf,
+    caller: CallerOf,
+    prefix: str = "",
+    after: str = "",
+    limit: Annotated[int | None, Query(ge=1)] = None,
+) -> Response:
+    """Lists the adapters that the caller may name, all of them unless there is a `limit`; `after` goes on where that ended."""
+    content = await service.admin.listed(lambda: encode_list(service, caller.may_use, prefix, after, limit))
+    return Response(content, media_type="application/json")
+
+
+@router.get("/adapters/{name}", responses=refusals(404))
+async def show_adapter(name: str, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
+    """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
+    try:
+        of = await run_in_threadpool(resolve, service.registry, name, caller.may_use)
+    except AmbiguousVersionError as error:
+        raise RefusedError("name", str(error)) from error
+    details = await service.admin.details(of)
+    return await run_in_threadpool(describe_whole, service, of, details, caller.may_use)
+
+
+@admin.post(
+    "/adapters",
+    status_code=201,
+    response_model=AdapterInfo,
+    responses=refusals(415),
+    openapi_extra={"requestBody": REQUEST_BODY},
+)
+async def publish(http: Request, service: ServiceOf, response: Response) -> AdapterInfo | Response:
+    """Puts an adapter in the server's store, as a new version of its name, which means it from then on.
+
+    A form has the files of an adapter's folder, or of a PEFT LoRA's; JSON names one on the hub, where the server has --hub. An
+    adapter that is not sound is refused whole, with its faults. Requests under way end on the version that they began with.
+    """
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in KINDS:
+        raise HTTPException(415, f"Content-Type is {kind!r}, expected {' or '.join(KINDS)}")
+    try:
+        of = await KINDS[kind](http, service)
+    except ClientDisconnect:
+        return Response(status_code=499)
+    response.headers["Location"] = f"/adapters/{of.summary.name}"
+    return describe_one(service, of)
+
+
+async def _publish_form(http: Request, service: Service) -> Registered:
+    async with service.admin.receiving():
+        upload = await read_upload(http)
+        return await service.admin.publish(upload.name, upload.files)
+
+
+async def _publish_from_hub(http: Request, service: Service) -> Registered:
+    body = await hub_body(http, service.settings.max_body_bytes)
+    if not service.settings.hub:
+        raise RefusedError("hub_id", "this server loads nothing from the hub: start it with --hub, or upload the files")
+    source = f"{SCHEME}{body.hub_id}" + (f"@{body.revision}" if body.revision else "")
+    return await service.admin.publish_from_hub(checked_name(body.name or name_in(source)), source)
+
+
+KINDS = {"multipart/form-data": _publish_form, "application/json": _publish_from_hub}
+
+
+@admin.delete("/adapters/{name}", response_model=WithdrawnReply, responses=WITHDRAWN)
+async def delete(name: str, service: ServiceOf) -> Response:
+    """Deletes a name with all its versions, a version (`name@version`) or an alias, in the store too.
+
+    Who asks for it from then on hears 404. Requests under way end on it, and its files are there until then.
+    """
+    return await _withdraw(service.admin.delete(checked_reference(name)))
+
+
+@admin.put("/adapters/{name}/alias")
+async def set_alias(name: str, body: AliasBody, service: ServiceOf) -> AdapterInfo:
+    """Makes a name mean what another one means now, or goes back to one of its own versions, in the store too."""
+    reference = checked_reference(body.adapter, "adapter")
+    return describe_one(service, await service.admin.alias(checked_name(name), reference))
+
+
+@admin.post("/adapters/{name}/load")
+async def load(name: str, service: ServiceOf) -> AdapterInfo:
+    """Reads what the name means in the store now: what was unloaded, or was put there since."""
+    return describe_one(service, await service.admin.load(checked_name(name)))
+
+
+@admin.post("/adapters/{name}/unload", response_model=WithdrawnReply, responses=WITHDRAWN)
+async def unload(name: str, service: ServiceOf) -> Response:
+    """Withdraws a name with its versions, or a version that is not what its name means; `load` brings it back.
+
+    Who asks for it from then on hears 404. Requests under way end on it, then its memory is freed.
+    """
+    return await _withdraw(service.admin.unload(checked_reference(name)))
+
+
+@admin.post("/adapters/{name}/pin")
+async def pin(name: str, service: ServiceOf) -> AdapterInfo:
+    """Keeps what the name means resident, also when that changes, until it is unpinned or the server ends."""
+    return describe_one(service, await service.admin.pin(checked_name(name)))
+
+
+@admin.post("/adapters/{name}/unpin")
+async def unpin(name: str, service: ServiceOf) -> AdapterInfo:
+    """Lets an adapter make room for others again."""
+    return describe_one(service, await service.admin.unpin(checked_name(name)))
+
+
+async def _withdraw(withdrawing: Awaitable[Withdrawn]) -> JSONResponse:
+    gone = await withdrawing
+    reply = WithdrawnReply(name=gone.name, versions=list(gone.versions), num_using=gone.num_using)
+    return JSONResponse(reply.model_dump(), 202 if gone.num_using else 200)

@@ -1,0 +1,33 @@
+"""What stores and file systems refuse, as a caller is told it: without a path of this machine."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
+from lori.store import AdapterStore
+from server.errors import ConflictError, StoreError
+
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def told(*stores: AdapterStore | None) -> Iterator[None]:
+    """Raises `ConflictError` or `StoreError` for what the block raises of stores; what a caller can mend stays as it is."""
+    try:
+        yield
+    except UnknownAdapterError:
+        raise
+    except AdapterFormatError as error:
+        raise AdapterFormatError(Path(error.source).name, error.faults) from error
+    except AdapterError as error:
+        said = str(error)
+        for root in (str(store.root) for store in stores if store):
+            said = said.replace(f"{root}/", "").replace(root, "the store")
+        raise ConflictError(said) from error
+    except OSError as error:
+        said = error.strerror or type(error).__name__
+        if error.errno in FORBIDDEN:
+            raise ConflictError(f"the server may not write or read its adapters' folder: {said}") from error
+        raise StoreError(f"the adapters' folder failed: {said}") from error

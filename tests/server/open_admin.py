@@ -1,0 +1,24 @@
+"""`python -m tests.server.open_admin`: the server, with its flags, where everybody is an admin."""
+
+import logging
+
+import uvicorn
+
+from server.access.caller import Caller
+from server.app import create_app
+from server.loading import load_service
+from server.routes.dependencies import get_caller
+from server.settings import Settings
+
+
+def main() -> None:
+    """Serves until it is killed."""
+    logging.basicConfig(level=logging.INFO)
+    settings = Settings(_cli_parse_args=True)
+    app = create_app(load_service(settings))
+    app.dependency_overrides[get_caller] = lambda: Caller(is_admin=True)
+    uvicorn.run(app, host=settings.host, port=settings.port)
+
+
+if __name__ == "__main__":
+    main()

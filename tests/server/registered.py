@@ -1,0 +1,41 @@
+"""Registered adapters of plain values, for what looks at no file."""
+
+from pathlib import Path
+
+from lori.config import SeededConfig
+from lori.entry import Entry
+from lori.summary import Summary
+from lori.template import Template
+from server.engine.adapters.registry import Registered
+
+STORE = Path("store")
+
+
+def registered(
+    name: str,
+    digest: str,
+    *,
+    folder: str = "",
+    place: Path = STORE,
+    stream: int = 0,
+    num_kept: int = 10,
+    templates: tuple[Template, ...] = ("plain",),
+) -> Registered:
+    """Returns a version of an adapter: its folder's name is its own, or another's where `name` is an alias of that."""
+    summary = Summary(
+        name=name,
+        digest=digest,
+        basis=SeededConfig(generator="philox-u24-1", seed=0, stream=stream),
+        rank=4,
+        max_rank=4,
+        alpha=8.0,
+        scale=2.0,
+        targets=("q_proj",),
+        sparsity=0.9,
+        num_kept=num_kept,
+        templates=templates,
+        merge_weights={},
+        metrics={},
+        num_bytes=100,
+    )
+    return Registered(Entry(name, place / f"{folder or name}@{summary.version}"), summary)

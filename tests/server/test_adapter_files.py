@@ -1,0 +1,120 @@
+"""What a server reads of its stores and puts there: demo adapters are never touched, and no path of the machine is told."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from lori.base_model import BaseModel
+from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
+from lori.format import WEIGHTS_FILE, read_files
+from lori.packed_adapter import PackedReader
+from lori.store import AdapterStore
+from server.adapter_files import AdapterFiles
+from server.adapter_fit import Fit
+from server.engine.adapters.registry import Registered
+from server.errors import ConflictError, StoreError
+from server.loading import make_pool, make_registry
+from server.store_errors import told
+from tests.server.rig import write_adapter
+
+
+@pytest.fixture
+def place(tmp_path: Path, writer: BaseModel) -> Path:
+    """Two stores: `demo` has math and law, `own` has a math of its own."""
+    for name, seed in (("demo/math", 1), ("demo/law", 2), ("own/math", 3)):
+        write_adapter(tmp_path / name, writer, seed=seed)
+    return tmp_path
+
+
+@pytest.fixture
+def files(place: Path, writer: BaseModel) -> AdapterFiles:
+    pool = make_pool(writer, make_registry({}, {}), 4, may_grow=True)
+    reader = PackedReader(writer.identity, pool.layouts)
+    return AdapterFiles(AdapterStore(place / "own"), AdapterStore(place / "demo"), reader, Fit.of(pool), 1 << 20)
+
+
+def folder(of: Registered) -> str:
+    return "/".join(of.entry.folder.parts[-2:])
+
+
+def everything(place: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+def test_an_own_adapter_comes_before_a_demo_adapter_of_its_name(files: AdapterFiles) -> None:
+    assert folder(files.read("math").adapter) == "own/math"
+    assert folder(files.read("law").adapter) == "demo/law"
+    with pytest.raises(UnknownAdapterError):
+        files.read("nobody")
+
+
+def test_demo_adapters_are_never_changed(files: AdapterFiles, place: Path) -> None:
+    before = everything(place / "demo")
+    for act in (lambda: files.doomed("law"), lambda: files.alias("prod", "law"), lambda: files.doomed("law@123")):
+        with pytest.raises(ConflictError, match="is a demo adapter"):
+            act()
+    files.remove(["law", "law@123"])
+    version = files.publish("law", read_files(place / "own" / "math", [])).adapter.summary.version
+    assert folder(files.read("law").adapter) == f"own/law@{version}", "who has one of his own has it from then on"
+    assert files.doomed("law") == [version]
+    files.remove(["law", "math"])
+    assert [folder(files.read(name).adapter) for name in ("law", "math")] == ["demo/law", "demo/math"]
+    assert everything(place / "demo") == before
+
+
+def test_what_is_read_has_its_other_versions_beside_it(files: AdapterFiles, place: Path) -> None:
+    first = files.read("math").adapter.summary.version
+    ready = files.publish("math", read_files(place / "demo" / "law", []))
+    assert [of.summary.version for of in ready.others] == [first]
+    assert folder(ready.others[0]) == f"own/math@{first}", "what its maker left is kept as a version"
+    assert files.alias("prod", "math").others == []
+    assert [of.summary.version for of in files.others([ready.adapter])] == [first]
+
+
+def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place: Path, writer: BaseModel) -> None:
+    of = files.read("math").adapter
+    assert files.pack(of).version == of.summary.version
+    write_adapter(place / "own" / "math", writer, seed=4)
+    with pytest.raises(ConflictError, match="'math' was changed on disk: load it again"):
+        files.pack(of)
+    with pytest.raises(ConflictError, match="'math' was changed on disk: load it again"):
+        files.details.read(of)
+    write_adapter(place / "own" / "math", writer, seed=3)
+    assert files.details.read(of).modules
+    (place / "own" / "math" / WEIGHTS_FILE).unlink()
+    assert files.details.read(of).modules, "what was computed is remembered"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (
+            OSError(errno.EROFS, "Read-only file system", "/srv/own/.locks"),
+            ConflictError,
+            "may not write or read .*: Read-only file",
+        ),
+        (OSError(errno.EACCES, "Permission denied"), ConflictError, "may not write or read .*: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), StoreError, "failed: No space left on device"),
+        (OSError(errno.EIO, "Input/output error"), StoreError, "failed: Input/output error"),
+        (AdapterError("'math' is in the way in /srv/own/math"), ConflictError, "^'math' is in the way in math$"),
+        (AdapterError("/srv/own is no folder of adapters"), ConflictError, "^the store is no folder of adapters$"),
+        (AdapterFormatError("/srv/own/math", ["torn"]), AdapterFormatError, "^math is not a sound adapter: torn$"),
+        (UnknownAdapterError("math", [], []), UnknownAdapterError, "^there is no adapter 'math'"),
+    ],
+)
+def test_what_a_store_refuses_is_told_without_a_path(error: Exception, kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said) as caught, told(AdapterStore(Path("/srv/own"))):
+        raise error
+    assert "/srv" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions keep root out of nothing")
+def test_a_folder_that_may_not_be_written_is_a_conflict(files: AdapterFiles, place: Path) -> None:
+    (place / "own").chmod(0o500)
+    try:
+        with pytest.raises(ConflictError, match="may not write"):
+            files.check_keeps()
+    finally:
+        (place / "own").chmod(0o700)

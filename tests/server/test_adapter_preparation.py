@@ -1,0 +1,87 @@
+"""What a server is prepared for at start: bases and ranks of adapters that come later, and versions that no name means."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lori.base_model import BaseModel
+from lori.basis import Seeded
+from lori.config_file import CONFIG_FILE
+from lori.errors import AdapterError
+from lori.store import AdapterStore
+from lori.summary import summarise
+from server.loading import NEW_RANK, load_service, make_pool, make_registry
+from server.settings import Settings
+from tests.server.office import open_office
+from tests.server.rig import write_adapter
+from tests.server.test_http import refusal
+
+
+def test_an_empty_store_is_prepared_for_what_training_makes_by_default(
+    writer_model: Path, writer: BaseModel, tmp_path: Path
+) -> None:
+    with open_office(writer_model, writer, tmp_path) as office:
+        office.have("usual", 1, rank=NEW_RANK)
+        assert office.generate("usual")["text"] != office.generate(None)["text"]
+        refusal(office.upload("high", office.draft("high", 2, rank=NEW_RANK + 1)), 409)
+
+
+def test_a_store_is_prepared_for_the_ranks_and_bases_that_it_has_and_the_default_basis(
+    writer_model: Path, writer: BaseModel, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    write_adapter(tmp_path / "store" / "there", writer, seed=1, rank=5, stream=3)
+    with open_office(writer_model, writer, tmp_path) as office:
+        for name, changes in (("same", {"rank": 5, "stream": 3}), ("default", {"rank": 2})):
+            office.have(name, 2, **changes)
+        both = office.generate(["same", "default"], merge="linear")
+        assert len({both["text"], *(office.generate(name)["text"] for name in ("same", "default", "there"))}) == 4
+        assert "--max-rank 6" in refusal(office.upload("high", office.draft("high", 2, rank=6)), 409)["message"]
+        assert "(seed 0, stream 3) or (seed 0, stream 0)" in refusal(
+            office.upload("other", office.draft("other", 2, stream=4)), 409
+        )["message"]  # fmt: skip
+
+
+def test_the_greatest_rank_is_not_below_that_of_what_is_there(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "math", writer, seed=1, rank=5)
+    with pytest.raises(AdapterError, match="--max-rank is 4, and 'math' has rank 5"):
+        load_service(Settings(model=str(writer_model), adapters=tmp_path, dtype="float32", max_rank=4))
+
+
+def test_without_a_store_nothing_is_prepared_for_what_cannot_come(writer: BaseModel, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "math", writer, seed=1, rank=5, stream=3)
+    entries = AdapterStore(tmp_path).current()
+    registry = make_registry(entries, summarise(entries, writer.identity))
+    pool = make_pool(writer, registry, 4, max_rank=9)
+    assert (pool.bases, pool.rank) == ((Seeded(stream=3),), 5)
+    assert not make_pool(writer, make_registry({}, {}), 4).has_operands
+
+
+def test_versions_that_no_name_means_can_be_asked_for_after_a_restart(
+    writer_model: Path, writer: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_office(writer_model, writer, tmp_path, max_rank=6) as office:
+        texts = {}
+        for seed in (1, 2):
+            adapter = office.have("math", seed)
+            texts[adapter.version] = office.generate("math")["text"]
+        high, torn = office.have("math", 3, rank=6), office.have("math", 4)
+        current = office.have("math", 1)
+        office.client.put("/adapters/prod/alias", json={"adapter": "math"}).raise_for_status()
+        (office.store.root / f"math@{torn.version}" / CONFIG_FILE).write_bytes(b"{}")
+    caplog.set_level(logging.WARNING)
+    with open_office(writer_model, writer, tmp_path) as office:
+        assert office.client.get("/adapters/math").json()["versions"] == [
+            current.version,
+            *(v for v in texts if v != current.version),
+        ]
+        for version, text in texts.items():
+            assert office.generate(f"math@{version}")["text"] == text
+        for unfit in (high, torn):
+            assert office.ask(f"math@{unfit.version}").status_code == 404
+        assert office.client.get("/adapters/prod").json()["aliases"] == ["math"]
+    for unfit in (high, torn):
+        assert f"math@{unfit.version} cannot be asked for" in caplog.text
+    shutil.rmtree(tmp_path / "store")

@@ -1,0 +1,140 @@
+"""Who uses which adapter, and until when."""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from contextlib import ExitStack
+
+import pytest
+
+from server.adapter_uses import AdapterUses
+from server.engine.request import AdapterTerm
+from tests.server.live import LIMIT_S
+
+ONE, TWO = "1" * 64, "2" * 64
+MATH, OLD, SAFETY = AdapterTerm("math", ONE, 1.0), AdapterTerm("math", TWO, 1.0), AdapterTerm("safety", ONE, 0.5)
+
+
+def run(test: Coroutine[object, object, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, LIMIT_S))
+
+
+async def settle() -> None:
+    """Lets every task run that can."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def counts(uses: AdapterUses, term: AdapterTerm) -> tuple[int, int]:
+    use = uses.of(term.name, term.digest)
+    return use.num_using, use.num_requests
+
+
+def test_what_was_never_used_counts_nothing() -> None:
+    uses = AdapterUses()
+    assert counts(uses, MATH) == (0, 0)
+    assert uses.of("math", ONE).last_used is None
+
+
+def test_requests_are_counted_by_name_and_content() -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        with uses.held([MATH, SAFETY]):
+            with uses.held([MATH]):
+                assert [counts(uses, term) for term in (MATH, OLD, SAFETY)] == [(2, 2), (0, 0), (1, 1)]
+            with uses.held([OLD]):
+                assert [counts(uses, term) for term in (MATH, OLD, SAFETY)] == [(1, 2), (1, 1), (1, 1)]
+        assert [counts(uses, term) for term in (MATH, OLD, SAFETY)] == [(0, 2), (0, 1), (0, 1)]
+
+    run(test())
+
+
+def test_a_request_of_no_adapter_counts_nowhere() -> None:
+    async def test() -> None:
+        with AdapterUses().held([]):
+            pass
+
+    run(test())
+
+
+def test_the_last_use_is_when_a_request_began_or_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        monkeypatch.setattr(time, "time", lambda: 100.0)
+        with uses.held([MATH]):
+            assert uses.of("math", ONE).last_used == 100.0
+            monkeypatch.setattr(time, "time", lambda: 250.0)
+            assert uses.of("math", ONE).last_used == 100.0
+        assert uses.of("math", ONE).last_used == 250.0
+
+    run(test())
+
+
+def test_a_request_that_fails_uses_it_no_more() -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        with pytest.raises(ValueError, match="out of luck"), uses.held([MATH]):
+            raise ValueError("out of luck")
+        assert counts(uses, MATH) == (0, 1)
+
+    run(test())
+
+
+def test_what_nobody_uses_is_not_waited_for() -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        await uses.unused("math", ONE)
+        with uses.held([MATH]), uses.held([SAFETY]):
+            await uses.unused("math", TWO)
+        await uses.unused("math", ONE)
+
+    run(test())
+
+
+def test_it_is_waited_for_until_the_last_request_has_ended() -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        first, second = ExitStack(), ExitStack()
+        first.enter_context(uses.held([MATH]))
+        waiting = [asyncio.create_task(uses.unused("math", ONE)) for _ in range(2)]
+        second.enter_context(uses.held([MATH]))
+        first.close()
+        await settle()
+        assert not any(task.done() for task in waiting)
+        second.close()
+        await asyncio.gather(*waiting)
+        assert counts(uses, MATH) == (0, 2)
+
+    run(test())
+
+
+def test_a_request_that_comes_before_the_waiting_one_looks_is_waited_for_too() -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        first, second = ExitStack(), ExitStack()
+        first.enter_context(uses.held([MATH]))
+        waiting = asyncio.create_task(uses.unused("math", ONE))
+        await settle()
+        first.close()
+        second.enter_context(uses.held([MATH]))
+        await settle()
+        assert not waiting.done()
+        second.close()
+        await waiting
+
+    run(test())
+
+
+def test_what_is_forgotten_begins_anew() -> None:
+    async def test() -> None:
+        uses = AdapterUses()
+        with uses.held([MATH]), pytest.raises(AssertionError):
+            uses.forget("math", ONE)
+        assert counts(uses, MATH) == (0, 1)
+        uses.forget("math", ONE)
+        uses.forget("nobody", ONE)
+        assert counts(uses, MATH) == (0, 0)
+        with uses.held([MATH]):
+            assert counts(uses, MATH) == (1, 1)
+
+    run(test())

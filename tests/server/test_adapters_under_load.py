@@ -1,0 +1,281 @@
+"""Adapters are replaced, unloaded and deleted while many ask for them: each answer is that of the version it names, and nobody
+hears a 5xx."""
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+import torch
+
+from lori.adapter import Adapter
+from lori.base_model import BaseModel, load_base_model
+from lori.format import load_adapter
+from lori.template import encode
+from server.engine.admission import Admission, Ask
+from server.engine.request import Request
+from tests.server.live import LIMIT_S, events, wait_until
+from tests.server.office import ADMIN, Office, open_office
+from tests.server.rig import fold, greedy
+
+NUM_CLIENTS = 8
+PROMPTS = [f"The quick brown fox jumps over the lazy dog, {what}" for what in ("twice. ", "and sleeps. ")]
+"""They begin alike, and longer than a block: what is cached of one version must not be found for another."""
+MAX_TOKENS = 16
+Answer = dict[str, Any]
+
+
+@pytest.fixture
+def office(writer_model: Path, writer: BaseModel, tmp_path: Path) -> Iterator[Office]:
+    """A server that forgets what it has read, and has few slots and places: adapters wait, make room and are read again."""
+    settings = {"loaded_gib": 0, "max_resident": 4, "max_batch": 3, "max_step_tokens": 80, "max_rank": 4}
+    with open_office(writer_model, writer, tmp_path, **settings) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def tell(writer_model: Path) -> Callable[[Sequence[tuple[Adapter, float]], str], str]:
+    """What transformers says with the deltas of adapters in the base model's weights."""
+
+    def text(terms: Sequence[tuple[Adapter, float]], prompt: str) -> str:
+        base = load_base_model(str(writer_model), torch.float32)
+        ids = encode(base.tokenizer, prompt).ids
+        said = base.tokenizer.decode(greedy(fold(base.model, terms), ids, MAX_TOKENS))
+        assert isinstance(said, str)
+        return said
+
+    return text
+
+
+class Crowd:
+    """Clients that ask for adapters until they are told to stop, and check each answer."""
+
+    def __init__(self, office: Office, asked: Sequence[Any], expected: dict[tuple[tuple[str, ...], str], str]) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.versions: Counter[tuple[str, ...]] = Counter()
+        self._office, self._asked, self._expected = office, asked, expected
+        self._has_ended = threading.Event()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Asks until the block ends."""
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            clients = [pool.submit(self._ask_on, number) for number in range(NUM_CLIENTS)]
+            try:
+                yield
+            finally:
+                self._has_ended.set()
+                for client in clients:
+                    client.result(LIMIT_S)
+
+    def wait_for(self, num_answers: int) -> None:
+        """Waits for so many more answers."""
+        until = self.statuses.total() + num_answers
+        wait_until(lambda: self.statuses.total() >= until or self._has_ended.is_set(), "answers")
+
+    def _ask_on(self, number: int) -> None:
+        draw = random.Random(number)
+        with httpx.Client(base_url=self._office.client.base_url, timeout=LIMIT_S, headers=ADMIN) as client:
+            try:
+                while not self._has_ended.is_set():
+                    self._ask(client, draw.choice(self._asked), draw.choice(PROMPTS), draw.random() < 0.3)
+            finally:
+                self._has_ended.set()
+
+    def _ask(self, client: httpx.Client, adapter: Any, prompt: str, is_stream: bool) -> None:
+        body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "adapter": adapter, "stream": is_stream}
+        with client.stream("POST", "/generate", json=body) as reply:
+            if reply.status_code != 200:
+                reply.read()
+                assert reply.status_code == 404, reply.text
+                answer = None
+            elif is_stream:
+                *tokens, (last, done) = events(reply.iter_lines())
+                assert last == "done", done
+                answer = done | {"text": "".join(data["text"] for _, data in tokens)}
+            else:
+                reply.read()
+                answer = reply.json()
+        if answer:
+            self._check(adapter, prompt, answer)
+        self.statuses[reply.status_code] += 1
+
+    def _check(self, adapter: Any, prompt: str, answer: Answer) -> None:
+        used = tuple(of["version"] for of in answer["adapter"])
+        if isinstance(adapter, str) and "@" in adapter:
+            assert used == (adapter.partition("@")[2],)
+        assert answer["text"] == self._expected[used, prompt]
+        self.versions[used] += 1
+
+
+def check_nothing_is_left(office: Office) -> None:
+    """No request, no slot, no memory: everything was freed."""
+    office.wait_until_idle()
+    wait_until(lambda: not office.service.engine.places(), "all slots and memory to be free")
+    metrics = office.client.get("/metrics").text
+    for name in ("lori:adapters_resident", "lori:adapters_loaded", "lori:adapters_resident_bytes", "lori:adapters_loaded_bytes"):
+        assert f'{name}{{model_name="{office.service.base_model}"}} 0.0' in metrics
+    tiers = office.service.engine._engine.tiers
+    tiers.check_integrity([])
+    assert not tiers._dropped
+    assert not tiers._wanted
+    departures = office.service.admin._departures
+    assert not departures._leaving
+    assert not departures._doomed
+    assert not office.service.uses._uses
+    assert not office.service.registry._tables.by_digest
+
+
+def test_replacing_under_load_gives_no_wrong_answer(office: Office, tell: Callable[..., str]) -> None:
+    folders = [office.draft("x", seed) for seed in (1, 2)]
+    old, new = map(load_adapter, folders)
+    for folder in folders:
+        office.upload("x", folder).raise_for_status()
+    other = office.have("y", 3)
+    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in (old, new) for p in PROMPTS}
+    expected |= {((v.version, other.version), p): tell([(v, 0.5), (other, 0.5)], p) for v in (old, new) for p in PROMPTS}
+    assert len({*expected.values()}) == len(expected)
+    crowd = Crowd(office, ["x", "x", f"x@{old.version}", f"x@{new.version}", ["x", "y"]], expected)
+    with crowd.asking():
+        for flip in range(40):
+            folder = folders[flip % 2]
+            if flip % 4 < 2:
+                assert office.upload("x", folder).status_code == 201
+            else:
+                reply = office.client.put("/adapters/x/alias", json={"adapter": f"x@{load_adapter(folder).version}"})
+                assert reply.status_code == 200, reply.text
+            crowd.wait_for(5)
+    assert set(crowd.statuses) == {200}
+    assert set(crowd.versions) == {used for used, _ in expected}, "all were asked for"
+    for name in "xy":
+        assert office.client.delete(f"/adapters/{name}").status_code == 200
+    check_nothing_is_left(office)
+
+
+def test_deleting_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
+    folders = [office.draft("x", seed) for seed in (4, 5)]
+    others = {name: office.have(name, seed) for seed, name in enumerate(("a", "b", "c", "d"), start=10)}
+    served = [*map(load_adapter, folders), *others.values()]
+    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in served for p in PROMPTS}
+    statuses: Counter[int] = Counter()
+    crowd = Crowd(office, ["x", "x", *others], expected)
+    with crowd.asking():
+        for turn in range(30):
+            assert office.upload("x", folders[turn % 2]).status_code == 201
+            crowd.wait_for(8)
+            statuses[(gone := office.client.delete("/adapters/x")).status_code] += 1
+            assert gone.status_code in (200, 202), gone.text
+            assert (gone.json()["num_using"] > 0) == (gone.status_code == 202)
+            if turn % 3:
+                crowd.wait_for(8)
+    assert set(crowd.statuses) == {200, 404}
+    assert statuses[202], "some were in use"
+    for name in others:
+        assert office.client.delete(f"/adapters/{name}").status_code == 200
+    check_nothing_is_left(office)
+    wait_until(lambda: not office.store.versions("x"), "the files to go")
+    assert office.store.alias_names() == []
+
+
+class SlowAdmission:
+    """Admits, and then takes its time."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.has_admitted, self.may_go_on = threading.Event(), threading.Event()
+
+    def admit(self, ask: Ask) -> Request:
+        request = self._admission.admit(ask)
+        self.has_admitted.set()
+        assert self.may_go_on.wait(LIMIT_S)
+        return request
+
+
+def test_what_is_withdrawn_while_a_request_is_admitted_is_not_served_to_it(office: Office) -> None:
+    office.have("x", 1)
+    slow = SlowAdmission(office.service.admission)
+    office.service.admission = cast(Admission, slow)
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(office.ask, "x")
+        assert slow.has_admitted.wait(LIMIT_S)
+        assert office.client.delete("/adapters/x").status_code == 200
+        slow.may_go_on.set()
+        assert reply.result().status_code == 404
+    check_nothing_is_left(office)
+
+
+def test_unloading_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
+    adapter = office.have("x", 6)
+    expected = {((adapter.version,), p): tell([(adapter, 1.0)], p) for p in PROMPTS}
+    crowd = Crowd(office, ["x", f"x@{adapter.version}"], expected)
+    with crowd.asking():
+        for _ in range(30):
+            assert office.post("/adapters/x/load").status_code == 200
+            crowd.wait_for(8)
+            assert office.post("/adapters/x/unload").status_code in (200, 202)
+            crowd.wait_for(4)
+    assert set(crowd.statuses) == {200, 404}
+    check_nothing_is_left(office)
+    assert office.store.find("x").version == adapter.version
+
+
+def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office, tell: Callable[..., str]) -> None:
+    """Whatever is asked in whatever order: each change is done whole or refused, and what is left can be deleted."""
+    folders = [office.draft("x", seed) for seed in (7, 8)]
+    versions = [load_adapter(folder) for folder in folders]
+    expected = {((v.version,), p): tell([(v, 1.0)], p) for v in versions for p in PROMPTS}
+    office.upload("x", folders[0]).raise_for_status()
+    allowed = {200, 201, 202, 404, 409, 429}
+
+    def change(number: int) -> Counter[int]:
+        draw, heard = random.Random(number), Counter[int]()
+        with httpx.Client(base_url=office.client.base_url, timeout=LIMIT_S, headers=ADMIN) as client:
+            own = Office(client, office.service, office.store, office.base, office.drafts)
+            version = [of.version for of in versions]
+            changes: list[Callable[[], httpx.Response]] = [
+                lambda: own.upload("x", draw.choice(folders)),
+                lambda: client.delete("/adapters/x"),
+                lambda: client.delete(f"/adapters/x@{draw.choice(version)}"),
+                lambda: own.post("/adapters/x/load"),
+                lambda: own.post("/adapters/x/unload"),
+                lambda: own.post(f"/adapters/x@{draw.choice(version)}/unload"),
+                lambda: own.post("/adapters/x/pin"),
+                lambda: own.post("/adapters/x/unpin"),
+                lambda: client.put("/adapters/x/alias", json={"adapter": f"x@{draw.choice(version)}"}),
+                lambda: client.put("/adapters/prod/alias", json={"adapter": "x"}),
+                lambda: client.delete("/adapters/prod"),
+                lambda: client.get("/adapters/x"),
+                lambda: client.get("/adapters"),
+                lambda: own.post("/v1/load_lora_adapter", lora_name="moving", lora_path="x", load_inplace=True),
+                lambda: own.post("/v1/unload_lora_adapter", lora_name="moving"),
+            ]
+            for _ in range(60):
+                reply = draw.choice(changes)()
+                assert reply.status_code in allowed, reply.text
+                heard[reply.status_code] += 1
+        return heard
+
+    crowd = Crowd(office, ["x", "prod", "moving"], expected)
+    with crowd.asking(), ThreadPoolExecutor(4) as pool:
+        heard = sum(pool.map(change, range(4)), Counter[int]())
+    assert {200, 201, 404, 409} <= set(heard), "it was not all refused, nor all done"
+    assert set(crowd.statuses) <= {200, 404}
+    for request in (
+        "POST /adapters/x/unpin",
+        "POST /adapters/prod/unload",
+        "POST /adapters/moving/unload",
+        "DELETE /adapters/prod",
+        "DELETE /adapters/x",
+    ):
+        reply = office.client.request(*request.split())
+        assert reply.status_code in (200, 202, 404), reply.text
+    check_nothing_is_left(office)
+    assert office.service.engine._engine.tiers.residents.num_kept == 0
+    office.have("x", 7)
+    assert office.generate("x", prompt=PROMPTS[0], max_tokens=MAX_TOKENS)["text"] == expected[(versions[0].version,), PROMPTS[0]]

@@ -1,0 +1,271 @@
+"""What was withdrawn goes when its last request has ended, unless it comes back before."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any, cast
+
+import anyio
+import pytest
+
+from server.adapter_uses import AdapterUses
+from server.departures import Departures
+from server.engine.adapters.registry import Registered, Registry
+from server.engine.request import AdapterTerm
+from server.engine.thread import EngineDeadError, EngineThread
+from server.errors import StoreError
+from server.turns import Turns
+from tests.server.test_registry import of
+
+OLD, NEW = of("math", "1"), of("math", "2")
+ALIAS = of("prod", "1", f"math@{OLD.summary.version}")
+
+
+class FakeEngine:
+    """Hears what is dropped."""
+
+    def __init__(self) -> None:
+        self.dropped: list[str] = []
+        self.is_alive = True
+        self.tiers = self
+
+    def drop(self, digest: str) -> None:
+        self.dropped.append(digest[0])
+
+    def wake(self) -> None:
+        pass
+
+    async def call(self, command: Callable[[Any], None]) -> None:
+        if not self.is_alive:
+            raise EngineDeadError
+        command(self)
+
+
+class Desk:
+    """Departures, and all that they touch. What is removed is written down."""
+
+    def __init__(self, *adapters: Registered) -> None:
+        self.registry, self.uses, self.engine, self.turns = Registry(adapters), AdapterUses(), FakeEngine(), Turns()
+        self.removed: list[str] = []
+        self.fault: Exception | None = None
+        thread = cast(EngineThread, self.engine)
+        self.departures = Departures(self.registry, self.uses, thread, self.turns, self)
+        self.requests: dict[str, ExitStack] = {}
+
+    def remove(self, references: Sequence[str]) -> None:
+        if self.fault:
+            raise self.fault
+        self.removed += references
+
+    def use(self, request: str, adapter: Registered) -> None:
+        """Lets a request begin that uses an adapter."""
+        held = self.requests[request] = ExitStack()
+        held.enter_context(self.uses.held([AdapterTerm(adapter.summary.name, adapter.summary.digest, 1.0)]))
+
+    async def end(self, request: str) -> None:
+        self.requests.pop(request).close()
+        await anyio.wait_all_tasks_blocked()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["Desk"]:
+        async with self.departures.running():
+            yield self
+
+
+def run(test: Callable[[], Any]) -> None:
+    async def limited() -> None:
+        with anyio.fail_after(60):
+            await test()
+
+    anyio.run(limited)
+
+
+def test_what_nobody_uses_is_free_at_once() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            assert desk.engine.dropped == ["1"]
+            assert desk.registry.find(OLD.summary.digest, ()) == []
+
+    run(test)
+
+
+def test_what_is_used_is_free_with_its_last_request() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.use("one", OLD)
+            desk.use("other", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            assert desk.departures.num_using("math") == 2
+            await desk.end("one")
+            assert desk.engine.dropped == []
+            assert desk.registry.find(OLD.summary.digest, ()) == [OLD], "who runs can still read it"
+            await desk.end("other")
+            assert desk.engine.dropped == ["1"]
+            assert desk.departures.num_using("math") == 0
+
+    run(test)
+
+
+def test_what_comes_back_stays() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.use("one", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            desk.registry.put(OLD)
+            desk.departures.take_back(OLD)
+            await desk.end("one")
+            assert desk.engine.dropped == []
+            assert desk.registry.has("math", OLD.summary.digest)
+            desk.use("two", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.end("two")
+            assert desk.engine.dropped == ["1"], "and goes again"
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_content_that_has_another_name_stays_in_memory(is_used: bool) -> None:
+    async def test() -> None:
+        async with Desk(OLD, ALIAS).open() as desk:
+            if is_used:
+                desk.use("one", ALIAS)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            assert desk.engine.dropped == []
+            await desk.departures.begin(desk.registry.withdraw("prod"))
+            if is_used:
+                assert desk.engine.dropped == []
+                await desk.end("one")
+            assert desk.engine.dropped == ["1"]
+
+    run(test)
+
+
+def test_files_go_at_once_where_nobody_uses_them() -> None:
+    async def test() -> None:
+        async with Desk(NEW).open() as desk:
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [NEW.summary.version, OLD.summary.version], is_whole=True)
+            assert desk.removed == ["math"]
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=False)
+            assert desk.removed == ["math", f"math@{OLD.summary.version}"]
+
+    run(test)
+
+
+def test_files_are_there_as_long_as_a_request_reads_them() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.use("one", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            assert desk.departures.is_doomed(OLD)
+            await anyio.wait_all_tasks_blocked()
+            assert desk.removed == []
+            desk.requests.pop("one").close()
+            while not desk.removed:
+                await anyio.sleep(0.001)
+            assert desk.removed == ["math"]
+            assert not desk.departures.is_doomed(OLD)
+
+    run(test)
+
+
+def test_who_asked_for_an_alias_reads_the_files_of_what_it_means() -> None:
+    async def test() -> None:
+        async with Desk(OLD, ALIAS).open() as desk:
+            desk.use("one", ALIAS)
+            for name in ("prod", "math"):
+                await desk.departures.begin(desk.registry.withdraw(name))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            await anyio.wait_all_tasks_blocked()
+            assert desk.removed == []
+            desk.requests.pop("one").close()
+            while not desk.removed:
+                await anyio.sleep(0.001)
+
+    run(test)
+
+
+def test_what_is_published_meanwhile_stays() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.use("one", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            desk.registry.put(NEW)
+            desk.departures.take_back(NEW)
+            desk.requests.pop("one").close()
+            while not desk.removed:
+                await anyio.sleep(0.001)
+            assert desk.removed == [f"math@{OLD.summary.version}"], "not the name, which means something again"
+
+    run(test)
+
+
+def test_the_same_that_is_published_meanwhile_stays() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.use("one", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            desk.registry.put(OLD)
+            desk.departures.take_back(OLD)
+            assert not desk.departures.is_doomed(OLD)
+            await desk.end("one")
+        assert desk.removed == []
+
+    run(test)
+
+
+def test_what_was_to_be_deleted_is_when_the_server_ends() -> None:
+    async def test() -> None:
+        desk = Desk(OLD)
+        async with desk.open():
+            desk.use("one", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+        assert desk.removed == ["math"]
+
+    run(test)
+
+
+def test_what_was_to_be_deleted_is_where_the_server_is_cancelled() -> None:
+    async def test() -> None:
+        desk = Desk(OLD)
+        with anyio.CancelScope() as scope:
+            async with desk.open():
+                desk.use("one", OLD)
+                await desk.departures.begin(desk.registry.withdraw("math"))
+                await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+                scope.cancel()
+        assert desk.removed == ["math"]
+
+    run(test)
+
+
+def test_a_dead_engine_has_nothing_to_free() -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.engine.is_alive = False
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            assert desk.registry.find(OLD.summary.digest, ()) == []
+
+    run(test)
+
+
+def test_what_cannot_be_deleted_later_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with Desk(OLD).open() as desk:
+            desk.use("one", OLD)
+            desk.fault = StoreError("the disk is full")
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            desk.requests.pop("one").close()
+            while not caplog.records:
+                await anyio.sleep(0.001)
+            assert "'math' was withdrawn, and could not be deleted: the disk is full" in caplog.text
+            with pytest.raises(StoreError):
+                await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+
+    run(test)

@@ -1,0 +1,274 @@
+"""Requests with grammars beside others: what they say fits, and how they end."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from lori.template import encode
+from server.engine.adapters.registry import Registry
+from server.engine.admission import Admission, Ask, RefusedError
+from server.engine.grammar import Grammar
+from server.engine.request import ErrorEvent, Sampling
+from server.engine.sampling import grammar_state
+from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
+
+FOX = "The quick brown fox jumps over the lazy dog. "
+WARM = Sampling(temperature=1.0)
+HEX = Grammar("regex", "#[0-9a-f]{6}")
+WORDS = Grammar("regex", "[a-z]{3}( [a-z]{3}){4}")
+
+
+@pytest.fixture(scope="module")
+def rig(writer_model: Path, adapters: Path) -> Rig:
+    """One engine for the whole file; it is idle between tests."""
+    return build(writer_model, adapters)
+
+
+def is_hex(text: str) -> bool:
+    return re.fullmatch(HEX.text, text) is not None
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        pytest.param(Sampling(), id="greedy"),
+        pytest.param(WARM, id="drawn"),
+        pytest.param(Sampling(temperature=1.5, top_k=40), id="top k"),
+        pytest.param(Sampling(temperature=1.5, top_p=0.7, min_p=0.01), id="top p and min p"),
+        pytest.param(Sampling(logit_bias=((48, 100.0), (90, 100.0), (256, 100.0))), id="bias"),
+        pytest.param(
+            Sampling(temperature=1.0, repetition_penalty=3.0, presence_penalty=2.0, frequency_penalty=2.0), id="penalties"
+        ),
+        pytest.param(Sampling(temperature=1.0, min_tokens=4), id="min tokens"),
+        pytest.param(Sampling(temperature=1e-6, min_tokens=400), id="more tokens than the grammar has"),
+    ],
+)
+def test_what_is_said_fits_however_it_is_sampled_and_ends_by_itself(rig: Rig, sampling: Sampling) -> None:
+    ask = Ask(prompt=FOX, max_tokens=20, sampling=sampling, grammar=HEX, seed=1)
+    for heard in rig.run([replace(ask, seed=seed) for seed in range(5)]):
+        assert is_hex(heard.text)
+        assert heard.done.finish_reason == "stop"
+        assert heard.tokens[-1] == EOS
+        assert heard.done.num_completion_tokens == 8
+
+
+def test_a_bias_moves_what_the_grammar_allows(rig: Rig, tokenizer: PreTrainedTokenizerFast) -> None:
+    (seven,) = encode(tokenizer, "7").ids
+    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=20, sampling=Sampling(logit_bias=((seven, 100.0),)), grammar=HEX)])
+    assert heard.text == "#777777"
+
+
+def test_others_in_the_batch_have_what_they_have_without_it(rig: Rig) -> None:
+    plain = [
+        Ask(prompt=FOX, max_tokens=25, num_logprobs=1),
+        Ask(prompt="a", max_tokens=25, adapters=("math",), sampling=Sampling(temperature=0.9, top_p=0.9), seed=4),
+        Ask(prompt=FOX[:9], max_tokens=25, sampling=Sampling(repetition_penalty=1.5)),
+    ]
+    held = [
+        Ask(prompt=FOX, max_tokens=25, grammar=grammar, sampling=WARM, seed=2) for grammar in (HEX, WORDS, Grammar("json_object"))
+    ]
+    alone = [rig.run([ask])[0].tokens for ask in [*plain, *held]]
+    together = rig.run([*plain, *held], [0, 3, 1, 2, 0, 5])
+    assert [heard.tokens for heard in together] == alone
+
+
+def test_logprobs_are_the_model_s_own(rig: Rig) -> None:
+    """Of the same prompt and tokens, asked for as a prompt: the grammar does not show in them."""
+    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=20, grammar=HEX, num_logprobs=2)])
+    (echoed,) = rig.run([Ask(prompt=FOX + heard.text, max_tokens=0, echo=True, num_logprobs=2)])
+    found = [(one.token, one.value, one.top) for one in heard.logprobs[:7]]
+    for (token, value, top), one in zip(found, echoed.logprobs[-7:], strict=True):
+        assert token == one.token
+        assert value == pytest.approx(one.value, abs=1e-4)
+        assert top == pytest.approx(one.top, abs=1e-4)
+        assert value is not None
+        assert value < 0
+
+
+def test_max_tokens_cuts_an_answer_short(rig: Rig) -> None:
+    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=4, grammar=HEX)])
+    assert heard.done.finish_reason == "length"
+    assert re.fullmatch("#[0-9a-f]{3}", heard.text)
+    (whole,) = rig.run([Ask(prompt=FOX, max_tokens=8, grammar=HEX)])
+    assert whole.done.finish_reason == "stop"
+
+
+def test_a_stop_string_ends_it_too(rig: Rig) -> None:
+    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=30, grammar=WORDS, stop=(" ",))])
+    assert heard.done.finish_reason == "stop_sequence"
+    assert re.fullmatch("[a-z]{3}", heard.text)
+
+
+def test_where_it_may_end_or_go_on_the_model_chooses(tokenizer: PreTrainedTokenizerFast) -> None:
+    script = [*encode(tokenizer, "aa").ids, *[EOS] * 7]
+    ask = Ask(prompt="x", max_tokens=9, grammar=Grammar("regex", "a+"))
+    ended, later = scripted(tokenizer, script).run([ask, replace(ask, sampling=Sampling(min_tokens=5))])
+    assert (ended.text, ended.done.finish_reason) == ("aa", "stop")
+    assert (later.text, later.done.finish_reason) == ("aaaaa", "stop")
+
+
+def test_min_tokens_does_not_keep_a_grammar_from_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    ask = Ask(prompt="x", max_tokens=9, grammar=Grammar("regex", "ab?"), sampling=Sampling(min_tokens=5))
+    (heard,) = scripted(tokenizer, []).run([ask])
+    assert heard.text == "ab", "the end was not picked where more was allowed"
+    assert heard.done.finish_reason == "stop"
+
+
+def test_an_answer_may_be_empty(tokenizer: PreTrainedTokenizerFast) -> None:
+    (heard,) = scripted(tokenizer, [5]).run([Ask(prompt="x", max_tokens=3, grammar=Grammar("regex", ""))])
+    assert (heard.text, heard.done.finish_reason, heard.tokens) == ("", "stop", [EOS])
+
+
+def test_the_likeliest_that_is_allowed_is_taken(tokenizer: PreTrainedTokenizerFast) -> None:
+    script = encode(tokenizer, "nyes").ids
+    (heard,) = scripted(tokenizer, script).run([Ask(prompt="x", max_tokens=9, grammar=Grammar("regex", "yes|no"))])
+    assert heard.text == "no"
+
+
+def test_characters_of_several_bytes_are_written_whole(rig: Rig) -> None:
+    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=40, grammar=Grammar("regex", "[é€😀]{5}"), sampling=WARM, seed=1)])
+    assert re.fullmatch("[é€😀]{5}", heard.text)
+
+
+def run(rig: Rig, ask: Ask) -> list[Heard]:
+    heard = rig.submit_choices(rig.admission.admit(ask))
+    rig.finish()
+    return heard
+
+
+def test_each_choice_follows_it_on_its_own(rig: Rig) -> None:
+    ask = Ask(prompt=FOX, max_tokens=30, grammar=WORDS, sampling=WARM, seed=3)
+    heard = run(rig, replace(ask, num_choices=5))
+    assert all(re.fullmatch(WORDS.text, one.text) for one in heard)
+    assert len({one.text for one in heard}) == 5
+    assert run(rig, ask)[0].tokens == heard[0].tokens
+
+
+def held(*num_outputs: int) -> list[Ask]:
+    asks = [Ask(prompt=FOX, max_tokens=60, grammar=Grammar("regex", f"[a-z ]{{{count}}}")) for count in num_outputs]
+    return [replace(ask, sampling=WARM, seed=seed, adapters=("math",) * (seed % 2)) for seed, ask in enumerate(asks)]
+
+
+def test_who_gives_up_its_blocks_for_others_says_the_same(writer_model: Path, adapters: Path) -> None:
+    asks = held(40, 55, 50, 45, 58)
+    roomy, tight = build(writer_model, adapters), build(writer_model, adapters, num_blocks=8)
+    found, expected = tight.run(asks), roomy.run(asks)
+    assert sum(heard.sequence.num_preemptions > 0 for heard in found) > 1, "or nothing is shown"
+    for one, other, ask in zip(found, expected, asks, strict=True):
+        assert one.tokens == other.tokens
+        assert ask.grammar
+        assert re.fullmatch(ask.grammar.text, one.text)
+        assert one.done.finish_reason == "stop"
+
+
+def test_a_prompt_that_is_found_in_the_cache_changes_nothing(writer_model: Path) -> None:
+    rig = build(writer_model)
+    first, again = (rig.run([Ask(prompt=FOX * 2, max_tokens=40, grammar=WORDS, sampling=WARM, seed=1)])[0] for _ in range(2))
+    assert again.done.num_cached_tokens > first.done.num_cached_tokens == 0
+    assert again.tokens == first.tokens
+
+
+def test_a_step_that_is_tried_again_follows_it_once(rig: Rig) -> None:
+    """What one request's data breaks is tried alone, after the masks were found for all."""
+    asks = [Ask(prompt=FOX, max_tokens=30, grammar=WORDS, sampling=WARM, seed=seed) for seed in range(3)]
+    expected = [heard.tokens for heard in rig.run(asks)]
+    picked = rig.engine._turn._sampler.pick
+    num_calls = 0
+
+    def pick(*args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        found = picked(*args)
+        if num_calls % 5 == 0 and len(args[1]) > 1:
+            raise ValueError("after it was picked")
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rig.engine._turn._sampler, "pick", pick)
+        found = rig.run(asks)
+    assert num_calls > 10
+    assert [heard.tokens for heard in found] == expected
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 6])
+def test_aborting_frees_all(rig: Rig, num_steps: int) -> None:
+    heard = rig.ask(Ask(prompt=FOX, max_tokens=60, grammar=WORDS))
+    for _ in range(num_steps):
+        rig.step()
+    rig.engine.abort(heard.sequence.request.id)
+    rig.finish()
+    assert heard.done.finish_reason == "cancelled"
+
+
+def assert_failed(heard: Heard, said: str) -> None:
+    last = heard.events[-1]
+    assert isinstance(last, ErrorEvent)
+    assert last.kind == "grammar"
+    assert re.search(said, last.message)
+    assert sum(isinstance(event, ErrorEvent) for event in heard.events) == 1
+
+
+def test_one_that_becomes_too_large_fails_alone(rig: Rig) -> None:
+    large = Grammar("regex", "[a-z]{20}((a{1000}){1000}){1000}")  # a trial sees what is near
+    fine = [Ask(prompt=FOX, max_tokens=40, sampling=WARM, seed=1), Ask(prompt=FOX, max_tokens=40, grammar=WORDS)]
+    expected = [rig.run([ask])[0].tokens for ask in fine]
+    bad = rig.submit_choices(rig.admission.admit(Ask(prompt=FOX, max_tokens=40, grammar=large, num_choices=2)))
+    heard = [rig.ask(ask) for ask in fine]
+    rig.finish()
+    for one in bad:
+        assert_failed(one, "the grammar can be followed no further: .*too many")
+        assert 10 < len(one.tokens) < 40
+    assert [one.tokens for one in heard] == expected
+
+
+def test_one_whose_masks_take_too_long_fails_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    (expected,) = rig.run([Ask(prompt=FOX, max_tokens=10)])
+    slow, fine = rig.ask(Ask(prompt=FOX, max_tokens=40, grammar=WORDS)), rig.ask(Ask(prompt=FOX, max_tokens=10))
+    for _ in range(6):
+        rig.step()
+    monkeypatch.setattr(grammar_state, "SECONDS_PER_TOKEN", -1.0)
+    rig.finish()
+    assert_failed(slow, "too long")
+    assert fine.tokens == expected.tokens
+
+
+def test_a_request_that_forbids_what_its_grammar_asks_for_is_told(rig: Rig) -> None:
+    forbidden = Sampling(logit_bias=tuple((token, float("-inf")) for token in range(EOS)))
+    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=9, grammar=HEX, sampling=forbidden)])
+    assert_failed(heard, "forbids leaves no token")
+
+
+def test_numbers_that_overflow_are_not_the_grammar_s_fault(rig: Rig) -> None:
+    runner = rig.engine._turn.runner
+    heard = rig.ask(Ask(prompt=FOX, max_tokens=9, grammar=HEX))
+    WatchedRunner(rig, overflows=lambda _: len(heard.tokens) == 3)
+    rig.finish()
+    rig.engine._turn.runner = runner
+    assert heard.events[-1] == ErrorEvent("the model's numbers overflow under these adapters and weights", "engine")
+
+
+@pytest.mark.parametrize(
+    ("ask", "field", "said"),
+    [
+        (
+            Ask(prompt="x", grammar=Grammar("json_schema", '{"not": {}}')),
+            "grammar",
+            'no json_schema .* Unimplemented keys: ."not"',
+        ),
+        (Ask(prompt="x", grammar=Grammar("regex", "(", field="guided_regex")), "guided_regex", "unclosed group"),
+        (Ask(prompt="x", grammar=HEX, ignore_eos=True), "ignore_eos", "cannot stand beside grammar"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_before_it_runs(rig: Rig, ask: Ask, field: str, said: str) -> None:
+    with pytest.raises(RefusedError, match=said) as caught:
+        rig.admission.admit(ask)
+    assert caught.value.field == field
+
+
+def test_a_model_that_can_follow_none_refuses_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RefusedError, match="base model cannot"):
+        Admission(tokenizer, Registry([]), 100).admit(Ask(prompt="x", grammar=HEX))

@@ -1,0 +1,174 @@
+"""Grammars are tried in a process of their own: hostile ones end it, and nobody else."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from server.engine.grammar import CrowdedError, Grammar, GrammarError, GrammarKind
+from server.engine.grammar_trials import MAX_WAITING, GrammarTrials
+from server.engine.sampling import grammars as grammars_module
+from server.engine.sampling.grammars import Grammars
+from tests.server.rig import EOS
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
+    return Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
+
+
+@pytest.fixture
+def trials(tokenizer: PreTrainedTokenizerFast) -> GrammarTrials:
+    tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
+    return GrammarTrials(tokens)
+
+
+def exponential(place: int) -> str:
+    return f"(a|b)*{'ab'[place % 2]}(a|b){{{place + 5}}}"
+
+
+HOSTILE = {
+    "endless intersection": ("lark", "start: A\nA: " + " & ".join(f"/{exponential(i)}/" for i in range(20))),
+    "large remainders": ("json_schema", '{"allOf": [{"type": "integer", "multipleOf": 1000003}]}'),
+    "product of remainders": (
+        "json_schema",
+        json.dumps({"allOf": [{"type": "integer", "multipleOf": p} for p in (9973, 9967, 9949)]}),
+    ),
+    "repeated repetition": ("regex", "((a{1000}){1000}){1000}"),
+    "many ways to repeat": ("lark", 'start: "a"{50000}'),
+    "itself": ("json_schema", '{"$ref": "#"}'),
+    "itself by another": (
+        "json_schema",
+        '{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}',
+    ),
+    "itself by a choice": ("json_schema", '{"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}'),
+    "a rule that is itself": ("lark", "start: start"),
+    "no character": ("regex", r"[^\s\S]"),
+    "many choices at once": (
+        "json_schema",
+        json.dumps({"allOf": [{"anyOf": [{"properties": {f"p{i}": {"const": j}}} for j in range(4)]} for i in range(12)]}),
+    ),
+    "long alternatives": ("regex", "a?" * 5000 + "a" * 5000),
+}
+FINE = {
+    "long": ("json_schema", json.dumps({"enum": ["x" * 60_000]})),
+    "wide": ("json_schema", json.dumps({"type": "object", "properties": {f"property_{i}": {} for i in range(300)}})),
+    "many": ("json_schema", json.dumps({"enum": [f"value {i} of many" for i in range(2000)]})),
+    "deep": ("json_schema", '{"type": "array", "items":' * 100 + '{"type": "string"}' + "}" * 100),
+    "recursive": ("json_schema", '{"type": "object", "properties": {"next": {"$ref": "#"}}}'),
+    "endless": ("json_schema", '{"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}'),
+    "enormous bounds": (
+        "json_schema",
+        '{"type": "array", "items": {"type": "string", "maxLength": 100000000}, "minItems": 100000000}',
+    ),
+    "exponential": ("regex", "(a|b)*a(a|b){500}"),
+    "nested stars": ("regex", "(((a*)*)*)*b"),
+    "nothing": ("regex", ""),
+    "ambiguous": ("lark", 'start: start start | "a" | ""'),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_grammar_is_refused(grammars: Grammars, name: str) -> None:
+    kind, text = HOSTILE[name]
+    with pytest.raises(GrammarError) as caught:
+        grammars.check(Grammar(kind, text))
+    assert str(caught.value)
+    grammars.check(Grammar("regex", "ab"))  # and the next is taken
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_is_only_large_or_endless_is_taken(grammars: Grammars, name: str) -> None:
+    kind, text = FINE[name]
+    grammars.check(Grammar(kind, text))
+    state = grammars.start(Grammar(kind, text))
+    state.follow([])
+    assert state.allowed.any()
+
+
+def test_one_that_takes_too_long_is_said_to(trials: GrammarTrials) -> None:
+    assert "more than 0.5 s" in trials.fault(Grammar(*HOSTILE["large remainders"]))
+    assert trials.fault(Grammar("regex", "a")) == ""
+
+
+def test_a_grammar_is_tried_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Grammar] = []
+    monkeypatch.setattr(grammars._trials, "fault", lambda grammar: tried.append(grammar) or "")
+    for kind, text in [("regex", "once"), ("regex", "twice"), ("regex", "once"), ("lark", "once"), ("regex", "once")]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grammars, "_compile", lambda grammar: grammar)
+            grammars.check(Grammar(kind, text))  # type: ignore[arg-type]
+    assert [(grammar.kind, grammar.text) for grammar in tried] == [("regex", "once"), ("regex", "twice"), ("lark", "once")]
+
+
+def test_those_that_were_used_last_are_kept(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars_module, "MAX_KEPT", 3)
+    monkeypatch.setattr(grammars_module, "MAX_KEPT_CHARACTERS", 20)
+    grammars = Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
+    for text in ("a", "b", "c"):
+        grammars.check(Grammar("regex", text))
+    grammars.start(Grammar("regex", "a"))
+    grammars.check(Grammar("regex", "d"))
+    assert [one.text for one in grammars._kept] == ["c", "a", "d"]
+    grammars.check(Grammar("regex", "e" * 19))
+    assert [one.text for one in grammars._kept] == ["d", "e" * 19]
+    grammars.check(Grammar("regex", "f" * 21))
+    assert not grammars._kept
+    state = grammars.start(Grammar("regex", "f" * 21))  # compiled again
+    state.follow([])
+    assert state.allowed.any()
+
+
+def test_a_process_that_has_died_is_started_again(trials: GrammarTrials) -> None:
+    assert trials.fault(Grammar("regex", "a")) == ""
+    assert trials._process
+    trials._process.kill()
+    trials._process.wait()
+    with pytest.raises(ChildProcessError):
+        trials.fault(Grammar("regex", "a"))
+    assert trials.fault(Grammar("regex", "(a")) != ""
+
+
+def test_its_process_ends_with_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
+    trials = GrammarTrials(tokens)
+    trials.fault(Grammar("regex", "a"))
+    process = trials._process
+    assert process
+    assert process.poll() is None
+    del trials
+    assert process.poll() is not None
+
+
+def test_so_many_wait_and_no_more(trials: GrammarTrials) -> None:
+    waiting, may_go_on = threading.Barrier(MAX_WAITING + 1), threading.Event()
+
+    def ask(_: str) -> str:
+        return ""
+
+    class Turn:
+        def __enter__(self) -> None:
+            waiting.wait(60)
+            may_go_on.wait(60)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    trials._turn, trials._ask = Turn(), ask  # type: ignore[assignment, method-assign]
+    with ThreadPoolExecutor(MAX_WAITING) as pool:
+        asked = [pool.submit(trials.fault, Grammar("regex", "a")) for _ in range(MAX_WAITING)]
+        waiting.wait(60)
+        with pytest.raises(CrowdedError, match=f"{MAX_WAITING} grammars"):
+            trials.fault(Grammar("regex", "a"))
+        may_go_on.set()
+        assert [one.result() for one in asked] == [""] * MAX_WAITING
+    trials._turn = threading.Lock()
+    assert trials.fault(Grammar("regex", "a")) == ""
+
+
+def test_kinds_are_known(grammars: Grammars) -> None:
+    kinds: list[tuple[GrammarKind, str]] = [("json_object", ""), ("json_schema", "{}"), ("regex", "a"), ("lark", 'start: "a"')]
+    for kind, text in kinds:
+        grammars.check(Grammar(kind, text))

@@ -1,0 +1,171 @@
+"""What the API says of itself: whole, true to its own schemas, and shown with nothing from elsewhere."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from fastapi.routing import APIRoute
+from transformers import PreTrainedTokenizerFast
+
+from server import routes
+from server.access.gate import is_open
+from server.app import create_app
+from server.errors import TABLE
+from server.responses import REFUSALS
+from server.routes.json_route import JsonRoute
+from tests.server.keyed import make_service, write_keys
+from tests.server.live import Live
+
+Document = dict[str, Any]
+EXAMPLES = ("/generate", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+"""Routes whose examples anybody may send."""
+
+
+@pytest.fixture(scope="module")
+def document(tokenizer: PreTrainedTokenizerFast) -> Document:
+    """The description without keys."""
+    return create_app(make_service(tokenizer)).openapi()
+
+
+def operations(document: Document) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields method and path, and the operation."""
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield f"{method} {path}", operation
+
+
+def check(document: Document, schema: dict[str, Any], value: object) -> None:
+    """Raises where `value` is not what `schema` says."""
+    jsonschema_rs.validator_for({**schema, "components": document["components"]}).validate(value)
+
+
+def references(part: object) -> Iterator[str]:
+    """Yields what refers to another part of the document."""
+    if isinstance(part, dict):
+        yield from (value for key, value in part.items() if key == "$ref")
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from references(inner)
+
+
+def test_every_route_is_described(document: Document) -> None:
+    known = {tag["name"] for tag in document["tags"]}
+    ids = [operation["operationId"] for _, operation in operations(document)]
+    assert len(set(ids)) == len(ids)
+    for name, operation in operations(document):
+        assert 10 < len(operation["summary"]) < 200, name
+        assert set(operation["tags"]) <= known, name
+        assert len(operation["tags"]) == 1, name
+        for status, response in operation["responses"].items():
+            assert response["description"], (name, status)
+            assert response["headers"]["X-Request-ID"], (name, status)
+
+
+def test_every_reference_is_there(document: Document) -> None:
+    for reference in references(document):
+        part = document
+        for key in reference.removeprefix("#/").split("/"):
+            part = part[key]
+
+
+def test_every_reply_has_an_example_that_fits_its_schema(document: Document) -> None:
+    for name, operation in operations(document):
+        for status, response in operation["responses"].items():
+            content = response["content"]
+            kind = next(iter(content))
+            assert "example" in content[kind], (name, status)
+            check(document, content[kind]["schema"], content[kind]["example"])
+            if not status.startswith("2"):
+                assert content[kind]["example"]["error"]["code"] == int(status)
+
+
+def test_every_body_has_examples_that_fit_its_schema(document: Document) -> None:
+    for name, operation in operations(document):
+        for kind, content in operation.get("requestBody", {}).get("content", {}).items():
+            if kind != "application/json":
+                continue
+            schema = content["schema"]
+            named = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+            assert named["examples"], name
+            for example in named["examples"]:
+                check(document, schema, example)
+
+
+def test_a_body_that_is_not_sound_is_400_and_never_422(document: Document) -> None:
+    for name, operation in operations(document):
+        assert "422" not in operation["responses"], name
+        if "requestBody" in operation:
+            assert {"400", "413"} <= operation["responses"].keys(), name
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_every_status_of_the_error_table_is_one_that_routes_can_name(document: Document) -> None:
+    named = {int(status) for _, operation in operations(document) for status in operation["responses"]}
+    statuses = {status for status, _ in TABLE.values()}
+    assert statuses <= REFUSALS.keys()
+    assert statuses <= named
+
+
+def test_too_many_requests_are_told_when_to_try_again(document: Document) -> None:
+    found = [operation["responses"]["429"] for _, operation in operations(document) if "429" in operation["responses"]]
+    assert found
+    assert all("Retry-After" in response["headers"] for response in found)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_streams_are_described_event_by_event(document: Document, path: str) -> None:
+    stream = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    events = stream["itemSchema"]["oneOf"]
+    data = {event["properties"]["data"].get("contentSchema", {}).get("$ref", "").rpartition("/")[2] for event in events}
+    if path == "/generate":
+        assert [event["properties"]["event"]["const"] for event in events] == ["token", "done", "error"]
+        assert data == {"TokenData", "DoneData", "ErrorReply"}
+    else:
+        assert events[-1]["properties"]["data"] == {"const": "[DONE]"}
+        assert "ErrorReply" in data
+
+
+def test_keys_are_asked_for_where_they_are_needed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    document = create_app(make_service(tokenizer, write_keys(tmp_path))).openapi()
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert is_open(path) == ("security" not in operation), path
+            assert is_open(path) or {"401", "403"} <= operation["responses"].keys(), path
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
+def test_without_keys_nothing_is_said_of_them(document: Document) -> None:
+    assert "securitySchemes" not in document["components"]
+    assert not any("401" in operation["responses"] for _, operation in operations(document))
+
+
+def test_every_body_is_read_as_strict_json() -> None:
+    modules = [module for module in vars(routes).values() if hasattr(module, "router")]
+    routers = [router for module in modules for router in (module.router, getattr(module, "admin", None)) if router]
+    with_body = [route for router in routers for route in router.routes if isinstance(route, APIRoute) and route.body_field]
+    assert len(with_body) >= 8
+    for route in with_body:
+        assert isinstance(route, JsonRoute), route.path
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_the_examples_of_bodies_are_answered(live: Live, path: str) -> None:
+    document = live.client.get("/openapi.json").json()
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    for body in document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["examples"]:
+        reply = live.client.post(path, json=body)
+        assert reply.status_code == 200, (body, reply.text)
+        content = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
+        check(document, content["schema"], reply.json())
+
+
+def test_the_viewer_loads_nothing_from_elsewhere(live: Live) -> None:
+    page = live.client.get("/docs").text
+    assert not re.search(r"(https?:)?//[\w.]", page)
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len([asset for asset in assets if asset.startswith("static/docs/")]) == 2
+    for asset in assets:
+        if not asset.startswith("data:"):
+            assert live.client.get(f"/{asset}").status_code == 200, asset

@@ -1,0 +1,128 @@
+"""Tokens that a client names, as text, and where in it each begins."""
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer
+
+from lori.embedded import embedded_model
+from server.engine.prompt import text_of
+from server.engine.text import HALF_CHARACTER, MAX_WAITING
+from tests.tiny import tiny_tokenizer
+
+NAMES = ["embedded", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def backends() -> dict[str, Tokenizer]:
+    """The embedded model's tokenizer and the tiny models' one."""
+    return {
+        "embedded": AutoTokenizer.from_pretrained(embedded_model()).backend_tokenizer,
+        "tiny": tiny_tokenizer().backend_tokenizer,
+    }
+
+
+def special_ids(backend: Tokenizer) -> list[int]:
+    return [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
+
+
+def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
+    """Any tokens, and some that the model knows and the tokenizer does not; more halves and special ones than chance gives."""
+    num_tokens = backend.get_vocab_size()
+    halves = [token for token in range(num_tokens) if HALF_CHARACTER in backend.decode([token])]
+    kinds = [st.integers(0, num_tokens - 1), st.sampled_from(halves), st.sampled_from(special_ids(backend))]
+    return st.lists(st.one_of(*kinds, st.integers(num_tokens, num_tokens + 50)), max_size=max_size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[str, Tokenizer], name: str) -> None:
+    """Whole, also where it ends in half a character; each begins inside it, none before the one before it."""
+    backend = backends[name]
+
+    @settings(max_examples=300, deadline=None)
+    @given(tokens_of(backend, 90))
+    def check(ids: list[int]) -> None:
+        text, offsets = text_of(backend, ids)
+        assert text == backend.decode(ids, skip_special_tokens=True)
+        assert len(offsets) == len(ids)
+        assert [*offsets] == sorted(offsets)
+        assert all(0 <= offset <= len(text) for offset in offsets)
+        assert offsets[:1] in ((), (0,))
+        # What a token adds to the text of those before it does not begin before it does, but for what may yet be a character.
+        for place, offset in enumerate(offsets):
+            before = backend.decode(ids[:place], skip_special_tokens=True)
+            assert before[:offset] == text[:offset]
+            assert not before[offset:].strip(HALF_CHARACTER)
+            assert len(before) - offset <= MAX_WAITING
+
+    check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters=HALF_CHARACTER), max_size=40))
+def test_the_tokens_of_a_text_are_that_text_and_begin_where_the_text_s_do(
+    backends: dict[str, Tokenizer], name: str, text: str
+) -> None:
+    encoding = backends[name].encode(text, add_special_tokens=False)
+    assume(backends[name].decode(encoding.ids) == text)  # the embedded one has not all bytes
+    assert text_of(backends[name], encoding.ids) == (text, tuple(start for start, _ in encoding.offsets))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_tokens_part_the_text_and_special_ones_have_none_of_it(backends: dict[str, Tokenizer], name: str) -> None:
+    backend = backends[name]
+    special = special_ids(backend)
+    whole = [token for token in range(backend.get_vocab_size()) if HALF_CHARACTER not in backend.decode([token])]
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.sampled_from(whole) | st.sampled_from(special), min_size=1, max_size=40))
+    def check(ids: list[int]) -> None:
+        text, offsets = text_of(backend, ids)
+        ends = (*offsets[1:], len(text))
+        pieces = [text[start:end] for start, end in zip(offsets, ends, strict=True)]
+        assert pieces == ["" if token in special else backend.decode([token]) for token in ids]
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "offsets"),
+    [
+        pytest.param([], "", (), id="nothing"),
+        pytest.param("aé€😀b", "aé€😀b", (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4), id="characters of several tokens"),
+        pytest.param(["a", "é", -1], "a\ufffd", (0, 1), id="half a character at the end"),
+        pytest.param(["a", "<|end|>", "b"], "ab", (0, 1, 1), id="a special token"),
+        pytest.param(["<|end|>"], "", (0,), id="a special token alone"),
+        pytest.param(["a", 900, "b"], "ab", (0, 1, 1), id="a token that the tokenizer does not know"),
+    ],
+)
+def test_examples(backends: dict[str, Tokenizer], ids: str | list[str | int], text: str, offsets: tuple[int, ...]) -> None:
+    found: list[int] = []
+    for part in ids if isinstance(ids, list) else [ids]:
+        if part == -1:
+            found.pop()
+        else:
+            found += backends["tiny"].encode(part).ids if isinstance(part, str) else [part]
+    assert text_of(backends["tiny"], found) == (text, offsets)
+
+
+def test_a_tokenizer_whose_text_changes_as_it_goes_on_is_no_error() -> None:
+    """One that decodes bytes in a row all or none: what was sure may be said otherwise when all is known."""
+    vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"a": 257}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    newline, half = vocab["<0x0A>"], vocab["<0xE2>"]
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.sampled_from([newline, half, vocab["<0x82>"], vocab["<0xAC>"], 257]), max_size=20))
+    def check(ids: list[int]) -> None:
+        text, offsets = text_of(backend, ids)
+        assert text.count("a") == ids.count(257)
+        assert len(offsets) == len(ids)
+        assert [*offsets] == sorted(offsets)
+        assert all(offset <= len(text) for offset in offsets)
+
+    check()
+    assert text_of(backend, [257, newline, 257]) == ("a\na", (0, 1, 2))

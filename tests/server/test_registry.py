@@ -1,0 +1,106 @@
+"""What can be asked for, by name, by version and by content, while it changes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lori.config import SeededConfig
+from lori.entry import Entry
+from lori.summary import Summary
+from server.engine.adapters.registry import Registered, Registry
+
+BASIS = SeededConfig(generator="philox-u24-1", seed=0, stream=0)
+
+
+def of(name: str, digit: str, folder: str = "") -> Registered:
+    """An adapter whose digest is `digit` many times."""
+    summary = Summary(
+        name=name, digest=digit * 64, basis=BASIS, rank=4, max_rank=4, alpha=8.0, scale=2.0, targets=("q_proj",), sparsity=0.9,
+        num_kept=10, templates=("chat",), merge_weights={}, metrics={}, num_bytes=100,
+    )  # fmt: skip
+    return Registered(Entry(name, Path(folder or f"{name}@{summary.version}")), summary)
+
+
+def names(registry: Registry) -> dict[str, list[str]]:
+    """What each name means, and what else of it can be asked for, by the first digit of their digests."""
+    return {name: [version.summary.digest[0] for version in registry.versions(name)] for name in registry.by_name}
+
+
+def test_a_name_means_the_last_that_was_put_and_others_are_asked_for_by_version() -> None:
+    registry = Registry([of("math", "1"), of("safety", "5")])
+    gone = registry.put(of("math", "2"), [of("math", "1")])
+    assert gone == []
+    assert names(registry) == {"math": ["2", "1"], "safety": ["5"]}
+    assert registry.by_name["math"].summary.digest[0] == "2"
+    assert registry.has("math", "1" * 64)
+    assert registry.has("math", "2" * 64)
+    assert not registry.has("safety", "1" * 64)
+
+
+def test_what_of_a_name_is_not_put_again_is_gone_and_found_until_it_is_forgotten() -> None:
+    registry = Registry([of("math", "1")], [of("math", "0")])
+    gone = registry.put(of("math", "2"), [of("math", "0")])
+    assert gone == [of("math", "1")]
+    assert names(registry) == {"math": ["2", "0"]}
+    assert not registry.has("math", "1" * 64)
+    assert registry.find("1" * 64, ()) == [of("math", "1")]
+    registry.forget(gone[0])
+    assert registry.find("1" * 64, ()) == []
+
+
+def test_what_is_put_twice_is_there_once() -> None:
+    registry = Registry([of("math", "1")])
+    registry.put(of("math", "1", "elsewhere"), [of("math", "1")])
+    assert names(registry) == {"math": ["1"]}
+    assert registry.find("1" * 64, ()) == [of("math", "1", "elsewhere")]
+
+
+def test_a_name_is_withdrawn_with_its_versions() -> None:
+    registry = Registry([of("math", "1"), of("prod", "1")], [of("math", "0")])
+    assert registry.withdraw("math") == (of("math", "1"), of("math", "0"))
+    assert names(registry) == {"prod": ["1"]}
+    assert registry.withdraw("math") == ()
+    registry.forget(of("math", "1"))
+    assert registry.find("1" * 64, ("math",)) == [of("prod", "1")], "an alias still finds it"
+
+
+def test_a_version_is_withdrawn_alone() -> None:
+    registry = Registry([of("math", "1")], [of("math", "0")])
+    registry.withdraw_version(of("math", "0"))
+    assert names(registry) == {"math": ["1"]}
+    assert registry.find("0" * 64, ()) == [of("math", "0")]
+
+
+def test_versions_are_added_without_changing_what_a_name_means() -> None:
+    registry = Registry([of("math", "1")])
+    registry.add([of("math", "0"), of("math", "1", "again"), of("safety", "5")])
+    assert names(registry) == {"math": ["1", "0"]}
+    assert registry.by_name["math"] == of("math", "1")
+    assert registry.versions("safety") == (of("safety", "5"),)
+
+
+def test_who_reads_sees_one_state_or_the_next() -> None:
+    registry = Registry([of("math", "1")])
+    before = registry.by_name
+    registry.put(of("math", "2"))
+    registry.withdraw("math")
+    assert before["math"] == of("math", "1")
+
+
+def test_a_folder_that_was_renamed_when_a_version_was_published_is_found(tmp_path: Path) -> None:
+    plain = of("math", "1", str(tmp_path / "math"))
+    kept = tmp_path / f"math@{plain.summary.version}"
+    assert [entry.folder for entry in plain.entries()] == [tmp_path / "math"]
+    kept.mkdir()
+    assert [entry.folder for entry in plain.entries()] == [tmp_path / "math", kept]
+    assert {entry.name for entry in plain.entries()} == {"math"}
+    alias = replace(plain, entry=Entry("prod", kept))
+    assert [entry.folder for entry in alias.entries()] == [kept]
+    assert (plain.owner, alias.owner) == ("math", "math")
+
+
+def test_what_was_put_back_before_it_was_forgotten_stays() -> None:
+    registry = Registry([of("math", "1")])
+    gone = registry.withdraw("math")
+    registry.put(of("math", "1"))
+    registry.forget(gone[0])
+    assert registry.find("1" * 64, ()) == [of("math", "1")]

@@ -1,0 +1,84 @@
+"""JSON that is read: RFC 8259's, with one meaning, of a shape that takes little time."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.strict_json import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, JsonError, read_json
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=30)
+
+
+@given(VALUES)
+def test_what_is_written_is_read(value: Any) -> None:
+    assert read_json(json.dumps(value).encode()) == value
+    text = json.dumps(value, ensure_ascii=False)
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        assert read_json(text.encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2.0", 2),
+        ("-3e2", -300),
+        ("9007199254740992.0", 2**53),
+        ("2.5", 2.5),
+        ("1e300", 1e300),
+        ("-0.0", 0),
+        ("1e999", float("inf")),
+    ],
+)
+def test_a_whole_number_is_an_integer_however_it_is_written(text: str, value: float) -> None:
+    found = read_json(text.encode())
+    assert (type(found), found) == (type(value), value)
+
+
+def test_a_byte_order_mark_is_no_fault() -> None:
+    assert read_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "is not JSON: expecting value at character 0"),
+        (b'{"a": 1,}', "is not JSON"),
+        (b'{"a": 1} {}', "is not JSON: extra data at character 9"),
+        (b"{'a': 1}", "is not JSON"),
+        (b'"\x00"', "is not JSON: invalid control character"),
+        (b'{"a": "\xff"}', "is not UTF-8: invalid start byte at byte 7"),
+        (b'"\xed\xa0\x80"', "is not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "is not UTF-8"),
+        ('{"a": 1}'.encode("utf-32-le"), "is not JSON"),
+        (b'{"a": 1, "b": 2, "a": 1}', "has the field 'a' twice"),
+        (b'[{"x": {"\\u0061": 1, "a": 2}}]', "has the field 'a' twice"),
+        (b"1" * 5000, "a number of thousands of digits"),
+        (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "nested more than"),
+        (b"[" * 1_000_000, "lists and objects"),
+        (b'{"a":' * 10_000, "nested more than"),
+        (b"[" + b"[]," * MAX_CONTAINERS + b"1]", "has more than 16384 lists and objects"),
+        (json.dumps({str(i): i for i in range(MAX_MEMBERS + 1)}).encode(), "has an object of 2049 fields, expected at most 2048"),
+    ],
+)
+def test_what_is_not_plainly_meant_is_refused(text: bytes, said: str) -> None:
+    with pytest.raises(JsonError) as caught:
+        read_json(text)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_as_much_as_is_allowed_is_read() -> None:
+    deep = b"[" * MAX_DEPTH + b"]" * MAX_DEPTH
+    assert json.dumps(read_json(deep)).encode() == deep
+    assert len(read_json(b"[" + b"[]," * (MAX_CONTAINERS - 2) + b"[]]")) == MAX_CONTAINERS - 1
+    assert len(read_json(json.dumps({str(i): i for i in range(MAX_MEMBERS)}).encode())) == MAX_MEMBERS
+
+
+@pytest.mark.parametrize("inside", ["[" * 50_000, '\\"[' * 20_000, "\\\\", '{\\n"'.replace('"', "") * 30_000])
+def test_brackets_inside_a_text_are_text(inside: str) -> None:
+    text = f'{{"a": "{inside}", "b": [{"[]," * 200} "{inside}"]}}'
+    assert read_json(text.encode()) == json.loads(text)
