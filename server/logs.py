@@ -11,17 +11,18 @@ LogFormat = Literal["text", "json"]
 OF_UVICORN = "color_message"
 """The message once more, for a terminal."""
 KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN])
+TOLD = KNOWN | {"method", "route", "status"}
 
 
 class TextFormatter(logging.Formatter):
-    """Level, name and message, and after them what the record has beside these."""
+    """Level, name and message, and after them what the record has beside these, but for what a request's message says already."""
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         """Returns the line of a record."""
-        said = [f"{key}={value!r}" for key, value in record.__dict__.items() if key not in KNOWN]
+        said = [f"{key}={value!r}" for key, value in record.__dict__.items() if key not in TOLD]
         return " ".join([super().formatMessage(record), *said])
 
 

@@ -174,7 +174,7 @@ def test_the_line_says_who_asked_and_never_the_key(
 
 def test_text_shows_what_a_record_has_beside_its_message_on_one_line() -> None:
     record = logging.LogRecord("server.request", logging.INFO, "", 0, "%s %d", ("GET", 200), None)
-    record.__dict__ |= {"path": "/a\nINFO forged", "adapters": ["math@1"], "total_s": 0.5, "color_message": "no"}
+    record.__dict__ |= {"path": "/a\nINFO forged", "adapters": ["math@1"], "total_s": 0.5, "status": 200, "color_message": "no"}
     assert TextFormatter().format(record) == (
         r"INFO server.request: GET 200 path='/a\nINFO forged' adapters=['math@1'] total_s=0.5"
     )
