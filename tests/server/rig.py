@@ -357,9 +357,6 @@ class FakeTiers:
     def on_arrival(self, notify: Callable[[], None]) -> None:
         self.notify = notify
 
-    def places(self) -> dict[str, Place]:
-        return {}
-
     def close(self) -> None:
         self.is_closed = True
 

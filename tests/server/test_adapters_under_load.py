@@ -13,6 +13,7 @@ from typing import Any, cast
 import httpx
 import pytest
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
@@ -118,9 +119,10 @@ def check_nothing_is_left(office: Office) -> None:
     """No request, no slot, no memory: everything was freed."""
     office.wait_until_idle()
     wait_until(lambda: not office.service.engine.places(), "all slots and memory to be free")
-    metrics = office.client.get("/metrics").text
+    families = text_string_to_metric_families(office.client.get("/metrics").text)
+    values = {sample.name: sample.value for family in families for sample in family.samples}
     for name in ("lori:adapters_resident", "lori:adapters_loaded", "lori:adapters_resident_bytes", "lori:adapters_loaded_bytes"):
-        assert f'{name}{{model_name="{office.service.base_model}"}} 0.0' in metrics
+        assert values[name] == 0
     tiers = office.service.engine._engine.tiers
     tiers.check_integrity([])
     assert not tiers._dropped
