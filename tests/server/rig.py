@@ -25,7 +25,6 @@ from lori.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
 from server.engine.adapters.loader import Loader
-from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
