@@ -4,7 +4,7 @@ Absent fields are not sent: the server has the defaults, and refuses what is wro
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from lori.merge_options import MergeMethod
 from lori.template import Template
@@ -22,6 +22,33 @@ class WeightedAdapterFields(TypedDict):
 
     name: str
     weight: float
+
+
+class AnyJsonFields(TypedDict):
+    """The answer is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class BySchemaFields(TypedDict):
+    """The answer is JSON of a schema."""
+
+    type: Literal["json_schema"]
+    schema: Mapping[str, Any] | bool
+
+
+class ByRegexFields(TypedDict):
+    """The answer is what a regular expression matches."""
+
+    type: Literal["regex"]
+    pattern: str
+
+
+class ByLarkFields(TypedDict):
+    """The answer is of a grammar."""
+
+    type: Literal["lark"]
+    text: str
 
 
 class GenerateFields(TypedDict, total=False):
@@ -50,6 +77,7 @@ class GenerateFields(TypedDict, total=False):
     n: int
     stop: str | Sequence[str]
     include_stop: bool
+    grammar: AnyJsonFields | BySchemaFields | ByRegexFields | ByLarkFields
     ignore_eos: bool
     echo: bool
     logprobs: int

@@ -25,6 +25,7 @@ from lori.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
 from server.engine.adapters.loader import Loader
+from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
@@ -349,6 +350,9 @@ class FakeTiers:
     """Has nothing to read."""
 
     is_closed: bool = False
+
+    def places(self) -> dict[str, Place]:
+        return {}
 
     def prefetch(self, request: Request) -> None:
         pass
