@@ -194,7 +194,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     """Answers an unknown route, a wrong method, and what the framework itself refuses."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        allowed = ", ".join(allowed_methods(request))
+        # What is mounted, as files are, is only read; the framework knows no methods of it.
+        allowed = ", ".join(allowed_methods(request)) or "GET, HEAD"
         return _answer(405, "BadRequestError", f"the method is {request.method}, expected {allowed}", headers={"Allow": allowed})
     return _answer(error.status_code, KINDS.get(error.status_code, "BadRequestError"), str(error.detail), headers=error.headers)
 
