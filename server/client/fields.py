@@ -4,7 +4,7 @@ Absent fields are not sent: the server has the defaults, and refuses what is wro
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from lori.merge_options import MergeMethod
 from lori.template import Template
@@ -22,6 +22,33 @@ class WeightedAdapterFields(TypedDict):
 
     name: str
     weight: float
+
+
+class AnyJsonFields(TypedDict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFields(TypedDict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    schema: Mapping[str, Any] | bool
+
+
+class RegexFields(TypedDict):
+    """Text that a regular expression matches, whole."""
+
+    type: Literal["regex"]
+    pattern: str
+
+
+class LarkFields(TypedDict):
+    """Text of a context-free grammar."""
+
+    type: Literal["lark"]
+    text: str
 
 
 class GenerateFields(TypedDict, total=False):
@@ -50,6 +77,7 @@ class GenerateFields(TypedDict, total=False):
     n: int
     stop: str | Sequence[str]
     include_stop: bool
+    grammar: AnyJsonFields | SchemaFields | RegexFields | LarkFields
     ignore_eos: bool
     echo: bool
     logprobs: int
