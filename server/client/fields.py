@@ -25,27 +25,27 @@ class WeightedAdapterFields(TypedDict):
 
 
 class AnyJsonFields(TypedDict):
-    """The answer is a JSON object."""
+    """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class BySchemaFields(TypedDict):
-    """The answer is JSON of a schema."""
+class SchemaFields(TypedDict):
+    """JSON of a schema."""
 
     type: Literal["json_schema"]
     schema: Mapping[str, Any] | bool
 
 
-class ByRegexFields(TypedDict):
-    """The answer is what a regular expression matches."""
+class RegexFields(TypedDict):
+    """Text that a regular expression matches, whole."""
 
     type: Literal["regex"]
     pattern: str
 
 
-class ByLarkFields(TypedDict):
-    """The answer is of a grammar."""
+class LarkFields(TypedDict):
+    """Text of a context-free grammar."""
 
     type: Literal["lark"]
     text: str
@@ -77,7 +77,7 @@ class GenerateFields(TypedDict, total=False):
     n: int
     stop: str | Sequence[str]
     include_stop: bool
-    grammar: AnyJsonFields | BySchemaFields | ByRegexFields | ByLarkFields
+    grammar: AnyJsonFields | SchemaFields | RegexFields | LarkFields
     ignore_eos: bool
     echo: bool
     logprobs: int

@@ -21,7 +21,18 @@ from tests.server.live import LIMIT_S, Live
 FOX = "The quick brown fox jumps over the lazy dog. "
 FOR_EVER = 4000
 """Tokens, with the prompt: seconds of work for a tiny model."""
-HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "fastapi", "starlette", "uvicorn", "prometheus_client")
+HEAVY = (
+    "torch",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "prometheus_client",
+    "llguidance",
+)
 
 EVERY_NUMBER: GenerateFields = {
     "prompt": FOX, "max_tokens": 20, "min_tokens": 2, "temperature": 1.1, "top_p": 0.9, "top_k": 40, "min_p": 0.01, "seed": 5,
@@ -59,6 +70,8 @@ def test_an_answer_is_what_the_server_says(client: Client, live: Live) -> None:
         GenerateFields(prompt=(70, 111, 120), adapter=[{"name": "safety", "weight": -0.5}], max_tokens=9, echo=True, logprobs=2),
         GenerateFields(prompt="a\u2028b\x85", echo=True, max_tokens=5, stop=("zz", "qq"), include_stop=True, adapter=None),
         GenerateFields(prompt=FOX, adapter=("math", "safety"), merge="dare_ties", density=0.4, merge_seed=2, max_tokens=9),
+        GenerateFields(prompt="x", grammar={"type": "regex", "pattern": "[a-c]{3}"}, max_tokens=9),
+        GenerateFields(prompt="x", grammar={"type": "json_schema", "schema": {"enum": ["yes", "no"]}}, max_tokens=9),
         EVERY_NUMBER,
     ],
 )
@@ -99,9 +112,8 @@ def shapes(hint: Any) -> frozenset[Any]:
 def fields_of(kind: Any) -> dict[str, frozenset[Any]]:
     """The shapes of the fields of a model or a `TypedDict`."""
     hints = get_type_hints(kind)
-    if is_typeddict(kind):
-        return {name: shapes(hint) for name, hint in hints.items()}
-    return {of.alias or name: shapes(hints[name]) for name, of in kind.model_fields.items()}
+    names = dict.fromkeys(hints) if is_typeddict(kind) else {name: field.alias for name, field in kind.model_fields.items()}
+    return {alias or name: shapes(hints[name]) for name, alias in names.items()}
 
 
 def test_the_fields_are_the_servers() -> None:
@@ -197,8 +209,8 @@ def test_cancelling_ends_the_request(live: Live, is_stream: bool) -> None:
 
 def test_a_client_is_light() -> None:
     """Of the engine it knows the words of a request and of an adapter's place, which are plain values."""
-    words = {"server.engine", "server.engine.request", "server.engine.grammar", "server.engine.adapters"}
-    words.add("server.engine.adapters.places")
+    names = ("", ".request", ".grammar", ".adapters", ".adapters.places")
+    words = {f"server.engine{name}" for name in names}
     program = "import sys, server.client; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()
     assert not {module.partition(".")[0] for module in modules} & {*HEAVY}

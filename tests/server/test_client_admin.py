@@ -20,6 +20,8 @@ from server.client import (
 from tests.server.both_clients import KINDS, Connect, connecting
 from tests.server.office import Office, open_office
 
+ADMIN_KEY, GUEST_KEY = "lori_admin-key", "lori_guest-key"
+
 
 @pytest.fixture(scope="module")
 def office(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
@@ -37,7 +39,7 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 @pytest.fixture
 def client(office: Office, connect: Connect) -> Iterator[Client]:
     """A client with an admin's key; the store is empty when the test ends."""
-    client = connect(str(office.client.base_url), api_key="admin")
+    client = connect(str(office.client.base_url), api_key=ADMIN_KEY)
     yield client
     for adapter in client.adapters().adapters:
         client.delete(adapter.name)
@@ -118,7 +120,7 @@ def test_a_name_is_never_a_path(client: Client, name: str) -> None:
 
 
 def test_without_an_admins_key_nothing_is_changed(office: Office, connect: Connect) -> None:
-    guest = connect(str(office.client.base_url), api_key="guest")
+    guest = connect(str(office.client.base_url), api_key=GUEST_KEY)
     with pytest.raises(ForbiddenError):
         guest.upload("open-math", office.draft("math", 7))
     for change in (guest.delete, guest.pin, guest.unpin, guest.load, guest.unload):
