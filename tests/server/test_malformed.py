@@ -87,6 +87,13 @@ def send_raw(live: Live, seed: int, count: int, statuses: Counter[int]) -> None:
             statuses[status] += 1
 
 
+def test_who_asks_for_a_web_socket_is_answered_as_any_other(attacked: Live) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    reply = attacked.client.get("/generate", headers=headers | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
+    assert reply.status_code == 405
+    assert reply.json()["error"]["code"] == 405
+
+
 def test_malformed_requests_are_refused_while_others_are_answered(attacked: Live) -> None:
     healthy, statuses, server = Healthy(attacked), Counter[int](), psutil.Process(attacked.process.pid)
     shares = [(send_bodies, NUM_BODIES // NUM_THREADS // 10, statuses), (send_raw, NUM_RAW // NUM_THREADS // 10, Counter[int]())]
