@@ -59,6 +59,7 @@ def main() -> int:
         host=settings.host,
         port=settings.port,
         http=HttpProtocol,
+        ws="none",  # who asks for a web socket is answered as any other
         log_config=None,  # ours holds for it
         access_log=False,
         timeout_keep_alive=math.ceil(settings.keep_alive_s),

@@ -35,6 +35,7 @@ REQUEST_ID = {"description": "The request's own X-Request-ID, or a new one: the 
 EVENTS = (TokenData, DoneData, ChatChunk, ErrorReply)
 """What streams hold: FastAPI does not see them."""
 KEY = "key"
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 FASTAPIS = "HTTPValidationError"
 """Its own answer to a body that is not sound, which is 400 here."""
 
@@ -62,13 +63,20 @@ class Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """Returns the description."""
         if self._document is None:
-            self._document = super().openapi()
+            self._document = _exact(super().openapi())
             _complete(self._document, self._has_keys)
         return self._document
 
 
 def _operation_id(route: APIRoute) -> str:
     return route.name
+
+
+def _exact(part: Any) -> Any:
+    # FastAPI writes bounds as floats: 2**63 as 9.223372036854776e18, which is more.
+    if isinstance(part, dict):
+        return {key: int(value) if key in BOUNDS and value == int(value) else _exact(value) for key, value in part.items()}
+    return [_exact(of) for of in part] if isinstance(part, list) else part
 
 
 def _complete(document: dict[str, Any], has_keys: bool) -> None:

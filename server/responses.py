@@ -73,7 +73,7 @@ def streams(example: str, *events: tuple[str, type[BaseModel]]) -> Responses:
     items = [_event(name, of) for name, of in events]
     if not events[0][0]:
         items.append({"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}})
-    said = {"schema": {"type": "string"}, "itemSchema": {"oneOf": items}, "example": example}
+    said = {"itemSchema": {"oneOf": items}, "example": example}
     return {200: {"description": "The whole reply, or with `stream` its events", "content": {"text/event-stream": said}}}
 
 

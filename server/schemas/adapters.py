@@ -115,7 +115,7 @@ class HubBody(Body):
 
     hub_id: Annotated[Text, Field(pattern=HUB_ID, max_length=200)]
     """`owner/name`."""
-    revision: Annotated[Text, Field(pattern=REVISION, max_length=200)] | None = None
+    revision: Annotated[Text, Field(pattern=REVISION, min_length=1, max_length=200)] | None = None
     """A branch, a tag or a commit; absent: the main branch."""
     name: AdapterName | None = None
     """What to call it; absent: as it is called on the hub."""

@@ -12,7 +12,7 @@ from pydantic import (
 )
 
 from lori.template import Message, Template, Text
-from server.schemas.fields import Body, Reply, forms, one_or_many
+from server.schemas.fields import MAX_INT, Body, Reply, forms, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
@@ -66,9 +66,9 @@ class ChatBody(OpenAIBody):
     """A conversation to answer, written with the adapter's own template."""
     template: Template | None = None
     """How `messages` are written, where it is not to be the adapter's own way."""
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=MAX_INT)] | None = None
     """The longest answer; absent: what the context has left."""
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=MAX_INT)] | None = None
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool | None = None
     """Adds log-probabilities."""

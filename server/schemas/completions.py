@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, Tag, model_validator
 
 from lori.template import Text
-from server.schemas.fields import Reply, TokenIds, forms
+from server.schemas.fields import Count, Reply, TokenIds, forms
 from server.schemas.generation import Logprobs
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
@@ -42,13 +42,13 @@ class CompletionBody(OpenAIBody):
 
     prompt: Prompts
     """Text to continue, or its token ids; or several of them, which run together."""
-    max_tokens: int = Field(default=16, ge=0)
+    max_tokens: Count = 16
     """The longest answer. 0 generates nothing, to score a text with `echo`."""
     echo: bool = False
     """The reply's text, and its log-probabilities, begin with the prompt."""
     logprobs: TopLogprobs | None = None
     """Adds log-probabilities, with this many alternatives for each token."""
-    best_of: int | None = None
+    best_of: Count | None = None
     """Only as many as `n`: all answers are given."""
     suffix: None = None
     """Not known here: must be absent."""

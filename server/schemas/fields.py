@@ -25,6 +25,7 @@ MAX_ADAPTERS = 64
 MAX_STOPS = 16
 MAX_CHOICES = 64
 MAX_BIASED = 1024
+MAX_INT = 2**31
 MAX_PROMPT_TOKENS = 2**20
 """Beyond any context: what is longer is refused before it is looked at."""
 
@@ -95,7 +96,8 @@ Stops = Annotated[
 ]
 AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=MAX_INT)]
+TokenId = Annotated[int, Field(ge=0, lt=MAX_INT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Prompt = Annotated[
     Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")],

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template
 from server.engine.request import FinishReason
-from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Prompt, Reply, check_num_fields
+from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Count, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Turn = Annotated[Message, BeforeValidator(check_num_fields)]
@@ -41,7 +41,7 @@ class GenerateBody(SamplingFields, MergeFields):
     adapter: Adapters | None = None
     """A name, `name@version`, several of them, or `{name, weight}` several times: their deltas are added. Absent, or an empty
     list: the base model."""
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_tokens: Count | None = None
     """The longest answer; absent: 128, or what the context has left. 0 generates nothing, to score a text with `echo`."""
     include_stop: bool = False
     """The answer ends after the stop text, not before."""

@@ -93,6 +93,11 @@ def test_every_body_has_examples_that_fit_its_schema(document: Document) -> None
                 check(document, schema, example)
 
 
+def test_bounds_are_exact(document: Document) -> None:
+    seed = document["components"]["schemas"]["GenerateBody"]["properties"]["seed"]["anyOf"][0]
+    assert (repr(seed["minimum"]), repr(seed["exclusiveMaximum"])) == ("0", "9223372036854775808")
+
+
 def test_a_body_that_is_not_sound_is_400_as_this_server_says_it(document: Document) -> None:
     for name, operation in operations(document):
         assert "ValidationError" not in str(operation), name
@@ -148,6 +153,13 @@ def test_every_body_is_read_as_strict_json() -> None:
     assert len(with_body) >= 8
     for route in with_body:
         assert isinstance(route, JsonRoute), route.path
+
+
+def test_a_method_that_is_not_described_is_told_those_that_are(live: Live) -> None:
+    for path, methods in live.client.get("/openapi.json").json()["paths"].items():
+        reply = live.client.options(re.sub(r"{\w+}", "math", path))
+        assert reply.status_code == 405, path
+        assert {method.upper() for method in methods} <= set(reply.headers["allow"].split(", ")), path
 
 
 @pytest.mark.parametrize("path", EXAMPLES)

@@ -1,0 +1,145 @@
+"""Loaded by schemathesis: what it may send this server, and what it may hear. Named by SCHEMATHESIS_HOOKS."""
+
+import re
+import zlib
+from typing import Any
+
+import schemathesis
+
+NAMES = ("math", "safety", "intent")
+MODELS = ("tiny", *NAMES, "math+safety", "math:0.7+safety:-0.3")
+NUM_TOKENS = 257
+MAX_TOKENS = 8
+CONTENT = re.compile(
+    "|".join(
+        (
+            # Fields that do not go together: JSON Schema could say it, at the cost of everybody who reads it.
+            "'density' is for",
+            "'merge_seed' is for",
+            "'weights' (is for|needs)",
+            "'template' is for",
+            "'stream_options' is for",
+            "'top_logprobs' needs",
+            "'best_of' is",
+            "found both",
+            "is beside the (model|weights)",
+            "ignore_eos: cannot stand beside",
+            "max_tokens: is 0 without echo",
+            # What is right for another model, tokenizer, template or store than this one.
+            "exceeds the context",
+            "and the context holds",
+            "expected 0 to",
+            "is empty",
+            "the chat template refuses",
+            "no common template",
+            "needs adapters on one basis",
+            "without adapters, which it would merge",
+            "has [0-9]+ (numbers|names)",
+            "twice",
+            "has the weight",
+            "has [0-9]+ weights for",
+            "names [0-9]+ adapters",
+            "no --hub|start it with --hub",
+            "is no adapter's name|has the version",
+            "expected the name of an adapter in the server's store",
+            "has already been loaded",
+            "needs to be provided|must be provided",
+            "expected false: no adapter here",
+            # An integer of JSON Schema that no 64 bits hold.
+            "valid integer, found -?[0-9.]+e",
+            # What schemathesis writes to try a length does not keep to the pattern.
+            "^(hub_id|revision): String should match pattern",
+            # A schema, a regular expression or a grammar is more than a text of JSON Schema.
+            "that an answer could follow",
+            "surrogate pair",
+            # A form's files are more than bytes.
+            "^(config|weights|card|name|body)",
+            "adapter_config",
+        )
+    )
+)
+
+
+@schemathesis.hook
+def before_call(_: schemathesis.HookContext, case: schemathesis.Case, __: dict[str, Any]) -> None:
+    """Makes most of what fits the schema something that this server can answer, and soon; else most is of unknown names."""
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        return
+    body, is_kept = case.body, _hash((case.body, case.query, case.path_parameters)) % 4 == 0
+    if isinstance(body, dict) and body.get("timeout_s"):
+        body["timeout_s"] = max(60, body["timeout_s"])  # to answer 504 is right where the client has no time
+    if is_kept:
+        return
+    if case.path_parameters.get("name") and case.method != "DELETE" and not case.path.endswith("/unload"):
+        case.path_parameters["name"] = _pick(NAMES, case.path_parameters["name"])
+    if case.query.get("names"):
+        case.query["names"] = ",".join(NAMES[: 1 + _hash(case.query["names"]) % len(NAMES)])
+    if isinstance(body, dict) and "lora_name" not in body:
+        _make_answerable(body)
+
+
+def _make_answerable(body: dict[str, Any]) -> None:
+    if body.get("model") is not None:
+        body["model"] = _pick(MODELS, body["model"])
+    for field in ("adapter", "adapters"):
+        if isinstance(body.get(field), str):
+            body[field] = _pick(NAMES, body[field])
+        elif body.get(field):
+            named = zip(body[field], NAMES, strict=False)
+            body[field] = [of | {"name": name} if isinstance(of, dict) else name for of, name in named]
+    for field in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        if body.get(field):
+            body[field] = body[field] % MAX_TOKENS + 1
+    for field in ("prompt", "tokens"):
+        if field in body:
+            body[field] = _tokens(body[field])
+    for field in _unfit(body):
+        body.pop(field, None)
+
+
+def _unfit(body: dict[str, Any]) -> set[str]:
+    # Fields that would have the body refused beside its others.
+    merge = body.get("merge")
+    unfit = {"logit_bias", "weights", "best_of", "grammar" if body.get("ignore_eos") else "ignore_eos"}
+    unfit |= {"density"} if merge == "linear" else set()
+    unfit |= {"merge_seed"} if merge not in ("dare_linear", "dare_ties") else set()
+    unfit |= set() if body.get("adapter") or body.get("adapters") else {"merge", "density", "merge_seed"}
+    unfit |= set() if body.get("stream") else {"stream_options"}
+    unfit |= set() if body.get("logprobs") else {"top_logprobs"}
+    return unfit | ({"template"} if "prompt" in body else set())
+
+
+def _tokens(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_tokens(of) for of in value]
+    return int(value) % NUM_TOKENS if isinstance(value, int | float) else value
+
+
+def _pick(names: tuple[str, ...], value: object) -> str:
+    return names[_hash(value) % len(names)]
+
+
+def _hash(value: object) -> int:
+    return zlib.crc32(repr(value).encode("utf-8", "backslashreplace"))
+
+
+@schemathesis.check
+def what_fits_the_schema_is_refused_for_its_content_alone(
+    _: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+) -> None:
+    """A 400 to what fits the schema must be one of those that no schema could say."""
+    if response.status_code == 400 and case.meta is not None and case.meta.generation.mode.is_positive:
+        message = response.json()["error"]["message"]
+        assert CONTENT.search(message), f"no reason of content: {message}"
+
+
+@schemathesis.check
+def every_refusal_has_the_shape_of_errors(
+    _: schemathesis.CheckContext, response: schemathesis.Response, __: schemathesis.Case
+) -> None:
+    """Whatever is refused is refused in one form."""
+    if response.status_code >= 400:
+        error = response.json()["error"]
+        assert error["code"] == response.status_code
+        assert error["message"]
+        assert isinstance(error["type"], str)

@@ -1,0 +1,203 @@
+"""Bodies that are none, and requests that are none, made of sound ones: the same for the same seed."""
+
+import gzip
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+JSON = {"Content-Type": "application/json"}
+MESSAGES = [{"role": "user", "content": "Hi"}]
+SOUND: dict[tuple[str, str], dict[str, Any]] = {
+    ("POST", "/generate"): {"prompt": "x", "adapter": ["math", "safety"], "weights": [1, 0.5], "max_tokens": 2, "stop": "\n"},
+    ("POST", "/v1/completions"): {"model": "math:1+safety:0.8", "prompt": ["a", "b"], "max_tokens": 2, "logit_bias": {"5": 1}},
+    ("POST", "/v1/chat/completions"): {"model": "safety", "messages": MESSAGES, "max_tokens": 2, "stream_options": None},
+    ("POST", "/tokenize"): {"messages": MESSAGES, "return_token_strs": True},
+    ("POST", "/detokenize"): {"tokens": [97, 98, 99]},
+    ("POST", "/v1/load_lora_adapter"): {"lora_name": "other", "lora_path": "math"},
+    ("POST", "/v1/unload_lora_adapter"): {"lora_name": "other"},
+    ("POST", "/adapters"): {"hub_id": "someone/something", "name": "other"},
+    ("PUT", "/adapters/other/alias"): {"adapter": "math"},
+}
+WRONG = ("1e400", "NaN", "-Infinity", '{"a": [null]}', "[[[]]]", "[{}]", "[null]", "[[1, {}], 2]", '["\\ud800"]', "9" * 400)
+"""Values that no field may have, as JSON has them or nearly."""
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b--'
+
+
+Body = dict[str, Any]
+Spoil = Callable[[Body], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """A request whose body must be refused."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    content: bytes
+
+
+class Maker:
+    """Makes malformed bodies, the same for the same seed. Few are about `max_bytes` long: those take long to send."""
+
+    def __init__(self, seed: int, max_bytes: int) -> None:
+        self._random, self._max_bytes = Random(seed), max_bytes
+        self._kinds: tuple[Spoil, ...] = (
+            self._cut, self._flipped, self._wrong_type, self._unknown_field, self._deep, self._not_utf8, self._twice, self._wide,
+            self._long_key, self._many_fields, self._mixed, self._no_object, self._digits, self._with_nul, self._rubbish,
+        )  # fmt: skip
+
+    def body(self) -> Malformed:
+        """Returns the next one."""
+        (method, path), sound = self._random.choice([*SOUND.items()])
+        if self._random.random() < 0.08:
+            return Malformed(method, path, *self._not_json(sound))
+        kinds = self._kinds if self._random.random() > 0.004 else (self._long,)
+        return Malformed(method, path, JSON, self._random.choice(kinds)(sound))
+
+    def _with(self, sound: Body, field: str, value: str) -> bytes:
+        others = [f"{json.dumps(key)}: {json.dumps(of)}" for key, of in sound.items() if key != field]
+        others.insert(self._random.randint(0, len(others)), f"{json.dumps(field)}: {value}")
+        return ("{" + ", ".join(others) + "}").encode()
+
+    def _field(self, sound: Body) -> str:
+        return self._random.choice([*sound])
+
+    def _cut(self, sound: Body) -> bytes:
+        text = json.dumps(sound).encode()
+        return text[: self._random.randrange(len(text))]
+
+    def _flipped(self, sound: Body) -> bytes:
+        text = bytearray(json.dumps(sound).encode()[:-1])  # never whole again
+        for _ in range(self._random.randint(1, 8)):
+            text[self._random.randrange(1, len(text))] = self._random.randrange(256)
+        return bytes(text)
+
+    def _wrong_type(self, sound: Body) -> bytes:
+        return self._with(sound, self._field(sound), self._random.choice(WRONG))
+
+    def _unknown_field(self, sound: Body) -> bytes:
+        return self._with(sound, self._random.choice(("promt", "", "\x00", "__proto__", "\ud800", "a" * 300)), "1")
+
+    def _deep(self, sound: Body) -> bytes:
+        depth, (opens, closes) = self._random.randint(2, 3000), self._random.choice((("[", "]"), ('{"a":', "}")))
+        return self._with(sound, self._field(sound), opens * depth + "[[]]" + closes * depth)
+
+    def _not_utf8(self, sound: Body) -> bytes:
+        text = json.dumps(sound)
+        wrong = self._random.choice(
+            (b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe2\x82", b"\xef\xbb\xbf" * 2)
+        )
+        return self._random.choice((text.encode("utf-16"), text.encode("utf-32"), wrong + text.encode()))
+
+    def _twice(self, sound: Body) -> bytes:
+        field = self._field(sound)
+        return b"{" + json.dumps(field).encode() + b": 1, " + json.dumps(sound).encode()[1:]
+
+    def _wide(self, sound: Body) -> bytes:
+        item = self._random.choice(("[]", "{}", "[1]", '""', "0.1", "null"))
+        return self._with(sound, self._field(sound), "[[" + ",".join([item] * self._random.randint(300, 20_000)) + "], 1]")
+
+    def _long_key(self, sound: Body) -> bytes:
+        return self._with(sound, "k" * self._random.randint(1000, 50_000), "1")
+
+    def _many_fields(self, sound: Body) -> bytes:
+        return json.dumps(sound | {f"field-{i}": i for i in range(self._random.randint(65, 5000))}).encode()
+
+    def _mixed(self, sound: Body) -> bytes:
+        items = [
+            self._random.choice(("1", '"a"', "null", "true", "{}", "[]", "-1", "1e99"))
+            for _ in range(self._random.randint(3, 60))
+        ]
+        return self._with(sound, self._field(sound), "[" + ", ".join([*items, "{}", '"a"']) + "]")
+
+    def _no_object(self, sound: Body) -> bytes:
+        values = (None, True, 5, "text", [sound], [], [[sound]], 1e99)
+        return json.dumps(self._random.choice(values)).encode()
+
+    def _digits(self, sound: Body) -> bytes:
+        return self._with(sound, self._field(sound), self._random.choice("-1") + "9" * self._random.randint(400, 20_000))
+
+    def _with_nul(self, sound: Body) -> bytes:
+        return json.dumps(sound).encode().replace(b'"', b'"\x00', 1)
+
+    def _rubbish(self, _: Body) -> bytes:
+        return self._random.randbytes(self._random.randint(1, 3000)) + b"\xff"
+
+    def _long(self, sound: Body) -> bytes:
+        room = self._max_bytes - 400
+        kinds = (
+            lambda: json.dumps({"prompt": "a" * room, "adaptor": "math"}),
+            lambda: json.dumps({"prompt": "\ud83d" * (room // 6)}),
+            lambda: '{"prompt": [' + "1," * (room // 2) + "1]}",
+            lambda: '{"tokens": [' + "1e308," * (room // 6) + "1]}",
+            lambda: '{"messages": [' + '{"role": "user", "content": ""},' * (room // 40) + "1]}",
+            lambda: '{"adapter": ["' + '", "'.join(["a"] * (room // 5)) + '"]}',
+            lambda: '{"logit_bias": {' + ", ".join(f'"{i}": 1' for i in range(room // 14)) + "}}",
+            lambda: json.dumps(sound) + " " * room + "}",
+            lambda: "[" * room,
+        )
+        return self._random.choice(kinds)().encode()
+
+    def _not_json(self, sound: Body) -> tuple[dict[str, str], bytes]:
+        text = json.dumps(sound).encode()
+        kinds = (
+            ({}, text),
+            ({"Content-Type": "text/plain"}, text),
+            ({"Content-Type": "application/x-www-form-urlencoded"}, b"prompt=x&max_tokens=2"),
+            ({"Content-Type": "multipart/form-data"}, text),
+            ({"Content-Type": "multipart/form-data; boundary=b"}, FORM),
+            ({"Content-Type": "\xff/json; charset=\xff"}, text),
+            ({**JSON, "Content-Encoding": "gzip"}, gzip.compress(text)),
+            ({**JSON, "Content-Encoding": "br"}, b"\x0b\x02\x80" + text[:3]),
+            (JSON, b""),
+        )  # fmt: skip
+        return self._random.choice(kinds)
+
+
+def raw(random: Random, headers: str) -> bytes:
+    """Returns bytes that are no request, or several, or one that never ends. `headers` end each head that is sound so far."""
+    body = b'{"prompt": "x"}'
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}".encode()
+    bad = head + b"Content-Length: 9\r\n\r\n" + b'{"prompt"'
+    kinds: tuple[bytes, ...] = (
+        random.randbytes(random.randint(1, 5000)),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + random.randbytes(500),
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + random.randbytes(40),
+        b"POST /generate HTTP/9.9\r\n\r\n",
+        b"G\x00ET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /" + b"a" * random.randint(70_000, 200_000) + b" HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"a" * random.randint(70_000, 200_000) + b"\r\n\r\n",
+        b"GET /generate\r\n\r\n",
+        b"\r\n" * random.randint(1, 50) + b"POST",
+        head + b"No colon\r\n\r\n" + body,
+        head + b"X: a\r\n b\x00\r\n\r\n" + body,
+        head + b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n\r\n" + body,
+        head + b"Content-Length: 15\r\nContent-Length: 3\r\n\r\n" + body,
+        head
+        + b"Content-Length: "
+        + random.choice((b"-1", b"abc", b"1e3", b"+15", b"1_5", b"0x15", b"9" * 30))
+        + b"\r\n\r\n"
+        + body,
+        head + b"Content-Length: 99\r\n\r\n" + body,
+        head + b"Content-Length: 3\r\n\r\n" + body,
+        head + b"Transfer-Encoding: chunked\r\n\r\n" + random.choice((b"zz", b"-1", b"F" * 20, b"", b";;;")) + b"\r\n" + body,
+        head + b"Transfer-Encoding: chunked\r\n\r\nf\r\n" + body,
+        head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n" + body + b"\r\n0\r\n\r\n",
+        head + b"Transfer-Encoding: gzip\r\n\r\n" + gzip.compress(body),
+        head + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n",
+        head + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n",
+        b"GET /generate HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        b"GET /../../etc/passwd%00 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+        bad * random.randint(2, 20),
+        bad + random.randbytes(300),
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * random.randint(2, 40) + b"rubbish\r\n\r\n",
+    )
+    found = random.choice(kinds)
+    return found if random.random() < 0.7 else found[: random.randrange(len(found)) + 1]

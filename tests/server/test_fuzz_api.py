@@ -1,0 +1,73 @@
+"""schemathesis reads what the API says of itself, and tries it: at the bounds, at random, within and without the schemas."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lori.base_model import load_base_model
+from tests.server.keyed import ADMIN, bearer, write_keys
+from tests.server.live import REPOSITORY, Live, start
+from tests.server.rig import EOS, write_adapters
+from tests.tiny import save_tiny_model, tiny_llama_config
+
+HERE = Path(__file__).parent
+NUM_EXAMPLES = 2000
+PER_OPERATION = 40
+"""At random, beside those of bounds, of links and of the description itself."""
+LIMIT_S = 600
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server whose context is so short that no answer takes long; the client has an admin's key."""
+    place = tmp_path_factory.mktemp("fuzz")
+    model = save_tiny_model(place / "tiny", tiny_llama_config(EOS + 1, max_position_embeddings=256))
+    write_adapters(place / "adapters", load_base_model(str(model), torch.float32))
+    flags = ["--model", str(model), "--adapters", str(place / "adapters"), "--keys", str(write_keys(place))]
+    flags += ["--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.002", "--max-step-tokens", "48", "--max-batch", "16"]
+    with start(place / "log", *flags) as server:
+        server.client.headers.update(bearer(ADMIN))
+        yield server
+
+
+def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
+    """Runs schemathesis; returns what it found wrong, and how often it was answered what."""
+    program = [sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", str(HERE / "fuzz.toml")]
+    # DELETE /adapters/compare is one of an adapter of that name: that path allows more than is said of it.
+    flags = ["--checks", "all", "--exclude-checks", "allow_header_conformance", "--max-examples", str(PER_OPERATION)]
+    flags += ["--header", f"Authorization: {bearer(ADMIN)['Authorization']}", "--request-timeout", "60", "--workers", "2"]
+    flags += ["--report", "ndjson", "--report-ndjson-path", str(report), "--output-sanitize", "false"]
+    flags += ["--generation-deterministic", "--continue-on-failure", "--warnings", "off"]
+    ran = subprocess.run(
+        [*program, "run", f"{live.url}/openapi.json", *flags],
+        cwd=report.parent,  # where it leaves what it found
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.server.fuzz_hooks", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    answers = Counter[int]()
+    for line in report.read_text().splitlines():
+        recorded = json.loads(line).get("ScenarioFinished", {}).get("recorder", {}).get("interactions", {})
+        answers.update(one["response"]["status_code"] for one in recorded.values() if one.get("response"))
+    return "" if ran.returncode == 0 else ran.stdout + ran.stderr, answers
+
+
+def test_whatever_is_sent_the_api_answers_as_it_says(fuzzed: Live, tmp_path: Path) -> None:
+    wrong, answers = tried(fuzzed, tmp_path / "report.ndjson")
+    assert not wrong, wrong
+    assert answers.total() >= NUM_EXAMPLES
+    assert not [status for status in answers if status >= 500]
+    assert answers[200] >= answers.total() / 10, "requests that are answered are tried, too"
+    assert {401, 404, 405} <= answers.keys()
+    fuzzed.wait_for(running=0, waiting=0)
+    assert fuzzed.client.get("/ready").status_code == 200
+    assert "Traceback" not in fuzzed.log.read_text()

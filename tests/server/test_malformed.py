@@ -1,0 +1,122 @@
+"""Ten thousand malformed bodies, and a thousand requests that are none: all refused, while another client is answered."""
+
+import http.client
+import json
+import re
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import psutil
+import pytest
+
+from tests.server.keyed import ADMIN, bearer, write_keys
+from tests.server.live import LIMIT_S, Live, start, wait_until
+from tests.server.malformed import Maker, raw
+
+NUM_BODIES, NUM_RAW, NUM_THREADS = 10_000, 1_000, 4
+MAX_BODY_BYTES = 2**20
+SLACK_BYTES = 128 * 2**20
+"""What the server may hold more after all than after a tenth: a leak of bodies would be gigabytes."""
+STATUS = re.compile(rb"^HTTP/1\.1 (\d{3}) ", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def attacked(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server that has as many places as there are clients: one that is not given back would be missed."""
+    place = tmp_path_factory.mktemp("attacked")
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
+    flags += ["--kv-cache-gib", "0.004", "--max-requests", str(NUM_THREADS + 1), "--keys", str(write_keys(place))]
+    with start(place / "log", *flags) as server:
+        server.client.headers.update(bearer(ADMIN))
+        yield server
+
+
+@dataclass(slots=True)
+class Healthy:
+    """A client that asks on and on, and must be answered the same."""
+
+    live: Live
+    num_answers: int = 0
+    is_over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        body = {"prompt": "Tell me", "adapter": "math", "max_tokens": 4}
+        text = self.live.generate(**body)["text"]
+        while not self.is_over.is_set():
+            assert self.live.generate(**body)["text"] == text
+            self.num_answers += 1
+
+
+def send_bodies(live: Live, seed: int, count: int, statuses: Counter[int]) -> None:
+    """Sends malformed bodies one after the other, each of which must be refused in the shape of errors."""
+    maker, connection = Maker(seed, MAX_BODY_BYTES), http.client.HTTPConnection("127.0.0.1", live.port, timeout=LIMIT_S)
+    with closing(connection):
+        for _ in range(count):
+            sent = maker.body()
+            connection.request(sent.method, sent.path, sent.content, {**sent.headers, **bearer(ADMIN)})
+            reply = connection.getresponse()
+            said = reply.read()
+            assert 400 <= reply.status < 500, (sent.path, sent.headers, sent.content[:2000], reply.status, said[:500])
+            error = json.loads(said)["error"]
+            assert error["code"] == reply.status
+            assert error["message"]
+            assert len(said) < 4000, (sent.content[:200], said)
+            statuses[reply.status] += 1
+
+
+def send_raw(live: Live, seed: int, count: int, statuses: Counter[int]) -> None:
+    """Sends what is no HTTP, each on a connection of its own, and says no more; each must be refused or closed."""
+    random, key = Random(seed), f"Authorization: {bearer(ADMIN)['Authorization']}\r\n"
+    for _ in range(count):
+        content, heard = raw(random, key), b""
+        # It may be closed before all is sent, or heard.
+        with suppress(ConnectionError), closing(socket.create_connection(("127.0.0.1", live.port), LIMIT_S)) as connection:
+            connection.sendall(content)
+            connection.shutdown(socket.SHUT_WR)
+            while chunk := connection.recv(65536):
+                heard += chunk
+        for status in map(int, STATUS.findall(heard)):
+            assert status < 300 or 400 <= status < 500, (content[:2000], heard[:2000])
+            statuses[status] += 1
+
+
+def test_who_asks_for_a_web_socket_is_answered_as_any_other(attacked: Live) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    reply = attacked.client.get("/generate", headers=headers | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
+    assert reply.status_code == 405
+    assert reply.json()["error"]["code"] == 405
+
+
+def test_malformed_requests_are_refused_while_others_are_answered(attacked: Live) -> None:
+    healthy, statuses, server = Healthy(attacked), Counter[int](), psutil.Process(attacked.process.pid)
+    shares = [(send_bodies, NUM_BODIES // NUM_THREADS // 10, statuses), (send_raw, NUM_RAW // NUM_THREADS // 10, Counter[int]())]
+    num_bytes = 0
+    with ThreadPoolExecutor(NUM_THREADS + 1) as pool:
+        asking = pool.submit(healthy.run)
+        try:
+            for tenth in range(10):
+                before = healthy.num_answers
+                for send, count, counter in shares:
+                    seeds = range(tenth * NUM_THREADS, (tenth + 1) * NUM_THREADS)
+                    for sending in [pool.submit(send, attacked, seed, count, counter) for seed in seeds]:
+                        sending.result()
+                assert not asking.done(), asking.result()
+                assert healthy.num_answers > before, "it was answered meanwhile"
+                num_bytes = num_bytes or server.memory_info().rss
+        finally:
+            healthy.is_over.set()
+        asking.result()
+    assert statuses.total() == NUM_BODIES
+    assert 429 not in statuses, "every place was given back"
+    assert server.memory_info().rss < num_bytes + SLACK_BYTES
+    attacked.wait_for(running=0, waiting=0)
+    wait_until(lambda: attacked.metric("lori:requests_under_way") == 0, "all places")
+    assert attacked.client.get("/ready").status_code == 200
+    assert "Traceback" not in attacked.log.read_text()
