@@ -206,7 +206,7 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
-    headers = {"Retry-After": str(retry_after_s)} if status == 429 else None
+    headers = {"Retry-After": str(retry_after_s)} if status in (429, 503) else None
     faults = error.faults if isinstance(error, AdapterFormatError) else None
     return _answer(status, name, str(error), field, headers, faults)
 

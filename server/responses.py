@@ -53,7 +53,7 @@ def refusals(*statuses: int) -> Responses:
 def _refusal(status: int) -> dict[str, Any]:
     said, *_ = REFUSALS[status]
     found: dict[str, Any] = {"description": said, "content": {"application/json": {"schema": {"$ref": reference(ErrorReply)}}}}
-    return found | {"headers": RETRY_AFTER} if status == 429 else found
+    return found | {"headers": RETRY_AFTER} if status in (429, 503) else found
 
 
 def refusal_example(status: int) -> dict[str, Any]:

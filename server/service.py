@@ -15,7 +15,7 @@ from server.adapter_files import AdapterFiles
 from server.adapter_uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
-from server.engine.admission import Admission, Ask
+from server.engine.admission import Admission, Ask, RefusedError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
@@ -60,13 +60,15 @@ class Service:
         All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
         self._check_alive()
+        limits = (self.settings.max_requests, caller.max_requests, caller.requests_per_minute)
+        if len(asks) > (most := min(limit for limit in limits if limit is not None)):
+            raise RefusedError("prompt", f"has {len(asks)} texts, expected {most} at most: no more may ever be under way at once")
         if self.num_requests + len(asks) > self.settings.max_requests:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
         with ExitStack() as held:
-            for _ in asks:
-                held.enter_context(self.limiter.place(caller))
+            held.enter_context(self.limiter.places(caller, len(asks)))
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])

@@ -31,28 +31,28 @@ class Limiter:
         self._under_way: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, caller: Caller) -> Iterator[None]:
-        """Holds one of the places of the caller's tenant until the block ends. Raises `RateLimitedError` where it has none."""
-        self._check(caller)
-        self._under_way[caller.tenant] += 1
+    def places(self, caller: Caller, count: int = 1) -> Iterator[None]:
+        """Holds places of the caller's tenant until the block ends. Raises `RateLimitedError` where there are not so many."""
+        self._check(caller, count)
+        self._under_way[caller.tenant] += count
         try:
             yield
         finally:
-            self._under_way[caller.tenant] -= 1
+            self._under_way[caller.tenant] -= count
             self._under_way += Counter()  # forgets those that have none
 
-    def _check(self, caller: Caller) -> None:
+    def _check(self, caller: Caller, count: int) -> None:
         number = self._under_way[caller.tenant]
-        if caller.max_requests is not None and number >= caller.max_requests:
+        if caller.max_requests is not None and number + count > caller.max_requests:
             said = f"tenant {caller.tenant!r} has {number} requests under way, and may have {caller.max_requests}; try again"
             raise RateLimitedError(said, 1)
         # Last, for it counts: a request that is refused is none.
         if caller.requests_per_minute is not None:
-            self._count(caller.tenant, caller.requests_per_minute)
+            self._count(caller.tenant, caller.requests_per_minute, count)
 
-    def _count(self, tenant: str, per_minute: int) -> None:
+    def _count(self, tenant: str, per_minute: int, count: int) -> None:
         limit = RateLimitItemPerMinute(per_minute)
-        if self._minutes.hit(limit, tenant):
+        if self._minutes.hit(limit, tenant, cost=count):
             return
         left_s = self._minutes.get_window_stats(limit, tenant).reset_time - time.time()
         retry_after_s = min(max(math.ceil(left_s), 1), MINUTE_S)

@@ -201,3 +201,15 @@ def test_a_place_is_given_back_when_the_engine_fails(tokenizer: PreTrainedTokeni
         wait_until(lambda: is_free(service), "its place")
         refusal(client.post("/generate", json=ask(stream=is_stream)), 503)
         assert is_free(service)
+
+
+def test_prompts_that_could_never_be_under_way_at_once_are_refused_as_such(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    keys = write_keys(tmp_path, "max_requests = 2", "requests_per_minute = 3")
+    with served(make_service(tokenizer, keys, max_requests=4)) as client:
+        for key, most in ((ACME, 2), (OTHER, 3), (ADMIN, 4)):
+            body: dict[str, Any] = {"prompt": ["x"] * (most + 1)}
+            error = refusal(client.post("/v1/completions", headers=bearer(key), json=body), 400)
+            assert (error["param"], f"expected {most} at most" in error["message"]) == ("prompt", True)
+            assert client.post("/v1/completions", headers=bearer(key), json={"prompt": ["x"] * most}).status_code == 200

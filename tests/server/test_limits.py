@@ -31,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 
 def take(limiter: Limiter, caller: Caller) -> None:
-    with limiter.place(caller):
+    with limiter.places(caller):
         pass
 
 
@@ -58,7 +58,7 @@ def test_a_minute_has_so_many_requests_and_moves(clock: Clock) -> None:
 
 def test_a_refused_request_does_not_count(clock: Clock) -> None:
     limiter, acme = Limiter(), Caller(tenant="acme", requests_per_minute=2, max_requests=1)
-    with limiter.place(acme):
+    with limiter.places(acme):
         for _ in range(5):
             assert "under way" in str(refused(limiter, acme))
     take(limiter, acme)
@@ -82,11 +82,11 @@ def test_a_clock_that_is_set_does_not_make_anybody_wait_longer_than_a_minute(clo
 def test_places_are_given_back_however_the_block_ends() -> None:
     limiter, acme = Limiter(), Caller(tenant="acme", max_requests=2)
     for _ in range(3):
-        with pytest.raises(KeyError), limiter.place(acme):
+        with pytest.raises(KeyError), limiter.places(acme):
             raise KeyError
     with ExitStack() as held:
         for _ in range(2):
-            held.enter_context(limiter.place(acme))
+            held.enter_context(limiter.places(acme))
         error = refused(limiter, acme)
         assert error.retry_after_s == 1
         assert str(error) == "tenant 'acme' has 2 requests under way, and may have 2; try again"
@@ -98,7 +98,7 @@ def test_tenants_do_not_count_for_each_other_but_their_keys_do(clock: Clock) -> 
     limiter = Limiter()
     first, second = (Caller(tenant="acme", key_id=name, requests_per_minute=1, max_requests=1) for name in ("a", "b"))
     other = Caller(tenant="other", requests_per_minute=1, max_requests=1)
-    with limiter.place(first), limiter.place(other):
+    with limiter.places(first), limiter.places(other):
         assert "under way" in str(refused(limiter, second))
     assert "a minute" in str(refused(limiter, second))
     clock.now += 61
@@ -109,7 +109,7 @@ def test_who_has_no_limits_has_none() -> None:
     limiter = Limiter()
     with ExitStack() as held:
         for _ in range(1000):
-            held.enter_context(limiter.place(Caller()))
+            held.enter_context(limiter.places(Caller()))
     take(limiter, Caller(is_admin=True))
 
 
@@ -117,6 +117,19 @@ def test_new_limits_hold_at_once(clock: Clock) -> None:
     limiter = Limiter()
     take(limiter, Caller(tenant="acme", requests_per_minute=1))
     take(limiter, Caller(tenant="acme", requests_per_minute=2))
-    with limiter.place(Caller(tenant="acme", max_requests=5)):
+    with limiter.places(Caller(tenant="acme", max_requests=5)):
         refused(limiter, Caller(tenant="acme", max_requests=1))
     assert clock.now
+
+
+def test_several_places_are_all_there_or_none_and_count_as_so_many() -> None:
+    limiter, caller = Limiter(), Caller(tenant="acme", max_requests=3, requests_per_minute=4)
+    with limiter.places(caller, 2):
+        with pytest.raises(RateLimitedError, match="2 requests under way, and may have 3"), limiter.places(caller, 2):
+            pass
+        with limiter.places(caller):
+            pass
+    with pytest.raises(RateLimitedError, match="4 requests a minute"), limiter.places(caller, 2):
+        pass
+    with limiter.places(caller):  # the two that were refused did not count
+        pass
