@@ -58,7 +58,7 @@ def load_basis(store: Path, digest: str) -> Explicit:
 def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
     """Returns the basis that `content` is. Raises `AdapterFormatError`, with `source`, where it is not the one of this digest."""
     faults: list[str] = []
-    tensors = parse_tensors(source, content, faults) or {}
+    tensors = parse_tensors("its basis", content, faults) or {}
     faults += [f"{module}: not a matrix of finite floats" for module, a in tensors.items() if not _is_matrix(a)]
     if faults:
         raise AdapterFormatError(source, faults)

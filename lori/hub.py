@@ -63,8 +63,10 @@ def _fetch(source: str) -> Path:
         raise AdapterError(f"{repo} has no revision {revision!r}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise _unreachable(repo, error) from error
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
         raise AdapterError(f"{source} cannot be fetched: {_text(error)}") from error
+    except OSError as error:  # without the path of this machine that it names
+        raise UnreachableError(f"{source} cannot be kept here: {error.strerror or type(error).__name__}") from error
     except HTTPError as error:
         raise _unreachable(repo, error) from error
     if not (folder / CONFIG_FILE).is_file():

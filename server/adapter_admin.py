@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 from anyio.to_thread import run_sync
 
-from lori.errors import UnknownAdapterError
+from lori.errors import AdapterFormatError, UnknownAdapterError
 from lori.format import Files
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter
@@ -25,7 +25,7 @@ from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.resolution import unknown
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
-from server.errors import BusyError, ConflictError
+from server.errors import AdapterFailedError, BusyError, ConflictError
 from server.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ class AdapterAdmin:
         self._num_detailed += 1
         try:
             return await run_sync(files.details.read, of, limiter=self._detailing)
+        except AdapterFormatError as error:  # by the name that was asked for, not by its folder's
+            raise AdapterFailedError(f"adapter {of.summary.name!r} cannot be read: {'; '.join(error.faults)}") from error
         finally:
             self._num_detailed -= 1
 
@@ -169,12 +171,15 @@ class AdapterAdmin:
         async with self._turns.of(name):
             of = await self._registered(name)
             packed = await self._read(lambda: files.pack(of))
-            with anyio.move_on_after(PIN_S):
-                while not await self._keep(of.summary.digest, packed):
-                    await anyio.sleep(LOOK_S)
-                self._pins[name] = of.summary.digest
-                return of
-        raise BusyError(f"all room is used by running requests for {PIN_S:g} s, none of it for {name!r}; try again")
+            end = anyio.current_time() + PIN_S
+            # Never left while the engine acts: it would keep what nobody knows of.
+            while not await self._keep(of.summary.digest, packed):
+                if anyio.current_time() >= end:
+                    said = f"all room is used by running requests for {PIN_S:g} s, none of it for {name!r}; try again"
+                    raise BusyError(said)
+                await anyio.sleep(LOOK_S)
+            self._pins[name] = of.summary.digest
+            return of
 
     async def unpin(self, name: str) -> Registered:
         """Lets what a name means make room for others again."""

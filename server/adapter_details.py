@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lori.entry import Entry
+from lori.errors import AdapterFormatError
 from lori.format import CARD_FILE, read_file
 from lori.identity import BaseIdentity
 from lori.statistics import ModuleStatistics, statistics
 from server.engine.adapters.registry import Registered
-from server.errors import ConflictError
 from server.store_errors import told
 
 MAX_REMEMBERED = 64
@@ -54,7 +54,7 @@ class AdapterDetails:
     def _compute(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
         adapter = entry.load(self._base)
         if adapter.config.lori.content_digest != digest:
-            raise ConflictError(f"{entry.name!r} was changed on disk: load it again")
+            raise AdapterFormatError(entry.name, ["it was changed on disk since the server read of it"])
         since = time.perf_counter()
 
         def rest() -> None:

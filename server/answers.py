@@ -85,7 +85,7 @@ async def until_disconnect(http: HttpRequest, answering: Awaitable[Found]) -> Fo
     return found
 
 
-async def merged(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
+async def interleaved(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
     """Yields the events of several requests as they come, each with the place of its request; closing it aborts them all.
 
     So does a fault of ours while one is heard, which is raised.

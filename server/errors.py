@@ -1,6 +1,7 @@
 """What a request can be refused for, and the one table that makes a status of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from reprlib import Repr
 from typing import Any
 
@@ -15,21 +16,14 @@ from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.allowed_methods import allowed_methods
-from server.engine.adapters.resolution import PolicyError
+from server.engine.adapters.resolution import AmbiguousVersionError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError
-from server.engine.request import ErrorKind
+from server.engine.request import ErrorEvent, ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
-from server.schemas.adapters import AliasBody, HubBody, LoadLoraBody, UnloadLoraBody
-from server.schemas.chat import ChatBody, ChatMessage, TextPart
-from server.schemas.completions import CompletionBody
-from server.schemas.errors import error_reply
-from server.schemas.generation import GenerateBody
-from server.schemas.grammars import AnyJson, ByLark, ByRegex, BySchema, NamedSchema, SchemaFormat
-from server.schemas.openai import StreamOptions
-from server.schemas.sampling import WeightedAdapter
-from server.schemas.tokens import DetokenizeBody, TokenizeBody
+from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.fields import Body
 
 MAX_FAULTS = 10
 MAX_NAME = 64
@@ -95,6 +89,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
     AdapterFormatError: (400, "BadRequestError"),
+    AmbiguousVersionError: (400, "BadRequestError"),
     ForbiddenError: (403, "PermissionDeniedError"),
     UnknownAdapterError: (404, "NotFoundError"),
     UnknownModelError: (404, "NotFoundError"),
@@ -115,32 +110,10 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
 }
 KINDS = {404: "NotFoundError", 408: "TimeoutError"}
 """Of what the framework, and what reads bodies, refuse by status."""
-BODIES: tuple[type[BaseModel], ...] = (
-    GenerateBody,
-    WeightedAdapter,
-    Message,
-    CompletionBody,
-    ChatBody,
-    ChatMessage,
-    TextPart,
-    StreamOptions,
-    AnyJson,
-    BySchema,
-    ByRegex,
-    ByLark,
-    SchemaFormat,
-    NamedSchema,
-    TokenizeBody,
-    DetokenizeBody,
-    AliasBody,
-    HubBody,
-    LoadLoraBody,
-    UnloadLoraBody,
-)
-FIELDS_OF_BODIES = {said.alias or field for body in BODIES for field, said in body.model_fields.items()}
 FIELDS: dict[type[Exception], str] = {
     TemplateError: "messages",
     UnknownAdapterError: "adapter",
+    AmbiguousVersionError: "adapter",
     UnknownModelError: "model",
     ModelWeightsError: "model",
 }
@@ -157,16 +130,34 @@ def _answer(
     return JSONResponse(error_reply(status, kind, message, param, faults), status, headers)
 
 
+def failure_reply(event: ErrorEvent) -> ErrorReply:
+    """Returns what a client is told in the middle of an answer."""
+    return ErrorReply.model_validate(error_reply(*TABLE[FAILURES[event.kind]], event.message, None))
+
+
+@cache
+def _fields() -> frozenset[str]:
+    # Of all bodies there are: by the first error, the routes and so their schemas have been imported.
+    bodies: tuple[type[BaseModel], ...] = (Message, *_bodies(Body))
+    return frozenset(said.alias or field for body in bodies for field, said in body.model_fields.items())
+
+
+def _bodies(of: type[Body]) -> Iterator[type[Body]]:
+    for body in of.__subclasses__():
+        yield body
+        yield from _bodies(body)
+
+
 def _say(error: dict[str, Any]) -> tuple[str, str]:
     # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
     *places, last = error["loc"]
-    known = [p for p in places[1:] if isinstance(p, int) or p in FIELDS_OF_BODIES]
+    known = [p for p in places[1:] if isinstance(p, int) or p in _fields()]
     message = WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     if places and places[0] in ("query", "path", "header"):
         return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
         return _join([*known, last]), "unknown field"
-    field = _join([*known, last] if isinstance(last, int) or last in FIELDS_OF_BODIES else known)
+    field = _join([*known, last] if isinstance(last, int) or last in _fields() else known)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
     if error["type"] == "missing":
@@ -206,7 +197,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
-    headers = {"Retry-After": str(retry_after_s)} if status in (429, 503) else None
+    comes_back = status == 429 or kind in (StoreError, StoppedError)
+    headers = {"Retry-After": str(retry_after_s)} if comes_back else None
     faults = error.faults if isinstance(error, AdapterFormatError) else None
     return _answer(status, name, str(error), field, headers, faults)
 

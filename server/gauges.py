@@ -21,7 +21,8 @@ def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: Ad
         ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
         ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
         ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
-        ("lori:adapters_pinned", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
+        ("lori:adapters_in_use", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
+        ("lori:adapters_pinned", "Resident adapters that an admin has pinned.", lambda: residents.num_kept),
     ):
         metrics.watch(name, help_text, read)
     for name, help_text, read in (

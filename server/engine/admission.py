@@ -13,7 +13,7 @@ from lori.merge_options import MergeOptions
 from lori.summary import Summary
 from lori.template import Template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, PolicyError, meanings, resolve
+from server.engine.adapters.resolution import MayUse, PolicyError, meanings, resolve
 from server.engine.grammar import Grammar, GrammarError
 from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
@@ -89,7 +89,7 @@ class Admission:
         """None where the base model can follow none."""
 
     def admit(self, ask: Ask) -> Request:
-        """Returns the request. Raises `RefusedError`, `TemplateError`, `UnknownAdapterError`, `PolicyError` or `CrowdedError`."""
+        """Returns the request. Raises `RefusedError`, `TemplateError`, what `resolve` does, `PolicyError` or `CrowdedError`."""
         added = self._added(ask)
         adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
         policy = [(of.summary, weight) for of, weight in added]
@@ -185,19 +185,13 @@ class Admission:
         found: list[Registered] = []
         for reference in ask.adapters:
             name = reference.partition("@")[0]
-            of = None if name in names else self._resolve(reference, ask.may_use)
+            of = None if name in names else resolve(self._registry, reference, ask.may_use)
             if of is None or of.names & names or of.summary.digest in digests:
                 raise RefusedError("adapter", f"names {reference!r}, which the operator adds to every request of {ask.tenant!r}")
             if any((of.summary.name, of.summary.digest) == (other.summary.name, other.summary.digest) for other in found):
                 raise RefusedError("adapter", f"names {reference!r} twice, expected each adapter once")
             found.append(of)
         return found
-
-    def _resolve(self, reference: str, may_use: MayUse) -> Registered:
-        try:
-            return resolve(self._registry, reference, may_use)
-        except AmbiguousVersionError as error:
-            raise RefusedError("adapter", str(error)) from error
 
     def _added(self, ask: Ask) -> list[tuple[Registered, float]]:
         found = [(meanings(self._registry, reference), weight) for reference, weight in ask.policy]

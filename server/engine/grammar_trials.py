@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 
@@ -23,6 +23,7 @@ class GrammarTrials:
         self._tokens = json.dumps(tokens)
         self._places, self._turn = threading.BoundedSemaphore(MAX_WAITING), threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._finalize: Callable[[], object] = lambda: None
 
     def fault(self, grammar: Grammar) -> str:
         """Returns what is wrong with a grammar, or nothing. Raises `CrowdedError`."""
@@ -43,6 +44,7 @@ class GrammarTrials:
             said: str = json.loads(process.stdout.readline())
         except (OSError, ValueError) as error:
             self._process = None  # The next grammar gets another.
+            self._finalize()
             raise ChildProcessError("the process that tries grammars has ended") from error
         return said
 
@@ -59,7 +61,7 @@ class GrammarTrials:
             env=environment,
             start_new_session=True,
         )
-        weakref.finalize(self, _end, process)
+        self._finalize = weakref.finalize(self, _end, process)
         assert process.stdin
         print(self._tokens, file=process.stdin, flush=True)
         self._process = process

@@ -14,11 +14,11 @@ from lori.names import NAME, VERSION
 from server.adapter_admin import Withdrawn
 from server.adapter_rows import describe_one, describe_whole, encode_list
 from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import AmbiguousVersionError, resolve
 from server.engine.admission import RefusedError
 from server.responses import refusals
 from server.routes.dependencies import CallerOf, ServiceOf, require_admin
 from server.routes.json_route import JsonRoute
+from server.routes.references import find
 from server.routes.uploads import REQUEST_BODY, checked_name, checked_reference, hub_body, read_upload
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, AliasBody, WithdrawnReply
 from server.service import Service
@@ -56,10 +56,7 @@ async def list_adapters(
 @router.get("/adapters/{name}", responses=refusals(404))
 async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
     """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
-    try:
-        of = await run_in_threadpool(resolve, service.registry, name, caller.may_use)
-    except AmbiguousVersionError as error:
-        raise RefusedError("name", str(error)) from error
+    [of] = await find(service, caller, [name], "name")
     details = await service.admin.details(of)
     return await run_in_threadpool(describe_whole, service, of, details, caller.may_use)
 

@@ -13,11 +13,12 @@ from fastapi.sse import format_sse_event
 from server.answers import Answer, collect, until_disconnect
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.errors import failure_reply
 from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute
-from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
+from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
 from server.schemas.chat import (
     AnswerMessage,
     ChatBody,
@@ -112,7 +113,7 @@ class _Writer:
                         chunk.lori = to_lori(self._request, event)
                         yield self._sse(chunk)
                     case ErrorEvent():
-                        yield to_error(event)
+                        yield format_sse_event(data_str=failure_reply(event).model_dump_json())
                         return
         if self._has_usage:
             last = self._chunk()
@@ -124,8 +125,7 @@ class _Writer:
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
 
     def _sse(self, chunk: ChatChunk) -> bytes:
-        left_out = {name for name, value in (("usage", self._has_usage), ("lori", chunk.lori)) if not value}
-        return format_sse_event(data_str=chunk.model_dump_json(exclude=left_out))
+        return sse(chunk, has_usage=self._has_usage)
 
     def _to_logprobs(self, found: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if self._request.num_logprobs is None:

@@ -8,13 +8,13 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from lori.errors import AdapterError, UnknownAdapterError
+from lori.errors import AdapterError
 from server.comparison import Comparer
-from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, resolve
+from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
-from server.errors import AdapterFailedError, BusyError, FieldError
+from server.errors import AdapterFailedError, BusyError
 from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.references import find
 from server.schemas.comparison import AdapterComparison
 
 MAX_NAMES = 16
@@ -34,7 +34,7 @@ Names = Annotated[
 @router.get("/adapters/compare", response_model=AdapterComparison)
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
-    asked = find(service.registry, names.split(",") if names else [], caller.may_use)
+    asked = await find(service, caller, split(names), "names")
     comparer, turn = http.state.comparer, http.state.comparing
     assert isinstance(comparer, Comparer)
     assert isinstance(turn, anyio.Lock)
@@ -43,22 +43,18 @@ async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Na
     async with turn:
         if await http.is_disconnected():
             return Response(status_code=499)
-        return await run_in_threadpool(answer, comparer, names.split(","), asked)
+        return await run_in_threadpool(answer, comparer, split(names), asked)
 
 
-def find(registry: Registry, names: Sequence[str], may_use: MayUse) -> list[Registered]:
-    """Returns the adapters called so, each a name or `name@version`. Raises `RefusedError` or `UnknownAdapterError`."""
+def split(text: str) -> list[str]:
+    """Returns the names in a query. Raises `RefusedError` for too many, none, or one twice."""
+    names = text.split(",") if text else []
     if not 1 <= len(names) <= MAX_NAMES:
         raise RefusedError("names", f"has {len(names)} names, expected 1 to {MAX_NAMES}, with commas between")
     for place, name in enumerate(names):
         if name in names[:place]:
             raise RefusedError("names", f"has {name!r} twice, expected each once")
-    try:
-        return [resolve(registry, name, may_use) for name in names]
-    except UnknownAdapterError as error:
-        raise FieldError("names", error) from error
-    except AmbiguousVersionError as error:
-        raise RefusedError("names", str(error)) from error
+    return names
 
 
 def answer(comparer: Comparer, names: Sequence[str], asked: Sequence[Registered]) -> AdapterComparison:

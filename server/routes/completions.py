@@ -1,5 +1,6 @@
 """POST /v1/completions. Translates only."""
 
+import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -10,16 +11,17 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
-from server.answers import Answer, collect_all, merged, until_disconnect
+from server.answers import Answer, collect_all, interleaved, until_disconnect
 from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.errors import failure_reply
 from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import to_logprobs
 from server.routes.json_route import JsonRoute
-from server.routes.openai import DONE, finish_reason, in_fields_of, to_ask, to_error, to_lori, to_usage
+from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import Logprobs
@@ -51,8 +53,16 @@ async def completions(
 
 def to_asks(body: CompletionBody, base_model: str) -> list[Ask]:
     """Returns what a body asks for, prompt by prompt."""
+    # One for all: the reply names one.
+    seed = secrets.randbits(31) if body.seed is None else body.seed
     return [
-        replace(to_ask(body, base_model, prompt), max_tokens=body.max_tokens, echo=body.echo, num_logprobs=body.logprobs)
+        replace(
+            to_ask(body, base_model, prompt),
+            seed=seed,
+            max_tokens=body.max_tokens,
+            echo=body.echo,
+            num_logprobs=body.logprobs,
+        )
         for prompt in _to_prompts(body)
     ]
 
@@ -94,7 +104,7 @@ class _Writer:
     async def stream(self, service: Service) -> AsyncGenerator[bytes, None]:
         """Yields the reply as server-sent events."""
         done: list[list[DoneEvent]] = [[] for _ in self._requests]
-        async with aclosing(merged(service, self._requests)) as events:
+        async with aclosing(interleaved(service, self._requests)) as events:
             async for place, event in events:
                 request = self._requests[place]
                 match event:
@@ -110,7 +120,7 @@ class _Writer:
                         part.lori = to_lori(request, event)
                         yield self._sse(part)
                     case ErrorEvent():
-                        yield to_error(event)
+                        yield format_sse_event(data_str=failure_reply(event).model_dump_json())
                         return
         if self._has_usage:
             last = self._part([])
@@ -125,8 +135,7 @@ class _Writer:
         return CompletionReply(id=self._id, created=self._created, model=self._model, choices=choices)
 
     def _sse(self, part: CompletionReply) -> bytes:
-        left_out = {name for name, value in (("usage", self._has_usage), ("lori", part.lori)) if not value}
-        return format_sse_event(data_str=part.model_dump_json(exclude=left_out))
+        return sse(part, has_usage=self._has_usage)
 
 
 def _to_logprobs(request: Request, found: Sequence[TokenLogprob]) -> Logprobs | None:

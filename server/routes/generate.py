@@ -13,12 +13,12 @@ from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
-from server.errors import FAILURES, TABLE
+from server.errors import failure_reply
 from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute
-from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.errors import ErrorReply
 from server.schemas.generation import (
     ChoiceReply,
     DoneData,
@@ -125,8 +125,7 @@ async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[byt
                 case DoneEvent():
                     yield sse("done", to_done(request, event))
                 case ErrorEvent():
-                    detail = error_reply(*TABLE[FAILURES[event.kind]], event.message, None)
-                    yield sse("error", ErrorReply.model_validate(detail))
+                    yield sse("error", failure_reply(event))
 
 
 def sse(name: str, data: BaseModel) -> bytes:

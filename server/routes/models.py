@@ -3,8 +3,10 @@
 import time
 
 from fastapi import APIRouter
+from fastapi.responses import Response
 
 from server.engine.adapters.registry import Registered
+from server.engine.adapters.resolution import MayUse
 from server.model_names import UnknownModelError
 from server.responses import refusals
 from server.routes.dependencies import CallerOf, ServiceOf
@@ -15,12 +17,11 @@ router = APIRouter()
 STARTED = int(time.time())
 
 
-@router.get("/v1/models")
-async def models(service: ServiceOf, caller: CallerOf) -> ModelList:
+@router.get("/v1/models", response_model=ModelList)
+async def models(service: ServiceOf, caller: CallerOf) -> Response:
     """Lists the models that `model` can name; adapters that are added, as `math+safety`, are not listed."""
-    return ModelList(
-        data=[_base(service), *(_card(service, of) for name, of in service.registry.by_name.items() if caller.may_use(name))]
-    )
+    content = await service.admin.listed(lambda: _encode(service, caller.may_use))
+    return Response(content, media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}", responses=refusals(404))
@@ -32,6 +33,11 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     if found is None or not is_allowed:
         raise UnknownModelError(model)
     return _card(service, found)
+
+
+def _encode(service: Service, may_use: MayUse) -> bytes:
+    adapters = (of for name, of in [*service.registry.by_name.items()] if may_use(name))
+    return ModelList(data=[_base(service), *(_card(service, of) for of in adapters)]).model_dump_json().encode()
 
 
 def _base(service: Service) -> ModelCard:

@@ -6,13 +6,15 @@ from contextlib import contextmanager
 from fastapi.sse import format_sse_event
 
 from lori.errors import UnknownAdapterError
+from server.engine.adapters.resolution import AmbiguousVersionError
 from server.engine.admission import Ask, RefusedError
 from server.engine.prompt import Prompt
-from server.engine.request import DoneEvent, ErrorEvent, Request
-from server.errors import FAILURES, TABLE, FieldError
+from server.engine.request import DoneEvent, Request
+from server.errors import FieldError
 from server.model_names import NamedModel, UnknownModelError, parse_model
 from server.routes.generate import to_adapters, to_merge, to_timings
-from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.chat import ChatChunk
+from server.schemas.completions import CompletionReply
 from server.schemas.grammars import to_grammar
 from server.schemas.openai import CachedTokens, FinishReason, LoriReply, OpenAIBody, OpenAIUsage
 
@@ -55,6 +57,8 @@ def in_fields_of(body: OpenAIBody) -> Iterator[None]:
         yield
     except UnknownAdapterError as error:
         raise UnknownModelError(body.model or "") if is_model else FieldError("adapters", error) from error
+    except AmbiguousVersionError as error:
+        raise FieldError("model" if is_model else "adapters", error) from error
     except RefusedError as error:
         if error.field != "adapter":
             raise
@@ -88,7 +92,7 @@ def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
     )
 
 
-def to_error(event: ErrorEvent) -> bytes:
-    """Returns the server-sent event of a failure."""
-    detail = error_reply(*TABLE[FAILURES[event.kind]], event.message, None)
-    return format_sse_event(data_str=ErrorReply.model_validate(detail).model_dump_json())
+def sse(part: ChatChunk | CompletionReply, *, has_usage: bool) -> bytes:
+    """Returns the server-sent event of a part of an answer; `usage` is in each or in none, as OpenAI has it."""
+    left_out = {name for name, value in (("usage", has_usage), ("lori", part.lori)) if not value}
+    return format_sse_event(data_str=part.model_dump_json(exclude=left_out))

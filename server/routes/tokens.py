@@ -3,12 +3,12 @@
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
-from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
-from server.engine.adapters.resolution import AmbiguousVersionError, resolve
+from server.errors import FieldError
 from server.model_names import UnknownModelError, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute
+from server.routes.references import find
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
 from server.service import Service
 from server.token_texts import text_of, token_ids, token_texts
@@ -19,14 +19,14 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/tokenize")
 async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> TokenizeReply:
     """Returns the tokens of a text or of a conversation."""
-    _check_model(body.model, service, caller)
+    await _check_model(body.model, service, caller)
     return await run_in_threadpool(_tokenize, body, service)
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> DetokenizeReply:
     """Returns the text of tokens."""
-    _check_model(body.model, service, caller)
+    await _check_model(body.model, service, caller)
     return DetokenizeReply(prompt=await run_in_threadpool(text_of, service.admission.tokenizer, body.tokens))
 
 
@@ -43,11 +43,10 @@ def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:
     )
 
 
-def _check_model(model: str | None, service: Service, caller: Caller) -> None:
+async def _check_model(model: str | None, service: Service, caller: Caller) -> None:
     if model is None:
         return
-    for reference in parse_model(model, service.base_model).adapters:
-        try:
-            resolve(service.registry, reference, caller.may_use)
-        except (UnknownAdapterError, AmbiguousVersionError) as error:
-            raise UnknownModelError(model) from error
+    try:
+        await find(service, caller, parse_model(model, service.base_model).adapters, "model")
+    except FieldError as error:
+        raise UnknownModelError(model) from error

@@ -3,47 +3,39 @@
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from lori.template import Text
 from server.engine.grammar import Grammar
-from server.schemas.fields import BODY
+from server.schemas.fields import Body
 
 MAX_LENGTH = 2**18
 Source = Annotated[Text, Field(min_length=1, max_length=MAX_LENGTH)]
 Schema = dict[str, Any] | bool
 
 
-class AnyJson(BaseModel):
+class AnyJson(Body):
     """Any JSON object."""
-
-    model_config = BODY
 
     type: Literal["json_object"]
 
 
-class BySchema(BaseModel):
+class BySchema(Body):
     """JSON of a schema."""
-
-    model_config = BODY
 
     type: Literal["json_schema"]
     json_schema: Schema = Field(alias="schema")
 
 
-class ByRegex(BaseModel):
+class ByRegex(Body):
     """Text that a regular expression matches, whole."""
-
-    model_config = BODY
 
     type: Literal["regex"]
     pattern: Source
 
 
-class ByLark(BaseModel):
+class ByLark(Body):
     """Text of a context-free grammar, in llguidance's variant of Lark."""
-
-    model_config = BODY
 
     type: Literal["lark"]
     text: Source
@@ -52,18 +44,14 @@ class ByLark(BaseModel):
 AnyGrammar = Annotated[AnyJson | BySchema | ByRegex | ByLark, Field(discriminator="type")]
 
 
-class AnyText(BaseModel):
+class AnyText(Body):
     """No format at all."""
-
-    model_config = BODY
 
     type: Literal["text"]
 
 
-class NamedSchema(BaseModel):
+class NamedSchema(Body):
     """A schema as OpenAI's clients send it. It is followed strictly, whatever they say."""
-
-    model_config = BODY
 
     name: Annotated[Text, Field(max_length=256)] | None = None
     description: Text | None = None
@@ -71,10 +59,8 @@ class NamedSchema(BaseModel):
     strict: bool | None = None
 
 
-class SchemaFormat(BaseModel):
+class SchemaFormat(Body):
     """JSON of a schema."""
-
-    model_config = BODY
 
     type: Literal["json_schema"]
     json_schema: NamedSchema

@@ -10,6 +10,7 @@ from lori.errors import TemplateError, UnknownAdapterError
 from lori.merge_options import MergeOptions
 from lori.template import Message, Template
 from server.engine.adapters.registry import Registry
+from server.engine.adapters.resolution import AmbiguousVersionError
 from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
 from server.engine.prompt import TokenPrompt
 from server.engine.request import Sampling
@@ -328,9 +329,8 @@ def test_one_version_is_named_once_however_it_is_named(versioned: Admission, nam
 
 
 def test_digits_that_could_be_several_are_refused(versioned: Admission) -> None:
-    error = refusal(versioned, Ask(prompt="x", adapters=("math@ab",)))
-    assert error.field == "adapter"
-    assert "'math@ab' could be math@ab1000000000 or math@ab2000000000" in str(error)
+    with pytest.raises(AmbiguousVersionError, match="'math@ab' could be math@ab1000000000 or math@ab2000000000"):
+        versioned.admit(Ask(prompt="x", adapters=("math@ab",)))
 
 
 def test_only_what_the_caller_may_use_is_there(versioned: Admission) -> None:

@@ -11,7 +11,7 @@ import pytest
 from fastapi import Request as HttpRequest
 from transformers import PreTrainedTokenizerFast
 
-from server.answers import Answer, collect, collect_all, merged, until_disconnect
+from server.answers import Answer, collect, collect_all, interleaved, until_disconnect
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -185,13 +185,13 @@ def test_the_events_of_several_requests_come_with_their_places(serve: Serve) -> 
         async with serve(FakeEngine(num_steps=3)) as service:
             requests = [request(name="one"), request(name="two", num_choices=2)]
             heard: dict[int, list[Event]] = {0: [], 1: []}
-            async with aclosing(merged(service, requests)) as events:
+            async with aclosing(interleaved(service, requests)) as events:
                 async for place, event in events:
                     heard[place].append(event)
             assert heard[0] == [TextEvent("x")] * 3 + [DoneEvent("length", 1, 3)]
             assert sum(isinstance(event, DoneEvent) for event in heard[1]) == 2
             assert sum(isinstance(event, TextEvent) for event in heard[1]) == 6
-            assert [one async for one in merged(service, [])] == []
+            assert [one async for one in interleaved(service, [])] == []
 
     run(test())
 
@@ -201,7 +201,7 @@ def test_a_failure_among_several_is_an_event_and_the_others_go_on(serve: Serve) 
 
     async def test() -> None:
         async with serve(FailingEngine(num_steps=4, failing={"two": "engine"})) as service:
-            heard: list[tuple[int, Event]] = [one async for one in merged(service, named("one", "two"))]
+            heard: list[tuple[int, Event]] = [one async for one in interleaved(service, named("one", "two"))]
             assert [event for place, event in heard if place == 1] == [TextEvent("x"), ErrorEvent("two is broken")]
             assert [event for place, event in heard if place == 0] == [TextEvent("x")] * 4 + [DoneEvent("length", 1, 4)]
 
@@ -212,7 +212,7 @@ def test_closing_aborts_all(serve: Serve) -> None:
     async def test() -> None:
         engine = FakeEngine(num_steps=FOR_EVER)
         async with serve(engine) as service:
-            async with aclosing(merged(service, named("one", "two", "three"))) as events:
+            async with aclosing(interleaved(service, named("one", "two", "three"))) as events:
                 heard = set()
                 async for place, _ in events:
                     heard.add(place)
@@ -230,9 +230,9 @@ def test_closing_before_the_first_event_leaves_nothing_behind(serve: Serve) -> N
         engine = FakeEngine(num_steps=FOR_EVER)
         engine.may_step.clear()
         async with serve(engine) as service:
-            await merged(service, named("one")).aclose()
+            await interleaved(service, named("one")).aclose()
             assert service.engine.num_requests == 0
-            task = asyncio.create_task(anext(merged(service, named("one", "two"))))
+            task = asyncio.create_task(anext(interleaved(service, named("one", "two"))))
             await until(lambda: service.engine.num_requests == 2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -261,7 +261,7 @@ def test_a_fault_of_ours_while_one_is_heard_is_raised_and_ends_all(serve: Serve)
 
             service.engine.generate = broken  # type: ignore[method-assign]
             with pytest.raises(ValueError, match="a fault of ours"):
-                async for _ in merged(service, named("one", "two")):
+                async for _ in interleaved(service, named("one", "two")):
                     pass
             assert service.engine.num_requests == 0
             await until(lambda: not engine.emits)

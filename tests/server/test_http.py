@@ -223,7 +223,7 @@ def test_metrics_say_where_the_adapters_are(live: Live) -> None:
     assert live.metric("lori:adapters_registered") == 3
     assert live.metric("lori:adapters_resident") >= 2
     assert live.metric("lori:adapters_resident_bytes") > 0
-    assert live.metric("lori:adapters_pinned") == 0
+    assert live.metric("lori:adapters_in_use") == live.metric("lori:adapters_pinned") == 0
     assert live.metric("lori:adapter_evictions_total") == 0
     assert live.metric("lori:adapter_load_failures_total") == 0
     num_read = live.metric("lori:adapter_load_seconds_count")

@@ -176,7 +176,7 @@ def test_a_fault_is_that_of_all_who_wait_for_it_and_of_no_other(loader: FakeLoad
     loader.arrive("a", fault="it is torn")
     loader.arrive("b")
     assert tiers.collect()
-    assert tiers.take_failed() == {one: "it is torn", other: "it is torn"}
+    assert tiers.take_failed() == {one: "adapter 'a' it is torn", other: "adapter 'a' it is torn"}
     assert tiers.take_failed() == {}
     for sequence in (one, other):
         tiers.unpin(sequence)

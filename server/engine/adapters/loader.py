@@ -12,6 +12,7 @@ from lori.adapter import Adapter
 from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError, LoriError
 from lori.merge import merge
+from lori.names import NUM_VERSION_DIGITS
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
 from server.engine.adapters.registry import Registry
 from server.engine.request import Request
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What came of reading one adapter: `packed`, or the fault."""
+    """What came of reading one adapter: `packed`, or the fault, which goes on after the name that each request has for it."""
 
     digest: str
     packed: PackedAdapter | None
@@ -89,11 +90,11 @@ class Loader:
             packed, fault = self._pack(digest, request), ""
         except (LoriError, OSError, ValueError) as error:
             # Whatever a file holds, it fails those alone who named it.
-            logger.warning("adapter %s cannot be served: %s", _name(digest, request), error)
-            packed, fault = None, f"adapter {_name(digest, request)} cannot be served: {_said(error)}"
+            logger.warning("adapter %s cannot be served: %s", named(digest, request), error)
+            packed, fault = None, f"cannot be served: {_said(error)}"
         except Exception as error:  # there is no memory, or a fault of ours: neither is a reason to end the engine
-            logger.exception("adapter %s could not be read", _name(digest, request))
-            packed, fault = None, f"adapter {_name(digest, request)} could not be read: {error!r}"
+            logger.exception("adapter %s could not be read", named(digest, request))
+            packed, fault = None, f"could not be read: {error!r}"
         made_of = tuple(term.digest for term in request.terms) if digest == request.merged_digest else ()
         return Loaded(digest, packed, fault, time.perf_counter() - started, made_of)
 
@@ -105,13 +106,13 @@ class Loader:
     def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:
         # The same content may lie under several names: one that is damaged need not fail who named another.
         found = self._registry.find(digest, {term.name for term in (*request.terms, *request.policy)})
-        fault: Exception = AdapterError("it was withdrawn before it was read")
+        faults: list[Exception] = []
         for entry in (entry for of in found for entry in of.entries()):
             try:
                 return _checked(read(entry), digest)
             except (AdapterFormatError, OSError, ValueError) as error:
-                fault = error
-        raise fault
+                faults.append(error)
+        raise faults[0] if faults else AdapterError("it was withdrawn before it was read")
 
     def _merged(self, request: Request) -> Adapter:
         terms, options = request.terms, request.merge
@@ -131,13 +132,14 @@ class Loader:
 def _checked(found: Read, expected: str) -> Read:
     digest = found.config.lori.content_digest
     if digest != expected:
-        changed = f"{found.name!r} was changed on disk since the server started"
+        # Of no name: others than who asks may call it something else.
+        changed = f"version {expected[:NUM_VERSION_DIGITS]} was changed on disk since the server read of it"
         raise ValueError(f"{changed}: its digest is {digest}, expected {expected}")
     return found
 
 
-def _name(digest: str, request: Request) -> str:
-    # Of the one adapter, or of all that are merged.
+def named(digest: str, request: Request) -> str:
+    """Returns what a request calls a resident of its own: the one adapter, or all that are merged."""
     own = [repr(term.name) for term in (*request.terms, *request.policy) if term.digest == digest][:1]
     return " + ".join(own or [repr(term.name) for term in request.terms])
 

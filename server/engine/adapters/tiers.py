@@ -12,7 +12,7 @@ from itertools import islice
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
-from server.engine.adapters.loader import Loader
+from server.engine.adapters.loader import Loader, named
 from server.engine.adapters.places import NoRoomError, Place
 from server.engine.adapters.residents import Residents
 from server.engine.request import Request, Sequence
@@ -120,7 +120,8 @@ class AdapterTiers:
             waiting = self._wanted.get(loaded.digest, {})
             if loaded.packed is None:
                 self.num_failures += bool(waiting)  # else it is read again for who asked
-                self._failed |= dict.fromkeys(waiting, loaded.fault)
+                # Each is told by its own name: what another calls the same content may be none of its business.
+                self._failed |= {of: f"adapter {named(loaded.digest, of.request)} {loaded.fault}" for of in waiting}
                 self._wanted.pop(loaded.digest, None)
                 self._dropped.discard(loaded.digest)
                 continue

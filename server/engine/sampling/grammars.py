@@ -30,9 +30,7 @@ class Grammars:
 
     def check(self, grammar: Grammar) -> None:
         """Makes sure that a grammar can be followed, before anything runs. Raises `GrammarError` or `CrowdedError`."""
-        with self._lock:
-            is_known = grammar in self._kept
-        if is_known:
+        if self._found(grammar):
             return
         if said := self._trials.fault(grammar):
             raise GrammarError(said)
@@ -40,10 +38,13 @@ class Grammars:
 
     def start(self, grammar: Grammar) -> GrammarState:
         """Returns the state before the first token of one that was checked."""
+        return GrammarState((self._found(grammar) or self._compile(grammar)).deep_copy(), self._stops)
+
+    def _found(self, grammar: Grammar) -> LLMatcher | None:
         with self._lock:
             if found := self._kept.pop(grammar, None):
                 self._kept[grammar] = found  # now the last
-        return GrammarState((found or self._compile(grammar)).deep_copy(), self._stops)
+            return found
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         matcher = self._compiler.compile(grammar)
