@@ -14,12 +14,12 @@ from lori.flags import flag_faults
 from server.access.exposure import ExposedError, check_exposure, log_exposure
 from server.access.keys import KeyFileError
 from server.app import create_app
-from server.drain import GRACE_S, DrainingServer
-from server.http_protocol import HttpProtocol
 from server.loading import load_service
-from server.logs import configure_log
 from server.settings import Settings
-from server.tracing import start_tracing
+from server.telemetry.logs import configure_log
+from server.telemetry.tracing import start_tracing
+from server.transport.drain import GRACE_S, DrainingServer
+from server.transport.http_protocol import HttpProtocol
 
 
 def main() -> int:

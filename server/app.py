@@ -9,12 +9,10 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from server.access.gate import Gate
-from server.body_limit import BodyLimit
-from server.comparison import Comparer
+from server.catalog.comparison import Comparer
+from server.description.openapi import Api
+from server.description.responses import ADMINISTERING, GENERATING, refusals
 from server.errors import add_error_handlers
-from server.openapi import Api
-from server.request_log import RequestLog, ScopeNote
-from server.responses import ADMINISTERING, GENERATING, refusals
 from server.routes import (
     adapters,
     chat,
@@ -29,6 +27,8 @@ from server.routes import (
     vllm_adapters,
 )
 from server.service import Service
+from server.telemetry.request_log import RequestLog, ScopeNote
+from server.transport.body_limit import BodyLimit
 
 
 class State(TypedDict):

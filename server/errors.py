@@ -15,7 +15,7 @@ from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
-from server.allowed_methods import allowed_methods
+from server.description.allowed_methods import allowed_methods
 from server.engine.adapters.resolution import AmbiguousVersionError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError

@@ -25,8 +25,8 @@ from lori.store import AdapterStore
 from lori.summary import Summary, summarise
 from server.access.key_ring import KeyRing
 from server.access.policy import check_policies
-from server.adapter_files import AdapterFiles
-from server.adapter_fit import Fit
+from server.catalog.files import AdapterFiles
+from server.catalog.fit import Fit
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.residents import Residents
@@ -46,9 +46,9 @@ from server.engine.scheduling.scheduler import Scheduler
 from server.engine.step_timing import measure_step_cost
 from server.engine.thread import EngineThread
 from server.engine.turn import Turn
-from server.gauges import make_metrics
 from server.service import Service
 from server.settings import Settings
+from server.telemetry.gauges import make_metrics
 
 logger = logging.getLogger(__name__)
 MIN_CONTEXT = 16

@@ -9,19 +9,19 @@ from starlette.concurrency import run_in_threadpool
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter
-from server.account import Account
-from server.adapter_admin import AdapterAdmin
-from server.adapter_files import AdapterFiles
-from server.adapter_uses import AdapterUses
+from server.catalog.admin import AdapterAdmin
+from server.catalog.files import AdapterFiles
+from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
 from server.engine.admission import Admission, Ask, RefusedError
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
-from server.exchange import current
-from server.metrics import Metrics
 from server.settings import Settings
+from server.telemetry.account import Account
+from server.telemetry.metrics import Metrics
+from server.transport.exchange import current
 
 
 @dataclass(slots=True)

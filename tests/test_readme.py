@@ -73,6 +73,16 @@ def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> Non
         assert within(expected, told) == expected
 
 
+def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    """Was typed by nobody: one example lacked its prompt's name."""
+    by_openai, by_ours = (code for language, code in BLOCK.findall(section("With the clients you have")) if language == "python")
+    url = str(demo.client.base_url).rstrip("/")
+    exec(by_openai.replace(LOCAL, url), {})
+    assert capsys.readouterr().out == " 2 + 3 = <<2+3=5>>5\n#### 5\n"
+    exec(by_ours.replace(LOCAL, url), {})
+    assert capsys.readouterr().out == " card arrival\n"
+
+
 def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
     for line in BLOCK.findall(section("Keep, merge and move adapters"))[0][1].splitlines():

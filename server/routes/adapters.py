@@ -11,11 +11,11 @@ from starlette.requests import ClientDisconnect
 
 from lori.hub import SCHEME, name_in
 from lori.names import NAME, VERSION
-from server.adapter_admin import Withdrawn
-from server.adapter_rows import describe_one, describe_whole, encode_list
+from server.catalog.admin import Withdrawn
+from server.catalog.rows import describe_one, describe_whole, encode_list
+from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
-from server.responses import refusals
 from server.routes.dependencies import CallerOf, ServiceOf, require_admin
 from server.routes.json_route import JsonRoute
 from server.routes.references import find

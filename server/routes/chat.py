@@ -11,10 +11,10 @@ from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
 from server.answers import Answer, collect, until_disconnect
+from server.description.responses import streams
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
 from server.errors import failure_reply
-from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute

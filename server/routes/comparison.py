@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from lori.errors import AdapterError
-from server.comparison import Comparer
+from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
 from server.errors import AdapterFailedError, BusyError

@@ -12,11 +12,11 @@ from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
 from server.answers import Answer, collect_all, interleaved, until_disconnect
+from server.description.responses import streams
 from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
 from server.errors import failure_reply
-from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import to_logprobs

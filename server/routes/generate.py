@@ -9,12 +9,12 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from server.answers import Answer, collect, until_disconnect
+from server.description.responses import streams
 from server.engine.admission import Ask
 from server.engine.prompt import Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply
-from server.responses import streams
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute

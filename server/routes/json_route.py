@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from server.strict_json import JsonError, read_json
+from server.transport.strict_json import JsonError, read_json
 
 
 class JsonRequest(Request):

@@ -5,10 +5,10 @@ import time
 from fastapi import APIRouter
 from fastapi.responses import Response
 
+from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
 from server.engine.adapters.resolution import MayUse
 from server.model_names import UnknownModelError
-from server.responses import refusals
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.schemas.openai import ModelCard, ModelList
 from server.service import Service

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from server.responses import Responses, refusals
+from server.description.responses import Responses, refusals
 from server.routes.dependencies import ServiceOf, require_monitor
 from server.schemas.generation import Health
 

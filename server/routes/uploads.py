@@ -16,7 +16,7 @@ from lori.names import check_name, split_reference
 from server.engine.admission import RefusedError
 from server.routes.form import read_form
 from server.schemas.adapters import HubBody
-from server.strict_json import JsonError, read_json
+from server.transport.strict_json import JsonError, read_json
 
 FILES = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
 """The fields of a form that are files, and what they are called in the store, whatever they are called in the form."""

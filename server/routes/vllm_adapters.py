@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from lori.errors import AdapterError, UnknownAdapterError
 from lori.hub import SCHEME
 from lori.names import split_reference
-from server.adapter_admin import LoadedError
+from server.catalog.admin import LoadedError
 from server.engine.admission import RefusedError
 from server.routes.dependencies import ServiceOf, require_admin
 from server.routes.json_route import JsonRoute

@@ -25,12 +25,12 @@ from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
-from server.logs import configure_log
-from server.metrics import Metrics
-from server.request_log import RequestLog
 from server.service import Service
 from server.settings import Settings
-from server.spans import Spans
+from server.telemetry.logs import configure_log
+from server.telemetry.metrics import Metrics
+from server.telemetry.request_log import RequestLog
+from server.telemetry.spans import Spans
 from tests.server.live import ADDRESS, wait_until
 from tests.server.otlp import collector
 from tests.server.rig import FakeEngine

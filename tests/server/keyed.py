@@ -14,9 +14,9 @@ from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
-from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 from tests.server.live import serve_here
 from tests.server.rig import FakeEngine
 

@@ -15,8 +15,8 @@ from lori.base_model import BaseModel
 from lori.config_file import CONFIG_FILE
 from lori.format import WEIGHTS_FILE, load_adapter, read_config, write_record
 from lori.statistics import statistics
-from server.adapter_admin import MAX_WAITING
-from server.adapter_details import Details
+from server.catalog.admin import MAX_WAITING
+from server.catalog.details import Details
 from tests.server.live import LIMIT_S, wait_until
 from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter

@@ -18,7 +18,7 @@ from lori.errors import AdapterError, UnreachableError
 from lori.format import WEIGHTS_FILE, read_config, save_adapter
 from lori.peft_export import export_peft
 from lori.store import AdapterStore
-from server import adapter_files
+from server.catalog import files as adapter_files
 from tests.server.live import LIMIT_S
 from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.test_http import refusal

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from server.adapter_uses import AdapterUses
+from server.catalog.uses import AdapterUses
 from server.engine.request import AdapterTerm
 from tests.server.live import LIMIT_S
 

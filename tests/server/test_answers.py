@@ -19,9 +19,9 @@ from server.engine.replies import Emit
 from server.engine.request import DoneEvent, ErrorEvent, ErrorKind, Event, Request, TextEvent, TokenLogprob
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, EngineError, OutOfTimeError, StoppedError
-from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 from tests.server.live import LIMIT_S
 from tests.server.rig import FakeEngine, request
 

@@ -15,16 +15,16 @@ from lori.compare import ModuleComparison, compare
 from lori.errors import AdapterError
 from lori.store import AdapterStore
 from lori.summary import summarise
-from server.comparison import Comparer
+from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.loading import make_registry
-from server.metrics import Metrics
 from server.routes import comparison
 from server.service import Service
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 from tests.server.live import LIMIT_S, Live, serve_here, wait_until
 from tests.server.rig import FakeEngine, write_adapter
 from tests.server.test_http import refusal

@@ -7,13 +7,13 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from server.adapter_uses import AdapterUses
-from server.departures import Departures
+from server.catalog.departures import Departures
+from server.catalog.turns import Turns
+from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.request import AdapterTerm
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import StoreError
-from server.turns import Turns
 from tests.server.test_registry import of
 
 OLD, NEW = of("math", "1"), of("math", "2")

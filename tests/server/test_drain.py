@@ -17,10 +17,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from server.drain import DrainingServer
-from server.refuse_connections import refuse_connections
 from server.service import Service
 from server.settings import Settings
+from server.transport.drain import DrainingServer
+from server.transport.refuse_connections import refuse_connections
 from tests.server.live import LIMIT_S, Live, events, start, wait_until
 
 NUM_CLIENTS = 24

@@ -24,11 +24,11 @@ from server.engine.engine import Engine
 from server.engine.replies import Emit
 from server.engine.request import Request, TextEvent
 from server.engine.thread import EngineThread
-from server.metrics import Metrics
 from server.routes.event_stream import EventStream
 from server.schemas.generation import GenerateReply
 from server.service import Service
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 from tests.server.live import LIMIT_S, MAX_BODY_BYTES, RUNNING, Live, events, serve_here, wait_until
 from tests.server.rig import FakeEngine, greedy
 

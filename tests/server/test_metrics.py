@@ -11,15 +11,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
-from server.account import Account
-from server.adapter_counts import MAX_LISTED
+from server.catalog.counts import MAX_LISTED
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Request, Sequence, TextEvent, Timings
 from server.engine.scheduling.scheduler import Scheduler
-from server.gauges import make_metrics
-from server.metrics import Metrics
+from server.telemetry.account import Account
+from server.telemetry.gauges import make_metrics
+from server.telemetry.metrics import Metrics
 from tests.server.fake_service import served
 from tests.server.live import Live
 from tests.server.rig import FakeEngine, request

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from server import routes
 from server.access.gate import is_open
 from server.app import create_app
+from server.description.responses import REFUSALS
 from server.errors import TABLE
-from server.responses import REFUSALS
 from server.routes.json_route import JsonRoute
 from tests.server.keyed import make_service, write_keys
 from tests.server.live import Live

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.admission import Ask
 from server.engine.request import Request
-from server.logs import TextFormatter
+from server.telemetry.logs import TextFormatter
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, bearer, write_keys
 from tests.server.live import Live, start, wait_until

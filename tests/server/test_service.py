@@ -17,9 +17,9 @@ from server.engine.engine import Engine
 from server.engine.request import DoneEvent, Request
 from server.engine.thread import EngineThread
 from server.errors import BusyError
-from server.metrics import Metrics
 from server.service import Service
 from server.settings import Settings
+from server.telemetry.metrics import Metrics
 from tests.server.live import LIMIT_S
 from tests.server.registered import registered
 from tests.server.rig import FakeEngine, request

@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 from transformers import PreTrainedTokenizerFast
 
-from server.connections import Waiting
-from server.http_protocol import MAX_HELD_BYTES
+from server.transport.connections import Waiting
+from server.transport.http_protocol import MAX_HELD_BYTES
 from tests.server.fake_service import served
 from tests.server.live import LIMIT_S, Live, events, start
 from tests.server.rig import FakeEngine

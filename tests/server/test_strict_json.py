@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.strict_json import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, JsonError, read_json
+from server.transport.strict_json import MAX_CONTAINERS, MAX_DEPTH, MAX_MEMBERS, JsonError, read_json
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=30)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from server.tracing import TracingError, start_tracing
+from server.telemetry.tracing import TracingError, start_tracing
 from tests.server.live import LIMIT_S, Live, run_main, start, wait_until
 from tests.server.otlp import Collector, attributes, collector
 
@@ -137,7 +137,7 @@ def test_a_collector_that_is_not_there_hurts_nobody(writer_model: Path, tmp_path
 
 @pytest.mark.parametrize("hidden", ["opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation"])
 def test_traces_without_their_packages_are_refused_at_start(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "server.spans", raising=False)
+    monkeypatch.delitem(sys.modules, "server.telemetry.spans", raising=False)
     for name in [each for each in sys.modules if each.startswith(hidden)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, hidden, None)

@@ -11,12 +11,12 @@ from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 
 from lori.errors import LoriError
-from server.adapter_uses import AdapterUses
+from server.catalog.turns import Turns
+from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.engine import Engine
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import ConflictError, StoreError
-from server.turns import Turns
 
 logger = logging.getLogger(__name__)
 Of = TypeVar("Of")

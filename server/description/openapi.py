@@ -9,8 +9,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
 from server.access.gate import is_open
-from server.examples import REPLIES
-from server.responses import refusal_example, refusals
+from server.description.examples import REPLIES
+from server.description.responses import refusal_example, refusals
 from server.schemas.chat import ChatChunk
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import DoneData, TokenData

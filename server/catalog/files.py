@@ -20,12 +20,12 @@ from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.peft_config import TEMPLATES_FILE
 from lori.store import AdapterStore
 from lori.summary import SummaryReader
-from server.adapter_details import AdapterDetails
-from server.adapter_fit import Fit
+from server.catalog.details import AdapterDetails
+from server.catalog.fit import Fit
+from server.catalog.store_errors import told
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
 from server.errors import ConflictError, StoreError
-from server.store_errors import told
 
 logger = logging.getLogger(__name__)
 NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"

@@ -6,7 +6,7 @@ from server.engine.adapters.registry import Registry
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.request import AdapterTerm, Sequence
 from server.engine.scheduling.scheduler import Scheduler
-from server.metrics import Metrics
+from server.telemetry.metrics import Metrics
 
 
 def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: AdapterTiers) -> Metrics:

@@ -14,9 +14,9 @@ from types import FrameType
 import anyio
 import uvicorn
 
-from server.connections import Waiting, is_readable
-from server.refuse_connections import refuse_connections
 from server.service import Service
+from server.transport.connections import Waiting, is_readable
+from server.transport.refuse_connections import refuse_connections
 
 logger = logging.getLogger(__name__)
 GRACE_S = 5

@@ -10,12 +10,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.account import Account
 from server.errors import unknown_reply
-from server.exchange import Exchange, current
-from server.request_id import HEADER, request_id
 from server.service import Service
-from server.trace_attributes import Span, attributes
+from server.telemetry.account import Account
+from server.telemetry.trace_attributes import Span, attributes
+from server.transport.exchange import Exchange, current
+from server.transport.request_id import HEADER, request_id
 
 logger, faults = logging.getLogger("server.request"), logging.getLogger(__name__)
 PROBES = ("/health", "/ready", "/metrics")

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.account import Account
+from server.telemetry.account import Account
 
 
 @dataclass(slots=True)

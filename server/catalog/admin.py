@@ -16,17 +16,17 @@ from lori.errors import AdapterFormatError, UnknownAdapterError
 from lori.format import Files
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter
-from server.adapter_details import Details
-from server.adapter_files import NO_STORE, AdapterFiles, Ready
-from server.adapter_uses import AdapterUses
-from server.departures import Departures
+from server.catalog.departures import Departures
+from server.catalog.details import Details
+from server.catalog.files import NO_STORE, AdapterFiles, Ready
+from server.catalog.turns import Turns
+from server.catalog.uses import AdapterUses
 from server.engine.adapters.places import NoRoomError
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.resolution import unknown
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, BusyError, ConflictError
-from server.turns import Turns
 
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent, Timings
-from server.metrics import Metrics
+from server.telemetry.metrics import Metrics
 
 
 @dataclass(slots=True)

@@ -10,8 +10,8 @@ from lori.errors import AdapterFormatError
 from lori.format import CARD_FILE, read_file
 from lori.identity import BaseIdentity
 from lori.statistics import ModuleStatistics, statistics
+from server.catalog.store_errors import told
 from server.engine.adapters.registry import Registered
-from server.store_errors import told
 
 MAX_REMEMBERED = 64
 """Adapters whose statistics are remembered."""

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 from pydantic_core import to_json
 
 from lori.statistics import ModuleStatistics, total
-from server.adapter_details import Details
+from server.catalog.details import Details
 from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registered
 from server.engine.adapters.resolution import MayUse

@@ -39,7 +39,7 @@ def start_tracing(endpoint: str | None, environment: Mapping[str, str] = os.envi
         if environment.get(name, OURS) != OURS:
             raise TracingError(f"{name}: found {environment[name]!r}, expected {OURS!r}, the one protocol that is spoken here")
     try:
-        started: Tracing = import_module("server.spans").Spans(endpoint)
+        started: Tracing = import_module("server.telemetry.spans").Spans(endpoint)
     except ImportError as error:
         raise TracingError(MISSING.format(by=by, error=error)) from error
     return started
