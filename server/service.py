@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from anyio import CapacityLimiter
 from starlette.concurrency import run_in_threadpool
 
 from server.access.caller import Caller
@@ -41,6 +42,8 @@ class Service:
     """Where adapters come from while the server runs; None: none come."""
     required: Callable[[], Collection[str]] = tuple
     """Gives the references of adapters that tenants cannot do without."""
+    texts: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
+    """For what is done with a whole text beside the requests: one at a time, or they would wait for Python's lock."""
     uses: AdapterUses = field(default_factory=AdapterUses)
     admin: AdapterAdmin = field(init=False)
     num_requests: int = field(default=0, init=False)
@@ -60,15 +63,14 @@ class Service:
         All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
         self._check_alive()
-        limits = (self.settings.max_requests, caller.max_requests, caller.requests_per_minute)
-        if len(asks) > (most := min(limit for limit in limits if limit is not None)):
-            raise RefusedError("prompt", f"has {len(asks)} texts, expected {most} at most: no more may ever be under way at once")
+        num_answers = sum(ask.num_choices for ask in asks)
+        self._check_possible(caller, len(asks), num_answers)
         if self.num_requests + len(asks) > self.settings.max_requests:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
         with ExitStack() as held:
-            held.enter_context(self.limiter.places(caller, len(asks)))
+            held.enter_context(self.limiter.places(caller, len(asks), num_answers))
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
@@ -80,6 +82,17 @@ class Service:
                 held.enter_context(self.uses.held(terms))
                 self.metrics.count_admitted([term.name for term in terms])
             yield requests
+
+    def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:
+        # What could never be, however often it is tried.
+        limits = (self.settings.max_requests, caller.max_requests, caller.requests_per_minute)
+        if num_requests > (most := min(limit for limit in limits if limit is not None)):
+            raise RefusedError(
+                "prompt", f"has {num_requests} texts, expected {most} at most: no more may ever be under way at once"
+            )
+        if caller.max_requests is not None and num_answers > caller.max_requests:
+            said = f"asks for {num_answers} answers, expected {caller.max_requests} at most: the tenant may have no more at once"
+            raise RefusedError("n", said)
 
     def _give_back(self, num_requests: int) -> None:
         self.num_requests -= num_requests

@@ -31,9 +31,13 @@ class Limiter:
         self._under_way: Counter[str] = Counter()
 
     @contextmanager
-    def places(self, caller: Caller, count: int = 1) -> Iterator[None]:
-        """Holds places of the caller's tenant until the block ends. Raises `RateLimitedError` where there are not so many."""
-        self._check(caller, count)
+    def places(self, caller: Caller, num_requests: int = 1, num_answers: int | None = None) -> Iterator[None]:
+        """Holds places of the caller's tenant until the block ends. Raises `RateLimitedError` where there are not so many.
+
+        What is under way are answers, of which a request may want several, by default one each.
+        """
+        count = num_requests if num_answers is None else num_answers
+        self._check(caller, num_requests, count)
         self._under_way[caller.tenant] += count
         try:
             yield
@@ -41,14 +45,14 @@ class Limiter:
             self._under_way[caller.tenant] -= count
             self._under_way += Counter()  # forgets those that have none
 
-    def _check(self, caller: Caller, count: int) -> None:
+    def _check(self, caller: Caller, num_requests: int, num_answers: int) -> None:
         number = self._under_way[caller.tenant]
-        if caller.max_requests is not None and number + count > caller.max_requests:
-            said = f"tenant {caller.tenant!r} has {number} requests under way, and may have {caller.max_requests}; try again"
+        if caller.max_requests is not None and number + num_answers > caller.max_requests:
+            said = f"tenant {caller.tenant!r} has {number} answers under way, and may have {caller.max_requests}; try again"
             raise RateLimitedError(said, 1)
         # Last, for it counts: a request that is refused is none.
         if caller.requests_per_minute is not None:
-            self._count(caller.tenant, caller.requests_per_minute, count)
+            self._count(caller.tenant, caller.requests_per_minute, num_requests)
 
     def _count(self, tenant: str, per_minute: int, count: int) -> None:
         limit = RateLimitItemPerMinute(per_minute)

@@ -142,8 +142,10 @@ class AdapterAdmin:
     async def alias(self, alias: str, reference: str) -> Registered:
         """Makes `alias` mean what `reference` means now, in the store too."""
         files = self._files
-        async with self._turns.of(alias, split_reference(reference)[0]):
-            return await self._register(await self._read(lambda: files.alias(alias, reference)))
+        owner, version = await run_sync(files.meaning, reference)
+        async with self._turns.of(alias, owner):
+            self._departures.check_stays(owner, version)  # before anything is written
+            return await self._register(await self._read(lambda: files.alias(alias, f"{owner}@{version}")))
 
     async def unload(self, reference: str) -> Withdrawn:
         """Withdraws a name with its versions, or a version that its name does not mean. Its files stay."""
@@ -210,8 +212,7 @@ class AdapterAdmin:
     async def _register(self, ready: Ready) -> Registered:
         adapter, departures = ready.adapter, self._departures
         name, digest = adapter.summary.name, adapter.summary.digest
-        if departures.is_doomed(adapter):
-            raise ConflictError(f"{adapter.owner}@{adapter.summary.version} is being deleted, when its last requests have ended")
+        departures.check_stays(adapter.owner, adapter.summary.version)
         await self._engine.call(lambda engine: _take_in(engine, digest, ready.packed))
         stale = self._registry.put(adapter, [of for of in ready.others if not departures.is_doomed(of)])
         for of in self._registry.versions(name):

@@ -70,6 +70,12 @@ class Departures:
         doomed = self._doomed.get(of.owner)
         return doomed is not None and of.summary.version in doomed.versions
 
+    def check_stays(self, name: str, version: str) -> None:
+        """Raises `ConflictError` where the files of a version of `name` are about to go."""
+        doomed = self._doomed.get(name)
+        if doomed and version in doomed.versions:
+            raise ConflictError(f"{name}@{version} is being deleted, when its last requests have ended")
+
     async def begin(self, gone: Iterable[Registered]) -> None:
         """Frees what was withdrawn, now or as soon as no request uses it."""
         for of in gone:

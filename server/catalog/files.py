@@ -112,6 +112,12 @@ class AdapterFiles:
                 raise ConflictError(f"{reference!r} is a demo adapter, and an alias means one of the server's own")
             return self._ready(replace(store.alias(alias, reference), name=alias))
 
+    def meaning(self, reference: str) -> tuple[str, str]:
+        """Returns the adapter and the version that `reference` means in the store now."""
+        with told(self._own, self._demo):
+            entry = self._find(reference)
+            return entry.folder.name.partition("@")[0], entry.version
+
     def check_keeps(self) -> None:
         """Raises `ConflictError` where no adapter can be put anywhere."""
         store = self._writable()

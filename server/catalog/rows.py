@@ -8,10 +8,10 @@ from pydantic import TypeAdapter
 from pydantic_core import to_json
 
 from lori.statistics import ModuleStatistics, total
+from server.access.caller import Caller
 from server.catalog.details import Details
 from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import MayUse
 from server.schemas.adapters import AdapterDetail, AdapterInfo, ModuleInfo
 from server.service import Service
 
@@ -21,7 +21,7 @@ ROWS = TypeAdapter(list[AdapterInfo])
 NOWHERE = Place()
 
 
-def describe(service: Service, of: Registered, place: Place) -> AdapterInfo:
+def describe(service: Service, of: Registered, place: Place, *, is_use_told: bool) -> AdapterInfo:
     """Returns what a client is told of an adapter in a list."""
     summary, use = of.summary, service.uses.of(of.summary.name, of.summary.digest)
     return AdapterInfo(
@@ -39,27 +39,27 @@ def describe(service: Service, of: Registered, place: Place) -> AdapterInfo:
         bytes_resident=place.bytes_resident,
         tier=place.tier,
         is_pinned=service.admin.pins.get(summary.name) == summary.digest,
-        num_using=use.num_using,
-        last_used=use.last_used,
-        num_requests=use.num_requests,
+        num_using=use.num_using if is_use_told else None,
+        last_used=use.last_used if is_use_told else None,
+        num_requests=use.num_requests if is_use_told else None,
     )
 
 
-def describe_one(service: Service, of: Registered) -> AdapterInfo:
+def describe_one(service: Service, of: Registered, *, is_use_told: bool = True) -> AdapterInfo:
     """The same, of a single one."""
-    return describe(service, of, service.engine.places().get(of.summary.digest, NOWHERE))
+    return describe(service, of, service.engine.places().get(of.summary.digest, NOWHERE), is_use_told=is_use_told)
 
 
-def describe_whole(service: Service, of: Registered, details: Details, may_use: MayUse) -> AdapterDetail:
+def describe_whole(service: Service, of: Registered, details: Details, caller: Caller) -> AdapterDetail:
     """Returns what a client is told of an adapter that it asks for."""
     registry, summary = service.registry, of.summary
     versions = [version.summary.version for version in registry.versions(summary.name)]
     others = (other for other in registry.find(summary.digest, ()) if other.entry.folder == of.entry.folder)
     aliases = {other.summary.name for other in others if registry.by_name.get(other.summary.name) == other} - {summary.name}
     return AdapterDetail(
-        **describe_one(service, of).model_dump(),
+        **describe_one(service, of, is_use_told=_is_use_told(service, caller)).model_dump(),
         versions=versions,
-        aliases=sorted(filter(may_use, aliases)),
+        aliases=sorted(filter(caller.may_use, aliases)),
         card=details.card,
         targets=list(summary.targets),
         basis=str(summary.basis),
@@ -68,15 +68,21 @@ def describe_whole(service: Service, of: Registered, details: Details, may_use: 
     )
 
 
-def encode_list(service: Service, may_use: MayUse, prefix: str, after: str, limit: int | None) -> bytes:
+def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit: int | None) -> bytes:
     """Returns the reply of GET /adapters as JSON: of names that may be used, those that begin with `prefix`, after `after`."""
     by_name, places = service.registry.by_name, service.engine.places()
-    names = sorted(name for name in by_name if name.startswith(prefix) and name > after and may_use(name))
+    names = sorted(name for name in by_name if name.startswith(prefix) and name > after and caller.may_use(name))
     shown = names if limit is None else names[:limit]
     last = to_json(shown[-1] if len(shown) < len(names) else None)
-    rows = (describe(service, of, places.get(of.summary.digest, NOWHERE)) for of in map(by_name.__getitem__, shown))
+    is_told = _is_use_told(service, caller)
+    found = ((of, places.get(of.summary.digest, NOWHERE)) for of in map(by_name.__getitem__, shown))
+    rows = (describe(service, of, place, is_use_told=is_told) for of, place in found)
     written = b",".join(_write(rows))
     return b'{"base_model":%b,"adapters":[%b],"next":%b}' % (to_json(service.base_model), written, last)
+
+
+def _is_use_told(service: Service, caller: Caller) -> bool:
+    return service.keys is None or caller.is_admin
 
 
 def _write(rows: Iterator[AdapterInfo]) -> Iterator[bytes]:

@@ -49,7 +49,7 @@ async def list_adapters(
     limit: Annotated[int | None, Query(ge=1)] = None,
 ) -> Response:
     """Lists the adapters that the caller may name, all of them unless there is a `limit`; `after` goes on where that ended."""
-    content = await service.admin.listed(lambda: encode_list(service, caller.may_use, prefix, after, limit))
+    content = await service.admin.listed(lambda: encode_list(service, caller, prefix, after, limit))
     return Response(content, media_type="application/json")
 
 
@@ -58,7 +58,7 @@ async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf
     """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
     [of] = await find(service, caller, [name], "name")
     details = await service.admin.details(of)
-    return await run_in_threadpool(describe_whole, service, of, details, caller.may_use)
+    return await run_in_threadpool(describe_whole, service, of, details, caller)
 
 
 @admin.post(

@@ -1,7 +1,11 @@
 """POST /tokenize and /detokenize, in vLLM's form. Translates only."""
 
+from collections.abc import Callable
+
+from anyio.to_thread import run_sync
 from fastapi import APIRouter
-from starlette.concurrency import run_in_threadpool
+from fastapi.responses import Response
+from pydantic import BaseModel
 
 from server.access.caller import Caller
 from server.errors import FieldError
@@ -16,18 +20,25 @@ from server.token_texts import text_of, token_ids, token_texts
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> TokenizeReply:
+@router.post("/tokenize", response_model=TokenizeReply)
+async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
     """Returns the tokens of a text or of a conversation."""
-    await _check_model(body.model, service, caller)
-    return await run_in_threadpool(_tokenize, body, service)
+    return await _answer(body.model, service, caller, lambda: _tokenize(body, service))
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> DetokenizeReply:
+@router.post("/detokenize", response_model=DetokenizeReply)
+async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
     """Returns the text of tokens."""
-    await _check_model(body.model, service, caller)
-    return DetokenizeReply(prompt=await run_in_threadpool(text_of, service.admission.tokenizer, body.tokens))
+    tokenizer = service.admission.tokenizer
+    return await _answer(body.model, service, caller, lambda: DetokenizeReply(prompt=text_of(tokenizer, body.tokens)))
+
+
+async def _answer(model: str | None, service: Service, caller: Caller, reply: Callable[[], BaseModel]) -> Response:
+    # Long texts: each counts as a request of its tenant, and the event loop neither makes the reply nor writes it.
+    with service.limiter.places(caller):
+        await _check_model(model, service, caller)
+        content = await run_sync(lambda: reply().model_dump_json(), limiter=service.texts)
+    return Response(content, media_type="application/json")
 
 
 def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:

@@ -40,12 +40,12 @@ class AdapterInfo(BaseModel):
     """In the kernels' operands; 0 where it is not there."""
     tier: Tier
     is_pinned: bool
-    num_using: int
-    """Requests under way that use this version by this name."""
+    num_using: int | None
+    """Requests under way that use this version by this name. They may be others': with keys only an admin is told."""
     last_used: float | None
-    """When the last of them began or ended, in seconds since 1970."""
-    num_requests: int
-    """Since the server started."""
+    """When the last of them began or ended, in seconds since 1970; likewise."""
+    num_requests: int | None
+    """Since the server started; likewise."""
 
 
 class AdapterList(BaseModel):

@@ -18,7 +18,7 @@ from lori.statistics import statistics
 from server.catalog.admin import MAX_WAITING
 from server.catalog.details import Details
 from tests.server.live import LIMIT_S, wait_until
-from tests.server.office import ADMIN, GUEST, Office, open_office
+from tests.server.office import ADMIN, GUEST, PROMPT, Office, open_office
 from tests.server.rig import write_adapter
 from tests.server.test_http import refusal
 
@@ -160,6 +160,20 @@ def test_what_is_deleted_is_gone_for_good(office: Office) -> None:
     assert office.ask("gone").status_code == 404
 
 
+def test_an_alias_of_what_is_being_deleted_is_not_written(office: Office) -> None:
+    """Was written, and refused: then the files could not be deleted, and were served again after the next start."""
+    office.have("doomed", 44)
+    room = office.client.get("/v1/models").json()["data"][0]["max_model_len"] - 100
+    body = {"prompt": PROMPT, "adapter": "doomed", "max_tokens": room, "n": 32, "ignore_eos": True, "stream": True}
+    with office.client.stream("POST", "/generate", json=body) as reply:
+        next(reply.iter_lines())
+        assert office.client.delete("/adapters/doomed").status_code == 202
+        error = refusal(office.client.put("/adapters/other/alias", json={"adapter": "doomed"}), 409)
+        assert "is being deleted" in error["message"]
+        assert "other" not in office.store.alias_names()
+    wait_until(lambda: not office.store.versions("doomed"), "the files to go")
+
+
 def test_what_is_unloaded_can_be_deleted(office: Office) -> None:
     office.have("hidden", 16)
     office.post("/adapters/hidden/unload")
@@ -258,10 +272,13 @@ def test_a_caller_sees_what_it_may_use_alone(office: Office) -> None:
     office.client.put("/adapters/open-2/alias", json={"adapter": "secret"}).raise_for_status()
     rows = office.client.get("/adapters", headers=GUEST).json()["adapters"]
     assert [row["name"] for row in rows] == ["open-1", "open-2"]
+    assert {(row["num_using"], row["last_used"], row["num_requests"]) for row in rows} == {(None, None, None)}, "others' use"
     hidden = refusal(office.client.get("/adapters/secret", headers=GUEST), 404)
     absent = refusal(office.client.get("/adapters/sacred", headers=GUEST), 404)
     assert hidden["message"].replace("secret", "sacred") == absent["message"]
-    assert office.client.get("/adapters/open-2", headers=GUEST).json()["aliases"] == []
+    detail = office.client.get("/adapters/open-2", headers=GUEST).json()
+    assert detail["aliases"] == []
+    assert detail["num_requests"] is None
     assert office.client.get("/adapters/open-2").json()["aliases"] == ["secret"]
 
 

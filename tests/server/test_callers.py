@@ -154,6 +154,23 @@ def test_more_requests_in_a_minute_are_429(tokenizer: PreTrainedTokenizerFast, t
         assert client.get("/adapters").status_code == 200
 
 
+def test_what_is_done_with_a_text_alone_counts_as_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A tenant could have as many long texts tokenized at once as it liked."""
+    with served(make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 2")), ACME) as client:
+        ids = client.post("/tokenize", json={"prompt": "The quick brown fox"}).json()["tokens"]
+        assert client.post("/detokenize", json={"tokens": ids}).json() == {"prompt": "The quick brown fox"}
+        refusal(client.post("/tokenize", json={"prompt": "x"}), 429)
+        refusal(client.post("/generate", json=ask()), 429)
+
+
+def test_more_answers_than_may_ever_be_under_way_are_refused_as_such(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A tenant that may have two requests at once had 64 answers of each."""
+    with served(make_service(tokenizer, write_keys(tmp_path, "max_requests = 2")), ACME) as client:
+        error = refusal(client.post("/generate", json=ask(n=3)), 400)
+        assert (error["param"], "expected 2 at most" in error["message"]) == ("n", True)
+        assert client.post("/generate", json=ask(n=2)).status_code == 200
+
+
 def limited(tokenizer: PreTrainedTokenizerFast, place: Path, engine: FakeEngine) -> Service:
     return make_service(tokenizer, write_keys(place, "max_requests = 1"), engine=engine)
 
@@ -171,7 +188,7 @@ def test_more_requests_at_once_are_429_until_a_client_leaves(tokenizer: PreTrain
                 lines = reply.iter_lines()
                 assert next(lines) == "event: token"
                 refused = client.post("/generate", json=ask())
-                assert refusal(refused, 429)["message"] == "tenant 'acme' has 1 requests under way, and may have 1; try again"
+                assert refusal(refused, 429)["message"] == "tenant 'acme' has 1 answers under way, and may have 1; try again"
                 assert refused.headers["retry-after"] == "1"
                 with client.stream("POST", "/generate", json=ask(stream=True), headers=bearer(OTHER)) as other:
                     assert other.status_code == 200

@@ -89,7 +89,7 @@ def test_places_are_given_back_however_the_block_ends() -> None:
             held.enter_context(limiter.places(acme))
         error = refused(limiter, acme)
         assert error.retry_after_s == 1
-        assert str(error) == "tenant 'acme' has 2 requests under way, and may have 2; try again"
+        assert str(error) == "tenant 'acme' has 2 answers under way, and may have 2; try again"
     take(limiter, acme)
     assert not limiter._under_way, "nothing is kept of who has left"
 
@@ -122,10 +122,20 @@ def test_new_limits_hold_at_once(clock: Clock) -> None:
     assert clock.now
 
 
+def test_answers_are_under_way_and_requests_are_counted_by_the_minute() -> None:
+    limiter = Limiter()
+    acme = Caller("acme", max_requests=4, requests_per_minute=2)
+    with limiter.places(acme, 1, num_answers=3):
+        with pytest.raises(RateLimitedError, match="3 answers under way, and may have 4"), limiter.places(acme, 1, num_answers=2):
+            pass
+        with limiter.places(acme, 1, num_answers=1):
+            pass
+
+
 def test_several_places_are_all_there_or_none_and_count_as_so_many() -> None:
     limiter, caller = Limiter(), Caller(tenant="acme", max_requests=3, requests_per_minute=4)
     with limiter.places(caller, 2):
-        with pytest.raises(RateLimitedError, match="2 requests under way, and may have 3"), limiter.places(caller, 2):
+        with pytest.raises(RateLimitedError, match="2 answers under way, and may have 3"), limiter.places(caller, 2):
             pass
         with limiter.places(caller):
             pass

@@ -558,6 +558,68 @@ def test_a_flood_starves_nobody(of: str) -> None:
     assert served_until(it, other) <= 4 * 44, "at most what already runs"
 
 
+@pytest.mark.parametrize("lacks", ["places", "memory"])
+def test_a_tenant_that_has_nothing_is_given_a_place_of_the_one_that_has_most(lacks: str) -> None:
+    """Waited for the end of the longest answers, where one tenant had taken all."""
+    max_sequences, num_blocks = (4, 1000) if lacks == "places" else (16, 12)
+    it = scheduler(num_blocks, block_size=16, max_sequences=max_sequences, max_tokens=64)
+    flood = [added(it, request(20, 100, text=text, tenant="flood")) for text in range(8)]
+    modest = added(it, request(20, 100, text=10, tenant="modest"))
+    for _ in range(3):
+        run_step(it)
+    late = added(it, request(20, 4, text=20, tenant="late"))
+    for _ in range(3):
+        run_step(it)
+    assert late in it.running
+    assert modest in it.running, "it has but one"
+    assert it.num_preemptions >= 1
+    for _ in range(2000):
+        if not it.has_work:
+            break
+        run_step(it)
+    assert [len(of.output_ids) for of in (*flood, modest, late)] == [100] * 9 + [4], "nothing is lost"
+
+
+def test_nobody_gives_up_a_place_for_who_waits_for_an_adapter() -> None:
+    gate = FakeGate(num_slots=4, delays={"slow": 5})
+    it = scheduler(1000, gate=gate, max_sequences=4, max_tokens=64)
+    for text in range(4):
+        added(it, request(20, 50, text=text, tenant="flood"))
+    run_step(it)
+    late = added(it, request(20, 4, text=10, tenant="late", adapters=["slow"]))
+    for _ in range(4):
+        run_step(it)
+        gate.tick()
+    assert it.num_preemptions == 0
+    gate.tick()
+    run_step(it)
+    assert late in it.running
+    assert it.num_preemptions == 1
+
+
+def test_who_has_a_place_takes_none_of_another() -> None:
+    it = scheduler(1000, max_sequences=4, max_tokens=64)
+    for text in range(8):
+        added(it, request(20, 50, text=text, tenant="flood"))
+    added(it, request(20, 50, text=10, tenant="other"))
+    added(it, request(20, 50, text=11, tenant="other"))
+    for _ in range(20):
+        run_step(it)
+    assert it.num_preemptions == 0
+
+
+def test_nobody_gives_a_place_to_who_is_less_urgent() -> None:
+    it = scheduler(1000, max_sequences=4, max_tokens=64)
+    for text in range(4):
+        added(it, request(20, 50, text=text, tenant="urgent"))
+    run_step(it)
+    late = added(it, request(20, 4, text=10, tenant="late", priority=1))
+    for _ in range(10):
+        run_step(it)
+    assert late not in it.running
+    assert it.num_preemptions == 0
+
+
 def test_two_tenants_that_always_wait_are_served_about_the_same() -> None:
     """Not farther apart than twice what can run at once, which is the paper's bound, though one floods with long prompts."""
     max_sequences, long, short = 8, request(200, 4, tenant="flood"), request(10, 30, tenant="other")

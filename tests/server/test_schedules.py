@@ -138,6 +138,7 @@ class Run:
     def plan(self) -> list[Chunk]:
         ran = dict.fromkeys(self.it.running)
         could_step, num_preemptions = self.it.can_step, self.it.num_preemptions
+        before = {s: s.num_preemptions for s in (*self.it.running, *self.it.waiting)}
         chunks = self.it.plan()
         self.it.check_integrity()
         self.joined |= dict.fromkeys(self.it.running)
@@ -145,7 +146,9 @@ class Run:
         assert bool(chunks) == bool(self.it.running), "what runs goes on"
         assert could_step or not chunks, "who sleeps misses nothing"
         assert chunks or not self.it.waiting or "loading" in self.gate.held.values(), "nothing but a load stops all"
-        assert self.it.num_preemptions - num_preemptions == len(ran.keys() - self.it.running.keys())
+        preempted = {s for s, number in before.items() if s.num_preemptions > number}
+        assert self.it.num_preemptions - num_preemptions == sum(s.num_preemptions - before[s] for s in preempted)
+        assert ran.keys() - self.it.running.keys() <= preempted, "nobody else goes before its end"
         self.check_sizes(chunks)
         return chunks
 

@@ -2,9 +2,11 @@
 
 Sequences join when it is their turn (`fairness`), their adapters are resident and the KV memory holds their tokens so far.
 Running ones decode in every step, and what is left of the step's tokens goes to prompts, in chunks. A sequence grows block by
-block; when there is none left, the one that joined last gives up its blocks, and is computed again later.
+block; when there is none left, the one that joined last gives up its blocks, and is computed again later. So does one of the
+tenant that has most, where all is taken and a tenant waits that has nothing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,7 +117,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         self._grow()
         # Who has just given up its blocks must not have them back before another has grown.
-        if num_preemptions == self.num_preemptions and len(self.running) < self.limits.max_sequences and self.waiting:
+        if num_preemptions == self.num_preemptions and self.waiting:
             self._admit()
         chunks = self._chunks()
         self._can_step = bool(chunks)
@@ -186,10 +188,45 @@ class Scheduler:
         # Those whose adapters were loading have had their turn, and hold what the first of the others may lack.
         is_open = True
         for sequence in [*self._loading]:
-            is_open &= self._offer(sequence)
+            is_open &= self._let_in(sequence)
         while is_open and (first := self._queue.first()):
-            is_open = self._offer(first)
+            is_open = self._let_in(first)
         self._queue.bring_back()
+
+    def _let_in(self, sequence: Sequence) -> bool:
+        # Returns whether others may join after it.
+        if self._offer(sequence):
+            return True
+        if not self._owed_by(sequence):
+            return False
+        if self._is_loading(sequence):
+            return True  # nobody gives up a place that would stay empty
+        while other := self._owed_by(sequence):
+            self._preempt(other)
+            if self._offer(sequence):
+                return True
+        return False
+
+    def _owed_by(self, sequence: Sequence) -> Sequence | None:
+        # Where nobody of the sequence's tenant runs: the last of the tenant that has most, if that has another.
+        if any(other.request.tenant == sequence.request.tenant for other in self.running):
+            return None
+        others = [other for other in self.running if other.request.priority >= sequence.request.priority]
+        [(tenant, num_held)] = Counter(other.request.tenant for other in others).most_common(1) or [("", 0)]
+        return next(other for other in reversed(others) if other.request.tenant == tenant) if num_held > 1 else None
+
+    def _is_loading(self, sequence: Sequence) -> bool:
+        answer = self._gate.pin(sequence)
+        self._loading.pop(sequence, None)
+        if answer == "ready":
+            self._gate.unpin(sequence)
+        elif answer == "loading":
+            self._wait_for_load(sequence)
+        return answer == "loading"
+
+    def _wait_for_load(self, sequence: Sequence) -> None:
+        self._loading[sequence] = None
+        self._queue.pass_over(sequence)
 
     def _offer(self, sequence: Sequence) -> bool:
         # Lets a sequence join if it can; returns whether others may after it.
@@ -204,8 +241,7 @@ class Scheduler:
         if answer == "ready":
             self._join(sequence, found)
         elif answer == "loading":
-            self._loading[sequence] = None
-            self._queue.pass_over(sequence)
+            self._wait_for_load(sequence)
         return answer != "full"
 
     def _join(self, sequence: Sequence, found: list[int]) -> None:

@@ -108,7 +108,7 @@ function details(row) {
     row.bytes_on_disk && bytes(row.bytes_on_disk),
     row.rank && `r ${row.rank}`,
     density !== undefined && `${percent(density)} kept`,
-    row.num_requests !== undefined && `${count(row.num_requests)} ${row.num_requests === 1 ? "request" : "requests"}`,
+    row.num_requests != null && `${count(row.num_requests)} ${row.num_requests === 1 ? "request" : "requests"}`,
   ]
     .filter(Boolean)
     .join(" · ");
