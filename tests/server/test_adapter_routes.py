@@ -18,7 +18,7 @@ from lori.statistics import statistics
 from server.catalog.admin import MAX_WAITING
 from server.catalog.details import Details
 from tests.server.live import LIMIT_S, wait_until
-from tests.server.office import ADMIN, GUEST, PROMPT, Office, open_office
+from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter
 from tests.server.test_http import refusal
 
@@ -163,14 +163,19 @@ def test_what_is_deleted_is_gone_for_good(office: Office) -> None:
 def test_an_alias_of_what_is_being_deleted_is_not_written(office: Office) -> None:
     """Was written, and refused: then the files could not be deleted, and were served again after the next start."""
     office.have("doomed", 44)
-    room = office.client.get("/v1/models").json()["data"][0]["max_model_len"] - 100
-    body = {"prompt": PROMPT, "adapter": "doomed", "max_tokens": room, "n": 32, "ignore_eos": True, "stream": True}
-    with office.client.stream("POST", "/generate", json=body) as reply:
-        next(reply.iter_lines())
-        assert office.client.delete("/adapters/doomed").status_code == 202
-        error = refusal(office.client.put("/adapters/other/alias", json={"adapter": "doomed"}), 409)
-        assert "is being deleted" in error["message"]
-        assert "other" not in office.store.alias_names()
+    is_over = threading.Event()
+    office.service.engine._commands.put(lambda _: is_over.wait(LIMIT_S))  # the request cannot end before
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            asked = pool.submit(office.ask, "doomed")
+            wait_until(lambda: (office.row("doomed") or {})["num_using"] == 1, "the request")
+            assert office.client.delete("/adapters/doomed").status_code == 202
+            error = refusal(office.client.put("/adapters/other/alias", json={"adapter": "doomed"}), 409)
+            assert "is being deleted" in error["message"]
+            assert "other" not in office.store.alias_names()
+        finally:
+            is_over.set()
+        assert asked.result().status_code == 200
     wait_until(lambda: not office.store.versions("doomed"), "the files to go")
 
 
