@@ -10,6 +10,7 @@ from server.schemas.fields import (
     MAX_ADAPTERS,
     AdapterName,
     Body,
+    Count,
     LogitBias,
     MinP,
     NumChoices,
@@ -52,7 +53,7 @@ Adapters = Annotated[
 class SamplingFields(Body):
     """How tokens are picked, and how long that may take."""
 
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: Count = 0
     """Before so many tokens the answer does not end by itself."""
     temperature: Temperature = 0.0
     """0 takes the likeliest token each time."""

@@ -1,6 +1,7 @@
-"""Refuses bodies that are too long, by their header where it says so, else as they come; and those that do not come."""
+"""Refuses bodies that are too long, by their header where it says so, else as they come; and those that do not come, or are in a
+coding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import anyio
 from starlette.exceptions import HTTPException
@@ -10,10 +11,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.schemas.errors import error_reply
 
 CLOSE = {"Connection": "close"}
+PLAIN = {b"content-encoding": ("Content-Encoding", "identity"), b"transfer-encoding": ("Transfer-Encoding", "chunked")}
+"""How headers are called and what they may say of a body that is sent as it is."""
+MAX_SHOWN = 64
 
 
 class BodyLimit:
     """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it; 408 after `max_s` seconds.
+
+    A coding, which would be read as if it were none, is 400.
 
     `others` has the limits of single routes, by method and path.
     """
@@ -30,8 +36,10 @@ class BodyLimit:
         said = f"the body is longer than {max_bytes} bytes"
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if int(told) > max_bytes:
-            reply = JSONResponse(error_reply(413, "BadRequestError", said, None), 413, CLOSE)
-            await reply(scope, receive, send)
+            await _refusal(413, said)(scope, receive, send)
+            return
+        if fault := _coding_fault(scope["headers"]):
+            await _refusal(400, fault)(scope, receive, send)
             return
         num_bytes = 0
         is_coming = True
@@ -52,3 +60,16 @@ class BodyLimit:
         with anyio.CancelScope(deadline=deadline):
             return await receive()
         raise HTTPException(408, f"the body did not come whole within {self._max_s:g} s", CLOSE)
+
+
+def _refusal(status: int, said: str) -> JSONResponse:
+    return JSONResponse(error_reply(status, "BadRequestError", said, None), status, CLOSE)
+
+
+def _coding_fault(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    # A header may come several times, which means a list.
+    for name, (called, plain) in PLAIN.items():
+        found = b", ".join(value for header, value in headers if header == name).decode("latin-1").strip()
+        if found and found.lower() != plain:
+            return f"{called} is {found[:MAX_SHOWN]!r}, expected {plain} or none"
+    return None

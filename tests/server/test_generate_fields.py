@@ -299,7 +299,7 @@ def test_an_answer_does_not_end_before_min_tokens(live: Live) -> None:
     reply = live.generate(**ended, min_tokens=5)
     assert (len(reply["text"]), reply["finish_reason"], reply["usage"]["completion_tokens"]) == (5, "stop", 6)
     assert reply["text"] == live.generate(prompt=FOX, max_tokens=5)["text"]
-    for many in (12, 13, 10**30):
+    for many in (12, 13, 2**31 - 1):
         reply = live.generate(**ended, min_tokens=many)
         assert (len(reply["text"]), reply["finish_reason"]) == (12, "length")
 
@@ -408,6 +408,7 @@ def test_what_was_computed_before_is_told(live: Live) -> None:
         pytest.param({"presence_penalty": 2.1}, "presence_penalty", "found 2.1", id="presence_penalty"),
         pytest.param({"frequency_penalty": -2.1}, "frequency_penalty", "found -2.1", id="frequency_penalty"),
         pytest.param({"min_tokens": -1}, "min_tokens", "found -1", id="min_tokens"),
+        pytest.param({"min_tokens": 2**31}, "min_tokens", "found 2147483648", id="many min_tokens"),
         pytest.param({"timeout_s": 0}, "timeout_s", "found 0", id="timeout_s"),
         pytest.param({"timeout_s": 1e6}, "timeout_s", "found 1000000", id="a long timeout_s"),
         pytest.param({"priority": 1001}, "priority", "found 1001", id="priority"),

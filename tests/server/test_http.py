@@ -1,6 +1,7 @@
 """Over a real socket, against a real server in a process of its own: routes, refusals, streams, disconnects, metrics."""
 
 import asyncio
+import gzip
 import json
 import socket
 import threading
@@ -386,6 +387,20 @@ def test_a_body_too_long_is_413_as_it_comes(live: Live) -> None:
     error = refusal(reply, 413)
     assert str(MAX_BODY_BYTES) in error["message"]
     assert_answers(live)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_a_compressed_body_is_refused_by_the_header_s_name(live: Live, path: str) -> None:
+    """It was read as if it were not compressed."""
+    reply = live.client.post(path, content=gzip.compress(b'{"prompt": "x"}'), headers={"content-encoding": "gzip"})
+    assert refusal(reply, 400)["message"] == "Content-Encoding is 'gzip', expected identity or none"
+    assert reply.headers["connection"] == "close"
+    assert_answers(live)
+
+
+@pytest.mark.parametrize("headers", [{"Content-Encoding": "identity"}, {"Content-Encoding": "Identity"}])
+def test_a_body_said_to_have_no_coding_is_read(live: Live, headers: dict[str, str]) -> None:
+    assert live.client.post("/generate", json={"prompt": "x", "max_tokens": 2}, headers=headers).status_code == 200
 
 
 def test_a_body_in_chunks_is_read(live: Live) -> None:

@@ -45,6 +45,15 @@ def test_what_has_not_changed_is_not_sent_again(live: Live, path: str) -> None:
     assert again.headers["cache-control"] == "no-cache"
 
 
+@pytest.mark.parametrize("path", ["/", "/static/main.js"])
+@pytest.mark.parametrize("asked", ["bytes=-", "bytes=9999999-", "lines=1-2", "bytes=0-9", "bytes=0-1,5-9"])
+def test_ranges_are_not_known(live: Live, path: str, asked: str) -> None:
+    """Those that are not sound were refused in another shape than that of errors."""
+    reply = live.client.get(path, headers={"range": asked})
+    assert (reply.status_code, reply.content) == (200, live.client.get(path).content)
+    assert reply.headers["accept-ranges"] == "none"
+
+
 @pytest.mark.parametrize("path", ["/static/", "/static/none.js", "/static/..%2findex.html", "/static/%00", "/index.html"])
 def test_what_is_no_file_of_it_is_404(live: Live, path: str) -> None:
     refusal(live.client.get(path), 404)
