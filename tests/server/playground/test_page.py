@@ -226,6 +226,19 @@ def test_the_matrix_is_walked_with_arrows(visit: Visit) -> None:
     expect(visit.page.locator("#matrix td[tabindex='0']")).to_have_count(1)
 
 
+def test_a_matrix_that_is_drawn_anew_keeps_the_focus(visit: Visit) -> None:
+    """It was lost where the figures of another pick came late."""
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    cell = visit.page.locator("#matrix td[data-row='1'][data-column='0']")
+    cell.focus()
+    # As when a pick's reply comes: the pick itself would take the focus.
+    pick = "for (const name of ['math', 'safety']) document.querySelector(`#adapters [title^=${name}] input`).click()"
+    visit.page.evaluate(pick)
+    expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety"])
+    expect(cell).to_be_focused()
+    expect(visit.page.locator("#matrix td[tabindex='0']")).to_have_count(1)
+
+
 def test_the_throughput_is_shown(visit: Visit) -> None:
     figures = visit.page.locator("#gauges output")
     expect(figures.nth(1)).to_have_text("0")
