@@ -1,5 +1,6 @@
 """What the API says of itself, at /openapi.json. Knows the wire, not how it is answered."""
 
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -36,6 +37,7 @@ EVENTS = (TokenData, DoneData, ChatChunk, ErrorReply)
 """What streams hold: FastAPI does not see them."""
 KEY = "key"
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+CODE = re.compile("`([^`]+)`")
 FASTAPIS = "HTTPValidationError"
 """Its own answer to a body that is not sound, which is 400 here."""
 
@@ -95,9 +97,9 @@ def _complete(document: dict[str, Any], has_keys: bool) -> None:
 
 
 def _complete_operation(operation: dict[str, Any], *, needs_key: bool) -> None:
-    # The first paragraph of a route's docstring is its summary.
+    # The first paragraph of a route's docstring is its summary, which OpenAPI has as plain text, unlike the description.
     summary, _, rest = operation.pop("description", "").partition("\n\n")
-    operation["summary"] = summary.rstrip(".")
+    operation["summary"] = CODE.sub(r"“\1”", summary).rstrip(".")
     if rest:
         operation["description"] = rest
     responses = operation["responses"]

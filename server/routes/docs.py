@@ -8,6 +8,8 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 ASSETS = "static/docs"
+STYLE = '<link rel="stylesheet" href="static/docs.css">'
+"""What the viewer's own style leaves ugly; it is served with the playground's."""
 router = APIRouter()
 static = StaticFiles(directory=str(files("fastapi_offline") / "static"))
 """To be mounted at /static/docs."""
@@ -16,7 +18,7 @@ static = StaticFiles(directory=str(files("fastapi_offline") / "static"))
 @router.get("/docs", include_in_schema=False)
 async def docs() -> HTMLResponse:
     """The page. Its places are relative, for a proxy may have put the server under a path."""
-    return get_swagger_ui_html(
+    page = get_swagger_ui_html(
         openapi_url="openapi.json",
         title="lori-server",
         swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
@@ -24,3 +26,4 @@ async def docs() -> HTMLResponse:
         swagger_favicon_url="data:,",
         swagger_ui_parameters={"validatorUrl": None, "defaultModelsExpandDepth": 0},
     )
+    return HTMLResponse(bytes(page.body).decode().replace("</head>", f"{STYLE}</head>"))

@@ -173,6 +173,14 @@ def test_the_examples_of_bodies_are_answered(live: Live, path: str) -> None:
         check(document, content["schema"], reply.json())
 
 
+def test_a_summary_is_plain_text(live: Live) -> None:
+    document = live.client.get("/openapi.json").json()
+    summaries = {of["operationId"]: of["summary"] for operations in document["paths"].values() for of in operations.values()}
+    assert [summary for summary in summaries.values() if re.search(r"[`*\[]", summary)] == []
+    assert summaries["completions"].endswith("“model” names the adapters")
+    assert "`" in document["info"]["description"]
+
+
 def test_the_viewer_loads_nothing_from_elsewhere(live: Live) -> None:
     page = live.client.get("/docs").text
     assert not re.search(r"(https?:)?//[\w.]", page)

@@ -6,7 +6,7 @@ import { count, duration, short, signed } from "./numbers.js";
 const FIGURES = { first: "First token", speed: "Tokens/s", tokens: "Tokens", end: "Ended", seed: "Seed", queue: "In the queue" };
 const ENDS = { stop: "end of text", stop_sequence: "stop text", length: "max tokens" };
 
-/** A pane of the page. Its places are there from the start: nothing moves while text comes. */
+/** A pane of the page: small at rest, and from a run's beginning as large as at its end, so that nothing moves while text comes. */
 export class Answer {
   #text = new Text();
   #figures = {};
@@ -14,7 +14,7 @@ export class Answer {
   #frame = 0;
 
   constructor(article, name) {
-    this.name = name;
+    [this.article, this.name] = [article, name];
     this.note = el("p", { class: "note" });
     this.fault = el("p", { class: "fault", hidden: true });
     this.box = el("div", { class: "text", tabindex: "0", role: "region", "aria-label": `${name} answer` }, this.#text, this.fault);
@@ -29,9 +29,14 @@ export class Answer {
     return this.#text.data + this.#waiting;
   }
 
-  /** Says what the pane is for while it has no answer. */
-  hint(text) {
+  get isAtRest() {
+    return this.article.classList.contains("rest");
+  }
+
+  /** Puts the pane at rest, and says what it is for. */
+  rest(text) {
     this.clear();
+    this.article.classList.add("rest");
     this.note.textContent = text;
   }
 
@@ -45,6 +50,7 @@ export class Answer {
   /** Shows the events of one request until they end. Throws what they throw. */
   async follow(events) {
     this.clear();
+    this.article.classList.remove("rest");
     this.box.setAttribute("aria-busy", "true");
     const watch = new Watch();
     try {

@@ -3,6 +3,7 @@
 import { watchAccess } from "./access.js";
 import { AdapterList, Catalogue } from "./adapters.js";
 import { byId, setText } from "./elements.js";
+import { Examples } from "./examples.js";
 import { Matrix } from "./matrix.js";
 import { watchMessages } from "./messages.js";
 import { Mix } from "./mix.js";
@@ -15,6 +16,7 @@ import { Weights } from "./weights.js";
 const [catalogue, mix] = [new Catalogue(), new Mix()];
 new AdapterList(catalogue, mix);
 new Weights(catalogue, mix);
+new Examples(catalogue, mix);
 new Matrix(catalogue, mix);
 catalogue.addEventListener("change", () => setText(byId("base-model"), catalogue.baseModel));
 watchMessages();

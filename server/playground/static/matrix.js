@@ -87,7 +87,9 @@ export class Matrix {
     const label = this.#figure.parentElement.textContent.trim();
     const figure = FIGURES[name];
     this.#hint(`${label} ${figure.about}`);
+    const focused = byId("matrix").contains(document.activeElement) ? document.activeElement : null;
     byId("matrix").replaceChildren(this.#table(name, label, figure), legend(this.#reach(name, figure), figure));
+    if (focused) goTo(cellAt(focused.dataset.row, focused.dataset.column) ?? cellAt(0, 0));
     byId("compare-detail").textContent = "";
   }
 
@@ -127,11 +129,8 @@ export class Matrix {
     const { row, column } = event.target.dataset;
     if (!move || row === undefined) return;
     event.preventDefault();
-    const next = byId("matrix").querySelector(`[data-row="${Number(row) + move[0]}"][data-column="${Number(column) + move[1]}"]`);
-    if (!next) return;
-    event.target.tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
+    const next = cellAt(Number(row) + move[0], Number(column) + move[1]);
+    if (next) goTo(next);
   }
 
   #tell(cell) {
@@ -146,6 +145,17 @@ export class Matrix {
     ];
     byId("compare-detail").textContent = `${names[i]} and ${names[j]}: ${said.filter(Boolean).join("; ")}.`;
   }
+}
+
+function cellAt(row, column) {
+  return byId("matrix").querySelector(`[data-row="${row}"][data-column="${column}"]`);
+}
+
+/** Of all cells the tab key finds one alone: where somebody was. */
+function goTo(cell) {
+  byId("matrix").querySelector("[tabindex='0']").tabIndex = -1;
+  cell.tabIndex = 0;
+  cell.focus();
 }
 
 function legend(reach, { isAlike, digits }) {

@@ -26,6 +26,13 @@ export function messages() {
   }));
 }
 
+/** Asks for `text`, whatever was asked for before. */
+export function showPrompt(text) {
+  byId("prompt").value = text;
+  document.querySelector("input[name=input][value=prompt]").checked = true;
+  showInput();
+}
+
 function showInput() {
   byId("as-prompt").hidden = isConversation();
   byId("as-messages").hidden = !isConversation();

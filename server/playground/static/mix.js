@@ -42,6 +42,12 @@ export class Mix extends EventTarget {
     this.#changed();
   }
 
+  /** Picks these alone, with weights by name; null is 1/n. */
+  become(weights) {
+    this.#weights = new Map(Object.entries(weights));
+    this.#changed();
+  }
+
   even() {
     this.weigh(Object.fromEntries(this.names.map((name) => [name, null])));
   }

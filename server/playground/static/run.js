@@ -7,6 +7,8 @@ import { byId, say } from "./elements.js";
 import { clearFaults, showFault } from "./faults.js";
 
 const SAID = 600;
+/** Pixels that stay free above the buttons, or below the answers. */
+const MARGIN = 12;
 
 /** The two answers of `mix`'s request; `ended` is called after each run. */
 export class Run {
@@ -25,8 +27,9 @@ export class Run {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
     });
     byId("stop-run").addEventListener("click", () => this.stop());
-    mix.addEventListener("change", () => this.merged.text || this.#hint());
-    this.#hint();
+    mix.addEventListener("change", () => this.merged.isAtRest && this.#rest());
+    this.base.rest("Run shows the base model’s own answer here.");
+    this.#rest();
   }
 
   /** Begins when what still runs has ended, and ends that. */
@@ -41,10 +44,12 @@ export class Run {
     clearFaults();
     try {
       const asked = this.#asked();
-      if (asked.length === 1) this.#hint();
+      if (asked.length === 1) this.#rest();
       byId("stop-run").setAttribute("aria-disabled", "false");
       say("Running.");
-      await Promise.all(asked.map(([answer, body]) => follow(answer, body, abort.signal)));
+      const answered = asked.map(([answer, body]) => follow(answer, body, abort.signal));
+      showAnswers();
+      await Promise.all(answered);
     } catch (error) {
       showFault(error)?.focus();
       say(error.message);
@@ -67,9 +72,18 @@ export class Run {
     return asked;
   }
 
-  #hint() {
-    this.merged.hint(this.mix.names.length ? "" : "Pick an adapter to see its answer here.");
+  #rest() {
+    const isPicked = this.mix.names.length > 0;
+    this.merged.rest(isPicked ? "Run shows the answer with your adapters here." : "Pick an adapter to see its answer here.");
   }
+}
+
+/** Scrolls as far down as the answers need, and never so far that the buttons which run and stop are out of sight. */
+function showAnswers() {
+  const [buttons, answers] = ["run", "answers"].map((id) => byId(id).getBoundingClientRect());
+  const top = Math.min(buttons.top - MARGIN, answers.bottom - innerHeight + MARGIN);
+  const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (top > 0) scrollBy({ top, behavior: isCalm ? "instant" : "smooth" });
 }
 
 async function follow(answer, body, signal) {

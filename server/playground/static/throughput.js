@@ -1,6 +1,6 @@
 // How busy the server is, from /metrics, drawn as small curves.
 
-import { getText } from "./api.js";
+import { getText, key } from "./api.js";
 import { byId, el, setText } from "./elements.js";
 import { readMetrics } from "./metrics.js";
 import { percent, short } from "./numbers.js";
@@ -32,10 +32,13 @@ export class Throughput {
       text = await getText("metrics");
     } catch (error) {
       const isRefused = error.status === 401 || error.status === 403;
+      if (isRefused) byId("metrics-link").hidden = true;
       this.#note(isRefused ? "Throughput is for keys that may read /metrics." : error.message, !isRefused);
       return;
     }
     this.#note("", true);
+    // A link sends no key.
+    byId("metrics-link").hidden = Boolean(key.get());
     const now = { at: performance.now(), sums: readMetrics(text) };
     for (const gauge of this.gauges) gauge.add(now, this.#before);
     this.#before = now;

@@ -50,6 +50,21 @@ def test_without_a_pick_the_base_answers_alone(visit: Visit) -> None:
     expect(visit.page.locator("#answer-merged .note")).to_have_text("Pick an adapter to see its answer here.")
 
 
+def test_before_a_run_no_empty_answer_is_shown(visit: Visit) -> None:
+    boxes, figures = visit.page.locator(".answer .text"), visit.page.locator(".answer dl")
+    notes = visit.page.locator(".answer .note")
+    expect(notes).to_have_text(["Run shows the base model’s own answer here.", "Pick an adapter to see its answer here."])
+    expect(boxes.or_(figures).filter(visible=True)).to_have_count(0)
+    visit.ask(prompt=FOX, max_tokens="5")
+    expect(boxes.or_(figures).filter(visible=True)).to_have_count(2)
+    visit.pick("math")
+    expect(notes).to_have_text(["no adapter", "Run shows the answer with your adapters here."])
+    visit.ask()
+    expect(boxes.or_(figures).filter(visible=True)).to_have_count(4)
+    visit.pick("safety")
+    expect(visit.page.get_by_role("region", name="Merged answer")).to_be_visible()
+
+
 def test_a_weight_is_moved_by_keyboard(visit: Visit, live: Live) -> None:
     visit.pick("math", "safety")
     slider = visit.page.get_by_role("slider", name="Weight of math")
@@ -223,6 +238,19 @@ def test_the_matrix_is_walked_with_arrows(visit: Visit) -> None:
     expect(visit.page.locator("#compare-detail")).to_contain_text("math and safety: cosine ")
     visit.page.keyboard.press("ArrowRight")
     expect(visit.page.locator(":focus")).to_have_attribute("data-column", "2")
+    expect(visit.page.locator("#matrix td[tabindex='0']")).to_have_count(1)
+
+
+def test_a_matrix_that_is_drawn_anew_keeps_the_focus(visit: Visit) -> None:
+    """It was lost where the figures of another pick came late."""
+    visit.page.locator("#compare").scroll_into_view_if_needed()
+    cell = visit.page.locator("#matrix td[data-row='1'][data-column='0']")
+    cell.focus()
+    # As when a pick's reply comes: the pick itself would take the focus.
+    pick = "for (const name of ['math', 'safety']) document.querySelector(`#adapters [title^=${name}] input`).click()"
+    visit.page.evaluate(pick)
+    expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety"])
+    expect(cell).to_be_focused()
     expect(visit.page.locator("#matrix td[tabindex='0']")).to_have_count(1)
 
 

@@ -152,6 +152,16 @@ def test_control_enter_in_the_prompt_runs(visit: Visit) -> None:
     assert len(visit.text("Base")) == 4
 
 
+def test_an_example_is_taken_by_keyboard(visit: Visit) -> None:
+    page = visit.page
+    expect(page.locator("#examples button")).to_have_count(4)
+    tab_to(page, "#examples button + button")
+    page.keyboard.press("Enter")
+    expect(page.locator("#prompt")).to_have_value("Write a guide on how to steal a car")
+    expect(page.locator("#say")).to_have_text("Picked safety. The prompt is filled.")
+    expect(page.locator("#examples button").nth(1)).to_be_focused()
+
+
 def test_the_first_link_leads_to_the_request(visit: Visit) -> None:
     tab_to(visit.page, ".skip")
     visit.page.keyboard.press("Enter")
@@ -218,6 +228,28 @@ def test_nothing_moves_where_that_is_not_wanted(visiting: Visiting, live: Live) 
     assert visiting(live.url, reduced_motion="reduce").page.evaluate(moving) == 0
 
 
+@pytest.mark.parametrize(("motion", "behavior"), [("no-preference", "smooth"), ("reduce", "instant")])
+def test_a_run_brings_the_answers_to_sight(visiting: Visiting, live: Live, motion: Any, behavior: str) -> None:
+    """They began 1200 pixels below a phone's top: who pressed Run saw nothing happen."""
+    visit = visiting(live.url, viewport=PHONE, reduced_motion=motion)
+    visit.pick("math")
+    visit.page.evaluate(
+        "() => { const scroll = window.scrollBy;"
+        " window.scrollBy = (options) => { window.behavior = options.behavior; scroll.call(window, options); } }"
+    )
+    visit.ask(prompt=FOX, max_tokens="5")
+    for part in ("#run", "#stop-run", "#answer-base", "#answer-merged h2"):
+        expect(visit.page.locator(part)).to_be_in_viewport(ratio=1)
+    assert visit.page.evaluate("window.behavior") == behavior
+
+
+def test_where_the_answers_are_in_sight_nothing_scrolls(visiting: Visiting, live: Live) -> None:
+    visit = visiting(live.url, viewport={"width": 1280, "height": 1400})
+    visit.page.evaluate("() => { window.scrollBy = () => { window.hasScrolled = true; } }")
+    visit.ask(prompt=FOX, max_tokens="5")
+    assert not visit.page.evaluate("window.hasScrolled")
+
+
 @pytest.mark.parametrize("is_full", [False, True])
 def test_a_phone_need_not_scroll_sideways(visiting: Visiting, live: Live, is_full: bool) -> None:
     visit = visiting(live.url, allowed=(400,), viewport=PHONE, has_touch=True)
@@ -250,9 +282,11 @@ def test_nothing_shifts_while_answers_come(visit: Visit) -> None:
     visit.page.locator("#prompt").fill(FOX)
     visit.page.locator("#max_tokens").fill("600")
     visit.page.locator("#answer-base").scroll_into_view_if_needed()
-    visit.page.evaluate("window.shifts.length = 0")
-    # Not by mouse: for half a second after a press a browser does not count.
+    # Not by mouse: for half a second after a press a browser does not count. That the panes open then is meant.
     visit.page.evaluate("document.getElementById('ask').requestSubmit()")
+    expect(visit.page.get_by_role("region", name="Merged answer")).to_be_visible()
+    visit.page.evaluate("new Promise((done) => setTimeout(done, 100))")
+    visit.page.evaluate("window.shifts.length = 0")
     expect(visit.page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "false")
     visit.wait()
     assert len(visit.text("Merged")) == 600

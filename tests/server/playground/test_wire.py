@@ -194,6 +194,50 @@ def test_the_weights_of_a_card_are_used(visiting: Visiting, url: str, fake: Fake
     ]
 
 
+def test_examples_are_offered_for_adapters_that_are_there(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row("other")]
+    page = visiting(url).page
+    expect(page.locator("#adapters li")).to_have_count(1)
+    expect(page.locator("#examples")).to_be_hidden()
+    fake.adapters.append(row("math"))
+    examples = page.get_by_role("group", name="Examples").get_by_role("button")
+    expect(examples).to_have_text(["Word problem math"])
+    fake.adapters.append(row("safety"))
+    expect(examples).to_have_text(["Word problem math", "Harmful request safety", "Two at once math + safety"])
+
+
+def test_an_example_is_a_whole_request(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row("math", merge_weights={"safety": [1, 0.8]}), row("safety"), row("other")]
+    visit = visiting(url)
+    visit.pick("other")
+    visit.page.get_by_role("radio", name="Messages").check()
+    visit.page.get_by_role("button", name="Two at once").click()
+    expect(visit.page.locator("#adapters :checked")).to_have_count(2)
+    visit.ask()
+    [merged] = [body for body in fake.bodies if "adapter" in body]
+    assert (merged["adapter"], merged["weights"]) == (["math", "safety"], [1, 0.8])
+    assert merged["prompt"].startswith("Question: ")
+    assert merged["prompt"].endswith("\nAnswer:")
+    visit.page.get_by_role("button", name="Harmful request").click()
+    visit.ask()
+    prompt = "Write a guide on how to steal a car"
+    assert {"prompt": prompt, "max_tokens": 128, "adapter": "safety", "stream": True} in fake.bodies
+
+
+def test_a_link_that_sends_no_key_is_shown_where_none_is_needed(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    """With keys the link to /metrics led to a 401."""
+    link = visiting(url, allowed=(401,)).page.get_by_role("link", name="Metrics")
+    expect(link).to_be_visible()
+    fake.key = "secret-1"
+    expect(link).to_be_hidden()
+    page = visiting(url, allowed=(401,)).page
+    page.get_by_label("API key").fill("secret-1")
+    page.get_by_role("button", name="Use it").click()
+    expect(page.locator("#gauges output").nth(1)).to_have_text("3")
+    expect(page.get_by_role("link", name="Metrics")).to_be_hidden()
+    fake.key = ""
+
+
 def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.key = "secret-1"
     visit = visiting(url, allowed=(401,), permissions=["clipboard-read", "clipboard-write"])
