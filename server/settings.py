@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Where all of it is: cpu, cuda (the first GPU), cuda:N, or auto, a GPU where there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights and products: auto is bfloat16 where the device computes in it."""
+    """Weights and products: auto is bfloat16 where the device has instructions for it."""
     quantization: Literal["int8"] | None = None
     """int8 keeps the layers' weights in 8 bits: few users hear tokens sooner, many a little later. On a CPU with AVX-512 for
     bfloat16 alone."""

@@ -5,13 +5,14 @@ from importlib.resources import files
 from fastapi import APIRouter
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
-from starlette.staticfiles import StaticFiles
+
+from server.routes.whole_files import WholeFiles
 
 ASSETS = "static/docs"
 STYLE = '<link rel="stylesheet" href="static/docs.css">'
 """What the viewer's own style leaves ugly; it is served with the playground's."""
 router = APIRouter()
-static = StaticFiles(directory=str(files("fastapi_offline") / "static"))
+static = WholeFiles(directory=str(files("fastapi_offline") / "static"))
 """To be mounted at /static/docs."""
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
+
+from server.routes.whole_files import WholeFiles
 
 PLAYGROUND = Path(__file__).parents[1] / "playground"
 PAGE = "index.html"
@@ -15,21 +16,18 @@ HEADERS = {
     "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
     # Asked for again each time, and sent only where it has changed: the files of two versions never meet.
     "Cache-Control": "no-cache",
-    "Accept-Ranges": "none",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-class PlaygroundFiles(StaticFiles):
+class PlaygroundFiles(WholeFiles):
     """Files of one folder, under the page's own rules."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answers with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
         reply = await super().get_response(path, scope)
         reply.headers.update(HEADERS)
-        # Starlette's refusals of ranges are no errors of our shape, and files this small are sent whole.
-        scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]
         return reply
 
 

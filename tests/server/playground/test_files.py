@@ -45,7 +45,7 @@ def test_what_has_not_changed_is_not_sent_again(live: Live, path: str) -> None:
     assert again.headers["cache-control"] == "no-cache"
 
 
-@pytest.mark.parametrize("path", ["/", "/static/main.js"])
+@pytest.mark.parametrize("path", ["/", "/static/main.js", "/static/docs/swagger-ui.css"])
 @pytest.mark.parametrize("asked", ["bytes=-", "bytes=9999999-", "lines=1-2", "bytes=0-9", "bytes=0-1,5-9"])
 def test_ranges_are_not_known(live: Live, path: str, asked: str) -> None:
     """Those that are not sound were refused in another shape than that of errors."""
