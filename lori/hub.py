@@ -66,7 +66,8 @@ def _fetch(source: str) -> Path:
     except HfHubHTTPError as error:
         raise AdapterError(f"{source} cannot be fetched: {_text(error)}") from error
     except OSError as error:  # without the path of this machine that it names
-        raise UnreachableError(f"{source} cannot be kept here: {error.strerror or type(error).__name__}") from error
+        said = f"cannot be kept here: {error.strerror}" if error.strerror else "could not be fetched whole"
+        raise UnreachableError(f"{source} {said}") from error
     except HTTPError as error:
         raise _unreachable(repo, error) from error
     if not (folder / CONFIG_FILE).is_file():

@@ -53,17 +53,17 @@ async def completions(
 
 def to_asks(body: CompletionBody, base_model: str) -> list[Ask]:
     """Returns what a body asks for, prompt by prompt."""
-    # One for all: the reply names one.
+    # The reply names one. A seed draws the same for each prompt, and equal prompts are sent to have different answers.
     seed = secrets.randbits(31) if body.seed is None else body.seed
     return [
         replace(
             to_ask(body, base_model, prompt),
-            seed=seed,
+            seed=(seed + place) % 2**63,
             max_tokens=body.max_tokens,
             echo=body.echo,
             num_logprobs=body.logprobs,
         )
-        for prompt in _to_prompts(body)
+        for place, prompt in enumerate(_to_prompts(body))
     ]
 
 

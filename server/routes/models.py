@@ -36,7 +36,7 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
-    adapters = (of for name, of in [*service.registry.by_name.items()] if may_use(name))
+    adapters = (of for name, of in service.registry.by_name.items() if may_use(name))
     return ModelList(data=[_base(service), *(_card(service, of) for of in adapters)]).model_dump_json().encode()
 
 

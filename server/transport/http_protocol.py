@@ -122,7 +122,7 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 def _disconnect(cycle: RequestResponseCycle) -> None:
-    cycle.disconnected = True
+    cycle.disconnected, cycle.waiting_for_100_continue = True, False
     cycle.message_event.set()
 
 

@@ -126,6 +126,16 @@ def test_a_stream_begins_with_the_role_and_ends_with_done(live: Live) -> None:
     assert not any("usage" in line for line in lines)
 
 
+def test_one_prompt_sent_several_times_is_drawn_several_times(client: openai.OpenAI) -> None:
+    """One seed for all drew the same tokens for each; the seed that is told draws all of them again."""
+    asked: dict[str, Any] = {"model": "math", "prompt": [FOX] * 4, "max_tokens": 20, "temperature": 1}
+    reply = client.completions.create(**asked)
+    texts = [choice.text for choice in reply.choices]
+    assert len({*texts}) > 1
+    again = client.completions.create(**asked, seed=lori(reply)["seed"])
+    assert [choice.text for choice in again.choices] == texts
+
+
 def test_several_prompts_run_together_in_every_form(live: Live, client: openai.OpenAI, writer: BaseModel) -> None:
     prompts = [FOX, "one two three", "x"]
     ids = [encode(writer.tokenizer, prompt).ids for prompt in prompts]

@@ -597,6 +597,37 @@ def test_nobody_gives_up_a_place_for_who_waits_for_an_adapter() -> None:
     assert it.num_preemptions == 1
 
 
+@pytest.mark.parametrize("lacks", ["memory", "slots"])
+def test_nobody_gives_up_a_place_in_vain(lacks: str) -> None:
+    gate = FakeGate(num_slots=1 if lacks == "slots" else 1000)
+    it = scheduler(40, block_size=4, max_sequences=8, max_tokens=64, gate=gate)
+    for text in range(4):
+        added(it, request(20, 20, text=text, tenant="flood", adapters=["x"]))
+    run_step(it)
+    late = added(it, request(150 if lacks == "memory" else 4, 4, text=10, tenant="late", adapters=["y"]))
+    for _ in range(5):
+        run_step(it)
+    assert it.num_preemptions == 0
+    assert len(it.running) == 4
+    while late in it.waiting:
+        run_step(it)
+
+
+def test_who_is_owed_a_place_has_it_while_others_wait_for_adapters() -> None:
+    gate = FakeGate(delays={"slow": 5})
+    it = scheduler(1000, max_sequences=4, max_tokens=64, gate=gate)
+    for text in range(3):
+        added(it, request(20, 90, text=text, tenant="flood"))
+    added(it, request(20, 90, text=3, tenant="flood", adapters=["slow"]))
+    run_step(it)
+    added(it, request(20, 90, text=4, tenant="flood"))
+    run_step(it)
+    late = added(it, request(4, 4, text=10, tenant="late", adapters=["other"]))
+    for _ in range(3):
+        run_step(it)
+    assert late in it.running
+
+
 def test_who_has_a_place_takes_none_of_another() -> None:
     it = scheduler(1000, max_sequences=4, max_tokens=64)
     for text in range(8):

@@ -47,6 +47,10 @@ class BlockPool:
         """Whether a block that was found is one of the available ones."""
         return not self._num_owners[block]
 
+    def num_owners(self, block: int) -> int:
+        """How many own a block."""
+        return self._num_owners[block]
+
     def share(self, blocks: Iterable[int]) -> None:
         """Adds an owner to blocks that were found."""
         for block in blocks:

@@ -6,6 +6,7 @@ with, and of the base: whoever asks with other adapters or weights asks for anot
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
@@ -67,6 +68,24 @@ class KvCache:
         if num_new + headroom > self.num_available:
             return False
         return num_new + headroom + sum(map(self._pool.is_cached, found)) <= self.num_available
+
+    def num_to_close(self, sequence: Sequence, others: Items[Sequence], headroom: int) -> int | None:
+        """How many of `others`, in their order, must close for a sequence to have room: one at least.
+
+        Each of them needs a block less of `headroom`. None where all of them would not do.
+        """
+        found = set(self.find(sequence))
+        lacking = self.num_needed(sequence.num_tokens) - len(found) + headroom - self.num_available
+        lacking += sum(map(self._pool.is_cached, found))
+        closed: Counter[int] = Counter()
+        for count, other in enumerate(others, 1):
+            closed.update(other.blocks)
+            # Blocks that others share are free with the last of them; those that were found are counted above.
+            freed = [block for block in other.blocks if closed[block] == self._pool.num_owners(block) and block not in found]
+            lacking -= len(freed) + 1
+            if lacking <= 0:
+                return count
+        return None
 
     def open(self, sequence: Sequence, found: Items[int]) -> None:
         """Gives a sequence that has room all blocks of its tokens, and counts what was `found` as computed."""

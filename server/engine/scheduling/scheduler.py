@@ -6,7 +6,6 @@ block; when there is none left, the one that joined last gives up its blocks, an
 tenant that has most, where all is taken and a tenant waits that has nothing.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ from server.engine.scheduling.choices import Choices
 from server.engine.scheduling.deadlines import Deadlines
 from server.engine.scheduling.fairness import FairQueue
 from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.owed import owed_to
 from server.engine.scheduling.prompt_turns import PromptTurns
-from server.engine.scheduling.residency import ResidencyGate
+from server.engine.scheduling.residency import Residency, ResidencyGate
 from server.engine.scheduling.room import Room, StepLimits
 
 
@@ -189,40 +189,34 @@ class Scheduler:
         is_open = True
         for sequence in [*self._loading]:
             is_open &= self._let_in(sequence)
-        while is_open and (first := self._queue.first()):
-            is_open = self._let_in(first)
+        while (first := self._queue.first()) and (is_open or owed_to(first, self.running)):
+            if not self._let_in(first):
+                break
         self._queue.bring_back()
 
     def _let_in(self, sequence: Sequence) -> bool:
         # Returns whether others may join after it.
         if self._offer(sequence):
             return True
-        if not self._owed_by(sequence):
+        others = owed_to(sequence, self.running)
+        num_to_close = self.cache.num_to_close(sequence, others, headroom=len(self.running)) if others else None
+        if num_to_close is None or (answer := self._ask(sequence)) == "full":
             return False
-        if self._is_loading(sequence):
+        if answer == "loading":
             return True  # nobody gives up a place that would stay empty
-        while other := self._owed_by(sequence):
+        for other in others[:num_to_close]:
             self._preempt(other)
-            if self._offer(sequence):
-                return True
-        return False
+        return self._offer(sequence)
 
-    def _owed_by(self, sequence: Sequence) -> Sequence | None:
-        # Where nobody of the sequence's tenant runs: the last of the tenant that has most, if that has another.
-        if any(other.request.tenant == sequence.request.tenant for other in self.running):
-            return None
-        others = [other for other in self.running if other.request.priority >= sequence.request.priority]
-        [(tenant, num_held)] = Counter(other.request.tenant for other in others).most_common(1) or [("", 0)]
-        return next(other for other in reversed(others) if other.request.tenant == tenant) if num_held > 1 else None
-
-    def _is_loading(self, sequence: Sequence) -> bool:
+    def _ask(self, sequence: Sequence) -> Residency:
+        # Pins nothing.
         answer = self._gate.pin(sequence)
         self._loading.pop(sequence, None)
         if answer == "ready":
             self._gate.unpin(sequence)
         elif answer == "loading":
             self._wait_for_load(sequence)
-        return answer == "loading"
+        return answer
 
     def _wait_for_load(self, sequence: Sequence) -> None:
         self._loading[sequence] = None

@@ -89,8 +89,8 @@ export class Matrix {
     this.#hint(`${label} ${figure.about}`);
     const focused = byId("matrix").contains(document.activeElement) ? document.activeElement : null;
     byId("matrix").replaceChildren(this.#table(name, label, figure), legend(this.#reach(name, figure), figure));
-    if (focused) goTo(cellAt(focused.dataset.row, focused.dataset.column) ?? cellAt(0, 0));
     byId("compare-detail").textContent = "";
+    if (focused) goTo(cellAt(focused.dataset.row, focused.dataset.column) ?? cellAt(0, 0));
   }
 
   #table(name, label, figure) {
