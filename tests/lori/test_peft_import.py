@@ -149,7 +149,7 @@ def test_ranks_and_scales_are_those_that_the_patterns_give(tmp_path: Path, use_r
         rank = {Q: 5, UP: 2}.get(module, RANK)
         alpha = 3.0 if "up_proj" in module else 50.0 if "layers.1" in module else ALPHA
         scale = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-        torch.testing.assert_close(delta(imported, module), scale * product(tensors, module), rtol=1e-14, atol=0)
+        torch.testing.assert_close(delta(imported, module), scale * product(tensors, module), rtol=1e-13, atol=0)
     assert imported.adapter.config.rank_pattern == {Q: 5, UP: 2}
 
 

@@ -79,7 +79,7 @@ def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place:
     write_adapter(place / "own" / "math", writer, seed=4)
     with pytest.raises(ConflictError, match="'math' was changed on disk: load it again"):
         files.pack(of)
-    with pytest.raises(ConflictError, match="'math' was changed on disk: load it again"):
+    with pytest.raises(AdapterFormatError, match="it was changed on disk since the server read of it"):
         files.details.read(of)
     write_adapter(place / "own" / "math", writer, seed=3)
     assert files.details.read(of).modules
