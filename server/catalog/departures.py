@@ -67,13 +67,11 @@ class Departures:
 
     def is_doomed(self, of: Registered) -> bool:
         """Whether the files of an adapter are about to go."""
-        doomed = self._doomed.get(of.owner)
-        return doomed is not None and of.summary.version in doomed.versions
+        return self._is_doomed(of.owner, of.summary.version)
 
     def check_stays(self, name: str, version: str) -> None:
         """Raises `ConflictError` where the files of a version of `name` are about to go."""
-        doomed = self._doomed.get(name)
-        if doomed and version in doomed.versions:
+        if self._is_doomed(name, version):
             raise ConflictError(f"{name}@{version} is being deleted, when its last requests have ended")
 
     async def begin(self, gone: Iterable[Registered]) -> None:
@@ -104,6 +102,10 @@ class Departures:
             await self._remove(name)
         elif is_new:
             self._start(self._delete_when_unused, name)
+
+    def _is_doomed(self, name: str, version: str) -> bool:
+        doomed = self._doomed.get(name)
+        return doomed is not None and version in doomed.versions
 
     def _start(self, task: Callable[[Of], Coroutine[None, None, None]], of: Of) -> None:
         assert self._group, "the application runs"

@@ -108,14 +108,15 @@ class AdapterFiles:
         """Makes `alias` mean what `reference` means now, in the store too; a name can go back to one of its versions so."""
         store = self._writable()
         with told(store):
-            if self._is_demo(reference):
-                raise ConflictError(f"{reference!r} is a demo adapter, and an alias means one of the server's own")
+            self._check_own(reference)
             return self._ready(replace(store.alias(alias, reference), name=alias))
 
     def meaning(self, reference: str) -> tuple[str, str]:
-        """Returns the adapter and the version that `reference` means in the store now."""
-        with told(self._own, self._demo):
-            entry = self._find(reference)
+        """Returns the adapter and the version that `reference` means in the store now, for an alias to mean it."""
+        store = self._writable()
+        with told(store):
+            self._check_own(reference)
+            entry = store.find(reference)
             return entry.folder.name.partition("@")[0], entry.version
 
     def check_keeps(self) -> None:
@@ -165,6 +166,10 @@ class AdapterFiles:
         if self._own is None:
             raise ConflictError(NO_STORE)
         return self._own
+
+    def _check_own(self, reference: str) -> None:
+        if self._is_demo(reference):
+            raise ConflictError(f"{reference!r} is a demo adapter, and an alias means one of the server's own")
 
     def _is_demo(self, reference: str) -> bool:
         name, _ = split_reference(reference)

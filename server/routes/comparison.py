@@ -34,7 +34,8 @@ Names = Annotated[
 @router.get("/adapters/compare", response_model=AdapterComparison)
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
-    asked = await find(service, caller, split(names), "names")
+    asked_for = split(names)
+    asked = await find(service, caller, asked_for, "names")
     comparer, turn = http.state.comparer, http.state.comparing
     assert isinstance(comparer, Comparer)
     assert isinstance(turn, anyio.Lock)
@@ -43,7 +44,7 @@ async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Na
     async with turn:
         if await http.is_disconnected():
             return Response(status_code=499)
-        return await run_in_threadpool(answer, comparer, split(names), asked)
+        return await run_in_threadpool(answer, comparer, asked_for, asked)
 
 
 def split(text: str) -> list[str]:

@@ -10,7 +10,7 @@ class WholeFiles(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answers with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
+        scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]
         reply = await super().get_response(path, scope)
         reply.headers["Accept-Ranges"] = "none"
-        scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]
         return reply

@@ -261,7 +261,7 @@ def test_dtypes_by_name() -> None:
 def test_a_cpu_without_instructions_for_bf16_computes_in_fp32(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.dtype
 ) -> None:
-    """Was bf16 wherever oneDNN can: 32 requests took five times as long on a CPU with AVX-512 alone."""
+    """Was bf16 wherever oneDNN can: 32 requests took twice as long on a CPU with AVX-512 alone."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     assert default_dtype() is expected
