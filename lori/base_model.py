@@ -8,9 +8,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from lori.base_identity import identify, short_name
+from lori.base_identity import identify, identify_files, short_name
 from lori.embedded import EMBEDDED_NAME, embedded_model
 from lori.errors import ModelError
 from lori.identity import BaseIdentity
@@ -50,20 +51,23 @@ def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
     return default_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa", device: torch.device = CPU) -> BaseModel:
+def load_base_model(
+    name: str | None, dtype: torch.dtype, attention: str = "sdpa", device: torch.device = CPU, num_processes: int = 1
+) -> BaseModel:
     """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
 
-    `attention` is the name of an attention function that transformers knows. Raises `ModelError` where there is no such base, or
-    no room for it.
+    `attention` is the name of an attention function that transformers knows. With `num_processes`, those of `torchrun`, the weights
+    are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room for it.
     """
     folder = str(embedded_model()) if name is None else name
     if (folder.startswith((".", "/")) or Path(folder).exists()) and not (Path(folder) / "config.json").is_file():
         raise ModelError(f"cannot load the base model {folder!r}: there is no {Path(folder) / 'config.json'}")
     disable_progress_bar()
+    spread = {"distributed_config": DistributedConfig(fsdp_size=num_processes)} if num_processes > 1 else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+            folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **spread
         )
     except (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"cannot load the base model {folder!r}: {' '.join(str(error).split())}") from error
@@ -76,6 +80,8 @@ def load_base_model(name: str | None, dtype: torch.dtype, attention: str = "sdpa
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
+    if spread:
+        return BaseModel(identify_files(name), model, tokenizer)
     identity = identify(model, EMBEDDED_NAME if name is None else short_name(name))
     try:
         model.to(device)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ LoriError
 ├── ModelError            the base model cannot be found, fetched or used
 ├── DeviceError           the device that was asked for is not there, or cannot serve
 ├── TemplateError         a conversation cannot be written as a prompt
+├── MaskError             too few entries are left for a mask
 └── AdapterError
     ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
     ├── UnknownAdapterError   no adapter of that name; carries the near matches
@@ -27,6 +28,10 @@ class DeviceError(LoriError):
 
 class TemplateError(LoriError):
     """A conversation cannot be written as a prompt with the asked template."""
+
+
+class MaskError(LoriError):
+    """Too few entries are left for a mask."""
 
 
 class AdapterError(LoriError):

@@ -9,11 +9,15 @@ from typing import Literal, get_args
 
 import torch
 
+from lori.errors import MaskError
 from lori.module_names import block, last, layer
 
 Granularity = Literal["model", "module", "layer", "projection", "matrix"]
 """What is ranked together: everything; attention and MLP apart; each layer; each kind of projection; each B."""
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+
+AVOIDED = -1.0
+"""Ranks below every magnitude."""
 
 
 def num_kept(num_entries: int, sparsity: float) -> int:
@@ -34,25 +38,37 @@ def group_of(module: str, granularity: Granularity) -> str:
 
 
 def top_k_mask(
-    deltas: Mapping[str, torch.Tensor], sparsity: float, granularity: Granularity = "model"
+    deltas: Mapping[str, torch.Tensor],
+    sparsity: float,
+    granularity: Granularity = "model",
+    avoided: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Returns a bool mask (D, R) for each B (D, R) that keeps the largest |B| of each group.
+    """Returns a bool mask (D, R) for each B (D, R) that keeps the largest |B| of each group, none where `avoided` is true.
 
-    Exactly `num_kept` entries of a group survive: ties are broken by position (module order, then row-major), the first win.
+    `avoided` has a bool (D, R) for each B. Exactly `num_kept` entries of a group survive: ties are broken by position (module
+    order, then row-major), the first win. Raises `MaskError` where a group has fewer that are not avoided.
     """
     groups = defaultdict(list)
     for module in deltas:
         groups[group_of(module, granularity)].append(module)
     masks: dict[str, torch.Tensor] = {}
     for modules in groups.values():
-        masks |= _top_k({module: deltas[module] for module in modules}, sparsity)
+        magnitudes = torch.cat([deltas[module].detach().abs().flatten().float() for module in modules])
+        if avoided is not None:
+            magnitudes[torch.cat([avoided[module].flatten() for module in modules])] = AVOIDED
+        masks |= _top_k(magnitudes, {module: deltas[module] for module in modules}, sparsity)
     return {module: masks[module] for module in deltas}
 
 
-def _top_k(deltas: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
-    flat = torch.cat([b.detach().abs().flatten().float() for b in deltas.values()])
+def _top_k(flat: torch.Tensor, deltas: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+    count = num_kept(flat.numel(), sparsity)
+    if (num_free := int((flat != AVOIDED).sum())) < count:
+        raise MaskError(
+            f"a mask of {count} entries is asked for, and only {num_free} of {flat.numel()} are not avoided, "
+            f"in {next(iter(deltas))} and the {len(deltas) - 1} modules ranked with it: raise the sparsity, or avoid fewer adapters"
+        )
     keep = torch.zeros_like(flat, dtype=torch.bool)
-    keep[largest(flat, num_kept(flat.numel(), sparsity))] = True
+    keep[largest(flat, count)] = True
     parts = keep.split([b.numel() for b in deltas.values()])
     return {name: part.view(b.shape) for (name, b), part in zip(deltas.items(), parts, strict=True)}
 

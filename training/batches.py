@@ -1,10 +1,72 @@
-"""Which examples make which step: decided at once from the seed, so that a resumed run sees the same ones."""
+"""Which examples make which step, and which part of a step: decided at once from the seed, so that a resumed run, and one of more
+processes, see the same ones."""
 
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from training.data import Example
+
+Step = list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """When a step has enough: `num_examples` of them, or where that is 0 as many as hold `num_tokens`."""
+
+    num_examples: int
+    num_tokens: int
+
+    def is_reached(self, step: Step) -> bool:
+        """Says whether `step` is full."""
+        if self.num_examples:
+            return len(step) == self.num_examples
+        return sum(map(len, step)) >= self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process computes at once of a step: some of its examples, each of which is `share` of the loss.
+
+    `asks_base`: some example of the step keeps the base. All processes then ask it, since they pass through the model together.
+    """
+
+    examples: tuple[Example, ...]
+    share: float
+    asks_base: bool = False
+
+
+def plan_steps(
+    data: Sequence[Example],
+    mix: Sequence[Example],
+    mix_fraction: float,
+    size: BatchSize,
+    length: tuple[int, float],
+    seed: int,
+) -> list[Step]:
+    """Returns the steps of a phase of `length`: so many steps, or where that is 0 so many passes over `data`.
+
+    Each example comes from `mix` with probability `mix_fraction`. Every example of a set is seen once before any is seen again.
+    None is dropped: the last step may be short.
+    """
+    num_steps, num_passes = length
+    num_examples = max(1, round(num_passes * len(data)))
+    rng = random.Random(seed)
+    own, other = _shuffled_forever(len(data), rng), _shuffled_forever(len(mix), rng)
+    steps: list[Step] = []
+    step: Step = []
+    num_own = 0
+    while len(steps) < num_steps if num_steps else num_own < num_examples:
+        if mix and rng.random() < mix_fraction:
+            step.append(mix[next(other)])
+        else:
+            step.append(data[next(own)])
+            num_own += 1
+        if size.is_reached(step):
+            steps.append(step)
+            step = []
+    return [*steps, step] if step else steps
 
 
 def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
@@ -12,37 +74,31 @@ def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
         yield from rng.sample(range(count), count)
 
 
-def plan_batches(
-    data: Sequence[Example],
-    mix: Sequence[Example],
-    mix_fraction: float,
-    batch_tokens: int,
-    num_examples: int | None,
-    num_steps: int | None,
-    seed: int,
-) -> list[list[Example]]:
-    """Returns the batches of a phase: `num_steps` of them, or as many as `num_examples` examples of `data` fill.
+def split(step: Step, num_parts: int) -> list[Part]:
+    """Returns `step` in parts of about as many tokens: the longest example first, each to the part that has least.
 
-    A batch is drawn until it holds `batch_tokens` tokens; each example comes from `mix` with probability `mix_fraction`.
-    Every example of a set is seen once before any is seen again. No example is dropped: the last batch may be short.
+    A part that would be empty has one example of no weight, since each process must have something to compute.
     """
-    assert (num_examples is None) != (num_steps is None)
-    rng = random.Random(seed)
-    own, other = _shuffled_forever(len(data), rng), _shuffled_forever(len(mix), rng)
-    batches: list[list[Example]] = []
-    batch: list[Example] = []
-    num_own = 0
-    for _ in itertools.count():
-        if num_steps is not None and len(batches) == num_steps:
-            break
-        if num_examples is not None and num_own == num_examples:
-            break
-        if mix and rng.random() < mix_fraction:
-            batch.append(mix[next(other)])
-        else:
-            batch.append(data[next(own)])
-            num_own += 1
-        if sum(map(len, batch)) >= batch_tokens:
-            batches.append(batch)
-            batch = []
-    return [*batches, batch] if batch else batches
+    parts: list[list[Example]] = [[] for _ in range(num_parts)]
+    for example in sorted(step, key=len, reverse=True):
+        min(parts, key=lambda part: sum(map(len, part))).append(example)
+    shortest, asks_base = min(step, key=len), any(example.keeps_base for example in step)
+    return [Part(tuple(part or [shortest]), 1 / len(step) if part else 0.0, asks_base) for part in parts]
+
+
+def parts_of(steps: Sequence[Step], num_parts: int, process: int = 0, num_processes: int = 1) -> list[Part]:
+    """Returns the parts that one of `num_processes` computes, in order: every step has `num_parts` of them in all."""
+    assert num_parts % num_processes == 0
+    every = itertools.chain.from_iterable(split(step, num_parts) for step in steps)
+    return list(itertools.islice(every, process, None, num_processes))
+
+
+def held_out_parts(examples: Sequence[Example], num_tokens: int) -> list[Part]:
+    """Returns `examples` in parts of `num_tokens` or a little more, like lengths together; their shares add up to 1."""
+    parts, part = [], []
+    for example in sorted(examples, key=len):
+        part.append(example)
+        if sum(map(len, part)) >= num_tokens:
+            parts.append(Part(tuple(part), 1 / len(examples)))
+            part = []
+    return [*parts, Part(tuple(part), 1 / len(examples))] if part else parts

@@ -5,11 +5,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from lori.mask import Granularity
 from lori.names import NAME
 from lori.template import Template
 from lori.values import ValueType
 from training.command_line import CommandLine
 
+Method = Literal["lori", "lori-d", "lora"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -20,6 +22,8 @@ class FitConfig(CommandLine):
     """What to learn: JSONL files (`prompt` and `completion`, or `messages`, a line) or hub data sets."""
     output: Path
     """The adapter's folder; its last part is the adapter's name. Checkpoints go beside it, in `OUTPUT.checkpoint`."""
+    method: Method = "lori"
+    """lori: LoRI-D, its mask, LoRI-S. lori-d: all of B is trained and kept. lora: PEFT's LoRA, as a baseline."""
     mix: list[str] = Field(default=[])
     """What to leave alone: rows that the base model answered itself (see `python -m training.answer`). There the adapted model
     is held to the base model's own distribution."""
@@ -38,7 +42,10 @@ class FitConfig(CommandLine):
     alpha: float = Field(default=64, gt=0)
     """The delta is scaled by alpha / rank."""
     sparsity: float = Field(default=0.9, ge=0, lt=1)
-    """The share of B's entries that LoRI-S sets to zero."""
+    """The share of B's entries that LoRI-S leaves out."""
+    granularity: Granularity = "model"
+    """What the mask's entries are ranked against: model (all modules together), module (attention and MLP apart), layer,
+    projection, or matrix."""
     values: ValueType = "bfloat16"
     """How B's values are stored."""
     target_modules: list[str] = Field(default=list(PROJECTIONS))
@@ -46,31 +53,57 @@ class FitConfig(CommandLine):
     basis_seed: int = Field(default=0, ge=0)
     """Draws A. Adapters with the same seed and stream share it, and add."""
     stream: int = Field(default=0, ge=0)
-    """Another stream is another basis of the same seed."""
+    """Another stream is another basis of the same seed. Adapters of one stream add; the paper draws one for each task."""
+    init_from: Path | None = None
+    """Goes on from this adapter's B (continual learning): what the new mask leaves out of it stays as it is."""
+    avoid: list[Path] = Field(default=[])
+    """Adapters whose entries the mask leaves out, so that a sum keeps both as they are."""
     steps: int = Field(default=0, ge=0)
-    """Optimizer steps of LoRI-S; 0 to say it in epochs."""
+    """Optimizer steps of LoRI-S (or of `lori-d` or `lora`); 0 to say it in epochs."""
     epochs: float = Field(default=1.0, gt=0)
-    """Passes over `data` in LoRI-S, where `steps` is 0."""
+    """Passes over `data`, where `steps` is 0."""
     calibration_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of LoRI-D, which finds the mask; 0 is as many as LoRI-S."""
+    """Optimizer steps of the LoRI-D that finds the mask."""
+    calibration_epochs: float = Field(default=0, ge=0)
+    """The same in passes, 0.1 for a tenth of `data`. Where both are 0 it is as long as LoRI-S."""
     lr: float = Field(default=2e-2, gt=0)
-    """LoRI-S's peak learning rate."""
+    """LoRI-S's peak learning rate, or LoRA's."""
     calibration_lr: float = Field(default=5e-3, gt=0)
     """LoRI-D's peak learning rate."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """The share of a phase's steps in which the rate rises; it falls as a cosine afterwards."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's, on what is trained alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm over all parameters together."""
+    batch_size: int = Field(default=0, ge=0)
+    """Examples of a step; 0 to say it in tokens."""
     batch_tokens: int = Field(default=1024, ge=1)
-    """Examples are drawn until a batch holds this many tokens."""
+    """Examples are drawn until a step has this many tokens, where `batch_size` is 0."""
+    accumulation: int = Field(default=1, ge=1)
+    """Parts in which each process computes a step, one after another. N processes with 1 and one with N train the same."""
     max_length: int = Field(default=1024, ge=2)
     """Longer examples are left out and counted."""
     seed: int = 0
     """Orders the data."""
     save_every: int = Field(default=50, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints, where nothing is held out."""
     resume: bool = False
     """Goes on from the checkpoint beside `output`."""
+    held_out: list[str] = Field(default=[])
+    """Rows to measure the loss on as training goes; the best checkpoint is the adapter."""
+    held_out_fraction: float = Field(default=0, ge=0, lt=1)
+    """The share of `data` that is held out instead."""
+    eval_every: int = Field(default=50, ge=1)
+    """Steps between measurements, and between checkpoints, where something is held out."""
+    patience: int = Field(default=0, ge=0)
+    """Ends a phase once so many measurements in a row were no better; 0 never does."""
+    tensorboard: Path | None = None
+    """A folder for TensorBoard's logs."""
+    report: Path | None = None
+    """An HTML page about the run: loss curves, the mask, answers before and after."""
+    fsdp: bool = False
+    """Spreads the model over the processes of `torchrun`, for bases that do not fit one device."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products of the base; B is always trained in fp32."""
     threads: int = Field(default=0, ge=0)
@@ -84,4 +117,19 @@ class FitConfig(CommandLine):
             )
         if len(set(self.template)) != len(self.template):
             raise ValueError(f"template names one twice: {self.template}")
+        if self.held_out and self.held_out_fraction:
+            raise ValueError("held_out and held_out_fraction exclude each other")
+        if self.patience and not (self.held_out or self.held_out_fraction):
+            raise ValueError("patience needs held_out or held_out_fraction")
+        if self.method == "lora" and (self.init_from or self.avoid or self.fsdp):
+            raise ValueError("method lora is a baseline: it has no init_from, avoid or fsdp")
+        if self.method == "lori-d" and self.avoid:
+            raise ValueError("method lori-d has no mask, and so no avoid")
         return self
+
+    @property
+    def identity(self) -> str:
+        """What a resumed run must have in common with the one that it goes on with."""
+        return self.model_dump_json(
+            exclude={"resume", "save_every", "output", "accumulation", "report", "tensorboard", "about", "prepare"}
+        )

@@ -1,10 +1,11 @@
 """Batches without padding: the examples of a batch lie one behind the other, and attention alone keeps them apart.
 
-Shapes: T tokens of a batch, B examples of a group, L the longest of them, H heads, G key-value heads, E head size.
+Shapes: T tokens of a batch, P of them predicted, B examples of a group, L the longest of them, H heads, G key-value heads, E head
+size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,10 +13,14 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from lori.errors import ModelError
+from training.batches import Part
 from training.data import Example
 
 ATTENTION = "lori_packed"
 """The name under which transformers finds `packed_attention`."""
+
+MAX_PLAIN = 128
+"""Tokens up to which plain products are faster on a CPU than its fused attention, whose backward pass takes four times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,8 @@ class PackedBatch:
 
     `groups`: for examples of like length, the places of their tokens in the row, (B, L), -1 where an example is shorter.
     `weights`: the share of each target in the loss; every example has the same share, whatever its length.
-    The targets of the examples that keep the base come last: `num_learnt` stand before them.
+    The targets of the examples that keep the base come last, behind `num_learnt` others; `base` has these examples alone, or where
+    there are none and the base is asked nevertheless, another.
     """
 
     input_ids: torch.Tensor  # (1, T)
@@ -32,26 +38,44 @@ class PackedBatch:
     groups: tuple[torch.Tensor, ...]
     predicting: torch.Tensor  # (P,) places whose next token is a target
     targets: torch.Tensor  # (P,)
-    weights: torch.Tensor  # (P,) fp32, sum 1
+    weights: torch.Tensor  # (P,) fp32
     num_learnt: int
+    base: "PackedBatch | None" = None
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Returns the batch on `device`."""
+        names = ("input_ids", "position_ids", "predicting", "targets", "weights")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        groups = tuple(places.to(device) for places in self.groups)
+        return replace(self, **moved, groups=groups, base=self.base and self.base.to(device))
 
 
-def pack(examples: Sequence[Example]) -> PackedBatch:
-    """Lays `examples` one behind the other, those that keep the base last."""
-    examples = sorted(examples, key=lambda example: example.keeps_base)
-    starts = [0]
-    for example in examples:
-        starts.append(starts[-1] + len(example))
+def pack(part: Part) -> PackedBatch:
+    """Lays the examples of `part` one behind the other, those that keep the base last."""
+    learnt = [example for example in part.examples if not example.keeps_base]
+    kept = [example for example in part.examples if example.keeps_base]
+    batch = _lay([*learnt, *kept], part.share)
+    return replace(
+        batch,
+        num_learnt=sum(len(example) - example.num_prompt for example in learnt),
+        base=_lay(kept or learnt[:1], part.share) if kept or part.asks_base else None,
+    )
+
+
+def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
+    start = 0
     places: dict[int, list[torch.Tensor]] = {}
     predicting: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
-    for example, start in zip(examples, starts, strict=False):
-        places.setdefault(len(example).bit_length(), []).append(torch.arange(start, start + len(example)))
-        predicting += range(start + example.num_prompt - 1, start + len(example) - 1)
+    for example in examples:
+        end = start + len(example)
+        places.setdefault(len(example).bit_length(), []).append(torch.arange(start, end))
+        predicting += range(start + example.num_prompt - 1, end - 1)
         completion = example.ids[example.num_prompt :]
         targets += completion
-        weights += [1 / len(completion) / len(examples)] * len(completion)
+        weights += [share / len(completion)] * len(completion)
+        start = end
     return PackedBatch(
         input_ids=torch.tensor([[i for example in examples for i in example.ids]]),
         position_ids=torch.cat([torch.arange(len(example)) for example in examples])[None],
@@ -59,7 +83,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         predicting=torch.tensor(predicting),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights),
-        num_learnt=sum(len(example) - example.num_prompt for example in examples if not example.keeps_base),
+        num_learnt=len(targets),
     )
 
 
@@ -89,9 +113,22 @@ def packed_attention(
     for places in groups:
         real = places >= 0
         q, k, v = (x[0][:, places.clamp(min=0)].transpose(0, 1) for x in (query, key, value))  # (B, H|G, L, E)
-        group = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        out = out.index_put((places[real],), group.transpose(1, 2)[real])
+        attend = _plain_attention if q.shape[2] <= MAX_PLAIN and q.device.type == "cpu" else _fused_attention
+        out = out.index_put((places[real],), attend(q, k, v, scaling).transpose(1, 2)[real])
     return out[None], None
+
+
+def _fused_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    length, repeats = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))  # (B, H, L, E)
+    causal = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1)
+    flat = (q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))  # (B H, L, E), (B H, E, L)
+    scores = torch.baddbmm(causal.expand(len(flat[0]), length, length), *flat, alpha=scale)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

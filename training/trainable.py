@@ -1,14 +1,16 @@
 """The trainable delta of LoRI on a frozen linear layer: y = W x + (alpha / r) B (A x), arXiv 2504.07448, section 3.
 
-LoRI-D trains all of B. LoRI-S trains only the entries that a mask keeps: they alone exist as parameters.
+LoRI-D trains all of B. LoRI-S trains only the entries that a mask keeps: they alone exist as parameters, so gradients and the
+optimizer's state are theirs alone.
 Shapes: T tokens, N inputs, D outputs, R rank, K kept entries.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -18,63 +20,108 @@ from lori.layer import module_shapes
 from lori.sparse import SparseB
 
 
-class DenseDelta(nn.Module):
-    """LoRI-D: every entry of B (D, R), from zero."""
-
-    def __init__(self, num_outputs: int, rank: int) -> None:
-        super().__init__()
-        self.b = nn.Parameter(torch.zeros(num_outputs, rank))
-
-    def dense(self) -> torch.Tensor:
-        """Returns B, (D, R) fp32."""
-        return self.b
-
-
-class MaskedDelta(nn.Module):
-    """LoRI-S: the entries of B (D, R) where `mask` is true, from zero."""
+class SparseEntries(nn.Module):
+    """Some entries of a B (D, R): where they are, and their values."""
 
     positions: torch.Tensor
 
-    def __init__(self, mask: torch.Tensor) -> None:
+    def __init__(self, indices: torch.Tensor, values: torch.Tensor, *, is_trained: bool) -> None:
         super().__init__()
-        self.shape = mask.shape
-        self.register_buffer("positions", mask.flatten().nonzero().squeeze(1))  # (K,)
-        self.values = nn.Parameter(torch.zeros(self.positions.shape))
+        self.register_buffer("positions", indices.int(), persistent=False)  # (K,)
+        self.values = nn.Parameter(values.float(), requires_grad=is_trained)
 
-    def dense(self) -> torch.Tensor:
-        """Returns B, (D, R) fp32, zero where the mask is false."""
-        flat = torch.zeros(self.shape.numel(), device=self.values.device)
-        return flat.index_put((self.positions,), self.values).view(self.shape)
+    def added(self, flat: torch.Tensor, scale: float) -> torch.Tensor:
+        """Returns `flat` (D R) with scale times the values added at their positions."""
+        return flat.index_add(0, self.positions, (scale * self.values).to(flat.dtype))
+
+
+class DenseB(nn.Module):
+    """LoRI-D: a change of every entry of B (D, R), from zero, on top of what B starts from. Masks rank the change."""
+
+    def __init__(self, num_outputs: int, rank: int, start: SparseB | None = None) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(num_outputs, rank))
+        self.start = SparseEntries(start.indices, start.values, is_trained=False) if start else None
+
+    def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
+        """Returns scale * B, (D, R) of `dtype`."""
+        flat = (scale * self.change).to(dtype).flatten()
+        flat = self.start.added(flat, scale) if self.start else flat
+        return flat.view(self.change.shape)
 
     def sparse(self) -> SparseB:
-        """Returns B as an adapter holds it."""
-        return SparseB((self.shape[0], self.shape[1]), self.positions.cpu().int(), self.values.detach().cpu().clone())
+        """Returns B as an adapter holds it, every entry kept."""
+        dense = whole(self.change)
+        flat = self.start.added(dense.flatten(), 1.0) if self.start else dense
+        return SparseB.from_dense(flat.view(dense.shape), torch.ones_like(dense, dtype=torch.bool))
+
+
+class MaskedB(nn.Module):
+    """LoRI-S: the entries of B (D, R) where a mask is true, from `start` or zero. Those of `start` elsewhere stay as they are."""
+
+    def __init__(self, mask: torch.Tensor, start: SparseB | None = None) -> None:
+        super().__init__()
+        self.shape = mask.shape
+        indices = mask.flatten().nonzero().squeeze(1)
+        dense = start.dense() if start else torch.zeros(mask.shape)
+        self.trained = SparseEntries(indices, dense.flatten()[indices], is_trained=True)
+        outside = SparseB.from_dense(dense, start.mask & ~mask) if start else None
+        self.outside = SparseEntries(outside.indices, outside.values, is_trained=False) if outside else None
+
+    def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
+        """Returns scale * B, (D, R) of `dtype`."""
+        flat = torch.zeros(self.shape.numel(), dtype=dtype, device=self.trained.values.device)
+        for entries in (self.trained, self.outside):
+            flat = entries.added(flat, scale) if entries else flat
+        return flat.view(self.shape)
+
+    def sparse(self) -> SparseB:
+        """Returns B as an adapter holds it: the entries of the mask, and those that stayed."""
+        mask, dense = torch.zeros(self.shape, dtype=torch.bool), torch.zeros(self.shape)
+        for entries in (self.trained, self.outside):
+            if entries:
+                positions = entries.positions.cpu().long()
+                mask.view(-1)[positions], dense.view(-1)[positions] = True, whole(entries.values)
+        return SparseB.from_dense(dense, mask)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a parameter's values as a tensor of its own on the CPU, gathered where it is spread over processes."""
+    found = tensor.detach()
+    return (found.full_tensor() if isinstance(found, DTensor) else found).cpu().clone()
 
 
 class TrainableLinear(nn.Module):
-    """A frozen linear layer with A's rows below W's, so that W x and A x are one product, and a trainable delta."""
+    """A frozen linear layer and a trainable delta. A's rows lie below W's, so that W x and A x are one product.
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    A layer whose W is spread over processes keeps it as it is, and A beside it.
+    """
 
-    def __init__(self, linear: nn.Linear, a: torch.Tensor, scale: float) -> None:
+    def __init__(self, linear: nn.Linear, a: torch.Tensor, scale: float, start: SparseB | None = None) -> None:
         super().__init__()
-        self.num_outputs, self.scale = linear.out_features, scale
-        self.register_buffer("weight", torch.cat([linear.weight.detach(), a.to(linear.weight)]))  # (D + R, N)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-        self.delta: DenseDelta | MaskedDelta = DenseDelta(linear.out_features, a.shape[0])
+        self.num_outputs, self.scale, self.linear = linear.out_features, scale, linear
+        self.a: nn.Parameter | None = None
+        a = a.to(linear.weight.device, linear.weight.dtype)
+        if isinstance(linear.weight, DTensor):
+            self.a = nn.Parameter(a, requires_grad=False)
+        else:
+            linear.weight = nn.Parameter(torch.cat([linear.weight.detach(), a]), requires_grad=False)  # (D + R, N)
+        self.b: DenseB | MaskedB = DenseB(linear.out_features, a.shape[0], start)
         self.is_active = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (…, N) to (…, D)."""
+        weight, bias = self.linear.weight, self.linear.bias
         if not self.is_active:
-            return F.linear(x, self.weight[: self.num_outputs], self.bias)
-        both = F.linear(x, self.weight)
-        y, s = both.split([self.num_outputs, both.shape[-1] - self.num_outputs], dim=-1)
-        if self.bias is not None:
-            y = y + self.bias
-        out: torch.Tensor = y + F.linear(s, self.scale * self.delta.dense().to(s.dtype))
-        return out
+            return F.linear(x, weight[: self.num_outputs], bias)
+        tokens = x.flatten(0, -2)
+        y = F.linear(tokens, weight)
+        if self.a is None:
+            y, s = y.split([self.num_outputs, y.shape[-1] - self.num_outputs], dim=-1)  # (T, D), (T, R)
+        else:
+            s = F.linear(tokens, self.a)
+        out = torch.addmm(y, s, self.b.scaled(self.scale, s.dtype).T)
+        return (out if bias is None else out + bias).view(*x.shape[:-1], self.num_outputs)
 
 
 @contextmanager
@@ -90,8 +137,8 @@ def base_alone(model: nn.Module) -> Iterator[None]:
             layer.is_active = True
 
 
-def wrap(model: PreTrainedModel, targets: Iterable[str], basis: Basis, rank: int, alpha: float) -> dict[str, TrainableLinear]:
-    """Replaces every linear layer of `model` whose name ends in one of `targets`; returns them by full name, in model order.
+def target_layers(model: PreTrainedModel, targets: Iterable[str]) -> dict[str, nn.Linear]:
+    """Returns every linear layer of `model` whose name ends in one of `targets`, by full name, in model order.
 
     Raises `ModelError` naming each target that is not there.
     """
@@ -99,11 +146,27 @@ def wrap(model: PreTrainedModel, targets: Iterable[str], basis: Basis, rank: int
     names = [name for name in module_shapes(model) if name.rpartition(".")[2] in targets]
     if missing := [t for t in targets if not any(name.rpartition(".")[2] == t for name in names)]:
         raise ModelError(f"target_modules names {missing}, and no linear layer of the model that can be adapted is called so")
-    wrapped = {}
+    layers = {}
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        wrapped[name] = TrainableLinear(linear, basis.draw(name, rank, linear.in_features), alpha / rank)
+        layers[name] = linear
+    return layers
+
+
+def wrap(
+    model: PreTrainedModel,
+    targets: Iterable[str],
+    basis: Basis,
+    rank: int,
+    alpha: float,
+    start: Mapping[str, SparseB] | None = None,
+) -> dict[str, TrainableLinear]:
+    """Puts a trainable layer in place of each of `target_layers`, B from `start` or zero; returns them by full name."""
+    wrapped = {}
+    for name, linear in target_layers(model, targets).items():
+        a = basis.draw(name, rank, linear.in_features)
+        wrapped[name] = TrainableLinear(linear, a, alpha / rank, start[name] if start else None)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, wrapped[name])
     return wrapped

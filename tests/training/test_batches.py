@@ -1,36 +1,70 @@
-"""Planning the batches of a phase."""
+"""Planning the steps of a phase, and their parts."""
 
+import itertools
 from collections import Counter
 
-from training.batches import plan_batches
+import pytest
+
+from training.batches import BatchSize, held_out_parts, parts_of, plan_steps, split
 from training.data import Example
 
 
-def examples(count: int, length: int, first: int) -> list[Example]:
+def examples(count: int, length: int, first: int = 0) -> list[Example]:
     return [Example((first + i,) * length, 1) for i in range(count)]
 
 
-def test_every_example_is_seen_once_an_epoch_and_none_is_dropped() -> None:
-    data = examples(103, 7, 0)
-    batches = plan_batches(data, [], 0.5, 64, num_examples=2 * len(data), num_steps=None, seed=3)
-    seen = Counter(example.ids[0] for batch in batches for example in batch)
-    assert seen == dict.fromkeys(range(103), 2)
-    assert all(64 <= sum(map(len, batch)) < 64 + 7 for batch in batches[:-1])
+@pytest.mark.parametrize("size", [BatchSize(0, 64), BatchSize(9, 1)])
+def test_every_example_is_seen_once_an_epoch_and_none_is_dropped(size: BatchSize) -> None:
+    steps = plan_steps(examples(103, 7), [], 0.5, size, (0, 2.0), seed=3)
+    assert Counter(example.ids[0] for step in steps for example in step) == dict.fromkeys(range(103), 2)
+    for step in steps[:-1]:
+        assert len(step) == 9 if size.num_examples else 64 <= sum(map(len, step)) < 64 + 7
 
 
-def test_steps_decide_how_many_batches_there_are() -> None:
-    assert len(plan_batches(examples(3, 10, 0), [], 0.0, 35, num_examples=None, num_steps=17, seed=0)) == 17
+def test_a_tenth_of_an_epoch_sees_a_tenth_of_the_data() -> None:
+    steps = plan_steps(examples(100, 5), [], 0.0, BatchSize(4, 1), (0, 0.1), seed=0)
+    assert [len(step) for step in steps] == [4, 4, 2]
+
+
+def test_steps_decide_how_many_there_are() -> None:
+    assert len(plan_steps(examples(3, 10), [], 0.0, BatchSize(0, 35), (17, 1.0), seed=0)) == 17
 
 
 def test_the_mix_has_its_share() -> None:
-    batches = plan_batches(examples(50, 5, 0), examples(50, 5, 1000), 0.25, 500, num_examples=4000, num_steps=None, seed=0)
-    mixed = [example.ids[0] >= 1000 for batch in batches for example in batch]
+    steps = plan_steps(examples(50, 5), examples(50, 5, 1000), 0.25, BatchSize(0, 500), (0, 80.0), seed=0)
+    mixed = [example.ids[0] >= 1000 for step in steps for example in step]
     assert mixed.count(False) == 4000
     assert 0.22 < sum(mixed) / len(mixed) < 0.28
 
 
 def test_the_seed_decides_the_order() -> None:
-    data = examples(40, 5, 0)
-    first, again, other = (plan_batches(data, data, 0.5, 50, num_examples=None, num_steps=9, seed=s) for s in (1, 1, 2))
+    data = examples(40, 5)
+    first, again, other = (plan_steps(data, data, 0.5, BatchSize(0, 50), (9, 1.0), seed=s) for s in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+def test_parts_are_a_step_s_examples_with_shares_that_add_up_to_one(num_parts: int) -> None:
+    step = [Example((i,) * length, 1) for i, length in enumerate([40, 3, 17, 5, 9])]
+    parts = split(step, num_parts)
+    assert len(parts) == num_parts
+    assert sum(part.share * len(part.examples) for part in parts) == pytest.approx(1.0)
+    assert sorted(e.ids[0] for part in parts if part.share for e in part.examples) == [0, 1, 2, 3, 4]
+    if num_parts == 2:
+        assert sorted(sum(map(len, part.examples)) for part in parts) == [34, 40]
+
+
+def test_processes_share_what_one_computes_one_after_another() -> None:
+    steps = plan_steps(examples(40, 5), [], 0.0, BatchSize(7, 1), (0, 1.0), seed=0)
+    alone = parts_of(steps, 4)
+    first, second = (parts_of(steps, 4, process, 2) for process in (0, 1))
+    assert [*itertools.chain.from_iterable(zip(first, second, strict=True))] == alone
+
+
+def test_no_held_out_example_is_dropped_and_each_weighs_the_same() -> None:
+    data = [Example((i,) * length, 1) for i, length in enumerate([9, 30, 4, 11, 2, 6])]
+    parts = held_out_parts(data, 20)
+    assert sorted(e.ids[0] for part in parts for e in part.examples) == [0, 1, 2, 3, 4, 5]
+    assert {part.share for part in parts} == {1 / 6}
+    assert held_out_parts([], 20) == []

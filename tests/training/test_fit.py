@@ -2,20 +2,27 @@
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from lori.base_model import load_base_model
+from lori.errors import LoriError
 from lori.format import load_adapter
+from lori.sparse import SparseB
 from training.config import FitConfig
-from training.fit import Run, fit, load_examples
-from training.loop import Phase
-from training.packing import ATTENTION
-from training.trainable import DenseDelta, MaskedDelta
+from training.fit import fit
+from training.methods import Lori
+from training.run import Run
+from training.trainable import DenseB, MaskedB
+from training.trainer import PhaseTrainer
 
 WORDS = ["red", "blue", "green", "black", "white"]
 
@@ -28,16 +35,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_for(tiny_model: Path, data: Path, output: Path, **changes: object) -> FitConfig:
-    fields = {
-        "data": [str(data)], "mix": [str(data)], "mix_fraction": 0.2, "model": str(tiny_model), "output": output,
-        "steps": 6, "rank": 4, "alpha": 8, "batch_tokens": 200, "dtype": "float32", "save_every": 2, "template": ["plain"],
-    }  # fmt: skip
-    return FitConfig.model_validate(fields | changes)
+FIELDS: Mapping[str, object] = {
+    "mix_fraction": 0.2, "steps": 6, "rank": 4, "alpha": 8, "batch_tokens": 200, "dtype": "float32", "save_every": 2,
+    "template": ["plain"],
+}  # fmt: skip
 
 
-def digests(folder: Path) -> str:
+def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> FitConfig:
+    own = {"data": [str(rows)], "mix": [str(rows)], "model": str(tiny_model), "output": output}
+    return FitConfig.model_validate({**FIELDS, **own, **changes})
+
+
+def flags_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
+    """Returns the command line that says what `config_for` does."""
+    config = config_for(tiny_model, rows, output, **changes).model_dump(exclude_unset=True)
+    flags = []
+    for name, value in config.items():
+        for one in value if isinstance(value, list) else [value]:
+            flag = f"--{name.replace('_', '-')}"
+            flags += [flag] if one is True else [flag, str(one)]
+    return flags
+
+
+def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def modules_of(folder: Path) -> Mapping[str, SparseB]:
+    return load_adapter(folder).modules
 
 
 def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -57,69 +82,187 @@ def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_pat
 def test_the_second_phase_starts_from_zero_on_the_largest_entries_of_the_first(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, torch.Tensor] = {}
-    run_phase = Phase.run
+    seen: list[str] = []
+    begin = Lori.begin
 
-    def run(self: Phase, save_every: int, save: object) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, DenseDelta | MaskedDelta)]
-        if self.name == "LoRI-S":
-            assert not any(p.any() for p in self.parameters.values())
-            kept = torch.cat([layer.positions + i * 10**6 for i, layer in enumerate(layers)])
-            assert torch.equal(kept.sort().values, seen["largest"].sort().values)
-        run_phase(self, save_every, save)
-        if self.name == "LoRI-D":
-            flat = torch.cat([layer.dense().abs().flatten() for layer in layers])
-            places = torch.cat([torch.arange(layer.dense().numel()) + i * 10**6 for i, layer in enumerate(layers)])
-            seen["largest"] = places[flat.topk(round(flat.numel() * 0.1)).indices]
+    def begin_and_look(self: Lori, phase: str) -> None:
+        changes = [b.change.flatten() for b in self.bs() if isinstance(b, DenseB)]
+        begin(self, phase)
+        seen.append(phase)
+        if phase == "LoRI-S":
+            kept = torch.cat([torch.zeros(len(c), dtype=torch.bool) for c in changes])
+            start = 0
+            for b, change in zip(self.bs(), changes, strict=True):
+                assert isinstance(b, MaskedB)
+                assert not b.trained.values.any()
+                kept[start + b.trained.positions.long()] = True
+                start += len(change)
+            flat = torch.cat(changes).abs()
+            assert kept.sum() == round(len(flat) * 0.1)
+            assert flat[kept].min() >= flat[~kept].max()
 
-    monkeypatch.setattr(Phase, "run", run)
+    monkeypatch.setattr(Lori, "bs", lambda self: [layer.b for layer in self.layers.values()], raising=False)
+    monkeypatch.setattr(Lori, "begin", begin_and_look)
     fit(config_for(tiny_model, data, tmp_path / "colours"), "command")
-    assert "largest" in seen
+    assert seen == ["LoRI-D", "LoRI-S"]
 
 
-def test_training_lowers_the_loss(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    config = config_for(tiny_model, data, tmp_path / "colours", steps=40, mix=[], rank=16, alpha=32)
-    base = load_base_model(str(tiny_model), torch.float32, attention=ATTENTION)
-    run = Run(config, base, *load_examples(config, base))
-    run.train()
-    losses = run.losses["LoRI-S"]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+@pytest.mark.parametrize("method", ["lori", "lori-d", "lora"])
+def test_training_lowers_the_loss(
+    tiny_model: Path, data: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: dict[str, list[float]] = {}
+    monkeypatch.setattr(Run, "close", lambda self: losses.update({k: v.losses for k, v in self.outcomes.items()}))
+    changes = {"steps": 40, "mix": [], "rank": 16, "alpha": 32, "method": method}
+    folder = fit(config_for(tiny_model, data, tmp_path / "colours", **changes), "command")
+    assert all(sum(found[-5:]) < 0.7 * sum(found[:5]) for found in losses.values())
+    assert len(losses) == (2 if method == "lori" else 1)
+    adapter = load_adapter(folder, load_base_model(str(tiny_model), torch.float32).identity)
+    assert adapter.config.lori.sparsity == pytest.approx(0.9 if method == "lori" else 0.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("die_at", [3, 9])
-def test_a_killed_run_resumes_to_the_same_bytes(
+def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        fit(config_for(tiny_model, data, tmp_path / name, seed=seed), "command")
+        for name, seed in [("first", 3), ("again", 3), ("other", 4)]
+    )
+    assert digest(first) == digest(again)
+    assert digest(first) != digest(other)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path, accumulation: int) -> None:
+    at_once = modules_of(fit(config_for(tiny_model, data, tmp_path / "whole", values="float32"), ""))
+    in_parts = modules_of(fit(config_for(tiny_model, data, tmp_path / "parts", values="float32", accumulation=accumulation), ""))
+    same = sum(torch.equal(at_once[name].indices, in_parts[name].indices) for name in at_once)
+    assert same >= len(at_once) - 2  # what is summed in another order may change which of two near entries is kept
+    for name in at_once:
+        torch.testing.assert_close(at_once[name].dense(), in_parts[name].dense(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 6, 9])
+def test_a_cut_run_resumes_to_the_same_bytes(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
 ) -> None:
     whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
     steps = 0
-    train_on = Phase._train_on
+    compute_loss = PhaseTrainer.compute_loss
 
-    def die(self: Phase, examples: object) -> float:
+    def die(self: PhaseTrainer, *given: object, **named: object) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if steps == die_at:
             raise KeyboardInterrupt
-        return train_on(self, examples)
+        return compute_loss(self, *given, **named)  # type: ignore[arg-type]  # passed on as it came
 
-    monkeypatch.setattr(Phase, "_train_on", die)
+    monkeypatch.setattr(PhaseTrainer, "compute_loss", die)
     with pytest.raises(KeyboardInterrupt):
         fit(config_for(tiny_model, data, tmp_path / "cut"), "command")
     assert (tmp_path / "cut.checkpoint").exists()
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(Phase, "_train_on", train_on)
+    monkeypatch.setattr(PhaseTrainer, "compute_loss", compute_loss)
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
-    assert digests(resumed) == digests(whole)
+    assert digest(resumed) == digest(whole)
 
 
-def test_a_checkpoint_of_other_options_is_refused(
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """Kill -9 wherever it falls, three times, by the command that a person would type again."""
+    changes = {"steps": 60, "held_out_fraction": 0.2, "eval_every": 3}
+    whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
+    command = [sys.executable, "-m", "training.fit", *flags_for(tiny_model, data, tmp_path / "cut", **changes), "--resume"]
+    folder = tmp_path / "cut.checkpoint"
+    for mark in ["lori-d/checkpoint-6", "lori-d/checkpoint-33", "lori-s/checkpoint-12"]:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while not (folder / mark).exists() and process.poll() is None:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "cut").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "cut") == digest(whole)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path, spread: bool) -> None:
+    """With DDP, and with the base spread over both by FSDP."""
+    alone = fit(config_for(tiny_model, data, tmp_path / "alone", accumulation=2), "command")
+    flags = flags_for(tiny_model, data, tmp_path / "both", **({"fsdp": True} if spread else {}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training.fit"]
+    done = subprocess.run(
+        [*torchrun, *flags], capture_output=True, text=True, check=False, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"saved {tmp_path / 'both'}\n"
+    assert digest(tmp_path / "both") == digest(alone)
+
+
+def test_the_best_held_out_step_is_what_is_saved(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.loop.Phase._train_on", lambda *_: 1.0)
-    monkeypatch.setattr("training.fit.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        fit(config_for(tiny_model, data, tmp_path / "a"), "command")
-    with pytest.raises(Exception, match="is of a run with other options"):
-        fit(config_for(tiny_model, data, tmp_path / "a", resume=True, lr=0.5), "command")
+    found: dict[str, object] = {}
+    monkeypatch.setattr(Run, "close", lambda self: found.update(self.outcomes))
+    changes = {"steps": 60, "lr": 1.0, "held_out": [str(data)], "eval_every": 2, "patience": 2, "mix": [], "method": "lori-d"}
+    fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1.0, **changes), "command")
+    outcome = found["LoRI-D"]
+    assert outcome.best_step == min(outcome.held_out, key=lambda at: at[1])[0]  # type: ignore[attr-defined]
+    assert len(outcome.losses) == outcome.best_step + 4 < 60  # type: ignore[attr-defined]
+
+
+def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i + 1}"}) + "\n" for i in range(20)))
+    before = modules_of(first)
+    after = modules_of(fit(config_for(tiny_model, other, tmp_path / "second", init_from=first, seed=5), ""))
+    num_changed = num_same = 0
+    for name, b in before.items():
+        assert torch.equal(after[name].mask | b.mask, after[name].mask)
+        changed = (after[name].dense() != b.dense()) & b.mask
+        num_changed += int(changed.sum())
+        num_same += int((b.mask & ~changed).sum())
+    total = sum(b.num_entries for b in before.values())
+    assert sum(b.values.numel() for b in after.values()) <= 2 * round(total * 0.1)
+    assert num_same > num_changed > 0
+
+
+def test_an_avoided_adapter_s_entries_are_left_alone(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    first = fit(config_for(tiny_model, data, tmp_path / "first", rank=2, alpha=4), "")
+    second = fit(config_for(tiny_model, data, tmp_path / "second", avoid=[first]), "")
+    for name, b in modules_of(second).items():
+        assert not (b.mask[:, :2] & modules_of(first)[name].mask).any()
+    with pytest.raises(LoriError, match="avoid fewer adapters"):
+        fit(config_for(tiny_model, data, tmp_path / "third", avoid=[second], sparsity=0.05), "")
+
+
+def test_what_cannot_be_built_on_is_said_whole(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    first = fit(config_for(tiny_model, data, tmp_path / "first", stream=3, steps=1), "")
+    changes = {"init_from": first, "rank": 2, "target_modules": ["q_proj"]}
+    with pytest.raises(
+        LoriError, match=r"is on the basis seed 0, stream 3, expected seed 0, stream 0; it differs from .*rank 4, expected"
+    ):
+        fit(config_for(tiny_model, data, tmp_path / "second", **changes), "")
+    with pytest.raises(LoriError, match="--avoid .* is on the basis seed 0, stream 3"):
+        fit(config_for(tiny_model, data, tmp_path / "second", avoid=[first]), "")
+
+
+def test_a_checkpoint_of_other_options_or_data_is_refused(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("training.fit.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(config_for(tiny_model, data, tmp_path / "a"), "command")
+    other = tmp_path / data.name
+    other.write_text(data.read_text().replace("red", "RED"))
+    for changes in ({"lr": 0.5}, {"data": [str(other)]}):
+        with pytest.raises(LoriError, match="is of a run with other options or data"):
+            fit(config_for(tiny_model, data, tmp_path / "a", **{"resume": True, **changes}), "command")
+    assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command").is_dir()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoriError, match="the loss of LoRI-D is (nan|inf) at step"):
+        fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1e30, steps=40), "command")
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -139,3 +282,6 @@ def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> Non
     done = run_command("--data", str(bad), "--target-modules", "c_attn", *flags)
     assert done.returncode == 1
     assert run_command("--no-such-flag").returncode == 2
+    done = run_command("--data", str(bad), "--method", "lora", "--avoid", "x", *flags)
+    assert done.returncode == 2
+    assert "method lora is a baseline" in done.stderr

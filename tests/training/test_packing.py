@@ -2,25 +2,70 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import functional as F
 
-from lori.base_model import load_base_model
+from lori.base_model import BaseModel, load_base_model
+from lori.basis import Seeded
+from training import packing
+from training.batches import Part
 from training.data import Example
-from training.loop import completion_loss
-from training.packing import ATTENTION
+from training.loss import completion_loss
+from training.packing import ATTENTION, pack
+from training.trainable import wrap
 
 
-def test_a_packed_loss_is_the_mean_of_the_examples_own_losses(tiny_model: Path) -> None:
+def some_examples() -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    examples = [
+    return [
         Example(tuple(torch.randint(0, 256, (length,), generator=generator).tolist()), num_prompt)
         for length, num_prompt in [(5, 2), (40, 1), (7, 6), (33, 20), (64, 10)]
     ]
-    packed = load_base_model(str(tiny_model), torch.float32, attention=ATTENTION).model
+
+
+@pytest.fixture
+def packed(tiny_model: Path) -> BaseModel:
+    return load_base_model(str(tiny_model), torch.float32, attention=ATTENTION)
+
+
+@pytest.mark.parametrize("max_plain", [0, 40, 1000])
+def test_a_packed_loss_is_the_mean_of_the_examples_own_losses(
+    tiny_model: Path, packed: BaseModel, max_plain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MAX_PLAIN", max_plain)
+    examples = some_examples()
     alone = load_base_model(str(tiny_model), torch.float32).model
     losses = []
     for example in examples:
         logits = alone(torch.tensor([example.ids])).logits[0, example.num_prompt - 1 : -1]
         losses.append(F.cross_entropy(logits, torch.tensor(example.ids[example.num_prompt :])))
-    torch.testing.assert_close(completion_loss(packed, examples), torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+    found = completion_loss(packed.model, pack(Part(tuple(examples), 1 / len(examples))))
+    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_plain_attention_has_the_gradients_of_torch_s_own() -> None:
+    torch.manual_seed(0)
+    shapes = [(3, 4, 9, 8), (3, 2, 9, 8), (3, 2, 9, 8)]
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    weights = torch.randn(3, 4, 9, 8)
+    found = []
+    for attend in (packing._plain_attention, packing._fused_attention):
+        out = attend(q, k, v, 0.3)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_an_example_that_keeps_the_base_costs_what_it_changes(packed: BaseModel) -> None:
+    layers = wrap(packed.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
+    learnt, kept = (tuple(some_examples()[i : i + 2]) for i in (0, 2))
+    kept = tuple(Example(e.ids, e.num_prompt, keeps_base=True) for e in kept)
+
+    def loss(*examples: Example) -> torch.Tensor:
+        return completion_loss(packed.model, pack(Part(examples, 1.0)))
+
+    assert loss(*kept).item() == pytest.approx(0.0, abs=1e-6)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.b.change, std=0.3)
+    assert loss(*kept).item() > 0.01
+    torch.testing.assert_close(loss(kept[0], *learnt, kept[1]), loss(*kept) + loss(*learnt))

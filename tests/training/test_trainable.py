@@ -9,41 +9,74 @@ from torch import nn
 from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.errors import ModelError
-from training.trainable import MaskedDelta, TrainableLinear, wrap
+from lori.sparse import SparseB
+from training.trainable import DenseB, MaskedB, TrainableLinear, wrap
+
+
+def random_mask(*shape: int, density: float = 0.3) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < density
+
+
+def some_b() -> SparseB:
+    return SparseB.from_dense(torch.arange(1.0, 37).view(9, 4), random_mask(9, 4, density=0.5).flip(0))
 
 
 def test_only_the_kept_entries_are_parameters() -> None:
-    mask = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)) < 0.3
-    delta = MaskedDelta(mask)
-    assert [p.numel() for p in delta.parameters()] == [int(mask.sum())]
+    mask = random_mask(9, 4)
+    b = MaskedB(mask)
+    assert [p.numel() for p in b.parameters() if p.requires_grad] == [int(mask.sum())]
     with torch.no_grad():
-        delta.values.copy_(torch.arange(1.0, int(mask.sum()) + 1))
-    assert torch.equal(delta.dense() != 0, mask)
-    torch.testing.assert_close(delta.dense(), delta.sparse().dense())
+        b.trained.values.copy_(torch.arange(1.0, int(mask.sum()) + 1))
+    assert torch.equal(b.scaled(2.0, torch.float32) != 0, mask)
+    torch.testing.assert_close(b.scaled(2.0, torch.float32), 2 * b.sparse().dense())
+
+
+def test_what_the_mask_leaves_out_of_a_start_stays_and_what_it_keeps_goes_on() -> None:
+    start, mask = some_b(), random_mask(9, 4)
+    b = MaskedB(mask, start)
+    torch.testing.assert_close(b.scaled(1.0, torch.float32), start.dense())
+    with torch.no_grad():
+        b.trained.values.add_(100.0)
+    expected = start.dense() + 100 * mask
+    torch.testing.assert_close(b.scaled(1.0, torch.float32), expected)
+    torch.testing.assert_close(b.sparse().dense(), expected)
+    assert torch.equal(b.sparse().mask, mask | start.mask)
+
+
+def test_a_dense_change_is_on_top_of_its_start() -> None:
+    start = some_b()
+    b = DenseB(9, 4, start)
+    with torch.no_grad():
+        b.change.fill_(0.5)
+    torch.testing.assert_close(b.scaled(2.0, torch.float32), 2 * (start.dense() + 0.5))
+    torch.testing.assert_close(b.sparse().dense(), start.dense() + 0.5)
+    assert b.sparse().mask.all()
 
 
 def test_a_masked_entry_s_gradient_is_the_dense_one_s() -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(6, 5, bias=True)
-    layer = TrainableLinear(linear, torch.randn(3, 6), scale=2.0)
+    layer = TrainableLinear(nn.Linear(6, 5, bias=True), torch.randn(3, 6), scale=2.0)
     x = torch.randn(4, 6)
     layer(x).square().sum().backward()
-    dense = layer.delta.b.grad
+    assert isinstance(layer.b, DenseB)
+    dense = layer.b.change.grad
     assert dense is not None
     mask = torch.rand(5, 3) < 0.5
-    layer.delta = MaskedDelta(mask)
+    layer.b = MaskedB(mask)
     layer(x).square().sum().backward()
-    torch.testing.assert_close(layer.delta.values.grad, dense[mask])
+    torch.testing.assert_close(layer.b.trained.values.grad, dense[mask])
 
 
 def test_the_layer_adds_scale_b_a_x() -> None:
     torch.manual_seed(0)
     linear, a, b, x = nn.Linear(6, 5), torch.randn(3, 6), torch.randn(5, 3), torch.randn(2, 7, 6)
+    expected = linear(x)
     layer = TrainableLinear(linear, a, scale=0.5)
-    torch.testing.assert_close(layer(x), linear(x))
+    torch.testing.assert_close(layer(x), expected)
+    assert isinstance(layer.b, DenseB)
     with torch.no_grad():
-        layer.delta.b.copy_(b)
-    torch.testing.assert_close(layer(x), linear(x) + 0.5 * x @ a.T @ b.T)
+        layer.b.change.copy_(b)
+    torch.testing.assert_close(layer(x), expected + 0.5 * x @ a.T @ b.T)
 
 
 def test_wrap_says_which_target_is_missing(tiny_model: Path) -> None:
@@ -56,4 +89,4 @@ def test_wrap_leaves_only_deltas_trainable(tiny_model: Path) -> None:
     model = load_base_model(str(tiny_model), torch.float32).model
     layers = wrap(model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
     assert sorted(layers) == [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.q_proj")]
-    assert all(name.endswith(".delta.b") for name, p in model.named_parameters() if p.requires_grad)
+    assert all(name.endswith(".b.change") for name, p in model.named_parameters() if p.requires_grad)

@@ -1,0 +1,34 @@
+"""A run's folder beside its output: how far each phase came. What a kill cuts off is never taken for whole."""
+
+import os
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lori.durable import sync_folder, write_file
+
+WHOLE = "whole"
+"""An empty file that is written last in a checkpoint's folder."""
+
+
+class MarkWhole(TrainerCallback):
+    """Marks each checkpoint once all its files are on disk."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
+        """Trainer calls it after the last file of a checkpoint."""
+        if not args.should_save:
+            return
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for file in folder.iterdir():
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        write_file(folder / WHOLE, b"")
+        sync_folder(folder)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """Returns the newest whole checkpoint of a phase's folder, or None."""
+    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")}
+    return found[max(found)] if found else None

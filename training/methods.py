@@ -1,0 +1,117 @@
+"""What is trained: LoRI's B on a frozen A (arXiv 2504.07448, section 3), or plain LoRA by PEFT as the baseline.
+
+A method wraps the base's layers, prepares each phase, and tells what came out. Shapes: N inputs, D outputs, R rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.basis import Basis, Explicit, Seeded
+from lori.errors import LoriError
+from lori.mask import top_k_mask
+from lori.sparse import SparseB
+from training.config import FitConfig
+from training.packing import ATTENTION
+from training.parents import load_avoided, load_start
+from training.processes import processes
+from training.trainable import DenseB, MaskedB, target_layers, whole, wrap
+
+Trained = tuple[dict[str, SparseB], Basis]
+"""B of each module, and the A that they are on."""
+
+
+class TrainingMethod(Protocol):
+    """What a run needs of LoRI and of LoRA alike."""
+
+    base: BaseModel
+    phases: tuple[str, ...]
+
+    def begin(self, phase: str) -> None:
+        """Makes the model ready for `phase`, after the one before it."""
+
+    def trained(self) -> Trained:
+        """Returns what the last phase left. All processes must ask."""
+
+
+def load_base(config: FitConfig) -> BaseModel:
+    """Returns the base of a run, its attention the packed one; with `--fsdp` spread over the processes."""
+    num_processes = processes().num_processes if config.fsdp else 1
+    return load_base_model(config.model, resolve_dtype(config.dtype), attention=ATTENTION, num_processes=num_processes)
+
+
+def method_of(config: FitConfig, base: BaseModel) -> TrainingMethod:
+    """Returns the method that `config` asks for, `base` wrapped. Raises `LoriError` where that cannot be."""
+    return Lora(config, base) if config.method == "lora" else Lori(config, base)
+
+
+class Lori:
+    """LoRI-D, then LoRI-S on the mask of the largest changes; or LoRI-D alone."""
+
+    def __init__(self, config: FitConfig, base: BaseModel) -> None:
+        self.config, self.base = config, base
+        self.phases = ("LoRI-D",) if config.method == "lori-d" else ("LoRI-D", "LoRI-S")
+        self.basis = Seeded(config.basis_seed, config.stream)
+        names = list(target_layers(base.model, config.target_modules))
+        self.shapes = {name: (base.identity.shapes[name][0], config.rank) for name in names}
+        self.start = load_start(config, base.identity, names) if config.init_from else None
+        self.avoided = load_avoided(config.avoid, base.identity, self.basis, self.shapes) if config.avoid else None
+        self._wrap()
+
+    def _wrap(self) -> None:
+        config = self.config
+        self.layers = wrap(self.base.model, config.target_modules, self.basis, config.rank, config.alpha, self.start)
+
+    def begin(self, phase: str) -> None:
+        """Puts a mask's entries in the place of all before LoRI-S."""
+        if phase != "LoRI-S":
+            return
+        masks = self.masks()
+        for name, layer in self.layers.items():
+            layer.b = MaskedB(masks[name], self.start[name] if self.start else None)
+
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        """Returns the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where too much is avoided."""
+        changes = {}
+        for name, layer in self.layers.items():
+            assert isinstance(layer.b, DenseB)
+            changes[name] = whole(layer.b.change)
+        return top_k_mask(changes, self.config.sparsity, self.config.granularity, self.avoided)
+
+    def trained(self) -> Trained:
+        """Returns B as it is now, and the basis."""
+        return {name: layer.b.sparse() for name, layer in self.layers.items()}, self.basis
+
+
+class Lora:
+    """LoRA, all of A and B trained in fp32, by PEFT."""
+
+    phases = ("LoRA",)
+
+    def __init__(self, config: FitConfig, base: BaseModel) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415  # an extra
+        except ImportError as error:
+            raise LoriError("--method lora needs: pip install '.[train]'") from error
+        self.base = base
+        names = list(target_layers(base.model, config.target_modules))
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(
+            LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names),  # type: ignore[arg-type]  # may be a float
+            base.model,
+        )
+        self.layers: dict[str, Any] = {name: base.model.get_submodule(name) for name in names}
+        for layer in self.layers.values():
+            layer.lora_A.float()
+            layer.lora_B.float()
+
+    def begin(self, phase: str) -> None:
+        """Does nothing: there is one phase."""
+
+    def trained(self) -> Trained:
+        """Returns B, every entry kept, and A as the adapter's own basis."""
+        b = {name: whole(layer.lora_B["default"].weight) for name, layer in self.layers.items()}  # (D, R)
+        a = {name: whole(layer.lora_A["default"].weight) for name, layer in self.layers.items()}  # (R, N)
+        return {name: SparseB.from_dense(v, torch.ones_like(v, dtype=torch.bool)) for name, v in b.items()}, Explicit.of(a)

@@ -1,0 +1,9 @@
+"""The processes that `torchrun` starts for one run; one alone without it."""
+
+import torch
+from accelerate import PartialState
+
+
+def processes() -> PartialState:
+    """Returns which of how many this process is; joins the others the first time."""
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -1,0 +1,91 @@
+"""What a person sees of a phase while it runs, and what ends it early."""
+
+import math
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from lori.errors import LoriError
+
+NUM_RECENT = 20
+"""Steps over which a loss is averaged where one number is to stand for it."""
+
+
+class TrainingError(LoriError):
+    """Training cannot go on: says at which step, and what might help."""
+
+
+def recent_loss(losses: list[float]) -> float:
+    """Returns the mean of the last of `losses`."""
+    last = losses[-NUM_RECENT:]
+    return sum(last) / len(last)
+
+
+class Progress(TrainerCallback):
+    """A bar of loss, tokens/s and time left. Ends the run where the loss is no number any more."""
+
+    def __init__(self, name: str, step_tokens: list[int]) -> None:
+        self.name, self.step_tokens = name, step_tokens
+        self.losses: list[float] = []
+        self._bar: tqdm[None] | None = None
+        self._started = (0.0, 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
+        """Opens the bar, where this process is the first."""
+        self.losses = losses_of(state)
+        self._started = (time.monotonic(), state.global_step)
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=len(self.step_tokens), initial=state.global_step, desc=self.name, unit="step")
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Raises `TrainingError` for a loss that is not finite; else moves the bar."""
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss of {self.name} is {loss} at step {state.global_step}: a lower learning rate may help")
+        self.losses.append(loss)
+        if self._bar is not None:
+            at, first = self._started
+            rate = sum(self.step_tokens[first : state.global_step]) / (time.monotonic() - at)
+            self._bar.set_postfix(loss=f"{recent_loss(self.losses):.3f}", tokens_per_s=f"{rate:.0f}", refresh=False)
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def losses_of(state: TrainerState) -> list[float]:
+    """Returns the loss of each step so far."""
+    return [entry["loss"] for entry in state.log_history if "loss" in entry]
+
+
+def held_out_of(state: TrainerState) -> list[list[float]]:
+    """Returns [step, held-out loss] of each measurement so far."""
+    return [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry]
+
+
+def best_step_of(state: TrainerState) -> int:
+    """Returns the step whose parameters a phase ends with."""
+    return state.best_global_step or state.global_step
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """Returns what writes logs for TensorBoard to `folder`. Raises `LoriError` where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise LoriError("--tensorboard needs: pip install '.[train]'") from error
+    return TensorBoardCallback(SummaryWriter(str(folder)))

@@ -1,0 +1,42 @@
+"""What an adapter's config and card say of the run that made it."""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lori.config import AdapterConfig
+from lori.identity import BaseIdentity
+from lori.new_config import new_config
+from training.config import FitConfig
+from training.methods import Trained
+from training.progress import recent_loss
+from training.run import Outcome
+
+
+def config_of(
+    config: FitConfig, base: BaseIdentity, trained: Trained, outcomes: dict[str, Outcome], told: dict[str, Any]
+) -> AdapterConfig:
+    """Returns the config of an adapter; `told` goes into its record as it is. `lori.format.seal` fills in its digests."""
+    modules, basis = trained
+    record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"})
+    phases = {
+        name: {
+            "steps": len(outcome.losses),
+            "tokens": outcome.num_tokens,
+            "loss": round(recent_loss(outcome.losses), 4),
+            "held_out": [[int(step), round(loss, 4)] for step, loss in outcome.held_out],
+        }
+        for name, outcome in outcomes.items()
+    }
+    versions = {name: version(name) for name in ("lori-server", "torch", "transformers", "accelerate")}
+    return new_config(
+        modules,
+        basis,
+        base,
+        alphas=dict.fromkeys(modules, config.alpha),
+        target_modules=config.target_modules,
+        values=config.values,
+        templates=config.template,
+        training=record | told | {"threads": torch.get_num_threads(), "phases": phases, "versions": versions},
+    )

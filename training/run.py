@@ -1,0 +1,136 @@
+"""A training run: its phases one after another, each from where a killed run left it. Knows nothing of what is trained."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from transformers import TrainerCallback
+from transformers.trainer_callback import EarlyStoppingCallback
+
+from lori.durable import replace_file
+from training.arguments import training_arguments
+from training.batches import BatchSize, Step, held_out_parts, plan_steps
+from training.checkpoints import MarkWhole, last_whole
+from training.config import FitConfig
+from training.data import DataError, Example
+from training.methods import TrainingMethod
+from training.processes import processes
+from training.progress import Progress, best_step_of, held_out_of, losses_of, tensorboard
+from training.trainer import PhaseTrainer, load_parameters
+
+logger = logging.getLogger(__name__)
+
+PARAMETERS, OUTCOME = "trained.safetensors", "outcome.json"
+"""What a phase that is over leaves in its folder, the second last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What a run is given: examples to learn, to leave as they are, and to measure on."""
+
+    data: Sequence[Example]
+    mix: Sequence[Example] = ()
+    held_out: Sequence[Example] = ()
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of all of them: a run goes on only with the same ones."""
+        sha = hashlib.sha256()
+        for examples in (self.data, self.mix, self.held_out):
+            for example in examples:
+                sha.update(f"{example.num_prompt} {example.ids} ".encode())
+            sha.update(b"/")
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a phase left: its loss at each step, the held-out loss after some, and how much it saw."""
+
+    losses: list[float]
+    held_out: list[list[float]]
+    num_tokens: int
+    best_step: int
+    """The step whose parameters are kept: the best where something is held out, else the last."""
+
+
+class Run:
+    """The phases of one method, and the folder in which they are written down."""
+
+    def __init__(self, config: FitConfig, examples: Examples) -> None:
+        self.config, self.examples = config, examples
+        self.folder = config.output.with_name(config.output.name + ".checkpoint")
+        self.outcomes: dict[str, Outcome] = {}
+
+    def train(self, method: TrainingMethod) -> None:
+        """Runs each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
+        with processes().main_process_first():
+            self._open(is_first=processes().is_main_process)
+        for number, phase in enumerate(method.phases):
+            method.begin(phase)
+            folder = self.folder / phase.lower()
+            if (folder / OUTCOME).is_file():
+                load_parameters(method.base.model, load_file(folder / PARAMETERS))
+            else:
+                self._train(method, phase, number, folder)
+            self.outcomes[phase] = Outcome(**json.loads((folder / OUTCOME).read_text()))
+
+    def close(self) -> None:
+        """Removes the folder: the adapter is saved."""
+        shutil.rmtree(self.folder)
+
+    def _open(self, is_first: bool) -> None:
+        file = self.folder / "run.json"
+        identity = json.dumps({"options": self.config.identity, "num_parts": self._num_parts, "examples": self.examples.digest})
+        if self.config.resume and file.is_file():
+            if file.read_text() != identity:
+                raise DataError(f"{self.folder} is of a run with other options or data: resume with those, or remove it")
+        elif is_first:
+            if self.config.resume:
+                logger.warning("%s is not there: starting from the beginning", self.folder)
+            elif self.folder.exists():
+                logger.warning("%s is of a run that did not end: starting anew (--resume would go on)", self.folder)
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(file, identity.encode())
+
+    @property
+    def _num_parts(self) -> int:
+        return processes().num_processes * self.config.accumulation
+
+    def _train(self, method: TrainingMethod, phase: str, number: int, folder: Path) -> None:
+        steps = self._plan(phase, number)
+        rate = self.config.calibration_lr if phase == "LoRI-D" else self.config.lr
+        arguments = training_arguments(self.config, folder, rate, len(steps))
+        step_tokens = [sum(map(len, step)) for step in steps]
+        held_out = held_out_parts(self.examples.held_out, self.config.batch_tokens)
+        trainer = PhaseTrainer(method.base.model, arguments, steps, held_out, self._callbacks(phase, step_tokens))
+        checkpoint = last_whole(folder) if self.config.resume else None
+        trainer.train(str(checkpoint) if checkpoint else None)
+        state, parameters = trainer.state, trainer.trained()
+        if arguments.should_save:
+            outcome = Outcome(losses_of(state), held_out_of(state), sum(step_tokens[: state.global_step]), best_step_of(state))
+            replace_file(folder / PARAMETERS, save(parameters))
+            replace_file(folder / OUTCOME, json.dumps(asdict(outcome)).encode())
+        processes().wait_for_everyone()
+
+    def _plan(self, phase: str, number: int) -> list[Step]:
+        config, examples = self.config, self.examples
+        length: tuple[int, float] = (config.steps, config.epochs)
+        if phase == "LoRI-D" and config.method == "lori" and (config.calibration_steps or config.calibration_epochs):
+            length = (config.calibration_steps, config.calibration_epochs)
+        size = BatchSize(config.batch_size, config.batch_tokens)
+        return plan_steps(examples.data, examples.mix, config.mix_fraction, size, length, config.seed + number)
+
+    def _callbacks(self, phase: str, step_tokens: list[int]) -> list[TrainerCallback]:
+        callbacks: list[TrainerCallback] = [MarkWhole(), Progress(phase, step_tokens)]
+        if self.config.patience:
+            callbacks.append(EarlyStoppingCallback(self.config.patience))
+        if self.config.tensorboard:
+            callbacks.append(tensorboard(self.config.tensorboard / self.config.output.name / phase.lower()))
+        return callbacks
