@@ -132,7 +132,7 @@ def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> Non
     flags = ["--model", str(tiny_model), "--output", str(tmp_path / "x")]
     done = run_command("--data", str(bad), *flags)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(f"error: {bad} has no usable row")
+    assert f"  no completion: 1\n    {bad} line 1" in done.stderr
     done = run_command("--data", str(bad), "--sparsity", "1.5", *flags)
     assert done.returncode == 2
     assert "--sparsity: Input should be less than 1" in done.stderr
