@@ -1,6 +1,7 @@
 """Where rows come from: files, data sets, and templates over their columns."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,13 @@ def test_a_data_set_that_cannot_be_loaded_is_named() -> None:
     for path in ("nothing.jsonl", "./nothing", "/nothing"):
         with pytest.raises(DataError, match="there is no file"):
             read_rows(path)
+
+
+def test_a_file_needs_no_library_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert read_rows(write(tmp_path / "d.jsonl", {"prompt": "p", "completion": "c"}))
+    with pytest.raises(DataError, match=r"'nobody/nothing' is no file, and data sets need: pip install '\.\[train\]'"):
+        read_rows("nobody/nothing")
 
 
 def test_the_record_of_a_run_says_a_source_as_it_was_said() -> None:

@@ -1,6 +1,8 @@
 """Recipes: those that are shipped, and files of one's own."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,14 @@ def test_a_wrong_recipe_is_told_in_a_line(
             from_flags(monkeypatch, "--recipe", str(path))
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_readme_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("A source can be an object")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    source, *recipes = [shlex.split(line)[3:] for line in "".join(blocks).replace("\n  ", " ").splitlines()]
+    [found] = from_flags(monkeypatch, *source).data
+    assert found.prompt == "Question: {{ question }}\nAnswer:"
+    for flags in recipes[:2]:
+        assert from_flags(monkeypatch, *flags).recipe in NAMES
