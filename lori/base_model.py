@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lori.base_identity import identify, identify_files, short_name
@@ -56,8 +56,8 @@ def load_base_model(
 ) -> BaseModel:
     """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
 
-    `attention` is the name of an attention function that transformers knows. With `num_processes`, those of `torchrun`, the weights
-    are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room for it.
+    `attention` is the name of an attention function that transformers knows. With `num_processes`, those of `torchrun`, the
+    weights are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room for it.
     """
     folder = str(embedded_model()) if name is None else name
     if (folder.startswith((".", "/")) or Path(folder).exists()) and not (Path(folder) / "config.json").is_file():

@@ -22,7 +22,7 @@ def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: in
         gradient_accumulation_steps=config.accumulation,
         per_device_train_batch_size=1,
         learning_rate=lr,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine" if config.schedule == "cosine" else "constant_with_warmup",
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,

@@ -1,12 +1,17 @@
-"""What the programs of this package share: their flags come from the command line alone, and a wrong one is said in a line."""
+"""What the programs of this package share: their flags come from the command line, and a wrong one is said in a line.
+
+A program with a `recipe` among its flags takes from that what the command line does not say.
+"""
 
 import sys
-from typing import Self
+from typing import Any, Self
 
 from pydantic import ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from lori.flags import flag_faults
+from training.recipe import RecipeError, read_recipe
 
 
 class CommandLine(BaseSettings):
@@ -19,20 +24,46 @@ class CommandLine(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003  # pydantic-settings' signature
+        settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # pydantic-settings' signature
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Returns what was given in code; pydantic-settings puts the command line before it where that is asked for."""
-        return (init_settings,)
+        """Returns what was given in code, and the recipe; pydantic-settings puts the command line before them where asked to."""
+        return init_settings, _Recipe(settings_cls)
 
     @classmethod
     def from_arguments(cls) -> Self:
         """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
         try:
-            return cls(_cli_parse_args=True)
+            return cls(_cli_settings_source=_Flags(cls, cli_parse_args=True))
         except ValidationError as error:
             print(f"error: {flag_faults(error)}", file=sys.stderr)
             raise SystemExit(2) from error
+        except (SettingsError, RecipeError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+
+class _Recipe(PydanticBaseSettingsSource):
+    """The options of the recipe that the sources before this one name, if any."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Unused: a recipe is read as a whole."""
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        name = self.current_state.get("recipe")
+        return read_recipe(name, self.settings_cls.model_fields.keys() - {"recipe"}) if name else {}
+
+
+class _Flags(CliSettingsSource[Any]):
+    """The command line, whose JSON objects mean what they say."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Decodes a list's items, which were joined as JSON."""
+        # pydantic-settings doubles every backslash of an item, for Windows' paths: a prompt's "\n" would be a backslash and an n.
+        if isinstance(value, str) and "{" in value:
+            value = value.replace("\\\\", "\\")
+        return super().decode_complex_value(field_name, field, value)

@@ -10,6 +10,7 @@ from lori.names import NAME
 from lori.template import Template
 from lori.values import ValueType
 from training.command_line import CommandLine
+from training.data import OnBad, Source
 
 Method = Literal["lori", "lori-d", "lora"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -18,13 +19,19 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class FitConfig(CommandLine):
     """Trains a LoRI adapter (arXiv 2504.07448) and writes it as a folder that the server loads."""
 
-    data: list[str]
-    """What to learn: JSONL files (`prompt` and `completion`, or `messages`, a line) or hub data sets."""
+    recipe: str | None = None
+    """A YAML file of these options, or the name of one of `training/recipes`. Flags win over it."""
+    data: list[Source]
+    """What to learn: JSONL files (`prompt` and `completion`, or `messages`, a line) or hub data sets. A source can also be an
+    object, such as `{"path": "openai/gsm8k", "name": "main", "prompt": "{{ question }}", "completion": "{{ answer }}"}`, whose
+    Jinja templates make rows of the set's own columns."""
     output: Path
     """The adapter's folder; its last part is the adapter's name. Checkpoints go beside it, in `OUTPUT.checkpoint`."""
     method: Method = "lori"
     """lori: LoRI-D, its mask, LoRI-S. lori-d: all of B is trained and kept. lora: PEFT's LoRA, as a baseline."""
-    mix: list[str] = Field(default=[])
+    on_bad: OnBad = "refuse"
+    """refuse: where a row cannot be used, nothing is trained, and each is named. skip: they are left out, named and counted."""
+    mix: list[Source] = Field(default=[])
     """What to leave alone: rows that the base model answered itself (see `python -m training.answer`). There the adapted model
     is held to the base model's own distribution."""
     mix_fraction: float = Field(default=0.4, ge=0, lt=1)
@@ -71,7 +78,9 @@ class FitConfig(CommandLine):
     calibration_lr: float = Field(default=5e-3, gt=0)
     """LoRI-D's peak learning rate."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
-    """The share of a phase's steps in which the rate rises; it falls as a cosine afterwards."""
+    """The share of a phase's steps in which the rate rises."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What the rate does afterwards: it falls to zero, or stays."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's, on what is trained alone."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -83,14 +92,14 @@ class FitConfig(CommandLine):
     accumulation: int = Field(default=1, ge=1)
     """Parts in which each process computes a step, one after another. N processes with 1 and one with N train the same."""
     max_length: int = Field(default=1024, ge=2)
-    """Longer examples are left out and counted."""
+    """Longer examples are bad rows: nothing is cut."""
     seed: int = 0
     """Orders the data."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints, where nothing is held out."""
     resume: bool = False
     """Goes on from the checkpoint beside `output`."""
-    held_out: list[str] = Field(default=[])
+    held_out: list[Source] = Field(default=[])
     """Rows to measure the loss on as training goes; the best checkpoint is the adapter."""
     held_out_fraction: float = Field(default=0, ge=0, lt=1)
     """The share of `data` that is held out instead."""

@@ -9,6 +9,7 @@ import random
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from lori.errors import LoriError
 from lori.format import check_replaceable, save_adapter, write_record
 from training.card import render_card
 from training.config import FitConfig
-from training.data import Row, read_rows, tokenize
+from training.data import Example, Faults, Row, read_rows, tokenize
 from training.methods import load_base, method_of
 from training.processes import processes
 from training.record import config_of
@@ -28,39 +29,58 @@ from training.run import Examples, Run
 logger = logging.getLogger(__name__)
 
 
-def read_all(config: FitConfig) -> tuple[list[Row], list[Row], list[Row]]:
-    """Returns the rows to learn, to mix in, and to measure on."""
-    data = [row for source in config.data for row in read_rows(source)]
-    held_out = [row for source in config.held_out for row in read_rows(source)]
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a run: to learn, to mix in, to measure on; and what was wrong with others."""
+
+    data: list[Row]
+    mix: list[Row]
+    held_out: list[Row]
+    faults: Faults
+
+
+def read_all(config: FitConfig) -> Rows:
+    """Returns the rows of all sources. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
+    faults = Faults(config.on_bad)
+    data, held_out = (
+        [row for source in sources for row in read_rows(source, faults=faults)] for sources in (config.data, config.held_out)
+    )
+    mix = [row for source in config.mix for row in read_rows(source, needs="completion", faults=faults)]
+    faults.settle()
     if config.held_out_fraction:
         random.Random(config.seed).shuffle(data)
         count = max(1, round(config.held_out_fraction * len(data)))
         data, held_out = data[count:], data[:count]
-    return data, [row for source in config.mix for row in read_rows(source, needs="completion")], held_out
+    return Rows(data, mix, held_out, faults)
 
 
-def load_examples(config: FitConfig, base: BaseModel) -> Examples:
-    """Returns the rows of `read_all` as tokens."""
-    learnt, kept, held_out = read_all(config)
-    data = tokenize(base.tokenizer, learnt, config.template, config.max_length)
-    mix = tokenize(base.tokenizer, kept, config.template, config.max_length, keeps_base=True) if kept else []
-    return Examples(data, mix, tokenize(base.tokenizer, held_out, config.template, config.max_length) if held_out else [])
+def as_examples(rows: Rows, base: BaseModel, config: FitConfig) -> Examples:
+    """Returns `rows` as tokens. Raises as `read_all` does."""
+
+    def tokens(some: list[Row], keeps_base: bool = False) -> list[Example]:
+        if not some:
+            return []
+        return tokenize(base.tokenizer, some, config.template, config.max_length, keeps_base, rows.faults)
+
+    examples = Examples(tokens(rows.data), tokens(rows.mix, keeps_base=True), tokens(rows.held_out))
+    rows.faults.settle()
+    return examples
 
 
 def fit(config: FitConfig, command: str) -> Path:
-    """Trains and saves; returns the adapter's folder. Raises `DataError` or `LoriError`."""
+    """Trains and saves; returns the adapter's folder. Raises `LoriError`."""
     started = time.monotonic()
     if config.threads:
         torch.set_num_threads(config.threads)
     check_replaceable(config.output)
-    read_all(config)  # What is wrong with the data is said before the model is loaded.
+    rows = read_all(config)  # what is wrong with the data is said before the model is loaded
     base = load_base(config)
-    run = Run(config, load_examples(config, base))
+    run = Run(config, as_examples(rows, base, config))
     method = method_of(config, base)
     run.train(method)
     trained = method.trained()
     if processes().is_main_process:
-        told = {"command": command, "seconds": round(time.monotonic() - started)}
+        told = {"command": command, "seconds": round(time.monotonic() - started), "skipped": rows.faults.counts}
         record = config_of(config, base.identity, trained, run.outcomes, told)
         adapter = save_adapter(Adapter(config.output.name, record, *trained), config.output)
         write_record(config.output, adapter.config, render_card(adapter.name, adapter.config))

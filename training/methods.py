@@ -17,7 +17,7 @@ from training.config import FitConfig
 from training.packing import ATTENTION
 from training.parents import load_avoided, load_start
 from training.processes import processes
-from training.trainable import DenseB, MaskedB, target_layers, whole, wrap
+from training.trainable import DenseB, MaskedB, target_layers, values_of, wrap
 
 Trained = tuple[dict[str, SparseB], Basis]
 """B of each module, and the A that they are on."""
@@ -26,8 +26,13 @@ Trained = tuple[dict[str, SparseB], Basis]
 class TrainingMethod(Protocol):
     """What a run needs of LoRI and of LoRA alike."""
 
-    base: BaseModel
-    phases: tuple[str, ...]
+    @property
+    def base(self) -> BaseModel:
+        """The base, its layers wrapped."""
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What is run, in order."""
 
     def begin(self, phase: str) -> None:
         """Makes the model ready for `phase`, after the one before it."""
@@ -77,7 +82,7 @@ class Lori:
         changes = {}
         for name, layer in self.layers.items():
             assert isinstance(layer.b, DenseB)
-            changes[name] = whole(layer.b.change)
+            changes[name] = values_of(layer.b.change)
         return top_k_mask(changes, self.config.sparsity, self.config.granularity, self.avoided)
 
     def trained(self) -> Trained:
@@ -112,6 +117,6 @@ class Lora:
 
     def trained(self) -> Trained:
         """Returns B, every entry kept, and A as the adapter's own basis."""
-        b = {name: whole(layer.lora_B["default"].weight) for name, layer in self.layers.items()}  # (D, R)
-        a = {name: whole(layer.lora_A["default"].weight) for name, layer in self.layers.items()}  # (R, N)
+        b = {name: values_of(layer.lora_B["default"].weight) for name, layer in self.layers.items()}  # (D, R)
+        a = {name: values_of(layer.lora_A["default"].weight) for name, layer in self.layers.items()}  # (R, N)
         return {name: SparseB.from_dense(v, torch.ones_like(v, dtype=torch.bool)) for name, v in b.items()}, Explicit.of(a)

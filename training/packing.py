@@ -20,7 +20,7 @@ ATTENTION = "lori_packed"
 """The name under which transformers finds `packed_attention`."""
 
 MAX_PLAIN = 128
-"""Tokens up to which plain products are faster on a CPU than its fused attention, whose backward pass takes four times as long."""
+"""Tokens up to which plain products are faster on a CPU than its fused attention, which takes four times as long backwards."""
 
 
 @dataclass(frozen=True, slots=True)

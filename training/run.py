@@ -101,7 +101,7 @@ class Run:
 
     @property
     def _num_parts(self) -> int:
-        return processes().num_processes * self.config.accumulation
+        return int(processes().num_processes) * self.config.accumulation
 
     def _train(self, method: TrainingMethod, phase: str, number: int, folder: Path) -> None:
         steps = self._plan(phase, number)

@@ -51,7 +51,7 @@ class DenseB(nn.Module):
 
     def sparse(self) -> SparseB:
         """Returns B as an adapter holds it, every entry kept."""
-        dense = whole(self.change)
+        dense = values_of(self.change)
         flat = self.start.added(dense.flatten(), 1.0) if self.start else dense
         return SparseB.from_dense(flat.view(dense.shape), torch.ones_like(dense, dtype=torch.bool))
 
@@ -81,14 +81,13 @@ class MaskedB(nn.Module):
         for entries in (self.trained, self.outside):
             if entries:
                 positions = entries.positions.cpu().long()
-                mask.view(-1)[positions], dense.view(-1)[positions] = True, whole(entries.values)
+                mask.view(-1)[positions], dense.view(-1)[positions] = True, values_of(entries.values)
         return SparseB.from_dense(dense, mask)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a parameter's values as a tensor of its own on the CPU, gathered where it is spread over processes."""
-    found = tensor.detach()
-    return (found.full_tensor() if isinstance(found, DTensor) else found).cpu().clone()
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a parameter's values as a tensor of its own on the CPU."""
+    return tensor.detach().cpu().clone()
 
 
 class TrainableLinear(nn.Module):

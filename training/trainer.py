@@ -4,7 +4,6 @@ Trainer brings accumulation, clipping, the schedule, checkpoints, early stopping
 of a step must weigh what their examples weigh, and none may be dropped or padded.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from training.batches import Part, Step, parts_of
 from training.loss import completion_loss
 from training.packing import PackedBatch, pack
-from training.trainable import whole
+from training.trainable import values_of
 
 PARAMETERS = "model.safetensors"
 """The trained parameters in a checkpoint, under the name by which Trainer knows one."""
@@ -41,9 +40,10 @@ class PhaseTrainer(Trainer):
         held_out: Sequence[Part],
         callbacks: list[TrainerCallback],
     ) -> None:
-        # Trainer does not resume models that are spread over processes, for their optimizer's state is: what is trained here is not.
+        # Trainer does not resume models that are spread over processes, whose optimizer's state is, too: here it is not.
         args.save_only_model = model.is_distributed_loading_by_transformers
         super().__init__(model, args, eval_dataset=list(held_out) or None, callbacks=callbacks)
+        self.network, self.held_out = model, held_out
         args.save_only_model = False
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # a part's share is of the whole step
@@ -57,13 +57,14 @@ class PhaseTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, PackedBatch],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,  # noqa: ARG002  # Trainer's signature
     ) -> torch.Tensor:
         """Returns the part's share of the step's loss, times the processes: DDP and FSDP average over them."""
         assert not return_outputs
-        return completion_loss(model, inputs["batch"].to(self.args.device)) * self.args.world_size
+        batch: PackedBatch = inputs["batch"]
+        return completion_loss(model, batch.to(self.args.device)) * int(self.args.world_size)
 
     def floating_point_ops(self, inputs: object) -> int:  # noqa: ARG002
         """Not counted: Trainer would guess from a batch's shape."""
@@ -72,15 +73,14 @@ class PhaseTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
         """Returns the held-out loss, each example weighing the same; every process computes its share of the parts."""
-        assert self.eval_dataset is not None
         total = torch.zeros((), device=self.args.device)
         model = self.model_wrapped
         # Each process makes as many forward passes, as FSDP needs.
-        for first in range(0, len(self.eval_dataset), self.args.world_size):
+        for first in range(0, len(self.held_out), self.args.world_size):
             place = first + self.args.process_index
-            part = self.eval_dataset[min(place, len(self.eval_dataset) - 1)]
+            part = self.held_out[min(place, len(self.held_out) - 1)]
             loss = completion_loss(model, pack(part).to(self.args.device))
-            total += loss if place < len(self.eval_dataset) else 0.0
+            total += loss if place < len(self.held_out) else 0.0
         metrics = {f"{metric_key_prefix}_loss": float(self.accelerator.reduce(total, reduction="sum"))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -88,9 +88,9 @@ class PhaseTrainer(Trainer):
 
     def trained(self) -> dict[str, torch.Tensor]:
         """Returns the trained parameters by name, on the CPU. All processes must ask."""
-        return {name: whole(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: values_of(p) for name, p in self.network.named_parameters() if p.requires_grad}
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: ARG002
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained parameters; the frozen ones are the base's."""
         tensors = self.trained()
         if self.args.should_save:
@@ -99,7 +99,7 @@ class PhaseTrainer(Trainer):
             save_file(tensors, folder / PARAMETERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_parameters(model or self.model, load_file(Path(resume_from_checkpoint) / PARAMETERS))
+        load_parameters(model or self.network, load_file(Path(resume_from_checkpoint) / PARAMETERS))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -107,17 +107,8 @@ class PhaseTrainer(Trainer):
 
 
 def load_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts `tensors` into the parameters of these names, spread over processes as the parameters are."""
-    parameters: dict[str, Any] = dict(model.named_parameters())
+    """Puts `tensors` into the parameters of these names."""
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameter = parameters[name]
-            parameter.copy_(_like(tensor.to(parameter.device), parameter))
-
-
-def _like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
-
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
+            parameters[name].copy_(tensor)

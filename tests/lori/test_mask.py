@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lori.errors import MaskError
 from lori.mask import GRANULARITIES, Granularity, group_of, num_kept, top_k_mask
 
 SHAPES = {"b": (7, 3), "a": (1, 5), "c": (4, 4)}  # not in alphabetical order on purpose
@@ -124,3 +125,23 @@ def test_a_name_without_a_number_is_one_layer() -> None:
     assert group_of("encoder.dense.up_proj", "layer") == ""
     assert group_of("encoder.dense.up_proj", "module") == "encoder.dense"
     assert set(GRANULARITIES) == {"model", "module", "layer", "projection", "matrix"}
+
+
+def test_avoided_entries_are_never_kept_and_the_count_stays() -> None:
+    deltas = random_deltas()
+    avoided = {name: delta.abs() > 0.8 for name, delta in deltas.items()}
+    masks = top_k_mask(deltas, 0.75, avoided=avoided)
+    assert total(masks) == num_kept(NUM_ENTRIES, 0.75)
+    assert not any((masks[name] & avoided[name]).any() for name in masks)
+    free = torch.cat([deltas[name].abs()[~avoided[name]] for name in SHAPES])
+    kept = torch.cat([deltas[name].abs()[masks[name]] for name in SHAPES])
+    assert kept.min() >= free.sort(descending=True).values[total(masks) - 1]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_too_few_entries_that_are_not_avoided_are_refused(granularity: Granularity) -> None:
+    deltas = {"model.layers.0.self_attn.q_proj": torch.ones(4, 5), "model.layers.0.mlp.up_proj": torch.ones(4, 5)}
+    avoided = {name: torch.arange(20).view(4, 5) >= 2 for name in deltas}
+    assert total(top_k_mask(deltas, 0.9, granularity, avoided)) == 4
+    with pytest.raises(MaskError, match="raise the sparsity, or avoid fewer adapters"):
+        top_k_mask(deltas, 0.7, granularity, avoided)

@@ -1,0 +1,119 @@
+"""Recipes: those that are shipped, and files of one's own."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from training.config import FitConfig
+from training.data import Source, read_rows
+from training.recipe import SHIPPED, RecipeError, read_recipe
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+PAPER = [
+    f"{base}-{task}-r{r}" for base in ("llama-3-8b", "mistral-7b") for task in ("nlu", "math", "code", "safety") for r in (32, 64)
+]
+ROWS: dict[str, dict[str, object]] = {
+    "openai/gsm8k": {"question": "2 + 2?", "answer": "4\n#### 4"},
+    "mteb/banking77": {"text": "My card?", "label": 1, "label_text": "Card_arrival"},
+    "allenai/ai2_arc": {"id": "1", "question": "Why?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"},
+    "allenai/openbookqa": {"question_stem": "It", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    "google/boolq": {"question": "is it", "answer": True, "passage": "It is."},
+    "fedyanin/safety_llamas": {"prompt": "Do harm.", "chosen": "I can't."},
+    "yahma/alpaca-cleaned": {"instruction": "Add.", "input": "1 1", "output": "2"},
+    "zwhe99/commonsense_170k": {"instruction": "Which?", "input": "", "output": "the answer is 1", "answer": "1"},
+    "sahil2801/CodeAlpaca-20k": {"instruction": "Print.", "input": "", "output": "print()"},
+}
+"""A row of each public set, with the columns that it has."""
+
+
+def load(name: str) -> FitConfig:
+    return FitConfig(recipe=name, output=Path("x"))  # type: ignore[call-arg]  # the data is the recipe's
+
+
+def from_flags(monkeypatch: pytest.MonkeyPatch, *flags: str) -> FitConfig:
+    monkeypatch.setattr("sys.argv", ["fit", *flags, "--output", "x"])
+    return FitConfig.from_arguments()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_recipe_loads_and_its_templates_fit_its_data(name: str, tmp_path: Path) -> None:
+    config = load(name)
+    assert config.recipe == name
+    for source in config.data:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(ROWS[source.path]))
+        [row] = read_rows(Source.model_validate({"path": str(path)} | source.templates))
+        assert row.completion
+        assert row.completion[0].isspace()
+
+
+def test_the_paper_s_runs_are_shipped() -> None:
+    assert {*PAPER, "small-math", "small-intent", "small-nlu", "small-safety"} == {*NAMES}
+    for name in PAPER:
+        config = load(name)
+        assert config.batch_size == 32
+        assert config.sparsity == 0.9
+        assert 1 <= config.epochs <= 3
+        assert 2 <= config.lr / config.calibration_lr <= 20.0001
+        assert name.endswith(f"-r{config.rank}")
+
+
+def test_flags_win_over_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_flags(monkeypatch, "--recipe", "llama-3-8b-math-r32", "--lr", "0.5", "--data", "mine.jsonl")
+    assert (config.lr, config.data) == (0.5, [Source(path="mine.jsonl")])
+    assert (config.calibration_lr, config.alpha, config.model) == (5e-5, 64, "meta-llama/Meta-Llama-3-8B")
+
+
+def test_a_file_extends_shipped_recipes_and_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base.yaml").write_text("seed: 7\nsteps: 3\n")
+    (tmp_path / "mine.yaml").write_text("extends: [small-math, base.yaml]\nsteps: 4\ndata: [rows.jsonl]\n")
+    config = from_flags(monkeypatch, "--recipe", str(tmp_path / "mine.yaml"))
+    assert (config.seed, config.steps, config.calibration_steps) == (7, 4, 60)
+    assert config.data == [Source(path="rows.jsonl")]  # from the working directory, as a flag would be
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rnak: 3\nseeds: 1\n", r"mine.yaml has unknown keys: 'rnak', 'seeds'"),
+        ("recipe: small-math\n", r"unknown keys: 'recipe'"),
+        ("extends: mine.yaml\n", r"extends itself: mine.yaml -> mine.yaml"),
+        ("extends: {a: 1}\n", r"neither a recipe's name nor a list"),
+        ("extends: nothing\n", r"no recipe 'nothing': known are llama-3-8b-code-r32, .*ends in .yaml"),
+        ("extends: gone.yaml\n", r"gone.yaml cannot be read"),
+        ("- 1\n", r"mine.yaml is no recipe"),
+        ("a: [\n", r"mine.yaml is no YAML"),
+        ("", r"mine.yaml is no recipe"),
+    ],
+)
+def test_an_unsound_recipe_is_refused_by_its_file(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=said):
+        read_recipe(str(path), FitConfig.model_fields.keys() - {"recipe"})
+
+
+def test_a_wrong_recipe_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    for text, said in {"rnak: 3": "unknown keys: 'rnak'", "data: [d.jsonl]\nrank: 0": "--rank: Input should be greater"}.items():
+        path.write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            from_flags(monkeypatch, "--recipe", str(path))
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_readme_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("A source can be an object")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    source, *recipes = [shlex.split(line)[3:] for line in "".join(blocks).replace("\n  ", " ").splitlines()]
+    [found] = from_flags(monkeypatch, *source).data
+    assert found.prompt == "Question: {{ question }}\nAnswer:"
+    for flags in recipes[:2]:
+        assert from_flags(monkeypatch, *flags).recipe in NAMES

@@ -1,0 +1,13 @@
+"""Training data: sources, rows, and examples as tokens. Knows files, data sets and templates; nothing of models or steps.
+
+`read_rows` reads a source, `tokenize` and `tokenize_pairs` write its rows as tokens. What is wrong with a row goes into `Faults`,
+which refuses the data or leaves the row out, and counts it.
+"""
+
+from training.data.example import Example, tokenize, tokenize_pairs
+from training.data.faults import DataError, Faults, OnBad
+from training.data.reading import read_rows
+from training.data.row import Needs, Row
+from training.data.source import Source
+
+__all__ = ["DataError", "Example", "Faults", "Needs", "OnBad", "Row", "Source", "read_rows", "tokenize", "tokenize_pairs"]
