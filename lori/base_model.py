@@ -57,7 +57,8 @@ def load_base_model(
     """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
 
     `attention` is the name of an attention function that transformers knows. With `num_processes`, those of `torchrun`, the
-    weights are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room for it.
+    weights are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room
+    for it.
     """
     folder = str(embedded_model()) if name is None else name
     if (folder.startswith((".", "/")) or Path(folder).exists()) and not (Path(folder) / "config.json").is_file():

@@ -64,8 +64,8 @@ def _top_k(flat: torch.Tensor, deltas: Mapping[str, torch.Tensor], sparsity: flo
     count = num_kept(flat.numel(), sparsity)
     if (num_free := int((flat != AVOIDED).sum())) < count:
         raise MaskError(
-            f"a mask of {count} entries is asked for, and only {num_free} of {flat.numel()} are not avoided, in {next(iter(deltas))} "
-            f"and the {len(deltas) - 1} modules ranked with it: raise the sparsity, or avoid fewer adapters"
+            f"a mask of {count} entries is asked for, and only {num_free} of {flat.numel()} are not avoided, "
+            f"in {next(iter(deltas))} and the {len(deltas) - 1} modules ranked with it: raise sparsity or avoid fewer adapters"
         )
     keep = torch.zeros_like(flat, dtype=torch.bool)
     keep[largest(flat, count)] = True

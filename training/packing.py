@@ -29,8 +29,8 @@ class PackedBatch:
 
     `groups`: for examples of like length, the places of their tokens in the row, (B, L), -1 where an example is shorter.
     `weights`: the share of each target in the loss; every example has the same share, whatever its length.
-    The targets of the examples that keep the base come last, behind `num_learnt` others; `base` has these examples alone, or where
-    there are none and the base is asked nevertheless, another.
+    The targets of the examples that keep the base come last, behind `num_learnt` others; `base` has these examples alone, or
+    where there are none and the base is asked nevertheless, another.
     """
 
     input_ids: torch.Tensor  # (1, T)
