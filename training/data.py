@@ -74,17 +74,18 @@ class Example:
         return len(self.ids)
 
 
-def read_rows(source: str, needs: Literal["text", "completion", "prompt"] = "text") -> list[Row]:
+def read_rows(source: str, needs: Literal["text", "completion", "prompt"] = "text", kind: type[Row] = Row) -> list[Row]:
     """Reads a JSONL file, or the `train` split of a hub data set where no such file exists.
 
     `needs` is what a row must have beside its prompt: a completion with text in it, any completion (the base model may answer
-    nothing), or no completion. Rows without it are left out and counted. Raises `DataError` with every bad line's number.
+    nothing), or no completion. Rows without it are left out and counted; what is no row of `kind` is bad. Raises `DataError` with
+    every bad line's number.
     """
     objects = _read_jsonl(Path(source)) if Path(source).is_file() else _read_hub(source)
     rows, faults, num_without = [], [], 0
     for number, found in objects:
         try:
-            row = Row.model_validate(found)
+            row = kind.model_validate(found)
         except ValidationError as error:
             faults.append(f"line {number}: " + "; ".join(_say(e) for e in error.errors()))
             continue

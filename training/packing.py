@@ -3,13 +3,14 @@
 Shapes: T tokens of a batch, B examples of a group, L the longest of them, H heads, G key-value heads, E head size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from lori.errors import ModelError
 from training.data import Example
@@ -34,6 +35,12 @@ class PackedBatch:
     targets: torch.Tensor  # (P,)
     weights: torch.Tensor  # (P,) fp32, sum 1
     num_learnt: int
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Returns the batch on `device`."""
+        names = ("input_ids", "position_ids", "predicting", "targets", "weights")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, groups=tuple(places.to(device) for places in self.groups), **moved)
 
 
 def pack(examples: Sequence[Example]) -> PackedBatch:
@@ -95,3 +102,14 @@ def packed_attention(
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, `model` attends by the function that transformers knows as `name`; afterwards as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
