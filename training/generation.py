@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from training.packing import ATTENTION, attention
 
@@ -26,6 +26,19 @@ class Generation:
     """0 is greedy; else all of the distribution is drawn from."""
     stop: tuple[str, ...] = ()
     """An answer may end once its text has one of these."""
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the tokens that end an answer: the tokenizer's own first, then those that the model's config names."""
+    configured = model.generation_config.eos_token_id if model.generation_config else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids) if i is not None))
+
+
+def until_end(ids: Sequence[int], how: Generation) -> tuple[list[int], bool]:
+    """Returns the tokens before the first that ends an answer, and whether there is one."""
+    place = next((i for i, token in enumerate(ids) if token in how.end_ids), None)
+    return list(ids[:place]), place is not None
 
 
 class StopTexts(StoppingCriteria):
@@ -46,7 +59,7 @@ class StopTexts(StoppingCriteria):
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Generation) -> list[list[int]]:
-    """Returns the tokens that follow each of `prompts`, padded on their left to one width; after an end they may go on.
+    """Returns the tokens that follow each of `prompts`, padded on their left to one width; see `until_end`.
 
     A model in training is left as it is: its attention and its mode are restored.
     """

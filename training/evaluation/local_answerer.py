@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori.template import Template, encode, render_prompt
 from training.data import Example
 from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt
-from training.generation import Generation, generate
+from training.generation import Generation, end_ids, generate, until_end
 from training.loop import completion_logits
 from training.packing import ATTENTION, attention, pack
 
@@ -46,7 +46,7 @@ class LocalAnswerer:
         seed: int = 0,
     ) -> list[list[str]]:
         """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
-        how = Generation(max_tokens, self._end_ids(), temperature, tuple(stop))
+        how = Generation(max_tokens, end_ids(self.model, self.tokenizer), temperature, tuple(stop))
         encoded = [encode(self.tokenizer, render_prompt(self.tokenizer, p, self.template)).ids for p in prompts]
         repeated = [ids for ids in encoded for _ in range(num_answers)]
 
@@ -79,16 +79,11 @@ class LocalAnswerer:
 
     def _text(self, prompt: list[int], out: list[int], how: Generation) -> str:
         """Returns the text of an answer up to its end. A token's text may depend on those before it, so they are read too."""
-        out = out[: next((i for i, token in enumerate(out) if token in how.end_ids), len(out))]
+        out, _ = until_end(out, how)
         decode = self.tokenizer.backend_tokenizer.decode_batch
         before, whole = map(str, decode([prompt, prompt + out], skip_special_tokens=True))
         text = whole[len(before) :].rstrip("\ufffd")  # what a longer answer would have made a character of
         return text[: min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))]
-
-    def _end_ids(self) -> tuple[int, ...]:
-        configured = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        ids = configured if isinstance(configured, list) else [configured]
-        return tuple(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *ids) if i is not None))
 
     def _by_batch(
         self, compute: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item], lengths: Sequence[int]
