@@ -3,7 +3,6 @@
 The deltas are added to the outputs of the linear layers, y + B (A x), and not folded into the weights: there is no weight to
 restore, and the server does so. A sum in bfloat16 weights would change the demo adapters' deltas by 2 to 3 percent (Frobenius).
 
-
 Shapes: T tokens, N inputs, D outputs, R rank.
 """
 
