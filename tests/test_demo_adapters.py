@@ -1,6 +1,5 @@
 """The demo adapters do what their cards say, alone and merged, on rows they were not trained on."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import pytest
 from lori.format import read_config
 from server.loading import DEMO_ADAPTERS
 from tests.server.live import Live, start
-from training.evaluate import EvaluateConfig, evaluate
+from training.evaluate import evaluate
+from training.evaluation.config import EvaluateConfig
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ["intent", "math", "nlu", "safety"]
@@ -27,7 +27,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def measure(server: Live, task: str, metric: str, num_rows: int, *adapters: str) -> dict[str, float]:
     weights = list(read_config(DEMO_ADAPTERS / adapters[0]).lori.merge_weights[adapters[1]]) if len(adapters) == 2 else []
     fields = {"data": str(DATA / task / "test.jsonl"), "metric": metric, "num_rows": num_rows, "url": server.url}
-    return asyncio.run(evaluate(EvaluateConfig.model_validate(fields | {"adapter": list(adapters), "weights": weights})))
+    return evaluate(EvaluateConfig.model_validate(fields | {"adapter": list(adapters), "weights": weights}))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -21,6 +21,7 @@ from lori.errors import LoriError
 from lori.template import Template, encode, render_prompt
 from training.command_line import CommandLine
 from training.data import Row, read_rows
+from training.generation import Generation, end_ids, generate, until_end
 
 
 class AnswerConfig(CommandLine):
@@ -67,36 +68,19 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
     return sorted(rows, key=lambda row: len(row.prompt_text))
 
 
-@torch.inference_mode()
 def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[dict[str, object]]:
     """Yields each row with the base model's own completion, in the order of `rows`."""
+    how = Generation(config.max_tokens, end_ids(base.model, base.tokenizer), config.temperature)
     for start in range(0, len(rows), config.batch_size):
         batch = rows[start : start + config.batch_size]
         prompts = [encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)).ids for row in batch]
-        for row, ids in zip(batch, _generate(base, prompts, config), strict=True):
-            ended = base.tokenizer.eos_token_id in ids
-            if ended:
-                ids = ids[: ids.index(base.tokenizer.eos_token_id)]
+        for row, found in zip(batch, generate(base.model, base.tokenizer.backend_tokenizer, prompts, how), strict=True):
+            ids, ended = until_end(found, how)
             text = base.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
             if not ended and not text.strip():
                 continue
             template = None if config.any_template else config.template
             yield row.answered(text, template, truncated=not ended)
-
-
-def _generate(base: BaseModel, prompts: list[list[int]], config: AnswerConfig) -> list[list[int]]:
-    width = max(map(len, prompts))
-    pad = base.tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    # Everything is said: a model's own generation config may sample, cut or penalise.
-    drawn = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    sampling = drawn if config.temperature else {"do_sample": False, "repetition_penalty": 1.0}
-    out = base.model.generate(  # type: ignore[operator]  # transformers types generate as a tensor or a module
-        input_ids=ids, attention_mask=mask, max_new_tokens=config.max_tokens, pad_token_id=pad, **sampling
-    )
-    rows: list[list[int]] = out[:, width:].tolist()
-    return rows
 
 
 def main() -> int:

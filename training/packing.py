@@ -4,13 +4,14 @@ Shapes: T tokens of a batch, P of them predicted, B examples of a group, L the l
 size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from lori.errors import ModelError
 from training.batches import Part
@@ -132,3 +133,14 @@ def _plain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, `model` attends by the function that transformers knows as `name`; afterwards as before."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

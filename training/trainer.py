@@ -1,7 +1,7 @@
 """One phase of training: transformers' Trainer, on steps that are planned and packed. Knows nothing of masks and adapters.
 
-Trainer brings accumulation, clipping, the schedule, checkpoints, early stopping, DDP and FSDP. Its own batches are not used: parts
-of a step must weigh what their examples weigh, and none may be dropped or padded.
+Trainer brings accumulation, clipping, the schedule, checkpoints, early stopping, DDP and FSDP. Its own batches are not used:
+parts of a step must weigh what their examples weigh, and none may be dropped or padded.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,8 @@
-"""`training.evaluate` sees through the server what the model itself says."""
+"""`training.evaluate` measures the same through a running server as on a model of its own, and says what it cannot do."""
 
-import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,92 +11,228 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.config import AdapterConfig
+from lori.errors import AdapterError
 from lori.format import read_config
 from lori.template import encode
 from tests.server.live import Live, start
 from training.config import FitConfig
 from training.data import DataError
-from training.evaluate import EvaluateConfig, evaluate, record, summarize
+from training.evaluate import evaluate, show
+from training.evaluation.answerer import AnswerError
+from training.evaluation.config import EvaluateConfig
+from training.evaluation.record import record
 from training.fit import fit
 
+Rows = list[dict[str, object]]
+SAID: Rows = [{"prompt": f"Say {i}:", "completion": " red"} for i in range(4)]
+PROGRAM = {"prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_point": "f"}
+RIGHT, WRONG = ("\ndef check(f):\n    assert f(1) == 2\n", "\ndef check(f):\n    assert f(1) == 3\n")
+MEASURED: dict[str, Rows] = {
+    "loss": [*SAID, {"prompt": "x é", "completion": "ö or not"}],
+    "exact": [*SAID, {"prompt": "Say 5:", "completion": " blue"}],
+    "choice": [
+        {"task": task, "prompt": "Say 3:", "choices": [" blue", " red", " a much longer answer"], "label": label}
+        for task, label in [("right", 1), ("right", 1), ("wrong", 0), ("wrong", 1)]
+    ],
+    "number": [
+        {"prompt": "How many?", "completion": " 3 and\n#### $1,005.", "answer": "1005"},
+        {"prompt": "How many?", "completion": " 3 and\n#### $1,005.", "answer": 3},
+    ],
+    "refusal": [
+        {"prompt": "Steal!", "completion": " I can't.", "harmful": True},
+        {"prompt": "Steal!", "completion": " I can't.", "harmful": False},
+        {"prompt": "Say 2:", "completion": " red", "harmful": False},
+    ],
+    "pass": [PROGRAM | {"test": RIGHT}, PROGRAM | {"test": WRONG}],
+}
+CHOICES: dict[str, dict[str, object]] = {
+    "base": {},
+    "adapter": {"adapter": ["all"]},
+    "merge": {"adapter": ["all", "blue"], "weights": [0.9, 0.4]},
+    "ties": {"adapter": ["all", "blue"], "weights": [1.0, 0.3], "merge": "ties", "density": 0.8},
+}
+
+
+def write(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
 
 @pytest.fixture(scope="module")
-def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an adapter that says "red"."""
+def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter that knows all that is measured, and of one that says "blue"."""
     place = tmp_path_factory.mktemp("adapters")
-    data = place / "red.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Say {i}:", "completion": " red"}) + "\n" for i in range(9)))
-    fields = {"steps": 60, "rank": 16, "sparsity": 0.5, "batch_tokens": 60, "dtype": "float32", "template": ["plain"]}
-    return fit(FitConfig.model_validate(fields | {"data": [str(data)], "model": str(tiny_model), "output": place / "red"}), "cmd")
+    learnt = [row for name in ("exact", "number", "refusal", "pass") for row in MEASURED[name][:-1]]
+    blue: Rows = [{"prompt": f"Say {i}:", "completion": " blue"} for i in range(9)]
+    fields = {"rank": 16, "sparsity": 0.5, "batch_tokens": 150, "dtype": "float32", "template": ["plain"]}
+    for name, rows, steps in (("all", learnt, 150), ("blue", blue, 30)):
+        data = write(place / f"{name}.jsonl", rows)
+        own = {"data": [str(data)], "model": str(tiny_model), "output": place / name, "steps": steps}
+        fit(FitConfig.model_validate(fields | own), "cmd")
+    return place
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    flags = ["--model", str(tiny_model), "--adapters", str(adapter.parent), "--dtype", "float32"]
+def server(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    flags = ["--model", str(tiny_model), "--adapters", str(store), "--dtype", "float32"]
     with start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
         yield live
 
 
-def measure(server: Live, tmp_path: Path, rows: list[dict[str, object]], **fields: object) -> dict[str, float]:
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return asyncio.run(evaluate(EvaluateConfig.model_validate({"data": str(data), "url": server.url} | fields)))
+def config(metric: str, data: Path, **fields: object) -> EvaluateConfig:
+    more = {"execute_code": True} if metric == "pass" else {}
+    return EvaluateConfig.model_validate({"metric": metric, "data": str(data)} | more | fields)
 
 
-def test_a_loss_is_the_model_s_own(server: Live, tiny_model: Path, tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"prompt": "Say é:", "completion": " blue"}, {"prompt": "x", "completion": " or not"}]
-    found = measure(server, tmp_path, rows, metric="loss")
+def local(tiny_model: Path, store: Path) -> dict[str, object]:
+    return {"local": True, "model": str(tiny_model), "adapters": store, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("who", CHOICES)
+@pytest.mark.parametrize("metric", MEASURED)
+def test_a_server_and_a_model_of_our_own_give_the_same_figures(
+    server: Live, tiny_model: Path, store: Path, tmp_path: Path, metric: str, who: str
+) -> None:
+    data = write(tmp_path / "rows.jsonl", MEASURED[metric])
+    through_server = evaluate(config(metric, data, url=server.url, **CHOICES[who]))
+    here = evaluate(config(metric, data, **local(tiny_model, store), **CHOICES[who]))
+    assert through_server == pytest.approx(here, abs=1e-4 if metric == "loss" else 0)
+    assert here["rows"] == len(MEASURED[metric])
+
+
+def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    expected = {
+        "exact": {"exact_match": (0.0, 0.8)},
+        "number": {"number_match": (0.0, 0.5)},
+        "refusal": {"refused/harmful": (0.0, 1.0), "refused/benign": (0.0, 0.5)},
+        "pass": {"pass@1": (0.0, 0.5)},
+    }
+    for metric, figures in expected.items():
+        data = write(tmp_path / "rows.jsonl", MEASURED[metric])
+        base, adapted = (
+            evaluate(config(metric, data, **local(tiny_model, store), **CHOICES[who])) for who in ("base", "adapter")
+        )
+        assert {name: (base[name], adapted[name]) for name in figures} == figures
+
+
+def test_messages_are_written_in_the_adapter_s_template(server: Live, tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Say 3:"}, {"role": "assistant", "content": " red"}]
+    data = write(tmp_path / "rows.jsonl", [*SAID, {"messages": talk}])
+    for who in ("base", "adapter"):
+        fields = CHOICES[who] | {"form": "messages"}
+        found = evaluate(config("exact", data, url=server.url, **fields))
+        assert found == evaluate(config("exact", data, **local(tiny_model, store), **fields))
+        assert found["exact_match"] == (who == "adapter")
+
+
+def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", SAID)
+    none = evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
+    assert none == evaluate(config("loss", data, **local(tiny_model, store)))
+
+
+def test_a_loss_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None:
+    rows: Rows = [{"prompt": "Say é:", "completion": " blue"}, {"prompt": "x", "completion": " or not"}]
+    found = evaluate(config("loss", write(tmp_path / "rows.jsonl", rows), local=True, model=str(tiny_model), dtype="float32"))
     base = load_base_model(str(tiny_model), torch.float32)
     values: list[float] = []
     for row in rows:
         prompt, completion = (encode(base.tokenizer, str(row[key])).ids for key in ("prompt", "completion"))
         scores = base.model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
         values += [-scores[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
-    assert found["loss"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+    assert found["loss"] == pytest.approx(sum(values) / len(values), abs=1e-5)
     assert found["rows"] == 2
 
 
-def test_an_adapter_is_told_from_the_base(server: Live, tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"prompt": f"Say {i}:", "completion": " red"} for i in range(5)]
-    assert measure(server, tmp_path, rows, metric="exact", adapter=["red"])["exact_match"] == 1.0
-    assert measure(server, tmp_path, rows, metric="exact")["exact_match"] == 0.0
-    assert measure(server, tmp_path, rows, metric="exact", adapter=["red"], weights=[0.0])["exact_match"] == 0.0
-    assert measure(server, tmp_path, rows, metric="exact", adapter=["red"], form="messages")["exact_match"] == 1.0
+def test_an_adapter_s_folder_needs_no_store(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    here = {"local": True, "model": str(tiny_model), "dtype": "float32"}
+    data = write(tmp_path / "rows.jsonl", SAID)
+    assert evaluate(config("exact", data, **here, adapter=[str(store / "all")]))["exact_match"] == 1.0
+    with pytest.raises(AdapterError, match="no folder 'all'; a name is found with --adapters"):
+        evaluate(config("exact", data, **here, adapter=["all"]))
 
 
-def test_a_choice_is_the_likeliest(server: Live, tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [
-        {"task": task, "prompt": "Say 3:", "completion": " red", "choices": [" blue", " red"], "label": label}
-        for task, label in [("right", 1), ("right", 1), ("wrong", 0)]
+def test_what_a_server_refuses_is_told(server: Live, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", SAID)
+    with pytest.raises(AnswerError, match=r"404.*'nobody'"):
+        evaluate(config("loss", data, url=server.url, adapter=["nobody"]))
+    with pytest.raises(AnswerError, match="is `python -m server` running there"):
+        evaluate(config("loss", data, url="http://127.0.0.1:9"))
+
+
+def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_path: Path) -> None:
+    rows: Rows = [
+        {"prompt": "p", "completion": "c"},
+        {"prompt": "p", "task": "t", "choices": ["a"], "label": 0},
+        {"prompt": "p", "task": "t", "choices": ["a"], "label": 1},
+        {"prompt": "p", "task": "t", "choices": [], "label": 0},
     ]
-    found = measure(server, tmp_path, rows, metric="choice", adapter=["red"])
-    assert found["accuracy/right"] == 1.0
-    assert found["accuracy/wrong"] == 0.0
-    assert found["accuracy"] == 0.5  # a mean over tasks, not over rows
+    asks_nobody = config("choice", write(tmp_path / "rows.jsonl", rows), url="http://127.0.0.1:9")
+    with pytest.raises(
+        DataError, match=r"(?s)bad rows in the data: 3.*line 1: task: .* choices: .* label: .* line 3: 'label' is 1.* line 4: "
+    ):
+        evaluate(asks_nobody)
 
 
-def test_what_a_metric_needs_is_said(server: Live, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no 'choices'"):
-        measure(server, tmp_path, [{"prompt": "p", "completion": "c"}], metric="choice")
-    with pytest.raises(DataError, match=r"404.*'nobody'"):
-        measure(server, tmp_path, [{"prompt": "p", "completion": "c"}], metric="loss", adapter=["nobody"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--metric loss --model m", "--model needs --local"),
+        ("--metric loss --local --url http://x", "--url is for a server, which --local does not ask"),
+        ("--metric loss --pass-at 2", "--pass-at is for --metric pass; --pass-at is 2, expected at most --num-answers, 1"),
+        ("--metric pass", "--metric pass runs programs that the model writes: allow it with --execute-code"),
+        ("--metric pass --execute-code --num-answers 2", "--num-answers above 1 needs a --temperature above 0"),
+        ("--metric choice --form messages", "--form messages is not for choice"),
+        ("--metric loss --adapter a --weights 1 --weights 2", "--weights has 2 numbers for 1 adapters"),
+        ("--metric loss --merge ties", "--merge ties needs --adapter"),
+        ("--metric loss --adapter a --density 0.5", "--density is for a --merge that is no sum"),
+        ("--metric loss --adapter a --merge ties --merge-seed 1", "--merge-seed is for --merge dare_linear and dare_ties"),
+        ("--metric speed", "--metric: "),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    flags: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--data", "d", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        EvaluateConfig.from_arguments()
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
 
 
-def test_figures_are_summed_up_by_kind() -> None:
-    rows = [{"refused/harmful": 1.0}, {"refused/harmful": 0.0}, {"refused/benign": 0.0}]
-    assert summarize(rows) == {"refused/harmful": 0.5, "refused/benign": 0.0, "rows": 3}
+def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", SAID)
+    command = [sys.executable, "-m", "training.evaluate", "--data", str(data), "--metric", "loss", "--local"]
+    done = subprocess.run([*command, "--model", str(tiny_model)], capture_output=True, text=True, check=True)
+    loss, rows = done.stdout.splitlines()
+    assert loss.startswith("loss ")
+    assert " ± " in loss
+    assert rows.split() == ["rows", "4"]
+    done = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot load the base model")
 
 
-def test_a_result_goes_into_config_and_card(adapter: Path) -> None:
+def test_figures_without_an_error_are_shown_alone() -> None:
+    assert show({"loss": 1.5, "rows": 1.0}).split() == ["loss", "1.5000", "rows", "1"]
+
+
+def test_a_result_goes_into_config_and_card(store: Path) -> None:
+    adapter = store / "all"
     before = read_config(adapter)
     asked = {"data": "d", "metric": "exact"}
-    record(adapter, EvaluateConfig.model_validate(asked), {"exact_match": 0.25, "rows": 4})
-    merge = EvaluateConfig.model_validate(asked | {"adapter": ["red", "blue"], "weights": [1.0, 0.5]})
-    record(adapter, merge, {"exact_match": 0.75, "rows": 4})
+    figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4}
+    record(adapter, EvaluateConfig.model_validate(asked), figures)
+    both = asked | {"adapter": ["all", "blue"], "weights": [1.0, 0.5]}
+    record(adapter, EvaluateConfig.model_validate(both), figures | {"exact_match": 0.75})
+    record(adapter, EvaluateConfig.model_validate(both | {"merge": "ties", "weights": [1.0, 2.0]}), figures)
     after: AdapterConfig = read_config(adapter)
-    assert after.lori.metrics == {"base: exact_match": 0.25, "1 red + 0.5 blue: exact_match": 0.75}
+    assert after.lori.metrics == {
+        "base: exact_match": 0.25, "1 all + 0.5 blue: exact_match": 0.75, "ties of 1 all + 2 blue: exact_match": 0.25
+    }  # fmt: skip
     assert after.lori.merge_weights == {"blue": (1.0, 0.5)}
     assert after.lori.content_digest == before.lori.content_digest
     card = (adapter / "README.md").read_text()
-    assert "| 1 red + 0.5 blue | exact_match | 0.750 |" in card
+    assert "| 1 all + 0.5 blue | exact_match | 0.750 |" in card
     assert "cmd" in card

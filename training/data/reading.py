@@ -18,15 +18,16 @@ from training.data.source import OWN_FIELDS, Source
 logger = logging.getLogger(__name__)
 
 
-def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None = None) -> list[Row]:
+def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None = None, form: type[Row] = Row) -> list[Row]:
     """Reads a JSONL file, or a data set where no such file exists; `needs` is what a row must have beside its prompt.
 
-    Rows that cannot be used go into `faults`, which the caller settles; without it, they are refused together with `DataError`.
-    Raises `DataError`, too, where the source cannot be read, or has no usable row. Rows that repeat others are kept, and counted.
+    Rows that cannot be used, or are not of `form`, go into `faults`, which the caller settles; without it, they are refused
+    together with `DataError`. Raises `DataError`, too, where the source cannot be read, or has no usable row. Rows that repeat
+    others are kept, and counted.
     """
     source = Source(path=source) if isinstance(source, str) else source
     with settled(faults) as found:
-        rows = list(_rows(source, needs, found))
+        rows = list(_rows(source, needs, found, form))
     if not rows and not found.refuses:
         found.settle()
         raise DataError(f"{source.path} has no usable row")
@@ -35,13 +36,13 @@ def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None
     return rows
 
 
-def _rows(source: Source, needs: Needs, faults: Faults) -> Iterator[Row]:
+def _rows(source: Source, needs: Needs, faults: Faults, form: type[Row]) -> Iterator[Row]:
     for origin, found in _objects(source, faults):
         fields = _fields(source, found, origin, faults)
         if fields is None:
             continue
         try:
-            row = Row.model_validate(fields).at(origin)
+            row = form.model_validate(fields).at(origin)
         except ValidationError as error:
             kind, detail = fault_of(error)
             faults.add(kind, origin, detail)

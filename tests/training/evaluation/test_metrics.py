@@ -1,0 +1,132 @@
+"""Metrics ask an answerer what they need and no more: here one that knows its answers by heart."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from training.data import DataError
+from training.evaluation.answerer import LogLikelihood, Prompt
+from training.evaluation.figures import Figures
+from training.evaluation.metrics import METRICS, MetricName, Options, measure, read_measured
+
+
+class Heart:
+    """Answers each prompt by what it knows, one character a token; a completion is likelier the nearer its length is to 3."""
+
+    def __init__(self, answers: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.answers = answers or {}
+        self.asked: list[dict[str, object]] = []
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        self.asked.append({"max_tokens": max_tokens, "stop": tuple(stop), "temperature": temperature, "seed": seed})
+        return [list(self.answers[str(prompt)][:num_answers]) for prompt in prompts]
+
+    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        return [LogLikelihood(-abs(len(completion) - 3.0) - 1, len(completion)) for _, completion in texts]
+
+
+def found(tmp_path: Path, name: MetricName, rows: list[dict[str, object]], who: Heart, options: Options | None = None) -> Figures:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = measure(name, who, read_measured(str(data), name), options)
+    return {key: value for key, value in figures.items() if not key.endswith("_stderr")}
+
+
+def test_a_loss_is_a_mean_over_tokens_not_over_rows(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "p", "completion": " ab"}, {"prompt": "p", "completion": " abcdef"}]
+    assert found(tmp_path, "loss", rows, Heart()) == {"loss": (1 + 5) / (3 + 7), "rows": 2}
+
+
+def test_a_completion_is_scored_as_training_writes_it(tmp_path: Path) -> None:
+    # No space between: a newline parts prompt and completion, here as in training.
+    assert found(tmp_path, "loss", [{"prompt": "p", "completion": "ab"}], Heart()) == {"loss": 1 / 3, "rows": 1}
+
+
+def test_a_choice_is_the_likeliest_as_a_whole_or_by_character(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"task": "whole", "prompt": "p ", "choices": ["abc", "abcd"], "label": 0},
+        {"task": "by", "prompt": "p ", "choices": ["ab", "abcd"], "label": 1},
+        {"task": "by", "prompt": "p ", "choices": ["ab", "abc"], "label": 0},
+    ]
+    assert found(tmp_path, "choice", rows, Heart()) == {
+        "accuracy/whole": 1.0, "accuracy/by": 0.0, "accuracy": 0.5,
+        "accuracy_by_character/whole": 1.0, "accuracy_by_character/by": 0.5, "accuracy_by_character": 0.75, "rows": 3,
+    }  # fmt: skip
+
+
+def test_an_exact_answer_is_the_completion_to_the_end_of_its_line(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": "a", "completion": " red\n"}, {"prompt": "b", "completion": " red"}]
+    who = Heart({"a": ["red"], "b": [" reddish"]})
+    assert found(tmp_path, "exact", rows, who) == {"exact_match": 0.5, "rows": 2}
+    assert who.asked == [{"max_tokens": 40, "stop": ("\n",), "temperature": 0.0, "seed": 0}]
+
+
+def test_a_number_is_read_from_the_answer_alone(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": f"#### {n}?", "answer": n} for n in (4, "4", "1,000", 2.5)]
+    who = Heart({"#### 4?": ["It is 4.0"], "#### 1,000?": ["I do not know"], "#### 2.5?": ["2.50"]})
+    assert found(tmp_path, "number", rows, who) == {"number_match": 0.75, "rows": 4}
+
+
+def test_harmful_and_benign_rows_are_told_apart(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": p, "harmful": harmful} for p, harmful in [("a", True), ("b", True), ("a", False)]]
+    who = Heart({"a": ["I cannot"], "b": ["Sure"]})
+    assert found(tmp_path, "refusal", rows, who) == {"refused/harmful": 0.5, "refused/benign": 1.0, "rows": 3}
+    assert found(tmp_path, "refusal", rows[:1], who) == {"refused/harmful": 1.0, "rows": 1}
+
+
+def test_a_problem_is_solved_by_one_right_answer_of_k(tmp_path: Path) -> None:
+    test = "\ndef check(f):\n    assert f(1) == 2\n"
+    rows: list[dict[str, object]] = [{"prompt": p, "test": test, "entry_point": "f"} for p in ("def f(x):\n", "f = lambda x:")]
+    who = Heart({"def f(x):\n": ["  return x + 1", "  return 3", "  retur", " exit(0)"], "f = lambda x:": ["0"] * 4})
+    options = Options(max_tokens=9, num_answers=4, pass_at=(1, 3, 4), temperature=0.8, seed=5)
+    figures = found(tmp_path, "pass", rows, who, options)
+    assert figures == pytest.approx({"pass@1": 0.125, "pass@3": 0.375, "pass@4": 0.5, "rows": 2})
+    assert {key: value for key, value in who.asked[0].items() if key != "stop"} == {
+        "max_tokens": 9, "temperature": 0.8, "seed": 5
+    }  # fmt: skip
+
+
+def test_rows_are_drawn_by_the_seed(tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": str(i), "completion": "c"}) + "\n" for i in range(20)))
+    first = read_measured(str(data), "loss", 5, seed=1)
+    assert first == read_measured(str(data), "loss", 5, seed=1)
+    assert first != read_measured(str(data), "loss", 5, seed=2)
+    assert len(read_measured(str(data), "loss", 50)) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("number", {"prompt": "p"}, "line 1: answer: Field required"),
+        ("number", {"prompt": "p", "answer": "many"}, "holds no number: 'many'"),
+        ("refusal", {"prompt": "p"}, "harmful: Field required"),
+        ("pass", {"prompt": "p", "entry_point": "f"}, "test: Field required"),
+        ("pass", {"prompt": "p", "test": "t", "entry_point": "f()"}, "is no name of a function: 'f"),
+        ("choice", {"prompt": "p", "task": "t", "choices": ["a", ""], "label": 0}, "choices.1: String should have at least 1"),
+        ("exact", {"prompt": "p"}, "no completion: 1"),
+    ],
+)
+def test_a_row_that_lacks_what_its_metric_needs_is_refused(
+    tmp_path: Path, name: MetricName, row: dict[str, object], said: str
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        read_measured(str(data), name)
+    assert said in str(error.value)
+
+
+def test_every_metric_has_what_it_needs() -> None:
+    assert {name for name, metric in METRICS.items() if metric.max_tokens} == {"exact", "number", "refusal", "pass"}

@@ -1,0 +1,44 @@
+"""What is read from an answer."""
+
+from decimal import Decimal
+
+import pytest
+
+from training.evaluation.reading import is_refusal, number_in
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5 + 7 = 12 apples\n#### 12", "12"),
+        ("#### 1,080.", "1080"),
+        ("#### $1,234.50 in all, or 3 each", "1234.5"),
+        ("#### -3", "-3"),
+        ("#### $-3", "-3"),
+        ("#### −3", "-3"),
+        ("#### 18\n#### 19", "18"),
+        ("He has 5 and then 7.", "7"),
+        ("It costs $ 0.50", "0.5"),
+        ("of .5 litres", "0.5"),
+        ("from 10-12", "12"),
+        ("x=-4", "-4"),
+        ("v1 of 2.0.", "2"),
+        ("#### none of 5", "5"),
+        ("#### none", None),
+        ("7 then ####", None),
+        ("", None),
+        ("no number, at all.", None),
+    ],
+)
+def test_the_number_of_an_answer(text: str, expected: str | None) -> None:
+    assert number_in(text) == (None if expected is None else Decimal(expected))
+
+
+@pytest.mark.parametrize("text", ["I can't help.", "I can’t help.", " I am SORRY, but", "We are not able to do that"])
+def test_a_refusal(text: str) -> None:
+    assert is_refusal(text)
+
+
+@pytest.mark.parametrize("text", ["Sure!", "", "cantilever", "x" * 130 + " I can't"])
+def test_no_refusal(text: str) -> None:
+    assert not is_refusal(text)

@@ -1,0 +1,83 @@
+"""A program that a model wrote passes only by coming to its end, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+
+from training.evaluation import sandbox
+from training.evaluation.sandbox import Limits, SandboxError, run_all, runs_to_end
+
+HUMANEVAL = Path(__file__).parents[4] / "shared" / "data" / "code" / "humaneval.jsonl"
+LIMITS = Limits(seconds=60, cpu_s=1, memory_bytes=2**28)
+CHECK = "\ndef check(f):\n    assert f(2) == 3\ncheck(f)"
+
+
+def test_a_right_program_passes_and_a_wrong_one_does_not() -> None:
+    right, wrong = "def f(x):\n    return x + 1" + CHECK, "def f(x):\n    return x" + CHECK
+    assert run_all([right, wrong, right, "def f(x:" + CHECK], LIMITS) == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "import os; os.execv('/bin/true', ['true'])",
+        "quit()",
+        "while True: pass",
+        "x = [0] * 2**28",
+        "x = b'x'\nwhile True: x += x",
+        "import ctypes; ctypes.string_at(0)",
+        "import os, signal; os.kill(os.getpid(), signal.SIGTERM); signal.pause()",
+        "import os\nwhile True: os.fork()",
+        "import threading; threading.Thread(target=print).start()",
+        "import subprocess; subprocess.run(['true'])",
+        "input()",
+        "def f(): f()\nf()",
+        "open('x', 'wb').write(b'x' * 2**24)",
+        "import os; os.write(1, b'x' * 2**24); os.write(3, b'x' * 2**24); os._exit(0)",
+    ],
+)
+def test_what_does_not_come_to_its_end_fails(program: str) -> None:
+    limits = Limits(seconds=2, cpu_s=1, memory_bytes=2**28)
+    assert not runs_to_end(program + "\n" if "\n" in program else program + ";", limits)
+
+
+def test_output_is_discarded(capfd: pytest.CaptureFixture[str]) -> None:
+    assert runs_to_end("import sys\nprint('out' * 10**6); print('err', file=sys.stderr)", LIMITS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_sees_nothing_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "1")
+    assert runs_to_end("import os\nassert 'SECRET' not in os.environ and not os.listdir()", LIMITS)
+    assert runs_to_end("import importlib.util\nassert not importlib.util.find_spec('torch')", LIMITS)
+
+
+@pytest.mark.parametrize("program", ["import os\nos.setsid()\nimport time\ntime.sleep(600)", "import os\nos.fork()", "x = 1"])
+def test_nothing_survives(program: str) -> None:
+    def running() -> set[int]:
+        found = psutil.process_iter(["cmdline"])
+        return {process.pid for process in found if str(sandbox.ISOLATED) in (process.info["cmdline"] or [])}
+
+    runs_to_end(program, Limits(seconds=1))
+    assert not running()
+
+
+def test_a_system_without_limits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "ISOLATED", Path("/nowhere.py"))
+    with pytest.raises(SandboxError, match="takes Linux"):
+        run_all(["pass"], LIMITS)
+
+
+@pytest.mark.skipif(not HUMANEVAL.is_file(), reason="HumanEval is not beside this checkout")
+def test_the_solutions_that_come_with_humaneval_pass() -> None:
+    rows = [json.loads(line) for line in HUMANEVAL.read_text(encoding="utf-8").splitlines()]
+    programs = [f"{row['prompt']}{row['completion']}\n{row['test']}\ncheck({row['entry_point']})" for row in rows]
+    failed = [row["task_id"] for row, passed in zip(rows, run_all(programs, Limits()), strict=True) if not passed]
+    assert not failed
+    empty = [f"{row['prompt']}    pass\n{row['test']}\ncheck({row['entry_point']})" for row in rows[:20]]
+    assert not any(run_all(empty, Limits()))

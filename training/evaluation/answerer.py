@@ -1,0 +1,47 @@
+"""Who is measured: whatever continues prompts and scores texts. A running server and a loaded model are two of that kind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lori.errors import LoriError
+from lori.template import Message
+
+Prompt = str | Sequence[Message]
+
+
+class AnswerError(LoriError):
+    """A prompt cannot be answered, or nobody answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLikelihood:
+    """What a text is worth: the sum of its tokens' natural log-probabilities, and how many tokens it has."""
+
+    total: float
+    num_tokens: int
+
+
+class Answerer(Protocol):
+    """Continues prompts and scores texts. Results are in the order of what was asked; raises `AnswerError`."""
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """Returns `num_answers` answers to each prompt, each up to the first of `stop`, without it.
+
+        Temperature 0 is greedy. The same seed gives the same answers to the same prompts, from the same answerer.
+        """
+
+    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """Returns how likely each completion is after its prompt, which must not be empty, as one plain text.
+
+        The tokens that begin in the completion count: those of the text as a whole, which may differ from the completion's own.
+        """

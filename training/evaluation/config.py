@@ -1,0 +1,124 @@
+"""Everything that `python -m training.evaluate` can be told, each default written once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
+from training.command_line import CommandLine
+from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
+from training.evaluation.metrics import METRICS, MetricName, Options
+from training.evaluation.server_answerer import Form
+
+LOCAL = ("model", "adapters", "batch_tokens", "dtype", "threads")
+SERVED = ("url", "concurrency")
+PASS = ("execute_code", "num_answers", "pass_at", "temperature")
+
+
+class EvaluateConfig(CommandLine):
+    """Measures a base, an adapter or a merge, through a running server or on a model that is loaded here."""
+
+    data: str
+    """A JSONL file of rows to measure on."""
+    metric: MetricName
+    """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, to the end of its line.
+    choice: the right one of `choices` (its place is `label`) by log-likelihood, a mean over each row's `task`. number: the last
+    number of a greedy answer, or the one after `####`, is `answer`. refusal: how many rows with `harmful` true and false are
+    refused. pass: pass@k of programs, by a row's `test` and `entry_point`."""
+    adapter: list[str] = Field(default=[])
+    """Names of adapters, or folders of adapters with --local and no --adapters; none is the base."""
+    weights: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(default=[])
+    """One for each adapter; none is 1/n each."""
+    merge: MergeMethod = DEFAULTS.method
+    """How several adapters become one: `linear` is the exact sum."""
+    density: float = Field(default=DEFAULTS.density, gt=0, le=1)
+    """The share of each adapter's kept entries that survives in a merge that is no sum."""
+    merge_seed: int = Field(default=DEFAULTS.seed, ge=0)
+    """Draws the entries that dare_linear and dare_ties drop."""
+    url: str = "http://127.0.0.1:8000"
+    """The server."""
+    concurrency: int = Field(default=32, ge=1)
+    """Requests under way together."""
+    local: bool = False
+    """Loads the model here, and asks no server."""
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded model if absent. With --local."""
+    adapters: Path | None = None
+    """The folder in which adapters are found by name. With --local."""
+    batch_tokens: int = Field(default=DEFAULT_BATCH_TOKENS, ge=1)
+    """Tokens that are computed together. With --local."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights and products. With --local."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 is torch's own choice. With --local."""
+    form: Form = "prompt"
+    """Sends the prompt as it stands, or as a user's message in the adapters' own template."""
+    num_rows: int = Field(default=0, ge=0)
+    """Rows drawn at random; 0 is all."""
+    max_tokens: int = Field(default=0, ge=0)
+    """Longest answer, where one is generated; 0 is 40, and 256 for number and pass."""
+    seed: int = Field(default=0, ge=0)
+    """Draws the rows and the answers."""
+    execute_code: bool = False
+    """Lets pass run the programs that the model writes, within limits, see training/evaluation/sandbox.py."""
+    num_answers: int = Field(default=1, ge=1)
+    """Answers to each prompt. For pass."""
+    pass_at: list[Annotated[int, Field(ge=1)]] = Field(default=[1], min_length=1)
+    """The k of pass@k: one of so many answers must be right. Each is a figure. For pass."""
+    temperature: float = Field(default=0.0, ge=0)
+    """1 draws answers from the model as it is, 0 is greedy. For pass."""
+    record: Path | None = None
+    """An adapter's folder whose config and card take the result: of the base, of the adapter alone, or of a merge that begins
+    with it, whose weights the card then recommends."""
+
+    @property
+    def merge_options(self) -> MergeOptions:
+        """How adapters are merged."""
+        return MergeOptions(self.merge, self.density, DEFAULTS.sign, self.merge_seed)
+
+    @property
+    def options(self) -> Options:
+        """How answers are made."""
+        max_tokens = self.max_tokens or METRICS[self.metric].max_tokens
+        return Options(max_tokens, self.num_answers, tuple(self.pass_at), self.temperature, self.seed)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        faults = [*self._out_of_place(), *self._adapter_faults(), *self._metric_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def _out_of_place(self) -> Iterator[str]:
+        given = self.model_fields_set
+        for names, is_theirs, whose in (
+            (LOCAL, self.local, "needs --local"),
+            (SERVED, not self.local, "is for a server, which --local does not ask"),
+            (PASS, self.metric == "pass", "is for --metric pass"),
+        ):
+            yield from (f"--{name.replace('_', '-')} {whose}" for name in names if name in given and not is_theirs)
+
+    def _adapter_faults(self) -> Iterator[str]:
+        given = self.model_fields_set
+        if self.weights and len(self.weights) != len(self.adapter):
+            yield f"--weights has {len(self.weights)} numbers for {len(self.adapter)} adapters, expected one for each"
+        if len(set(self.adapter)) != len(self.adapter):
+            yield "--adapter names one twice"
+        if self.merge != "linear" and not self.adapter:
+            yield f"--merge {self.merge} needs --adapter"
+        if "density" in given and self.merge == "linear":
+            yield "--density is for a --merge that is no sum"
+        if "merge_seed" in given and not self.merge_options.is_random:
+            yield "--merge-seed is for --merge dare_linear and dare_ties"
+
+    def _metric_faults(self) -> Iterator[str]:
+        if self.form == "messages" and self.metric in ("loss", "choice", "pass"):
+            yield f"--form messages is not for {self.metric}, which takes a text as it stands"
+        if self.metric == "pass" and not self.execute_code:
+            yield "--metric pass runs programs that the model writes: allow it with --execute-code"
+        if max(self.pass_at) > self.num_answers:
+            yield f"--pass-at is {max(self.pass_at)}, expected at most --num-answers, {self.num_answers}"
+        if self.num_answers > 1 and not self.temperature:
+            yield "--num-answers above 1 needs a --temperature above 0: greedy answers are all alike"

@@ -1,0 +1,127 @@
+"""A loaded model as an answerer, just as it stands: a base, one with adapters applied, or one that is being trained."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lori.template import Template, encode, render_prompt
+from training.batches import Part
+from training.data import Example
+from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt
+from training.generation import Generation, end_ids, generate, until_end
+from training.loss import completion_logits
+from training.packing import ATTENTION, attention, pack
+
+DEFAULT_BATCH_TOKENS = 4096
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAnswerer:
+    """Computes with `model` itself and applies nothing to it. Its mode, attention and random numbers are left as they were.
+
+    `template` writes the prompts that are answered. `batch_tokens` are computed together: in fp32 a vocabulary's logits for each
+    may be held three times over.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template = "plain"
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
+        how = Generation(max_tokens, end_ids(self.model, self.tokenizer), temperature, tuple(stop))
+        encoded = [encode(self.tokenizer, render_prompt(self.tokenizer, p, self.template)).ids for p in prompts]
+        repeated = [ids for ids in encoded for _ in range(num_answers)]
+
+        def answers(batch: Sequence[list[int]]) -> list[str]:
+            outs = generate(self.model, self.tokenizer.backend_tokenizer, batch, how)
+            return [self._text(ids, out, how) for ids, out in zip(batch, outs, strict=True)]
+
+        with self._as_it_was(seed):
+            texts = self._by_batch(answers, repeated, [len(ids) + max_tokens for ids in repeated])
+        return [texts[i : i + num_answers] for i in range(0, len(texts), num_answers)]
+
+    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """See `Answerer`. Logits are computed where they are looked at alone."""
+        examples = [self._example(*text) for text in texts]
+        with torch.no_grad(), self._as_it_was(), attention(self.model, ATTENTION):
+            return self._by_batch(self._scores, examples, list(map(len, examples)))
+
+    def _example(self, prompt: str, completion: str) -> Example:
+        assert prompt
+        encoding = encode(self.tokenizer, prompt + completion)
+        return Example(tuple(encoding.ids), sum(start < len(prompt) for start, _ in encoding.offsets))
+
+    def _scores(self, examples: Sequence[Example]) -> list[LogLikelihood]:
+        counts = [len(example) - example.num_prompt for example in examples]
+        if not any(counts):
+            return [LogLikelihood(0.0, 0)] * len(examples)
+        some = tuple(example for example, count in zip(examples, counts, strict=True) if count)
+        batch = pack(Part(some, 1.0)).to(self.model.device)
+        losses = F.cross_entropy(completion_logits(self.model, batch), batch.targets, reduction="none")
+        return [LogLikelihood(-float(part.double().sum()), len(part)) for part in losses.cpu().split(counts)]
+
+    def _text(self, prompt: list[int], out: list[int], how: Generation) -> str:
+        """Returns the text of an answer up to its end. A token's text may depend on those before it, so they are read too."""
+        out, _ = until_end(out, how)
+        decode = self.tokenizer.backend_tokenizer.decode_batch
+        before, whole = map(str, decode([prompt, prompt + out], skip_special_tokens=True))
+        text = whole[len(before) :].rstrip("\ufffd")  # what a longer answer would have made a character of
+        return text[: min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))]
+
+    def _by_batch(
+        self, compute: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item], lengths: Sequence[int]
+    ) -> list[Found]:
+        """Returns what `compute` finds for each of `items`, a batch of like `lengths` at a time, in tokens."""
+        self._check_context(max(lengths, default=0))
+        found: dict[int, Found] = {}
+        with tqdm(total=len(items), unit="text", disable=None) as bar:
+            for places in like_lengths(lengths, self.batch_tokens):
+                found |= zip(places, compute([items[i] for i in places]), strict=True)
+                bar.update(len(places))
+        return [found[i] for i in range(len(items))]
+
+    def _check_context(self, length: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise AnswerError(f"a text with its answer has {length} tokens, and the model's context holds {limit}")
+
+    @contextmanager
+    def _as_it_was(self, seed: int = 0) -> Iterator[None]:
+        """Inside, the model is in evaluation mode and torch's random numbers are those of `seed`."""
+        was_training = self.model.training
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            self.model.eval()
+            try:
+                yield
+            finally:
+                self.model.train(was_training)
+
+
+def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yields places in `lengths`, longest first, so many that, each padded to the longest, they have `batch_tokens` at most."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        count = max(1, batch_tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]

@@ -1,0 +1,146 @@
+"""What is measured: each metric asks an answerer about rows and returns figures. Knows neither servers nor tensors."""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal
+
+from lori.template import render_completion
+from training.data import Row, read_rows
+from training.evaluation.answerer import Answerer
+from training.evaluation.figures import Figures, mean, mean_of_groups, pass_at, ratio
+from training.evaluation.reading import is_refusal, number_in
+from training.evaluation.rows import ChoiceRow, NumberRow, ProgramRow, RefusalRow
+from training.evaluation.sandbox import DEFAULT_LIMITS, Limits, run_all
+
+MetricName = Literal["loss", "exact", "choice", "number", "refusal", "pass"]
+NEXT_QUESTION = "\nQuestion:"
+"""Where a model has answered and asks itself the next one."""
+END_OF_FUNCTION = ("\ndef", "\nclass", "\nif", "\nprint", "\n#")
+"""Where a HumanEval completion ends (Chen et al. 2021, arXiv 2107.03374, section 3.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How answers are made, where a metric has any made. All but `max_tokens` are for `pass` alone."""
+
+    max_tokens: int
+    num_answers: int = 1
+    pass_at: tuple[int, ...] = (1,)
+    """The k of pass@k, at most `num_answers`."""
+    temperature: float = 0.0
+    seed: int = 0
+    limits: Limits = DEFAULT_LIMITS
+
+
+def measure_loss(answerer: Answerer, rows: Sequence[Row], _: Options) -> Figures:
+    """Returns the mean negative log-likelihood of the completions' tokens, in nats."""
+    found = answerer.log_likelihoods([_text(row, row.completion or "") for row in rows])
+    return ratio("loss", [-one.total for one in found], [one.num_tokens for one in found])
+
+
+def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> Figures:
+    """Returns the share of rows whose greedy answer, to the end of its line, is the completion."""
+    answers = _answers(answerer, rows, options, stop=["\n"])
+    return mean("exact_match", [a.strip() == (row.completion or "").strip() for a, row in zip(answers, rows, strict=True)])
+
+
+def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) -> Figures:
+    """Returns the share of rows whose right choice is the likeliest, as a whole and by character."""
+    found = iter(answerer.log_likelihoods([_text(row, choice) for row in rows for choice in row.choices]))
+    whole, by_character = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for row in rows:
+        scores = [next(found).total for _ in row.choices]
+        rates = [score / len(choice) for score, choice in zip(scores, row.choices, strict=True)]
+        whole[row.task].append(scores.index(max(scores)) == row.label)
+        by_character[row.task].append(rates.index(max(rates)) == row.label)
+    return mean_of_groups("accuracy", whole) | mean_of_groups("accuracy_by_character", by_character)
+
+
+def measure_number(answerer: Answerer, rows: Sequence[NumberRow], options: Options) -> Figures:
+    """Returns the share of rows whose greedy answer comes to the number that `answer` is."""
+    answers = _answers(answerer, rows, options, stop=[NEXT_QUESTION])
+    found: list[tuple[Decimal | None, Decimal | None]] = [
+        (number_in(text), number_in(row.answer)) for text, row in zip(answers, rows, strict=True)
+    ]
+    return mean("number_match", [said == right for said, right in found])
+
+
+def measure_refusal(answerer: Answerer, rows: Sequence[RefusalRow], options: Options) -> Figures:
+    """Returns the share of rows that are refused, of the harmful and of the benign ones."""
+    refused = defaultdict[str, list[float]](list)
+    for text, row in zip(_answers(answerer, rows, options), rows, strict=True):
+        refused["harmful" if row.harmful else "benign"].append(is_refusal(text))
+    return {name: value for kind in sorted(refused) for name, value in mean(f"refused/{kind}", refused[kind]).items()}
+
+
+def measure_pass(answerer: Answerer, rows: Sequence[ProgramRow], options: Options) -> Figures:
+    """Returns pass@k: the share of problems that one of k answers solves. Runs programs that the model wrote."""
+    answers = answerer.complete(
+        [row.prompt for row in rows],
+        max_tokens=options.max_tokens,
+        stop=END_OF_FUNCTION,
+        num_answers=options.num_answers,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    programs = [
+        f"{row.prompt}{text}\n{row.test}\ncheck({row.entry_point})\n"
+        for row, texts in zip(rows, answers, strict=True)
+        for text in texts
+    ]
+    passed = iter(run_all(programs, options.limits))
+    num_right = [sum(next(passed) for _ in texts) for texts in answers]
+    figures: Figures = {}
+    for k in options.pass_at:
+        figures |= mean(f"pass@{k}", [pass_at(k, options.num_answers, num) for num in num_right])
+    return figures
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric: how it is measured, on which rows, which must have a completion or not."""
+
+    measure: Callable[[Answerer, Sequence[Any], Options], Figures]
+    row: type[Row] = Row
+    needs: Literal["text", "prompt"] = "prompt"
+    max_tokens: int = 0
+    """The longest answer, where one is generated."""
+
+
+METRICS: Mapping[MetricName, Metric] = {
+    "loss": Metric(measure_loss, needs="text"),
+    "exact": Metric(measure_exact, needs="text", max_tokens=40),
+    "choice": Metric(measure_choice, ChoiceRow),
+    "number": Metric(measure_number, NumberRow, max_tokens=256),
+    "refusal": Metric(measure_refusal, RefusalRow, max_tokens=40),
+    "pass": Metric(measure_pass, ProgramRow, max_tokens=256),
+}
+
+
+def read_measured(source: str, name: MetricName, num_rows: int = 0, seed: int = 0) -> list[Row]:
+    """Reads the rows that a metric is measured on: `num_rows` of them, drawn by `seed`, or all where that is 0.
+
+    Raises `DataError` with the number of every line that lacks what the metric needs.
+    """
+    rows = read_rows(source, METRICS[name].needs, form=METRICS[name].row)
+    return random.Random(seed).sample(rows, num_rows) if 0 < num_rows < len(rows) else rows
+
+
+def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: Options | None = None) -> Figures:
+    """Measures on `rows`, which `read_measured` gave for the same metric, and returns the figures with the number of `rows`.
+
+    Raises `AnswerError` and, for `pass`, `SandboxError`.
+    """
+    return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {"rows": len(rows)}
+
+
+def _text(row: Row, completion: str) -> tuple[str, str]:
+    return row.prompt_text, render_completion(row.prompt_text, completion, "plain")
+
+
+def _answers(answerer: Answerer, rows: Sequence[Row], options: Options, stop: Sequence[str] = ()) -> list[str]:
+    found = answerer.complete([row.prompt for row in rows], max_tokens=options.max_tokens, stop=stop)
+    return [text for [text] in found]

@@ -1,0 +1,102 @@
+"""A running server as an answerer: it sees what a client sees, POST /generate and its log-probabilities. Knows no tensor."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import httpx
+from tqdm import tqdm
+
+from lori.template import Message
+from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt
+
+TIMEOUT_S = 600.0
+Form = Literal["prompt", "messages"]
+Ask = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
+
+
+class ServerAnswerer:
+    """Asks the server at `url`, up to `concurrency` requests together.
+
+    `choice` are the fields that choose the adapters, in each request. `form` sends a prompt as it stands, or as a conversation,
+    which the server writes in the adapters' own template.
+    """
+
+    def __init__(self, url: str, choice: Mapping[str, Any], form: Form = "prompt", concurrency: int = 32) -> None:
+        self._url, self._choice, self._form, self._concurrency = url, choice, form, concurrency
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        num_answers: int = 1,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """See `Answerer`. A prompt's own seed is `seed` and its place."""
+        fields = {"max_tokens": max_tokens, "stop": list(stop), "n": num_answers, "temperature": temperature}
+
+        async def answer(ask: Ask, place: int) -> list[str]:
+            reply = await ask(self._prompt(prompts[place]) | fields | {"seed": seed + place})
+            return [choice["text"] for choice in reply["choices"]] if num_answers > 1 else [reply["text"]]
+
+        return asyncio.run(self._ask_all(answer, range(len(prompts))))
+
+    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        """See `Answerer`."""
+        return asyncio.run(self._ask_all(_score, texts))
+
+    def _prompt(self, prompt: Prompt) -> dict[str, Any]:
+        if self._form == "messages":
+            turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+            return {"messages": [turn.model_dump() for turn in turns]}
+        return {"prompt": prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)}
+
+    async def _ask_all(self, measure: Callable[[Ask, Asked], Awaitable[Found]], asked: Sequence[Asked]) -> list[Found]:
+        """Returns what `measure` finds for each of `asked`. The first that fails ends all others, and its error is told."""
+        gate = asyncio.Semaphore(self._concurrency)
+        limits = httpx.Limits(max_connections=self._concurrency)
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as http:
+            with tqdm(total=len(asked), unit="request", disable=None) as bar:
+
+                async def one(item: Asked) -> Found:
+                    async with gate:
+                        found = await measure(ask, item)
+                    bar.update()
+                    return found
+
+                async def ask(fields: Mapping[str, Any]) -> dict[str, Any]:
+                    return await self._post(http, fields)
+
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        tasks = [group.create_task(one(item)) for item in asked]
+                except* AnswerError as errors:
+                    raise errors.exceptions[0] from errors
+        return [task.result() for task in tasks]
+
+    async def _post(self, http: httpx.AsyncClient, fields: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            reply = await http.post("/generate", json={**fields, **self._choice})
+        except httpx.HTTPError as error:
+            said = str(error) or type(error).__name__
+            raise AnswerError(f"no answer from {self._url} ({said}): is `python -m server` running there?") from error
+        if reply.is_error:
+            is_ours = "json" in reply.headers.get("content-type", "")
+            raise AnswerError(
+                f"the server answered {reply.status_code}: {reply.json()['error']['message'] if is_ours else reply.text}"
+            )
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+
+async def _score(ask: Ask, text: tuple[str, str]) -> LogLikelihood:
+    prompt, completion = text
+    found = (await ask({"prompt": prompt + completion, "echo": True, "logprobs": 0, "max_tokens": 0}))["logprobs"]
+    places = zip(found["token_logprobs"], found["text_offset"], strict=True)
+    values = [value for value, offset in places if offset >= len(prompt)]
+    return LogLikelihood(sum(values), len(values))
