@@ -63,6 +63,8 @@ class FitConfig(CommandLine):
     """Another stream is another basis of the same seed. Adapters of one stream add; the paper draws one for each task."""
     init_from: Path | None = None
     """Goes on from this adapter's B (continual learning): what the new mask leaves out of it stays as it is."""
+    mask_from: Path | None = None
+    """Masks by the largest entries of this adapter of `lori-d`, in place of a LoRI-D of its own: one does for many sparsities."""
     avoid: list[Path] = Field(default=[])
     """Adapters whose entries the mask leaves out, so that a sum keeps both as they are."""
     steps: int = Field(default=0, ge=0)
@@ -130,10 +132,10 @@ class FitConfig(CommandLine):
             raise ValueError("held_out and held_out_fraction exclude each other")
         if self.patience and not (self.held_out or self.held_out_fraction):
             raise ValueError("patience needs held_out or held_out_fraction")
-        if self.method == "lora" and (self.init_from or self.avoid or self.fsdp):
-            raise ValueError("method lora is a baseline: it has no init_from, avoid or fsdp")
-        if self.method == "lori-d" and self.avoid:
-            raise ValueError("method lori-d has no mask, and so no avoid")
+        if self.method != "lori" and (self.mask_from or self.avoid):
+            raise ValueError(f"method {self.method} has no mask, and so no mask_from or avoid")
+        if self.method == "lora" and self.fsdp:
+            raise ValueError("method lora is a baseline: it has no fsdp")
         return self
 
     @property

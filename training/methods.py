@@ -3,11 +3,13 @@
 A method wraps the base's layers, prepares each phase, and tells what came out. Shapes: N inputs, D outputs, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Basis, Explicit, Seeded
 from lori.errors import LoriError
@@ -15,7 +17,7 @@ from lori.mask import top_k_mask
 from lori.sparse import SparseB
 from training.config import FitConfig
 from training.packing import ATTENTION
-from training.parents import load_avoided, load_start
+from training.parents import load_avoided, load_parent
 from training.processes import processes
 from training.trainable import DenseB, MaskedB, target_layers, values_of, wrap
 
@@ -57,17 +59,19 @@ class Lori:
 
     def __init__(self, config: FitConfig, base: BaseModel) -> None:
         self.config, self.base = config, base
-        self.phases = ("LoRI-D",) if config.method == "lori-d" else ("LoRI-D", "LoRI-S")
+        self.phases: tuple[str, ...] = ("LoRI-D", "LoRI-S")
+        if config.method == "lori-d" or config.mask_from:
+            self.phases = ("LoRI-D",) if config.method == "lori-d" else ("LoRI-S",)
         self.basis = Seeded(config.basis_seed, config.stream)
         names = list(target_layers(base.model, config.target_modules))
         self.shapes = {name: (base.identity.shapes[name][0], config.rank) for name in names}
-        self.start = load_start(config, base.identity, names) if config.init_from else None
-        self.avoided = load_avoided(config.avoid, base.identity, self.basis, self.shapes) if config.avoid else None
-        self._wrap()
+        self.start = self._parent("--init-from", config.init_from, names) if config.init_from else None
+        self.calibrated = self._parent("--mask-from", config.mask_from, names) if config.mask_from else None
+        self.avoided = load_avoided(config, base.identity, self.shapes) if config.avoid else None
+        self.layers = wrap(base.model, config.target_modules, self.basis, config.rank, config.alpha, self.start)
 
-    def _wrap(self) -> None:
-        config = self.config
-        self.layers = wrap(self.base.model, config.target_modules, self.basis, config.rank, config.alpha, self.start)
+    def _parent(self, flag: str, folder: Path, names: Sequence[str]) -> Mapping[str, SparseB]:
+        return load_parent(flag, folder, self.config, self.base.identity, names).modules
 
     def begin(self, phase: str) -> None:
         """Puts a mask's entries in the place of all before LoRI-S."""
@@ -79,11 +83,14 @@ class Lori:
 
     def masks(self) -> Mapping[str, torch.Tensor]:
         """Returns the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where too much is avoided."""
-        changes = {}
-        for name, layer in self.layers.items():
-            assert isinstance(layer.b, DenseB)
-            changes[name] = values_of(layer.b.change)
+        changes = {name: self._change(name, layer.b) for name, layer in self.layers.items()}
         return top_k_mask(changes, self.config.sparsity, self.config.granularity, self.avoided)
+
+    def _change(self, name: str, b: DenseB | MaskedB) -> torch.Tensor:
+        if self.calibrated:
+            return self.calibrated[name].dense()
+        assert isinstance(b, DenseB)
+        return values_of(b.change)
 
     def trained(self) -> Trained:
         """Returns B as it is now, and the basis."""
@@ -111,6 +118,15 @@ class Lora:
         for layer in self.layers.values():
             layer.lora_A.float()
             layer.lora_B.float()
+        if config.init_from:
+            self._go_on_from(load_parent("--init-from", config.init_from, config, base.identity, names))
+
+    @torch.no_grad()
+    def _go_on_from(self, parent: Adapter) -> None:
+        for name, layer in self.layers.items():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            a.copy_(parent.basis.draw(name, *a.shape))
+            b.copy_(parent.modules[name].dense())
 
     def begin(self, phase: str) -> None:
         """Does nothing: there is one phase."""

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from lori.adapter import Adapter
-from lori.basis import Basis, Seeded
+from lori.basis import Explicit, Seeded
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.identity import BaseIdentity
-from lori.sparse import SparseB
 from training.config import FitConfig
 
 
@@ -21,14 +20,13 @@ class ParentError(LoriError):
     """An adapter cannot be built on: says what was found and what was expected."""
 
 
-def load_start(config: FitConfig, base: BaseIdentity, modules: Sequence[str]) -> dict[str, SparseB]:
-    """Returns B of `modules` of the adapter `config.init_from`.
+def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, modules: Sequence[str]) -> Adapter:
+    """Returns the adapter in `folder`, which `flag` names, to be gone on with in `modules`.
 
     Raises `ParentError` with all that differs from what `config` asks for, `AdapterFormatError` where it is no sound adapter.
     """
-    assert config.init_from
-    adapter = load_adapter(config.init_from, base)
-    faults = _basis_faults(adapter, Seeded(config.basis_seed, config.stream))
+    adapter = load_adapter(folder, base)
+    faults = _basis_faults(adapter, config)
     if odd := sorted(set(adapter.modules) ^ set(modules)):
         faults.append(f"differs from --target-modules in {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if odd[5:] else ""))
     if ranks := {b.shape[1] for b in adapter.modules.values()} - {config.rank}:
@@ -37,22 +35,20 @@ def load_start(config: FitConfig, base: BaseIdentity, modules: Sequence[str]) ->
     if scales := {adapter.config.scale_of(name) for name in adapter.modules} - {scale}:
         faults.append(f"has alpha/r = {min(scales):g}, expected --alpha / --rank = {scale:g}")
     if faults:
-        raise ParentError(f"--init-from {config.init_from}: it " + "; it ".join(faults))
-    return dict(adapter.modules)
+        raise ParentError(f"{flag} {folder}: it " + "; it ".join(faults))
+    return adapter
 
 
-def load_avoided(
-    folders: Sequence[Path], base: BaseIdentity, basis: Basis, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, torch.Tensor]:
-    """Returns which entries of each B, (D, R) of `shapes`, the adapters in `folders` keep, as a bool (D, R).
+def load_avoided(config: FitConfig, base: BaseIdentity, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Returns which entries of each B, (D, R) of `shapes`, the adapters `config.avoid` keep, as a bool (D, R).
 
     A of a lower rank is the first rows of A, so ranks may differ. Raises `ParentError` where one is on another basis,
     `AdapterFormatError`.
     """
     taken = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
-    for folder in folders:
+    for folder in config.avoid:
         adapter = load_adapter(folder, base)
-        if faults := _basis_faults(adapter, basis):
+        if faults := _basis_faults(adapter, config):
             raise ParentError(f"--avoid {folder}: it " + "; it ".join(faults))
         for name in taken.keys() & adapter.modules.keys():
             found = adapter.modules[name].mask
@@ -61,5 +57,8 @@ def load_avoided(
     return taken
 
 
-def _basis_faults(adapter: Adapter, basis: Basis) -> list[str]:
+def _basis_faults(adapter: Adapter, config: FitConfig) -> list[str]:
+    if config.method == "lora":
+        return [] if isinstance(adapter.basis, Explicit) else [f"is on the basis {adapter.basis}, expected a LoRA's own A"]
+    basis = Seeded(config.basis_seed, config.stream)
     return [] if adapter.basis == basis else [f"is on the basis {adapter.basis}, expected {basis}"]

@@ -71,13 +71,13 @@ class Run:
         """Runs each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
         with processes().main_process_first():
             self._open(is_first=processes().is_main_process)
-        for number, phase in enumerate(method.phases):
+        for phase in method.phases:
             method.begin(phase)
             folder = self.folder / phase.lower()
             if (folder / OUTCOME).is_file():
                 load_parameters(method.base.model, load_file(folder / PARAMETERS))
             else:
-                self._train(method, phase, number, folder)
+                self._train(method, phase, folder)
             self.outcomes[phase] = Outcome(**json.loads((folder / OUTCOME).read_text()))
 
     def close(self) -> None:
@@ -103,8 +103,8 @@ class Run:
     def _num_parts(self) -> int:
         return int(processes().num_processes) * self.config.accumulation
 
-    def _train(self, method: TrainingMethod, phase: str, number: int, folder: Path) -> None:
-        steps = self._plan(phase, number)
+    def _train(self, method: TrainingMethod, phase: str, folder: Path) -> None:
+        steps = self._plan(phase)
         rate = self.config.calibration_lr if phase == "LoRI-D" else self.config.lr
         arguments = training_arguments(self.config, folder, rate, len(steps))
         step_tokens = [sum(map(len, step)) for step in steps]
@@ -119,13 +119,13 @@ class Run:
             replace_file(folder / OUTCOME, json.dumps(asdict(outcome)).encode())
         processes().wait_for_everyone()
 
-    def _plan(self, phase: str, number: int) -> list[Step]:
+    def _plan(self, phase: str) -> list[Step]:
         config, examples = self.config, self.examples
         length: tuple[int, float] = (config.steps, config.epochs)
         if phase == "LoRI-D" and config.method == "lori" and (config.calibration_steps or config.calibration_epochs):
             length = (config.calibration_steps, config.calibration_epochs)
         size = BatchSize(config.batch_size, config.batch_tokens)
-        return plan_steps(examples.data, examples.mix, config.mix_fraction, size, length, config.seed + number)
+        return plan_steps(examples.data, examples.mix, config.mix_fraction, size, length, config.seed + (phase == "LoRI-S"))
 
     def _callbacks(self, phase: str, step_tokens: list[int]) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [MarkWhole(), Progress(phase, step_tokens)]

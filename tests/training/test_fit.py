@@ -225,6 +225,27 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     assert num_same > num_changed > 0
 
 
+def test_lora_goes_on_from_a_lora(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    first = fit(config_for(tiny_model, data, tmp_path / "first", method="lora", values="float32"), "")
+    nothing = {"method": "lora", "values": "float32", "lr": 1e-30, "init_from": first, "seed": 9}
+    second = fit(config_for(tiny_model, data, tmp_path / "second", **nothing), "")
+    assert load_adapter(second).basis == load_adapter(first).basis
+    for name, b in modules_of(first).items():
+        assert torch.equal(modules_of(second)[name].values, b.values)
+    lori = fit(config_for(tiny_model, data, tmp_path / "lori", steps=1), "")
+    with pytest.raises(LoriError, match="seed 0, stream 0, expected a LoRA's own A"):
+        fit(config_for(tiny_model, data, tmp_path / "third", method="lora", init_from=lori), "")
+
+
+def test_one_calibration_is_enough_for_many_masks(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    calibrated = fit(config_for(tiny_model, data, tmp_path / "d", method="lori-d", values="float32"), "")
+    both = fit(config_for(tiny_model, data, tmp_path / "both", seed=0), "")
+    alone = fit(config_for(tiny_model, data, tmp_path / "alone", seed=0, mask_from=calibrated), "")
+    for name, b in modules_of(both).items():
+        assert torch.equal(modules_of(alone)[name].dense(), b.dense())
+    assert list(load_adapter(alone).config.lori.training["phases"]) == ["LoRI-S"]
+
+
 def test_an_avoided_adapter_s_entries_are_left_alone(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first", rank=2, alpha=4), "")
     second = fit(config_for(tiny_model, data, tmp_path / "second", avoid=[first]), "")
@@ -284,4 +305,4 @@ def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> Non
     assert run_command("--no-such-flag").returncode == 2
     done = run_command("--data", str(bad), "--method", "lora", "--avoid", "x", *flags)
     assert done.returncode == 2
-    assert "method lora is a baseline" in done.stderr
+    assert "method lora has no mask" in done.stderr

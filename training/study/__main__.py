@@ -1,0 +1,35 @@
+"""`python -m training.study`: reruns the method's claims at small scale, and writes tables and plots of what came out."""
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from lori.errors import LoriError
+from training.study.claims import CLAIMS, Found
+from training.study.config import Claim, StudyConfig
+from training.study.lab import Lab
+from training.study.page import write_page
+
+
+def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
+    """Trains and measures what is not there yet; returns what each claim found, by seed. Raises `LoriError`."""
+    labs = [Lab(config, seed) for seed in config.seeds]
+    return {claim: [list(CLAIMS[claim](lab)) for lab in labs] for claim in config.claims}
+
+
+def main() -> int:
+    """Runs the program and returns its exit code."""
+    config = StudyConfig.from_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        found = study(config)
+        page = write_page(config, found)
+    except LoriError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

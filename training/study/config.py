@@ -1,0 +1,97 @@
+"""Everything that `python -m training.study` can be told, each default written once."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from training.command_line import CommandLine
+from training.data import Source
+from training.evaluation.metrics import MetricName
+
+Claim = Literal["single", "merges", "continual", "sparsity", "granularity"]
+
+
+class TaskConfig(BaseModel):
+    """A task: what is learnt, and what is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    train: list[Source]
+    """What is learnt."""
+    test: str
+    """A JSONL file to measure on."""
+    metric: MetricName
+    """See `python -m training.evaluate`."""
+    figure: str
+    """Which of the metric's figures is the task's score."""
+    beside: str | None = None
+    """Another of its figures, which is told beside the score."""
+    is_loss: bool = False
+    """The lower the better."""
+
+
+def _task(name: str, metric: MetricName, figure: str, *, beside: str | None = None, is_loss: bool = False) -> TaskConfig:
+    train = [Source(path=f"{name}/train.jsonl")]
+    return TaskConfig(train=train, test=f"{name}/test.jsonl", metric=metric, figure=figure, beside=beside, is_loss=is_loss)
+
+
+TASKS = {
+    "intent": _task("intent", "exact", "exact_match"),
+    "math": _task("math", "loss", "loss", is_loss=True),
+    "nlu": _task("nlu", "choice", "accuracy_by_character", beside="accuracy"),
+    "safety": _task("safety", "refusal", "refused/harmful", beside="refused/benign"),
+}
+
+
+class StudyConfig(CommandLine):
+    """Reruns the method's claims (arXiv 2504.07448) at the scale of the base and data it is given, and writes what comes out."""
+
+    recipe: str | None = None
+    """A YAML file of these options. Flags win over it."""
+    data: Path
+    """The folder that the tasks' paths are in."""
+    output: Path
+    """A folder for adapters, results, tables and plots. What is in it already is not done again."""
+    claims: list[Claim] = Field(default=["single", "merges", "continual", "sparsity", "granularity"])
+    """single: base, LoRA, LoRI-D and LoRI-S alone. merges: of several adapters. continual: safety, then a task. sparsity and
+    granularity: of the mask."""
+    tasks: dict[str, TaskConfig] = Field(default=TASKS)
+    """By name. One called safety is what continual learning begins with."""
+    swept: list[str] = Field(default=["intent", "math"])
+    """The tasks of the claims continual, sparsity and granularity."""
+    seeds: list[int] = Field(default=[0, 1, 2])
+    """Of the order of the data, and of LoRA's A. Several processes may share an output, each with its own seeds."""
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded model if absent."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Weights and products of the base."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 is torch's own choice."""
+    rank: int = Field(default=32, ge=1)
+    """Rows of A (r); alpha is twice as much."""
+    steps: int = Field(default=60, ge=3)
+    """Optimizer steps of each phase."""
+    batch_tokens: int = Field(default=512, ge=1)
+    """Tokens of a step, or a little more."""
+    max_length: int = Field(default=512, ge=2)
+    """Longer examples are left out."""
+    lr: float = Field(default=2e-2, gt=0)
+    """LoRI-S's peak learning rate."""
+    calibration_lr: float = Field(default=5e-3, gt=0)
+    """LoRI-D's."""
+    lora_lr: float = Field(default=1e-3, gt=0)
+    """LoRA's."""
+    num_rows: int = Field(default=300, ge=1)
+    """Rows of each task that single adapters are measured on, drawn once."""
+    num_merge_rows: int = Field(default=100, ge=1)
+    """Rows that merges are measured on: there are many."""
+    weights: list[float] = Field(default=[0.5, 0.7, 1.0])
+    """The weights of merges, the same for each adapter; 1/n is always among them."""
+    num_mixed: int = Field(default=150, ge=1)
+    """Prompts of each other task that the base answers itself, to be mixed in."""
+
+    @property
+    def alpha(self) -> int:
+        """The paper's choice, 2 r."""
+        return 2 * self.rank
