@@ -41,7 +41,7 @@ def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure
     def grid(value: Callable[[Sequence[ModuleStatistics]], float]) -> NDArray[np.float64]:
         return np.array([[value(cells[i, j]) if (i, j) in cells else math.nan for j in projections] for i in layers])
 
-    figure = _figure(2 * (CELL_WIDTH * len(projections) + 1.8), CELL_HEIGHT * len(layers) + 1.8)
+    figure = new_figure(2 * (CELL_WIDTH * len(projections) + 1.8), CELL_HEIGHT * len(layers) + 1.8)
     figure.suptitle(name, parse_math=False)
     density, strength = figure.subplots(1, 2)
     _heat_map(density, grid(lambda rows: 100 * total(rows).density), "kept entries of B (%)", "viridis", ".1f")
@@ -57,14 +57,14 @@ def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
     """Returns a heat map of the cosines `matrix` (n, n) of the adapters `names` (n,), zero in the middle of its colours."""
     assert matrix.shape == (len(names), len(names))
     side = CELL_WIDTH * len(names) + 0.7 + LETTER * max(map(len, names))
-    figure = _figure(side + 0.8, side)
+    figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
     _heat_map(axes, matrix, "cosine of ΔW", "RdBu_r", "z.2f", Normalize(-1.0, 1.0))
     _label(axes, names, names)
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def savenew_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as what the suffix of `path` says, one of `FORMATS`.
 
     Raises `AdapterError` for another suffix, or where the file cannot be written.
@@ -77,7 +77,8 @@ def save_figure(figure: Figure, path: Path) -> None:
         raise AdapterError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Returns a figure of so many inches that is nobody's current one."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -1,5 +1,6 @@
 """A run's folder beside its output: how far each phase came. What a kill cuts off is never taken for whole."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -7,6 +8,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lori.durable import sync_folder, write_file
+
+# Where it cannot trust a file system's times it sorts checkpoints by their numbers, and warns of it.
+logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 WHOLE = "whole"
 """An empty file that is written last in a checkpoint's folder."""

@@ -9,8 +9,10 @@ import random
 import shlex
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,15 +20,19 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.errors import LoriError
 from lori.format import check_replaceable, save_adapter, write_record
+from lori.identity import BaseIdentity
 from training.card import render_card
 from training.config import FitConfig
 from training.data import Example, Faults, Row, read_rows, tokenize
-from training.methods import load_base, method_of
+from training.methods import TrainingMethod, load_base, method_of
 from training.processes import processes
 from training.record import config_of
-from training.run import Examples, Run
+from training.run import Examples, Outcome, Run
+from training.samples import Sample, take_samples
 
 logger = logging.getLogger(__name__)
+
+ReportWriter = Callable[[Path, Adapter, Mapping[str, Outcome], Sequence[Sample]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +79,41 @@ def fit(config: FitConfig, command: str) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     check_replaceable(config.output)
+    write_report = report_writer() if config.report else None
     rows = read_all(config)  # what is wrong with the data is said before the model is loaded
     base = load_base(config)
     run = Run(config, as_examples(rows, base, config))
     method = method_of(config, base)
     run.train(method)
-    trained = method.trained()
+    samples = take_samples(method, rows.held_out or rows.data, config.template[0]) if write_report else []
     if processes().is_main_process:
         told = {"command": command, "seconds": round(time.monotonic() - started), "skipped": rows.faults.counts}
-        record = config_of(config, base.identity, trained, run.outcomes, told)
-        adapter = save_adapter(Adapter(config.output.name, record, *trained), config.output)
-        write_record(config.output, adapter.config, render_card(adapter.name, adapter.config))
+        adapter = save(config, base.identity, method, run.outcomes, told)
+        if config.report and write_report:
+            write_report(config.report, adapter, run.outcomes, samples)
         run.close()
     processes().wait_for_everyone()
     return config.output
+
+
+def save(
+    config: FitConfig, base: BaseIdentity, method: TrainingMethod, outcomes: Mapping[str, Outcome], told: Mapping[str, Any]
+) -> Adapter:
+    """Writes what was trained, with its record and card, and returns it as it is read."""
+    trained = method.trained()
+    record = config_of(config, base, trained, outcomes, told)
+    adapter = save_adapter(Adapter(config.output.name, record, *trained), config.output)
+    write_record(config.output, adapter.config, render_card(adapter.name, adapter.config))
+    return adapter
+
+
+def report_writer() -> ReportWriter:
+    """Returns what writes a report. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
+    try:
+        from training.report import write_report  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise LoriError(f"--report needs: pip install '.[train]' ({error})") from error
+    return write_report
 
 
 def main() -> int:

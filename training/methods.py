@@ -3,7 +3,8 @@
 A method wraps the base's layers, prepares each phase, and tells what came out. Shapes: N inputs, D outputs, R rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from training.config import FitConfig
 from training.packing import ATTENTION
 from training.parents import load_avoided, load_parent
 from training.processes import processes
-from training.trainable import DenseB, MaskedB, target_layers, values_of, wrap
+from training.trainable import DenseB, MaskedB, base_alone, target_layers, values_of, wrap
 
 Trained = tuple[dict[str, SparseB], Basis]
 """B of each module, and the A that they are on."""
@@ -39,8 +40,11 @@ class TrainingMethod(Protocol):
     def begin(self, phase: str) -> None:
         """Makes the model ready for `phase`, after the one before it."""
 
+    def base_alone(self) -> AbstractContextManager[None]:
+        """Inside, the model is the base as it was."""
+
     def trained(self) -> Trained:
-        """Returns what the last phase left. All processes must ask."""
+        """Returns what the last phase left."""
 
 
 def load_base(config: FitConfig) -> BaseModel:
@@ -92,6 +96,10 @@ class Lori:
         assert isinstance(b, DenseB)
         return values_of(b.change)
 
+    def base_alone(self) -> AbstractContextManager[None]:
+        """Inside, B adds nothing."""
+        return base_alone(self.base.model)
+
     def trained(self) -> Trained:
         """Returns B as it is now, and the basis."""
         return {name: layer.b.sparse() for name, layer in self.layers.items()}, self.basis
@@ -130,6 +138,17 @@ class Lora:
 
     def begin(self, phase: str) -> None:
         """Does nothing: there is one phase."""
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Inside, LoRA adds nothing."""
+        for layer in self.layers.values():
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)
 
     def trained(self) -> Trained:
         """Returns B, every entry kept, and A as the adapter's own basis."""

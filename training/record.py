@@ -1,5 +1,6 @@
 """What an adapter's config and card say of the run that made it."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +16,7 @@ from training.run import Outcome
 
 
 def config_of(
-    config: FitConfig, base: BaseIdentity, trained: Trained, outcomes: dict[str, Outcome], told: dict[str, Any]
+    config: FitConfig, base: BaseIdentity, trained: Trained, outcomes: Mapping[str, Outcome], told: Mapping[str, Any]
 ) -> AdapterConfig:
     """Returns the config of an adapter; `told` goes into its record as it is. `lori.format.seal` fills in its digests."""
     modules, basis = trained
@@ -38,5 +39,5 @@ def config_of(
         target_modules=config.target_modules,
         values=config.values,
         templates=config.template,
-        training=record | told | {"threads": torch.get_num_threads(), "phases": phases, "versions": versions},
+        training=record | dict(told) | {"threads": torch.get_num_threads(), "phases": phases, "versions": versions},
     )

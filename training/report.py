@@ -1,0 +1,51 @@
+"""A page about a run: loss curves, what the mask keeps where, answers before and after. One file, which loads nothing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lori.adapter import Adapter
+from lori.durable import replace_file
+from lori.names import NUM_VERSION_DIGITS
+from lori.plots import plot_statistics
+from lori.statistics import statistics, total
+from training.plots import as_svg, plot_losses
+from training.progress import recent_loss
+from training.run import Outcome
+from training.samples import Sample
+
+METHODS = {"lori": "LoRI", "lori-d": "LoRI-D", "lora": "LoRA"}
+
+
+def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], samples: Sequence[Sample]) -> None:
+    """Writes the page of a run that made `adapter`."""
+    modules = statistics(adapter)
+    record = adapter.config.lori.training
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    text = environment.get_template("report.html").render(
+        name=adapter.name,
+        about=record["about"],
+        method=METHODS[record["method"]],
+        base=adapter.config.base_model_name_or_path,
+        rank=adapter.config.r,
+        num_kept=total(modules).num_kept,
+        num_entries=total(modules).num_entries,
+        version=adapter.config.lori.content_digest[:NUM_VERSION_DIGITS],
+        command=record["command"],
+        losses=Markup(as_svg(plot_losses(outcomes))),
+        phases=[_phase(name, outcome) for name, outcome in outcomes.items()],
+        skipped=record["skipped"],
+        statistics=Markup(as_svg(plot_statistics(adapter.name, modules))),
+        samples=samples,
+        samples_from="held-out rows" if record["held_out"] or record["held_out_fraction"] else "rows that were learnt",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, text.encode())
+
+
+def _phase(name: str, outcome: Outcome) -> dict[str, object]:
+    best = min(outcome.held_out, key=lambda found: found[1], default=None)
+    steps, loss = len(outcome.losses), recent_loss(outcome.losses)
+    return {"name": name, "steps": steps, "tokens": outcome.num_tokens, "loss": loss, "best": best}

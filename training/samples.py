@@ -1,0 +1,34 @@
+"""What a model answers before and after training, to a few prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lori.template import Template
+from training.data import Row
+from training.evaluation.local_answerer import LocalAnswerer
+from training.methods import TrainingMethod
+
+NUM_SAMPLES, MAX_TOKENS = 4, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt, what the data says, and what the base and the trained model answer."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template) -> list[Sample]:
+    """Returns greedy answers to the first of `rows`. All processes must ask, since a model may be spread over them."""
+    rows = rows[:NUM_SAMPLES]
+    answerer = LocalAnswerer(method.base.model, method.base.tokenizer, template)
+    prompts = [row.prompt for row in rows]
+    after = answerer.complete(prompts, max_tokens=MAX_TOKENS)
+    with method.base_alone():
+        before = answerer.complete(prompts, max_tokens=MAX_TOKENS)
+    return [
+        Sample(row.prompt_text, row.completion or "", one, other) for row, [one], [other] in zip(rows, before, after, strict=True)
+    ]
