@@ -22,7 +22,7 @@ SUBSETS = (
     ("intent", "math", "nlu", "safety"),
 )  # fmt: skip
 METHODS = (MergeOptions("ties"), MergeOptions("dare_linear"), MergeOptions("dare_ties"), MergeOptions("magnitude"))
-SAFETY = "safety"
+SAFETY, ALONE = "safety", "alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,11 @@ def single(lab: Lab) -> Iterator[Found]:
 
 
 def merges(lab: Lab) -> Iterator[Found]:
-    """Sums of 2, 3 and 4 adapters over a grid of weights, and other merges of those on one basis at weight 1."""
+    """Sums of 2, 3 and 4 adapters over a grid of weights, other merges of those on one basis, and each adapter alone."""
+    for task in lab.config.tasks:
+        yield Found("base", ALONE, task, lab.measured("base", task, [], num_rows=lab.config.num_merge_rows))
+        for what, train in MERGED.items():
+            yield from _merged(lab, what, [task], [train(lab, task)], 1.0, MergeOptions())
     for tasks in SUBSETS:
         if not set(tasks) <= set(lab.config.tasks):
             continue
@@ -101,9 +105,10 @@ def _merged(
     lab: Lab, what: str, tasks: Sequence[str], folders: Sequence[Path], weight: float, options: MergeOptions
 ) -> Iterator[Found]:
     name = f"{'+'.join(folder.name for folder in folders)}.{options.method}.{weight:.2f}"
+    setting = f"{'+'.join(tasks)}, {options.method}, {weight:.2f}" if len(tasks) > 1 else ALONE
     for task in tasks:
-        figures = lab.measured(name, task, folders, [weight] * len(folders), options)
-        yield Found(what, f"{'+'.join(tasks)}, {options.method}, {weight:.2f}", task, figures)
+        figures = lab.measured(name, task, folders, [weight] * len(folders), options, lab.config.num_merge_rows)
+        yield Found(what, setting, task, figures)
 
 
 def continual(lab: Lab) -> Iterator[Found]:

@@ -15,7 +15,7 @@ import torch
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.durable import replace_file
 from lori.format import load_adapter
-from lori.merge_options import MergeOptions
+from lori.merge_options import DEFAULTS, MergeOptions
 from training.answer import AnswerConfig, answers, chosen_rows
 from training.config import FitConfig
 from training.data import Row, Source
@@ -44,7 +44,7 @@ class Lab:
         return load_base_model(self.config.model, resolve_dtype(self.config.dtype))
 
     def adapter(self, name: str, task: str, **options: Any) -> Path:
-        """Returns the folder of the adapter called `name`, trained on `task` by `training.fit` with `options` if it is not there."""
+        """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there."""
         folder = self.folder / "adapters" / name
         if folder.is_dir():
             return folder
@@ -64,24 +64,22 @@ class Lab:
         task: str,
         adapters: Sequence[Path],
         weights: Sequence[float] = (1.0,),
-        options: MergeOptions | None = None,
+        options: MergeOptions = DEFAULTS,
+        num_rows: int | None = None,
     ) -> Figures:
         """Returns the figures of `task` with `adapters` applied at `weights`, measured if `name` was not yet."""
-        file = self.folder / "results" / f"{name}.{task}.json"
+        num_rows = num_rows or self.config.num_rows
+        file = self.folder / "results" / f"{name}.{task}.{num_rows}.json"
         if not file.is_file():
             logger.info("seed %d: measuring %s on %s", self.seed, name, task)
-            choice = Choice([load_adapter(folder, self.base.identity) for folder in adapters], weights, options or MergeOptions())
-            rows = self._rows(task, self.config.num_merge_rows if len(adapters) > 1 else self.config.num_rows)
+            loaded = [load_adapter(folder, self.base.identity) for folder in adapters]
+            choice, rows = Choice(loaded, weights[: len(loaded)], options), self._rows(task, num_rows)
             with applied(self.base.model, choice.merged()):
                 figures = measure(self.config.tasks[task].metric, LocalAnswerer(self.base.model, self.base.tokenizer), rows)
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, json.dumps(figures).encode())
         found: Figures = json.loads(file.read_text())
         return found
-
-    def score(self, name: str, task: str, *given: Any) -> float:
-        """Returns the task's score of `measured`."""
-        return self.measured(name, task, *given)[self.config.tasks[task].figure]
 
     def mixed(self, tasks: Iterable[str]) -> list[Source]:
         """Returns what the base itself answers to prompts of `tasks`."""
