@@ -3,8 +3,8 @@
 Shapes: B prompts, L tokens until now.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,14 @@ def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Seq
     return rows
 
 
-def _able_to_generate(model: PreTrainedModel) -> AbstractContextManager[None]:
+@contextmanager
+def _able_to_generate(model: PreTrainedModel) -> Iterator[None]:
+    # Of a batch's last hidden states, a view of all, torch makes a product with one copy of the embeddings for each prompt.
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     # The packed attention keeps no keys.
-    return attention(model, "sdpa") if model.config._attn_implementation == ATTENTION else nullcontext()
+    is_packed = model.config._attn_implementation == ATTENTION
+    try:
+        with attention(model, "sdpa") if is_packed else nullcontext():
+            yield
+    finally:
+        handle.remove()

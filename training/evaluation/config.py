@@ -48,7 +48,7 @@ class EvaluateConfig(CommandLine):
     adapters: Path | None = None
     """The folder in which adapters are found by name. With --local."""
     batch_tokens: int = Field(default=DEFAULT_BATCH_TOKENS, ge=1)
-    """Tokens that are computed together. With --local."""
+    """Tokens that are scored together; four times as many where answers are generated. With --local."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products. With --local."""
     threads: int = Field(default=0, ge=0)

@@ -19,6 +19,8 @@ from training.loss import completion_logits
 from training.packing import ATTENTION, attention, pack
 
 DEFAULT_BATCH_TOKENS = 4096
+CACHED = 4
+"""Tokens of prompts and answers that are computed together, for each that is scored."""
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -27,8 +29,8 @@ Found = TypeVar("Found")
 class LocalAnswerer:
     """Computes with `model` itself and applies nothing to it. Its mode, attention and random numbers are left as they were.
 
-    `template` writes the prompts that are answered. `batch_tokens` are computed together: in fp32 a vocabulary's logits for each
-    may be held three times over.
+    `template` writes the prompts that are answered. `batch_tokens` are scored together, and the logits of all may be held
+    twice in fp32. Where answers are generated, a batch has `CACHED` times as many: logits are those of one token a prompt.
     """
 
     model: PreTrainedModel
@@ -56,14 +58,14 @@ class LocalAnswerer:
             return [self._text(ids, out, how) for ids, out in zip(batch, outs, strict=True)]
 
         with self._as_it_was(seed):
-            texts = self._by_batch(answers, repeated, [len(ids) + max_tokens for ids in repeated])
+            texts = self._by_batch(answers, repeated, [len(ids) + max_tokens for ids in repeated], CACHED * self.batch_tokens)
         return [texts[i : i + num_answers] for i in range(0, len(texts), num_answers)]
 
     def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""
         examples = [self._example(*text) for text in texts]
         with torch.no_grad(), self._as_it_was(), attention(self.model, ATTENTION):
-            return self._by_batch(self._scores, examples, list(map(len, examples)))
+            return self._by_batch(self._scores, examples, list(map(len, examples)), self.batch_tokens)
 
     def _example(self, prompt: str, completion: str) -> Example:
         assert prompt
@@ -88,13 +90,13 @@ class LocalAnswerer:
         return text[: min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))]
 
     def _by_batch(
-        self, compute: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item], lengths: Sequence[int]
+        self, compute: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item], lengths: Sequence[int], num_tokens: int
     ) -> list[Found]:
-        """Returns what `compute` finds for each of `items`, a batch of like `lengths` at a time, in tokens."""
+        """Returns what `compute` finds for each of `items`, `num_tokens` of like `lengths` at a time."""
         self._check_context(max(lengths, default=0))
         found: dict[int, Found] = {}
         with tqdm(total=len(items), unit="text", disable=None) as bar:
-            for places in like_lengths(lengths, self.batch_tokens):
+            for places in like_lengths(lengths, num_tokens):
                 found |= zip(places, compute([items[i] for i in places]), strict=True)
                 bar.update(len(places))
         return [found[i] for i in range(len(items))]
@@ -118,10 +120,10 @@ class LocalAnswerer:
                 self.model.train(was_training)
 
 
-def like_lengths(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yields places in `lengths`, longest first, so many that, each padded to the longest, they have `batch_tokens` at most."""
+def like_lengths(lengths: Sequence[int], num_tokens: int) -> Iterator[list[int]]:
+    """Yields places in `lengths`, longest first, so many that, each padded to the longest, they have `num_tokens` at most."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
-        count = max(1, batch_tokens // lengths[order[0]])
+        count = max(1, num_tokens // lengths[order[0]])
         yield order[:count]
         order = order[count:]

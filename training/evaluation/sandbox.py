@@ -91,7 +91,7 @@ def run_all(programs: Sequence[str], limits: Limits) -> list[bool]:
     Raises `SandboxError` where nothing can be run within such limits.
     """
     if not runs_to_end("", limits):
-        raise SandboxError("no program can be run within limits here: it takes Linux, and a Python that its user can read")
+        raise SandboxError("no program can be run within limits: it takes Linux, and for root the permission to make namespaces")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = pool.map(lambda program: runs_to_end(program, limits), programs)
         return list(tqdm(runs, total=len(programs), desc="programs", unit="program", disable=None))

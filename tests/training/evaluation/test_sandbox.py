@@ -1,6 +1,9 @@
 """A program that a model wrote passes only by coming to its end, and leaves nothing behind."""
 
 import json
+import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,8 @@ from training.evaluation.sandbox import Limits, SandboxError, run_all, runs_to_e
 
 HUMANEVAL = Path(__file__).parents[4] / "shared" / "data" / "code" / "humaneval.jsonl"
 LIMITS = Limits(seconds=60, cpu_s=1, memory_bytes=2**28)
+HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0
+needs_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="this system permits no namespaces")
 CHECK = "\ndef check(f):\n    assert f(2) == 3\ncheck(f)"
 
 
@@ -55,6 +60,18 @@ def test_a_program_sees_nothing_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SECRET", "1")
     assert runs_to_end("import os\nassert 'SECRET' not in os.environ and not os.listdir()", LIMITS)
     assert runs_to_end("import importlib.util\nassert not importlib.util.find_spec('torch')", LIMITS)
+
+
+@needs_namespaces
+def test_a_program_changes_no_file_and_reaches_nobody(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    for program in (f"open('{kept}', 'w')", f"import os; os.remove('{kept}')", f"open('{tmp_path}/new', 'w')"):
+        assert not runs_to_end(program, LIMITS)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["as it was"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert not runs_to_end(f"import socket\nsocket.create_connection({server.getsockname()})", LIMITS)
+    assert not runs_to_end("import os\nos.kill(-1, 9)", LIMITS)
 
 
 @pytest.mark.parametrize("program", ["import os\nos.setsid()\nimport time\ntime.sleep(600)", "import os\nos.fork()", "x = 1"])
