@@ -64,7 +64,7 @@ def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
     return figure
 
 
-def savenew_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as what the suffix of `path` says, one of `FORMATS`.
 
     Raises `AdapterError` for another suffix, or where the file cannot be written.

@@ -30,7 +30,7 @@ def render_card(name: str, config: AdapterConfig) -> str:
         *_phases(training),
     ]
     if lori.metrics:
-        lines += ["", "## Measured on held-out rows, through the server", "| who | what | figure |", "|---|---|---|"]
+        lines += ["", "## Measured on held-out rows", "| who | what | figure |", "|---|---|---|"]
         lines += [f"| {who} | {what} | {value:.3f} |" for (who, what), value in _figures(lori.metrics)]
     if lori.merge_weights:
         lines += ["", "## Weights for merges", "| with | own weight | its weight |", "|---|---|---|"]

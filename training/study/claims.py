@@ -22,7 +22,7 @@ SUBSETS = (
     ("intent", "math", "nlu", "safety"),
 )  # fmt: skip
 METHODS = (MergeOptions("ties"), MergeOptions("dare_linear"), MergeOptions("dare_ties"), MergeOptions("magnitude"))
-SAFETY, ALONE = "safety", "alone"
+BASE, ALONE, SAFETY = "base", "alone", "safety"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ MERGED: Mapping[str, Callable[[Lab, str], Path]] = {
 def single(lab: Lab) -> Iterator[Found]:
     """Base, LoRA, LoRI-D and LoRI-S on each task."""
     for task in lab.config.tasks:
-        yield Found("base", "", task, lab.measured("base", task, []))
+        yield Found(BASE, "", task, lab.measured("base", task, []))
         for what, train in SINGLE.items():
             folder = train(lab, task)
             yield Found(what, "", task, lab.measured(folder.name, task, [folder]))
@@ -86,7 +86,7 @@ def single(lab: Lab) -> Iterator[Found]:
 def merges(lab: Lab) -> Iterator[Found]:
     """Sums of 2, 3 and 4 adapters over a grid of weights, other merges of those on one basis, and each adapter alone."""
     for task in lab.config.tasks:
-        yield Found("base", ALONE, task, lab.measured("base", task, [], num_rows=lab.config.num_merge_rows))
+        yield Found(BASE, ALONE, task, lab.measured("base", task, [], num_rows=lab.config.num_merge_rows))
         for what, train in MERGED.items():
             yield from _merged(lab, what, [task], [train(lab, task)], 1.0, MergeOptions())
     for tasks in SUBSETS:

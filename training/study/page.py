@@ -1,51 +1,63 @@
-"""What a study found, as tables: mean and spread over the seeds."""
+"""What a study found, written down: tables of means and spread over the seeds, and plots."""
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from lori.durable import replace_file
+from lori.plots import save_figure
 from training.study.claims import Found
-from training.study.config import Claim, StudyConfig
+from training.study.config import Claim, StudyConfig, TaskConfig
+from training.study.plots import plot_bars, plot_gains, plot_lines
+from training.study.scores import Scores, gains_kept, ordered, scores_of, shown
 
-Key = tuple[str, str, str]
-
-
-def gathered(seeds: Sequence[Sequence[Found]], figure: Mapping[str, str]) -> dict[Key, list[float]]:
-    """Returns the scores by (what, setting, task), one of each seed; `figure` says which figure is a task's score."""
-    scores: dict[Key, list[float]] = {}
-    for found in (one for seed in seeds for one in seed):
-        scores.setdefault((found.what, found.setting, found.task), []).append(found.figures[figure[found.task]])
-    return scores
-
-
-def shown(values: Sequence[float]) -> str:
-    """Returns mean ± spread (the standard deviation over seeds)."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
-
-
-def table(scores: Mapping[Key, Sequence[float]]) -> str:
-    """Returns a Markdown table: a row for what and setting, a column for each task."""
-    tasks = list(dict.fromkeys(task for _, _, task in scores))
-    rows = list(dict.fromkeys((what, setting) for what, setting, _ in scores))
-    lines = [f"| | | {' | '.join(tasks)} |", "|---|---|" + "---|" * len(tasks)]
-    for what, setting in rows:
-        cells = [shown(scores[what, setting, task]) if (what, setting, task) in scores else "" for task in tasks]
-        lines.append(f"| {what} | {setting} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+TITLES: Mapping[Claim, str] = {
+    "single": "Each task alone, at the same tokens in each phase",
+    "merges": "Merges",
+    "continual": "Safety first, then a task",
+    "sparsity": "LoRI-S by the share of B that is left out",
+    "granularity": "LoRI-S by what the mask's entries are ranked against",
+}
 
 
 def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Found]]]) -> Path:
-    """Writes study.md and study.json into the output, and returns the first."""
-    figure = {name: task.figure for name, task in config.tasks.items()}
-    parts = [f"# {len(config.seeds)} seeds, {config.steps} steps of {config.batch_tokens} tokens a phase\n"]
+    """Writes study.md, its plots, and all figures in study.json into the output, and returns the first."""
+    parts = [f"# {len(config.seeds)} seeds, {config.steps} steps of {config.batch_tokens} tokens a phase: mean ± spread"]
     for claim, seeds in found.items():
-        parts.append(f"## {claim}\n\n{table(gathered(seeds, figure))}\n")
+        scores = scores_of(seeds, config.tasks)
+        save_figure(draw(claim, scores, config.tasks), config.output / f"{claim}.png")
+        parts += [f"## {TITLES[claim]}", f"![{claim}]({claim}.png)", *tables(claim, scores, config.tasks)]
     page = config.output / "study.md"
-    replace_file(page, "\n".join(parts).encode())
+    replace_file(page, ("\n\n".join(parts) + "\n").encode())
     told = {claim: [[asdict(one) for one in seed] for seed in seeds] for claim, seeds in found.items()}
     replace_file(config.output / "study.json", json.dumps(told, indent=1).encode())
     return page
+
+
+def draw(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> Figure:
+    """Returns the picture of a claim."""
+    if claim == "merges":
+        return plot_gains(gains_kept(scores, tasks))
+    columns = ordered(scores)[2]
+    return plot_lines(scores, columns, "left out") if claim == "sparsity" else plot_bars(scores, columns)
+
+
+def tables(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> list[str]:
+    """Returns a claim's tables; of merges, what is kept of the gains stands before the scores."""
+    if claim != "merges":
+        return [table(scores)]
+    kept = "The share of an adapter's gain over the base that is kept in the merge (1: all of it, 0: as the base):"
+    return [kept, table(gains_kept(scores, tasks)), "The scores themselves:", table(scores)]
+
+
+def table(scores: Scores) -> str:
+    """Returns a Markdown table: a row for what and setting, a column for each figure."""
+    columns = ordered(scores)[2]
+    lines = [f"| | | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for what, setting in dict.fromkeys((what, setting) for what, setting, _ in scores):
+        cells = [shown(scores.get((what, setting, column), ())) for column in columns]
+        lines.append(f"| {what} | {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)

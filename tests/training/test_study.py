@@ -1,0 +1,91 @@
+"""`training.study` on a tiny model: every claim is trained, measured and written down, once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.study.__main__ import study
+from training.study.claims import Found
+from training.study.config import StudyConfig, TaskConfig
+from training.study.lab import Lab
+from training.study.page import write_page
+from training.study.scores import gains_kept, scores_of, shown
+
+WORDS = ["red", "blue", "green"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study-data")
+    rows = {
+        "intent": [{"prompt": f"Say {word} {i}:", "completion": f" {word}"} for i in range(4) for word in WORDS],
+        "math": [{"prompt": f"{i} and 1 is", "completion": f" {i + 1}"} for i in range(9)],
+        "safety": [{"prompt": f"Do harm {i}", "completion": "Sorry, I can't.", "harmful": True} for i in range(6)]
+        + [{"prompt": f"Do good {i}", "harmful": False} for i in range(6)],
+    }
+    for task, found in rows.items():
+        (folder / task).mkdir()
+        for name in ("train", "test"):
+            (folder / task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def config_for(tiny_model: Path, data: Path, output: Path, **changes: object) -> StudyConfig:
+    known = StudyConfig.model_fields["tasks"].default
+    fields = {
+        "data": data, "output": output, "model": str(tiny_model), "dtype": "float32", "seeds": [0, 1], "steps": 3, "rank": 4,
+        "batch_tokens": 60, "num_rows": 8, "num_merge_rows": 6, "num_mixed": 3, "weights": [1.0], "swept": ["intent"],
+        "tasks": {name: known[name] for name in ("intent", "math", "safety")},
+    }  # fmt: skip
+    return StudyConfig.model_validate(fields | changes)
+
+
+def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_for(tiny_model, data, tmp_path / "study")
+    found = study(config)
+    page = write_page(config, found).read_text()
+    for claim in config.claims:
+        assert f"![{claim}]({claim}.png)" in page
+        assert (config.output / f"{claim}.png").stat().st_size > 10_000
+        assert len(found[claim]) == 2
+    single = {(one.what, one.task) for one in found["single"][0]}
+    assert single == {
+        (what, task)
+        for what in ("base", "LoRA", "LoRI-D", "LoRI-S", "LoRI-S, mask within the budget")
+        for task in ("intent", "math", "safety")
+    }
+    assert {one.setting.split(", ")[1] for one in found["merges"][0] if one.setting != "alone"} == {
+        "linear", "ties", "dare_linear", "dare_ties", "magnitude"
+    }  # fmt: skip
+    assert [one.setting for one in found["sparsity"][0]] == ["0", "0.5", "0.8", "0.9", "0.95", "0.99"]
+    # What is there is not done again.
+    monkeypatch.setattr("training.study.lab.fit", None)
+    monkeypatch.setattr("training.study.lab.measure", None)
+    assert study(config) == found
+
+
+def test_a_sum_of_disjoint_masks_keeps_the_first_as_it_was(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_model, data, tmp_path / "study", claims=["continual"], seeds=[0])
+    [found] = study(config)["continual"]
+    assert [(one.what, one.task) for one in found] == [
+        (what, task)
+        for name in ("LoRA", "LoRI-D", "LoRI-S")
+        for what, task in [(f"{name} before", "safety"), (name, "safety"), (name, "intent")]
+    ] + [("LoRI-S, disjoint mask", "safety"), ("LoRI-S, disjoint mask", "intent")]
+    assert Lab(config, 0).adapter("safety-then-intent-disjoint", "intent").is_dir()
+
+
+def test_scores_are_means_with_their_spread_and_gains_are_shares() -> None:
+    tasks = {"a": TaskConfig(train=[], test="t", metric="loss", figure="loss", is_loss=True)}
+    seeds = [
+        [Found(what, setting, "a", {"loss": loss}) for what, setting, loss in rows]
+        for rows in (
+            [("base", "alone", 4.0), ("x", "alone", 2.0), ("x", "a+b, ties, 1.00", 3.0)],
+            [("base", "alone", 4.0), ("x", "alone", 1.0), ("x", "a+b, ties, 1.00", 1.0)],
+        )
+    ]
+    scores = scores_of(seeds, tasks)
+    assert scores["x", "alone", "a: loss"] == [2.0, 1.0]
+    assert shown(scores["x", "alone", "a: loss"]) == "1.500 ± 0.707"
+    assert gains_kept(scores, tasks) == {("x", "a+b, ties, 1.00", "a"): [0.5, 1.0]}
