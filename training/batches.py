@@ -6,40 +6,40 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from training.data import Example
+from training.data import Item
 
-Step = list[Example]
+Step = list[Item]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
-    """When a step has enough: `num_examples` of them, or where that is 0 as many as hold `num_tokens`."""
+    """When a step has enough: `num_items` of them, or where that is 0 as many as hold `num_tokens`."""
 
-    num_examples: int
+    num_items: int
     num_tokens: int
 
     def is_reached(self, step: Step) -> bool:
         """Says whether `step` is full."""
-        if self.num_examples:
-            return len(step) == self.num_examples
+        if self.num_items:
+            return len(step) == self.num_items
         return sum(map(len, step)) >= self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one process computes at once of a step: some of its examples, each of which is `share` of the loss.
+    """What one process computes at once of a step: some of its items, each of which is `share` of the loss.
 
     `asks_base`: some example of the step keeps the base. All processes then ask it, since they pass through the model together.
     """
 
-    examples: tuple[Example, ...]
+    items: tuple[Item, ...]
     share: float
     asks_base: bool = False
 
 
 def plan_steps(
-    data: Sequence[Example],
-    mix: Sequence[Example],
+    data: Sequence[Item],
+    mix: Sequence[Item],
     mix_fraction: float,
     size: BatchSize,
     length: tuple[int, float],
@@ -47,17 +47,17 @@ def plan_steps(
 ) -> list[Step]:
     """Returns the steps of a phase of `length`: so many steps, or where that is 0 so many passes over `data`.
 
-    Each example comes from `mix` with probability `mix_fraction`. Every example of a set is seen once before any is seen again.
+    Each item comes from `mix` with probability `mix_fraction`. Every item of a set is seen once before any is seen again.
     None is dropped: the last step may be short.
     """
     num_steps, num_passes = length
-    num_examples = max(1, round(num_passes * len(data)))
+    num_items = max(1, round(num_passes * len(data)))
     rng = random.Random(seed)
     own, other = _shuffled_forever(len(data), rng), _shuffled_forever(len(mix), rng)
     steps: list[Step] = []
     step: Step = []
     num_own = 0
-    while len(steps) < num_steps if num_steps else num_own < num_examples:
+    while len(steps) < num_steps if num_steps else num_own < num_items:
         if mix and rng.random() < mix_fraction:
             step.append(mix[next(other)])
         else:
@@ -75,14 +75,14 @@ def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
 
 
 def split(step: Step, num_parts: int) -> list[Part]:
-    """Returns `step` in parts of about as many tokens: the longest example first, each to the part that has least.
+    """Returns `step` in parts of about as many tokens: the longest item first, each to the part that has least.
 
-    A part that would be empty has one example of no weight, since each process must have something to compute.
+    A part that would be empty has one item of no weight, since each process must have something to compute.
     """
-    parts: list[list[Example]] = [[] for _ in range(num_parts)]
-    for example in sorted(step, key=len, reverse=True):
-        min(parts, key=lambda part: sum(map(len, part))).append(example)
-    shortest, asks_base = min(step, key=len), any(example.keeps_base for example in step)
+    parts: list[list[Item]] = [[] for _ in range(num_parts)]
+    for item in sorted(step, key=len, reverse=True):
+        min(parts, key=lambda part: sum(map(len, part))).append(item)
+    shortest, asks_base = min(step, key=len), any(example.keeps_base for item in step for example in item.examples)
     return [Part(tuple(part or [shortest]), 1 / len(step) if part else 0.0, asks_base) for part in parts]
 
 
@@ -93,12 +93,13 @@ def parts_of(steps: Sequence[Step], num_parts: int, process: int = 0, num_proces
     return list(itertools.islice(every, process, None, num_processes))
 
 
-def held_out_parts(examples: Sequence[Example], num_tokens: int) -> list[Part]:
-    """Returns `examples` in parts of `num_tokens` or a little more, like lengths together; their shares add up to 1."""
-    parts, part = [], []
-    for example in sorted(examples, key=len):
-        part.append(example)
+def held_out_parts(items: Sequence[Item], num_tokens: int) -> list[Part]:
+    """Returns `items` in parts of `num_tokens` or a little more, like lengths together; their shares add up to 1."""
+    parts: list[Part] = []
+    part: list[Item] = []
+    for item in sorted(items, key=len):
+        part.append(item)
         if sum(map(len, part)) >= num_tokens:
-            parts.append(Part(tuple(part), 1 / len(examples)))
+            parts.append(Part(tuple(part), 1 / len(items)))
             part = []
-    return [*parts, Part(tuple(part), 1 / len(examples))] if part else parts
+    return [*parts, Part(tuple(part), 1 / len(items))] if part else parts

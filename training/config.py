@@ -34,6 +34,11 @@ class FitConfig(CommandLine):
     mix: list[Source] = Field(default=[])
     """What to leave alone: rows that the base model answered itself (see `python -m training.answer`). There the adapted model
     is held to the base model's own distribution."""
+    loss: Literal["completion", "dpo"] = "completion"
+    """completion: how likely each answer is. dpo: how much likelier a row's `chosen` has become than its `rejected`, against the
+    base (arXiv 2305.18290)."""
+    beta: float = Field(default=0.1, gt=0)
+    """How hard dpo is held to the base."""
     mix_fraction: float = Field(default=0.4, ge=0, lt=1)
     """The share of examples drawn from `mix`, where there is one."""
     model: str | None = None
@@ -132,6 +137,8 @@ class FitConfig(CommandLine):
             raise ValueError("held_out and held_out_fraction exclude each other")
         if self.patience and not (self.held_out or self.held_out_fraction):
             raise ValueError("patience needs held_out or held_out_fraction")
+        if self.loss == "dpo" and self.mix:
+            raise ValueError("loss dpo is held to the base by itself: it has no mix")
         if self.method != "lori" and (self.mask_from or self.avoid):
             raise ValueError(f"method {self.method} has no mask, and so no mask_from or avoid")
         if self.method == "lora" and self.fsdp:

@@ -23,7 +23,7 @@ from lori.format import check_replaceable, save_adapter, write_record
 from lori.identity import BaseIdentity
 from training.card import render_card
 from training.config import FitConfig
-from training.data import Example, Faults, Row, read_rows, tokenize
+from training.data import Faults, Item, Needs, Row, read_rows, tokenize, tokenize_pairs
 from training.methods import TrainingMethod, load_base, method_of
 from training.processes import processes
 from training.record import config_of
@@ -48,8 +48,9 @@ class Rows:
 def read_all(config: FitConfig) -> Rows:
     """Returns the rows of all sources. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
     faults = Faults(config.on_bad)
+    needs: Needs = "preference" if config.loss == "dpo" else "text"
     data, held_out = (
-        [row for source in sources for row in read_rows(source, faults=faults)] for sources in (config.data, config.held_out)
+        [row for source in sources for row in read_rows(source, needs, faults)] for sources in (config.data, config.held_out)
     )
     mix = [row for source in config.mix for row in read_rows(source, needs="completion", faults=faults)]
     faults.settle()
@@ -63,9 +64,11 @@ def read_all(config: FitConfig) -> Rows:
 def as_examples(rows: Rows, base: BaseModel, config: FitConfig) -> Examples:
     """Returns `rows` as tokens. Raises as `read_all` does."""
 
-    def tokens(some: list[Row], keeps_base: bool = False) -> list[Example]:
+    def tokens(some: list[Row], keeps_base: bool = False) -> Sequence[Item]:
         if not some:
             return []
+        if config.loss == "dpo":
+            return tokenize_pairs(base.tokenizer, some, config.template, config.max_length, rows.faults)
         return tokenize(base.tokenizer, some, config.template, config.max_length, keeps_base, rows.faults)
 
     examples = Examples(tokens(rows.data), tokens(rows.mix, keeps_base=True), tokens(rows.held_out))

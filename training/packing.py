@@ -15,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lori.errors import ModelError
 from training.batches import Part
-from training.data import Example
+from training.data import Example, Pair
 
 ATTENTION = "lori_packed"
 """The name under which transformers finds `packed_attention`."""
@@ -29,9 +29,9 @@ class PackedBatch:
     """Some examples as one row of tokens.
 
     `groups`: for examples of like length, the places of their tokens in the row, (B, L), -1 where an example is shorter.
-    `weights`: the share of each target in the loss; every example has the same share, whatever its length.
-    The targets of the examples that keep the base come last, behind `num_learnt` others; `base` has these examples alone, or
-    where there are none and the base is asked nevertheless, another.
+    `owners`: which example a target is of, in the order of the row. `share`: what each item is of the loss.
+    The targets of the examples that keep the base come last, behind `num_learnt` others. `base`: the examples on which the base
+    is asked: those that keep it, all of pairs, or where a process has none and others have, another.
     """
 
     input_ids: torch.Tensor  # (1, T)
@@ -39,28 +39,34 @@ class PackedBatch:
     groups: tuple[torch.Tensor, ...]
     predicting: torch.Tensor  # (P,) places whose next token is a target
     targets: torch.Tensor  # (P,)
-    weights: torch.Tensor  # (P,) fp32
+    owners: torch.Tensor  # (P,)
+    num_examples: int
     num_learnt: int
+    share: float
     base: "PackedBatch | None" = None
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch on `device`."""
-        names = ("input_ids", "position_ids", "predicting", "targets", "weights")
+        names = ("input_ids", "position_ids", "predicting", "targets", "owners")
         moved = {name: getattr(self, name).to(device) for name in names}
         groups = tuple(places.to(device) for places in self.groups)
         return replace(self, **moved, groups=groups, base=self.base and self.base.to(device))
 
+    def by_example(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of `values` (P,), one of each target, over the targets of each example."""
+        return values.new_zeros(self.num_examples).index_add(0, self.owners, values)
+
 
 def pack(part: Part) -> PackedBatch:
     """Lays the examples of `part` one behind the other, those that keep the base last."""
-    learnt = [example for example in part.examples if not example.keeps_base]
-    kept = [example for example in part.examples if example.keeps_base]
+    learnt = [example for item in part.items for example in item.examples if not example.keeps_base]
+    kept = [example for item in part.items for example in item.examples if example.keeps_base]
     batch = _lay([*learnt, *kept], part.share)
-    return replace(
-        batch,
-        num_learnt=sum(len(example) - example.num_prompt for example in learnt),
-        base=_lay(kept or learnt[:1], part.share) if kept or part.asks_base else None,
-    )
+    if any(isinstance(item, Pair) for item in part.items):
+        return replace(batch, base=batch)
+    asked = kept or (learnt[:1] if part.asks_base else [])
+    num_learnt = sum(len(example) - example.num_prompt for example in learnt)
+    return replace(batch, num_learnt=num_learnt, base=_lay(asked, part.share) if asked else None)
 
 
 def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
@@ -68,14 +74,14 @@ def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
     places: dict[int, list[torch.Tensor]] = {}
     predicting: list[int] = []
     targets: list[int] = []
-    weights: list[float] = []
-    for example in examples:
+    owners: list[int] = []
+    for number, example in enumerate(examples):
         end = start + len(example)
         places.setdefault(len(example).bit_length(), []).append(torch.arange(start, end))
         predicting += range(start + example.num_prompt - 1, end - 1)
         completion = example.ids[example.num_prompt :]
         targets += completion
-        weights += [share / len(completion)] * len(completion)
+        owners += [number] * len(completion)
         start = end
     return PackedBatch(
         input_ids=torch.tensor([[i for example in examples for i in example.ids]]),
@@ -83,8 +89,10 @@ def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
         groups=tuple(torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=-1) for group in places.values()),
         predicting=torch.tensor(predicting),
         targets=torch.tensor(targets),
-        weights=torch.tensor(weights),
+        owners=torch.tensor(owners),
+        num_examples=len(examples),
         num_learnt=len(targets),
+        share=share,
     )
 
 

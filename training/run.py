@@ -17,7 +17,8 @@ from training.arguments import training_arguments
 from training.batches import BatchSize, Step, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
 from training.config import FitConfig
-from training.data import DataError, Example
+from training.data import DataError, Item
+from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
 from training.processes import processes
 from training.progress import Progress, best_step_of, held_out_of, losses_of, tensorboard
@@ -31,18 +32,18 @@ PARAMETERS, OUTCOME = "trained.safetensors", "outcome.json"
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What a run is given: examples to learn, to leave as they are, and to measure on."""
+    """What a run is given: what to learn, to leave as it is, and to measure on."""
 
-    data: Sequence[Example]
-    mix: Sequence[Example] = ()
-    held_out: Sequence[Example] = ()
+    data: Sequence[Item]
+    mix: Sequence[Item] = ()
+    held_out: Sequence[Item] = ()
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of all of them: a run goes on only with the same ones."""
         sha = hashlib.sha256()
-        for examples in (self.data, self.mix, self.held_out):
-            for example in examples:
+        for items in (self.data, self.mix, self.held_out):
+            for example in (example for item in items for example in item.examples):
                 sha.update(f"{example.num_prompt} {example.ids} ".encode())
             sha.update(b"/")
         return sha.hexdigest()
@@ -109,7 +110,9 @@ class Run:
         arguments = training_arguments(self.config, folder, rate, len(steps))
         step_tokens = [sum(map(len, step)) for step in steps]
         held_out = held_out_parts(self.examples.held_out, self.config.batch_tokens)
-        trainer = PhaseTrainer(method.base.model, arguments, steps, held_out, self._callbacks(phase, step_tokens))
+        trainer = PhaseTrainer(
+            method.base.model, self._loss(method), arguments, steps, held_out, self._callbacks(phase, step_tokens)
+        )
         checkpoint = last_whole(folder) if self.config.resume else None
         trainer.train(str(checkpoint) if checkpoint else None)
         state, parameters = trainer.state, trainer.trained()
@@ -118,6 +121,11 @@ class Run:
             replace_file(folder / PARAMETERS, save(parameters))
             replace_file(folder / OUTCOME, json.dumps(asdict(outcome)).encode())
         processes().wait_for_everyone()
+
+    def _loss(self, method: TrainingMethod) -> Loss:
+        if self.config.loss == "dpo":
+            return PreferenceLoss(method.base_alone, self.config.beta)
+        return CompletionLoss(method.base_alone)
 
     def _plan(self, phase: str) -> list[Step]:
         config, examples = self.config, self.examples

@@ -29,6 +29,6 @@ def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template
     after = answerer.complete(prompts, max_tokens=MAX_TOKENS)
     with method.base_alone():
         before = answerer.complete(prompts, max_tokens=MAX_TOKENS)
-    return [
-        Sample(row.prompt_text, row.completion or "", one, other) for row, [one], [other] in zip(rows, before, after, strict=True)
-    ]
+    expected = [row.completion or row.chosen or "" for row in rows]
+    found = zip(rows, expected, before, after, strict=True)
+    return [Sample(row.prompt_text, text, one, other) for row, text, [one], [other] in found]

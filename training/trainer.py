@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from training.batches import Part, Step, parts_of
-from training.loss import completion_loss
+from training.loss import Loss
 from training.packing import PackedBatch, pack
 from training.trainable import values_of
 
@@ -35,6 +35,7 @@ class PhaseTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
+        loss: Loss,
         args: TrainingArguments,
         steps: Sequence[Step],
         held_out: Sequence[Part],
@@ -43,7 +44,7 @@ class PhaseTrainer(Trainer):
         # Trainer does not resume models that are spread over processes, whose optimizer's state is, too: here it is not.
         args.save_only_model = model.is_distributed_loading_by_transformers
         super().__init__(model, args, eval_dataset=list(held_out) or None, callbacks=callbacks)
-        self.network, self.held_out = model, held_out
+        self.network, self.loss, self.held_out = model, loss, held_out
         args.save_only_model = False
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # a part's share is of the whole step
@@ -64,7 +65,7 @@ class PhaseTrainer(Trainer):
         """Returns the part's share of the step's loss, times the processes: DDP and FSDP average over them."""
         assert not return_outputs
         batch: PackedBatch = inputs["batch"]
-        return completion_loss(model, batch.to(self.args.device)) * int(self.args.world_size)
+        return self.loss(model, batch.to(self.args.device)) * int(self.args.world_size)
 
     def floating_point_ops(self, inputs: object) -> int:  # noqa: ARG002
         """Not counted: Trainer would guess from a batch's shape."""
@@ -79,7 +80,7 @@ class PhaseTrainer(Trainer):
         for first in range(0, len(self.held_out), self.args.world_size):
             place = first + self.args.process_index
             part = self.held_out[min(place, len(self.held_out) - 1)]
-            loss = completion_loss(model, pack(part).to(self.args.device))
+            loss = self.loss(model, pack(part).to(self.args.device))
             total += loss if place < len(self.held_out) else 0.0
         metrics = {f"{metric_key_prefix}_loss": float(self.accelerator.reduce(total, reduction="sum"))}
         self.log(metrics)

@@ -20,7 +20,7 @@ from tests.bench.timing import timed
 from training.batches import Part
 from training.config import FitConfig
 from training.data import Example
-from training.loss import completion_loss
+from training.loss import CompletionLoss
 from training.methods import TrainingMethod, load_base, method_of
 from training.packing import PackedBatch, pack
 
@@ -49,6 +49,7 @@ class Stepper:
                     nn.init.normal_(parameter)  # the mask is any
         self.method.begin(self.method.phases[-1])
         self.model = self.method.base.model.train()
+        self.loss_of = CompletionLoss(self.method.base_alone)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
         is_cast = method == "lora" and default_dtype() == torch.bfloat16
@@ -58,7 +59,7 @@ class Stepper:
         """Trains one step as Trainer does, and keeps the gradients until the next."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._context():  # type: ignore[attr-defined]  # either is a context
-            loss = completion_loss(self.model, batch)
+            loss = self.loss_of(self.model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -66,7 +67,7 @@ class Stepper:
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> float:
         """Returns the loss as it is now."""
-        return completion_loss(self.model, batch).item()
+        return self.loss_of(self.model, batch).item()
 
     def held(self) -> Held:
         """Returns what is held after a step."""

@@ -6,19 +6,19 @@ from collections import Counter
 import pytest
 
 from training.batches import BatchSize, held_out_parts, parts_of, plan_steps, split
-from training.data import Example
+from training.data import Example, Item, Pair
 
 
-def examples(count: int, length: int, first: int = 0) -> list[Example]:
+def examples(count: int, length: int, first: int = 0) -> list[Item]:
     return [Example((first + i,) * length, 1) for i in range(count)]
 
 
 @pytest.mark.parametrize("size", [BatchSize(0, 64), BatchSize(9, 1)])
 def test_every_example_is_seen_once_an_epoch_and_none_is_dropped(size: BatchSize) -> None:
     steps = plan_steps(examples(103, 7), [], 0.5, size, (0, 2.0), seed=3)
-    assert Counter(example.ids[0] for step in steps for example in step) == dict.fromkeys(range(103), 2)
+    assert Counter(e.ids[0] for step in steps for item in step for e in item.examples) == dict.fromkeys(range(103), 2)
     for step in steps[:-1]:
-        assert len(step) == 9 if size.num_examples else 64 <= sum(map(len, step)) < 64 + 7
+        assert len(step) == 9 if size.num_items else 64 <= sum(map(len, step)) < 64 + 7
 
 
 def test_a_tenth_of_an_epoch_sees_a_tenth_of_the_data() -> None:
@@ -32,7 +32,7 @@ def test_steps_decide_how_many_there_are() -> None:
 
 def test_the_mix_has_its_share() -> None:
     steps = plan_steps(examples(50, 5), examples(50, 5, 1000), 0.25, BatchSize(0, 500), (0, 80.0), seed=0)
-    mixed = [example.ids[0] >= 1000 for step in steps for example in step]
+    mixed = [e.ids[0] >= 1000 for step in steps for item in step for e in item.examples]
     assert mixed.count(False) == 4000
     assert 0.22 < sum(mixed) / len(mixed) < 0.28
 
@@ -46,13 +46,13 @@ def test_the_seed_decides_the_order() -> None:
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
 def test_parts_are_a_step_s_examples_with_shares_that_add_up_to_one(num_parts: int) -> None:
-    step = [Example((i,) * length, 1) for i, length in enumerate([40, 3, 17, 5, 9])]
+    step: list[Item] = [Example((i,) * length, 1) for i, length in enumerate([40, 3, 17, 5, 9])]
     parts = split(step, num_parts)
     assert len(parts) == num_parts
-    assert sum(part.share * len(part.examples) for part in parts) == pytest.approx(1.0)
-    assert sorted(e.ids[0] for part in parts if part.share for e in part.examples) == [0, 1, 2, 3, 4]
+    assert sum(part.share * len(part.items) for part in parts) == pytest.approx(1.0)
+    assert sorted(e.ids[0] for part in parts if part.share for item in part.items for e in item.examples) == [0, 1, 2, 3, 4]
     if num_parts == 2:
-        assert sorted(sum(map(len, part.examples)) for part in parts) == [34, 40]
+        assert sorted(sum(map(len, part.items)) for part in parts) == [34, 40]
 
 
 def test_processes_share_what_one_computes_one_after_another() -> None:
@@ -63,8 +63,16 @@ def test_processes_share_what_one_computes_one_after_another() -> None:
 
 
 def test_no_held_out_example_is_dropped_and_each_weighs_the_same() -> None:
-    data = [Example((i,) * length, 1) for i, length in enumerate([9, 30, 4, 11, 2, 6])]
+    data: list[Item] = [Example((i,) * length, 1) for i, length in enumerate([9, 30, 4, 11, 2, 6])]
     parts = held_out_parts(data, 20)
-    assert sorted(e.ids[0] for part in parts for e in part.examples) == [0, 1, 2, 3, 4, 5]
+    assert sorted(e.ids[0] for part in parts for item in part.items for e in item.examples) == [0, 1, 2, 3, 4, 5]
     assert {part.share for part in parts} == {1 / 6}
     assert held_out_parts([], 20) == []
+
+
+def test_a_pair_is_one_item_and_stays_together() -> None:
+    pairs: list[Item] = [Pair(Example((i,) * 5, 2), Example((i,) * 9, 2)) for i in range(10)]
+    steps = plan_steps(pairs, [], 0.0, BatchSize(0, 40), (0, 1.0), seed=0)
+    assert sum(map(len, steps)) == 10
+    for part in parts_of(steps, 2):
+        assert all(isinstance(item, Pair) for item in part.items)

@@ -214,8 +214,8 @@ def test_pairs_are_read_and_written_as_two_examples_after_one_prompt(tmp_path: P
     faults = Faults("skip")
     lines = [pair, GOOD, pair | {"rejected": " "}, pair | {"rejected": "x" * 50}]
     rows = read_rows(write(tmp_path / "d.jsonl", *lines), needs="preference", faults=faults)
-    [(chosen, rejected)] = tokenize_pairs(tiny_tokenizer(), rows, ["plain"], 20, faults)
-    assert tiny_tokenizer().decode(chosen.ids) == "p good<|end|>"
-    assert tiny_tokenizer().decode(rejected.ids) == "p bad<|end|>"
-    assert chosen.num_prompt == rejected.num_prompt == 1
+    [found] = tokenize_pairs(tiny_tokenizer(), rows, ["plain"], 20, faults)
+    assert tiny_tokenizer().decode(found.chosen.ids) == "p good<|end|>"
+    assert tiny_tokenizer().decode(found.rejected.ids) == "p bad<|end|>"
+    assert found.chosen.num_prompt == found.rejected.num_prompt == 1
     assert faults.counts == {"missing field": 1, "empty completion": 1, "too long": 1}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
 
 from lori.base_model import load_base_model
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.sparse import SparseB
+from lori.template import encode
 from training.config import FitConfig
+from training.evaluation.local_adapters import applied
 from training.fit import fit
 from training.methods import Lori
 from training.run import Run
@@ -119,6 +124,54 @@ def test_training_lowers_the_loss(
     assert len(losses) == (2 if method == "lori" else 1)
     adapter = load_adapter(folder, load_base_model(str(tiny_model), torch.float32).identity)
     assert adapter.config.lori.sparsity == pytest.approx(0.9 if method == "lori" else 0.0, abs=1e-3)
+
+
+def test_dpo_makes_chosen_answers_likelier_than_rejected_ones(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {i}:", "chosen": " red", "rejected": " blue"} for i in range(12)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found: dict[str, list[float]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "close", lambda self: found.update({k: v.losses for k, v in self.outcomes.items()}))
+        fit(config_for(tiny_model, data, tmp_path / "a", loss="dpo", mix=[], steps=30, rank=16, alpha=32), "")
+    assert all(losses[0] == pytest.approx(0.693, abs=1e-3) and sum(losses[-5:]) / 5 < 0.4 for losses in found.values())
+
+
+@pytest.mark.parametrize("method", ["lori", "lora"])
+def test_what_is_mixed_in_keeps_the_base(tiny_model: Path, data: Path, tmp_path: Path, method: str) -> None:
+    """LoRA was once held to itself."""
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i}"}) + "\n" for i in range(20)))
+    base = load_base_model(str(tiny_model), torch.float32)
+    ids = torch.tensor([encode(base.tokenizer, "Count 7: 7").ids])
+    before = base.model(ids).logits.log_softmax(-1)
+    drift = {}
+    for name, mix in (("mixed", [str(other)]), ("alone", [])):
+        changes = {"mix": mix, "mix_fraction": 0.5, "steps": 40, "rank": 16, "alpha": 32, "method": method}
+        adapter = load_adapter(fit(config_for(tiny_model, data, tmp_path / name, **changes), ""), base.identity)
+        with applied(base.model, adapter):
+            after = base.model(ids).logits.log_softmax(-1)
+        drift[name] = F.kl_div(after, before, log_target=True, reduction="batchmean").item()
+    assert drift["mixed"] < 0.7 * drift["alone"]
+
+
+def test_logs_and_a_report_are_written(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    changes = {
+        "tensorboard": tmp_path / "logs",
+        "report": tmp_path / "pages" / "a.html",
+        "held_out_fraction": 0.2,
+        "eval_every": 3,
+    }
+    fit(config_for(tiny_model, data, tmp_path / "a", **changes, about="Says <b>colours</b>."), "command")
+    for phase in ("lori-d", "lori-s"):
+        events = EventAccumulator(str(tmp_path / "logs" / "a" / phase)).Reload()
+        assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+        assert [e.step for e in events.Scalars("eval/loss")] == [3, 6]
+    page = (tmp_path / "pages" / "a.html").read_text()
+    assert "Says &lt;b&gt;colours&lt;/b&gt;." in page
+    assert page.count("<svg") == 2
+    assert page.count('class="sample"') == 4
+    assert not re.search(r"(src|href)=.http|url\(http", page.replace("xlink:href", ""))  # it loads nothing
 
 
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
 from training import packing
 from training.batches import Part
-from training.data import Example
-from training.loss import completion_loss
+from training.data import Example, Pair
+from training.loss import CompletionLoss, PreferenceLoss
 from training.packing import ATTENTION, pack
-from training.trainable import wrap
+from training.trainable import base_alone, wrap
 
 
 def some_examples() -> list[Example]:
@@ -22,6 +24,10 @@ def some_examples() -> list[Example]:
         Example(tuple(torch.randint(0, 256, (length,), generator=generator).tolist()), num_prompt)
         for length, num_prompt in [(5, 2), (40, 1), (7, 6), (33, 20), (64, 10)]
     ]
+
+
+def completion_loss(model: PreTrainedModel, part: Part) -> torch.Tensor:
+    return CompletionLoss(lambda: base_alone(model))(model, pack(part))
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def test_a_packed_loss_is_the_mean_of_the_examples_own_losses(
     for example in examples:
         logits = alone(torch.tensor([example.ids])).logits[0, example.num_prompt - 1 : -1]
         losses.append(F.cross_entropy(logits, torch.tensor(example.ids[example.num_prompt :])))
-    found = completion_loss(packed.model, pack(Part(tuple(examples), 1 / len(examples))))
+    found = completion_loss(packed.model, Part(tuple(examples), 1 / len(examples)))
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
 
 
@@ -62,10 +68,40 @@ def test_an_example_that_keeps_the_base_costs_what_it_changes(packed: BaseModel)
     kept = tuple(Example(e.ids, e.num_prompt, keeps_base=True) for e in kept)
 
     def loss(*examples: Example) -> torch.Tensor:
-        return completion_loss(packed.model, pack(Part(examples, 1.0)))
+        return completion_loss(packed.model, Part(examples, 1.0))
 
     assert loss(*kept).item() == pytest.approx(0.0, abs=1e-6)
     for layer in layers.values():
         torch.nn.init.normal_(layer.b.change, std=0.3)
     assert loss(*kept).item() > 0.01
     torch.testing.assert_close(loss(kept[0], *learnt, kept[1]), loss(*kept) + loss(*learnt))
+
+
+def test_a_pair_costs_what_dpo_says(tiny_model: Path, packed: BaseModel) -> None:
+    """-log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))), each after the same prompt."""
+    layers = wrap(packed.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
+    torch.manual_seed(0)
+    pairs = [
+        Pair(Example((*prompt, *chosen), len(prompt)), Example((*prompt, *rejected), len(prompt)))
+        for prompt, chosen, rejected in [((1, 2, 3), (4, 5), (6,)), ((9,), (8, 7, 6), (5, 4))]
+    ]
+    loss = PreferenceLoss(lambda: base_alone(packed.model), beta=0.5)
+    batch = pack(Part(tuple(pairs), 0.5))
+    assert loss(packed.model, batch).item() == pytest.approx(np.log(2))
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.b.change, std=0.3)
+    base = load_base_model(str(tiny_model), torch.float32)
+
+    def log_probability(model: PreTrainedModel, example: Example) -> torch.Tensor:
+        scores = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        places = range(example.num_prompt, len(example))
+        return torch.stack([scores[i - 1, example.ids[i]] for i in places]).sum()
+
+    packed.model.set_attn_implementation("sdpa")
+    gains = [
+        [log_probability(packed.model, e) - log_probability(base.model, e) for e in (pair.chosen, pair.rejected)]
+        for pair in pairs
+    ]
+    packed.model.set_attn_implementation(ATTENTION)
+    expected = torch.stack([-F.logsigmoid(0.5 * (chosen - rejected)) for chosen, rejected in gains]).mean()
+    torch.testing.assert_close(loss(packed.model, batch), expected, rtol=1e-4, atol=1e-5)

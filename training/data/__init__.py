@@ -4,10 +4,23 @@
 which refuses the data or leaves the row out, and counts it.
 """
 
-from training.data.example import Example, tokenize, tokenize_pairs
+from training.data.example import Example, Item, Pair, tokenize, tokenize_pairs
 from training.data.faults import DataError, Faults, OnBad
 from training.data.reading import read_rows
 from training.data.row import Needs, Row
 from training.data.source import Source
 
-__all__ = ["DataError", "Example", "Faults", "Needs", "OnBad", "Row", "Source", "read_rows", "tokenize", "tokenize_pairs"]
+__all__ = [
+    "DataError",
+    "Example",
+    "Faults",
+    "Item",
+    "Needs",
+    "OnBad",
+    "Pair",
+    "Row",
+    "Source",
+    "read_rows",
+    "tokenize",
+    "tokenize_pairs",
+]

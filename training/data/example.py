@@ -29,6 +29,31 @@ class Example:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def examples(self) -> tuple["Example", ...]:
+        """Itself."""
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A better and a worse answer to one prompt. Their tokens count together."""
+
+    chosen: Example
+    rejected: Example
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """Both, the better one first."""
+        return (self.chosen, self.rejected)
+
+
+Item = Example | Pair
+"""What is drawn, and weighs the same in the loss, whatever its length."""
+
 
 def tokenize(
     tokenizer: "PreTrainedTokenizerBase",
@@ -58,16 +83,16 @@ def tokenize_pairs(
     templates: Sequence[Template],
     max_length: int,
     faults: Faults | None = None,
-) -> list[tuple[Example, Example]]:
+) -> list[Pair]:
     """Returns each row's better and worse answer after its prompt, as `tokenize` writes them; where one fails, the pair does."""
-    pairs = []
+    pairs: list[Pair] = []
     with settled(faults) as found:
         writer = _Writer(tokenizer, max_length, False, found)
         for row in rows:
             for template in _templates(row, templates):
                 chosen = writer.write(row, row.chosen, template)
                 rejected = writer.write(row, row.rejected, template) if chosen else None
-                pairs += [(chosen, rejected)] if chosen and rejected else []
+                pairs += [Pair(chosen, rejected)] if chosen and rejected else []
     _check_left(pairs, found)
     return pairs
 
