@@ -20,15 +20,15 @@ from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.errors import LoriError
 from lori.template import Template, encode, render_prompt
 from training.command_line import CommandLine
-from training.data import Row, read_rows
+from training.data import Row, Source, read_rows
 from training.generation import Generation, end_ids, generate, until_end
 
 
 class AnswerConfig(CommandLine):
     """Lets the base model answer prompts itself, in the form that `training.fit --mix` reads."""
 
-    data: list[str]
-    """JSONL files whose prompts are answered; what they say as completion is not read."""
+    data: list[Source]
+    """Sources, as those of `training.fit`, whose prompts are answered; what they say as completion is not read."""
     output: Path
     """The JSONL file to write."""
     model: str | None = None

@@ -102,9 +102,8 @@ class Lab:
         """Returns a file of the base's own answers: to `num_rows` of the task's prompts, or to those without a completion."""
         file = self.folder / "answers" / f"{task}-{num_rows or 'unanswered'}.jsonl"
         if not file.is_file():
-            paths = [self._placed(source).path for source in self.config.tasks[task].train]
             asked = AnswerConfig(
-                data=paths, output=file, template="plain", only_unanswered=not num_rows, num_rows=num_rows,
+                data=[self._placed(source) for source in self.config.tasks[task].train], output=file, template="plain", only_unanswered=not num_rows, num_rows=num_rows,
                 max_tokens=24 if num_rows else 40, seed=self.seed,
             )  # fmt: skip
             torch.manual_seed(self.seed)
