@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
-from tqdm import tqdm
 
-from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.base_model import BaseModel
+from lori.durable import replace_file
 from lori.errors import LoriError
-from lori.template import Template, encode, render_prompt
+from lori.template import Template
+from training.base import load_base
 from training.command_line import CommandLine
 from training.data import Row, Source, read_rows
-from training.generation import Generation, end_ids, generate, until_end
+from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
+from training.generation import Generation, end_ids
 
 
 class AnswerConfig(CommandLine):
@@ -45,9 +46,9 @@ class AnswerConfig(CommandLine):
     """Longest answer; one cut here is marked `truncated`, and no end-of-text is trained after it."""
     temperature: float = Field(default=0.7, ge=0)
     """1 draws from the base model as it is, 0 is greedy."""
-    batch_size: int = Field(default=64, ge=1)
-    """Prompts answered together."""
-    seed: int = 0
+    batch_tokens: int = Field(default=DEFAULT_BATCH_TOKENS, ge=1)
+    """Tokens, answers included, that are computed together."""
+    seed: int = Field(default=0, ge=0)
     """Draws the rows and the answers."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products: auto, bfloat16 or float32."""
@@ -56,7 +57,7 @@ class AnswerConfig(CommandLine):
 
 
 def chosen_rows(config: AnswerConfig) -> list[Row]:
-    """Returns the rows to answer, shortest first so that a batch holds little padding."""
+    """Returns the rows to answer. Raises `DataError` for what is wrong with them."""
     rows: list[Row] = []
     for source in config.data:
         found = read_rows(source, needs="prompt")
@@ -65,43 +66,40 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
         if 0 < config.num_rows < len(found):
             found = random.Random(config.seed).sample(found, config.num_rows)
         rows += found
-    return sorted(rows, key=lambda row: len(row.prompt_text))
+    return rows
 
 
 def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[dict[str, object]]:
-    """Yields each row with the base model's own completion, in the order of `rows`."""
+    """Yields each row with the base model's own completion, without those that were cut before they said anything.
+
+    Raises `TemplateError` where a prompt cannot be written, `AnswerError` where it is too long.
+    """
     how = Generation(config.max_tokens, end_ids(base.model, base.tokenizer), config.temperature)
-    for start in range(0, len(rows), config.batch_size):
-        batch = rows[start : start + config.batch_size]
-        prompts = [encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)).ids for row in batch]
-        for row, found in zip(batch, generate(base.model, base.tokenizer.backend_tokenizer, prompts, how), strict=True):
-            ids, ended = until_end(found, how)
-            text = base.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True)
-            if not ended and not text.strip():
-                continue
-            template = None if config.any_template else config.template
-            yield row.answered(text, template, truncated=not ended)
+    who = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
+    template = None if config.any_template else config.template
+    for row, answer in zip(rows, who.answers([row.prompt for row in rows], how, config.seed), strict=True):
+        if answer.is_whole or answer.text.strip():
+            yield row.answered(answer.text, template, truncated=not answer.is_whole)
+
+
+def write_answers(base: BaseModel, config: AnswerConfig) -> int:
+    """Writes the answers to `config.output`, all or nothing, and returns how many there are. Raises as `answers`."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, chosen_rows(config), config)]
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(config.output, "".join(line + "\n" for line in lines).encode())
+    return len(lines)
 
 
 def main() -> int:
     """Runs the program and returns its exit code."""
     config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if config.threads:
-        torch.set_num_threads(config.threads)
     try:
-        rows = chosen_rows(config)
-        base = load_base_model(config.model, resolve_dtype(config.dtype))
+        chosen_rows(config)  # what is wrong with them is said before the model is loaded
+        num_answers = write_answers(load_base(config.model, config.dtype, config.threads), config)
     except LoriError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    torch.manual_seed(config.seed)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    num_answers = 0
-    with config.output.open("w", encoding="utf-8") as file:
-        for row in tqdm(answers(base, rows, config), total=len(rows), unit="row", disable=None):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            num_answers += 1
     print(f"wrote {num_answers} answers to {config.output}")
     return 0
 

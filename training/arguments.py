@@ -8,15 +8,15 @@ from transformers import TrainingArguments
 from training.config import FitConfig
 
 
-def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: int) -> TrainingArguments:
+def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: int, is_autocast: bool) -> TrainingArguments:
     """Returns Trainer's arguments for a phase of `num_steps` whose checkpoints go to `folder`.
 
-    Making them joins the processes of `torchrun`.
+    `is_autocast`: products are in bfloat16 whatever the parameters are in.
     """
     is_held_out = bool(config.held_out or config.held_out_fraction)
     every = config.eval_every if is_held_out else config.save_every
     has_cuda = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=num_steps,
         gradient_accumulation_steps=config.accumulation,
@@ -29,7 +29,7 @@ def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: in
         optim="adamw_torch",
         seed=config.seed,
         use_cpu=not has_cuda,
-        bf16=config.method == "lora" and config.dtype != "float32",
+        bf16=is_autocast,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if is_held_out else "no",
@@ -45,3 +45,6 @@ def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: in
         dataloader_pin_memory=has_cuda,
         ddp_find_unused_parameters=False,
     )
+    # One process uses one GPU: Trainer would divide a batch over all that it sees, and a packed one cannot be.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

@@ -50,6 +50,7 @@ def plan_steps(
     Each item comes from `mix` with probability `mix_fraction`. Every item of a set is seen once before any is seen again.
     None is dropped: the last step may be short.
     """
+    assert data
     num_steps, num_passes = length
     num_items = max(1, round(num_passes * len(data)))
     rng = random.Random(seed)
@@ -94,12 +95,15 @@ def parts_of(steps: Sequence[Step], num_parts: int, process: int = 0, num_proces
 
 
 def held_out_parts(items: Sequence[Item], num_tokens: int) -> list[Part]:
-    """Returns `items` in parts of `num_tokens` or a little more, like lengths together; their shares add up to 1."""
-    parts: list[Part] = []
-    part: list[Item] = []
-    for item in sorted(items, key=len):
-        part.append(item)
-        if sum(map(len, part)) >= num_tokens:
-            parts.append(Part(tuple(part), 1 / len(items)))
-            part = []
-    return [*parts, Part(tuple(part), 1 / len(items))] if part else parts
+    """Returns `items` in parts of about `num_tokens`, like lengths together; their shares add up to 1."""
+    places = like_lengths([len(item) for item in items], num_tokens)
+    return [Part(tuple(items[i] for i in some), 1 / len(items)) for some in places]
+
+
+def like_lengths(lengths: Sequence[int], num_tokens: int) -> Iterator[list[int]]:
+    """Yields places in `lengths`, longest first, so many that, each padded to the longest, they have `num_tokens` at most."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while order:
+        count = max(1, num_tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]

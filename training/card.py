@@ -1,5 +1,8 @@
 """An adapter's card, README.md in its folder: written from its config alone, so that the two cannot disagree."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lori.config import AdapterConfig
 from lori.names import NUM_VERSION_DIGITS
 
@@ -18,7 +21,7 @@ def render_card(name: str, config: AdapterConfig) -> str:
         "",
         training.get("about", ""),
         "",
-        f"A LoRI adapter (arXiv 2504.07448) on {config.base_model_name_or_path}: rank {config.r}, alpha {config.lora_alpha:g}, "
+        f"{method_of(training)} on {config.base_model_name_or_path}: rank {config.r}, alpha {config.lora_alpha:g}, "
         f"{1 - lori.sparsity:.0%} of B kept, basis {lori.basis}. "
         f"Version `{lori.content_digest[:NUM_VERSION_DIGITS]}`. Trained on the template {' and '.join(lori.templates)}.",
         "",
@@ -36,6 +39,12 @@ def render_card(name: str, config: AdapterConfig) -> str:
         lines += ["", "## Weights for merges", "| with | own weight | its weight |", "|---|---|---|"]
         lines += [f"| {partner} | {own:g} | {other:g} |" for partner, (own, other) in sorted(lori.merge_weights.items())]
     return "\n".join(lines) + "\n"
+
+
+def method_of(training: Mapping[str, Any]) -> str:
+    """Returns what a person calls the method of a training's record."""
+    names = {"lori-d": "LoRI-D (arXiv 2504.07448, all of B)", "lora": "LoRA (PEFT's)"}
+    return names.get(training.get("method", "lori"), "LoRI (arXiv 2504.07448)")
 
 
 def _phases(training: dict[str, object]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run's folder beside its output: how far each phase came. What a kill cuts off is never taken for whole."""
+"""Which checkpoints of a phase are whole: what a kill cuts off is never taken for one."""
 
 import logging
 import os
@@ -8,9 +8,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lori.durable import sync_folder, write_file
+from training.processes import processes
 
-# Where it cannot trust a file system's times it sorts checkpoints by their numbers, and warns of it.
-logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+# Where it cannot trust a file system's times it sorts checkpoints by their numbers, which is what we want, and warns of it.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
 
 WHOLE = "whole"
 """An empty file that is written last in a checkpoint's folder."""
@@ -21,13 +22,13 @@ class MarkWhole(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
         """Trainer calls it after the last file of a checkpoint."""
+        processes().wait_for_everyone()  # each has written its random numbers' state
         if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         for file in folder.iterdir():
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
         write_file(folder / WHOLE, b"")
         sync_folder(folder)
 

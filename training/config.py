@@ -1,5 +1,6 @@
 """Everything that `python -m training.fit` can be told, each default written once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -69,7 +70,8 @@ class FitConfig(CommandLine):
     init_from: Path | None = None
     """Goes on from this adapter's B (continual learning): what the new mask leaves out of it stays as it is."""
     mask_from: Path | None = None
-    """Masks by the largest entries of this adapter of `lori-d`, in place of a LoRI-D of its own: one does for many sparsities."""
+    """Masks by the largest entries of this adapter of `lori-d`, in place of a LoRI-D of its own: one does for many sparsities.
+    Store that with `--values float32`, so that no entries are rounded alike."""
     avoid: list[Path] = Field(default=[])
     """Adapters whose entries the mask leaves out, so that a sum keeps both as they are."""
     steps: int = Field(default=0, ge=0)
@@ -127,27 +129,41 @@ class FitConfig(CommandLine):
 
     @model_validator(mode="after")
     def _is_sound(self) -> "FitConfig":
-        if not NAME.fullmatch(self.output.name):
-            raise ValueError(
-                f"--output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
-            )
-        if len(set(self.template)) != len(self.template):
-            raise ValueError(f"template names one twice: {self.template}")
-        if self.held_out and self.held_out_fraction:
-            raise ValueError("held_out and held_out_fraction exclude each other")
-        if self.patience and not (self.held_out or self.held_out_fraction):
-            raise ValueError("patience needs held_out or held_out_fraction")
-        if self.loss == "dpo" and self.mix:
-            raise ValueError("loss dpo is held to the base by itself: it has no mix")
-        if self.method != "lori" and (self.mask_from or self.avoid):
-            raise ValueError(f"method {self.method} has no mask, and so no mask_from or avoid")
-        if self.method == "lora" and self.fsdp:
-            raise ValueError("method lora is a baseline: it has no fsdp")
+        if faults := [*self._name_faults(), *self._idle(), *self._conflicts()]:
+            raise ValueError("; ".join(faults))
         return self
+
+    def _name_faults(self) -> Iterator[str]:
+        if not NAME.fullmatch(self.output.name):
+            yield f"--output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
+        if len(set(self.template)) != len(self.template):
+            yield f"--template names one twice: {self.template}"
+
+    def _idle(self) -> Iterator[str]:
+        """What was asked for and would do nothing."""
+        is_measured = bool(self.held_out or self.held_out_fraction)
+        for names, is_used, needs in (
+            (("sparsity", "granularity", "mask_from", "avoid"), self.method == "lori", "--method lori"),
+            (("calibration_steps", "calibration_epochs"), self.method == "lori" and not self.mask_from, "a LoRI-D of its own"),
+            (("calibration_lr",), self.method != "lora" and not self.mask_from, "a LoRI-D"),
+            (("lr",), self.method != "lori-d", "LoRI-S or LoRA; LoRI-D's is --calibration-lr"),
+            (("beta",), self.loss == "dpo", "--loss dpo"),
+            (("mix_fraction",), bool(self.mix), "--mix"),
+            (("eval_every", "patience"), is_measured, "--held-out or --held-out-fraction"),
+        ):
+            given = [name for name in names if name in self.model_fields_set and not is_used]
+            yield from (f"--{name.replace('_', '-')} is for {needs}" for name in given)
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.held_out and self.held_out_fraction:
+            yield "--held-out and --held-out-fraction exclude each other"
+        if self.loss == "dpo" and self.mix:
+            yield "--loss dpo is held to the base by itself, and has no --mix"
+        if self.method == "lora" and self.fsdp:
+            yield "--method lora is a baseline, and has no --fsdp"
 
     @property
     def identity(self) -> str:
         """What a resumed run must have in common with the one that it goes on with."""
-        return self.model_dump_json(
-            exclude={"resume", "save_every", "output", "accumulation", "report", "tensorboard", "about", "prepare"}
-        )
+        free = {"recipe", "resume", "save_every", "output", "accumulation", "report", "tensorboard", "about", "prepare"}
+        return self.model_dump_json(exclude=free)

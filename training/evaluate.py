@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from lori.base_model import load_base_model, resolve_dtype
 from lori.errors import LoriError
 from lori.format import read_config
+from training.base import load_base
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import STDERR, Figures
 from training.evaluation.local_adapters import Choice, applied, find_adapter
@@ -35,9 +33,7 @@ def served(config: EvaluateConfig) -> ServerAnswerer:
 @contextmanager
 def loaded(config: EvaluateConfig) -> Iterator[LocalAnswerer]:
     """Gives a model of our own as an answerer, with the adapters that `config` names applied to it."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    base = load_base_model(config.model, resolve_dtype(config.dtype))
+    base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
     choice = Choice(adapters, config.weights, config.merge_options)
     template = choice.template() if config.form == "messages" else "plain"

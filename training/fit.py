@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.errors import LoriError
 from lori.format import check_replaceable, save_adapter, write_record
 from lori.identity import BaseIdentity
+from training.base import load_base
 from training.card import render_card
 from training.config import FitConfig
-from training.data import Faults, Item, Needs, Row, read_rows, tokenize, tokenize_pairs
-from training.methods import TrainingMethod, load_base, method_of
+from training.data import DataError, Faults, Item, Needs, Row, read_rows, tokenize, tokenize_pairs
+from training.methods import TrainingMethod, method_of
+from training.outcome import Outcome
+from training.packing import ATTENTION
 from training.processes import processes
 from training.record import config_of
-from training.run import Examples, Outcome, Run
+from training.run import Examples, Run
 from training.samples import Sample, take_samples
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def read_all(config: FitConfig) -> Rows:
         random.Random(config.seed).shuffle(data)
         count = max(1, round(config.held_out_fraction * len(data)))
         data, held_out = data[count:], data[:count]
+        if not data:
+            raise DataError(f"--held-out-fraction {config.held_out_fraction:g} leaves nothing to learn: there are {count} rows")
     return Rows(data, mix, held_out, faults)
 
 
@@ -79,24 +82,30 @@ def as_examples(rows: Rows, base: BaseModel, config: FitConfig) -> Examples:
 def fit(config: FitConfig, command: str) -> Path:
     """Trains and saves; returns the adapter's folder. Raises `LoriError`."""
     started = time.monotonic()
-    if config.threads:
-        torch.set_num_threads(config.threads)
     check_replaceable(config.output)
     write_report = report_writer() if config.report else None
     rows = read_all(config)  # what is wrong with the data is said before the model is loaded
-    base = load_base(config)
+    base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
     run = Run(config, as_examples(rows, base, config))
     method = method_of(config, base)
     run.train(method)
-    samples = take_samples(method, rows.held_out or rows.data, config.template[0]) if write_report else []
-    if processes().is_main_process:
-        told = {"command": command, "seconds": round(time.monotonic() - started), "skipped": rows.faults.counts}
-        adapter = save(config, base.identity, method, run.outcomes, told)
-        if config.report and write_report:
+    told = {"command": command, "seconds": round(time.monotonic() - started), "skipped": rows.faults.counts}
+    adapter = save(config, base.identity, method, run.outcomes, told) if processes().is_main_process else None
+    if config.report and write_report:
+        samples = take_samples(method, shown_rows(rows, run.examples), config.template[0])
+        if adapter:
             write_report(config.report, adapter, run.outcomes, samples)
-        run.close()
     processes().wait_for_everyone()
+    if adapter:
+        run.close()
     return config.output
+
+
+def shown_rows(rows: Rows, examples: Examples) -> list[Row]:
+    """Returns the rows that a report may show answers to: held-out ones where there are, without those that were left out."""
+    items, some = (examples.held_out, rows.held_out) if rows.held_out else (examples.data, rows.data)
+    used = {example.origin for item in items for example in item.examples}
+    return [row for row in some if row.origin in used]
 
 
 def save(

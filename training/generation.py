@@ -61,7 +61,7 @@ class StopTexts(StoppingCriteria):
 def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Generation) -> list[list[int]]:
     """Returns the tokens that follow each of `prompts`, padded on their left to one width; see `until_end`.
 
-    A model in training is left as it is: its attention and its mode are restored.
+    The attention of a model in training is restored; its mode is the caller's.
     """
     width = max(map(len, prompts))
     pad = how.end_ids[0]

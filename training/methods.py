@@ -11,15 +11,14 @@ from typing import Any, Protocol
 import torch
 
 from lori.adapter import Adapter
-from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.base_model import BaseModel
 from lori.basis import Basis, Explicit, Seeded
 from lori.errors import LoriError
 from lori.mask import top_k_mask
 from lori.sparse import SparseB
 from training.config import FitConfig
-from training.packing import ATTENTION
-from training.parents import load_avoided, load_parent
-from training.processes import processes
+from training.parents import entries_of, load_avoided, load_parent
+from training.phase import Phase, calibration, main_phase
 from training.trainable import DenseB, MaskedB, base_alone, target_layers, values_of, wrap
 
 Trained = tuple[dict[str, SparseB], Basis]
@@ -34,10 +33,18 @@ class TrainingMethod(Protocol):
         """The base, its layers wrapped."""
 
     @property
-    def phases(self) -> tuple[str, ...]:
+    def phases(self) -> tuple[Phase, ...]:
         """What is run, in order."""
 
-    def begin(self, phase: str) -> None:
+    @property
+    def is_autocast(self) -> bool:
+        """Whether products must be cast to the base's bfloat16."""
+
+    @property
+    def parents(self) -> Sequence[str]:
+        """The digests of the adapters that it builds on."""
+
+    def begin(self, phase: Phase) -> None:
         """Makes the model ready for `phase`, after the one before it."""
 
     def base_alone(self) -> AbstractContextManager[None]:
@@ -45,12 +52,6 @@ class TrainingMethod(Protocol):
 
     def trained(self) -> Trained:
         """Returns what the last phase left."""
-
-
-def load_base(config: FitConfig) -> BaseModel:
-    """Returns the base of a run, its attention the packed one; with `--fsdp` spread over the processes."""
-    num_processes = processes().num_processes if config.fsdp else 1
-    return load_base_model(config.model, resolve_dtype(config.dtype), attention=ATTENTION, num_processes=num_processes)
 
 
 def method_of(config: FitConfig, base: BaseModel) -> TrainingMethod:
@@ -62,24 +63,32 @@ class Lori:
     """LoRI-D, then LoRI-S on the mask of the largest changes; or LoRI-D alone."""
 
     def __init__(self, config: FitConfig, base: BaseModel) -> None:
-        self.config, self.base = config, base
-        self.phases: tuple[str, ...] = ("LoRI-D", "LoRI-S")
-        if config.method == "lori-d" or config.mask_from:
-            self.phases = ("LoRI-D",) if config.method == "lori-d" else ("LoRI-S",)
+        self.config, self.base, self.is_autocast = config, base, False
+        main = main_phase(config, "LoRI-S", config.lr)
+        self.phases = (main,) if config.mask_from else (calibration(config), main)
+        if config.method == "lori-d":
+            self.phases = (main_phase(config, "LoRI-D", config.calibration_lr),)
+        self.parents: list[str] = []
         self.basis = Seeded(config.basis_seed, config.stream)
         names = list(target_layers(base.model, config.target_modules))
         self.shapes = {name: (base.identity.shapes[name][0], config.rank) for name in names}
         self.start = self._parent("--init-from", config.init_from, names) if config.init_from else None
         self.calibrated = self._parent("--mask-from", config.mask_from, names) if config.mask_from else None
-        self.avoided = load_avoided(config, base.identity, self.shapes) if config.avoid else None
+        self.avoided = None
+        if config.avoid:
+            adapters = load_avoided(config, base.identity)
+            self.avoided = entries_of(adapters, self.shapes)
+            self.parents += [adapter.config.lori.content_digest for adapter in adapters]
         self.layers = wrap(base.model, config.target_modules, self.basis, config.rank, config.alpha, self.start)
 
     def _parent(self, flag: str, folder: Path, names: Sequence[str]) -> Mapping[str, SparseB]:
-        return load_parent(flag, folder, self.config, self.base.identity, names).modules
+        parent = load_parent(flag, folder, self.config, self.base.identity, names)
+        self.parents.append(parent.config.lori.content_digest)
+        return parent.modules
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase: Phase) -> None:
         """Puts a mask's entries in the place of all before LoRI-S."""
-        if phase != "LoRI-S":
+        if phase.name != "LoRI-S":
             return
         masks = self.masks()
         for name, layer in self.layers.items():
@@ -108,14 +117,14 @@ class Lori:
 class Lora:
     """LoRA, all of A and B trained in fp32, by PEFT."""
 
-    phases = ("LoRA",)
-
     def __init__(self, config: FitConfig, base: BaseModel) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415  # an extra
         except ImportError as error:
             raise LoriError("--method lora needs: pip install '.[train]'") from error
-        self.base = base
+        self.base, self.phases = base, (main_phase(config, "LoRA", config.lr),)
+        self.is_autocast = base.model.dtype == torch.bfloat16
+        self.parents: list[str] = []
         names = list(target_layers(base.model, config.target_modules))
         torch.manual_seed(config.seed)
         inject_adapter_in_model(
@@ -127,7 +136,9 @@ class Lora:
             layer.lora_A.float()
             layer.lora_B.float()
         if config.init_from:
-            self._go_on_from(load_parent("--init-from", config.init_from, config, base.identity, names))
+            parent = load_parent("--init-from", config.init_from, config, base.identity, names)
+            self.parents.append(parent.config.lori.content_digest)
+            self._go_on_from(parent)
 
     @torch.no_grad()
     def _go_on_from(self, parent: Adapter) -> None:
@@ -136,7 +147,7 @@ class Lora:
             a.copy_(parent.basis.draw(name, *a.shape))
             b.copy_(parent.modules[name].dense())
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase: Phase) -> None:
         """Does nothing: there is one phase."""
 
     @contextmanager

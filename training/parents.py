@@ -34,22 +34,29 @@ def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, 
     scale = config.alpha / config.rank
     if scales := {adapter.config.scale_of(name) for name in adapter.modules} - {scale}:
         faults.append(f"has alpha/r = {min(scales):g}, expected --alpha / --rank = {scale:g}")
+    if flag == "--mask-from" and (adapter.config.lori.sparsity or adapter.config.lori.training.get("init_from")):
+        faults.append("keeps a part of B alone, or began from another adapter; expected one of --method lori-d from zero")
     if faults:
         raise ParentError(f"{flag} {folder}: it " + "; it ".join(faults))
     return adapter
 
 
-def load_avoided(config: FitConfig, base: BaseIdentity, shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Returns which entries of each B, (D, R) of `shapes`, the adapters `config.avoid` keep, as a bool (D, R).
-
-    A of a lower rank is the first rows of A, so ranks may differ. Raises `ParentError` where one is on another basis,
-    `AdapterFormatError`.
-    """
-    taken = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
-    for folder in config.avoid:
-        adapter = load_adapter(folder, base)
+def load_avoided(config: FitConfig, base: BaseIdentity) -> list[Adapter]:
+    """Returns the adapters `config.avoid`. Raises `ParentError` where one is on another basis, `AdapterFormatError`."""
+    adapters = [load_adapter(folder, base) for folder in config.avoid]
+    for folder, adapter in zip(config.avoid, adapters, strict=True):
         if faults := _basis_faults(adapter, config):
             raise ParentError(f"--avoid {folder}: it " + "; it ".join(faults))
+    return adapters
+
+
+def entries_of(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Returns which entries of each B, (D, R) of `shapes`, any of `adapters` keeps, as a bool (D, R).
+
+    A of a lower rank is the first rows of A, so ranks may differ.
+    """
+    taken = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    for adapter in adapters:
         for name in taken.keys() & adapter.modules.keys():
             found = adapter.modules[name].mask
             columns = min(found.shape[1], taken[name].shape[1])

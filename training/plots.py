@@ -1,4 +1,4 @@
-"""Pictures of a run and of a study, with matplotlib (the extra `plot`)."""
+"""Pictures of a run, with matplotlib (the extra `plot`)."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lori.plots import FONT_SIZE, new_figure
-from training.run import Outcome
+from training.outcome import Outcome
 
 WIDTH, HEIGHT = 4.2, 3.0
 """Of one set of axes, in inches."""

@@ -9,19 +9,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from lori.errors import LoriError
-
-NUM_RECENT = 20
-"""Steps over which a loss is averaged where one number is to stand for it."""
+from training.outcome import losses_of, recent_loss
 
 
 class TrainingError(LoriError):
     """Training cannot go on: says at which step, and what might help."""
-
-
-def recent_loss(losses: list[float]) -> float:
-    """Returns the mean of the last of `losses`."""
-    last = losses[-NUM_RECENT:]
-    return sum(last) / len(last)
 
 
 class Progress(TrainerCallback):
@@ -65,21 +57,6 @@ class Progress(TrainerCallback):
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
-
-
-def losses_of(state: TrainerState) -> list[float]:
-    """Returns the loss of each step so far."""
-    return [entry["loss"] for entry in state.log_history if "loss" in entry]
-
-
-def held_out_of(state: TrainerState) -> list[list[float]]:
-    """Returns [step, held-out loss] of each measurement so far."""
-    return [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry]
-
-
-def best_step_of(state: TrainerState) -> int:
-    """Returns the step whose parameters a phase ends with."""
-    return state.best_global_step or state.global_step
 
 
 def tensorboard(folder: Path) -> TrainerCallback:

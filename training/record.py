@@ -11,8 +11,8 @@ from lori.identity import BaseIdentity
 from lori.new_config import new_config
 from training.config import FitConfig
 from training.methods import Trained
-from training.progress import recent_loss
-from training.run import Outcome
+from training.outcome import Outcome
+from training.processes import processes
 
 
 def config_of(
@@ -25,12 +25,14 @@ def config_of(
         name: {
             "steps": len(outcome.losses),
             "tokens": outcome.num_tokens,
-            "loss": round(recent_loss(outcome.losses), 4),
+            "loss": round(outcome.recent_loss, 4),
+            "best_step": outcome.best_step,
             "held_out": [[int(step), round(loss, 4)] for step, loss in outcome.held_out],
         }
         for name, outcome in outcomes.items()
     }
     versions = {name: version(name) for name in ("lori-server", "torch", "transformers", "accelerate")}
+    machine = {"threads": torch.get_num_threads(), "processes": int(processes().num_processes)}
     return new_config(
         modules,
         basis,
@@ -39,5 +41,5 @@ def config_of(
         target_modules=config.target_modules,
         values=config.values,
         templates=config.template,
-        training=record | dict(told) | {"threads": torch.get_num_threads(), "phases": phases, "versions": versions},
+        training=record | dict(told) | machine | {"phases": phases, "versions": versions},
     )

@@ -11,12 +11,10 @@ from lori.durable import replace_file
 from lori.names import NUM_VERSION_DIGITS
 from lori.plots import plot_statistics
 from lori.statistics import statistics, total
+from training.card import method_of
+from training.outcome import Outcome
 from training.plots import as_svg, plot_losses
-from training.progress import recent_loss
-from training.run import Outcome
 from training.samples import Sample
-
-METHODS = {"lori": "LoRI", "lori-d": "LoRI-D", "lora": "LoRA"}
 
 
 def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], samples: Sequence[Sample]) -> None:
@@ -27,7 +25,7 @@ def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], 
     text = environment.get_template("report.html").render(
         name=adapter.name,
         about=record["about"],
-        method=METHODS[record["method"]],
+        method=method_of(record),
         base=adapter.config.base_model_name_or_path,
         rank=adapter.config.r,
         num_kept=total(modules).num_kept,
@@ -46,6 +44,6 @@ def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], 
 
 
 def _phase(name: str, outcome: Outcome) -> dict[str, object]:
-    best = min(outcome.held_out, key=lambda found: found[1], default=None)
-    steps, loss = len(outcome.losses), recent_loss(outcome.losses)
+    best = next((found for found in outcome.held_out if found[0] == outcome.best_step), None)
+    steps, loss = len(outcome.losses), outcome.recent_loss
     return {"name": name, "steps": steps, "tokens": outcome.num_tokens, "loss": loss, "best": best}

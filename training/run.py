@@ -1,4 +1,4 @@
-"""A training run: its phases one after another, each from where a killed run left it. Knows nothing of what is trained."""
+"""A training run: its phases one after another, each from where a killed run left it. Knows nothing of masks and adapters."""
 
 import hashlib
 import json
@@ -14,19 +14,21 @@ from transformers.trainer_callback import EarlyStoppingCallback
 
 from lori.durable import replace_file
 from training.arguments import training_arguments
-from training.batches import BatchSize, Step, held_out_parts, plan_steps
+from training.batches import BatchSize, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
 from training.config import FitConfig
 from training.data import DataError, Item
 from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
+from training.outcome import Outcome, outcome_of
+from training.phase import Phase
 from training.processes import processes
-from training.progress import Progress, best_step_of, held_out_of, losses_of, tensorboard
+from training.progress import Progress, tensorboard
 from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
 
-PARAMETERS, OUTCOME = "trained.safetensors", "outcome.json"
+TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
 """What a phase that is over leaves in its folder, the second last."""
 
 
@@ -49,17 +51,6 @@ class Examples:
         return sha.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a phase left: its loss at each step, the held-out loss after some, and how much it saw."""
-
-    losses: list[float]
-    held_out: list[list[float]]
-    num_tokens: int
-    best_step: int
-    """The step whose parameters are kept: the best where something is held out, else the last."""
-
-
 class Run:
     """The phases of one method, and the folder in which they are written down."""
 
@@ -71,23 +62,24 @@ class Run:
     def train(self, method: TrainingMethod) -> None:
         """Runs each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
         with processes().main_process_first():
-            self._open(is_first=processes().is_main_process)
+            self._open(method, is_first=processes().is_main_process)
         for phase in method.phases:
             method.begin(phase)
-            folder = self.folder / phase.lower()
+            folder = self.folder / phase.name.lower()
             if (folder / OUTCOME).is_file():
-                load_parameters(method.base.model, load_file(folder / PARAMETERS))
+                load_parameters(method.base.model, load_file(folder / TRAINED))
             else:
                 self._train(method, phase, folder)
-            self.outcomes[phase] = Outcome(**json.loads((folder / OUTCOME).read_text()))
+            self.outcomes[phase.name] = Outcome(**json.loads((folder / OUTCOME).read_text()))
 
     def close(self) -> None:
         """Removes the folder: the adapter is saved."""
         shutil.rmtree(self.folder)
 
-    def _open(self, is_first: bool) -> None:
+    def _open(self, method: TrainingMethod, is_first: bool) -> None:
         file = self.folder / "run.json"
-        identity = json.dumps({"options": self.config.identity, "num_parts": self._num_parts, "examples": self.examples.digest})
+        said = {"options": self.config.identity, "num_parts": self._num_parts, "examples": self.examples.digest}
+        identity = json.dumps(said | {"parents": method.parents})
         if self.config.resume and file.is_file():
             if file.read_text() != identity:
                 raise DataError(f"{self.folder} is of a run with other options or data: resume with those, or remove it")
@@ -104,36 +96,28 @@ class Run:
     def _num_parts(self) -> int:
         return int(processes().num_processes) * self.config.accumulation
 
-    def _train(self, method: TrainingMethod, phase: str, folder: Path) -> None:
-        steps = self._plan(phase)
-        rate = self.config.calibration_lr if phase == "LoRI-D" else self.config.lr
-        arguments = training_arguments(self.config, folder, rate, len(steps))
-        step_tokens = [sum(map(len, step)) for step in steps]
-        held_out = held_out_parts(self.examples.held_out, self.config.batch_tokens)
-        trainer = PhaseTrainer(
-            method.base.model, self._loss(method), arguments, steps, held_out, self._callbacks(phase, step_tokens)
+    def _train(self, method: TrainingMethod, phase: Phase, folder: Path) -> None:
+        config, examples = self.config, self.examples
+        size = BatchSize(config.batch_size, config.batch_tokens)
+        steps = plan_steps(
+            examples.data, examples.mix, config.mix_fraction, size, (phase.num_steps, phase.num_passes), phase.seed
         )
-        checkpoint = last_whole(folder) if self.config.resume else None
+        step_tokens = [sum(map(len, step)) for step in steps]
+        arguments = training_arguments(config, folder, phase.lr, len(steps), method.is_autocast)
+        held_out = held_out_parts(examples.held_out, config.batch_tokens)
+        callbacks = self._callbacks(phase.name, step_tokens)
+        trainer = PhaseTrainer(method.base.model, self._loss(method), arguments, steps, held_out, callbacks)
+        checkpoint = last_whole(folder) if config.resume else None
         trainer.train(str(checkpoint) if checkpoint else None)
-        state, parameters = trainer.state, trainer.trained()
         if arguments.should_save:
-            outcome = Outcome(losses_of(state), held_out_of(state), sum(step_tokens[: state.global_step]), best_step_of(state))
-            replace_file(folder / PARAMETERS, save(parameters))
-            replace_file(folder / OUTCOME, json.dumps(asdict(outcome)).encode())
+            replace_file(folder / TRAINED, save(trainer.trained()))
+            replace_file(folder / OUTCOME, json.dumps(asdict(outcome_of(trainer.state, step_tokens))).encode())
         processes().wait_for_everyone()
 
     def _loss(self, method: TrainingMethod) -> Loss:
         if self.config.loss == "dpo":
             return PreferenceLoss(method.base_alone, self.config.beta)
         return CompletionLoss(method.base_alone)
-
-    def _plan(self, phase: str) -> list[Step]:
-        config, examples = self.config, self.examples
-        length: tuple[int, float] = (config.steps, config.epochs)
-        if phase == "LoRI-D" and config.method == "lori" and (config.calibration_steps or config.calibration_epochs):
-            length = (config.calibration_steps, config.calibration_epochs)
-        size = BatchSize(config.batch_size, config.batch_tokens)
-        return plan_steps(examples.data, examples.mix, config.mix_fraction, size, length, config.seed + (phase == "LoRI-S"))
 
     def _callbacks(self, phase: str, step_tokens: list[int]) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [MarkWhole(), Progress(phase, step_tokens)]

@@ -22,8 +22,11 @@ class Sample:
 
 
 def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template) -> list[Sample]:
-    """Returns greedy answers to the first of `rows`. All processes must ask, since a model may be spread over them."""
-    rows = rows[:NUM_SAMPLES]
+    """Returns greedy answers to the first of `rows` that are written in `template`.
+
+    All processes must ask, since a model may be spread over them.
+    """
+    rows = [row for row in rows if row.template in (None, template)][:NUM_SAMPLES]
     answerer = LocalAnswerer(method.base.model, method.base.tokenizer, template)
     prompts = [row.prompt for row in rows]
     after = answerer.complete(prompts, max_tokens=MAX_TOKENS)

@@ -65,6 +65,7 @@ class PhaseTrainer(Trainer):
         """Returns the part's share of the step's loss, times the processes: DDP and FSDP average over them."""
         assert not return_outputs
         batch: PackedBatch = inputs["batch"]
+        model.eval()  # dropout would make the base another one at each look; gradients do not need the mode
         return self.loss(model, batch.to(self.args.device)) * int(self.args.world_size)
 
     def floating_point_ops(self, inputs: object) -> int:  # noqa: ARG002

@@ -17,12 +17,13 @@ from lori.base_model import default_dtype
 from lori.cli.output import print_table
 from tests.bench.machine import machine, versions
 from tests.bench.timing import timed
+from training.base import load_base
 from training.batches import Part
 from training.config import FitConfig
 from training.data import Example
 from training.loss import CompletionLoss
-from training.methods import TrainingMethod, load_base, method_of
-from training.packing import PackedBatch, pack
+from training.methods import TrainingMethod, method_of
+from training.packing import ATTENTION, PackedBatch, pack
 
 METHODS = ("lora", "lori-d", "lori")
 
@@ -42,7 +43,8 @@ class Stepper:
         self.config = FitConfig.model_validate(
             {"data": ["none"], "output": Path("none"), "method": method, "model": model, "rank": rank, "alpha": 2 * rank}
         )
-        self.method: TrainingMethod = method_of(self.config, load_base(self.config))
+        base = load_base(model, attention=ATTENTION)
+        self.method: TrainingMethod = method_of(self.config, base)
         if method == "lori":
             for name, parameter in self.method.base.model.named_parameters():
                 if name.endswith(".b.change"):
@@ -52,8 +54,8 @@ class Stepper:
         self.loss_of = CompletionLoss(self.method.base_alone)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        is_cast = method == "lora" and default_dtype() == torch.bfloat16
-        self._context: Callable[[], object] = (lambda: torch.autocast("cpu", torch.bfloat16)) if is_cast else nullcontext
+        is_autocast = self.method.is_autocast
+        self._context: Callable[[], object] = (lambda: torch.autocast("cpu", torch.bfloat16)) if is_autocast else nullcontext
 
     def step(self, batch: PackedBatch) -> None:
         """Trains one step as Trainer does, and keeps the gradients until the next."""

@@ -25,6 +25,7 @@ from training.config import FitConfig
 from training.evaluation.local_adapters import applied
 from training.fit import fit
 from training.methods import Lori
+from training.phase import Phase
 from training.run import Run
 from training.trainable import DenseB, MaskedB
 from training.trainer import PhaseTrainer
@@ -48,7 +49,10 @@ FIELDS: Mapping[str, object] = {
 
 def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> FitConfig:
     own = {"data": [str(rows)], "mix": [str(rows)], "model": str(tiny_model), "output": output}
-    return FitConfig.model_validate({**FIELDS, **own, **changes})
+    fields = {**FIELDS, **own, **changes}
+    if not fields["mix"]:
+        del fields["mix_fraction"]
+    return FitConfig.model_validate(fields)
 
 
 def flags_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
@@ -90,11 +94,11 @@ def test_the_second_phase_starts_from_zero_on_the_largest_entries_of_the_first(
     seen: list[str] = []
     begin = Lori.begin
 
-    def begin_and_look(self: Lori, phase: str) -> None:
+    def begin_and_look(self: Lori, phase: Phase) -> None:
         changes = [b.change.flatten() for b in self.bs() if isinstance(b, DenseB)]
         begin(self, phase)
-        seen.append(phase)
-        if phase == "LoRI-S":
+        seen.append(phase.name)
+        if phase.name == "LoRI-S":
             kept = torch.cat([torch.zeros(len(c), dtype=torch.bool) for c in changes])
             start = 0
             for b, change in zip(self.bs(), changes, strict=True):
@@ -218,15 +222,21 @@ def test_a_cut_run_resumes_to_the_same_bytes(
     assert digest(resumed) == digest(whole)
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, whole or not."""
+    return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """Kill -9 wherever it falls, three times, by the command that a person would type again."""
     changes = {"steps": 60, "held_out_fraction": 0.2, "eval_every": 3}
     whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
     command = [sys.executable, "-m", "training.fit", *flags_for(tiny_model, data, tmp_path / "cut", **changes), "--resume"]
     folder = tmp_path / "cut.checkpoint"
-    for mark in ["lori-d/checkpoint-6", "lori-d/checkpoint-33", "lori-s/checkpoint-12"]:
+    for mark in ["lori-d/6", "lori-d/33", "lori-s/12"]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while not (folder / mark).exists() and process.poll() is None:
+            phase, step = mark.split("/")
+            while process.poll() is None and newest_step(folder / phase) < int(step):
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "cut").exists()
@@ -254,7 +264,7 @@ def test_the_best_held_out_step_is_what_is_saved(
 ) -> None:
     found: dict[str, object] = {}
     monkeypatch.setattr(Run, "close", lambda self: found.update(self.outcomes))
-    changes = {"steps": 60, "lr": 1.0, "held_out": [str(data)], "eval_every": 2, "patience": 2, "mix": [], "method": "lori-d"}
+    changes = {"steps": 60, "held_out": [str(data)], "eval_every": 2, "patience": 2, "mix": [], "method": "lori-d"}
     fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1.0, **changes), "command")
     outcome = found["LoRI-D"]
     assert outcome.best_step == min(outcome.held_out, key=lambda at: at[1])[0]  # type: ignore[attr-defined]
@@ -334,6 +344,22 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
     assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command").is_dir()
 
 
+def test_a_held_out_fraction_that_leaves_nothing_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoriError, match="leaves nothing to learn: there are 30 rows"):
+        fit(config_for(tiny_model, data, tmp_path / "a", held_out_fraction=0.99), "command")
+
+
+def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--sparsity is for --method lori; --beta is for .*; --patience is for"):
+        config_for(tiny_model, data, tmp_path / "a", method="lora", sparsity=0.5, beta=1.0, patience=2)
+
+
+def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    sparse = fit(config_for(tiny_model, data, tmp_path / "s", steps=1), "")
+    with pytest.raises(LoriError, match=r"--mask-from .* keeps a part of B alone"):
+        fit(config_for(tiny_model, data, tmp_path / "a", mask_from=sparse), "")
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(LoriError, match=r"the loss of LoRI-D is (nan|inf) at step"):
         fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1e30, steps=40), "command")
@@ -358,4 +384,4 @@ def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> Non
     assert run_command("--no-such-flag").returncode == 2
     done = run_command("--data", str(bad), "--method", "lora", "--avoid", "x", *flags)
     assert done.returncode == 2
-    assert "method lora has no mask" in done.stderr
+    assert "--avoid is for --method lori" in done.stderr

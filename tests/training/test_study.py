@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from training.study.__main__ import study
+from lori.errors import LoriError
+from lori.format import load_adapter
+from training.study.__main__ import _open, study
 from training.study.claims import Found
-from training.study.config import StudyConfig, TaskConfig
-from training.study.lab import Lab
+from training.study.config import TASKS, StudyConfig, TaskConfig
 from training.study.page import write_page
 from training.study.scores import gains_kept, scores_of, shown
 
@@ -32,11 +34,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(tiny_model: Path, data: Path, output: Path, **changes: object) -> StudyConfig:
-    known = StudyConfig.model_fields["tasks"].default
     fields = {
         "data": data, "output": output, "model": str(tiny_model), "dtype": "float32", "seeds": [0, 1], "steps": 3, "rank": 4,
         "batch_tokens": 60, "num_rows": 8, "num_merge_rows": 6, "num_mixed": 3, "weights": [1.0], "swept": ["intent"],
-        "tasks": {name: known[name] for name in ("intent", "math", "safety")},
+        "tasks": {name: TASKS[name] for name in ("intent", "math", "safety")},
     }  # fmt: skip
     return StudyConfig.model_validate(fields | changes)
 
@@ -65,7 +66,7 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
     assert study(config) == found
 
 
-def test_a_sum_of_disjoint_masks_keeps_the_first_as_it_was(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_disjoint_mask_keeps_safety_as_it_was(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, data, tmp_path / "study", claims=["continual"], seeds=[0])
     [found] = study(config)["continual"]
     assert [(one.what, one.task) for one in found] == [
@@ -73,7 +74,26 @@ def test_a_sum_of_disjoint_masks_keeps_the_first_as_it_was(tiny_model: Path, dat
         for name in ("LoRA", "LoRI-D", "LoRI-S")
         for what, task in [(f"{name} before", "safety"), (name, "safety"), (name, "intent")]
     ] + [("LoRI-S, disjoint mask", "safety"), ("LoRI-S, disjoint mask", "intent")]
-    assert Lab(config, 0).adapter("safety-then-intent-disjoint", "intent").is_dir()
+    folder = config.output / "seed-0" / "adapters"
+    before, after = (load_adapter(folder / name).modules for name in ("safety-lori-s", "safety-then-intent-disjoint"))
+    for name, b in before.items():
+        assert torch.equal(after[name].dense()[b.mask], b.dense()[b.mask])
+    assert sum(b.values.numel() for b in after.values()) == 2 * sum(b.values.numel() for b in before.values())
+
+
+def test_an_output_is_of_one_set_of_options(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    _open(config_for(tiny_model, data, tmp_path / "study"))
+    _open(config_for(tiny_model, data, tmp_path / "study", seeds=[5], claims=["single"]))
+    with pytest.raises(LoriError, match="is of a study with other options"):
+        _open(config_for(tiny_model, data, tmp_path / "study", steps=9))
+
+
+def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    for changes in ({"swept": ["code"]}, {"merges": ["math+code"]}):
+        with pytest.raises(ValueError, match="there is no task code: known are intent, math, safety"):
+            config_for(tiny_model, data, tmp_path, **changes)
+    found = config_for(tiny_model, data, tmp_path).merged_tasks
+    assert found == [("intent", "math"), ("intent", "safety"), ("math", "safety"), ("intent", "math", "safety")]
 
 
 def test_scores_are_means_with_their_spread_and_gains_are_shares() -> None:
@@ -89,3 +109,5 @@ def test_scores_are_means_with_their_spread_and_gains_are_shares() -> None:
     assert scores["x", "alone", "a: loss"] == [2.0, 1.0]
     assert shown(scores["x", "alone", "a: loss"]) == "1.500 ± 0.707"
     assert gains_kept(scores, tasks) == {("x", "a+b, ties, 1.00", "a"): [0.5, 1.0]}
+    scores["x", "alone", "a: loss"][1] = 3.99  # a share of a gain of 0.01 would say nothing
+    assert gains_kept(scores, tasks) == {}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori.template import Template, encode, render_prompt
-from training.batches import Part
+from training.batches import Part, like_lengths
 from training.data import Example
 from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt
 from training.generation import Generation, end_ids, generate, until_end
@@ -21,8 +21,16 @@ from training.packing import ATTENTION, attention, pack
 DEFAULT_BATCH_TOKENS = 4096
 CACHED = 4
 """Tokens of prompts and answers that are computed together, for each that is scored."""
-Item = TypeVar("Item")
+Asked = TypeVar("Asked")
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer's text, and whether the model ended it itself."""
+
+    text: str
+    is_whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +58,20 @@ class LocalAnswerer:
     ) -> list[list[str]]:
         """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
         how = Generation(max_tokens, end_ids(self.model, self.tokenizer), temperature, tuple(stop))
-        encoded = [encode(self.tokenizer, render_prompt(self.tokenizer, p, self.template)).ids for p in prompts]
-        repeated = [ids for ids in encoded for _ in range(num_answers)]
+        texts = [answer.text for answer in self.answers([p for p in prompts for _ in range(num_answers)], how, seed)]
+        return [texts[i : i + num_answers] for i in range(0, len(texts), num_answers)]
 
-        def answers(batch: Sequence[list[int]]) -> list[str]:
+    def answers(self, prompts: Sequence[Prompt], how: Generation, seed: int = 0) -> list[Answer]:
+        """Returns an answer to each prompt."""
+        encoded = [encode(self.tokenizer, render_prompt(self.tokenizer, p, self.template)).ids for p in prompts]
+
+        def answered(batch: Sequence[list[int]]) -> list[Answer]:
             outs = generate(self.model, self.tokenizer.backend_tokenizer, batch, how)
-            return [self._text(ids, out, how) for ids, out in zip(batch, outs, strict=True)]
+            return [self._answer(ids, out, how) for ids, out in zip(batch, outs, strict=True)]
 
         with self._as_it_was(seed):
-            texts = self._by_batch(answers, repeated, [len(ids) + max_tokens for ids in repeated], CACHED * self.batch_tokens)
-        return [texts[i : i + num_answers] for i in range(0, len(texts), num_answers)]
+            lengths = [len(ids) + how.max_tokens for ids in encoded]
+            return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
 
     def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""
@@ -81,16 +93,16 @@ class LocalAnswerer:
         losses = F.cross_entropy(completion_logits(self.model, batch), batch.targets, reduction="none")
         return [LogLikelihood(-float(part.double().sum()), len(part)) for part in losses.cpu().split(counts)]
 
-    def _text(self, prompt: list[int], out: list[int], how: Generation) -> str:
-        """Returns the text of an answer up to its end. A token's text may depend on those before it, so they are read too."""
-        out, _ = until_end(out, how)
+    def _answer(self, prompt: list[int], out: list[int], how: Generation) -> Answer:
+        # A token's text may depend on those before it, so the prompt's are read too.
+        out, is_whole = until_end(out, how)
         decode = self.tokenizer.backend_tokenizer.decode_batch
         before, whole = map(str, decode([prompt, prompt + out], skip_special_tokens=True))
         text = whole[len(before) :].rstrip("\ufffd")  # what a longer answer would have made a character of
-        return text[: min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))]
+        return Answer(text[: min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))], is_whole)
 
     def _by_batch(
-        self, compute: Callable[[Sequence[Item]], list[Found]], items: Sequence[Item], lengths: Sequence[int], num_tokens: int
+        self, compute: Callable[[Sequence[Asked]], list[Found]], items: Sequence[Asked], lengths: Sequence[int], num_tokens: int
     ) -> list[Found]:
         """Returns what `compute` finds for each of `items`, `num_tokens` of like `lengths` at a time."""
         self._check_context(max(lengths, default=0))
@@ -118,12 +130,3 @@ class LocalAnswerer:
                 yield
             finally:
                 self.model.train(was_training)
-
-
-def like_lengths(lengths: Sequence[int], num_tokens: int) -> Iterator[list[int]]:
-    """Yields places in `lengths`, longest first, so many that, each padded to the longest, they have `num_tokens` at most."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    while order:
-        count = max(1, num_tokens // lengths[order[0]])
-        yield order[:count]
-        order = order[count:]

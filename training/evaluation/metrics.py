@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from lori.template import render_completion
-from training.data import Row, read_rows
+from training.data import Row, Source, read_rows
 from training.evaluation.answerer import Answerer
 from training.evaluation.figures import Figures, mean, mean_of_groups, pass_at, ratio
 from training.evaluation.reading import is_refusal, number_in
@@ -120,7 +120,7 @@ METRICS: Mapping[MetricName, Metric] = {
 }
 
 
-def read_measured(source: str, name: MetricName, num_rows: int = 0, seed: int = 0) -> list[Row]:
+def read_measured(source: str | Source, name: MetricName, num_rows: int = 0, seed: int = 0) -> list[Row]:
     """Reads the rows that a metric is measured on: `num_rows` of them, drawn by `seed`, or all where that is 0.
 
     Raises `DataError` with the number of every line that lacks what the metric needs.

@@ -4,17 +4,35 @@ import logging
 import sys
 from collections.abc import Mapping
 
+from lori.durable import replace_file
 from lori.errors import LoriError
+from training.base import load_base
 from training.study.claims import CLAIMS, Found
 from training.study.config import Claim, StudyConfig
 from training.study.lab import Lab
 from training.study.page import write_page
 
 
+class StudyError(LoriError):
+    """A study cannot go on."""
+
+
 def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
     """Trains and measures what is not there yet; returns what each claim found, by seed. Raises `LoriError`."""
-    labs = [Lab(config, seed) for seed in config.seeds]
+    _open(config)
+    base = load_base(config.model, config.dtype, config.threads)
+    labs = [Lab(config, base, seed) for seed in config.seeds]
     return {claim: [list(CLAIMS[claim](lab)) for lab in labs] for claim in config.claims}
+
+
+def _open(config: StudyConfig) -> None:
+    """Writes down the options of a new output; raises `StudyError` where what is there was made with others."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    file = config.output / "options.json"
+    if not file.is_file():
+        replace_file(file, config.identity.encode())
+    elif file.read_text() != config.identity:
+        raise StudyError(f"{config.output} is of a study with other options, see {file}: name another --output")
 
 
 def main() -> int:

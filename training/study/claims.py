@@ -12,17 +12,12 @@ from pathlib import Path
 from lori.mask import GRANULARITIES
 from lori.merge_options import MergeOptions
 from training.evaluation.figures import Figures
-from training.study.config import Claim
+from training.study.config import SAFETY, Claim
 from training.study.lab import Lab
 
 SPARSITIES = (0.0, 0.5, 0.8, 0.9, 0.95, 0.99)
-SUBSETS = (
-    ("math", "safety"), ("intent", "safety"), ("intent", "math"),
-    ("intent", "math", "safety"), ("intent", "math", "nlu"),
-    ("intent", "math", "nlu", "safety"),
-)  # fmt: skip
 METHODS = (MergeOptions("ties"), MergeOptions("dare_linear"), MergeOptions("dare_ties"), MergeOptions("magnitude"))
-BASE, ALONE, SAFETY = "base", "alone", "safety"
+BASE, ALONE = "base", "alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,28 +37,31 @@ def lora(lab: Lab, task: str) -> Path:
 
 def lori_d(lab: Lab, task: str) -> Path:
     """Returns LoRI-D's, its values as they were trained, since masks are drawn from them."""
-    return lab.adapter(f"{task}-lori-d", task, method="lori-d", values="float32")
+    return lab.adapter(f"{task}-lori-d", task, method="lori-d", values="float32", calibration_lr=lab.config.calibration_lr)
 
 
 def lori_s(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's, on the mask of LoRI-D's."""
-    return lab.adapter(f"{task}-lori-s", task, mask_from=lori_d(lab, task))
+    return lab.adapter(f"{task}-lori-s", task, mask_from=lori_d(lab, task), lr=lab.config.lr)
 
 
 def lori_all_in(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's whose mask and training together had the steps of one phase."""
     calibration = lab.config.steps // 3
-    return lab.adapter(f"{task}-lori-all-in", task, calibration_steps=calibration, steps=lab.config.steps - calibration)
+    length = {"calibration_steps": calibration, "steps": lab.config.steps - calibration}
+    return lab.adapter(f"{task}-lori-all-in", task, **length, **lab.rates)
 
 
 def lori_own(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's on a basis of the task's own, as the paper draws them."""
-    return lab.adapter(f"{task}-lori-own", task, stream=1 + list(lab.config.tasks).index(task))
+    return lab.adapter(f"{task}-lori-own", task, stream=1 + list(lab.config.tasks).index(task), **lab.rates)
 
 
 def lori_mixed(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's that is held to the base's own answers on the other tasks' prompts."""
-    return lab.adapter(f"{task}-lori-mixed", task, mix=lab.mixed(other for other in lab.config.tasks if other != task))
+    return lab.adapter(
+        f"{task}-lori-mixed", task, mix=lab.mixed(other for other in lab.config.tasks if other != task), **lab.rates
+    )
 
 
 SINGLE: Mapping[str, Callable[[Lab, str], Path]] = {
@@ -89,9 +87,7 @@ def merges(lab: Lab) -> Iterator[Found]:
         yield Found(BASE, ALONE, task, lab.measured("base", task, [], num_rows=lab.config.num_merge_rows))
         for what, train in MERGED.items():
             yield from _merged(lab, what, [task], [train(lab, task)], 1.0, MergeOptions())
-    for tasks in SUBSETS:
-        if not set(tasks) <= set(lab.config.tasks):
-            continue
+    for tasks in lab.config.merged_tasks:
         for what, train in MERGED.items():
             folders = [train(lab, task) for task in tasks]
             for weight in sorted({1 / len(tasks), *lab.config.weights}):
@@ -104,7 +100,7 @@ def merges(lab: Lab) -> Iterator[Found]:
 def _merged(
     lab: Lab, what: str, tasks: Sequence[str], folders: Sequence[Path], weight: float, options: MergeOptions
 ) -> Iterator[Found]:
-    name = f"{'+'.join(folder.name for folder in folders)}.{options.method}.{weight:.2f}"
+    name = f"{'+'.join(folder.name for folder in folders)}.{options.method}.{weight!r}"
     setting = f"{'+'.join(tasks)}, {options.method}, {weight:.2f}" if len(tasks) > 1 else ALONE
     for task in tasks:
         figures = lab.measured(name, task, folders, [weight] * len(folders), options, lab.config.num_merge_rows)
@@ -119,9 +115,9 @@ def continual(lab: Lab) -> Iterator[Found]:
         if what == "LoRA":
             options |= {"method": "lora", "lr": lab.config.lora_lr}
         elif what == "LoRI-D":
-            options |= {"method": "lori-d"}
+            options |= {"method": "lori-d", "calibration_lr": lab.config.calibration_lr}
         else:
-            options |= {"mask_from": lori_d(lab, task)}
+            options |= {"mask_from": lori_d(lab, task), "lr": lab.config.lr}
         folders = {what: lab.adapter(f"{SAFETY}-then-{task}-{what.lower()}", task, **options)}
         if what == "LoRI-S":
             disjoint = lab.adapter(f"{SAFETY}-then-{task}-disjoint", task, **options, avoid=[start])
@@ -137,7 +133,9 @@ def sparsity(lab: Lab) -> Iterator[Found]:
     for task, share in itertools.product(lab.config.swept, SPARSITIES):
         folder = lori_s(lab, task)
         if share != 0.9:
-            folder = lab.adapter(f"{task}-sparsity-{share:g}", task, mask_from=lori_d(lab, task), sparsity=share)
+            folder = lab.adapter(
+                f"{task}-sparsity-{share:g}", task, mask_from=lori_d(lab, task), sparsity=share, lr=lab.config.lr
+            )
         yield Found("LoRI-S", f"{share:g}", task, lab.measured(folder.name, task, [folder]))
 
 
@@ -146,7 +144,7 @@ def granularity(lab: Lab) -> Iterator[Found]:
     for task, group in itertools.product(lab.config.swept, GRANULARITIES):
         folder = lori_s(lab, task)
         if group != "model":
-            folder = lab.adapter(f"{task}-by-{group}", task, mask_from=lori_d(lab, task), granularity=group)
+            folder = lab.adapter(f"{task}-by-{group}", task, mask_from=lori_d(lab, task), granularity=group, lr=lab.config.lr)
         yield Found("LoRI-S", group, task, lab.measured(folder.name, task, [folder]))
 
 

@@ -1,9 +1,10 @@
 """Everything that `python -m training.study` can be told, each default written once."""
 
+import itertools
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.command_line import CommandLine
 from training.data import Source
@@ -19,8 +20,8 @@ class TaskConfig(BaseModel):
 
     train: list[Source]
     """What is learnt."""
-    test: str
-    """A JSONL file to measure on."""
+    test: Source
+    """What is measured on."""
     metric: MetricName
     """See `python -m training.evaluate`."""
     figure: str
@@ -31,11 +32,12 @@ class TaskConfig(BaseModel):
     """The lower the better."""
 
 
-def _task(name: str, metric: MetricName, figure: str, *, beside: str | None = None, is_loss: bool = False) -> TaskConfig:
-    train = [Source(path=f"{name}/train.jsonl")]
-    return TaskConfig(train=train, test=f"{name}/test.jsonl", metric=metric, figure=figure, beside=beside, is_loss=is_loss)
+def _task(name: str, metric: MetricName, figure: str, **more: Any) -> TaskConfig:
+    train, test = [Source(path=f"{name}/train.jsonl")], Source(path=f"{name}/test.jsonl")
+    return TaskConfig(train=train, test=test, metric=metric, figure=figure, **more)
 
 
+SAFETY = "safety"
 TASKS = {
     "intent": _task("intent", "exact", "exact_match"),
     "math": _task("math", "loss", "loss", is_loss=True),
@@ -56,8 +58,10 @@ class StudyConfig(CommandLine):
     claims: list[Claim] = Field(default=["single", "merges", "continual", "sparsity", "granularity"])
     """single: base, LoRA, LoRI-D and LoRI-S alone. merges: of several adapters. continual: safety, then a task. sparsity and
     granularity: of the mask."""
-    tasks: dict[str, TaskConfig] = Field(default=TASKS)
+    tasks: dict[str, TaskConfig] = Field(default_factory=lambda: dict(TASKS))
     """By name. One called safety is what continual learning begins with."""
+    merges: list[str] = Field(default=[])
+    """Sets of tasks to merge, such as math+safety; all sets of two or more where none is named."""
     swept: list[str] = Field(default=["intent", "math"])
     """The tasks of the claims continual, sparsity and granularity."""
     seeds: list[int] = Field(default=[0, 1, 2])
@@ -80,7 +84,7 @@ class StudyConfig(CommandLine):
     """LoRI-S's peak learning rate."""
     calibration_lr: float = Field(default=5e-3, gt=0)
     """LoRI-D's."""
-    lora_lr: float = Field(default=1e-3, gt=0)
+    lora_lr: float = Field(default=2e-3, gt=0)
     """LoRA's."""
     num_rows: int = Field(default=300, ge=1)
     """Rows of each task that single adapters are measured on, drawn once."""
@@ -90,6 +94,26 @@ class StudyConfig(CommandLine):
     """The weights of merges, the same for each adapter; 1/n is always among them."""
     num_mixed: int = Field(default=150, ge=1)
     """Prompts of each other task that the base answers itself, to be mixed in."""
+
+    @model_validator(mode="after")
+    def _tasks_are_known(self) -> "StudyConfig":
+        asked = [*(name for tasks in self.merged_tasks for name in tasks), *self.swept]
+        asked += [SAFETY] if "continual" in self.claims else []
+        if unknown := sorted(set(asked) - set(self.tasks)):
+            raise ValueError(f"there is no task {', '.join(unknown)}: known are {', '.join(self.tasks)}")
+        return self
+
+    @property
+    def merged_tasks(self) -> list[tuple[str, ...]]:
+        """The sets of tasks to merge."""
+        if self.merges:
+            return [tuple(tasks.split("+")) for tasks in self.merges]
+        return [tasks for size in range(2, len(self.tasks) + 1) for tasks in itertools.combinations(self.tasks, size)]
+
+    @property
+    def identity(self) -> str:
+        """What all that is in one output must have in common."""
+        return self.model_dump_json(exclude={"recipe", "output", "claims", "merges", "swept", "seeds", "weights", "threads"})
 
     @property
     def alpha(self) -> int:

@@ -6,17 +6,14 @@ Everything is written down in the output's folder, one file a measurement, so th
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.base_model import BaseModel
 from lori.durable import replace_file
 from lori.format import load_adapter
 from lori.merge_options import DEFAULTS, MergeOptions
-from training.answer import AnswerConfig, answers, chosen_rows
+from training.answer import AnswerConfig, write_answers
 from training.config import FitConfig
 from training.data import Row, Source
 from training.evaluation.figures import Figures
@@ -32,16 +29,14 @@ logger = logging.getLogger(__name__)
 class Lab:
     """One seed's adapters and measurements."""
 
-    def __init__(self, config: StudyConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: StudyConfig, base: BaseModel, seed: int) -> None:
+        self.config, self.base, self.seed = config, base, seed
         self.folder = config.output / f"seed-{seed}"
-        if config.threads:
-            torch.set_num_threads(config.threads)
 
-    @cached_property
-    def base(self) -> BaseModel:
-        """The base that is measured on, alone or with adapters applied."""
-        return load_base_model(self.config.model, resolve_dtype(self.config.dtype))
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates of both phases of LoRI."""
+        return {"lr": self.config.lr, "calibration_lr": self.config.calibration_lr}
 
     def adapter(self, name: str, task: str, **options: Any) -> Path:
         """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there."""
@@ -52,11 +47,11 @@ class Lab:
         shared = {
             "output": folder, "data": self._train(task), "on_bad": "skip", "model": config.model, "dtype": config.dtype,
             "template": ["plain"], "rank": config.rank, "alpha": config.alpha, "steps": config.steps, "seed": self.seed,
-            "batch_tokens": config.batch_tokens, "max_length": config.max_length, "lr": config.lr,
-            "calibration_lr": config.calibration_lr, "resume": True, "save_every": 10**6,
+            "batch_tokens": config.batch_tokens, "max_length": config.max_length,
+            "resume": (folder.parent / f"{name}.checkpoint").is_dir(), "threads": config.threads,
         }  # fmt: skip
         logger.info("seed %d: training %s", self.seed, name)
-        return fit(FitConfig.model_validate(shared | options), f"python -m training.study: {name}")
+        return fit(FitConfig.model_validate(shared | options), f"# {name} of python -m training.study, seed {self.seed}")
 
     def measured(
         self,
@@ -87,10 +82,10 @@ class Lab:
 
     def _rows(self, task: str, num_rows: int) -> list[Row]:
         chosen = self.config.tasks[task]
-        return read_measured(str(self.config.data / chosen.test), chosen.metric, num_rows)
+        return read_measured(self._placed(chosen.test), chosen.metric, num_rows)
 
     def _train(self, task: str) -> list[Source]:
-        """Returns the task's sources. Rows that have no completion are answered by the base itself."""
+        """Returns the task's sources. Rows of refusals that have no completion are answered by the base itself."""
         found = [self._placed(source) for source in self.config.tasks[task].train]
         return [*found, Source(path=str(self._answered(task, 0)))] if self.config.tasks[task].metric == "refusal" else found
 
@@ -102,12 +97,10 @@ class Lab:
         """Returns a file of the base's own answers: to `num_rows` of the task's prompts, or to those without a completion."""
         file = self.folder / "answers" / f"{task}-{num_rows or 'unanswered'}.jsonl"
         if not file.is_file():
+            sources = [self._placed(source) for source in self.config.tasks[task].train]
             asked = AnswerConfig(
-                data=[self._placed(source) for source in self.config.tasks[task].train], output=file, template="plain", only_unanswered=not num_rows, num_rows=num_rows,
+                data=sources, output=file, template="plain", only_unanswered=not num_rows, num_rows=num_rows,
                 max_tokens=24 if num_rows else 40, seed=self.seed,
             )  # fmt: skip
-            torch.manual_seed(self.seed)
-            rows = [json.dumps(row) for row in answers(self.base, chosen_rows(asked), asked)]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, ("\n".join(rows) + "\n").encode())
+            write_answers(self.base, asked)
         return file

@@ -12,7 +12,7 @@ from lori.plots import save_figure
 from training.study.claims import Found
 from training.study.config import Claim, StudyConfig, TaskConfig
 from training.study.plots import plot_bars, plot_gains, plot_lines
-from training.study.scores import Scores, gains_kept, ordered, scores_of, shown
+from training.study.scores import LEAST_GAIN, Scores, columns_of, gains_kept, scores_of, shown
 
 TITLES: Mapping[Claim, str] = {
     "single": "Each task alone, at the same tokens in each phase",
@@ -25,11 +25,14 @@ TITLES: Mapping[Claim, str] = {
 
 def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Found]]]) -> Path:
     """Writes study.md, its plots, and all figures in study.json into the output, and returns the first."""
-    parts = [f"# {len(config.seeds)} seeds, {config.steps} steps of {config.batch_tokens} tokens a phase: mean ± spread"]
+    parts = ["# Mean ± spread (standard deviation) over the seeds", _setting(config)]
     for claim, seeds in found.items():
         scores = scores_of(seeds, config.tasks)
-        save_figure(draw(claim, scores, config.tasks), config.output / f"{claim}.png")
-        parts += [f"## {TITLES[claim]}", f"![{claim}]({claim}.png)", *tables(claim, scores, config.tasks)]
+        parts.append(f"## {TITLES[claim]}")
+        if figure := draw(claim, scores, config.tasks):
+            save_figure(figure, config.output / f"{claim}.png")
+            parts.append(f"![{claim}]({claim}.png)")
+        parts += tables(claim, scores, config.tasks)
     page = config.output / "study.md"
     replace_file(page, ("\n\n".join(parts) + "\n").encode())
     told = {claim: [[asdict(one) for one in seed] for seed in seeds] for claim, seeds in found.items()}
@@ -37,11 +40,21 @@ def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Foun
     return page
 
 
-def draw(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> Figure:
-    """Returns the picture of a claim."""
+def _setting(config: StudyConfig) -> str:
+    return (
+        f"Seeds {', '.join(map(str, config.seeds))}; {config.model or 'the embedded model'}, {config.dtype}; rank {config.rank}, "
+        f"alpha {config.alpha}; {config.steps} steps of {config.batch_tokens} tokens a phase, so LoRI-S has had LoRI-D's, too, "
+        f"but where its mask is within the budget; learning rates {config.lora_lr:g} (LoRA), {config.calibration_lr:g} (LoRI-D), "
+        f"{config.lr:g} (LoRI-S); measured on {config.num_rows} rows of each task, merges on {config.num_merge_rows}."
+    )
+
+
+def draw(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> Figure | None:
+    """Returns the picture of a claim, where there is something to be drawn."""
     if claim == "merges":
-        return plot_gains(gains_kept(scores, tasks))
-    columns = ordered(scores)[2]
+        kept = gains_kept(scores, tasks)
+        return plot_gains(kept) if kept else None
+    columns = columns_of(scores)
     return plot_lines(scores, columns, "left out") if claim == "sparsity" else plot_bars(scores, columns)
 
 
@@ -49,13 +62,17 @@ def tables(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> lis
     """Returns a claim's tables; of merges, what is kept of the gains stands before the scores."""
     if claim != "merges":
         return [table(scores)]
-    kept = "The share of an adapter's gain over the base that is kept in the merge (1: all of it, 0: as the base):"
-    return [kept, table(gains_kept(scores, tasks)), "The scores themselves:", table(scores)]
+    kept = gains_kept(scores, tasks)
+    said = (
+        "The share of an adapter's gain over the base that is kept in the merge (1: all of it, 0: as the base), where it gained "
+    )
+    shares = [f"{said}{LEAST_GAIN} or more alone, with each seed:", table(kept)] if kept else []
+    return [*shares, "The scores themselves:", table(scores)]
 
 
 def table(scores: Scores) -> str:
     """Returns a Markdown table: a row for what and setting, a column for each figure."""
-    columns = ordered(scores)[2]
+    columns = columns_of(scores)
     lines = [f"| | | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for what, setting in dict.fromkeys((what, setting) for what, setting, _ in scores):
         cells = [shown(scores.get((what, setting, column), ())) for column in columns]

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lori.plots import FONT_SIZE, new_figure
-from training.study.scores import Scores, ordered, spread
+from training.study.scores import Scores, spread, whats_of
 
 WIDTH, HEIGHT = 3.0, 2.8
 """Of one set of axes, in inches."""
@@ -33,7 +33,7 @@ def plot_lines(scores: Scores, columns: Sequence[str], xlabel: str) -> Figure:
     """Returns a line over the settings, which are numbers, for each what; a set of axes for each of `columns`."""
     figure = new_figure(WIDTH * len(columns), HEIGHT)
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        for what in ordered(scores)[0]:
+        for what in whats_of(scores):
             points = [(float(setting), values) for (w, setting, c), values in scores.items() if (w, c) == (what, column)]
             _line(axes, points, what)
         axes.set_xlabel(xlabel)
@@ -42,7 +42,11 @@ def plot_lines(scores: Scores, columns: Sequence[str], xlabel: str) -> Figure:
 
 
 def plot_gains(kept: Scores) -> Figure:
-    """Returns, for each set of merged tasks, the mean share of their gains that is kept, by weight; other methods as marks."""
+    """Returns, for each set of merged tasks, the mean share of their gains that is kept, by weight; other methods as marks.
+
+    Tasks whose adapters gained nothing alone are not in the mean, and what lies below -0.6 or above 1.15 is not seen. `kept` must
+    not be empty.
+    """
     sets = list(dict.fromkeys(setting.split(", ")[0] for _, setting, _ in kept))
     num_columns = min(3, len(sets))
     num_rows = -(-len(sets) // num_columns)

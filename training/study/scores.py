@@ -12,6 +12,10 @@ Scores = dict[Key, list[float]]
 """One score of each seed."""
 
 
+LEAST_GAIN = 0.02
+"""In a task's own figure: two rows of a hundred, or 0.02 nats."""
+
+
 def column_of(task: str, figure: str) -> str:
     """Returns what a task's figure is called."""
     return f"{task}: {figure.replace('_', ' ').replace('/', ' ')}"
@@ -30,17 +34,20 @@ def scores_of(seeds: Sequence[Sequence[Found]], tasks: Mapping[str, TaskConfig])
 def gains_kept(scores: Scores, tasks: Mapping[str, TaskConfig]) -> Scores:
     """Returns, for each merge and task, (merged - base) / (alone - base): the share of what an adapter gained alone.
 
-    Tasks whose adapter gained nothing alone are left out.
+    An adapter that gained less than `LEAST_GAIN` alone, with any seed, is left out: a share of about nothing says nothing.
     """
-    columns = {column_of(name, task.figure) for name, task in tasks.items()}
     kept: Scores = {}
-    for (what, setting, column), merged in scores.items():
-        if setting == ALONE or column not in columns:
-            continue
-        base, alone = scores[BASE, ALONE, column], scores[what, ALONE, column]
-        shares = [(m - b) / (a - b) for m, a, b in zip(merged, alone, base, strict=True) if a != b]
-        if shares:
-            kept[what, setting, column.partition(":")[0]] = shares
+    for name, task in tasks.items():
+        column = column_of(name, task.figure)
+        sign = -1.0 if task.is_loss else 1.0
+        for (what, setting, found), merged in scores.items():
+            if setting == ALONE or found != column:
+                continue
+            base, alone = scores[BASE, ALONE, column], scores[what, ALONE, column]
+            gains = [sign * (a - b) for a, b in zip(alone, base, strict=True)]
+            if min(gains) >= LEAST_GAIN:
+                shares = zip(merged, base, gains, strict=True)
+                kept[what, setting, name] = [sign * (m - b) / gain for m, b, gain in shares]
     return kept
 
 
@@ -56,7 +63,11 @@ def shown(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}" + (f" ± {spread(values):.3f}" if len(values) > 1 else "")
 
 
-def ordered(scores: Scores) -> tuple[list[str], list[str], list[str]]:
-    """Returns the whats, settings and columns of `scores` as they came."""
-    whats, settings, columns = (list(dict.fromkeys(key[i] for key in scores)) for i in range(3))
-    return whats, settings, columns
+def whats_of(scores: Scores) -> list[str]:
+    """Returns what was measured, in order."""
+    return list(dict.fromkeys(what for what, _, _ in scores))
+
+
+def columns_of(scores: Scores) -> list[str]:
+    """Returns the columns of `scores`, in order."""
+    return list(dict.fromkeys(column for _, _, column in scores))

@@ -10,8 +10,9 @@ from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
 from lori.template import Message
 from tests.server.live import start
+from training.batches import like_lengths
 from training.evaluation.answerer import Answerer, AnswerError
-from training.evaluation.local_answerer import LocalAnswerer, like_lengths
+from training.evaluation.local_answerer import LocalAnswerer
 from training.evaluation.server_answerer import ServerAnswerer
 from training.packing import ATTENTION
 from training.trainable import wrap
