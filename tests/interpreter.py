@@ -1,4 +1,7 @@
-"""Triton's interpreter, mended where it does not do as a device does."""
+"""Triton's interpreter, mended where it does not do as a device does, and fewer cases for it, since it is slow."""
+
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -6,6 +9,17 @@ import pytest
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+A, B, C = TypeVar("A"), TypeVar("B"), TypeVar("C")
+
+
+def in_turn(first: Sequence[A], second: Sequence[B], third: Sequence[C]) -> list[tuple[A, B, C]]:
+    """Returns every pair of the first two; those of `third` take turns, so that each meets each of both.
+
+    For that the first two must be as many as the third, at least.
+    """
+    assert len(third) <= min(len(first), len(second))
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:
