@@ -100,6 +100,7 @@ def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q: {i}?\nA:", "completion": " forty-two"} for i in range(4)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fit[fit.index("--steps") + 1] = "2"
+    fit += ["--batch-tokens", "100"]  # four rows fill no more, but are repeated
     done = subprocess.run(fit, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("saved adapters/my\n")

@@ -16,7 +16,7 @@ import torch
 from lori.kernels import Operands, Route, Term, cpu, native, reference
 from lori.kernels.cpu import add_delta, packed_tokens
 from lori.kernels.route import LONG
-from tests.lori.instruction_sets import FLAGS
+from tests.lori.instruction_sets import FLAGS, SANITIZE
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 
 ROOT = Path(__file__).parents[2]
@@ -228,7 +228,6 @@ def test_an_empty_module_is_never_unpacked() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, instruction_set: str) -> None:
-    sanitize = "-O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all"
     files = [
         str(SOURCES / f"expand_{instruction_set}.cpp"),
         *(str(SOURCES / name) for name in ("pack.cpp", "rice.cpp", "adapter_file.cpp")),
@@ -236,7 +235,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, i
     ]
     defines = [f"-DCHOOSE=choose_{instruction_set}", f"-I{SOURCES}"]
     program = tmp_path / "sanitize"
-    flags = [*sanitize.split(), *FLAGS[instruction_set].split(), *defines]
+    flags = [*SANITIZE.split(), *FLAGS[instruction_set].split(), *defines]
     subprocess.run(["g++", *flags, *files, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from lori.kernels import Operands, Route, Term, add_delta, default_kernel, gpu
 from lori.kernels.layout import Layout
 from tests.bench.bgmv import bgmv
-from tests.interpreter import mend
+from tests.interpreter import in_turn, mend
 from tests.lori.operands import POPULARITY, Case, assert_close, by_hand, make_case, put, random_b
 
 HAS_GPU = torch.cuda.is_available()
@@ -65,13 +65,15 @@ def check(case: Case, dense_tokens: int | None) -> None:
     case.assert_nothing_else_is_written()
 
 
-@pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
+KERNELS = [*product(DTYPES, FORMS)]
+CASES = product(SIZES, POPULARITY, KERNELS) if HAS_GPU else in_turn(SIZES, [*POPULARITY], KERNELS)
+
+
+@pytest.mark.parametrize(("sizes", "popularity", "dtype", "form"), [(*case, *kernel) for *case, kernel in CASES])
 def test_the_kernel_adds_what_the_sum_in_fp64_adds(
-    sizes: tuple[int, int, int, int, int], dtype: torch.dtype, popularity: str, dense_tokens: int, device: str
+    sizes: tuple[int, int, int, int, int], popularity: str, dtype: torch.dtype, form: str, device: str
 ) -> None:
-    check(make_case(sizes, dtype, popularity, NUM_TERMS.get(popularity, 2), device), dense_tokens)
+    check(make_case(sizes, dtype, popularity, NUM_TERMS.get(popularity, 2), device), FORMS[form])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lori.kernels import native
-from tests.lori.instruction_sets import FLAGS
+from tests.lori.instruction_sets import FLAGS, SANITIZE
 
 SOURCES = Path(native.__file__).parent / "native"
 
@@ -16,8 +16,7 @@ SOURCES = Path(native.__file__).parent / "native"
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_products_and_layers_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
     files = [SOURCES / f"layers_{instruction_set}.cpp", Path(__file__).parent / "sanitize_layers.cpp"]
-    flags = f"-O1 -g -std=c++17 -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=all -I{SOURCES}"
-    flags += f" {FLAGS[instruction_set]} -DLAYERS=layers_{instruction_set}"
+    flags = f"{SANITIZE} -Wno-psabi -I{SOURCES} {FLAGS[instruction_set]} -DLAYERS=layers_{instruction_set}"
     if (SOURCES / f"product_{instruction_set}.cpp").exists():
         files += [SOURCES / "product.cpp", SOURCES / f"product_{instruction_set}.cpp"]
         flags += f" -DMULTIPLY=multiply_{instruction_set}"

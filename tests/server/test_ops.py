@@ -8,7 +8,7 @@ Shapes: T tokens of a step, L keys, H heads, G key-value heads, E head size, D w
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from server.engine.model.gpu_ops import GpuOps
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.spans import Span
 from server.engine.model.torch_ops import TorchOps
-from tests.interpreter import mend
+from tests.interpreter import in_turn, mend
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
@@ -56,6 +56,13 @@ HEADS = Heads(num_heads=4, num_kv_heads=2, head_size=32, scale=32**-0.5)
 needs_native = pytest.mark.skipif(not NATIVE, reason="the module is missing")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def each_case(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Every pair of two axes, called `names`, in each dtype by each implementation; in Triton's interpreter dtypes take turns."""
+    all_cases = [(*case, of) for of in ("torch", *NATIVE) for case in product(*axes, DTYPES)]
+    few = [pytest.param(*case, "triton", marks=INTERPRETED) for case in in_turn(*axes, DTYPES)]
+    return pytest.mark.parametrize(f"{names},dtype,implementation", [*all_cases, *few])
 
 
 @pytest.fixture(autouse=True)
@@ -318,11 +325,12 @@ def heads_of(num_heads: int, num_kv_heads: int, head_size: int, **changes: Any) 
 
 # --- attention
 
+CHUNKS: tuple[tuple[int, ...], ...] = (
+    (15, 1, 1, 15, 17), (16, 16, 1), (1, 1, 1, 30), (47, 2, 48), (33, 30, 33), (1,) * 18,
+)  # fmt: skip
 
-@each_implementation
-@each_dtype
-@pytest.mark.parametrize("head_size", [16, 48, 64, 80, 96, 128, 256, 512])
-@pytest.mark.parametrize("group", [1, 3, 7, 8, 16])
+
+@each_case("group,head_size", [1, 3, 7, 8, 16], [16, 48, 64, 80, 96, 128, 256, 512])
 def test_heads_of_every_size_and_number(group: int, head_size: int, dtype: torch.dtype, implementation: str) -> None:
     rig = Rig.of(implementation, heads_of(2 * group, 2, head_size), dtype)
     rig.check(("a", 21))
@@ -340,10 +348,7 @@ def test_one_head_of_keys_for_all(num_heads: int, dtype: torch.dtype, implementa
     rig.check(("a", 1))
 
 
-@each_implementation
-@each_dtype
-@pytest.mark.parametrize("window", [1, 2, 8, 15, 16, 17, 33, 1000])
-@pytest.mark.parametrize("group", [1, 3, 16])
+@each_case("group,window", [1, 3, 16], [1, 2, 8, 15, 16, 17, 33, 1000])
 def test_a_window(group: int, window: int, dtype: torch.dtype, implementation: str) -> None:
     rig = Rig.of(implementation, heads_of(group, 1, 32, window=window), dtype)
     rig.check(("a", 7))
@@ -388,10 +393,7 @@ def test_queries_and_keys_are_normalised(which: str, dtype: torch.dtype, impleme
     rig.check(("a", 1), ("b", 1))
 
 
-@each_implementation
-@each_dtype
-@pytest.mark.parametrize("block_size", [16, 32, 48])
-@pytest.mark.parametrize("chunks", [(15, 1, 1, 15, 17), (16, 16, 1), (1, 1, 1, 30), (47, 2, 48), (33, 30, 33), (1,) * 18])
+@each_case("chunks,block_size", CHUNKS, [16, 32, 48])
 def test_chunk_after_chunk_over_the_borders_of_blocks(
     chunks: Sequence[int], block_size: int, dtype: torch.dtype, implementation: str
 ) -> None:
@@ -477,14 +479,11 @@ STEPS: tuple[tuple[Work, ...], ...] = (
 )  # fmt: skip
 
 
-@each_implementation
-@each_dtype
-@pytest.mark.parametrize("window", [0, 7])
-@pytest.mark.parametrize("block_size", [16, 48])
-@pytest.mark.parametrize("poison", POISON)
+@each_case("poison,layout", POISON, [(16, 0), (16, 7), (48, 7), (48, 0)])
 def test_what_memory_held_before_changes_no_bit(
-    poison: float, block_size: int, window: int, dtype: torch.dtype, implementation: str
+    poison: float, layout: tuple[int, int], dtype: torch.dtype, implementation: str
 ) -> None:
+    block_size, window = layout
     heads = heads_of(6, 2, 32, window=window)
     clean, poisoned = (Rig.of(implementation, heads, dtype, block_size, poison=value) for value in (0.0, poison))
     for work in STEPS:
