@@ -18,6 +18,15 @@ from tests.tiny import save_tiny_model
 torch.set_num_threads(1)
 
 
+FIRST = ("test_demo_adapters.py", "test_readme.py")
+"""Files that run for minutes on what they have loaded and measured once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts `FIRST` first: of processes that share the tests, one that has ended takes over the last of another's."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random Llama with a byte-level tokenizer."""
