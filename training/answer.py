@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lori.base_model import BaseModel
 from lori.durable import replace_file
-from lori.errors import LoriError
 from lori.template import Template
 from training.base import load_base
 from training.command_line import CommandLine
 from training.data import Row, Source, read_rows
+from training.ending import ended
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
 from training.generation import Generation, end_ids
 
@@ -54,6 +54,12 @@ class AnswerConfig(CommandLine):
     """Weights and products: auto, bfloat16 or float32."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
+
+    @model_validator(mode="after")
+    def _keeps_data(self) -> "AnswerConfig":
+        if any(Path(source.path).resolve() == self.output.resolve() for source in self.data):
+            raise ValueError("--output is among --data, whose answers would be lost")
+        return self
 
 
 def chosen_rows(config: AnswerConfig) -> list[Row]:
@@ -94,14 +100,13 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+
+    def program() -> str:
         chosen_rows(config)  # what is wrong with them is said before the model is loaded
         num_answers = write_answers(load_base(config.model, config.dtype, config.threads), config)
-    except LoriError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {num_answers} answers to {config.output}")
-    return 0
+        return f"wrote {num_answers} answers to {config.output}"
+
+    return ended(program)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: in
         per_device_train_batch_size=1,
         learning_rate=lr,
         lr_scheduler_type="cosine" if config.schedule == "cosine" else "constant_with_warmup",
-        warmup_steps=config.warmup,
+        warmup_steps=min(round(config.warmup * num_steps), num_steps - 1),  # the first of them has the rate 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch",

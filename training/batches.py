@@ -81,8 +81,11 @@ def split(step: Step, num_parts: int) -> list[Part]:
     A part that would be empty has one item of no weight, since each process must have something to compute.
     """
     parts: list[list[Item]] = [[] for _ in range(num_parts)]
+    lengths = [0] * num_parts
     for item in sorted(step, key=len, reverse=True):
-        min(parts, key=lambda part: sum(map(len, part))).append(item)
+        least = lengths.index(min(lengths))
+        parts[least].append(item)
+        lengths[least] += len(item)
     shortest, asks_base = min(step, key=len), any(example.keeps_base for item in step for example in item.examples)
     return [Part(tuple(part or [shortest]), 1 / len(step) if part else 0.0, asks_base) for part in parts]
 

@@ -1,5 +1,6 @@
 """Which checkpoints of a phase are whole: what a kill cuts off is never taken for one."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,11 +11,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lori.durable import sync_folder, write_file
 from training.processes import processes
 
+logger = logging.getLogger(__name__)
+
 # Where it cannot trust a file system's times it sorts checkpoints by their numbers, which is what we want, and warns of it.
 logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
 
-WHOLE = "whole"
-"""An empty file that is written last in a checkpoint's folder."""
+WHOLE = "whole.json"
+"""Written last in a checkpoint's folder: the sizes of its files, in bytes, by name."""
 
 
 class MarkWhole(TrainerCallback):
@@ -26,14 +29,28 @@ class MarkWhole(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        for file in folder.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        write_file(folder / WHOLE, b"")
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+        for name in sizes:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        write_file(folder / WHOLE, json.dumps(sizes).encode())
         sync_folder(folder)
 
 
 def last_whole(folder: Path) -> Path | None:
-    """Returns the newest whole checkpoint of a phase's folder, or None."""
-    found = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")}
-    return found[max(found)] if found else None
+    """Returns the newest whole checkpoint of a phase's folder, or None. Says which are not whole any more."""
+    marked = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")]
+    for checkpoint in sorted(marked, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if not (damaged := _damaged(checkpoint)):
+            return checkpoint
+        logger.warning("%s is damaged (%s): going on from the one before, or the beginning", checkpoint, ", ".join(damaged))
+    return None
+
+
+def _damaged(checkpoint: Path) -> list[str]:
+    try:
+        sizes: dict[str, int] = json.loads((checkpoint / WHOLE).read_bytes())
+    except (OSError, ValueError) as error:
+        return [f"{WHOLE}: {error}"]
+    files = {file.name: file.stat().st_size for file in checkpoint.iterdir() if file.is_file()}
+    return [name for name, size in sizes.items() if files.get(name) != size]

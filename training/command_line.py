@@ -18,7 +18,12 @@ class CommandLine(BaseSettings):
     """A program's flags. RANK or SEED in the environment means something else, so nothing is read from there."""
 
     model_config = SettingsConfigDict(
-        cli_kebab_case=True, cli_implicit_flags=True, use_attribute_docstrings=True, frozen=True, extra="forbid"
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        use_attribute_docstrings=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
     )
 
     @classmethod

@@ -6,13 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from lori.config import Alpha, Rank
 from lori.mask import Granularity
 from lori.names import NAME
 from lori.template import Template
 from lori.values import ValueType
 from training.command_line import CommandLine
 from training.data import OnBad, Source
+from training.recipe import read_recipe
 
+CHECKPOINTS = ".checkpoint"
 Method = Literal["lori", "lori-d", "lora"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -50,9 +53,9 @@ class FitConfig(CommandLine):
     """A sentence for the adapter's card: what it does, from which data under which licence."""
     prepare: list[str] = Field(default=[])
     """Commands that made the data, for the adapter's card."""
-    rank: int = Field(default=32, ge=1)
+    rank: Rank = 32
     """Rows of A (r)."""
-    alpha: float = Field(default=64, gt=0)
+    alpha: Alpha = 64
     """The delta is scaled by alpha / rank."""
     sparsity: float = Field(default=0.9, ge=0, lt=1)
     """The share of B's entries that LoRI-S leaves out."""
@@ -61,11 +64,11 @@ class FitConfig(CommandLine):
     projection, or matrix."""
     values: ValueType = "bfloat16"
     """How B's values are stored."""
-    target_modules: list[str] = Field(default=list(PROJECTIONS))
+    target_modules: list[str] = Field(default=list(PROJECTIONS), min_length=1)
     """Last parts of the names of the linear layers that get a delta."""
-    basis_seed: int = Field(default=0, ge=0)
+    basis_seed: int = Field(default=0, ge=0, lt=2**63)
     """Draws A. Adapters with the same seed and stream share it, and add."""
-    stream: int = Field(default=0, ge=0)
+    stream: int = Field(default=0, ge=0, lt=2**63)
     """Another stream is another basis of the same seed. Adapters of one stream add; the paper draws one for each task."""
     init_from: Path | None = None
     """Goes on from this adapter's B (continual learning): what the new mask leaves out of it stays as it is."""
@@ -82,9 +85,9 @@ class FitConfig(CommandLine):
     """Optimizer steps of the LoRI-D that finds the mask."""
     calibration_epochs: float = Field(default=0, ge=0)
     """The same in passes, 0.1 for a tenth of `data`. Where both are 0 it is as long as LoRI-S."""
-    lr: float = Field(default=2e-2, gt=0)
+    lr: float = Field(default=2e-2, gt=0, le=1e30)
     """LoRI-S's peak learning rate, or LoRA's."""
-    calibration_lr: float = Field(default=5e-3, gt=0)
+    calibration_lr: float = Field(default=5e-3, gt=0, le=1e30)
     """LoRI-D's peak learning rate."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
     """The share of a phase's steps in which the rate rises."""
@@ -102,7 +105,7 @@ class FitConfig(CommandLine):
     """Parts in which each process computes a step, one after another. N processes with 1 and one with N train the same."""
     max_length: int = Field(default=1024, ge=2)
     """Longer examples are bad rows: nothing is cut."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32 - 1)
     """Orders the data."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints, where nothing is held out."""
@@ -124,7 +127,7 @@ class FitConfig(CommandLine):
     """Spreads the model over the processes of `torchrun`, for bases that do not fit one device."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products of the base; B is always trained in fp32."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 is torch's own choice."""
 
     @model_validator(mode="after")
@@ -136,11 +139,16 @@ class FitConfig(CommandLine):
     def _name_faults(self) -> Iterator[str]:
         if not NAME.fullmatch(self.output.name):
             yield f"--output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
+        if self.output.suffix == CHECKPOINTS:
+            yield f"--output ends in {CHECKPOINTS}, as the folders of checkpoints do"
+        if self.report and self.report.resolve().is_relative_to(self.output.resolve()):
+            yield "--report is in the adapter's own folder, which the next training replaces"
         if len(set(self.template)) != len(self.template):
             yield f"--template names one twice: {self.template}"
 
     def _idle(self) -> Iterator[str]:
         """What was asked for and would do nothing."""
+        given = self.model_fields_set - self._of_recipe()
         is_measured = bool(self.held_out or self.held_out_fraction)
         for names, is_used, needs in (
             (("sparsity", "granularity", "mask_from", "avoid"), self.method == "lori", "--method lori"),
@@ -151,8 +159,11 @@ class FitConfig(CommandLine):
             (("mix_fraction",), bool(self.mix), "--mix"),
             (("eval_every", "patience"), is_measured, "--held-out or --held-out-fraction"),
         ):
-            given = [name for name in names if name in self.model_fields_set and not is_used]
-            yield from (f"--{name.replace('_', '-')} is for {needs}" for name in given)
+            yield from (f"--{name.replace('_', '-')} is for {needs}" for name in names if name in given and not is_used)
+
+    def _of_recipe(self) -> set[str]:
+        """What a recipe says for all methods may be of no use to the one that is asked for."""
+        return set(read_recipe(self.recipe, type(self).model_fields)) if self.recipe else set()
 
     def _conflicts(self) -> Iterator[str]:
         if self.held_out and self.held_out_fraction:

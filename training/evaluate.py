@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lori.errors import LoriError
 from lori.format import read_config
 from training.base import load_base
+from training.ending import ended
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import STDERR, Figures
 from training.evaluation.local_adapters import Choice, applied, find_adapter
@@ -65,17 +65,16 @@ def show(figures: Figures) -> str:
 def main() -> int:
     """Runs the program and returns its exit code."""
     config = EvaluateConfig.from_arguments()
-    try:
+
+    def program() -> str:
         if config.record:
             read_config(config.record)  # what is wrong with it is said before the measurement
         figures = evaluate(config)
-        print(show(figures))
         if config.record:
             record(config.record, config, figures)
-    except LoriError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return show(figures)
+
+    return ended(program)
 
 
 if __name__ == "__main__":

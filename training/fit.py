@@ -23,6 +23,7 @@ from training.base import load_base
 from training.card import render_card
 from training.config import FitConfig
 from training.data import DataError, Faults, Item, Needs, Row, read_rows, tokenize, tokenize_pairs
+from training.ending import ended
 from training.methods import TrainingMethod, method_of
 from training.outcome import Outcome
 from training.packing import ATTENTION
@@ -132,18 +133,9 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     config = FitConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        folder = fit(config, shlex.join(["python", "-m", "training.fit", *words]))
-    except LoriError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    if processes().is_main_process:
-        print(f"saved {folder}")
-    return 0
+    command = shlex.join(["python", "-m", "training.fit", *(word for word in sys.argv[1:] if word != "--resume")])
+    go_on = "interrupted: the same command with --resume goes on from the last checkpoint"
+    return ended(lambda: f"saved {fit(config, command)}", go_on)
 
 
 if __name__ == "__main__":

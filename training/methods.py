@@ -13,7 +13,7 @@ import torch
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.basis import Basis, Explicit, Seeded
-from lori.errors import LoriError
+from lori.errors import LoriError, MaskError
 from lori.mask import top_k_mask
 from lori.sparse import SparseB
 from training.config import FitConfig
@@ -95,9 +95,12 @@ class Lori:
             layer.b = MaskedB(masks[name], self.start[name] if self.start else None)
 
     def masks(self) -> Mapping[str, torch.Tensor]:
-        """Returns the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where too much is avoided."""
+        """Returns the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where there is too little to choose."""
         changes = {name: self._change(name, layer.b) for name, layer in self.layers.items()}
-        return top_k_mask(changes, self.config.sparsity, self.config.granularity, self.avoided)
+        masks = top_k_mask(changes, self.config.sparsity, self.config.granularity, self.avoided)
+        if self.config.sparsity and (num_idle := sum(int((changes[name][mask] == 0).sum()) for name, mask in masks.items())):
+            raise MaskError(f"the mask would have to choose among entries that LoRI-D did not change: {num_idle} would be kept")
+        return masks
 
     def _change(self, name: str, b: DenseB | MaskedB) -> torch.Tensor:
         if self.calibrated:

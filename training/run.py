@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback
 from transformers.trainer_callback import EarlyStoppingCallback
 
-from lori.durable import replace_file
+from lori.durable import discard, replace_file
 from training.arguments import training_arguments
 from training.batches import BatchSize, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
-from training.config import FitConfig
+from training.config import CHECKPOINTS, FitConfig
 from training.data import DataError, Item
 from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
@@ -28,6 +30,7 @@ from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
 
+LOCK = "lock"
 TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
 """What a phase that is over leaves in its folder, the second last."""
 
@@ -56,41 +59,57 @@ class Run:
 
     def __init__(self, config: FitConfig, examples: Examples) -> None:
         self.config, self.examples = config, examples
-        self.folder = config.output.with_name(config.output.name + ".checkpoint")
+        self.folder = config.output.with_name(config.output.name + CHECKPOINTS)
         self.outcomes: dict[str, Outcome] = {}
+        self._lock = FileLock(self.folder / LOCK)
 
     def train(self, method: TrainingMethod) -> None:
         """Runs each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
         with processes().main_process_first():
-            self._open(method, is_first=processes().is_main_process)
+            if processes().is_main_process:
+                self._open(method)
         for phase in method.phases:
             method.begin(phase)
             folder = self.folder / phase.name.lower()
-            if (folder / OUTCOME).is_file():
-                load_parameters(method.base.model, load_file(folder / TRAINED))
-            else:
+            if not (folder / OUTCOME).is_file():
                 self._train(method, phase, folder)
-            self.outcomes[phase.name] = Outcome(**json.loads((folder / OUTCOME).read_text()))
+            try:
+                load_parameters(method.base.model, load_file(folder / TRAINED))
+                self.outcomes[phase.name] = Outcome(**json.loads((folder / OUTCOME).read_text()))
+            except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+                raise DataError(f"{folder} is damaged ({error}): remove it, and resume") from error
 
     def close(self) -> None:
         """Removes the folder: the adapter is saved."""
         shutil.rmtree(self.folder)
+        self._lock.release()
 
-    def _open(self, method: TrainingMethod, is_first: bool) -> None:
+    def _open(self, method: TrainingMethod) -> None:
         file = self.folder / "run.json"
         said = {"options": self.config.identity, "num_parts": self._num_parts, "examples": self.examples.digest}
-        identity = json.dumps(said | {"parents": method.parents})
+        identity = json.dumps(said | {"base": method.base.identity.digest, "parents": list(method.parents)})
+        if self.folder.exists() and not file.is_file() and any(path.name != LOCK for path in self.folder.iterdir()):
+            raise DataError(f"{self.folder} is there and is of no run: checkpoints are not put in it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take()
         if self.config.resume and file.is_file():
             if file.read_text() != identity:
-                raise DataError(f"{self.folder} is of a run with other options or data: resume with those, or remove it")
-        elif is_first:
-            if self.config.resume:
-                logger.warning("%s is not there: starting from the beginning", self.folder)
-            elif self.folder.exists():
-                logger.warning("%s is of a run that did not end: starting anew (--resume would go on)", self.folder)
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(file, identity.encode())
+                raise DataError(f"{self.folder} is of a run with other options, data or base: resume with those, or remove it")
+            return
+        if self.config.resume:
+            logger.warning("%s is not there: starting from the beginning", self.folder)
+        elif file.is_file():
+            logger.warning("%s is of a run that did not end: starting anew (--resume would go on)", self.folder)
+        for path in self.folder.iterdir():
+            if path.name != LOCK:
+                discard(path)
+        replace_file(file, identity.encode())
+
+    def _take(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise DataError(f"another run is writing to {self.folder}") from error
 
     @property
     def _num_parts(self) -> int:

@@ -4,6 +4,7 @@ Trainer brings accumulation, clipping, the schedule, checkpoints, early stopping
 parts of a step must weigh what their examples weigh, and none may be dropped or padded.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from training.batches import Part, Step, parts_of
 from training.loss import Loss
 from training.packing import PackedBatch, pack
+from training.progress import TrainingError
 from training.trainable import values_of
 
 PARAMETERS = "model.safetensors"
@@ -81,9 +83,12 @@ class PhaseTrainer(Trainer):
         for first in range(0, len(self.held_out), self.args.world_size):
             place = first + self.args.process_index
             part = self.held_out[min(place, len(self.held_out) - 1)]
-            loss = self.loss(model, pack(part).to(self.args.device))
-            total += loss if place < len(self.held_out) else 0.0
-        metrics = {f"{metric_key_prefix}_loss": float(self.accelerator.reduce(total, reduction="sum"))}
+            part_loss = self.loss(model, pack(part).to(self.args.device))
+            total += part_loss if place < len(self.held_out) else 0.0
+        loss = float(self.accelerator.reduce(total, reduction="sum"))
+        if not math.isfinite(loss):
+            raise TrainingError(f"the held-out loss is {loss} at step {self.state.global_step}: a lower learning rate may help")
+        metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

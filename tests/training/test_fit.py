@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
@@ -21,6 +24,7 @@ from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.sparse import SparseB
 from lori.template import encode
+from tests.tiny import save_tiny_model
 from training.config import FitConfig
 from training.evaluation.local_adapters import applied
 from training.fit import fit
@@ -197,27 +201,30 @@ def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Pa
         torch.testing.assert_close(at_once[name].dense(), in_parts[name].dense(), rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("die_at", [1, 3, 6, 9])
-def test_a_cut_run_resumes_to_the_same_bytes(
-    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, die_at: int
-) -> None:
-    whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
+def cut_before_the_end(config: FitConfig, at_step: int) -> None:
+    """Interrupts a run in its step `at_step` of both phases."""
     steps = 0
     compute_loss = PhaseTrainer.compute_loss
 
-    def die(self: PhaseTrainer, *given: object, **named: object) -> torch.Tensor:
+    def die(self: PhaseTrainer, *given: Any, **named: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
-        if steps == die_at:
+        if steps == at_step:
             raise KeyboardInterrupt
-        return compute_loss(self, *given, **named)  # type: ignore[arg-type]  # passed on as it came
+        return compute_loss(self, *given, **named)
 
-    monkeypatch.setattr(PhaseTrainer, "compute_loss", die)
-    with pytest.raises(KeyboardInterrupt):
-        fit(config_for(tiny_model, data, tmp_path / "cut"), "command")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseTrainer, "compute_loss", die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config, "command")
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 6, 9])
+def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int) -> None:
+    whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), die_at)
     assert (tmp_path / "cut.checkpoint").exists()
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(PhaseTrainer, "compute_loss", compute_loss)
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert digest(resumed) == digest(whole)
 
@@ -339,7 +346,7 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
     other = tmp_path / data.name
     other.write_text(data.read_text().replace("red", "RED"))
     for changes in ({"lr": 0.5}, {"data": [str(other)]}):
-        with pytest.raises(LoriError, match="is of a run with other options or data"):
+        with pytest.raises(LoriError, match="is of a run with other options, data or base"):
             fit(config_for(tiny_model, data, tmp_path / "a", **{"resume": True, **changes}), "command")
     assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command").is_dir()
 
@@ -358,6 +365,70 @@ def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path:
     sparse = fit(config_for(tiny_model, data, tmp_path / "s", steps=1), "")
     with pytest.raises(LoriError, match=r"--mask-from .* keeps a part of B alone"):
         fit(config_for(tiny_model, data, tmp_path / "a", mask_from=sparse), "")
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json"])
+def test_a_damaged_checkpoint_is_not_gone_on_with(
+    tiny_model: Path, data: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
+    file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / damage
+    file.write_bytes(file.read_bytes()[:-1])
+    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert "checkpoint-4 is damaged" in caplog.text
+    assert digest(resumed) == digest(whole)
+
+
+def test_a_phase_that_is_over_and_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=8)
+    file = tmp_path / "cut.checkpoint" / "lori-d" / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(LoriError, match=r"lori-d is damaged .*: remove it, and resume"):
+        fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+
+
+def test_another_base_under_the_same_name_is_not_gone_on_with(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    cut_before_the_end(config_for(model, data, tmp_path / "cut"), at_step=5)
+    save_tiny_model(model, seed=1)
+    with pytest.raises(LoriError, match="other options, data or base"):
+        fit(config_for(model, data, tmp_path / "cut", resume=True), "command")
+
+
+def test_a_folder_that_is_not_a_run_s_is_left_alone(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.checkpoint").mkdir()
+    (tmp_path / "a.checkpoint" / "mine").write_text("precious")
+    with pytest.raises(LoriError, match="is there and is of no run"):
+        fit(config_for(tiny_model, data, tmp_path / "a"), "command")
+    assert (tmp_path / "a.checkpoint" / "mine").read_text() == "precious"
+
+
+def test_two_runs_do_not_write_to_one_output(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.checkpoint").mkdir()
+    with FileLock(tmp_path / "a.checkpoint" / "lock"), pytest.raises(LoriError, match="another run is writing to"):
+        fit(config_for(tiny_model, data, tmp_path / "a"), "command")
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1, "method": "lori-d"}, {"steps": 0, "epochs": 0.001, "method": "lora"}])
+def test_a_phase_of_one_step_trains(tiny_model: Path, data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    """Its only rate was once that of the beginning of the warm-up, which is 0."""
+    found = modules_of(fit(config_for(tiny_model, data, tmp_path / "a", **changes), "command"))
+    assert all(b.values.any() for b in found.values())
+
+
+def test_a_mask_of_what_was_not_changed_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    calibrated = fit(config_for(tiny_model, data, tmp_path / "d", method="lori-d", steps=1, calibration_lr=1e-45), "")
+    with pytest.raises(LoriError, match="would have to choose among entries that LoRI-D did not change: 307"):
+        fit(config_for(tiny_model, data, tmp_path / "a", mask_from=calibrated), "")
+
+
+def test_a_recipe_s_options_may_be_of_no_use_to_another_method(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("sparsity: 0.8\ncalibration_lr: 0.001\n")
+    assert config_for(tiny_model, data, tmp_path / "a", recipe=str(recipe), method="lora").sparsity == 0.8
+    with pytest.raises(ValueError, match="--granularity is for --method lori"):
+        config_for(tiny_model, data, tmp_path / "a", recipe=str(recipe), method="lora", granularity="layer")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:

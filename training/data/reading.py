@@ -71,7 +71,7 @@ def _fields(source: Source, found: object, origin: str, faults: Faults) -> Mappi
 
 def _objects(source: Source, faults: Faults) -> Iterator[tuple[str, object]]:
     path = Path(source.path)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         yield from _data_set(source)
     elif unused := {"name", "split"} & source.model_fields_set:
         raise DataError(f"{path} is a file, which has no {' and no '.join(sorted(unused))}")

@@ -42,6 +42,8 @@ class Row(BaseModel):
             raise _fault("two forms", "has both 'completion' and 'chosen' or 'rejected', expected one form")
         if (self.chosen is None) != (self.rejected is None):
             raise _fault("missing field", "has one of 'chosen' and 'rejected', expected both")
+        if self.chosen is not None and self.chosen == self.rejected:
+            raise _fault("wrong value", "'chosen' and 'rejected' are the same")
         if self.truncated and not self.completion:
             raise _fault("wrong value", "is 'truncated' and has no completion")
         return self

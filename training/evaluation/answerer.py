@@ -43,5 +43,6 @@ class Answerer(Protocol):
     def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """Returns how likely each completion is after its prompt, which must not be empty, as one plain text.
 
-        The tokens that begin in the completion count: those of the text as a whole, which may differ from the completion's own.
+        The tokens that end in the completion count: those of the text as a whole, which may differ from the completion's own. One
+        may begin in the prompt, where that ends in a space.
         """

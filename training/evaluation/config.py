@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
 from training.command_line import CommandLine
-from training.data import Source
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
 from training.evaluation.metrics import METRICS, MetricName, Options
 from training.evaluation.server_answerer import Form
@@ -21,8 +20,8 @@ PASS = ("execute_code", "num_answers", "pass_at", "temperature")
 class EvaluateConfig(CommandLine):
     """Measures a base, an adapter or a merge, through a running server or on a model that is loaded here."""
 
-    data: Source
-    """What to measure on: a JSONL file, a data set, or an object, as in `training.fit`."""
+    data: str
+    """What to measure on: a JSONL file, or a data set's name."""
     metric: MetricName
     """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, to the end of its line.
     choice: the right one of `choices` (its place is `label`) by log-likelihood, a mean over each row's `task`. number: the last

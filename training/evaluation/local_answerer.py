@@ -82,7 +82,8 @@ class LocalAnswerer:
     def _example(self, prompt: str, completion: str) -> Example:
         assert prompt
         encoding = encode(self.tokenizer, prompt + completion)
-        return Example(tuple(encoding.ids), sum(start < len(prompt) for start, _ in encoding.offsets))
+        num_prompt = sum(end <= len(prompt) for _, end in encoding.offsets)
+        return Example(tuple(encoding.ids), max(1, num_prompt))  # nothing predicts the first token
 
     def _scores(self, examples: Sequence[Example]) -> list[LogLikelihood]:
         counts = [len(example) - example.num_prompt for example in examples]

@@ -1,5 +1,6 @@
 """What is measured: each metric asks an answerer about rows and returns figures. Knows neither servers nor tensors."""
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from lori.template import render_completion
 from training.data import Row, Source, read_rows
-from training.evaluation.answerer import Answerer
+from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood
 from training.evaluation.figures import Figures, mean, mean_of_groups, pass_at, ratio
 from training.evaluation.reading import is_refusal, number_in
 from training.evaluation.rows import ChoiceRow, NumberRow, ProgramRow, RefusalRow
@@ -37,7 +38,7 @@ class Options:
 
 def measure_loss(answerer: Answerer, rows: Sequence[Row], _: Options) -> Figures:
     """Returns the mean negative log-likelihood of the completions' tokens, in nats."""
-    found = answerer.log_likelihoods([_text(row, row.completion or "") for row in rows])
+    found = _scored(answerer, [_text(row, row.completion or "") for row in rows])
     return ratio("loss", [-one.total for one in found], [one.num_tokens for one in found])
 
 
@@ -49,7 +50,7 @@ def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> 
 
 def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) -> Figures:
     """Returns the share of rows whose right choice is the likeliest, as a whole and by character."""
-    found = iter(answerer.log_likelihoods([_text(row, choice) for row in rows for choice in row.choices]))
+    found = iter(_scored(answerer, [_text(row, choice) for row in rows for choice in row.choices]))
     whole, by_character = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for row in rows:
         scores = [next(found).total for _ in row.choices]
@@ -135,6 +136,15 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
     Raises `AnswerError` and, for `pass`, `SandboxError`.
     """
     return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {"rows": len(rows)}
+
+
+def _scored(answerer: Answerer, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+    found = answerer.log_likelihoods(texts)
+    for (prompt, completion), one in zip(texts, found, strict=True):
+        if not one.num_tokens or not math.isfinite(one.total):
+            said = "no token of its own" if not one.num_tokens else f"a likelihood of {one.total}"
+            raise AnswerError(f"{completion[:60]!r} after {prompt[-60:]!r} has {said}: it cannot be measured")
+    return found
 
 
 def _text(row: Row, completion: str) -> tuple[str, str]:

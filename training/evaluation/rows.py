@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from lori.template import Text
 from training.data import Row
 from training.evaluation.reading import number_in
 
@@ -23,7 +24,7 @@ def _is_name(value: str) -> str:
 class ChoiceRow(Row):
     """A question with answers to choose from; a figure is a mean over the rows of each `task`, then over tasks."""
 
-    task: str
+    task: Text
     choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     label: int = Field(ge=0)
     """The place of the right choice."""

@@ -97,6 +97,8 @@ class ServerAnswerer:
 async def _score(ask: Ask, text: tuple[str, str]) -> LogLikelihood:
     prompt, completion = text
     found = (await ask({"prompt": prompt + completion, "echo": True, "logprobs": 0, "max_tokens": 0}))["logprobs"]
-    places = zip(found["token_logprobs"], found["text_offset"], strict=True)
-    values = [value for value, offset in places if offset >= len(prompt)]
+    starts = found["text_offset"]
+    ends = [*starts[1:], len(prompt + completion)]  # of a character's many tokens all but the last end where they begin
+    places = list(zip(found["token_logprobs"], starts, ends, strict=True))[1:]  # nothing predicts the first token
+    values = [value for value, start, end in places if start >= len(prompt) or end > len(prompt)]
     return LogLikelihood(sum(values), len(values))

@@ -5,16 +5,12 @@ import sys
 from collections.abc import Mapping
 
 from lori.durable import replace_file
-from lori.errors import LoriError
 from training.base import load_base
+from training.ending import ended
 from training.study.claims import CLAIMS, Found
 from training.study.config import Claim, StudyConfig
-from training.study.lab import Lab
+from training.study.lab import Lab, StudyError
 from training.study.page import write_page
-
-
-class StudyError(LoriError):
-    """A study cannot go on."""
 
 
 def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
@@ -39,14 +35,7 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     config = StudyConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        found = study(config)
-        page = write_page(config, found)
-    except LoriError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {page}")
-    return 0
+    return ended(lambda: f"wrote {write_page(config, study(config))}", "interrupted: the same command goes on")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,7 +55,7 @@ class StudyConfig(CommandLine):
     """The folder that the tasks' paths are in."""
     output: Path
     """A folder for adapters, results, tables and plots. What is in it already is not done again."""
-    claims: list[Claim] = Field(default=["single", "merges", "continual", "sparsity", "granularity"])
+    claims: list[Claim] = Field(default=["single", "merges", "continual", "sparsity", "granularity"], min_length=1)
     """single: base, LoRA, LoRI-D and LoRI-S alone. merges: of several adapters. continual: safety, then a task. sparsity and
     granularity: of the mask."""
     tasks: dict[str, TaskConfig] = Field(default_factory=lambda: dict(TASKS))
@@ -64,7 +64,7 @@ class StudyConfig(CommandLine):
     """Sets of tasks to merge, such as math+safety; all sets of two or more where none is named."""
     swept: list[str] = Field(default=["intent", "math"])
     """The tasks of the claims continual, sparsity and granularity."""
-    seeds: list[int] = Field(default=[0, 1, 2])
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32 - 1)]] = Field(default=[0, 1, 2], min_length=1)
     """Of the order of the data, and of LoRA's A. Several processes may share an output, each with its own seeds."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded model if absent."""

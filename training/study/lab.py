@@ -11,6 +11,7 @@ from typing import Any
 
 from lori.base_model import BaseModel
 from lori.durable import replace_file
+from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.merge_options import DEFAULTS, MergeOptions
 from training.answer import AnswerConfig, write_answers
@@ -24,6 +25,10 @@ from training.fit import fit
 from training.study.config import StudyConfig
 
 logger = logging.getLogger(__name__)
+
+
+class StudyError(LoriError):
+    """A study cannot be made, or go on."""
 
 
 class Lab:
@@ -71,6 +76,8 @@ class Lab:
             choice, rows = Choice(loaded, weights[: len(loaded)], options), self._rows(task, num_rows)
             with applied(self.base.model, choice.merged()):
                 figures = measure(self.config.tasks[task].metric, LocalAnswerer(self.base.model, self.base.tokenizer), rows)
+            if missing := {self.config.tasks[task].figure, self.config.tasks[task].beside} - {None, *figures}:
+                raise StudyError(f"{task} has no figure {missing.pop()!r}: its metric has {', '.join(figures)}")
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_file(file, json.dumps(figures).encode())
         found: Figures = json.loads(file.read_text())

@@ -134,3 +134,12 @@ def test_batches_hold_texts_of_like_length() -> None:
     found = list(like_lengths(lengths, 18))
     assert found == [[4], [1, 3], [0, 2]]
     assert list(like_lengths([], 18)) == []
+
+
+def test_a_token_that_begins_in_the_prompt_s_last_space_counts() -> None:
+    """The embedded model's tokenizer has " Paris" as one token: it was once counted as the prompt's."""
+    base = load_base_model(None, torch.float32)
+    who = LocalAnswerer(base.model, base.tokenizer)
+    apart, together = who.log_likelihoods([("The capital of France is ", "Paris"), ("The capital of France is", " Paris")])
+    assert apart.num_tokens == together.num_tokens == 1
+    assert apart.total == pytest.approx(together.total, abs=1e-4)
