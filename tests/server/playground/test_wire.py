@@ -311,7 +311,9 @@ def test_of_two_bases_there_is_a_cosine_alone(visiting: Visiting, url: str, fake
 def test_a_figure_stands_out_from_every_colour(visiting: Visiting, url: str, fake: FakeApi, colour_scheme: str) -> None:
     fake.adapters = [row(f"adapter-{i}") for i in range(16)]
     page = visiting(url, color_scheme=colour_scheme).page
-    for box in page.locator("#adapters").get_by_role("checkbox").all():
+    boxes = page.locator("#adapters").get_by_role("checkbox")
+    expect(boxes).to_have_count(16)  # `all` takes those that are there by now
+    for box in boxes.all():
         box.check()
     page.locator("#compare").scroll_into_view_if_needed()
     expect(page.get_by_role("columnheader")).to_have_count(16)
