@@ -18,7 +18,7 @@ from lori.mask import top_k_mask
 from lori.sparse import SparseB
 from training.config import FitConfig
 from training.parents import entries_of, load_avoided, load_parent
-from training.phase import Phase, calibration, main_phase
+from training.phase import Phase
 from training.trainable import DenseB, MaskedB, base_alone, target_layers, values_of, wrap
 
 Trained = tuple[dict[str, SparseB], Basis]
@@ -31,10 +31,6 @@ class TrainingMethod(Protocol):
     @property
     def base(self) -> BaseModel:
         """The base, its layers wrapped."""
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """What is run, in order."""
 
     @property
     def is_autocast(self) -> bool:
@@ -64,10 +60,6 @@ class Lori:
 
     def __init__(self, config: FitConfig, base: BaseModel) -> None:
         self.config, self.base, self.is_autocast = config, base, False
-        main = main_phase(config, "LoRI-S", config.lr)
-        self.phases = (main,) if config.mask_from else (calibration(config), main)
-        if config.method == "lori-d":
-            self.phases = (main_phase(config, "LoRI-D", config.calibration_lr),)
         self.parents: list[str] = []
         self.basis = Seeded(config.basis_seed, config.stream)
         names = list(target_layers(base.model, config.target_modules))
@@ -125,8 +117,7 @@ class Lora:
             from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415  # an extra
         except ImportError as error:
             raise LoriError("--method lora needs: pip install '.[train]'") from error
-        self.base, self.phases = base, (main_phase(config, "LoRA", config.lr),)
-        self.is_autocast = base.model.dtype == torch.bfloat16
+        self.base, self.is_autocast = base, base.model.dtype == torch.bfloat16
         self.parents: list[str] = []
         names = list(target_layers(base.model, config.target_modules))
         torch.manual_seed(config.seed)

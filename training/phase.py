@@ -16,14 +16,19 @@ class Phase:
     seed: int
 
 
-def calibration(config: FitConfig) -> Phase:
-    """Returns the LoRI-D that a mask is drawn from: as long as what follows, where nothing is said."""
-    num_steps, num_passes = config.calibration_steps, config.calibration_epochs
-    if not num_steps and not num_passes:
-        num_steps, num_passes = config.steps, config.epochs
-    return Phase("LoRI-D", config.calibration_lr, num_steps, num_passes, config.seed)
+def phases_of(config: FitConfig) -> tuple[Phase, ...]:
+    """Returns the phases of a run, in order.
 
-
-def main_phase(config: FitConfig, name: str, lr: float) -> Phase:
-    """Returns the phase that the adapter comes from. After a calibration its data comes in another order."""
-    return Phase(name, lr, config.steps, config.epochs, config.seed + (name == "LoRI-S"))
+    The LoRI-D that a mask is drawn from is as long as what follows, where nothing else is said. LoRI-S sees the data in another
+    order than it.
+    """
+    length = config.steps, config.epochs
+    if config.method == "lora":
+        return (Phase("LoRA", config.lr, *length, config.seed),)
+    if config.method == "lori-d":
+        return (Phase("LoRI-D", config.calibration_lr, *length, config.seed),)
+    main = Phase("LoRI-S", config.lr, *length, config.seed + 1)
+    if config.mask_from:
+        return (main,)
+    own = config.calibration_steps, config.calibration_epochs
+    return Phase("LoRI-D", config.calibration_lr, *(own if any(own) else length), config.seed), main

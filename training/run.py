@@ -23,7 +23,7 @@ from training.data import DataError, Item
 from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
 from training.outcome import Outcome, outcome_of
-from training.phase import Phase
+from training.phase import Phase, phases_of
 from training.processes import processes
 from training.progress import Progress, tensorboard
 from training.trainer import PhaseTrainer, load_parameters
@@ -68,7 +68,7 @@ class Run:
         with processes().main_process_first():
             if processes().is_main_process:
                 self._open(method)
-        for phase in method.phases:
+        for phase in phases_of(self.config):
             method.begin(phase)
             folder = self.folder / phase.name.lower()
             if not (folder / OUTCOME).is_file():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lori.template import Template
 from training.data import Row
+from training.evaluation.answerer import Sampling
 from training.evaluation.local_answerer import LocalAnswerer
 from training.methods import TrainingMethod
 
@@ -29,9 +30,9 @@ def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template
     rows = [row for row in rows if row.template in (None, template)][:NUM_SAMPLES]
     answerer = LocalAnswerer(method.base.model, method.base.tokenizer, template)
     prompts = [row.prompt for row in rows]
-    after = answerer.complete(prompts, max_tokens=MAX_TOKENS)
+    after = answerer.complete(prompts, Sampling(MAX_TOKENS))
     with method.base_alone():
-        before = answerer.complete(prompts, max_tokens=MAX_TOKENS)
+        before = answerer.complete(prompts, Sampling(MAX_TOKENS))
     expected = [row.completion or row.chosen or "" for row in rows]
     found = zip(rows, expected, before, after, strict=True)
     return [Sample(row.prompt_text, text, one, other) for row, text, [one], [other] in found]

@@ -5,9 +5,10 @@
 
 import argparse
 import random
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from training.data import Example
 from training.loss import CompletionLoss
 from training.methods import TrainingMethod, method_of
 from training.packing import ATTENTION, PackedBatch, pack
+from training.phase import phases_of
 
 METHODS = ("lora", "lori-d", "lori")
 
@@ -49,18 +51,19 @@ class Stepper:
             for name, parameter in self.method.base.model.named_parameters():
                 if name.endswith(".b.change"):
                     nn.init.normal_(parameter)  # the mask is any
-        self.method.begin(self.method.phases[-1])
+        self.method.begin(phases_of(self.config)[-1])
         self.model = self.method.base.model.train()
         self.loss_of = CompletionLoss(self.method.base_alone)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-        is_autocast = self.method.is_autocast
-        self._context: Callable[[], object] = (lambda: torch.autocast("cpu", torch.bfloat16)) if is_autocast else nullcontext
+
+    def _context(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16) if self.method.is_autocast else nullcontext()
 
     def step(self, batch: PackedBatch) -> None:
         """Trains one step as Trainer does, and keeps the gradients until the next."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._context():  # type: ignore[attr-defined]  # either is a context
+        with self._context():
             loss = self.loss_of(self.model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -109,7 +112,7 @@ def main() -> None:
     print(f"{machine()} {versions()}, {arguments.threads} thread(s), {default_dtype()}")
     rows = []
     for name, batch in batches(steppers["lora"].model.config.vocab_size, arguments.tokens).items():
-        times = timed({m: lambda s=s, b=batch: s.step(b) for m, s in steppers.items()}, arguments.seconds)  # type: ignore[misc]
+        times = timed({m: partial(s.step, batch) for m, s in steppers.items()}, arguments.seconds)
         lora = times["lora"]
         for method, found in times.items():
             held, against = steppers[method].held(), steppers["lora"].held()

@@ -22,23 +22,25 @@ class LogLikelihood:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are made."""
+
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    """An answer goes up to the first of these, without it."""
+    num_answers: int = 1
+    """To each prompt."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    seed: int = 0
+
+
 class Answerer(Protocol):
     """Continues prompts and scores texts. Results are in the order of what was asked; raises `AnswerError`."""
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        num_answers: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[list[str]]:
-        """Returns `num_answers` answers to each prompt, each up to the first of `stop`, without it.
-
-        Temperature 0 is greedy. The same seed gives the same answers to the same prompts, from the same answerer.
-        """
+    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
+        """Returns the answers to each prompt. The same seed gives the same ones to the same prompts, from the same answerer."""
 
     def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         """Returns how likely each completion is after its prompt, which must not be empty, as one plain text.

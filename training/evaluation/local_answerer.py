@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori.template import Template, encode, render_prompt
 from training.batches import Part, like_lengths
 from training.data import Example
-from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt
+from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
 from training.generation import Generation, end_ids, generate, until_end
 from training.loss import completion_logits
 from training.packing import ATTENTION, attention, pack
@@ -46,20 +46,12 @@ class LocalAnswerer:
     template: Template = "plain"
     batch_tokens: int = DEFAULT_BATCH_TOKENS
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        num_answers: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[list[str]]:
+    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
         """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
-        how = Generation(max_tokens, end_ids(self.model, self.tokenizer), temperature, tuple(stop))
-        texts = [answer.text for answer in self.answers([p for p in prompts for _ in range(num_answers)], how, seed)]
-        return [texts[i : i + num_answers] for i in range(0, len(texts), num_answers)]
+        generation = Generation(how.max_tokens, end_ids(self.model, self.tokenizer), how.temperature, how.stop)
+        repeated = [prompt for prompt in prompts for _ in range(how.num_answers)]
+        texts = [answer.text for answer in self.answers(repeated, generation, how.seed)]
+        return [texts[i : i + how.num_answers] for i in range(0, len(texts), how.num_answers)]
 
     def answers(self, prompts: Sequence[Prompt], how: Generation, seed: int = 0) -> list[Answer]:
         """Returns an answer to each prompt."""

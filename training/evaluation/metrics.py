@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lori.template import render_completion
 from training.data import Row, Source, read_rows
-from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood
+from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood, Sampling
 from training.evaluation.figures import Figures, mean, mean_of_groups, pass_at, ratio
 from training.evaluation.reading import is_refusal, number_in
 from training.evaluation.rows import ChoiceRow, NumberRow, ProgramRow, RefusalRow
@@ -44,7 +44,7 @@ def measure_loss(answerer: Answerer, rows: Sequence[Row], _: Options) -> Figures
 
 def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> Figures:
     """Returns the share of rows whose greedy answer, to the end of its line, is the completion."""
-    answers = _answers(answerer, rows, options, stop=["\n"])
+    answers = _answers(answerer, rows, options, stop=("\n",))
     return mean("exact_match", [a.strip() == (row.completion or "").strip() for a, row in zip(answers, rows, strict=True)])
 
 
@@ -62,7 +62,7 @@ def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) ->
 
 def measure_number(answerer: Answerer, rows: Sequence[NumberRow], options: Options) -> Figures:
     """Returns the share of rows whose greedy answer comes to the number that `answer` is."""
-    answers = _answers(answerer, rows, options, stop=[NEXT_QUESTION])
+    answers = _answers(answerer, rows, options, stop=(NEXT_QUESTION,))
     found: list[tuple[Decimal | None, Decimal | None]] = [
         (number_in(text), number_in(row.answer)) for text, row in zip(answers, rows, strict=True)
     ]
@@ -79,14 +79,8 @@ def measure_refusal(answerer: Answerer, rows: Sequence[RefusalRow], options: Opt
 
 def measure_pass(answerer: Answerer, rows: Sequence[ProgramRow], options: Options) -> Figures:
     """Returns pass@k: the share of problems that one of k answers solves. Runs programs that the model wrote."""
-    answers = answerer.complete(
-        [row.prompt for row in rows],
-        max_tokens=options.max_tokens,
-        stop=END_OF_FUNCTION,
-        num_answers=options.num_answers,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
+    how = Sampling(options.max_tokens, END_OF_FUNCTION, options.num_answers, options.temperature, options.seed)
+    answers = answerer.complete([row.prompt for row in rows], how)
     programs = [
         f"{row.prompt}{text}\n{row.test}\ncheck({row.entry_point})\n"
         for row, texts in zip(rows, answers, strict=True)
@@ -151,6 +145,6 @@ def _text(row: Row, completion: str) -> tuple[str, str]:
     return row.prompt_text, render_completion(row.prompt_text, completion, "plain")
 
 
-def _answers(answerer: Answerer, rows: Sequence[Row], options: Options, stop: Sequence[str] = ()) -> list[str]:
-    found = answerer.complete([row.prompt for row in rows], max_tokens=options.max_tokens, stop=stop)
+def _answers(answerer: Answerer, rows: Sequence[Row], options: Options, stop: tuple[str, ...] = ()) -> list[str]:
+    found = answerer.complete([row.prompt for row in rows], Sampling(options.max_tokens, stop))
     return [text for [text] in found]

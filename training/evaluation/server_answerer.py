@@ -8,7 +8,7 @@ import httpx
 from tqdm import tqdm
 
 from lori.template import Message
-from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt
+from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
 
 TIMEOUT_S = 600.0
 Form = Literal["prompt", "messages"]
@@ -27,22 +27,13 @@ class ServerAnswerer:
     def __init__(self, url: str, choice: Mapping[str, Any], form: Form = "prompt", concurrency: int = 32) -> None:
         self._url, self._choice, self._form, self._concurrency = url, choice, form, concurrency
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        num_answers: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[list[str]]:
+    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
         """See `Answerer`. A prompt's own seed is `seed` and its place."""
-        fields = {"max_tokens": max_tokens, "stop": list(stop), "n": num_answers, "temperature": temperature}
+        fields = {"max_tokens": how.max_tokens, "stop": how.stop, "n": how.num_answers, "temperature": how.temperature}
 
         async def answer(ask: Ask, place: int) -> list[str]:
-            reply = await ask(self._prompt(prompts[place]) | fields | {"seed": seed + place})
-            return [choice["text"] for choice in reply["choices"]] if num_answers > 1 else [reply["text"]]
+            reply = await ask(self._prompt(prompts[place]) | fields | {"seed": how.seed + place})
+            return [choice["text"] for choice in reply["choices"]] if how.num_answers > 1 else [reply["text"]]
 
         return asyncio.run(self._ask_all(answer, range(len(prompts))))
 

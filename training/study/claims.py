@@ -1,7 +1,6 @@
 """The method's claims (arXiv 2504.07448) as trainings and measurements: which adapters, merged how, measured on what.
 
-A claim gives rows: what it is, the task, and the figures. The paper's sections: 4.2 single tasks, 4.3 merges, 4.4 continual
-learning, 4.5 sparsity, and the appendix on granularity.
+A claim gives rows: what it is, the task, and the figures.
 """
 
 import itertools

@@ -11,7 +11,7 @@ from lori.basis import Seeded
 from lori.template import Message
 from tests.server.live import start
 from training.batches import like_lengths
-from training.evaluation.answerer import Answerer, AnswerError
+from training.evaluation.answerer import Answerer, AnswerError, Sampling
 from training.evaluation.local_answerer import LocalAnswerer
 from training.evaluation.server_answerer import ServerAnswerer
 from training.packing import ATTENTION
@@ -56,21 +56,21 @@ def greedy(base: BaseModel, prompt: str, max_tokens: int) -> str:
 
 def test_a_greedy_answer_is_the_model_s_own_up_to_a_stop_text(answerer: Answerer, base: BaseModel) -> None:
     whole = [greedy(base, prompt, 20) for prompt in PROMPTS]
-    assert answerer.complete(PROMPTS, max_tokens=20) == [[text] for text in whole]
+    assert answerer.complete(PROMPTS, Sampling(max_tokens=20)) == [[text] for text in whole]
     stop = [whole[0][3:5], whole[1][7]]
     cut = [text[: min(text.find(s) % 1000 for s in stop)] for text in whole]
-    assert answerer.complete(PROMPTS, max_tokens=20, stop=stop) == [[text] for text in cut]
+    assert answerer.complete(PROMPTS, Sampling(max_tokens=20, stop=tuple(stop))) == [[text] for text in cut]
     assert len(cut[0]) <= 3
 
 
 def test_a_stop_text_is_not_looked_for_in_the_prompt(answerer: Answerer, base: BaseModel) -> None:
     text = greedy(base, PROMPTS[3], 8)
-    assert answerer.complete([PROMPTS[3]], max_tokens=8, stop=["\n" + text[0], "end"]) == [[text]]
+    assert answerer.complete([PROMPTS[3]], Sampling(max_tokens=8, stop=("\n" + text[0], "end"))) == [[text]]
 
 
 def test_drawn_answers_depend_on_the_seed_alone(answerer: Answerer) -> None:
     def draw(seed: int) -> list[list[str]]:
-        return answerer.complete(PROMPTS, max_tokens=12, num_answers=3, temperature=1.0, seed=seed)
+        return answerer.complete(PROMPTS, Sampling(max_tokens=12, num_answers=3, temperature=1.0, seed=seed))
 
     torch.manual_seed(11)
     first = draw(7)
@@ -91,7 +91,7 @@ def test_a_likelihood_is_that_of_the_completion_s_tokens(answerer: Answerer, bas
 
 
 def test_nothing_is_asked_of_nobody(answerer: Answerer) -> None:
-    assert answerer.complete([], max_tokens=1) == []
+    assert answerer.complete([], Sampling(max_tokens=1)) == []
     assert answerer.log_likelihoods([]) == []
     assert [one.num_tokens for one in answerer.log_likelihoods([("a", "")])] == [0]
 
@@ -99,16 +99,16 @@ def test_nothing_is_asked_of_nobody(answerer: Answerer) -> None:
 def test_conversations_are_written_in_a_template(base: BaseModel, url: str) -> None:
     talk = [Message(role="user", content="why?"), Message(role="assistant", content="so"), Message(role="user", content="oh")]
     here = LocalAnswerer(base.model, base.tokenizer, template="chat")
-    assert here.complete([talk, "why?"], max_tokens=9) == ServerAnswerer(url, {}, "messages").complete(
-        [talk, "why?"], max_tokens=9
+    assert here.complete([talk, "why?"], Sampling(max_tokens=9)) == ServerAnswerer(url, {}, "messages").complete(
+        [talk, "why?"], Sampling(max_tokens=9)
     )
     plain = LocalAnswerer(base.model, base.tokenizer)
-    assert plain.complete([talk], max_tokens=9) == ServerAnswerer(url, {}).complete([talk], max_tokens=9)
+    assert plain.complete([talk], Sampling(max_tokens=9)) == ServerAnswerer(url, {}).complete([talk], Sampling(max_tokens=9))
 
 
 def test_what_exceeds_the_context_is_refused(answerer: Answerer) -> None:
     with pytest.raises(AnswerError, match="context"):
-        answerer.complete(["x" * 510], max_tokens=9)
+        answerer.complete(["x" * 510], Sampling(max_tokens=9))
     with pytest.raises(AnswerError, match="context"):
         answerer.log_likelihoods([("x" * 510, "x" * 9)])
 
@@ -121,7 +121,7 @@ def test_a_model_in_training_is_left_as_it_was(tiny_model: Path) -> None:
     expected = torch.rand(1)
     torch.manual_seed(3)
     who = LocalAnswerer(own.model, own.tokenizer)
-    who.complete(["a"], max_tokens=3, temperature=1.0)
+    who.complete(["a"], Sampling(max_tokens=3, temperature=1.0))
     who.log_likelihoods([("a", "b")])
     assert torch.equal(torch.rand(1), expected)
     assert own.model.training

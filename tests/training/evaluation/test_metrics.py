@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training.data import DataError
-from training.evaluation.answerer import LogLikelihood, Prompt
+from training.evaluation.answerer import LogLikelihood, Prompt, Sampling
 from training.evaluation.figures import Figures
 from training.evaluation.metrics import METRICS, MetricName, Options, measure, read_measured
 
@@ -19,18 +19,9 @@ class Heart:
         self.answers = answers or {}
         self.asked: list[dict[str, object]] = []
 
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_tokens: int,
-        stop: Sequence[str] = (),
-        num_answers: int = 1,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[list[str]]:
-        self.asked.append({"max_tokens": max_tokens, "stop": tuple(stop), "temperature": temperature, "seed": seed})
-        return [list(self.answers[str(prompt)][:num_answers]) for prompt in prompts]
+    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
+        self.asked.append({"max_tokens": how.max_tokens, "stop": how.stop, "temperature": how.temperature, "seed": how.seed})
+        return [list(self.answers[str(prompt)][: how.num_answers]) for prompt in prompts]
 
     def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
         return [LogLikelihood(-abs(len(completion) - 3.0) - 1, len(completion)) for _, completion in texts]
