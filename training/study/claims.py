@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lori.mask import GRANULARITIES
 from lori.merge_options import MergeOptions
@@ -47,7 +48,7 @@ def lori_s(lab: Lab, task: str) -> Path:
 def lori_all_in(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's whose mask and training together had the steps of one phase."""
     calibration = lab.config.steps // 3
-    length = {"calibration_steps": calibration, "steps": lab.config.steps - calibration}
+    length: dict[str, Any] = {"calibration_steps": calibration, "steps": lab.config.steps - calibration}
     return lab.adapter(f"{task}-lori-all-in", task, **length, **lab.rates)
 
 
@@ -58,9 +59,8 @@ def lori_own(lab: Lab, task: str) -> Path:
 
 def lori_mixed(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's that is held to the base's own answers on the other tasks' prompts."""
-    return lab.adapter(
-        f"{task}-lori-mixed", task, mix=lab.mixed(other for other in lab.config.tasks if other != task), **lab.rates
-    )
+    others = [other for other in lab.config.tasks if other != task]
+    return lab.adapter(f"{task}-lori-mixed", task, kept=others, **lab.rates)
 
 
 SINGLE: Mapping[str, Callable[[Lab, str], Path]] = {
@@ -110,7 +110,7 @@ def continual(lab: Lab) -> Iterator[Found]:
     """Safety first, then a task: what is left of the first, and what is learnt of the second."""
     for task, (what, first) in itertools.product(lab.config.swept, {"LoRA": lora, "LoRI-D": lori_d, "LoRI-S": lori_s}.items()):
         start = first(lab, SAFETY)
-        options: dict[str, object] = {"init_from": start}
+        options: dict[str, Any] = {"init_from": start}
         if what == "LoRA":
             options |= {"method": "lora", "lr": lab.config.lora_lr}
         elif what == "LoRI-D":

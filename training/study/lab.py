@@ -39,19 +39,23 @@ class Lab:
         self.folder = config.output / f"seed-{seed}"
 
     @property
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, Any]:
         """The learning rates of both phases of LoRI."""
         return {"lr": self.config.lr, "calibration_lr": self.config.calibration_lr}
 
-    def adapter(self, name: str, task: str, **options: Any) -> Path:
-        """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there."""
+    def adapter(self, name: str, task: str, kept: Iterable[str] = (), **options: Any) -> Path:
+        """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there.
+
+        It is held to the base's own answers to prompts of the tasks in `kept`.
+        """
         folder = self.folder / "adapters" / name
         if folder.is_dir():
             return folder
         config = self.config
         shared = {
-            "output": folder, "data": self._train(task), "on_bad": "skip", "model": config.model, "dtype": config.dtype,
-            "template": ["plain"], "rank": config.rank, "alpha": config.alpha, "steps": config.steps, "seed": self.seed,
+            "output": folder, "data": self._train(task), "mix": self._mixed(task, kept), "on_bad": "skip",
+            "model": config.model, "dtype": config.dtype, "template": ["plain"],
+            "rank": config.rank, "alpha": config.alpha, "steps": config.steps, "seed": self.seed,
             "batch_tokens": config.batch_tokens, "max_length": config.max_length,
             "resume": (folder.parent / f"{name}.checkpoint").is_dir(), "threads": config.threads,
         }  # fmt: skip
@@ -83,18 +87,17 @@ class Lab:
         found: Figures = json.loads(file.read_text())
         return found
 
-    def mixed(self, tasks: Iterable[str]) -> list[Source]:
-        """Returns what the base itself answers to prompts of `tasks`."""
-        return [Source(path=str(self._answered(task, self.config.num_mixed))) for task in tasks]
+    def _mixed(self, task: str, kept: Iterable[str]) -> list[Source]:
+        # What is to be learnt of a benign prompt is to do as before, also where that is to say nothing.
+        own = [self._answered(task, 0)] if self.config.tasks[task].metric == "refusal" else []
+        return [Source(path=str(file)) for file in (*own, *(self._answered(other, self.config.num_mixed) for other in kept))]
 
     def _rows(self, task: str, num_rows: int) -> list[Row]:
         chosen = self.config.tasks[task]
         return read_measured(self._placed(chosen.test), chosen.metric, num_rows)
 
     def _train(self, task: str) -> list[Source]:
-        """Returns the task's sources. Rows of refusals that have no completion are answered by the base itself."""
-        found = [self._placed(source) for source in self.config.tasks[task].train]
-        return [*found, Source(path=str(self._answered(task, 0)))] if self.config.tasks[task].metric == "refusal" else found
+        return [self._placed(source) for source in self.config.tasks[task].train]
 
     def _placed(self, source: Source) -> Source:
         file = self.config.data / source.path
