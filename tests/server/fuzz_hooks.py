@@ -8,6 +8,8 @@ import schemathesis
 
 NAMES = ("math", "safety", "intent")
 MODELS = ("tiny", *NAMES, "math+safety", "math:0.7+safety:-0.3")
+ALIAS = "-alias"
+"""What names of adapters end in that are made and deleted."""
 NUM_TOKENS = 257
 MAX_TOKENS = 8
 CONTENT = re.compile(
@@ -68,9 +70,13 @@ def before_call(_: schemathesis.HookContext, case: schemathesis.Case, __: dict[s
     body, is_kept = case.body, _hash((case.body, case.query, case.path_parameters)) % 4 == 0
     if isinstance(body, dict) and body.get("timeout_s"):
         body["timeout_s"] = max(60, body["timeout_s"])  # to answer 504 is right where the client has no time
+    if case.method == "DELETE" and case.path_parameters.get("name") in NAMES:
+        case.path_parameters["name"] += ALIAS  # or there would soon be nothing to ask
     if is_kept:
         return
-    if case.path_parameters.get("name") and case.method != "DELETE" and not case.path.endswith("/unload"):
+    if case.path.endswith("/alias"):
+        case.path_parameters["name"] = _pick(NAMES, case.path_parameters["name"]) + ALIAS
+    elif case.path_parameters.get("name") and case.method != "DELETE" and not case.path.endswith("/unload"):
         case.path_parameters["name"] = _pick(NAMES, case.path_parameters["name"])
     if case.query.get("names"):
         case.query["names"] = ",".join(NAMES[: 1 + _hash(case.query["names"]) % len(NAMES)])

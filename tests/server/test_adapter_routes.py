@@ -115,8 +115,11 @@ def test_an_alias_means_what_it_was_told_and_moves(office: Office) -> None:
     error = refusal(office.client.delete("/adapters/other"), 409)
     assert "'either' means other@" in error["message"]
     assert office.generate("other")["adapter"][0]["version"] == other.version, "who is refused has lost nothing"
+    for action in ("pin", "load", "unpin"):
+        assert office.post(f"/adapters/either/{action}").json()["name"] == "either"
     assert office.client.delete("/adapters/either").json() == {"name": "either", "versions": [], "num_using": 0}
     assert office.ask("either").status_code == 404
+    refusal(office.client.get("/adapters/either"), 404)
     assert office.client.delete("/adapters/other").status_code == 200
 
 

@@ -40,8 +40,10 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
     """Runs schemathesis; returns what it found wrong, and how often it was answered what."""
     program = [sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", str(HERE / "fuzz.toml")]
-    # DELETE /adapters/compare is one of an adapter of that name: that path allows more than is said of it.
-    flags = ["--checks", "all", "--exclude-checks", "allow_header_conformance", "--max-examples", str(PER_OPERATION)]
+    # DELETE /adapters/compare is one of an adapter of that name: that path allows more than is said of it. What was deleted is
+    # there again after PUT /adapters/{name}/alias or /v1/load_lora_adapter, of which use_after_free does not know.
+    excluded = "allow_header_conformance,use_after_free"
+    flags = ["--checks", "all", "--exclude-checks", excluded, "--max-examples", str(PER_OPERATION)]
     flags += ["--header", f"Authorization: {bearer(ADMIN)['Authorization']}", "--request-timeout", "60", "--workers", "2"]
     flags += ["--report", "ndjson", "--report-ndjson-path", str(report), "--output-sanitize", "false"]
     flags += ["--generation-deterministic", "--continue-on-failure", "--warnings", "off"]
