@@ -3,12 +3,15 @@
 Through a running server it sees what a client sees; with --local it computes the same on a model of its own.
 """
 
+import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lori.format import read_config
+from lori.template import Template
 from training.base import load_base
 from training.ending import ended
 from training.evaluation.config import EvaluateConfig
@@ -19,6 +22,8 @@ from training.evaluation.metrics import measure, read_measured
 from training.evaluation.record import record
 from training.evaluation.server_answerer import ServerAnswerer
 
+logger = logging.getLogger(__name__)
+
 
 def served(config: EvaluateConfig) -> ServerAnswerer:
     """Returns the server as an answerer, with the adapters that `config` names."""
@@ -27,7 +32,10 @@ def served(config: EvaluateConfig) -> ServerAnswerer:
     if config.adapter:
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         choice |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
-    return ServerAnswerer(config.url, choice, config.form, config.concurrency)
+    answerer = ServerAnswerer(config.url, choice, config.form, config.concurrency, os.environ.get(config.api_key_variable))
+    for name in config.adapter:
+        _check_form(config, name, answerer.templates(name))
+    return answerer
 
 
 @contextmanager
@@ -35,10 +43,18 @@ def loaded(config: EvaluateConfig) -> Iterator[LocalAnswerer]:
     """Gives a model of our own as an answerer, with the adapters that `config` names applied to it."""
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
+    for adapter in adapters:
+        _check_form(config, adapter.name, adapter.config.lori.templates)
     choice = Choice(adapters, config.weights, config.merge_options)
     template = choice.template() if config.form == "messages" else "plain"
     with applied(base.model, choice.merged()):
         yield LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
+
+
+def _check_form(config: EvaluateConfig, name: str, learnt: Sequence[Template]) -> None:
+    if config.form == "prompt" and "plain" not in learnt:
+        said = "%s was trained on the template %s alone, and is measured on prompts as they stand"
+        logger.warning(said, name, ", ".join(learnt))
 
 
 def evaluate(config: EvaluateConfig) -> Figures:
@@ -65,6 +81,7 @@ def show(figures: Figures) -> str:
 def main() -> int:
     """Runs the program and returns its exit code."""
     config = EvaluateConfig.from_arguments()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     def program() -> str:
         if config.record:

@@ -1,6 +1,7 @@
 """`training.evaluate` measures the same through a running server as on a model of its own, and says what it cannot do."""
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from lori.config import AdapterConfig
 from lori.errors import AdapterError
 from lori.format import read_config
 from lori.template import encode
+from tests.server.keyed import ADMIN, write_keys
 from tests.server.live import Live, start
 from training.config import FitConfig
 from training.data import DataError
@@ -64,18 +66,20 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("adapters")
     learnt = [row for name in ("exact", "number", "refusal", "pass") for row in MEASURED[name][:-1]]
     blue: Rows = [{"prompt": f"Say {i}:", "completion": " blue"} for i in range(9)]
-    fields = {"rank": 16, "sparsity": 0.5, "batch_tokens": 150, "dtype": "float32", "template": ["plain"]}
-    for name, rows, steps in (("all", learnt, 150), ("blue", blue, 30)):
+    fields = {"rank": 16, "sparsity": 0.5, "batch_tokens": 150, "dtype": "float32"}
+    for name, rows, steps, template in (("all", learnt, 150, "plain"), ("blue", blue, 30, "plain"), ("talks", blue, 3, "chat")):
         data = write(place / f"{name}.jsonl", rows)
-        own = {"data": [str(data)], "model": str(tiny_model), "output": place / name, "steps": steps}
+        own = {"template": [template], "data": [str(data)], "model": str(tiny_model), "output": place / name, "steps": steps}
         fit(FitConfig.model_validate(fields | own), "cmd")
     return place
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    flags = ["--model", str(tiny_model), "--adapters", str(store), "--dtype", "float32"]
-    with start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
+    place = tmp_path_factory.mktemp("keys")
+    flags = ["--model", str(tiny_model), "--adapters", str(store), "--dtype", "float32", "--keys", str(write_keys(place))]
+    with pytest.MonkeyPatch.context() as patch, start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
+        patch.setenv("LORI_API_KEY", ADMIN)
         yield live
 
 
@@ -123,6 +127,26 @@ def test_messages_are_written_in_the_adapter_s_template(server: Live, tiny_model
         found = evaluate(config("exact", data, url=server.url, **fields))
         assert found == evaluate(config("exact", data, **local(tiny_model, store), **fields))
         assert found["exact_match"] == (who == "adapter")
+
+
+@pytest.mark.parametrize("place", ["served", "local"])
+def test_a_form_that_an_adapter_was_not_trained_on_is_said(
+    server: Live, tiny_model: Path, store: Path, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write(tmp_path / "rows.jsonl", SAID)
+    where = {"url": server.url} if place == "served" else local(tiny_model, store)
+    caplog.set_level(logging.WARNING, "training.evaluate")
+    evaluate(config("exact", data, **where, adapter=["talks"], form="messages"))
+    evaluate(config("loss", data, **where, adapter=["all"]))
+    assert not caplog.records
+    evaluate(config("loss", data, **where, adapter=["all", "talks"]))
+    [said] = caplog.messages
+    assert said == "talks was trained on the template chat alone, and is measured on prompts as they stand"
+
+
+def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:
+    with pytest.raises(AnswerError, match="401"):
+        evaluate(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
 
 
 def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:

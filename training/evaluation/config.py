@@ -13,7 +13,7 @@ from training.evaluation.metrics import METRICS, MetricName, Options
 from training.evaluation.server_answerer import Form
 
 LOCAL = ("model", "adapters", "batch_tokens", "dtype", "threads")
-SERVED = ("url", "concurrency")
+SERVED = ("url", "concurrency", "api_key_variable")
 PASS = ("execute_code", "num_answers", "pass_at", "temperature")
 
 
@@ -39,6 +39,8 @@ class EvaluateConfig(CommandLine):
     """Draws the entries that dare_linear and dare_ties drop."""
     url: str = "http://127.0.0.1:8000"
     """The server."""
+    api_key_variable: str = "LORI_API_KEY"
+    """The variable of the environment that holds a key of the server, where it has keys."""
     concurrency: int = Field(default=32, ge=1)
     """Requests under way together."""
     local: bool = False

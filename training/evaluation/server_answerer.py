@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 from tqdm import tqdm
 
-from lori.template import Message
+from lori.template import Message, Template
 from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
 
 TIMEOUT_S = 600.0
@@ -18,14 +19,17 @@ Found = TypeVar("Found")
 
 
 class ServerAnswerer:
-    """Asks the server at `url`, up to `concurrency` requests together.
+    """Asks the server at `url`, up to `concurrency` requests together, with `api_key` where it has keys.
 
     `choice` are the fields that choose the adapters, in each request. `form` sends a prompt as it stands, or as a conversation,
     which the server writes in the adapters' own template.
     """
 
-    def __init__(self, url: str, choice: Mapping[str, Any], form: Form = "prompt", concurrency: int = 32) -> None:
+    def __init__(
+        self, url: str, choice: Mapping[str, Any], form: Form = "prompt", concurrency: int = 32, api_key: str | None = None
+    ) -> None:
         self._url, self._choice, self._form, self._concurrency = url, choice, form, concurrency
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
         """See `Answerer`. A prompt's own seed is `seed` and its place."""
@@ -41,6 +45,20 @@ class ServerAnswerer:
         """See `Answerer`."""
         return asyncio.run(self._ask_all(_score, texts))
 
+    def templates(self, name: str) -> Sequence[Template]:
+        """Returns what the adapter called `name` was trained on, the preferred one first. Raises `AnswerError`."""
+
+        async def asked() -> dict[str, Any]:
+            async with self._client() as http:
+                return await self._sent(http.get(f"/adapters/{quote(name, safe='')}"))
+
+        templates: list[Template] = asyncio.run(asked())["templates"]
+        return templates
+
+    def _client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=self._concurrency)
+        return httpx.AsyncClient(base_url=self._url, headers=self._headers, timeout=TIMEOUT_S, limits=limits)
+
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
         if self._form == "messages":
             turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
@@ -50,8 +68,7 @@ class ServerAnswerer:
     async def _ask_all(self, measure: Callable[[Ask, Asked], Awaitable[Found]], asked: Sequence[Asked]) -> list[Found]:
         """Returns what `measure` finds for each of `asked`. The first that fails ends all others, and its error is told."""
         gate = asyncio.Semaphore(self._concurrency)
-        limits = httpx.Limits(max_connections=self._concurrency)
-        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, limits=limits) as http:
+        async with self._client() as http:
             with tqdm(total=len(asked), unit="request", disable=None) as bar:
 
                 async def one(item: Asked) -> Found:
@@ -61,7 +78,7 @@ class ServerAnswerer:
                     return found
 
                 async def ask(fields: Mapping[str, Any]) -> dict[str, Any]:
-                    return await self._post(http, fields)
+                    return await self._sent(http.post("/generate", json={**fields, **self._choice}))
 
                 try:
                     async with asyncio.TaskGroup() as group:
@@ -70,9 +87,9 @@ class ServerAnswerer:
                     raise errors.exceptions[0] from errors
         return [task.result() for task in tasks]
 
-    async def _post(self, http: httpx.AsyncClient, fields: Mapping[str, Any]) -> dict[str, Any]:
+    async def _sent(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
         try:
-            reply = await http.post("/generate", json={**fields, **self._choice})
+            reply = await request
         except httpx.HTTPError as error:
             said = str(error) or type(error).__name__
             raise AnswerError(f"no answer from {self._url} ({said}): is `python -m server` running there?") from error
