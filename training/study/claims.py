@@ -58,9 +58,9 @@ def lori_own(lab: Lab, task: str) -> Path:
 
 
 def lori_mixed(lab: Lab, task: str) -> Path:
-    """Returns LoRI-S's that is held to the base's own answers on the other tasks' prompts."""
+    """Returns LoRI-S's, on the same mask, that is held to the base's own answers on the other tasks' prompts."""
     others = [other for other in lab.config.tasks if other != task]
-    return lab.adapter(f"{task}-lori-mixed", task, kept=others, **lab.rates)
+    return lab.adapter(f"{task}-lori-mixed", task, kept=others, mask_from=lori_d(lab, task), lr=lab.config.lr)
 
 
 SINGLE: Mapping[str, Callable[[Lab, str], Path]] = {
