@@ -32,7 +32,8 @@ def served(config: EvaluateConfig) -> ServerAnswerer:
     if config.adapter:
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         choice |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
-    answerer = ServerAnswerer(config.url, choice, config.form, config.concurrency, os.environ.get(config.api_key_variable))
+    api_key = os.environ.get(config.api_key_variable)
+    answerer = ServerAnswerer(str(config.url), choice, config.form, config.concurrency, api_key)
     for name in config.adapter:
         _check_form(config, name, answerer.templates(name))
     return answerer

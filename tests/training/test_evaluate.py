@@ -212,6 +212,8 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
         ("--metric loss --adapter a --density 0.5", "--density is for a --merge that is no sum"),
         ("--metric loss --adapter a --merge ties --merge-seed 1", "--merge-seed is for --merge dare_linear and dare_ties"),
         ("--metric speed", "--metric: "),
+        ("--metric loss --url 127.0.0.1:9", "--url: "),
+        ("--metric loss --url http://127.0.0.1:99999", "--url: "),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(

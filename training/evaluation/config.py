@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, HttpUrl, model_validator
 
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
 from training.command_line import CommandLine
@@ -37,7 +37,7 @@ class EvaluateConfig(CommandLine):
     """The share of each adapter's kept entries that survives in a merge that is no sum."""
     merge_seed: int = Field(default=DEFAULTS.seed, ge=0)
     """Draws the entries that dare_linear and dare_ties drop."""
-    url: str = "http://127.0.0.1:8000"
+    url: HttpUrl = HttpUrl("http://127.0.0.1:8000")
     """The server."""
     api_key_variable: str = "LORI_API_KEY"
     """The variable of the environment that holds a key of the server, where it has keys."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from lori.mask import GRANULARITIES
 from lori.merge_options import MergeOptions
+from training.config import FitConfig
 from training.evaluation.figures import Figures
 from training.study.config import SAFETY, Claim
 from training.study.lab import Lab
@@ -131,7 +132,7 @@ def sparsity(lab: Lab) -> Iterator[Found]:
     """LoRI-S by the share of B that is left out."""
     for task, share in itertools.product(lab.config.swept, SPARSITIES):
         folder = lori_s(lab, task)
-        if share != 0.9:
+        if share != FitConfig.model_fields["sparsity"].default:
             folder = lab.adapter(
                 f"{task}-sparsity-{share:g}", task, mask_from=lori_d(lab, task), sparsity=share, lr=lab.config.lr
             )
@@ -142,7 +143,7 @@ def granularity(lab: Lab) -> Iterator[Found]:
     """LoRI-S by what the mask's entries are ranked against."""
     for task, group in itertools.product(lab.config.swept, GRANULARITIES):
         folder = lori_s(lab, task)
-        if group != "model":
+        if group != FitConfig.model_fields["granularity"].default:
             folder = lab.adapter(f"{task}-by-{group}", task, mask_from=lori_d(lab, task), granularity=group, lr=lab.config.lr)
         yield Found("LoRI-S", group, task, lab.measured(folder.name, task, [folder]))
 
