@@ -21,6 +21,7 @@ from training.base import load_base
 from training.command_line import CommandLine
 from training.data import Row, Source, read_rows
 from training.ending import ended
+from training.evaluation.answerer import AnswerError
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
 from training.generation import Generation, end_ids
 
@@ -102,6 +103,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     def program() -> str:
+        if config.output.exists():
+            raise AnswerError(f"--output {config.output} is there already: remove it, or name another")
         chosen_rows(config)  # what is wrong with them is said before the model is loaded
         num_answers = write_answers(load_base(config.model, config.dtype, config.threads), config)
         return f"wrote {num_answers} answers to {config.output}"

@@ -4,7 +4,8 @@ A program with a `recipe` among its flags takes from that what the command line 
 """
 
 import sys
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -16,6 +17,9 @@ from training.recipe import RecipeError, read_recipe
 
 class CommandLine(BaseSettings):
     """A program's flags. RANK or SEED in the environment means something else, so nothing is read from there."""
+
+    tied: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What a recipe says of another of its options, and says no more where a flag wins over that."""
 
     model_config = SettingsConfigDict(
         cli_kebab_case=True,
@@ -59,8 +63,13 @@ class _Recipe(PydanticBaseSettingsSource):
         raise NotImplementedError
 
     def __call__(self) -> dict[str, Any]:
-        name = self.current_state.get("recipe")
-        return read_recipe(name, self.settings_cls.model_fields.keys() - {"recipe"}) if name else {}
+        given = self.current_state
+        if not (name := given.get("recipe")):
+            return {}
+        tied: Mapping[str, tuple[str, ...]] = getattr(self.settings_cls, "tied", {})
+        dropped = {other for option, others in tied.items() if option in given for other in others}
+        found = read_recipe(name, self.settings_cls.model_fields.keys() - {"recipe"})
+        return {option: value for option, value in found.items() if option not in dropped}
 
 
 class _Flags(CliSettingsSource[Any]):

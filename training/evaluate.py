@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from lori.format import read_config
+from lori.format import name_of, read_config
 from lori.template import Template
 from training.base import load_base
 from training.ending import ended
+from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import STDERR, Figures
 from training.evaluation.local_adapters import Choice, applied, find_adapter
@@ -35,7 +37,10 @@ def served(config: EvaluateConfig) -> ServerAnswerer:
     api_key = os.environ.get(config.api_key_variable)
     answerer = ServerAnswerer(str(config.url), choice, config.form, config.concurrency, api_key)
     for name in config.adapter:
-        _check_form(config, name, answerer.templates(name))
+        found = answerer.adapter(name)
+        _check_form(config, name, found.templates)
+        if config.record and name.partition("@")[0] == name_of(config.record):
+            _check_version(config.record, found.version)
     return answerer
 
 
@@ -56,6 +61,13 @@ def _check_form(config: EvaluateConfig, name: str, learnt: Sequence[Template]) -
     if config.form == "prompt" and "plain" not in learnt:
         said = "%s was trained on the template %s alone, and is measured on prompts as they stand"
         logger.warning(said, name, ", ".join(learnt))
+
+
+def _check_version(folder: Path, served: str) -> None:
+    own = read_config(folder).lori.content_digest[: len(served)]
+    if own != served:
+        said = f"the server has version {served} of {name_of(folder)}, and --record {folder} is {own}"
+        raise AnswerError(f"{said}: start the server again, or let an admin load it (POST /adapters/{name_of(folder)}/load)")
 
 
 def evaluate(config: EvaluateConfig) -> Figures:

@@ -28,8 +28,9 @@ from training.methods import TrainingMethod, method_of
 from training.outcome import Outcome
 from training.packing import ATTENTION
 from training.processes import processes
+from training.progress import check_tensorboard
 from training.record import config_of
-from training.run import Examples, Run
+from training.run import Examples, Run, has_ended
 from training.samples import Sample, take_samples
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,12 @@ def fit(config: FitConfig, command: str) -> Path:
     """Trains and saves; returns the adapter's folder. Raises `LoriError`."""
     started = time.monotonic()
     check_replaceable(config.output)
+    if config.resume and has_ended(config):
+        logger.warning("%s is there, and no run to go on with; without --resume it is trained anew", config.output)
+        return config.output
     write_report = report_writer() if config.report else None
+    if config.tensorboard:
+        check_tensorboard()
     rows = read_all(config)  # what is wrong with the data is said before the model is loaded
     base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
     run = Run(config, as_examples(rows, base, config))

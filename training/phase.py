@@ -24,10 +24,10 @@ def phases_of(config: FitConfig) -> tuple[Phase, ...]:
     """
     length = config.steps, config.epochs
     if config.method == "lora":
-        return (Phase("LoRA", config.lr, *length, config.seed),)
+        return (Phase("LoRA", config.peak_lr, *length, config.seed),)
     if config.method == "lori-d":
         return (Phase("LoRI-D", config.calibration_lr, *length, config.seed),)
-    main = Phase("LoRI-S", config.lr, *length, config.seed + 1)
+    main = Phase("LoRI-S", config.peak_lr, *length, config.seed + 1)
     if config.mask_from:
         return (main,)
     own = config.calibration_steps, config.calibration_epochs

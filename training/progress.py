@@ -1,5 +1,6 @@
 """What a person sees of a phase while it runs, and what ends it early."""
 
+import importlib
 import math
 import time
 from pathlib import Path
@@ -59,10 +60,16 @@ class Progress(TrainerCallback):
             self._bar.close()
 
 
-def tensorboard(folder: Path) -> TrainerCallback:
-    """Returns what writes logs for TensorBoard to `folder`. Raises `LoriError` where it is not installed."""
+def check_tensorboard() -> None:
+    """Raises `LoriError` where TensorBoard is not installed: before anything is begun."""
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
+        importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise LoriError("--tensorboard needs: pip install '.[train]'") from error
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """Returns what writes logs for TensorBoard, which is installed, to `folder`."""
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
+
     return TensorBoardCallback(SummaryWriter(str(folder)))

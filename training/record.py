@@ -20,7 +20,7 @@ def config_of(
 ) -> AdapterConfig:
     """Returns the config of an adapter; `told` goes into its record as it is. `lori.format.seal` fills in its digests."""
     modules, basis = trained
-    record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"})
+    record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"}) | {"lr": config.peak_lr}
     phases = {
         name: {
             "steps": len(outcome.losses),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from transformers import TrainerCallback
 from transformers.trainer_callback import EarlyStoppingCallback
 
+from lori.config_file import CONFIG_FILE
 from lori.durable import discard, replace_file
 from training.arguments import training_arguments
 from training.batches import BatchSize, held_out_parts, plan_steps
@@ -30,7 +31,7 @@ from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
 
-LOCK = "lock"
+LOCK, RUN = "lock", "run.json"
 TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
 """What a phase that is over leaves in its folder, the second last."""
 
@@ -54,12 +55,21 @@ class Examples:
         return sha.hexdigest()
 
 
+def has_ended(config: FitConfig) -> bool:
+    """Whether the adapter is there, and no run that could go on."""
+    return (config.output / CONFIG_FILE).is_file() and not (_folder(config) / RUN).is_file()
+
+
+def _folder(config: FitConfig) -> Path:
+    return config.output.with_name(config.output.name + CHECKPOINTS)
+
+
 class Run:
     """The phases of one method, and the folder in which they are written down."""
 
     def __init__(self, config: FitConfig, examples: Examples) -> None:
         self.config, self.examples = config, examples
-        self.folder = config.output.with_name(config.output.name + CHECKPOINTS)
+        self.folder = _folder(config)
         self.outcomes: dict[str, Outcome] = {}
         self._lock = FileLock(self.folder / LOCK)
 
@@ -85,7 +95,7 @@ class Run:
         self._lock.release()
 
     def _open(self, method: TrainingMethod) -> None:
-        file = self.folder / "run.json"
+        file = self.folder / RUN
         said = {"options": self.config.identity, "num_parts": self._num_parts, "examples": self.examples.digest}
         identity = json.dumps(said | {"base": method.base.identity.digest, "parents": list(method.parents)})
         if self.folder.exists() and not file.is_file() and any(path.name != LOCK for path in self.folder.iterdir()):
@@ -97,9 +107,9 @@ class Run:
                 raise DataError(f"{self.folder} is of a run with other options, data or base: resume with those, or remove it")
             return
         if self.config.resume:
-            logger.warning("%s is not there: starting from the beginning", self.folder)
+            logger.warning("%s has nothing to go on from: starting from the beginning", self.folder)
         elif file.is_file():
-            logger.warning("%s is of a run that did not end: starting anew (--resume would go on)", self.folder)
+            raise DataError(f"{self.folder} is of a run that did not end: --resume goes on with it; to start anew, remove it")
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 discard(path)

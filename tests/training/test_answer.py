@@ -8,7 +8,7 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.template import encode, render_prompt
-from training.answer import AnswerConfig, answers, chosen_rows
+from training.answer import AnswerConfig, answers, chosen_rows, main
 from training.data import Row
 
 
@@ -59,3 +59,11 @@ def test_an_answer_can_be_right_under_any_template() -> None:
     assert Row(prompt="p").answered("text", None, truncated=False) == {
         "prompt": "p", "completion": "text", "template": None, "truncated": False
     }  # fmt: skip
+
+
+def test_nothing_is_written_over(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = data.read_bytes()
+    monkeypatch.setattr("sys.argv", ["answer", "--data", str(data), "--output", str(data.parent)])
+    assert main() == 1
+    assert "is there already: remove it, or name another" in capsys.readouterr().err
+    assert data.read_bytes() == before

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tests.server.keyed import ADMIN, write_keys
 from tests.server.live import Live, start
 from training.config import FitConfig
 from training.data import DataError
-from training.evaluate import evaluate, show
+from training.evaluate import evaluate, main, show
 from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.record import record
@@ -144,6 +145,21 @@ def test_a_form_that_an_adapter_was_not_trained_on_is_said(
     assert said == "talks was trained on the template chat alone, and is measured on prompts as they stand"
 
 
+def test_figures_of_another_version_are_not_recorded(
+    server: Live, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "rows.jsonl", SAID)
+    for source, code in (("all", 0), ("blue", 1)):
+        folder = tmp_path / source / "all"
+        shutil.copytree(store / source, folder)
+        before = (folder / "adapter_config.json").read_text()
+        flags = ["--url", server.url, "--adapter", "all", "--record", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--data", str(data), "--metric", "exact", *flags])
+        assert main() == code
+        assert ((folder / "adapter_config.json").read_text() == before) is bool(code)
+    assert "the server has version" in capsys.readouterr().err
+
+
 def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:
     with pytest.raises(AnswerError, match="401"):
         evaluate(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
@@ -211,6 +227,7 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
         ("--metric loss --merge ties", "--merge ties needs --adapter"),
         ("--metric loss --adapter a --density 0.5", "--density is for a --merge that is no sum"),
         ("--metric loss --adapter a --merge ties --merge-seed 1", "--merge-seed is for --merge dare_linear and dare_ties"),
+        ("--metric loss --adapter adapters/my", "--adapter adapters/my is no name: a folder is measured with --local"),
         ("--metric speed", "--metric: "),
         ("--metric loss --url 127.0.0.1:9", "--url: "),
         ("--metric loss --url http://127.0.0.1:99999", "--url: "),

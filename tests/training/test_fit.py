@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lori.base_model import load_base_model
 from lori.errors import LoriError
-from lori.format import load_adapter
+from lori.format import load_adapter, read_config
 from lori.sparse import SparseB
 from lori.template import encode
 from tests.tiny import save_tiny_model
@@ -227,6 +227,47 @@ def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_p
     assert not (tmp_path / "cut").exists()
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert digest(resumed) == digest(whole)
+
+
+def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    config = config_for(tiny_model, data, tmp_path / "cut")
+    cut_before_the_end(config, 6)
+    with pytest.raises(LoriError, match="did not end: --resume goes on with it; to start anew, remove it"):
+        fit(config, "command")
+    shutil.rmtree(tmp_path / "cut.checkpoint")
+    assert fit(config, "command").is_dir()
+
+
+def test_what_has_ended_is_not_done_again_by_resume(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = fit(config_for(tiny_model, data, tmp_path / "a"), "command")
+    before = digest(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.fit.read_all", None)
+        assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command") == folder
+    assert "is there, and no run to go on with; without --resume it is trained anew" in caplog.text
+    assert digest(folder) == before
+    assert digest(fit(config_for(tiny_model, data, tmp_path / "a", seed=5), "command")) != before
+
+
+@pytest.mark.parametrize(("method", "rate"), [("lori", 0.02), ("lora", 0.002)])
+def test_each_method_has_a_rate_of_its_own(tiny_model: Path, data: Path, tmp_path: Path, method: str, rate: float) -> None:
+    changes: dict[str, object] = {"method": method, "steps": 2}
+    config = FitConfig.model_validate(
+        config_for(tiny_model, data, tmp_path / "a", **changes).model_dump(exclude={"lr"}, exclude_unset=True)
+    )
+    assert read_config(fit(config, "command")).lori.training["lr"] == rate
+    assert config_for(tiny_model, data, tmp_path / "a", **changes, lr=0.5).peak_lr == 0.5
+
+
+def test_an_extra_that_is_not_there_is_said_before_anything_is_begun(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(LoriError, match="--tensorboard needs: pip install"):
+        fit(config_for(tiny_model, data, tmp_path / "a", tensorboard=tmp_path / "logs"), "command")
+    assert not (tmp_path / "a.checkpoint").exists()
 
 
 def newest_step(folder: Path) -> int:

@@ -67,6 +67,13 @@ def test_flags_win_over_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.calibration_lr, config.alpha, config.model) == (5e-5, 64, "meta-llama/Meta-Llama-3-8B")
 
 
+def test_a_card_says_nothing_of_data_that_is_not_a_recipe_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "BANKING77" in load("small-intent").about
+    assert from_flags(monkeypatch, "--recipe", "small-intent", "--data", "mine.jsonl").about == ""
+    assert from_flags(monkeypatch, "--recipe", "small-intent", "--data", "mine.jsonl", "--about", "Mine.").about == "Mine."
+    assert "BANKING77" in from_flags(monkeypatch, "--recipe", "small-intent", "--steps", "3").about
+
+
 def test_a_file_extends_shipped_recipes_and_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base.yaml").write_text("seed: 7\nsteps: 3\n")
     (tmp_path / "mine.yaml").write_text("extends: [small-math, base.yaml]\nsteps: 4\ndata: [rows.jsonl]\n")

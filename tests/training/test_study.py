@@ -60,6 +60,10 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
         "linear", "ties", "dare_linear", "dare_ties", "magnitude"
     }  # fmt: skip
     assert [one.setting for one in found["sparsity"][0]] == ["0", "0.5", "0.8", "0.9", "0.95", "0.99"]
+    mixes = {"intent-lori-s": [], "safety-lora": ["safety-unanswered"], "intent-lori-mixed": ["math-3", "safety-3"]}
+    for name, mixed in mixes.items():
+        adapter = json.loads((config.output / "seed-0" / "adapters" / name / "adapter_config.json").read_text())
+        assert [Path(source).stem for source in adapter["lori"]["training"]["mix"]] == mixed
     # What is there is not done again.
     monkeypatch.setattr("training.study.lab.fit", None)
     monkeypatch.setattr("training.study.lab.measure", None)
@@ -89,9 +93,12 @@ def test_an_output_is_of_one_set_of_options(tiny_model: Path, data: Path, tmp_pa
 
 
 def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    for changes in ({"swept": ["code"]}, {"merges": ["math+code"]}):
-        with pytest.raises(ValueError, match="there is no task code: known are intent, math, safety"):
+    for flag, changes in (("--swept", {"swept": ["code"]}), ("--merges", {"merges": ["math+code"]})):
+        with pytest.raises(ValueError, match=f"{flag}: there is no task code: known are intent, math, safety"):
             config_for(tiny_model, data, tmp_path, **changes)
+    assert config_for(tiny_model, data, tmp_path, swept=["code"], claims=["single"]).swept == ["code"]
+    with pytest.raises(ValueError, match="not point to a directory"):
+        config_for(tiny_model, data / "nowhere", tmp_path)
     found = config_for(tiny_model, data, tmp_path).merged_tasks
     assert found == [("intent", "math"), ("intent", "safety"), ("math", "safety"), ("intent", "math", "safety")]
 

@@ -108,6 +108,8 @@ class EvaluateConfig(CommandLine):
             yield f"--weights has {len(self.weights)} numbers for {len(self.adapter)} adapters, expected one for each"
         if len(set(self.adapter)) != len(self.adapter):
             yield "--adapter names one twice"
+        if not self.local and (folders := [name for name in self.adapter if "/" in name]):
+            yield f"--adapter {folders[0]} is no name: a folder is measured with --local"
         if self.merge != "linear" and not self.adapter:
             yield f"--merge {self.merge} needs --adapter"
         if "density" in given and self.merge == "linear":

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
@@ -16,6 +17,15 @@ Form = Literal["prompt", "messages"]
 Ask = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An adapter as the server has it."""
+
+    version: str
+    templates: Sequence[Template]
+    """What it was trained on, the preferred one first."""
 
 
 class ServerAnswerer:
@@ -45,15 +55,15 @@ class ServerAnswerer:
         """See `Answerer`."""
         return asyncio.run(self._ask_all(_score, texts))
 
-    def templates(self, name: str) -> Sequence[Template]:
-        """Returns what the adapter called `name` was trained on, the preferred one first. Raises `AnswerError`."""
+    def adapter(self, name: str) -> Served:
+        """Returns what the server says of the adapter called `name`. Raises `AnswerError`."""
 
         async def asked() -> dict[str, Any]:
             async with self._client() as http:
-                return await self._sent(http.get(f"/adapters/{quote(name, safe='')}"))
+                return await self._sent(http.get(f"/adapters/{quote(name)}"))
 
-        templates: list[Template] = asyncio.run(asked())["templates"]
-        return templates
+        found = asyncio.run(asked())
+        return Served(found["version"], found["templates"])
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=self._concurrency)

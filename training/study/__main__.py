@@ -2,15 +2,25 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from lori.durable import replace_file
+from lori.errors import LoriError
 from training.base import load_base
 from training.ending import ended
 from training.study.claims import CLAIMS, Found
 from training.study.config import Claim, StudyConfig
 from training.study.lab import Lab, StudyError
-from training.study.page import write_page
+
+
+def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Found]]]], Path]:
+    """Returns what writes the page. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
+    try:
+        from training.study.page import write_page  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise LoriError(f"a study needs: pip install '.[train]' ({error})") from error
+    return write_page
 
 
 def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
@@ -35,7 +45,12 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     config = StudyConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return ended(lambda: f"wrote {write_page(config, study(config))}", "interrupted: the same command goes on")
+
+    def program() -> str:
+        write_page = page_writer()
+        return f"wrote {write_page(config, study(config))}"
+
+    return ended(program, "interrupted: the same command goes on")
 
 
 if __name__ == "__main__":

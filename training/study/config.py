@@ -1,10 +1,11 @@
 """Everything that `python -m training.study` can be told, each default written once."""
 
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, model_validator
 
 from training.command_line import CommandLine
 from training.data import Source
@@ -51,7 +52,7 @@ class StudyConfig(CommandLine):
 
     recipe: str | None = None
     """A YAML file of these options. Flags win over it."""
-    data: Path
+    data: DirectoryPath
     """The folder that the tasks' paths are in."""
     output: Path
     """A folder for adapters, results, tables and plots. What is in it already is not done again."""
@@ -97,10 +98,14 @@ class StudyConfig(CommandLine):
 
     @model_validator(mode="after")
     def _tasks_are_known(self) -> "StudyConfig":
-        asked = [*(name for tasks in self.merged_tasks for name in tasks), *self.swept]
-        asked += [SAFETY] if "continual" in self.claims else []
-        if unknown := sorted(set(asked) - set(self.tasks)):
-            raise ValueError(f"there is no task {', '.join(unknown)}: known are {', '.join(self.tasks)}")
+        asked: dict[str, Collection[str]] = {"--merges": [name for tasks in self.merged_tasks for name in tasks]}
+        if set(self.claims) - {"single", "merges"}:
+            asked["--swept"] = self.swept
+        if "continual" in self.claims:
+            asked["--claims continual"] = [SAFETY]
+        for flag, names in asked.items():
+            if unknown := sorted(set(names) - set(self.tasks)):
+                raise ValueError(f"{flag}: there is no task {', '.join(unknown)}: known are {', '.join(self.tasks)}")
         return self
 
     @property
