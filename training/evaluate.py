@@ -18,10 +18,11 @@ from training.ending import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import STDERR, Figures
-from training.evaluation.local_adapters import Choice, applied, find_adapter
+from training.evaluation.local_adapters import Choice, applied, common_template, find_adapter
 from training.evaluation.local_answerer import LocalAnswerer
 from training.evaluation.metrics import measure, read_measured
 from training.evaluation.record import record
+from training.evaluation.server import Server
 from training.evaluation.server_answerer import ServerAnswerer
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,14 @@ def served(config: EvaluateConfig) -> ServerAnswerer:
     if config.adapter:
         names = {"method": "merge", "density": "density", "seed": "merge_seed"}
         choice |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
-    api_key = os.environ.get(config.api_key_variable)
-    answerer = ServerAnswerer(str(config.url), choice, config.form, config.concurrency, api_key)
-    for name in config.adapter:
-        found = answerer.adapter(name)
-        _check_form(config, name, found.templates)
+    server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
+    found = {name: server.adapter(name) for name in config.adapter}
+    for name, adapter in found.items():
+        _check_form(config, name, adapter.templates)
         if config.record and name.partition("@")[0] == name_of(config.record):
-            _check_version(config.record, found.version)
-    return answerer
+            _check_version(config.record, adapter.version)
+    learnt = {name: adapter.templates for name, adapter in found.items()}
+    return ServerAnswerer(server, choice, common_template(learnt) if config.form == "messages" else "plain")
 
 
 @contextmanager

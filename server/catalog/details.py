@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from lori.entry import Entry
 from lori.errors import AdapterFormatError
-from lori.format import CARD_FILE, read_file
+from lori.format import CARD_FILE, read_config, read_file
 from lori.identity import BaseIdentity
 from lori.statistics import ModuleStatistics, statistics
 from server.catalog.store_errors import told
 from server.engine.adapters.registry import Registered
 
+REMEDY = "an admin loads it with POST /adapters/NAME/load, or the server is started again"
 MAX_REMEMBERED = 64
 """Adapters whose statistics are remembered."""
 
@@ -40,6 +41,7 @@ class AdapterDetails:
         """Returns the details. Raises `AdapterFormatError`, `ConflictError` or `StoreError` where it cannot be read any more."""
         *_, entry = of.entries()
         with told():
+            _check_same(read_config(entry.folder).lori.content_digest, entry, of.summary.digest)
             card = read_file(entry.folder, CARD_FILE, []) or b""
             return Details(card.decode(errors="replace"), self._statistics(entry, of.summary.digest))
 
@@ -53,8 +55,7 @@ class AdapterDetails:
 
     def _compute(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
         adapter = entry.load(self._base)
-        if adapter.config.lori.content_digest != digest:
-            raise AdapterFormatError(entry.name, ["it was changed on disk since the server read of it"])
+        _check_same(adapter.config.lori.content_digest, entry, digest)
         since = time.perf_counter()
 
         def rest() -> None:
@@ -63,3 +64,8 @@ class AdapterDetails:
             since = time.perf_counter()
 
         return statistics(adapter, rest)
+
+
+def _check_same(found: str, entry: Entry, expected: str) -> None:
+    if found != expected:
+        raise AdapterFormatError(entry.name, [f"it was changed on disk since the server read of it: {REMEDY}"])

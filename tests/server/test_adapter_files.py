@@ -83,6 +83,10 @@ def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place:
         files.details.read(of)
     write_adapter(place / "own" / "math", writer, seed=3)
     assert files.details.read(of).modules
+    write_adapter(place / "own" / "math", writer, seed=4)
+    with pytest.raises(AdapterFormatError, match="it was changed on disk"):
+        files.details.read(of)  # or its card would be another's
+    write_adapter(place / "own" / "math", writer, seed=3)
     (place / "own" / "math" / WEIGHTS_FILE).unlink()
     assert files.details.read(of).modules, "what was computed is remembered"
 

@@ -68,7 +68,7 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     learnt = [row for name in ("exact", "number", "refusal", "pass") for row in MEASURED[name][:-1]]
     blue: Rows = [{"prompt": f"Say {i}:", "completion": " blue"} for i in range(9)]
     fields = {"rank": 16, "sparsity": 0.5, "batch_tokens": 150, "dtype": "float32"}
-    for name, rows, steps, template in (("all", learnt, 150, "plain"), ("blue", blue, 30, "plain"), ("talks", blue, 3, "chat")):
+    for name, rows, steps, template in (("all", learnt, 150, "plain"), ("blue", blue, 30, "plain"), ("talks", SAID, 15, "chat")):
         data = write(place / f"{name}.jsonl", rows)
         own = {"template": [template], "data": [str(data)], "model": str(tiny_model), "output": place / name, "steps": steps}
         fit(FitConfig.model_validate(fields | own), "cmd")
@@ -128,6 +128,15 @@ def test_messages_are_written_in_the_adapter_s_template(server: Live, tiny_model
         found = evaluate(config("exact", data, url=server.url, **fields))
         assert found == evaluate(config("exact", data, **local(tiny_model, store), **fields))
         assert found["exact_match"] == (who == "adapter")
+    losses = []
+    for form in ("messages", "prompt"):
+        fields = {"adapter": ["talks"], "form": form}
+        found = evaluate(config("loss", data, url=server.url, **fields))
+        assert found == pytest.approx(evaluate(config("loss", data, **local(tiny_model, store), **fields)), abs=1e-4)
+        losses.append(found["loss"])
+    assert losses[0] < losses[1], "an adapter knows its own form of prompt better"
+    with pytest.raises(AdapterError, match="were trained on no common template: all: plain; talks: chat"):
+        evaluate(config("loss", data, url=server.url, adapter=["all", "talks"], form="messages"))
 
 
 @pytest.mark.parametrize("place", ["served", "local"])
@@ -137,7 +146,7 @@ def test_a_form_that_an_adapter_was_not_trained_on_is_said(
     data = write(tmp_path / "rows.jsonl", SAID)
     where = {"url": server.url} if place == "served" else local(tiny_model, store)
     caplog.set_level(logging.WARNING, "training.evaluate")
-    evaluate(config("exact", data, **where, adapter=["talks"], form="messages"))
+    evaluate(config("loss", data, **where, adapter=["talks"], form="messages"))
     evaluate(config("loss", data, **where, adapter=["all"]))
     assert not caplog.records
     evaluate(config("loss", data, **where, adapter=["all", "talks"]))
@@ -222,7 +231,7 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
         ("--metric loss --pass-at 2", "--pass-at is for --metric pass; --pass-at is 2, expected at most --num-answers, 1"),
         ("--metric pass", "--metric pass runs programs that the model writes: allow it with --execute-code"),
         ("--metric pass --execute-code --num-answers 2", "--num-answers above 1 needs a --temperature above 0"),
-        ("--metric choice --form messages", "--form messages is not for choice"),
+        ("--metric pass --execute-code --form messages", "--form messages is not for pass"),
         ("--metric loss --adapter a --weights 1 --weights 2", "--weights has 2 numbers for 1 adapters"),
         ("--metric loss --merge ties", "--merge ties needs --adapter"),
         ("--metric loss --adapter a --density 0.5", "--density is for a --merge that is no sum"),

@@ -42,8 +42,8 @@ class Answerer(Protocol):
     def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
         """Returns the answers to each prompt. The same seed gives the same ones to the same prompts, from the same answerer."""
 
-    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
-        """Returns how likely each completion is after its prompt, which must not be empty, as one plain text.
+    def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
+        """Returns how likely each completion is after its prompt, which must not be empty, written as in training.
 
         The tokens that end in the completion count: those of the text as a whole, which may differ from the completion's own. One
         may begin in the prompt, where that ends in a space.

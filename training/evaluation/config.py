@@ -10,7 +10,6 @@ from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
 from training.command_line import CommandLine
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
 from training.evaluation.metrics import METRICS, MetricName, Options
-from training.evaluation.server_answerer import Form
 
 LOCAL = ("model", "adapters", "batch_tokens", "dtype", "threads")
 SERVED = ("url", "concurrency", "api_key_variable")
@@ -55,7 +54,7 @@ class EvaluateConfig(CommandLine):
     """Weights and products. With --local."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice. With --local."""
-    form: Form = "prompt"
+    form: Literal["prompt", "messages"] = "prompt"
     """Sends the prompt as it stands, or as a user's message in the adapters' own template."""
     num_rows: int = Field(default=0, ge=0)
     """Rows drawn at random; 0 is all."""
@@ -118,8 +117,8 @@ class EvaluateConfig(CommandLine):
             yield "--merge-seed is for --merge dare_linear and dare_ties"
 
     def _metric_faults(self) -> Iterator[str]:
-        if self.form == "messages" and self.metric in ("loss", "choice", "pass"):
-            yield f"--form messages is not for {self.metric}, which takes a text as it stands"
+        if self.form == "messages" and self.metric == "pass":
+            yield "--form messages is not for pass, which takes a program as it stands"
         if self.metric == "pass" and not self.execute_code:
             yield "--metric pass runs programs that the model writes: allow it with --execute-code"
         if max(self.pass_at) > self.num_answers:

@@ -6,7 +6,7 @@ restore, and the server does so. A sum in bfloat16 weights would change the demo
 Shapes: T tokens, N inputs, D outputs, R rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,19 @@ from lori.store import AdapterStore
 from lori.template import Template
 
 
+def common_template(learnt: Mapping[str, Sequence[Template]]) -> Template:
+    """Returns how prompts are written for adapters, by name, that were trained on these: as the first prefers of what all were.
+
+    `chat` is the base's own. Raises `AdapterError` where they were trained on no common template.
+    """
+    templates = [*learnt.values()] or [("chat",)]
+    for template in templates[0]:
+        if all(template in other for other in templates):
+            return template
+    said = "; ".join(f"{name}: {', '.join(own)}" for name, own in learnt.items())
+    raise AdapterError(f"these adapters were trained on no common template: {said}")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Which adapters are applied, and how."""
@@ -41,12 +54,7 @@ class Choice:
 
         Raises `AdapterError` where they were trained on no common template.
         """
-        learnt = [adapter.config.lori.templates for adapter in self.adapters] or [("chat",)]
-        for template in learnt[0]:
-            if all(template in other for other in learnt):
-                return template
-        said = "; ".join(f"{a.name}: {', '.join(a.config.lori.templates)}" for a in self.adapters)
-        raise AdapterError(f"these adapters were trained on no common template: {said}")
+        return common_template({adapter.name: adapter.config.lori.templates for adapter in self.adapters})
 
     def merged(self) -> Adapter | None:
         """Returns one adapter that adds what all of them do; None where there is none. Raises as `lori.merge.merge`."""

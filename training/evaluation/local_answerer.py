@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lori.template import Template, encode, render_prompt
+from lori.template import Template, encode, render_completion, render_prompt
 from training.batches import Part, like_lengths
 from training.data import Example
 from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
@@ -37,7 +37,7 @@ class Answer:
 class LocalAnswerer:
     """Computes with `model` itself and applies nothing to it. Its mode, attention and random numbers are left as they were.
 
-    `template` writes the prompts that are answered. `batch_tokens` are scored together, and the logits of all may be held
+    `template` writes the prompts. `batch_tokens` are scored together, and the logits of all may be held
     twice in fp32. Where answers are generated, a batch has `CACHED` times as many: logits are those of one token a prompt.
     """
 
@@ -65,16 +65,17 @@ class LocalAnswerer:
             lengths = [len(ids) + how.max_tokens for ids in encoded]
             return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
 
-    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+    def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""
         examples = [self._example(*text) for text in texts]
         with torch.no_grad(), self._as_it_was(), attention(self.model, ATTENTION):
             return self._by_batch(self._scores, examples, list(map(len, examples)), self.batch_tokens)
 
-    def _example(self, prompt: str, completion: str) -> Example:
-        assert prompt
-        encoding = encode(self.tokenizer, prompt + completion)
-        num_prompt = sum(end <= len(prompt) for _, end in encoding.offsets)
+    def _example(self, prompt: Prompt, completion: str) -> Example:
+        text = render_prompt(self.tokenizer, prompt, self.template)
+        assert text
+        encoding = encode(self.tokenizer, text + render_completion(text, completion, self.template))
+        num_prompt = sum(end <= len(text) for _, end in encoding.offsets)
         return Example(tuple(encoding.ids), max(1, num_prompt))  # nothing predicts the first token
 
     def _scores(self, examples: Sequence[Example]) -> list[LogLikelihood]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from lori.template import render_completion
 from training.data import Row, Source, read_rows
-from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood, Sampling
+from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood, Prompt, Sampling
 from training.evaluation.figures import Figures, mean, mean_of_groups, pass_at, ratio
 from training.evaluation.reading import is_refusal, number_in
 from training.evaluation.rows import ChoiceRow, NumberRow, ProgramRow, RefusalRow
@@ -132,17 +131,18 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
     return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {"rows": len(rows)}
 
 
-def _scored(answerer: Answerer, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+def _scored(answerer: Answerer, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
     found = answerer.log_likelihoods(texts)
     for (prompt, completion), one in zip(texts, found, strict=True):
         if not one.num_tokens or not math.isfinite(one.total):
             said = "no token of its own" if not one.num_tokens else f"a likelihood of {one.total}"
-            raise AnswerError(f"{completion[:60]!r} after {prompt[-60:]!r} has {said}: it cannot be measured")
+            asked = prompt if isinstance(prompt, str) else prompt[-1].content
+            raise AnswerError(f"{completion[:60]!r} after {asked[-60:]!r} has {said}: it cannot be measured")
     return found
 
 
-def _text(row: Row, completion: str) -> tuple[str, str]:
-    return row.prompt_text, render_completion(row.prompt_text, completion, "plain")
+def _text(row: Row, completion: str) -> tuple[Prompt, str]:
+    return row.prompt, completion
 
 
 def _answers(answerer: Answerer, rows: Sequence[Row], options: Options, stop: tuple[str, ...] = ()) -> list[str]:

@@ -134,7 +134,8 @@ def _checked(found: Read, expected: str) -> Read:
     if digest != expected:
         # Of no name: others than who asks may call it something else.
         changed = f"version {expected[:NUM_VERSION_DIGITS]} was changed on disk since the server read of it"
-        raise ValueError(f"{changed}: its digest is {digest}, expected {expected}")
+        remedy = "an admin loads it again with POST /adapters/NAME/load, or the server is started again"
+        raise ValueError(f"{changed} (its digest is {digest}, expected {expected}): {remedy}")
     return found
 
 

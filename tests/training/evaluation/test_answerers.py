@@ -11,8 +11,9 @@ from lori.basis import Seeded
 from lori.template import Message
 from tests.server.live import start
 from training.batches import like_lengths
-from training.evaluation.answerer import Answerer, AnswerError, Sampling
+from training.evaluation.answerer import Answerer, AnswerError, Prompt, Sampling
 from training.evaluation.local_answerer import LocalAnswerer
+from training.evaluation.server import Server
 from training.evaluation.server_answerer import ServerAnswerer
 from training.packing import ATTENTION
 from training.trainable import wrap
@@ -36,7 +37,7 @@ def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def answerer(request: pytest.FixtureRequest, tiny_model: Path, base: BaseModel) -> Answerer:
     """The same model in four forms, two of them as training has it."""
     if request.param == "server":
-        return ServerAnswerer(request.getfixturevalue("url"), {})
+        return ServerAnswerer(Server(request.getfixturevalue("url")))
     if request.param == "local":
         return LocalAnswerer(base.model, base.tokenizer, batch_tokens=16)
     own = load_base_model(str(tiny_model), torch.float32, ATTENTION)
@@ -82,12 +83,22 @@ def test_drawn_answers_depend_on_the_seed_alone(answerer: Answerer) -> None:
 
 
 def test_a_likelihood_is_that_of_the_completion_s_tokens(answerer: Answerer, base: BaseModel) -> None:
-    texts = [("why?", " because"), ("x é", "ö or not, and a longer one of these"), ("a", "b"), ("no more", "")]
+    texts: list[tuple[Prompt, str]] = [
+        ("why?", " because"), ("x é", "\nö or not, and a longer one of these"), ("a\n", "b"), ("no more", "")
+    ]  # fmt: skip
     for (prompt, completion), found in zip(texts, answerer.log_likelihoods(texts), strict=True):
         num_prompt, ids = len(prompt.encode()), [*base.tokenizer.backend_tokenizer.encode(prompt + completion).ids]
         scores = base.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         assert found.num_tokens == len(completion.encode())
         assert found.total == pytest.approx(sum(scores[i - 1, ids[i]].item() for i in range(num_prompt, len(ids))), abs=1e-4)
+
+
+def test_a_completion_is_scored_as_training_writes_it(answerer: Answerer) -> None:
+    # No space between: a newline parts prompt and completion, here as in training.
+    apart, together = answerer.log_likelihoods([("p", "\nab"), ("p", "ab")])
+    assert apart.num_tokens == 3
+    assert apart.total == pytest.approx(together.total, abs=1e-4)
+    assert together.num_tokens == 3
 
 
 def test_nothing_is_asked_of_nobody(answerer: Answerer) -> None:
@@ -99,11 +110,14 @@ def test_nothing_is_asked_of_nobody(answerer: Answerer) -> None:
 def test_conversations_are_written_in_a_template(base: BaseModel, url: str) -> None:
     talk = [Message(role="user", content="why?"), Message(role="assistant", content="so"), Message(role="user", content="oh")]
     here = LocalAnswerer(base.model, base.tokenizer, template="chat")
-    assert here.complete([talk, "why?"], Sampling(max_tokens=9)) == ServerAnswerer(url, {}, "messages").complete(
-        [talk, "why?"], Sampling(max_tokens=9)
-    )
+    there = ServerAnswerer(Server(url), template="chat")
+    assert here.complete([talk, "why?"], Sampling(max_tokens=9)) == there.complete([talk, "why?"], Sampling(max_tokens=9))
+    texts: list[tuple[Prompt, str]] = [(talk, " because"), ("why?", "é")]
+    for one, other in zip(here.log_likelihoods(texts), there.log_likelihoods(texts), strict=True):
+        assert one.num_tokens == other.num_tokens > 0
+        assert one.total == pytest.approx(other.total, abs=1e-4)
     plain = LocalAnswerer(base.model, base.tokenizer)
-    assert plain.complete([talk], Sampling(max_tokens=9)) == ServerAnswerer(url, {}).complete([talk], Sampling(max_tokens=9))
+    assert plain.complete([talk], Sampling(max_tokens=9)) == ServerAnswerer(Server(url)).complete([talk], Sampling(max_tokens=9))
 
 
 def test_what_exceeds_the_context_is_refused(answerer: Answerer) -> None:

@@ -23,7 +23,7 @@ class Heart:
         self.asked.append({"max_tokens": how.max_tokens, "stop": how.stop, "temperature": how.temperature, "seed": how.seed})
         return [list(self.answers[str(prompt)][: how.num_answers]) for prompt in prompts]
 
-    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+    def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         return [LogLikelihood(-abs(len(completion) - 3.0) - 1, len(completion)) for _, completion in texts]
 
 
@@ -37,11 +37,6 @@ def found(tmp_path: Path, name: MetricName, rows: list[dict[str, object]], who: 
 def test_a_loss_is_a_mean_over_tokens_not_over_rows(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": "p", "completion": " ab"}, {"prompt": "p", "completion": " abcdef"}]
     assert found(tmp_path, "loss", rows, Heart()) == {"loss": (1 + 5) / (3 + 7), "rows": 2}
-
-
-def test_a_completion_is_scored_as_training_writes_it(tmp_path: Path) -> None:
-    # No space between: a newline parts prompt and completion, here as in training.
-    assert found(tmp_path, "loss", [{"prompt": "p", "completion": "ab"}], Heart()) == {"loss": 1 / 3, "rows": 1}
 
 
 def test_a_choice_is_the_likeliest_as_a_whole_or_by_character(tmp_path: Path) -> None:
