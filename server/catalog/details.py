@@ -11,9 +11,9 @@ from lori.format import CARD_FILE, read_config, read_file
 from lori.identity import BaseIdentity
 from lori.statistics import ModuleStatistics, statistics
 from server.catalog.store_errors import told
+from server.engine.adapters.loader import REMEDY
 from server.engine.adapters.registry import Registered
 
-REMEDY = "an admin loads it with POST /adapters/NAME/load, or the server is started again"
 MAX_REMEMBERED = 64
 """Adapters whose statistics are remembered."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, model_validator
 
 from training.command_line import CommandLine
+from training.config import LORA_LR, LORI_LR
 from training.data import Source
 from training.evaluation.metrics import MetricName
 
@@ -81,11 +82,11 @@ class StudyConfig(CommandLine):
     """Tokens of a step, or a little more."""
     max_length: int = Field(default=512, ge=2)
     """Longer examples are left out."""
-    lr: float = Field(default=2e-2, gt=0)
+    lr: float = Field(default=LORI_LR, gt=0)
     """LoRI-S's peak learning rate."""
     calibration_lr: float = Field(default=5e-3, gt=0)
     """LoRI-D's."""
-    lora_lr: float = Field(default=2e-3, gt=0)
+    lora_lr: float = Field(default=LORA_LR, gt=0)
     """LoRA's."""
     num_rows: int = Field(default=300, ge=1)
     """Rows of each task that single adapters are measured on, drawn once."""

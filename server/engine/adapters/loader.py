@@ -19,6 +19,8 @@ from server.engine.request import Request
 
 Read = TypeVar("Read", Adapter, PackedAdapter)
 logger = logging.getLogger(__name__)
+REMEDY = "an admin loads it again with POST /adapters/NAME/load, or the server is started again"
+"""Where an adapter was changed on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,7 @@ def _checked(found: Read, expected: str) -> Read:
     if digest != expected:
         # Of no name: others than who asks may call it something else.
         changed = f"version {expected[:NUM_VERSION_DIGITS]} was changed on disk since the server read of it"
-        remedy = "an admin loads it again with POST /adapters/NAME/load, or the server is started again"
-        raise ValueError(f"{changed} (its digest is {digest}, expected {expected}): {remedy}")
+        raise ValueError(f"{changed} (its digest is {digest}, expected {expected}): {REMEDY}")
     return found
 
 
