@@ -28,7 +28,7 @@ class Gate:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif isinstance(caller := self._caller(scope), JSONResponse):
+        elif isinstance(caller := caller_of(scope, self._ring), JSONResponse):
             await caller(scope, receive, send)
         else:
             state = {**scope.get("state", {}), "caller": caller}
@@ -36,24 +36,27 @@ class Gate:
             headers = [(name, value) for name, value in scope["headers"] if name != HEADER]
             await self._app({**scope, "headers": headers, "state": state}, receive, send)
 
-    def _caller(self, scope: Scope) -> Caller | JSONResponse:
-        if self._ring is None:
-            return Caller()
-        if is_open(scope["path"]):
-            return NOBODY
-        found = [value for name, value in scope["headers"] if name == HEADER]
-        if not found:
-            return _unknown(f"no key was sent: {ASKED}")
-        scheme, _, key = found[0].strip().partition(b" ")
-        if len(found) > 1 or scheme.lower() != b"bearer" or not key.strip():
-            return _unknown(f"the Authorization header is no key's: {ASKED}")
-        caller = self._ring.find(key.strip())
-        if caller is None:
-            return _unknown("the key is not known")
-        if caller.is_monitor and not caller.is_admin and scope["path"] != MONITORED:
-            said = f"the key {caller.key_id!r} is of the role 'monitor', which reads {MONITORED} alone"
-            return JSONResponse(error_reply(403, "PermissionDeniedError", said, None), 403)
-        return caller
+
+
+def caller_of(scope: Scope, ring: KeyRing | None) -> Caller | JSONResponse:
+    """Returns who sends a request, or what he is answered who may not."""
+    if ring is None:
+        return Caller()
+    if is_open(scope["path"]):
+        return NOBODY
+    found = [value for name, value in scope["headers"] if name == HEADER]
+    if not found:
+        return _unknown(f"no key was sent: {ASKED}")
+    scheme, _, key = found[0].strip().partition(b" ")
+    if len(found) > 1 or scheme.lower() != b"bearer" or not key.strip():
+        return _unknown(f"the Authorization header is no key's: {ASKED}")
+    caller = ring.find(key.strip())
+    if caller is None:
+        return _unknown("the key is not known")
+    if caller.is_monitor and not caller.is_admin and scope["path"] != MONITORED:
+        said = f"the key {caller.key_id!r} is of the role 'monitor', which reads {MONITORED} alone"
+        return JSONResponse(error_reply(403, "PermissionDeniedError", said, None), 403)
+    return caller
 
 
 def is_open(path: str) -> bool:

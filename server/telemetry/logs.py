@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Literal
+from typing import Literal, TextIO
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
@@ -10,7 +10,9 @@ from pythonjsonlogger.json import JsonFormatter
 LogFormat = Literal["text", "json"]
 OF_UVICORN = "color_message"
 """The message once more, for a terminal."""
-KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN])
+OF_RAY = "_ray_timestamp_ns"
+"""On each record, in a process of Ray's."""
+KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN, OF_RAY])
 TOLD = KNOWN | {"method", "route", "status"}
 
 
@@ -26,9 +28,9 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *said])
 
 
-def configure_log(log_format: LogFormat) -> None:
-    """Makes all loggers, uvicorn's too, write so to the standard error."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure_log(log_format: LogFormat, stream: TextIO | None = None) -> None:
+    """Makes all loggers, uvicorn's too, write so to `stream`, or the standard error."""
+    handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_json() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # A warning of Python's would be a line that is no JSON.

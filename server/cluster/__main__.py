@@ -1,0 +1,49 @@
+"""`python -m server.cluster`: serves on several replicas, on this machine or on a Ray cluster."""
+
+import logging
+import signal
+import sys
+import threading
+
+from pydantic import ValidationError
+
+from lori.flags import flag_faults
+from server.access.exposure import ExposedError, check_exposure, log_exposure
+from server.cluster.environment import prepare_environment
+from server.cluster.settings import ClusterSettings
+from server.telemetry.logs import configure_log
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Serves until SIGTERM or SIGINT; running requests may end first. Returns the exit code."""
+    configure_log("text")
+    try:
+        settings = ClusterSettings(_cli_parse_args=True)
+        configure_log(settings.log_format)
+        check_exposure(settings)
+    except ValidationError as error:
+        print(f"error: {flag_faults(error)}", file=sys.stderr)
+        return 2
+    except (ExposedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    prepare_environment()
+    try:
+        from server.cluster.serving import serving  # noqa: PLC0415  # an extra, and it reads the environment
+    except ImportError as error:
+        print(f"error: a cluster needs: pip install '.[cluster]' ({error})", file=sys.stderr)
+        return 1
+    with serving(settings) as url:
+        ending = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):  # only now: until then, and before this, they are Ray's
+            signal.signal(number, lambda *_: ending.set())
+        log_exposure(settings)
+        logger.info("ready on %s", url)
+        ending.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""What the ingress has to know of a request before it goes on: whose adapters it names, and whether all replicas must hear it.
+
+Knows no Ray. Nothing is checked here: a replica refuses what is wrong.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from server.cluster.affinity import ANY, key_of
+from server.model_names import PART
+
+MANAGED = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+METRICS = "/metrics"
+
+
+def is_for_all(method: str, path: str) -> bool:
+    """Says whether a request changes what each replica has, or asks for what only all know together."""
+    return path == METRICS or (method in {"POST", "PUT", "DELETE"} and path.startswith(MANAGED))
+
+
+def key_in(body: bytes, base_model: str) -> str:
+    """Returns the key of the adapters that a request's body names, in any of the forms that the routes take."""
+    try:
+        found = json.loads(body)
+    except ValueError:  # the replica says what is wrong with it
+        return ANY
+    return key_of(_names(found, base_model)) if isinstance(found, dict) else ANY
+
+
+def _names(body: dict[str, Any], base_model: str) -> Iterator[str]:
+    for field in ("adapter", "adapters"):
+        named = body.get(field)
+        for one in named if isinstance(named, list) else [named]:
+            reference = one.get("name") if isinstance(one, dict) else one
+            if isinstance(reference, str):
+                yield reference.partition("@")[0]
+    if isinstance(model := body.get("model"), str) and model != base_model:
+        yield from (part["reference"].partition("@")[0] for one in model.split("+") if (part := PART.fullmatch(one)))

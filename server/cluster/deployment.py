@@ -1,0 +1,80 @@
+"""The application on Ray Serve: ingresses that take requests, and replicas that answer them. Runs nothing itself."""
+
+from collections.abc import Callable
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from lori.base_identity import short_name
+from lori.embedded import EMBEDDED_NAME
+from server.access.key_ring import KeyRing
+from server.cluster.handles import ReplicaHandles
+from server.cluster.ingress import Ingress
+from server.cluster.replica import Replica
+from server.cluster.router import AdapterRouter
+from server.cluster.settings import ClusterSettings
+
+APPLICATION, REPLICA = "lori-server", "Replica"
+SPARE_REQUESTS = 64
+"""That a replica hears beside those that it admits: it refuses these itself, and answers probes."""
+HEALTH_CHECK_S = 5.0
+HEALTH_TIMEOUT_S = 30.0
+"""A replica that computes a long step on a busy machine is not dead."""
+
+
+def deployed(settings: ClusterSettings) -> Application:
+    """Returns the application, to be run by `serve.run` or `serve deploy`."""
+    replica = serve.deployment(
+        Replica,
+        name=REPLICA,
+        max_ongoing_requests=settings.max_requests + SPARE_REQUESTS,
+        ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
+        graceful_shutdown_timeout_s=settings.drain_s,
+        health_check_period_s=HEALTH_CHECK_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        request_router_config=RequestRouterConfig(
+            request_router_class=AdapterRouter,
+            request_router_kwargs={"share": settings.affinity_share, "floor": settings.affinity_floor},
+        ),
+        num_replicas=None if settings.max_replicas else settings.replicas,
+        autoscaling_config=_autoscaling(settings),
+    )
+    ingress = serve.deployment(
+        serve.ingress(_application(settings))(_After),
+        name="Ingress",
+        num_replicas=settings.ingresses,
+        max_ongoing_requests=2**16,  # the replicas say when it is too much
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.drain_s,
+    )
+    return ingress.bind(replica.bind(settings.each))
+
+
+class _After:
+    """What Ray wants beside an ASGI application: a class, which has the replicas start before it."""
+
+    def __init__(self, replicas: DeploymentHandle[Replica]) -> None:
+        """Takes what it is bound to."""
+
+
+def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:
+    def build() -> ASGIApp:
+        # In the ingress's own process.
+        keys = KeyRing(settings.keys) if settings.keys else None
+        base_model = short_name(settings.model) if settings.model else EMBEDDED_NAME
+        return Ingress(ReplicaHandles(serve.get_deployment_handle(REPLICA)), keys, settings, base_model)
+
+    return build
+
+
+def _autoscaling(settings: ClusterSettings) -> AutoscalingConfig | None:
+    if settings.max_replicas is None:
+        return None
+    return AutoscalingConfig(
+        min_replicas=settings.replicas,
+        max_replicas=settings.max_replicas,
+        target_ongoing_requests=settings.target_requests,
+    )

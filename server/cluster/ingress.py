@@ -1,0 +1,145 @@
+"""Takes HTTP requests, and sends each to the replica that has its adapters, or to all. Knows no engine, no model and no Ray."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import anyio
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from server.access.gate import caller_of
+from server.access.key_ring import KeyRing
+from server.cluster.affinity import ANY
+from server.cluster.asked import METRICS, is_for_all, key_in
+from server.cluster.carried import carried, pass_on, whole_body
+from server.cluster.exposition import merged_metrics
+from server.schemas.errors import error_reply
+from server.settings import Settings
+from server.transport.body_limit import BodyLimit
+from server.transport.request_id import HEADER as ID_HEADER
+
+logger = logging.getLogger(__name__)
+MAX_TRIES = 3
+"""Replicas that a request is sent to, one after the other, where they die before they begin to answer."""
+COME_AGAIN = {"Retry-After": "1"}
+
+
+class ReplicaLostError(Exception):
+    """A replica died, or cannot be reached."""
+
+
+class Stream(Protocol):
+    """An answer, as it comes."""
+
+    def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        """Yields what there is of it. Raises `ReplicaLostError`."""
+
+    def cancel(self) -> None:
+        """Says that nobody hears it any more."""
+
+
+class Replicas(Protocol):
+    """Those that answer."""
+
+    def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> Stream:
+        """Returns the answer of the replica that has the adapters of `key`."""
+
+    async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
+        """Returns the whole answer of each replica, by its name, but of those that are lost; of one at least."""
+
+
+class Ingress:
+    """The ASGI application before the replicas.
+
+    What a replica refuses by a request's head, it refuses: without a key that counts the body is not read here, but not passed on
+    either. A request that its replica did not begin to answer before it died goes to another one: nobody heard anything of it.
+    """
+
+    def __init__(self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str) -> None:
+        self._replicas, self._keys, self._base_model = replicas, keys, base_model
+        uploads = {("POST", "/adapters"): settings.max_upload_bytes}
+        self._app = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, or runs until it is told to end."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        async with anyio.create_task_group() as group:
+            if self._keys:
+                group.start_soon(self._keys.watch)
+            for answer in ("lifespan.startup.complete", "lifespan.shutdown.complete"):
+                await receive()
+                await send({"type": answer})
+            group.cancel_scope.cancel()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            is_known = not isinstance(caller_of(scope, self._keys), JSONResponse)
+            body = await whole_body(receive) if is_known else b""
+        except HTTPException as error:  # the body is too long, or too slow
+            reply = error_reply(error.status_code, "BadRequestError", error.detail, None)
+            await JSONResponse(reply, error.status_code, error.headers)(scope, receive, send)
+            return
+        if body is None:
+            return
+        ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
+        try:
+            await ask(carried(scope), body, receive, send)
+        except ReplicaLostError as error:
+            await _lost(str(error))(scope, receive, send)
+
+    async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(_without_id(message))
+
+        for num_tries in range(1, MAX_TRIES + 1):
+            answers = self._replicas.ask(scope, body, key)
+            try:
+                await pass_on(answers, receive, noted, answers.cancel)
+                return
+            except ReplicaLostError as error:
+                if has_begun or num_tries == MAX_TRIES:
+                    raise
+                logger.warning("%s %s is sent to another replica: %s", scope["method"], scope["path"], error)
+
+    async def _ask_all(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        answers = await self._replicas.ask_all(scope, body)
+        if scope["path"] == METRICS and all(_status(answer) == 200 for answer in answers.values()):
+            text = await run_in_threadpool(merged_metrics, {name: _text(answer) for name, answer in answers.items()})
+            await Response(text, media_type=CONTENT_TYPE_LATEST)(dict(scope), receive, send)
+            return
+        # One that refuses says why; where all agree any will do.
+        for message in max(answers.values(), key=_status):
+            await send(_without_id(message))
+
+
+def _without_id(message: Message) -> Message:
+    # Ray puts the request's id into the answer, too.
+    if message["type"] != "http.response.start":
+        return message
+    return {**message, "headers": [(name, value) for name, value in message["headers"] if name != ID_HEADER]}
+
+
+def _status(answer: Sequence[Message]) -> int:
+    return int(answer[0]["status"])
+
+
+def _text(answer: Sequence[Message]) -> str:
+    return b"".join(message.get("body", b"") for message in answer).decode()
+
+
+def _lost(said: str) -> JSONResponse:
+    return JSONResponse(error_reply(503, "ServiceUnavailableError", said, None), 503, COME_AGAIN)

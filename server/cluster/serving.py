@@ -1,0 +1,55 @@
+"""Runs the application on Ray Serve, on a Ray cluster that is there or on one of this process."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import psutil
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from server.cluster.deployment import APPLICATION, deployed
+from server.cluster.settings import ClusterSettings
+
+logger = logging.getLogger(__name__)
+OBJECT_STORE_BYTES = 128 << 20
+"""Requests and answers do not pass through it."""
+ENDING_S = 5.0
+"""For Ray's processes to end by themselves."""
+
+
+@contextmanager
+def serving(settings: ClusterSettings) -> Iterator[str]:
+    """Serves until the block ends, and gives the address. Raises as Ray does where a replica cannot start."""
+    _connect(settings)
+    try:
+        serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+        serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
+        yield f"http://{settings.host}:{settings.port}"
+    finally:
+        logger.info("requests under way have %g s", settings.drain_s)
+        own = psutil.Process().children(recursive=True)
+        serve.shutdown()
+        ray.shutdown()
+        _end(own)
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    # Ray can leave HAProxy behind, which would keep the port.
+    _, left = psutil.wait_procs(processes, timeout=ENDING_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _connect(settings: ClusterSettings) -> None:
+    if settings.ray_address:
+        ray.init(address=settings.ray_address)
+        return
+    ray.init(
+        num_cpus=settings.replica_cpus * (settings.max_replicas or settings.replicas),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=True,
+    )

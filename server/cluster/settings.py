@@ -1,0 +1,48 @@
+"""Everything that `python -m server.cluster` can be told beside what one server can."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from server.cluster.affinity import LoadBound
+from server.settings import Settings
+
+DEFAULT_BOUND = LoadBound()
+
+
+class ClusterSettings(Settings):
+    """Serves one base model and its LoRI adapters by several replicas on Ray Serve. The other flags are those of each replica.
+
+    Each flag is also an environment variable: LORI_REPLICAS=2.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    """Replicas, each with the base model and an engine of its own; with --max-replicas those that there are at least."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Replicas come and go with the load, up to so many; absent: their number stays as it is."""
+    target_requests: int = Field(default=16, ge=1)
+    """With --max-replicas: requests under way, in each replica, above which one more is started."""
+    replica_cpus: int = Field(default=1, ge=1)
+    """CPU cores that Ray sets aside for each replica, which has as many threads unless --threads says otherwise."""
+    replica_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """The same of GPUs; less than 1 shares one."""
+    ingresses: int = Field(default=1, ge=1)
+    """Processes that take requests and send them on: one does for some hundreds of requests a second."""
+    affinity_share: float = Field(default=DEFAULT_BOUND.share, ge=1, allow_inf_nan=False)
+    """A replica with more than so many times the mean of requests under way leaves new ones to the next in rank."""
+    affinity_floor: int = Field(default=DEFAULT_BOUND.floor, ge=1)
+    """So many requests under way, however, are never too many for a replica."""
+    ray_address: str | None = None
+    """The Ray cluster to serve on, such as auto or ray://head:10001; absent: one is started on this machine, and ends with it."""
+
+    @model_validator(mode="after")
+    def _is_sound_as_a_cluster(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"--max-replicas is {self.max_replicas}, expected --replicas, {self.replicas}, or more")
+        return self
+
+    @property
+    def each(self) -> Settings:
+        """What each replica is told."""
+        own = {name: getattr(self, name) for name in Settings.model_fields}
+        return Settings.model_construct(**own | {"threads": self.threads or self.replica_cpus})
