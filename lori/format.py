@@ -83,7 +83,7 @@ def seal(adapter: Adapter) -> Sealed:
 
 def stored_as(adapter: Adapter, values: ValueType) -> Sealed:
     """Returns `adapter` with B's values stored as `values`, without metrics: others were measured. Raises as `seal`."""
-    section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}})
+    section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}, "measured": {}})
     return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section})))
 
 
