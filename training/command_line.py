@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from lori.flags import flag_faults
+from lori.flags import flag_faults, refused_arguments
 from training.recipe import RecipeError, read_recipe
 
 
@@ -24,6 +24,7 @@ class CommandLine(BaseSettings):
     model_config = SettingsConfigDict(
         cli_kebab_case=True,
         cli_implicit_flags=True,
+        cli_exit_on_error=False,
         use_attribute_docstrings=True,
         frozen=True,
         extra="forbid",
@@ -50,7 +51,10 @@ class CommandLine(BaseSettings):
         except ValidationError as error:
             print(f"error: {flag_faults(error)}", file=sys.stderr)
             raise SystemExit(2) from error
-        except (SettingsError, RecipeError) as error:
+        except SettingsError as error:
+            print(f"error: {refused_arguments(error, cls.model_fields)}", file=sys.stderr)
+            raise SystemExit(2) from error
+        except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 

@@ -493,7 +493,8 @@ def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> Non
     assert "--sparsity: Input should be less than 1" in done.stderr
     done = run_command("--data", str(bad), "--target-modules", "c_attn", *flags)
     assert done.returncode == 1
-    assert run_command("--no-such-flag").returncode == 2
+    done = run_command("--stpes", "3")
+    assert (done.returncode, done.stderr) == (2, "error: there is no flag --stpes: did you mean --steps?\n")
     done = run_command("--data", str(bad), "--method", "lora", "--avoid", "x", *flags)
     assert done.returncode == 2
     assert "--avoid is for --method lori" in done.stderr
