@@ -1,6 +1,8 @@
 """How a program says what is wrong with its flags."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -15,10 +17,24 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def flag_faults(error: ValidationError) -> str:
-    """Returns every fault of a settings class as its flags' faults, in one line."""
-    faults = [("-".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-    return "; ".join(f"{flag_of(field)}: {message}" if field else message for field, message in faults)
+def flag_faults(error: ValidationError, files: Mapping[str, Path] | None = None) -> str:
+    """Returns every fault of a settings class as its flags' faults, or those of a key of one of `files`, in one line."""
+    faults = [(e["loc"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    files = files or {}
+    return "; ".join(f"{_place(loc, files)}: {message}" if loc else message + _sources(message, files) for loc, message in faults)
+
+
+def _place(loc: Sequence[int | str], files: Mapping[str, Path]) -> str:
+    if file := files.get(str(loc[0])):
+        return f"{file}: {'.'.join(map(str, loc))}"
+    return flag_of("-".join(map(str, loc)))
+
+
+def _sources(message: str, files: Mapping[str, Path]) -> str:
+    """Says which of the flags that `message` names stand in one of `files`, as which key."""
+    named = re.findall(r"--[a-z][a-z-]*", message)
+    keys = [f"{key} of {file}" for key, file in files.items() if flag_of(key) in named]
+    return f" (these are {', '.join(keys)})" if keys else ""
 
 
 def refused_arguments(error: Exception, fields: Iterable[str]) -> str:

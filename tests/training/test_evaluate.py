@@ -26,6 +26,7 @@ from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import Figures
 from training.evaluation.measurement import Adapted, Measurement
+from training.evaluation.metrics import MetricName, read_measured
 from training.evaluation.record import record
 from training.fit import fit
 
@@ -235,6 +236,14 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
         DataError, match=r"(?s)bad rows in the data: 3.*line 1: task: .* choices: .* label: .* line 3: 'label' is 1.* line 4: "
     ):
         figures_of(asks_nobody)
+
+
+@pytest.mark.parametrize("metric", ["choice", "number", "refusal", "pass"])
+def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path: Path, metric: MetricName) -> None:
+    with pytest.raises(DataError, match="A row looks like ") as caught:
+        read_measured(str(write(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": "q"}])), metric)
+    [example] = [line for line in str(caught.value).splitlines() if line.startswith("A row")]
+    assert read_measured(str(write(tmp_path / "rows.jsonl", [json.loads(example.removeprefix("A row looks like "))])), metric)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lori.template import encode
 from tests.tiny import save_tiny_model
 from training.config import FitConfig
 from training.evaluation.local_adapters import applied
-from training.fit import fit
+from training.fit import command_of, fit
 from training.methods import Lori
 from training.phase import Phase
 from training.run import Run
@@ -229,6 +229,18 @@ def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_p
     assert digest(resumed) == digest(whole)
 
 
+def test_a_card_s_seconds_are_those_of_all_parts_of_a_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    noted = tmp_path / "cut.checkpoint" / "seconds.json"
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 9)
+    assert json.loads(noted.read_text()) > 0
+    noted.write_text("1000.0")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", resume=True), 1)
+    assert json.loads(noted.read_text()) > 1000
+    noted.write_text("3000.0")
+    again = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert 3000 <= read_config(again).lori.training["seconds"] < 4000
+
+
 def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, data, tmp_path / "cut")
     cut_before_the_end(config, 6)
@@ -304,6 +316,8 @@ def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"saved {tmp_path / 'both'}\n"
+    command = read_config(tmp_path / "both").lori.training["command"]
+    assert command.startswith("torchrun --nproc-per-node 2 -m training.fit --data ")
     assert digest(tmp_path / "both") == digest(alone)
 
 
@@ -386,8 +400,15 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
             fit(config_for(tiny_model, data, tmp_path / "a"), "command")
     other = tmp_path / data.name
     other.write_text(data.read_text().replace("red", "RED"))
-    for changes in ({"lr": 0.5}, {"data": [str(other)]}):
-        with pytest.raises(LoriError, match="is of a run with other options, data or base"):
+    for changes, named in (
+        ({"lr": 0.5, "seed": 7}, "--lr is 0.5, expected absent; --seed is 7, expected 0: resume with those"),
+        (
+            {"data": [str(other)]},
+            rf'--data is \["{other}"\], expected \["{data}"\]; the rows, as tokens, is "\w+", expected "\w+": ',
+        ),
+        ({"accumulation": 2}, "processes times --accumulation is 2, expected 1: resume"),
+    ):
+        with pytest.raises(LoriError, match="is of a run with other options, data or base: " + named):
             fit(config_for(tiny_model, data, tmp_path / "a", **{"resume": True, **changes}), "command")
     assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command").is_dir()
 
@@ -419,6 +440,13 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert "checkpoint-4 is damaged" in caplog.text
     assert digest(resumed) == digest(whole)
+
+
+def test_what_a_run_is_of_and_is_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=2)
+    (tmp_path / "cut.checkpoint" / "run.json").write_text("{")
+    with pytest.raises(LoriError, match=r"run.json is damaged .*: remove .*cut.checkpoint"):
+        fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
 
 
 def test_a_phase_that_is_over_and_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -475,6 +503,23 @@ def test_a_recipe_s_options_may_be_of_no_use_to_another_method(tiny_model: Path,
 def test_a_loss_that_is_no_number_ends_the_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(LoriError, match=r"the loss of LoRI-D is (nan|inf) at step"):
         fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1e30, steps=40), "command")
+
+
+def test_a_command_is_given_with_its_processes() -> None:
+    flags = ["--data", "my rows.jsonl", "--resume"]
+    assert command_of(flags, {}) == command_of(flags, {"WORLD_SIZE": "1"}) == "python -m training.fit --data 'my rows.jsonl'"
+    two_by_four = {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}
+    assert command_of([], two_by_four) == "torchrun --nnodes 2 --nproc-per-node 4 -m training.fit"
+
+
+def test_one_process_spreads_nothing(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoriError, match="--fsdp spreads the base over processes, and there is one: torchrun"):
+        fit(config_for(tiny_model, data, tmp_path / "a", fsdp=True), "command")
+
+
+def test_a_report_that_would_be_a_folder_is_refused_at_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--report .* is a folder, expected a file's name, such as .*report\.html"):
+        config_for(tiny_model, data, tmp_path / "a", report=tmp_path)
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
