@@ -178,8 +178,19 @@ def test_logs_and_a_report_are_written(tiny_model: Path, data: Path, tmp_path: P
     page = (tmp_path / "pages" / "a.html").read_text()
     assert "Says &lt;b&gt;colours&lt;/b&gt;." in page
     assert page.count("<svg") == 2
+    assert "held out, best" in page
+    assert "About 20% of a step's examples are drawn from <code>--mix</code>" in page
+    assert "What is kept, and how strong it is" in page
     assert page.count('class="sample"') == 4
     assert not re.search(r"(src|href)=.http|url\(http", page.replace("xlink:href", ""))  # it loads nothing
+
+
+def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lora", mix=[], report=page, steps=2), "command")
+    text = page.read_text()
+    assert "<h2>How strong it is</h2>" in text
+    assert not any(absent in text for absent in ("held out, best", "--mix", "kept"))
 
 
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
