@@ -18,8 +18,9 @@ from typing import Any
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.errors import LoriError
-from lori.format import check_replaceable, save_adapter, write_record
+from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
+from lori.store import AdapterStore
 from training.base import load_base
 from training.card import render_card
 from training.config import FitConfig
@@ -124,7 +125,7 @@ def save(
     """Writes what was trained, with its record and card, and returns it as it is read."""
     trained = method.trained()
     record = config_of(config, base, trained, outcomes, told)
-    adapter = save_adapter(Adapter(config.output.name, record, *trained), config.output)
+    adapter = AdapterStore(config.output.parent).save(Adapter(config.output.name, record, *trained))
     write_record(config.output, adapter.config, render_card(adapter.name, adapter.config))
     return adapter
 

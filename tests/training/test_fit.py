@@ -361,6 +361,28 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     assert num_same > num_changed > 0
 
 
+def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_replaced(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    def bases() -> int:
+        return len(list((tmp_path / ".bases").iterdir()))
+
+    of_one = config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1)
+    fit(of_one, "")
+    shutil.copytree(tmp_path / "a", tmp_path / "twin")
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1, seed=1), "")
+    assert bases() == 2, "the twin needs the first one"
+    shutil.rmtree(tmp_path / "twin")
+    fit(of_one, "")
+    assert bases() == 1
+    assert load_adapter(tmp_path / "a")
+    (tmp_path / "No name").mkdir()
+    shutil.copy(tmp_path / "a" / "adapter_config.json", tmp_path / "No name")
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lori-d", steps=1), "")
+    assert bases() == 1, "what cannot be read may need it"
+    shutil.rmtree(tmp_path / "No name")
+
+
 def test_lora_goes_on_from_a_lora(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first", method="lora", values="float32"), "")
     nothing = {"method": "lora", "values": "float32", "lr": 1e-30, "init_from": first, "seed": 9}
@@ -406,7 +428,7 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("training.fit.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("lori.store.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tiny_model, data, tmp_path / "a"), "command")
     other = tmp_path / data.name
