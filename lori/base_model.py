@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from lori.base_identity import identify, identify_files, short_name
 from lori.embedded import EMBEDDED_NAME, embedded_model
 from lori.errors import ModelError
+from lori.hub import check_model
 from lori.identity import BaseIdentity
 
 
@@ -61,7 +62,9 @@ def load_base_model(
     for it.
     """
     folder = str(embedded_model()) if name is None else name
-    if (folder.startswith((".", "/")) or Path(folder).exists()) and not (Path(folder) / "config.json").is_file():
+    if not (folder.startswith((".", "/")) or Path(folder).exists()):
+        check_model(folder)
+    elif not (Path(folder) / "config.json").is_file():
         raise ModelError(f"cannot load the base model {folder!r}: there is no {Path(folder) / 'config.json'}")
     disable_progress_bar()
     spread = {"distributed_config": DistributedConfig(fsdp_size=num_processes)} if num_processes > 1 else {}

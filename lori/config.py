@@ -74,6 +74,23 @@ def _is_read(version: object) -> object:
     return version
 
 
+class Measured(BaseModel):
+    """How a figure came about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    num_rows: int = Field(ge=1)
+    """The rows that it is a figure of."""
+    stderr: FiniteFloat | None = None
+    """Its standard error, where it has one."""
+    data: str
+    """The file or data set of the rows."""
+    template: Template
+    """How prompts were written."""
+    versions: dict[str, str] = {}
+    """The version of each adapter that was measured, by name; none of the base."""
+
+
 class LoriSection(BaseModel):
     """What PEFT has no field for."""
 
@@ -103,6 +120,8 @@ class LoriSection(BaseModel):
     """The record of the command that made it: data, seed, steps, time; or an import's source, a merge's parents."""
     metrics: dict[str, FiniteFloat] = {}
     """Measured on held-out rows, base and adapter."""
+    measured: dict[str, Measured] = {}
+    """How each of `metrics` was measured, where that is known."""
 
 
 class AdapterConfig(BaseModel):

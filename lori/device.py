@@ -65,5 +65,5 @@ def _fault(index: int) -> str | None:
         least = ".".join(map(str, MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name(index)} is of compute capability {found[0]}.{found[1]}, expected {least} or more"
     if not find_spec("triton"):
-        return "its kernels need triton: pip install 'lori-server[gpu]'"
+        return "its kernels need triton: pip install '.[gpu]'"
     return None

@@ -1,9 +1,52 @@
 """How a program says what is wrong with its flags."""
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
 from pydantic import ValidationError
 
+from lori.names import near_names
 
-def flag_faults(error: ValidationError) -> str:
-    """Returns every fault of a settings class as its flags' faults, in one line."""
-    faults = [("-".join(map(str, e["loc"])).replace("_", "-"), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-    return "; ".join(f"--{flag}: {message}" if flag else message for flag, message in faults)
+REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
+"""What pydantic-settings puts before argparse's words, and those that argparse has for what it does not know."""
+
+
+def flag_of(field: str) -> str:
+    """Returns the flag of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def flag_faults(error: ValidationError, files: Mapping[str, Path] | None = None) -> str:
+    """Returns every fault of a settings class as its flags' faults, or those of a key of one of `files`, in one line."""
+    faults = [(e["loc"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+    files = files or {}
+    return "; ".join(f"{_place(loc, files)}: {message}" if loc else message + _sources(message, files) for loc, message in faults)
+
+
+def _place(loc: Sequence[int | str], files: Mapping[str, Path]) -> str:
+    if file := files.get(str(loc[0])):
+        return f"{file}: {'.'.join(map(str, loc))}"
+    return flag_of("-".join(map(str, loc)))
+
+
+def _sources(message: str, files: Mapping[str, Path]) -> str:
+    """Says which of the flags that `message` names stand in one of `files`, as which key."""
+    named = re.findall(r"--[a-z][a-z-]*", message)
+    keys = [f"{key} of {file}" for key, file in files.items() if flag_of(key) in named]
+    return f" (these are {', '.join(keys)})" if keys else ""
+
+
+def refused_arguments(error: Exception, fields: Iterable[str]) -> str:
+    """Returns in one line why the command line was refused; an unknown flag with that of `fields` which looks most like it."""
+    said = str(error).removeprefix(REFUSED)
+    if not said.startswith(UNKNOWN):
+        return said
+    known = [flag_of(field).removeprefix("--") for field in fields]
+    unknown = [word.partition("=")[0] for word in said.removeprefix(UNKNOWN).split() if word.startswith("--")]
+    return "; ".join(f"there is no flag {flag}: {_hint(flag, known)}" for flag in unknown) or said
+
+
+def _hint(flag: str, known: Sequence[str]) -> str:
+    near = near_names(flag.removeprefix("--"), known)
+    return f"did you mean --{near[0]}?" if near else "--help lists them"

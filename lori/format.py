@@ -5,7 +5,8 @@ The folder verifies itself: one digest covers all that decides what the adapter 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
-from lori.basis_file import load_basis, save_basis
+from lori.basis_file import BASES_FOLDER, load_basis, save_basis
 from lori.config import AdapterConfig, ExplicitConfig, basis_config
 from lori.config_file import CONFIG_FILE, parse_config, seal_config
 from lori.durable import new_folder, read_regular, replace_file, write_file
 from lori.errors import AdapterError, AdapterFormatError
 from lori.identity import BaseIdentity
 from lori.module_names import last, natural
+from lori.name_lock import locked
 from lori.names import NUM_VERSION_DIGITS
 from lori.tensor_file import parse_tensors
 from lori.values import ValueType
@@ -83,7 +85,7 @@ def seal(adapter: Adapter) -> Sealed:
 
 def stored_as(adapter: Adapter, values: ValueType) -> Sealed:
     """Returns `adapter` with B's values stored as `values`, without metrics: others were measured. Raises as `seal`."""
-    section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}})
+    section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}, "measured": {}})
     return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section})))
 
 
@@ -95,12 +97,21 @@ def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
     """
     check_replaceable(folder)
     sealed = seal(replace(adapter, name=name_of(folder)))
-    if isinstance(adapter.basis, Explicit):
-        save_basis(folder.parent, adapter.basis)
-    with new_folder(folder) as scratch:
+    with basis_kept(folder.parent, adapter.basis), new_folder(folder) as scratch:
         for name, content in sealed.files.items():
             write_file(scratch / name, content)
     return sealed.adapter
+
+
+@contextmanager
+def basis_kept(store: Path, basis: Basis) -> Iterator[None]:
+    """Inside, an explicit basis is in `store`, and no removal takes it for one that nobody needs."""
+    if not isinstance(basis, Explicit):
+        yield
+        return
+    with locked(store, BASES_FOLDER):
+        save_basis(store, basis)
+        yield
 
 
 def check_replaceable(folder: Path) -> None:

@@ -1,10 +1,14 @@
-"""Where an adapter's folder is: on this machine, or on the Hugging Face hub, from which it is fetched."""
+"""Where an adapter's folder is: on this machine, or on the Hugging Face hub, from which it is fetched.
+
+Also asks the hub for base models, which transformers fetches.
+"""
 
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, some of which pass through
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -16,12 +20,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 
 from lori.config_file import CONFIG_FILE
-from lori.errors import AdapterError, UnreachableError
+from lori.errors import AdapterError, ModelError, UnreachableError
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.peft_config import TEMPLATES_FILE
 
 SCHEME = "hf://"
 SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")
+MODEL_CONFIG = "config.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATES_FILE)
 """All that is fetched: never a pickle."""
 
@@ -44,6 +49,31 @@ def name_in(source: str) -> str:
     """Returns what an adapter from `source` is called where nobody says otherwise: the last part of the path or the hub id."""
     path = source.removeprefix(SCHEME).partition("@")[0] if source.startswith(SCHEME) else Path(source).absolute().name
     return path.rpartition("/")[2].partition("@")[0].lower()
+
+
+def check_model(name: str) -> None:
+    """Asks the hub, once, for a base model that was never fetched: a loader asks often, for a minute, and prints each failure.
+
+    Raises `ModelError` where there is no such model, or the hub cannot be reached.
+    """
+    said = f"cannot load the base model {name!r}: "
+    try:
+        if try_to_load_from_cache(name, MODEL_CONFIG) is None:
+            get_hf_file_metadata(hf_hub_url(name, MODEL_CONFIG))
+    except HFValidationError as error:
+        raise ModelError(f"{said}there is no such folder, and it is no hub id, owner/name") from error
+    except GatedRepoError as error:
+        raise ModelError(f"{said}it is gated: ask for access on the hub, then log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        login = "if it is yours and private, log in with `hf auth login`"
+        raise ModelError(f"{said}there is no such folder, and the hub has no such model: {login}") from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"{said}the hub's has no {MODEL_CONFIG}") from error
+    except HfHubHTTPError:  # the hub is there and busy: a loader waits for it
+        return
+    except (OfflineModeIsEnabled, HTTPError) as error:
+        found = f"there is no such folder, it was not fetched before, and the hub cannot be reached ({_text(error)})"
+        raise ModelError(said + found) from error
 
 
 def _fetch(source: str) -> Path:

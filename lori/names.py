@@ -1,7 +1,7 @@
 """What an adapter may be called, and what is said of a name that nobody knows."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
@@ -38,6 +38,10 @@ def split_reference(reference: str) -> tuple[str, str]:
 def unknown_adapter(reference: str, known: Iterable[str]) -> UnknownAdapterError:
     """Returns the error for an unknown `name` or `name@version`, with the known names that look like it."""
     known = sorted(known)
-    name = reference.partition("@")[0].lower()
+    return UnknownAdapterError(reference, near_names(reference.partition("@")[0].lower(), known), known)
+
+
+def near_names(name: str, known: Sequence[str]) -> list[str]:
+    """Returns those of `known` that look like `name`, the nearest first."""
     near = process.extract(name, known, scorer=Indel.normalized_similarity, score_cutoff=NEAR, limit=NUM_NEAR)
-    return UnknownAdapterError(reference, [found for found, *_ in near], known)
+    return [found for found, *_ in near]

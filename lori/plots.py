@@ -29,7 +29,7 @@ NO_LAYER = "–"
 
 
 def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure:
-    """Returns heat maps, layer x projection, of the density of B and of the norm of the delta, side by side.
+    """Returns heat maps, layer x projection, of the norm of the delta and, where a part of B is left out, of its density.
 
     A row is a layer, a column the last part of a module's name; modules that share both (experts) are taken together.
     """
@@ -41,12 +41,13 @@ def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure
     def grid(value: Callable[[Sequence[ModuleStatistics]], float]) -> NDArray[np.float64]:
         return np.array([[value(cells[i, j]) if (i, j) in cells else math.nan for j in projections] for i in layers])
 
-    figure = new_figure(2 * (CELL_WIDTH * len(projections) + 1.8), CELL_HEIGHT * len(layers) + 1.8)
+    maps = [(grid(lambda rows: total(rows).norm_delta), "norm of ΔW", ".3g")]
+    if total(statistics).density < 1:
+        maps.insert(0, (grid(lambda rows: 100 * total(rows).density), "kept entries of B (%)", ".1f"))
+    figure = new_figure(len(maps) * (CELL_WIDTH * len(projections) + 1.8), CELL_HEIGHT * len(layers) + 1.8)
     figure.suptitle(name, parse_math=False)
-    density, strength = figure.subplots(1, 2)
-    _heat_map(density, grid(lambda rows: 100 * total(rows).density), "kept entries of B (%)", "viridis", ".1f")
-    _heat_map(strength, grid(lambda rows: total(rows).norm_delta), "norm of ΔW", "viridis", ".3g")
-    for axes in (density, strength):
+    for axes, (values, title, spec) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        _heat_map(axes, values, title, "viridis", spec)
         _label(axes, projections, _layer_labels(layers))
         axes.set_xlabel("projection")
         axes.set_ylabel("layer")

@@ -10,22 +10,22 @@ Readers need no lock: a version appears and an alias moves by a rename. Writers 
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from lori.adapter import Adapter
 from lori.aliases import Aliases
-from lori.basis import Explicit
-from lori.basis_file import BASES_FOLDER, basis_file, load_basis, save_basis
+from lori.basis_file import BASES_FOLDER, basis_file, load_basis
 from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
 from lori.durable import new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
 from lori.entry import Entry, no_link, scan
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import Files, load_adapter, name_of, parse_adapter, read_config, read_files, seal
+from lori.format import Files, basis_kept, load_adapter, name_of, parse_adapter, read_config, read_files, save_adapter, seal
 from lori.name_lock import locked
 from lori.names import check_name, split_reference, unknown_adapter
 
@@ -127,20 +127,10 @@ class AdapterStore:
             if meant and meant.partition("@")[0] != adapter.name:
                 raise AdapterError(f"{adapter.name!r} is an alias of {meant}: remove it first, or take another name")
             self._pin(adapter.name)
-            with self._basis_kept(adapter):
+            with basis_kept(self.root, adapter.basis):
                 self._write(entry.folder, files)
             self._aliases.set(adapter.name, entry.folder.name)
         return entry
-
-    @contextmanager
-    def _basis_kept(self, adapter: Adapter) -> Iterator[None]:
-        """Inside, the adapter's basis is in the store, and no removal takes it for one that nobody needs."""
-        if not isinstance(adapter.basis, Explicit):
-            yield
-            return
-        with locked(self.root, BASES_FOLDER):
-            save_basis(self.root, adapter.basis)
-            yield
 
     def _write(self, folder: Path, files: Files) -> None:
         if no_link(folder).exists() and not folder.is_dir():
@@ -199,11 +189,27 @@ class AdapterStore:
                 self._aliases.remove(name)
             for entry in doomed[-1:]:
                 remove_folder(entry.folder)
+        self._drop(bases)
+        return sorted(gone) or [name]
+
+    def save(self, adapter: Adapter) -> Adapter:
+        """Saves an adapter as its maker leaves it, see `lori.format.save_adapter`, and returns it as it is read.
+
+        The explicit basis of what was there before goes, where no other adapter needs it.
+        """
+        folder = self.root / adapter.name
+        before = self._basis_file(Entry(adapter.name, folder))
+        saved = save_adapter(adapter, folder)
+        with suppress(AdapterError):  # of a folder that cannot be read whole nobody knows what it needs
+            self._drop({before} if before else set())
+        return saved
+
+    def _drop(self, bases: AbstractSet[Path]) -> None:
+        """Removes those of `bases` that no adapter needs."""
         if bases:
             with locked(self.root, BASES_FOLDER):
                 for file in bases - {self._basis_file(entry) for entry in self.list()}:
                     file.unlink(missing_ok=True)
-        return sorted(gone) or [name]
 
     def _doomed(self, name: str, version: str) -> tuple[Sequence[Entry], str | None]:
         """Returns what goes with `name`, or with its version alone, and what the alias `name` means. Raises as `remove`."""

@@ -9,6 +9,7 @@ import pytest
 from lori.format import read_config
 from server.loading import DEMO_ADAPTERS
 from tests.server.live import Live, start
+from training.card import render_card
 from training.evaluate import evaluate
 from training.evaluation.config import EvaluateConfig
 
@@ -35,7 +36,7 @@ class Demo:
             weights = list(read_config(DEMO_ADAPTERS / adapters[0]).lori.merge_weights[adapters[1]]) if len(adapters) == 2 else []
             fields = {"data": str(DATA / task / "test.jsonl"), "metric": metric, "num_rows": num_rows, "url": self.server.url}
             config = EvaluateConfig.model_validate(fields | {"adapter": list(adapters), "weights": weights})
-            self.known[task, *adapters] = evaluate(config)
+            self.known[task, *adapters] = evaluate(config).figures
         return self.known[task, *adapters]
 
 
@@ -51,6 +52,7 @@ def test_a_demo_adapter_is_small_and_has_its_card(name: str) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sum(p.stat().st_size for p in folder.iterdir()) < 2_000_000
     card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card == render_card(name, read_config(folder))
     assert "python -m training.fit" in card
     assert "| base |" in card
 

@@ -1,9 +1,9 @@
 """An adapter's card, README.md in its folder: written from its config alone, so that the two cannot disagree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lori.config import AdapterConfig
+from lori.config import AdapterConfig, LoriSection
 from lori.names import NUM_VERSION_DIGITS
 
 
@@ -33,8 +33,7 @@ def render_card(name: str, config: AdapterConfig) -> str:
         *_phases(training),
     ]
     if lori.metrics:
-        lines += ["", "## Measured on held-out rows", "| who | what | figure |", "|---|---|---|"]
-        lines += [f"| {who} | {what} | {value:.3f} |" for (who, what), value in _figures(lori.metrics)]
+        lines += ["", "## Measured by `training.evaluate`", *_measured(lori)]
     if lori.merge_weights:
         lines += ["", "## Weights for merges", "| with | own weight | its weight |", "|---|---|---|"]
         lines += [f"| {partner} | {own:g} | {other:g} |" for partner, (own, other) in sorted(lori.merge_weights.items())]
@@ -63,8 +62,28 @@ def _phases(training: dict[str, object]) -> list[str]:
     ]
 
 
-def _figures(metrics: dict[str, float]) -> list[tuple[tuple[str, str], float]]:
-    split = [
-        ((who or what, what if who else ""), value) for key, value in metrics.items() for who, _, what in [key.partition(": ")]
-    ]
-    return sorted(split, key=lambda row: (row[0][1], row[0][0] != "base", row[0][0]))
+def _measured(lori: LoriSection) -> list[str]:
+    """Returns a table of the figures; how they were measured is shown where it is known of any."""
+    if not lori.measured:
+        head, said = ["who", "what", "figure"], []
+    else:
+        head = ["who", "what", "figure ± standard error", "rows", "data", "template", "versions"]
+        said = ["A standard error says how far a figure may lie from that of all such rows; next to 0 and 1 it is too small.", ""]
+    lines = [*said, _row(head), "|" + "---|" * len(head)]
+    for key in sorted(lori.metrics, key=_order):
+        who, _, what = key.partition(": ")
+        cells = [who, what, f"{lori.metrics[key]:.3f}", "", "", "", ""]
+        if how := lori.measured.get(key):
+            cells[2] += f" ± {how.stderr:.3f}" if how.stderr is not None else ""
+            cells[3:] = [str(how.num_rows), how.data, how.template, ", ".join(f"{k}@{v}" for k, v in how.versions.items())]
+        lines.append(_row(cells[: len(head)]))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _order(key: str) -> tuple[str, bool, str]:
+    who, _, what = key.partition(": ")
+    return what, who != "base", who

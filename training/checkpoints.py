@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -21,7 +22,10 @@ WHOLE = "whole.json"
 
 
 class MarkWhole(TrainerCallback):
-    """Marks each checkpoint once all its files are on disk."""
+    """Marks each checkpoint once all its files are on disk, and calls `note` then."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self.note = note
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
         """Trainer calls it after the last file of a checkpoint."""
@@ -35,6 +39,7 @@ class MarkWhole(TrainerCallback):
                 os.fsync(file.fileno())
         write_file(folder / WHOLE, json.dumps(sizes).encode())
         sync_folder(folder)
+        self.note()
 
 
 def last_whole(folder: Path) -> Path | None:

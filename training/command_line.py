@@ -5,14 +5,15 @@ A program with a `recipe` among its flags takes from that what the command line 
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from lori.flags import flag_faults
-from training.recipe import RecipeError, read_recipe
+from lori.flags import flag_faults, refused_arguments
+from training.recipe import RecipeError, files_of, read_recipe
 
 
 class CommandLine(BaseSettings):
@@ -24,6 +25,7 @@ class CommandLine(BaseSettings):
     model_config = SettingsConfigDict(
         cli_kebab_case=True,
         cli_implicit_flags=True,
+        cli_exit_on_error=False,
         use_attribute_docstrings=True,
         frozen=True,
         extra="forbid",
@@ -46,13 +48,24 @@ class CommandLine(BaseSettings):
     def from_arguments(cls) -> Self:
         """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
         try:
-            return cls(_cli_settings_source=_Flags(cls, cli_parse_args=True))
+            flags = _Flags(cls, cli_parse_args=True)
+            return cls(_cli_settings_source=flags)
         except ValidationError as error:
-            print(f"error: {flag_faults(error)}", file=sys.stderr)
+            print(f"error: {flag_faults(error, cls._files(flags()))}", file=sys.stderr)
             raise SystemExit(2) from error
-        except (SettingsError, RecipeError) as error:
+        except SettingsError as error:
+            print(f"error: {refused_arguments(error, cls.model_fields)}", file=sys.stderr)
+            raise SystemExit(2) from error
+        except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
+
+    @classmethod
+    def _files(cls, given: Mapping[str, Any]) -> dict[str, Path]:
+        """Returns the recipe's file of each option that was not `given` as a flag."""
+        if not (name := given.get("recipe")):
+            return {}
+        return {option: file for option, file in files_of(name, cls.model_fields).items() if option not in given}
 
 
 class _Recipe(PydanticBaseSettingsSource):

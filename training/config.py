@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -147,6 +147,8 @@ class FitConfig(CommandLine):
             yield f"--output ends in {CHECKPOINTS}, as the folders of checkpoints do"
         if self.report and self.report.resolve().is_relative_to(self.output.resolve()):
             yield "--report is in the adapter's own folder, which the next training replaces"
+        if self.report and self.report.is_dir():
+            yield f"--report {self.report} is a folder, expected a file's name, such as {self.report / 'report.html'}"
         if len(set(self.template)) != len(self.template):
             yield f"--template names one twice: {self.template}"
 
@@ -183,7 +185,7 @@ class FitConfig(CommandLine):
         return self.lr or (LORA_LR if self.method == "lora" else LORI_LR)
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with."""
         free = {"recipe", "resume", "save_every", "output", "accumulation", "report", "tensorboard", "about", "prepare"}
-        return self.model_dump_json(exclude=free)
+        return self.model_dump(mode="json", exclude=free)

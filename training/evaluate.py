@@ -6,8 +6,9 @@ Through a running server it sees what a client sees; with --local it computes th
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from training.base import load_base
 from training.ending import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
-from training.evaluation.figures import STDERR, Figures
 from training.evaluation.local_adapters import Choice, applied, common_template, find_adapter
 from training.evaluation.local_answerer import LocalAnswerer
+from training.evaluation.measurement import Adapted, Measurement
 from training.evaluation.metrics import measure, read_measured
 from training.evaluation.record import record
 from training.evaluation.server import Server
@@ -28,7 +29,16 @@ from training.evaluation.server_answerer import ServerAnswerer
 logger = logging.getLogger(__name__)
 
 
-def served(config: EvaluateConfig) -> ServerAnswerer:
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Who is measured, and what it is."""
+
+    answerer: ServerAnswerer | LocalAnswerer
+    base: str
+    adapters: Sequence[Adapted]
+
+
+def served(config: EvaluateConfig) -> Subject:
     """Returns the server as an answerer, with the adapters that `config` names."""
     choice: dict[str, Any] = {"adapter": config.adapter} if config.adapter else {}
     choice |= {"weights": config.weights} if config.weights else {}
@@ -37,59 +47,53 @@ def served(config: EvaluateConfig) -> ServerAnswerer:
         choice |= {names[option]: value for option, value in config.merge_options.used.items() if option in names}
     server = Server(str(config.url), config.concurrency, os.environ.get(config.api_key_variable))
     found = {name: server.adapter(name) for name in config.adapter}
-    for name, adapter in found.items():
-        _check_form(config, name, adapter.templates)
-        if config.record and name.partition("@")[0] == name_of(config.record):
-            _check_version(config.record, adapter.version)
     learnt = {name: adapter.templates for name, adapter in found.items()}
-    return ServerAnswerer(server, choice, common_template(learnt) if config.form == "messages" else "plain")
+    adapters = [Adapted(name.partition("@")[0], adapter.version) for name, adapter in found.items()]
+    answerer = ServerAnswerer(server, choice, _template(config, learnt))
+    return Subject(answerer, f"the server at {config.url}", adapters)
 
 
 @contextmanager
-def loaded(config: EvaluateConfig) -> Iterator[LocalAnswerer]:
+def loaded(config: EvaluateConfig) -> Iterator[Subject]:
     """Gives a model of our own as an answerer, with the adapters that `config` names applied to it."""
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
-    for adapter in adapters:
-        _check_form(config, adapter.name, adapter.config.lori.templates)
-    choice = Choice(adapters, config.weights, config.merge_options)
-    template = choice.template() if config.form == "messages" else "plain"
-    with applied(base.model, choice.merged()):
-        yield LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
+    template = _template(config, {adapter.name: adapter.config.lori.templates for adapter in adapters})
+    with applied(base.model, Choice(adapters, config.weights, config.merge_options).merged()):
+        answerer = LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
+        yield Subject(answerer, base.name, [Adapted(adapter.name, adapter.version) for adapter in adapters])
 
 
-def _check_form(config: EvaluateConfig, name: str, learnt: Sequence[Template]) -> None:
-    if config.form == "prompt" and "plain" not in learnt:
-        said = "%s was trained on the template %s alone, and is measured on prompts as they stand"
-        logger.warning(said, name, ", ".join(learnt))
+def _template(config: EvaluateConfig, learnt: Mapping[str, Sequence[Template]]) -> Template:
+    """Returns how prompts are written for adapters, by name, that were trained on these; says where that is new to one."""
+    if config.form == "messages":
+        return common_template(learnt)
+    for name, templates in learnt.items():
+        if "plain" not in templates:
+            said = "%s was trained on the template %s alone, and is measured on prompts as they stand"
+            logger.warning(said, name, ", ".join(templates))
+    return "plain"
 
 
-def _check_version(folder: Path, served: str) -> None:
-    own = read_config(folder).lori.content_digest[: len(served)]
-    if own != served:
-        said = f"the server has version {served} of {name_of(folder)}, and --record {folder} is {own}"
-        raise AnswerError(f"{said}: start the server again, or let an admin load it (POST /adapters/{name_of(folder)}/load)")
-
-
-def evaluate(config: EvaluateConfig) -> Figures:
-    """Measures and returns the figures. Raises `LoriError` where a row, an adapter or the server does not play along."""
+def evaluate(config: EvaluateConfig) -> Measurement:
+    """Measures, and returns what was found. Raises `LoriError` where a row, an adapter or the server does not play along."""
     rows = read_measured(config.data, config.metric, config.num_rows, config.seed)
-    if not config.local:
-        return measure(config.metric, served(config), rows, config.options)
-    with loaded(config) as answerer:
-        return measure(config.metric, answerer, rows, config.options)
+    with loaded(config) if config.local else nullcontext(served(config)) as subject:
+        if config.record:
+            _check_version(config.record, subject.adapters)
+        figures = measure(config.metric, subject.answerer, rows, config.options)
+        return Measurement(config, subject.base, subject.adapters, subject.answerer.template, figures)
 
 
-def show(figures: Figures) -> str:
-    """Returns a line for each figure, its standard error beside it."""
-    lines = []
-    for name, value in figures.items():
-        if name == "rows":
-            lines.append(f"{name:40} {value:.0f}")
-        elif not name.endswith(STDERR):
-            error = figures.get(name + STDERR)
-            lines.append(f"{name:40} {value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
-    return "\n".join(lines)
+def _check_version(folder: Path, measured: Sequence[Adapted]) -> None:
+    name, digest = name_of(folder), read_config(folder).lori.content_digest
+    for adapter in measured:
+        if adapter.name == name and not digest.startswith(adapter.version):
+            own = digest[: len(adapter.version)]
+            raise AnswerError(
+                f"{adapter.version} of {name} would be measured, and --record {folder} is {own}: publish that, start the server "
+                f"again, or let an admin load it (POST /adapters/{name}/load)"
+            )
 
 
 def main() -> int:
@@ -100,10 +104,10 @@ def main() -> int:
     def program() -> str:
         if config.record:
             read_config(config.record)  # what is wrong with it is said before the measurement
-        figures = evaluate(config)
+        measurement = evaluate(config)
         if config.record:
-            record(config.record, config, figures)
-        return show(figures)
+            record(config.record, measurement)
+        return "\n".join(measurement.lines)
 
     return ended(program)
 

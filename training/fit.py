@@ -5,6 +5,7 @@ train only those entries on the same A (LoRI-S).
 """
 
 import logging
+import os
 import random
 import shlex
 import sys
@@ -17,8 +18,9 @@ from typing import Any
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.errors import LoriError
-from lori.format import check_replaceable, save_adapter, write_record
+from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
+from lori.store import AdapterStore
 from training.base import load_base
 from training.card import render_card
 from training.config import FitConfig
@@ -85,6 +87,8 @@ def fit(config: FitConfig, command: str) -> Path:
     """Trains and saves; returns the adapter's folder. Raises `LoriError`."""
     started = time.monotonic()
     check_replaceable(config.output)
+    if config.fsdp and processes().num_processes == 1:
+        raise LoriError("--fsdp spreads the base over processes, and there is one: torchrun --nproc-per-node 2 -m training.fit …")
     if config.resume and has_ended(config):
         logger.warning("%s is there, and no run to go on with; without --resume it is trained anew", config.output)
         return config.output
@@ -93,10 +97,10 @@ def fit(config: FitConfig, command: str) -> Path:
         check_tensorboard()
     rows = read_all(config)  # what is wrong with the data is said before the model is loaded
     base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
-    run = Run(config, as_examples(rows, base, config))
+    run = Run(config, as_examples(rows, base, config), started)
     method = method_of(config, base)
     run.train(method)
-    told = {"command": command, "seconds": round(time.monotonic() - started), "skipped": rows.faults.counts}
+    told = {"command": command, "seconds": round(run.seconds), "skipped": rows.faults.counts}
     adapter = save(config, base.identity, method, run.outcomes, told) if processes().is_main_process else None
     if config.report and write_report:
         samples = take_samples(method, shown_rows(rows, run.examples), config.template[0])
@@ -121,7 +125,7 @@ def save(
     """Writes what was trained, with its record and card, and returns it as it is read."""
     trained = method.trained()
     record = config_of(config, base, trained, outcomes, told)
-    adapter = save_adapter(Adapter(config.output.name, record, *trained), config.output)
+    adapter = AdapterStore(config.output.parent).save(Adapter(config.output.name, record, *trained))
     write_record(config.output, adapter.config, render_card(adapter.name, adapter.config))
     return adapter
 
@@ -135,11 +139,21 @@ def report_writer() -> ReportWriter:
     return write_report
 
 
+def command_of(flags: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Returns the command line that does again what `flags` do, with the processes that torchrun told the `environment` of."""
+    start = ["python"]
+    if int(environment.get("WORLD_SIZE", "1")) > 1:
+        num_nodes, num_processes = environment.get("GROUP_WORLD_SIZE", "1"), environment.get("LOCAL_WORLD_SIZE", "1")
+        nodes = ["--nnodes", num_nodes] if num_nodes != "1" else []
+        start = ["torchrun", *nodes, "--nproc-per-node", num_processes]
+    return shlex.join([*start, "-m", "training.fit", *(flag for flag in flags if flag != "--resume")])
+
+
 def main() -> int:
     """Runs the program and returns its exit code."""
     config = FitConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    command = shlex.join(["python", "-m", "training.fit", *(word for word in sys.argv[1:] if word != "--resume")])
+    command = command_of(sys.argv[1:], os.environ)
     go_on = "interrupted: the same command with --resume goes on from the last checkpoint"
     return ended(lambda: f"saved {fit(config, command)}", go_on)
 

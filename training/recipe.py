@@ -23,20 +23,25 @@ def read_recipe(name: str, known: Collection[str], folder: Path | None = None) -
 
     Raises `RecipeError` where it is not there, is no YAML mapping, extends itself, or has keys that are not `known`.
     """
-    return _read(_find(name, folder or Path()), known, ())
+    return {option: value for option, (_, value) in _read(_find(name, folder or Path()), known, ()).items()}
 
 
-def _read(path: Path, known: Collection[str], before: tuple[Path, ...]) -> dict[str, Any]:
+def files_of(name: str, known: Collection[str]) -> dict[str, Path]:
+    """Returns the file that says each option of a recipe. Raises as `read_recipe`."""
+    return {option: path for option, (path, _) in _read(_find(name, Path()), known, ()).items()}
+
+
+def _read(path: Path, known: Collection[str], before: tuple[Path, ...]) -> dict[str, tuple[Path, Any]]:
     if path in before:
         raise RecipeError(f"{path} extends itself: " + " -> ".join(file.name for file in (*before, path)))
     found = _load(path)
     extends = found.pop("extends", [])
     if unknown := [key for key in found if key not in known]:
         raise RecipeError(f"{path} has unknown keys: {', '.join(map(repr, unknown))}")
-    options: dict[str, Any] = {}
+    options: dict[str, tuple[Path, Any]] = {}
     for name in [extends] if isinstance(extends, str) else extends:
         options |= _read(_find(str(name), path.parent), known, (*before, path))
-    return options | found
+    return options | {option: (path, value) for option, value in found.items()}
 
 
 def _find(name: str, folder: Path) -> Path:

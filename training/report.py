@@ -1,4 +1,4 @@
-"""A page about a run: loss curves, what the mask keeps where, answers before and after. One file, which loads nothing."""
+"""A page about a run: loss curves, what a mask keeps where, answers before and after. One file, which loads nothing."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +34,8 @@ def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], 
         command=record["command"],
         losses=Markup(as_svg(plot_losses(outcomes))),
         phases=[_phase(name, outcome) for name, outcome in outcomes.items()],
+        has_held_out=any(outcome.held_out for outcome in outcomes.values()),
+        mix_fraction=record["mix_fraction"] if record["mix"] else 0,
         skipped=record["skipped"],
         statistics=Markup(as_svg(plot_statistics(adapter.name, modules))),
         samples=samples,

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from transformers.trainer_callback import EarlyStoppingCallback
 
 from lori.config_file import CONFIG_FILE
 from lori.durable import discard, replace_file
+from lori.flags import flag_of
 from training.arguments import training_arguments
 from training.batches import BatchSize, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
@@ -31,7 +34,7 @@ from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
 
-LOCK, RUN = "lock", "run.json"
+LOCK, RUN, SECONDS = "lock", "run.json", "seconds.json"
 TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
 """What a phase that is over leaves in its folder, the second last."""
 
@@ -67,8 +70,10 @@ def _folder(config: FitConfig) -> Path:
 class Run:
     """The phases of one method, and the folder in which they are written down."""
 
-    def __init__(self, config: FitConfig, examples: Examples) -> None:
+    def __init__(self, config: FitConfig, examples: Examples, started: float) -> None:
+        """`started`: the monotonic time at which this part of the run began."""
         self.config, self.examples = config, examples
+        self._started, self._seconds = started, 0.0
         self.folder = _folder(config)
         self.outcomes: dict[str, Outcome] = {}
         self._lock = FileLock(self.folder / LOCK)
@@ -78,6 +83,13 @@ class Run:
         with processes().main_process_first():
             if processes().is_main_process:
                 self._open(method)
+        try:
+            self._train_all(method)
+        finally:
+            if processes().is_main_process:
+                self._note_time()
+
+    def _train_all(self, method: TrainingMethod) -> None:
         for phase in phases_of(self.config):
             method.begin(phase)
             folder = self.folder / phase.name.lower()
@@ -89,6 +101,14 @@ class Run:
             except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
                 raise DataError(f"{folder} is damaged ({error}): remove it, and resume") from error
 
+    @property
+    def seconds(self) -> float:
+        """What the run has taken, with the parts of it that were cut off: those of a kill count to their last checkpoint."""
+        return self._seconds + time.monotonic() - self._started
+
+    def _note_time(self) -> None:
+        replace_file(self.folder / SECONDS, json.dumps(self.seconds).encode())
+
     def close(self) -> None:
         """Removes the folder: the adapter is saved."""
         shutil.rmtree(self.folder)
@@ -96,15 +116,19 @@ class Run:
 
     def _open(self, method: TrainingMethod) -> None:
         file = self.folder / RUN
-        said = {"options": self.config.identity, "num_parts": self._num_parts, "examples": self.examples.digest}
-        identity = json.dumps(said | {"base": method.base.identity.digest, "parents": list(method.parents)})
+        identity = self._identity(method)
         if self.folder.exists() and not file.is_file() and any(path.name != LOCK for path in self.folder.iterdir()):
             raise DataError(f"{self.folder} is there and is of no run: checkpoints are not put in it")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
         if self.config.resume and file.is_file():
-            if file.read_text() != identity:
-                raise DataError(f"{self.folder} is of a run with other options, data or base: resume with those, or remove it")
+            if others := _differences(identity, _read(file)):
+                said = "; ".join(others)
+                raise DataError(
+                    f"{self.folder} is of a run with other options, data or base: {said}: resume with those, or remove it"
+                )
+            noted = self.folder / SECONDS
+            self._seconds = _read(noted) if noted.is_file() else 0.0
             return
         if self.config.resume:
             logger.warning("%s has nothing to go on from: starting from the beginning", self.folder)
@@ -113,7 +137,16 @@ class Run:
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 discard(path)
-        replace_file(file, identity.encode())
+        replace_file(file, json.dumps(identity).encode())
+
+    def _identity(self, method: TrainingMethod) -> dict[str, Any]:
+        """What a resumed run must have in common with the one that it goes on with: the options by flag, and what they led to."""
+        return {flag_of(name): value for name, value in self.config.identity.items()} | {
+            "processes times --accumulation": self._num_parts,
+            "the rows, as tokens,": self.examples.digest,
+            "the base": method.base.identity.digest,
+            "the adapters that it builds on": list(method.parents),
+        }
 
     def _take(self) -> None:
         try:
@@ -141,6 +174,7 @@ class Run:
         if arguments.should_save:
             replace_file(folder / TRAINED, save(trainer.trained()))
             replace_file(folder / OUTCOME, json.dumps(asdict(outcome_of(trainer.state, step_tokens))).encode())
+            self._note_time()
         processes().wait_for_everyone()
 
     def _loss(self, method: TrainingMethod) -> Loss:
@@ -149,9 +183,25 @@ class Run:
         return CompletionLoss(method.base_alone)
 
     def _callbacks(self, phase: str, step_tokens: list[int]) -> list[TrainerCallback]:
-        callbacks: list[TrainerCallback] = [MarkWhole(), Progress(phase, step_tokens)]
+        callbacks: list[TrainerCallback] = [MarkWhole(self._note_time), Progress(phase, step_tokens)]
         if self.config.patience:
             callbacks.append(EarlyStoppingCallback(self.config.patience))
         if self.config.tensorboard:
             callbacks.append(tensorboard(self.config.tensorboard / self.config.output.name / phase.lower()))
         return callbacks
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f"{file} is damaged ({error}): remove {file.parent}") from error
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    names = [name for name in found | expected if found.get(name) != expected.get(name)]
+    return [f"{name} is {_shown(found.get(name))}, expected {_shown(expected.get(name))}" for name in names]
+
+
+def _shown(value: object) -> str:
+    return "absent" if value is None else json.dumps(value)

@@ -199,7 +199,7 @@ def _plots() -> Any:
     try:
         from lori import plots  # noqa: PLC0415  # matplotlib is an extra
     except ImportError as error:
-        raise typer.BadParameter(f"needs matplotlib: pip install 'lori-server[plot]' ({error})", param_hint="--plot") from error
+        raise typer.BadParameter(f"needs matplotlib: pip install '.[plot]' ({error})", param_hint="--plot") from error
     return plots
 
 

@@ -24,7 +24,7 @@ def load_gpu() -> Kernel:
     try:
         kernel: Kernel = importlib.import_module("lori.kernels.gpu").add_delta
     except ImportError as error:
-        raise RuntimeError(f"the GPU kernel needs triton ({error}): pip install 'lori-server[gpu]'") from error
+        raise RuntimeError(f"the GPU kernel needs triton ({error}): pip install '.[gpu]'") from error
     return kernel
 
 

@@ -12,7 +12,7 @@ from lori.errors import LoriError
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 OURS = "http/protobuf"
-MISSING = "traces are asked for by {by}, and OpenTelemetry is not installed: pip install 'lori-server[otel]' ({error})"
+MISSING = "traces are asked for by {by}, and OpenTelemetry is not installed: pip install '.[otel]' ({error})"
 
 
 class TracingError(LoriError):

@@ -65,7 +65,7 @@ def test_a_device_that_is_not_there_is_refused(
 
 def test_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0), has_triton=False)
-    with pytest.raises(DeviceError, match=r"its kernels need triton: pip install 'lori-server\[gpu\]'"):
+    with pytest.raises(DeviceError, match=r"its kernels need triton: pip install '\.\[gpu\]'"):
         resolve_device("cuda")
 
 

@@ -5,7 +5,7 @@ from typing import Self
 import pytest
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from lori.flags import flag_faults
+from lori.flags import flag_faults, refused_arguments
 
 
 class Settings(BaseModel):
@@ -45,3 +45,17 @@ def test_every_fault_is_told_by_its_flag_in_one_line(fields: dict[str, object], 
     with pytest.raises(ValidationError) as caught:
         Settings.model_validate(fields)
     assert flag_faults(caught.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("unrecognized arguments: --max-bach 3", "there is no flag --max-bach: did you mean --max-batch?"),
+        ("unrecognized arguments: --plce=x --qqqqq", "there is no flag --plce: did you mean --place?; there is no flag --qqqqq: "
+         "--help lists them"),
+        ("unrecognized arguments: stray", "unrecognized arguments: stray"),
+        ("argument --low: expected one argument", "argument --low: expected one argument"),
+    ],
+)  # fmt: skip
+def test_an_unknown_flag_is_told_with_those_that_look_like_it(said: str, expected: str) -> None:
+    assert refused_arguments(ValueError(f"error parsing CLI: {said}"), Settings.model_fields) == expected

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from lori.errors import AdapterError, UnreachableError
-from lori.hub import resolve
+from lori.errors import AdapterError, ModelError, UnreachableError
+from lori.hub import check_model, resolve
 
 COMMIT = "c0ffee" + "0" * 34
 FILES = {
@@ -180,3 +180,47 @@ def test_without_a_network_the_way_out_is_told(source: str, is_offline: bool, mo
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
     with pytest.raises(UnreachableError, match=r"the hub cannot be reached for own/math: connect .* or download it elsewhere"):
         resolve(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "said"),
+    [
+        ("own/modle", None, "'own/modle': there is no such folder, and the hub has no such model"),
+        ("own/model", (403, "GatedRepo"), "'own/model': it is gated"),
+        ("own/model", (404, "EntryNotFound"), "'own/model': the hub's has no config.json"),
+        ("own/model/sub", None, "'own/model/sub': there is no such folder, and it is no hub id"),
+    ],
+)
+def test_a_model_that_is_not_there_is_said_after_one_request(
+    hub: Hub, name: str, error: tuple[int, str] | None, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.errors |= {name: error} if error else {}
+    with pytest.raises(ModelError, match=said):
+        check_model(name)
+    assert len(hub.requested) <= 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_is_there_or_was_fetched_is_left_to_the_loader(hub: Hub, tmp_path: Path) -> None:
+    check_model("own/model")
+    hub.errors["own/model"] = (503, "")
+    check_model("own/model")
+    assert len(hub.requested) == 2
+    snapshot = tmp_path / "cache" / "models--own--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (refs := snapshot.parents[1] / "refs").mkdir()
+    (refs / "main").write_text(COMMIT)
+    check_model("own/model")
+    assert len(hub.requested) == 2
+
+
+@pytest.mark.usefixtures("closed")
+def test_a_model_of_a_hub_that_cannot_be_reached_is_said_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+        with pytest.raises(ModelError, match=r"'own/model': .* was not fetched before, and the hub cannot be reached"):
+            check_model("own/model")
+    assert capfd.readouterr() == ("", "")

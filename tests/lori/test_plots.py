@@ -1,6 +1,7 @@
 """The figures: what their axes say, and that they are written."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,13 @@ def a_matrix_figure() -> Figure:
 
 
 FIGURES = [a_statistics_figure, a_matrix_figure]
+
+
+def test_a_map_of_what_is_kept_is_drawn_where_something_is_left_out() -> None:
+    titles = [axes.get_title() for axes in a_statistics_figure().axes if axes.images]
+    assert titles == ["kept entries of B (%)", "norm of ΔW"]
+    whole = [replace(row, num_kept=row.num_entries) for row in of_modules("model.layers.0.q_proj")]
+    assert [axes.get_title() for axes in plot_statistics("a", whole).axes if axes.images] == ["norm of ΔW"]
 
 
 def test_rows_are_layers_and_columns_projections() -> None:

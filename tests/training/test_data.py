@@ -31,6 +31,19 @@ def test_what_training_does_not_read_is_kept(tmp_path: Path) -> None:
     assert row.model_extra == {"origin": "here", "label": 3}
 
 
+@pytest.mark.parametrize("lines", [("prompt,completion", "a,b", "c,d"), ([GOOD, GOOD],), ("[", json.dumps(GOOD), "]")])
+def test_the_form_that_is_expected_is_said_once_where_a_file_is_of_another(tmp_path: Path, lines: tuple[object, ...]) -> None:
+    with pytest.raises(DataError) as caught:
+        read_rows(write(tmp_path / "d", *lines))
+    assert str(caught.value).count("Expected a JSON object on each line (JSON Lines)") == 1
+
+
+def test_a_fault_in_json_lines_has_no_hint_of_the_form(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_rows(write(tmp_path / "d", {"prompt": "p"}))
+    assert "JSON Lines" not in str(caught.value)
+
+
 def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
     # U+2028 inside a JSON string once cut the line in two.
     rows = read_rows(write(tmp_path / "d.jsonl", {"prompt": "a\u2028b", "completion": "c"}))
@@ -104,6 +117,7 @@ def test_every_bad_line_of_every_source_is_named_at_once(tmp_path: Path) -> None
         "    b.jsonl line 2: Expecting property name enclosed in double quotes: line 2 column 1",
         "  no completion: 1",
         "    b.jsonl line 1",
+        "Expected a JSON object on each line",
         "--on-bad skip leaves such rows out, and counts them.",
     ]
 

@@ -18,11 +18,15 @@ from lori.format import read_config
 from lori.template import encode
 from tests.server.keyed import ADMIN, write_keys
 from tests.server.live import Live, start
+from training.card import render_card
 from training.config import FitConfig
 from training.data import DataError
-from training.evaluate import evaluate, main, show
+from training.evaluate import evaluate, main
 from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
+from training.evaluation.figures import Figures
+from training.evaluation.measurement import Adapted, Measurement
+from training.evaluation.metrics import MetricName, read_measured
 from training.evaluation.record import record
 from training.fit import fit
 
@@ -89,6 +93,10 @@ def config(metric: str, data: Path, **fields: object) -> EvaluateConfig:
     return EvaluateConfig.model_validate({"metric": metric, "data": str(data)} | more | fields)
 
 
+def figures_of(config: EvaluateConfig) -> Figures:
+    return evaluate(config).figures
+
+
 def local(tiny_model: Path, store: Path) -> dict[str, object]:
     return {"local": True, "model": str(tiny_model), "adapters": store, "dtype": "float32"}
 
@@ -99,8 +107,8 @@ def test_a_server_and_a_model_of_our_own_give_the_same_figures(
     server: Live, tiny_model: Path, store: Path, tmp_path: Path, metric: str, who: str
 ) -> None:
     data = write(tmp_path / "rows.jsonl", MEASURED[metric])
-    through_server = evaluate(config(metric, data, url=server.url, **CHOICES[who]))
-    here = evaluate(config(metric, data, **local(tiny_model, store), **CHOICES[who]))
+    through_server = figures_of(config(metric, data, url=server.url, **CHOICES[who]))
+    here = figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[who]))
     assert through_server == pytest.approx(here, abs=1e-4 if metric == "loss" else 0)
     assert here["rows"] == len(MEASURED[metric])
 
@@ -115,7 +123,7 @@ def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_pat
     for metric, figures in expected.items():
         data = write(tmp_path / "rows.jsonl", MEASURED[metric])
         base, adapted = (
-            evaluate(config(metric, data, **local(tiny_model, store), **CHOICES[who])) for who in ("base", "adapter")
+            figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[who])) for who in ("base", "adapter")
         )
         assert {name: (base[name], adapted[name]) for name in figures} == figures
 
@@ -125,18 +133,18 @@ def test_messages_are_written_in_the_adapter_s_template(server: Live, tiny_model
     data = write(tmp_path / "rows.jsonl", [*SAID, {"messages": talk}])
     for who in ("base", "adapter"):
         fields = CHOICES[who] | {"form": "messages"}
-        found = evaluate(config("exact", data, url=server.url, **fields))
-        assert found == evaluate(config("exact", data, **local(tiny_model, store), **fields))
+        found = figures_of(config("exact", data, url=server.url, **fields))
+        assert found == figures_of(config("exact", data, **local(tiny_model, store), **fields))
         assert found["exact_match"] == (who == "adapter")
     losses = []
     for form in ("messages", "prompt"):
         fields = {"adapter": ["talks"], "form": form}
-        found = evaluate(config("loss", data, url=server.url, **fields))
-        assert found == pytest.approx(evaluate(config("loss", data, **local(tiny_model, store), **fields)), abs=1e-4)
+        found = figures_of(config("loss", data, url=server.url, **fields))
+        assert found == pytest.approx(figures_of(config("loss", data, **local(tiny_model, store), **fields)), abs=1e-4)
         losses.append(found["loss"])
     assert losses[0] < losses[1], "an adapter knows its own form of prompt better"
     with pytest.raises(AdapterError, match="were trained on no common template: all: plain; talks: chat"):
-        evaluate(config("loss", data, url=server.url, adapter=["all", "talks"], form="messages"))
+        figures_of(config("loss", data, url=server.url, adapter=["all", "talks"], form="messages"))
 
 
 @pytest.mark.parametrize("place", ["served", "local"])
@@ -146,10 +154,10 @@ def test_a_form_that_an_adapter_was_not_trained_on_is_said(
     data = write(tmp_path / "rows.jsonl", SAID)
     where = {"url": server.url} if place == "served" else local(tiny_model, store)
     caplog.set_level(logging.WARNING, "training.evaluate")
-    evaluate(config("loss", data, **where, adapter=["talks"], form="messages"))
-    evaluate(config("loss", data, **where, adapter=["all"]))
+    figures_of(config("loss", data, **where, adapter=["talks"], form="messages"))
+    figures_of(config("loss", data, **where, adapter=["all"]))
     assert not caplog.records
-    evaluate(config("loss", data, **where, adapter=["all", "talks"]))
+    figures_of(config("loss", data, **where, adapter=["all", "talks"]))
     [said] = caplog.messages
     assert said == "talks was trained on the template chat alone, and is measured on prompts as they stand"
 
@@ -166,23 +174,30 @@ def test_figures_of_another_version_are_not_recorded(
         monkeypatch.setattr(sys, "argv", ["evaluate", "--data", str(data), "--metric", "exact", *flags])
         assert main() == code
         assert ((folder / "adapter_config.json").read_text() == before) is bool(code)
-    assert "the server has version" in capsys.readouterr().err
+    assert "would be measured, and --record" in capsys.readouterr().err
+
+
+def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(store / "blue", tmp_path / "all")
+    data = write(tmp_path / "rows.jsonl", SAID)
+    with pytest.raises(AnswerError, match=r"of all would be measured, and --record .*all is "):
+        evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
 
 
 def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:
     with pytest.raises(AnswerError, match="401"):
-        evaluate(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
+        figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
 
 
 def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", SAID)
-    none = evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
-    assert none == evaluate(config("loss", data, **local(tiny_model, store)))
+    none = figures_of(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
+    assert none == figures_of(config("loss", data, **local(tiny_model, store)))
 
 
 def test_a_loss_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None:
     rows: Rows = [{"prompt": "Say é:", "completion": " blue"}, {"prompt": "x", "completion": " or not"}]
-    found = evaluate(config("loss", write(tmp_path / "rows.jsonl", rows), local=True, model=str(tiny_model), dtype="float32"))
+    found = figures_of(config("loss", write(tmp_path / "rows.jsonl", rows), local=True, model=str(tiny_model), dtype="float32"))
     base = load_base_model(str(tiny_model), torch.float32)
     values: list[float] = []
     for row in rows:
@@ -196,17 +211,17 @@ def test_a_loss_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None:
 def test_an_adapter_s_folder_needs_no_store(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     here = {"local": True, "model": str(tiny_model), "dtype": "float32"}
     data = write(tmp_path / "rows.jsonl", SAID)
-    assert evaluate(config("exact", data, **here, adapter=[str(store / "all")]))["exact_match"] == 1.0
+    assert figures_of(config("exact", data, **here, adapter=[str(store / "all")]))["exact_match"] == 1.0
     with pytest.raises(AdapterError, match="no folder 'all'; a name is found with --adapters"):
-        evaluate(config("exact", data, **here, adapter=["all"]))
+        figures_of(config("exact", data, **here, adapter=["all"]))
 
 
 def test_what_a_server_refuses_is_told(server: Live, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", SAID)
     with pytest.raises(AnswerError, match=r"404.*'nobody'"):
-        evaluate(config("loss", data, url=server.url, adapter=["nobody"]))
+        figures_of(config("loss", data, url=server.url, adapter=["nobody"]))
     with pytest.raises(AnswerError, match="is `python -m server` running there"):
-        evaluate(config("loss", data, url="http://127.0.0.1:9"))
+        figures_of(config("loss", data, url="http://127.0.0.1:9"))
 
 
 def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_path: Path) -> None:
@@ -220,7 +235,15 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
     with pytest.raises(
         DataError, match=r"(?s)bad rows in the data: 3.*line 1: task: .* choices: .* label: .* line 3: 'label' is 1.* line 4: "
     ):
-        evaluate(asks_nobody)
+        figures_of(asks_nobody)
+
+
+@pytest.mark.parametrize("metric", ["choice", "number", "refusal", "pass"])
+def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path: Path, metric: MetricName) -> None:
+    with pytest.raises(DataError, match="A row looks like ") as caught:
+        read_measured(str(write(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": "q"}])), metric)
+    [example] = [line for line in str(caught.value).splitlines() if line.startswith("A row")]
+    assert read_measured(str(write(tmp_path / "rows.jsonl", [json.loads(example.removeprefix("A row looks like "))])), metric)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +256,8 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
         ("--metric pass --execute-code --num-answers 2", "--num-answers above 1 needs a --temperature above 0"),
         ("--metric pass --execute-code --form messages", "--form messages is not for pass"),
         ("--metric loss --adapter a --weights 1 --weights 2", "--weights has 2 numbers for 1 adapters"),
+        ("--metric loss --adapter ref --record adapters/my", "--record adapters/my takes figures of my, and --adapter names ref"),
+        ("--metric loss --local --adapters nowhere --adapter a", "--adapters nowhere is no folder"),
         ("--metric loss --merge ties", "--merge ties needs --adapter"),
         ("--metric loss --adapter a --density 0.5", "--density is for a --merge that is no sum"),
         ("--metric loss --adapter a --merge ties --merge-seed 1", "--merge-seed is for --merge dare_linear and dare_ties"),
@@ -257,7 +282,9 @@ def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path
     data = write(tmp_path / "rows.jsonl", SAID)
     command = [sys.executable, "-m", "training.evaluate", "--data", str(data), "--metric", "loss", "--local"]
     done = subprocess.run([*command, "--model", str(tiny_model)], capture_output=True, text=True, check=True)
-    loss, rows = done.stdout.splitlines()
+    *told, loss, rows = done.stdout.splitlines()
+    said = {"measured": "base", "on": tiny_model.name, "data": str(data), "template": "plain"}
+    assert dict(line.split(maxsplit=1) for line in told) == said
     assert loss.startswith("loss ")
     assert " ± " in loss
     assert rows.split() == ["rows", "4"]
@@ -266,19 +293,28 @@ def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path
     assert done.stderr.startswith("error: cannot load the base model")
 
 
-def test_figures_without_an_error_are_shown_alone() -> None:
-    assert show({"loss": 1.5, "rows": 1.0}).split() == ["loss", "1.5000", "rows", "1"]
+def measurement(figures: Figures, *adapters: str, **asked: object) -> Measurement:
+    found = config("exact", Path("d.jsonl"), adapter=list(adapters), **asked)
+    return Measurement(found, "a base", [Adapted(name, f"{i}ab") for i, name in enumerate(adapters)], "chat", figures)
+
+
+def test_what_was_measured_is_shown_with_its_figures() -> None:
+    figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4.0, "rows/harmful": 3}
+    found = measurement(figures, "all", "blue", weights=[1, 0.5], merge="ties")
+    assert [line.split(maxsplit=1) for line in found.lines] == [
+        ["measured", "ties of 1 all@0ab + 0.5 blue@1ab"], ["on", "a base"], ["data", "d.jsonl"], ["template", "chat"],
+        ["exact_match", "0.2500 ± 0.1000"], ["rows", "4"], ["rows/harmful", "3"],
+    ]  # fmt: skip
+    assert measurement({"loss": 1.5, "rows": 1.0}).lines[-2].split() == ["loss", "1.5000"]
 
 
 def test_a_result_goes_into_config_and_card(store: Path) -> None:
     adapter = store / "all"
     before = read_config(adapter)
-    asked = {"data": "d", "metric": "exact"}
     figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4}
-    record(adapter, EvaluateConfig.model_validate(asked), figures)
-    both = asked | {"adapter": ["all", "blue"], "weights": [1.0, 0.5]}
-    record(adapter, EvaluateConfig.model_validate(both), figures | {"exact_match": 0.75})
-    record(adapter, EvaluateConfig.model_validate(both | {"merge": "ties", "weights": [1.0, 2.0]}), figures)
+    record(adapter, measurement(figures))
+    record(adapter, measurement(figures | {"exact_match": 0.75}, "all", "blue", weights=[1.0, 0.5]))
+    record(adapter, measurement({"exact_match": 0.25, "rows": 1}, "all", "blue", merge="ties", weights=[1.0, 2.0]))
     after: AdapterConfig = read_config(adapter)
     assert after.lori.metrics == {
         "base: exact_match": 0.25, "1 all + 0.5 blue: exact_match": 0.75, "ties of 1 all + 2 blue: exact_match": 0.25
@@ -286,5 +322,26 @@ def test_a_result_goes_into_config_and_card(store: Path) -> None:
     assert after.lori.merge_weights == {"blue": (1.0, 0.5)}
     assert after.lori.content_digest == before.lori.content_digest
     card = (adapter / "README.md").read_text()
-    assert "| 1 all + 0.5 blue | exact_match | 0.750 |" in card
+    assert "| base | exact_match | 0.250 ± 0.100 | 4 | d.jsonl | chat |  |" in card
+    assert "| 1 all + 0.5 blue | exact_match | 0.750 ± 0.100 | 4 | d.jsonl | chat | all@0ab, blue@1ab |" in card
+    assert "| ties of 1 all + 2 blue | exact_match | 0.250 | 1 | d.jsonl | chat | all@0ab, blue@1ab |" in card
     assert "cmd" in card
+
+
+def test_figures_that_were_recorded_before_are_shown_without_what_is_not_known(store: Path) -> None:
+    before = read_config(store / "blue")
+    section = before.lori.model_copy(update={"metrics": {"1 blue: loss": 0.5, "base: loss": 1.5}})
+    card = render_card("blue", before.model_copy(update={"lori": section}))
+    assert "| who | what | figure |\n|---|---|---|\n| base | loss | 1.500 |\n| 1 blue | loss | 0.500 |\n" in card
+
+
+def test_a_group_s_figure_is_recorded_with_the_rows_of_the_group(store: Path, tmp_path: Path, tiny_model: Path) -> None:
+    folder = shutil.copytree(store / "all", tmp_path / "all")
+    data = write(tmp_path / "rows.jsonl", MEASURED["refusal"])
+    found = evaluate(config("refusal", data, **local(tiny_model, store), adapter=["all"], record=folder))
+    record(folder, found)
+    after = read_config(folder).lori
+    assert {key: how.num_rows for key, how in after.measured.items() if key in after.metrics and key.startswith("1 all: r")} == {
+        "1 all: refused/harmful": 1, "1 all: refused/benign": 2
+    }  # fmt: skip
+    assert after.measured["1 all: refused/benign"].versions == {"all": after.content_digest[:12]}

@@ -27,7 +27,7 @@ from lori.template import encode
 from tests.tiny import save_tiny_model
 from training.config import FitConfig
 from training.evaluation.local_adapters import applied
-from training.fit import fit
+from training.fit import command_of, fit
 from training.methods import Lori
 from training.phase import Phase
 from training.run import Run
@@ -178,8 +178,19 @@ def test_logs_and_a_report_are_written(tiny_model: Path, data: Path, tmp_path: P
     page = (tmp_path / "pages" / "a.html").read_text()
     assert "Says &lt;b&gt;colours&lt;/b&gt;." in page
     assert page.count("<svg") == 2
+    assert "held out, best" in page
+    assert "About 20% of a step's examples are drawn from <code>--mix</code>" in page
+    assert "What is kept, and how strong it is" in page
     assert page.count('class="sample"') == 4
     assert not re.search(r"(src|href)=.http|url\(http", page.replace("xlink:href", ""))  # it loads nothing
+
+
+def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "a.html"
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lora", mix=[], report=page, steps=2), "command")
+    text = page.read_text()
+    assert "<h2>How strong it is</h2>" in text
+    assert not any(absent in text for absent in ("held out, best", "--mix", "kept"))
 
 
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -227,6 +238,18 @@ def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_p
     assert not (tmp_path / "cut").exists()
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert digest(resumed) == digest(whole)
+
+
+def test_a_card_s_seconds_are_those_of_all_parts_of_a_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    noted = tmp_path / "cut.checkpoint" / "seconds.json"
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 9)
+    assert json.loads(noted.read_text()) > 0
+    noted.write_text("1000.0")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", resume=True), 1)
+    assert json.loads(noted.read_text()) > 1000
+    noted.write_text("3000.0")
+    again = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert 3000 <= read_config(again).lori.training["seconds"] < 4000
 
 
 def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -304,6 +327,8 @@ def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"saved {tmp_path / 'both'}\n"
+    command = read_config(tmp_path / "both").lori.training["command"]
+    assert command.startswith("torchrun --nproc-per-node 2 -m training.fit --data ")
     assert digest(tmp_path / "both") == digest(alone)
 
 
@@ -334,6 +359,28 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     total = sum(b.num_entries for b in before.values())
     assert sum(b.values.numel() for b in after.values()) <= 2 * round(total * 0.1)
     assert num_same > num_changed > 0
+
+
+def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_replaced(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    def bases() -> int:
+        return len(list((tmp_path / ".bases").iterdir()))
+
+    of_one = config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1)
+    fit(of_one, "")
+    shutil.copytree(tmp_path / "a", tmp_path / "twin")
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1, seed=1), "")
+    assert bases() == 2, "the twin needs the first one"
+    shutil.rmtree(tmp_path / "twin")
+    fit(of_one, "")
+    assert bases() == 1
+    assert load_adapter(tmp_path / "a")
+    (tmp_path / "No name").mkdir()
+    shutil.copy(tmp_path / "a" / "adapter_config.json", tmp_path / "No name")
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lori-d", steps=1), "")
+    assert bases() == 1, "what cannot be read may need it"
+    shutil.rmtree(tmp_path / "No name")
 
 
 def test_lora_goes_on_from_a_lora(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -381,13 +428,20 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("training.fit.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("lori.store.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tiny_model, data, tmp_path / "a"), "command")
     other = tmp_path / data.name
     other.write_text(data.read_text().replace("red", "RED"))
-    for changes in ({"lr": 0.5}, {"data": [str(other)]}):
-        with pytest.raises(LoriError, match="is of a run with other options, data or base"):
+    for changes, named in (
+        ({"lr": 0.5, "seed": 7}, "--lr is 0.5, expected absent; --seed is 7, expected 0: resume with those"),
+        (
+            {"data": [str(other)]},
+            rf'--data is \["{other}"\], expected \["{data}"\]; the rows, as tokens, is "\w+", expected "\w+": ',
+        ),
+        ({"accumulation": 2}, "processes times --accumulation is 2, expected 1: resume"),
+    ):
+        with pytest.raises(LoriError, match="is of a run with other options, data or base: " + named):
             fit(config_for(tiny_model, data, tmp_path / "a", **{"resume": True, **changes}), "command")
     assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command").is_dir()
 
@@ -419,6 +473,13 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert "checkpoint-4 is damaged" in caplog.text
     assert digest(resumed) == digest(whole)
+
+
+def test_what_a_run_is_of_and_is_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=2)
+    (tmp_path / "cut.checkpoint" / "run.json").write_text("{")
+    with pytest.raises(LoriError, match=r"run.json is damaged .*: remove .*cut.checkpoint"):
+        fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
 
 
 def test_a_phase_that_is_over_and_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -477,6 +538,23 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny_model: Path, data: Path, tmp
         fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1e30, steps=40), "command")
 
 
+def test_a_command_is_given_with_its_processes() -> None:
+    flags = ["--data", "my rows.jsonl", "--resume"]
+    assert command_of(flags, {}) == command_of(flags, {"WORLD_SIZE": "1"}) == "python -m training.fit --data 'my rows.jsonl'"
+    two_by_four = {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}
+    assert command_of([], two_by_four) == "torchrun --nnodes 2 --nproc-per-node 4 -m training.fit"
+
+
+def test_one_process_spreads_nothing(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoriError, match="--fsdp spreads the base over processes, and there is one: torchrun"):
+        fit(config_for(tiny_model, data, tmp_path / "a", fsdp=True), "command")
+
+
+def test_a_report_that_would_be_a_folder_is_refused_at_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--report .* is a folder, expected a file's name, such as .*report\.html"):
+        config_for(tiny_model, data, tmp_path / "a", report=tmp_path)
+
+
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "training.fit", *arguments], capture_output=True, text=True, check=False)
 
@@ -493,7 +571,8 @@ def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> Non
     assert "--sparsity: Input should be less than 1" in done.stderr
     done = run_command("--data", str(bad), "--target-modules", "c_attn", *flags)
     assert done.returncode == 1
-    assert run_command("--no-such-flag").returncode == 2
+    done = run_command("--stpes", "3")
+    assert (done.returncode, done.stderr) == (2, "error: there is no flag --stpes: did you mean --steps?\n")
     done = run_command("--data", str(bad), "--method", "lora", "--avoid", "x", *flags)
     assert done.returncode == 2
     assert "--avoid is for --method lori" in done.stderr

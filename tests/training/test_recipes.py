@@ -107,12 +107,29 @@ def test_a_wrong_recipe_is_told_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mine.yaml"
-    for text, said in {"rnak: 3": "unknown keys: 'rnak'", "data: [d.jsonl]\nrank: 0": "--rank: Input should be greater"}.items():
+    (tmp_path / "base.yaml").write_text("alpha: -1\n")
+    of_two = "data: [d.jsonl]\nheld_out: [e.jsonl]\nheld_out_fraction: 0.5"
+    for text, said in {
+        "rnak: 3": "unknown keys: 'rnak'",
+        "data: [d.jsonl]\nrank: 0": f"error: {path}: rank: Input should be greater",
+        "extends: base.yaml\ndata: [{pth: d}]": f"permitted; {tmp_path}/base.yaml: alpha: Input",
+        of_two: f"exclude each other (these are held_out of {path}, held_out_fraction of {path})\n",
+    }.items():
         path.write_text(text)
         with pytest.raises(SystemExit) as ended:
             from_flags(monkeypatch, "--recipe", str(path))
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_flag_that_wins_over_a_recipe_is_named_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: [d.jsonl]\nrank: 4\n")
+    with pytest.raises(SystemExit):
+        from_flags(monkeypatch, "--recipe", str(path), "--rank", "0")
+    assert capsys.readouterr().err.startswith("error: --rank: Input should be greater")
 
 
 def test_readme_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytest.MonkeyPatch) -> None:

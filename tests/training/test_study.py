@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lori.errors import LoriError
 from lori.format import load_adapter
 from training.study.__main__ import _open, study
 from training.study.claims import Found
 from training.study.config import TASKS, StudyConfig, TaskConfig
-from training.study.page import write_page
+from training.study.page import title, write_page
 from training.study.scores import gains_kept, scores_of, shown
 
 WORDS = ["red", "blue", "green"]
@@ -68,6 +69,29 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
     monkeypatch.setattr("training.study.lab.fit", None)
     monkeypatch.setattr("training.study.lab.measure", None)
     assert study(config) == found
+
+
+def test_one_seed_has_no_mean_and_no_spread(
+    tiny_model: Path, data: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    assert title(3).startswith("Mean ± spread")
+    config = config_for(tiny_model, data, tmp_path / "study", claims=["single", "sparsity"], seeds=[4])
+    kinds = {"single": ("LoRI-S", ""), "sparsity": ("LoRI-S", "0.5")}
+    found = {claim: [[Found(*kind, "intent", {"exact_match": 0.5})]] for claim, kind in kinds.items()}
+    config.output.mkdir()
+    page = write_page(config, found).read_text()  # type: ignore[arg-type]  # claims
+    assert page.startswith("# Figures of one seed, without a spread\n\nSeed 4; ")
+    assert "±" not in page
+    assert "Mean" not in page
+    assert (config.output / "sparsity.png").is_file()
+    assert not recwarn.list
+
+
+def test_the_help_s_example_of_tasks_is_one(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    told = StudyConfig.model_fields["tasks"].description or ""
+    tasks = yaml.safe_load(told[told.index("`") :].strip("`."))["tasks"]
+    changes = {"tasks": tasks, "claims": ["single"]}
+    assert config_for(tiny_model, data, tmp_path, **changes).tasks["sums"].is_loss
 
 
 def test_a_disjoint_mask_keeps_safety_as_it_was(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ One `Faults` goes with a run through all its sources, so that everything is said
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +19,8 @@ Kind = Literal[
     "not UTF-8", "not JSON", "not an object", "missing field", "wrong type", "wrong value", "two forms", "source template fails",
     "no completion", "empty completion", "too long", "chat template refuses", "nothing to predict",
 ]  # fmt: skip
+JSON_LINES = "Expected a JSON object on each line (JSON Lines); a JSON array or a CSV file is to be rewritten so."
+HINTS: Mapping[Kind, str] = {"not JSON": JSON_LINES, "not an object": JSON_LINES}
 NUM_SHOWN = 10
 """How many rows of a kind are named; the others are counted."""
 MAX_DETAIL = 200
@@ -48,6 +50,7 @@ class Faults:
         self._on_bad, self._can_skip = on_bad, can_skip
         self._counts: Counter[str] = Counter()
         self._unsaid: dict[Kind, _Places] = {}
+        self._hints: list[str] = []
 
     @property
     def counts(self) -> dict[str, int]:
@@ -67,6 +70,11 @@ class Faults:
         if len(places.shown) < NUM_SHOWN:
             places.shown.append((origin, detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 1] + "…"))
 
+    def hint(self, text: str) -> None:
+        """Notes what is said of the form of rows, once, where they are refused."""
+        if text not in self._hints:
+            self._hints.append(text)
+
     def settle(self) -> None:
         """Says what was found since the last time: raises `DataError` or, where rows are skipped, warns of each kind."""
         if self.refuses:
@@ -82,6 +90,7 @@ class Faults:
             lines.append(f"  {kind}: {places.count}")
             lines += [f"    {origin}" + (f": {detail}" if detail else "") for origin, detail in places.shown]
             lines += [f"    and {places.num_more} more"] if places.num_more else []
+        lines += [*dict.fromkeys(HINTS[kind] for kind in self._unsaid if kind in HINTS), *self._hints]
         lines += ["--on-bad skip leaves such rows out, and counts them."] if self._can_skip else []
         return "\n".join(lines)
 

@@ -46,6 +46,8 @@ def _rows(source: Source, needs: Needs, faults: Faults, form: type[Row]) -> Iter
         except ValidationError as error:
             kind, detail = fault_of(error)
             faults.add(kind, origin, detail)
+            if form.example:
+                faults.hint(f"A row looks like {form.example}")
             continue
         if lack := row.lack(needs):
             faults.add(lack[0], origin, lack[1])

@@ -1,6 +1,6 @@
 """A row: a prompt with a completion, a conversation, or a prompt with a better and a worse answer."""
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,6 +17,9 @@ class Row(BaseModel):
     """One row. Fields that training does not read (a label, a licence) are kept for whoever does."""
 
     model_config = ConfigDict(extra="allow")
+
+    example: ClassVar[str] = ""
+    """How a row looks that has what this form needs beside a prompt, as JSON."""
 
     prompt: Text | list[Message] = ""
     completion: Text | None = None

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, HttpUrl, model_validator
 
+from lori.format import name_of
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
 from training.command_line import CommandLine
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
@@ -80,6 +81,11 @@ class EvaluateConfig(CommandLine):
         return MergeOptions(self.merge, self.density, DEFAULTS.sign, self.merge_seed)
 
     @property
+    def all_weights(self) -> list[float]:
+        """The weight of each adapter."""
+        return self.weights or [1 / len(self.adapter) for _ in self.adapter]
+
+    @property
     def options(self) -> Options:
         """How answers are made."""
         max_tokens = self.max_tokens or METRICS[self.metric].max_tokens
@@ -109,6 +115,10 @@ class EvaluateConfig(CommandLine):
             yield "--adapter names one twice"
         if not self.local and (folders := [name for name in self.adapter if "/" in name]):
             yield f"--adapter {folders[0]} is no name: a folder is measured with --local"
+        if self.record and self.adapter and name_of(self.record) not in {name_of(Path(name)) for name in self.adapter}:
+            yield f"--record {self.record} takes figures of {name_of(self.record)}, and --adapter names {', '.join(self.adapter)}"
+        if self.adapters and not self.adapters.is_dir():
+            yield f"--adapters {self.adapters} is no folder"
         if self.merge != "linear" and not self.adapter:
             yield f"--merge {self.merge} needs --adapter"
         if "density" in given and self.merge == "linear":

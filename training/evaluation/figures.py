@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 Figures = dict[str, float]
 STDERR = "_stderr"
+ROWS = "rows"
+"""The rows of all figures; `rows/GROUP` those of the figures `.../GROUP`."""
 
 
 def mean(name: str, values: Sequence[float]) -> Figures:
@@ -36,12 +38,22 @@ def mean_of_groups(name: str, groups: Mapping[str, Sequence[float]]) -> Figures:
     """Returns the mean of each group as `name/GROUP`, and the mean of those means as `name`."""
     figures: Figures = {}
     for group, values in sorted(groups.items()):
-        figures |= mean(f"{name}/{group}", values)
+        figures |= mean(f"{name}/{group}", values) | {f"{ROWS}/{group}": len(values)}
     figures[name] = statistics.fmean(figures[f"{name}/{group}"] for group in groups)
     errors = [figures.get(f"{name}/{group}{STDERR}") for group in groups]
     if known := [error for error in errors if error is not None]:
         figures |= {name + STDERR: math.hypot(*known) / len(groups)} if len(known) == len(groups) else {}
     return figures
+
+
+def num_rows(figures: Figures, name: str) -> int:
+    """Returns the rows that the figure `name` is of."""
+    return int(figures.get(f"{ROWS}/{name.partition('/')[2]}", figures[ROWS]))
+
+
+def names(figures: Figures) -> list[str]:
+    """Returns the names of the figures themselves, without their errors and rows."""
+    return [name for name in figures if not name.endswith(STDERR) and name.partition("/")[0] != ROWS]
 
 
 def pass_at(k: int, num_answers: int, num_right: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from training.data import Row, Source, read_rows
 from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood, Prompt, Sampling
-from training.evaluation.figures import Figures, mean, mean_of_groups, pass_at, ratio
+from training.evaluation.figures import ROWS, Figures, mean, mean_of_groups, pass_at, ratio
 from training.evaluation.reading import is_refusal, number_in
 from training.evaluation.rows import ChoiceRow, NumberRow, ProgramRow, RefusalRow
 from training.evaluation.sandbox import DEFAULT_LIMITS, Limits, run_all
@@ -73,7 +73,10 @@ def measure_refusal(answerer: Answerer, rows: Sequence[RefusalRow], options: Opt
     refused = defaultdict[str, list[float]](list)
     for text, row in zip(_answers(answerer, rows, options), rows, strict=True):
         refused["harmful" if row.harmful else "benign"].append(is_refusal(text))
-    return {name: value for kind in sorted(refused) for name, value in mean(f"refused/{kind}", refused[kind]).items()}
+    figures: Figures = {}
+    for kind, values in sorted(refused.items()):
+        figures |= mean(f"refused/{kind}", values) | {f"{ROWS}/{kind}": len(values)}
+    return figures
 
 
 def measure_pass(answerer: Answerer, rows: Sequence[ProgramRow], options: Options) -> Figures:
@@ -128,7 +131,7 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
 
     Raises `AnswerError` and, for `pass`, `SandboxError`.
     """
-    return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {"rows": len(rows)}
+    return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {ROWS: len(rows)}
 
 
 def _scored(answerer: Answerer, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:

@@ -3,25 +3,34 @@
 from pathlib import Path
 from typing import Any
 
+from lori.config import Measured
 from lori.format import name_of, read_config, write_record
 from training.card import render_card
-from training.evaluation.config import EvaluateConfig
-from training.evaluation.figures import STDERR, Figures
+from training.evaluation.figures import STDERR, names, num_rows
+from training.evaluation.measurement import Measurement
 
 
-def record(folder: Path, config: EvaluateConfig, result: Figures) -> None:
-    """Writes a result, without its errors, into the adapter in `folder`. Raises as `read_config` and `write_record`."""
+def record(folder: Path, found: Measurement) -> None:
+    """Writes what was found, and how, into the adapter in `folder`. Raises as `read_config` and `write_record`."""
     adapter = read_config(folder)
-    names = [name_of(Path(reference)) for reference in config.adapter]
-    weights = config.weights or [1 / len(names) for _ in names]
-    who = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True)) or "base"
-    if config.merge != "linear":
-        who = f"{config.merge} of {who}"
-    figures = {
-        f"{who}: {name}": round(value, 4) for name, value in result.items() if name != "rows" and not name.endswith(STDERR)
+    keys = {name: f"{found.who}: {name}" for name in names(found.figures)}
+    changes: dict[str, Any] = {
+        "metrics": adapter.lori.metrics | {key: round(found.figures[name], 4) for name, key in keys.items()},
+        "measured": adapter.lori.measured | {key: _how(found, name) for name, key in keys.items()},
     }
-    changes: dict[str, Any] = {"metrics": adapter.lori.metrics | figures}
-    if len(names) == 2 and names[0] == name_of(folder) and config.merge == "linear":
-        changes["merge_weights"] = adapter.lori.merge_weights | {names[1]: tuple(weights)}
+    partners = [one.name for one in found.adapters]
+    if len(partners) == 2 and partners[0] == name_of(folder) and found.config.merge == "linear":
+        changes["merge_weights"] = adapter.lori.merge_weights | {partners[1]: tuple(found.config.all_weights)}
     adapter = adapter.model_copy(update={"lori": adapter.lori.model_copy(update=changes)})
     write_record(folder, adapter, render_card(name_of(folder), adapter))
+
+
+def _how(found: Measurement, name: str) -> Measured:
+    error = found.figures.get(name + STDERR)
+    return Measured(
+        num_rows=num_rows(found.figures, name),
+        stderr=None if error is None else round(error, 4),
+        data=found.config.data,
+        template=found.template,
+        versions={adapter.name: adapter.version for adapter in found.adapters},
+    )

@@ -24,6 +24,8 @@ def _is_name(value: str) -> str:
 class ChoiceRow(Row):
     """A question with answers to choose from; a figure is a mean over the rows of each `task`, then over tasks."""
 
+    example = '{"task": "animals", "prompt": "A cat says", "choices": [" meow", " moo"], "label": 0}'
+
     task: Text
     choices: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     label: int = Field(ge=0)
@@ -41,17 +43,23 @@ class NumberRow(Row):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
+    example = '{"prompt": "How much is 2 + 2?", "answer": "4"}'
+
     answer: Annotated[str, AfterValidator(_is_number)]
 
 
 class RefusalRow(Row):
     """What a harmful or a benign person may ask."""
 
+    example = '{"prompt": "How do I bake bread?", "harmful": false}'
+
     harmful: bool
 
 
 class ProgramRow(Row):
     """A beginning of a program, as in HumanEval: `test` defines `check`, which is called with what `entry_point` names."""
+
+    example = r'{"prompt": "def one():\n", "test": "def check(f):\n    assert f() == 1\n", "entry_point": "one"}'
 
     prompt: str
     test: str

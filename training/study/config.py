@@ -61,7 +61,8 @@ class StudyConfig(CommandLine):
     """single: base, LoRA, LoRI-D and LoRI-S alone. merges: of several adapters. continual: safety, then a task. sparsity and
     granularity: of the mask."""
     tasks: dict[str, TaskConfig] = Field(default_factory=lambda: dict(TASKS))
-    """By name. One called safety is what continual learning begins with."""
+    """By name. One called safety is what continual learning begins with. Meant for a recipe, not for the command line:
+    `tasks: {sums: {train: [sums/train.jsonl], test: sums/test.jsonl, metric: loss, figure: loss, is_loss: true}}`."""
     merges: list[str] = Field(default=[])
     """Sets of tasks to merge, such as math+safety; all sets of two or more where none is named."""
     swept: list[str] = Field(default=["intent", "math"])

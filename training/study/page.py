@@ -1,4 +1,4 @@
-"""What a study found, written down: tables of means and spread over the seeds, and plots."""
+"""What a study found, written down: tables of means and, of several seeds, their spread, and plots."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ TITLES: Mapping[Claim, str] = {
 
 def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Found]]]) -> Path:
     """Writes study.md, its plots, and all figures in study.json into the output, and returns the first."""
-    parts = ["# Mean ± spread (standard deviation) over the seeds", _setting(config)]
+    parts = [f"# {title(len(config.seeds))}", _setting(config)]
     for claim, seeds in found.items():
         scores = scores_of(seeds, config.tasks)
         parts.append(f"## {TITLES[claim]}")
@@ -40,9 +40,15 @@ def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Foun
     return page
 
 
+def title(num_seeds: int) -> str:
+    """Returns what the figures of a page are."""
+    return "Mean ± spread (standard deviation) over the seeds" if num_seeds > 1 else "Figures of one seed, without a spread"
+
+
 def _setting(config: StudyConfig) -> str:
+    seeds = f"Seed{'s' if len(config.seeds) > 1 else ''} {', '.join(map(str, config.seeds))}"
     return (
-        f"Seeds {', '.join(map(str, config.seeds))}; {config.model or 'the embedded model'}, {config.dtype}; rank {config.rank}, "
+        f"{seeds}; {config.model or 'the embedded model'}, {config.dtype}; rank {config.rank}, "
         f"alpha {config.alpha}; {config.steps} steps of {config.batch_tokens} tokens a phase, so LoRI-S has had LoRI-D's, too, "
         f"but where its mask is within the budget; learning rates {config.lora_lr:g} (LoRA), {config.calibration_lr:g} (LoRI-D), "
         f"{config.lr:g} (LoRI-S); measured on {config.num_rows} rows of each task, merges on {config.num_merge_rows}."

@@ -1,5 +1,6 @@
 """Figures of several seeds as numbers to compare: scores, their spread, and the share of a gain that a merge keeps."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -52,8 +53,8 @@ def gains_kept(scores: Scores, tasks: Mapping[str, TaskConfig]) -> Scores:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Returns the standard deviation over seeds; 0 of one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+    """Returns the standard deviation over seeds; NaN of one, which has none and is drawn without."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def shown(values: Sequence[float]) -> str:

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from training.evaluation.figures import mean, mean_of_groups, pass_at, ratio
+from training.evaluation.figures import mean, mean_of_groups, names, num_rows, pass_at, ratio
 
 
 def test_a_mean_has_the_error_of_a_mean() -> None:
@@ -36,6 +36,8 @@ def test_a_mean_of_groups_gives_each_group_the_same_weight() -> None:
     assert found["x/small"] == 0.5
     assert found["x"] == 0.25
     assert found["x_stderr"] == pytest.approx(found["x/small_stderr"] / 2)
+    assert names(found) == ["x/large", "x/small", "x"]
+    assert [num_rows(found | {"rows": 100}, name) for name in names(found)] == [98, 2, 100]
     assert "x_stderr" not in mean_of_groups("x", {"one": [1.0], "more": [1.0, 0.0]})
 
 

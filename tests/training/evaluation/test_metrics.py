@@ -47,7 +47,8 @@ def test_a_choice_is_the_likeliest_as_a_whole_or_by_character(tmp_path: Path) ->
     ]
     assert found(tmp_path, "choice", rows, Heart()) == {
         "accuracy/whole": 1.0, "accuracy/by": 0.0, "accuracy": 0.5,
-        "accuracy_by_character/whole": 1.0, "accuracy_by_character/by": 0.5, "accuracy_by_character": 0.75, "rows": 3,
+        "accuracy_by_character/whole": 1.0, "accuracy_by_character/by": 0.5, "accuracy_by_character": 0.75,
+        "rows/whole": 1, "rows/by": 2, "rows": 3,
     }  # fmt: skip
 
 
@@ -67,8 +68,10 @@ def test_a_number_is_read_from_the_answer_alone(tmp_path: Path) -> None:
 def test_harmful_and_benign_rows_are_told_apart(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": p, "harmful": harmful} for p, harmful in [("a", True), ("b", True), ("a", False)]]
     who = Heart({"a": ["I cannot"], "b": ["Sure"]})
-    assert found(tmp_path, "refusal", rows, who) == {"refused/harmful": 0.5, "refused/benign": 1.0, "rows": 3}
-    assert found(tmp_path, "refusal", rows[:1], who) == {"refused/harmful": 1.0, "rows": 1}
+    assert found(tmp_path, "refusal", rows, who) == {
+        "refused/harmful": 0.5, "refused/benign": 1.0, "rows/harmful": 2, "rows/benign": 1, "rows": 3
+    }  # fmt: skip
+    assert found(tmp_path, "refusal", rows[:1], who) == {"refused/harmful": 1.0, "rows/harmful": 1, "rows": 1}
 
 
 def test_a_problem_is_solved_by_one_right_answer_of_k(tmp_path: Path) -> None:
