@@ -7,14 +7,14 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from lori.cli.inspection import FORMATS
 from lori.flags import flag_faults
-from server.plan.measured import OVERHEAD_GIB, measured_ratio
+from server.plan.measured import OVERHEAD_GIB, Ratio, measured_ratio
 from server.settings import Settings
 
 BENCH = "python -m tests.bench.serve --cases off"
 SIMULATED = ("zipf", "requests", "replicas", "disk_mb_per_s", "seed", "plot")
 """Flags that mean nothing without --simulate."""
-FORMATS = (".png", ".svg", ".pdf")
 
 
 class PlanConfig(BaseSettings):
@@ -24,13 +24,13 @@ class PlanConfig(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
+        cli_prog_name="python -m server.plan",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         use_attribute_docstrings=True,
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
-        populate_by_name=True,
     )
 
     model: str | None = None
@@ -66,7 +66,7 @@ class PlanConfig(BaseSettings):
     users: int = Field(default=32, ge=2)
     """How many asked at once when --tokens-per-s was measured."""
     server: str | None = Field(default=None, pattern=r"^https?://[^/]")
-    """Measures both now, on a server that runs there and has nothing else to do. Its key is taken from LORI_API_KEY."""
+    """Measures both now, on a server of that base that runs there and has nothing else to do; its key is in LORI_API_KEY."""
     ratio: float | None = Field(default=None, gt=0, le=1.5)
     """Tokens a second with adapters to those without; if absent, what this project measured."""
     utilisation: float = Field(default=0.7, gt=0, le=1)
@@ -130,7 +130,7 @@ class PlanConfig(BaseSettings):
             faults.append("--overhead-gib is missing: nothing was measured on a GPU; nvidia-smi says what a server takes there")
         if self.device == "cuda" and self.quantization:
             faults.append("--quantization is for a CPU alone")
-        if self.ratio is None and (self.device == "cuda" or not self._measured):
+        if self.known_ratio is None:
             faults.append(
                 "--ratio is missing: nothing like this was measured (up to 4 adapters a request, 3.2 kept entries a row of B, "
                 "on a CPU); `python -m tests.bench.serve --cases off 32` compares both on a machine"
@@ -140,13 +140,11 @@ class PlanConfig(BaseSettings):
         return self
 
     @property
-    def _measured(self) -> bool:
-        return measured_ratio(self.adapters, self.terms, self.kept_a_row) is not None
-
-    @property
-    def kept_a_row(self) -> float:
-        """Entries that a row of B keeps, on average."""
-        return self.rank * (1 - self.sparsity)
+    def known_ratio(self) -> Ratio | None:
+        """Tokens a second with adapters to those without, as told or as measured."""
+        if self.ratio is not None:
+            return Ratio(self.ratio, "--ratio")
+        return None if self.device == "cuda" else measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity))
 
     @property
     def process_gib(self) -> float:

@@ -7,6 +7,10 @@ KEPT_A_ROW = 3.2
 """Entries that a row of B keeps in what was measured: rank 32, a tenth."""
 OVERHEAD_GIB = 0.9
 """Of a process on a CPU, beside all that is counted: a server of the embedded model had 0.84 more in RAM than is."""
+RESERVED, HELD = 1.15, 1.35
+"""Times the adapters' bytes: what their memory should be told to have, and what it then holds when it is full, for its parts are
+laid out before it is known which modules keep more, and what outgrows its part leaves that behind. Measured with the demo
+adapters; told 1.0, it held 1.62."""
 LOAD_S_PER_BYTE = 5.6e-3 / 1.34e6
 """Of reading, checking, packing and placing an adapter whose file the system has in memory: 5 and 0.6 ms of 1.34 MB."""
 

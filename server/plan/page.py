@@ -60,7 +60,7 @@ def _print_adapters(config: PlanConfig, plan: Plan) -> None:
             row("in memory", of.resident, of.dense),
             row("on disk", of.on_disk, of.dense),
             row(f"all {config.adapters:,} on disk", config.adapters * of.on_disk, config.adapters * of.dense),
-            ("resident in a GiB", str(GIB // of.resident), str(GIB // of.dense), ""),
+            ("resident in a GiB", str(GIB * plan.num_resident // room), str(GIB // of.dense), ""),
             (f"resident in {room / GIB:.2f} GiB", str(plan.num_resident), str(room // of.dense), ""),
         ],
     )

@@ -9,7 +9,7 @@ import torch
 from lori.errors import LoriError
 from server.engine.adapters.tiers import MAX_LOADING
 from server.plan.config import PlanConfig
-from server.plan.measured import Ratio, measured_ratio
+from server.plan.measured import HELD, RESERVED, Ratio
 from server.plan.memory import AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
 from server.plan.speed import Speed
 from server.settings import Settings
@@ -79,24 +79,23 @@ def sizes(config: PlanConfig) -> tuple[ModelSizes, AdapterSizes]:
 def make_plan(config: PlanConfig, model: ModelSizes, adapter: AdapterSizes, speed: Speed) -> Plan:
     """Returns the plan. Raises `PlanError` where a replica's memory is too small."""
     num_kv_tokens = config.max_batch * _rounded(config.prompt_tokens + config.completion_tokens)
-    loaded = MAX_LOADING * adapter.resident
     fixed = Memory(
         weights=model.weights,
         basis=basis_bytes(model.shapes, config.rank, getattr(torch, config.dtype), config.bases),
         kv_cache=num_kv_tokens * model.kv_token,
-        loaded=loaded if config.device == "cpu" else 0,  # a GPU's are in the machine's memory
+        loaded=MAX_LOADING * adapter.resident if config.device == "cpu" else 0,  # a GPU's are in the machine's memory
         process=int(config.process_gib * GIB),
         resident=0,
     )
     num_resident = _num_resident(config, fixed, adapter)
-    memory = Memory(fixed.weights, fixed.basis, fixed.kv_cache, fixed.loaded, fixed.process, num_resident * adapter.resident)
-    ratio = Ratio(config.ratio, "--ratio") if config.ratio else measured_ratio(config.adapters, config.terms, config.kept_a_row)
-    assert ratio, "the config has one, or there is one"
+    memory = Memory(fixed.weights, fixed.basis, fixed.kv_cache, fixed.loaded, fixed.process, num_resident * _held(adapter))
+    ratio = config.known_ratio
+    assert ratio, "a config without one is refused"
     requests_per_s = speed.together * ratio.value / config.completion_tokens
     num_needed = math.ceil(config.rps / (requests_per_s * config.utilisation))
     return Plan(
         model, adapter, memory, num_resident, num_kv_tokens, ratio, speed, requests_per_s, num_needed, num_needed + config.spare,
-        server_flags(config, memory, num_resident, loaded),
+        server_flags(config, memory, num_resident, adapter),
     )  # fmt: skip
 
 
@@ -105,15 +104,19 @@ def _rounded(num_tokens: int) -> int:
     return -(-num_tokens // block) * block
 
 
+def _held(adapter: AdapterSizes) -> int:
+    return math.ceil(HELD * adapter.resident)
+
+
 def _num_resident(config: PlanConfig, fixed: Memory, adapter: AdapterSizes) -> int:
     wanted = config.max_resident or (MOST_RESIDENT if config.memory_gib else int(Settings.model_fields["max_resident"].default))
     # Each of a batch's requests may be for adapters of its own; where there are fewer, all of them.
     least = min(config.adapters, config.max_batch * config.terms)
     num = min(wanted, config.adapters)
     if config.memory_gib:
-        fits = max(0, int(config.memory_gib * GIB) - fixed.total) // adapter.resident
+        fits = max(0, int(config.memory_gib * GIB) - fixed.total) // _held(adapter)
         if fits < least:
-            needed = gib(fixed.total + least * adapter.resident)
+            needed = gib(fixed.total + least * _held(adapter))
             raise PlanError(
                 f"--memory-gib {config.memory_gib:g} holds {fits} adapters beside all else, expected at least {least}, as many "
                 f"as a batch may use: {needed:g} would do, or a smaller --max-batch"
@@ -124,8 +127,8 @@ def _num_resident(config: PlanConfig, fixed: Memory, adapter: AdapterSizes) -> i
     return num
 
 
-def server_flags(config: PlanConfig, memory: Memory, num_resident: int, loaded: int) -> str:
-    """Returns the command that starts a replica; `loaded` are bytes."""
+def server_flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: AdapterSizes) -> str:
+    """Returns the command that starts a replica."""
     flags = {
         "--model": config.model,
         "--adapters": "FOLDER",
@@ -135,8 +138,8 @@ def server_flags(config: PlanConfig, memory: Memory, num_resident: int, loaded: 
         "--max-rank": config.rank,
         "--max-batch": config.max_batch,
         "--max-resident": num_resident,
-        "--resident-gib": gib(memory.resident),
-        "--loaded-gib": gib(loaded),
+        "--resident-gib": gib(RESERVED * num_resident * adapter.resident),
+        "--loaded-gib": gib(MAX_LOADING * adapter.resident),
         "--kv-cache-gib": gib(memory.kv_cache),
     }
     said = [
@@ -161,6 +164,7 @@ def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
         + "; masks are drawn (rows differ as those of the demo adapters do).",
         f"KV memory holds a full batch of {config.max_batch} requests at their ends; --loaded-gib the {MAX_LOADING} adapters that"
         " may be on their way, since one that is not resident is read again.",
+        f"Resident adapters hold {HELD:g} times their bytes: memory is laid out before it is known which modules keep more.",
         f"A process takes {config.process_gib:g} GiB beside all that is counted "
         + ("(measured with the embedded model)." if config.overhead_gib is None else "(--overhead-gib)."),
         "The compiled kernels are there: without them adapters take more memory.",

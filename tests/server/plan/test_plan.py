@@ -1,5 +1,6 @@
 """Replicas, budgets and flags, by hand."""
 
+import math
 import shlex
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from server.plan.config import PlanConfig
+from server.plan.measured import HELD, RESERVED
 from server.plan.memory import AdapterSizes, ModelSizes
 from server.plan.plan import GIB, Plan, PlanError, assumptions, make_plan, sizes
 from server.plan.speed import Speed
@@ -49,8 +51,9 @@ def test_keys_and_values_are_those_of_a_full_batch_in_whole_blocks() -> None:
 
 def test_adapters_fill_what_is_left_of_the_memory() -> None:
     plan = planned(memory_gib=4)
-    assert plan.memory.total <= 4 * GIB < plan.memory.total + ADAPTER.resident
-    assert plan.memory.fixed + plan.num_resident * ADAPTER.resident == plan.memory.total
+    each = math.ceil(HELD * ADAPTER.resident)
+    assert plan.memory.total <= 4 * GIB < plan.memory.total + each
+    assert plan.memory.fixed + plan.num_resident * each == plan.memory.total
     assert plan.memory.process == GIB // 2
 
 
@@ -89,7 +92,8 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
     settings = Settings(_cli_parse_args=True)
     assert (settings.model, settings.quantization, settings.max_rank) == ("my models/base", "int8", 16)
     assert settings.max_resident == plan.num_resident
-    assert settings.resident_gib * GIB >= plan.num_resident * ADAPTER.resident
+    assert settings.resident_gib * GIB >= RESERVED * plan.num_resident * ADAPTER.resident
+    assert settings.resident_gib * GIB < plan.memory.resident
     assert settings.kv_cache_gib * GIB >= plan.num_kv_tokens * MODEL.kv_token
     assert settings.max_step_tokens > settings.max_batch
 
