@@ -121,6 +121,17 @@ def test_the_commands_of_answer_fit_and_evaluate_are_understood() -> None:
         assert all(word in done.stdout for word in words if word.startswith("--")), line
 
 
+def test_a_plan_is_what_it_shows() -> None:
+    commands = [shlex.split(code) for language, code in BLOCK.findall(section("Plan a deployment")) if language == "bash"]
+    plan, simulation = ([sys.executable, *command[1:]] for command in commands)
+    done = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True)
+    [shown] = [code for language, code in BLOCK.findall(section("Plan a deployment")) if language == "text"]
+    told = [line.rstrip() for line in done.stdout.splitlines()]
+    assert [line for line in shown.splitlines() if line not in told] == []
+    done = subprocess.run([*simulation, "--requests", "500"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "500 requests at 40 a second for 100,000 adapters, zipf 1" in done.stdout
+
+
 def test_the_tree_has_a_line_for_every_module() -> None:
     tree = section("How it works")
     modules = [p for package in ("lori", "server", "training") for p in (ROOT / package).rglob("*.py")]

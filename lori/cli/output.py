@@ -15,7 +15,7 @@ from rich.text import Text
 from lori.adapter import Adapter
 from lori.entry import Entry
 
-NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB))?")
+NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB|TB))?")
 UNBROKEN = ("name", "version", "bytes", "density", "rank")
 """Columns that keep their width where a terminal is narrow."""
 WIDTH = 200
@@ -78,11 +78,11 @@ def number(value: float | None) -> str:
 
 def size(num_bytes: float) -> str:
     """Returns a size in bytes in the unit that suits it."""
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
-    return f"{num_bytes:.3g} GB"
+    return f"{num_bytes:.3g} TB"
 
 
 def folder_bytes(folder: Path) -> int:

@@ -1,0 +1,182 @@
+"""Everything that `python -m server.plan` can be told, each default written once."""
+
+import sys
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from lori.cli.inspection import FORMATS
+from lori.flags import flag_faults
+from server.plan.measured import OVERHEAD_GIB, Ratio, measured_ratio
+from server.settings import Settings
+
+BENCH = "python -m tests.bench.serve --cases off"
+SIMULATED = ("zipf", "requests", "replicas", "disk_mb_per_s", "seed", "plot")
+"""Flags that mean nothing without --simulate."""
+
+
+class PlanConfig(BaseSettings):
+    """Says what serving very many adapters takes: memory, flags, replicas, tokens a second. No weights are loaded.
+
+    With --simulate, also how requests fare that are routed by their adapters, and by chance.
+    """
+
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m server.plan",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        use_attribute_docstrings=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+    )
+
+    model: str | None = None
+    """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent. Its config alone is read."""
+    adapters: int = Field(ge=1, le=10**8)
+    """How many adapters there are."""
+    rank: int = Field(default=32, ge=1, le=2048)
+    """Their rank."""
+    sparsity: float = Field(default=0.9, ge=0, lt=1)
+    """The share of B's entries that they leave out."""
+    targets: list[str] = []
+    """The last parts of the names of the modules that they change, such as q_proj; all linear layers if absent."""
+    bases: int = Field(default=1, ge=1)
+    """How many different A's they are on."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Weights and products of the servers."""
+    quantization: Literal["int8"] | None = None
+    """As `python -m server --quantization`."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a replica runs. On a GPU this project has measured nothing yet: --ratio and --overhead-gib say it."""
+    rps: float = Field(gt=0)
+    """Requests a second, over all replicas."""
+    prompt_tokens: int = Field(default=100, ge=1)
+    """Of a request, on average."""
+    completion_tokens: int = Field(default=64, ge=1)
+    """Of an answer, on average."""
+    terms: int = Field(default=1, ge=1)
+    """Adapters that a request names, at most."""
+    tokens_per_s: float | None = Field(default=None, gt=0)
+    """What one replica generates without adapters, of such requests, with --users at once."""
+    single_tokens_per_s: float | None = Field(default=None, gt=0)
+    """The same with one user."""
+    users: int = Field(default=32, ge=2)
+    """How many asked at once when --tokens-per-s was measured."""
+    server: str | None = Field(default=None, pattern=r"^https?://[^/]")
+    """Measures both now, on a server of that base that runs there and has nothing else to do; its key is in LORI_API_KEY."""
+    ratio: float | None = Field(default=None, gt=0, le=1.5)
+    """Tokens a second with adapters to those without; if absent, what this project measured."""
+    utilisation: float = Field(default=0.7, gt=0, le=1)
+    """The share of its tokens a second that a replica is to give: the rest is for peaks."""
+    spare: int = Field(default=1, ge=0)
+    """Replicas that may fail while the others carry the load."""
+    max_batch: int = Field(default=Settings.model_fields["max_batch"].default, ge=1)
+    """As `python -m server --max-batch`."""
+    max_resident: int | None = Field(default=None, ge=1, le=65536)
+    """Adapters that a replica can use at once, at most; as many as --memory-gib holds if absent, or the server's default."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """What one replica may use: of RAM, or of its GPU's memory."""
+    overhead_gib: float | None = Field(default=None, ge=0)
+    """What a replica's process takes beside all that is counted; on a CPU what this project measured if absent."""
+    as_json: bool = Field(default=False, alias="json")
+    """Prints one JSON document."""
+
+    simulate: bool = False
+    """Simulates the replicas, with adapters read from disk when requests name them."""
+    zipf: float = Field(default=1.0, ge=0, le=10)
+    """How unlike in popularity the adapters are: the k-th has a share that goes with 1 / k to this power; 0: all alike."""
+    requests: int = Field(default=200_000, ge=100)
+    """How many are simulated; the first fifth, while the replicas are cold, is not counted."""
+    replicas: list[int] = []
+    """How many to simulate, maybe several; the planned ones without the spare if absent."""
+    disk_mb_per_s: float | None = Field(default=None, gt=0)
+    """How fast a replica reads adapters from where they lie, in MB a second."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the arrivals and of what they ask for."""
+    plot: Path | None = None
+    """Draws what was simulated: a .png, .svg or .pdf file. Needs the extra plot."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # pydantic-settings' signature
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Returns the flags alone: RANK or SEED in the environment means something else, and LORI_ADAPTERS is a folder."""
+        return (init_settings,)
+
+    @classmethod
+    def from_arguments(cls) -> Self:
+        """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
+        try:
+            return cls(_cli_parse_args=True)
+        except ValidationError as error:
+            print(f"error: {flag_faults(error)}", file=sys.stderr)
+            raise SystemExit(2) from error
+        except SettingsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    @model_validator(mode="after")
+    def _has_what_nobody_knows(self) -> Self:
+        faults = [*self._speed_faults(), *self._simulation_faults()]
+        if self.device == "cuda" and self.overhead_gib is None:
+            faults.append("--overhead-gib is missing: nothing was measured on a GPU; nvidia-smi says what a server takes there")
+        if self.device == "cuda" and self.quantization:
+            faults.append("--quantization is for a CPU alone")
+        if self.known_ratio is None:
+            faults.append(
+                "--ratio is missing: nothing like this was measured (up to 4 adapters a request, 3.2 kept entries a row of B, "
+                "on a CPU); `python -m tests.bench.serve --cases off 32` compares both on a machine"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def known_ratio(self) -> Ratio | None:
+        """Tokens a second with adapters to those without, as told or as measured."""
+        if self.ratio is not None:
+            return Ratio(self.ratio, "--ratio")
+        return None if self.device == "cuda" else measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity))
+
+    @property
+    def process_gib(self) -> float:
+        """What a replica's process takes beside all that is counted."""
+        return OVERHEAD_GIB if self.overhead_gib is None else self.overhead_gib
+
+    def _speed_faults(self) -> list[str]:
+        if self.server and (self.tokens_per_s or self.single_tokens_per_s):
+            return ["--server measures what --tokens-per-s and --single-tokens-per-s say: pass either"]
+        if not self.server and self.tokens_per_s is None:
+            return [
+                f"--tokens-per-s is missing: `{BENCH} --model MODEL` measures it on a machine such as a replica's, or "
+                "--server URL on a server that runs there"
+            ]
+        return []
+
+    def _simulation_faults(self) -> list[str]:
+        if not self.simulate:
+            unused = [f"--{name.replace('_', '-')}" for name in SIMULATED if name in self.model_fields_set]
+            return [f"{', '.join(unused)}: pass --simulate, too"] if unused else []
+        faults = []
+        if not self.server and self.single_tokens_per_s is None:
+            faults.append(f"--single-tokens-per-s is missing: `{BENCH}` measures it, too: its row of one user")
+        if self.disk_mb_per_s is None:
+            faults.append(
+                "--disk-mb-per-s is missing: `dd if=FILE of=/dev/null bs=1M iflag=direct` says it for a large file beside the "
+                "adapters"
+            )
+        if self.terms > 1:
+            faults.append("--simulate is of requests for one adapter, and --terms says more")
+        if any(number < 1 for number in self.replicas):
+            faults.append("--replicas: expected 1 or more")
+        if self.plot and self.plot.suffix.lower() not in FORMATS:
+            faults.append(f"--plot ends in {self.plot.suffix!r}, expected one of {', '.join(FORMATS)}")
+        return faults

@@ -1,0 +1,119 @@
+"""What the planner prints: tables for people, or one JSON document."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from lori.cli.output import percent, print_fields, print_table, size
+from server.plan.config import PlanConfig
+from server.plan.plan import Plan, assumptions
+from server.plan.simulation import WARM_UP, Outcome
+
+GIB = 2**30
+
+
+def print_plan(config: PlanConfig, plan: Plan) -> None:
+    """Prints a plan, with what it assumes."""
+    _print_memory(config, plan)
+    _print_adapters(config, plan)
+    served = plan.speed.together * plan.ratio.value
+    print_fields(
+        [
+            ("asked for", f"{config.rps:g} requests/s, {config.rps * config.completion_tokens:,.0f} new tokens/s"),
+            ("of one replica", f"{plan.requests_per_s:.3g} requests/s, {served:,.0f} new tokens/s, at most"),
+            ("replicas", f"{plan.num_replicas}: {plan.num_needed} at {config.utilisation:.0%} of that, {config.spare} to spare"),
+            ("memory of all", f"{plan.num_replicas * plan.memory.total / GIB:,.1f} GiB"),
+            ("each started as", plan.flags),
+        ]
+    )
+    print()
+    print("This assumes:")
+    for said in assumptions(config, plan):
+        print(f"- {said}")
+
+
+def _print_memory(config: PlanConfig, plan: Plan) -> None:
+    memory = plan.memory
+    rows = [
+        (f"weights in {config.quantization or config.dtype}", memory.weights),
+        (f"A of rank {config.rank}", memory.basis),
+        (f"keys and values of {plan.num_kv_tokens:,} tokens, {plan.model.kv_token:,} bytes each", memory.kv_cache),
+        ("adapters on their way", memory.loaded),
+        ("the process", memory.process),
+        (f"{plan.num_resident:,} resident adapters", memory.resident),
+        ("all", memory.total),
+    ]
+    title = f"A replica of {plan.model.name}"
+    print_table([title, "GiB"], [(what, f"{num_bytes / GIB:.2f}") for what, num_bytes in rows])
+
+
+def _print_adapters(config: PlanConfig, plan: Plan) -> None:
+    of = plan.adapter
+    room = plan.memory.total - plan.memory.fixed
+
+    def row(what: str, lori: int, dense: int) -> tuple[str, ...]:
+        return what, size(lori), size(dense), f"{dense / lori:.1f}"
+
+    print_table(
+        [f"An adapter, rank {config.rank}", "LoRI", "dense LoRA", "times"],
+        [
+            row("in memory", of.resident, of.dense),
+            row("on disk", of.on_disk, of.dense),
+            row(f"all {config.adapters:,} on disk", config.adapters * of.on_disk, config.adapters * of.dense),
+            ("resident in a GiB", str(GIB * plan.num_resident // room), str(GIB // of.dense), ""),
+            (f"resident in {room / GIB:.2f} GiB", str(plan.num_resident), str(room // of.dense), ""),
+        ],
+    )
+
+
+COLUMNS = [
+    "replicas",
+    "routed by",
+    "busy",
+    "hits",
+    "cold loads/s",
+    "p99 wait, ms",
+    "p50, s",
+    "p99, s",
+    "busiest / mean",
+    "at the first in rank",
+]
+
+
+def print_outcomes(config: PlanConfig, plan: Plan, load_s: float, outcomes: Sequence[Outcome]) -> None:
+    """Prints what was simulated, with what that assumes."""
+    rows = [_outcome_cells(of, config.rps / plan.requests_per_s) for of in outcomes]
+    title = f"{config.requests:,} requests at {config.rps:g} a second for {config.adapters:,} adapters, zipf {config.zipf:g}"
+    print()
+    print_table(COLUMNS, rows, title)
+    print(
+        f"Simulated: {plan.num_resident:,} adapters resident in each replica, one read from disk in {1e3 * load_s:.1f} ms at "
+        f"{config.disk_mb_per_s:g} MB/s; Poisson arrivals; answers' lengths geometric; the first {WARM_UP:.0%} not counted; "
+        "nothing fails."
+    )
+
+
+def _outcome_cells(of: Outcome, num_busy: float) -> list[str]:
+    shares = [percent(num_busy / of.num_replicas), percent(of.hit_rate)]
+    seconds = [f"{1e3 * of.p99_wait_s:.0f}", f"{of.p50_s:.2f}", f"{of.p99_s:.2f}"]
+    return [
+        str(of.num_replicas),
+        of.policy,
+        *shares,
+        f"{of.loads_per_s:.1f}",
+        *seconds,
+        f"{of.imbalance:.2f}",
+        percent(of.first_share),
+    ]
+
+
+def as_document(config: PlanConfig, plan: Plan, load_s: float | None, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Returns all of it for a script: bytes, seconds, and the settings that led to them."""
+    document = dataclasses.asdict(plan)
+    del document["model"]["shapes"]
+    document["memory"]["total"] = plan.memory.total
+    settings = config.model_dump(mode="json", exclude={"as_json"})
+    document |= {"settings": settings, "assumptions": assumptions(config, plan)}
+    if outcomes:
+        document["simulation"] = {"load_s": load_s, "outcomes": [dataclasses.asdict(of) for of in outcomes]}
+    return document

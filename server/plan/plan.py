@@ -1,0 +1,174 @@
+"""The plan: memory of a replica, its flags, how many replicas there must be, and what all of that assumes."""
+
+import math
+import shlex
+from dataclasses import dataclass
+
+import torch
+
+from lori.errors import LoriError
+from server.engine.adapters.tiers import MAX_LOADING
+from server.plan.config import PlanConfig
+from server.plan.measured import HELD, RESERVED, Ratio
+from server.plan.memory import AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
+from server.plan.speed import Speed
+from server.settings import Settings
+
+GIB = 2**30
+MOST_RESIDENT = 65536
+"""That `--max-resident` takes."""
+
+
+class PlanError(LoriError):
+    """What was asked for cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of one replica, in bytes, by what it is for."""
+
+    weights: int
+    basis: int
+    kv_cache: int
+    loaded: int
+    process: int
+    resident: int
+
+    @property
+    def fixed(self) -> int:
+        """All but the resident adapters."""
+        return self.total - self.resident
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.basis + self.kv_cache + self.loaded + self.process + self.resident
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What serving takes."""
+
+    model: ModelSizes
+    adapter: AdapterSizes
+    memory: Memory
+    num_resident: int
+    """Adapters that a replica can use at once."""
+    num_kv_tokens: int
+    ratio: Ratio
+    speed: Speed
+    """Of one replica, without adapters."""
+    requests_per_s: float
+    """That one replica answers, with adapters, when it does nothing else."""
+    num_needed: int
+    num_replicas: int
+    """The spare ones, too."""
+    flags: str
+
+
+def sizes(config: PlanConfig) -> tuple[ModelSizes, AdapterSizes]:
+    """Returns what the model and an adapter take. Raises `ModelError`, or `PlanError` where requests are too long."""
+    dtype = getattr(torch, config.dtype)
+    model = model_sizes(config.model, dtype, config.quantization)
+    if config.prompt_tokens + config.completion_tokens > model.max_context:
+        found = f"{config.prompt_tokens} and {config.completion_tokens}"
+        raise PlanError(f"--prompt-tokens, --completion-tokens: {found}, and {model.name} has a context of {model.max_context}")
+    return model, adapter_sizes(model.shapes, config.rank, config.sparsity, dtype, config.targets)
+
+
+def make_plan(config: PlanConfig, model: ModelSizes, adapter: AdapterSizes, speed: Speed) -> Plan:
+    """Returns the plan. Raises `PlanError` where a replica's memory is too small."""
+    num_kv_tokens = config.max_batch * _rounded(config.prompt_tokens + config.completion_tokens)
+    fixed = Memory(
+        weights=model.weights,
+        basis=basis_bytes(model.shapes, config.rank, getattr(torch, config.dtype), config.bases),
+        kv_cache=num_kv_tokens * model.kv_token,
+        loaded=MAX_LOADING * adapter.resident if config.device == "cpu" else 0,  # a GPU's are in the machine's memory
+        process=int(config.process_gib * GIB),
+        resident=0,
+    )
+    num_resident = _num_resident(config, fixed, adapter)
+    memory = Memory(fixed.weights, fixed.basis, fixed.kv_cache, fixed.loaded, fixed.process, num_resident * _held(adapter))
+    ratio = config.known_ratio
+    assert ratio, "a config without one is refused"
+    requests_per_s = speed.together * ratio.value / config.completion_tokens
+    num_needed = math.ceil(config.rps / (requests_per_s * config.utilisation))
+    return Plan(
+        model, adapter, memory, num_resident, num_kv_tokens, ratio, speed, requests_per_s, num_needed, num_needed + config.spare,
+        server_flags(config, memory, num_resident, adapter),
+    )  # fmt: skip
+
+
+def _rounded(num_tokens: int) -> int:
+    block = int(Settings.model_fields["block_size"].default)
+    return -(-num_tokens // block) * block
+
+
+def _held(adapter: AdapterSizes) -> int:
+    return math.ceil(HELD * adapter.resident)
+
+
+def _num_resident(config: PlanConfig, fixed: Memory, adapter: AdapterSizes) -> int:
+    wanted = config.max_resident or (MOST_RESIDENT if config.memory_gib else int(Settings.model_fields["max_resident"].default))
+    # Each of a batch's requests may be for adapters of its own; where there are fewer, all of them.
+    least = min(config.adapters, config.max_batch * config.terms)
+    num = min(wanted, config.adapters)
+    if config.memory_gib:
+        fits = max(0, int(config.memory_gib * GIB) - fixed.total) // _held(adapter)
+        if fits < least:
+            needed = gib(fixed.total + least * _held(adapter))
+            raise PlanError(
+                f"--memory-gib {config.memory_gib:g} holds {fits} adapters beside all else, expected at least {least}, as many "
+                f"as a batch may use: {needed:g} would do, or a smaller --max-batch"
+            )
+        num = min(num, fits)
+    if num < least:
+        raise PlanError(f"--max-resident is {num}, expected at least {least}, as many adapters as a batch may use")
+    return num
+
+
+def server_flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: AdapterSizes) -> str:
+    """Returns the command that starts a replica."""
+    flags = {
+        "--model": config.model,
+        "--adapters": "FOLDER",
+        "--device": config.device,
+        "--dtype": config.dtype,
+        "--quantization": config.quantization,
+        "--max-rank": config.rank,
+        "--max-batch": config.max_batch,
+        "--max-resident": num_resident,
+        "--resident-gib": gib(RESERVED * num_resident * adapter.resident),
+        "--loaded-gib": gib(MAX_LOADING * adapter.resident),
+        "--kv-cache-gib": gib(memory.kv_cache),
+    }
+    said = [
+        f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
+        for flag, value in flags.items()
+        if value
+    ]
+    return " ".join(["python -m server", *said])
+
+
+def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
+    """Returns what the plan takes for true, each as a sentence."""
+    told = f"measured now at {config.server}" if config.server else "as --tokens-per-s says"
+    said = [
+        f"Requests have {config.prompt_tokens} prompt tokens and {config.completion_tokens} new ones, and name "
+        f"{config.terms} of {config.adapters:,} adapters; no prompt is found in the prefix cache.",
+        f"A replica generates {plan.speed.together:g} tokens/s without adapters for {plan.speed.users} users ({told}), and "
+        f"{plan.ratio.value:g} times that with them ({plan.ratio.source}).",
+        f"A replica is to be busy {config.utilisation:.0%} of the time, and {config.spare} may fail.",
+        f"Adapters: rank {config.rank}, {100 * (1 - config.sparsity):.3g}% of B kept, on {config.bases} A, all linear layers"
+        + (f" called {', '.join(config.targets)}" if config.targets else "")
+        + "; masks are drawn (rows differ as those of the demo adapters do).",
+        f"KV memory holds a full batch of {config.max_batch} requests at their ends; --loaded-gib the {MAX_LOADING} adapters that"
+        " may be on their way, since one that is not resident is read again.",
+        f"Resident adapters hold {HELD:g} times their bytes: memory is laid out before it is known which modules keep more.",
+        f"A process takes {config.process_gib:g} GiB beside all that is counted "
+        + ("(measured with the embedded model)." if config.overhead_gib is None else "(--overhead-gib)."),
+        "The compiled kernels are there: without them adapters take more memory.",
+    ]
+    if config.ratio is None and config.model:
+        said.append("The ratio was measured on another model: of a larger one's step adapters are a smaller part.")
+    return said

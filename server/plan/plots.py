@@ -1,0 +1,31 @@
+"""A picture of what was simulated, with matplotlib (the extra `plot`)."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from lori.plots import FONT_SIZE, new_figure
+from server.plan.simulation import POLICIES, Outcome
+
+WIDTH, HEIGHT = 3.4, 2.8
+"""Of one set of axes, in inches."""
+
+
+def plot_outcomes(outcomes: Sequence[Outcome]) -> Figure:
+    """Returns hits, cold loads and waits by the number of replicas, a line for each way to route."""
+    parts = {
+        "resident adapters hit (%)": [100 * of.hit_rate for of in outcomes],
+        "cold loads/s": [of.loads_per_s for of in outcomes],
+        "p99 wait for the first step (ms)": [1e3 * of.p99_wait_s for of in outcomes],
+    }
+    figure = new_figure(WIDTH * len(parts), HEIGHT)
+    for axes, (title, values) in zip(figure.subplots(1, len(parts)), parts.items(), strict=True):
+        for policy in POLICIES:
+            points = [(of.num_replicas, value) for of, value in zip(outcomes, values, strict=True) if of.policy == policy]
+            axes.plot(*zip(*sorted(points), strict=True), "o-", markersize=4, label=policy)
+        axes.set_title(title, fontsize=FONT_SIZE)
+        axes.set_xlabel("replicas")
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=FONT_SIZE)
+        axes.legend(frameon=False, fontsize=FONT_SIZE)
+    return figure

@@ -1,0 +1,77 @@
+"""What the planner refuses, and that it says which flag and what would help."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lori.flags import flag_faults
+from server.plan.config import PlanConfig
+
+ENOUGH = {"adapters": 100, "rps": 5.0, "tokens_per_s": 500.0}
+SIMULATED = ENOUGH | {"simulate": True, "single_tokens_per_s": 100.0, "disk_mb_per_s": 200.0}
+
+
+def faults(settings: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as found:
+        PlanConfig(**settings)
+    return flag_faults(found.value)
+
+
+def test_a_speed_that_nobody_measured_is_asked_for() -> None:
+    said = faults({"adapters": 100, "rps": 5.0})
+    assert "--tokens-per-s is missing" in said
+    assert "python -m tests.bench.serve --cases off --model" in said
+    assert "--server URL" in said
+
+
+def test_a_server_is_measured_or_told_of() -> None:
+    assert "pass either" in faults(ENOUGH | {"server": "http://localhost:8000"})
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"terms": 5}, {"rank": 64}, {"sparsity": 0.5}, {"device": "cuda", "overhead_gib": 2.0}],
+    ids=lambda more: str([*more]),
+)
+def test_a_ratio_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None:
+    said = faults(ENOUGH | more)
+    assert said.startswith("--ratio is missing")
+    assert "python -m tests.bench.serve --cases off 32" in said
+    assert PlanConfig(**ENOUGH, **more, ratio=0.7).ratio == 0.7
+
+
+def test_a_higher_rank_with_as_few_entries_was_measured() -> None:
+    assert PlanConfig(**ENOUGH, rank=64, sparsity=0.95).ratio is None
+
+
+def test_a_gpus_overhead_is_asked_for() -> None:
+    assert "--overhead-gib is missing" in faults(ENOUGH | {"device": "cuda", "ratio": 0.9})
+    assert "--quantization" in faults(ENOUGH | {"device": "cuda", "ratio": 0.9, "overhead_gib": 2.0, "quantization": "int8"})
+
+
+def test_a_flag_that_would_do_nothing_is_refused() -> None:
+    said = faults(ENOUGH | {"zipf": 1.0, "disk_mb_per_s": 100.0})
+    assert said == "--zipf, --disk-mb-per-s: pass --simulate, too"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"disk_mb_per_s": None}, "--disk-mb-per-s is missing"),
+        ({"single_tokens_per_s": None}, "--single-tokens-per-s is missing"),
+        ({"replicas": [0]}, "--replicas: expected 1 or more"),
+        ({"plot": "page.html"}, "--plot ends in '.html'"),
+        ({"terms": 2}, "--terms says more"),
+    ],
+)
+def test_a_simulation_lacks_nothing(more: dict[str, Any], expected: str) -> None:
+    PlanConfig(**SIMULATED)
+    assert expected in faults(SIMULATED | more)
+
+
+def test_the_environment_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LORI_ADAPTERS", "/folder")
+    monkeypatch.setenv("SEED", "7")
+    assert PlanConfig(**ENOUGH).rank == 32

@@ -1,0 +1,119 @@
+"""Replicas, budgets and flags, by hand."""
+
+import math
+import shlex
+from typing import Any
+
+import pytest
+import torch
+
+from server.plan.config import PlanConfig
+from server.plan.measured import HELD, RESERVED
+from server.plan.memory import AdapterSizes, ModelSizes
+from server.plan.plan import GIB, Plan, PlanError, assumptions, make_plan, sizes
+from server.plan.speed import Speed
+from server.settings import Settings
+
+MODEL = ModelSizes("tiny", weights=GIB, kv_token=1024, max_context=512, num_ids=257, shapes={"a.q_proj": (64, 48)})
+ADAPTER = AdapterSizes(num_kept=100, resident=2**20, on_disk=2**19, dense=2**23)
+
+
+def planned(**settings: Any) -> Plan:
+    config = configured(**settings)
+    return make_plan(config, MODEL, ADAPTER, Speed(None, config.tokens_per_s or 0, config.users))
+
+
+def configured(**settings: Any) -> PlanConfig:
+    defaults = {
+        "adapters": 10_000,
+        "rps": 10.0,
+        "tokens_per_s": 1000.0,
+        "completion_tokens": 100,
+        "ratio": 0.8,
+        "overhead_gib": 0.5,
+    }
+    return PlanConfig(**(defaults | settings))
+
+
+def test_replicas_follow_from_tokens_utilisation_and_spares() -> None:
+    plan = planned(rps=10, utilisation=0.5)
+    assert plan.requests_per_s == 8
+    assert (plan.num_needed, plan.num_replicas) == (3, 4)  # 10 requests/s, and a replica is to answer 4
+    assert planned(rps=8, utilisation=0.5, spare=0).num_replicas == 2
+    assert planned(rps=8.01, utilisation=0.5, spare=2).num_replicas == 5
+
+
+def test_keys_and_values_are_those_of_a_full_batch_in_whole_blocks() -> None:
+    plan = planned(max_batch=10, prompt_tokens=50, completion_tokens=7)
+    assert plan.num_kv_tokens == 10 * 64
+    assert plan.memory.kv_cache == 10 * 64 * 1024
+
+
+def test_adapters_fill_what_is_left_of_the_memory() -> None:
+    plan = planned(memory_gib=4)
+    each = math.ceil(HELD * ADAPTER.resident)
+    assert plan.memory.total <= 4 * GIB < plan.memory.total + each
+    assert plan.memory.fixed + plan.num_resident * each == plan.memory.total
+    assert plan.memory.process == GIB // 2
+
+
+def test_no_more_are_resident_than_there_are_or_may_be() -> None:
+    assert planned(memory_gib=4, adapters=70).num_resident == 70
+    assert planned(memory_gib=4, max_resident=100).num_resident == 100
+    assert planned().num_resident == Settings.model_fields["max_resident"].default
+
+
+def test_a_memory_that_is_too_small_is_refused_with_what_would_do() -> None:
+    with pytest.raises(
+        PlanError, match=r"--memory-gib 1\.55 holds \d+ adapters .* expected at least 64.*: ([\d.]+) would do"
+    ) as found:
+        planned(memory_gib=1.55)
+    enough = float(str(found.value).split(": ")[1].split()[0])
+    assert planned(memory_gib=enough).num_resident >= 64
+
+
+def test_fewer_slots_than_a_batch_may_use_are_refused() -> None:
+    with pytest.raises(PlanError, match="--max-resident is 63, expected at least 64"):
+        planned(max_resident=63)
+    assert planned(max_resident=63, adapters=63).num_resident == 63
+
+
+def test_a_gpus_memory_does_not_hold_what_is_only_loaded() -> None:
+    assert planned().memory.loaded == 16 * ADAPTER.resident
+    assert planned(device="cuda").memory.loaded == 0
+    assert "--loaded-gib 0.02" in planned(device="cuda").flags
+
+
+def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(memory_gib=4, model="my models/base", quantization="int8", rank=16)
+    words = shlex.split(plan.flags)
+    assert words[:3] == ["python", "-m", "server"]
+    monkeypatch.setattr("sys.argv", ["server", *words[3:]])
+    settings = Settings(_cli_parse_args=True)
+    assert (settings.model, settings.quantization, settings.max_rank) == ("my models/base", "int8", 16)
+    assert settings.max_resident == plan.num_resident
+    assert settings.resident_gib * GIB >= RESERVED * plan.num_resident * ADAPTER.resident
+    assert settings.resident_gib * GIB < plan.memory.resident
+    assert settings.kv_cache_gib * GIB >= plan.num_kv_tokens * MODEL.kv_token
+    assert settings.max_step_tokens > settings.max_batch
+
+
+def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:
+    config = configured(ratio=None, terms=2, model="other")
+    plan = make_plan(config, MODEL, ADAPTER, Speed(None, 1000, 32))
+    said = "\n".join(assumptions(config, plan))
+    assert "0.78 times that with them (README, How fast: 32 merges of 2, 32 users, SmolLM2-135M" in said
+    assert "measured on another model" in said
+    assert "10,000 adapters" in said
+
+
+def test_requests_longer_than_the_context_are_refused() -> None:
+    with pytest.raises(PlanError, match="8192 and 100, and SmolLM2-135M-Instruct has a context of 8192"):
+        sizes(configured(prompt_tokens=8192))
+
+
+def test_sizes_are_of_the_dtype_asked_for() -> None:
+    (small, adapter), (large, other) = sizes(configured()), sizes(configured(dtype="float32"))
+    assert large.kv_token == small.kv_token * torch.float32.itemsize // torch.bfloat16.itemsize
+    assert other.resident > adapter.resident
+    assert other.on_disk == adapter.on_disk
