@@ -1,0 +1,75 @@
+"""Debian's Prometheus as a process, which scrapes servers of the tests."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.server.live import LIMIT_S, REPOSITORY, wait_until
+
+MONITORING = REPOSITORY / "docker" / "monitoring"
+ADDRESS = re.compile(r'msg="Listening on" address=(127\.0\.0\.1:\d+)')
+
+
+@dataclass(frozen=True, slots=True)
+class Prometheus:
+    """One that answers queries."""
+
+    client: httpx.Client
+
+    def ask(self, query: str) -> list[float]:
+        """Returns the value of each series that the query gives now."""
+        reply = self.client.get("/api/v1/query", params={"query": query})
+        assert reply.status_code == 200, f"{query}: {reply.text}"
+        return [float(series["value"][1]) for series in reply.json()["data"]["result"]]
+
+    def wait_for(self, query: str, value: float) -> None:
+        """Waits until the query gives this value alone."""
+        wait_until(lambda: self.ask(query) == [value], f"{query} to be {value}")
+
+
+def need(program: str) -> str:
+    """Returns where a program is, or skips the test."""
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"there is no {program} on the PATH: apt install prometheus")
+    return path
+
+
+def point_at(config: str, port: int, credentials: Path | None = None) -> str:
+    """Returns the text of one of our configs that scrapes a test's server in the place of compose's, and often."""
+    said = yaml.safe_load((MONITORING / config).read_text())
+    said["global"]["scrape_interval"] = "1s"
+    [job] = said["scrape_configs"]
+    job["static_configs"] = [{"targets": [f"127.0.0.1:{port}"]}]
+    if credentials:
+        job["authorization"]["credentials_file"] = str(credentials)
+    text: str = yaml.safe_dump(said)
+    return text
+
+
+@contextmanager
+def scraping(config: str, folder: Path) -> Iterator[Prometheus]:
+    """Runs one on a free port, with all it writes in `folder`, until the block ends."""
+    (folder / "prometheus.yml").write_text(config)
+    log = folder / "log"
+    flags = ["--config.file", str(folder / "prometheus.yml"), "--storage.tsdb.path", str(folder / "data")]
+    command = [need("prometheus"), *flags, "--web.listen-address", "127.0.0.1:0"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: process.poll() is not None or ADDRESS.search(log.read_text()) is not None, "Prometheus")
+        found = ADDRESS.search(log.read_text())
+        assert found, log.read_text()
+        with httpx.Client(base_url=f"http://{found[1]}", timeout=LIMIT_S) as client:
+            yield Prometheus(client)
+    finally:
+        process.kill()
+        process.wait()
