@@ -2,7 +2,6 @@
 
 import math
 import signal
-import socket
 import sys
 from types import FrameType
 
@@ -21,6 +20,7 @@ from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
 from server.transport.drain import GRACE_S, DrainingServer
 from server.transport.http_protocol import HttpProtocol
+from server.transport.ports import check_port
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
         configure_log(settings.log_format)
         check_exposure(settings)
         tracing = start_tracing(settings.otlp_traces_endpoint)
-        _check_port(settings.host, settings.port)
+        check_port(settings.host, settings.port)
         service = load_service(settings)
     except ValidationError as error:
         print(f"error: {flag_faults(error)}", file=sys.stderr)
@@ -73,13 +73,6 @@ def main() -> int:
     if tracing:
         tracing.stop()
     return 0
-
-
-def _check_port(host: str, port: int) -> None:
-    # Loading takes seconds; a port that is taken is better said before.
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
 
 
 def _end(_: int, __: FrameType | None) -> None:

@@ -37,7 +37,6 @@ class Gate:
             await self._app({**scope, "headers": headers, "state": state}, receive, send)
 
 
-
 def caller_of(scope: Scope, ring: KeyRing | None) -> Caller | JSONResponse:
     """Returns who sends a request, or what he is answered who may not."""
     if ring is None:

@@ -157,10 +157,9 @@ class AdapterAdmin:
 
     async def delete(self, reference: str) -> Withdrawn:
         """Withdraws a name with its versions, a version or an alias, and deletes its files when no request uses them."""
-        files = self._files
         name, version = split_reference(reference)
         async with self._turns.of(name):
-            doomed = await run_sync(files.doomed, reference)
+            doomed = await self._doomed(reference)
             self._check_unaliased(name, doomed)
             if any(of.summary.version.startswith(version) for of in self._registry.versions(name)):
                 await self._departures.begin(await self._withdraw(name, version, may_be_meant=True))
@@ -240,6 +239,17 @@ class AdapterAdmin:
 
     def _withdrawn(self, name: str, versions: Sequence[str]) -> Withdrawn:
         return Withdrawn(name, versions, self._departures.num_using(name))
+
+    async def _doomed(self, reference: str) -> Sequence[str]:
+        name, version = split_reference(reference)
+        try:
+            return await run_sync(self._files.doomed, reference)
+        except UnknownAdapterError:
+            # Another process that serves this store was asked first, and has deleted the files: what is left is here.
+            found = [of for of in self._registry.versions(name) if of.summary.version.startswith(version)]
+            if not found:
+                raise
+            return [of.summary.version for of in found if of.owner == name]
 
     def _check_new(self, name: str, may_replace: bool) -> None:
         if not may_replace and name in self._registry.by_name:

@@ -12,6 +12,7 @@ from server.access.exposure import ExposedError, check_exposure, log_exposure
 from server.cluster.environment import prepare_environment
 from server.cluster.settings import ClusterSettings
 from server.telemetry.logs import configure_log
+from server.transport.ports import check_port
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +24,16 @@ def main() -> int:
         settings = ClusterSettings(_cli_parse_args=True)
         configure_log(settings.log_format)
         check_exposure(settings)
+        check_port(settings.host, settings.port)
     except ValidationError as error:
         print(f"error: {flag_faults(error)}", file=sys.stderr)
         return 2
-    except (ExposedError, OSError) as error:
+    except ExposedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
+        return 1
     prepare_environment()
     try:
         from server.cluster.serving import serving  # noqa: PLC0415  # an extra, and it reads the environment

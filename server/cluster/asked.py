@@ -23,7 +23,7 @@ def key_in(body: bytes, base_model: str) -> str:
     """Returns the key of the adapters that a request's body names, in any of the forms that the routes take."""
     try:
         found = json.loads(body)
-    except ValueError:  # the replica says what is wrong with it
+    except (ValueError, RecursionError):  # the replica says what is wrong with it
         return ANY
     return key_of(_names(found, base_model)) if isinstance(found, dict) else ANY
 

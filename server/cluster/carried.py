@@ -4,8 +4,7 @@ The body goes whole; the answer comes as it is made, a list of messages at a tim
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +14,7 @@ CARRIED = (
     "server",
 )  # fmt: skip
 """What of a scope means anything in another process."""
-Answers = AsyncIterator[Sequence[Message]]
+Answers = AsyncIterable[Sequence[Message]]
 
 
 def carried(scope: Scope) -> Mapping[str, Any]:
@@ -82,9 +81,8 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequ
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        if has_left.is_set():
-            raise OSError("the client has left")
-        sent.put_nowait(message)
+        if not has_left.is_set():  # what nobody hears is dropped, as servers do
+            sent.put_nowait(message)
 
     async def run() -> None:
         try:
@@ -105,5 +103,4 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequ
     finally:
         has_left.set()
         if not running.done():
-            with suppress(OSError):
-                await asyncio.shield(running)
+            await asyncio.shield(running)

@@ -1,11 +1,13 @@
 """The application on Ray Serve: ingresses that take requests, and replicas that answer them. Runs nothing itself."""
 
 from collections.abc import Callable
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from lori.base_identity import short_name
@@ -20,7 +22,9 @@ from server.cluster.settings import ClusterSettings
 APPLICATION, REPLICA = "lori-server", "Replica"
 SPARE_REQUESTS = 64
 """That a replica hears beside those that it admits: it refuses these itself, and answers probes."""
-HEALTH_CHECK_S = 5.0
+QUIET = LoggingConfig(enable_access_log=False)
+"""The replicas log their requests themselves."""
+HEALTH_CHECK_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 """A replica that computes a long step on a busy machine is not dead."""
 
@@ -28,29 +32,36 @@ HEALTH_TIMEOUT_S = 30.0
 def deployed(settings: ClusterSettings) -> Application:
     """Returns the application, to be run by `serve.run` or `serve deploy`."""
     replica = serve.deployment(
-        Replica,
         name=REPLICA,
         max_ongoing_requests=settings.max_requests + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": settings.replica_cpus, "num_gpus": settings.replica_gpus},
         graceful_shutdown_timeout_s=settings.drain_s,
+        logging_config=QUIET,
         health_check_period_s=HEALTH_CHECK_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        request_router_config=RequestRouterConfig(
-            request_router_class=AdapterRouter,
-            request_router_kwargs={"share": settings.affinity_share, "floor": settings.affinity_floor},
+        request_router_config=RequestRouterConfig.model_validate(
+            {
+                "request_router_class": AdapterRouter,
+                "request_router_kwargs": {"share": settings.affinity_share, "floor": settings.affinity_floor},
+            }
         ),
         num_replicas=None if settings.max_replicas else settings.replicas,
         autoscaling_config=_autoscaling(settings),
-    )
+    )(Replica)
     ingress = serve.deployment(
-        serve.ingress(_application(settings))(_After),
         name="Ingress",
         num_replicas=settings.ingresses,
         max_ongoing_requests=2**16,  # the replicas say when it is too much
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.drain_s,
-    )
+        logging_config=QUIET,
+    )(serve.ingress(_application(settings))(_After))
     return ingress.bind(replica.bind(settings.each))
+
+
+def from_config(options: dict[str, Any]) -> Application:
+    """Returns the application for a Serve config file, whose `args` are the flags by their names in Python: `replicas: 2`."""
+    return deployed(ClusterSettings(**options))
 
 
 class _After:

@@ -20,7 +20,9 @@ class ReplicaHandles:
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
-        return ReplicaStream(self._streaming.asgi.remote(scope, body, key=key))
+        responses = self._streaming.asgi.remote(scope, body, key=key)
+        assert isinstance(responses, DeploymentResponseGenerator)
+        return ReplicaStream(responses)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
         """Returns the answer of each replica that runs. Raises `ReplicaLostError` where all are lost."""

@@ -91,10 +91,7 @@ class Ingress:
         if body is None:
             return
         ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
-        try:
-            await ask(carried(scope), body, receive, send)
-        except ReplicaLostError as error:
-            await _lost(str(error))(scope, receive, send)
+        await ask(carried(scope), body, receive, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
@@ -111,12 +108,19 @@ class Ingress:
                 await pass_on(answers, receive, noted, answers.cancel)
                 return
             except ReplicaLostError as error:
-                if has_begun or num_tries == MAX_TRIES:
+                if has_begun:
                     raise
+                if num_tries == MAX_TRIES:
+                    await _lost(error)(dict(scope), receive, send)
+                    return
                 logger.warning("%s %s is sent to another replica: %s", scope["method"], scope["path"], error)
 
     async def _ask_all(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        answers = await self._replicas.ask_all(scope, body)
+        try:
+            answers = await self._replicas.ask_all(scope, body)
+        except ReplicaLostError as error:
+            await _lost(error)(dict(scope), receive, send)
+            return
         if scope["path"] == METRICS and all(_status(answer) == 200 for answer in answers.values()):
             text = await run_in_threadpool(merged_metrics, {name: _text(answer) for name, answer in answers.items()})
             await Response(text, media_type=CONTENT_TYPE_LATEST)(dict(scope), receive, send)
@@ -141,5 +145,5 @@ def _text(answer: Sequence[Message]) -> str:
     return b"".join(message.get("body", b"") for message in answer).decode()
 
 
-def _lost(said: str) -> JSONResponse:
-    return JSONResponse(error_reply(503, "ServiceUnavailableError", said, None), 503, COME_AGAIN)
+def _lost(error: ReplicaLostError) -> JSONResponse:
+    return JSONResponse(error_reply(503, "ServiceUnavailableError", str(error), None), 503, COME_AGAIN)

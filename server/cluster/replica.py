@@ -14,11 +14,10 @@ from server.settings import Settings
 from server.telemetry.logs import configure_log
 
 
-
 class Replica:
     """Answers carried requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
 
-    async def __init__(self, settings: Settings) -> None:
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         """Loads everything. Raises as `load_service`."""
         from server.app import create_app  # noqa: PLC0415  # who only starts replicas, or sends them requests, needs no torch
         from server.loading import load_service  # noqa: PLC0415

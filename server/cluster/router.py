@@ -11,7 +11,7 @@ class AdapterRouter(RequestRouter):
     Each process that sends requests has one, with its own count of what is under way; all rank the replicas alike.
     """
 
-    def initialize_state(self, share: float, floor: int) -> None:
+    def initialize_state(self, share: float, floor: int) -> None:  # type: ignore[override]  # Ray passes what is configured
         """Takes what the deployment is configured with."""
         self._bound = LoadBound(share, floor)
 

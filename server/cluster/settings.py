@@ -35,6 +35,9 @@ class ClusterSettings(Settings):
     ray_address: str | None = None
     """The Ray cluster to serve on, such as auto or ray://head:10001; absent: one is started on this machine, and ends with it."""
 
+    port: int = Field(default=8000, ge=1, le=65535)
+    """The port to listen on."""
+
     @model_validator(mode="after")
     def _is_sound_as_a_cluster(self) -> Self:
         if self.max_replicas is not None and self.max_replicas < self.replicas:

@@ -1,0 +1,42 @@
+"""The examples for Ray Serve and KubeRay: what they ask for is there."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from server.cluster.deployment import REPLICA, from_config
+from server.cluster.environment import PREFERRED
+
+DOCKER = Path(__file__).parents[2] / "docker"
+
+
+def _serve_configs() -> dict[str, dict[str, Any]]:
+    service = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())
+    return {
+        "serve.yaml": yaml.safe_load((DOCKER / "serve.yaml").read_text()),
+        "rayservice.yaml": yaml.safe_load(service["spec"]["serveConfigV2"]),
+    }
+
+
+@pytest.mark.parametrize("file", ["serve.yaml", "rayservice.yaml"])
+def test_ray_takes_the_config_and_builds_the_application(file: str) -> None:
+    [application] = ServeDeploySchema.model_validate(_serve_configs()[file]).applications
+    assert application.import_path == f"{from_config.__module__}:{from_config.__name__}"
+    built = from_config(application.args)
+    [replica] = built._bound_deployment.init_args
+    assert replica._bound_deployment.name == REPLICA
+    assert replica._bound_deployment._deployment_config.autoscaling_config.max_replicas == 8
+
+
+def test_every_container_of_kuberay_has_the_environment_and_a_limit() -> None:
+    cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        spec = group["template"]["spec"]
+        assert spec["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001}
+        [container] = spec["containers"]
+        assert {of["name"]: of["value"] for of in container["env"]}.items() <= PREFERRED.items()
+        assert container["resources"]["limits"]["memory"]
+        assert {of["name"] for of in container["volumeMounts"]} == {of["name"] for of in spec["volumes"]}

@@ -1,0 +1,146 @@
+"""What an ingress does with requests: fakes stand for the replicas."""
+
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message
+
+from server.access.key_ring import KeyRing
+from server.cluster.ingress import MAX_TRIES, Ingress, ReplicaLostError
+from server.settings import Settings
+from tests.server.keyed import ACME, write_keys
+
+pytestmark = pytest.mark.anyio
+BASE = "base"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class FakeStream:
+    """Answers with what it was asked; dies before the answer, or within it."""
+
+    def __init__(self, asked: dict[str, Any], dies: str | None) -> None:
+        self._asked, self._dies, self.is_cancelled = asked, dies, False
+
+    async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
+        if self._dies == "before":
+            raise ReplicaLostError("the replica was lost")
+        headers = [(b"content-type", b"application/json"), (b"x-request-id", b"twice")]
+        yield [{"type": "http.response.start", "status": 200, "headers": headers}]
+        if self._dies == "within":
+            raise ReplicaLostError("the replica was lost")
+        yield [{"type": "http.response.body", "body": json.dumps(self._asked).encode()}]
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakeReplicas:
+    """Notes what it is asked."""
+
+    def __init__(self, deaths: Sequence[str | None] = (), statuses: Mapping[str, int] | None = None) -> None:
+        self.deaths, self.statuses = list(deaths), statuses or {"a": 200, "b": 200}
+        self.asked: list[tuple[str, str, bytes]] = []
+        self.num_asked_all = 0
+
+    def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> FakeStream:
+        self.asked.append((key, scope["path"], body))
+        found = {"key": key, "authorization": [v.decode() for k, v in scope["headers"] if k == b"authorization"]}
+        return FakeStream(found, self.deaths.pop(0) if self.deaths else None)
+
+    async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:  # noqa: ARG002
+        self.num_asked_all += 1
+        return {
+            name: [
+                {"type": "http.response.start", "status": status, "headers": []},
+                {"type": "http.response.body", "body": f'up{{of="{name}"}} {status}\n'.encode()},
+            ]
+            for name, status in self.statuses.items()
+        }
+
+
+def client(replicas: FakeReplicas, **settings: Any) -> httpx.AsyncClient:
+    app = Ingress(replicas, None, Settings(**settings), BASE)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress")
+
+
+async def test_a_request_goes_where_its_adapters_are() -> None:
+    replicas = FakeReplicas()
+    async with client(replicas) as http:
+        reply = await http.post("/generate", json={"adapter": ["safety", "math"]})
+    assert reply.json()["key"] == "math+safety"
+    assert "x-request-id" not in reply.headers
+
+
+async def test_a_replica_that_dies_before_it_answers_is_replaced_by_another() -> None:
+    replicas = FakeReplicas(["before"] * (MAX_TRIES - 1))
+    async with client(replicas) as http:
+        reply = await http.post("/generate", json={"adapter": "math"})
+    assert reply.status_code == 200
+    assert replicas.asked == [("math", "/generate", b'{"adapter":"math"}')] * MAX_TRIES
+
+
+async def test_where_all_die_the_client_is_told_to_come_again() -> None:
+    async with client(FakeReplicas(["before"] * MAX_TRIES)) as http:
+        reply = await http.post("/generate", json={"adapter": "math"})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json()["error"]["message"] == "the replica was lost"
+
+
+async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
+    replicas = FakeReplicas(["within"])
+    async with client(replicas) as http:
+        with pytest.raises(ReplicaLostError):
+            await http.post("/generate", json={"adapter": "math"})
+    assert len(replicas.asked) == 1
+
+
+@pytest.mark.parametrize("statuses", [{"a": 200, "b": 409}, {"a": 409, "b": 200}])
+async def test_one_replica_that_refuses_a_change_is_heard(statuses: dict[str, int]) -> None:
+    async with client(FakeReplicas(statuses=statuses)) as http:
+        reply = await http.post("/adapters/math/load")
+    assert reply.status_code == 409
+
+
+async def test_metrics_are_those_of_all() -> None:
+    replicas = FakeReplicas()
+    async with client(replicas) as http:
+        text = (await http.get("/metrics")).text
+    assert replicas.num_asked_all == 1
+    assert 'up{of="a",replica="a"} 200.0' in text
+    assert 'up{of="b",replica="b"} 200.0' in text
+
+
+async def test_a_body_that_is_too_long_goes_nowhere() -> None:
+    replicas = FakeReplicas()
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 1024
+
+    async with client(replicas, max_body_bytes=2048) as http:
+        told, streamed = await http.post("/generate", content=b"x" * 3072), await http.post("/generate", content=parts())
+    assert (told.status_code, streamed.status_code) == (413, 413)
+    assert replicas.asked == []
+
+
+async def test_without_a_key_that_counts_the_body_is_not_read(tmp_path: Path) -> None:
+    replicas = FakeReplicas()
+    app = Ingress(replicas, KeyRing(write_keys(tmp_path)), Settings(), BASE)
+
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
+        await http.post("/adapters", content=never(), headers={"Authorization": "Bearer guessed"})
+        reply = await http.post("/generate", json={}, headers={"Authorization": f"Bearer {ACME}"})
+    assert replicas.num_asked_all == 1, "a replica refuses it, and says so in its log"
+    assert reply.json()["authorization"] == [f"Bearer {ACME}"]
