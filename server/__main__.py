@@ -6,14 +6,12 @@ import sys
 from types import FrameType
 
 import uvicorn
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from lori.errors import AdapterFormatError, LoriError
-from lori.flags import flag_faults, refused_arguments
 from server.access.exposure import ExposedError, check_exposure, log_exposure
 from server.access.keys import KeyFileError
 from server.app import create_app
+from server.arguments import read_arguments
 from server.loading import load_service
 from server.settings import Settings
 from server.telemetry.logs import configure_log
@@ -30,18 +28,12 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:
-        settings = Settings(_cli_parse_args=True, _cli_exit_on_error=False)
+        settings = read_arguments(Settings)
         configure_log(settings.log_format)
         check_exposure(settings)
         tracing = start_tracing(settings.otlp_traces_endpoint)
         check_port(settings.host, settings.port)
         service = load_service(settings)
-    except ValidationError as error:
-        print(f"error: {flag_faults(error)}", file=sys.stderr)
-        return 2
-    except SettingsError as error:
-        print(f"error: {refused_arguments(error, Settings.model_fields)}", file=sys.stderr)
-        return 2
     except ExposedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

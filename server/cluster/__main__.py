@@ -5,10 +5,8 @@ import signal
 import sys
 import threading
 
-from pydantic import ValidationError
-
-from lori.flags import flag_faults
 from server.access.exposure import ExposedError, check_exposure, log_exposure
+from server.arguments import read_arguments
 from server.cluster.environment import prepare_environment
 from server.cluster.settings import ClusterSettings
 from server.telemetry.logs import configure_log
@@ -21,13 +19,10 @@ def main() -> int:
     """Serves until SIGTERM or SIGINT; running requests may end first. Returns the exit code."""
     configure_log("text")
     try:
-        settings = ClusterSettings(_cli_parse_args=True)
+        settings = read_arguments(ClusterSettings)
         configure_log(settings.log_format)
         check_exposure(settings)
         check_port(settings.host, settings.port)
-    except ValidationError as error:
-        print(f"error: {flag_faults(error)}", file=sys.stderr)
-        return 2
     except ExposedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

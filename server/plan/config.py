@@ -1,14 +1,13 @@
 """Everything that `python -m server.plan` can be told, each default written once."""
 
-import sys
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lori.cli.inspection import FORMATS
-from lori.flags import flag_faults
+from server.arguments import read_arguments
 from server.plan.measured import OVERHEAD_GIB, Ratio, measured_ratio
 from server.settings import Settings
 
@@ -114,14 +113,7 @@ class PlanConfig(BaseSettings):
     @classmethod
     def from_arguments(cls) -> Self:
         """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
-        try:
-            return cls(_cli_parse_args=True)
-        except ValidationError as error:
-            print(f"error: {flag_faults(error)}", file=sys.stderr)
-            raise SystemExit(2) from error
-        except SettingsError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
+        return read_arguments(cls)
 
     @model_validator(mode="after")
     def _has_what_nobody_knows(self) -> Self:
