@@ -1,6 +1,7 @@
 """`training.study` on a tiny model: every claim is trained, measured and written down, once."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
     monkeypatch.setattr("training.study.lab.fit", None)
     monkeypatch.setattr("training.study.lab.measure", None)
     assert study(config) == found
+    # What a claim found is enough to go on from: without its adapters and measurements, too.
+    moved = config.model_copy(update={"output": tmp_path / "moved"})
+    for seed in ("seed-0", "seed-1"):
+        (moved.output / seed).mkdir(parents=True)
+        for claim in config.claims:
+            shutil.copy(config.output / seed / f"{claim}.json", moved.output / seed)
+    assert study(moved) == found
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # it would be trained again
+        study(moved.model_copy(update={"weights": [0.3]}))
 
 
 def test_one_seed_has_no_mean_and_no_spread(

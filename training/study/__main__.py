@@ -1,8 +1,10 @@
 """`python -m training.study`: reruns the method's claims at small scale, and writes tables and plots of what came out."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from lori.durable import replace_file
@@ -28,7 +30,18 @@ def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
     _open(config)
     base = load_base(config.model, config.dtype, config.threads)
     labs = [Lab(config, base, seed) for seed in config.seeds]
-    return {claim: [list(CLAIMS[claim](lab)) for lab in labs] for claim in config.claims}
+    return {claim: [_found(lab, claim) for lab in labs] for claim in config.claims}
+
+
+def _found(lab: Lab, claim: Claim) -> list[Found]:
+    """Returns what a claim finds with one seed. Written down whole, so that its adapters need not be kept, or moved, with it."""
+    file = lab.folder / f"{claim}.json"
+    options = lab.config.model_dump(mode="json", include={"merges", "swept", "weights"})
+    if file.is_file() and (kept := json.loads(file.read_text()))["options"] == options:
+        return [Found(**one) for one in kept["found"]]
+    found = list(CLAIMS[claim](lab))
+    replace_file(file, json.dumps({"options": options, "found": [asdict(one) for one in found]}, indent=1).encode())
+    return found
 
 
 def _open(config: StudyConfig) -> None:
