@@ -19,10 +19,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Program:
-    """A running program with all its children, in a session of its own. What it prints goes to `log`."""
+    """A running program with all its children, in a session of its own, on one core or, `0,1`, several. It prints to `log`."""
 
     def __init__(
-        self, command: Sequence[str], core: int, log: Path, environment: Mapping[str, str], stdin: int | None = None
+        self, command: Sequence[str], core: int | str, log: Path, environment: Mapping[str, str], stdin: int | None = None
     ) -> None:
         self.log = log
         with log.open("wb") as file:

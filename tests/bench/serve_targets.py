@@ -73,16 +73,16 @@ class Batches:
         return answer
 
 
-def start_own(model: Path | None, adapters: Path | None, core: int, log: Path, flags: Sequence[str]) -> Server:
+def start_own(model: Path | None, adapters: Path | None, core: int | str, log: Path, flags: Sequence[str]) -> Server:
     """Starts this project's server, on one thread, with the adapters in a folder, or with LoRI switched off."""
     port = free_port()
     command = [sys.executable, "-m", "server", "--port", str(port), "--threads", "1", "--no-demo-adapters", *flags]
     command += ["--model", str(model)] if model else []
     command += ["--adapters", str(adapters)] if adapters else []
-    return _ready(Server(Program(command, core, log, {}), port, _generate), "/ready")
+    return _ready(Server(Program(command, core, log, {}), port, generate_document), "/ready")
 
 
-def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int, log: Path) -> Server:
+def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | str, log: Path) -> Server:
     """Starts vLLM as `peers.sh` has installed it, tuned as its own warnings ask, with LoRA switched on where there are adapters.
 
     All its processes are on one core, as all of ours are.
@@ -101,7 +101,7 @@ def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int, lo
     return _ready(Server(Program(command, core, log, environment), port, _complete), "/health")
 
 
-def start_llama_cpp(peers: Path, core: int, log: Path) -> Server:
+def start_llama_cpp(peers: Path, core: int | str, log: Path) -> Server:
     """Starts llama.cpp's server as `peers.sh` has built it, on the model that it has converted, in bf16."""
     home, port = peers / "llama.cpp", free_port()
     command = [str(home / "build" / "bin" / "llama-server"), "--model", str(home / "model.gguf"), "--port", str(port)]
@@ -110,7 +110,7 @@ def start_llama_cpp(peers: Path, core: int, log: Path) -> Server:
     return _ready(Server(Program(command, core, log, {}), port, _complete), "/health")
 
 
-def start_batches(model: Path, adapters: Sequence[Path], core: int, log: Path) -> Batches:
+def start_batches(model: Path, adapters: Sequence[Path], core: int | str, log: Path) -> Batches:
     """Starts transformers' `generate`, under PEFT where there are adapters."""
     command = [sys.executable, "-m", "tests.bench.serve_batches", str(model), *map(str, adapters)]
     return Batches(Program(command, core, log, {}, stdin=subprocess.PIPE))
@@ -125,7 +125,8 @@ def _ready(server: Server, path: str) -> Server:
     return server
 
 
-def _generate(one: Ask) -> tuple[str, dict[str, Any]]:
+def generate_document(one: Ask) -> tuple[str, dict[str, Any]]:
+    """Returns the path and the body of a request to this project's server."""
     document = {"prompt": one.prompt, "max_tokens": one.num_tokens, "ignore_eos": True, "stream": True}
     return "/generate", document | ({"adapter": one.adapters} if one.adapters else {})
 

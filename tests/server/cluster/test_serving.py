@@ -66,7 +66,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     port, log = _free_port(), place / "log"
     (place / "adapters").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", str(_free_port()))
         patch.setattr(live, "LIMIT_S", 300)  # three processes import torch, one after the other
         flags = ["--port", str(port), "--replicas", "2", "--kv-cache-gib", "0.2", "--drain-s", "5"]
         flags += ["--keys", str(write_keys(place)), "--adapters", str(place / "adapters")]

@@ -1,0 +1,67 @@
+"""A replica is killed under load: what becomes of the requests, and how long until there is another."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from server.client import Client
+from server.client.errors import ClientError
+from tests.bench.cluster_targets import Cluster
+from tests.bench.serve_asks import prompt
+
+NUM_USERS, NUM_TOKENS, PROMPT_WORDS = 8, 32, 50
+BEFORE_S = 3.0
+"""Of load, before the kill."""
+LIMIT_S = 120.0
+
+
+def kill_one(cluster: Cluster, names: Sequence[str]) -> dict[str, float]:
+    """Kills a replica while users ask for whole answers and streams in turn, and returns what was lost.
+
+    `seconds`: from the kill until as many replicas answer as before, the load going on. `lost`: requests that the client library
+    gave up although nothing of their answer had come; `begun`: streams that ended broken.
+    """
+    counts = {"asked": 0, "lost": 0, "begun": 0}
+    ended, lock = threading.Event(), threading.Lock()
+
+    def count(what: str) -> None:
+        with lock:
+            counts[what] += 1
+
+    def user(place: int) -> None:
+        with Client(f"http://127.0.0.1:{cluster.server.port}", timeout_s=LIMIT_S, num_retries=5) as client:
+            turn = 0
+            while not ended.is_set():
+                turn += 1
+                count("asked")
+                said = {"prompt": prompt(f"{time.time()} {place}", PROMPT_WORDS), "adapter": names[(place + turn) % len(names)]}
+                has_begun = False
+                try:
+                    if turn % 2:
+                        client.generate(**said, max_tokens=NUM_TOKENS, ignore_eos=True)
+                    else:
+                        for _ in client.stream(**said, max_tokens=NUM_TOKENS, ignore_eos=True):
+                            has_begun = True
+                except ClientError:
+                    count("begun" if has_begun else "lost")
+
+    with ThreadPoolExecutor(NUM_USERS) as pool:
+        users = [pool.submit(user, place) for place in range(NUM_USERS)]
+        try:
+            time.sleep(BEFORE_S)
+            before, victim = cluster.names(), cluster.replicas()[0]
+            os.kill(victim.pid, signal.SIGKILL)
+            killed = time.monotonic()
+            while len(now := cluster.names()) < len(before) or now == before:
+                if time.monotonic() - killed > LIMIT_S:
+                    raise TimeoutError(f"no other replica within {LIMIT_S:g} s")
+                time.sleep(0.1)
+            seconds = time.monotonic() - killed
+        finally:
+            ended.set()
+    for one in users:
+        one.result()
+    return {**counts, "seconds": seconds}

@@ -1,0 +1,56 @@
+"""What a request takes longer through a cluster than at a plain server, one at a time, asked in turn."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import httpx
+
+from tests.bench.serve_asks import prompt
+
+NUM_REQUESTS, NUM_WARM = 100, 10
+NUM_TOKENS, PROMPT_WORDS = 8, 20
+Ask = Callable[[httpx.Client, dict[str, object]], None]
+
+
+def overheads(plain_port: int, cluster_port: int, names: Sequence[str], seed: str) -> Mapping[str, Mapping[str, float]]:
+    """Returns, by kind of request, the median at a plain server and how much more it is at a cluster, in ms."""
+    kinds = {"GET /health": health, "POST /generate, whole": whole, "POST /generate, to the first token": first}
+    limits = httpx.Timeout(60)
+    with (
+        httpx.Client(base_url=f"http://127.0.0.1:{plain_port}", timeout=limits) as plain,
+        httpx.Client(base_url=f"http://127.0.0.1:{cluster_port}", timeout=limits) as cluster,
+    ):
+        return {kind: _compared([plain, cluster], ask, names, f"{seed} {kind}") for kind, ask in kinds.items()}
+
+
+def _compared(clients: Sequence[httpx.Client], ask: Ask, names: Sequence[str], seed: str) -> Mapping[str, float]:
+    times: list[list[float]] = [[], []]
+    for turn in range(NUM_WARM + NUM_REQUESTS):
+        document: dict[str, object] = {
+            "prompt": prompt(f"{seed} {turn}", PROMPT_WORDS), "adapter": names[turn % 2],
+            "max_tokens": NUM_TOKENS, "ignore_eos": True,
+        }  # fmt: skip
+        for place in (0, 1) if turn % 2 else (1, 0):
+            started = time.perf_counter()
+            ask(clients[place], document)
+            times[place].append(1e3 * (time.perf_counter() - started))
+    plain, cluster = (statistics.median(of[NUM_WARM:]) for of in times)
+    return {"plain_ms": plain, "more_ms": cluster - plain}
+
+
+def health(client: httpx.Client, _: dict[str, object]) -> None:
+    """Asks what no engine is needed for."""
+    client.get("/health").raise_for_status()
+
+
+def whole(client: httpx.Client, document: dict[str, object]) -> None:
+    """Waits for a whole answer."""
+    client.post("/generate", json=document).raise_for_status()
+
+
+def first(client: httpx.Client, document: dict[str, object]) -> None:
+    """Waits for the first token; that is all there is, so that its end disturbs no other."""
+    with client.stream("POST", "/generate", json=document | {"stream": True, "max_tokens": 1}) as answer:
+        answer.raise_for_status()
+        next(answer.iter_bytes())
