@@ -24,6 +24,7 @@ def print_plan(config: PlanConfig, plan: Plan) -> None:
             ("replicas", f"{plan.num_replicas}: {plan.num_needed} at {config.utilisation:.0%} of that, {config.spare} to spare"),
             ("memory of all", f"{plan.num_replicas * plan.memory.total / GIB:,.1f} GiB"),
             ("each started as", plan.flags),
+            ("or all, on Ray Serve", plan.cluster_flags),
         ]
     )
     print()
@@ -112,6 +113,7 @@ def as_document(config: PlanConfig, plan: Plan, load_s: float | None, outcomes: 
     document = dataclasses.asdict(plan)
     del document["model"]["shapes"]
     document["memory"]["total"] = plan.memory.total
+    document["cluster_flags"] = plan.cluster_flags
     settings = config.model_dump(mode="json", exclude={"as_json"})
     document |= {"settings": settings, "assumptions": assumptions(config, plan)}
     if outcomes:

@@ -15,6 +15,7 @@ from server.plan.speed import Speed
 from server.settings import Settings
 
 GIB = 2**30
+SERVER = "python -m server"
 MOST_RESIDENT = 65536
 """That `--max-resident` takes."""
 
@@ -64,6 +65,14 @@ class Plan:
     num_replicas: int
     """The spare ones, too."""
     flags: str
+    """The command that starts a replica."""
+
+    @property
+    def cluster_flags(self) -> str:
+        """The command that starts all of them on Ray Serve."""
+        flags = self.flags.removeprefix(SERVER)
+        gpus = " --replica-gpus 1" if " --device cuda" in flags else ""
+        return f"{SERVER}.cluster --replicas {self.num_replicas}{gpus}{flags}"
 
 
 def sizes(config: PlanConfig) -> tuple[ModelSizes, AdapterSizes]:
@@ -147,7 +156,7 @@ def server_flags(config: PlanConfig, memory: Memory, num_resident: int, adapter:
         for flag, value in flags.items()
         if value
     ]
-    return " ".join(["python -m server", *said])
+    return " ".join([SERVER, *said])
 
 
 def assumptions(config: PlanConfig, plan: Plan) -> list[str]:

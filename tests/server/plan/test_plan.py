@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from server.cluster.settings import ClusterSettings
 from server.plan.config import PlanConfig
 from server.plan.measured import HELD, RESERVED
 from server.plan.memory import AdapterSizes, ModelSizes
@@ -96,6 +97,17 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
     assert settings.resident_gib * GIB < plan.memory.resident
     assert settings.kv_cache_gib * GIB >= plan.num_kv_tokens * MODEL.kv_token
     assert settings.max_step_tokens > settings.max_batch
+
+
+def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device, gpus in (("cpu", 0), ("cuda", 1)):
+        plan = planned(memory_gib=4, device=device)
+        words = shlex.split(plan.cluster_flags)
+        assert words[:3] == ["python", "-m", "server.cluster"]
+        monkeypatch.setattr("sys.argv", ["cluster", *words[3:]])
+        settings = ClusterSettings(_cli_parse_args=True)
+        assert (settings.replicas, settings.replica_gpus) == (plan.num_replicas, gpus)
+        assert settings.each.max_resident == plan.num_resident
 
 
 def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:
