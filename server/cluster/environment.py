@@ -16,7 +16,7 @@ PREFERRED = {
 }
 """What holds where the operator says nothing else."""
 PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-"""That HAProxy listens on whether they are asked for or not: at Ray's own choice a second cluster on the machine could not start."""
+"""That HAProxy listens on, asked for or not: at Ray's own choice a second cluster on the machine could not start."""
 
 
 def prepare_environment() -> None:
