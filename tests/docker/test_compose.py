@@ -96,7 +96,8 @@ def test_the_router_is_the_one_that_the_tests_run() -> None:
 
 def test_readme_starts_the_router_as_compose_does() -> None:
     page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
-    [line] = [line for line in page.splitlines() if line.startswith("vllm-router ")]
+    [line] = [line for line in page.splitlines() if re.match(r"(\w+=\w+ )*vllm-router ", line)]
+    assert line.partition("vllm-router")[0].split() == [f"{name}={value}" for name, value in ROUTED["environment"].items()]
     flags = {flag for flag in ROUTED["command"] if flag.startswith("--") and not flag.startswith(("--host=", "--port="))}
     assert {word for word in line.split() if word.startswith("--")} == flags
 

@@ -42,6 +42,8 @@ class Routed:
     adapters: Path
     http: httpx.Client
     client: openai.OpenAI
+    log: Path
+    """The router's."""
 
     def admitted(self) -> list[float]:
         """Returns how many requests each server has answered or is answering."""
@@ -75,9 +77,10 @@ def routed(writer_model: Path, adapters: Path, tmp_path: Path) -> Iterator[Route
         servers = [stack.enter_context(start(tmp_path / f"server-{number}.log", *options)) for number in (1, 2)]
         for server in servers:
             server.client.headers.update(bearer(ADMIN))
-        http = stack.enter_context(routing(tmp_path / "router.log", [server.url for server in servers]))
+        log = tmp_path / "router.log"
+        http = stack.enter_context(routing(log, [server.url for server in servers]))
         client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key=ACME, max_retries=0, timeout=LIMIT_S)
-        yield Routed(servers, shared, http, stack.enter_context(client))
+        yield Routed(servers, shared, http, stack.enter_context(client), log)
 
 
 def _adapters_stay_with_their_server(routed: Routed) -> None:
@@ -88,6 +91,20 @@ def _adapters_stay_with_their_server(routed: Routed) -> None:
             routed.ask(order.sample(names, len(names)))
         asked = [now - was for now, was in zip(routed.admitted(), before, strict=True)]
         assert sorted(asked) == [0, 6], names
+
+
+def _chats_without_a_session_all_go_to_one(routed: Routed) -> None:
+    before = routed.admitted()
+    for place in range(6):
+        message = {"role": "user", "content": f"What is {place}?"}
+        routed.client.chat.completions.create(model="math", messages=[message], max_tokens=2)  # type: ignore[list-item]  # a plain dict
+    assert sorted(now - was for now, was in zip(routed.admitted(), before, strict=True)) == [0, 6]
+
+
+def _no_prompt_is_logged(routed: Routed) -> None:
+    """Without a session it is the prompt that is hashed, and what is hashed is logged unless it is told not to."""
+    routed.client.completions.create(model="math", prompt="a secret", max_tokens=2)
+    assert "secret" not in routed.log.read_text()
 
 
 def _answers_are_the_server_s(routed: Routed) -> None:
@@ -147,12 +164,19 @@ def _an_adapter_comes_to_each_server(routed: Routed) -> None:
         assert server.generate(prompt=FOX, adapter="mine", max_tokens=4)["text"] == routed.ask(["math"], 4)
 
 
-def _a_killed_server_loses_no_answer_that_had_not_begun(routed: Routed) -> None:
+def _a_killed_server_loses_no_answer_but_a_stream_that_had_begun(routed: Routed) -> None:
     home = routed.home(["math"])
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(routed.ask, SETS[place % len(SETS)], 16) for place in range(48)]
         wait_until(lambda: sum(one.done() for one in asked) >= 4, "some answers")
-        os.kill(home.process.pid, signal.SIGKILL)
+        body = {"model": "math", "prompt": FOX, "max_tokens": 3000, "stream": True}
+        headers = {SESSION: "math", **bearer(ACME)}
+        with routed.http.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
+            chunks = reply.iter_bytes()
+            next(chunks)
+            os.kill(home.process.pid, signal.SIGKILL)
+            with pytest.raises(httpx.RemoteProtocolError):
+                b"".join(chunks)
         assert all(len(one.result()) == 16 for one in asked)
     assert len(routed.ask(["math"], 16)) == 16
 
@@ -160,9 +184,11 @@ def _a_killed_server_loses_no_answer_that_had_not_begun(routed: Routed) -> None:
 def test_two_servers_behind_a_router(routed: Routed) -> None:
     """One test of several parts, for its start takes long."""
     _adapters_stay_with_their_server(routed)
+    _chats_without_a_session_all_go_to_one(routed)
+    _no_prompt_is_logged(routed)
     _answers_are_the_server_s(routed)
     _a_client_that_leaves_frees_its_place(routed)
     _what_is_wrong_is_refused_in_the_server_s_words(routed)
     _faults_of_clients_do_not_drive_others_away(routed)
     _an_adapter_comes_to_each_server(routed)
-    _a_killed_server_loses_no_answer_that_had_not_begun(routed)
+    _a_killed_server_loses_no_answer_but_a_stream_that_had_begun(routed)

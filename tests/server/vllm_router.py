@@ -1,12 +1,14 @@
-"""vllm-router as a process, with the flags of docker/compose.router.yaml, before servers of the tests."""
+"""vllm-router as a process, with the flags and the environment of docker/compose.router.yaml, before servers of the tests."""
 
 import importlib.util
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,13 +16,12 @@ import pytest
 from tests.docker.compose import read
 from tests.server.live import LIMIT_S, REPOSITORY, wait_until
 
-COMPOSE = REPOSITORY / "docker" / "compose.router.yaml"
+SERVICE: dict[str, Any] = read(REPOSITORY / "docker" / "compose.router.yaml")["services"]["router"]
 
 
 def flags(port: int, urls: Sequence[str]) -> list[str]:
     """Returns compose's command with another address, other servers, and a free port for the router's own metrics."""
-    command: list[str] = read(COMPOSE)["services"]["router"]["command"]
-    kept = [flag for flag in command if not flag.startswith(("--host=", "--port=", "--worker-urls", "http://"))]
+    kept = [flag for flag in SERVICE["command"] if not flag.startswith(("--host=", "--port=", "--worker-urls", "http://"))]
     own = [f"--port={port}", f"--prometheus-port={free_port()}", "--worker-startup-check-interval=1"]
     return [*kept, *own, "--worker-urls", *urls]
 
@@ -40,7 +41,7 @@ def routing(log: Path, urls: Sequence[str]) -> Iterator[httpx.Client]:
     port = free_port()
     command = [sys.executable, "-m", "vllm_router.launch_router", *flags(port, urls)]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=os.environ | SERVICE["environment"], stdout=file, stderr=subprocess.STDOUT)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
             wait_until(lambda: process.poll() is not None or _is_ready(client), "vllm-router")
