@@ -19,6 +19,12 @@ from tests.server.live import LIMIT_S, REPOSITORY, wait_until
 SERVICE: dict[str, Any] = read(REPOSITORY / "docker" / "compose.router.yaml")["services"]["router"]
 
 
+def need() -> None:
+    """Skips the test where there is none."""
+    if importlib.util.find_spec("vllm_router") is None:
+        pytest.skip("there is no vllm-router: pip install vllm-router")
+
+
 def flags(port: int, urls: Sequence[str]) -> list[str]:
     """Returns compose's command with another address, other servers, and a free port for the router's own metrics."""
     kept = [flag for flag in SERVICE["command"] if not flag.startswith(("--host=", "--port=", "--worker-urls", "http://"))]
@@ -35,9 +41,7 @@ def free_port() -> int:
 
 @contextmanager
 def routing(log: Path, urls: Sequence[str]) -> Iterator[httpx.Client]:
-    """Runs one before the servers at `urls` until the block ends, or skips the test."""
-    if importlib.util.find_spec("vllm_router") is None:
-        pytest.skip("there is no vllm-router: pip install vllm-router")
+    """Runs one before the servers at `urls` until the block ends."""
     port = free_port()
     command = [sys.executable, "-m", "vllm_router.launch_router", *flags(port, urls)]
     with log.open("wb") as file:
