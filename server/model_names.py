@@ -1,7 +1,9 @@
 """What `model` names in OpenAI's routes: the base model, an adapter, or adapters that are added, as `math:0.7+safety:0.3`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT
 
@@ -27,6 +29,13 @@ class NamedModel:
     weights: tuple[float, ...] | None = None
 
 
+def model_of(adapters: Sequence[str], weights: Sequence[float]) -> str:
+    """Returns what names these adapters with these weights: none of them where each is 1/n."""
+    if all(weight == 1 / len(adapters) for weight in weights):
+        return "+".join(adapters)
+    return "+".join(f"{name}:{_digits(weight)}" for name, weight in zip(adapters, weights, strict=True))
+
+
 def parse_model(model: str, base_model: str) -> NamedModel:
     """Returns what `model` names. Raises `UnknownModelError`, and `ModelWeightsError` where weights are missing or too large."""
     if model == base_model:
@@ -42,3 +51,7 @@ def parse_model(model: str, base_model: str) -> NamedModel:
     if large := [weight for weight in weights if abs(weight) > MAX_WEIGHT]:
         raise ModelWeightsError(f"{model!r} has the weight {large[0]:g}, expected -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     return NamedModel(names, weights or None)
+
+
+def _digits(weight: float) -> str:
+    return f"{Decimal(repr(weight)).normalize():f}"

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """A file of tenants and keys, which `python -m server.keys` writes: requests need a key of it. It may change any time."""
     open: bool = False
     """Lets a server without keys listen on an address that other machines reach: whoever reaches the port may use it."""
+    open_metrics: bool = False
+    """Answers /metrics without a key, too, for what scrapes it and can send none: it names adapters, not tenants."""
     cors_origins: Annotated[list[Origin], NoDecode, BeforeValidator(_split)] = []
     """Pages of these origins, such as https://chat.example.org, may send requests from a browser, * is all: with commas between
     them."""

@@ -13,14 +13,16 @@ MONITORED = "/metrics"
 HEADER = b"authorization"
 NOBODY = Caller(allowed=())
 """Who asks for an open route: no matter who."""
+SCRAPER = Caller(allowed=(), is_monitor=True)
+"""Who reads the metrics without a key, where that is allowed."""
 ASKED = "send a key with the header 'Authorization: Bearer KEY'"
 
 
 class Gate:
     """Puts the caller into the request's state, or answers 401. Without a key ring everybody may pass, with no rights."""
 
-    def __init__(self, app: ASGIApp, ring: KeyRing | None) -> None:
-        self._app, self._ring = app, ring
+    def __init__(self, app: ASGIApp, ring: KeyRing | None, *, opens_metrics: bool = False) -> None:
+        self._app, self._ring, self._opens_metrics = app, ring, opens_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request pass, or not."""
@@ -28,7 +30,7 @@ class Gate:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
-        elif isinstance(caller := caller_of(scope, self._ring), JSONResponse):
+        elif isinstance(caller := caller_of(scope, self._ring, opens_metrics=self._opens_metrics), JSONResponse):
             await caller(scope, receive, send)
         else:
             state = {**scope.get("state", {}), "caller": caller}
@@ -37,13 +39,15 @@ class Gate:
             await self._app({**scope, "headers": headers, "state": state}, receive, send)
 
 
-def caller_of(scope: Scope, ring: KeyRing | None) -> Caller | JSONResponse:
+def caller_of(scope: Scope, ring: KeyRing | None, *, opens_metrics: bool = False) -> Caller | JSONResponse:
     """Returns who sends a request, or what he is answered who may not."""
     if ring is None:
         return Caller()
     if is_open(scope["path"]):
         return NOBODY
     found = [value for name, value in scope["headers"] if name == HEADER]
+    if not found and opens_metrics and scope["path"] == MONITORED:
+        return SCRAPER
     if not found:
         return _unknown(f"no key was sent: {ASKED}")
     scheme, _, key = found[0].strip().partition(b" ")

@@ -38,9 +38,10 @@ class AsyncClient:
         timeout_s: float | None = TIMEOUT_S,
         num_retries: int = NUM_RETRIES,
         longest_wait_s: float = LONGEST_WAIT_S,
+        affinity_header: str | None = None,
     ) -> None:
         self._http = httpx.AsyncClient(**options(url, api_key, timeout_s))
-        self._retries = Retries(num_retries, longest_wait_s)
+        self._retries, self._affinity_header = Retries(num_retries, longest_wait_s), affinity_header
 
     async def __aenter__(self) -> Self:
         return self
@@ -54,12 +55,12 @@ class AsyncClient:
 
     async def generate(self, **fields: Unpack[GenerateFields]) -> GenerateReply:
         """Continues a prompt or answers messages."""
-        return await self._ask(calls.generate(fields))
+        return await self._ask(calls.generate(fields, self._affinity_header))
 
     async def stream(self, **fields: Unpack[GenerateFields]) -> AsyncGenerator[StreamEvent, None]:
         """Yields the answer as it comes, as `Client.stream` does; leave it early under `contextlib.aclosing`."""
         reader = EventReader(fields.get("n", 1))
-        async with aclosing(await self._send(calls.stream(fields))) as response:
+        async with aclosing(await self._send(calls.stream(fields, self._affinity_header))) as response:
             try:
                 async for chunk in response.aiter_bytes():
                     for event in reader.read(chunk):

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
 from server.client.errors import UnexpectedReplyError
 from server.client.fields import GenerateFields, MessageFields
+from server.cluster.affinity import ANY, key_of
+from server.cluster.asked import named_in
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -26,13 +29,14 @@ class Call(Generic[Reply]):
     """JSON; beside `files`, a form's fields."""
     params: Mapping[str, str] | None = None
     files: Mapping[str, bytes] | None = None
+    headers: Mapping[str, str] | None = None
     is_repeatable: bool = True
     """Made twice, it does no more than once: it may be made again where nobody knows whether it arrived."""
 
     def to_request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
         """Returns it as `http` sends it."""
         if self.files is None:
-            return http.build_request(self.method, self.path, json=self.body, params=self.params)
+            return http.build_request(self.method, self.path, json=self.body, params=self.params, headers=self.headers)
         return http.build_request(self.method, self.path, data={**(self.body or {})}, files={**self.files})
 
     def read(self, content: bytes) -> Reply:
@@ -48,14 +52,21 @@ def parsed(kind: type[Reply], content: bytes) -> Reply:
         raise UnexpectedReplyError(f"expected {kind.__name__}, found {error}") from error
 
 
-def generate(fields: GenerateFields) -> Call[GenerateReply]:
+def generate(fields: GenerateFields, affinity_header: str | None) -> Call[GenerateReply]:
     """Asks for a whole answer."""
-    return Call("POST", "/generate", GenerateReply, {**fields})
+    return Call("POST", "/generate", GenerateReply, {**fields}, headers=affinity(fields, affinity_header))
 
 
-def stream(fields: GenerateFields) -> Call[GenerateReply]:
+def stream(fields: GenerateFields, affinity_header: str | None) -> Call[GenerateReply]:
     """Asks for an answer as it comes."""
-    return Call("POST", "/generate", GenerateReply, {**fields, "stream": True})
+    body = {**fields, "stream": True}
+    return Call("POST", "/generate", GenerateReply, body, headers=affinity(fields, affinity_header))
+
+
+def affinity(fields: GenerateFields, header: str | None) -> Mapping[str, str] | None:
+    """Returns the header of a request that names adapters: their names, sorted, as `math+safety`."""
+    key = key_of(named_in(fields, ""))
+    return {header: quote(key, safe="+")} if header and key != ANY else None
 
 
 def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool) -> Call[TokenizeReply]:

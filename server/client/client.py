@@ -30,7 +30,8 @@ class Client:
     """Asks one server, and waits. All methods raise `server.client.errors.ClientError`.
 
     The server may be silent for `timeout_s`. What failed and can be repeated safely is repeated, up to `num_retries` times; where
-    the server says when to come again, only if that is within `longest_wait_s`.
+    the server says when to come again, only if that is within `longest_wait_s`. `affinity_header` is one that a gateway hashes to
+    pick a server: answers are then asked for with the adapters' names in it.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Client:
         timeout_s: float | None = TIMEOUT_S,
         num_retries: int = NUM_RETRIES,
         longest_wait_s: float = LONGEST_WAIT_S,
+        affinity_header: str | None = None,
     ) -> None:
         self._http = httpx.Client(**options(url, api_key, timeout_s))
-        self._retries = Retries(num_retries, longest_wait_s)
+        self._retries, self._affinity_header = Retries(num_retries, longest_wait_s), affinity_header
 
     def __enter__(self) -> Self:
         return self
@@ -57,7 +59,7 @@ class Client:
 
     def generate(self, **fields: Unpack[GenerateFields]) -> GenerateReply:
         """Continues a prompt or answers messages."""
-        return self._ask(calls.generate(fields))
+        return self._ask(calls.generate(fields, self._affinity_header))
 
     def stream(self, **fields: Unpack[GenerateFields]) -> Generator[StreamEvent, None, None]:
         """Yields the answer as it comes: pieces of text, then what is known at the end of each answer.
@@ -65,7 +67,7 @@ class Client:
         The first event asks for it. Closing the generator, as `contextlib.closing` does, ends the request at the server.
         """
         reader = EventReader(fields.get("n", 1))
-        with closing(self._send(calls.stream(fields))) as response:
+        with closing(self._send(calls.stream(fields, self._affinity_header))) as response:
             try:
                 for chunk in response.iter_bytes():
                     yield from reader.read(chunk)

@@ -4,8 +4,7 @@ Knows no Ray. Nothing is checked here: a replica refuses what is wrong.
 """
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from server.cluster.affinity import ANY, key_of
 from server.model_names import PART
@@ -25,13 +24,14 @@ def key_in(body: bytes, base_model: str) -> str:
         found = json.loads(body)
     except (ValueError, RecursionError):  # the replica says what is wrong with it
         return ANY
-    return key_of(_names(found, base_model)) if isinstance(found, dict) else ANY
+    return key_of(named_in(found, base_model)) if isinstance(found, dict) else ANY
 
 
-def _names(body: dict[str, Any], base_model: str) -> Iterator[str]:
+def named_in(body: Mapping[str, object], base_model: str) -> Iterator[str]:
+    """Yields the names of the adapters that a body's fields name, without versions."""
     for field in ("adapter", "adapters"):
         named = body.get(field)
-        for one in named if isinstance(named, list) else [named]:
+        for one in named if isinstance(named, (list, tuple)) else [named]:
             reference = one.get("name") if isinstance(one, dict) else one
             if isinstance(reference, str):
                 yield reference.partition("@")[0]

@@ -81,6 +81,12 @@ class ChatBody(OpenAIBody):
     store: Literal[False] | None = None
     """Nothing is stored."""
     service_tier: Literal["auto", "default"] | None = None
+    continue_final_message: Literal[False] | None = None
+    """An answer is a turn of its own. vllm-router writes this and the next three into every body."""
+    include_reasoning: bool | None = None
+    """Whether reasoning is told beside the answer: there is none, so either is so."""
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
 
     @model_validator(mode="after")

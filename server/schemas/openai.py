@@ -42,6 +42,12 @@ class OpenAIBody(SamplingFields, MergeFields):
     stream_options: StreamOptions | None = None
     user: Annotated[Text, Field(max_length=1024)] | None = None
     """Whom the request is for, to the client; it changes nothing."""
+    skip_special_tokens: Literal[True] | None = None
+    """Special tokens are never text. vllm-router writes this and the next two into every body."""
+    no_stop_trim: Literal[False] | None = None
+    """`include_stop_str_in_output` is what leaves the stop text there."""
+    return_hidden_states: Literal[False] | None = None
+    """None are returned."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> Self:

@@ -1,11 +1,12 @@
 """What /metrics reads of the engine while the engine's thread moves it: numbers, and copies that are made at once."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.tiers import AdapterTiers
-from server.engine.request import AdapterTerm, Sequence
+from server.engine.request import Request, Sequence
 from server.engine.scheduling.scheduler import Scheduler
+from server.model_names import model_of
 from server.telemetry.metrics import Metrics
 
 
@@ -33,19 +34,23 @@ def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: Ad
         ("lori:adapter_evictions", "Adapters that made room for others.", lambda: residents.num_evictions),
     ):
         metrics.watch_count(name, help_text, read)
+    metrics.tell_cache(cache.block_size, cache.num_blocks)
     metrics.watch_requests(lambda: _named(scheduler.running), lambda: _named(scheduler.waiting), residents.num_slots)
     metrics.watch_adapters(lambda: registry.by_name.keys(), lambda: _resident(registry, residents.digests))
     tiers.observe_load = metrics.load_seconds.observe
     return metrics
 
 
-def _named(sequences: Iterable[Sequence]) -> set[str]:
-    # The copy of a dict's keys is made at once, by the interpreter itself: a loop over them could meet a change.
-    return {term.name for sequence in [*sequences] for term in _terms(sequence)}
+def _named(sequences: Iterable[Sequence]) -> Collection[str]:
+    # In the sequences' order, each once. The copy of a dict's keys is made at once, by the interpreter itself: a loop over them
+    # could meet a change.
+    return dict.fromkeys(name for sequence in [*sequences] for name in _models(sequence.request))
 
 
-def _terms(sequence: Sequence) -> Iterable[AdapterTerm]:
-    return (*sequence.request.terms, *sequence.request.policy)
+def _models(request: Request) -> Iterable[str]:
+    yield from (term.name for term in (*request.terms, *request.policy))
+    if request.terms:
+        yield model_of([term.name for term in request.terms], [term.weight for term in request.terms])
 
 
 def _resident(registry: Registry, digests: frozenset[str]) -> set[str]:

@@ -83,8 +83,16 @@ class Metrics:
         """Adds which of the registered adapters are resident, by name."""
         self._registered, self._resident = registered, resident
 
+    def tell_cache(self, block_size: int, num_blocks: int) -> None:
+        """Adds how the KV memory is cut, by which gateways know what a server may still have of a prompt."""
+        labels = (*LABELS, "block_size", "num_gpu_blocks")
+        info = Gauge(
+            "vllm:cache_config_info", "Blocks of KV memory, wherever it is, and their tokens.", labels, registry=self.registry
+        )
+        info.labels(self.base_model, ENGINE, str(block_size), str(num_blocks)).set(1)
+
     def watch_requests(self, running: Names, waiting: Names, max_resident: int) -> None:
-        """Adds which adapters the requests name that run, and those that wait."""
+        """Adds what the requests name that run, and those that wait, as `model` would."""
         self.registry.register(_LoraRequests(running, waiting, max_resident))
 
     def text(self) -> bytes:
@@ -117,7 +125,8 @@ class _Count(Collector):
 class _LoraRequests(Collector):
     """vLLM's gauge of which adapters are at work, in its labels, and when that was: gateways send requests where theirs is.
 
-    There is one sample, the present one; vLLM leaves every combination that ever was.
+    There is one sample, the present one; vLLM leaves every combination that ever was. Of those that wait it has no more than
+    could be resident.
     """
 
     running: Names
@@ -127,6 +136,6 @@ class _LoraRequests(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         names = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of running and of waiting requests.", labels=names)
-        running, waiting = (",".join(sorted(set(read()))) for read in (self.running, self.waiting))
+        running, waiting = (",".join(sorted([*read()][: self.max_resident])) for read in (self.running, self.waiting))
         family.add_metric([str(self.max_resident), running, waiting], time.time())
         return [family]

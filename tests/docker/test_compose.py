@@ -2,32 +2,24 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from tests.docker.compose import read
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 MONITORING = DOCKER / "monitoring"
 
 
-class ComposeLoader(yaml.SafeLoader):
-    """Knows compose's mark of what replaces, and is not added to, a list of the file before."""
-
-
-ComposeLoader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
-
-
-def read(path: Path) -> Any:
-    """Returns what a YAML file says."""
-    return yaml.load(path.read_text(), ComposeLoader)
-
-
-MAIN, KEYS, GPU = (read(DOCKER / f"compose{name}.yaml") for name in ("", ".keys", ".gpu"))
+MAIN, KEYS, GPU, ROUTER = (read(DOCKER / f"compose{name}.yaml") for name in ("", ".keys", ".gpu", ".router"))
 SERVICES: dict[str, dict[str, Any]] = MAIN["services"]
 SERVER = SERVICES["server"]
+ROUTED = ROUTER["services"]["router"]
+ALL = {**SERVICES, "router": ROUTED}
 
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
@@ -36,9 +28,8 @@ def mounts(service: dict[str, Any]) -> dict[str, str]:
     return {found[2]: found[1] for found in parts if found}
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_services_can_write_and_do_little(name: str) -> None:
-    service = SERVICES[name]
+@pytest.mark.parametrize("service", ALL.values(), ids=ALL)
+def test_services_can_write_and_do_little(service: dict[str, Any]) -> None:
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -46,10 +37,10 @@ def test_services_can_write_and_do_little(name: str) -> None:
     assert not {"privileged", "user", "network_mode", "cap_add", "devices", "gpus", "deploy"} & set(service)
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_ports_are_published_on_this_machine_alone(name: str) -> None:
-    assert SERVICES[name]["ports"]
-    assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"])
+@pytest.mark.parametrize("service", ALL.values(), ids=ALL)
+def test_ports_are_published_on_this_machine_alone(service: dict[str, Any]) -> None:
+    assert service["ports"]
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
 
 
 def test_only_the_server_runs_without_a_profile() -> None:
@@ -84,6 +75,31 @@ def test_a_server_for_other_machines_has_keys() -> None:
     [secret] = server["secrets"]
     assert server["environment"] == {"LORI_KEYS": f"/run/secrets/{secret}"}
     assert secret in KEYS["secrets"]
+
+
+def test_the_router_has_the_port_and_knows_each_server() -> None:
+    server = ROUTER["services"]["server"]
+    assert server["ports"] == []
+    assert ROUTED["ports"] == SERVER["ports"]
+    urls = [f"http://{MAIN['name']}-server-{number}:8000" for number in range(1, server["scale"] + 1)]
+    command = ROUTED["command"]
+    place = command.index("--worker-urls") + 1
+    assert command[place : place + len(urls)] == urls
+    assert command[place + len(urls)].startswith("--")
+
+
+def test_the_router_is_the_one_that_the_tests_run() -> None:
+    [wanted] = re.findall(r'install .*"(vllm-router[^"]*)"', ROUTED["build"]["dockerfile_inline"])
+    extras = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [one.partition(";")[0] for one in extras["test"] if one.startswith("vllm-router")] == [wanted]
+
+
+def test_readme_starts_the_router_as_compose_does() -> None:
+    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if re.match(r"(\w+=\w+ )*vllm-router ", line)]
+    assert line.partition("vllm-router")[0].split() == [f"{name}={value}" for name, value in ROUTED["environment"].items()]
+    flags = {flag for flag in ROUTED["command"] if flag.startswith("--") and not flag.startswith(("--host=", "--port="))}
+    assert {word for word in line.split() if word.startswith("--")} == flags
 
 
 def test_prometheus_has_a_key_where_the_server_has_keys() -> None:

@@ -151,6 +151,20 @@ def test_a_monitor_reads_nothing_else(client: httpx.Client, path: str) -> None:
     assert error["message"] == "the key 'monitor-1' is of the role 'monitor', which reads /metrics alone"
 
 
+def test_metrics_may_be_read_without_a_key_where_the_operator_says_so(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, client: httpx.Client
+) -> None:
+    """What scrapes a server for a gateway sends none."""
+    refusal(client.get("/metrics"), 401)
+    with served(make_service(tokenizer, write_keys(tmp_path), open_metrics=True)) as open_client:
+        assert open_client.get("/metrics").status_code == open_client.get("/metrics", headers=bearer(MONITOR)).status_code == 200
+        refusal(open_client.get("/metrics", headers=bearer("lori_unknown")), 401)
+        refusal(open_client.get("/metrics", headers=bearer(ACME)), 403)
+        for path in ("/adapters", "/v1/models"):
+            refusal(open_client.get(path), 401)
+        refusal(open_client.post("/generate", json={"prompt": "x"}), 401)
+
+
 def test_without_a_key_file_all_may_ask_and_nobody_may_change(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def test_who_runs_and_who_waits_is_said_by_adapter(live: Live) -> None:
         thread.start()
         live.wait_for(running=2, waiting=1)
         [busy] = samples(live.client.get("/metrics").text, INFO)
-        assert busy == {"max_lora": "1024", "running_lora_adapters": "math,safety", "waiting_lora_adapters": "intent"}
+        assert busy == {"max_lora": "1024", "running_lora_adapters": "math,safety,safety+math", "waiting_lora_adapters": "intent"}
         assert live.metric(INFO) > before > 1.7e9, "the value is the time"
     thread.join()
     live.wait_for(running=0, waiting=0)
@@ -231,7 +231,7 @@ def test_scraping_does_not_meet_the_engine_s_changes() -> None:
     sequences = [Sequence(request(name=f"a{i}")) for i in range(64)]
     running: dict[Sequence, None] = {}
     scheduler = SimpleNamespace(
-        cache=SimpleNamespace(usage=0.0, num_asked_tokens=0, num_found_tokens=0),
+        cache=SimpleNamespace(usage=0.0, num_asked_tokens=0, num_found_tokens=0, block_size=16, num_blocks=1),
         running=running,
         waiting=running,
         num_waiting=0,

@@ -249,6 +249,39 @@ def test_a_chat_that_cannot_be_is_refused_by_field(live: Live, body: dict[str, A
     assert said in error["message"]
 
 
+WRITTEN: dict[str, Any] = {"no_stop_trim": False, "skip_special_tokens": True, "return_hidden_states": False}
+"""What vllm-router 0.1.17 writes into every body that it passes on."""
+IN_CHATS = {"continue_final_message": False, "separate_reasoning": True, "stream_reasoning": True, "include_reasoning": True}
+
+
+def test_what_vllm_router_writes_into_bodies_changes_nothing(live: Live) -> None:
+    for route, body, written in (
+        ("completions", {"prompt": FOX, "echo": False}, WRITTEN),
+        ("chat/completions", {"messages": MESSAGES, "logprobs": False}, WRITTEN | IN_CHATS),
+    ):
+        body |= {"model": "math", "max_tokens": 8, "temperature": 0, "stream": False, "ignore_eos": False}
+        plain, routed = (live.client.post(f"/v1/{route}", json=one) for one in (body, body | written))
+        assert plain.status_code == routed.status_code == 200, routed.text
+        assert plain.json()["choices"] == routed.json()["choices"]
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+@pytest.mark.parametrize("field", WRITTEN)
+def test_its_fields_say_only_what_is_so(live: Live, route: str, field: str) -> None:
+    body = {"prompt": FOX} if route == "completions" else {"messages": MESSAGES}
+    reply = live.client.post(f"/v1/{route}", json=body | {field: not WRITTEN[field]})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == field
+
+
+def test_a_body_from_which_vllm_router_took_the_adapter_is_refused(live: Live) -> None:
+    """Of /generate it passes on what SGLang knows: the base model must not answer in the place of an adapter."""
+    body = {"prompt": FOX, "stream": False, "return_logprob": False, "return_hidden_states": False}
+    reply = live.client.post("/generate", json=body)
+    assert reply.status_code == 400
+    assert "return_logprob" in reply.json()["error"]["message"]
+
+
 def test_tokens_and_back(live: Live, writer: BaseModel) -> None:
     ids = encode(writer.tokenizer, FOX).ids
     reply = live.client.post("/tokenize", json={"prompt": FOX, "model": "math", "return_token_strs": True}).json()

@@ -1,0 +1,53 @@
+"""The header by which gateways know which adapters a request names."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.client import ConnectionFailedError
+from server.client.fields import GenerateFields
+from tests.server.both_clients import KINDS, Connect, connecting
+from tests.server.scripted import scripted
+
+HEADER = re.compile(rb"\r\nX-Session-ID: ([^\r]*)\r\n")
+
+
+@pytest.fixture(params=KINDS)
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    with connecting(request.param) as connect:
+        yield connect
+
+
+def sent(connect: Connect, fields: GenerateFields, **options: Any) -> list[bytes]:
+    """Returns the header's value of a whole answer's request and of a stream's, where it is there."""
+    with scripted(b"", b"") as server:
+        client = connect(server.url, num_retries=0, **options)
+        with pytest.raises(ConnectionFailedError):
+            client.generate(**fields)
+        with pytest.raises(ConnectionFailedError):
+            [*client.stream(**fields)]
+    return [value for request in server.requests for value in HEADER.findall(request)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [
+        (GenerateFields(prompt="x", adapter="math@0123"), b"math"),
+        (GenerateFields(prompt="x", adapter=["safety", "math"], weights=[1, 2]), b"math+safety"),
+        (GenerateFields(prompt="x", adapter=({"name": "safety", "weight": 1}, {"name": "math", "weight": 1})), b"math+safety"),
+        (GenerateFields(prompt="x", adapter="m\u00e4th\r\nx: y"), b"m%C3%A4th%0D%0Ax%3A%20y"),
+    ],
+)
+def test_requests_say_whose_adapters_they_name(connect: Connect, fields: GenerateFields, value: bytes) -> None:
+    assert sent(connect, fields, affinity_header="X-Session-ID") == [value, value]
+
+
+def test_what_names_none_may_go_anywhere(connect: Connect) -> None:
+    assert sent(connect, GenerateFields(prompt="x"), affinity_header="X-Session-ID") == []
+    assert sent(connect, GenerateFields(prompt="x", adapter=[]), affinity_header="X-Session-ID") == []
+
+
+def test_nothing_is_said_unasked(connect: Connect) -> None:
+    assert sent(connect, GenerateFields(prompt="x", adapter="math")) == []

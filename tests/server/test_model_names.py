@@ -1,0 +1,34 @@
+"""What `model` names, and what names it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.model_names import NamedModel, model_of, parse_model
+
+BASE = "base"
+
+
+@pytest.mark.parametrize(
+    ("adapters", "weights", "model"),
+    [
+        (["math"], [1.0], "math"),
+        (["math"], [2.0], "math:2"),
+        (["safety", "math"], [0.5, 0.5], "safety+math"),
+        (["math", "safety"], [1.0, 0.8], "math:1+safety:0.8"),
+        (["a", "b", "c"], [1 / 3] * 3, "a+b+c"),
+        (["math"], [-0.0000001], "math:-0.0000001"),
+    ],
+)
+def test_a_model_is_named_as_it_is_asked_for(adapters: list[str], weights: list[float], model: str) -> None:
+    assert model_of(adapters, weights) == model
+
+
+@given(st.lists(st.decimals(-16, 16, places=3).map(float), min_size=1, max_size=4))
+def test_what_a_name_says_is_what_it_was_made_of(weights: list[float]) -> None:
+    adapters = [f"adapter-{number}" for number in range(len(weights))]
+    named = parse_model(model_of(adapters, weights), BASE)
+    assert named.adapters == tuple(adapters)
+    assert named in (NamedModel(tuple(adapters)), NamedModel(tuple(adapters), tuple(weights)))
+    if named.weights is None:
+        assert weights == [1 / len(weights)] * len(weights)
