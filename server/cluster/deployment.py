@@ -28,6 +28,12 @@ HEALTH_CHECK_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 """A replica that computes a long step on a busy machine is not dead."""
 
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Beside HAProxy, on the machine without which the cluster ends: what another machine's loss cuts off is replicas alone."""
+
+LONGEST_LOOK_BACK_S = 30.0
+"""Ray takes the mean of the requests under way over so long, or over the delay where that is shorter."""
+
 
 def deployed(settings: ClusterSettings) -> Application:
     """Returns the application, to be run by `serve.run` or `serve deploy`."""
@@ -52,7 +58,7 @@ def deployed(settings: ClusterSettings) -> Application:
         name="Ingress",
         num_replicas=settings.ingresses,
         max_ongoing_requests=2**16,  # the replicas say when it is too much
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD},
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
     )(serve.ingress(_application(settings))(_After))
@@ -88,4 +94,7 @@ def _autoscaling(settings: ClusterSettings) -> AutoscalingConfig | None:
         min_replicas=settings.replicas,
         max_replicas=settings.max_replicas,
         target_ongoing_requests=settings.target_requests,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        look_back_period_s=min(LONGEST_LOOK_BACK_S, max(1.0, settings.upscale_delay_s)),
     )
