@@ -14,9 +14,6 @@ PREFERRED = {
     # How often an ingress says how many requests are under way, which is what replicas come and go by: with Ray's 10 s a delay of
     # 5 s would be none.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
-    # Ends a connection whose bytes the other machine has not acknowledged for so long, not for 120 s. `ReplicaHandles.watch` sends
-    # some. (More of keepalive's own pings would end good connections: a server that is silent takes them for abuse.)
-    "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
 """What holds where the operator says nothing else."""
 

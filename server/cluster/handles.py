@@ -43,7 +43,7 @@ class ReplicaHandles:
         """Calls every replica again and again, until it is cancelled.
 
         A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
-        (see `environment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
+        (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
         while True:
             with suppress(TimeoutError, RayActorError, RayServeException):

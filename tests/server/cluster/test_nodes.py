@@ -119,7 +119,7 @@ def folder() -> Iterator[Path]:
 
 
 def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
-    """Loses a machine under load: the other answers all that it was asked but a stream that had begun, and goes on with its own."""
+    """Loses a machine under load: the other answers all it was asked but a stream that had begun, and goes on with its own."""
     of_each = adapters_of_each(nodes.names())
     nodes.is_over.clear()
     streams = [nodes.stream(adapters) for adapters in of_each.values()]
