@@ -17,7 +17,7 @@ from server.cluster.affinity import key_of, ranked
 from tests.server import live
 from tests.server.live import run_main, wait_until
 
-REPLICA = "ray::ServeReplica:lori-server:Replica"
+REPLICA, INGRESS = "ray::ServeReplica:lori-server:Replica", "ray::ServeReplica:lori-server:Ingress"
 NAMES = ("math", "safety", "intent", "nlu")
 START_S = 300
 """Several processes import torch, one after the other."""
@@ -49,8 +49,15 @@ class Cluster:
 
     def replicas(self) -> list[psutil.Process]:
         """Returns the replicas' processes."""
+        return self._processes(REPLICA)
+
+    def ingresses(self) -> list[psutil.Process]:
+        """Returns the ingresses' processes."""
+        return self._processes(INGRESS)
+
+    def _processes(self, title: str) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.is_running() and REPLICA in " ".join(child.cmdline())]
+        return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
 
 
 def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:

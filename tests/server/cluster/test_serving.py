@@ -105,6 +105,18 @@ def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Clu
     assert victim.pid not in [replica.pid for replica in cluster.replicas()]
 
 
+def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(Client(cluster.url, api_key=ADMIN, timeout_s=120, num_retries=12))
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        asked = [pool.submit(client.generate, prompt=PROMPT, adapter="math", max_tokens=32, ignore_eos=True) for _ in range(24)]
+        wait_until(lambda: sum(one.done() for one in asked) >= 4, "some answers")
+        (victim,) = cluster.ingresses()
+        victim.kill()
+        assert [one.result(timeout=240).usage.completion_tokens for one in asked] == [32] * 24
+    wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress")
+
+
 def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     """One test of several parts: a start takes half a minute, and processes that share the tests would each have one."""
     _adapters_stay_with_their_replica(cluster)
@@ -114,3 +126,4 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _what_is_wrong_is_refused_as_by_one_server(cluster)
     _a_change_reaches_every_replica(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
+    _a_killed_ingress_loses_no_request_of_our_client(cluster)
