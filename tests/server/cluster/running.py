@@ -22,6 +22,8 @@ NAMES = ("math", "safety", "intent", "nlu")
 START_S = 300
 """Several processes import torch, one after the other."""
 ENDING_S = 120
+PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
+"""Those of Ray Serve that are the same for all clusters of a machine, where nobody says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ def running(log: Path, *flags: str, headers: Mapping[str, str] | None = None, wi
     """Runs a cluster until the block ends; checks that it ends well, and leaves no process behind. `within` as for `run_main`."""
     port = _free_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", str(_free_port()))
+        for name in PORTS:
+            patch.setenv(name, str(_free_port()))
         patch.setattr(live, "LIMIT_S", START_S)
         flags = ("--port", str(port), "--kv-cache-gib", "0.2", *flags)
         process = run_main(log, *flags, module="server.cluster", within=within)
