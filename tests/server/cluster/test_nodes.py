@@ -29,7 +29,7 @@ PORT = 6379
 """Each namespace has its own."""
 NOTICED_S = 45.0
 """Within which what a machine was asked that is cut off is asked elsewhere: before Ray takes it for dead, which is after 60 s."""
-LONG, WHOLE = 4000, 96
+LONG, WHOLE = 4000, 256
 """Tokens of a stream that outlasts what happens to it, and of a request that is under way when it happens."""
 Result = TypeVar("Result")
 
@@ -136,6 +136,17 @@ def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
     assert max(answered, broke) < NOTICED_S
 
 
+def _cut_off_while_nothing_is_sent(nodes: Nodes) -> None:
+    """Waits for answers alone: a connection that sends nothing would never learn that nobody is there."""
+    asked = [nodes.ask(adapters) for adapters in adapters_of_each(nodes.names()).values()]
+    wait_until(lambda: nodes.running() == 2, "a request under way on each machine")
+    nodes.other.plug("down")
+    lost = time.monotonic()
+    answered = max(one.result(timeout=240) for one in asked) - lost
+    print(f"cut off in silence: all answered after {answered:.1f} s")
+    assert answered < NOTICED_S
+
+
 def test_requests_outlive_a_machine(tmp_path: Path, folder: Path) -> None:
     """One test of several parts: a start takes a minute."""
     if reason := why_not():
@@ -143,6 +154,9 @@ def test_requests_outlive_a_machine(tmp_path: Path, folder: Path) -> None:
     with _nodes(tmp_path, folder) as nodes:
         first = nodes.names()
         assert len(first) == 2
+        _cut_off_while_nothing_is_sent(nodes)
+        nodes.other.plug("up")
+        wait_until(lambda: nodes.names() == first, "the machine that was cut off")
         _lose_the_other(nodes, "cut off", lambda: nodes.other.plug("down"))
         nodes.other.plug("up")
         wait_until(lambda: nodes.names() == first, "the machine that was cut off")
