@@ -99,6 +99,8 @@ BY_STATUS: dict[int, type[ApiError]] = {
     429: RateLimitError,
     503: UnavailableError,
 }
+UNKNOWN = "UnknownError"
+"""The type of what this server did not say: a gateway did."""
 MAX_QUOTED = 200
 
 
@@ -108,7 +110,7 @@ def refused(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
         detail = ErrorReply.model_validate_json(body).error
     except ValidationError:
         quoted = body[:MAX_QUOTED].decode(errors="replace").strip()
-        detail = ErrorDetail(message=quoted or "an empty reply", type="UnknownError", param=None, code=status)
+        detail = ErrorDetail(message=quoted or "an empty reply", type=UNKNOWN, param=None, code=status)
     return failed(detail.model_copy(update={"code": status}), _seconds(headers.get("retry-after")))
 
 

@@ -1,6 +1,6 @@
 """Which failures of a call are followed by another attempt, and when.
 
-Only what is safe: nothing was sent, or nothing was answered and the call may be made twice, or the server says when to come
+Only what is safe: nothing was sent, or the server did not answer and the call may be made twice, or the server says when to come
 again. Nothing is repeated once the head of a good reply is there: a stream has begun then.
 """
 
@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import httpx
 
-from server.client.errors import ApiError, BrokenStreamError, ClientError, ConnectionFailedError, SilenceError
+from server.client.errors import UNKNOWN, ApiError, BrokenStreamError, ClientError, ConnectionFailedError, SilenceError
 
 FIRST_WAIT_S = 0.25
 MAX_WAIT_S = 8.0
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
 NOT_ANSWERED = (httpx.NetworkError, httpx.RemoteProtocolError)
 COME_AGAIN = (429, 503)
+NOBODY_BEHIND = (500, 502, 503, 504)
+"""What a gateway says, in its own words, where the server behind it did not answer: 500 if it is Ray's, which has no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,10 @@ class Attempts:
 
     def wait_after_refusal(self, error: ApiError) -> float:
         """Returns how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
-        asked = error.retry_after
-        if error.status not in COME_AGAIN or asked is None or asked > self.retries.longest_s or not self._has_more():
+        is_told = error.status in COME_AGAIN and error.retry_after is not None
+        is_unanswered = error.type == UNKNOWN and error.status in NOBODY_BEHIND and self.is_repeatable
+        asked = error.retry_after or 0.0
+        if not (is_told or is_unanswered) or asked > self.retries.longest_s or not self._has_more():
             raise error
         # All who were refused at once shall not come back at once.
         return asked + self._wait()

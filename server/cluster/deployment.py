@@ -28,6 +28,18 @@ HEALTH_CHECK_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 """A replica that computes a long step on a busy machine is not dead."""
 
+ON_HEAD = {"node:__internal_head__": 0.001}
+"""Beside HAProxy, on the machine without which the cluster ends: what another machine's loss cuts off is replicas alone."""
+
+IMPATIENT = {"RAY_grpc_client_keepalive_timeout_ms": "10000"}
+"""An ingress ends a connection whose bytes the other machine has not acknowledged for so long; `ReplicaHandles.watch` sends some.
+
+Ray's 120 s remain elsewhere: else it would replace a replica that was cut off for a moment. (More of keepalive's own pings would
+end good connections: a server that has nothing to say for minutes takes them for abuse.)
+"""
+LONGEST_LOOK_BACK_S = 30.0
+"""Ray takes the mean of the requests under way over so long, or over the delay where that is shorter."""
+
 
 def deployed(settings: ClusterSettings) -> Application:
     """Returns the application, to be run by `serve.run` or `serve deploy`."""
@@ -52,7 +64,7 @@ def deployed(settings: ClusterSettings) -> Application:
         name="Ingress",
         num_replicas=settings.ingresses,
         max_ongoing_requests=2**16,  # the replicas say when it is too much
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD, "runtime_env": {"env_vars": IMPATIENT}},
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
     )(serve.ingress(_application(settings))(_After))
@@ -88,4 +100,7 @@ def _autoscaling(settings: ClusterSettings) -> AutoscalingConfig | None:
         min_replicas=settings.replicas,
         max_replicas=settings.max_replicas,
         target_ongoing_requests=settings.target_requests,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        look_back_period_s=min(LONGEST_LOOK_BACK_S, max(1.0, settings.upscale_delay_s)),
     )

@@ -13,10 +13,15 @@ PREFERRED = {
     # On all addresses of the machine, and without a key.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray lets a load balancer that is not its own have 30 s to hear that an ingress goes. HAProxy is told.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # How often an ingress says how many requests are under way, which is what replicas come and go by: with Ray's 10 s a delay of
+    # 5 s would be none.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
 }
 """What holds where the operator says nothing else."""
-PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
-"""That HAProxy listens on, asked for or not: at Ray's own choice a second cluster on the machine could not start."""
+PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
+"""That are listened on, asked for or not: at Ray's own choice a second cluster on the machine could not start."""
 
 
 def prepare_environment() -> None:

@@ -1,6 +1,8 @@
 """The replicas as Ray Serve reaches them."""
 
+from asyncio import sleep
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -10,6 +12,9 @@ from starlette.types import Message
 
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.replica import Replica
+
+BEAT_S = 2.0
+"""Between two calls that ask a replica for nothing."""
 
 
 class ReplicaHandles:
@@ -33,6 +38,17 @@ class ReplicaHandles:
         if not (answers := dict(one for one in found if not isinstance(one, Exception))):
             raise ReplicaLostError("no replica is there")
         return answers
+
+    async def watch(self) -> None:
+        """Calls every replica again and again, until it is cancelled.
+
+        A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
+        (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
+        """
+        while True:
+            with suppress(TimeoutError, RayActorError, RayServeException):
+                await self._handle.broadcast("beat").results_async(timeout_s=BEAT_S, return_exceptions=True)
+            await sleep(BEAT_S)
 
 
 class ReplicaStream:

@@ -51,6 +51,9 @@ class Replicas(Protocol):
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
         """Returns the whole answer of each replica, by its name, but of those that are lost; of one at least."""
 
+    async def watch(self) -> None:
+        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`."""
+
 
 class Ingress:
     """The ASGI application before the replicas.
@@ -75,6 +78,7 @@ class Ingress:
         async with anyio.create_task_group() as group:
             if self._keys:
                 group.start_soon(self._keys.watch)
+            group.start_soon(self._replicas.watch)
             for answer in ("lifespan.startup.complete", "lifespan.shutdown.complete"):
                 await receive()
                 await send({"type": answer})

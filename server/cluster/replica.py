@@ -43,6 +43,9 @@ class Replica:
         messages = [message async for some in answer(self._app, self._scope(scope), body) for message in some]
         return serve.get_replica_context().replica_id.unique_id, messages
 
+    async def beat(self) -> None:
+        """Does nothing: whoever calls it is answered, or learns that this replica cannot be reached."""
+
     def check_health(self) -> None:
         """Raises where the engine has ended: Ray then puts another replica in this one's place."""
         self._service.check_ready()

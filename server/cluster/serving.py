@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 import psutil
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 
 from server.cluster.deployment import APPLICATION, deployed
 from server.cluster.settings import ClusterSettings
@@ -24,7 +24,8 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
     """Serves until the block ends, and gives the address. Raises as Ray does where a replica cannot start."""
     _connect(settings)
     try:
-        serve.start(http_options=HTTPOptions(host=settings.host, port=settings.port))
+        # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
+        serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
         serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
         yield f"http://{settings.host}:{settings.port}"
     finally:
@@ -48,6 +49,7 @@ def _connect(settings: ClusterSettings) -> None:
         ray.init(address=settings.ray_address)
         return
     ray.init(
+        address="local",  # else it would be one that another program of this machine has started
         num_cpus=settings.replica_cpus * (settings.max_replicas or settings.replicas),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +39,20 @@ def wait_until(is_so: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def run_main(log: Path, *flags: str, module: str = "server") -> subprocess.Popen[bytes]:
-    """Starts `python -m server` with `flags` alone: no settings of the environment, no network. Both streams go to `log`."""
+def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """Starts `python -m server` with `flags` alone: no settings of the environment, no network. Both streams go to `log`.
+
+    `within` are a program and its arguments, which becomes the server.
+    """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", module, *flags], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+            [*within, sys.executable, "-m", module, *flags],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
 
 

@@ -10,6 +10,7 @@ import anyio
 import pytest
 
 from server.client import (
+    AdapterFiles,
     ApiError,
     AsyncClient,
     BrokenStreamError,
@@ -136,6 +137,21 @@ def test_other_refusals_are_final(connect: Connect, waits: list[float], status: 
     assert error.retry_after == (float(headers.split()[1]) if headers and headers.split()[1].isdigit() else None)
 
 
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "502 Bad Gateway", "503 Unavailable", "504 Timeout"])
+def test_a_gateway_whose_server_did_not_answer_is_asked_again(connect: Connect, waits: list[float], status: str) -> None:
+    with scripted(reply("nobody is there", status), reply("", status, "retry-after: 3\r\n"), NOBODY) as server:
+        assert connect(server.url).adapters().base_model == "fake"
+    first, second = waits
+    assert 0.125 <= first <= 0.25
+    assert 3.25 <= second <= 3.5
+
+
+def test_a_gateway_is_not_asked_again_to_do_what_may_have_been_done(connect: Connect, waits: list[float]) -> None:
+    with scripted(reply("nobody is there", "502 Bad Gateway")) as server, pytest.raises(ServerError, match="nobody is there"):
+        connect(server.url).upload("mine", AdapterFiles(b"{}", b""))
+    assert waits == []
+
+
 def test_the_last_refusal_is_raised(connect: Connect, waits: list[float]) -> None:
     with scripted(*[refusal(429, "retry-after: 3\r\n")] * 3) as server, pytest.raises(RateLimitError) as caught:
         connect(server.url).adapters()
@@ -202,11 +218,11 @@ def test_a_silent_server_is_not_waited_for_for_ever(connect: Connect, waits: lis
 
 def test_what_is_not_this_server_is_said(connect: Connect) -> None:
     page = "<html>Bad Gateway</html>"
-    with scripted(reply(page), reply(page, "502 Bad Gateway"), reply("", "404 Not Found"), reply("{}", "301 Moved")) as server:
+    with scripted(reply(page), reply(page, "418 Teapot"), reply("", "404 Not Found"), reply("{}", "301 Moved")) as server:
         client = connect(server.url)
         with pytest.raises(UnexpectedReplyError, match="expected AdapterList"):
             client.adapters()
-        for status, said in ((502, page), (404, "an empty reply"), (301, "{}")):
+        for status, said in ((418, page), (404, "an empty reply"), (301, "{}")):
             with pytest.raises(ApiError, match=f"{status} UnknownError: {said}"):
                 client.adapters()
 

@@ -65,6 +65,9 @@ class FakeReplicas:
             for name, status in self.statuses.items()
         }
 
+    async def watch(self) -> None:
+        raise NotImplementedError
+
 
 def client(replicas: FakeReplicas, **settings: Any) -> httpx.AsyncClient:
     app = Ingress(replicas, None, Settings(**settings), BASE)

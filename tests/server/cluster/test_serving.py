@@ -3,84 +3,32 @@
 import os
 import re
 import signal
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
 
 import httpx
-import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from server.client import Client
-from tests.server import live
+from tests.server.cluster.running import Cluster, running
 from tests.server.keyed import ADMIN, bearer, write_keys
-from tests.server.live import run_main, wait_until
+from tests.server.live import wait_until
 
 pytestmark = pytest.mark.slow
-REPLICA = "ray::ServeReplica:lori-server:Replica"
 DEMO = Path("server/adapters")
 FIELDS = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
-ENDING_S = 120
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """A cluster that answers, and what an admin sees of it."""
-
-    url: str
-    process: Popen[bytes]
-    log: Path
-    http: httpx.Client
-
-    def by_replica(self, name: str, **labels: str) -> dict[str, float]:
-        """Returns the sum of a metric's samples that have `labels`, by replica."""
-        found: dict[str, float] = {}
-        for family in text_string_to_metric_families(self.http.get("/metrics").text):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    replica = sample.labels["replica"]
-                    found[replica] = found.get(replica, 0) + sample.value
-        return found
-
-    def replicas(self) -> list[psutil.Process]:
-        """Returns the replicas' processes."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.is_running() and REPLICA in " ".join(child.cmdline())]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
-    port, log = _free_port(), place / "log"
     (place / "adapters").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "LIMIT_S", 300)  # three processes import torch, one after the other
-        flags = ["--port", str(port), "--replicas", "2", "--kv-cache-gib", "0.2", "--drain-s", "5"]
-        flags += ["--keys", str(write_keys(place)), "--adapters", str(place / "adapters")]
-        process = run_main(log, *flags, module="server.cluster")
-        try:
-            wait_until(lambda: b"ready on" in log.read_bytes() or process.poll() is not None, "the cluster")
-            assert process.poll() is None, log.read_text()
-            url = f"http://127.0.0.1:{port}"
-            with httpx.Client(base_url=url, headers=bearer(ADMIN), timeout=60) as http:
-                yield Cluster(url, process, log, http)
-        finally:
-            own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(ENDING_S) == 0, log.read_text()
-            assert not [left for left in own if left.is_running() and left.status() != psutil.STATUS_ZOMBIE]
+    flags = ["--replicas", "2", "--drain-s", "5", "--keys", str(write_keys(place)), "--adapters", str(place / "adapters")]
+    with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
+        yield cluster
 
 
 def _adapters_stay_with_their_replica(cluster: Cluster) -> None:
@@ -157,6 +105,18 @@ def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Clu
     assert victim.pid not in [replica.pid for replica in cluster.replicas()]
 
 
+def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(Client(cluster.url, api_key=ADMIN, timeout_s=120, num_retries=12))
+        pool = stack.enter_context(ThreadPoolExecutor(8))
+        asked = [pool.submit(client.generate, prompt=PROMPT, adapter="math", max_tokens=32, ignore_eos=True) for _ in range(24)]
+        wait_until(lambda: sum(one.done() for one in asked) >= 4, "some answers")
+        (victim,) = cluster.ingresses()
+        victim.kill()
+        assert [one.result(timeout=240).usage.completion_tokens for one in asked] == [32] * 24
+    wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress")
+
+
 def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     """One test of several parts: a start takes half a minute, and processes that share the tests would each have one."""
     _adapters_stay_with_their_replica(cluster)
@@ -166,3 +126,4 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _what_is_wrong_is_refused_as_by_one_server(cluster)
     _a_change_reaches_every_replica(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
+    _a_killed_ingress_loses_no_request_of_our_client(cluster)

@@ -1,0 +1,90 @@
+"""Runs `python -m server.cluster` for tests, beside whatever else runs on this machine."""
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.cluster.affinity import key_of, ranked
+from server.transport.ports import free_port
+from tests.server import live
+from tests.server.live import run_main, wait_until
+
+REPLICA, INGRESS = "ray::ServeReplica:lori-server:Replica", "ray::ServeReplica:lori-server:Ingress"
+NAMES = ("math", "safety", "intent", "nlu")
+START_S = 300
+"""Several processes import torch, one after the other."""
+ENDING_S = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster that answers, and what an admin sees of it."""
+
+    url: str
+    process: Popen[bytes]
+    log: Path
+    http: httpx.Client
+
+    def by_replica(self, name: str, **labels: str) -> dict[str, float]:
+        """Returns the sum of a metric's samples that have `labels`, by replica."""
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.http.get("/metrics").raise_for_status().text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    replica = sample.labels["replica"]
+                    found[replica] = found.get(replica, 0) + sample.value
+        return found
+
+    def names(self) -> set[str]:
+        """Returns the replicas' names."""
+        return set(self.by_replica("lori:adapters_registered"))
+
+    def replicas(self) -> list[psutil.Process]:
+        """Returns the replicas' processes."""
+        return self._processes(REPLICA)
+
+    def ingresses(self) -> list[psutil.Process]:
+        """Returns the ingresses' processes."""
+        return self._processes(INGRESS)
+
+    def _processes(self, title: str) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
+
+
+def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:
+    """Returns adapters, one or two, whose requests go to each of `replicas` first."""
+    pairs = [[one, other] for one in NAMES for other in NAMES if one <= other]
+    first = {ranked(key_of(pair), replicas)[0]: sorted(set(pair)) for pair in pairs}
+    assert first.keys() == replicas
+    return first
+
+
+@contextmanager
+def running(log: Path, *flags: str, headers: Mapping[str, str] | None = None, within: Sequence[str] = ()) -> Iterator[Cluster]:
+    """Runs a cluster until the block ends; checks that it ends well, and leaves no process behind. `within` as for `run_main`."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "LIMIT_S", START_S)
+        flags = ("--port", str(port), "--kv-cache-gib", "0.2", *flags)
+        process = run_main(log, *flags, module="server.cluster", within=within)
+        try:
+            wait_until(lambda: b"ready on" in log.read_bytes() or process.poll() is not None, "the cluster")
+            assert process.poll() is None, log.read_text()
+            url = f"http://127.0.0.1:{port}"
+            patch.undo()
+            with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+                yield Cluster(url, process, log, http)
+        finally:
+            own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(ENDING_S) == 0, log.read_text()
+            assert not [left for left in own if left.is_running() and left.status() != psutil.STATUS_ZOMBIE]
