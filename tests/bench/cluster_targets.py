@@ -11,9 +11,10 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from server.transport.ports import free_port
 from tests.bench.serve_asks import Ask
 from tests.bench.serve_load import Send
-from tests.bench.serve_processes import Program, answers, free_port
+from tests.bench.serve_processes import Program, answers
 from tests.bench.serve_targets import Server, generate_document
 from tests.bench.serve_wire import FailedError, Reply
 

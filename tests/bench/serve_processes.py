@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,13 +79,6 @@ def busy_s(core: int) -> float:
     ticks = next(line.split()[1:] for line in lines if line.startswith(f"cpu{core} "))
     user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, ticks)
     return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    """Returns a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stats() -> Iterator[list[str]]:

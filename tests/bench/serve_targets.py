@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from server.transport.ports import free_port
 from tests.bench.serve_adapters import RANK
 from tests.bench.serve_asks import Ask
 from tests.bench.serve_load import Load, closed_loop
-from tests.bench.serve_processes import Program, answers, free_port
+from tests.bench.serve_processes import Program, answers
 from tests.bench.serve_wire import FailedError, Reply, ask
 
 Translate = Callable[[Ask], tuple[str, dict[str, Any]]]

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.transport.ports import free_port
 from tests.docker.compose import read
 from tests.server.live import LIMIT_S, REPOSITORY, wait_until
 
@@ -30,13 +30,6 @@ def flags(port: int, urls: Sequence[str]) -> list[str]:
     kept = [flag for flag in SERVICE["command"] if not flag.startswith(("--host=", "--port=", "--worker-urls", "http://"))]
     own = [f"--port={port}", f"--prometheus-port={free_port()}", "--worker-startup-check-interval=1"]
     return [*kept, *own, "--worker-urls", *urls]
-
-
-def free_port() -> int:
-    """Returns a port on which nothing listens now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
