@@ -46,10 +46,15 @@ class Desk:
     def __init__(self, *adapters: Registered) -> None:
         self.registry, self.uses, self.engine, self.turns = Registry(adapters), AdapterUses(), FakeEngine(), Turns()
         self.removed: list[str] = []
+        self.withdrawn: list[str] = []
         self.fault: Exception | None = None
         thread = cast(EngineThread, self.engine)
         self.departures = Departures(self.registry, self.uses, thread, self.turns, self)
         self.requests: dict[str, ExitStack] = {}
+
+    def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
+        assert set(references) <= {*versions, *(version.partition("@")[0] for version in versions)}
+        self.withdrawn += references
 
     def remove(self, references: Sequence[str]) -> None:
         if self.fault:
