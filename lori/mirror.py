@@ -57,10 +57,8 @@ class Mirror:
             if FOLDER.fullmatch(left.name) and left.name not in there:
                 self._weights.drop(left.name)
                 discard(left)
-        for folder in (ALIASES_FOLDER, BASES_FOLDER):
-            for left in (self._root / folder).glob("*"):
-                if f"{folder}/{left.name}" not in self.files:
-                    discard(left)
+        self._drop_gone(ALIASES_FOLDER)
+        self._drop_gone(BASES_FOLDER)
         replace_file(self._root / MARKS_FILE, json.dumps(self._marks).encode())
 
     def look_at(self, names: Iterable[str]) -> None:
@@ -70,6 +68,8 @@ class Mirror:
             path = alias_path(name)
             alias = self._remote.file(path)
             self._take_over({path: alias} if alias else {}, {of: file for of, file in self.files.items() if of != path})
+            if path not in self.files:
+                (self._root / path).unlink(missing_ok=True)
             found = self._remote.files_of(name)
             kept = {of: file for of, file in self.files.items() if of == path or _owner(of) != name}
             self._take_over({of: file for of, file in found.items() if _is_ours(of) and _owner(of) == name}, kept)
@@ -79,6 +79,7 @@ class Mirror:
         found = self._remote.files_in(ALIASES_FOLDER)
         kept = {path: file for path, file in self.files.items() if not path.startswith(f"{ALIASES_FOLDER}/")}
         self._take_over({path: file for path, file in found.items() if _is_ours(path)}, kept)
+        self._drop_gone(ALIASES_FOLDER)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Has files fetched again, when they are looked at: their copies are about to be changed."""
@@ -99,7 +100,8 @@ class Mirror:
                 del found[path]
         if len(contents) > MAX_SYNCED:
             os.sync()
-        self._drop_gone(found, kept)
+        # Configs stay, though their adapters are no more: requests under way may need them.
+        self.forget(self.files.keys() - found.keys() - kept.keys())
         self.files = {**kept, **found}
         self.folders = _by_name(self.files)
 
@@ -117,12 +119,10 @@ class Mirror:
         if file.mark is not None:
             self._marks[path] = file.mark
 
-    def _drop_gone(self, found: Mapping[str, RemoteFile], kept: Mapping[str, RemoteFile]) -> None:
-        # Configs stay, though their adapters are no more: requests under way may need them.
-        for path in self.files.keys() - found.keys() - kept.keys():
-            self._marks.pop(path, None)
-            if path.startswith(f"{ALIASES_FOLDER}/"):
-                (self._root / path).unlink(missing_ok=True)
+    def _drop_gone(self, folder: str) -> None:
+        for copy in (self._root / folder).glob("*"):
+            if f"{folder}/{copy.name}" not in self.files:
+                discard(copy)
 
 
 def _is_ours(path: str) -> bool:

@@ -296,9 +296,14 @@ def test_an_alias_moves_and_holds_what_it_means(open_store: Open) -> None:
     assert theirs.remove(old.reference) == [old.reference]
     ours.pull("prod")
     assert ours.find("prod").folder.name == new.reference
+    theirs.alias("mine", "math")
+    ours.remove("mine")
     ours.remove("prod")
-    theirs.pull("prod", "math")
+    theirs.pull("prod", "mine", "math")
     assert theirs.aliases() == {"math": new.reference}
+    theirs.alias("again", "math")
+    ours.remove("again")
+    assert theirs.remove("math") == [new.reference]
 
 
 def test_what_is_withdrawn_can_be_fetched_until_it_is_removed(open_store: Open) -> None:
