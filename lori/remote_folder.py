@@ -37,6 +37,8 @@ class RemoteFile:
     num_bytes: int
     mark: str | None
     """Another one where the content may be another; None where the file system says nothing of the kind."""
+    md5: str = ""
+    """Of the content (hex), where an object store says so; it may say something else there."""
 
 
 class RemoteFolder:
@@ -200,4 +202,5 @@ class RemoteFolder:
 
 def _said(info: Mapping[str, Any]) -> RemoteFile:
     marks = [f"{mark}={info[mark]}" for mark in MARKS if info.get(mark) is not None]
-    return RemoteFile(int(info.get("size") or 0), f"{info.get('size')} {' '.join(marks)}" if marks else None)
+    md5 = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    return RemoteFile(int(info.get("size") or 0), f"{info.get('size')} {' '.join(marks)}" if marks else None, md5)

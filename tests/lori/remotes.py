@@ -1,5 +1,6 @@
 """File systems of fsspec's that a test can watch, stop and break, and adapters at an address."""
 
+import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class WatchedFileSystem(MemoryFileSystem):
 
 
 class FlatFileSystem(WatchedFileSystem):
-    """The same, listed by prefix as object stores are: it has no folders, and none is missing."""
+    """The same as object stores are: listed by prefix, with md5s, without folders, of which none is missing."""
 
     protocol = "flat"
 
@@ -88,6 +89,12 @@ class FlatFileSystem(WatchedFileSystem):
         self._note("list", path)
         start = f"{self._strip_protocol(path).rstrip('/')}/{prefix}"
         return {name: self.info(name) for name in sorted(self.store) if name.startswith(start)}
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        found = dict(super().info(path, **kwargs))
+        if found["type"] == "file":
+            found["ETag"] = f'"{hashlib.md5(self.store[found["name"]].getvalue(), usedforsecurity=False).hexdigest()}"'
+        return found
 
 
 class Gate:
