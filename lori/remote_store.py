@@ -231,7 +231,8 @@ class RemoteStore(AdapterStore):
         Where it is gone the copy, which a request under way may read, becomes what `files` are.
         """
         if (self.root / folder).is_dir():
-            for name, content in {**files, **known}.items():
+            (self.root / folder / CARD_FILE).unlink(missing_ok=True)
+            for name, content in ({WEIGHTS_FILE: files[WEIGHTS_FILE], **known} if known else files).items():
                 replace_file(self.root / folder / name, content)
 
     def _write_basis(self, adapter: Adapter) -> None:
@@ -244,7 +245,7 @@ class RemoteStore(AdapterStore):
         is_there = self._has(folder)
         for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
             here = self.root / folder / name
-            if name not in files or here.read_bytes() != files[name]:
+            if name not in files or not here.is_file() or here.read_bytes() != files[name]:
                 continue  # what was there stays
             there = self._mirror.files.get(f"{folder}/{name}")
             if name == WEIGHTS_FILE and is_there and there and there.num_bytes == len(files[name]):

@@ -73,13 +73,13 @@ def load_service(settings: Settings) -> Service:
     Raises `KeyFileError` where the key file is not sound.
     """
     keys = KeyRing(settings.keys) if settings.keys else None
+    own, demo = open_stores(settings)  # what cannot be reached is said before a model is loaded
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
     # Its own attention only says what the logits should be; not every family has another than the eager one.
     base = load_base_model(settings.model, resolve_dtype(settings.dtype, device), "eager", device)
     check_family(base.model)
-    own, demo = open_stores(settings)
     entries = _entries(own, demo)
     registry = make_registry(entries, summarise(entries, base.identity))
     expected = own_logits(base.model)

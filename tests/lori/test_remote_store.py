@@ -297,6 +297,17 @@ def test_what_was_measured_since_replaces_the_record(open_store: Open, tmp_path:
     assert ours.find("math").card() == b"measured again"
 
 
+def test_what_was_made_in_another_way_keeps_its_record(open_store: Open, tmp_path: Path) -> None:
+    for way, card in (("one", None), ("other", "# Made otherwise")):
+        save(tmp_path / way / "math", make_config(training={"way": way}), make_modules())
+        if card:
+            (tmp_path / way / "math" / CARD_FILE).write_text(card)
+        open_store().publish(tmp_path / way / "math")
+    entry = open_store().find("math")
+    assert read_config(entry.folder).lori.training == {"way": "one"}
+    assert entry.card() == b""
+
+
 def test_an_alias_moves_and_holds_what_it_means(open_store: Open) -> None:
     ours, theirs = open_store(), open_store()
     old, new = publish(ours, "math"), publish(ours, "math", seed=1)

@@ -69,7 +69,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         patch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", str(_free_port()))
         patch.setattr(live, "LIMIT_S", 300)  # three processes import torch, one after the other
         flags = ["--port", str(port), "--replicas", "2", "--kv-cache-gib", "0.2", "--drain-s", "5"]
-        flags += ["--keys", str(write_keys(place)), "--adapters", str(place / "adapters")]
+        flags += ["--keys", str(write_keys(place)), "--adapters", f"file://{place}/adapters"]
+        flags += ["--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
         process = run_main(log, *flags, module="server.cluster")
         try:
             wait_until(lambda: b"ready on" in log.read_bytes() or process.poll() is not None, "the cluster")
@@ -137,6 +138,7 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
     assert cluster.by_replica("lori:adapters_registered") == before
     assert cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "mine"}).status_code == 404
     assert cluster.http.delete("/adapters/mine").status_code == 404
+    wait_until(lambda: not [*(cluster.log.parent / "adapters").rglob("*.safetensors")], "the files to go")
 
 
 def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Cluster) -> None:
