@@ -32,6 +32,12 @@ def write_file(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Syncs a file that another one wrote."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int, int] | None = None) -> None:
     """Writes a file aside, syncs it, and puts it in place: a reader sees the old content or the new.
 

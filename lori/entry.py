@@ -1,14 +1,17 @@
 """One version of an adapter in a store, and which folders of a store are one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lori.adapter import Adapter
+from lori.basis import Explicit
+from lori.basis_file import load_basis
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import load_adapter, read_config
+from lori.format import CARD_FILE, load_adapter, read_config, read_file
 from lori.identity import BaseIdentity
 from lori.names import NAME, NUM_VERSION_DIGITS, VERSION
 
@@ -40,9 +43,23 @@ class Entry:
         except FileNotFoundError:
             return 0
 
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """Yields the folder with all its files, which nothing takes away before the block ends but who deletes the adapter."""
+        yield self.folder
+
+    def card(self) -> bytes:
+        """Returns its card; nothing where it has none, or it cannot be read."""
+        return read_file(self.folder, CARD_FILE, []) or b""
+
+    def basis(self, digest: str) -> Explicit:
+        """Returns the explicit basis of this digest. Raises as `load_basis`."""
+        return load_basis(self.folder.parent, digest)
+
     def load(self, base: BaseIdentity | None = None) -> Adapter:
         """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
-        adapter = load_adapter(self.folder, base)
+        with self.held() as folder:
+            adapter = load_adapter(folder, base)
         self.check_version(adapter.version)
         return replace(adapter, name=self.name)
 

@@ -8,7 +8,7 @@ LoriError
 └── AdapterError
     ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
     ├── UnknownAdapterError   no adapter of that name; carries the near matches
-    └── UnreachableError      the hub cannot be reached just now
+    └── UnreachableError      the hub or a store cannot be reached just now
 """
 
 from collections.abc import Sequence
@@ -68,4 +68,4 @@ class UnknownAdapterError(AdapterError):
 
 
 class UnreachableError(AdapterError):
-    """The hub cannot be reached just now."""
+    """The hub, or a store that lies elsewhere, cannot be reached just now."""

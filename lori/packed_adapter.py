@@ -131,7 +131,8 @@ class PackedReader:
 
     def read_entry(self, entry: Entry) -> PackedAdapter:
         """Reads a version in a store; its name is the entry's. Raises as `read`, and as `Entry.load`."""
-        packed = self.read(entry.folder)
+        with entry.held() as folder:
+            packed = self.read(folder)
         entry.check_version(packed.version)
         return replace(packed, name=entry.name)
 

@@ -36,6 +36,9 @@ Found = TypeVar("Found")
 class AdapterStore:
     """The adapters in the folder `root`, which is made when something is published."""
 
+    grace_s: float = 0
+    """How long `remove` should wait after `withdraw`, in seconds, for requests of other processes."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self._aliases = Aliases(root)
@@ -46,11 +49,18 @@ class AdapterStore:
         Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
         """
         self._check_root()
-        return scan(self.root)
+        return self._scan()
 
     def versions(self, name: str) -> Sequence[Entry]:
         """Returns every version of the adapter called `name`; none where there is none. Raises as `list`."""
-        return scan(self.root, name) if self.root.is_dir() else []
+        return self._scan(name) if self.root.is_dir() else []
+
+    def pull(self, *names: str) -> None:
+        """Looks at what there is of these names now, or of all where none is given: a folder says so whenever it is asked."""
+
+    def may_write(self) -> bool:
+        """Says whether anything could be published, as far as that is known beforehand."""
+        return os.access(self.root, os.W_OK)
 
     def alias_names(self) -> Sequence[str]:
         """Returns the names of the aliases, whether they mean anything or not."""
@@ -85,7 +95,7 @@ class AdapterStore:
     def _find(self, name: str, version: str) -> Entry:
         if not version:
             alias = self._aliases.get(name)
-            is_direct = alias or (self.root / name / CONFIG_FILE).is_file()
+            is_direct = alias or self._is_plain(name)
             return self._resolve(name, alias, () if is_direct else self.versions(name))
         versions = self.versions(name)
         found = [entry for entry in versions if entry.folder.name.startswith(f"{name}@{version}")]
@@ -121,7 +131,7 @@ class AdapterStore:
         """
         check_name(adapter.name)
         self._check_root()
-        entry = Entry(adapter.name, self.root / f"{adapter.name}@{adapter.version}")
+        entry = self._entry(adapter.name, f"{adapter.name}@{adapter.version}")
         with locked(self.root, adapter.name):
             meant = self._aliases.get(adapter.name)
             if meant and meant.partition("@")[0] != adapter.name:
@@ -167,6 +177,12 @@ class AdapterStore:
     def doomed(self, reference: str) -> Sequence[Entry]:
         """Returns the versions that `remove` would remove now, none for an alias. Raises as that."""
         return self._doomed(*split_reference(reference))[0]
+
+    def withdraw(self, reference: str, versions: Sequence[str] = ()) -> None:
+        """Does what has to be done before the requests that use it have ended, when `remove` is called: of a folder, nothing.
+
+        `versions` are those of it, as `name@version`, that the caller knows of: another process may have withdrawn them first.
+        """
 
     def remove(self, reference: str) -> Sequence[str]:
         """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns what is gone.
@@ -220,7 +236,7 @@ class AdapterStore:
             current = self._aliases.get(name)
         except AdapterError:  # an alias that cannot be read can be removed
             current = ""
-        if not version and current and (self.root / name / CONFIG_FILE).is_file():
+        if not version and current and self._is_plain(name):
             self._resolve(name, current, doomed)  # says that the name means two things
         if not doomed and current is None:
             raise unknown_adapter(reference, self._known())
@@ -244,17 +260,29 @@ class AdapterStore:
             return None
         return basis_file(self.root, basis.digest) if isinstance(basis, ExplicitConfig) else None
 
+    def _scan(self, name: str | None = None) -> Sequence[Entry]:
+        return scan(self.root, name)
+
+    def _entry(self, name: str, folder: str) -> Entry:
+        return Entry(name, self.root / folder)
+
+    def _has(self, folder: str) -> bool:
+        return os.path.isdir(os.path.join(str(self.root), folder))  # a path costs more, in a store of thousands
+
+    def _is_plain(self, name: str) -> bool:
+        return os.path.isfile(os.path.join(str(self.root), name, CONFIG_FILE))
+
     def _resolve(self, name: str, alias: str | None, versions: Sequence[Entry]) -> Entry:
-        root = str(self.root)  # paths cost more than what the system says of them, in a store of thousands
-        is_plain = os.path.isfile(os.path.join(root, name, CONFIG_FILE))
+        is_plain = self._is_plain(name)
         if alias and is_plain:
             plain = self.root / name
             keep = f"`python -m lori import {plain} {self.root}` keeps the folder as a version"
             raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: {keep}, or delete the folder")
-        if alias and not os.path.isdir(os.path.join(root, alias)):
+        if alias and not self._has(alias):
             raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
         if alias or is_plain:
-            return Entry(name, no_link(self.root / (alias or name)))
+            no_link(self.root / (alias or name))
+            return self._entry(name, alias or name)
         if len(versions) > 1:
             raise AdapterError(f"{name!r} could be any of {', '.join(e.folder.name for e in versions)}: publish or alias one")
         if not versions:
@@ -270,7 +298,7 @@ class AdapterStore:
         Else a second version, before the alias moves to it, would make the name mean neither.
         """
         plain = Entry(name, self.root / name)
-        if not (plain.folder / CONFIG_FILE).is_file():
+        if not self._is_plain(name):
             if self._aliases.get(name) is None and len(found := self.versions(name)) == 1:
                 self._aliases.set(name, found[0].folder.name)
             return

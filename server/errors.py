@@ -54,7 +54,7 @@ class ConflictError(Exception):
 
 
 class StoreError(Exception):
-    """The disk or the hub failed: what is asked for may do later."""
+    """The disk, the hub or the store of the adapters failed: what is asked for may do later."""
 
 
 class EngineError(Exception):

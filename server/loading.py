@@ -5,13 +5,11 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Basis, Seeded
-from lori.basis_file import load_basis
 from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
 from lori.entry import Entry
@@ -48,12 +46,12 @@ from server.engine.thread import EngineThread
 from server.engine.turn import Turn
 from server.service import Service
 from server.settings import Settings
+from server.stores import open_stores
 from server.telemetry.gauges import make_metrics
 
 logger = logging.getLogger(__name__)
 MIN_CONTEXT = 16
 """Tokens of KV memory below which nothing can be served."""
-DEMO_ADAPTERS = Path(__file__).parent / "adapters"
 GIB = 2**30
 BYTES_PER_ENTRY = {torch.bfloat16: 4.5, torch.float32: 6.5}
 """Of a resident adapter: a little more than what was measured at a tenth kept."""
@@ -63,6 +61,8 @@ NUM_SPARE_BLOCKS = {"cpu": 0, "cuda": 1}
 """Of KV memory, which no sequence owns (`GpuOps`)."""
 NEW_RANK, NEW_DENSITY = 32, 0.1
 """What adapters are likely to be that come while the server runs, where there is none yet."""
+NUM_FETCHED = 8
+"""Adapters that come from a store that lies elsewhere at once: they wait for the network, not for a core."""
 NUM_MERGES = 32
 """Merges that are no sums for which there is room from the start."""
 
@@ -73,13 +73,13 @@ def load_service(settings: Settings) -> Service:
     Raises `KeyFileError` where the key file is not sound.
     """
     keys = KeyRing(settings.keys) if settings.keys else None
+    own, demo = open_stores(settings)  # what cannot be reached is said before a model is loaded
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
     # Its own attention only says what the logits should be; not every family has another than the eager one.
     base = load_base_model(settings.model, resolve_dtype(settings.dtype, device), "eager", device)
     check_family(base.model)
-    own, demo = _stores(settings)
     entries = _entries(own, demo)
     registry = make_registry(entries, summarise(entries, base.identity))
     expected = own_logits(base.model)
@@ -100,7 +100,7 @@ def load_service(settings: Settings) -> Service:
     if keys:
         keys.require(lambda found: check_policies(found, partial(_meaning, registry), registry.by_name))
         logger.info("%s", keys.keys)
-    loader = Loader(registry, reader)
+    loader = Loader(registry, reader, NUM_FETCHED)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
     scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
     grammars = make_grammars(base)
@@ -215,7 +215,7 @@ def _max_kept(base: BaseModel, settings: Settings) -> float:
 
 def _basis(of: Registered) -> Basis:
     said = of.summary.basis
-    return load_basis(of.entry.folder.parent, said.digest) if isinstance(said, ExplicitConfig) else said.basis()
+    return of.entry.basis(said.digest) if isinstance(said, ExplicitConfig) else said.basis()
 
 
 def _log(
@@ -245,12 +245,6 @@ def _log(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
             MISSING,
         )
-
-
-def _stores(settings: Settings) -> tuple[AdapterStore | None, AdapterStore | None]:
-    """Returns the server's own store, and the one of demo adapters."""
-    has_demo = settings.demo_adapters and settings.model is None
-    return AdapterStore(settings.adapters) if settings.adapters else None, AdapterStore(DEMO_ADAPTERS) if has_demo else None
 
 
 def _entries(own: AdapterStore | None, demo: AdapterStore | None) -> dict[str, Entry]:

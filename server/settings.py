@@ -16,6 +16,10 @@ def _split(value: Any) -> Any:
     return [one.strip() for one in value.split(",")] if isinstance(value, str) else value
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
 class Settings(BaseSettings):
     """Serves one base model and its LoRI adapters over HTTP. Each flag is also an environment variable: LORI_PORT=8000."""
 
@@ -43,8 +47,19 @@ class Settings(BaseSettings):
     them."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent."""
-    adapters: Path | None = None
-    """A folder of adapters. An adapter in it comes before a demo adapter of the same name."""
+    adapters: Annotated[str | None, BeforeValidator(_as_text)] = None
+    """A folder of adapters, or an address such as s3://bucket/adapters, which fsspec knows with its package (s3fs, gcsfs, …). An
+    adapter in it comes before a demo adapter of the same name."""
+    adapter_cache: Path | None = None
+    """With an address: a folder for what comes from there; absent: beside the embedded model. Each process takes one of its own
+    in it."""
+    adapter_cache_gib: float = Field(default=10, ge=0, le=65536, allow_inf_nan=False)
+    """What the weights in it may take, in GiB, for each process; those used longest ago make room."""
+    adapter_timeout_s: float = Field(default=60, gt=0, le=86400)
+    """With an address: how long a listing or a file may take to come, in seconds; then those who wait for it hear an error."""
+    delete_grace_s: float = Field(default=60, ge=0, le=86400)
+    """With an address: how long the weights of a deleted adapter stay there, in seconds, for requests under way on other
+    servers."""
     max_rank: int | None = Field(default=None, ge=1, le=2048)
     """The greatest rank of adapters that come while the server runs; absent: that of the adapters at start, or 32 where
     --adapters holds none. A higher rank costs every adapter a little."""

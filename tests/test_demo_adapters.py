@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lori.format import read_config
-from server.loading import DEMO_ADAPTERS
+from server.stores import DEMO_ADAPTERS
 from tests.server.live import Live, start
 from training.card import render_card
 from training.evaluate import evaluate

@@ -69,7 +69,7 @@ class AdapterAdmin:
     ) -> None:
         self._registry, self._uses, self._engine, self._maybe_files, self._required = registry, uses, engine, files, required
         self._turns = Turns()
-        self._departures = Departures(registry, uses, engine, self._turns, files)
+        self._departures = Departures(registry, uses, engine, self._turns, files, files.grace_s if files else 0)
         self._reading = anyio.Semaphore(1)  # one adapter at a time takes a core, and memory
         self._detailing, self._listing = anyio.CapacityLimiter(1), anyio.CapacityLimiter(2)
         self._num_received = self._num_detailed = 0

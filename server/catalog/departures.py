@@ -25,6 +25,9 @@ Of = TypeVar("Of")
 class Remover(Protocol):
     """Removes files."""
 
+    def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
+        """Does at once what has not to wait for requests to end. `versions` are all that are meant, as `name@version`."""
+
     def remove(self, references: Sequence[str]) -> None:
         """Removes versions, names with all their versions, or aliases; what is gone already is no fault."""
 
@@ -35,14 +38,24 @@ class _Doomed:
 
     versions: set[str]
     is_whole: bool
+    since: float
+    """When the last of it was withdrawn, by anyio's clock."""
 
 
 class Departures:
     """Versions that can be asked for no more. For the event loop alone, while the block of `running` lasts."""
 
     def __init__(
-        self, registry: Registry, uses: AdapterUses, engine: EngineThread, turns: Turns, remover: Remover | None
+        self,
+        registry: Registry,
+        uses: AdapterUses,
+        engine: EngineThread,
+        turns: Turns,
+        remover: Remover | None,
+        grace_s: float = 0,
     ) -> None:
+        """`grace_s`: how long files stay at least, in seconds, for requests of other processes that have not read them."""
+        self._grace_s = grace_s
         self._registry, self._uses, self._engine, self._turns, self._remover = registry, uses, engine, turns, remover
         self._leaving: dict[tuple[str, str], Registered] = {}
         self._doomed: dict[str, _Doomed] = {}
@@ -93,12 +106,15 @@ class Departures:
     async def delete(self, name: str, versions: Collection[str], is_whole: bool) -> None:
         """Deletes the files of versions that were withdrawn, now or as soon as no request uses them. In the turn of `name`.
 
-        Raises as `AdapterFiles.remove` where it is now.
+        Raises as `AdapterFiles.withdraw`, and as `AdapterFiles.remove` where it is now.
         """
-        before = self._doomed.get(name, _Doomed(set(), False))
+        assert self._remover
+        known = [f"{name}@{version}" for version in sorted(versions)]
+        await run_sync(self._remover.withdraw, [name] if is_whole else known, known)
+        before = self._doomed.get(name, _Doomed(set(), False, 0))
         is_new = name not in self._doomed
-        self._doomed[name] = _Doomed(before.versions | set(versions), before.is_whole or is_whole)
-        if not self._used(name):
+        self._doomed[name] = _Doomed(before.versions | set(versions), before.is_whole or is_whole, anyio.current_time())
+        if not self._used(name) and not self._grace_s:
             await self._remove(name)
         elif is_new:
             self._start(self._delete_when_unused, name)
@@ -136,6 +152,8 @@ class Departures:
         while name in self._doomed:
             for of in self._used(name):
                 await self._free_when_unused(of)
+            while (doomed := self._doomed.get(name)) and (left := doomed.since + self._grace_s - anyio.current_time()) > 0:
+                await anyio.sleep(left)
             async with self._turns.of(name):
                 if name in self._doomed and not self._used(name):
                     await self._try_to_remove(name)

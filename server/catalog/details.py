@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lori.entry import Entry
 from lori.errors import AdapterFormatError
-from lori.format import CARD_FILE, read_config, read_file
+from lori.format import read_config
 from lori.identity import BaseIdentity
 from lori.statistics import ModuleStatistics, statistics
 from server.catalog.store_errors import told
@@ -42,8 +42,7 @@ class AdapterDetails:
         *_, entry = of.entries()
         with told():
             _check_same(read_config(entry.folder).lori.content_digest, entry, of.summary.digest)
-            card = read_file(entry.folder, CARD_FILE, []) or b""
-            return Details(card.decode(errors="replace"), self._statistics(entry, of.summary.digest))
+            return Details(entry.card().decode(errors="replace"), self._statistics(entry, of.summary.digest))
 
     def _statistics(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
         if digest not in self._known:

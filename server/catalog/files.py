@@ -1,7 +1,6 @@
 """The adapters that a server can load: what is read of its stores, and what is put there. Runs in whatever thread calls it."""
 
 import logging
-import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -62,9 +61,16 @@ class AdapterFiles:
         self._summaries = SummaryReader(reader.base)
         self.details = AdapterDetails(reader.base)
 
+    @property
+    def grace_s(self) -> float:
+        """How long after `withdraw` the files should stay, in seconds."""
+        return self._own.grace_s if self._own else 0
+
     def read(self, reference: str, name: str | None = None) -> Ready:
         """Reads and checks what `reference` means in the store now, to be asked for as `name`, or as it is called there."""
         with told(self._own, self._demo):
+            if self._own:
+                self._own.pull(*{split_reference(reference)[0], name or split_reference(reference)[0]})
             entry = self._find(reference)
             if name and name != entry.name:
                 if self._own and self._own.versions(name):
@@ -115,14 +121,14 @@ class AdapterFiles:
         """Returns the adapter and the version that `reference` means in the store now, for an alias to mean it."""
         store = self._writable()
         with told(store):
+            store.pull(split_reference(reference)[0])
             self._check_own(reference)
             entry = store.find(reference)
             return entry.folder.name.partition("@")[0], entry.version
 
     def check_keeps(self) -> None:
         """Raises `ConflictError` where no adapter can be put anywhere."""
-        store = self._writable()
-        if not os.access(store.root, os.W_OK):
+        if not self._writable().may_write():
             raise ConflictError("the server may not write its adapters' folder")
 
     def doomed(self, reference: str) -> list[str]:
@@ -145,6 +151,13 @@ class AdapterFiles:
             for reference in references:
                 with suppress(UnknownAdapterError):
                     self._writable().remove(reference)
+
+    def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
+        """Does what has to be done at once of what `remove` will do; what is gone already is no fault."""
+        with told(self._own):
+            for reference in references:
+                with suppress(UnknownAdapterError):
+                    self._writable().withdraw(reference, versions)
 
     def others(self, current: Collection[Registered]) -> list[Registered]:
         """Returns the versions in the store that `current` has not, as far as they are sound and can be served."""

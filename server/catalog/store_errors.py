@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
+from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError
 from lori.store import AdapterStore
 from server.errors import ConflictError, StoreError
 
@@ -21,6 +21,8 @@ def told(*stores: AdapterStore | None) -> Iterator[None]:
         raise
     except AdapterFormatError as error:
         raise AdapterFormatError(Path(error.source).name, error.faults) from error
+    except UnreachableError as error:
+        raise StoreError(str(error)) from error
     except AdapterError as error:
         said = str(error)
         for root in (str(store.root) for store in stores if store):

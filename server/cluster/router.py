@@ -4,12 +4,18 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from server.cluster.affinity import ANY, LoadBound, preferred
 
+PATIENCE_S = 2.0
+"""How long a replica may take to say what it has under way: within Ray's 0.1 s one that computes a step may not, and would lose
+requests of its adapters to others."""
+
 
 class AdapterRouter(RequestRouter):
     """Sends a request, whose `key` is an argument of the call, to the replica that `preferred` names first and that takes it.
 
     Each process that sends requests has one, with its own count of what is under way; all rank the replicas alike.
     """
+
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = PATIENCE_S
 
     def initialize_state(self, share: float, floor: int) -> None:  # type: ignore[override]  # Ray passes what is configured
         """Takes what the deployment is configured with."""

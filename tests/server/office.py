@@ -11,6 +11,7 @@ import httpx
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.config_file import CONFIG_FILE
+from lori.entry import Entry
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.store import AdapterStore
 from server.loading import load_service
@@ -66,7 +67,11 @@ class Office:
         folder = self.draft(name, seed, **changes)
         reply = self.upload(name, folder)
         assert reply.status_code == 201, reply.text
-        return self.store.find(f"{name}@{reply.json()['version']}").load()
+        return self.entry_of(name).load()
+
+    def entry_of(self, name: str) -> Entry:
+        """Returns where the server reads what `name` means there."""
+        return self.service.registry.by_name[name].entry
 
     def generate(self, adapter: Any, **body: Any) -> dict[str, Any]:
         reply = self.ask(adapter, **body)
@@ -104,6 +109,7 @@ def open_office(model: Path, base: BaseModel, place: Path, *, has_store: bool = 
     keys = place / "keys.toml"
     keys.write_text(KEYS)
     given = {
+        "adapters": store if has_store else None,
         "keys": keys,
         "model": str(model),
         "dtype": "float32",
@@ -111,7 +117,7 @@ def open_office(model: Path, base: BaseModel, place: Path, *, has_store: bool = 
         "kv_cache_gib": 0.02,
         "resident_gib": 0.05,
     } | settings
-    service = load_service(Settings(adapters=store if has_store else None, **given))
+    service = load_service(Settings(**given))
     with serve_here(service) as client:
         client.headers.update(ADMIN)
         yield Office(client, service, AdapterStore(store), base, place / "drafts")

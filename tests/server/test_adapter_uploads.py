@@ -1,6 +1,7 @@
 """What is uploaded, or fetched from the hub, is taken whole or refused whole; and how much of it is read."""
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,7 +19,6 @@ from lori.errors import AdapterError, UnreachableError
 from lori.format import WEIGHTS_FILE, read_config, save_adapter
 from lori.peft_export import export_peft
 from lori.store import AdapterStore
-from server.catalog import files as adapter_files
 from tests.server.live import LIMIT_S
 from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.test_http import refusal
@@ -334,7 +334,7 @@ def test_a_store_that_cannot_be_written_is_told_and_nothing_changes(
 ) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         office.have("math", 1)
-        monkeypatch.setattr(adapter_files.os, "access", lambda *_: False)  # as root, permissions keep nobody out
+        monkeypatch.setattr(os, "access", lambda *_: False)  # as root, permissions keep nobody out
         for reply in (office.upload("math", office.draft("math", 2)), office.client.delete("/adapters/math")):
             assert "may not write" in refusal(reply, 409)["message"]
         monkeypatch.undo()

@@ -43,13 +43,21 @@ class FakeEngine:
 class Desk:
     """Departures, and all that they touch. What is removed is written down."""
 
-    def __init__(self, *adapters: Registered) -> None:
+    def __init__(self, *adapters: Registered, grace_s: float = 0) -> None:
         self.registry, self.uses, self.engine, self.turns = Registry(adapters), AdapterUses(), FakeEngine(), Turns()
         self.removed: list[str] = []
+        self.withdrawn: list[str] = []
         self.fault: Exception | None = None
+        self.can_withdraw = True
         thread = cast(EngineThread, self.engine)
-        self.departures = Departures(self.registry, self.uses, thread, self.turns, self)
+        self.departures = Departures(self.registry, self.uses, thread, self.turns, self, grace_s)
         self.requests: dict[str, ExitStack] = {}
+
+    def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
+        if self.fault and not self.can_withdraw:
+            raise self.fault
+        assert set(references) <= {*versions, *(version.partition("@")[0] for version in versions)}
+        self.withdrawn += references
 
     def remove(self, references: Sequence[str]) -> None:
         if self.fault:
@@ -149,6 +157,57 @@ def test_files_go_at_once_where_nobody_uses_them() -> None:
             assert desk.removed == ["math"]
             await desk.departures.delete("math", [OLD.summary.version], is_whole=False)
             assert desk.removed == ["math", f"math@{OLD.summary.version}"]
+
+    run(test)
+
+
+def test_files_stay_for_the_requests_of_others_though_nobody_finds_them() -> None:
+    async def test() -> None:
+        async with Desk(OLD, grace_s=3600).open() as desk:
+            desk.use("one", OLD)
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            assert desk.withdrawn == ["math"], "while a request reads it"
+            await desk.end("one")
+            assert desk.engine.dropped == ["1"]
+            assert desk.removed == []
+            assert desk.departures.is_doomed(OLD)
+        assert desk.removed == ["math"], "nothing is left when the server ends"
+
+    run(test)
+
+
+def test_files_go_when_the_others_have_had_their_time() -> None:
+    async def test() -> None:
+        async with Desk(OLD, grace_s=0.01).open() as desk:
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            while not desk.removed:
+                await anyio.sleep(0.001)
+            assert desk.removed == ["math"]
+
+    run(test)
+
+
+def test_what_comes_back_in_that_time_keeps_its_files() -> None:
+    async def test() -> None:
+        async with Desk(OLD, grace_s=3600).open() as desk:
+            await desk.departures.begin(desk.registry.withdraw("math"))
+            await desk.departures.delete("math", [OLD.summary.version, NEW.summary.version], is_whole=True)
+            desk.departures.take_back(OLD)
+        assert desk.removed == [f"math@{NEW.summary.version}"]
+
+    run(test)
+
+
+def test_what_cannot_be_withdrawn_is_not_about_to_go() -> None:
+    async def test() -> None:
+        async with Desk(OLD, grace_s=3600).open() as desk:
+            desk.fault, desk.can_withdraw = StoreError("no answer"), False
+            with pytest.raises(StoreError):
+                await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
+            assert not desk.departures.is_doomed(OLD)
+        assert desk.removed == []
 
     run(test)
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from lori.adapter import Adapter
 from lori.entry import Entry
-from lori.errors import AdapterError, AdapterFormatError, LoriError
+from lori.errors import AdapterError, AdapterFormatError, LoriError, UnreachableError
 from lori.merge import merge
 from lori.names import NUM_VERSION_DIGITS
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
@@ -38,10 +38,11 @@ class Loaded:
 class Loader:
     """Reads what requests name. `notify` is called, from any thread, whenever something was read."""
 
-    def __init__(self, registry: Registry, reader: PackedReader) -> None:
+    def __init__(self, registry: Registry, reader: PackedReader, num_fetched: int = 1) -> None:
+        """`num_fetched` adapters may be fetched at once, where they lie elsewhere; one at a time takes a core."""
         self._registry, self._reader = registry, reader
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapters")
-        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max_workers=num_fetched, thread_name_prefix="adapters")
+        self._lock, self._packing = threading.Lock(), threading.Lock()
         self._reading: dict[str, Future[Loaded]] = {}
         self._is_closed = False
         self._awaited: Future[Loaded] | None = None
@@ -102,7 +103,9 @@ class Loader:
 
     def _pack(self, digest: str, request: Request) -> PackedAdapter:
         if digest == request.merged_digest:
-            return pack_adapter(self._merged(request), self._reader.layouts)
+            adapters = self._parts(request)
+            with self._packing:
+                return pack_adapter(self._merged(request, adapters), self._reader.layouts)
         return self._sound(digest, request, self._reader.read_entry)
 
     def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:
@@ -111,18 +114,21 @@ class Loader:
         faults: list[Exception] = []
         for entry in (entry for of in found for entry in of.entries()):
             try:
-                return _checked(read(entry), digest)
-            except (AdapterFormatError, OSError, ValueError) as error:
+                with entry.held(), self._packing:
+                    return _checked(read(entry), digest)
+            except (AdapterFormatError, UnreachableError, OSError, ValueError) as error:
                 faults.append(error)
         raise faults[0] if faults else AdapterError("it was withdrawn before it was read")
 
-    def _merged(self, request: Request) -> Adapter:
-        terms, options = request.terms, request.merge
+    def _parts(self, request: Request) -> list[Adapter]:
         base = self._reader.base
-        adapters = [self._sound(term.digest, request, lambda entry: entry.load(base)) for term in terms]
+        return [self._sound(term.digest, request, lambda entry: entry.load(base)) for term in request.terms]
+
+    def _merged(self, request: Request, adapters: list[Adapter]) -> Adapter:
+        options = request.merge
         return merge(
             adapters,
-            [term.weight for term in terms],
+            [term.weight for term in request.terms],
             options.method,
             density=options.density,
             sign=options.sign,

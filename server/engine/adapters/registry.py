@@ -1,7 +1,7 @@
 """The adapters that can be asked for: what is known of each before its weights are read, and where it is."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lori.entry import Entry
 from lori.summary import Summary
@@ -27,7 +27,7 @@ class Registered:
     def entries(self) -> Iterator[Entry]:
         """Yields where its files may be: a folder as its maker left it is renamed when a version of its name is published."""
         yield self.entry
-        kept = Entry(self.entry.name, self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
+        kept = replace(self.entry, folder=self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
         if kept.folder != self.entry.folder and kept.folder.is_dir():
             yield kept
 

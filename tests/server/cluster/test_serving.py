@@ -26,7 +26,8 @@ PROMPT = "Question: What is 2 + 3?\nAnswer:"
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
     (place / "adapters").mkdir()
-    flags = ["--replicas", "2", "--drain-s", "5", "--keys", str(write_keys(place)), "--adapters", str(place / "adapters")]
+    flags = ["--replicas", "2", "--drain-s", "5", "--keys", str(write_keys(place))]
+    flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
         yield cluster
 
@@ -84,6 +85,7 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
     assert cluster.by_replica("lori:adapters_registered") == before
     assert cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "mine"}).status_code == 404
     assert cluster.http.delete("/adapters/mine").status_code == 404
+    wait_until(lambda: not [*(cluster.log.parent / "adapters").rglob("*.safetensors")], "the files to go")
 
 
 def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Cluster) -> None:

@@ -1,0 +1,179 @@
+"""What a store that lies elsewhere holds, as it was looked at last, and copies of its configs and aliases in a folder here.
+
+A copy is fetched again where the listing says something else of the file than when it was fetched.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lori.aliases import ALIASES_FOLDER
+from lori.basis_file import BASES_FOLDER
+from lori.config_file import CONFIG_FILE
+from lori.durable import discard, replace_file
+from lori.errors import AdapterError
+from lori.format import CARD_FILE, WEIGHTS_FILE
+from lori.names import NAME, VERSION
+from lori.remote_folder import RemoteFile, RemoteFolder
+from lori.weight_cache import WeightCache
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+FOLDER = re.compile(rf"{NAME.pattern}(@{VERSION.pattern})?")
+BASIS = re.compile(r"[0-9a-f]{64}\.safetensors")
+MARKS_FILE = ".marks.json"
+MAX_SYNCED = 16
+"""Copies that are synced one by one: thousands would take minutes, and are synced together."""
+
+
+def alias_path(name: str) -> str:
+    """Returns where a store keeps the alias `name`."""
+    return f"{ALIASES_FOLDER}/{name}"
+
+
+class Mirror:
+    """The store in `remote`, in the folder `root`. For one thread at a time, but for what says so."""
+
+    def __init__(self, remote: RemoteFolder, root: Path, weights: WeightCache) -> None:
+        self._remote, self._root, self._weights = remote, root, weights
+        self._marks = _read_marks(root / MARKS_FILE)
+        self.files: Mapping[str, RemoteFile] = {}
+        """By path. Any thread may look: it is never changed, but replaced."""
+        self.folders: Mapping[str, Sequence[str]] = {}
+        """The folders of adapters, which have a config, by the adapter's name; likewise."""
+
+    def look_at_all(self) -> None:
+        """Looks at the whole store, and forgets copies of what it does not hold. Raises `AdapterError` as `scan`."""
+        found = self._remote.files()
+        for path in found:
+            folder, _, file = path.partition("/")
+            if file == CONFIG_FILE and not folder.startswith(".") and not FOLDER.fullmatch(folder):
+                raise AdapterError(f"{folder}: an adapter's name must match {NAME.pattern}")
+        self._take_over({path: file for path, file in found.items() if _is_ours(path)}, {})
+        there = {folder for folders in self.folders.values() for folder in folders}
+        for left in self._root.iterdir():
+            if FOLDER.fullmatch(left.name) and left.name not in there:
+                self._weights.drop(left.name)
+                discard(left)
+        self._drop_gone(ALIASES_FOLDER)
+        self._drop_gone(BASES_FOLDER)
+        replace_file(self._root / MARKS_FILE, json.dumps(self._marks).encode())
+
+    def look_at(self, names: Iterable[str]) -> None:
+        """Looks at what these names mean as aliases, and at all versions of adapters that are called so."""
+        for name in names:
+            # First the alias: what it means was there before it.
+            path = alias_path(name)
+            alias = self._remote.file(path)
+            self._take_over({path: alias} if alias else {}, {of: file for of, file in self.files.items() if of != path})
+            if path not in self.files:
+                (self._root / path).unlink(missing_ok=True)
+            found = self._remote.files_of(name)
+            kept = {of: file for of, file in self.files.items() if of == path or _owner(of) != name}
+            self._take_over({of: file for of, file in found.items() if _is_ours(of) and _owner(of) == name}, kept)
+
+    def look_at_aliases(self) -> None:
+        """Looks at all aliases."""
+        found = self._remote.files_in(ALIASES_FOLDER)
+        kept = {path: file for path, file in self.files.items() if not path.startswith(f"{ALIASES_FOLDER}/")}
+        self._take_over({path: file for path, file in found.items() if _is_ours(path)}, kept)
+        self._drop_gone(ALIASES_FOLDER)
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Has files fetched again, when they are looked at: their copies are about to be changed."""
+        for path in paths:
+            self._marks.pop(path, None)
+
+    def _take_over(self, found: dict[str, RemoteFile], kept: Mapping[str, RemoteFile]) -> None:
+        small = [path for path in found if path.endswith(f"/{CONFIG_FILE}") or path.startswith(f"{ALIASES_FOLDER}/")]
+        stale = [path for path in small if not self._is_copied(path, found[path])]
+        contents = _guessed(stale, found, _by_name({**kept, **found}))
+        contents |= self._remote.read([path for path in stale if path not in contents])
+        write = replace_file if len(contents) <= MAX_SYNCED else _replace_unsynced
+        for path in stale:
+            if path in contents:
+                self._prepare(path)
+                write(self._root / path, contents[path])
+                self._note(path, found[path])
+            else:  # it went between the two looks
+                del found[path]
+        if len(contents) > MAX_SYNCED:
+            os.sync()
+        # Configs stay, though their adapters are no more: requests under way may need them.
+        self.forget(self.files.keys() - found.keys() - kept.keys())
+        self.files = {**kept, **found}
+        self.folders = _by_name(self.files)
+
+    def _is_copied(self, path: str, file: RemoteFile) -> bool:
+        return file.mark is not None and self._marks.get(path) == file.mark and (self._root / path).is_file()
+
+    def _prepare(self, path: str) -> None:
+        folder, _, name = path.partition("/")
+        (self._root / folder).mkdir(exist_ok=True)
+        # A version's weights are what its name says. Of a folder as its maker left it they change with the config.
+        if name == CONFIG_FILE and "@" not in folder:
+            self._weights.drop(folder)
+
+    def _note(self, path: str, file: RemoteFile) -> None:
+        if file.mark is not None:
+            self._marks[path] = file.mark
+
+    def _drop_gone(self, folder: str) -> None:
+        for copy in (self._root / folder).glob("*"):
+            if f"{folder}/{copy.name}" not in self.files:
+                discard(copy)
+
+
+def _is_ours(path: str) -> bool:
+    # What a listing says becomes a path here: nothing but what a store is made of may.
+    folder, _, name = path.partition("/")
+    if folder == ALIASES_FOLDER:
+        return bool(NAME.fullmatch(name))
+    if folder == BASES_FOLDER:
+        return bool(BASIS.fullmatch(name))
+    return name in ADAPTER_FILES and bool(FOLDER.fullmatch(folder))
+
+
+def _owner(path: str) -> str:
+    folder, _, name = path.partition("/")
+    return name if folder == ALIASES_FOLDER else folder.partition("@")[0]
+
+
+def _by_name(files: Iterable[str]) -> Mapping[str, Sequence[str]]:
+    found = defaultdict(list)
+    for path in sorted(files):
+        folder, _, name = path.partition("/")
+        if name == CONFIG_FILE:
+            found[folder.partition("@")[0]].append(folder)
+    return dict(found)
+
+
+def _replace_unsynced(file: Path, content: bytes) -> None:
+    scratch = file.with_name(f".{file.name}.new")
+    scratch.write_bytes(content)
+    scratch.replace(file)
+
+
+def _guessed(paths: Iterable[str], found: Mapping[str, RemoteFile], folders: Mapping[str, Sequence[str]]) -> dict[str, bytes]:
+    """Returns what aliases hold that mean a version of their own name, as most do, where the listing has the md5 of it.
+
+    So half of what a first start has to read need not be read.
+    """
+    guessed = {}
+    for path in paths:
+        for folder in folders.get(_owner(path), ()) if path.startswith(f"{ALIASES_FOLDER}/") else ():
+            content = f"{folder}\n".encode()
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == found[path].md5:
+                guessed[path] = content
+    return guessed
+
+
+def _read_marks(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # it is the first time, or the file is damaged: everything is fetched
+        return {}
+    return {str(path): str(mark) for path, mark in found.items()} if isinstance(found, dict) else {}

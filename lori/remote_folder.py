@@ -1,0 +1,206 @@
+"""A folder that any of fsspec's file systems keeps: what it holds, read and written. Knows no adapters.
+
+Whatever a file system raises becomes an error of ours that names no address; the log has it whole, but for secrets.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from lori.durable import replace_file
+from lori.errors import AdapterError, UnreachableError
+from lori.store_url import redacted
+from lori.time_limit import within
+
+logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
+BATCH = 1024
+"""Files that are read in one call, within the time limit."""
+DEPTH = 2
+NUM_LOOKS = 3
+MARKS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated", "created", "ino", "md5")
+"""Of what file systems say of a file, what changes with its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """What a listing says of a file."""
+
+    num_bytes: int
+    mark: str | None
+    """Another one where the content may be another; None where the file system says nothing of the kind."""
+    md5: str = ""
+    """Of the content (hex), where an object store says so; it may say something else there."""
+
+
+class RemoteFolder:
+    """The folder at `url`. Paths are relative to it, with `/` between folder and file. Any threads may use it.
+
+    No call takes longer than `timeout_s`. Raises `UnreachableError` where the file system fails, and `AdapterError` where it does
+    not let anything be written.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        """Raises `AdapterError` where no file system is known for `url`, or it needs a package that is not there."""
+        self.name = redacted(url)
+        self._timeout_s = timeout_s
+        try:
+            self._fs, root = fsspec.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise AdapterError(redacted(str(error))) from error
+        except Exception as error:  # each file system has its own for an address that is none
+            raise AdapterError(redacted(f"{type(error).__name__}: {error}")) from error
+        self._root = root.rstrip("/")
+        # A file system that lists by prefix lists whole trees at once, and knows no folders.
+        self._is_flat = "prefix" in inspect.signature(getattr(self._fs, "_find", self._fs.find)).parameters
+
+    def files(self) -> dict[str, RemoteFile]:
+        """Returns all files of the folder and of the folders in it, by path. Raises `AdapterError` where there is no folder."""
+        return self._do("listing", lambda: self._settled(lambda: self._below(self._root)))
+
+    def files_of(self, name: str) -> dict[str, RemoteFile]:
+        """Returns those in folders that are called `name`, or `name@` and more."""
+        return self._do("listing", lambda: self._settled(lambda: self._named(name)))
+
+    def files_in(self, folder: str) -> dict[str, RemoteFile]:
+        """Returns those in one folder in it; none where there is no such folder."""
+        return self._do("listing", lambda: self._in(folder))
+
+    def file(self, path: str) -> RemoteFile | None:
+        """Returns what is said of one file; None where it is not there."""
+        try:
+            return _said(self._do("listing", lambda: self._info(self._path(path))))
+        except FileNotFoundError:
+            return None
+
+    def read(self, paths: Sequence[str]) -> dict[str, bytes]:
+        """Returns the content of files, but of those that are not there."""
+        found: dict[str, bytes] = {}
+        for start in range(0, len(paths), BATCH):
+            some = {self._path(path): path for path in paths[start : start + BATCH]}
+            contents = self._do("reading", lambda some=some: self._contents([*some]))  # type: ignore[misc]
+            found |= {path: contents[at] for at, path in some.items() if at in contents}
+        return found
+
+    def fetch(self, path: str, to: Path) -> None:
+        """Copies a file to this machine. Raises `FileNotFoundError` where it is not there."""
+        self._do("fetching", lambda: self._fs.get_file(self._path(path), str(to)))
+
+    def write(self, path: str, content: bytes) -> None:
+        """Writes a file whole: a reader sees the old content or the new, where the file system keeps whole objects."""
+        self._do("writing", lambda: self._write(self._path(path), content))
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Removes files one after the other; what is not there is no fault. Folders that are left empty may go, too."""
+        for path in paths:
+            self._do("removing", lambda path=path: self._remove(self._path(path)))  # type: ignore[misc]
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}" if self._root else path
+
+    def _do(self, what: str, act: Callable[[], Found]) -> Found:
+        try:
+            return within(self._timeout_s, act)
+        except (FileNotFoundError, AdapterError):
+            raise
+        except (NotImplementedError, PermissionError) as error:
+            self._log(what, error)
+            raise AdapterError(f"{what} is not allowed in the store of the adapters: {type(error).__name__}") from error
+        except TimeoutError as error:
+            self._log(what, error)
+            raise UnreachableError(f"{what} took longer than {self._timeout_s:g} s in the store of the adapters") from error
+        except Exception as error:  # each file system has its own
+            self._log(what, error)
+            raise UnreachableError(f"{what} failed in the store of the adapters: {type(error).__name__}") from error
+
+    def _log(self, what: str, error: Exception) -> None:
+        logger.warning("%s: %s failed: %s: %s", self.name, what, type(error).__name__, redacted(str(error)))
+
+    def _settled(self, look: Callable[[], Found]) -> Found:
+        # While others write, a folder can go between two looks.
+        for _ in range(NUM_LOOKS - 1):
+            try:
+                return look()
+            except FileNotFoundError:
+                continue
+        try:
+            return look()
+        except FileNotFoundError as error:
+            raise AdapterError("there is no such folder") from error
+
+    def _below(self, folder: str, **prefix: str) -> dict[str, RemoteFile]:
+        self._fs.invalidate_cache()  # what others wrote since is to be seen
+        infos = self._fs.find(folder, detail=True, **prefix).values() if self._is_flat else self._walked(folder, DEPTH)
+        return {self._relative(info["name"]): _said(info) for info in infos}
+
+    def _walked(self, folder: str, depth: int) -> Iterator[Mapping[str, Any]]:
+        # Not `find` nor `walk`, which take a folder that cannot be listed for empty.
+        for info in self._fs.ls(folder, detail=True):
+            if info["type"] != "directory":
+                yield info
+            elif depth > 1 and info["name"].rstrip("/") != folder:
+                yield from self._walked(info["name"].rstrip("/"), depth - 1)
+
+    def _info(self, path: str) -> Mapping[str, Any]:
+        self._fs.invalidate_cache()
+        found: Mapping[str, Any] = self._fs.info(path)
+        if found["type"] != "file":
+            raise FileNotFoundError(path)
+        return found
+
+    def _in(self, folder: str) -> dict[str, RemoteFile]:
+        try:
+            return self._below(self._path(folder))
+        except FileNotFoundError:
+            return {}
+
+    def _named(self, name: str) -> dict[str, RemoteFile]:
+        if self._is_flat:
+            return self._below(self._root, prefix=f"{name}@") | self._in(name)
+        self._fs.invalidate_cache()
+        folders = [path.rstrip("/").rpartition("/")[2] for path in self._fs.ls(self._root, detail=False)]
+        own = [folder for folder in map(unquote, folders) if folder.partition("@")[0] == name]
+        return {path: file for folder in own for path, file in self._in(folder).items()}
+
+    def _relative(self, path: str) -> str:
+        return unquote(path[len(self._root) :].lstrip("/"))  # over HTTP an @ may come quoted
+
+    def _contents(self, paths: list[str]) -> dict[str, bytes]:
+        contents: dict[str, bytes] = {}
+        for path, found in self._fs.cat(paths, on_error="return").items():
+            if isinstance(found, Exception):
+                if not isinstance(found, FileNotFoundError):
+                    raise found
+            else:
+                contents[path] = found
+        return contents
+
+    def _write(self, path: str, content: bytes) -> None:
+        if isinstance(self._fs, LocalFileSystem):  # whose own way a reader could see half of
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(Path(path), content)
+            return
+        if not self._is_flat:
+            self._fs.makedirs(self._fs._parent(path), exist_ok=True)
+        self._fs.pipe_file(path, content)
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+        if isinstance(self._fs, LocalFileSystem):
+            with suppress(OSError):  # it holds more, or another process was first
+                Path(path).parent.rmdir()
+
+
+def _said(info: Mapping[str, Any]) -> RemoteFile:
+    marks = [f"{mark}={info[mark]}" for mark in MARKS if info.get(mark) is not None]
+    md5 = str(info.get("ETag") or info.get("etag") or "").strip('"')
+    return RemoteFile(int(info.get("size") or 0), f"{info.get('size')} {' '.join(marks)}" if marks else None, md5)

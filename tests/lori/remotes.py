@@ -1,0 +1,125 @@
+"""File systems of fsspec's that a test can watch, stop and break, and adapters at an address."""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+LIMIT_S = 60
+
+
+def let(_: str, __: str) -> None:
+    """Lets everything be done."""
+
+
+class WatchedFileSystem(MemoryFileSystem):
+    """Keeps its files in memory, and writes down what is asked of it."""
+
+    protocol = "watched"
+    cachable = False
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    asked: ClassVar[list[tuple[str, str]]] = []
+    """What was done to which path."""
+    before: ClassVar[Callable[[str, str], None]] = staticmethod(let)
+    """Called with the same: may raise, or wait."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("watched://").removeprefix("flat://"))
+
+    @classmethod
+    def reset(cls) -> None:
+        WatchedFileSystem.store.clear()
+        WatchedFileSystem.pseudo_dirs[:] = [""]
+        WatchedFileSystem.asked.clear()
+        WatchedFileSystem.before = staticmethod(let)
+
+    @classmethod
+    def num(cls, what: str, end: str = "") -> int:
+        """Returns how often `what` was done to paths that end with `end`."""
+        return Counter(asked for asked, path in cls.asked if path.endswith(end))[what]
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        self._note("list", path)
+        return list(super().ls(path, detail=detail, **kwargs))
+
+    def cat_file(self, path: str, **kwargs: Any) -> bytes:
+        self._note("read", path)
+        return bytes(super().cat_file(path, **kwargs))
+
+    def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
+        self._note("fetch", rpath)
+        Path(lpath).write_bytes(super().cat_file(rpath, **kwargs))  # its own would share one position among all who read
+
+    def pipe_file(self, path: str, value: bytes, **kwargs: Any) -> None:
+        self._note("write", path)
+        super().pipe_file(path, value, **kwargs)
+
+    def rm_file(self, path: str) -> None:
+        self._note("remove", path)
+        super().rm_file(path)
+
+    def _note(self, what: str, path: str) -> None:
+        WatchedFileSystem.asked.append((what, path))
+        WatchedFileSystem.before(what, path)
+
+
+class FlatFileSystem(WatchedFileSystem):
+    """The same as object stores are: listed by prefix, with md5s, without folders, of which none is missing."""
+
+    protocol = "flat"
+
+    def find(
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        prefix: str = "",
+    ) -> Any:
+        assert detail
+        assert maxdepth is None
+        assert not withdirs
+        self._note("list", path)
+        start = f"{self._strip_protocol(path).rstrip('/')}/{prefix}"
+        return {name: self.info(name) for name in sorted(self.store) if name.startswith(start)}
+
+    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        found = dict(super().info(path, **kwargs))
+        if found["type"] == "file":
+            found["ETag"] = f'"{hashlib.md5(self.store[found["name"]].getvalue(), usedforsecurity=False).hexdigest()}"'
+        return found
+
+
+class Gate:
+    """Lets those who do something wait until it is opened, and says that one waits."""
+
+    def __init__(self, what: str, end: str = "") -> None:
+        self.what, self.end = what, end
+        self.has_come, self.is_open = threading.Event(), threading.Event()
+
+    def __call__(self, what: str, path: str) -> None:
+        if what == self.what and path.endswith(self.end):
+            self.has_come.set()
+            assert self.is_open.wait(LIMIT_S)
+
+
+class Broken:
+    """Fails what is done, as a network does."""
+
+    def __init__(self, what: str, end: str = "") -> None:
+        self.what, self.end = what, end
+
+    def __call__(self, what: str, path: str) -> None:
+        if what == self.what and path.endswith(self.end):
+            raise ConnectionResetError("reset by watched://user:secret@host/path?key=secret")
+
+
+fsspec.register_implementation("watched", WatchedFileSystem, clobber=True)
+fsspec.register_implementation("flat", FlatFileSystem, clobber=True)

@@ -1,0 +1,60 @@
+"""A store in S3, by its real protocol, which moto serves (`pip install 'moto[server]' s3fs`); skipped where that is not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lori.errors import AdapterError, UnreachableError
+from lori.remote_folder import RemoteFolder
+from lori.remote_store import RemoteStore
+from tests.lori.adapters import make_adapter
+from tests.lori.remotes import LIMIT_S
+
+pytest.importorskip("s3fs")
+servers = pytest.importorskip("moto.server")
+boto3 = pytest.importorskip("boto3")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty bucket."""
+    server = servers.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket/adapters"
+    server.stop()
+
+
+def test_a_store_in_s3_is_published_to_read_and_removed(bucket: str, tmp_path: Path) -> None:
+    ours, theirs = (RemoteStore(RemoteFolder(bucket, LIMIT_S), tmp_path, 1 << 20) for _ in range(2))
+    assert ours.list() == []
+    first, second = make_adapter("math", seed=1), make_adapter("math", seed=2)
+    for adapter in (first, second):
+        ours.add(adapter)
+    theirs.pull("math")
+    assert theirs.find("math").load().version == second.version
+    theirs.alias("math", f"math@{first.version}")
+    third = RemoteStore(RemoteFolder(bucket, LIMIT_S), tmp_path, 1 << 20)
+    assert third.current()["math"].load().version == first.version
+    assert third.find("math").num_bytes == ours.find(f"math@{first.version}").num_bytes > 500
+    third.withdraw("math")
+    assert ours.find(f"math@{first.version}").load().version == first.version
+    third.remove("math")
+    assert RemoteFolder(bucket, LIMIT_S).files() == {}
+    with pytest.raises(AdapterError, match="there is no such folder"):
+        RemoteFolder("s3://another-bucket/adapters", LIMIT_S).files()
+
+
+def test_s3_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(UnreachableError, match="listing failed in the store of the adapters"):
+        RemoteFolder("s3://bucket/adapters", LIMIT_S).files()

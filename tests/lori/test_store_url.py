@@ -1,0 +1,30 @@
+"""What is an address, and what of it is said."""
+
+import pytest
+
+from lori.store_url import is_url, redacted
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/a", "file:///srv/a", "memory://a", "dir::file:///a", "simplecache::s3://b/a"])
+def test_an_address_is_known_from_a_path(place: str) -> None:
+    assert is_url(place)
+    assert not is_url(place.replace(":", "/"))
+
+
+@pytest.mark.parametrize("place", ["adapters", "/srv/adapters", "./s3:/x", "", "C:/adapters"])
+def test_a_path_is_no_address(place: str) -> None:
+    assert not is_url(place)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sftp://me:secret@host/a", "sftp://…@host/a"),
+        ("https://host/a?sig=secret&x=1", "https://host/a?…"),
+        ("cannot reach https://token@host/a?k=secret now", "cannot reach https://…@host/a?… now"),
+        ("s3://bucket/math@123", "s3://bucket/math@123"),
+        ("is it there?", "is it there?"),
+    ],
+)
+def test_secrets_are_left_out(text: str, said: str) -> None:
+    assert redacted(text) == said
