@@ -60,7 +60,7 @@ class AsyncClient:
     async def stream(self, **fields: Unpack[GenerateFields]) -> AsyncGenerator[StreamEvent, None]:
         """Yields the answer as it comes, as `Client.stream` does; leave it early under `contextlib.aclosing`."""
         reader = EventReader(fields.get("n", 1))
-        async with aclosing(await self._send(calls.stream(fields, self._affinity_header))) as response:
+        async with aclosing(await self._send(calls.stream(fields, self._affinity_header), stream=True)) as response:
             try:
                 async for chunk in response.aiter_bytes():
                     for event in reader.read(chunk):
@@ -133,14 +133,14 @@ class AsyncClient:
         return await self._ask(calls.ready())
 
     async def _ask(self, call: Call[Reply]) -> Reply:
-        return call.read(await _read(await self._send(call)))
+        return call.read((await self._send(call, stream=False)).content)
 
-    async def _send(self, call: Call[Any]) -> httpx.Response:
-        # Returns a good reply, of which only the head was read.
+    async def _send(self, call: Call[Any], *, stream: bool) -> httpx.Response:
+        # Returns a good reply; of a stream only the head was read.
         attempts = Attempts(self._retries, call.is_repeatable)
         while True:
             try:
-                response = await self._http.send(call.to_request(self._http), stream=True)
+                response = await self._http.send(call.to_request(self._http), stream=stream)
             except httpx.RequestError as error:
                 wait = attempts.wait_after_failure(error)
             else:

@@ -67,7 +67,7 @@ class Client:
         The first event asks for it. Closing the generator, as `contextlib.closing` does, ends the request at the server.
         """
         reader = EventReader(fields.get("n", 1))
-        with closing(self._send(calls.stream(fields, self._affinity_header))) as response:
+        with closing(self._send(calls.stream(fields, self._affinity_header), stream=True)) as response:
             try:
                 for chunk in response.iter_bytes():
                     yield from reader.read(chunk)
@@ -139,14 +139,14 @@ class Client:
         return self._ask(calls.ready())
 
     def _ask(self, call: Call[Reply]) -> Reply:
-        return call.read(_read(self._send(call)))
+        return call.read(self._send(call, stream=False).content)
 
-    def _send(self, call: Call[Any]) -> httpx.Response:
-        # Returns a good reply, of which only the head was read.
+    def _send(self, call: Call[Any], *, stream: bool) -> httpx.Response:
+        # Returns a good reply; of a stream only the head was read.
         attempts = Attempts(self._retries, call.is_repeatable)
         while True:
             try:
-                response = self._http.send(call.to_request(self._http), stream=True)
+                response = self._http.send(call.to_request(self._http), stream=stream)
             except httpx.RequestError as error:
                 wait = attempts.wait_after_failure(error)
             else:

@@ -1,7 +1,7 @@
 """Which failures of a call are followed by another attempt, and when.
 
 Only what is safe: nothing was sent, or the server did not answer and the call may be made twice, or the server says when to come
-again. Nothing is repeated once the head of a good reply is there: a stream has begun then.
+again. Of a stream nothing is repeated once the head of a good reply is there: it has begun then.
 """
 
 import random

@@ -1,10 +1,10 @@
 """The replicas as Ray Serve reaches them."""
 
-from asyncio import sleep
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import anyio
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -48,7 +48,7 @@ class ReplicaHandles:
         while True:
             with suppress(TimeoutError, RayActorError, RayServeException):
                 await self._handle.broadcast("beat").results_async(timeout_s=BEAT_S, return_exceptions=True)
-            await sleep(BEAT_S)
+            await anyio.sleep(BEAT_S)
 
 
 class ReplicaStream:

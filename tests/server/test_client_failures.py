@@ -76,7 +76,7 @@ def token(text: str) -> bytes:
     return sse("token", TokenData(text=text).model_dump_json())
 
 
-@pytest.mark.parametrize("end", [UNREAD, RESET, b"", BAD_HEAD])
+@pytest.mark.parametrize("end", [UNREAD, RESET, b"", BAD_HEAD, CUT_BODY])
 def test_what_was_not_answered_is_asked_again(connect: Connect, waits: list[float], end: bytes | str) -> None:
     with scripted(end, end, NOBODY) as server:
         assert connect(server.url).adapters().base_model == "fake"
@@ -161,7 +161,7 @@ def test_the_last_refusal_is_raised(connect: Connect, waits: list[float]) -> Non
 
 def test_what_began_to_be_answered_is_not_asked_again(connect: Connect, waits: list[float]) -> None:
     with scripted(CUT_BODY) as server, pytest.raises(ConnectionFailedError):
-        connect(server.url).adapters()
+        connect(server.url).upload("mine", AdapterFiles(b"{}", b""))
     with scripted(chunks(token("a"), is_whole=False)) as server:
         events = connect(server.url).stream(prompt="x")
         assert next(events) == TokenData(text="a")

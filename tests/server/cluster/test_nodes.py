@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
 PORT = 6379
 """Each namespace has its own."""
-LONG, WHOLE = 4000, 256
+LONG, WHOLE = 6000, 256
 """Tokens of a stream that outlasts what happens to it, and of a request that is under way when it happens."""
 Result = TypeVar("Result")
 
@@ -52,9 +52,10 @@ class Nodes:
         """Returns the names of the replicas that answer."""
         return self.see(self.cluster.names)
 
-    def running(self) -> float:
-        """Returns how many requests are under way."""
-        return sum(self.see(lambda: self.cluster.by_replica("vllm:num_requests_running")).values())
+    def have_each(self, number: int) -> bool:
+        """Says whether two replicas have at least so many requests under way."""
+        running = self.see(lambda: self.cluster.by_replica("vllm:num_requests_running"))
+        return len(running) == 2 and min(running.values()) >= number
 
     def ask(self, adapters: Sequence[str]) -> "Future[float]":
         """Asks for an answer; the result is when it came."""
@@ -122,7 +123,7 @@ def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
     nodes.is_over.clear()
     streams = [nodes.stream(adapters) for adapters in of_each.values()]
     asked = [nodes.ask(adapters) for adapters in of_each.values() for _ in range(3)]
-    wait_until(lambda: nodes.running() == 8, "requests under way on both machines")
+    wait_until(lambda: nodes.have_each(2), "a stream and a request under way on each machine")
     lose()
     lost = time.monotonic()
     asked += [nodes.ask(adapters) for adapters in of_each.values()]
@@ -136,7 +137,7 @@ def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
 def _cut_off_while_nothing_is_sent(nodes: Nodes) -> None:
     """Waits for answers alone: a connection that sends nothing would never learn that nobody is there."""
     asked = [nodes.ask(adapters) for adapters in adapters_of_each(nodes.names()).values()]
-    wait_until(lambda: nodes.running() == 2, "a request under way on each machine")
+    wait_until(lambda: nodes.have_each(1), "a request under way on each machine")
     nodes.other.plug("down")
     lost = time.monotonic()
     answered = max(one.result(timeout=240) for one in asked) - lost
