@@ -40,3 +40,9 @@ def test_every_container_of_kuberay_has_the_environment_and_a_limit() -> None:
         assert {of["name"]: of["value"] for of in container["env"]}.items() <= PREFERRED.items()
         assert container["resources"]["limits"]["memory"]
         assert {of["name"] for of in container["volumeMounts"]} == {of["name"] for of in spec["volumes"]}
+
+
+@pytest.mark.parametrize("name", ["host", "port", "ray_address"])
+def test_what_the_cluster_decides_is_no_argument_of_the_application(name: str) -> None:
+    with pytest.raises(ValueError, match=f"args: {name}"):
+        from_config({name: "9000"})
