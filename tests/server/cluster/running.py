@@ -47,15 +47,17 @@ class Cluster:
 
     def replicas(self) -> list[psutil.Process]:
         """Returns the replicas' processes."""
-        return self._processes(REPLICA)
+        return processes_of(self.process.pid, REPLICA)
 
     def ingresses(self) -> list[psutil.Process]:
         """Returns the ingresses' processes."""
-        return self._processes(INGRESS)
+        return processes_of(self.process.pid, INGRESS)
 
-    def _processes(self, title: str) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
+
+def processes_of(cluster: int, title: str) -> list[psutil.Process]:
+    """Returns the processes of `title`, `REPLICA` or `INGRESS`, of the cluster whose program has this number."""
+    children = psutil.Process(cluster).children(recursive=True)
+    return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
 
 
 def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:
