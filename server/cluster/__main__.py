@@ -6,6 +6,7 @@ import sys
 import threading
 
 from server.access.exposure import ExposedError, check_exposure, log_exposure
+from server.access.keys import KeyFileError, read_keys
 from server.arguments import read_arguments
 from server.cluster.environment import prepare_environment
 from server.cluster.settings import ClusterSettings
@@ -23,25 +24,34 @@ def main() -> int:
         configure_log(settings.log_format)
         check_exposure(settings)
         check_port(settings.host, settings.port)
+        if settings.keys:
+            read_keys(settings.keys)  # each process reads it again, and says so after a minute on many lines of Ray's
     except ExposedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyFileError as error:
+        print("error: " + "\n".join(error.lines), file=sys.stderr)
+        return 1
     except OSError as error:
         print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
         return 1
     prepare_environment()
     try:
-        from server.cluster.serving import serving  # noqa: PLC0415  # an extra, and it reads the environment
+        from server.cluster.serving import StartError, serving  # noqa: PLC0415  # an extra, and it reads the environment
     except ImportError as error:
         print(f"error: a cluster needs: pip install '.[cluster]' ({error})", file=sys.stderr)
         return 1
-    with serving(settings) as url:
-        ending = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):  # only now: until then, and before this, they are Ray's
-            signal.signal(number, lambda *_: ending.set())
-        log_exposure(settings)
-        logger.info("ready on %s", url)
-        ending.wait()
+    try:
+        with serving(settings) as url:
+            ending = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):  # only now: until then, and before this, they are Ray's
+                signal.signal(number, lambda *_: ending.set())
+            log_exposure(settings)
+            logger.info("ready on %s", url)
+            ending.wait()
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

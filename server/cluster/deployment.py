@@ -37,6 +37,8 @@ IMPATIENT = {"RAY_grpc_client_keepalive_timeout_ms": "10000"}
 Ray's 120 s remain elsewhere: else it would replace a replica that was cut off for a moment. (More of keepalive's own pings would
 end good connections: a server that has nothing to say for minutes takes them for abuse.)
 """
+OUTSIDE = ("host", "port", "ray_address")
+"""What is no matter of an application that Ray is told to run."""
 LONGEST_LOOK_BACK_S = 30.0
 """Ray takes the mean of the requests under way over so long, or over the delay where that is shorter."""
 
@@ -72,7 +74,12 @@ def deployed(settings: ClusterSettings) -> Application:
 
 
 def from_config(options: dict[str, Any]) -> Application:
-    """Returns the application for a Serve config file, whose `args` are the flags by their names in Python: `replicas: 2`."""
+    """Returns the application for a Serve config file, whose `args` are the flags by their names in Python: `replicas: 2`.
+
+    Raises `ValueError` where one is wrong, or the cluster's.
+    """
+    if outside := [name for name in OUTSIDE if name in options]:
+        raise ValueError(f"args: {', '.join(outside)}: the file's http_options, and the cluster that it is deployed to, say that")
     return deployed(ClusterSettings(**options))
 
 

@@ -19,14 +19,21 @@ ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
 
 
+class StartError(Exception):
+    """The replicas did not start; the log has what they said."""
+
+
 @contextmanager
 def serving(settings: ClusterSettings) -> Iterator[str]:
-    """Serves until the block ends, and gives the address. Raises as Ray does where a replica cannot start."""
+    """Serves until the block ends, and gives the address. Raises `StartError` where a replica cannot start."""
     _connect(settings)
     try:
         # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
-        serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
+        try:
+            serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:  # Ray has no other for it
+            raise StartError(f"the cluster did not start, and what its replicas said is above: {error}") from error
         yield f"http://{settings.host}:{settings.port}"
     finally:
         logger.info("requests under way have %g s", settings.drain_s)

@@ -4,10 +4,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from lori.flags import flag_of
 from server.cluster.affinity import LoadBound
 from server.settings import Settings
 
 DEFAULT_BOUND = LoadBound()
+UNHEARD = ("keep_alive_s", "drain_notice_s", "max_unread_s", "otlp_traces_endpoint")
+"""What one server can be told and a cluster does not do: HAProxy has its connections, and no replica sends traces."""
 
 
 class ClusterSettings(Settings):
@@ -39,11 +42,13 @@ class ClusterSettings(Settings):
     ray_address: str | None = None
     """The Ray cluster to serve on, such as auto or ray://head:10001; absent: one is started on this machine, and ends with it."""
 
-    port: int = Field(default=8000, ge=1, le=65535)
+    port: int = Field(default=Settings.model_fields["port"].default, ge=1, le=65535)
     """The port to listen on."""
 
     @model_validator(mode="after")
     def _is_sound_as_a_cluster(self) -> Self:
+        if unheard := [flag_of(name) for name in UNHEARD if name in self.model_fields_set]:
+            raise ValueError(f"{', '.join(unheard)}: one server hears that (`python -m server`), a cluster does not")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"--max-replicas is {self.max_replicas}, expected --replicas, {self.replicas}, or more")
         return self

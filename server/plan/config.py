@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from lori.cli.inspection import FORMATS
+from lori.flags import flag_of
 from server.arguments import read_arguments
 from server.plan.measured import OVERHEAD_GIB, Ratio, measured_ratio
 from server.settings import Settings
@@ -155,7 +156,7 @@ class PlanConfig(BaseSettings):
 
     def _simulation_faults(self) -> list[str]:
         if not self.simulate:
-            unused = [f"--{name.replace('_', '-')}" for name in SIMULATED if name in self.model_fields_set]
+            unused = [flag_of(name) for name in SIMULATED if name in self.model_fields_set]
             return [f"{', '.join(unused)}: pass --simulate, too"] if unused else []
         faults = []
         if not self.server and self.single_tokens_per_s is None:

@@ -26,6 +26,7 @@ from lori.weights import weight_bytes
 from server.engine.model.families import check_family
 from server.engine.model.runner import bytes_per_token
 
+GIB = 2**30
 ROW_SPREAD = 0.4
 """How unlike in size the rows of a drawn B are (of a lognormal): it takes a few percent more than the demo adapters' do."""
 
@@ -142,4 +143,4 @@ def _drawn(num_outputs: int, rank: int, sparsity: float) -> SparseB:
 
 def gib(num_bytes: float) -> float:
     """Returns bytes in GiB, to hundredths and not less: as a flag says it."""
-    return math.ceil(num_bytes / 2**30 * 100) / 100
+    return math.ceil(num_bytes / GIB * 100) / 100

@@ -6,10 +6,9 @@ from typing import Any
 
 from lori.cli.output import percent, print_fields, print_table, size
 from server.plan.config import PlanConfig
+from server.plan.memory import GIB
 from server.plan.plan import Plan, assumptions
 from server.plan.simulation import WARM_UP, Outcome
-
-GIB = 2**30
 
 
 def print_plan(config: PlanConfig, plan: Plan) -> None:
@@ -23,8 +22,8 @@ def print_plan(config: PlanConfig, plan: Plan) -> None:
             ("of one replica", f"{plan.requests_per_s:.3g} requests/s, {served:,.0f} new tokens/s, at most"),
             ("replicas", f"{plan.num_replicas}: {plan.num_needed} at {config.utilisation:.0%} of that, {config.spare} to spare"),
             ("memory of all", f"{plan.num_replicas * plan.memory.total / GIB:,.1f} GiB"),
-            ("each started as", plan.flags),
-            ("or all, on Ray Serve", plan.cluster_flags),
+            ("each started as", plan.command),
+            ("or all, on Ray Serve", plan.cluster_command),
         ]
     )
     print()
@@ -113,7 +112,6 @@ def as_document(config: PlanConfig, plan: Plan, load_s: float | None, outcomes: 
     document = dataclasses.asdict(plan)
     del document["model"]["shapes"]
     document["memory"]["total"] = plan.memory.total
-    document["cluster_flags"] = plan.cluster_flags
     settings = config.model_dump(mode="json", exclude={"as_json"})
     document |= {"settings": settings, "assumptions": assumptions(config, plan)}
     if outcomes:

@@ -10,11 +10,10 @@ from lori.errors import LoriError
 from server.engine.adapters.tiers import MAX_LOADING
 from server.plan.config import PlanConfig
 from server.plan.measured import HELD, RESERVED, Ratio
-from server.plan.memory import AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
+from server.plan.memory import GIB, AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
 from server.plan.speed import Speed
 from server.settings import Settings
 
-GIB = 2**30
 SERVER = "python -m server"
 MOST_RESIDENT = 65536
 """That `--max-resident` takes."""
@@ -64,15 +63,10 @@ class Plan:
     num_needed: int
     num_replicas: int
     """The spare ones, too."""
-    flags: str
-    """The command that starts a replica."""
-
-    @property
-    def cluster_flags(self) -> str:
-        """The command that starts all of them on Ray Serve."""
-        flags = self.flags.removeprefix(SERVER)
-        gpus = " --replica-gpus 1" if " --device cuda" in flags else ""
-        return f"{SERVER}.cluster --replicas {self.num_replicas}{gpus}{flags}"
+    command: str
+    """That starts a replica. What is in capitals is for people to fill in."""
+    cluster_command: str
+    """That starts all of them on Ray Serve, likewise."""
 
 
 def sizes(config: PlanConfig) -> tuple[ModelSizes, AdapterSizes]:
@@ -102,9 +96,12 @@ def make_plan(config: PlanConfig, model: ModelSizes, adapter: AdapterSizes, spee
     assert ratio, "a config without one is refused"
     requests_per_s = speed.together * ratio.value / config.completion_tokens
     num_needed = math.ceil(config.rps / (requests_per_s * config.utilisation))
+    num_replicas = num_needed + config.spare
+    flags = _flags(config, memory, num_resident, adapter)
+    each = "--replica-cpus CORES" + (" --replica-gpus 1" if config.device == "cuda" else "")
     return Plan(
-        model, adapter, memory, num_resident, num_kv_tokens, ratio, speed, requests_per_s, num_needed, num_needed + config.spare,
-        server_flags(config, memory, num_resident, adapter),
+        model, adapter, memory, num_resident, num_kv_tokens, ratio, speed, requests_per_s, num_needed, num_replicas,
+        f"{SERVER} {flags}", f"{SERVER}.cluster --replicas {num_replicas} {each} {flags}",
     )  # fmt: skip
 
 
@@ -136,8 +133,7 @@ def _num_resident(config: PlanConfig, fixed: Memory, adapter: AdapterSizes) -> i
     return num
 
 
-def server_flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: AdapterSizes) -> str:
-    """Returns the command that starts a replica."""
+def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: AdapterSizes) -> str:
     flags = {
         "--model": config.model,
         "--adapters": "FOLDER",
@@ -151,12 +147,11 @@ def server_flags(config: PlanConfig, memory: Memory, num_resident: int, adapter:
         "--loaded-gib": gib(MAX_LOADING * adapter.resident),
         "--kv-cache-gib": gib(memory.kv_cache),
     }
-    said = [
+    return " ".join(
         f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
         for flag, value in flags.items()
         if value
-    ]
-    return " ".join([SERVER, *said])
+    )
 
 
 def assumptions(config: PlanConfig, plan: Plan) -> list[str]:

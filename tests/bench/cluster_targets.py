@@ -17,8 +17,8 @@ from tests.bench.serve_load import Send
 from tests.bench.serve_processes import Program, answers
 from tests.bench.serve_targets import Server, generate_document
 from tests.bench.serve_wire import FailedError, Reply
+from tests.server.cluster.running import REPLICA, processes_of
 
-REPLICA = "ray::ServeReplica:lori-server:Replica"
 REQUESTS, REGISTERED = "lori:adapter_requests_total", "lori:adapters_registered"
 END_S = 60
 
@@ -47,8 +47,7 @@ class Cluster:
 
     def replicas(self) -> Sequence[psutil.Process]:
         """Returns the replicas' processes, in no order."""
-        children = psutil.Process(self.server.program.process.pid).children(recursive=True)
-        return [child for child in children if child.is_running() and REPLICA in " ".join(child.cmdline())]
+        return processes_of(self.server.program.process.pid, REPLICA)
 
     def end(self) -> None:
         """Ends it, and waits until it has."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from server.cluster.deployment import REPLICA, from_config
@@ -23,7 +24,9 @@ def _serve_configs() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("file", ["serve.yaml", "rayservice.yaml"])
 def test_ray_takes_the_config_and_builds_the_application(file: str) -> None:
-    [application] = ServeDeploySchema.model_validate(_serve_configs()[file]).applications
+    config = ServeDeploySchema.model_validate(_serve_configs()[file])
+    assert config.proxy_location == ProxyLocation.HeadOnly, "as `server.cluster.serving` starts it"
+    [application] = config.applications
     assert application.import_path == f"{from_config.__module__}:{from_config.__name__}"
     built = from_config(application.args)
     [replica] = built._bound_deployment.init_args
@@ -37,6 +40,22 @@ def test_every_container_of_kuberay_has_the_environment_and_a_limit() -> None:
         spec = group["template"]["spec"]
         assert spec["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001}
         [container] = spec["containers"]
-        assert {of["name"]: of["value"] for of in container["env"]}.items() <= PREFERRED.items()
+        assert {of["name"]: of["value"] for of in container["env"]} == PREFERRED
         assert container["resources"]["limits"]["memory"]
         assert {of["name"] for of in container["volumeMounts"]} == {of["name"] for of in spec["volumes"]}
+
+
+def test_kuberay_has_room_for_as_many_replicas_as_may_come() -> None:
+    config = _serve_configs()["rayservice.yaml"]["applications"][0]["args"]
+    cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    [group] = cluster["workerGroupSpecs"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert (group["minReplicas"], group["maxReplicas"]) == (config["replicas"], config["max_replicas"])
+    [container] = group["template"]["spec"]["containers"]
+    assert int(container["resources"]["requests"]["cpu"]) == config["replica_cpus"]
+
+
+@pytest.mark.parametrize("name", ["host", "port", "ray_address"])
+def test_what_the_cluster_decides_is_no_argument_of_the_application(name: str) -> None:
+    with pytest.raises(ValueError, match=f"args: {name}"):
+        from_config({name: "9000"})

@@ -31,11 +31,11 @@ WAITING = "vllm:num_requests_waiting"
 ADDRESS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
 
 
-def wait_until(is_so: Callable[[], bool], what: str) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
     """Polls until `is_so`, or fails."""
-    end = time.monotonic() + LIMIT_S
+    end = time.monotonic() + limit_s
     while not is_so():
-        assert time.monotonic() < end, f"waited {LIMIT_S} s for {what}"
+        assert time.monotonic() < end, f"waited {limit_s:g} s for {what}"
         time.sleep(0.01)
 
 

@@ -9,18 +9,16 @@ from subprocess import Popen
 
 import httpx
 import psutil
-import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.cluster.affinity import key_of, ranked
 from server.transport.ports import free_port
-from tests.server import live
 from tests.server.live import run_main, wait_until
 
 REPLICA, INGRESS = "ray::ServeReplica:lori-server:Replica", "ray::ServeReplica:lori-server:Ingress"
 NAMES = ("math", "safety", "intent", "nlu")
 START_S = 300
-"""Several processes import torch, one after the other."""
+"""How long a cluster may take to start, or one more replica of it: processes import torch, one after the other."""
 ENDING_S = 120
 
 
@@ -49,15 +47,17 @@ class Cluster:
 
     def replicas(self) -> list[psutil.Process]:
         """Returns the replicas' processes."""
-        return self._processes(REPLICA)
+        return processes_of(self.process.pid, REPLICA)
 
     def ingresses(self) -> list[psutil.Process]:
         """Returns the ingresses' processes."""
-        return self._processes(INGRESS)
+        return processes_of(self.process.pid, INGRESS)
 
-    def _processes(self, title: str) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
+
+def processes_of(cluster: int, title: str) -> list[psutil.Process]:
+    """Returns the processes of `title`, `REPLICA` or `INGRESS`, of the cluster whose program has this number."""
+    children = psutil.Process(cluster).children(recursive=True)
+    return [child for child in children if child.is_running() and title in " ".join(child.cmdline())]
 
 
 def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:
@@ -72,19 +72,16 @@ def adapters_of_each(replicas: set[str]) -> Mapping[str, Sequence[str]]:
 def running(log: Path, *flags: str, headers: Mapping[str, str] | None = None, within: Sequence[str] = ()) -> Iterator[Cluster]:
     """Runs a cluster until the block ends; checks that it ends well, and leaves no process behind. `within` as for `run_main`."""
     port = free_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "LIMIT_S", START_S)
-        flags = ("--port", str(port), "--kv-cache-gib", "0.2", *flags)
-        process = run_main(log, *flags, module="server.cluster", within=within)
-        try:
-            wait_until(lambda: b"ready on" in log.read_bytes() or process.poll() is not None, "the cluster")
-            assert process.poll() is None, log.read_text()
-            url = f"http://127.0.0.1:{port}"
-            patch.undo()
-            with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
-                yield Cluster(url, process, log, http)
-        finally:
-            own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(ENDING_S) == 0, log.read_text()
-            assert not [left for left in own if left.is_running() and left.status() != psutil.STATUS_ZOMBIE]
+    flags = ("--port", str(port), "--kv-cache-gib", "0.2", *flags)
+    process = run_main(log, *flags, module="server.cluster", within=within)
+    try:
+        wait_until(lambda: b"ready on" in log.read_bytes() or process.poll() is not None, "the cluster", START_S)
+        assert process.poll() is None, log.read_text()
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, headers=headers, timeout=60) as http:
+            yield Cluster(url, process, log, http)
+    finally:
+        own = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ENDING_S) == 0, log.read_text()
+        assert not [left for left in own if left.is_running() and left.status() != psutil.STATUS_ZOMBIE]

@@ -11,7 +11,7 @@ import pytest
 
 from server.client import Client
 from server.schemas.generation import DoneData
-from tests.server.cluster.running import NAMES, adapters_of_each, running
+from tests.server.cluster.running import NAMES, START_S, adapters_of_each, running
 from tests.server.live import wait_until
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def test_replicas_come_and_go_with_the_load(tmp_path: Path) -> None:
         assert len(cluster.names()) == 1
         began = time.monotonic()
         asked = [pool.submit(_ask_until, client, is_calm, place) for place in range(8)]
-        wait_until(lambda: len(cluster.names()) == 2, "a second replica")
+        wait_until(lambda: len(cluster.names()) == 2, "a second replica", START_S)
         came = time.monotonic()
         streams = [pool.submit(_read_until, client, is_over, one) for one in adapters_of_each(cluster.names()).values()]
         wait_until(lambda: all(cluster.by_replica("vllm:num_requests_running").values()), "both to have work")

@@ -1,5 +1,6 @@
 """What an ingress does with requests: fakes stand for the replicas."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from server.access.key_ring import KeyRing
 from server.cluster.ingress import MAX_TRIES, Ingress, ReplicaLostError
 from server.settings import Settings
 from tests.server.keyed import ACME, write_keys
+from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
 BASE = "base"
@@ -27,7 +29,7 @@ class FakeStream:
     """Answers with what it was asked; dies before the answer, after its head, or within it."""
 
     def __init__(self, asked: dict[str, Any], dies: str | None) -> None:
-        self._asked, self._dies, self.is_cancelled = asked, dies, False
+        self._asked, self._dies = asked, dies
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
         if self._dies == "before":
@@ -43,7 +45,7 @@ class FakeStream:
         yield [{"type": "http.response.body", "body": said[1:]}]
 
     def cancel(self) -> None:
-        self.is_cancelled = True
+        raise NotImplementedError
 
 
 class FakeReplicas:
@@ -53,6 +55,7 @@ class FakeReplicas:
         self.deaths, self.statuses = list(deaths), statuses or {"a": 200, "b": 200}
         self.asked: list[tuple[str, str, bytes]] = []
         self.num_asked_all = 0
+        self.is_watched, self.was_watched = asyncio.Event(), asyncio.Event()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> FakeStream:
         self.asked.append((key, scope["path"], body))
@@ -70,12 +73,34 @@ class FakeReplicas:
         }
 
     async def watch(self) -> None:
-        raise NotImplementedError
+        self.is_watched.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.was_watched.set()
 
 
 def client(replicas: FakeReplicas, **settings: Any) -> httpx.AsyncClient:
     app = Ingress(replicas, None, Settings(**settings), BASE)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress")
+
+
+async def test_replicas_are_watched_as_long_as_it_lives() -> None:
+    replicas, sent = FakeReplicas(), list[str]()
+
+    async def receive() -> Message:
+        if not sent:
+            return {"type": "lifespan.startup"}
+        await replicas.is_watched.wait()
+        assert not replicas.was_watched.is_set()
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Message) -> None:
+        sent.append(message["type"])
+
+    await asyncio.wait_for(Ingress(replicas, None, Settings(), BASE)({"type": "lifespan"}, receive, send), LIMIT_S)
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert replicas.was_watched.is_set()
 
 
 async def test_a_request_goes_where_its_adapters_are() -> None:

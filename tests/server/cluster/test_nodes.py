@@ -20,7 +20,7 @@ import pytest
 from server.client import BrokenStreamError, Client
 from server.cluster.environment import PREFERRED
 from tests.server.cluster.namespaces import Machine, two_machines, why_not
-from tests.server.cluster.running import Cluster, adapters_of_each, running
+from tests.server.cluster.running import START_S, Cluster, adapters_of_each, running
 from tests.server.live import wait_until
 
 pytestmark = pytest.mark.slow
@@ -161,5 +161,5 @@ def test_requests_outlive_a_machine(tmp_path: Path, folder: Path) -> None:
         _lose_the_other(nodes, "killed", nodes.other.kill)
         assert len(nodes.names()) == 1
         _join(nodes.head, nodes.other, folder)
-        wait_until(lambda: len(nodes.names()) == 2, "another replica on the machine that came back")
+        wait_until(lambda: len(nodes.names()) == 2, "another replica on the machine that came back", START_S)
         assert len(nodes.names() & first) == 1

@@ -1,8 +1,6 @@
 """`python -m server.cluster`: real replicas of the embedded model, on Ray Serve, over a socket."""
 
-import os
 import re
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,7 +10,7 @@ import httpx
 import pytest
 
 from server.client import Client
-from tests.server.cluster.running import Cluster, running
+from tests.server.cluster.running import NAMES, START_S, Cluster, running
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import wait_until
 
@@ -33,12 +31,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def _adapters_stay_with_their_replica(cluster: Cluster) -> None:
-    names = ["math", "safety", "intent", "nlu"]
     for _ in range(5):
-        for name in names:
+        for name in NAMES:
             reply = cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": name, "max_tokens": 2})
             assert reply.status_code == 200, reply.text
-    for name in names:
+    for name in NAMES:
         asked = cluster.by_replica("lori:adapter_requests_total", adapter=name)
         assert [number for number in asked.values() if number] == [5], name
 
@@ -89,21 +86,20 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
 
 
 def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Cluster) -> None:
-    names = ["math", "safety", "intent", "nlu"]
     with ExitStack() as stack:
         client = stack.enter_context(Client(cluster.url, api_key=ADMIN, timeout_s=120, num_retries=5))
         pool = stack.enter_context(ThreadPoolExecutor(8))
 
         def ask(place: int) -> int:
-            reply = client.generate(prompt=PROMPT, adapter=names[place % 4], max_tokens=16, ignore_eos=True)
+            reply = client.generate(prompt=PROMPT, adapter=NAMES[place % 4], max_tokens=16, ignore_eos=True)
             return reply.usage.completion_tokens
 
         asked = [pool.submit(ask, place) for place in range(48)]
         wait_until(lambda: sum(one.done() for one in asked) >= 4, "some answers")
         victim = cluster.replicas()[0]
-        os.kill(victim.pid, signal.SIGKILL)
+        victim.kill()
         assert [one.result(timeout=240) for one in asked] == [16] * 48
-    wait_until(lambda: len(cluster.by_replica("lori:adapters_registered")) == 2, "another replica")
+    wait_until(lambda: len(cluster.names()) == 2, "another replica", START_S)
     assert victim.pid not in [replica.pid for replica in cluster.replicas()]
 
 
@@ -116,7 +112,7 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
         (victim,) = cluster.ingresses()
         victim.kill()
         assert [one.result(timeout=240).usage.completion_tokens for one in asked] == [32] * 24
-    wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress")
+    wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress", START_S)
 
 
 def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:

@@ -10,8 +10,8 @@ import torch
 from server.cluster.settings import ClusterSettings
 from server.plan.config import PlanConfig
 from server.plan.measured import HELD, RESERVED
-from server.plan.memory import AdapterSizes, ModelSizes
-from server.plan.plan import GIB, Plan, PlanError, assumptions, make_plan, sizes
+from server.plan.memory import GIB, AdapterSizes, ModelSizes
+from server.plan.plan import Plan, PlanError, assumptions, make_plan, sizes
 from server.plan.speed import Speed
 from server.settings import Settings
 
@@ -82,12 +82,12 @@ def test_fewer_slots_than_a_batch_may_use_are_refused() -> None:
 def test_a_gpus_memory_does_not_hold_what_is_only_loaded() -> None:
     assert planned().memory.loaded == 16 * ADAPTER.resident
     assert planned(device="cuda").memory.loaded == 0
-    assert "--loaded-gib 0.02" in planned(device="cuda").flags
+    assert "--loaded-gib 0.02" in planned(device="cuda").command
 
 
 def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = planned(memory_gib=4, model="my models/base", quantization="int8", rank=16)
-    words = shlex.split(plan.flags)
+    words = shlex.split(plan.command)
     assert words[:3] == ["python", "-m", "server"]
     monkeypatch.setattr("sys.argv", ["server", *words[3:]])
     settings = Settings(_cli_parse_args=True)
@@ -102,11 +102,11 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
 def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for device, gpus in (("cpu", 0), ("cuda", 1)):
         plan = planned(memory_gib=4, device=device)
-        words = shlex.split(plan.cluster_flags)
+        words = shlex.split(plan.cluster_command.replace("CORES", "8"))
         assert words[:3] == ["python", "-m", "server.cluster"]
         monkeypatch.setattr("sys.argv", ["cluster", *words[3:]])
         settings = ClusterSettings(_cli_parse_args=True)
-        assert (settings.replicas, settings.replica_gpus) == (plan.num_replicas, gpus)
+        assert (settings.replicas, settings.replica_cpus, settings.replica_gpus) == (plan.num_replicas, 8, gpus)
         assert settings.each.max_resident == plan.num_resident
 
 

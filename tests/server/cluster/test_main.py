@@ -1,0 +1,40 @@
+"""What `python -m server.cluster` says before it starts anything of Ray's."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from server.transport.ports import free_port
+from tests.server.live import LIMIT_S, run_main
+
+
+def refused(log: Path, *flags: str) -> tuple[int, str]:
+    """Returns the exit code of a cluster that does not start, and what it said."""
+    process = run_main(log, *flags, module="server.cluster")
+    try:
+        return process.wait(LIMIT_S), log.read_text()
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--keys", "none.toml"], 1, "none.toml is not a sound key file:\n  it cannot be read: No such file or directory"),
+        (["--host", "0.0.0.0"], 2, "--host: '0.0.0.0' lets other machines in, and there are no keys"),
+        (["--keep-alive-s", "5"], 2, "--keep-alive-s: one server hears that (`python -m server`), a cluster does not"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(flags: list[str], code: int, said: str, tmp_path: Path) -> None:
+    found, log = refused(tmp_path / "log", "--port", str(free_port()), *flags)
+    assert found == code
+    assert log.startswith(f"error: {said}")
+    assert "Traceback" not in log
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = f"error: cannot listen on 127.0.0.1:{port}: Address already in use; pass another --port\n"
+        assert refused(tmp_path / "log", "--port", str(port)) == (1, said)
