@@ -20,13 +20,16 @@ ENDING_S = 5.0
 
 
 class StartError(Exception):
-    """The replicas did not start; the log has what they said."""
+    """Ray or the replicas did not start; the log has what they said."""
 
 
 @contextmanager
 def serving(settings: ClusterSettings) -> Iterator[str]:
-    """Serves until the block ends, and gives the address. Raises `StartError` where a replica cannot start."""
-    _connect(settings)
+    """Serves until the block ends, and gives the address. Raises `StartError` where Ray or a replica cannot start."""
+    try:
+        _connect(settings)
+    except Exception as error:  # Ray's are of many kinds, and some of none
+        raise StartError(f"Ray cannot be reached, or did not start: {error}") from error
     try:
         # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
