@@ -71,6 +71,8 @@ class Ingress:
         """Answers a request, or runs until it is told to end."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
         else:
             await self._app(scope, receive, send)
 
@@ -95,7 +97,7 @@ class Ingress:
         if body is None:
             return
         ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
-        await ask(carried(scope), body, receive, send)
+        await ask(carried(scope), body, receive if is_known else _unread, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
@@ -132,6 +134,12 @@ class Ingress:
         # One that refuses says why; where all agree any will do.
         for message in max(answers.values(), key=_status):
             await send(_without_id(message))
+
+
+async def _unread() -> Message:
+    # Else a body too long, which nobody asked for, would end the request before its refusal is there.
+    await anyio.sleep_forever()
+    raise AssertionError("nobody wakes it")
 
 
 def _without_id(message: Message) -> Message:

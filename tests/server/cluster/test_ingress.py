@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from starlette.types import Message
@@ -24,7 +25,7 @@ def anyio_backend() -> str:
 
 
 class FakeStream:
-    """Answers with what it was asked; dies before the answer, or within it."""
+    """Answers with what it was asked, late maybe; dies before the answer, or within it."""
 
     def __init__(self, asked: dict[str, Any], dies: str | None) -> None:
         self._asked, self._dies, self.is_cancelled = asked, dies, False
@@ -33,6 +34,8 @@ class FakeStream:
         if self._dies == "before":
             raise ReplicaLostError("the replica was lost")
         headers = [(b"content-type", b"application/json"), (b"x-request-id", b"twice")]
+        if self._dies == "late":
+            await anyio.sleep(0.1)
         yield [{"type": "http.response.start", "status": 200, "headers": headers}]
         if self._dies == "within":
             raise ReplicaLostError("the replica was lost")
@@ -147,3 +150,30 @@ async def test_without_a_key_that_counts_the_body_is_not_read(tmp_path: Path) ->
         reply = await http.post("/generate", json={}, headers={"Authorization": f"Bearer {ACME}"})
     assert replicas.num_asked_all == 1, "a replica refuses it, and says so in its log"
     assert reply.json()["authorization"] == [f"Bearer {ACME}"]
+
+
+async def test_a_body_too_long_does_not_come_before_the_refusal_of_who_sends_it(tmp_path: Path) -> None:
+    """What came of it was read, and ended the request without an answer: its server said 500 for 401."""
+    app = Ingress(FakeReplicas(["late"]), KeyRing(write_keys(tmp_path)), Settings(max_body_bytes=1024), BASE)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 1024
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
+        reply = await http.post("/generate", content=parts(), headers={"Authorization": "Bearer guessed"})
+    assert reply.json()["authorization"] == ["Bearer guessed"], "a replica hears of it, which refuses it"
+
+
+async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/generate", "headers": []}
+    await Ingress(FakeReplicas(), None, Settings(), BASE)(scope, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]
