@@ -163,7 +163,10 @@ class RemoteStore(AdapterStore):
             with self._alone(folder):
                 if not (self.root / folder / WEIGHTS_FILE).is_file():
                     self._fetch(folder)
-                self._weights.use(folder)
+                try:
+                    self._weights.use(folder)
+                except FileNotFoundError as error:  # another thread has just removed it
+                    raise AdapterFormatError(folder, [GONE]) from error
             try:
                 yield self.root / folder
             except AdapterFormatError:

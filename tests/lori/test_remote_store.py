@@ -415,6 +415,29 @@ def test_a_folder_as_its_maker_left_it_is_not_published_over(open_store: Open, t
     assert paths() == []
 
 
+def test_an_adapter_is_no_store(open_store: Open, tmp_path: Path) -> None:
+    """It was taken for an empty one: its server had no adapters, and did not say so."""
+    put_plain(tmp_path, "math", 1)
+    WatchedFileSystem.store |= {path.replace("/math", ""): file for path, file in WatchedFileSystem.store.items()}
+    with pytest.raises(AdapterError, match="it is an adapter, expected a folder of adapters"):
+        open_store()
+
+
+def test_weights_that_go_as_soon_as_they_came_are_said_to_be_gone(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remover in another thread: it was `FileNotFoundError`, with a path."""
+    publish(open_store(), "math")
+    theirs = open_store()
+    use = theirs._weights.use
+
+    def remove_before(folder: str) -> None:
+        theirs.remove("math")
+        use(folder)
+
+    monkeypatch.setattr(theirs._weights, "use", remove_before)
+    with pytest.raises(AdapterFormatError, match="deleted there"):
+        theirs.find("math").load()
+
+
 def test_a_basis_comes_with_its_adapter(open_store: Open, tmp_path: Path) -> None:
     drawn = Seeded(9)
     basis = Explicit.of({name: drawn.draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
