@@ -503,6 +503,16 @@ def test_a_cache_that_cannot_be_written_is_said(protocol: str, tmp_path: Path) -
         RemoteStore(RemoteFolder(f"{protocol}:///store", LIMIT_S), tmp_path / "file" / "x", 1)
 
 
+def test_a_cache_that_is_full_is_said(open_store: Open, tmp_path: Path) -> None:
+    """Its folder could be made, and no copy in it: the start ended with `OSError`."""
+    publish(open_store(), "math")
+    version = next(path.partition("/")[0] for path in paths() if path.startswith("math@"))
+    (tmp_path / "full" / "0").mkdir(parents=True)
+    (tmp_path / "full" / "0" / version).write_bytes(b"")  # stands for a disk without room: root may write anywhere else
+    with pytest.raises(AdapterError, match=r"its cache \S+full cannot be written: "):
+        open_store("full")
+
+
 def test_readers_and_writers_at_once_see_what_was_or_is(open_store: Open) -> None:
     writer, stop = open_store(), threading.Event()
     publish(writer, "math")
