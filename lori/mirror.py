@@ -48,6 +48,8 @@ class Mirror:
     def look_at_all(self) -> None:
         """Looks at the whole store, and forgets copies of what it does not hold. Raises `AdapterError` as `scan`."""
         found = self._remote.files()
+        if CONFIG_FILE in found:
+            raise AdapterError("it is an adapter, expected a folder of adapters")
         for path in found:
             folder, _, file = path.partition("/")
             if file == CONFIG_FILE and not folder.startswith(".") and not FOLDER.fullmatch(folder):

@@ -25,7 +25,7 @@ Found = TypeVar("Found")
 BATCH = 1024
 """Files that are read in one call, within the time limit."""
 DEPTH = 2
-NUM_LOOKS = 3
+NUM_LOOKS, NUM_WRITES = 3, 20
 MARKS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated", "created", "ino", "md5")
 """Of what file systems say of a file, what changes with its content."""
 
@@ -64,7 +64,10 @@ class RemoteFolder:
 
     def files(self) -> dict[str, RemoteFile]:
         """Returns all files of the folder and of the folders in it, by path. Raises `AdapterError` where there is no folder."""
-        return self._do("listing", lambda: self._settled(lambda: self._below(self._root)))
+        found = self._do("listing", lambda: self._settled(lambda: self._below(self._root)))
+        if [*found] == [""] and found[""].num_bytes:  # an empty one can stand for an empty folder, in an object store
+            raise AdapterError("it is a file, expected a folder")
+        return found
 
     def files_of(self, name: str) -> dict[str, RemoteFile]:
         """Returns those in folders that are called `name`, or `name@` and more."""
@@ -185,8 +188,7 @@ class RemoteFolder:
 
     def _write(self, path: str, content: bytes) -> None:
         if isinstance(self._fs, LocalFileSystem):  # whose own way a reader could see half of
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            replace_file(Path(path), content)
+            _write_here(Path(path), content)
             return
         if not self._is_flat:
             self._fs.makedirs(self._fs._parent(path), exist_ok=True)
@@ -198,6 +200,17 @@ class RemoteFolder:
         if isinstance(self._fs, LocalFileSystem):
             with suppress(OSError):  # it holds more, or another process was first
                 Path(path).parent.rmdir()
+
+
+def _write_here(file: Path, content: bytes) -> None:
+    # Another process removes a folder that is empty, as one that was just made is, or is found here.
+    for _ in range(NUM_WRITES - 1):
+        with suppress(FileNotFoundError, FileExistsError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, content)
+            return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, content)
 
 
 def _said(info: Mapping[str, Any]) -> RemoteFile:

@@ -43,19 +43,19 @@ class RemoteStore(AdapterStore):
 
     def __init__(self, remote: RemoteFolder, cache: Path, max_bytes: int, grace_s: float = 0) -> None:
         """Raises `AdapterError` as `pull`, and where `cache` cannot be written."""
-        try:
-            place, self._place_lock = take_place(cache)
-        except OSError as error:
-            raise AdapterError(f"its cache {cache} cannot be written: {error.strerror}") from error
-        super().__init__(place)
         self.grace_s = grace_s
         self._remote = remote
-        self._weights = WeightCache(place, max_bytes)
-        self._mirror = Mirror(remote, place, self._weights)
         self._lock, self._fetching_lock = threading.RLock(), threading.Lock()
         self._fetching: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # of what somebody fetches, or waits for
         self._withdrawn: dict[str, set[str]] = {}
-        self.pull()
+        try:
+            place, self._place_lock = take_place(cache)
+            super().__init__(place)
+            self._weights = WeightCache(place, max_bytes)
+            self._mirror = Mirror(remote, place, self._weights)
+            self.pull()
+        except OSError as error:
+            raise AdapterError(f"its cache {cache} cannot be written: {error.strerror}") from error
 
     def pull(self, *names: str) -> None:
         """Looks at what there is of these names now, and of what they mean; or of all where none is given."""
@@ -163,7 +163,10 @@ class RemoteStore(AdapterStore):
             with self._alone(folder):
                 if not (self.root / folder / WEIGHTS_FILE).is_file():
                     self._fetch(folder)
-                self._weights.use(folder)
+                try:
+                    self._weights.use(folder)
+                except FileNotFoundError as error:  # another thread has just removed it
+                    raise AdapterFormatError(folder, [GONE]) from error
             try:
                 yield self.root / folder
             except AdapterFormatError:

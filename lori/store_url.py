@@ -3,7 +3,8 @@
 import re
 
 URL = re.compile(r"[a-z0-9][a-z0-9+.-]*(::|://)", re.IGNORECASE)
-USER_INFO = re.compile(r"(?<=://)[^/@\s]*@")
+USER_INFO = re.compile(r"(?<=://)([^/:[\s]+:(?!\d*(/|\s|$))\S*@|[^/\s]*@)")
+"""Before the last @ of the host or, where no port follows a colon, before the last @ of all: a secret may have slashes."""
 QUERY = re.compile(r"\?\S*")
 
 

@@ -35,7 +35,7 @@ def main() -> int:
     except OSError as error:
         print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
         return 1
-    prepare_environment()
+    prepare_environment(settings)
     try:
         from server.cluster.serving import StartError, serving  # noqa: PLC0415  # an extra, and it reads the environment
     except ImportError as error:

@@ -6,6 +6,7 @@ Knows no Ray. Nothing is checked here: a replica refuses what is wrong.
 import json
 from collections.abc import Iterator, Mapping
 
+from lori.names import NAME
 from server.cluster.affinity import ANY, key_of
 from server.model_names import PART
 
@@ -28,12 +29,12 @@ def key_in(body: bytes, base_model: str) -> str:
 
 
 def named_in(body: Mapping[str, object], base_model: str) -> Iterator[str]:
-    """Yields the names of the adapters that a body's fields name, without versions."""
+    """Yields the names of the adapters that a body's fields name, without versions; nothing that cannot be an adapter's name."""
     for field in ("adapter", "adapters"):
         named = body.get(field)
         for one in named if isinstance(named, (list, tuple)) else [named]:
             reference = one.get("name") if isinstance(one, dict) else one
-            if isinstance(reference, str):
-                yield reference.partition("@")[0]
+            if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
+                yield name
     if isinstance(model := body.get("model"), str) and model != base_model:
         yield from (part["reference"].partition("@")[0] for one in model.split("+") if (part := PART.fullmatch(one)))

@@ -1,8 +1,21 @@
 """What Ray Serve is told by environment variables, which it reads when it is imported: in all its processes, and before that."""
 
+import math
 import os
 
+from server.settings import Settings
 from server.transport.ports import free_port
+
+CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
+
+
+def client_timeout(settings: Settings) -> str:
+    """Returns how long HAProxy waits for a client that has to send or to read, in seconds: for a head, nothing else would end it.
+
+    It has one limit for all. What a client waits for does not count.
+    """
+    return str(math.ceil(max(settings.keep_alive_s, settings.max_body_s, settings.max_unread_s)))
+
 
 PREFERRED = {
     # Requests go through HAProxy to the ingress, and on by gRPC: 2 ms instead of 10.
@@ -18,15 +31,17 @@ PREFERRED = {
     # How often an ingress says how many requests are under way, which is what replicas come and go by: with Ray's 10 s a delay of
     # 5 s would be none.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    # With Ray's 3600 s some thousand connections that send nothing would keep all others out for an hour.
+    CLIENT_TIMEOUT: client_timeout(Settings.model_construct()),
 }
 """What holds where the operator says nothing else."""
 PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
 """That are listened on, asked for or not: at Ray's own choice a second cluster on the machine could not start."""
 
 
-def prepare_environment() -> None:
+def prepare_environment(settings: Settings) -> None:
     """Sets what is not set yet. To be called before anything of Ray is imported."""
-    for name, value in PREFERRED.items():
+    for name, value in (PREFERRED | {CLIENT_TIMEOUT: client_timeout(settings)}).items():
         os.environ.setdefault(name, value)
     for name in PORTS:
         os.environ.setdefault(name, str(free_port()))

@@ -71,6 +71,8 @@ class Ingress:
         """Answers a request, or runs until it is told to end."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
         else:
             await self._app(scope, receive, send)
 
@@ -95,7 +97,7 @@ class Ingress:
         if body is None:
             return
         ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
-        await ask(carried(scope), body, receive, send)
+        await ask(carried(scope), body, receive if is_known else _unread, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
@@ -122,7 +124,7 @@ class Ingress:
                 if has_begun:
                     raise
                 if num_tries == MAX_TRIES:
-                    await _lost(error)(dict(scope), receive, send)
+                    await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
                 logger.warning("%s %s is sent to another replica: %s", scope["method"], scope["path"], error)
 
@@ -130,7 +132,8 @@ class Ingress:
         try:
             answers = await self._replicas.ask_all(scope, body)
         except ReplicaLostError as error:
-            await _lost(error)(dict(scope), receive, send)
+            # Nobody knows what came of a change: a client is not told to make it once more.
+            await _lost(error, {})(dict(scope), receive, send)
             return
         if scope["path"] == METRICS and all(_status(answer) == 200 for answer in answers.values()):
             text = await run_in_threadpool(merged_metrics, {name: _text(answer) for name, answer in answers.items()})
@@ -139,6 +142,12 @@ class Ingress:
         # One that refuses says why; where all agree any will do.
         for message in max(answers.values(), key=_status):
             await send(_without_id(message))
+
+
+async def _unread() -> Message:
+    # Else a body too long, which nobody asked for, would end the request before its refusal is there.
+    await anyio.sleep_forever()
+    raise AssertionError("nobody wakes it")
 
 
 def _without_id(message: Message) -> Message:
@@ -156,5 +165,5 @@ def _text(answer: Sequence[Message]) -> str:
     return b"".join(message.get("body", b"") for message in answer).decode()
 
 
-def _lost(error: ReplicaLostError) -> JSONResponse:
-    return JSONResponse(error_reply(503, "ServiceUnavailableError", str(error), None), 503, COME_AGAIN)
+def _lost(error: ReplicaLostError, headers: Mapping[str, str]) -> JSONResponse:
+    return JSONResponse(error_reply(503, "ServiceUnavailableError", str(error), None), 503, headers)

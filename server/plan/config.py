@@ -51,25 +51,25 @@ class PlanConfig(BaseSettings):
     """As `python -m server --quantization`."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a replica runs. On a GPU this project has measured nothing yet: --ratio and --overhead-gib say it."""
-    rps: float = Field(gt=0)
+    rps: float = Field(gt=0, le=1e9)
     """Requests a second, over all replicas."""
-    prompt_tokens: int = Field(default=100, ge=1)
+    prompt_tokens: int = Field(default=100, ge=1, le=10**9)
     """Of a request, on average."""
-    completion_tokens: int = Field(default=64, ge=1)
+    completion_tokens: int = Field(default=64, ge=1, le=10**9)
     """Of an answer, on average."""
     terms: int = Field(default=1, ge=1)
     """Adapters that a request names, at most."""
-    tokens_per_s: float | None = Field(default=None, gt=0)
+    tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
     """What one replica generates without adapters, of such requests, with --users at once."""
-    single_tokens_per_s: float | None = Field(default=None, gt=0)
+    single_tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
     """The same with one user."""
     users: int = Field(default=32, ge=2)
     """How many asked at once when --tokens-per-s was measured."""
     server: str | None = Field(default=None, pattern=r"^https?://[^/]")
     """Measures both now, on a server of that base that runs there and has nothing else to do; its key is in LORI_API_KEY."""
-    ratio: float | None = Field(default=None, gt=0, le=1.5)
+    ratio: float | None = Field(default=None, ge=0.001, le=1.5)
     """Tokens a second with adapters to those without; if absent, what this project measured."""
-    utilisation: float = Field(default=0.7, gt=0, le=1)
+    utilisation: float = Field(default=0.7, ge=0.001, le=1)
     """The share of its tokens a second that a replica is to give: the rest is for peaks."""
     spare: int = Field(default=1, ge=0)
     """Replicas that may fail while the others carry the load."""
@@ -77,9 +77,9 @@ class PlanConfig(BaseSettings):
     """As `python -m server --max-batch`."""
     max_resident: int | None = Field(default=None, ge=1, le=65536)
     """Adapters that a replica can use at once, at most; as many as --memory-gib holds if absent, or the server's default."""
-    memory_gib: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0, le=65536)
     """What one replica may use: of RAM, or of its GPU's memory."""
-    overhead_gib: float | None = Field(default=None, ge=0)
+    overhead_gib: float | None = Field(default=None, ge=0, le=65536)
     """What a replica's process takes beside all that is counted; on a CPU what this project measured if absent."""
     as_json: bool = Field(default=False, alias="json")
     """Prints one JSON document."""

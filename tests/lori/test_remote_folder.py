@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -76,6 +77,28 @@ def test_what_is_removed_is_gone_and_no_fault_again(folder: RemoteFolder) -> Non
 def test_a_folder_that_is_not_there_is_said(protocol: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="there is no such folder"):
         RemoteFolder(f"{protocol}://{tmp_path}/nowhere", 60).files()
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_a_file_is_no_folder(protocol: str, tmp_path: Path) -> None:
+    fsspec.filesystem(protocol).pipe_file(f"{tmp_path}/store.zip", b"x")
+    with pytest.raises(AdapterError, match="it is a file, expected a folder"):
+        RemoteFolder(f"{protocol}://{tmp_path}/store.zip", 60).files()
+
+
+def test_a_folder_that_goes_while_it_is_written_to_is_made_again(tmp_path: Path) -> None:
+    """Another process removes a folder that is empty: `No such file or directory` was what a writer heard."""
+    num, path = 400, f"{tmp_path}/store"
+
+    def put_and_remove() -> None:
+        folder = RemoteFolder(f"file://{path}", 60)
+        for _ in range(num):
+            folder.write(ALIAS, b"math@12\n")
+            folder.remove([ALIAS])
+
+    with ThreadPoolExecutor(3) as threads:
+        for done in [threads.submit(put_and_remove) for _ in range(3)]:
+            done.result()
 
 
 def test_an_unknown_protocol_and_a_package_that_is_missing_are_said() -> None:

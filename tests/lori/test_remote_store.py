@@ -415,6 +415,29 @@ def test_a_folder_as_its_maker_left_it_is_not_published_over(open_store: Open, t
     assert paths() == []
 
 
+def test_an_adapter_is_no_store(open_store: Open, tmp_path: Path) -> None:
+    """It was taken for an empty one: its server had no adapters, and did not say so."""
+    put_plain(tmp_path, "math", 1)
+    WatchedFileSystem.store |= {path.replace("/math", ""): file for path, file in WatchedFileSystem.store.items()}
+    with pytest.raises(AdapterError, match="it is an adapter, expected a folder of adapters"):
+        open_store()
+
+
+def test_weights_that_go_as_soon_as_they_came_are_said_to_be_gone(open_store: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A remover in another thread: it was `FileNotFoundError`, with a path."""
+    publish(open_store(), "math")
+    theirs = open_store()
+    use = theirs._weights.use
+
+    def remove_before(folder: str) -> None:
+        theirs.remove("math")
+        use(folder)
+
+    monkeypatch.setattr(theirs._weights, "use", remove_before)
+    with pytest.raises(AdapterFormatError, match="deleted there"):
+        theirs.find("math").load()
+
+
 def test_a_basis_comes_with_its_adapter(open_store: Open, tmp_path: Path) -> None:
     drawn = Seeded(9)
     basis = Explicit.of({name: drawn.draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
@@ -478,6 +501,16 @@ def test_a_cache_that_cannot_be_written_is_said(protocol: str, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(AdapterError, match=r"its cache .*/file/x cannot be written: Not a directory"):
         RemoteStore(RemoteFolder(f"{protocol}:///store", LIMIT_S), tmp_path / "file" / "x", 1)
+
+
+def test_a_cache_that_is_full_is_said(open_store: Open, tmp_path: Path) -> None:
+    """Its folder could be made, and no copy in it: the start ended with `OSError`."""
+    publish(open_store(), "math")
+    version = next(path.partition("/")[0] for path in paths() if path.startswith("math@"))
+    (tmp_path / "full" / "0").mkdir(parents=True)
+    (tmp_path / "full" / "0" / version).write_bytes(b"")  # stands for a disk without room: root may write anywhere else
+    with pytest.raises(AdapterError, match=r"its cache \S+full cannot be written: "):
+        open_store("full")
 
 
 def test_readers_and_writers_at_once_see_what_was_or_is(open_store: Open) -> None:

@@ -20,6 +20,9 @@ def test_a_path_is_no_address(place: str) -> None:
     ("text", "said"),
     [
         ("sftp://me:secret@host/a", "sftp://…@host/a"),
+        ("sftp://me:s@cr@et@host/a", "sftp://…@host/a"),
+        ("s3://key:sec/ret@bucket/a", "s3://…@bucket/a"),
+        ("sftp://host:22/math@123, ftp://[::1]:21/a@1", "sftp://host:22/math@123, ftp://[::1]:21/a@1"),
         ("https://host/a?sig=secret&x=1", "https://host/a?…"),
         ("cannot reach https://token@host/a?k=secret now", "cannot reach https://…@host/a?… now"),
         ("s3://bucket/math@123", "s3://bucket/math@123"),

@@ -22,6 +22,8 @@ BASE = "SmolLM2-135M-Instruct"
         ({"model": BASE}, ANY),
         ({"model": BASE, "adapters": ["intent"]}, "intent"),
         ({"model": "org/Some-Model"}, ANY),
+        ({"adapter": "\ud800"}, ANY),  # half a character, which nothing can be encoded with: its request was never sent on
+        ({"adapter": ["math", "a" * 100_000, "a\nb"]}, "math"),
         ({"adapter": 7, "adapters": None, "model": ["x"]}, ANY),
         ([1, 2], ANY),
     ],

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from starlette.types import Message
@@ -26,7 +27,7 @@ def anyio_backend() -> str:
 
 
 class FakeStream:
-    """Answers with what it was asked; dies before the answer, after its head, or within it."""
+    """Answers with what it was asked, late maybe; dies before the answer, after its head, or within it."""
 
     def __init__(self, asked: dict[str, Any], dies: str | None) -> None:
         self._asked, self._dies = asked, dies
@@ -35,6 +36,8 @@ class FakeStream:
         if self._dies == "before":
             raise ReplicaLostError("the replica was lost")
         headers = [(b"content-type", b"application/json"), (b"x-request-id", b"twice")]
+        if self._dies == "late":
+            await anyio.sleep(0.1)
         yield [{"type": "http.response.start", "status": 200, "headers": headers}]
         if self._dies == "after the head":
             raise ReplicaLostError("the replica was lost")
@@ -52,7 +55,7 @@ class FakeReplicas:
     """Notes what it is asked."""
 
     def __init__(self, deaths: Sequence[str | None] = (), statuses: Mapping[str, int] | None = None) -> None:
-        self.deaths, self.statuses = list(deaths), statuses or {"a": 200, "b": 200}
+        self.deaths, self.statuses = list(deaths), {"a": 200, "b": 200} if statuses is None else statuses
         self.asked: list[tuple[str, str, bytes]] = []
         self.num_asked_all = 0
         self.is_watched, self.was_watched = asyncio.Event(), asyncio.Event()
@@ -64,6 +67,8 @@ class FakeReplicas:
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:  # noqa: ARG002
         self.num_asked_all += 1
+        if not self.statuses:
+            raise ReplicaLostError("no replica is there")
         return {
             name: [
                 {"type": "http.response.start", "status": status, "headers": []},
@@ -142,6 +147,13 @@ async def test_one_replica_that_refuses_a_change_is_heard(statuses: dict[str, in
     assert reply.status_code == 409
 
 
+async def test_a_change_that_nobody_may_have_heard_is_not_asked_for_again() -> None:
+    async with client(FakeReplicas(statuses={})) as http:
+        reply = await http.post("/adapters/math/load")
+    assert reply.status_code == 503
+    assert "retry-after" not in reply.headers
+
+
 async def test_metrics_are_those_of_all() -> None:
     replicas = FakeReplicas()
     async with client(replicas) as http:
@@ -177,3 +189,30 @@ async def test_without_a_key_that_counts_the_body_is_not_read(tmp_path: Path) ->
         reply = await http.post("/generate", json={}, headers={"Authorization": f"Bearer {ACME}"})
     assert replicas.num_asked_all == 1, "a replica refuses it, and says so in its log"
     assert reply.json()["authorization"] == [f"Bearer {ACME}"]
+
+
+async def test_a_body_too_long_does_not_come_before_the_refusal_of_who_sends_it(tmp_path: Path) -> None:
+    """What came of it was read, and ended the request without an answer: its server said 500 for 401."""
+    app = Ingress(FakeReplicas(["late"]), KeyRing(write_keys(tmp_path)), Settings(max_body_bytes=1024), BASE)
+
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield b"x" * 1024
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
+        reply = await http.post("/generate", content=parts(), headers={"Authorization": "Bearer guessed"})
+    assert reply.json()["authorization"] == ["Bearer guessed"], "a replica hears of it, which refuses it"
+
+
+async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/generate", "headers": []}
+    await Ingress(FakeReplicas(), None, Settings(), BASE)(scope, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}]

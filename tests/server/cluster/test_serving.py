@@ -1,6 +1,7 @@
 """`python -m server.cluster`: real replicas of the embedded model, on Ray Serve, over a socket."""
 
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,11 +13,12 @@ import pytest
 from server.client import Client
 from tests.server.cluster.running import NAMES, START_S, Cluster, running
 from tests.server.keyed import ADMIN, bearer, write_keys
-from tests.server.live import wait_until
+from tests.server.live import LIMIT_S, wait_until
 
 pytestmark = pytest.mark.slow
 DEMO = Path("server/adapters")
 FIELDS = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
+SILENCE_S = "10"
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
 
 
@@ -26,6 +28,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     (place / "adapters").mkdir()
     flags = ["--replicas", "2", "--drain-s", "5", "--keys", str(write_keys(place))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
+    flags += ["--keep-alive-s", SILENCE_S, "--max-body-s", SILENCE_S, "--max-unread-s", SILENCE_S]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
         yield cluster
 
@@ -60,6 +63,13 @@ def _a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
         next(reply.iter_bytes())
         assert sum(cluster.by_replica("vllm:num_requests_running").values()) == 1
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
+
+
+def _a_connection_that_sends_no_whole_head_is_ended(cluster: Cluster) -> None:
+    at = httpx.URL(cluster.url)
+    with socket.create_connection((at.host, at.port), LIMIT_S) as connection:
+        connection.sendall(b"GET /ready HT")
+        assert connection.recv(1 << 10).startswith(b"HTTP/1.1 408 ")
 
 
 def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
@@ -121,6 +131,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _a_merge_is_answered(cluster)
     _a_stream_comes_in_pieces(cluster)
     _a_client_that_leaves_frees_its_place(cluster)
+    _a_connection_that_sends_no_whole_head_is_ended(cluster)
     _what_is_wrong_is_refused_as_by_one_server(cluster)
     _a_change_reaches_every_replica(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)

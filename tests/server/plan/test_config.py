@@ -50,6 +50,12 @@ def test_a_gpus_overhead_is_asked_for() -> None:
     assert "--quantization" in faults(ENOUGH | {"device": "cuda", "ratio": 0.9, "overhead_gib": 2.0, "quantization": "int8"})
 
 
+@pytest.mark.parametrize("more", [{"tokens_per_s": 1e-308}, {"memory_gib": 1e308}, {"rps": 1e300}], ids=lambda more: str([*more]))
+def test_what_no_machine_has_is_refused(more: dict[str, Any]) -> None:
+    """Some of it ended in `OverflowError`."""
+    assert "Input should be " in faults(ENOUGH | more)
+
+
 def test_a_flag_that_would_do_nothing_is_refused() -> None:
     said = faults(ENOUGH | {"zipf": 1.0, "disk_mb_per_s": 100.0})
     assert said == "--zipf, --disk-mb-per-s: pass --simulate, too"

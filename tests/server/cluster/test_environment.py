@@ -1,0 +1,28 @@
+"""What Ray Serve is told by environment variables."""
+
+import os
+
+import pytest
+
+from server.cluster.environment import CLIENT_TIMEOUT, PORTS, PREFERRED, prepare_environment
+from server.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*PREFERRED, *PORTS):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+def test_a_client_that_sends_nothing_is_waited_for_as_long_as_the_flags_say() -> None:
+    """HAProxy waited an hour for a head; 4096 such connections kept all others out."""
+    prepare_environment(Settings(keep_alive_s=5, max_body_s=7.5, max_unread_s=3))
+    assert os.environ[CLIENT_TIMEOUT] == "8"
+    assert PREFERRED[CLIENT_TIMEOUT] == "75"
+
+
+def test_what_the_operator_says_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CLIENT_TIMEOUT, "600")
+    prepare_environment(Settings())
+    assert os.environ[CLIENT_TIMEOUT] == "600"
