@@ -14,6 +14,7 @@ CARRIED = (
     "server",
 )  # fmt: skip
 """What of a scope means anything in another process."""
+HEAD = "http.response.start"
 Answers = AsyncIterable[Sequence[Message]]
 
 
@@ -65,7 +66,7 @@ async def _until_left(receive: Receive) -> None:
 
 
 async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequence[Message], None]:
-    """Yields what `app` answers to a carried request, all messages that are there at a time.
+    """Yields what `app` answers to a carried request, all messages that are there at a time; the head with what follows it.
 
     Closing it tells `app` that the client has left, and waits until it is done. Raises what `app` raises.
     """
@@ -94,8 +95,9 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequ
     try:
         while (message := await sent.get()) is not None:
             messages = [message]
-            while not sent.empty() and (message := sent.get_nowait()) is not None:
-                messages.append(message)
+            while message and (message["type"] == HEAD or not sent.empty()):
+                if message := await sent.get():
+                    messages.append(message)
             yield messages
             if message is None:
                 break

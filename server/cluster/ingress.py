@@ -101,19 +101,12 @@ class Ingress:
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
-        head: Message | None = None
         has_begun = False
 
         async def noted(message: Message) -> None:
-            # Nobody hears the head of an answer before there is more of it: until then another replica can answer.
-            nonlocal head, has_begun
-            if message["type"] == "http.response.start":
-                head = _without_id(message)
-                return
-            if not has_begun and head:
-                has_begun = True
-                await send(head)
-            await send(message)
+            nonlocal has_begun
+            has_begun = True
+            await send(_without_id(message))
 
         for num_tries in range(1, MAX_TRIES + 1):
             answers = self._replicas.ask(scope, body, key)
