@@ -1,6 +1,7 @@
 """Runs the application on Ray Serve, on a Ray cluster that is there or on one of this process."""
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -17,6 +18,9 @@ OBJECT_STORE_BYTES = 128 << 20
 """Requests and answers do not pass through it."""
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
+POLL_S = 0.2
+MARGIN_S = 30.0
+"""For Ray to end the replicas, and to say so, when their requests have had their time."""
 
 
 @contextmanager
@@ -28,12 +32,21 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
         serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
         yield f"http://{settings.host}:{settings.port}"
+        _drain(settings.drain_s)
     finally:
-        logger.info("requests under way have %g s", settings.drain_s)
         own = psutil.Process().children(recursive=True)
         serve.shutdown()
         ray.shutdown()
         _end(own)
+
+
+def _drain(drain_s: float) -> None:
+    # `shutdown` alone ends HAProxy at once, and with it every answer.
+    logger.info("no request is taken any more; those under way have %g s", drain_s)
+    serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
+    deadline = time.monotonic() + drain_s + MARGIN_S
+    while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

@@ -26,7 +26,7 @@ PROMPT = "Question: What is 2 + 3?\nAnswer:"
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
     (place / "adapters").mkdir()
-    flags = ["--replicas", "2", "--drain-s", "5", "--keys", str(write_keys(place))]
+    flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
         yield cluster
@@ -119,6 +119,17 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
     wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress")
 
 
+def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
+    """Every answer broke off once: HAProxy was ended at once."""
+    body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 400, "ignore_eos": True}
+    with cluster.http.stream("POST", "/generate", json=body) as reply:
+        parts = reply.iter_text()
+        text = next(parts)
+        cluster.process.send_signal(signal.SIGTERM)
+        text += "".join(parts)
+    assert re.findall(r"event: (\w+)", text)[-1] == "done"
+
+
 def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     """One test of several parts: a start takes half a minute, and processes that share the tests would each have one."""
     _adapters_stay_with_their_replica(cluster)
@@ -129,3 +140,4 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _a_change_reaches_every_replica(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
+    _what_runs_ends_before_the_cluster_does(cluster)
