@@ -10,8 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from lori.base_identity import short_name
-from lori.embedded import EMBEDDED_NAME
+from lori.names import EMBEDDED_NAME, short_name
 from server.access.key_ring import KeyRing
 from server.cluster.handles import ReplicaHandles
 from server.cluster.ingress import Ingress
