@@ -1,5 +1,6 @@
 """The application on Ray Serve: ingresses that take requests, and replicas that answer them. Runs nothing itself."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.cluster.ingress import Ingress
 from server.cluster.replica import Replica
 from server.cluster.router import AdapterRouter
 from server.cluster.settings import ClusterSettings
+from server.telemetry.logs import configure_log
 
 APPLICATION, REPLICA = "lori-server", "Replica"
 SPARE_REQUESTS = 64
@@ -85,6 +87,7 @@ class _After:
 def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:
     def build() -> ASGIApp:
         # In the ingress's own process.
+        configure_log(settings.log_format, sys.__stderr__)
         keys = KeyRing(settings.keys) if settings.keys else None
         base_model = short_name(settings.model) if settings.model else EMBEDDED_NAME
         return Ingress(ReplicaHandles(serve.get_deployment_handle(REPLICA)), keys, settings, base_model)

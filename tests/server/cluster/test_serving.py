@@ -41,6 +41,13 @@ def _adapters_stay_with_their_replica(cluster: Cluster) -> None:
     for name in names:
         asked = cluster.by_replica("lori:adapter_requests_total", adapter=name)
         assert [number for number in asked.values() if number] == [5], name
+    # Ray took lines that differ in numbers alone for one.
+    wait_until(lambda: cluster.log.read_text().count("POST /generate 200") == 20, "a line of the log for each request")
+    lines = [line for line in cluster.log.read_text().splitlines() if "POST /generate" in line]
+    assert {
+        match[1] for line in lines if (match := re.match(r"INFO server.request: .* replica='(\w+)'", line))
+    } <= cluster.names()
+    assert all("replica='" in line for line in lines)
 
 
 def _a_merge_is_answered(cluster: Cluster) -> None:
