@@ -31,17 +31,21 @@ def main() -> int:
         return 1
     prepare_environment()
     try:
-        from server.cluster.serving import serving  # noqa: PLC0415  # an extra, and it reads the environment
+        from server.cluster.serving import StartError, serving  # noqa: PLC0415  # an extra, and it reads the environment
     except ImportError as error:
         print(f"error: a cluster needs: pip install '.[cluster]' ({error})", file=sys.stderr)
         return 1
-    with serving(settings) as url:
-        ending = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):  # only now: until then, and before this, they are Ray's
-            signal.signal(number, lambda *_: ending.set())
-        log_exposure(settings)
-        logger.info("ready on %s", url)
-        ending.wait()
+    try:
+        with serving(settings) as url:
+            ending = threading.Event()
+            for number in (signal.SIGTERM, signal.SIGINT):  # only now: until then, and before this, they are Ray's
+                signal.signal(number, lambda *_: ending.set())
+            log_exposure(settings)
+            logger.info("ready on %s", url)
+            ending.wait()
+    except StartError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,6 +1,7 @@
 """Runs the application on Ray Serve, on a Ray cluster that is there or on one of this process."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -8,6 +9,7 @@ from contextlib import contextmanager, suppress
 import psutil
 import ray
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from server.cluster.deployment import APPLICATION, deployed
@@ -19,18 +21,24 @@ OBJECT_STORE_BYTES = 128 << 20
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
 POLL_S = 0.2
+OURS = r"^(?:lori|server)\.[\w.]+: "
+"""What Python prints before the words of an error of ours."""
 MARGIN_S = 30.0
 """For Ray to end the replicas, and to say so, when their requests have had their time."""
 
 
+class StartError(Exception):
+    """A replica or an ingress cannot start, and why."""
+
+
 @contextmanager
 def serving(settings: ClusterSettings) -> Iterator[str]:
-    """Serves until the block ends, and gives the address. Raises as Ray does where a replica cannot start."""
+    """Serves until the block ends, and gives the address. Raises `StartError` where a replica cannot start."""
     _connect(settings)
     try:
         # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
-        serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
+        _run(deployed(settings))
         yield f"http://{settings.host}:{settings.port}"
         _drain(settings.drain_s)
     finally:
@@ -38,6 +46,21 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
         serve.shutdown()
         ray.shutdown()
         _end(own)
+
+
+def _run(application: Application) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:  # which says no more than that a deployment failed
+        if (found := serve.status().applications.get(APPLICATION)) is None:
+            raise
+        failed = [of for of in found.deployments.values() if of.status.value == "DEPLOY_FAILED"]
+        raise StartError("; ".join(_reason(of.message) for of in failed) or str(error)) from error
+
+
+def _reason(message: str) -> str:
+    """Returns our own error's words at the end of a traceback, or all of it where the error is not ours."""
+    return re.split(OURS, message, flags=re.MULTILINE)[-1].strip()
 
 
 def _drain(drain_s: float) -> None:

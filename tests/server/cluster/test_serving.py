@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from server.client import Client
-from tests.server.cluster.running import Cluster, running
+from server.transport.ports import free_port
+from tests.server.cluster.running import START_S, Cluster, running
 from tests.server.keyed import ADMIN, bearer, write_keys
-from tests.server.live import wait_until
+from tests.server.live import run_main, wait_until
 
 pytestmark = pytest.mark.slow
 DEMO = Path("server/adapters")
@@ -148,3 +149,13 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
     _what_runs_ends_before_the_cluster_does(cluster)
+
+
+def test_a_cluster_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """It said that a deployment could not be updated, under a traceback."""
+    flags = ["--port", str(free_port()), "--kv-cache-gib", "0.2", "--adapters", f"file://{tmp_path}/none"]
+    process = run_main(tmp_path / "log", *flags, module="server.cluster")
+    assert process.wait(START_S) == 1
+    said = (tmp_path / "log").read_text()
+    assert f"\nerror: --adapters file://{tmp_path}/none: there is no such folder\n" in said
+    assert "Traceback" not in said
