@@ -17,10 +17,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from lori.embedded import EMBEDDED_NAME, embedded_model
+from lori.embedded import embedded_model
 from lori.errors import ModelError
 from lori.identity import BaseIdentity
 from lori.layer import module_shapes
+from lori.names import EMBEDDED_NAME, short_name
 from lori.tensor_file import UNREADABLE
 
 SAMPLED_PER_TENSOR = 64
@@ -83,11 +84,6 @@ def identify_files(name: str | None) -> BaseIdentity:
     except (OSError, ValueError, ArithmeticError, ImportError, HTTPError, StrictDataclassError, *UNREADABLE) as error:
         raise ModelError(f"cannot identify the base model {source!r} by its files: {' '.join(str(error).split())}") from error
     return BaseIdentity(EMBEDDED_NAME if name is None else short_name(name), digest, module_shapes(model))
-
-
-def short_name(name: str) -> str:
-    """Returns what a person calls the base `name`: a folder's last part, or the hub id."""
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def _digest(model: PreTrainedModel, samples: Samples) -> str:

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from lori.base_identity import identify, identify_files, short_name
-from lori.embedded import EMBEDDED_NAME, embedded_model
+from lori.base_identity import identify, identify_files
+from lori.embedded import embedded_model
 from lori.errors import ModelError
 from lori.hub import check_model
 from lori.identity import BaseIdentity
+from lori.names import EMBEDDED_NAME, short_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,15 @@
-"""What an adapter may be called, and what is said of a name that nobody knows."""
+"""What an adapter may be called, what a base is called, and what is said of a name that nobody knows. Imports no torch."""
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from lori.errors import AdapterError, UnknownAdapterError
 
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 NUM_VERSION_DIGITS = 12
 """Of a digest, where a person reads it."""
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -15,6 +17,11 @@ VERSION = re.compile(rf"[0-9a-f]{{1,{NUM_VERSION_DIGITS}}}")
 NUM_NEAR = 3
 NEAR = 0.6
 """What a name shares with another that is meant by it: twice the letters in common, in order, of those of both."""
+
+
+def short_name(base: str) -> str:
+    """Returns what a person calls a base model: a folder's last part, or the hub id."""
+    return Path(base).name if Path(base).is_dir() else base
 
 
 def check_name(name: str) -> None:

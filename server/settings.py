@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     """Serves one base model and its LoRI adapters over HTTP. Each flag is also an environment variable: LORI_PORT=8000."""
 
     model_config = SettingsConfigDict(
+        cli_prog_name="python -m server",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         use_attribute_docstrings=True,

@@ -1,6 +1,8 @@
 """Which module may import which: `server -> lori <- training`, no cycles, and one bridge between asyncio and torch."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -93,6 +95,12 @@ def test_one_bridge_leads_from_asyncio_to_torch() -> None:
     with_asyncio = {module for module in in_package("server") if "asyncio" in roots(module)}
     assert {module for module in with_asyncio if leads_to_torch(module)} == {BRIDGE, LISTENER}
     assert not any("torch" in roots(module) for module in with_asyncio)
+
+
+def test_who_sends_requests_to_replicas_imports_no_torch() -> None:
+    """A cluster's ingresses and the process that started it took 300 MB each for it, and seconds."""
+    program = "import sys, server.cluster.deployment; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def leads_to_torch(module: str) -> bool:

@@ -68,6 +68,6 @@ def identify_base(name: str | None) -> BaseIdentity:
     """Returns which base model `name` is; `None`, or its own name, is the embedded one. Raises `ModelError`."""
     # transformers takes seconds to import, and few commands need it.
     from lori.base_identity import identify_files  # noqa: PLC0415
-    from lori.embedded import EMBEDDED_NAME  # noqa: PLC0415
+    from lori.names import EMBEDDED_NAME  # noqa: PLC0415
 
     return identify_files(None if name == EMBEDDED_NAME else name)

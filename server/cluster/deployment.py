@@ -1,5 +1,6 @@
 """The application on Ray Serve: ingresses that take requests, and replicas that answer them. Runs nothing itself."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,14 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
-from lori.base_identity import short_name
-from lori.embedded import EMBEDDED_NAME
+from lori.names import EMBEDDED_NAME, short_name
 from server.access.key_ring import KeyRing
 from server.cluster.handles import ReplicaHandles
 from server.cluster.ingress import Ingress
 from server.cluster.replica import Replica
 from server.cluster.router import AdapterRouter
 from server.cluster.settings import ClusterSettings
+from server.telemetry.logs import configure_log
 
 APPLICATION, REPLICA = "lori-server", "Replica"
 SPARE_REQUESTS = 64
@@ -93,6 +94,7 @@ class _After:
 def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:
     def build() -> ASGIApp:
         # In the ingress's own process.
+        configure_log(settings.log_format, sys.__stderr__)
         keys = KeyRing(settings.keys) if settings.keys else None
         base_model = short_name(settings.model) if settings.model else EMBEDDED_NAME
         return Ingress(ReplicaHandles(serve.get_deployment_handle(REPLICA)), keys, settings, base_model)

@@ -26,6 +26,10 @@ PREFERRED = {
     # On all addresses of the machine, and without a key.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Else Ray logs one in five seconds of requests whose lines differ in numbers alone; and with its coloured prefix no line is
+    # JSON. A replica's lines name it themselves.
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     # Ray lets a load balancer that is not its own have 30 s to hear that an ingress goes. HAProxy is told.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # How often an ingress says how many requests are under way, which is what replicas come and go by: with Ray's 10 s a delay of

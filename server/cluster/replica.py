@@ -22,7 +22,8 @@ class Replica:
         from server.app import create_app  # noqa: PLC0415  # who only starts replicas, or sends them requests, needs no torch
         from server.loading import load_service  # noqa: PLC0415
 
-        configure_log(settings.log_format, sys.__stderr__)  # Ray's own place for it loses lines
+        # Ray's own place for it loses lines.
+        configure_log(settings.log_format, sys.__stderr__, replica=_own_name())
         self._service = await run_in_threadpool(load_service, settings)
         self._app = create_app(self._service)
         self._running = AsyncExitStack()
@@ -41,7 +42,7 @@ class Replica:
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
         """Returns the replica's name, and its whole answer to a request that all replicas hear."""
         messages = [message async for some in answer(self._app, self._scope(scope), body) for message in some]
-        return serve.get_replica_context().replica_id.unique_id, messages
+        return _own_name(), messages
 
     async def beat(self) -> None:
         """Does nothing: whoever calls it is answered, or learns that this replica cannot be reached."""
@@ -56,3 +57,7 @@ class Replica:
 
     def _scope(self, scope: Mapping[str, Any]) -> dict[str, Any]:
         return {**scope, "state": dict(self._state or {})}
+
+
+def _own_name() -> str:
+    return serve.get_replica_context().replica_id.unique_id

@@ -1,12 +1,15 @@
 """Runs the application on Ray Serve, on a Ray cluster that is there or on one of this process."""
 
 import logging
+import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import psutil
 import ray
 from ray import serve
+from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from server.cluster.deployment import APPLICATION, deployed
@@ -17,10 +20,15 @@ OBJECT_STORE_BYTES = 128 << 20
 """Requests and answers do not pass through it."""
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
+POLL_S = 0.2
+OURS = r"^(?:lori|server)\.[\w.]+: "
+"""What Python prints before the words of an error of ours."""
+MARGIN_S = 30.0
+"""For Ray to end the replicas, and to say so, when their requests have had their time."""
 
 
 class StartError(Exception):
-    """Ray or the replicas did not start; the log has what they said."""
+    """Ray, a replica or an ingress cannot start, and why."""
 
 
 @contextmanager
@@ -33,17 +41,38 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
     try:
         # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
-        try:
-            serve.run(deployed(settings), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:  # Ray has no other for it
-            raise StartError(f"the cluster did not start, and what its replicas said is above: {error}") from error
+        _run(deployed(settings))
         yield f"http://{settings.host}:{settings.port}"
+        _drain(settings.drain_s)
     finally:
-        logger.info("requests under way have %g s", settings.drain_s)
         own = psutil.Process().children(recursive=True)
         serve.shutdown()
         ray.shutdown()
         _end(own)
+
+
+def _run(application: Application) -> None:
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:  # which says no more than that a deployment failed
+        if (found := serve.status().applications.get(APPLICATION)) is None:
+            raise
+        failed = [of for of in found.deployments.values() if of.status.value == "DEPLOY_FAILED"]
+        raise StartError("; ".join(_reason(of.message) for of in failed) or str(error)) from error
+
+
+def _reason(message: str) -> str:
+    """Returns our own error's words at the end of a traceback, or all of it where the error is not ours."""
+    return re.split(OURS, message, flags=re.MULTILINE)[-1].strip()
+
+
+def _drain(drain_s: float) -> None:
+    # `shutdown` alone ends HAProxy at once, and with it every answer.
+    logger.info("no request is taken any more; those under way have %g s", drain_s)
+    serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
+    deadline = time.monotonic() + drain_s + MARGIN_S
+    while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

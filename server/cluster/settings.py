@@ -3,6 +3,7 @@
 from typing import Self
 
 from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
 
 from lori.flags import flag_of
 from server.cluster.affinity import LoadBound
@@ -18,6 +19,8 @@ class ClusterSettings(Settings):
 
     Each flag is also an environment variable: LORI_REPLICAS=2.
     """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m server.cluster")
 
     replicas: int = Field(default=1, ge=1)
     """Replicas, each with the base model and an engine of its own; with --max-replicas those that there are at least."""

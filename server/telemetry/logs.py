@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Literal, TextIO
 
 from pythonjsonlogger.core import RESERVED_ATTRS
@@ -28,13 +29,23 @@ class TextFormatter(logging.Formatter):
         return " ".join([super().formatMessage(record), *said])
 
 
-def configure_log(log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Makes all loggers, uvicorn's too, write so to `stream`, or the standard error."""
+def configure_log(log_format: LogFormat, stream: TextIO | None = None, replica: str | None = None) -> None:
+    """Makes all loggers, uvicorn's too, write so to `stream`, or the standard error; each line names the `replica`, if any."""
     handler = logging.StreamHandler(stream or sys.stderr)
+    if replica:
+        handler.addFilter(_named(replica))
     handler.setFormatter(_json() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # A warning of Python's would be a line that is no JSON.
     logging.captureWarnings(log_format == "json")
+
+
+def _named(replica: str) -> Callable[[logging.LogRecord], bool]:
+    def name(record: logging.LogRecord) -> bool:
+        record.replica = replica
+        return True
+
+    return name
 
 
 def _json() -> logging.Formatter:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lori.embedded import EMBEDDED_NAME, GGUF_NAME, WHEEL, WHEEL_SHA256, cache_dir, embedded_model
+from lori.embedded import GGUF_NAME, WHEEL, WHEEL_SHA256, cache_dir, embedded_model
 from lori.errors import ModelError
+from lori.names import EMBEDDED_NAME
 
 
 @pytest.fixture

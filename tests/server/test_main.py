@@ -205,3 +205,9 @@ def test_a_step_waits_for_an_adapter_where_it_would_take_the_reader_s_core(
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
     assert (loading._patience_s(torch.device(device)) > 0) is waits
+
+
+@pytest.mark.parametrize("module", ["server", "server.cluster"])
+def test_the_usage_names_the_program_as_it_is_started(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: python -m {module} ")

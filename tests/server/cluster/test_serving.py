@@ -1,6 +1,7 @@
 """`python -m server.cluster`: real replicas of the embedded model, on Ray Serve, over a socket."""
 
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,10 @@ import httpx
 import pytest
 
 from server.client import Client
+from server.transport.ports import free_port
 from tests.server.cluster.running import NAMES, START_S, Cluster, running
 from tests.server.keyed import ADMIN, bearer, write_keys
-from tests.server.live import LIMIT_S, wait_until
+from tests.server.live import LIMIT_S, run_main, wait_until
 
 pytestmark = pytest.mark.slow
 DEMO = Path("server/adapters")
@@ -26,7 +28,7 @@ PROMPT = "Question: What is 2 + 3?\nAnswer:"
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
     (place / "adapters").mkdir()
-    flags = ["--replicas", "2", "--drain-s", "5", "--keys", str(write_keys(place))]
+    flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
     flags += ["--keep-alive-s", SILENCE_S, "--max-body-s", SILENCE_S, "--max-unread-s", SILENCE_S]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
@@ -41,6 +43,13 @@ def _adapters_stay_with_their_replica(cluster: Cluster) -> None:
     for name in NAMES:
         asked = cluster.by_replica("lori:adapter_requests_total", adapter=name)
         assert [number for number in asked.values() if number] == [5], name
+    # Ray took lines that differ in numbers alone for one.
+    wait_until(lambda: cluster.log.read_text().count("POST /generate 200") == 20, "a line of the log for each request")
+    lines = [line for line in cluster.log.read_text().splitlines() if "POST /generate" in line]
+    assert {
+        match[1] for line in lines if (match := re.match(r"INFO server.request: .* replica='(\w+)'", line))
+    } <= cluster.names()
+    assert all("replica='" in line for line in lines)
 
 
 def _a_merge_is_answered(cluster: Cluster) -> None:
@@ -125,6 +134,17 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
     wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress", START_S)
 
 
+def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
+    """Every answer broke off once: HAProxy was ended at once."""
+    body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 400, "ignore_eos": True}
+    with cluster.http.stream("POST", "/generate", json=body) as reply:
+        parts = reply.iter_text()
+        text = next(parts)
+        cluster.process.send_signal(signal.SIGTERM)
+        text += "".join(parts)
+    assert re.findall(r"event: (\w+)", text)[-1] == "done"
+
+
 def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     """One test of several parts: a start takes half a minute, and processes that share the tests would each have one."""
     _adapters_stay_with_their_replica(cluster)
@@ -136,3 +156,14 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _a_change_reaches_every_replica(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
+    _what_runs_ends_before_the_cluster_does(cluster)
+
+
+def test_a_cluster_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """It said that a deployment could not be updated, under a traceback."""
+    flags = ["--port", str(free_port()), "--kv-cache-gib", "0.2", "--adapters", f"file://{tmp_path}/none"]
+    process = run_main(tmp_path / "log", *flags, module="server.cluster")
+    assert process.wait(START_S) == 1
+    said = (tmp_path / "log").read_text()
+    assert f"\nerror: --adapters file://{tmp_path}/none: there is no such folder\n" in said
+    assert "Traceback" not in said
