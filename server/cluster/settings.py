@@ -10,7 +10,7 @@ from server.cluster.affinity import LoadBound
 from server.settings import Settings
 
 DEFAULT_BOUND = LoadBound()
-UNHEARD = ("keep_alive_s", "drain_notice_s", "max_unread_s", "otlp_traces_endpoint")
+UNHEARD = ("drain_notice_s", "otlp_traces_endpoint")
 """What one server can be told and a cluster does not do: HAProxy has its connections, and no replica sends traces."""
 
 

@@ -10,8 +10,10 @@ from server.cluster.settings import ClusterSettings
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"keep_alive_s": 5, "drain_notice_s": 1}, "--keep-alive-s, --drain-notice-s: one server hears that"),
-        ({"max_unread_s": 5}, "--max-unread-s"),
+        (
+            {"otlp_traces_endpoint": "http://localhost:4318", "drain_notice_s": 1},
+            "--drain-notice-s, --otlp-traces-endpoint: one server hears that",
+        ),
         ({"otlp_traces_endpoint": "http://localhost:4318"}, "--otlp-traces-endpoint"),
         ({"replicas": 3, "max_replicas": 2}, "--max-replicas is 2, expected --replicas, 3, or more"),
     ],
@@ -23,8 +25,8 @@ def test_what_it_would_not_hear_is_refused(options: dict[str, object], said: str
 
 
 def test_it_is_refused_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORI_KEEP_ALIVE_S", "5")
-    with pytest.raises(ValidationError, match="--keep-alive-s"):
+    monkeypatch.setenv("LORI_DRAIN_NOTICE_S", "5")
+    with pytest.raises(ValidationError, match="--drain-notice-s"):
         ClusterSettings()
 
 
