@@ -37,7 +37,6 @@ def sent(connect: Connect, fields: GenerateFields, **options: Any) -> list[bytes
         (GenerateFields(prompt="x", adapter="math@0123"), b"math"),
         (GenerateFields(prompt="x", adapter=["safety", "math"], weights=[1, 2]), b"math+safety"),
         (GenerateFields(prompt="x", adapter=({"name": "safety", "weight": 1}, {"name": "math", "weight": 1})), b"math+safety"),
-        (GenerateFields(prompt="x", adapter="m\u00e4th\r\nx: y"), b"m%C3%A4th%0D%0Ax%3A%20y"),
     ],
 )
 def test_requests_say_whose_adapters_they_name(connect: Connect, fields: GenerateFields, value: bytes) -> None:
@@ -47,6 +46,8 @@ def test_requests_say_whose_adapters_they_name(connect: Connect, fields: Generat
 def test_what_names_none_may_go_anywhere(connect: Connect) -> None:
     assert sent(connect, GenerateFields(prompt="x"), affinity_header="X-Session-ID") == []
     assert sent(connect, GenerateFields(prompt="x", adapter=[]), affinity_header="X-Session-ID") == []
+    # Nothing can be called so.
+    assert sent(connect, GenerateFields(prompt="x", adapter="m\u00e4th\r\nx: y"), affinity_header="X-Session-ID") == []
 
 
 def test_nothing_is_said_unasked(connect: Connect) -> None:

@@ -23,7 +23,7 @@ def refused(log: Path, *flags: str) -> tuple[int, str]:
     [
         (["--keys", "none.toml"], 1, "none.toml is not a sound key file:\n  it cannot be read: No such file or directory"),
         (["--host", "0.0.0.0"], 2, "--host: '0.0.0.0' lets other machines in, and there are no keys"),
-        (["--keep-alive-s", "5"], 2, "--keep-alive-s: one server hears that (`python -m server`), a cluster does not"),
+        (["--drain-notice-s", "5"], 2, "--drain-notice-s: one server hears that (`python -m server`), a cluster does not"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(flags: list[str], code: int, said: str, tmp_path: Path) -> None:

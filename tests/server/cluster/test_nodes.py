@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
@@ -117,9 +118,25 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(place, ignore_errors=True)
 
 
+def _reach_both(nodes: Nodes, of_each: Mapping[str, Sequence[str]]) -> None:
+    """Asks until each replica answers for its adapters: to one that was cut off Ray's own channel opens some seconds later."""
+
+    def num_answered(replica: str) -> float:
+        return nodes.see(lambda: nodes.cluster.by_replica("lori:adapter_requests_total")).get(replica, 0)
+
+    def answers(replica: str) -> bool:
+        before = num_answered(replica)
+        nodes.see(lambda: nodes.client.generate(prompt=PROMPT, adapter=of_each[replica], max_tokens=1))
+        return num_answered(replica) > before
+
+    for replica in of_each:
+        wait_until(partial(answers, replica), f"{replica} to answer for its adapters")
+
+
 def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
     """Loses a machine under load: the other answers all it was asked but a stream that had begun, and goes on with its own."""
     of_each = adapters_of_each(nodes.names())
+    _reach_both(nodes, of_each)
     nodes.is_over.clear()
     streams = [nodes.stream(adapters) for adapters in of_each.values()]
     asked = [nodes.ask(adapters) for adapters in of_each.values() for _ in range(3)]
