@@ -70,7 +70,7 @@ def _a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
     body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 4000, "ignore_eos": True}
     with cluster.http.stream("POST", "/generate", json=body) as reply:
         next(reply.iter_bytes())
-        assert sum(cluster.by_replica("vllm:num_requests_running").values()) == 1
+        wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 1, "the request to run")
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
 
 
