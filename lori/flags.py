@@ -1,15 +1,31 @@
 """How a program says what is wrong with its flags."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from lori.names import near_names
 
 REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
 """What pydantic-settings puts before argparse's words, and those that argparse has for what it does not know."""
+
+
+@contextmanager
+def refusing_flags(fields: Iterable[str], files: Callable[[], Mapping[str, Path]] = dict) -> Iterator[None]:
+    """Ends the program with 2, and a line that names the flag, or the key of one of `files`, where the block finds one wrong."""
+    try:
+        yield
+    except ValidationError as error:
+        print(f"error: {flag_faults(error, files())}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except SettingsError as error:
+        print(f"error: {refused_arguments(error, fields)}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def flag_of(field: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 from weakref import WeakValueDictionary
 
 from lori.adapter import Adapter
@@ -96,6 +97,10 @@ class RemoteStore(AdapterStore):
             if not self._has(folder):
                 raise AdapterError(f"{folder} was deleted by another process while it was published")
         return entry
+
+    def save(self, adapter: Adapter) -> NoReturn:
+        """Raises `AdapterError`: what a maker leaves is replaced in place, and `add` is what publishes at an address."""
+        raise AdapterError(f"{adapter.name!r} cannot be saved in {self._remote.name} as its maker leaves it: publish it")
 
     def alias(self, alias: str, reference: str) -> Entry:
         """As `AdapterStore.alias`."""

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from lori.flags import flag_faults, refused_arguments
+from lori.flags import refusing_flags
 from training.recipe import RecipeError, files_of, read_recipe
 
 
@@ -48,14 +47,9 @@ class CommandLine(BaseSettings):
     def from_arguments(cls) -> Self:
         """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
         try:
-            flags = _Flags(cls, cli_parse_args=True)
-            return cls(_cli_settings_source=flags)
-        except ValidationError as error:
-            print(f"error: {flag_faults(error, cls._files(flags()))}", file=sys.stderr)
-            raise SystemExit(2) from error
-        except SettingsError as error:
-            print(f"error: {refused_arguments(error, cls.model_fields)}", file=sys.stderr)
-            raise SystemExit(2) from error
+            with refusing_flags(cls.model_fields, lambda: cls._files(flags())):
+                flags = _Flags(cls, cli_parse_args=True)
+                return cls(_cli_settings_source=flags)
         except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error

@@ -331,6 +331,12 @@ def test_an_alias_moves_and_holds_what_it_means(open_store: Open) -> None:
     assert theirs.remove("math") == [new.reference]
 
 
+def test_what_a_maker_leaves_is_not_lost_in_the_cache(open_store: Open) -> None:
+    with pytest.raises(AdapterError, match=r"'math' cannot be saved in .* as its maker leaves it: publish it"):
+        open_store().save(make_adapter("math"))
+    assert paths() == []
+
+
 def test_what_is_withdrawn_can_be_fetched_until_it_is_removed(open_store: Open) -> None:
     expected = make_adapter("math")
     ours, theirs = open_store(), open_store()
