@@ -5,18 +5,19 @@ share with all processes.
 
 - Overhead: one request at a time, to a plain server and to a cluster of one replica in turn.
 - Throughput: so many users, who ask again when answered, at one plain server, at two of them with half the users each (what the
-  machine can give), and at clusters of one replica and of two. They take turns; ratios are those within a turn.
+  machine can give), and at clusters of one replica and of two. They take turns, and nothing else of them runs meanwhile; ratios
+  are those within a turn.
 - Affinity: the share of requests that reach the replica which answered most of their adapter's.
 - Loss: a replica of two is killed under load; what the client library did not bring home, and when there are two again.
 """
 
 import argparse
-import asyncio
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ from lori.embedded import embedded_model
 from tests.bench.cluster_loss import kill_one
 from tests.bench.cluster_overhead import overheads
 from tests.bench.cluster_targets import Cluster, start_cluster, whole_send
+from tests.bench.cluster_throughput import Window, tokens_per_s
 from tests.bench.machine import machine, versions
 from tests.bench.serve_adapters import adapter_name, write_adapters
-from tests.bench.serve_asks import Ask, Choice, distinct, make_asks, zipf
+from tests.bench.serve_asks import Choice, distinct, zipf
 from tests.bench.serve_figures import Spread, number
-from tests.bench.serve_load import Send, closed_loop
+from tests.bench.serve_load import Send
 from tests.bench.serve_targets import Server, start_own
 from tests.bench.serve_wire import FailedError
 
 NUM_ADAPTERS = 64
-PROMPT_WORDS, NUM_TOKENS = 100, 64
+NAMES = [adapter_name(i) for i in range(NUM_ADAPTERS)]
 POPULARITIES: Mapping[str, Callable[[Sequence[str], str], Choice]] = {
     "all alike": lambda names, _: distinct(names),
     "zipf": zipf,
@@ -52,19 +54,11 @@ def main() -> None:
     """Prints what was found."""
     arguments = parse()
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
-    flags = ["--kv-cache-gib", "0.5", *arguments.server_flags.split()]
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        place = Path(scratch)
-        adapters = write_adapters(place / "adapters", identify_files(str(embedded_model())), NUM_ADAPTERS)
+    with tempfile.TemporaryDirectory() as scratch:
+        adapters = write_adapters(Path(scratch) / "adapters", identify_files(str(embedded_model())), NUM_ADAPTERS)
+        stage = Stage(adapters, cores, Path(scratch), ["--kv-cache-gib", "0.5", *arguments.server_flags.split()])
         try:
-            plain, clusters = [], []
-            for i in range(2):
-                plain.append(start_own(None, adapters, cores, place / f"plain-{i}.log", flags))
-                stack.callback(plain[-1].program.end)
-            for num_replicas in (1, 2):
-                clusters.append(start_cluster(adapters, num_replicas, cores, place / f"cluster-{num_replicas}.log", flags))
-                stack.callback(clusters[-1].end)
-            found = measure(plain, clusters, arguments)
+            found = measure(stage, arguments)
         except FailedError as error:
             raise SystemExit(f"error: {error}") from error
     report(found)
@@ -77,52 +71,82 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; 3 if absent")
-    parser.add_argument("--users", type=int, default=32, help="users of the throughput; 32 if absent")
-    parser.add_argument("--requests", type=int, default=64, help="requests of each load; 64 if absent")
+    parser.add_argument("--users", type=int, default=64, help="users of the throughput; 64 if absent")
+    parser.add_argument("--warm-s", type=float, default=8, help="seconds of each load that do not count; 8 if absent")
+    parser.add_argument("--seconds", type=float, default=16, help="seconds of each load that count; 16 if absent")
     parser.add_argument("--kills", type=int, default=3, help="replicas that are killed; 3 if absent")
     parser.add_argument("--server-flags", default="", help="more flags of all servers, in one string")
     return parser.parse_args()
 
 
-def measure(plain: Sequence[Server], clusters: Sequence[Cluster], arguments: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Starts what is measured."""
+
+    adapters: Path
+    cores: str
+    scratch: Path
+    flags: Sequence[str]
+
+    @contextmanager
+    def plain(self, count: int) -> Iterator[Sequence[Server]]:
+        """Runs so many plain servers until the block ends."""
+        with ExitStack() as stack:
+            servers: list[Server] = []
+            for i in range(count):
+                servers.append(start_own(None, self.adapters, self.cores, self.scratch / f"plain-{i}.log", self.flags))
+                stack.callback(servers[-1].program.end)
+            yield servers
+
+    @contextmanager
+    def cluster(self, num_replicas: int) -> Iterator[Cluster]:
+        """Runs a cluster until the block ends."""
+        cluster = start_cluster(self.adapters, num_replicas, self.cores, self.scratch / "cluster.log", self.flags)
+        try:
+            yield cluster
+        finally:
+            cluster.end()
+
+
+def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures all of it. Raises `FailedError`."""
-    one, two = clusters
-    names = [adapter_name(i) for i in range(NUM_ADAPTERS)]
-    loads = [(send, popularity) for send in SENDS for popularity in POPULARITIES]
-    found: dict[str, Any] = {"overhead": [], "throughput": [], "loss": []}
-    with tqdm(total=arguments.repeats * (1 + len(loads)) + arguments.kills, unit="part", disable=None) as bar:
-        for turn in range(arguments.repeats):
-            found["overhead"].append(overheads(plain[0].port, one.server.port, names, f"overhead {turn}"))
-            bar.update()
-            for send, popularity in loads:
-                choose = POPULARITIES[popularity](names, f"{turn}")
-                asks = make_asks(f"{send} {popularity} {turn}", arguments.requests, PROMPT_WORDS, NUM_TOKENS, choose)
-                sends = [SENDS[send](server) for server in (*plain, one.server, two.server)]
-                before = two.by_adapter()
-                speeds = {
-                    PLAIN: speed(sends[:1], asks, arguments.users),
-                    ONE: speed(sends[2:3], asks, arguments.users),
-                    TWO_PLAIN: speed(sends[:2], asks, arguments.users),
-                    TWO: speed(sends[3:], asks, arguments.users),
-                }
-                share = affinity(before, two.by_adapter())
-                found["throughput"].append({"load": f"{send}, {popularity}", "speeds": speeds, "affinity": share})
+    window = Window(arguments.warm_s, arguments.seconds)
+    num_loads = 4 * len(SENDS) * len(POPULARITIES)
+    with tqdm(total=arguments.repeats * (1 + num_loads) + arguments.kills, unit="part", disable=None) as bar:
+
+        def loads(servers: Sequence[Server], turn: int, cluster: Cluster | None = None) -> dict[str, dict[str, float]]:
+            found = {}
+            for send in SENDS:
+                for popularity, choice in POPULARITIES.items():
+                    before = cluster.by_adapter() if cluster else {}
+                    choose = choice(NAMES, f"{turn}")
+                    seed = f"{send} {popularity} {turn}"
+                    speed = tokens_per_s([SENDS[send](one) for one in servers], arguments.users, choose, seed, window)
+                    share = {"affinity": affinity(before, cluster.by_adapter())} if cluster else {}
+                    found[f"{send}, {popularity}"] = {"tokens_per_s": speed, **share}
+                    bar.update()
+            return found
+
+        found: dict[str, Any] = {"overhead": [], "throughput": [], "loss": []}
+        with stage.plain(1) as plain, stage.cluster(1) as cluster:
+            for turn in range(arguments.repeats):
+                found["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {turn}"))
                 bar.update()
-        for _ in range(arguments.kills):
-            found["loss"].append(kill_one(two, names))
-            bar.update()
+        for turn in range(arguments.repeats):
+            of_turn = {}
+            for name, count in ((PLAIN, 1), (TWO_PLAIN, 2)):
+                with stage.plain(count) as servers:
+                    of_turn[name] = loads(servers, turn)
+            for name, count in ((ONE, 1), (TWO, 2)):
+                with stage.cluster(count) as cluster:
+                    of_turn[name] = loads([cluster.server], turn, cluster)
+            found["throughput"].append(of_turn)
+        if arguments.kills:
+            with stage.cluster(2) as cluster:
+                for _ in range(arguments.kills):
+                    found["loss"].append(kill_one(cluster, NAMES))
+                    bar.update()
     return found
-
-
-def speed(sends: Sequence[Send], asks: Sequence[Ask], num_users: int) -> float:
-    """Returns the tokens/s of servers that have as many of the users, and requests, each. Raises `FailedError`."""
-
-    async def run() -> float:
-        parts = [closed_loop(send, asks[i :: len(sends)], num_users // len(sends)) for i, send in enumerate(sends)]
-        loads = await asyncio.gather(*parts)
-        return sum(len(load.replies) for load in loads) * NUM_TOKENS / max(load.seconds for load in loads)
-
-    return asyncio.run(run())
 
 
 def affinity(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> float:
@@ -141,12 +165,12 @@ def report(found: Mapping[str, Any]) -> None:
     overhead = {what: Spread.of(turn[what]["more_ms"] for turn in found["overhead"]) for what in found["overhead"][0]}
     plain = {what: Spread.of(turn[what]["plain_ms"] for turn in found["overhead"]) for what in overhead}
     print_table(["one request", "plain, ms", "more, ms"], [[what, str(plain[what]), str(overhead[what])] for what in overhead])
-    rows = []
-    for load in dict.fromkeys(turn["load"] for turn in found["throughput"]):
-        turns = [turn for turn in found["throughput"] if turn["load"] == load]
-        speeds = [number(Spread.of(turn["speeds"][name] for turn in turns).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
-        ratios = [str(Spread.of(turn["speeds"][a] / turn["speeds"][b] for turn in turns)) for a, b in RATIOS]
-        rows.append([load, *speeds, *ratios, str(Spread.of(100 * turn["affinity"] for turn in turns))])
+    turns, rows = found["throughput"], []
+    for load in turns[0][TWO]:
+        speeds = [{name: of[load]["tokens_per_s"] for name, of in turn.items()} for turn in turns]
+        medians = [number(Spread.of(speed[name] for speed in speeds).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
+        ratios = [str(Spread.of(speed[a] / speed[b] for speed in speeds)) for a, b in RATIOS]
+        rows.append([load, *medians, *ratios, str(Spread.of(100 * turn[TWO][load]["affinity"] for turn in turns))])
     columns = ["tokens/s", PLAIN, TWO_PLAIN, ONE, TWO, *(f"{a} / {b}" for a, b in RATIOS), "affinity, %"]
     for of_row in zip(columns, *rows, strict=True):
         print(f"{of_row[0]:40}", *(f"{cell:>24}" for cell in of_row[1:]))

@@ -74,9 +74,10 @@ def whole_send(server: Server) -> Send:
     """Returns what asks `server` for whole answers."""
 
     async def send(one: Ask) -> Reply:
+        # Reading certificates, for every client anew, would take from what is measured.
         path, document = server.translate(one)
         reply = Reply()
-        async with httpx.AsyncClient(timeout=None) as http:
+        async with httpx.AsyncClient(timeout=None, verify=False) as http:
             answer = await http.post(f"http://127.0.0.1:{server.port}{path}", json=document | {"stream": False})
         if answer.status_code != httpx.codes.OK:
             raise FailedError(f"POST {path}: {answer.status_code}: {answer.text}")

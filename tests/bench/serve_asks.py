@@ -31,11 +31,16 @@ def prompt(seed: str, num_words: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=num_words))
 
 
-def make_asks(seed: str, count: int, num_words: int, num_tokens: int, choose: Choice) -> list[Ask]:
-    """Returns requests of `num_words` give or take a tenth: those of one number are as long whatever the seed."""
+def make_ask(seed: str, number: int, num_words: int, num_tokens: int, choose: Choice) -> Ask:
+    """Returns a request of `num_words` give or take a tenth: one of a number is as long whatever the seed."""
     spread = num_words // 10
-    lengths = [num_words + random.Random(i).randint(-spread, spread) for i in range(count)]
-    return [Ask(prompt(f"{seed} {i}", length), choose(i), num_tokens) for i, length in enumerate(lengths)]
+    length = num_words + random.Random(number).randint(-spread, spread)
+    return Ask(prompt(f"{seed} {number}", length), choose(number), num_tokens)
+
+
+def make_asks(seed: str, count: int, num_words: int, num_tokens: int, choose: Choice) -> list[Ask]:
+    """Returns the first requests, see `make_ask`."""
+    return [make_ask(seed, number, num_words, num_tokens, choose) for number in range(count)]
 
 
 def no_adapter(_: int) -> Names:

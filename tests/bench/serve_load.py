@@ -36,7 +36,7 @@ async def closed_loop(send: Send, asks: Sequence[Ask], concurrency: int) -> Load
 
     with no_collection():
         started = time.perf_counter()
-        await _together([user() for _ in range(concurrency)])
+        await together([user() for _ in range(concurrency)])
         return Load(time.perf_counter() - started, replies)
 
 
@@ -50,7 +50,7 @@ async def open_loop(send: Send, asks: Sequence[Ask], arrivals: Sequence[float]) 
 
     with no_collection():
         started = time.perf_counter()
-        await _together([user(*pair) for pair in zip(asks, arrivals, strict=True)])
+        await together([user(*pair) for pair in zip(asks, arrivals, strict=True)])
         return Load(time.perf_counter() - started, replies)
 
 
@@ -72,7 +72,8 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
-async def _together(users: Sequence[Coroutine[None, None, None]]) -> None:
+async def together(users: Sequence[Coroutine[None, None, None]]) -> None:
+    """Waits for all users. Raises the first `FailedError` of any, and ends the others."""
     try:
         async with asyncio.TaskGroup() as group:
             for user in users:
