@@ -12,20 +12,24 @@ from starlette.types import Message
 from server.cluster.carried import answer
 from server.settings import Settings
 from server.telemetry.logs import configure_log
+from server.telemetry.tracing import start_tracing
 
 
 class Replica:
     """Answers carried requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Loads everything. Raises as `load_service`."""
+        """Loads everything. Raises as `load_service` and `start_tracing`."""
         from server.app import create_app  # noqa: PLC0415  # who only starts replicas, or sends them requests, needs no torch
         from server.loading import load_service  # noqa: PLC0415
 
         # Ray's own place for it loses lines.
         configure_log(settings.log_format, sys.__stderr__, replica=_own_name())
+        self._tracing = start_tracing(settings.otlp_traces_endpoint)
         self._service = await run_in_threadpool(load_service, settings)
         self._app = create_app(self._service)
+        if self._tracing:
+            self._tracing.instrument(self._app)
         self._running = AsyncExitStack()
         self._state = await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
 
@@ -47,13 +51,19 @@ class Replica:
     async def beat(self) -> None:
         """Does nothing: whoever calls it is answered, or learns that this replica cannot be reached."""
 
+    def retire(self) -> None:
+        """Has /ready say that it is not; requests are answered as before."""
+        self._service.is_draining = True
+
     def check_health(self) -> None:
         """Raises where the engine has ended: Ray then puts another replica in this one's place."""
         self._service.check_ready()
 
     async def __del__(self) -> None:
-        """Ends the engine."""
+        """Ends the engine, and sends the traces that are left."""
         await self._running.aclose()
+        if self._tracing:
+            await run_in_threadpool(self._tracing.stop)
 
     def _scope(self, scope: Mapping[str, Any]) -> dict[str, Any]:
         return {**scope, "state": dict(self._state or {})}

@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import anyio
 import psutil
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
-from server.cluster.deployment import APPLICATION, deployed
+from server.cluster.deployment import APPLICATION, REPLICA, deployed
 from server.cluster.settings import ClusterSettings
 
 logger = logging.getLogger(__name__)
@@ -21,6 +24,8 @@ OBJECT_STORE_BYTES = 128 << 20
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
 POLL_S = 0.2
+NOTICE_S = 5.0
+"""For all replicas to hear that they are to end."""
 OURS = r"^(?:lori|server)\.[\w.]+: "
 """What Python prints before the words of an error of ours."""
 MARGIN_S = 30.0
@@ -33,7 +38,10 @@ class StartError(Exception):
 
 @contextmanager
 def serving(settings: ClusterSettings) -> Iterator[str]:
-    """Serves until the block ends, and gives the address. Raises `StartError` where Ray or a replica cannot start."""
+    """Serves until the block ends, and gives the address. Raises `StartError` where Ray or a replica cannot start.
+
+    The block's end breaks what runs; `end_gently` does not.
+    """
     try:
         _connect(settings)
     except Exception as error:  # Ray's are of many kinds, and some of none
@@ -43,12 +51,29 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
         _run(deployed(settings))
         yield f"http://{settings.host}:{settings.port}"
-        _drain(settings.drain_s)
     finally:
         own = psutil.Process().children(recursive=True)
         serve.shutdown()
         ray.shutdown()
         _end(own)
+
+
+async def end_gently(notice_s: float | None, drain_s: float) -> None:
+    """Ends what is served, after a notice if there is one, in which requests are taken; they have `drain_s` after it to end."""
+    if notice_s is not None:
+        await _give_notice(notice_s)
+    await _drain(drain_s)
+    await serve.shutdown_async()  # on the loop that the notice's calls are bound to
+
+
+async def _give_notice(seconds: float) -> None:
+    # Every replica says at /ready that it is not, and who sends requests goes elsewhere.
+    logger.info("not ready any more; requests are taken for %g s yet", seconds)
+    end = anyio.current_time() + seconds
+    replicas = serve.get_deployment_handle(REPLICA, APPLICATION)
+    with suppress(TimeoutError, RayActorError, RayServeException):  # who cannot be reached is not asked whether it is ready
+        await replicas.broadcast("retire").results_async(timeout_s=NOTICE_S, return_exceptions=True)
+    await anyio.sleep(end - anyio.current_time())
 
 
 def _run(application: Application) -> None:
@@ -66,13 +91,13 @@ def _reason(message: str) -> str:
     return re.split(OURS, message, flags=re.MULTILINE)[-1].strip()
 
 
-def _drain(drain_s: float) -> None:
-    # `shutdown` alone ends HAProxy at once, and with it every answer.
+async def _drain(drain_s: float) -> None:
+    # To shut down alone would end HAProxy at once, and with it every answer.
     logger.info("no request is taken any more; those under way have %g s", drain_s)
     serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
     deadline = time.monotonic() + drain_s + MARGIN_S
     while APPLICATION in serve.status().applications and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        await anyio.sleep(POLL_S)
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

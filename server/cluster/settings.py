@@ -5,13 +5,10 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from lori.flags import flag_of
 from server.cluster.affinity import LoadBound
 from server.settings import Settings
 
 DEFAULT_BOUND = LoadBound()
-UNHEARD = ("drain_notice_s", "otlp_traces_endpoint")
-"""What one server can be told and a cluster does not do: HAProxy has its connections, and no replica sends traces."""
 
 
 class ClusterSettings(Settings):
@@ -50,8 +47,6 @@ class ClusterSettings(Settings):
 
     @model_validator(mode="after")
     def _is_sound_as_a_cluster(self) -> Self:
-        if unheard := [flag_of(name) for name in UNHEARD if name in self.model_fields_set]:
-            raise ValueError(f"{', '.join(unheard)}: one server hears that (`python -m server`), a cluster does not")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"--max-replicas is {self.max_replicas}, expected --replicas, {self.replicas}, or more")
         return self

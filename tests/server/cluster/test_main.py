@@ -23,7 +23,7 @@ def refused(log: Path, *flags: str) -> tuple[int, str]:
     [
         (["--keys", "none.toml"], 1, "none.toml is not a sound key file:\n  it cannot be read: No such file or directory"),
         (["--host", "0.0.0.0"], 2, "--host: '0.0.0.0' lets other machines in, and there are no keys"),
-        (["--drain-notice-s", "5"], 2, "--drain-notice-s: one server hears that (`python -m server`), a cluster does not"),
+        (["--max-replicas", "1", "--replicas", "2"], 2, "--max-replicas is 1, expected --replicas, 2, or more"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(flags: list[str], code: int, said: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from server.transport.ports import free_port
 from tests.server.cluster.running import NAMES, START_S, Cluster, running
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, run_main, wait_until
+from tests.server.otlp import Collector, attributes, collector
 
 pytestmark = pytest.mark.slow
 DEMO = Path("server/adapters")
@@ -25,12 +26,19 @@ PROMPT = "Question: What is 2 + 3?\nAnswer:"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def heard() -> Iterator[Collector]:
+    with collector() as heard:
+        yield heard
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, heard: Collector) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
     (place / "adapters").mkdir()
     flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
     flags += ["--keep-alive-s", SILENCE_S, "--max-body-s", SILENCE_S, "--max-unread-s", SILENCE_S]
+    flags += ["--otlp-traces-endpoint", heard.url, "--drain-notice-s", "10"]
     with running(place / "log", *flags, headers=bearer(ADMIN)) as cluster:
         yield cluster
 
@@ -89,6 +97,17 @@ def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
     assert cluster.http.post("/generate", content=b"[" * 200_000).status_code == 400
 
 
+def _a_request_is_one_span_of_its_client_s_trace(cluster: Cluster, heard: Collector) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    body = {"prompt": PROMPT, "adapter": "safety", "max_tokens": 3, "ignore_eos": True}
+    reply = cluster.http.post("/generate", json=body, headers={"traceparent": f"00-{trace}-{parent}-01"})
+    assert reply.status_code == 200, reply.text
+    wait_until(lambda: any(span.trace_id.hex() == trace for span in heard.spans), "its span")
+    (span,) = [span for span in heard.spans if span.trace_id.hex() == trace]
+    assert span.parent_span_id.hex() == parent
+    assert attributes(span)["gen_ai.usage.output_tokens"] == 3
+
+
 def _a_change_reaches_every_replica(cluster: Cluster) -> None:
     files = {field: (DEMO / "math" / file).read_bytes() for field, file in FIELDS.items()}
     before = cluster.by_replica("lori:adapters_registered")
@@ -135,17 +154,20 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
 
 
 def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
-    """Every answer broke off once: HAProxy was ended at once."""
-    body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 400, "ignore_eos": True}
+    """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet."""
+    body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 1500, "ignore_eos": True}
     with cluster.http.stream("POST", "/generate", json=body) as reply:
         parts = reply.iter_text()
         text = next(parts)
         cluster.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: cluster.http.get("/ready").status_code == 503, "the notice")
+        last = cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "math", "max_tokens": 2})
+        assert last.status_code == 200, last.text
         text += "".join(parts)
     assert re.findall(r"event: (\w+)", text)[-1] == "done"
 
 
-def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
+def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) -> None:
     """One test of several parts: a start takes half a minute, and processes that share the tests would each have one."""
     _adapters_stay_with_their_replica(cluster)
     _a_merge_is_answered(cluster)
@@ -153,6 +175,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster) -> None:
     _a_client_that_leaves_frees_its_place(cluster)
     _a_connection_that_sends_no_whole_head_is_ended(cluster)
     _what_is_wrong_is_refused_as_by_one_server(cluster)
+    _a_request_is_one_span_of_its_client_s_trace(cluster, heard)
     _a_change_reaches_every_replica(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
