@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from server.client.errors import UnexpectedReplyError
 from server.client.fields import GenerateFields, MessageFields
 from server.cluster.affinity import ANY, key_of
-from server.cluster.asked import named_in
+from server.cluster.destination import named_in
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 

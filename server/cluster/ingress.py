@@ -14,9 +14,9 @@ from starlette.types import Message, Receive, Scope, Send
 from server.access.gate import caller_of
 from server.access.key_ring import KeyRing
 from server.cluster.affinity import ANY
-from server.cluster.asked import METRICS, is_for_all, key_in
-from server.cluster.carried import carried, pass_on, whole_body
+from server.cluster.destination import METRICS, is_for_all, key_in
 from server.cluster.exposition import merged_metrics
+from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
 from server.settings import Settings
 from server.transport.body_limit import BodyLimit
@@ -97,7 +97,7 @@ class Ingress:
         if body is None:
             return
         ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
-        await ask(carried(scope), body, receive if is_known else _unread, send)
+        await ask(portable(scope), body, receive if is_known else _unread, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY

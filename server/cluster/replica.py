@@ -9,14 +9,14 @@ from ray import serve
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Message
 
-from server.cluster.carried import answer
+from server.cluster.relay import answer
 from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
 
 
 class Replica:
-    """Answers carried requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
+    """Answers relayed requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         """Loads everything. Raises as `load_service` and `start_tracing`."""
@@ -39,7 +39,7 @@ class Replica:
         body: bytes,
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
-        """Yields the answer to a request, see `carried`."""
+        """Yields the answer to a request, see `relay.answer`."""
         async for messages in answer(self._app, self._scope(scope), body):
             yield messages
 

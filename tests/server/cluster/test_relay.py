@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from server.cluster.carried import answer, carried, pass_on, whole_body
+from server.cluster.relay import answer, pass_on, portable, whole_body
 
 pytestmark = pytest.mark.anyio
 SCOPE: dict[str, Any] = {
@@ -53,8 +53,8 @@ async def _echo(request: Request) -> JSONResponse:
 ECHO = Starlette(routes=[Route("/echo", _echo, methods=["POST"])])
 
 
-async def test_a_request_is_answered_from_what_was_carried() -> None:
-    scope = pickle.loads(pickle.dumps(carried(SCOPE)))  # noqa: S301  # our own
+async def test_a_request_is_answered_from_what_was_relayed() -> None:
+    scope = pickle.loads(pickle.dumps(portable(SCOPE)))  # noqa: S301  # our own
     messages = [message async for some in answer(ECHO, dict(scope), b"hello") for message in some]
     assert messages[0]["status"] == 200
     assert messages[1]["body"] == b'{"body":"hello","header":"1","query":"1"}'
@@ -62,7 +62,7 @@ async def test_a_request_is_answered_from_what_was_carried() -> None:
 
 async def test_an_answer_that_is_left_ends_the_application() -> None:
     app = Streamed()
-    answers = answer(app, dict(carried(SCOPE)), b"")
+    answers = answer(app, dict(portable(SCOPE)), b"")
     # The head alone is not sent: it would be a message more for each stream, while the first token is computed.
     assert [message["type"] for message in await anext(answers)] == ["http.response.start", "http.response.body"]
     await answers.aclose()
@@ -75,7 +75,7 @@ async def test_what_the_application_raises_is_raised() -> None:
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        async for _ in answer(broken, dict(carried(SCOPE)), b""):
+        async for _ in answer(broken, dict(portable(SCOPE)), b""):
             pass
 
 

@@ -1,4 +1,4 @@
-"""An ASGI request and its answer, carried from one process to another: the one that was asked, and the one that answers.
+"""An ASGI request and its answer, relayed from one process to another: the one that was asked, and the one that answers.
 
 The body goes whole; the answer comes as it is made, a list of messages at a time. Knows no Ray.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-CARRIED = (
+PORTABLE = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client",
     "server",
 )  # fmt: skip
@@ -18,9 +18,9 @@ HEAD = "http.response.start"
 Answers = AsyncIterable[Sequence[Message]]
 
 
-def carried(scope: Scope) -> Mapping[str, Any]:
+def portable(scope: Scope) -> Mapping[str, Any]:
     """Returns what of `scope` is sent with a request."""
-    return {key: scope[key] for key in CARRIED if key in scope}
+    return {key: scope[key] for key in PORTABLE if key in scope}
 
 
 async def whole_body(receive: Receive) -> bytes | None:
@@ -66,7 +66,7 @@ async def _until_left(receive: Receive) -> None:
 
 
 async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequence[Message], None]:
-    """Yields what `app` answers to a carried request, all messages that are there at a time; the head with what follows it.
+    """Yields what `app` answers to a relayed request, all messages that are there at a time; the head with what follows it.
 
     Closing it tells `app` that the client has left, and waits until it is done. Raises what `app` raises.
     """

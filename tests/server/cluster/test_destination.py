@@ -5,7 +5,7 @@ import json
 import pytest
 
 from server.cluster.affinity import ANY
-from server.cluster.asked import is_for_all, key_in
+from server.cluster.destination import is_for_all, key_in
 
 BASE = "SmolLM2-135M-Instruct"
 
