@@ -17,7 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lori.embedded import embedded_model
 from tests.bench.cluster_loss import kill_one
 from tests.bench.cluster_overhead import overheads
 from tests.bench.cluster_targets import Cluster, start_cluster, whole_send
-from tests.bench.cluster_throughput import Window, tokens_per_s
+from tests.bench.cluster_throughput import Window, throughput
 from tests.bench.machine import machine, versions
 from tests.bench.serve_adapters import adapter_name, write_adapters
 from tests.bench.serve_asks import Choice, distinct, zipf
@@ -121,9 +121,9 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
                     before = cluster.by_adapter() if cluster else {}
                     choose = choice(NAMES, f"{turn}")
                     seed = f"{send} {popularity} {turn}"
-                    speed = tokens_per_s([SENDS[send](one) for one in servers], arguments.users, choose, seed, window)
+                    speed = throughput([SENDS[send](one) for one in servers], arguments.users, choose, seed, window)
                     share = {"affinity": affinity(before, cluster.by_adapter())} if cluster else {}
-                    found[f"{send}, {popularity}"] = {"tokens_per_s": speed, **share}
+                    found[f"{send}, {popularity}"] = asdict(speed) | share
                     bar.update()
             return found
 
@@ -170,8 +170,11 @@ def report(found: Mapping[str, Any]) -> None:
         speeds = [{name: of[load]["tokens_per_s"] for name, of in turn.items()} for turn in turns]
         medians = [number(Spread.of(speed[name] for speed in speeds).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
         ratios = [str(Spread.of(speed[a] / speed[b] for speed in speeds)) for a, b in RATIOS]
-        rows.append([load, *medians, *ratios, str(Spread.of(100 * turn[TWO][load]["affinity"] for turn in turns))])
-    columns = ["tokens/s", PLAIN, TWO_PLAIN, ONE, TWO, *(f"{a} / {b}" for a, b in RATIOS), "affinity, %"]
+        cores = [number(Spread.of(turn[name][load]["cores"] for turn in turns).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
+        rows.append(
+            [load, *medians, *ratios, " ".join(cores), str(Spread.of(100 * turn[TWO][load]["affinity"] for turn in turns))]
+        )
+    columns = ["tokens/s", PLAIN, TWO_PLAIN, ONE, TWO, *(f"{a} / {b}" for a, b in RATIOS), "cores busy, of each", "affinity, %"]
     for of_row in zip(columns, *rows, strict=True):
         print(f"{of_row[0]:40}", *(f"{cell:>24}" for cell in of_row[1:]))
     for loss in found["loss"]:

@@ -4,7 +4,10 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+
+import psutil
 
 from tests.bench.serve_asks import Choice, make_ask
 from tests.bench.serve_load import Send, checked, no_collection, together
@@ -21,8 +24,16 @@ class Window:
     seconds: float
 
 
-def tokens_per_s(sends: Sequence[Send], num_users: int, choose: Choice, seed: str, window: Window) -> float:
-    """Returns the generated tokens/s of servers that have as many of the users each, who ask again when answered.
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Generated tokens/s, and how many cores were busy with that: in this process, the users', and in those it has started."""
+
+    tokens_per_s: float
+    cores: float
+
+
+def throughput(sends: Sequence[Send], num_users: int, choose: Choice, seed: str, window: Window) -> Throughput:
+    """Returns what servers do that have as many of the users each, who ask again when answered.
 
     The servers share the requests out in turn. An answer counts with the part of its time that lies in the window.
     Raises `FailedError`.
@@ -30,11 +41,12 @@ def tokens_per_s(sends: Sequence[Send], num_users: int, choose: Choice, seed: st
     return asyncio.run(_run(sends, num_users, choose, seed, window))
 
 
-async def _run(sends: Sequence[Send], num_users: int, choose: Choice, seed: str, window: Window) -> float:
+async def _run(sends: Sequence[Send], num_users: int, choose: Choice, seed: str, window: Window) -> Throughput:
     with no_collection():
         begin = time.perf_counter() + window.warm_s
         end = begin + window.seconds
         replies: list[tuple[float, Reply]] = []
+        cpu_s: list[float] = []
 
         async def user(send: Send, numbers: Iterator[int]) -> None:
             while time.perf_counter() < end:
@@ -42,11 +54,26 @@ async def _run(sends: Sequence[Send], num_users: int, choose: Choice, seed: str,
                 reply = checked(await send(ask), ask)
                 replies.append((time.perf_counter(), reply))
 
+        async def watch() -> None:
+            for moment in (begin, end):
+                await asyncio.sleep(moment - time.perf_counter())
+                cpu_s.append(_cpu_s())
+
         numbers = [itertools.count(place, len(sends)) for place in range(len(sends))]
-        await together([user(sends[i % len(sends)], numbers[i % len(sends)]) for i in range(num_users)])
-    return sum(counted(reply.asked, ended, begin, end) for ended, reply in replies) * NUM_TOKENS / window.seconds
+        await together([watch(), *(user(sends[i % len(sends)], numbers[i % len(sends)]) for i in range(num_users))])
+    tokens = sum(counted(reply.asked, ended, begin, end) for ended, reply in replies) * NUM_TOKENS
+    return Throughput(tokens / window.seconds, (cpu_s[1] - cpu_s[0]) / window.seconds)
 
 
 def counted(asked: float, ended: float, begin: float, end: float) -> float:
     """Returns the share of the time from `asked` to `ended` that lies between `begin` and `end`."""
     return max(0.0, min(ended, end) - max(asked, begin)) / (ended - asked)
+
+
+def _cpu_s() -> float:
+    this, found = psutil.Process(), 0.0
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            found += times.user + times.system
+    return found
