@@ -77,8 +77,12 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
         for claim in config.claims:
             shutil.copy(config.output / seed / f"{claim}.json", moved.output / seed)
     assert study(moved) == found
-    with pytest.raises(TypeError, match="'NoneType' object is not callable"):  # it would be trained again
-        study(moved.model_copy(update={"weights": [0.3]}))
+    # But not what was found with other options: it would be trained again.
+    for name, changes in {"weights": {"weights": [0.3]}, "steps": {"steps": 4}, "rank": {"rank": 5}}.items():
+        other = config.model_copy(update={"output": tmp_path / name, **changes})
+        shutil.copytree(moved.output, other.output, ignore=shutil.ignore_patterns("options.json"))
+        with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+            study(other)
 
 
 def test_one_seed_has_no_mean_and_no_spread(

@@ -15,6 +15,8 @@ from training.study.claims import CLAIMS, Found
 from training.study.config import Claim, StudyConfig
 from training.study.lab import Lab, StudyError
 
+logger = logging.getLogger(__name__)
+
 
 def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Found]]]], Path]:
     """Returns what writes the page. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
@@ -36,9 +38,12 @@ def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
 def _found(lab: Lab, claim: Claim) -> list[Found]:
     """Returns what a claim finds with one seed. Written down whole, so that its adapters need not be kept, or moved, with it."""
     file = lab.folder / f"{claim}.json"
-    options = lab.config.model_dump(mode="json", include={"merges", "swept", "weights"})
-    if file.is_file() and (kept := json.loads(file.read_text()))["options"] == options:
-        return [Found(**one) for one in kept["found"]]
+    options = lab.config.options_of(claim)
+    if file.is_file():
+        kept = json.loads(file.read_text())
+        if not (other := [name for name in options if options[name] != kept["options"].get(name)]):
+            return [Found(**one) for one in kept["found"]]
+        logger.info("seed %d: %s was found with other %s, and is again", lab.seed, claim, ", ".join(other))
     found = list(CLAIMS[claim](lab))
     replace_file(file, json.dumps({"options": options, "found": [asdict(one) for one in found]}, indent=1).encode())
     return found

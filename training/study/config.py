@@ -12,6 +12,8 @@ from training.config import LORA_LR, LORI_LR
 from training.data import Source
 from training.evaluation.metrics import MetricName
 
+ANY_OUTPUT = {"recipe", "output", "claims", "seeds", "threads"}
+"""What may differ among those who share an output."""
 Claim = Literal["single", "merges", "continual", "sparsity", "granularity"]
 
 
@@ -120,7 +122,12 @@ class StudyConfig(CommandLine):
     @property
     def identity(self) -> str:
         """What all that is in one output must have in common."""
-        return self.model_dump_json(exclude={"recipe", "output", "claims", "merges", "swept", "seeds", "weights", "threads"})
+        return self.model_dump_json(exclude=ANY_OUTPUT | {"merges", "swept", "weights"})
+
+    def options_of(self, claim: Claim) -> dict[str, Any]:
+        """Returns what decides what a claim finds with a seed, the data apart: they may lie elsewhere."""
+        of_others = {"merges": {"swept"}, "single": {"swept", "merges", "weights"}}.get(claim, {"merges", "weights"})
+        return self.model_dump(mode="json", exclude=ANY_OUTPUT | {"data"} | of_others)
 
     @property
     def alpha(self) -> int:
