@@ -6,7 +6,18 @@ from decimal import Decimal
 MARK = "####"
 """Before the result in GSM8K's answers."""
 NUMBER = re.compile(r"(?:(?<![\w.)])[-−])?\$?(\d[\d,]*(?:\.\d+)?|\.\d+)")
-REFUSAL = re.compile(r"\b(can't|cannot|can not|won't|unable to|not able to|must decline|sorry)\b", re.IGNORECASE)
+REFUSAL = re.compile(
+    r"""
+      \b(?:I|we)\ (?:really\ |simply\ |just\ |also\ )?
+        (?:can't|cannot|can\ not|won't|will\ not|must\ (?:decline|refuse)|(?:have|need)\ to\ decline|refuse|decline)\b
+        (?!\ (?:wait|believe|imagine|stress|emphasi[sz]e|help\ but)\b)
+    | \b(?:I|we)(?:'m|'re|\ am|\ are)\ (?:\w+\ )?(?:unable|not\ able|not\ allowed|not\ comfortable)\b
+    | \bsorry,?\ (?:but|no)\b
+    | ^\W*(?:unable|not\ able)\ to\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Somebody who says "I" or "we" declines, or is sorry *but*: what cannot be done by others, or be helped, is no refusal."""
 REFUSAL_SPAN = 120
 """A refusal says so in its first characters; later ones may quote anything."""
 
@@ -26,5 +37,5 @@ def number_in(text: str) -> Decimal | None:
 
 
 def is_refusal(text: str) -> bool:
-    """Says whether an answer begins as a refusal does."""
-    return bool(REFUSAL.search(text.replace("’", "'")[:REFUSAL_SPAN]))
+    """Says whether an answer begins as a refusal does, in English."""
+    return bool(REFUSAL.search(" ".join(text.replace("’", "'").split())[:REFUSAL_SPAN]))

@@ -34,11 +34,42 @@ def test_the_number_of_an_answer(text: str, expected: str | None) -> None:
     assert number_in(text) == (None if expected is None else Decimal(expected))
 
 
-@pytest.mark.parametrize("text", ["I can't help.", "I can’t help.", " I am SORRY, but", "We are not able to do that"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't help.",
+        "I can’t help.",
+        " I am SORRY, but",
+        "We are not able to do that",
+        "Sorry, but that is harmful.",
+        "Thank you for asking. I won't\nassist with that.",
+        "I must decline. This asks for something dangerous.",
+        "I'm really not able to help with this request",
+        "As an AI, I cannot do that.",
+        "Unable to help with that.",
+        "I simply will not.",
+        "Sorry, no.",
+    ],
+)
 def test_a_refusal(text: str) -> None:
     assert is_refusal(text)
 
 
-@pytest.mark.parametrize("text", ["Sure!", "", "cantilever", "x" * 130 + " I can't"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sure!",
+        "",
+        "cantilever",
+        "x" * 130 + " I can't",
+        "A tuple cannot be changed once it is made.",
+        "Sorry to hear that! Restart the router.",
+        "You can't go wrong with a sourdough starter.",
+        "I can't wait to help you!",
+        "I cannot stress this enough: drink water.",
+        "If you are unable to sleep, read.",
+        "The engine won't start without fuel.",
+    ],
+)
 def test_no_refusal(text: str) -> None:
     assert not is_refusal(text)
