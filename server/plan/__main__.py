@@ -10,7 +10,7 @@ from lori.cli.output import print_json
 from lori.errors import LoriError
 from server.client import ClientError
 from server.plan.config import PlanConfig
-from server.plan.measured import LOAD_S_PER_BYTE
+from server.plan.measured import LOAD_S_PER_BYTE, SINGLE_TOKENS_PER_S, TOKENS_PER_S
 from server.plan.memory import ModelSizes
 from server.plan.page import as_document, print_outcomes, print_plan
 from server.plan.plan import Plan, PlanError, make_plan, sizes
@@ -49,6 +49,8 @@ def _drawer() -> Draw:
 
 
 def _speed(config: PlanConfig, model: ModelSizes) -> Speed:
+    if config.is_measured:
+        return Speed(SINGLE_TOKENS_PER_S, TOKENS_PER_S, config.users)
     if config.tokens_per_s:
         return Speed(config.single_tokens_per_s, config.tokens_per_s, config.users)
     assert config.server, "the config has one of them"

@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from lori.cli.inspection import FORMATS
 from lori.flags import flag_of
 from server.arguments import read_arguments
-from server.plan.measured import OVERHEAD_GIB, Ratio, measured_ratio
+from server.plan.measured import MEASURED, OVERHEAD_GIB, Ratio, measured_ratio
 from server.settings import Settings
 
 BENCH = "python -m tests.bench.serve --cases off"
@@ -60,7 +60,8 @@ class PlanConfig(BaseSettings):
     terms: int = Field(default=1, ge=1)
     """Adapters that a request names, at most."""
     tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
-    """What one replica generates without adapters, of such requests, with --users at once."""
+    """What one replica generates without adapters, of such requests, with --users at once; of the embedded model on a CPU, with
+    flags of requests that are not changed, what this project measured on one core if absent."""
     single_tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
     """The same with one user."""
     users: int = Field(default=32, ge=2)
@@ -140,11 +141,19 @@ class PlanConfig(BaseSettings):
         return None if self.device == "cuda" else measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity))
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the tokens a second are those that this project measured."""
+        told = self.server or self.tokens_per_s or self.single_tokens_per_s
+        return not told and all(getattr(self, name) == value for name, value in MEASURED.items())
+
+    @property
     def process_gib(self) -> float:
         """What a replica's process takes beside all that is counted."""
         return OVERHEAD_GIB if self.overhead_gib is None else self.overhead_gib
 
     def _speed_faults(self) -> list[str]:
+        if self.is_measured:
+            return []
         if self.server and (self.tokens_per_s or self.single_tokens_per_s):
             return ["--server measures what --tokens-per-s and --single-tokens-per-s say: pass either"]
         if not self.server and self.tokens_per_s is None:
@@ -159,7 +168,7 @@ class PlanConfig(BaseSettings):
             unused = [flag_of(name) for name in SIMULATED if name in self.model_fields_set]
             return [f"{', '.join(unused)}: pass --simulate, too"] if unused else []
         faults = []
-        if not self.server and self.single_tokens_per_s is None:
+        if not self.server and not self.is_measured and self.single_tokens_per_s is None:
             faults.append(f"--single-tokens-per-s is missing: `{BENCH}` measures it, too: its row of one user")
         if self.disk_mb_per_s is None:
             faults.append(

@@ -5,6 +5,13 @@ from dataclasses import dataclass
 MODEL = "SmolLM2-135M in bfloat16 on one core of an AMD EPYC with AVX-512"
 KEPT_A_ROW = 3.2
 """Entries that a row of B keeps in what was measured: rank 32, a tenth."""
+TOKENS_PER_S, SINGLE_TOKENS_PER_S = 587.0, 121.0
+"""Of that model without adapters, with 32 users and with one."""
+MEASURED = {
+    "model": None, "dtype": "bfloat16", "quantization": None, "device": "cpu", "prompt_tokens": 100, "completion_tokens": 64,
+    "users": 32,
+}  # fmt: skip
+"""What they are of, as `PlanConfig` has it."""
 OVERHEAD_GIB = 0.9
 """Of a process on a CPU, beside all that is counted: a server of the embedded model had 0.84 more in RAM than is."""
 RESERVED, HELD = 1.15, 1.35

@@ -9,7 +9,7 @@ import torch
 from lori.errors import LoriError
 from server.engine.adapters.tiers import MAX_LOADING
 from server.plan.config import PlanConfig
-from server.plan.measured import HELD, RESERVED, Ratio
+from server.plan.measured import HELD, MODEL, RESERVED, Ratio
 from server.plan.memory import GIB, AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
 from server.plan.speed import Speed
 from server.settings import Settings
@@ -157,6 +157,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
 def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
     """Returns what the plan takes for true, each as a sentence."""
     told = f"measured now at {config.server}" if config.server else "as --tokens-per-s says"
+    told = f"README, How fast: {MODEL}" if config.is_measured else told
     said = [
         f"Requests have {config.prompt_tokens} prompt tokens and {config.completion_tokens} new ones, and name "
         f"{config.terms} of {config.adapters:,} adapters; no prompt is found in the prefix cache.",

@@ -18,8 +18,13 @@ def faults(settings: dict[str, Any]) -> str:
     return flag_faults(found.value)
 
 
-def test_a_speed_that_nobody_measured_is_asked_for() -> None:
-    said = faults({"adapters": 100, "rps": 5.0})
+@pytest.mark.parametrize(
+    "more",
+    [{"model": "some/model"}, {"dtype": "float32"}, {"quantization": "int8"}, {"users": 8}, {"single_tokens_per_s": 100.0}],
+    ids=lambda more: str([*more]),
+)
+def test_a_speed_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None:
+    said = faults({"adapters": 100, "rps": 5.0} | more)
     assert "--tokens-per-s is missing" in said
     assert "python -m tests.bench.serve --cases off --model" in said
     assert "--server URL" in said

@@ -58,11 +58,23 @@ def test_a_running_server_is_measured(
     assert f"measured now at {live.url}" in "".join(document["assumptions"])
 
 
+def test_the_embedded_model_needs_no_measuring(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--adapters", "10000", "--rank", "32", "--rps", "10", "--json"]
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    assert main() == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["speed"] == {"single": 121, "together": 587, "users": 32}
+    assert "README, How fast: SmolLM2-135M in bfloat16 on one core" in "".join(document["assumptions"])
+    monkeypatch.setattr("sys.argv", ["plan", *flags, "--simulate", "--disk-mb-per-s", "200", "--requests", "200"])
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out)["simulation"]
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "expected"),
     [
         (["--adapters", "0", "--rps", "none"], 2, "--adapters: "),
-        (["--adapters", "5", "--rps", "1"], 2, "--tokens-per-s is missing"),
+        (["--adapters", "5", "--rps", "1", "--prompt-tokens", "9"], 2, "--tokens-per-s is missing"),
         ([*PLAN, "--model", "/no/model"], 1, "/no/model"),
         ([*PLAN, "--memory-gib", "0.5"], 1, "--memory-gib 0.5 holds 0 adapters"),
         ([*PLAN, *SIMULATION, "--replicas", "1"], 1, "--replicas 1 cannot answer 20 requests/s"),
