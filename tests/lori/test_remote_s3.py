@@ -1,9 +1,11 @@
-"""A store in S3, by its real protocol, which moto serves (`pip install 'moto[server]' s3fs`); skipped where that is not."""
+"""A store in S3, by its real protocol, which moto serves."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from lori.errors import AdapterError, UnreachableError
 from lori.remote_folder import RemoteFolder
@@ -11,15 +13,11 @@ from lori.remote_store import RemoteStore
 from tests.lori.adapters import make_adapter
 from tests.lori.remotes import LIMIT_S
 
-pytest.importorskip("s3fs")
-servers = pytest.importorskip("moto.server")
-boto3 = pytest.importorskip("boto3")
-
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an empty bucket."""
-    server = servers.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     for name, value in {

@@ -22,6 +22,11 @@ def test_a_client_that_sends_nothing_is_waited_for_as_long_as_the_flags_say() ->
     assert PREFERRED[CLIENT_TIMEOUT] == "75"
 
 
+def test_requests_come_by_haproxy_in_throughput_mode() -> None:
+    prepare_environment(Settings())
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+
+
 def test_what_the_operator_says_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CLIENT_TIMEOUT, "600")
     prepare_environment(Settings())

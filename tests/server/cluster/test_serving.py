@@ -80,6 +80,10 @@ def _a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
         next(reply.iter_bytes())
         wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 1, "the request to run")
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
+    # Also one that waits for a whole answer.
+    with pytest.raises(httpx.ReadTimeout):
+        cluster.http.post("/generate", json=body | {"stream": False}, timeout=2)
+    wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
 
 
 def _a_connection_that_sends_no_whole_head_is_ended(cluster: Cluster) -> None:
