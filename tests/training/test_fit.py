@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lori.base_model import load_base_model
 from lori.errors import LoriError
 from lori.format import load_adapter, read_config
+from lori.merge import merge
 from lori.sparse import SparseB
 from lori.template import encode
 from tests.tiny import save_tiny_model
@@ -76,6 +77,14 @@ def digest(folder: Path) -> str:
 
 def modules_of(folder: Path) -> Mapping[str, SparseB]:
     return load_adapter(folder).modules
+
+
+@pytest.fixture(scope="module")
+def apart(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two adapters, of ranks 2 and 4, the second of which avoids the first."""
+    folder = tmp_path_factory.mktemp("apart")
+    first = fit(config_for(tiny_model, data, folder / "first", rank=2, alpha=4), "")
+    return first, fit(config_for(tiny_model, data, folder / "second", avoid=[first]), "")
 
 
 def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -404,13 +413,62 @@ def test_one_calibration_is_enough_for_many_masks(tiny_model: Path, data: Path, 
     assert list(load_adapter(alone).config.lori.training["phases"]) == ["LoRI-S"]
 
 
-def test_an_avoided_adapter_s_entries_are_left_alone(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    first = fit(config_for(tiny_model, data, tmp_path / "first", rank=2, alpha=4), "")
-    second = fit(config_for(tiny_model, data, tmp_path / "second", avoid=[first]), "")
+def test_an_avoided_adapter_s_entries_are_left_alone(
+    tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
+) -> None:
+    first, second = apart
     for name, b in modules_of(second).items():
         assert not (b.mask[:, :2] & modules_of(first)[name].mask).any()
     with pytest.raises(LoriError, match="avoid fewer adapters"):
         fit(config_for(tiny_model, data, tmp_path / "third", avoid=[second], sparsity=0.05), "")
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5), (0.25, 1.0)])
+def test_a_sum_with_an_avoided_adapter_keeps_the_values_of_both(apart: tuple[Path, Path], weights: tuple[float, float]) -> None:
+    """At powers of two, at which nothing is rounded."""
+    adapters = [load_adapter(folder) for folder in apart]
+    total = merge(adapters, weights)
+    for name, found in total.modules.items():
+        first, second = (adapter.modules[name] for adapter in adapters)
+        assert total.config.scale_of(name) == adapters[0].config.scale_of(name) == 2
+        dense = found.dense()
+        assert torch.equal(dense[:, :2][first.mask], weights[0] * first.values.float())
+        assert torch.equal(dense[second.mask], weights[1] * second.values.float())
+        assert found.values.numel() == int(first.values.count_nonzero() + second.values.count_nonzero())
+
+
+def test_an_adapter_that_goes_on_shares_nothing_with_an_avoided_one(
+    tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
+) -> None:
+    """What it went on from was once kept where the avoided one has entries, and the sum was that of both."""
+    first, second = apart
+    other = fit(config_for(tiny_model, data, tmp_path / "other", steps=2, seed=7), "")
+    num_shared = sum(int((b.mask[:, :2] & modules_of(first)[name].mask).sum()) for name, b in modules_of(other).items())
+    assert num_shared
+    said = (
+        f"--avoid {first}: it keeps {num_shared} entries that --init-from {other} keeps, too, and which would stay: expected none"
+    )
+    with pytest.raises(LoriError, match=re.escape(said)):
+        fit(config_for(tiny_model, data, tmp_path / "refused", init_from=other, avoid=[second, first]), "")
+    third = fit(config_for(tiny_model, data, tmp_path / "third", steps=2, init_from=second, avoid=[first, second]), "")
+    total = merge([load_adapter(first), load_adapter(third)], [1.0, 1.0])
+    for name, b in modules_of(third).items():
+        before, own = modules_of(first)[name], modules_of(second)[name]
+        assert torch.equal(b.dense()[own.mask], own.values.float())
+        dense = total.modules[name].dense()
+        assert torch.equal(dense[:, :2][before.mask], before.values.float())
+        assert torch.equal(dense[b.mask], b.values.float())
+
+
+def test_an_avoided_adapter_of_another_scale_is_refused(
+    tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
+) -> None:
+    """A merge would put each scale into B, and round it."""
+    said = f"--avoid {apart[0]}: it has alpha/r = 2, expected --alpha / --rank = 2.5"
+    with pytest.raises(LoriError, match=re.escape(said)):
+        fit(config_for(tiny_model, data, tmp_path / "a", alpha=10, avoid=[apart[0]]), "")
+    elsewhere = fit(config_for(tiny_model, data, tmp_path / "q", steps=1, target_modules=["q_proj"]), "")
+    assert fit(config_for(tiny_model, data, tmp_path / "v", steps=1, alpha=10, target_modules=["v_proj"], avoid=[elsewhere]), "")
 
 
 def test_what_cannot_be_built_on_is_said_whole(tiny_model: Path, data: Path, tmp_path: Path) -> None:
