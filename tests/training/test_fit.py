@@ -239,13 +239,15 @@ def cut_before_the_end(config: FitConfig, at_step: int) -> None:
             fit(config, "command")
 
 
-@pytest.mark.parametrize("die_at", [1, 3, 6, 9])
-def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int) -> None:
-    whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
-    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), die_at)
+@pytest.mark.parametrize(
+    ("die_at", "dtype"), [(1, "float32"), (3, "float32"), (6, "float32"), (9, "float32"), (4, "bfloat16"), (9, "bfloat16")]
+)
+def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int, dtype: str) -> None:
+    whole = fit(config_for(tiny_model, data, tmp_path / "whole", dtype=dtype), "command")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype), die_at)
     assert (tmp_path / "cut.checkpoint").exists()
     assert not (tmp_path / "cut").exists()
-    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype, resume=True), "command")
     assert digest(resumed) == digest(whole)
 
 
@@ -307,13 +309,18 @@ def newest_step(folder: Path) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """Kill -9 wherever it falls, three times, by the command that a person would type again."""
-    changes = {"steps": 60, "held_out_fraction": 0.2, "eval_every": 3}
+@pytest.mark.parametrize(
+    ("dtype", "steps", "marks"), [("float32", 60, ["lori-d/6", "lori-d/33", "lori-s/12"]), ("bfloat16", 30, ["lori-d/6"])]
+)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    tiny_model: Path, data: Path, tmp_path: Path, dtype: str, steps: int, marks: list[str]
+) -> None:
+    """Kill -9 wherever it falls, by the command that a person would type again; as many threads as the tests have."""
+    changes = {"steps": steps, "held_out_fraction": 0.2, "eval_every": 3, "dtype": dtype, "threads": 1}
     whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
     command = [sys.executable, "-m", "training.fit", *flags_for(tiny_model, data, tmp_path / "cut", **changes), "--resume"]
     folder = tmp_path / "cut.checkpoint"
-    for mark in ["lori-d/6", "lori-d/33", "lori-s/12"]:
+    for mark in marks:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             phase, step = mark.split("/")
             while process.poll() is None and newest_step(folder / phase) < int(step):
