@@ -13,6 +13,7 @@ from lori.basis import Explicit, Seeded
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.identity import BaseIdentity
+from lori.values import ValueType
 from training.config import FitConfig
 
 
@@ -34,6 +35,8 @@ def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, 
     faults += _scale_faults(adapter, adapter.modules, config)
     if flag == "--mask-from" and (adapter.config.lori.sparsity or adapter.config.lori.training.get("init_from")):
         faults.append("keeps a part of B alone, or began from another adapter; expected one of --method lori-d from zero")
+    if flag == "--init-from" and config.method == "lori" and config.sparsity:
+        faults += _rounding_faults(adapter, config)
     if faults:
         raise ParentError(f"{flag} {folder}: it " + "; it ".join(faults))
     return adapter
@@ -84,6 +87,14 @@ def _scale_faults(adapter: Adapter, modules: Iterable[str], config: FitConfig) -
     scale = config.alpha / config.rank
     scales = {adapter.config.scale_of(name) for name in modules} - {scale}
     return [f"has alpha/r = {min(scales):g}, expected --alpha / --rank = {scale:g}"] if scales else []
+
+
+def _rounding_faults(adapter: Adapter, config: FitConfig) -> list[str]:
+    """What a mask leaves out would not stay as it is; in int8 a row's values share a scale, with those that are new."""
+    held = adapter.config.lori.values
+    exact: list[ValueType] = ["float32"] if held in ("int8", "float32") else [held, "float32"]
+    found = f"holds {held} values, which --values {config.values} would round again, expected --values {' or '.join(exact)}"
+    return [] if config.values in exact else [found]
 
 
 def _shared_faults(adapter: Adapter, start: Adapter | None, config: FitConfig) -> list[str]:

@@ -377,6 +377,32 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     assert num_same > num_changed > 0
 
 
+@pytest.mark.parametrize(
+    ("held", "values", "expected"),
+    [
+        ("float32", "bfloat16", "float32"),
+        ("float16", "bfloat16", "float16 or float32"),
+        ("int8", "int8", "float32"),
+        ("int8", "float32", None),
+        ("bfloat16", "float32", None),
+    ],
+)
+def test_what_stays_is_not_rounded_again(
+    tiny_model: Path, data: Path, tmp_path: Path, held: str, values: str, expected: str | None
+) -> None:
+    """It once was: all values of a float32 adapter, and those of each int8 row that had a greater one now."""
+    first = fit(config_for(tiny_model, data, tmp_path / "first", steps=2, values=held), "")
+    config = config_for(tiny_model, data, tmp_path / "second", steps=2, values=values, init_from=first, avoid=[first])
+    if expected:
+        said = f"it holds {held} values, which --values {values} would round again, expected --values {expected}"
+        with pytest.raises(LoriError, match=f"{said}$"):
+            fit(config, "")
+        return
+    after = modules_of(fit(config, ""))
+    for name, b in modules_of(first).items():
+        assert torch.equal(after[name].dense()[b.mask], b.values.float())
+
+
 def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_replaced(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
