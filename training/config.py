@@ -80,7 +80,8 @@ class FitConfig(CommandLine):
     """Masks by the largest entries of this adapter of `lori-d`, in place of a LoRI-D of its own: one does for many sparsities.
     Store that with `--values float32`, so that no entries are rounded alike."""
     avoid: list[Path] = Field(default=[])
-    """Adapters whose entries the mask leaves out, so that a sum keeps both as they are."""
+    """Adapters whose entries the mask leaves out, so that a sum keeps both as they are. What `init_from` names stays in the
+    adapter: it can be avoided itself, so that nothing of it changes, and else must share no entry with those."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps of LoRI-S (or of `lori-d` or `lora`); 0 to say it in epochs."""
     epochs: float = Field(default=1.0, gt=0)

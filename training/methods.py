@@ -64,19 +64,20 @@ class Lori:
         self.basis = Seeded(config.basis_seed, config.stream)
         names = list(target_layers(base.model, config.target_modules))
         self.shapes = {name: (base.identity.shapes[name][0], config.rank) for name in names}
-        self.start = self._parent("--init-from", config.init_from, names) if config.init_from else None
-        self.calibrated = self._parent("--mask-from", config.mask_from, names) if config.mask_from else None
+        start = self._parent("--init-from", config.init_from, names) if config.init_from else None
+        self.start = start.modules if start else None
+        self.calibrated = self._parent("--mask-from", config.mask_from, names).modules if config.mask_from else None
         self.avoided = None
         if config.avoid:
-            adapters = load_avoided(config, base.identity)
+            adapters = load_avoided(config, base.identity, self.shapes, start)
             self.avoided = entries_of(adapters, self.shapes)
             self.parents += [adapter.config.lori.content_digest for adapter in adapters]
         self.layers = wrap(base.model, config.target_modules, self.basis, config.rank, config.alpha, self.start)
 
-    def _parent(self, flag: str, folder: Path, names: Sequence[str]) -> Mapping[str, SparseB]:
+    def _parent(self, flag: str, folder: Path, names: Sequence[str]) -> Adapter:
         parent = load_parent(flag, folder, self.config, self.base.identity, names)
         self.parents.append(parent.config.lori.content_digest)
-        return parent.modules
+        return parent
 
     def begin(self, phase: Phase) -> None:
         """Puts a mask's entries in the place of all before LoRI-S."""

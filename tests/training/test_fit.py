@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lori.base_model import load_base_model
 from lori.errors import LoriError
 from lori.format import load_adapter, read_config
+from lori.merge import merge
 from lori.sparse import SparseB
 from lori.template import encode
 from tests.tiny import save_tiny_model
@@ -76,6 +77,14 @@ def digest(folder: Path) -> str:
 
 def modules_of(folder: Path) -> Mapping[str, SparseB]:
     return load_adapter(folder).modules
+
+
+@pytest.fixture(scope="module")
+def apart(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two adapters, of ranks 2 and 4, the second of which avoids the first."""
+    folder = tmp_path_factory.mktemp("apart")
+    first = fit(config_for(tiny_model, data, folder / "first", rank=2, alpha=4), "")
+    return first, fit(config_for(tiny_model, data, folder / "second", avoid=[first]), "")
 
 
 def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -230,13 +239,15 @@ def cut_before_the_end(config: FitConfig, at_step: int) -> None:
             fit(config, "command")
 
 
-@pytest.mark.parametrize("die_at", [1, 3, 6, 9])
-def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int) -> None:
-    whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
-    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), die_at)
+@pytest.mark.parametrize(
+    ("die_at", "dtype"), [(1, "float32"), (3, "float32"), (6, "float32"), (9, "float32"), (4, "bfloat16"), (9, "bfloat16")]
+)
+def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int, dtype: str) -> None:
+    whole = fit(config_for(tiny_model, data, tmp_path / "whole", dtype=dtype), "command")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype), die_at)
     assert (tmp_path / "cut.checkpoint").exists()
     assert not (tmp_path / "cut").exists()
-    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype, resume=True), "command")
     assert digest(resumed) == digest(whole)
 
 
@@ -298,13 +309,18 @@ def newest_step(folder: Path) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """Kill -9 wherever it falls, three times, by the command that a person would type again."""
-    changes = {"steps": 60, "held_out_fraction": 0.2, "eval_every": 3}
+@pytest.mark.parametrize(
+    ("dtype", "steps", "marks"), [("float32", 60, ["lori-d/6", "lori-d/33", "lori-s/12"]), ("bfloat16", 30, ["lori-d/6"])]
+)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    tiny_model: Path, data: Path, tmp_path: Path, dtype: str, steps: int, marks: list[str]
+) -> None:
+    """Kill -9 wherever it falls, by the command that a person would type again; as many threads as the tests have."""
+    changes = {"steps": steps, "held_out_fraction": 0.2, "eval_every": 3, "dtype": dtype, "threads": 1}
     whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
     command = [sys.executable, "-m", "training.fit", *flags_for(tiny_model, data, tmp_path / "cut", **changes), "--resume"]
     folder = tmp_path / "cut.checkpoint"
-    for mark in ["lori-d/6", "lori-d/33", "lori-s/12"]:
+    for mark in marks:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             phase, step = mark.split("/")
             while process.poll() is None and newest_step(folder / phase) < int(step):
@@ -361,6 +377,32 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     assert num_same > num_changed > 0
 
 
+@pytest.mark.parametrize(
+    ("held", "values", "expected"),
+    [
+        ("float32", "bfloat16", "float32"),
+        ("float16", "bfloat16", "float16 or float32"),
+        ("int8", "int8", "float32"),
+        ("int8", "float32", None),
+        ("bfloat16", "float32", None),
+    ],
+)
+def test_what_stays_is_not_rounded_again(
+    tiny_model: Path, data: Path, tmp_path: Path, held: str, values: str, expected: str | None
+) -> None:
+    """It once was: all values of a float32 adapter, and those of each int8 row that had a greater one now."""
+    first = fit(config_for(tiny_model, data, tmp_path / "first", steps=2, values=held), "")
+    config = config_for(tiny_model, data, tmp_path / "second", steps=2, values=values, init_from=first, avoid=[first])
+    if expected:
+        said = f"it holds {held} values, which --values {values} would round again, expected --values {expected}"
+        with pytest.raises(LoriError, match=f"{said}$"):
+            fit(config, "")
+        return
+    after = modules_of(fit(config, ""))
+    for name, b in modules_of(first).items():
+        assert torch.equal(after[name].dense()[b.mask], b.values.float())
+
+
 def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_replaced(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -404,13 +446,62 @@ def test_one_calibration_is_enough_for_many_masks(tiny_model: Path, data: Path, 
     assert list(load_adapter(alone).config.lori.training["phases"]) == ["LoRI-S"]
 
 
-def test_an_avoided_adapter_s_entries_are_left_alone(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    first = fit(config_for(tiny_model, data, tmp_path / "first", rank=2, alpha=4), "")
-    second = fit(config_for(tiny_model, data, tmp_path / "second", avoid=[first]), "")
+def test_an_avoided_adapter_s_entries_are_left_alone(
+    tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
+) -> None:
+    first, second = apart
     for name, b in modules_of(second).items():
         assert not (b.mask[:, :2] & modules_of(first)[name].mask).any()
     with pytest.raises(LoriError, match="avoid fewer adapters"):
         fit(config_for(tiny_model, data, tmp_path / "third", avoid=[second], sparsity=0.05), "")
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5), (0.25, 1.0)])
+def test_a_sum_with_an_avoided_adapter_keeps_the_values_of_both(apart: tuple[Path, Path], weights: tuple[float, float]) -> None:
+    """At powers of two, at which nothing is rounded."""
+    adapters = [load_adapter(folder) for folder in apart]
+    total = merge(adapters, weights)
+    for name, found in total.modules.items():
+        first, second = (adapter.modules[name] for adapter in adapters)
+        assert total.config.scale_of(name) == adapters[0].config.scale_of(name) == 2
+        dense = found.dense()
+        assert torch.equal(dense[:, :2][first.mask], weights[0] * first.values.float())
+        assert torch.equal(dense[second.mask], weights[1] * second.values.float())
+        assert found.values.numel() == int(first.values.count_nonzero() + second.values.count_nonzero())
+
+
+def test_an_adapter_that_goes_on_shares_nothing_with_an_avoided_one(
+    tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
+) -> None:
+    """What it went on from was once kept where the avoided one has entries, and the sum was that of both."""
+    first, second = apart
+    other = fit(config_for(tiny_model, data, tmp_path / "other", steps=2, seed=7), "")
+    num_shared = sum(int((b.mask[:, :2] & modules_of(first)[name].mask).sum()) for name, b in modules_of(other).items())
+    assert num_shared
+    said = (
+        f"--avoid {first}: it keeps {num_shared} entries that --init-from {other} keeps, too, and which would stay: expected none"
+    )
+    with pytest.raises(LoriError, match=re.escape(said)):
+        fit(config_for(tiny_model, data, tmp_path / "refused", init_from=other, avoid=[second, first]), "")
+    third = fit(config_for(tiny_model, data, tmp_path / "third", steps=2, init_from=second, avoid=[first, second]), "")
+    total = merge([load_adapter(first), load_adapter(third)], [1.0, 1.0])
+    for name, b in modules_of(third).items():
+        before, own = modules_of(first)[name], modules_of(second)[name]
+        assert torch.equal(b.dense()[own.mask], own.values.float())
+        dense = total.modules[name].dense()
+        assert torch.equal(dense[:, :2][before.mask], before.values.float())
+        assert torch.equal(dense[b.mask], b.values.float())
+
+
+def test_an_avoided_adapter_of_another_scale_is_refused(
+    tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
+) -> None:
+    """A merge would put each scale into B, and round it."""
+    said = f"--avoid {apart[0]}: it has alpha/r = 2, expected --alpha / --rank = 2.5"
+    with pytest.raises(LoriError, match=re.escape(said)):
+        fit(config_for(tiny_model, data, tmp_path / "a", alpha=10, avoid=[apart[0]]), "")
+    elsewhere = fit(config_for(tiny_model, data, tmp_path / "q", steps=1, target_modules=["q_proj"]), "")
+    assert fit(config_for(tiny_model, data, tmp_path / "v", steps=1, alpha=10, target_modules=["v_proj"], avoid=[elsewhere]), "")
 
 
 def test_what_cannot_be_built_on_is_said_whole(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -12,9 +12,27 @@ from training.data import Source, read_rows
 from training.recipe import SHIPPED, RecipeError, read_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-PAPER = [
-    f"{base}-{task}-r{r}" for base in ("llama-3-8b", "mistral-7b") for task in ("nlu", "math", "code", "safety") for r in (32, 64)
-]
+PAPER: dict[str, tuple[int, float, float, float, float]] = {
+    "llama-3-8b-nlu-r32": (32, 64, 5e-5, 5e-4, 1),
+    "llama-3-8b-nlu-r64": (64, 128, 5e-5, 1e-4, 1),
+    "llama-3-8b-math-r32": (32, 64, 5e-5, 5e-4, 3),
+    "llama-3-8b-math-r64": (64, 128, 5e-5, 1e-3, 3),
+    "llama-3-8b-code-r32": (32, 64, 5e-5, 5e-4, 2),
+    "llama-3-8b-code-r64": (64, 128, 1e-5, 1e-4, 2),
+    "llama-3-8b-safety-r32": (32, 64, 5e-5, 5e-4, 1),
+    "llama-3-8b-safety-r64": (64, 128, 1e-5, 1e-4, 1),
+    "mistral-7b-nlu-r32": (32, 64, 1e-5, 1e-4, 1),
+    "mistral-7b-nlu-r64": (64, 128, 1e-5, 1e-4, 1),
+    "mistral-7b-math-r32": (32, 64, 5e-5, 5e-4, 3),
+    "mistral-7b-math-r64": (64, 64, 1e-4, 5e-4, 3),
+    "mistral-7b-code-r32": (32, 64, 5e-5, 5e-4, 2),
+    "mistral-7b-code-r64": (64, 128, 1e-5, 1e-4, 2),
+    "mistral-7b-safety-r32": (32, 64, 5e-5, 5e-4, 1),
+    "mistral-7b-safety-r64": (64, 128, 1e-5, 1e-4, 1),
+}
+"""Rank, alpha, the rates of LoRI-D and LoRI-S, and epochs, of the scripts that `parts/paper.yaml` names."""
+NOT_TWICE_THE_RANK, BELOW_FIVE = {"mistral-7b-math-r64"}, {"llama-3-8b-nlu-r64"}
+"""Where those scripts differ from what the paper says: an alpha of 2r, LoRI-S's rate 5 to 20 times LoRI-D's."""
 ROWS: dict[str, dict[str, object]] = {
     "openai/gsm8k": {"question": "2 + 2?", "answer": "4\n#### 4"},
     "mteb/banking77": {"text": "My card?", "label": 1, "label_text": "Card_arrival"},
@@ -52,13 +70,23 @@ def test_every_shipped_recipe_loads_and_its_templates_fit_its_data(name: str, tm
 
 def test_the_paper_s_runs_are_shipped() -> None:
     assert {*PAPER, "small-math", "small-intent", "small-nlu", "small-safety"} == {*NAMES}
-    for name in PAPER:
+    for name, figures in PAPER.items():
         config = load(name)
-        assert config.batch_size == 32
-        assert config.sparsity == 0.9
-        assert 1 <= config.epochs <= 3
-        assert 2 <= config.lr / config.calibration_lr <= 20.0001
+        assert (config.rank, config.alpha, config.calibration_lr, config.lr, config.epochs) == figures, name
+        assert (config.method, config.batch_size, config.sparsity, config.granularity) == ("lori", 32, 0.9, "model")
+        assert (config.steps, config.calibration_steps, config.calibration_epochs) == (0, 0, 0)  # LoRI-D is as long as LoRI-S
         assert name.endswith(f"-r{config.rank}")
+        assert name.startswith(
+            {"meta-llama/Meta-Llama-3-8B": "llama-3-8b-", "mistralai/Mistral-7B-v0.1": "mistral-7b-"}[config.model]
+        )
+
+
+def test_where_the_paper_s_runs_differ_from_its_rule_is_known_and_said() -> None:
+    ratios = {name: round(lori_s / lori_d, 6) for name, (_, _, lori_d, lori_s, _) in PAPER.items()}
+    assert {name for name, (rank, alpha, *_) in PAPER.items() if alpha != 2 * rank} == NOT_TWICE_THE_RANK
+    assert {name for name, ratio in ratios.items() if not 5 <= ratio <= 20} == BELOW_FIVE
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in NOT_TWICE_THE_RANK | BELOW_FIVE)
 
 
 def test_flags_win_over_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
