@@ -62,7 +62,7 @@ class Service:
 
         All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
         """
-        self._check_alive()
+        self.check_alive()
         num_answers = sum(ask.num_choices for ask in asks)
         self._check_possible(caller, len(asks), num_answers)
         if self.num_requests + len(asks) > self.settings.max_requests:
@@ -74,7 +74,7 @@ class Service:
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
-            self._check_alive()
+            self.check_alive()
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)
             for request in requests:
@@ -99,11 +99,12 @@ class Service:
 
     def check_ready(self) -> None:
         """Raises `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
-        self._check_alive()
+        self.check_alive()
         if self.is_draining:
             raise DrainingError("the server is about to end")
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises `EngineDeadError` where the engine has ended."""
         if not self.engine.is_alive:
             raise EngineDeadError("the engine is not running")
 

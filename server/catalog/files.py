@@ -1,7 +1,7 @@
 """The adapters that a server can load: what is read of its stores, and what is put there. Runs in whatever thread calls it."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -166,6 +166,20 @@ class AdapterFiles:
         found = [of for entry in entries if "@" in entry.folder.name and (of := self._summarised(entry))]
         return [of for of in found if (of.summary.name, of.summary.digest) not in known]
 
+    def changes(self, by_name: Mapping[str, Registered]) -> tuple[list[str], list[str]]:
+        """Returns the names that mean something else in the store now than in `by_name`, and those of it that mean nothing there.
+
+        A folder as its maker left it is taken for what it was.
+        """
+        if self._own is None:
+            return [], []
+        with told(self._own):
+            self._own.pull()
+            current = self._own.current()
+        changed = [name for name, entry in current.items() if not _is_same(by_name.get(name), entry)]
+        root = self._own.root
+        return changed, [name for name, of in by_name.items() if of.entry.folder.parent == root and name not in current]
+
     def _find(self, reference: str) -> Entry:
         stores = [store for store in (self._own, self._demo) if store]
         if not stores:
@@ -215,6 +229,10 @@ class AdapterFiles:
             logger.warning("%s cannot be asked for: %s", entry.folder.name, error)
             return None
         return Registered(entry, summary)
+
+
+def _is_same(of: Registered | None, entry: Entry) -> bool:
+    return of is not None and (of.entry.folder == entry.folder or of.summary.version == _version(entry))
 
 
 def _version(entry: Entry) -> str:

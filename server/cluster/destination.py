@@ -4,6 +4,7 @@ Knows no Ray. Nothing is checked here: a replica refuses what is wrong.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 
 from lori.names import NAME
@@ -12,11 +13,19 @@ from server.model_names import PART
 
 MANAGED = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 METRICS = "/metrics"
+SHOWN, COMPARED = re.compile(r"/adapters(/[^/]+)?"), "/adapters/compare"
 
 
 def is_for_all(method: str, path: str) -> bool:
     """Says whether a request changes what each replica has, or asks for what only all know together."""
-    return path == METRICS or (method in {"POST", "PUT", "DELETE"} and path.startswith(MANAGED))
+    if method == "GET":
+        return path == METRICS or is_of_adapters(path)
+    return method in {"POST", "PUT", "DELETE"} and path.startswith(MANAGED)
+
+
+def is_of_adapters(path: str) -> bool:
+    """Says whether a GET of this path asks for adapters, or for one, with where they are and how much they are used."""
+    return bool(SHOWN.fullmatch(path)) and path != COMPARED
 
 
 def key_in(body: bytes, base_model: str) -> str:

@@ -1,11 +1,15 @@
 """What Ray Serve is told by environment variables, which it reads when it is imported: in all its processes, and before that."""
 
+import logging
 import math
 import os
+import sysconfig
+from pathlib import Path
 
 from server.settings import Settings
 from server.transport.ports import free_port
 
+logger = logging.getLogger(__name__)
 CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 
 
@@ -23,6 +27,8 @@ PREFERRED = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A busy machine takes more than the usual 5 s to start a proxy.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # With Ray's 15 whatever else computes on the machine goes before its replicas, a start of minutes included.
+    "RAY_worker_niceness": "0",
     # On all addresses of the machine, and without a key.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,6 +45,7 @@ PREFERRED = {
     CLIENT_TIMEOUT: client_timeout(Settings.model_construct()),
 }
 """What holds where the operator says nothing else."""
+HAPROXY, HAPROXY_PROGRAM = "RAY_SERVE_HAPROXY_BINARY_PATH", "lori-server-haproxy"
 PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
 """That are listened on, asked for or not: at Ray's own choice a second cluster on the machine could not start."""
 
@@ -47,5 +54,9 @@ def prepare_environment(settings: Settings) -> None:
     """Sets what is not set yet. To be called before anything of Ray is imported."""
     for name, value in (PREFERRED | {CLIENT_TIMEOUT: client_timeout(settings)}).items():
         os.environ.setdefault(name, value)
+    if (haproxy := Path(sysconfig.get_path("scripts"), HAPROXY_PROGRAM)).is_file():
+        os.environ.setdefault(HAPROXY, str(haproxy))
+    else:
+        logger.warning("%s is missing: clients that leave are not heard; install the package", haproxy)
     for name in PORTS:
         os.environ.setdefault(name, str(free_port()))

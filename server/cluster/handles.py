@@ -1,7 +1,7 @@
 """The replicas as Ray Serve reaches them."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import anyio
@@ -10,6 +10,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
+from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.replica import Replica
 
@@ -22,6 +23,7 @@ class ReplicaHandles:
 
     def __init__(self, handle: DeploymentHandle[Replica]) -> None:
         self._handle, self._streaming = handle, handle.options(stream=True)
+        self._changes = Changes()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
@@ -30,24 +32,45 @@ class ReplicaHandles:
         return ReplicaStream(responses)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        """Returns the answer of each replica that runs. Raises `ReplicaLostError` where all are lost."""
-        found = await self._handle.broadcast("whole", scope, body).results_async(return_exceptions=True)
+        """Returns the answer of each replica that runs; of a change, when all know of it.
+
+        Replicas that have not joined leave a change to the others, and then join. Raises `ReplicaLostError` where all are lost.
+        """
+        while True:
+            async with self._changes.running() if scope["method"] != "GET" else nullcontext():
+                found = await self._ask_each("whole", scope, body)
+            if not found:
+                raise ReplicaLostError("no replica is there")
+            answers = {name: messages for name, messages in found if messages}
+            if len(answers) < len(found):
+                await self._let_join()
+            if answers:
+                return answers
+
+    async def _ask_each(self, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
+        """Returns what each replica says, but for those that are lost."""
+        asked = self._handle.broadcast(method, *arguments)
+        found = await asked.results_async(timeout_s=timeout_s, return_exceptions=True)
         faults = [one for one in found if isinstance(one, Exception)]
         if others := [fault for fault in faults if not isinstance(fault, RayActorError)]:
             raise others[0]
-        if not (answers := dict(one for one in found if not isinstance(one, Exception))):
-            raise ReplicaLostError("no replica is there")
-        return answers
+        return [one for one in found if not isinstance(one, Exception)]
+
+    async def _let_join(self) -> None:
+        async with self._changes.paused():
+            pins = {name for _, pins in await self._ask_each("beat", timeout_s=BEAT_S) for name in pins}
+            await self._ask_each("join", sorted(pins))
 
     async def watch(self) -> None:
-        """Calls every replica again and again, until it is cancelled.
+        """Calls every replica again and again, until it is cancelled, and lets those join that have not.
 
         A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
         while True:
             with suppress(TimeoutError, RayActorError, RayServeException):
-                await self._handle.broadcast("beat").results_async(timeout_s=BEAT_S, return_exceptions=True)
+                if not all(has_joined for has_joined, _ in await self._ask_each("beat", timeout_s=BEAT_S)):
+                    await self._let_join()
             await anyio.sleep(BEAT_S)
 
 

@@ -16,11 +16,13 @@ from server.access.key_ring import KeyRing
 from server.cluster.affinity import ANY
 from server.cluster.destination import METRICS, is_for_all, key_in
 from server.cluster.exposition import merged_metrics
+from server.cluster.listing import merged_adapters
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
 from server.settings import Settings
 from server.transport.body_limit import BodyLimit
 from server.transport.request_id import HEADER as ID_HEADER
+from server.transport.request_id import request_id
 
 logger = logging.getLogger(__name__)
 MAX_TRIES = 3
@@ -52,7 +54,8 @@ class Replicas(Protocol):
         """Returns the whole answer of each replica, by its name, but of those that are lost; of one at least."""
 
     async def watch(self) -> None:
-        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`."""
+        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`, and
+        that new ones know of what was changed before they came."""
 
 
 class Ingress:
@@ -100,6 +103,7 @@ class Ingress:
         await ask(portable(scope), body, receive if is_known else _unread, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
+        said = f"{scope['method']} {scope['path']} request_id={request_id(scope['headers'])!r}"
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
         has_begun = False
 
@@ -115,11 +119,12 @@ class Ingress:
                 return
             except ReplicaLostError as error:
                 if has_begun:
+                    logger.warning("%s broke off: %s", said, error)
                     raise
                 if num_tries == MAX_TRIES:
                     await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
-                logger.warning("%s %s is sent to another replica: %s", scope["method"], scope["path"], error)
+                logger.warning("%s is sent to another replica: %s", said, error)
 
     async def _ask_all(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         try:
@@ -128,9 +133,14 @@ class Ingress:
             # Nobody knows what came of a change: a client is not told to make it once more.
             await _lost(error, {})(dict(scope), receive, send)
             return
-        if scope["path"] == METRICS and all(_status(answer) == 200 for answer in answers.values()):
-            text = await run_in_threadpool(merged_metrics, {name: _text(answer) for name, answer in answers.items()})
-            await Response(text, media_type=CONTENT_TYPE_LATEST)(dict(scope), receive, send)
+        if scope["method"] == "GET" and all(_status(answer) == 200 for answer in answers.values()):
+            whole = {name: _body(answer) for name, answer in answers.items()}
+            if scope["path"] == METRICS:
+                texts = {name: body.decode() for name, body in whole.items()}
+                reply = Response(await run_in_threadpool(merged_metrics, texts), media_type=CONTENT_TYPE_LATEST)
+            else:
+                reply = Response(await run_in_threadpool(merged_adapters, [*whole.values()]), media_type="application/json")
+            await reply(dict(scope), receive, send)
             return
         # One that refuses says why; where all agree any will do.
         for message in max(answers.values(), key=_status):
@@ -154,8 +164,8 @@ def _status(answer: Sequence[Message]) -> int:
     return int(answer[0]["status"])
 
 
-def _text(answer: Sequence[Message]) -> str:
-    return b"".join(message.get("body", b"") for message in answer).decode()
+def _body(answer: Sequence[Message]) -> bytes:
+    return b"".join(message.get("body", b"") for message in answer)
 
 
 def _lost(error: ReplicaLostError, headers: Mapping[str, str]) -> JSONResponse:

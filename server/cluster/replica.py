@@ -1,18 +1,24 @@
 """One engine with the whole HTTP application before it, in an actor of Ray's: it answers requests that others took."""
 
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+import anyio
 from ray import serve
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse
 from starlette.types import Message
 
 from server.cluster.relay import answer
+from server.schemas.errors import error_reply
 from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
+
+PROBED = ("/health", "/ready", "/metrics")
+CLOSED = JSONResponse(error_reply(503, "ServiceUnavailableError", "the server is about to end", None), 503, {"Retry-After": "1"})
 
 
 class Replica:
@@ -32,6 +38,8 @@ class Replica:
             self._tracing.instrument(self._app)
         self._running = AsyncExitStack()
         self._state = await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
+        self._num_asked, self._is_closed = 0, False
+        self._joining, self._has_joined = anyio.Lock(), False
 
     async def asgi(
         self,
@@ -39,25 +47,53 @@ class Replica:
         body: bytes,
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
-        """Yields the answer to a request, see `relay.answer`."""
-        async for messages in answer(self._app, self._scope(scope), body):
-            yield messages
+        """Yields the answer to a request, see `relay.answer`; once this is closed a refusal, but of what asks how it is."""
+        app = CLOSED if self._is_closed and scope["path"] not in PROBED else self._app
+        self._num_asked += 1
+        try:
+            async for messages in answer(app, self._scope(scope), body):
+                yield messages
+        finally:
+            self._num_asked -= 1
 
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
-        """Returns the replica's name, and its whole answer to a request that all replicas hear."""
+        """Returns the replica's name, and its whole answer to a request that all replicas hear.
+
+        A change is no matter of one that has not joined yet: its answer is empty.
+        """
+        if scope["method"] != "GET" and not self._has_joined:
+            return _own_name(), []
         messages = [message async for some in answer(self._app, self._scope(scope), body) for message in some]
         return _own_name(), messages
 
-    async def beat(self) -> None:
-        """Does nothing: whoever calls it is answered, or learns that this replica cannot be reached."""
+    async def beat(self) -> tuple[bool, Collection[str]]:
+        """Says whether this replica has joined, and what is pinned here; or the caller learns that it cannot be reached."""
+        return self._has_joined, [*self._service.admin.pins]
+
+    async def join(self, pins: Collection[str]) -> None:
+        """Makes good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'."""
+        from server.catalog.catching_up import catch_up  # noqa: PLC0415  # see `__init__`
+
+        async with self._joining:
+            if not self._has_joined and self._service.files:
+                await catch_up(self._service.admin, self._service.files, self._service.registry, pins)
+            self._has_joined = True
 
     def retire(self) -> None:
         """Has /ready say that it is not; requests are answered as before."""
         self._service.is_draining = True
 
+    def close(self) -> None:
+        """Has new requests refused."""
+        self._is_closed = True
+
+    def num_asked(self) -> int:
+        """Returns how many requests are under way."""
+        return self._num_asked
+
     def check_health(self) -> None:
-        """Raises where the engine has ended: Ray then puts another replica in this one's place."""
-        self._service.check_ready()
+        """Raises where the engine has ended: Ray then puts another replica in this one's place. One that is to end is sound."""
+        self._service.check_alive()
 
     async def __del__(self) -> None:
         """Ends the engine, and sends the traces that are left."""

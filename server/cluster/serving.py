@@ -2,9 +2,10 @@
 
 import logging
 import re
-import time
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import anyio
 import psutil
@@ -17,6 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from server.cluster.deployment import APPLICATION, REPLICA, deployed
 from server.cluster.settings import ClusterSettings
+from server.cluster.start_error import StartError
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 << 20
@@ -24,16 +26,12 @@ OBJECT_STORE_BYTES = 128 << 20
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
 POLL_S = 0.2
-NOTICE_S = 5.0
-"""For all replicas to hear that they are to end."""
-OURS = r"^(?:lori|server)\.[\w.]+: "
-"""What Python prints before the words of an error of ours."""
 MARGIN_S = 30.0
 """For Ray to end the replicas, and to say so, when their requests have had their time."""
-
-
-class StartError(Exception):
-    """Ray, a replica or an ingress cannot start, and why."""
+ANSWER_S = 5.0
+"""For replicas to hear that they are to end."""
+OURS = r"^(?:lori|server)\.[\w.]+: "
+"""What Python prints before the words of an error of ours."""
 
 
 @contextmanager
@@ -42,10 +40,13 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
 
     The block's end breaks what runs; `end_gently` does not.
     """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         _connect(settings)
     except Exception as error:  # Ray's are of many kinds, and some of none
         raise StartError(f"Ray cannot be reached, or did not start: {error}") from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray's own aborts
     try:
         # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
@@ -70,9 +71,7 @@ async def _give_notice(seconds: float) -> None:
     # Every replica says at /ready that it is not, and who sends requests goes elsewhere.
     logger.info("not ready any more; requests are taken for %g s yet", seconds)
     end = anyio.current_time() + seconds
-    replicas = serve.get_deployment_handle(REPLICA, APPLICATION)
-    with suppress(TimeoutError, RayActorError, RayServeException):  # who cannot be reached is not asked whether it is ready
-        await replicas.broadcast("retire").results_async(timeout_s=NOTICE_S, return_exceptions=True)
+    await _ask_each("retire")
     await anyio.sleep(end - anyio.current_time())
 
 
@@ -92,12 +91,29 @@ def _reason(message: str) -> str:
 
 
 async def _drain(drain_s: float) -> None:
-    # To shut down alone would end HAProxy at once, and with it every answer.
+    # To delete the application first would have Ray answer 404; to shut down ends HAProxy at once, and with it every answer.
     logger.info("no request is taken any more; those under way have %g s", drain_s)
-    serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
-    deadline = time.monotonic() + drain_s + MARGIN_S
-    while APPLICATION in serve.status().applications and time.monotonic() < deadline:
+    end = anyio.current_time() + drain_s
+    await _ask_each("close")
+    while any(await _ask_each("num_asked")) and anyio.current_time() < end:
         await anyio.sleep(POLL_S)
+    serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
+    while APPLICATION in serve.status().applications and anyio.current_time() < end + MARGIN_S:
+        await anyio.sleep(POLL_S)
+
+
+async def _ask_each(method: str) -> list[Any]:
+    # Who cannot be reached has no say.
+    replicas = serve.get_deployment_handle(REPLICA, APPLICATION)
+    try:
+        found = await replicas.broadcast(method).results_async(timeout_s=ANSWER_S, return_exceptions=True)
+    except (TimeoutError, RayActorError, RayServeException) as error:
+        logger.warning("replicas were not asked to %s: %s", method, error)
+        return []
+    for one in found:
+        if isinstance(one, Exception):
+            logger.warning("a replica was not asked to %s: %s", method, one)
+    return [one for one in found if not isinstance(one, Exception)]
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

@@ -9,7 +9,7 @@ from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
 from server.cluster.deployment import REPLICA, from_config
-from server.cluster.environment import PREFERRED
+from server.cluster.environment import HAPROXY, HAPROXY_PROGRAM, PREFERRED
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
@@ -36,11 +36,13 @@ def test_ray_takes_the_config_and_builds_the_application(file: str) -> None:
 
 def test_every_container_of_kuberay_has_the_environment_and_a_limit() -> None:
     cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    home = "/opt/lori/venv"
+    assert f"ENV PATH={home}/bin:" in (DOCKER / "Dockerfile").read_text()
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         spec = group["template"]["spec"]
         assert spec["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001}
         [container] = spec["containers"]
-        assert {of["name"]: of["value"] for of in container["env"]} == PREFERRED
+        assert {of["name"]: of["value"] for of in container["env"]} == PREFERRED | {HAPROXY: f"{home}/bin/{HAPROXY_PROGRAM}"}
         assert container["resources"]["limits"]["memory"]
         assert {of["name"] for of in container["volumeMounts"]} == {of["name"] for of in spec["volumes"]}
 

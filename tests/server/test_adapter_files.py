@@ -73,6 +73,25 @@ def test_what_is_read_has_its_other_versions_beside_it(files: AdapterFiles, plac
     assert [of.summary.version for of in files.others([ready.adapter])] == [first]
 
 
+def test_what_others_changed_in_the_store_is_found(files: AdapterFiles, place: Path, writer: BaseModel) -> None:
+    known = {name: files.read(name).adapter for name in ("math", "law")}
+    assert files.changes(known) == ([], []), "a demo adapter is not the store's"
+    others = AdapterStore(place / "own")
+    published = files.publish("math", read_files(place / "own" / "math", [])).adapter
+    assert files.changes(known) == ([], []), "it is the same version, in another folder"
+    others.alias("prod", "math")
+    assert files.changes({"math": published}) == (["prod"], [])
+    write_adapter(place / "drafts" / "math", writer, seed=5)
+    newer = files.publish("math", read_files(place / "drafts" / "math", [])).adapter
+    assert files.changes(known) == (["math", "prod"], [])
+    others.remove("prod")
+    others.remove("math")
+    assert files.changes(known | {"math": newer}) == ([], ["math"])
+    (place / "own" / ".aliases" / "odd").write_text("nothing@0123456789ab")
+    with pytest.raises(ConflictError, match="odd"):
+        files.changes(known)
+
+
 def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place: Path, writer: BaseModel) -> None:
     of = files.read("math").adapter
     assert files.pack(of).version == of.summary.version

@@ -46,11 +46,14 @@ def test_what_is_no_json_names_none(body: bytes) -> None:
         ("POST", "/adapters/math/load", True),
         ("POST", "/v1/load_lora_adapter", True),
         ("GET", "/metrics", True),
-        ("GET", "/adapters", False),
-        ("GET", "/adapters/math", False),
+        ("GET", "/adapters", True),
+        ("GET", "/adapters/math@0123", True),
+        ("GET", "/adapters/compare", False),
+        ("GET", "/adapters/math/alias", False),
+        ("GET", "/v1/models", False),
         ("POST", "/generate", False),
         ("POST", "/v1/chat/completions", False),
     ],
 )
-def test_what_changes_adapters_is_for_all(method: str, path: str, expected: bool) -> None:
+def test_what_changes_adapters_or_shows_them_is_for_all(method: str, path: str, expected: bool) -> None:
     assert is_for_all(method, path) is expected

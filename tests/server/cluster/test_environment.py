@@ -1,16 +1,17 @@
 """What Ray Serve is told by environment variables."""
 
 import os
+import subprocess
 
 import pytest
 
-from server.cluster.environment import CLIENT_TIMEOUT, PORTS, PREFERRED, prepare_environment
+from server.cluster.environment import CLIENT_TIMEOUT, HAPROXY, PORTS, PREFERRED, prepare_environment
 from server.settings import Settings
 
 
 @pytest.fixture(autouse=True)
 def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*PREFERRED, *PORTS):
+    for name in (*PREFERRED, *PORTS, HAPROXY):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
 
@@ -25,6 +26,12 @@ def test_a_client_that_sends_nothing_is_waited_for_as_long_as_the_flags_say() ->
 def test_requests_come_by_haproxy_in_throughput_mode() -> None:
     prepare_environment(Settings())
     assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
+
+
+def test_haproxy_is_the_one_that_sees_who_leaves() -> None:
+    prepare_environment(Settings())
+    found = subprocess.run([os.environ[HAPROXY], "-vv"], capture_output=True, text=True, check=True)
+    assert "HAProxy version" in found.stdout
 
 
 def test_what_the_operator_says_holds(monkeypatch: pytest.MonkeyPatch) -> None:

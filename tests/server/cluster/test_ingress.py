@@ -54,8 +54,14 @@ class FakeStream:
 class FakeReplicas:
     """Notes what it is asked."""
 
-    def __init__(self, deaths: Sequence[str | None] = (), statuses: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        deaths: Sequence[str | None] = (),
+        statuses: Mapping[str, int] | None = None,
+        bodies: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.deaths, self.statuses = list(deaths), {"a": 200, "b": 200} if statuses is None else statuses
+        self.bodies = bodies or {}
         self.asked: list[tuple[str, str, bytes]] = []
         self.num_asked_all = 0
         self.is_watched, self.was_watched = asyncio.Event(), asyncio.Event()
@@ -72,7 +78,7 @@ class FakeReplicas:
         return {
             name: [
                 {"type": "http.response.start", "status": status, "headers": []},
-                {"type": "http.response.body", "body": f'up{{of="{name}"}} {status}\n'.encode()},
+                {"type": "http.response.body", "body": self.bodies.get(name, f'up{{of="{name}"}} {status}\n'.encode())},
             ]
             for name, status in self.statuses.items()
         }
@@ -160,6 +166,20 @@ async def test_metrics_are_those_of_all() -> None:
     assert replicas.num_asked_all == 1
     assert 'up{of="a",replica="a"} 200.0' in text
     assert 'up{of="b",replica="b"} 200.0' in text
+
+
+async def test_adapters_are_shown_as_all_have_them() -> None:
+    row = {
+        "name": "math", "version": "1", "tier": "disk", "is_pinned": False, "bytes_loaded": 0, "bytes_resident": 0,
+        "num_using": 0, "num_requests": 2, "last_used": 1.0,
+    }  # fmt: skip
+    replicas = FakeReplicas(bodies={"a": json.dumps(row).encode(), "b": json.dumps(row | {"tier": "loaded"}).encode()})
+    async with client(replicas) as http:
+        reply = await http.get("/adapters/math")
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.json() == row | {"tier": "loaded", "num_requests": 4}
+    async with client(FakeReplicas(statuses={"a": 200, "b": 404})) as http:
+        assert (await http.get("/adapters/math")).status_code == 404
 
 
 async def test_a_body_that_is_too_long_goes_nowhere() -> None:

@@ -77,10 +77,11 @@ def _a_stream_comes_in_pieces(cluster: Cluster) -> None:
 def _a_client_that_leaves_frees_its_place(cluster: Cluster) -> None:
     body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 4000, "ignore_eos": True}
     with cluster.http.stream("POST", "/generate", json=body) as reply:
-        next(reply.iter_bytes())
+        parts = reply.iter_bytes()  # which would close the connection if it were let go
+        next(parts)
         wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 1, "the request to run")
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
-    # Also one that waits for a whole answer.
+    # Also one that waits for a whole answer: HAProxy did not see it.
     with pytest.raises(httpx.ReadTimeout):
         cluster.http.post("/generate", json=body | {"stream": False}, timeout=2)
     wait_until(lambda: sum(cluster.by_replica("vllm:num_requests_running").values()) == 0, "the request to be cancelled")
@@ -113,11 +114,9 @@ def _a_request_is_one_span_of_its_client_s_trace(cluster: Cluster, heard: Collec
 
 
 def _a_change_reaches_every_replica(cluster: Cluster) -> None:
-    files = {field: (DEMO / "math" / file).read_bytes() for field, file in FIELDS.items()}
     before = cluster.by_replica("lori:adapters_registered")
     assert len(before) == 2
-    reply = cluster.http.post("/adapters", data={"name": "mine"}, files=files)
-    assert reply.status_code == 201, reply.text
+    _upload(cluster, "mine")
     assert cluster.by_replica("lori:adapters_registered") == {name: number + 1 for name, number in before.items()}
     assert cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": ["mine", "safety"]}).status_code == 200
     assert cluster.http.delete("/adapters/mine").status_code == 200
@@ -125,6 +124,42 @@ def _a_change_reaches_every_replica(cluster: Cluster) -> None:
     assert cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "mine"}).status_code == 404
     assert cluster.http.delete("/adapters/mine").status_code == 404
     wait_until(lambda: not [*(cluster.log.parent / "adapters").rglob("*.safetensors")], "the files to go")
+
+
+def _adapters_are_shown_as_all_replicas_have_them(cluster: Cluster) -> None:
+    """One showed what itself knew: most adapters on disk, and never used."""
+    shown = {of["name"]: of for of in cluster.http.get("/adapters").raise_for_status().json()["adapters"]}
+    assert all(shown[name]["num_requests"] >= 5 and shown[name]["tier"] == "resident" for name in NAMES)
+    for name in NAMES:
+        one = cluster.http.get(f"/adapters/{name}").raise_for_status().json()
+        assert one["num_requests"] == shown[name]["num_requests"]
+
+
+def _upload(cluster: Cluster, name: str) -> None:
+    files = {field: (DEMO / "math" / file).read_bytes() for field, file in FIELDS.items()}
+    reply = cluster.http.post("/adapters", data={"name": name}, files=files)
+    assert reply.status_code == 201, reply.text
+
+
+def _a_replica_that_comes_later_knows_what_was_changed(cluster: Cluster) -> None:
+    """It had no pin, and deleted what the others refused to; and knew nothing that was published while it started."""
+    _upload(cluster, "kept")
+    assert cluster.http.post("/adapters/kept/pin").status_code == 200
+    before = cluster.names()
+    cluster.replicas()[0].kill()
+    num_late = 0
+    while len(cluster.names() & before) == 2 or len(cluster.names()) < 2:
+        _upload(cluster, f"late-{num_late}")
+        num_late += 1
+    registered = len(NAMES) + 1 + num_late
+    wait_until(lambda: [*cluster.by_replica("lori:adapters_registered").values()] == [registered] * 2, "both to know all")
+    wait_until(lambda: [*cluster.by_replica("lori:adapters_pinned").values()] == [1, 1], "both to pin")
+    assert cluster.http.delete("/adapters/kept").status_code == 409
+    assert cluster.http.get("/adapters/kept").json()["is_pinned"]
+    assert cluster.http.post("/adapters/kept/unpin").status_code == 200
+    for name in ("kept", *(f"late-{number}" for number in range(num_late))):
+        assert cluster.http.delete(f"/adapters/{name}").status_code == 200
+    assert [*cluster.by_replica("lori:adapters_registered").values()] == [len(NAMES)] * 2
 
 
 def _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster: Cluster) -> None:
@@ -159,7 +194,7 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
 
 def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
     """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet."""
-    body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 1500, "ignore_eos": True}
+    body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 3000, "ignore_eos": True}
     with cluster.http.stream("POST", "/generate", json=body) as reply:
         parts = reply.iter_text()
         text = next(parts)
@@ -167,6 +202,12 @@ def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
         wait_until(lambda: cluster.http.get("/ready").status_code == 503, "the notice")
         last = cluster.http.post("/generate", json={"prompt": PROMPT, "adapter": "math", "max_tokens": 2})
         assert last.status_code == 200, last.text
+        text += next(parts)
+        wait_until(lambda: b"no request is taken any more" in cluster.log.read_bytes(), "the end of the notice")
+        wait_until(lambda: cluster.http.post("/generate", json=body).status_code == 503, "a refusal")
+        refused = cluster.http.post("/generate", json=body)
+        assert refused.json()["error"]["message"] == "the server is about to end"
+        assert cluster.http.get("/health").status_code == 200
         text += "".join(parts)
     assert re.findall(r"event: (\w+)", text)[-1] == "done"
 
@@ -181,6 +222,8 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _what_is_wrong_is_refused_as_by_one_server(cluster)
     _a_request_is_one_span_of_its_client_s_trace(cluster, heard)
     _a_change_reaches_every_replica(cluster)
+    _adapters_are_shown_as_all_replicas_have_them(cluster)
+    _a_replica_that_comes_later_knows_what_was_changed(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
     _what_runs_ends_before_the_cluster_does(cluster)

@@ -1,0 +1,37 @@
+"""What all replicas say of adapters as one server would: where each is, and how much it is used."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+TIERS = ("disk", "loaded", "resident")
+"""From far to near."""
+
+
+def merged_adapters(answers: Sequence[bytes]) -> bytes:
+    """Returns the replicas' replies to `GET /adapters`, or of one adapter, as one: the first, with the figures of all.
+
+    Uses are summed; an adapter is where it is nearest, with the bytes that it has there, and pinned where one has it so.
+    """
+    first, *others = map(json.loads, answers)
+    of_others = {(row["name"], row["version"]): list[dict[str, Any]]() for row in _rows(first)}
+    for document in others:
+        for row in _rows(document):
+            of_others.get((row["name"], row["version"]), []).append(row)
+    for row in _rows(first):
+        _merge(row, [row, *of_others[row["name"], row["version"]]])
+    return json.dumps(first, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield from document.get("adapters", [document])
+
+
+def _merge(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    row["tier"] = max((of["tier"] for of in rows), key=TIERS.index)
+    row["is_pinned"] = any(of["is_pinned"] for of in rows)
+    for name in ("bytes_loaded", "bytes_resident"):
+        row[name] = max(of[name] for of in rows)
+    for name, together in (("num_using", sum), ("num_requests", sum), ("last_used", max)):
+        known = [of[name] for of in rows if of[name] is not None]  # of some callers' none is
+        row[name] = together(known) if known else None

@@ -1,0 +1,42 @@
+"""Adapters as all replicas have them."""
+
+import json
+from typing import Any
+
+from server.cluster.listing import TIERS, merged_adapters
+from server.engine.adapters.places import Tier
+
+
+def row(name: str, tier: str, uses: int | None = 0, last: float | None = None, **changes: Any) -> dict[str, Any]:
+    told = {"tier": tier, "bytes_loaded": 0, "bytes_resident": 9 * (tier == "resident"), "is_pinned": False}
+    return {"name": name, "version": "1", "num_using": uses, "num_requests": uses, "last_used": last} | told | changes
+
+
+def merged(*documents: object) -> Any:
+    return json.loads(merged_adapters([json.dumps(document).encode() for document in documents]))
+
+
+def test_all_tiers_are_known() -> None:
+    assert set(TIERS) == set(Tier.__args__)  # type: ignore[attr-defined]  # of a Literal
+
+
+def test_a_list_has_the_figures_of_all() -> None:
+    first = {"base_model": "base", "next": "b", "adapters": [row("a", "disk", 2, 5.0), row("ä", "resident", 1, 3.0)]}
+    second = {"adapters": [row("ä", "loaded", 4, 9.0, bytes_loaded=7, is_pinned=True), row("c", "resident")]}
+    found = merged(first, second, {"adapters": []})
+    assert found == {
+        "base_model": "base",
+        "next": "b",
+        "adapters": [row("a", "disk", 2, 5.0), row("ä", "resident", 5, 9.0, bytes_loaded=7, is_pinned=True)],
+    }
+
+
+def test_another_version_is_another_adapter() -> None:
+    assert merged({"adapters": [row("a", "disk", 2)]}, {"adapters": [row("a", "resident", 3, version="2")]})["adapters"] == [
+        row("a", "disk", 2)
+    ]
+
+
+def test_one_adapter_is_merged_likewise_and_keeps_the_rest() -> None:
+    found = merged(row("a", "disk", None, card="# a"), row("a", "loaded", None, bytes_loaded=3, card="# a"))
+    assert found == row("a", "loaded", None, bytes_loaded=3, card="# a")

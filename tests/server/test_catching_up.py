@@ -1,0 +1,68 @@
+"""What a server did not hear of is made good; what cannot be is said, and stops nothing."""
+
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from server.catalog.admin import AdapterAdmin
+from server.catalog.catching_up import catch_up
+from server.catalog.files import AdapterFiles
+from server.engine.adapters.registry import Registry
+from server.errors import ConflictError, StoreError
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class FakeAdmin:
+    """Notes what it is told; refuses what is done to `odd`."""
+
+    def __init__(self) -> None:
+        self.pins = {"kept": "digest"}
+        self.told: list[tuple[str, str]] = []
+
+    async def _do(self, what: str, name: str) -> None:
+        if name == "odd":
+            raise ConflictError(f"{name} is odd")
+        self.told.append((what, name))
+
+    async def load(self, name: str) -> None:
+        await self._do("load", name)
+
+    async def unload(self, name: str) -> None:
+        await self._do("unload", name)
+
+    async def pin(self, name: str) -> None:
+        await self._do("pin", name)
+
+
+def fakes(changed: Sequence[str], gone: Sequence[str], error: Exception | None = None) -> tuple[FakeAdmin, AdapterFiles]:
+    def changes(_: object) -> tuple[Sequence[str], Sequence[str]]:
+        if error:
+            raise error
+        return changed, gone
+
+    return FakeAdmin(), cast(AdapterFiles, SimpleNamespace(changes=changes))
+
+
+async def test_what_changed_is_read_and_pinned(caplog: pytest.LogCaptureFixture) -> None:
+    admin, files = fakes(["new", "odd", "other"], ["old"])
+    with caplog.at_level(logging.WARNING):
+        await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["new", "kept"])
+    assert admin.told == [("unload", "old"), ("load", "new"), ("load", "other"), ("pin", "new")]
+    assert caplog.messages == ["'odd' is not as on the other replicas: odd is odd"]
+
+
+async def test_a_store_that_fails_is_said_and_pins_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    admin, files = fakes([], [], StoreError("the adapters' folder failed: gone"))
+    with caplog.at_level(logging.WARNING):
+        await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["math"])
+    assert admin.told == [("pin", "math")]
+    assert caplog.messages == ["what was changed meanwhile is not known here: the adapters' folder failed: gone"]
