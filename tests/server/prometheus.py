@@ -69,6 +69,7 @@ def scraping(config: str, folder: Path) -> Iterator[Prometheus]:
         found = ADDRESS.search(log.read_text())
         assert found, log.read_text()
         with httpx.Client(base_url=f"http://{found[1]}", timeout=LIMIT_S) as client:
+            wait_until(lambda: client.get("/-/ready").status_code == httpx.codes.OK, "Prometheus to be ready")
             yield Prometheus(client)
     finally:
         process.kill()
