@@ -1,11 +1,12 @@
 """The replicas as Ray Serve reaches them."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
 import anyio
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
@@ -14,6 +15,9 @@ from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.replica import Replica
 
+logger = logging.getLogger(__name__)
+LOST = (TimeoutError, RayError, RayServeException)
+"""What becomes of a call, other than an answer."""
 BEAT_S = 2.0
 """Between two calls that ask a replica for nothing."""
 
@@ -38,7 +42,7 @@ class ReplicaHandles:
         """
         while True:
             async with self._changes.running() if scope["method"] != "GET" else nullcontext():
-                found = await self._ask_each("whole", scope, body)
+                found = await ask_each(self._handle, "whole", scope, body)
             if not found:
                 raise ReplicaLostError("no replica is there")
             answers = {name: messages for name, messages in found if messages}
@@ -47,19 +51,14 @@ class ReplicaHandles:
             if answers:
                 return answers
 
-    async def _ask_each(self, method: str, *arguments: object, timeout_s: float | None = None) -> list[Any]:
-        """Returns what each replica says, but for those that are lost."""
-        asked = self._handle.broadcast(method, *arguments)
-        found = await asked.results_async(timeout_s=timeout_s, return_exceptions=True)
-        faults = [one for one in found if isinstance(one, Exception)]
-        if others := [fault for fault in faults if not isinstance(fault, RayActorError)]:
-            raise others[0]
-        return [one for one in found if not isinstance(one, Exception)]
-
     async def _let_join(self) -> None:
-        async with self._changes.paused():
-            pins = {name for _, pins in await self._ask_each("beat", timeout_s=BEAT_S) for name in pins}
-            await self._ask_each("join", sorted(pins))
+        # Where it fails, `watch` tries again.
+        try:
+            async with self._changes.paused():
+                pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=BEAT_S) for name in pins}
+                await ask_each(self._handle, "join", sorted(pins))
+        except LOST as error:
+            logger.warning("not all replicas know of all changes yet: %s", error)
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -68,10 +67,21 @@ class ReplicaHandles:
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
         while True:
-            with suppress(TimeoutError, RayActorError, RayServeException):
-                if not all(has_joined for has_joined, _ in await self._ask_each("beat", timeout_s=BEAT_S)):
+            with suppress(*LOST):
+                if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=BEAT_S)):
                     await self._let_join()
             await anyio.sleep(BEAT_S)
+
+
+async def ask_each(
+    handle: DeploymentHandle[Replica], method: str, *arguments: object, timeout_s: float | None = None
+) -> list[Any]:
+    """Returns what each replica says, but for those that are lost. Raises what another one raised."""
+    found = await handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
+    faults = [one for one in found if isinstance(one, Exception)]
+    if others := [fault for fault in faults if not isinstance(fault, RayActorError)]:
+        raise others[0]
+    return [one for one in found if not isinstance(one, Exception)]
 
 
 class ReplicaStream:

@@ -103,7 +103,6 @@ class Ingress:
         await ask(portable(scope), body, receive if is_known else _unread, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        said = f"{scope['method']} {scope['path']} request_id={request_id(scope['headers'])!r}"
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
         has_begun = False
 
@@ -119,12 +118,12 @@ class Ingress:
                 return
             except ReplicaLostError as error:
                 if has_begun:
-                    logger.warning("%s broke off: %s", said, error)
+                    logger.warning("%s broke off: %s", _said(scope), error)
                     raise
                 if num_tries == MAX_TRIES:
                     await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
-                logger.warning("%s is sent to another replica: %s", said, error)
+                logger.warning("%s is sent to another replica: %s", _said(scope), error)
 
     async def _ask_all(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         try:
@@ -145,6 +144,10 @@ class Ingress:
         # One that refuses says why; where all agree any will do.
         for message in max(answers.values(), key=_status):
             await send(_without_id(message))
+
+
+def _said(scope: Mapping[str, Any]) -> str:
+    return f"{scope['method']} {scope['path']} request_id={request_id(scope['headers'])!r}"
 
 
 async def _unread() -> Message:

@@ -11,12 +11,11 @@ import anyio
 import psutil
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.exceptions import RayServeException
 
 from server.cluster.deployment import APPLICATION, REPLICA, deployed
+from server.cluster.handles import LOST, ask_each
 from server.cluster.settings import ClusterSettings
 from server.cluster.start_error import StartError
 
@@ -104,16 +103,11 @@ async def _drain(drain_s: float) -> None:
 
 async def _ask_each(method: str) -> list[Any]:
     # Who cannot be reached has no say.
-    replicas = serve.get_deployment_handle(REPLICA, APPLICATION)
     try:
-        found = await replicas.broadcast(method).results_async(timeout_s=ANSWER_S, return_exceptions=True)
-    except (TimeoutError, RayActorError, RayServeException) as error:
-        logger.warning("replicas were not asked to %s: %s", method, error)
+        return await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
+    except LOST as error:
+        logger.warning("no replica answers `%s`: %s", method, error)
         return []
-    for one in found:
-        if isinstance(one, Exception):
-            logger.warning("a replica was not asked to %s: %s", method, one)
-    return [one for one in found if not isinstance(one, Exception)]
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
