@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import anyio
@@ -48,13 +48,9 @@ class Replica:
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
         """Yields the answer to a request, see `relay.answer`; once this is closed a refusal, but of what asks how it is."""
-        app = CLOSED if self._is_closed and scope["path"] not in PROBED else self._app
-        self._num_asked += 1
-        try:
-            async for messages in answer(app, self._scope(scope), body):
+        async with aclosing(self._answered(scope, body)) as answers:
+            async for messages in answers:
                 yield messages
-        finally:
-            self._num_asked -= 1
 
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
         """Returns the replica's name, and its whole answer to a request that all replicas hear.
@@ -63,7 +59,7 @@ class Replica:
         """
         if scope["method"] != "GET" and not self._has_joined:
             return _own_name(), []
-        messages = [message async for some in answer(self._app, self._scope(scope), body) for message in some]
+        messages = [message async for some in self._answered(scope, body) for message in some]
         return _own_name(), messages
 
     async def beat(self) -> tuple[bool, Collection[str]]:
@@ -101,8 +97,15 @@ class Replica:
         if self._tracing:
             await run_in_threadpool(self._tracing.stop)
 
-    def _scope(self, scope: Mapping[str, Any]) -> dict[str, Any]:
-        return {**scope, "state": dict(self._state or {})}
+    async def _answered(self, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Sequence[Message], None]:
+        app = CLOSED if self._is_closed and scope["path"] not in PROBED else self._app
+        self._num_asked += 1
+        try:
+            async with aclosing(answer(app, {**scope, "state": dict(self._state or {})}, body)) as answers:
+                async for messages in answers:
+                    yield messages
+        finally:
+            self._num_asked -= 1
 
 
 def _own_name() -> str:

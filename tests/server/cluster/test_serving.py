@@ -207,6 +207,7 @@ def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
         wait_until(lambda: cluster.http.post("/generate", json=body).status_code == 503, "a refusal")
         refused = cluster.http.post("/generate", json=body)
         assert refused.json()["error"]["message"] == "the server is about to end"
+        assert cluster.http.delete("/adapters/math").status_code == 503
         assert cluster.http.get("/health").status_code == 200
         text += "".join(parts)
     assert re.findall(r"event: (\w+)", text)[-1] == "done"
