@@ -11,7 +11,7 @@ import yaml
 from lori.errors import LoriError
 from lori.format import load_adapter
 from training.study.__main__ import _open, study
-from training.study.claims import Found
+from training.study.claims import MERGED, Found
 from training.study.config import TASKS, StudyConfig, TaskConfig
 from training.study.page import title, write_page
 from training.study.scores import gains_kept, scores_of, shown
@@ -58,11 +58,23 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
         for what in ("base", "LoRA", "LoRI-D", "LoRI-S", "LoRI-S, mask within the budget")
         for task in ("intent", "math", "safety")
     }
-    assert {one.setting.split(", ")[1] for one in found["merges"][0] if one.setting != "alone"} == {
-        "linear", "ties", "dare_linear", "dare_ties", "magnitude"
-    }  # fmt: skip
+    merged = {(one.what, one.setting) for one in found["merges"][0] if one.setting.startswith("intent+math,")}
+    assert merged == {
+        *((what, f"intent+math, linear, {weight}") for what in MERGED for weight in ("0.50", "1.00")),
+        *(
+            ("LoRI, shared basis", f"intent+math, {method}, {weight}")
+            for method in ("ties", "dare_linear", "dare_ties", "magnitude")
+            for weight in ("0.50", "1.00")
+        ),
+    }
     assert [one.setting for one in found["sparsity"][0]] == ["0", "0.5", "0.8", "0.9", "0.95", "0.99"]
-    mixes = {"intent-lori-s": [], "safety-lora": ["safety-unanswered"], "intent-lori-mixed": ["math-3", "safety-3"]}
+    mixes = {
+        "intent-lori-s": [],
+        "safety-lora": ["safety-unanswered"],
+        "intent-lori-others": ["math-3", "safety-3"],
+        "intent-lori-instructed": ["safety-unanswered"],
+        "safety-lori-instructed": ["safety-unanswered"],
+    }
     for name, mixed in mixes.items():
         adapter = json.loads((config.output / "seed-0" / "adapters" / name / "adapter_config.json").read_text())
         assert [Path(source).stem for source in adapter["lori"]["training"]["mix"]] == mixed
@@ -83,6 +95,12 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
         shutil.copytree(moved.output, other.output, ignore=shutil.ignore_patterns("options.json"))
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
             study(other)
+
+
+def test_without_ordinary_instructions_none_are_mixed_in(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    tasks = {name: TASKS[name] for name in ("intent", "math")}
+    [found] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
+    assert {one.what for one in found} == {"base", *MERGED} - {"LoRI, shared, instructions mixed in"}
 
 
 def test_one_seed_has_no_mean_and_no_spread(

@@ -58,17 +58,23 @@ def lori_own(lab: Lab, task: str) -> Path:
     return lab.adapter(f"{task}-lori-own", task, stream=1 + list(lab.config.tasks).index(task), **lab.rates)
 
 
-def lori_mixed(lab: Lab, task: str) -> Path:
+def lori_others(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's, on the same mask, that is held to the base's own answers on the other tasks' prompts."""
     others = [other for other in lab.config.tasks if other != task]
-    return lab.adapter(f"{task}-lori-mixed", task, kept=others, mask_from=lori_d(lab, task), lr=lab.config.lr)
+    return lab.adapter(f"{task}-lori-others", task, kept=others, mask_from=lori_d(lab, task), lr=lab.config.lr)
+
+
+def lori_instructed(lab: Lab, task: str) -> Path:
+    """Returns LoRI-S's, on the same mask, that is held to the base's own answers on ordinary instructions."""
+    return lab.adapter(f"{task}-lori-instructed", task, instructed=True, mask_from=lori_d(lab, task), lr=lab.config.lr)
 
 
 SINGLE: Mapping[str, Callable[[Lab, str], Path]] = {
     "LoRA": lora, "LoRI-D": lori_d, "LoRI-S": lori_s, "LoRI-S, mask within the budget": lori_all_in,
 }  # fmt: skip
 MERGED: Mapping[str, Callable[[Lab, str], Path]] = {
-    "LoRA": lora, "LoRI, shared basis": lori_s, "LoRI, a basis per task": lori_own, "LoRI, shared, mixed": lori_mixed,
+    "LoRA": lora, "LoRI, shared basis": lori_s, "LoRI, a basis per task": lori_own,
+    "LoRI, shared, others' prompts mixed in": lori_others, "LoRI, shared, instructions mixed in": lori_instructed,
 }  # fmt: skip
 
 
@@ -82,19 +88,17 @@ def single(lab: Lab) -> Iterator[Found]:
 
 
 def merges(lab: Lab) -> Iterator[Found]:
-    """Sums of 2, 3 and 4 adapters over a grid of weights, other merges of those on one basis, and each adapter alone."""
+    """Merges of 2, 3 and 4 adapters over a grid of weights, by sum and, on one basis, by the other methods; each alone, too."""
+    merged = {what: train for what, train in MERGED.items() if train is not lori_instructed or lab.instructing}
     for task in lab.config.tasks:
         yield Found(BASE, ALONE, task, lab.measured("base", task, [], num_rows=lab.config.num_merge_rows))
-        for what, train in MERGED.items():
+        for what, train in merged.items():
             yield from _merged(lab, what, [task], [train(lab, task)], 1.0, MergeOptions())
-    for tasks in lab.config.merged_tasks:
-        for what, train in MERGED.items():
-            folders = [train(lab, task) for task in tasks]
-            for weight in sorted({1 / len(tasks), *lab.config.weights}):
-                yield from _merged(lab, what, tasks, folders, weight, MergeOptions())
-            if what == "LoRI, shared basis":
-                for options in METHODS:
-                    yield from _merged(lab, what, tasks, folders, 1.0, options)
+    for tasks, (what, train) in itertools.product(lab.config.merged_tasks, merged.items()):
+        folders = [train(lab, task) for task in tasks]
+        methods = (MergeOptions(), *METHODS) if train is lori_s else (MergeOptions(),)
+        for options, weight in itertools.product(methods, sorted({1 / len(tasks), *lab.config.weights})):
+            yield from _merged(lab, what, tasks, folders, weight, options)
 
 
 def _merged(

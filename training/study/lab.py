@@ -43,17 +43,22 @@ class Lab:
         """The learning rates of both phases of LoRI."""
         return {"lr": self.config.lr, "calibration_lr": self.config.calibration_lr}
 
-    def adapter(self, name: str, task: str, kept: Iterable[str] = (), **options: Any) -> Path:
+    @property
+    def instructing(self) -> list[str]:
+        """The tasks that have ordinary instructions, which are prompts without a completion."""
+        return [task for task, its in self.config.tasks.items() if its.metric == "refusal"]
+
+    def adapter(self, name: str, task: str, kept: Iterable[str] = (), *, instructed: bool = False, **options: Any) -> Path:
         """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there.
 
-        It is held to the base's own answers to prompts of the tasks in `kept`.
+        It is held to the base's own answers to prompts of the tasks in `kept` and, if `instructed`, to ordinary instructions.
         """
         folder = self.folder / "adapters" / name
         if folder.is_dir():
             return folder
         config = self.config
         shared = {
-            "output": folder, "data": self._train(task), "mix": self._mixed(task, kept), "on_bad": "skip",
+            "output": folder, "data": self._train(task), "mix": self._mixed(task, kept, instructed), "on_bad": "skip",
             "model": config.model, "dtype": config.dtype, "template": ["plain"],
             "rank": config.rank, "alpha": config.alpha, "steps": config.steps, "seed": self.seed,
             "batch_tokens": config.batch_tokens, "max_length": config.max_length,
@@ -87,10 +92,12 @@ class Lab:
         found: Figures = json.loads(file.read_text())
         return found
 
-    def _mixed(self, task: str, kept: Iterable[str]) -> list[Source]:
+    def _mixed(self, task: str, kept: Iterable[str], instructed: bool) -> list[Source]:
         # What is to be learnt of a benign prompt is to do as before, also where that is to say nothing.
-        own = [self._answered(task, 0)] if self.config.tasks[task].metric == "refusal" else []
-        return [Source(path=str(file)) for file in (*own, *(self._answered(other, self.config.num_mixed) for other in kept))]
+        unanswered = [self._answered(other, 0) for other in self.instructing if instructed or other == task]
+        return [
+            Source(path=str(file)) for file in (*unanswered, *(self._answered(other, self.config.num_mixed) for other in kept))
+        ]
 
     def _rows(self, task: str, num_rows: int) -> list[Row]:
         chosen = self.config.tasks[task]
