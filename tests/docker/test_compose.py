@@ -62,10 +62,27 @@ def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
     assert "--uid 10001" in last
     assert re.findall(r"^USER (\w+)$", last, re.MULTILINE) == ["lori"]
     assert "install --directory --owner lori /cache" in last
-    for variable in ("HF_HOME", "TRITON_CACHE_DIR"):
+    for variable in ("HF_HOME", "TRITON_CACHE_DIR", "LORI_ADAPTER_CACHE"):
         assert f" {variable}=/cache/" in last
     assert mounts(SERVER)["/cache"] in MAIN["volumes"]
     assert any(volume.endswith(":/adapters:ro") for volume in SERVER["volumes"])
+
+
+def test_compose_from_the_root_starts_the_same() -> None:
+    assert read(DOCKER.parent / "compose.yaml") == {"name": MAIN["name"], "include": ["docker/compose.yaml"]}
+
+
+def test_extras_that_readme_offers_can_be_built_in() -> None:
+    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    [offered] = re.findall(r"^\| `LORI_EXTRAS` \| [^:]*: (.*) \|$", page, re.MULTILINE)
+    [known] = re.findall(r"if name in \(([^)]*)\)", DOCKERFILE)
+    extras = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"`(\w+)`", offered)) < set(re.findall(r'"(\w+)"', known)) <= set(extras)
+
+
+def test_adapters_are_at_an_address_or_in_the_folder_that_is_mounted() -> None:
+    assert SERVER["environment"]["LORI_ADAPTERS"] == "${LORI_ADAPTERS_URL:-/adapters}"
+    assert "/adapters" in mounts(SERVER)
 
 
 def test_a_server_for_other_machines_has_keys() -> None:
