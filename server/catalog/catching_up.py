@@ -9,14 +9,17 @@ from lori.errors import LoriError
 from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.engine.adapters.registry import Registry
-from server.errors import BusyError, ConflictError, StoreError
+from server.errors import BusyError, ConflictError
 
 logger = logging.getLogger(__name__)
-REFUSALS = (LoriError, BusyError, ConflictError, StoreError)
+REFUSALS = (LoriError, BusyError, ConflictError)
 
 
 async def catch_up(admin: AdapterAdmin, files: AdapterFiles, registry: Registry, pins: Collection[str]) -> None:
-    """Lets names mean what they mean in the store now, and pins those of `pins`. What cannot be so is said in the log."""
+    """Lets names mean what they mean in the store now, and pins those of `pins`. What cannot be so is said in the log.
+
+    Raises `StoreError` where the store fails.
+    """
     try:
         changed, gone = await run_sync(files.changes, registry.by_name)
     except REFUSALS as error:

@@ -1,8 +1,8 @@
 """The replicas as Ray Serve reaches them."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
@@ -31,14 +31,18 @@ class ReplicaHandles:
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
-        responses = self._streaming.asgi.remote(scope, body, key=key)
-        assert isinstance(responses, DeploymentResponseGenerator)
-        return ReplicaStream(responses)
+
+        def ask() -> DeploymentResponseGenerator[Any]:
+            responses = self._streaming.asgi.remote(scope, body, key=key)
+            assert isinstance(responses, DeploymentResponseGenerator)
+            return responses
+
+        return ReplicaStream(ask, self._let_join)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        """Returns the answer of each replica that runs; of a change, when all know of it.
+        """Returns the answer of each replica that runs and has joined; of a change, when all of them know of it.
 
-        Replicas that have not joined leave a change to the others, and then join. Raises `ReplicaLostError` where all are lost.
+        Raises `ReplicaLostError` where there is none.
         """
         while True:
             async with self._changes.running() if scope["method"] != "GET" else nullcontext():
@@ -46,19 +50,17 @@ class ReplicaHandles:
             if not found:
                 raise ReplicaLostError("no replica is there")
             answers = {name: messages for name, messages in found if messages}
-            if len(answers) < len(found):
-                await self._let_join()
             if answers:
                 return answers
+            await self._let_join()
 
     async def _let_join(self) -> None:
-        # Where it fails, `watch` tries again.
         try:
             async with self._changes.paused():
                 pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=BEAT_S) for name in pins}
                 await ask_each(self._handle, "join", sorted(pins))
         except LOST as error:
-            logger.warning("not all replicas know of all changes yet: %s", error)
+            raise ReplicaLostError(f"not all replicas know of all changes yet: {error}") from error
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -67,9 +69,13 @@ class ReplicaHandles:
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
         while True:
-            with suppress(*LOST):
+            try:
                 if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=BEAT_S)):
                     await self._let_join()
+            except ReplicaLostError as error:
+                logger.warning("%s", error)
+            except LOST:
+                pass  # who asks it anything learns of it
             await anyio.sleep(BEAT_S)
 
 
@@ -87,14 +93,21 @@ async def ask_each(
 class ReplicaStream:
     """One replica's answer, as it comes."""
 
-    def __init__(self, responses: DeploymentResponseGenerator[Any]) -> None:
-        self._responses = responses
+    def __init__(self, ask: Callable[[], DeploymentResponseGenerator[Any]], join: Callable[[], Awaitable[None]]) -> None:
+        self._ask, self._join = ask, join
+        self._responses = ask()
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yields what there is of it. Raises `ReplicaLostError` where the replica died, or could not be reached."""
+        """Yields what there is of it. Raises `ReplicaLostError` where the replica died, could not be reached, or cannot join."""
+        has_begun = False
         try:
-            async for messages in self._responses:
-                yield messages
+            while not has_begun:
+                async for messages in self._responses:
+                    has_begun = True
+                    yield messages
+                if not has_begun:  # it has not joined
+                    await self._join()
+                    self._responses = self._ask()
         except (RayActorError, RayServeException) as error:
             raise ReplicaLostError(f"the replica was lost: {type(error).__name__}") from error
 

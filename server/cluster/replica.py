@@ -47,7 +47,12 @@ class Replica:
         body: bytes,
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
-        """Yields the answer to a request, see `relay.answer`; once this is closed a refusal, but of what asks how it is."""
+        """Yields the answer to a request, see `relay.answer`; once this is closed a refusal, but of what asks how it is.
+
+        One that has not joined yet yields nothing.
+        """
+        if self._must_join(scope):
+            return
         async with aclosing(self._answered(scope, body)) as answers:
             async for messages in answers:
                 yield messages
@@ -55,9 +60,9 @@ class Replica:
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
         """Returns the replica's name, and its whole answer to a request that all replicas hear.
 
-        A change is no matter of one that has not joined yet: its answer is empty.
+        That of one that has not joined yet is empty.
         """
-        if scope["method"] != "GET" and not self._has_joined:
+        if self._must_join(scope):
             return _own_name(), []
         messages = [message async for some in self._answered(scope, body) for message in some]
         return _own_name(), messages
@@ -67,7 +72,10 @@ class Replica:
         return self._has_joined, [*self._service.admin.pins]
 
     async def join(self, pins: Collection[str]) -> None:
-        """Makes good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'."""
+        """Makes good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'.
+
+        Raises `StoreError` where the store fails: it has not joined then.
+        """
         from server.catalog.catching_up import catch_up  # noqa: PLC0415  # see `__init__`
 
         async with self._joining:
@@ -96,6 +104,10 @@ class Replica:
         await self._running.aclose()
         if self._tracing:
             await run_in_threadpool(self._tracing.stop)
+
+    def _must_join(self, scope: Mapping[str, Any]) -> bool:
+        # It may not have heard of an adapter that is there, or have one that is not.
+        return not self._has_joined and scope["path"] not in PROBED
 
     async def _answered(self, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Sequence[Message], None]:
         app = CLOSED if self._is_closed and scope["path"] not in PROBED else self._app

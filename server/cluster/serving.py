@@ -46,6 +46,7 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
         raise StartError(f"Ray cannot be reached, or did not start: {error}") from error
     for number, handler in handlers.items():
         signal.signal(number, handler)  # Ray's own aborts
+    _check_that_none_serves(settings)
     try:
         # One way in, beside the ingresses: others would have to reach these by the network, at an address that is not this one.
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=settings.host, port=settings.port))
@@ -108,6 +109,16 @@ async def _ask_each(method: str) -> list[Any]:
     except LOST as error:
         logger.warning("no replica answers `%s`: %s", method, error)
         return []
+
+
+def _check_that_none_serves(settings: ClusterSettings) -> None:
+    # A Ray cluster has one Serve, with one address and one end: ours would be those of others, too.
+    if settings.ray_address and serve.status().proxies:
+        ray.shutdown()
+        raise StartError(
+            f"Ray Serve runs already on the Ray at {settings.ray_address}, where this would take its address and end it: "
+            "`serve deploy` puts docker/serve.yaml there, and `serve shutdown` ends what runs"
+        )
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

@@ -40,7 +40,8 @@ class ClusterSettings(Settings):
     affinity_floor: int = Field(default=DEFAULT_BOUND.floor, ge=1)
     """So many requests under way, however, are never too many for a replica."""
     ray_address: str | None = None
-    """The Ray cluster to serve on, such as auto or ray://head:10001; absent: one is started on this machine, and ends with it."""
+    """The Ray cluster to serve on, auto or its head's address, where no Ray Serve may run yet; absent: one is started on this
+    machine, and ends with it."""
 
     port: int = Field(default=Settings.model_fields["port"].default, ge=1, le=65535)
     """The port to listen on."""

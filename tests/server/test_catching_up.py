@@ -7,6 +7,7 @@ from typing import cast
 
 import pytest
 
+from lori.errors import AdapterFormatError
 from server.catalog.admin import AdapterAdmin
 from server.catalog.catching_up import catch_up
 from server.catalog.files import AdapterFiles
@@ -22,7 +23,7 @@ def anyio_backend() -> str:
 
 
 class FakeAdmin:
-    """Notes what it is told; refuses what is done to `odd`."""
+    """Notes what it is told; refuses what is done to `odd`, and finds no store for `down`."""
 
     def __init__(self) -> None:
         self.pins = {"kept": "digest"}
@@ -31,6 +32,8 @@ class FakeAdmin:
     async def _do(self, what: str, name: str) -> None:
         if name == "odd":
             raise ConflictError(f"{name} is odd")
+        if name == "down":
+            raise StoreError("the adapters' folder failed: gone")
         self.told.append((what, name))
 
     async def load(self, name: str) -> None:
@@ -60,9 +63,17 @@ async def test_what_changed_is_read_and_pinned(caplog: pytest.LogCaptureFixture)
     assert caplog.messages == ["'odd' is not as on the other replicas: odd is odd"]
 
 
-async def test_a_store_that_fails_is_said_and_pins_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    admin, files = fakes([], [], StoreError("the adapters' folder failed: gone"))
+@pytest.mark.parametrize("changed", [["down"], []])
+async def test_a_store_that_fails_is_to_be_asked_again(changed: list[str]) -> None:
+    admin, files = fakes(changed, [], None if changed else StoreError("the adapters' folder failed: gone"))
+    with pytest.raises(StoreError, match="gone"):
+        await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["math"])
+    assert admin.told == []
+
+
+async def test_a_store_whose_names_cannot_be_read_is_said_and_pins_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    admin, files = fakes([], [], AdapterFormatError("aliases.json", ["not JSON"]))
     with caplog.at_level(logging.WARNING):
         await catch_up(cast(AdapterAdmin, admin), files, Registry([]), ["math"])
     assert admin.told == [("pin", "math")]
-    assert caplog.messages == ["what was changed meanwhile is not known here: the adapters' folder failed: gone"]
+    assert caplog.messages == ["what was changed meanwhile is not known here: aliases.json is not a sound adapter: not JSON"]
