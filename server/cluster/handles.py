@@ -99,13 +99,16 @@ class ReplicaStream:
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
         """Yields what there is of it. Raises `ReplicaLostError` where the replica died, could not be reached, or cannot join."""
-        has_begun = False
         try:
-            while not has_begun:
+            has_joined = False
+            while not has_joined:
+                has_joined = True
                 async for messages in self._responses:
-                    has_begun = True
-                    yield messages
-                if not has_begun:  # it has not joined
+                    if messages:
+                        yield messages
+                    else:
+                        has_joined = False
+                if not has_joined:
                     await self._join()
                     self._responses = self._ask()
         except (RayActorError, RayServeException) as error:

@@ -124,6 +124,11 @@ class Ingress:
                     await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
                 logger.warning("%s is sent to another replica: %s", _said(scope), error)
+            except Exception:  # Ray's are of many kinds
+                if has_begun:
+                    raise
+                await _fail(scope, receive, send)
+                return
 
     async def _ask_all(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         try:
@@ -131,6 +136,9 @@ class Ingress:
         except ReplicaLostError as error:
             # Nobody knows what came of a change: a client is not told to make it once more.
             await _lost(error, {})(dict(scope), receive, send)
+            return
+        except Exception:  # noqa: BLE001  # Ray's are of many kinds; the log has it
+            await _fail(scope, receive, send)
             return
         if scope["method"] == "GET" and all(_status(answer) == 200 for answer in answers.values()):
             whole = {name: _body(answer) for name, answer in answers.items()}
@@ -144,6 +152,12 @@ class Ingress:
         # One that refuses says why; where all agree any will do.
         for message in max(answers.values(), key=_status):
             await send(_without_id(message))
+
+
+async def _fail(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    logger.exception("%s failed", _said(scope))
+    reply = error_reply(500, "InternalServerError", "the server failed; its log says why", None)
+    await JSONResponse(reply, 500)(dict(scope), receive, send)
 
 
 def _said(scope: Mapping[str, Any]) -> str:

@@ -49,9 +49,10 @@ class Replica:
     ) -> AsyncGenerator[Sequence[Message], None]:
         """Yields the answer to a request, see `relay.answer`; once this is closed a refusal, but of what asks how it is.
 
-        One that has not joined yet yields nothing.
+        One that has not joined yet yields no messages, once.
         """
         if self._must_join(scope):
+            yield []
             return
         async with aclosing(self._answered(scope, body)) as answers:
             async for messages in answers:

@@ -35,6 +35,8 @@ class FakeStream:
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
         if self._dies == "before":
             raise ReplicaLostError("the replica was lost")
+        if self._dies == "oddly":
+            raise RuntimeError("nobody knows it")
         headers = [(b"content-type", b"application/json"), (b"x-request-id", b"twice")]
         if self._dies == "late":
             await anyio.sleep(0.1)
@@ -73,6 +75,8 @@ class FakeReplicas:
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:  # noqa: ARG002
         self.num_asked_all += 1
+        if self.deaths:
+            raise RuntimeError("nobody knows it")
         if not self.statuses:
             raise ReplicaLostError("no replica is there")
         return {
@@ -135,6 +139,14 @@ async def test_where_all_die_the_client_is_told_to_come_again() -> None:
         reply = await http.post("/generate", json={"adapter": "math"})
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.json()["error"]["message"] == "the replica was lost"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/adapters/math/load"])
+async def test_what_nobody_expected_is_told_in_our_words_and_logged(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with client(FakeReplicas(["oddly"])) as http:
+        reply = await http.post(path, json={"adapter": "math"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the server failed; its log says why")
+    assert "nobody knows it" in caplog.text
 
 
 async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
