@@ -360,6 +360,31 @@ def test_the_best_held_out_step_is_what_is_saved(
     assert len(outcome.losses) == outcome.best_step + 4 < 60  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data: Path, tmp_path: Path, is_over: bool) -> None:
+    """It once began to count again, and trained on where it was to end."""
+    changes = {
+        "steps": 60, "held_out": [str(data)], "eval_every": 1, "patience": 2, "mix": [], "method": "lori-d", "calibration_lr": 1.0
+    }  # fmt: skip
+    found: dict[str, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "close", lambda self: found.update({self.config.output.name: self.outcomes["LoRI-D"]}))
+        whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "")
+        num_steps = len(found["whole"].losses)  # type: ignore[attr-defined]
+        cut = config_for(tiny_model, data, tmp_path / "cut", **changes)
+        if is_over:
+            with pytest.MonkeyPatch.context() as kill:
+                kill.setattr("training.run.outcome_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    fit(cut, "")
+        else:
+            cut_before_the_end(cut, at_step=num_steps)
+        fit(cut.model_copy(update={"resume": True}), "")
+    assert num_steps < 60
+    assert found["cut"] == found["whole"]
+    assert digest(cut.output) == digest(whole)
+
+
 def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
     other = tmp_path / "other.jsonl"
