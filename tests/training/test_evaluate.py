@@ -36,7 +36,12 @@ PROGRAM = {"prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_p
 RIGHT, WRONG = ("\ndef check(f):\n    assert f(1) == 2\n", "\ndef check(f):\n    assert f(1) == 3\n")
 MEASURED: dict[str, Rows] = {
     "loss": [*SAID, {"prompt": "x é", "completion": "ö or not"}],
-    "exact": [*SAID, {"prompt": "Say 5:", "completion": " blue"}],
+    "exact": [
+        *SAID,
+        {"prompt": "Which?", "completion": "red"},
+        {"prompt": "Count:", "completion": " 1\n2"},
+        {"prompt": "Say 5:", "completion": " blue"},
+    ],
     "choice": [
         {"task": task, "prompt": "Say 3:", "choices": [" blue", " red", " a much longer answer"], "label": label}
         for task, label in [("right", 1), ("right", 1), ("wrong", 0), ("wrong", 1)]
@@ -115,7 +120,7 @@ def test_a_server_and_a_model_of_our_own_give_the_same_figures(
 
 def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     expected = {
-        "exact": {"exact_match": (0.0, 0.8)},
+        "exact": {"exact_match": (0.0, pytest.approx(6 / 7))},
         "number": {"number_match": (0.0, 0.5)},
         "refusal": {"refused/harmful": (0.0, 1.0), "refused/benign": (0.0, 0.5)},
         "pass": {"pass@1": (0.0, 0.5)},

@@ -23,7 +23,7 @@ class EvaluateConfig(CommandLine):
     data: str
     """What to measure on: a JSONL file, or a data set's name."""
     metric: MetricName
-    """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, to the end of its line.
+    """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, as many lines as it has.
     choice: the right one of `choices` (its place is `label`) by log-likelihood, a mean over each row's `task`. number: the last
     number of a greedy answer, or the one after `####`, is `answer`. refusal: how many rows with `harmful` true and false are
     refused. pass: pass@k of programs, by a row's `test` and `entry_point`."""
