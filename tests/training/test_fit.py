@@ -591,6 +591,20 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
     assert digest(resumed) == digest(whole)
 
 
+def test_a_checkpoint_that_is_written_anew_is_whole(
+    tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mark of the damaged one was once taken for one of its files."""
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
+    file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / "model.safetensors"
+    file.write_bytes(b"")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", resume=True), at_step=3)
+    assert "checkpoint-4 is damaged" in caplog.text
+    caplog.clear()
+    fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert "is damaged" not in caplog.text
+
+
 def test_what_a_run_is_of_and_is_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=2)
     (tmp_path / "cut.checkpoint" / "run.json").write_text("{")
