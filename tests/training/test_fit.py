@@ -57,6 +57,8 @@ def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) ->
     fields = {**FIELDS, **own, **changes}
     if not fields["mix"]:
         del fields["mix_fraction"]
+    if {"held_out", "held_out_fraction"} & fields.keys():
+        fields.pop("save_every", None)
     return FitConfig.model_validate(fields)
 
 
@@ -570,6 +572,24 @@ def test_a_held_out_fraction_that_leaves_nothing_is_refused(tiny_model: Path, da
 def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--sparsity is for --method lori; --beta is for .*; --patience is for"):
         config_for(tiny_model, data, tmp_path / "a", method="lora", sparsity=0.5, beta=1.0, patience=2)
+
+
+@pytest.mark.parametrize(
+    ("said", "changes"),
+    [
+        ("--save-every is for runs without held-out rows", {"held_out_fraction": 0.2, "save_every": 2}),
+        ("--epochs is for --steps 0", {"steps": 2, "epochs": 3.0}),
+        ("--calibration-epochs is for --calibration-steps 0", {"calibration_steps": 2, "calibration_epochs": 0.1}),
+        ("--basis-seed is for LoRI", {"method": "lora", "basis_seed": 1}),
+        ("--stream is for LoRI", {"method": "lora", "stream": 1}),
+    ],
+)
+def test_a_flag_that_another_leaves_nothing_to_do_is_refused(said: str, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=said):
+        FitConfig.model_validate({"data": ["d"], "output": "a", **changes})
+    for name in changes:
+        alone = {key: value for key, value in changes.items() if key != name}
+        assert FitConfig.model_validate({"data": ["d"], "output": "a", **alone})
 
 
 def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path: Path) -> None:
