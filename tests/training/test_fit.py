@@ -204,6 +204,16 @@ def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data:
     assert not any(absent in text for absent in ("held out, best", "--mix", "kept"))
 
 
+def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_model: Path, tmp_path: Path) -> None:
+    """One once ended the run with an error when its adapter was saved, and again at each resume."""
+    page, rows = tmp_path / "a.html", tmp_path / "long.jsonl"
+    prompts = [*(f"{i} " * 240 for i in range(5)), "Say 3:"]
+    rows.write_text("".join(json.dumps({"prompt": prompt, "completion": " red"}) + "\n" for prompt in prompts))
+    fit(config_for(tiny_model, rows, tmp_path / "a", method="lori-d", mix=[], report=page, steps=1), "command")
+    assert page.read_text().count('class="sample"') == 1
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first, again, other = (
         fit(config_for(tiny_model, data, tmp_path / name, seed=seed), "command")
