@@ -719,6 +719,13 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "training.fit", *arguments], capture_output=True, text=True, check=False)
 
 
+def test_the_command_shows_how_far_it_is(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    done = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3))
+    assert (done.returncode, done.stdout) == (0, f"saved {tmp_path / 'a'}\n")
+    for phase in ("LoRI-D", "LoRI-S"):
+        assert re.search(rf"{phase}: .*3/3 .*loss=\d+\.\d+, tokens_per_s=\d+", done.stderr)
+
+
 def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p"}\n')
