@@ -298,6 +298,36 @@ def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path
     assert done.stderr.startswith("error: cannot load the base model")
 
 
+def test_data_may_be_a_source_with_templates(tiny_model: Path, tmp_path: Path) -> None:
+    here = {"local": True, "model": str(tiny_model), "dtype": "float32"}
+    columns = write(tmp_path / "columns.jsonl", [{"question": row["prompt"], "right": row["completion"]} for row in SAID])
+    source = {"path": str(columns), "prompt": "{{ question }}", "completion": "{{ right }}"}
+    found = evaluate(EvaluateConfig.model_validate({"data": json.dumps(source), "metric": "loss", **here}))
+    assert found.figures == figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), **here))
+    assert found.config.data_name == str(columns)
+    hub = {"path": "openai/gsm8k", "name": "main", "split": "test"}
+    assert config("loss", Path(json.dumps(hub))).data_name == "openai/gsm8k main test"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ('{"pth": "x"}', "--data: path: Field required; pth: Extra inputs are not permitted"),
+        ('{"path": "x"', "--data: Invalid JSON: "),
+        ('{"path": "x", "prompt": "{{"}', "--data: prompt: is no Jinja template"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(
+    data: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--data", data, "--metric", "loss"])
+    with pytest.raises(SystemExit, match="2"):
+        EvaluateConfig.from_arguments()
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+
+
 def measurement(figures: Figures, *adapters: str, **asked: object) -> Measurement:
     found = config("exact", Path("d.jsonl"), adapter=list(adapters), **asked)
     return Measurement(found, "a base", [Adapted(name, f"{i}ab") for i, name in enumerate(adapters)], "chat", figures)
