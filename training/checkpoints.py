@@ -33,7 +33,7 @@ class MarkWhole(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.name != WHOLE}
         for name in sizes:
             with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())

@@ -164,6 +164,10 @@ class FitConfig(CommandLine):
             (("lr",), self.method != "lori-d", "LoRI-S or LoRA; LoRI-D's is --calibration-lr"),
             (("beta",), self.loss == "dpo", "--loss dpo"),
             (("mix_fraction",), bool(self.mix), "--mix"),
+            (("basis_seed", "stream"), self.method != "lora", "LoRI, whose A they draw; LoRA's is drawn by --seed"),
+            (("epochs",), not self.steps, "--steps 0"),
+            (("calibration_epochs",), not self.calibration_steps, "--calibration-steps 0"),
+            (("save_every",), not is_measured, "runs without held-out rows; with them --eval-every says it"),
             (("eval_every", "patience"), is_measured, "--held-out or --held-out-fraction"),
         ):
             yield from (f"--{name.replace('_', '-')} is for {needs}" for name in names if name in given and not is_used)

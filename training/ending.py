@@ -10,13 +10,16 @@ from lori.errors import LoriError
 
 
 def ended(program: Callable[[], str], interrupted: str = "interrupted") -> int:
-    """Runs `program`, prints what it returns, and returns the exit code. Of processes of `torchrun` the first one speaks."""
-    speaks = os.environ.get("RANK", "0") == "0"
+    """Runs `program`, prints what it returns, and returns the exit code.
+
+    Of processes of `torchrun` the first one speaks; the others say errors alone, which may be theirs alone, and which they are.
+    """
+    process = os.environ.get("RANK", "0")
+    speaks = process == "0"
     try:
         said = program()
     except (LoriError, OSError, SafetensorError) as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
+        print("error:" if speaks else f"error of process {process}:", error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if speaks:

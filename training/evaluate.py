@@ -77,7 +77,7 @@ def _template(config: EvaluateConfig, learnt: Mapping[str, Sequence[Template]]) 
 
 def evaluate(config: EvaluateConfig) -> Measurement:
     """Measures, and returns what was found. Raises `LoriError` where a row, an adapter or the server does not play along."""
-    rows = read_measured(config.data, config.metric, config.num_rows, config.seed)
+    rows = read_measured(config.source, config.metric, config.num_rows, config.seed)
     with loaded(config) if config.local else nullcontext(served(config)) as subject:
         if config.record:
             _check_version(config.record, subject.adapters)

@@ -85,7 +85,7 @@ class Lori:
             return
         masks = self.masks()
         for name, layer in self.layers.items():
-            layer.b = MaskedB(masks[name], self.start[name] if self.start else None)
+            layer.put(MaskedB(masks[name], self.start[name] if self.start else None))
 
     def masks(self) -> Mapping[str, torch.Tensor]:
         """Returns the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where there is too little to choose."""

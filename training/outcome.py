@@ -27,14 +27,18 @@ class Outcome:
 
 def outcome_of(state: TrainerState, step_tokens: list[int]) -> Outcome:
     """Returns what `state` says of a phase that is over, whose steps had so many tokens."""
-    held_out = [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry]
     best_step = state.best_global_step or state.global_step
-    return Outcome(losses_of(state), held_out, sum(step_tokens[: state.global_step]), best_step)
+    return Outcome(losses_of(state), held_out_losses_of(state), sum(step_tokens[: state.global_step]), best_step)
 
 
 def losses_of(state: TrainerState) -> list[float]:
     """Returns the loss of each step so far."""
     return [entry["loss"] for entry in state.log_history if "loss" in entry]
+
+
+def held_out_losses_of(state: TrainerState) -> list[list[float]]:
+    """Returns [step, loss] of each measurement so far."""
+    return [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry]
 
 
 def recent_loss(losses: list[float]) -> float:

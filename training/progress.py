@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from lori.errors import LoriError
-from training.outcome import losses_of, recent_loss
+from training.outcome import held_out_losses_of, losses_of, recent_loss
 
 
 class TrainingError(LoriError):
@@ -58,6 +58,21 @@ class Progress(TrainerCallback):
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Patience(TrainerCallback):
+    """Ends a phase once `num_measurements` in a row were no better than the best before them, those before a resume included."""
+
+    def __init__(self, num_measurements: int) -> None:
+        self.num_measurements = num_measurements
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
+        """Looks at once: what was cut off may have been about to end."""
+        losses = [loss for _, loss in held_out_losses_of(state)]
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.num_measurements:
+            control.should_training_stop = True
+
+    on_evaluate = on_train_begin
 
 
 def check_tensorboard() -> None:

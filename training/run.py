@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback
-from transformers.trainer_callback import EarlyStoppingCallback
 
 from lori.config_file import CONFIG_FILE
 from lori.durable import discard, replace_file
@@ -29,7 +28,7 @@ from training.methods import TrainingMethod
 from training.outcome import Outcome, outcome_of
 from training.phase import Phase, phases_of
 from training.processes import processes
-from training.progress import Progress, tensorboard
+from training.progress import Patience, Progress, tensorboard
 from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
@@ -185,7 +184,7 @@ class Run:
     def _callbacks(self, phase: str, step_tokens: list[int]) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [MarkWhole(self._note_time), Progress(phase, step_tokens)]
         if self.config.patience:
-            callbacks.append(EarlyStoppingCallback(self.config.patience))
+            callbacks.append(Patience(self.config.patience))
         if self.config.tensorboard:
             callbacks.append(tensorboard(self.config.tensorboard / self.config.output.name / phase.lower()))
         return callbacks

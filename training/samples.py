@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from lori.template import Template
 from training.data import Row
@@ -23,12 +24,13 @@ class Sample:
 
 
 def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template) -> list[Sample]:
-    """Returns greedy answers to the first of `rows` that are written in `template`.
+    """Returns greedy answers to the first of `rows` that are written in `template` and leave room for an answer.
 
     All processes must ask, since a model may be spread over them.
     """
-    rows = [row for row in rows if row.template in (None, template)][:NUM_SAMPLES]
     answerer = LocalAnswerer(method.base.model, method.base.tokenizer, template)
+    fitting = (row for row in rows if row.template in (None, template) and answerer.has_room(row.prompt, MAX_TOKENS))
+    rows = list(islice(fitting, NUM_SAMPLES))
     prompts = [row.prompt for row in rows]
     after = answerer.complete(prompts, Sampling(MAX_TOKENS))
     with method.base_alone():

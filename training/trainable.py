@@ -105,8 +105,13 @@ class TrainableLinear(nn.Module):
             self.a = nn.Parameter(a, requires_grad=False)
         else:
             linear.weight = nn.Parameter(torch.cat([linear.weight.detach(), a]), requires_grad=False)  # (D + R, N)
-        self.b: DenseB | MaskedB = DenseB(linear.out_features, a.shape[0], start)
+        self.b: DenseB | MaskedB
+        self.put(DenseB(linear.out_features, a.shape[0], start))
         self.is_active = True
+
+    def put(self, b: DenseB | MaskedB) -> None:
+        """Puts `b` in the place of the one before, on the device of W."""
+        self.b = b.to(self.linear.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (…, N) to (…, D)."""

@@ -57,6 +57,10 @@ class PhaseTrainer(Trainer):
         """Returns this process's parts, in order."""
         return DataLoader(self.parts, batch_size=1, shuffle=False, collate_fn=_pack_one)  # type: ignore[arg-type]  # a list will do
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # a resumed run may be over already, and an epoch begins with a step
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers' own
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -140,7 +140,7 @@ def test_skipped_rows_are_counted_and_ten_of_a_kind_are_named(tmp_path: Path, ca
     told, also = [record.getMessage() for record in caplog.records]
     assert told.startswith(f"rows left out, no completion: 12 ({source} line 1, ")
     assert told.endswith("line 10 and 2 more)")
-    assert also == f"rows left out, not JSON: 1 ({source} line 14)"
+    assert also.startswith(f"rows left out, not JSON: 1 ({source} line 14; the first: Expecting property name")
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
     faults.settle()
     assert len(caplog.records) == 2
@@ -218,9 +218,23 @@ def test_messages_that_the_chat_template_refuses_are_named() -> None:
 
 def test_an_answer_of_which_a_template_leaves_nothing_is_nothing_to_predict() -> None:
     row = Row(prompt="p", completion=" ", truncated=True).at("d.jsonl line 1")
-    faults = Faults("skip")
-    assert len(tokenize(tiny_tokenizer(), [row], ["plain", "chat"], 100, faults=faults)) == 1
-    assert faults.counts == {"nothing to predict": 1}
+    assert len(tokenize(tiny_tokenizer(), [row], ["plain"], 100)) == 1
+    with pytest.raises(DataError, match=r"nothing to predict: 1\n +d.jsonl line 1: under 'chat'"):
+        tokenize(tiny_tokenizer(), [row], ["chat"], 100)
+
+
+@pytest.mark.parametrize(("length", "num_used"), [(9, 2), (20, 0), (50, 0)])
+def test_a_row_that_is_too_long_under_one_template_is_left_out_whole_and_counted_once(length: int, num_used: int) -> None:
+    """It was once counted under each, and learnt under the other while it was said to be left out."""
+    answers = {"short": " c", "long": " " + "c" * length}
+    rows = [Row(prompt="p", completion=text).at(origin) for origin, text in answers.items()]
+    pairs = [Row(prompt="p", chosen=" d", rejected=text).at(origin) for origin, text in answers.items()]
+    of_rows, of_pairs = Faults("skip"), Faults("skip")
+    examples = tokenize(tiny_tokenizer(), rows, ["plain", "chat"], 40, faults=of_rows)
+    written = [pair.rejected for pair in tokenize_pairs(tiny_tokenizer(), pairs, ["plain", "chat"], 40, of_pairs)]
+    for found, faults in ((examples, of_rows), (written, of_pairs)):
+        assert [example.origin for example in found] == ["short"] * 2 + ["long"] * num_used
+        assert faults.counts == ({} if num_used else {"too long": 1})
 
 
 def test_pairs_are_read_and_written_as_two_examples_after_one_prompt(tmp_path: Path) -> None:

@@ -36,7 +36,12 @@ PROGRAM = {"prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_p
 RIGHT, WRONG = ("\ndef check(f):\n    assert f(1) == 2\n", "\ndef check(f):\n    assert f(1) == 3\n")
 MEASURED: dict[str, Rows] = {
     "loss": [*SAID, {"prompt": "x é", "completion": "ö or not"}],
-    "exact": [*SAID, {"prompt": "Say 5:", "completion": " blue"}],
+    "exact": [
+        *SAID,
+        {"prompt": "Which?", "completion": "red"},
+        {"prompt": "Count:", "completion": " 1\n2"},
+        {"prompt": "Say 5:", "completion": " blue"},
+    ],
     "choice": [
         {"task": task, "prompt": "Say 3:", "choices": [" blue", " red", " a much longer answer"], "label": label}
         for task, label in [("right", 1), ("right", 1), ("wrong", 0), ("wrong", 1)]
@@ -115,7 +120,7 @@ def test_a_server_and_a_model_of_our_own_give_the_same_figures(
 
 def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     expected = {
-        "exact": {"exact_match": (0.0, 0.8)},
+        "exact": {"exact_match": (0.0, pytest.approx(6 / 7))},
         "number": {"number_match": (0.0, 0.5)},
         "refusal": {"refused/harmful": (0.0, 1.0), "refused/benign": (0.0, 0.5)},
         "pass": {"pass@1": (0.0, 0.5)},
@@ -291,6 +296,36 @@ def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path
     done = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: cannot load the base model")
+
+
+def test_data_may_be_a_source_with_templates(tiny_model: Path, tmp_path: Path) -> None:
+    here = {"local": True, "model": str(tiny_model), "dtype": "float32"}
+    columns = write(tmp_path / "columns.jsonl", [{"question": row["prompt"], "right": row["completion"]} for row in SAID])
+    source = {"path": str(columns), "prompt": "{{ question }}", "completion": "{{ right }}"}
+    found = evaluate(EvaluateConfig.model_validate({"data": json.dumps(source), "metric": "loss", **here}))
+    assert found.figures == figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), **here))
+    assert found.config.data_name == str(columns)
+    hub = {"path": "openai/gsm8k", "name": "main", "split": "test"}
+    assert config("loss", Path(json.dumps(hub))).data_name == "openai/gsm8k main test"
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ('{"pth": "x"}', "--data: path: Field required; pth: Extra inputs are not permitted"),
+        ('{"path": "x"', "--data: Invalid JSON: "),
+        ('{"path": "x", "prompt": "{{"}', "--data: prompt: is no Jinja template"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(
+    data: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--data", data, "--metric", "loss"])
+    with pytest.raises(SystemExit, match="2"):
+        EvaluateConfig.from_arguments()
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
 
 
 def measurement(figures: Figures, *adapters: str, **asked: object) -> Measurement:

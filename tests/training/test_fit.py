@@ -57,6 +57,8 @@ def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) ->
     fields = {**FIELDS, **own, **changes}
     if not fields["mix"]:
         del fields["mix_fraction"]
+    if {"held_out", "held_out_fraction"} & fields.keys():
+        fields.pop("save_every", None)
     return FitConfig.model_validate(fields)
 
 
@@ -200,6 +202,16 @@ def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data:
     text = page.read_text()
     assert "<h2>How strong it is</h2>" in text
     assert not any(absent in text for absent in ("held out, best", "--mix", "kept"))
+
+
+def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_model: Path, tmp_path: Path) -> None:
+    """One once ended the run with an error when its adapter was saved, and again at each resume."""
+    page, rows = tmp_path / "a.html", tmp_path / "long.jsonl"
+    prompts = [*(f"{i} " * 240 for i in range(5)), "Say 3:"]
+    rows.write_text("".join(json.dumps({"prompt": prompt, "completion": " red"}) + "\n" for prompt in prompts))
+    fit(config_for(tiny_model, rows, tmp_path / "a", method="lori-d", mix=[], report=page, steps=1), "command")
+    assert page.read_text().count('class="sample"') == 1
+    assert not list(tmp_path.glob("*.checkpoint"))
 
 
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -358,6 +370,31 @@ def test_the_best_held_out_step_is_what_is_saved(
     outcome = found["LoRI-D"]
     assert outcome.best_step == min(outcome.held_out, key=lambda at: at[1])[0]  # type: ignore[attr-defined]
     assert len(outcome.losses) == outcome.best_step + 4 < 60  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data: Path, tmp_path: Path, is_over: bool) -> None:
+    """It once began to count again, and trained on where it was to end."""
+    changes = {
+        "steps": 60, "held_out": [str(data)], "eval_every": 1, "patience": 2, "mix": [], "method": "lori-d", "calibration_lr": 1.0
+    }  # fmt: skip
+    found: dict[str, object] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "close", lambda self: found.update({self.config.output.name: self.outcomes["LoRI-D"]}))
+        whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "")
+        num_steps = len(found["whole"].losses)  # type: ignore[attr-defined]
+        cut = config_for(tiny_model, data, tmp_path / "cut", **changes)
+        if is_over:
+            with pytest.MonkeyPatch.context() as kill:
+                kill.setattr("training.run.outcome_of", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    fit(cut, "")
+        else:
+            cut_before_the_end(cut, at_step=num_steps)
+        fit(cut.model_copy(update={"resume": True}), "")
+    assert num_steps < 60
+    assert found["cut"] == found["whole"]
+    assert digest(cut.output) == digest(whole)
 
 
 def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -547,6 +584,24 @@ def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, 
         config_for(tiny_model, data, tmp_path / "a", method="lora", sparsity=0.5, beta=1.0, patience=2)
 
 
+@pytest.mark.parametrize(
+    ("said", "changes"),
+    [
+        ("--save-every is for runs without held-out rows", {"held_out_fraction": 0.2, "save_every": 2}),
+        ("--epochs is for --steps 0", {"steps": 2, "epochs": 3.0}),
+        ("--calibration-epochs is for --calibration-steps 0", {"calibration_steps": 2, "calibration_epochs": 0.1}),
+        ("--basis-seed is for LoRI", {"method": "lora", "basis_seed": 1}),
+        ("--stream is for LoRI", {"method": "lora", "stream": 1}),
+    ],
+)
+def test_a_flag_that_another_leaves_nothing_to_do_is_refused(said: str, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=said):
+        FitConfig.model_validate({"data": ["d"], "output": "a", **changes})
+    for name in changes:
+        alone = {key: value for key, value in changes.items() if key != name}
+        assert FitConfig.model_validate({"data": ["d"], "output": "a", **alone})
+
+
 def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     sparse = fit(config_for(tiny_model, data, tmp_path / "s", steps=1), "")
     with pytest.raises(LoriError, match=r"--mask-from .* keeps a part of B alone"):
@@ -564,6 +619,20 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert "checkpoint-4 is damaged" in caplog.text
     assert digest(resumed) == digest(whole)
+
+
+def test_a_checkpoint_that_is_written_anew_is_whole(
+    tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mark of the damaged one was once taken for one of its files."""
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
+    file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / "model.safetensors"
+    file.write_bytes(b"")
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", resume=True), at_step=3)
+    assert "checkpoint-4 is damaged" in caplog.text
+    caplog.clear()
+    fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert "is damaged" not in caplog.text
 
 
 def test_what_a_run_is_of_and_is_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -648,6 +717,13 @@ def test_a_report_that_would_be_a_folder_is_refused_at_once(tiny_model: Path, da
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "training.fit", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_command_shows_how_far_it_is(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    done = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3))
+    assert (done.returncode, done.stdout) == (0, f"saved {tmp_path / 'a'}\n")
+    for phase in ("LoRI-D", "LoRI-S"):
+        assert re.search(rf"{phase}: .*3/3 .*loss=\d+\.\d+, tokens_per_s=\d+", done.stderr)
 
 
 def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from lori.errors import LoriError
 from lori.format import load_adapter
+from training.data import Source
 from training.study.__main__ import _open, study
 from training.study.claims import MERGED, Found
 from training.study.config import TASKS, StudyConfig, TaskConfig
@@ -101,6 +102,17 @@ def test_without_ordinary_instructions_none_are_mixed_in(tiny_model: Path, data:
     tasks = {name: TASKS[name] for name in ("intent", "math")}
     [found] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
     assert {one.what for one in found} == {"base", *MERGED} - {"LoRI, shared, instructions mixed in"}
+
+
+def test_a_task_without_unanswered_prompts_has_no_instructions_to_mix_in(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """The file of its answers was once empty, and training refused it."""
+    rows = [json.loads(line) for line in (data / "safety" / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({"completion": " Sure.", **row}) + "\n" for row in rows))
+    tasks = {"safety": TASKS["safety"].model_copy(update={"train": [Source(path=str(tmp_path / "all.jsonl"))]})}
+    [found] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
+    assert "LoRI, shared, instructions mixed in" not in {one.what for one in found}
+    adapter = json.loads((tmp_path / "study" / "seed-0" / "adapters" / "safety-lori-s" / "adapter_config.json").read_text())
+    assert adapter["lori"]["training"]["mix"] == []
 
 
 def test_one_seed_has_no_mean_and_no_spread(

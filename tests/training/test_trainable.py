@@ -62,7 +62,7 @@ def test_a_masked_entry_s_gradient_is_the_dense_one_s() -> None:
     dense = layer.b.change.grad
     assert dense is not None
     mask = torch.rand(5, 3) < 0.5
-    layer.b = MaskedB(mask)
+    layer.put(MaskedB(mask))
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.b.trained.values.grad, dense[mask])
 
@@ -77,6 +77,16 @@ def test_the_layer_adds_scale_b_a_x() -> None:
     with torch.no_grad():
         layer.b.change.copy_(b)
     torch.testing.assert_close(layer(x), expected + 0.5 * x @ a.T @ b.T)
+
+
+def test_b_lies_where_w_does() -> None:
+    """On the CPU it once waited for Trainer to move it, which does not where a base is spread, or where no phase is left."""
+    layer = TrainableLinear(nn.Linear(6, 5, device="meta"), torch.randn(4, 6), scale=0.5)
+    start = SparseB.from_dense(torch.ones(5, 4), random_mask(5, 4))
+    for b in (layer.b, DenseB(5, 4, start), MaskedB(random_mask(5, 4, density=0.5), start)):
+        layer.put(b)
+        assert {tensor.device.type for tensor in (*layer.b.parameters(), *layer.b.buffers())} == {"meta"}
+        assert layer(torch.empty(2, 6, device="meta")).shape == (2, 5)
 
 
 def test_wrap_says_which_target_is_missing(tiny_model: Path) -> None:

@@ -1,8 +1,8 @@
 """Rows as tokens, as the server will read them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lori.errors import TemplateError
 from lori.template import Template, encode, render_completion, render_prompt
@@ -53,6 +53,7 @@ class Pair:
 
 Item = Example | Pair
 """What is drawn, and weighs the same in the loss, whatever its length."""
+Written = TypeVar("Written", Example, Pair)
 
 
 def tokenize(
@@ -65,14 +66,15 @@ def tokenize(
 ) -> list[Example]:
     """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
 
-    A row that names no template of its own gives an example under each of `templates`. The prompt is encoded by itself, as the
-    server encodes it. Nothing is cut: examples longer than `max_length` tokens go into `faults`, as do those with nothing to
-    predict and those that the chat template refuses; without `faults` they are refused with `DataError`, and so is an empty rest.
+    A row that names no template of its own gives an example under each of `templates`, or none where one fails. The prompt is
+    encoded by itself, as the server encodes it. Nothing is cut: rows longer than `max_length` tokens go into `faults`, as do
+    those with nothing to predict and those that the chat template refuses; without `faults` they are refused with `DataError`,
+    and so is an empty rest.
     """
     with settled(faults) as found:
         writer = _Writer(tokenizer, max_length, keeps_base, found)
-        written = [writer.write(row, row.completion, template) for row in rows for template in _templates(row, templates)]
-    examples = [example for example in written if example]
+        written = ((writer.write(row, row.completion, template) for template in _templates(row, templates)) for row in rows)
+        examples = [example for of_row in written for example in _whole(of_row)]
     _check_left(examples, found)
     return examples
 
@@ -85,20 +87,26 @@ def tokenize_pairs(
     faults: Faults | None = None,
 ) -> list[Pair]:
     """Returns each row's better and worse answer after its prompt, as `tokenize` writes them; where one fails, the pair does."""
-    pairs: list[Pair] = []
     with settled(faults) as found:
         writer = _Writer(tokenizer, max_length, False, found)
-        for row in rows:
-            for template in _templates(row, templates):
-                chosen = writer.write(row, row.chosen, template)
-                rejected = writer.write(row, row.rejected, template) if chosen else None
-                pairs += [Pair(chosen, rejected)] if chosen and rejected else []
+        written = ((writer.write_pair(row, template) for template in _templates(row, templates)) for row in rows)
+        pairs = [pair for of_row in written for pair in _whole(of_row)]
     _check_left(pairs, found)
     return pairs
 
 
 def _templates(row: Row, templates: Sequence[Template]) -> Sequence[Template]:
     return [row.template] if row.template else templates
+
+
+def _whole(of_row: Iterable[Written | None]) -> list[Written]:
+    """Returns what is written of a row, or nothing where some of it is None: a row is left out whole, at its first fault."""
+    written = []
+    for one in of_row:
+        if one is None:
+            return []
+        written.append(one)
+    return written
 
 
 def _check_left(written: Sequence[object], faults: Faults) -> None:
@@ -131,6 +139,12 @@ class _Writer:
         else:
             return Example((*prompt, *completion), len(prompt), self.keeps_base, row.origin)
         return None
+
+    def write_pair(self, row: Row, template: Template) -> Pair | None:
+        """Returns the row's better and worse answer after its prompt; None where one is a fault, which is noted."""
+        chosen = self.write(row, row.chosen, template)
+        rejected = self.write(row, row.rejected, template) if chosen else None
+        return Pair(chosen, rejected) if chosen and rejected else None
 
     def _prompt(self, row: Row, template: Template) -> str | None:
         try:

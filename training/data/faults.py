@@ -81,7 +81,8 @@ class Faults:
             raise DataError(self._refusal())
         for kind, places in self._unsaid.items():
             where = ", ".join(origin for origin, _ in places.shown) + (f" and {places.num_more} more" if places.num_more else "")
-            logger.warning("rows left out, %s: %d (%s)", kind, places.count, where)
+            first = f"; the first: {detail}" if (detail := places.shown[0][1]) else ""
+            logger.warning("rows left out, %s: %d (%s%s)", kind, places.count, where, first)
         self._unsaid = {}
 
     def _refusal(self) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lori.errors import LoriError
-from lori.template import Message
+from lori.template import Message, Template
 
 Prompt = str | Sequence[Message]
 
@@ -38,6 +38,10 @@ class Sampling:
 
 class Answerer(Protocol):
     """Continues prompts and scores texts. Results are in the order of what was asked; raises `AnswerError`."""
+
+    @property
+    def template(self) -> Template:
+        """How prompts and completions are written."""
 
     def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
         """Returns the answers to each prompt. The same seed gives the same ones to the same prompts, from the same answerer."""

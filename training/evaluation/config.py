@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, HttpUrl, model_validator
+from pydantic import Field, HttpUrl, ValidationError, model_validator
 
 from lori.format import name_of
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions
 from training.command_line import CommandLine
+from training.data import Source
+from training.data.row import fault_of
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
 from training.evaluation.metrics import METRICS, MetricName, Options
 
@@ -21,9 +23,10 @@ class EvaluateConfig(CommandLine):
     """Measures a base, an adapter or a merge, through a running server or on a model that is loaded here."""
 
     data: str
-    """What to measure on: a JSONL file, or a data set's name."""
+    """What to measure on: a JSONL file, a data set's name, or a source as an object, as `python -m training.fit` takes it:
+    `{"path": "openai/gsm8k", "name": "main", "split": "test", "prompt": "{{ question }}"}`."""
     metric: MetricName
-    """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, to the end of its line.
+    """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, as many lines as it has.
     choice: the right one of `choices` (its place is `label`) by log-likelihood, a mean over each row's `task`. number: the last
     number of a greedy answer, or the one after `####`, is `answer`. refusal: how many rows with `harmful` true and false are
     refused. pass: pass@k of programs, by a row's `test` and `entry_point`."""
@@ -76,6 +79,17 @@ class EvaluateConfig(CommandLine):
     with it, whose weights the card then recommends."""
 
     @property
+    def source(self) -> Source:
+        """Where the rows come from."""
+        return Source.model_validate_json(self.data) if self.data.startswith("{") else Source(path=self.data)
+
+    @property
+    def data_name(self) -> str:
+        """What was measured on, for a person: the source's path and, where they were said, its configuration and its split."""
+        source = self.source
+        return " ".join(filter(None, [source.path, source.name, source.split if "split" in source.model_fields_set else ""]))
+
+    @property
     def merge_options(self) -> MergeOptions:
         """How adapters are merged."""
         return MergeOptions(self.merge, self.density, DEFAULTS.sign, self.merge_seed)
@@ -93,10 +107,16 @@ class EvaluateConfig(CommandLine):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
-        faults = [*self._out_of_place(), *self._adapter_faults(), *self._metric_faults()]
+        faults = [*self._data_faults(), *self._out_of_place(), *self._adapter_faults(), *self._metric_faults()]
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _data_faults(self) -> Iterator[str]:
+        try:
+            _ = self.source
+        except ValidationError as error:
+            yield f"--data: {fault_of(error)[1]}"
 
     def _out_of_place(self) -> Iterator[str]:
         given = self.model_fields_set

@@ -55,7 +55,7 @@ class LocalAnswerer:
 
     def answers(self, prompts: Sequence[Prompt], how: Generation, seed: int = 0) -> list[Answer]:
         """Returns an answer to each prompt."""
-        encoded = [encode(self.tokenizer, render_prompt(self.tokenizer, p, self.template)).ids for p in prompts]
+        encoded = [self._encode(prompt) for prompt in prompts]
 
         def answered(batch: Sequence[list[int]]) -> list[Answer]:
             outs = generate(self.model, self.tokenizer.backend_tokenizer, batch, how)
@@ -65,11 +65,18 @@ class LocalAnswerer:
             lengths = [len(ids) + how.max_tokens for ids in encoded]
             return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
 
+    def has_room(self, prompt: Prompt, max_tokens: int) -> bool:
+        """Says whether the model's context holds `prompt` with an answer of so many tokens."""
+        return self._limit is None or len(self._encode(prompt)) + max_tokens <= self._limit
+
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""
         examples = [self._example(*text) for text in texts]
         with torch.no_grad(), self._as_it_was(), attention(self.model, ATTENTION):
             return self._by_batch(self._scores, examples, list(map(len, examples)), self.batch_tokens)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return encode(self.tokenizer, render_prompt(self.tokenizer, prompt, self.template)).ids
 
     def _example(self, prompt: Prompt, completion: str) -> Example:
         text = render_prompt(self.tokenizer, prompt, self.template)
@@ -107,10 +114,13 @@ class LocalAnswerer:
                 bar.update(len(places))
         return [found[i] for i in range(len(items))]
 
+    @property
+    def _limit(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def _check_context(self, length: int) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise AnswerError(f"a text with its answer has {length} tokens, and the model's context holds {limit}")
+        if self._limit is not None and length > self._limit:
+            raise AnswerError(f"a text with its answer has {length} tokens, and the model's context holds {self._limit}")
 
     @contextmanager
     def _as_it_was(self, seed: int = 0) -> Iterator[None]:

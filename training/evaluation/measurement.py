@@ -48,7 +48,7 @@ class Measurement:
         told = {
             "measured": self._who([f"{adapter.name}@{adapter.version}" for adapter in self.adapters]),
             "on": self.base,
-            "data": self.config.data,
+            "data": self.config.data_name,
             "template": self.template,
         }
         for name in names(figures):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
+from lori.template import render_completion
 from training.data import Row, Source, read_rows
 from training.evaluation.answerer import Answerer, AnswerError, LogLikelihood, Prompt, Sampling
 from training.evaluation.figures import ROWS, Figures, mean, mean_of_groups, pass_at, ratio
@@ -42,9 +43,11 @@ def measure_loss(answerer: Answerer, rows: Sequence[Row], _: Options) -> Figures
 
 
 def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> Figures:
-    """Returns the share of rows whose greedy answer, to the end of its line, is the completion."""
-    answers = _answers(answerer, rows, options, stop=("\n",))
-    return mean("exact_match", [a.strip() == (row.completion or "").strip() for a, row in zip(answers, rows, strict=True)])
+    """Returns the share of rows whose greedy answer, as many lines as the completion has, is the completion."""
+    expected = [render_completion(row.prompt_text, row.completion or "", answerer.template) for row in rows]
+    are_lines = not any("\n" in text.rstrip() for text in expected)
+    answers = _answers(answerer, rows, options, stop=("\n",) if are_lines else ())
+    return mean("exact_match", [_is_exact(*texts) for texts in zip(answers, expected, strict=True)])
 
 
 def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) -> Figures:
@@ -132,6 +135,14 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
     Raises `AnswerError` and, for `pass`, `SandboxError`.
     """
     return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {ROWS: len(rows)}
+
+
+def _is_exact(answer: str, expected: str) -> bool:
+    """Says whether `answer` begins as `expected`, a completion as training writes it: a newline may part it from its prompt."""
+    text = expected.strip()
+    begins_below = "\n" in expected.partition(text)[0]
+    lines = (answer.lstrip() if begins_below else answer).split("\n")
+    return "\n".join(lines[: text.count("\n") + 1]).strip() == text
 
 
 def _scored(answerer: Answerer, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:

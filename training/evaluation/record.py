@@ -30,7 +30,7 @@ def _how(found: Measurement, name: str) -> Measured:
     return Measured(
         num_rows=num_rows(found.figures, name),
         stderr=None if error is None else round(error, 4),
-        data=found.config.data,
+        data=found.config.data_name,
         template=found.template,
         versions={adapter.name: adapter.version for adapter in found.adapters},
     )

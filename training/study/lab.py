@@ -6,6 +6,7 @@ Everything is written down in the output's folder, one file a measurement, so th
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lori.durable import replace_file
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.merge_options import DEFAULTS, MergeOptions
-from training.answer import AnswerConfig, write_answers
+from training.answer import AnswerConfig, chosen_rows, write_answers
 from training.config import FitConfig
 from training.data import Row, Source
 from training.evaluation.figures import Figures
@@ -43,10 +44,11 @@ class Lab:
         """The learning rates of both phases of LoRI."""
         return {"lr": self.config.lr, "calibration_lr": self.config.calibration_lr}
 
-    @property
+    @cached_property
     def instructing(self) -> list[str]:
         """The tasks that have ordinary instructions, which are prompts without a completion."""
-        return [task for task, its in self.config.tasks.items() if its.metric == "refusal"]
+        tasks = [task for task, its in self.config.tasks.items() if its.metric == "refusal"]
+        return [task for task in tasks if chosen_rows(self._asked(task, 0))]
 
     def adapter(self, name: str, task: str, kept: Iterable[str] = (), *, instructed: bool = False, **options: Any) -> Path:
         """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there.
@@ -112,12 +114,13 @@ class Lab:
 
     def _answered(self, task: str, num_rows: int) -> Path:
         """Returns a file of the base's own answers: to `num_rows` of the task's prompts, or to those without a completion."""
-        file = self.folder / "answers" / f"{task}-{num_rows or 'unanswered'}.jsonl"
-        if not file.is_file():
-            sources = [self._placed(source) for source in self.config.tasks[task].train]
-            asked = AnswerConfig(
-                data=sources, output=file, template="plain", only_unanswered=not num_rows, num_rows=num_rows,
-                max_tokens=24 if num_rows else 40, seed=self.seed,
-            )  # fmt: skip
+        asked = self._asked(task, num_rows)
+        if not asked.output.is_file():
             write_answers(self.base, asked)
-        return file
+        return asked.output
+
+    def _asked(self, task: str, num_rows: int) -> AnswerConfig:
+        return AnswerConfig(
+            data=self._train(task), output=self.folder / "answers" / f"{task}-{num_rows or 'unanswered'}.jsonl", template="plain",
+            only_unanswered=not num_rows, num_rows=num_rows, max_tokens=24 if num_rows else 40, seed=self.seed,
+        )  # fmt: skip

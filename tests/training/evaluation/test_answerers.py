@@ -55,6 +55,25 @@ def greedy(base: BaseModel, prompt: str, max_tokens: int) -> str:
     return text.rstrip("\ufffd")
 
 
+def test_a_wrapped_model_answers_with_its_delta(tiny_model: Path, base: BaseModel) -> None:
+    """As the base does where the delta is added to its weights."""
+    own, folded = (load_base_model(str(tiny_model), torch.float32, how) for how in (ATTENTION, "sdpa"))
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in wrap(own.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0).items():
+        b = torch.randn(layer.num_outputs, 4, generator=generator)
+        with torch.no_grad():
+            layer.b.change.copy_(b)
+            folded.model.get_submodule(name).weight.add_(2 * b @ Seeded().draw(name, 4, layer.linear.in_features))
+    who = LocalAnswerer(own.model, own.tokenizer)
+    answers = [[greedy(folded, prompt, 20)] for prompt in PROMPTS]
+    assert who.complete(PROMPTS, Sampling(max_tokens=20)) == answers
+    assert answers != [[greedy(base, prompt, 20)] for prompt in PROMPTS]
+    texts: list[tuple[Prompt, str]] = [("why?", " because"), ("a\n", "b")]
+    expected = LocalAnswerer(folded.model, folded.tokenizer).log_likelihoods(texts)
+    for one, other in zip(who.log_likelihoods(texts), expected, strict=True):
+        assert one.total == pytest.approx(other.total, abs=1e-3)
+
+
 def test_a_greedy_answer_is_the_model_s_own_up_to_a_stop_text(answerer: Answerer, base: BaseModel) -> None:
     whole = [greedy(base, prompt, 20) for prompt in PROMPTS]
     assert answerer.complete(PROMPTS, Sampling(max_tokens=20)) == [[text] for text in whole]

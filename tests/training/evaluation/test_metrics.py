@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lori.template import Template
 from training.data import DataError
 from training.evaluation.answerer import LogLikelihood, Prompt, Sampling
 from training.evaluation.figures import Figures
@@ -14,6 +15,8 @@ from training.evaluation.metrics import METRICS, MetricName, Options, measure, r
 
 class Heart:
     """Answers each prompt by what it knows, one character a token; a completion is likelier the nearer its length is to 3."""
+
+    template: Template = "plain"
 
     def __init__(self, answers: Mapping[str, Sequence[str]] | None = None) -> None:
         self.answers = answers or {}
@@ -50,6 +53,21 @@ def test_a_choice_is_the_likeliest_as_a_whole_or_by_character(tmp_path: Path) ->
         "accuracy_by_character/whole": 1.0, "accuracy_by_character/by": 0.5, "accuracy_by_character": 0.75,
         "rows/whole": 1, "rows/by": 2, "rows": 3,
     }  # fmt: skip
+
+
+def test_an_exact_answer_is_the_completion_as_training_writes_it(tmp_path: Path) -> None:
+    """Of one that training puts on a line of its own, and of one with more lines, nothing but the first line was once read."""
+    texts = {"Say red:": "red", "a": " 1\n\n2\n", "b": "\nred", "c ": "red", "d": " red"}
+    rows: list[dict[str, object]] = [{"prompt": prompt, "completion": text} for prompt, text in texts.items()]
+    learnt = {"Say red:": "\nred", "a": " 1\n\n2\n", "b": "\nred", "c ": "red", "d": " red"}
+    for more, share in {"": 1.0, "\nmore": 1.0, " more": 0.0}.items():
+        who = Heart({prompt: [text.rstrip() + more] for prompt, text in learnt.items()})
+        assert found(tmp_path, "exact", rows, who) == {"exact_match": share, "rows": 5}
+        assert who.asked[0]["stop"] == ()
+    who = Heart({prompt: [text.strip()] for prompt, text in learnt.items()})
+    assert found(tmp_path, "exact", rows, who)["exact_match"] == 1.0, "beside the prompt is right, too"
+    who = Heart({prompt: ["\n" + text.strip()] for prompt, text in learnt.items()})
+    assert found(tmp_path, "exact", rows, who)["exact_match"] == 0.4, "but not below it, where training does not put it"
 
 
 def test_an_exact_answer_is_the_completion_to_the_end_of_its_line(tmp_path: Path) -> None:
