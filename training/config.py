@@ -25,7 +25,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class FitConfig(CommandLine):
     """Trains a LoRI adapter (arXiv 2504.07448) and writes it as a folder that the server loads."""
 
-    tied: ClassVar[Mapping[str, tuple[str, ...]]] = {"data": ("about", "prepare")}
+    tied: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "data": ("about", "prepare"),
+        "epochs": ("steps",),
+        "calibration_epochs": ("calibration_steps",),
+    }
 
     recipe: str | None = None
     """A YAML file of these options, or the name of one of `training/recipes`. Flags win over it."""

@@ -102,6 +102,12 @@ def test_a_card_says_nothing_of_data_that_is_not_a_recipe_s(monkeypatch: pytest.
     assert "BANKING77" in from_flags(monkeypatch, "--recipe", "small-intent", "--steps", "3").about
 
 
+def test_epochs_on_the_command_line_win_over_a_recipe_s_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_flags(monkeypatch, "--recipe", "small-math", "--epochs", "2", "--calibration-epochs", "0.5")
+    assert (config.steps, config.epochs, config.calibration_steps, config.calibration_epochs) == (0, 2, 0, 0.5)
+    assert from_flags(monkeypatch, "--recipe", "small-math").steps == 150
+
+
 def test_a_file_extends_shipped_recipes_and_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "base.yaml").write_text("seed: 7\nsteps: 3\n")
     (tmp_path / "mine.yaml").write_text("extends: [small-math, base.yaml]\nsteps: 4\ndata: [rows.jsonl]\n")
