@@ -74,7 +74,6 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
         "safety-lora": ["safety-unanswered"],
         "intent-lori-others": ["math-3", "safety-3"],
         "intent-lori-instructed": ["safety-unanswered"],
-        "safety-lori-instructed": ["safety-unanswered"],
     }
     for name, mixed in mixes.items():
         adapter = json.loads((config.output / "seed-0" / "adapters" / name / "adapter_config.json").read_text())

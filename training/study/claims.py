@@ -66,6 +66,8 @@ def lori_others(lab: Lab, task: str) -> Path:
 
 def lori_instructed(lab: Lab, task: str) -> Path:
     """Returns LoRI-S's, on the same mask, that is held to the base's own answers on ordinary instructions."""
+    if lab.instructing == [task]:  # it is anyway
+        return lori_s(lab, task)
     return lab.adapter(f"{task}-lori-instructed", task, instructed=True, mask_from=lori_d(lab, task), lr=lab.config.lr)
 
 
