@@ -1,25 +1,29 @@
 """The replicas as Ray Serve reaches them."""
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import anyio
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
 from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
+from server.cluster.lifecycle import JOIN_S
 from server.cluster.replica import Replica
 
 logger = logging.getLogger(__name__)
 LOST = (TimeoutError, RayError, RayServeException)
 """What becomes of a call, other than an answer."""
-BEAT_S = 2.0
-"""Between two calls that ask a replica for nothing."""
+BEAT_S = 1.0
+"""Between two calls that ask the replicas for nothing."""
+ANSWER_S = 2.0
+"""How long such a call may take."""
+POLL_S = 0.1
 
 
 class ReplicaHandles:
@@ -31,36 +35,37 @@ class ReplicaHandles:
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
-
-        def ask() -> DeploymentResponseGenerator[Any]:
-            responses = self._streaming.asgi.remote(scope, body, key=key)
-            assert isinstance(responses, DeploymentResponseGenerator)
-            return responses
-
-        return ReplicaStream(ask, self._let_join)
+        responses = self._streaming.asgi.remote(scope, body, key=key)
+        assert isinstance(responses, DeploymentResponseGenerator)
+        return ReplicaStream(responses)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
         """Returns the answer of each replica that runs and has joined; of a change, when all of them know of it.
 
         Raises `ReplicaLostError` where there is none.
         """
+        end = anyio.current_time() + JOIN_S
         while True:
-            async with self._changes.running() if scope["method"] != "GET" else nullcontext():
-                found = await ask_each(self._handle, "whole", scope, body)
-            if not found:
-                raise ReplicaLostError("no replica is there")
-            answers = {name: messages for name, messages in found if messages}
-            if answers:
+            try:
+                async with self._changes.running() if scope["method"] != "GET" else nullcontext():
+                    found = await ask_each(self._handle, "whole", scope, body)
+            except RayServeException as error:
+                raise ReplicaLostError("no replica is there") from error
+            if answers := {name: messages for name, messages in found if messages}:
                 return answers
-            await self._let_join()
+            if not found or anyio.current_time() > end:
+                raise ReplicaLostError("no replica has joined" if found else "no replica is there")
+            await anyio.sleep(POLL_S)
 
     async def _let_join(self) -> None:
+        # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
         try:
             async with self._changes.paused():
-                pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=BEAT_S) for name in pins}
+                pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=ANSWER_S) for name in pins}
                 await ask_each(self._handle, "join", sorted(pins))
         except LOST as error:
-            raise ReplicaLostError(f"not all replicas know of all changes yet: {error}") from error
+            reason = error.cause if isinstance(error, RayTaskError) else error  # without its trace
+            logger.warning("not all replicas know of all changes yet: %s", reason)
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -69,13 +74,9 @@ class ReplicaHandles:
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
         while True:
-            try:
-                if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=BEAT_S)):
+            with suppress(*LOST):
+                if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=ANSWER_S)):
                     await self._let_join()
-            except ReplicaLostError as error:
-                logger.warning("%s", error)
-            except LOST:
-                pass  # who asks it anything learns of it
             await anyio.sleep(BEAT_S)
 
 
@@ -93,24 +94,14 @@ async def ask_each(
 class ReplicaStream:
     """One replica's answer, as it comes."""
 
-    def __init__(self, ask: Callable[[], DeploymentResponseGenerator[Any]], join: Callable[[], Awaitable[None]]) -> None:
-        self._ask, self._join = ask, join
-        self._responses = ask()
+    def __init__(self, responses: DeploymentResponseGenerator[Any]) -> None:
+        self._responses = responses
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yields what there is of it. Raises `ReplicaLostError` where the replica died, could not be reached, or cannot join."""
+        """Yields what there is of it. Raises `ReplicaLostError` where the replica died, or could not be reached."""
         try:
-            has_joined = False
-            while not has_joined:
-                has_joined = True
-                async for messages in self._responses:
-                    if messages:
-                        yield messages
-                    else:
-                        has_joined = False
-                if not has_joined:
-                    await self._join()
-                    self._responses = self._ask()
+            async for messages in self._responses:
+                yield messages
         except (RayActorError, RayServeException) as error:
             raise ReplicaLostError(f"the replica was lost: {type(error).__name__}") from error
 

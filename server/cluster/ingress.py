@@ -51,7 +51,8 @@ class Replicas(Protocol):
         """Returns the answer of the replica that has the adapters of `key`."""
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        """Returns the whole answer of each replica, by its name, but of those that are lost; of one at least."""
+        """Returns the whole answer of each replica, by its name, but of those that are lost or have not joined; of one at
+        least. Raises `ReplicaLostError`."""
 
     async def watch(self) -> None:
         """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`, and
@@ -123,7 +124,7 @@ class Ingress:
                 if num_tries == MAX_TRIES:
                     await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
-                logger.warning("%s is sent to another replica: %s", _said(scope), error)
+                logger.warning("%s is sent again: %s", _said(scope), error)
             except Exception:  # Ray's are of many kinds
                 if has_begun:
                     raise

@@ -8,17 +8,13 @@ from typing import Any
 import anyio
 from ray import serve
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse
 from starlette.types import Message
 
+from server.cluster.lifecycle import PROBED, Lifecycle
 from server.cluster.relay import answer
-from server.schemas.errors import error_reply
 from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
-
-PROBED = ("/health", "/ready", "/metrics")
-CLOSED = JSONResponse(error_reply(503, "ServiceUnavailableError", "the server is about to end", None), 503, {"Retry-After": "1"})
 
 
 class Replica:
@@ -38,8 +34,8 @@ class Replica:
             self._tracing.instrument(self._app)
         self._running = AsyncExitStack()
         self._state = await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
-        self._num_asked, self._is_closed = 0, False
-        self._joining, self._has_joined = anyio.Lock(), False
+        self._lifecycle, self._joining = Lifecycle(self._app), anyio.Lock()
+        self._num_asked = 0
 
     async def asgi(
         self,
@@ -47,13 +43,7 @@ class Replica:
         body: bytes,
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
-        """Yields the answer to a request, see `relay.answer`; once this is closed a refusal, but of what asks how it is.
-
-        One that has not joined yet yields no messages, once.
-        """
-        if self._must_join(scope):
-            yield []
-            return
+        """Yields the answer to a request, see `relay.answer` and `Lifecycle`."""
         async with aclosing(self._answered(scope, body)) as answers:
             async for messages in answers:
                 yield messages
@@ -61,16 +51,16 @@ class Replica:
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
         """Returns the replica's name, and its whole answer to a request that all replicas hear.
 
-        That of one that has not joined yet is empty.
+        That of one that has not joined yet is empty, but to what asks how it is.
         """
-        if self._must_join(scope):
+        if scope["path"] not in PROBED and not self._lifecycle.joined.is_set():
             return _own_name(), []
         messages = [message async for some in self._answered(scope, body) for message in some]
         return _own_name(), messages
 
     async def beat(self) -> tuple[bool, Collection[str]]:
         """Says whether this replica has joined, and what is pinned here; or the caller learns that it cannot be reached."""
-        return self._has_joined, [*self._service.admin.pins]
+        return self._lifecycle.joined.is_set(), [*self._service.admin.pins]
 
     async def join(self, pins: Collection[str]) -> None:
         """Makes good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'.
@@ -80,9 +70,9 @@ class Replica:
         from server.catalog.catching_up import catch_up  # noqa: PLC0415  # see `__init__`
 
         async with self._joining:
-            if not self._has_joined and self._service.files:
+            if not self._lifecycle.joined.is_set() and self._service.files:
                 await catch_up(self._service.admin, self._service.files, self._service.registry, pins)
-            self._has_joined = True
+            self._lifecycle.joined.set()
 
     def retire(self) -> None:
         """Has /ready say that it is not; requests are answered as before."""
@@ -90,7 +80,7 @@ class Replica:
 
     def close(self) -> None:
         """Has new requests refused."""
-        self._is_closed = True
+        self._lifecycle.is_closed = True
 
     def num_asked(self) -> int:
         """Returns how many requests are under way."""
@@ -106,15 +96,10 @@ class Replica:
         if self._tracing:
             await run_in_threadpool(self._tracing.stop)
 
-    def _must_join(self, scope: Mapping[str, Any]) -> bool:
-        # It may not have heard of an adapter that is there, or have one that is not.
-        return not self._has_joined and scope["path"] not in PROBED
-
     async def _answered(self, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Sequence[Message], None]:
-        app = CLOSED if self._is_closed and scope["path"] not in PROBED else self._app
         self._num_asked += 1
         try:
-            async with aclosing(answer(app, {**scope, "state": dict(self._state or {})}, body)) as answers:
+            async with aclosing(answer(self._lifecycle, {**scope, "state": dict(self._state or {})}, body)) as answers:
                 async for messages in answers:
                     yield messages
         finally:

@@ -113,7 +113,8 @@ async def _ask_each(method: str) -> list[Any]:
 
 def _check_that_none_serves(settings: ClusterSettings) -> None:
     # A Ray cluster has one Serve, with one address and one end: ours would be those of others, too.
-    if settings.ray_address and serve.status().proxies:
+    status = serve.status()
+    if settings.ray_address and (status.proxies or status.applications):
         ray.shutdown()
         raise StartError(
             f"Ray Serve runs already on the Ray at {settings.ray_address}, where this would take its address and end it: "

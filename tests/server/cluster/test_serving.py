@@ -150,7 +150,10 @@ def _another_program_leaves_what_serves_as_it_is(cluster: Cluster) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         process = run_main(log, "--ray-address", address, "--port", str(free_port()), module="server.cluster")
-    assert process.wait(START_S) == 1, log.read_text()
+    try:
+        assert process.wait(START_S) == 1, log.read_text()
+    finally:
+        process.kill()
     assert f"error: Ray Serve runs already on the Ray at {address}, " in log.read_text()
     assert cluster.http.get("/ready").status_code == 200
     assert len(cluster.names()) == 2
