@@ -68,15 +68,19 @@ class Nodes:
 
         return self.threads.submit(asked)
 
-    def stream(self, adapters: Sequence[str]) -> "Future[float | None]":
-        """Reads a stream; the result is when it broke, None where it had not when all was over."""
+    def stream(self, adapters: Sequence[str], has_begun: Event) -> "Future[float | None]":
+        """Reads a stream, and says that it has begun; the result is when it broke, None where it had not when all was over."""
 
         def read() -> float | None:
             with closing(self.client.stream(prompt=PROMPT, adapter=adapters, max_tokens=LONG, ignore_eos=True)) as events:
                 try:
-                    return None if any(self.is_over.is_set() for _ in events) else math.nan
+                    for _ in events:
+                        has_begun.set()
+                        if self.is_over.is_set():
+                            return None
                 except BrokenStreamError:
                     return time.monotonic()
+                return math.nan
 
         return self.threads.submit(read)
 
@@ -138,8 +142,11 @@ def _lose_the_other(nodes: Nodes, what: str, lose: Callable[[], None]) -> None:
     of_each = adapters_of_each(nodes.names())
     _reach_both(nodes, of_each)
     nodes.is_over.clear()
-    streams = [nodes.stream(adapters) for adapters in of_each.values()]
+    begun = {replica: Event() for replica in of_each}
+    streams = [nodes.stream(adapters, begun[replica]) for replica, adapters in of_each.items()]
     asked = [nodes.ask(adapters) for adapters in of_each.values() for _ in range(3)]
+    # One that nobody has heard of yet would be answered by another replica from the start.
+    wait_until(lambda: all(one.is_set() for one in begun.values()), "the streams to begin")
     wait_until(lambda: nodes.have_each(2), "a stream and a request under way on each machine")
     lose()
     lost = time.monotonic()
