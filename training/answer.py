@@ -19,11 +19,13 @@ from lori.durable import replace_file
 from lori.template import Template
 from training.base import load_base
 from training.command_line import CommandLine
-from training.data import Row, Source, read_rows
+from training.data import Faults, Row, Source, read_rows
 from training.ending import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
 from training.generation import Generation, end_ids
+
+logger = logging.getLogger(__name__)
 
 
 class AnswerConfig(CommandLine):
@@ -79,19 +81,33 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
 def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[dict[str, object]]:
     """Yields each row with the base model's own completion, without those that were cut before they said anything.
 
-    Raises `TemplateError` where a prompt cannot be written, `AnswerError` where it is too long.
+    Raises `TemplateError` where a prompt cannot be written, `DataError` where some are empty or too long.
     """
     how = Generation(config.max_tokens, end_ids(base.model, base.tokenizer), config.temperature)
     who = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
+    _check_room(who, rows, config.max_tokens)
     template = None if config.any_template else config.template
     for row, answer in zip(rows, who.answers([row.prompt for row in rows], how, config.seed), strict=True):
         if answer.is_whole or answer.text.strip():
             yield row.answered(answer.text, template, truncated=not answer.is_whole)
 
 
+def _check_room(who: LocalAnswerer, rows: list[Row], max_tokens: int) -> None:
+    faults = Faults(can_skip=False)
+    for row in rows:
+        if not row.prompt_text and who.template == "plain":
+            faults.add("empty prompt", row.origin)
+        elif not who.has_room(row.prompt, max_tokens):
+            faults.add("too long", row.origin, f"with an answer of {max_tokens} tokens, for the model's context")
+    faults.settle()
+
+
 def write_answers(base: BaseModel, config: AnswerConfig) -> int:
     """Writes the answers to `config.output`, all or nothing, and returns how many there are. Raises as `answers`."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, chosen_rows(config), config)]
+    rows = chosen_rows(config)
+    lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, rows, config)]
+    if num_left := len(rows) - len(lines):
+        logger.info("answers left out, which --max-tokens cut before they said anything: %d", num_left)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(config.output, "".join(line + "\n" for line in lines).encode())
     return len(lines)

@@ -6,7 +6,7 @@ A program with a `recipe` among its flags takes from that what the command line 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
@@ -17,9 +17,6 @@ from training.recipe import RecipeError, files_of, read_recipe
 
 class CommandLine(BaseSettings):
     """A program's flags. RANK or SEED in the environment means something else, so nothing is read from there."""
-
-    tied: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """What a recipe says of another of its options, and says no more where a flag wins over that."""
 
     model_config = SettingsConfigDict(
         cli_kebab_case=True,
@@ -42,6 +39,11 @@ class CommandLine(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Returns what was given in code, and the recipe; pydantic-settings puts the command line before them where asked to."""
         return init_settings, _Recipe(settings_cls)
+
+    @classmethod
+    def overruled(cls, given: Mapping[str, Any], told: Mapping[str, Any]) -> set[str]:  # noqa: ARG003  # for those with recipes
+        """Returns which of the options that a recipe has `told` mean nothing beside those `given` as flags."""
+        return set()
 
     @classmethod
     def from_arguments(cls) -> Self:
@@ -73,9 +75,9 @@ class _Recipe(PydanticBaseSettingsSource):
         given = self.current_state
         if not (name := given.get("recipe")):
             return {}
-        tied: Mapping[str, tuple[str, ...]] = getattr(self.settings_cls, "tied", {})
-        dropped = {other for option, others in tied.items() if option in given for other in others}
+        assert issubclass(self.settings_cls, CommandLine)
         found = read_recipe(name, self.settings_cls.model_fields.keys() - {"recipe"})
+        dropped = self.settings_cls.overruled(given, found)
         return {option: value for option, value in found.items() if option not in dropped}
 
 

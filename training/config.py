@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,17 +19,18 @@ CHECKPOINTS = ".checkpoint"
 LORI_LR, LORA_LR = 2e-2, 2e-3
 """Of the rates tried on the embedded model, those that served `intent` and `math` both. LoRA diverges at LoRI-S's."""
 Method = Literal["lori", "lori-d", "lora"]
+TIED: Mapping[str, tuple[str, ...]] = {
+    "data": ("about", "prepare"),
+    "epochs": ("steps",),
+    "calibration_epochs": ("calibration_steps",),
+    "batch_tokens": ("batch_size",),
+}
+"""What a recipe says of another of its options, and says no more where a flag wins over that."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class FitConfig(CommandLine):
     """Trains a LoRI adapter (arXiv 2504.07448) and writes it as a folder that the server loads."""
-
-    tied: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "data": ("about", "prepare"),
-        "epochs": ("steps",),
-        "calibration_epochs": ("calibration_steps",),
-    }
 
     recipe: str | None = None
     """A YAML file of these options, or the name of one of `training/recipes`. Flags win over it."""
@@ -42,7 +43,8 @@ class FitConfig(CommandLine):
     method: Method = "lori"
     """lori: LoRI-D, its mask, LoRI-S. lori-d: all of B is trained and kept. lora: PEFT's LoRA, as a baseline."""
     on_bad: OnBad = "refuse"
-    """refuse: where a row cannot be used, nothing is trained, and each is named. skip: they are left out, named and counted."""
+    """refuse: where a row cannot be used, nothing is trained. skip: they are left out. Either way they are counted, and ten of
+    each kind named, with their lines."""
     mix: list[Source] = Field(default=[])
     """What to leave alone: rows that the base model answered itself (see `python -m training.answer`). There the adapted model
     is held to the base model's own distribution."""
@@ -109,7 +111,8 @@ class FitConfig(CommandLine):
     batch_size: int = Field(default=0, ge=0)
     """Examples of a step; 0 to say it in tokens."""
     batch_tokens: int = Field(default=1024, ge=1)
-    """Examples are drawn until a step has this many tokens, where `batch_size` is 0."""
+    """Examples are drawn until a step has this many tokens, where `batch_size` is 0. So many tokens of held-out ones
+    are computed together."""
     accumulation: int = Field(default=1, ge=1)
     """Parts in which each process computes a step, one after another. N processes with 1 and one with N train the same."""
     max_length: int = Field(default=1024, ge=2)
@@ -139,6 +142,13 @@ class FitConfig(CommandLine):
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads; 0 is torch's own choice."""
 
+    @classmethod
+    def overruled(cls, given: Mapping[str, Any], told: Mapping[str, Any]) -> set[str]:
+        """See `CommandLine`. A recipe's rate is LoRI-S's, or LoRA's, and not that of the other."""
+        dropped = {other for option, others in TIED.items() if option in given for other in others}
+        was, now = told.get("method"), given.get("method", told.get("method"))
+        return dropped | {"lr"} if (was == "lora") != (now == "lora") else dropped
+
     @model_validator(mode="after")
     def _is_sound(self) -> "FitConfig":
         if faults := [*self._name_faults(), *self._idle(), *self._conflicts()]:
@@ -152,6 +162,8 @@ class FitConfig(CommandLine):
             yield f"--output ends in {CHECKPOINTS}, as the folders of checkpoints do"
         if self.report and self.report.resolve().is_relative_to(self.output.resolve()):
             yield "--report is in the adapter's own folder, which the next training replaces"
+        if self.tensorboard and (self.tensorboard / self.output.name).resolve().is_relative_to(self.output.resolve()):
+            yield f"--tensorboard {self.tensorboard} puts its logs, {self.output.name}/…, into the adapter's own folder"
         if self.report and self.report.is_dir():
             yield f"--report {self.report} is a folder, expected a file's name, such as {self.report / 'report.html'}"
         if len(set(self.template)) != len(self.template):
@@ -171,6 +183,7 @@ class FitConfig(CommandLine):
             (("basis_seed", "stream"), self.method != "lora", "LoRI, whose A they draw; LoRA's is drawn by --seed"),
             (("epochs",), not self.steps, "--steps 0"),
             (("calibration_epochs",), not self.calibration_steps, "--calibration-steps 0"),
+            (("batch_tokens",), is_measured or not self.batch_size, "--batch-size 0, or held-out rows"),
             (("save_every",), not is_measured, "runs without held-out rows; with them --eval-every says it"),
             (("eval_every", "patience"), is_measured, "--held-out or --held-out-fraction"),
         ):

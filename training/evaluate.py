@@ -36,6 +36,8 @@ class Subject:
     answerer: ServerAnswerer | LocalAnswerer
     base: str
     adapters: Sequence[Adapted]
+    base_digest: str | None = None
+    """Of the base's weights, where they are at hand."""
 
 
 def served(config: EvaluateConfig) -> Subject:
@@ -61,7 +63,8 @@ def loaded(config: EvaluateConfig) -> Iterator[Subject]:
     template = _template(config, {adapter.name: adapter.config.lori.templates for adapter in adapters})
     with applied(base.model, Choice(adapters, config.weights, config.merge_options).merged()):
         answerer = LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
-        yield Subject(answerer, base.name, [Adapted(adapter.name, adapter.version) for adapter in adapters])
+        adapted = [Adapted(adapter.name, adapter.version) for adapter in adapters]
+        yield Subject(answerer, base.name, adapted, base.identity.digest)
 
 
 def _template(config: EvaluateConfig, learnt: Mapping[str, Sequence[Template]]) -> Template:
@@ -80,14 +83,17 @@ def evaluate(config: EvaluateConfig) -> Measurement:
     rows = read_measured(config.source, config.metric, config.num_rows, config.seed)
     with loaded(config) if config.local else nullcontext(served(config)) as subject:
         if config.record:
-            _check_version(config.record, subject.adapters)
+            _check_record(config.record, subject)
         figures = measure(config.metric, subject.answerer, rows, config.options)
         return Measurement(config, subject.base, subject.adapters, subject.answerer.template, figures)
 
 
-def _check_version(folder: Path, measured: Sequence[Adapted]) -> None:
-    name, digest = name_of(folder), read_config(folder).lori.content_digest
-    for adapter in measured:
+def _check_record(folder: Path, subject: Subject) -> None:
+    name, record = name_of(folder), read_config(folder).lori
+    digest = record.content_digest
+    if subject.base_digest not in (None, record.base_digest):
+        raise AnswerError(f"--record {folder} is an adapter of another base than {subject.base}, which would be measured")
+    for adapter in subject.adapters:
         if adapter.name == name and not digest.startswith(adapter.version):
             own = digest[: len(adapter.version)]
             raise AnswerError(

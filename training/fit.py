@@ -155,7 +155,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = command_of(sys.argv[1:], os.environ)
     go_on = "interrupted: the same command with --resume goes on from the last checkpoint"
-    return ended(lambda: f"saved {fit(config, command)}", go_on)
+    is_there = config.resume and has_ended(config)
+    return ended(lambda: f"{'found' if is_there else 'saved'} {fit(config, command)}", go_on)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`training.answer`: the base model's own answers, as rows."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.template import encode, render_prompt
-from training.answer import AnswerConfig, answers, chosen_rows, main
-from training.data import Row
+from training.answer import AnswerConfig, answers, chosen_rows, main, write_answers
+from training.data import DataError, Row
 
 
 @pytest.fixture
@@ -53,6 +54,25 @@ def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Pat
         assert found[row.prompt_text]["completion"] == text
         assert found[row.prompt_text]["template"] == template
         assert found[row.prompt_text]["truncated"] == (not ended)
+
+
+def test_prompts_that_leave_no_room_are_named_by_line(tiny_model: Path, data: Path) -> None:
+    empty = {"prompt": [{"role": "user", "content": ""}]}
+    data.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "why?"}, {"prompt": "why " * 999}, empty)))
+    config = config_for(data, template="plain")
+    with pytest.raises(DataError) as error:
+        list(answers(load_base_model(str(tiny_model), torch.float32), chosen_rows(config), config))
+    assert f"{data} line 2: with an answer of 5 tokens, for the model's context" in str(error.value)
+    assert f"empty prompt: 1\n    {data} line 3" in str(error.value)
+
+
+def test_answers_that_are_left_out_are_counted(tiny_model: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    base = load_base_model(str(tiny_model), torch.float32)
+    config = config_for(data, max_tokens=1, temperature=9.0, batch_tokens=200)
+    num_left = 12 - write_answers(base, config)
+    assert num_left > 0
+    assert f"cut before they said anything: {num_left}" in caplog.text
 
 
 def test_an_answer_can_be_right_under_any_template() -> None:

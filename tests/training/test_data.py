@@ -77,6 +77,7 @@ def test_a_byte_order_mark_and_windows_newlines_are_no_fault(tmp_path: Path) -> 
         ({"prompt": "p", "completion": "c", "template": "alpaca"}, "wrong value", "line 2: template"),
         ({"prompt": "p", "completion": "", "truncated": True}, "wrong value", "line 2: is 'truncated'"),
         ({"prompt": "p", "chosen": "a"}, "missing field", "line 2: has one of"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "c"}]}, "missing field", "line 2: messages.0.content"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "no completion", "line 2: has 'chosen' and 'rejected'"),
         ('{"prompt": "p", "completion": "\\ud800"}', "wrong value", "line 2: completion: holds half of a surrogate"),
     ],
@@ -221,6 +222,13 @@ def test_an_answer_of_which_a_template_leaves_nothing_is_nothing_to_predict() ->
     assert len(tokenize(tiny_tokenizer(), [row], ["plain"], 100)) == 1
     with pytest.raises(DataError, match=r"nothing to predict: 1\n +d.jsonl line 1: under 'chat'"):
         tokenize(tiny_tokenizer(), [row], ["chat"], 100)
+
+
+def test_a_prompt_without_a_token_is_named_since_nothing_predicts_its_answer() -> None:
+    row = Row.model_validate({"messages": [{"role": role, "content": text} for role, text in (("user", ""), ("assistant", "c"))]})
+    assert len(tokenize(tiny_tokenizer(), [row], ["chat"], 100)) == 1
+    with pytest.raises(DataError, match=r"empty prompt: 1\n +d.jsonl line 1: under 'plain'"):
+        tokenize(tiny_tokenizer(), [row.at("d.jsonl line 1")], ["plain"], 100)
 
 
 @pytest.mark.parametrize(("length", "num_used"), [(9, 2), (20, 0), (50, 0)])

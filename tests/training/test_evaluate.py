@@ -32,6 +32,7 @@ from training.fit import fit
 
 Rows = list[dict[str, object]]
 SAID: Rows = [{"prompt": f"Say {i}:", "completion": " red"} for i in range(4)]
+TIES = "ties (density 0.5, sign total)"
 PROGRAM = {"prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_point": "f"}
 RIGHT, WRONG = ("\ndef check(f):\n    assert f(1) == 2\n", "\ndef check(f):\n    assert f(1) == 3\n")
 MEASURED: dict[str, Rows] = {
@@ -189,6 +190,16 @@ def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_
         evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
 
 
+def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    """Those of a base alone were once written into the card of another base's adapter."""
+    folder = shutil.copytree(store / "all", tmp_path / "all")
+    found = read_config(folder)
+    other = found.model_copy(update={"lori": found.lori.model_copy(update={"base_digest": "0" * 64})})
+    (folder / "adapter_config.json").write_text(other.model_dump_json())
+    with pytest.raises(AnswerError, match=r"--record .*all is an adapter of another base than "):
+        evaluate(config("loss", write(tmp_path / "rows.jsonl", SAID), **local(tiny_model, store), record=folder))
+
+
 def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:
     with pytest.raises(AnswerError, match="401"):
         figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
@@ -329,7 +340,7 @@ def test_a_source_that_is_none_is_refused(
 
 
 def measurement(figures: Figures, *adapters: str, **asked: object) -> Measurement:
-    found = config("exact", Path("d.jsonl"), adapter=list(adapters), **asked)
+    found = config("exact", Path("a/set"), adapter=list(adapters), **asked)
     return Measurement(found, "a base", [Adapted(name, f"{i}ab") for i, name in enumerate(adapters)], "chat", figures)
 
 
@@ -337,7 +348,7 @@ def test_what_was_measured_is_shown_with_its_figures() -> None:
     figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4.0, "rows/harmful": 3}
     found = measurement(figures, "all", "blue", weights=[1, 0.5], merge="ties")
     assert [line.split(maxsplit=1) for line in found.lines] == [
-        ["measured", "ties of 1 all@0ab + 0.5 blue@1ab"], ["on", "a base"], ["data", "d.jsonl"], ["template", "chat"],
+        ["measured", f"{TIES} of 1 all@0ab + 0.5 blue@1ab"], ["on", "a base"], ["data", "a/set train"], ["template", "chat"],
         ["exact_match", "0.2500 ± 0.1000"], ["rows", "4"], ["rows/harmful", "3"],
     ]  # fmt: skip
     assert measurement({"loss": 1.5, "rows": 1.0}).lines[-2].split() == ["loss", "1.5000"]
@@ -352,14 +363,14 @@ def test_a_result_goes_into_config_and_card(store: Path) -> None:
     record(adapter, measurement({"exact_match": 0.25, "rows": 1}, "all", "blue", merge="ties", weights=[1.0, 2.0]))
     after: AdapterConfig = read_config(adapter)
     assert after.lori.metrics == {
-        "base: exact_match": 0.25, "1 all + 0.5 blue: exact_match": 0.75, "ties of 1 all + 2 blue: exact_match": 0.25
+        "base: exact_match": 0.25, "1 all + 0.5 blue: exact_match": 0.75, f"{TIES} of 1 all + 2 blue: exact_match": 0.25
     }  # fmt: skip
     assert after.lori.merge_weights == {"blue": (1.0, 0.5)}
     assert after.lori.content_digest == before.lori.content_digest
     card = (adapter / "README.md").read_text()
-    assert "| base | exact_match | 0.250 ± 0.100 | 4 | d.jsonl | chat |  |" in card
-    assert "| 1 all + 0.5 blue | exact_match | 0.750 ± 0.100 | 4 | d.jsonl | chat | all@0ab, blue@1ab |" in card
-    assert "| ties of 1 all + 2 blue | exact_match | 0.250 | 1 | d.jsonl | chat | all@0ab, blue@1ab |" in card
+    assert "| base | exact_match | 0.250 ± 0.100 | 4 | a/set train | chat |  |" in card
+    assert "| 1 all + 0.5 blue | exact_match | 0.750 ± 0.100 | 4 | a/set train | chat | all@0ab, blue@1ab |" in card
+    assert f"| {TIES} of 1 all + 2 blue | exact_match | 0.250 | 1 | a/set train | chat | all@0ab, blue@1ab |" in card
     assert "cmd" in card
 
 

@@ -592,6 +592,7 @@ def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, 
         ("--calibration-epochs is for --calibration-steps 0", {"calibration_steps": 2, "calibration_epochs": 0.1}),
         ("--basis-seed is for LoRI", {"method": "lora", "basis_seed": 1}),
         ("--stream is for LoRI", {"method": "lora", "stream": 1}),
+        ("--batch-tokens is for --batch-size 0", {"batch_size": 8, "batch_tokens": 4096}),
     ],
 )
 def test_a_flag_that_another_leaves_nothing_to_do_is_refused(said: str, changes: dict[str, object]) -> None:
@@ -715,6 +716,14 @@ def test_a_report_that_would_be_a_folder_is_refused_at_once(tiny_model: Path, da
         config_for(tiny_model, data, tmp_path / "a", report=tmp_path)
 
 
+@pytest.mark.parametrize("place", [".", "a", "a/logs"])
+def test_logs_do_not_go_into_the_adapter_s_own_folder(place: str) -> None:
+    """A new adapter was once trained, and then not saved over a folder that its logs had made."""
+    with pytest.raises(ValueError, match=r"--tensorboard .* puts its logs, a/…, into the adapter's own folder"):
+        FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": place})
+    assert FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": "logs"})
+
+
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "training.fit", *arguments], capture_output=True, text=True, check=False)
 
@@ -724,6 +733,8 @@ def test_the_command_shows_how_far_it_is(tiny_model: Path, data: Path, tmp_path:
     assert (done.returncode, done.stdout) == (0, f"saved {tmp_path / 'a'}\n")
     for phase in ("LoRI-D", "LoRI-S"):
         assert re.search(rf"{phase}: .*3/3 .*loss=\d+\.\d+, tokens_per_s=\d+", done.stderr)
+    again = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3), "--resume")
+    assert (again.returncode, again.stdout) == (0, f"found {tmp_path / 'a'}\n")
 
 
 def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> None:

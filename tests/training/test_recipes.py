@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.config import FitConfig
+from training.config import LORA_LR, LORI_LR, FitConfig
 from training.data import Source, read_rows
 from training.recipe import SHIPPED, RecipeError, read_recipe
 
@@ -106,6 +106,26 @@ def test_epochs_on_the_command_line_win_over_a_recipe_s_steps(monkeypatch: pytes
     config = from_flags(monkeypatch, "--recipe", "small-math", "--epochs", "2", "--calibration-epochs", "0.5")
     assert (config.steps, config.epochs, config.calibration_steps, config.calibration_epochs) == (0, 2, 0, 0.5)
     assert from_flags(monkeypatch, "--recipe", "small-math").steps == 150
+
+
+def test_tokens_on_the_command_line_win_over_a_recipe_s_batch_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_flags(monkeypatch, "--recipe", "llama-3-8b-nlu-r32", "--batch-tokens", "4096")
+    assert (config.batch_size, config.batch_tokens) == (0, 4096)
+    assert from_flags(monkeypatch, "--recipe", "llama-3-8b-nlu-r32").batch_size == 32
+
+
+def test_a_recipe_s_rate_is_that_of_its_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA was once trained at LoRI-S's, at which it diverges."""
+    (tmp_path / "r.yaml").write_text("method: lora\nlr: 0.004\n")
+    rates = {
+        method: [from_flags(monkeypatch, "--recipe", recipe, "--data", "d.jsonl", *flags).peak_lr for recipe in recipes]
+        for method, flags in {"": (), "lora": ("--method", "lora"), "lori": ("--method", "lori")}.items()
+        for recipes in [("llama-3-8b-math-r32", str(tmp_path / "r.yaml"))]
+    }
+    own = load("llama-3-8b-math-r32").peak_lr
+    assert own not in (LORI_LR, LORA_LR)
+    assert rates == {"": [own, 0.004], "lora": [LORA_LR, 0.004], "lori": [own, LORI_LR]}
+    assert from_flags(monkeypatch, "--recipe", "small-math", "--method", "lora", "--lr", "0.5").peak_lr == 0.5
 
 
 def test_a_file_extends_shipped_recipes_and_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,8 @@ def tokenize(
 
     A row that names no template of its own gives an example under each of `templates`, or none where one fails. The prompt is
     encoded by itself, as the server encodes it. Nothing is cut: rows longer than `max_length` tokens go into `faults`, as do
-    those with nothing to predict and those that the chat template refuses; without `faults` they are refused with `DataError`,
-    and so is an empty rest.
+    those without a token in their prompt, or to predict, and those that the chat template refuses; without `faults` they are
+    refused with `DataError`, and so is an empty rest.
     """
     with settled(faults) as found:
         writer = _Writer(tokenizer, max_length, keeps_base, found)
@@ -132,7 +132,9 @@ class _Writer:
         completion = encode(self.tokenizer, render_completion(text, answer, template)).ids
         completion += [] if row.truncated else [self.tokenizer.eos_token_id]
         length = len(prompt) + len(completion)
-        if not completion:
+        if not prompt:
+            self.faults.add("empty prompt", row.origin, f"under {template!r}")
+        elif not completion:
             self.faults.add("nothing to predict", row.origin, f"under {template!r}")
         elif length > self.max_length:
             self.faults.add("too long", row.origin, f"{length} tokens under {template!r}, the limit is {self.max_length}")

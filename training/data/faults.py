@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 OnBad = Literal["refuse", "skip"]
 Kind = Literal[
     "not UTF-8", "not JSON", "not an object", "missing field", "wrong type", "wrong value", "two forms", "source template fails",
-    "no completion", "empty completion", "too long", "chat template refuses", "nothing to predict",
+    "empty prompt", "no completion", "empty completion", "too long", "chat template refuses", "nothing to predict",
 ]  # fmt: skip
 JSON_LINES = "Expected a JSON object on each line (JSON Lines); a JSON array or a CSV file is to be rewritten so."
 HINTS: Mapping[Kind, str] = {"not JSON": JSON_LINES, "not an object": JSON_LINES}

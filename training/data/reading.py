@@ -72,13 +72,12 @@ def _fields(source: Source, found: object, origin: str, faults: Faults) -> Mappi
 
 
 def _objects(source: Source, faults: Faults) -> Iterator[tuple[str, object]]:
-    path = Path(source.path)
-    if path.is_dir() or not path.exists():
+    if not source.is_file:
         yield from _data_set(source)
     elif unused := {"name", "split"} & source.model_fields_set:
-        raise DataError(f"{path} is a file, which has no {' and no '.join(sorted(unused))}")
+        raise DataError(f"{source.path} is a file, which has no {' and no '.join(sorted(unused))}")
     else:
-        yield from _jsonl(path, faults)
+        yield from _jsonl(Path(source.path), faults)
 
 
 def _jsonl(path: Path, faults: Faults) -> Iterator[tuple[str, object]]:

@@ -103,8 +103,8 @@ def _fault(kind: Kind, message: str) -> PydanticCustomError:
 def fault_of(error: ValidationError) -> tuple[Kind, str]:
     """Returns the kind of a row's first fault, and all of them in words."""
     first, *_ = found = error.errors()
-    kinds = {kind: kind for kind in get_args(Kind)}
-    kind: Kind = kinds.get(first["type"]) or ("wrong type" if first["type"].endswith("_type") else "wrong value")
+    kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)} | {"missing": "missing field"}
+    kind = kinds.get(first["type"]) or ("wrong type" if first["type"].endswith("_type") else "wrong value")
     where = [".".join(map(str, e["loc"])) for e in found]
     said = [e["msg"].removeprefix("Value error, ") for e in found]
     return kind, "; ".join(f"{place}: {words}" if place else words for place, words in zip(where, said, strict=True))

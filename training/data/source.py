@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
@@ -65,6 +66,11 @@ class Source(BaseModel):
     def _as_said(self, handler: SerializerFunctionWrapHandler) -> Any:
         said = {key: value for key, value in handler(self).items() if key in self.model_fields_set}
         return self.path if said.keys() == {"path"} else said
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a file: what is none, or not there, is a data set."""
+        return Path(self.path).exists() and not Path(self.path).is_dir()
 
     @property
     def templates(self) -> dict[str, str]:

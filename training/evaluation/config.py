@@ -12,7 +12,7 @@ from training.command_line import CommandLine
 from training.data import Source
 from training.data.row import fault_of
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
-from training.evaluation.metrics import METRICS, MetricName, Options
+from training.evaluation.metrics import MetricName, Options
 
 LOCAL = ("model", "adapters", "batch_tokens", "dtype", "threads")
 SERVED = ("url", "concurrency", "api_key_variable")
@@ -63,7 +63,8 @@ class EvaluateConfig(CommandLine):
     num_rows: int = Field(default=0, ge=0)
     """Rows drawn at random; 0 is all."""
     max_tokens: int = Field(default=0, ge=0)
-    """Longest answer, where one is generated; 0 is 40, and 256 for number and pass."""
+    """Longest answer, where one is generated; 0 is 40 for refusal, 256 for number and pass, and for exact what the longest
+    completion may take."""
     seed: int = Field(default=0, ge=0)
     """Draws the rows and the answers."""
     execute_code: bool = False
@@ -85,9 +86,9 @@ class EvaluateConfig(CommandLine):
 
     @property
     def data_name(self) -> str:
-        """What was measured on, for a person: the source's path and, where they were said, its configuration and its split."""
+        """What was measured on, for a person: a file, or a data set with its configuration, if one was said, and its split."""
         source = self.source
-        return " ".join(filter(None, [source.path, source.name, source.split if "split" in source.model_fields_set else ""]))
+        return source.path if source.is_file else " ".join(filter(None, [source.path, source.name, source.split]))
 
     @property
     def merge_options(self) -> MergeOptions:
@@ -102,8 +103,7 @@ class EvaluateConfig(CommandLine):
     @property
     def options(self) -> Options:
         """How answers are made."""
-        max_tokens = self.max_tokens or METRICS[self.metric].max_tokens
-        return Options(max_tokens, self.num_answers, tuple(self.pass_at), self.temperature, self.seed)
+        return Options(self.max_tokens, self.num_answers, tuple(self.pass_at), self.temperature, self.seed)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -21,6 +21,9 @@ from training.packing import ATTENTION, attention, pack
 DEFAULT_BATCH_TOKENS = 4096
 CACHED = 4
 """Tokens of prompts and answers that are computed together, for each that is scored."""
+EMPTY = "a prompt is empty, and the model goes on from a token"
+NUM_SHOWN = 20
+"""Tokens of a text that show which one it is."""
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
 
@@ -63,6 +66,7 @@ class LocalAnswerer:
 
         with self._as_it_was(seed):
             lengths = [len(ids) + how.max_tokens for ids in encoded]
+            self._check_context(encoded, lengths)
             return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
 
     def has_room(self, prompt: Prompt, max_tokens: int) -> bool:
@@ -72,15 +76,21 @@ class LocalAnswerer:
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""
         examples = [self._example(*text) for text in texts]
+        lengths = list(map(len, examples))
+        self._check_context([example.ids for example in examples], lengths)
         with torch.no_grad(), self._as_it_was(), attention(self.model, ATTENTION):
-            return self._by_batch(self._scores, examples, list(map(len, examples)), self.batch_tokens)
+            return self._by_batch(self._scores, examples, lengths, self.batch_tokens)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return encode(self.tokenizer, render_prompt(self.tokenizer, prompt, self.template)).ids
+        ids = encode(self.tokenizer, render_prompt(self.tokenizer, prompt, self.template)).ids
+        if not ids:
+            raise AnswerError(EMPTY)
+        return ids
 
     def _example(self, prompt: Prompt, completion: str) -> Example:
         text = render_prompt(self.tokenizer, prompt, self.template)
-        assert text
+        if not text:
+            raise AnswerError(EMPTY)
         encoding = encode(self.tokenizer, text + render_completion(text, completion, self.template))
         num_prompt = sum(end <= len(text) for _, end in encoding.offsets)
         return Example(tuple(encoding.ids), max(1, num_prompt))  # nothing predicts the first token
@@ -106,7 +116,6 @@ class LocalAnswerer:
         self, compute: Callable[[Sequence[Asked]], list[Found]], items: Sequence[Asked], lengths: Sequence[int], num_tokens: int
     ) -> list[Found]:
         """Returns what `compute` finds for each of `items`, `num_tokens` of like `lengths` at a time."""
-        self._check_context(max(lengths, default=0))
         found: dict[int, Found] = {}
         with tqdm(total=len(items), unit="text", disable=None) as bar:
             for places in like_lengths(lengths, num_tokens):
@@ -118,9 +127,12 @@ class LocalAnswerer:
     def _limit(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _check_context(self, length: int) -> None:
-        if self._limit is not None and length > self._limit:
-            raise AnswerError(f"a text with its answer has {length} tokens, and the model's context holds {self._limit}")
+    def _check_context(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+        if self._limit is None or not (long := [place for place, length in enumerate(lengths) if length > self._limit]):
+            return
+        begin = self.tokenizer.decode(texts[long[0]][:NUM_SHOWN])
+        said = f"with their answers {len(long)} of {len(texts)} texts have more tokens than the model's context, {self._limit}"
+        raise AnswerError(f"{said}: the first has {lengths[long[0]]}, and begins {begin!r}")
 
     @contextmanager
     def _as_it_was(self, seed: int = 0) -> Iterator[None]:

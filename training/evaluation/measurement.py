@@ -38,8 +38,10 @@ class Measurement:
 
     def _who(self, adapters: Sequence[str]) -> str:
         terms = [f"{weight:g} {name}" for weight, name in zip(self.config.all_weights, adapters, strict=True)]
-        merged = f"{self.config.merge} of " if self.config.merge != "linear" else ""
-        return merged + (" + ".join(terms) or "base")
+        used = dict(self.config.merge_options.used)
+        method = used.pop("method")
+        how = ", ".join(f"{name} {value}" for name, value in used.items())
+        return (f"{method} ({how}) of " if how else "") + (" + ".join(terms) or "base")
 
     @property
     def lines(self) -> list[str]:

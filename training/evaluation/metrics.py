@@ -4,7 +4,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from training.evaluation.sandbox import DEFAULT_LIMITS, Limits, run_all
 MetricName = Literal["loss", "exact", "choice", "number", "refusal", "pass"]
 NEXT_QUESTION = "\nQuestion:"
 """Where a model has answered and asks itself the next one."""
+MIN_EXACT = 40
+"""Tokens that an answer may have where all completions are shorter."""
 END_OF_FUNCTION = ("\ndef", "\nclass", "\nif", "\nprint", "\n#")
 """Where a HumanEval completion ends (Chen et al. 2021, arXiv 2107.03374, section 3.2)."""
 
@@ -27,7 +29,8 @@ END_OF_FUNCTION = ("\ndef", "\nclass", "\nif", "\nprint", "\n#")
 class Options:
     """How answers are made, where a metric has any made. All but `max_tokens` are for `pass` alone."""
 
-    max_tokens: int
+    max_tokens: int = 0
+    """The longest answer; 0 is the metric's own choice."""
     num_answers: int = 1
     pass_at: tuple[int, ...] = (1,)
     """The k of pass@k, at most `num_answers`."""
@@ -43,8 +46,13 @@ def measure_loss(answerer: Answerer, rows: Sequence[Row], _: Options) -> Figures
 
 
 def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> Figures:
-    """Returns the share of rows whose greedy answer, as many lines as the completion has, is the completion."""
+    """Returns the share of rows whose greedy answer, as many lines as the completion has, is the completion.
+
+    An answer may be as long as the longest completion, if nothing else is said: a token has a byte or more.
+    """
     expected = [render_completion(row.prompt_text, row.completion or "", answerer.template) for row in rows]
+    longest = max((len(text.encode()) for text in expected), default=0)
+    options = replace(options, max_tokens=options.max_tokens or max(MIN_EXACT, longest))
     are_lines = not any("\n" in text.rstrip() for text in expected)
     answers = _answers(answerer, rows, options, stop=("\n",) if are_lines else ())
     return mean("exact_match", [_is_exact(*texts) for texts in zip(answers, expected, strict=True)])
@@ -107,12 +115,12 @@ class Metric:
     row: type[Row] = Row
     needs: Literal["text", "prompt"] = "prompt"
     max_tokens: int = 0
-    """The longest answer, where one is generated."""
+    """The longest answer, where one is generated and the rows do not say it."""
 
 
 METRICS: Mapping[MetricName, Metric] = {
     "loss": Metric(measure_loss, needs="text"),
-    "exact": Metric(measure_exact, needs="text", max_tokens=40),
+    "exact": Metric(measure_exact, needs="text"),
     "choice": Metric(measure_choice, ChoiceRow),
     "number": Metric(measure_number, NumberRow, max_tokens=256),
     "refusal": Metric(measure_refusal, RefusalRow, max_tokens=40),
@@ -123,7 +131,7 @@ METRICS: Mapping[MetricName, Metric] = {
 def read_measured(source: str | Source, name: MetricName, num_rows: int = 0, seed: int = 0) -> list[Row]:
     """Reads the rows that a metric is measured on: `num_rows` of them, drawn by `seed`, or all where that is 0.
 
-    Raises `DataError` with the number of every line that lacks what the metric needs.
+    Raises `DataError` with the numbers of lines that lack what the metric needs, see `Faults`.
     """
     rows = read_rows(source, METRICS[name].needs, form=METRICS[name].row)
     return random.Random(seed).sample(rows, num_rows) if 0 < num_rows < len(rows) else rows
@@ -134,7 +142,9 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
 
     Raises `AnswerError` and, for `pass`, `SandboxError`.
     """
-    return METRICS[name].measure(answerer, rows, options or Options(METRICS[name].max_tokens)) | {ROWS: len(rows)}
+    metric, options = METRICS[name], options or Options()
+    options = replace(options, max_tokens=options.max_tokens or metric.max_tokens)
+    return metric.measure(answerer, rows, options) | {ROWS: len(rows)}
 
 
 def _is_exact(answer: str, expected: str) -> bool:

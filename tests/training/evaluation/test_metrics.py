@@ -77,6 +77,15 @@ def test_an_exact_answer_is_the_completion_to_the_end_of_its_line(tmp_path: Path
     assert who.asked == [{"max_tokens": 40, "stop": ("\n",), "temperature": 0.0, "seed": 0}]
 
 
+def test_an_exact_answer_may_be_as_long_as_the_longest_completion(tmp_path: Path) -> None:
+    """One of more than 40 tokens was once cut, and counted as wrong."""
+    rows: list[dict[str, object]] = [{"prompt": "a", "completion": " é" * 50}, {"prompt": "b", "completion": " red"}]
+    who = Heart({"a": [" é" * 50], "b": [" red"]})
+    for options, longest in ((None, 150), (Options(max_tokens=9), 9)):
+        found(tmp_path, "exact", rows, who, options)
+        assert who.asked.pop()["max_tokens"] == longest
+
+
 def test_a_number_is_read_from_the_answer_alone(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"prompt": f"#### {n}?", "answer": n} for n in (4, "4", "1,000", 2.5)]
     who = Heart({"#### 4?": ["It is 4.0"], "#### 1,000?": ["I do not know"], "#### 2.5?": ["2.50"]})
@@ -136,4 +145,4 @@ def test_a_row_that_lacks_what_its_metric_needs_is_refused(
 
 
 def test_every_metric_has_what_it_needs() -> None:
-    assert {name for name, metric in METRICS.items() if metric.max_tokens} == {"exact", "number", "refusal", "pass"}
+    assert {name for name, metric in METRICS.items() if metric.max_tokens} == {"number", "refusal", "pass"}
