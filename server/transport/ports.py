@@ -1,6 +1,10 @@
 """Ports of this machine: whether one can be listened on, and which nobody listens on."""
 
+import random
 import socket
+
+OWN = range(20_000, 32_768)
+"""Ports that neither Linux gives to connections (net.ipv4.ip_local_port_range) nor Ray to its workers."""
 
 
 def check_port(host: str, port: int) -> None:
@@ -11,7 +15,11 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """Returns a port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """Returns a port that nothing listens on now, and no connection will have meanwhile. Raises `OSError` where there is none."""
+    for port in random.sample(OWN, len(OWN)):
+        try:
+            check_port("", port)
+        except OSError:
+            continue
+        return port
+    raise OSError(f"something listens on all ports from {OWN[0]} to {OWN[-1]}")

@@ -57,13 +57,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         adapters = write_adapters(Path(scratch) / "adapters", identify_files(str(embedded_model())), NUM_ADAPTERS)
         stage = Stage(adapters, cores, Path(scratch), ["--kv-cache-gib", "0.5", *arguments.server_flags.split()])
+        found: dict[str, Any] = {"machine": machine(), "versions": versions(), "overhead": [], "throughput": [], "loss": []}
         try:
-            found = measure(stage, arguments)
+            measure(stage, arguments, found)
         except FailedError as error:
             raise SystemExit(f"error: {error}") from error
+        finally:
+            if arguments.json:
+                arguments.json.write_text(json.dumps(found, indent=2))
     report(found)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "versions": versions()} | found, indent=2))
 
 
 def parse() -> argparse.Namespace:
@@ -108,8 +110,8 @@ class Stage:
             cluster.end()
 
 
-def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures all of it. Raises `FailedError`."""
+def measure(stage: Stage, arguments: argparse.Namespace, found: Mapping[str, list[Any]]) -> None:
+    """Measures all of it, and puts it into `found` turn by turn. Raises `FailedError`."""
     window = Window(arguments.warm_s, arguments.seconds)
     num_loads = 4 * len(SENDS) * len(POPULARITIES)
     with tqdm(total=arguments.repeats * (1 + num_loads) + arguments.kills, unit="part", disable=None) as bar:
@@ -127,26 +129,24 @@ def measure(stage: Stage, arguments: argparse.Namespace) -> dict[str, Any]:
                     bar.update()
             return found
 
-        found: dict[str, Any] = {"overhead": [], "throughput": [], "loss": []}
         with stage.plain(1) as plain, stage.cluster(1) as cluster:
             for turn in range(arguments.repeats):
                 found["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {turn}"))
                 bar.update()
         for turn in range(arguments.repeats):
-            of_turn = {}
+            of_turn: dict[str, Any] = {}
+            found["throughput"].append(of_turn)
             for name, count in ((PLAIN, 1), (TWO_PLAIN, 2)):
                 with stage.plain(count) as servers:
                     of_turn[name] = loads(servers, turn)
             for name, count in ((ONE, 1), (TWO, 2)):
                 with stage.cluster(count) as cluster:
                     of_turn[name] = loads([cluster.server], turn, cluster)
-            found["throughput"].append(of_turn)
         if arguments.kills:
             with stage.cluster(2) as cluster:
                 for _ in range(arguments.kills):
                     found["loss"].append(kill_one(cluster, NAMES))
                     bar.update()
-    return found
 
 
 def affinity(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> float:

@@ -18,6 +18,7 @@ from lori.format import read_config
 from lori.template import encode
 from tests.server.keyed import ADMIN, write_keys
 from tests.server.live import Live, start
+from tests.tiny import save_tiny_model
 from training.card import render_card
 from training.config import FitConfig
 from training.data import DataError
@@ -192,12 +193,11 @@ def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_
 
 def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     """Those of a base alone were once written into the card of another base's adapter."""
-    folder = shutil.copytree(store / "all", tmp_path / "all")
-    found = read_config(folder)
-    other = found.model_copy(update={"lori": found.lori.model_copy(update={"base_digest": "0" * 64})})
-    (folder / "adapter_config.json").write_text(other.model_dump_json())
-    with pytest.raises(AnswerError, match=r"--record .*all is an adapter of another base than "):
-        evaluate(config("loss", write(tmp_path / "rows.jsonl", SAID), **local(tiny_model, store), record=folder))
+    folder, data = shutil.copytree(store / "all", tmp_path / "all"), write(tmp_path / "rows.jsonl", SAID)
+    other = save_tiny_model(shutil.copytree(tiny_model, tmp_path / "other"), seed=1)
+    with pytest.raises(AnswerError, match=r"--record .*all is an adapter of another base than .*other"):
+        evaluate(config("loss", data, **local(other, store), record=folder))
+    assert evaluate(config("loss", data, **local(tiny_model, store), record=folder)).figures["rows"] == 4
 
 
 def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ class LocalAnswerer:
     def _check_context(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         if self._limit is None or not (long := [place for place, length in enumerate(lengths) if length > self._limit]):
             return
-        begin = self.tokenizer.decode(texts[long[0]][:NUM_SHOWN])
+        begin = self.tokenizer.decode(list(texts[long[0]][:NUM_SHOWN]))
         said = f"with their answers {len(long)} of {len(texts)} texts have more tokens than the model's context, {self._limit}"
         raise AnswerError(f"{said}: the first has {lengths[long[0]]}, and begins {begin!r}")
 
