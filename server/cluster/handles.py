@@ -1,12 +1,12 @@
 """The replicas as Ray Serve reaches them."""
 
-import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from asyncio import CancelledError
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import anyio
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
@@ -15,10 +15,10 @@ from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.lifecycle import JOIN_S
 from server.cluster.replica import Replica
+from server.cluster.trouble import Trouble
 
-logger = logging.getLogger(__name__)
-LOST = (TimeoutError, RayError, RayServeException)
-"""What becomes of a call, other than an answer."""
+LOST = (RayActorError, CancelledError)
+"""What becomes of a call to a replica that has died, or ends."""
 BEAT_S = 1.0
 """Between two calls that ask the replicas for nothing."""
 ANSWER_S = 2.0
@@ -57,27 +57,35 @@ class ReplicaHandles:
                 raise ReplicaLostError("no replica has joined" if found else "no replica is there")
             await anyio.sleep(POLL_S)
 
-    async def _let_join(self) -> None:
-        # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
-        try:
-            async with self._changes.paused():
-                pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=ANSWER_S) for name in pins}
-                await ask_each(self._handle, "join", sorted(pins))
-        except LOST as error:
-            reason = error.cause if isinstance(error, RayTaskError) else error  # without its trace
-            logger.warning("not all replicas know of all changes yet: %s", reason)
-
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
 
         A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
+        trouble = Trouble("not all replicas know of all changes yet")
         while True:
-            with suppress(*LOST):
-                if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=ANSWER_S)):
-                    await self._let_join()
+            await _try(self._look, trouble)
             await anyio.sleep(BEAT_S)
+
+    async def _look(self) -> None:
+        if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=ANSWER_S)):
+            await self._let_join()
+
+    async def _let_join(self) -> None:
+        # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
+        async with self._changes.paused():
+            pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=ANSWER_S) for name in pins}
+            await ask_each(self._handle, "join", sorted(pins))
+
+
+async def _try(step: Callable[[], Awaitable[None]], trouble: Trouble) -> None:
+    try:
+        await step()
+    except Exception as error:  # noqa: BLE001  # Ray's, gRPC's and a store's: whatever it was, the next turn may go well
+        trouble.begins(error)
+    else:
+        trouble.ends()
 
 
 async def ask_each(
@@ -85,10 +93,11 @@ async def ask_each(
 ) -> list[Any]:
     """Returns what each replica says, but for those that are lost. Raises what another one raised."""
     found = await handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
-    faults = [one for one in found if isinstance(one, Exception)]
-    if others := [fault for fault in faults if not isinstance(fault, RayActorError)]:
-        raise others[0]
-    return [one for one in found if not isinstance(one, Exception)]
+    said = [one for one in found if not isinstance(one, LOST)]
+    for one in said:
+        if isinstance(one, BaseException):
+            raise one
+    return said
 
 
 class ReplicaStream:

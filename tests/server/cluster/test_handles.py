@@ -1,10 +1,12 @@
 """Who asks all replicas hears those that have joined, and lets the others join. Fakes stand for Ray's handles."""
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import anyio
+import grpc
 import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -28,10 +30,15 @@ def anyio_backend() -> str:
 
 
 class FakeReplicas:
-    """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told."""
+    """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told.
 
-    def __init__(self, pins: Mapping[str, Sequence[str] | None], faults: Sequence[Exception] = ()) -> None:
-        self.pins, self.faults = dict(pins), list(faults)
+    `faults` are what becomes of the first calls of a method.
+    """
+
+    def __init__(
+        self, pins: Mapping[str, Sequence[str] | None], faults: Mapping[str, Sequence[BaseException]] | None = None
+    ) -> None:
+        self.pins, self.faults = dict(pins), {method: [*of] for method, of in (faults or {}).items()}
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
 
@@ -41,13 +48,13 @@ class FakeReplicas:
     def broadcast(self, method: str, *arguments: Any) -> "FakeCall":
         if not self.pins:
             raise DeploymentUnavailableError("none")
+        self.told += arguments if method == "join" else ()
+        if faults := self.faults.get(method):
+            return FakeCall([faults.pop(0)])
         if method == "whole":
             return FakeCall([(name, [] if pins is None else OK) for name, pins in self.pins.items()])
         if method == "beat":
             return FakeCall([(pins is not None, pins or []) for pins in self.pins.values()])
-        self.told += arguments
-        if self.faults:
-            return FakeCall([self.faults.pop(0)])
         self.pins = dict.fromkeys(self.pins, arguments[0])
         self.is_joined.set()
         return FakeCall([None for _ in self.pins])
@@ -98,16 +105,35 @@ async def test_where_no_replica_is_there_a_request_is_refused() -> None:
         await handles_of(FakeReplicas({})).ask_all(CHANGE, b"")
 
 
-async def test_one_that_joins_has_the_pins_of_the_others_and_tries_again_where_it_fails(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+RPC_FAULT = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame")
+
+
+@pytest.mark.parametrize("method", ["beat", "join"])
+@pytest.mark.parametrize(
+    "fault", [StoreError("the store is away"), RPC_FAULT, CancelledError()], ids=lambda fault: type(fault).__name__
+)
+async def test_whatever_goes_wrong_one_that_joins_has_the_pins_of_the_others(
+    method: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What a replica raises arrives as it is where Ray calls it by gRPC, and ended the watch for good."""
     monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    fault = RayTaskError("join", "a trace of many lines", StoreError("the store is away"))
-    replicas = FakeReplicas({"old": ["safety", "math"], "new": None}, [fault])
-    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+    replicas = FakeReplicas({"old": ["safety", "math"], "new": None}, {method: [fault]})
+    await _watch_until_joined(replicas)
+    assert replicas.told[-1] == ["math", "safety"]
+    assert len(replicas.told) == (2 if method == "join" else 1)
+
+
+async def test_what_goes_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    fault = StoreError("the store is away")
+    with caplog.at_level(logging.WARNING):
+        await _watch_until_joined(FakeReplicas({"new": None}, {"join": [fault, fault, RayTaskError("join", "a trace", fault)]}))
+    assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]
+
+
+async def _watch_until_joined(replicas: FakeReplicas) -> None:
+    with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
             group.start_soon(handles_of(replicas).watch)
             await replicas.is_joined.wait()
             group.cancel_scope.cancel()
-    assert replicas.told == [["math", "safety"]] * 2
-    assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]
