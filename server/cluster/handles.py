@@ -1,12 +1,13 @@
 """The replicas as Ray Serve reaches them."""
 
-from asyncio import CancelledError
+from asyncio import CancelledError, gather, wait_for
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import anyio
 from ray.exceptions import RayActorError
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
@@ -48,9 +49,11 @@ class ReplicaHandles:
         while True:
             try:
                 async with self._changes.running() if scope["method"] != "GET" else nullcontext():
-                    found = await ask_each(self._handle, "whole", scope, body)
+                    found, faults = await ask_each(self._handle, "whole", scope, body)
             except RayServeException as error:
                 raise ReplicaLostError("no replica is there") from error
+            if faults:
+                raise faults[0]
             if answers := {name: messages for name, messages in found if messages}:
                 return answers
             if not found or anyio.current_time() > end:
@@ -63,20 +66,29 @@ class ReplicaHandles:
         A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
-        trouble = Trouble("not all replicas know of all changes yet")
+        silence = Trouble("a replica does not answer")
+        behind = Trouble("not all replicas know of all changes yet")
         while True:
-            await _try(self._look, trouble)
+            await _try(self._beat, silence)
+            await _try(self._let_join, behind)
             await anyio.sleep(BEAT_S)
 
-    async def _look(self) -> None:
-        if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=ANSWER_S)):
-            await self._let_join()
+    async def _beat(self) -> None:
+        _, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
+        if faults:
+            raise faults[0]
 
     async def _let_join(self) -> None:
         # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
+        if all(has_joined for has_joined, _ in (await ask_each(self._handle, "beat", timeout_s=ANSWER_S))[0]):
+            return
         async with self._changes.paused():
-            pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=ANSWER_S) for name in pins}
-            await ask_each(self._handle, "join", sorted(pins))
+            beats, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
+            if not faults or any(has_joined for has_joined, _ in beats):  # else the silent one alone may know of pins
+                pins = {name for _, pins in beats for name in pins}
+                _, faults = await ask_each(self._handle, "join", sorted(pins))
+        if faults:
+            raise faults[0]
 
 
 async def _try(step: Callable[[], Awaitable[None]], trouble: Trouble) -> None:
@@ -90,14 +102,23 @@ async def _try(step: Callable[[], Awaitable[None]], trouble: Trouble) -> None:
 
 async def ask_each(
     handle: DeploymentHandle[Replica], method: str, *arguments: object, timeout_s: float | None = None
-) -> list[Any]:
-    """Returns what each replica says, but for those that are lost. Raises what another one raised."""
-    found = await handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
-    said = [one for one in found if not isinstance(one, LOST)]
-    for one in said:
-        if isinstance(one, BaseException):
-            raise one
-    return said
+) -> tuple[list[Any], list[BaseException]]:
+    """Returns what the replicas say, and what became of the call to each other one; nothing of those that are lost.
+
+    Raises `RayServeException` where no replica is there, and `TimeoutError` where Ray does not say which are.
+    """
+
+    async def answer(call: ReplicaResult) -> Any:
+        return await wait_for(call.get_async(), timeout_s)
+
+    # Ray's own `results_async` has one timeout for all: who is silent would silence the others.
+    calls = await wait_for(handle.broadcast(method, *arguments)._fetch_replica_results_async(), timeout_s)
+    found = await gather(*map(answer, calls), return_exceptions=True)
+    known = [one for one in found if not isinstance(one, LOST)]
+    return (
+        [one for one in known if not isinstance(one, BaseException)],
+        [one for one in known if isinstance(one, BaseException)],
+    )
 
 
 class ReplicaStream:

@@ -13,11 +13,13 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from server.cluster.deployment import APPLICATION, REPLICA, deployed
 from server.cluster.handles import ask_each
 from server.cluster.settings import ClusterSettings
 from server.cluster.start_error import StartError
+from server.cluster.trouble import Trouble
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 << 20
@@ -29,6 +31,7 @@ MARGIN_S = 30.0
 """For Ray to end the replicas, and to say so, when their requests have had their time."""
 ANSWER_S = 5.0
 """For replicas to hear that they are to end."""
+SILENCE = Trouble("a replica does not answer, and may have requests under way")
 OURS = r"^(?:lori|server)\.[\w.]+: "
 """What Python prints before the words of an error of ours."""
 
@@ -95,7 +98,7 @@ async def _drain(drain_s: float) -> None:
     logger.info("no request is taken any more; those under way have %g s", drain_s)
     end = anyio.current_time() + drain_s
     await _ask_each("close")
-    while any(await _ask_each("num_asked")) and anyio.current_time() < end:
+    while any(number != 0 for number in await _ask_each("num_asked")) and anyio.current_time() < end:
         await anyio.sleep(POLL_S)
     serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
     while APPLICATION in serve.status().applications and anyio.current_time() < end + MARGIN_S:
@@ -103,12 +106,16 @@ async def _drain(drain_s: float) -> None:
 
 
 async def _ask_each(method: str) -> list[Any]:
-    # Who cannot be reached has no say.
+    """Returns what each replica says, None of one that does not answer: it may have requests under way."""
     try:
-        return await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
-    except Exception as error:  # noqa: BLE001  # Ray's and gRPC's: what runs is to end gently all the same
-        logger.warning("no replica answers `%s`: %s", method, error)
+        said, faults = await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
+    except RayServeException:  # no replica is there
         return []
+    except Exception as error:  # noqa: BLE001  # Ray's and gRPC's: what runs is to end gently all the same
+        said, faults = [], [error]
+    if faults:
+        SILENCE.begins(faults[0])
+    return [*said, *[None for _ in faults]]
 
 
 def _check_that_none_serves(settings: ClusterSettings) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from asyncio import CancelledError
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from server.cluster.handles import ReplicaHandles
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.replica import Replica
 from server.errors import StoreError
+from tests.server.cluster.fake_calls import FakeCall, FakeResult
 from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
@@ -32,13 +34,17 @@ def anyio_backend() -> str:
 class FakeReplicas:
     """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told.
 
-    `faults` are what becomes of the first calls of a method.
+    `faults` are what becomes of the first calls of a method; `num_silent`, of how many calls of any a replica hears nothing.
     """
 
     def __init__(
-        self, pins: Mapping[str, Sequence[str] | None], faults: Mapping[str, Sequence[BaseException]] | None = None
+        self,
+        pins: Mapping[str, Sequence[str] | None],
+        faults: Mapping[str, Sequence[BaseException]] | None = None,
+        num_silent: Mapping[str, int] | None = None,
     ) -> None:
         self.pins, self.faults = dict(pins), {method: [*of] for method, of in (faults or {}).items()}
+        self.num_silent = Counter(num_silent)
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
 
@@ -50,24 +56,21 @@ class FakeReplicas:
             raise DeploymentUnavailableError("none")
         self.told += arguments if method == "join" else ()
         if faults := self.faults.get(method):
-            return FakeCall([faults.pop(0)])
+            return FakeCall([FakeResult(faults.pop(0))])
+        found = {name: FakeResult(self._answer(name, method)) for name in self.pins}
+        if method == "join":
+            self.pins = dict.fromkeys(self.pins, arguments[0])
+            self.is_joined.set()
+        for name in +self.num_silent:
+            found[name] = FakeResult(None, is_silent=True)
+            self.num_silent[name] -= 1
+        return FakeCall([*found.values()])
+
+    def _answer(self, name: str, method: str) -> Any:
+        pins = self.pins[name]
         if method == "whole":
-            return FakeCall([(name, [] if pins is None else OK) for name, pins in self.pins.items()])
-        if method == "beat":
-            return FakeCall([(pins is not None, pins or []) for pins in self.pins.values()])
-        self.pins = dict.fromkeys(self.pins, arguments[0])
-        self.is_joined.set()
-        return FakeCall([None for _ in self.pins])
-
-
-class FakeCall:
-    """What each replica says."""
-
-    def __init__(self, found: list[Any]) -> None:
-        self._found = found
-
-    async def results_async(self, timeout_s: float | None, return_exceptions: bool) -> list[Any]:  # noqa: ARG002
-        return self._found
+            return name, [] if pins is None else OK
+        return (pins is not None, pins or []) if method == "beat" else None
 
 
 def handles_of(replicas: FakeReplicas) -> ReplicaHandles:
@@ -76,6 +79,11 @@ def handles_of(replicas: FakeReplicas) -> ReplicaHandles:
 
 async def test_a_change_is_the_matter_of_those_that_have_joined() -> None:
     assert await handles_of(FakeReplicas({"old": ["math"], "new": None})).ask_all(CHANGE, b"") == {"old": OK}
+
+
+async def test_what_a_replica_raises_is_heard() -> None:
+    with pytest.raises(StoreError, match="the store is away"):
+        await handles_of(FakeReplicas({"old": []}, {"whole": [StoreError("the store is away")]})).ask_all(CHANGE, b"")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -129,6 +137,26 @@ async def test_what_goes_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
     with caplog.at_level(logging.WARNING):
         await _watch_until_joined(FakeReplicas({"new": None}, {"join": [fault, fault, RayTaskError("join", "a trace", fault)]}))
     assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]
+
+
+async def test_one_that_is_silent_keeps_no_other_from_joining(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None joined while a machine was cut off, and nothing said so."""
+    monkeypatch.setattr(handles, "ANSWER_S", 0.01)
+    replicas = FakeReplicas({"old": ["math"], "cut off": ["math"], "new": None}, num_silent={"cut off": 1000})
+    with caplog.at_level(logging.WARNING):
+        await _watch_until_joined(replicas)
+    assert replicas.told == [["math"]]
+    assert caplog.messages == ["a replica does not answer: TimeoutError"]
+
+
+async def test_none_joins_without_the_pins_of_the_only_one_that_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "ANSWER_S", 0.01)
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({"old": ["math"], "new": None}, num_silent={"old": 8})
+    await _watch_until_joined(replicas)
+    assert replicas.told == [["math"]]
 
 
 async def _watch_until_joined(replicas: FakeReplicas) -> None:
