@@ -26,6 +26,8 @@ OBJECT_STORE_BYTES = 128 << 20
 """Requests and answers do not pass through it."""
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
+NOTICE_S = 1.0
+"""Between two notices: a replica may have come after the first."""
 POLL_S = 0.2
 MARGIN_S = 30.0
 """For Ray to end the replicas, and to say so, when their requests have had their time."""
@@ -73,9 +75,10 @@ async def end_gently(notice_s: float | None, drain_s: float) -> None:
 async def _give_notice(seconds: float) -> None:
     # Every replica says at /ready that it is not, and who sends requests goes elsewhere.
     logger.info("not ready any more; requests are taken for %g s yet", seconds)
-    end = anyio.current_time() + seconds
-    await _ask_each("retire")
-    await anyio.sleep(end - anyio.current_time())
+    with anyio.move_on_after(seconds):
+        while True:
+            await _ask_each("retire")
+            await anyio.sleep(NOTICE_S)
 
 
 def _run(application: Application) -> None:
@@ -97,8 +100,7 @@ async def _drain(drain_s: float) -> None:
     # To delete the application first would have Ray answer 404; to shut down ends HAProxy at once, and with it every answer.
     logger.info("no request is taken any more; those under way have %g s", drain_s)
     end = anyio.current_time() + drain_s
-    await _ask_each("close")
-    while any(number != 0 for number in await _ask_each("num_asked")) and anyio.current_time() < end:
+    while any(number != 0 for number in await _ask_each("close")) and anyio.current_time() < end:
         await anyio.sleep(POLL_S)
     serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
     while APPLICATION in serve.status().applications and anyio.current_time() < end + MARGIN_S:

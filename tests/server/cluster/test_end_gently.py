@@ -26,7 +26,7 @@ def anyio_backend() -> str:
 
 
 class FakeServe:
-    """Ray Serve with one application, whose replicas answer one after the other of `turns` when asked how much is under way."""
+    """Ray Serve with one application, whose replicas answer one after the other of `turns` when they are closed."""
 
     def __init__(self, turns: Sequence[Sequence[FakeResult]]) -> None:
         self._turns = list(turns)
@@ -38,7 +38,7 @@ class FakeServe:
 
     def broadcast(self, method: str) -> FakeCall:
         self.said.append(method)
-        if method != "num_asked":
+        if method == "retire":
             return FakeCall([FakeResult(None)])
         if not self._turns:
             raise DeploymentUnavailableError("none")
@@ -74,7 +74,7 @@ async def test_it_ends_when_each_replica_says_that_nothing_is_under_way(
     monkeypatch.setattr(serving, "POLL_S", 0)
     with anyio.fail_after(LIMIT_S):
         await serving.end_gently(None, 600)
-    assert fake.said == ["close", *["num_asked"] * num_turns, "delete", "shutdown"]
+    assert fake.said == [*["close"] * num_turns, "delete", "shutdown"]
 
 
 async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,4 +82,21 @@ async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(serving, "serve", fake)
     with anyio.fail_after(LIMIT_S):
         await serving.end_gently(None, 0)
-    assert fake.said == ["close", "num_asked", "delete", "shutdown"]
+    assert fake.said == ["close", "delete", "shutdown"]
+
+
+async def test_a_notice_is_given_again_to_those_that_come_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe([])
+    monkeypatch.setattr(serving, "serve", fake)
+    monkeypatch.setattr(serving, "NOTICE_S", 0)
+
+    async def end() -> None:
+        await serving.end_gently(3600, 600)
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(end)
+            while len(fake.said) < 3:
+                await anyio.sleep(0)
+            group.cancel_scope.cancel()
+    assert set(fake.said) == {"retire"}
