@@ -66,12 +66,9 @@ class ReplicaHandles:
         A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
-        silence = Trouble("a replica does not answer")
-        behind = Trouble("not all replicas know of all changes yet")
-        while True:
-            await _try(self._beat, silence)
-            await _try(self._let_join, behind)
-            await anyio.sleep(BEAT_S)
+        async with anyio.create_task_group() as group:  # apart: to join may take as long as a store does
+            group.start_soon(_again_and_again, self._beat, Trouble("a replica does not answer"))
+            group.start_soon(_again_and_again, self._let_join, Trouble("not all replicas know of all changes yet"))
 
     async def _beat(self) -> None:
         _, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
@@ -91,13 +88,14 @@ class ReplicaHandles:
             raise faults[0]
 
 
-async def _try(step: Callable[[], Awaitable[None]], trouble: Trouble) -> None:
-    try:
-        await step()
-    except Exception as error:  # noqa: BLE001  # Ray's, gRPC's and a store's: whatever it was, the next turn may go well
-        trouble.begins(error)
-    else:
-        trouble.ends()
+async def _again_and_again(step: Callable[[], Awaitable[None]], trouble: Trouble) -> None:
+    while True:
+        try:
+            await step()
+            trouble.ends()
+        except Exception as error:  # noqa: BLE001  # Ray's, gRPC's and a store's: whatever it was, the next turn may go well
+            trouble.begins(error)
+        await anyio.sleep(BEAT_S)
 
 
 async def ask_each(

@@ -35,6 +35,7 @@ class FakeReplicas:
     """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told.
 
     `faults` are what becomes of the first calls of a method; `num_silent`, of how many calls of any a replica hears nothing.
+    A join that `is_stuck` does not end.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class FakeReplicas:
         pins: Mapping[str, Sequence[str] | None],
         faults: Mapping[str, Sequence[BaseException]] | None = None,
         num_silent: Mapping[str, int] | None = None,
+        is_stuck: bool = False,
     ) -> None:
         self.pins, self.faults = dict(pins), {method: [*of] for method, of in (faults or {}).items()}
-        self.num_silent = Counter(num_silent)
+        self.num_silent, self.is_stuck, self.num_beats = Counter(num_silent), is_stuck, 0
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
 
@@ -54,10 +56,14 @@ class FakeReplicas:
     def broadcast(self, method: str, *arguments: Any) -> "FakeCall":
         if not self.pins:
             raise DeploymentUnavailableError("none")
+        self.num_beats += method == "beat"
         self.told += arguments if method == "join" else ()
         if faults := self.faults.get(method):
             return FakeCall([FakeResult(faults.pop(0))])
         found = {name: FakeResult(self._answer(name, method)) for name in self.pins}
+        if method == "join" and self.is_stuck:
+            self.is_joined.set()
+            return FakeCall([FakeResult(None, is_silent=True)])
         if method == "join":
             self.pins = dict.fromkeys(self.pins, arguments[0])
             self.is_joined.set()
@@ -149,6 +155,21 @@ async def test_one_that_is_silent_keeps_no_other_from_joining(
         await _watch_until_joined(replicas)
     assert replicas.told == [["math"]]
     assert caplog.messages == ["a replica does not answer: TimeoutError"]
+
+
+async def test_while_one_joins_others_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a machine went unheard while a store did not answer."""
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({"new": None}, is_stuck=True)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(handles_of(replicas).watch)
+            await replicas.is_joined.wait()
+            num_beats = replicas.num_beats
+            while replicas.num_beats < num_beats + 3:
+                await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+    assert len(replicas.told) == 1
 
 
 async def test_none_joins_without_the_pins_of_the_only_one_that_has(monkeypatch: pytest.MonkeyPatch) -> None:
