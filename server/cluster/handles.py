@@ -1,8 +1,8 @@
 """The replicas as Ray Serve reaches them."""
 
-from asyncio import CancelledError, gather, wait_for
+from asyncio import CancelledError, Task, create_task, gather, shield, wait_for
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextvars import Context
 from typing import Any
 
 import anyio
@@ -25,6 +25,8 @@ BEAT_S = 1.0
 ANSWER_S = 2.0
 """How long such a call may take."""
 POLL_S = 0.1
+Heard = tuple[list[Any], list[BaseException]]
+"""What replicas say, and what became of the call to each other one."""
 
 
 class ReplicaHandles:
@@ -32,7 +34,7 @@ class ReplicaHandles:
 
     def __init__(self, handle: DeploymentHandle[Replica]) -> None:
         self._handle, self._streaming = handle, handle.options(stream=True)
-        self._changes = Changes()
+        self._changes, self._under_way = Changes(), set[Task[Heard]]()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
@@ -46,10 +48,10 @@ class ReplicaHandles:
         Raises `ReplicaLostError` where there is none.
         """
         end = anyio.current_time() + JOIN_S
+        ask = self._ask if scope["method"] == "GET" else self._change
         while True:
             try:
-                async with self._changes.running() if scope["method"] != "GET" else nullcontext():
-                    found, faults = await ask_each(self._handle, "whole", scope, body)
+                found, faults = await ask(scope, body)
             except RayServeException as error:
                 raise ReplicaLostError("no replica is there") from error
             if faults:
@@ -59,6 +61,21 @@ class ReplicaHandles:
             if not found or anyio.current_time() > end:
                 raise ReplicaLostError("no replica has joined" if found else "no replica is there")
             await anyio.sleep(POLL_S)
+
+    async def _ask(self, scope: Mapping[str, Any], body: bytes) -> Heard:
+        return await ask_each(self._handle, "whole", scope, body)
+
+    async def _change(self, scope: Mapping[str, Any], body: bytes) -> Heard:
+        async def change() -> Heard:
+            async with self._changes.running():
+                return await self._ask(scope, body)
+
+        # Ray cancels the request of a client that leaves, and by its context the calls that it made; but a replica goes on, and
+        # one that joined before it is done would not know of the change.
+        task = create_task(change(), context=Context())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await shield(task)
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -98,10 +115,8 @@ async def _again_and_again(step: Callable[[], Awaitable[None]], trouble: Trouble
         await anyio.sleep(BEAT_S)
 
 
-async def ask_each(
-    handle: DeploymentHandle[Replica], method: str, *arguments: object, timeout_s: float | None = None
-) -> tuple[list[Any], list[BaseException]]:
-    """Returns what the replicas say, and what became of the call to each other one; nothing of those that are lost.
+async def ask_each(handle: DeploymentHandle[Replica], method: str, *arguments: object, timeout_s: float | None = None) -> Heard:
+    """Calls each replica; of those that are lost there is nothing.
 
     Raises `RayServeException` where no replica is there, and `TimeoutError` where Ray does not say which are.
     """

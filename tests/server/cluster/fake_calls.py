@@ -17,14 +17,16 @@ class FakeCall:
 
 
 class FakeResult:
-    """What one replica says, or raises; or it says nothing."""
+    """What one replica says, or raises, once it may; or it says nothing."""
 
-    def __init__(self, found: Any, is_silent: bool = False) -> None:
-        self._found, self._is_silent = found, is_silent
+    def __init__(self, found: Any, is_silent: bool = False, may_answer: anyio.Event | None = None) -> None:
+        self._found, self._is_silent, self._may_answer = found, is_silent, may_answer
 
     async def get_async(self) -> Any:
         if self._is_silent:
             await anyio.sleep_forever()
+        if self._may_answer:
+            await self._may_answer.wait()
         if isinstance(self._found, BaseException):
             raise self._found
         return self._found

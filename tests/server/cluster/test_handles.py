@@ -4,6 +4,7 @@ import logging
 from asyncio import CancelledError
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 import anyio
@@ -24,6 +25,8 @@ from tests.server.live import LIMIT_S
 pytestmark = pytest.mark.anyio
 OK = [{"type": "http.response.start", "status": 200, "headers": []}]
 CHANGE = {"method": "POST", "path": "/adapters/math/load"}
+REQUEST: ContextVar[str | None] = ContextVar("REQUEST", default=None)
+"""As Ray has one, by which it cancels the calls of a request."""
 
 
 @pytest.fixture
@@ -49,6 +52,8 @@ class FakeReplicas:
         self.num_silent, self.is_stuck, self.num_beats = Counter(num_silent), is_stuck, 0
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
+        self.may_answer: anyio.Event | None = None
+        self.changed_in: list[str | None] = []
 
     def options(self, stream: bool) -> "FakeReplicas":  # noqa: ARG002
         return self
@@ -60,7 +65,10 @@ class FakeReplicas:
         self.told += arguments if method == "join" else ()
         if faults := self.faults.get(method):
             return FakeCall([FakeResult(faults.pop(0))])
-        found = {name: FakeResult(self._answer(name, method)) for name in self.pins}
+        if method == "whole":
+            self.changed_in.append(REQUEST.get())
+        may_answer = self.may_answer if method == "whole" else None
+        found = {name: FakeResult(self._answer(name, method), may_answer=may_answer) for name in self.pins}
         if method == "join" and self.is_stuck:
             self.is_joined.set()
             return FakeCall([FakeResult(None, is_silent=True)])
@@ -178,6 +186,28 @@ async def test_none_joins_without_the_pins_of_the_only_one_that_has(monkeypatch:
     replicas = FakeReplicas({"old": ["math"], "new": None}, num_silent={"old": 8})
     await _watch_until_joined(replicas)
     assert replicas.told == [["math"]]
+
+
+async def test_a_change_whose_client_leaves_ends_before_another_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray cancels the request, and the calls made in its context; the replicas go on, and who joined meanwhile missed it."""
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({"old": [], "new": None})
+    replicas.may_answer, of = anyio.Event(), handles_of(replicas)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            async with anyio.create_task_group() as request:
+                REQUEST.set("a client's")
+                request.start_soon(of.ask_all, CHANGE, b"")
+                await anyio.wait_all_tasks_blocked()
+                request.cancel_scope.cancel()
+            group.start_soon(of.watch)
+            while replicas.num_beats < 10:
+                await anyio.sleep(0.01)
+            assert replicas.told == []
+            replicas.may_answer.set()
+            await replicas.is_joined.wait()
+            group.cancel_scope.cancel()
+    assert replicas.changed_in == [None]
 
 
 async def _watch_until_joined(replicas: FakeReplicas) -> None:
