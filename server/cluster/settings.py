@@ -26,11 +26,11 @@ class ClusterSettings(Settings):
     max_replicas: int | None = Field(default=None, ge=1)
     """Replicas come and go with the load, up to so many; absent: their number stays as it is."""
     target_requests: int = Field(default=16, ge=1)
-    """With --max-replicas: requests under way, in each replica, above which one more is started."""
+    """With --max-replicas: there is a replica for each so many requests that are under way in all of them together."""
     upscale_delay_s: float = Field(default=30, ge=0, allow_inf_nan=False)
-    """For so long there must be more under way before one more replica is started."""
+    """For so long there must be more under way before the replicas that are missing are started."""
     downscale_delay_s: float = Field(default=600, ge=0, allow_inf_nan=False)
-    """For so long there must be less before a replica goes, whose requests may end within --drain-s."""
+    """For so long there must be less before those too many go, whose requests may end within --drain-s."""
     replica_cpus: int = Field(default=1, ge=1)
     """CPU cores that Ray sets aside for each replica, which has as many threads unless --threads says otherwise."""
     replica_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
