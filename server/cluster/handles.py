@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 from ray.exceptions import RayActorError
 from ray.serve._private.replica_result import ReplicaResult
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
@@ -109,6 +109,8 @@ async def _again_and_again(step: Callable[[], Awaitable[None]], trouble: Trouble
     while True:
         try:
             await step()
+            trouble.ends()
+        except DeploymentUnavailableError:  # no replica is there, as at the start
             trouble.ends()
         except Exception as error:  # noqa: BLE001  # Ray's, gRPC's and a store's: whatever it was, the next turn may go well
             trouble.begins(error)

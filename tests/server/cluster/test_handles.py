@@ -153,6 +153,19 @@ async def test_what_goes_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
     assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]
 
 
+async def test_a_start_is_no_trouble(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({})
+    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(handles_of(replicas).watch)
+            await anyio.wait_all_tasks_blocked()
+            replicas.pins = {"new": None}
+            await replicas.is_joined.wait()
+            group.cancel_scope.cancel()
+    assert caplog.messages == []
+
+
 async def test_one_that_is_silent_keeps_no_other_from_joining(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
