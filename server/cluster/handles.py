@@ -1,32 +1,26 @@
 """The replicas as Ray Serve reaches them."""
 
-from asyncio import CancelledError, Task, create_task, gather, shield, wait_for
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextvars import Context
 from typing import Any
 
 import anyio
 from ray.exceptions import RayActorError
-from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
+from server.cluster.calls import Heard, ask_each
 from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.lifecycle import JOIN_S
 from server.cluster.replica import Replica
 from server.cluster.trouble import Trouble
 
-LOST = (RayActorError, CancelledError)
-"""What becomes of a call to a replica that has died, or ends."""
 BEAT_S = 1.0
 """Between two calls that ask the replicas for nothing."""
 ANSWER_S = 2.0
 """How long such a call may take."""
 POLL_S = 0.1
-Heard = tuple[list[Any], list[BaseException]]
-"""What replicas say, and what became of the call to each other one."""
 
 
 class ReplicaHandles:
@@ -34,7 +28,7 @@ class ReplicaHandles:
 
     def __init__(self, handle: DeploymentHandle[Replica]) -> None:
         self._handle, self._streaming = handle, handle.options(stream=True)
-        self._changes, self._under_way = Changes(), set[Task[Heard]]()
+        self._changes = Changes()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
@@ -66,16 +60,7 @@ class ReplicaHandles:
         return await ask_each(self._handle, "whole", scope, body)
 
     async def _change(self, scope: Mapping[str, Any], body: bytes) -> Heard:
-        async def change() -> Heard:
-            async with self._changes.running():
-                return await self._ask(scope, body)
-
-        # Ray cancels the request of a client that leaves, and by its context the calls that it made; but a replica goes on, and
-        # one that joined before it is done would not know of the change.
-        task = create_task(change(), context=Context())
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-        return await shield(task)
+        return await self._changes.make(lambda: self._ask(scope, body))
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -115,25 +100,6 @@ async def _again_and_again(step: Callable[[], Awaitable[None]], trouble: Trouble
         except Exception as error:  # noqa: BLE001  # Ray's, gRPC's and a store's: whatever it was, the next turn may go well
             trouble.begins(error)
         await anyio.sleep(BEAT_S)
-
-
-async def ask_each(handle: DeploymentHandle[Replica], method: str, *arguments: object, timeout_s: float | None = None) -> Heard:
-    """Calls each replica; of those that are lost there is nothing.
-
-    Raises `RayServeException` where no replica is there, and `TimeoutError` where Ray does not say which are.
-    """
-
-    async def answer(call: ReplicaResult) -> Any:
-        return await wait_for(call.get_async(), timeout_s)
-
-    # Ray's own `results_async` has one timeout for all: who is silent would silence the others.
-    calls = await wait_for(handle.broadcast(method, *arguments)._fetch_replica_results_async(), timeout_s)
-    found = await gather(*map(answer, calls), return_exceptions=True)
-    known = [one for one in found if not isinstance(one, LOST)]
-    return (
-        [one for one in known if not isinstance(one, BaseException)],
-        [one for one in known if isinstance(one, BaseException)],
-    )
 
 
 class ReplicaStream:
