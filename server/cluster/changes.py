@@ -1,9 +1,14 @@
 """Changes that all replicas hear, and replicas that join: each joins between changes, so that it misses none. Knows no Ray."""
 
-from collections.abc import AsyncIterator
+from asyncio import Task, create_task, shield
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import Context
+from typing import Any, TypeVar
 
 import anyio
+
+Made = TypeVar("Made")
 
 
 class Changes:
@@ -12,6 +17,21 @@ class Changes:
     def __init__(self) -> None:
         self._first = anyio.Lock()
         self._num_running, self._has_ended = 0, anyio.Event()
+        self._under_way = set[Task[Any]]()
+
+    async def make(self, change: Callable[[], Awaitable[Made]]) -> Made:
+        """Returns what `change` does, when nobody joins; it goes on when the caller is cancelled."""
+
+        async def run() -> Made:
+            async with self.running():
+                return await change()
+
+        # Ray cancels the request of a client that leaves, and by its context the calls that it made; but a replica goes on, and
+        # one that joined before it is done would not know of the change.
+        task = create_task(run(), context=Context())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return await shield(task)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

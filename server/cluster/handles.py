@@ -1,24 +1,21 @@
 """The replicas as Ray Serve reaches them."""
 
-import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
+from server.cluster.calls import Heard, ask_each
 from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.lifecycle import JOIN_S
 from server.cluster.replica import Replica
+from server.cluster.trouble import Trouble
 
-logger = logging.getLogger(__name__)
-LOST = (TimeoutError, RayError, RayServeException)
-"""What becomes of a call, other than an answer."""
 BEAT_S = 1.0
 """Between two calls that ask the replicas for nothing."""
 ANSWER_S = 2.0
@@ -45,27 +42,25 @@ class ReplicaHandles:
         Raises `ReplicaLostError` where there is none.
         """
         end = anyio.current_time() + JOIN_S
+        ask = self._ask if scope["method"] == "GET" else self._change
         while True:
             try:
-                async with self._changes.running() if scope["method"] != "GET" else nullcontext():
-                    found = await ask_each(self._handle, "whole", scope, body)
+                found, faults = await ask(scope, body)
             except RayServeException as error:
                 raise ReplicaLostError("no replica is there") from error
+            if faults:
+                raise faults[0]
             if answers := {name: messages for name, messages in found if messages}:
                 return answers
             if not found or anyio.current_time() > end:
                 raise ReplicaLostError("no replica has joined" if found else "no replica is there")
             await anyio.sleep(POLL_S)
 
-    async def _let_join(self) -> None:
-        # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
-        try:
-            async with self._changes.paused():
-                pins = {name for _, pins in await ask_each(self._handle, "beat", timeout_s=ANSWER_S) for name in pins}
-                await ask_each(self._handle, "join", sorted(pins))
-        except LOST as error:
-            reason = error.cause if isinstance(error, RayTaskError) else error  # without its trace
-            logger.warning("not all replicas know of all changes yet: %s", reason)
+    async def _ask(self, scope: Mapping[str, Any], body: bytes) -> Heard:
+        return await ask_each(self._handle, "whole", scope, body)
+
+    async def _change(self, scope: Mapping[str, Any], body: bytes) -> Heard:
+        return await self._changes.make(lambda: self._ask(scope, body))
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -73,22 +68,38 @@ class ReplicaHandles:
         A machine that is cut off neither speaks nor ends its connections. The kernel ends one whose bytes nobody acknowledges
         (see `deployment`), but who only waits for an answer sends none. With its connection all that is under way there fails.
         """
-        while True:
-            with suppress(*LOST):
-                if not all(has_joined for has_joined, _ in await ask_each(self._handle, "beat", timeout_s=ANSWER_S)):
-                    await self._let_join()
-            await anyio.sleep(BEAT_S)
+        async with anyio.create_task_group() as group:  # apart: to join may take as long as a store does
+            group.start_soon(_again_and_again, self._beat, Trouble("a replica does not answer"))
+            group.start_soon(_again_and_again, self._let_join, Trouble("not all replicas know of all changes yet"))
+
+    async def _beat(self) -> None:
+        _, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
+        if faults:
+            raise faults[0]
+
+    async def _let_join(self) -> None:
+        # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
+        if all(has_joined for has_joined, _ in (await ask_each(self._handle, "beat", timeout_s=ANSWER_S))[0]):
+            return
+        async with self._changes.paused():
+            beats, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
+            if not faults or any(has_joined for has_joined, _ in beats):  # else the silent one alone may know of pins
+                pins = {name for _, pins in beats for name in pins}
+                _, faults = await ask_each(self._handle, "join", sorted(pins))
+        if faults:
+            raise faults[0]
 
 
-async def ask_each(
-    handle: DeploymentHandle[Replica], method: str, *arguments: object, timeout_s: float | None = None
-) -> list[Any]:
-    """Returns what each replica says, but for those that are lost. Raises what another one raised."""
-    found = await handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
-    faults = [one for one in found if isinstance(one, Exception)]
-    if others := [fault for fault in faults if not isinstance(fault, RayActorError)]:
-        raise others[0]
-    return [one for one in found if not isinstance(one, Exception)]
+async def _again_and_again(step: Callable[[], Awaitable[None]], trouble: Trouble) -> None:
+    while True:
+        try:
+            await step()
+            trouble.ends()
+        except DeploymentUnavailableError:  # no replica is there, as at the start
+            trouble.ends()
+        except Exception as error:  # noqa: BLE001  # Ray's, gRPC's and a store's: whatever it was, the next turn may go well
+            trouble.begins(error)
+        await anyio.sleep(BEAT_S)
 
 
 class ReplicaStream:

@@ -78,12 +78,10 @@ class Replica:
         """Has /ready say that it is not; requests are answered as before."""
         self._service.is_draining = True
 
-    def close(self) -> None:
-        """Has new requests refused."""
+    def close(self) -> int:
+        """Has new requests refused, too; returns how many are under way."""
+        self.retire()
         self._lifecycle.is_closed = True
-
-    def num_asked(self) -> int:
-        """Returns how many requests are under way."""
         return self._num_asked
 
     def check_health(self) -> None:

@@ -13,22 +13,27 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
+from server.cluster.calls import ask_each
 from server.cluster.deployment import APPLICATION, REPLICA, deployed
-from server.cluster.handles import LOST, ask_each
 from server.cluster.settings import ClusterSettings
 from server.cluster.start_error import StartError
+from server.cluster.trouble import Trouble
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 << 20
 """Requests and answers do not pass through it."""
 ENDING_S = 5.0
 """For Ray's processes to end by themselves."""
+NOTICE_S = 1.0
+"""Between two notices: a replica may have come after the first."""
 POLL_S = 0.2
 MARGIN_S = 30.0
 """For Ray to end the replicas, and to say so, when their requests have had their time."""
 ANSWER_S = 5.0
 """For replicas to hear that they are to end."""
+SILENCE = Trouble("a replica does not answer, and may have requests under way")
 OURS = r"^(?:lori|server)\.[\w.]+: "
 """What Python prints before the words of an error of ours."""
 
@@ -70,9 +75,10 @@ async def end_gently(notice_s: float | None, drain_s: float) -> None:
 async def _give_notice(seconds: float) -> None:
     # Every replica says at /ready that it is not, and who sends requests goes elsewhere.
     logger.info("not ready any more; requests are taken for %g s yet", seconds)
-    end = anyio.current_time() + seconds
-    await _ask_each("retire")
-    await anyio.sleep(end - anyio.current_time())
+    with anyio.move_on_after(seconds):
+        while True:
+            await _ask_each("retire")
+            await anyio.sleep(NOTICE_S)
 
 
 def _run(application: Application) -> None:
@@ -94,8 +100,7 @@ async def _drain(drain_s: float) -> None:
     # To delete the application first would have Ray answer 404; to shut down ends HAProxy at once, and with it every answer.
     logger.info("no request is taken any more; those under way have %g s", drain_s)
     end = anyio.current_time() + drain_s
-    await _ask_each("close")
-    while any(await _ask_each("num_asked")) and anyio.current_time() < end:
+    while any(number != 0 for number in await _ask_each("close")) and anyio.current_time() < end:
         await anyio.sleep(POLL_S)
     serve.delete(APPLICATION, _blocking=False)  # else it raises after 60 s
     while APPLICATION in serve.status().applications and anyio.current_time() < end + MARGIN_S:
@@ -103,12 +108,16 @@ async def _drain(drain_s: float) -> None:
 
 
 async def _ask_each(method: str) -> list[Any]:
-    # Who cannot be reached has no say.
+    """Returns what each replica says, None of one that does not answer: it may have requests under way."""
     try:
-        return await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
-    except LOST as error:
-        logger.warning("no replica answers `%s`: %s", method, error)
+        said, faults = await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
+    except RayServeException:  # no replica is there
         return []
+    except Exception as error:  # noqa: BLE001  # Ray's and gRPC's: what runs is to end gently all the same
+        said, faults = [], [error]
+    if faults:
+        SILENCE.begins(faults[0])
+    return [*said, *[None for _ in faults]]
 
 
 def _check_that_none_serves(settings: ClusterSettings) -> None:

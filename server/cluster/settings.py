@@ -9,6 +9,8 @@ from server.cluster.affinity import LoadBound
 from server.settings import Settings
 
 DEFAULT_BOUND = LoadBound()
+HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Ray has the ingresses listen at the same address as HAProxy, which asks those on its machine at localhost, by IPv4."""
 
 
 class ClusterSettings(Settings):
@@ -24,11 +26,11 @@ class ClusterSettings(Settings):
     max_replicas: int | None = Field(default=None, ge=1)
     """Replicas come and go with the load, up to so many; absent: their number stays as it is."""
     target_requests: int = Field(default=16, ge=1)
-    """With --max-replicas: requests under way, in each replica, above which one more is started."""
+    """With --max-replicas: there is a replica for each so many requests that are under way in all of them together."""
     upscale_delay_s: float = Field(default=30, ge=0, allow_inf_nan=False)
-    """For so long there must be more under way before one more replica is started."""
+    """For so long there must be more under way before the replicas that are missing are started."""
     downscale_delay_s: float = Field(default=600, ge=0, allow_inf_nan=False)
-    """For so long there must be less before a replica goes, whose requests may end within --drain-s."""
+    """For so long there must be less before those too many go, whose requests may end within --drain-s."""
     replica_cpus: int = Field(default=1, ge=1)
     """CPU cores that Ray sets aside for each replica, which has as many threads unless --threads says otherwise."""
     replica_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
@@ -43,11 +45,15 @@ class ClusterSettings(Settings):
     """The Ray cluster to serve on, auto or its head's address, where no Ray Serve may run yet; absent: one is started on this
     machine, and ends with it."""
 
+    host: str = Settings.model_fields["host"].default
+    """The address to listen on: 127.0.0.1 or localhost; 0.0.0.0 lets other machines in. No other works with Ray."""
     port: int = Field(default=Settings.model_fields["port"].default, ge=1, le=65535)
     """The port to listen on."""
 
     @model_validator(mode="after")
     def _is_sound_as_a_cluster(self) -> Self:
+        if self.host not in HOSTS:
+            raise ValueError(f"--host is {self.host!r}, expected {', '.join(HOSTS[:-1])} or {HOSTS[-1]}: Ray serves at no other")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"--max-replicas is {self.max_replicas}, expected --replicas, {self.replicas}, or more")
         return self

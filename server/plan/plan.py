@@ -9,7 +9,7 @@ import torch
 from lori.errors import LoriError
 from server.engine.adapters.tiers import MAX_LOADING
 from server.plan.config import PlanConfig
-from server.plan.measured import HELD, MODEL, RESERVED, Ratio
+from server.plan.measured import HELD, MEASURED, MODEL, RESERVED, Ratio
 from server.plan.memory import GIB, AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
 from server.plan.speed import Speed
 from server.settings import Settings
@@ -176,4 +176,6 @@ def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
     ]
     if config.ratio is None and config.model:
         said.append("The ratio was measured on another model: of a larger one's step adapters are a smaller part.")
+    if config.ratio is None and (precision := config.quantization or config.dtype) != MEASURED["dtype"]:
+        said.append(f"The ratio was measured in {MEASURED['dtype']}, not in {precision}, whose steps take another time.")
     return said

@@ -1,10 +1,14 @@
 """Who asks all replicas hears those that have joined, and lets the others join. Fakes stand for Ray's handles."""
 
 import logging
+from asyncio import CancelledError
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, cast
 
 import anyio
+import grpc
 import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -15,11 +19,14 @@ from server.cluster.handles import ReplicaHandles
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.replica import Replica
 from server.errors import StoreError
+from tests.server.cluster.fake_calls import FakeCall, FakeResult
 from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
 OK = [{"type": "http.response.start", "status": 200, "headers": []}]
 CHANGE = {"method": "POST", "path": "/adapters/math/load"}
+REQUEST: ContextVar[str | None] = ContextVar("REQUEST", default=None)
+"""As Ray has one, by which it cancels the calls of a request."""
 
 
 @pytest.fixture
@@ -28,12 +35,25 @@ def anyio_backend() -> str:
 
 
 class FakeReplicas:
-    """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told."""
+    """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told.
 
-    def __init__(self, pins: Mapping[str, Sequence[str] | None], faults: Sequence[Exception] = ()) -> None:
-        self.pins, self.faults = dict(pins), list(faults)
+    `faults` are what becomes of the first calls of a method; `num_silent`, of how many calls of any a replica hears nothing.
+    A join that `is_stuck` does not end.
+    """
+
+    def __init__(
+        self,
+        pins: Mapping[str, Sequence[str] | None],
+        faults: Mapping[str, Sequence[BaseException]] | None = None,
+        num_silent: Mapping[str, int] | None = None,
+        is_stuck: bool = False,
+    ) -> None:
+        self.pins, self.faults = dict(pins), {method: [*of] for method, of in (faults or {}).items()}
+        self.num_silent, self.is_stuck, self.num_beats = Counter(num_silent), is_stuck, 0
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
+        self.may_answer: anyio.Event | None = None
+        self.changed_in: list[str | None] = []
 
     def options(self, stream: bool) -> "FakeReplicas":  # noqa: ARG002
         return self
@@ -41,26 +61,30 @@ class FakeReplicas:
     def broadcast(self, method: str, *arguments: Any) -> "FakeCall":
         if not self.pins:
             raise DeploymentUnavailableError("none")
+        self.num_beats += method == "beat"
+        self.told += arguments if method == "join" else ()
+        if faults := self.faults.get(method):
+            return FakeCall([FakeResult(faults.pop(0))])
         if method == "whole":
-            return FakeCall([(name, [] if pins is None else OK) for name, pins in self.pins.items()])
-        if method == "beat":
-            return FakeCall([(pins is not None, pins or []) for pins in self.pins.values()])
-        self.told += arguments
-        if self.faults:
-            return FakeCall([self.faults.pop(0)])
-        self.pins = dict.fromkeys(self.pins, arguments[0])
-        self.is_joined.set()
-        return FakeCall([None for _ in self.pins])
+            self.changed_in.append(REQUEST.get())
+        may_answer = self.may_answer if method == "whole" else None
+        found = {name: FakeResult(self._answer(name, method), may_answer=may_answer) for name in self.pins}
+        if method == "join" and self.is_stuck:
+            self.is_joined.set()
+            return FakeCall([FakeResult(None, is_silent=True)])
+        if method == "join":
+            self.pins = dict.fromkeys(self.pins, arguments[0])
+            self.is_joined.set()
+        for name in +self.num_silent:
+            found[name] = FakeResult(None, is_silent=True)
+            self.num_silent[name] -= 1
+        return FakeCall([*found.values()])
 
-
-class FakeCall:
-    """What each replica says."""
-
-    def __init__(self, found: list[Any]) -> None:
-        self._found = found
-
-    async def results_async(self, timeout_s: float | None, return_exceptions: bool) -> list[Any]:  # noqa: ARG002
-        return self._found
+    def _answer(self, name: str, method: str) -> Any:
+        pins = self.pins[name]
+        if method == "whole":
+            return name, [] if pins is None else OK
+        return (pins is not None, pins or []) if method == "beat" else None
 
 
 def handles_of(replicas: FakeReplicas) -> ReplicaHandles:
@@ -69,6 +93,11 @@ def handles_of(replicas: FakeReplicas) -> ReplicaHandles:
 
 async def test_a_change_is_the_matter_of_those_that_have_joined() -> None:
     assert await handles_of(FakeReplicas({"old": ["math"], "new": None})).ask_all(CHANGE, b"") == {"old": OK}
+
+
+async def test_what_a_replica_raises_is_heard() -> None:
+    with pytest.raises(StoreError, match="the store is away"):
+        await handles_of(FakeReplicas({"old": []}, {"whole": [StoreError("the store is away")]})).ask_all(CHANGE, b"")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -98,16 +127,105 @@ async def test_where_no_replica_is_there_a_request_is_refused() -> None:
         await handles_of(FakeReplicas({})).ask_all(CHANGE, b"")
 
 
-async def test_one_that_joins_has_the_pins_of_the_others_and_tries_again_where_it_fails(
+RPC_FAULT = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame")
+
+
+@pytest.mark.parametrize("method", ["beat", "join"])
+@pytest.mark.parametrize(
+    "fault", [StoreError("the store is away"), RPC_FAULT, CancelledError()], ids=lambda fault: type(fault).__name__
+)
+async def test_whatever_goes_wrong_one_that_joins_has_the_pins_of_the_others(
+    method: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a replica raises arrives as it is where Ray calls it by gRPC, and ended the watch for good."""
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({"old": ["safety", "math"], "new": None}, {method: [fault]})
+    await _watch_until_joined(replicas)
+    assert replicas.told[-1] == ["math", "safety"]
+    assert len(replicas.told) == (2 if method == "join" else 1)
+
+
+async def test_what_goes_wrong_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    fault = StoreError("the store is away")
+    with caplog.at_level(logging.WARNING):
+        await _watch_until_joined(FakeReplicas({"new": None}, {"join": [fault, fault, RayTaskError("join", "a trace", fault)]}))
+    assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]
+
+
+async def test_a_start_is_no_trouble(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({})
+    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(handles_of(replicas).watch)
+            await anyio.wait_all_tasks_blocked()
+            replicas.pins = {"new": None}
+            await replicas.is_joined.wait()
+            group.cancel_scope.cancel()
+    assert caplog.messages == []
+
+
+async def test_one_that_is_silent_keeps_no_other_from_joining(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """None joined while a machine was cut off, and nothing said so."""
+    monkeypatch.setattr(handles, "ANSWER_S", 0.01)
+    replicas = FakeReplicas({"old": ["math"], "cut off": ["math"], "new": None}, num_silent={"cut off": 1000})
+    with caplog.at_level(logging.WARNING):
+        await _watch_until_joined(replicas)
+    assert replicas.told == [["math"]]
+    assert caplog.messages == ["a replica does not answer: TimeoutError"]
+
+
+async def test_while_one_joins_others_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of a machine went unheard while a store did not answer."""
     monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    fault = RayTaskError("join", "a trace of many lines", StoreError("the store is away"))
-    replicas = FakeReplicas({"old": ["safety", "math"], "new": None}, [fault])
-    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+    replicas = FakeReplicas({"new": None}, is_stuck=True)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(handles_of(replicas).watch)
+            await replicas.is_joined.wait()
+            num_beats = replicas.num_beats
+            while replicas.num_beats < num_beats + 3:
+                await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+    assert len(replicas.told) == 1
+
+
+async def test_none_joins_without_the_pins_of_the_only_one_that_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "ANSWER_S", 0.01)
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({"old": ["math"], "new": None}, num_silent={"old": 8})
+    await _watch_until_joined(replicas)
+    assert replicas.told == [["math"]]
+
+
+async def test_a_change_whose_client_leaves_ends_before_another_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray cancels the request, and the calls made in its context; the replicas go on, and who joined meanwhile missed it."""
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas = FakeReplicas({"old": [], "new": None})
+    replicas.may_answer, of = anyio.Event(), handles_of(replicas)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            async with anyio.create_task_group() as request:
+                REQUEST.set("a client's")
+                request.start_soon(of.ask_all, CHANGE, b"")
+                await anyio.wait_all_tasks_blocked()
+                request.cancel_scope.cancel()
+            group.start_soon(of.watch)
+            while replicas.num_beats < 10:
+                await anyio.sleep(0.01)
+            assert replicas.told == []
+            replicas.may_answer.set()
+            await replicas.is_joined.wait()
+            group.cancel_scope.cancel()
+    assert replicas.changed_in == [None]
+
+
+async def _watch_until_joined(replicas: FakeReplicas) -> None:
+    with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
             group.start_soon(handles_of(replicas).watch)
             await replicas.is_joined.wait()
             group.cancel_scope.cancel()
-    assert replicas.told == [["math", "safety"]] * 2
-    assert caplog.messages == ["not all replicas know of all changes yet: the store is away"]

@@ -23,6 +23,7 @@ def refused(log: Path, *flags: str) -> tuple[int, str]:
     [
         (["--keys", "none.toml"], 1, "none.toml is not a sound key file:\n  it cannot be read: No such file or directory"),
         (["--host", "0.0.0.0"], 2, "--host: '0.0.0.0' lets other machines in, and there are no keys"),
+        (["--host", "10.0.0.5", "--open"], 2, "--host is '10.0.0.5', expected 127.0.0.1, localhost or 0.0.0.0"),
         (["--max-replicas", "1", "--replicas", "2"], 2, "--max-replicas is 1, expected --replicas, 2, or more"),
     ],
 )

@@ -13,6 +13,14 @@ def test_more_replicas_than_the_most_are_refused() -> None:
     assert "--max-replicas is 2, expected --replicas, 3, or more" in flag_faults(refused.value)
 
 
+@pytest.mark.parametrize("host", ["10.0.0.5", "127.0.0.2", "::1", "::", ""])
+def test_an_address_at_which_nothing_would_be_answered_is_refused(host: str) -> None:
+    """HAProxy listened there, and asked ingresses where they did not."""
+    with pytest.raises(ValidationError) as refused:
+        ClusterSettings(host=host)
+    assert f"--host is {host!r}, expected 127.0.0.1, localhost or 0.0.0.0" in flag_faults(refused.value)
+
+
 def test_a_replica_has_as_many_threads_as_cores_unless_it_is_told() -> None:
     assert ClusterSettings(replica_cpus=4).each.threads == 4
     assert ClusterSettings(replica_cpus=4, threads=2).each.threads == 2

@@ -119,6 +119,22 @@ def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:
     assert "10,000 adapters" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "warning"),
+    [
+        ({"dtype": "float32"}, "The ratio was measured in bfloat16, not in float32"),
+        ({"quantization": "int8"}, "The ratio was measured in bfloat16, not in int8"),
+        ({"dtype": "float32", "ratio": 0.8}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_ratio_of_another_precision_is_named_as_such(more: dict[str, Any], warning: str) -> None:
+    config = configured(**({"ratio": None} | more))
+    said = "\n".join(assumptions(config, make_plan(config, MODEL, ADAPTER, Speed(None, 1000, 32))))
+    assert warning in said
+    assert bool(warning) == ("The ratio was measured in" in said)
+
+
 def test_requests_longer_than_the_context_are_refused() -> None:
     with pytest.raises(PlanError, match="8192 and 100, and SmolLM2-135M-Instruct has a context of 8192"):
         sizes(configured(prompt_tokens=8192))

@@ -1,0 +1,32 @@
+"""A call to each replica, and what they say. Knows Ray's handles, not what is called."""
+
+from asyncio import CancelledError, gather, wait_for
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve.handle import DeploymentHandle
+
+LOST = (RayActorError, CancelledError)
+"""What becomes of a call to a replica that has died, or ends."""
+Heard = tuple[list[Any], list[BaseException]]
+"""What replicas say, and what became of the call to each other one."""
+
+
+async def ask_each(handle: DeploymentHandle[Any], method: str, *arguments: object, timeout_s: float | None = None) -> Heard:
+    """Calls each replica; of those that are lost there is nothing.
+
+    Raises `RayServeException` where no replica is there, and `TimeoutError` where Ray does not say which are.
+    """
+
+    async def answer(call: ReplicaResult) -> Any:
+        return await wait_for(call.get_async(), timeout_s)
+
+    # Ray's own `results_async` has one timeout for all: who is silent would silence the others.
+    calls = await wait_for(handle.broadcast(method, *arguments)._fetch_replica_results_async(), timeout_s)
+    found = await gather(*map(answer, calls), return_exceptions=True)
+    known = [one for one in found if not isinstance(one, LOST)]
+    return (
+        [one for one in known if not isinstance(one, BaseException)],
+        [one for one in known if isinstance(one, BaseException)],
+    )

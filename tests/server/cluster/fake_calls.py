@@ -1,0 +1,32 @@
+"""Calls to replicas as Ray's handles make them, without Ray."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+
+
+class FakeCall:
+    """A call to each replica."""
+
+    def __init__(self, results: Sequence["FakeResult"]) -> None:
+        self._results = results
+
+    async def _fetch_replica_results_async(self) -> Sequence["FakeResult"]:
+        return self._results
+
+
+class FakeResult:
+    """What one replica says, or raises, once it may; or it says nothing."""
+
+    def __init__(self, found: Any, is_silent: bool = False, may_answer: anyio.Event | None = None) -> None:
+        self._found, self._is_silent, self._may_answer = found, is_silent, may_answer
+
+    async def get_async(self) -> Any:
+        if self._is_silent:
+            await anyio.sleep_forever()
+        if self._may_answer:
+            await self._may_answer.wait()
+        if isinstance(self._found, BaseException):
+            raise self._found
+        return self._found

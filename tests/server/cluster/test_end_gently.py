@@ -1,0 +1,102 @@
+"""A cluster that is told to end lets what runs end first. Fakes stand for Ray Serve."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import anyio
+import grpc
+import pytest
+from ray.exceptions import ActorUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from server.cluster import serving
+from server.cluster.deployment import APPLICATION, REPLICA
+from tests.server.cluster.fake_calls import FakeCall, FakeResult
+from tests.server.live import LIMIT_S
+
+pytestmark = pytest.mark.anyio
+SILENT = FakeResult(None, is_silent=True)
+BROKEN = FakeResult(grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame"))
+DEAD = FakeResult(ActorUnavailableError("cut off", b"0" * 16))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class FakeServe:
+    """Ray Serve with one application, whose replicas answer one after the other of `turns` when they are closed."""
+
+    def __init__(self, turns: Sequence[Sequence[FakeResult]]) -> None:
+        self._turns = list(turns)
+        self.said: list[str] = []
+
+    def get_deployment_handle(self, deployment: str, application: str) -> "FakeServe":
+        assert (deployment, application) == (REPLICA, APPLICATION)
+        return self
+
+    def broadcast(self, method: str) -> FakeCall:
+        self.said.append(method)
+        if method == "retire":
+            return FakeCall([FakeResult(None)])
+        if not self._turns:
+            raise DeploymentUnavailableError("none")
+        return FakeCall(self._turns.pop(0))
+
+    def delete(self, application: str, _blocking: bool) -> None:
+        assert application == APPLICATION
+        assert not _blocking
+        self.said.append("delete")
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(applications={})
+
+    async def shutdown_async(self) -> None:
+        self.said.append("shutdown")
+
+
+@pytest.mark.parametrize(
+    ("turns", "num_turns"),
+    [
+        ([[FakeResult(2), SILENT], [FakeResult(1), SILENT], [FakeResult(0), FakeResult(0)]], 3),
+        ([[SILENT, FakeResult(0)], [BROKEN], [FakeResult(0), DEAD], [FakeResult(1)]], 3),
+        ([[FakeResult(1)]], 2),  # then there is none
+    ],
+)
+async def test_it_ends_when_each_replica_says_that_nothing_is_under_way(
+    turns: Sequence[Sequence[FakeResult]], num_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that did not answer made it seem that none had anything, and what ran was broken off."""
+    fake = FakeServe(turns)
+    monkeypatch.setattr(serving, "serve", fake)
+    monkeypatch.setattr(serving, "ANSWER_S", 0.01)
+    monkeypatch.setattr(serving, "POLL_S", 0)
+    with anyio.fail_after(LIMIT_S):
+        await serving.end_gently(None, 600)
+    assert fake.said == [*["close"] * num_turns, "delete", "shutdown"]
+
+
+async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe([[FakeResult(1)]] * 1000)
+    monkeypatch.setattr(serving, "serve", fake)
+    with anyio.fail_after(LIMIT_S):
+        await serving.end_gently(None, 0)
+    assert fake.said == ["close", "delete", "shutdown"]
+
+
+async def test_a_notice_is_given_again_to_those_that_come_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe([])
+    monkeypatch.setattr(serving, "serve", fake)
+    monkeypatch.setattr(serving, "NOTICE_S", 0)
+
+    async def end() -> None:
+        await serving.end_gently(3600, 600)
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(end)
+            while len(fake.said) < 3:
+                await anyio.sleep(0)
+            group.cancel_scope.cancel()
+    assert set(fake.said) == {"retire"}
