@@ -58,20 +58,22 @@ def main() -> None:
         adapters = write_adapters(Path(scratch) / "adapters", identify_files(str(embedded_model())), NUM_ADAPTERS)
         stage = Stage(adapters, cores, Path(scratch), ["--kv-cache-gib", "0.5", *arguments.server_flags.split()])
         found: dict[str, Any] = {"machine": machine(), "versions": versions(), "overhead": [], "throughput": [], "loss": []}
-        try:
-            measure(stage, arguments, found)
-        except FailedError as error:
-            raise SystemExit(f"error: {error}") from error
-        finally:
+
+        def keep() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps(found, indent=2))
+
+        try:
+            measure(stage, arguments, found, keep)
+        except FailedError as error:
+            raise SystemExit(f"error: {error}") from error
     report(found)
 
 
 def parse() -> argparse.Namespace:
     """Returns the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--json", type=Path, help="where to write all figures, anew after each part")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; 3 if absent")
     parser.add_argument("--users", type=int, default=64, help="users of the throughput; 64 if absent")
     parser.add_argument("--warm-s", type=float, default=8, help="seconds of each load that do not count; 8 if absent")
@@ -110,14 +112,17 @@ class Stage:
             cluster.end()
 
 
-def measure(stage: Stage, arguments: argparse.Namespace, found: Mapping[str, list[Any]]) -> None:
-    """Measures all of it, and puts it into `found` turn by turn. Raises `FailedError`."""
+def measure(stage: Stage, arguments: argparse.Namespace, found: Mapping[str, list[Any]], keep: Callable[[], None]) -> None:
+    """Measures all of it, puts each part into `found`, and calls `keep` after it. Raises `FailedError`."""
     window = Window(arguments.warm_s, arguments.seconds)
     num_loads = 4 * len(SENDS) * len(POPULARITIES)
     with tqdm(total=arguments.repeats * (1 + num_loads) + arguments.kills, unit="part", disable=None) as bar:
 
-        def loads(servers: Sequence[Server], turn: int, cluster: Cluster | None = None) -> dict[str, dict[str, float]]:
-            found = {}
+        def done() -> None:
+            bar.update()
+            keep()
+
+        def loads(figures: dict[str, Any], servers: Sequence[Server], turn: int, cluster: Cluster | None = None) -> None:
             for send in SENDS:
                 for popularity, choice in POPULARITIES.items():
                     before = cluster.by_adapter() if cluster else {}
@@ -125,28 +130,27 @@ def measure(stage: Stage, arguments: argparse.Namespace, found: Mapping[str, lis
                     seed = f"{send} {popularity} {turn}"
                     speed = throughput([SENDS[send](one) for one in servers], arguments.users, choose, seed, window)
                     share = {"affinity": affinity(before, cluster.by_adapter())} if cluster else {}
-                    found[f"{send}, {popularity}"] = asdict(speed) | share
-                    bar.update()
-            return found
+                    figures[f"{send}, {popularity}"] = asdict(speed) | share
+                    done()
 
         with stage.plain(1) as plain, stage.cluster(1) as cluster:
             for turn in range(arguments.repeats):
                 found["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {turn}"))
-                bar.update()
+                done()
         for turn in range(arguments.repeats):
-            of_turn: dict[str, Any] = {}
+            of_turn: dict[str, Any] = {name: {} for name in (PLAIN, TWO_PLAIN, ONE, TWO)}
             found["throughput"].append(of_turn)
             for name, count in ((PLAIN, 1), (TWO_PLAIN, 2)):
                 with stage.plain(count) as servers:
-                    of_turn[name] = loads(servers, turn)
+                    loads(of_turn[name], servers, turn)
             for name, count in ((ONE, 1), (TWO, 2)):
                 with stage.cluster(count) as cluster:
-                    of_turn[name] = loads([cluster.server], turn, cluster)
+                    loads(of_turn[name], [cluster.server], turn, cluster)
         if arguments.kills:
             with stage.cluster(2) as cluster:
                 for _ in range(arguments.kills):
                     found["loss"].append(kill_one(cluster, NAMES))
-                    bar.update()
+                    done()
 
 
 def affinity(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> float:
