@@ -35,7 +35,7 @@ def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: in
         eval_strategy="steps" if is_held_out else "no",
         eval_steps=every,
         save_steps=every,
-        save_total_limit=2,  # the newest may not be whole yet when the one before it goes
+        save_total_limit=3 if is_held_out else 2,  # the best, and another beside the newest, which may not be whole yet
         load_best_model_at_end=is_held_out,
         metric_for_best_model="eval_loss" if is_held_out else None,
         greater_is_better=False if is_held_out else None,

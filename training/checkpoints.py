@@ -22,10 +22,14 @@ WHOLE = "whole.json"
 
 
 class MarkWhole(TrainerCallback):
-    """Marks each checkpoint once all its files are on disk, and calls `note` then."""
+    """Marks each checkpoint once all its files are on disk, and calls `note` then; they come as often as is said now."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         self.note = note
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
+        """A resumed run has its checkpoint's state, with the interval that was asked for then."""
+        state.compute_steps(args, state.max_steps)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
         """Trainer calls it after the last file of a checkpoint."""

@@ -86,7 +86,8 @@ class _Flags(CliSettingsSource[Any]):
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         """Decodes a list's items, which were joined as JSON."""
-        # pydantic-settings doubles every backslash of an item, for Windows' paths: a prompt's "\n" would be a backslash and an n.
-        if isinstance(value, str) and "{" in value:
-            value = value.replace("\\\\", "\\")
+        # pydantic-settings doubles every backslash of an item, for Windows' paths: a prompt's "\n" would be a backslash and an n,
+        # and a quote in a string would end it.
+        if isinstance(value, str):
+            value = value.replace("\\\\", "\\") if "{" in value else value.replace('\\\\"', '\\"')
         return super().decode_complex_value(field_name, field, value)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from lori.config import Alpha, Rank
 from lori.mask import Granularity
@@ -62,7 +62,7 @@ class FitConfig(CommandLine):
     about: str = ""
     """A sentence for the adapter's card: what it does, from which data under which licence."""
     prepare: list[str] = Field(default=[])
-    """Commands that made the data, for the adapter's card."""
+    """Commands that made the data, for the adapter's card. Written as JSON, `["a, b"]`, where one has a comma or a quote."""
     rank: Rank = 32
     """Rows of A (r)."""
     alpha: Alpha = 64
@@ -160,14 +160,18 @@ class FitConfig(CommandLine):
             yield f"--output ends in {self.output.name!r}, which is to be the adapter's name: it must match {NAME.pattern}"
         if self.output.suffix == CHECKPOINTS:
             yield f"--output ends in {CHECKPOINTS}, as the folders of checkpoints do"
-        if self.report and self.report.resolve().is_relative_to(self.output.resolve()):
-            yield "--report is in the adapter's own folder, which the next training replaces"
-        if self.tensorboard and (self.tensorboard / self.output.name).resolve().is_relative_to(self.output.resolve()):
-            yield f"--tensorboard {self.tensorboard} puts its logs, {self.output.name}/…, into the adapter's own folder"
+        if self.report and self._is_in_own_folder(self.report):
+            yield "--report is in the adapter's own folder or that of its checkpoints, which the next training replaces"
+        if self.tensorboard and self._is_in_own_folder(self.tensorboard / self.output.name):
+            said = f"puts its logs, {self.output.name}/…, into the adapter's own folder or that of its checkpoints"
+            yield f"--tensorboard {self.tensorboard} {said}"
         if self.report and self.report.is_dir():
             yield f"--report {self.report} is a folder, expected a file's name, such as {self.report / 'report.html'}"
         if len(set(self.template)) != len(self.template):
             yield f"--template names one twice: {self.template}"
+
+    def _is_in_own_folder(self, path: Path) -> bool:
+        return any(path.resolve().is_relative_to(own.resolve()) for own in (self.output, self.checkpoints))
 
     def _idle(self) -> Iterator[str]:
         """What was asked for and would do nothing."""
@@ -190,8 +194,11 @@ class FitConfig(CommandLine):
             yield from (f"--{name.replace('_', '-')} is for {needs}" for name in names if name in given and not is_used)
 
     def _of_recipe(self) -> set[str]:
-        """What a recipe says for all methods may be of no use to the one that is asked for."""
-        return set(read_recipe(self.recipe, type(self).model_fields)) if self.recipe else set()
+        """What a recipe says for all methods, and no flag says otherwise, may be of no use to the one that is asked for."""
+        fields = type(self).model_fields
+        told = read_recipe(self.recipe, fields) if self.recipe else {}
+        read = {name: TypeAdapter[Any](fields[name].annotation or Any).validate_python(value) for name, value in told.items()}
+        return {name for name, value in read.items() if value == getattr(self, name)}
 
     def _conflicts(self) -> Iterator[str]:
         if self.held_out and self.held_out_fraction:
@@ -200,6 +207,11 @@ class FitConfig(CommandLine):
             yield "--loss dpo is held to the base by itself, and has no --mix"
         if self.method == "lora" and self.fsdp:
             yield "--method lora is a baseline, and has no --fsdp"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of a run that has not ended."""
+        return self.output.with_name(self.output.name + CHECKPOINTS)
 
     @property
     def peak_lr(self) -> float:

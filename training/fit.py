@@ -32,7 +32,7 @@ from training.packing import ATTENTION
 from training.processes import processes
 from training.progress import check_tensorboard
 from training.record import config_of
-from training.run import Examples, Run, has_ended
+from training.run import Examples, Run, begin, has_ended
 from training.samples import Sample, take_samples
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ def fit(config: FitConfig, command: str) -> Path:
     if config.tensorboard:
         check_tensorboard()
     rows = read_all(config)  # what is wrong with the data is said before the model is loaded
+    begin(config)
     base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
     run = Run(config, as_examples(rows, base, config), started)
     method = method_of(config, base)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +15,12 @@ from safetensors.torch import load_file, save
 from transformers import TrainerCallback
 
 from lori.config_file import CONFIG_FILE
-from lori.durable import discard, replace_file
+from lori.durable import discard, remove_folder, replace_file
 from lori.flags import flag_of
 from training.arguments import training_arguments
 from training.batches import BatchSize, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
-from training.config import CHECKPOINTS, FitConfig
+from training.config import FitConfig
 from training.data import DataError, Item
 from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
@@ -58,12 +57,14 @@ class Examples:
 
 
 def has_ended(config: FitConfig) -> bool:
-    """Whether the adapter is there, and no run that could go on."""
-    return (config.output / CONFIG_FILE).is_file() and not (_folder(config) / RUN).is_file()
+    """Whether the adapter is there, and no run that has begun since."""
+    return (config.output / CONFIG_FILE).is_file() and not config.checkpoints.exists()
 
 
-def _folder(config: FitConfig) -> Path:
-    return config.output.with_name(config.output.name + CHECKPOINTS)
+def begin(config: FitConfig) -> None:
+    """Makes the run's folder, before what may take long: an adapter that is there from before is not the result any more."""
+    if processes().is_main_process:
+        config.checkpoints.mkdir(parents=True, exist_ok=True)
 
 
 class Run:
@@ -73,7 +74,7 @@ class Run:
         """`started`: the monotonic time at which this part of the run began."""
         self.config, self.examples = config, examples
         self._started, self._seconds = started, 0.0
-        self.folder = _folder(config)
+        self.folder = config.checkpoints
         self.outcomes: dict[str, Outcome] = {}
         self._lock = FileLock(self.folder / LOCK)
 
@@ -110,8 +111,8 @@ class Run:
 
     def close(self) -> None:
         """Removes the folder: the adapter is saved."""
-        shutil.rmtree(self.folder)
-        self._lock.release()
+        self._lock.release()  # first: a shared file system keeps an open file, and with it the folder
+        remove_folder(self.folder)
 
     def _open(self, method: TrainingMethod) -> None:
         file = self.folder / RUN

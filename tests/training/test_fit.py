@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lori.base_model import load_base_model
 from lori.errors import LoriError
@@ -26,6 +27,7 @@ from lori.merge import merge
 from lori.sparse import SparseB
 from lori.template import encode
 from tests.tiny import save_tiny_model
+from training.checkpoints import MarkWhole
 from training.config import FitConfig
 from training.evaluation.local_adapters import applied
 from training.fit import command_of, fit
@@ -295,6 +297,39 @@ def test_what_has_ended_is_not_done_again_by_resume(
     assert "is there, and no run to go on with; without --resume it is trained anew" in caplog.text
     assert digest(folder) == before
     assert digest(fit(config_for(tiny_model, data, tmp_path / "a", seed=5), "command")) != before
+
+
+def test_an_adapter_from_before_is_not_the_result_of_a_run_that_was_cut_off_at_its_start(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    before = digest(fit(config_for(tiny_model, data, tmp_path / "a"), "command"))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.fit.load_base", die)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config_for(tiny_model, data, tmp_path / "a", seed=5), "command")
+    assert digest(fit(config_for(tiny_model, data, tmp_path / "a", seed=5, resume=True), "command")) != before
+    assert not (tmp_path / "a.checkpoint").exists()
+
+
+def test_a_resumed_run_is_saved_as_often_as_is_said_now(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    on_save = MarkWhole.on_save
+
+    def note(self: MarkWhole, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object) -> None:
+        saved.append(state.global_step)
+        on_save(self, args, state, control, **more)
+
+    monkeypatch.setattr(MarkWhole, "on_save", note)
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "a", method="lori-d"), at_step=4)
+    assert saved == [2]
+    fit(config_for(tiny_model, data, tmp_path / "a", method="lori-d", resume=True, save_every=1), "command")
+    assert saved == [2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("method", "rate"), [("lori", 0.02), ("lora", 0.002)])
@@ -716,12 +751,18 @@ def test_a_report_that_would_be_a_folder_is_refused_at_once(tiny_model: Path, da
         config_for(tiny_model, data, tmp_path / "a", report=tmp_path)
 
 
-@pytest.mark.parametrize("place", [".", "a", "a/logs"])
+@pytest.mark.parametrize("place", [".", "a", "a/logs", "a.checkpoint/../a"])
 def test_logs_do_not_go_into_the_adapter_s_own_folder(place: str) -> None:
     """A new adapter was once trained, and then not saved over a folder that its logs had made."""
     with pytest.raises(ValueError, match=r"--tensorboard .* puts its logs, a/…, into the adapter's own folder"):
         FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": place})
     assert FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": "logs"})
+
+
+@pytest.mark.parametrize("report", ["a/report.html", "a.checkpoint/report.html"])
+def test_a_report_does_not_go_where_the_next_training_removes_it(report: str) -> None:
+    with pytest.raises(ValueError, match="--report is in the adapter's own folder or that of its checkpoints"):
+        FitConfig.model_validate({"data": ["d"], "output": "a", "report": report})
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -114,6 +114,28 @@ def test_tokens_on_the_command_line_win_over_a_recipe_s_batch_of_examples(monkey
     assert from_flags(monkeypatch, "--recipe", "llama-3-8b-nlu-r32").batch_size == 32
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("small-math --steps 100 --epochs 5", "--epochs is for --steps 0"),
+        ("small-math --method lori-d --lr 0.01", "--lr is for LoRI-S or LoRA"),
+        ("small-math --batch-size 8 --batch-tokens 4096", "--batch-tokens is for --batch-size 0"),
+        ("llama-3-8b-math-r32 --method lora --calibration-lr 0.5", "--calibration-lr is for a LoRI-D"),
+    ],
+)
+def test_a_flag_that_does_nothing_is_refused_beside_a_recipe_too(
+    flags: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        from_flags(monkeypatch, "--recipe", *flags.split())
+    assert said in capsys.readouterr().err
+
+
+def test_commands_with_commas_and_quotes_are_written_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ['cut -d, -f1 a > "b, c"', "sort b"]
+    assert from_flags(monkeypatch, "--data", "d.jsonl", "--prepare", json.dumps(said)).prepare == said
+
+
 def test_a_recipe_s_rate_is_that_of_its_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoRA was once trained at LoRI-S's, at which it diverges."""
     (tmp_path / "r.yaml").write_text("method: lora\nlr: 0.004\n")
