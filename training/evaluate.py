@@ -51,7 +51,7 @@ def served(config: EvaluateConfig) -> Subject:
     found = {name: server.adapter(name) for name in config.adapter}
     learnt = {name: adapter.templates for name, adapter in found.items()}
     adapters = [Adapted(name.partition("@")[0], adapter.version) for name, adapter in found.items()]
-    answerer = ServerAnswerer(server, choice, _template(config, learnt))
+    answerer = ServerAnswerer(server, choice, [adapter.version for adapter in adapters], _template(config, learnt))
     return Subject(answerer, f"the server at {config.url}", adapters)
 
 
@@ -60,7 +60,8 @@ def loaded(config: EvaluateConfig) -> Iterator[Subject]:
     """Gives a model of our own as an answerer, with the adapters that `config` names applied to it."""
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
-    template = _template(config, {adapter.name: adapter.config.lori.templates for adapter in adapters})
+    learnt = {reference: adapter.config.lori.templates for reference, adapter in zip(config.adapter, adapters, strict=True)}
+    template = _template(config, learnt)
     with applied(base.model, Choice(adapters, config.weights, config.merge_options).merged()):
         answerer = LocalAnswerer(base.model, base.tokenizer, template, config.batch_tokens)
         adapted = [Adapted(adapter.name, adapter.version) for adapter in adapters]
@@ -85,6 +86,8 @@ def evaluate(config: EvaluateConfig) -> Measurement:
         if config.record:
             _check_record(config.record, subject)
         figures = measure(config.metric, subject.answerer, rows, config.options)
+        if config.record:
+            _check_record(config.record, subject)  # it may have been trained anew meanwhile
         return Measurement(config, subject.base, subject.adapters, subject.answerer.template, figures)
 
 

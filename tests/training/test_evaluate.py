@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +17,21 @@ from lori.config import AdapterConfig
 from lori.errors import AdapterError
 from lori.format import read_config
 from lori.template import encode
-from tests.server.keyed import ADMIN, write_keys
+from tests.server.keyed import ACME, ADMIN, write_keys
 from tests.server.live import Live, start
 from tests.tiny import save_tiny_model
 from training.card import render_card
 from training.config import FitConfig
 from training.data import DataError
 from training.evaluate import evaluate, main
-from training.evaluation.answerer import AnswerError
+from training.evaluation.answerer import AnswerError, Sampling
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import Figures
 from training.evaluation.measurement import Adapted, Measurement
-from training.evaluation.metrics import MetricName, read_measured
+from training.evaluation.metrics import MetricName, measure, read_measured
 from training.evaluation.record import record
+from training.evaluation.server import Server
+from training.evaluation.server_answerer import ServerAnswerer
 from training.fit import fit
 
 Rows = list[dict[str, object]]
@@ -67,6 +70,9 @@ CHOICES: dict[str, dict[str, object]] = {
 }
 
 
+POLICY = "policy = { blue = 0.5 }"
+
+
 def write(path: Path, rows: Rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -89,7 +95,7 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     place = tmp_path_factory.mktemp("keys")
-    flags = ["--model", str(tiny_model), "--adapters", str(store), "--dtype", "float32", "--keys", str(write_keys(place))]
+    flags = ["--model", str(tiny_model), "--adapters", str(store), "--dtype", "float32", "--keys", str(write_keys(place, POLICY))]
     with pytest.MonkeyPatch.context() as patch, start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
         patch.setenv("LORI_API_KEY", ADMIN)
         yield live
@@ -205,6 +211,49 @@ def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> N
         figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
 
 
+@pytest.mark.parametrize("metric", ["exact", "loss"])
+def test_what_others_answer_is_not_measured(server: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
+    """Figures of an adapter, or the base, were once those of what a key's policy added to it."""
+    monkeypatch.setenv("LORI_ACME_KEY", ACME)
+    data = write(tmp_path / "rows.jsonl", SAID)
+    for adapters in ([], ["all"]):
+        with pytest.raises(AnswerError, match=r"blue@[0-9a-f]+ \(the key's policy\) answered, and .* is measured"):
+            figures_of(config(metric, data, url=server.url, api_key_variable="LORI_ACME_KEY", adapter=adapters))
+
+
+def test_a_version_that_was_published_meanwhile_is_not_measured(server: Live) -> None:
+    asked = Server(server.url, api_key=ADMIN)
+    now = asked.adapter("all").version
+    assert ServerAnswerer(asked, {"adapter": "all"}, [now]).complete(["x"], Sampling(max_tokens=1))
+    with pytest.raises(AnswerError, match=f"all@{now} answered, and 0123 is measured"):
+        ServerAnswerer(asked, {"adapter": "all"}, ["0123"]).complete(["x"], Sampling(max_tokens=1))
+
+
+def test_adapters_of_one_name_keep_their_own_templates(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(store / "talks", tmp_path / "all")
+    data = write(tmp_path / "rows.jsonl", SAID)
+    for folders in ([store / "all", other], [other, store / "all"]):
+        fields: dict[str, object] = {"adapter": [str(folder) for folder in folders], "form": "messages"}
+        with pytest.raises(AdapterError, match="trained on no common template"):
+            figures_of(config("loss", data, local=True, model=str(tiny_model), dtype="float32", **fields))
+
+
+def test_figures_are_not_recorded_in_what_was_trained_anew_meanwhile(
+    tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(store / "all", tmp_path / "all")
+
+    def replaced(*given: Any) -> Figures:
+        shutil.rmtree(folder)
+        shutil.copytree(store / "blue", folder)
+        return measure(*given)
+
+    monkeypatch.setattr("training.evaluate.measure", replaced)
+    data = write(tmp_path / "rows.jsonl", SAID)
+    with pytest.raises(AnswerError, match=r"of all would be measured, and --record .*all is "):
+        evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
+
+
 def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", SAID)
     none = figures_of(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
@@ -268,6 +317,7 @@ def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path
         ("--metric loss --model m", "--model needs --local"),
         ("--metric loss --local --url http://x", "--url is for a server, which --local does not ask"),
         ("--metric loss --pass-at 2", "--pass-at is for --metric pass; --pass-at is 2, expected at most --num-answers, 1"),
+        ("--metric loss --max-tokens 9", "--max-tokens is for metrics of answers: exact, number, refusal, pass"),
         ("--metric pass", "--metric pass runs programs that the model writes: allow it with --execute-code"),
         ("--metric pass --execute-code --num-answers 2", "--num-answers above 1 needs a --temperature above 0"),
         ("--metric pass --execute-code --form messages", "--form messages is not for pass"),

@@ -16,6 +16,7 @@ from training.evaluation.metrics import MetricName, Options
 
 LOCAL = ("model", "adapters", "batch_tokens", "dtype", "threads")
 SERVED = ("url", "concurrency", "api_key_variable")
+ANSWERED = ("exact", "number", "refusal", "pass")
 PASS = ("execute_code", "num_answers", "pass_at", "temperature")
 
 
@@ -124,6 +125,7 @@ class EvaluateConfig(CommandLine):
             (LOCAL, self.local, "needs --local"),
             (SERVED, not self.local, "is for a server, which --local does not ask"),
             (PASS, self.metric == "pass", "is for --metric pass"),
+            (("max_tokens",), self.metric in ANSWERED, f"is for metrics of answers: {', '.join(ANSWERED)}"),
         ):
             yield from (f"--{name.replace('_', '-')} {whose}" for name in names if name in given and not is_theirs)
 

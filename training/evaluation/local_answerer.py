@@ -66,7 +66,7 @@ class LocalAnswerer:
 
         with self._as_it_was(seed):
             lengths = [len(ids) + how.max_tokens for ids in encoded]
-            self._check_context(encoded, lengths)
+            self._check_context(encoded, lengths, f"with answers of up to {how.max_tokens} tokens (--max-tokens) ")
             return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
 
     def has_room(self, prompt: Prompt, max_tokens: int) -> bool:
@@ -127,11 +127,11 @@ class LocalAnswerer:
     def _limit(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _check_context(self, texts: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
+    def _check_context(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], how: str = "") -> None:
         if self._limit is None or not (long := [place for place, length in enumerate(lengths) if length > self._limit]):
             return
         begin = self.tokenizer.decode(list(texts[long[0]][:NUM_SHOWN]))
-        said = f"with their answers {len(long)} of {len(texts)} texts have more tokens than the model's context, {self._limit}"
+        said = f"{how}{len(long)} of {len(texts)} texts have more tokens than the model's context, {self._limit}"
         raise AnswerError(f"{said}: the first has {lengths[long[0]]}, and begins {begin!r}")
 
     @contextmanager

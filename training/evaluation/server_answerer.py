@@ -5,19 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lori.template import Message, Template, render_completion
-from training.evaluation.answerer import LogLikelihood, Prompt, Sampling
+from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
 from training.evaluation.server import Ask, Server
 
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswerer:
-    """Asks `server`. `choice` are the fields that choose the adapters, in each request.
+    """Asks `server`. `choice` are the fields that choose the adapters, in each request, and `versions` what they mean.
+
+    Raises `AnswerError` where others answered: one was published anew meanwhile, or a key's policy adds some.
 
     `template` sends a prompt as it stands (plain), or as a conversation, which the server writes by the base's own template.
     """
 
     server: Server
     choice: Mapping[str, Any] = field(default_factory=dict)
+    versions: Sequence[str] = ()
     template: Template = "plain"
 
     def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
@@ -26,7 +29,7 @@ class ServerAnswerer:
 
         async def answer(ask: Ask, place: int) -> list[str]:
             own = self._prompt(prompts[place]) | {"seed": how.seed + place}
-            reply = await ask("/generate", {**own, **same, **self.choice})
+            reply = await self._generated(ask, {**own, **same})
             return [choice["text"] for choice in reply["choices"]] if how.num_answers > 1 else [reply["text"]]
 
         return self.server.ask_all(answer, range(len(prompts)))
@@ -38,9 +41,18 @@ class ServerAnswerer:
             prompt = await self._written(ask, text[0])
             completion = render_completion(prompt, text[1], self.template)
             asked = {"prompt": prompt + completion, "echo": True, "logprobs": 0, "max_tokens": 0}
-            return _sum((await ask("/generate", {**asked, **self.choice}))["logprobs"], prompt, completion)
+            return _sum((await self._generated(ask, asked))["logprobs"], prompt, completion)
 
         return self.server.ask_all(score, texts)
+
+    async def _generated(self, ask: Ask, fields: Mapping[str, Any]) -> dict[str, Any]:
+        reply = await ask("/generate", {**fields, **self.choice})
+        if [adapter["version"] for adapter in reply["adapter"]] != list(self.versions):
+            added = {True: " (the key's policy)", False: ""}
+            found = [f"{adapter['name']}@{adapter['version']}{added[adapter['policy']]}" for adapter in reply["adapter"]]
+            expected = ", ".join(self.versions) or "the base"
+            raise AnswerError(f"{', '.join(found) or 'the base'} answered, and {expected} is measured")
+        return reply
 
     def _prompt(self, prompt: Prompt) -> dict[str, Any]:
         if self.template == "plain":
