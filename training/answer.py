@@ -8,7 +8,6 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from lori.durable import replace_file
 from lori.template import Template
 from training.base import load_base
 from training.command_line import CommandLine
-from training.data import Faults, Row, Source, read_rows
+from training.data import Faults, OnBad, Row, Source, read_rows
 from training.ending import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
@@ -39,6 +38,9 @@ class AnswerConfig(CommandLine):
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: Template = "chat"
     """How prompts are written; recorded in each row, since an answer is right under its own template only."""
+    on_bad: OnBad = "refuse"
+    """refuse: where a row cannot be used, or its prompt leaves no room for an answer, nothing is written. skip: they are left
+    out. Either way they are counted, and ten of each kind named, with their lines."""
     only_unanswered: bool = False
     """Answers only rows that have no completion of their own."""
     any_template: bool = False
@@ -66,48 +68,56 @@ class AnswerConfig(CommandLine):
 
 
 def chosen_rows(config: AnswerConfig) -> list[Row]:
-    """Returns the rows to answer. Raises `DataError` for what is wrong with them."""
+    """Returns the rows to answer. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
     rows: list[Row] = []
+    faults = Faults(config.on_bad)
     for source in config.data:
-        found = read_rows(source, needs="prompt")
+        found = read_rows(source, needs="prompt", faults=faults)
         if config.only_unanswered:
             found = [row for row in found if not row.completion]
         if 0 < config.num_rows < len(found):
             found = random.Random(config.seed).sample(found, config.num_rows)
         rows += found
+    faults.settle()
     return rows
 
 
-def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> Iterator[dict[str, object]]:
-    """Yields each row with the base model's own completion, without those that were cut before they said anything.
+def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
+    """Returns each row with the base model's own completion, without those that were cut before they said anything.
 
-    Raises `TemplateError` where a prompt cannot be written, `DataError` where some are empty or too long.
+    Raises `TemplateError` where a prompt cannot be written, `DataError` where some are empty or too long, unless that is to be
+    skipped.
     """
     how = Generation(config.max_tokens, end_ids(base.model, base.tokenizer), config.temperature)
     who = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
-    _check_room(who, rows, config.max_tokens)
+    rows = _with_room(who, rows, config)
     template = None if config.any_template else config.template
-    for row, answer in zip(rows, who.answers([row.prompt for row in rows], how, config.seed), strict=True):
-        if answer.is_whole or answer.text.strip():
-            yield row.answered(answer.text, template, truncated=not answer.is_whole)
+    found = [
+        row.answered(answer.text, template, truncated=not answer.is_whole)
+        for row, answer in zip(rows, who.answers([row.prompt for row in rows], how, config.seed), strict=True)
+        if answer.is_whole or answer.text.strip()
+    ]
+    if num_left := len(rows) - len(found):
+        logger.info("answers left out, which --max-tokens cut before they said anything: %d", num_left)
+    return found
 
 
-def _check_room(who: LocalAnswerer, rows: list[Row], max_tokens: int) -> None:
-    faults = Faults(can_skip=False)
+def _with_room(who: LocalAnswerer, rows: list[Row], config: AnswerConfig) -> list[Row]:
+    faults, found = Faults(config.on_bad), []
     for row in rows:
         if not row.prompt_text and who.template == "plain":
             faults.add("empty prompt", row.origin)
-        elif not who.has_room(row.prompt, max_tokens):
-            faults.add("too long", row.origin, f"with an answer of {max_tokens} tokens, for the model's context")
+        elif not who.has_room(row.prompt, config.max_tokens):
+            faults.add("too long", row.origin, f"with an answer of {config.max_tokens} tokens, for the model's context")
+        else:
+            found.append(row)
     faults.settle()
+    return found
 
 
-def write_answers(base: BaseModel, config: AnswerConfig) -> int:
+def write_answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> int:
     """Writes the answers to `config.output`, all or nothing, and returns how many there are. Raises as `answers`."""
-    rows = chosen_rows(config)
     lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, rows, config)]
-    if num_left := len(rows) - len(lines):
-        logger.info("answers left out, which --max-tokens cut before they said anything: %d", num_left)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(config.output, "".join(line + "\n" for line in lines).encode())
     return len(lines)
@@ -121,8 +131,8 @@ def main() -> int:
     def program() -> str:
         if config.output.exists():
             raise AnswerError(f"--output {config.output} is there already: remove it, or name another")
-        chosen_rows(config)  # what is wrong with them is said before the model is loaded
-        num_answers = write_answers(load_base(config.model, config.dtype, config.threads), config)
+        rows = chosen_rows(config)  # what is wrong with them is said before the model is loaded
+        num_answers = write_answers(load_base(config.model, config.dtype, config.threads), rows, config)
         return f"wrote {num_answers} answers to {config.output}"
 
     return ended(program)

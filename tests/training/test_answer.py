@@ -61,16 +61,27 @@ def test_prompts_that_leave_no_room_are_named_by_line(tiny_model: Path, data: Pa
     data.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "why?"}, {"prompt": "why " * 999}, empty)))
     config = config_for(data, template="plain")
     with pytest.raises(DataError) as error:
-        list(answers(load_base_model(str(tiny_model), torch.float32), chosen_rows(config), config))
+        answers(load_base_model(str(tiny_model), torch.float32), chosen_rows(config), config)
     assert f"{data} line 2: with an answer of 5 tokens, for the model's context" in str(error.value)
     assert f"empty prompt: 1\n    {data} line 3" in str(error.value)
+
+
+def test_rows_that_cannot_be_answered_are_left_out_where_that_is_asked(
+    tiny_model: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data.write_text('{"prompt": "why?"}\n{"prompt": ""}\n{"prompt": "' + "why " * 999 + '"}\nnot JSON\n{"prompt": "how?"}\n')
+    config = config_for(data, template="plain", on_bad="skip", temperature=0)
+    found = answers(load_base_model(str(tiny_model), torch.float32), chosen_rows(config), config)
+    assert [row["prompt"] for row in found] == ["why?", "how?"]
+    for kind, line in (("missing field", 2), ("too long", 3), ("not JSON", 4)):
+        assert f"rows left out, {kind}: 1 ({data} line {line}" in caplog.text
 
 
 def test_answers_that_are_left_out_are_counted(tiny_model: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     base = load_base_model(str(tiny_model), torch.float32)
     config = config_for(data, max_tokens=1, temperature=9.0, batch_tokens=200)
-    num_left = 12 - write_answers(base, config)
+    num_left = 12 - write_answers(base, chosen_rows(config), config)
     assert num_left > 0
     assert f"cut before they said anything: {num_left}" in caplog.text
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 import yaml
 
+from lori.base_model import load_base_model
 from lori.errors import LoriError
 from lori.format import load_adapter
 from training.data import Source
 from training.study.__main__ import _open, study
-from training.study.claims import MERGED, Found
+from training.study.claims import MERGED, Found, merges
 from training.study.config import TASKS, StudyConfig, TaskConfig
+from training.study.lab import Lab
 from training.study.page import title, write_page
 from training.study.scores import gains_kept, scores_of, shown
 
@@ -168,6 +170,41 @@ def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_
         config_for(tiny_model, data / "nowhere", tmp_path)
     found = config_for(tiny_model, data, tmp_path).merged_tasks
     assert found == [("intent", "math"), ("intent", "safety"), ("math", "safety"), ("intent", "math", "safety")]
+
+
+@pytest.mark.parametrize(
+    ("said", "changes"),
+    [
+        ("--seeds names one twice", {"seeds": [1, 1]}),
+        ("--swept names one twice", {"swept": ["intent", "intent"]}),
+        ("--merges names one twice", {"merges": ["math+safety", "safety+math"]}),
+        ("--weights names one twice", {"weights": [0.501, 0.5]}),
+        (r"--merges has math\+math, expected two tasks or more, each once", {"merges": ["math+math"]}),
+        ("--merges has math, expected two tasks or more", {"merges": ["math"]}),
+        ("'My Task' is a part of adapters' names", {"tasks": {"My Task": TASKS["math"]}}),
+        ("pass runs programs", {"tasks": {"code": {"train": ["c"], "test": "c", "metric": "pass", "figure": "pass@1"}}}),
+        ("less than or equal to", {"rank": 10**6}),
+    ],
+)
+def test_what_could_not_be_told_apart_or_made_is_refused_at_once(
+    tiny_model: Path, data: Path, tmp_path: Path, said: str, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        config_for(tiny_model, data, tmp_path, **changes)
+
+
+def test_a_weight_that_is_nearly_one_over_n_is_one_over_n(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows once had one name, and no page was written."""
+    base = load_base_model(str(tiny_model), torch.float32)
+    weights: set[float] = set()
+    monkeypatch.setattr(Lab, "adapter", lambda self, name, *_, **__: self.folder / "adapters" / name)
+    monkeypatch.setattr(Lab, "measured", lambda *given, **_: weights.update(given[4] if len(given) > 4 else ()) or {})
+    lab = Lab(config_for(tiny_model, data, tmp_path, weights=[0.33, 1.0], merges=["intent+math+safety"]), base, 0)
+    settings = [(one.what, one.setting, one.task) for one in merges(lab)]
+    assert len(set(settings)) == len(settings)
+    assert weights == {1 / 3, 1.0}
 
 
 def test_scores_are_means_with_their_spread_and_gains_are_shares() -> None:

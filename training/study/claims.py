@@ -99,7 +99,8 @@ def merges(lab: Lab) -> Iterator[Found]:
     for tasks, (what, train) in itertools.product(lab.config.merged_tasks, merged.items()):
         folders = [train(lab, task) for task in tasks]
         methods = (MergeOptions(), *METHODS) if train is lori_s else (MergeOptions(),)
-        for options, weight in itertools.product(methods, sorted({1 / len(tasks), *lab.config.weights})):
+        weights = {f"{weight:.2f}": weight for weight in (*lab.config.weights, 1 / len(tasks))}
+        for options, weight in itertools.product(methods, sorted(weights.values())):
             yield from _merged(lab, what, tasks, folders, weight, options)
 
 

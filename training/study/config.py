@@ -5,8 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, model_validator
+from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, field_validator, model_validator
 
+from lori.config import Rank
+from lori.names import NAME
 from training.command_line import CommandLine
 from training.config import LORA_LR, LORI_LR
 from training.data import Source
@@ -27,13 +29,20 @@ class TaskConfig(BaseModel):
     test: Source
     """What is measured on."""
     metric: MetricName
-    """See `python -m training.evaluate`."""
+    """See `python -m training.evaluate`. Not pass, which runs programs that the model writes."""
     figure: str
     """Which of the metric's figures is the task's score."""
     beside: str | None = None
     """Another of its figures, which is told beside the score."""
     is_loss: bool = False
     """The lower the better."""
+
+    @field_validator("metric")
+    @classmethod
+    def _runs_nothing(cls, metric: MetricName) -> MetricName:
+        if metric == "pass":
+            raise ValueError("pass runs programs that the model writes: python -m training.evaluate --execute-code measures it")
+        return metric
 
 
 def _task(name: str, metric: MetricName, figure: str, **more: Any) -> TaskConfig:
@@ -76,8 +85,8 @@ class StudyConfig(CommandLine):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products of the base."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is torch's own choice."""
-    rank: int = Field(default=32, ge=1)
+    """CPU threads; 0 is torch's own choice. A training that was cut off goes on with as many as it had."""
+    rank: Rank = 32
     """Rows of A (r); alpha is twice as much."""
     steps: int = Field(default=60, ge=3)
     """Optimizer steps of each phase."""
@@ -96,9 +105,31 @@ class StudyConfig(CommandLine):
     num_merge_rows: int = Field(default=100, ge=1)
     """Rows that merges are measured on: there are many."""
     weights: list[float] = Field(default=[0.5, 0.7, 1.0])
-    """The weights of merges, the same for each adapter; 1/n is always among them."""
+    """The weights of merges, the same for each adapter, to two digits; 1/n is always among them."""
     num_mixed: int = Field(default=150, ge=1)
     """Prompts of each other task that the base answers itself, to be mixed in."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_adapters(cls, tasks: dict[str, TaskConfig]) -> dict[str, TaskConfig]:
+        for name in tasks:
+            if not NAME.fullmatch(longest := f"{SAFETY}-then-{name}-disjoint"):
+                raise ValueError(f"{name!r} is a part of adapters' names, and {longest!r} does not match {NAME.pattern}")
+        return tasks
+
+    @model_validator(mode="after")
+    def _none_is_named_twice(self) -> "StudyConfig":
+        for flag, named in (
+            ("--seeds", self.seeds),
+            ("--swept", self.swept),
+            ("--merges", [tuple(sorted(tasks)) for tasks in self.merged_tasks]),
+            ("--weights", [f"{weight:.2f}" for weight in self.weights]),
+        ):
+            if len(set(named)) != len(named):
+                raise ValueError(f"{flag} names one twice: {named}")
+        if unmerged := [tasks for tasks in self.merged_tasks if len({*tasks}) != len(tasks) or len(tasks) < 2]:
+            raise ValueError(f"--merges has {'+'.join(unmerged[0])}, expected two tasks or more, each once")
+        return self
 
     @model_validator(mode="after")
     def _tasks_are_known(self) -> "StudyConfig":

@@ -116,11 +116,11 @@ class Lab:
         """Returns a file of the base's own answers: to `num_rows` of the task's prompts, or to those without a completion."""
         asked = self._asked(task, num_rows)
         if not asked.output.is_file():
-            write_answers(self.base, asked)
+            write_answers(self.base, chosen_rows(asked), asked)
         return asked.output
 
     def _asked(self, task: str, num_rows: int) -> AnswerConfig:
         return AnswerConfig(
             data=self._train(task), output=self.folder / "answers" / f"{task}-{num_rows or 'unanswered'}.jsonl", template="plain",
-            only_unanswered=not num_rows, num_rows=num_rows, max_tokens=24 if num_rows else 40, seed=self.seed,
+            on_bad="skip", only_unanswered=not num_rows, num_rows=num_rows, max_tokens=24 if num_rows else 40, seed=self.seed,
         )  # fmt: skip
