@@ -103,6 +103,16 @@ def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
     assert cluster.http.post("/generate", content=b"[" * 200_000).status_code == 400
 
 
+def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
+    """Of more than gRPC's 4 MiB a client heard that the server failed."""
+    form = {"Content-Type": "multipart/form-data; boundary=none"}
+    reply = cluster.http.post("/adapters", content=b"x" * (5 << 20), headers=form)
+    assert reply.status_code == 400, reply.text
+    reply = cluster.http.post("/tokenize", json={"prompt": "2" * 1_000_000, "return_token_strs": True})
+    assert reply.status_code == 200, reply.text
+    assert len(reply.content) > 4 << 20
+
+
 def _a_request_is_one_span_of_its_client_s_trace(cluster: Cluster, heard: Collector) -> None:
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     body = {"prompt": PROMPT, "adapter": "safety", "max_tokens": 3, "ignore_eos": True}
@@ -255,6 +265,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _a_client_that_leaves_frees_its_place(cluster)
     _a_connection_that_sends_no_whole_head_is_ended(cluster)
     _what_is_wrong_is_refused_as_by_one_server(cluster)
+    _what_is_long_passes_both_ways(cluster)
     _a_request_is_one_span_of_its_client_s_trace(cluster, heard)
     _a_change_reaches_every_replica(cluster)
     _adapters_are_shown_as_all_replicas_have_them(cluster)
