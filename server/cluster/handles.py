@@ -81,7 +81,7 @@ class ReplicaHandles:
         # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
         if all(has_joined for has_joined, _ in (await ask_each(self._handle, "beat", timeout_s=ANSWER_S))[0]):
             return
-        async with self._changes.paused():
+        async with self._changes.paused(JOIN_S):
             beats, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
             if not faults or any(has_joined for has_joined, _ in beats):  # else the silent one alone may know of pins
                 pins = {name for _, pins in beats for name in pins}

@@ -223,6 +223,26 @@ async def test_a_change_whose_client_leaves_ends_before_another_joins(monkeypatc
     assert replicas.changed_in == [None]
 
 
+async def test_a_change_that_hangs_is_said_to_keep_one_from_joining(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    monkeypatch.setattr(handles, "JOIN_S", 0.01)
+    replicas = FakeReplicas({"old": [], "new": None})
+    replicas.may_answer, of = anyio.Event(), handles_of(replicas)
+    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(of.ask_all, CHANGE, b"")
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(of.watch)
+            while not caplog.messages:
+                await anyio.sleep(0.01)
+            replicas.may_answer.set()
+            await replicas.is_joined.wait()
+            group.cancel_scope.cancel()
+    assert caplog.messages == ["not all replicas know of all changes yet: a change has been under way for more than 0.01 s"]
+
+
 async def _watch_until_joined(replicas: FakeReplicas) -> None:
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
