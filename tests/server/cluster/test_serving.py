@@ -14,7 +14,7 @@ import pytest
 from server.client import BrokenStreamError, Client, DoneData, StreamEvent
 from server.client.fields import GenerateFields
 from server.transport.ports import free_port
-from tests.server.cluster.running import NAMES, START_S, Cluster, processes_of, running
+from tests.server.cluster.running import ENDING_S, NAMES, START_S, Cluster, processes_of, running
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
@@ -236,10 +236,15 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
     wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress", START_S)
 
 
-def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
-    """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet."""
+def _what_runs_ends_before_the_cluster_does(cluster: Cluster, heard: Collector) -> None:
+    """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet.
+
+    The spans of its last seconds were lost.
+    """
     body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 3000, "ignore_eos": True}
-    with cluster.http.stream("POST", "/generate", json=body) as reply:
+    trace = "1af7651916cd43dd8448eb211c80319c"
+    parent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    with cluster.http.stream("POST", "/generate", json=body, headers=parent) as reply:
         parts = reply.iter_text()
         text = next(parts)
         cluster.process.send_signal(signal.SIGTERM)
@@ -255,6 +260,8 @@ def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
         assert cluster.http.get("/health").status_code == 200
         text += "".join(parts)
     assert re.findall(r"event: (\w+)", text)[-1] == "done"
+    assert cluster.process.wait(ENDING_S) == 0
+    assert trace in {span.trace_id.hex() for span in heard.spans}
 
 
 def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) -> None:
@@ -273,7 +280,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _a_replica_that_comes_later_knows_what_was_changed(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
-    _what_runs_ends_before_the_cluster_does(cluster)
+    _what_runs_ends_before_the_cluster_does(cluster, heard)
 
 
 def test_a_cluster_that_cannot_start_says_why(tmp_path: Path) -> None:
