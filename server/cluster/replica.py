@@ -35,7 +35,7 @@ class Replica:
             self._tracing.instrument(self._app)
         self._running = Lifespan(self._app.router.lifespan_context(self._app))
         self._state = await self._running.start()
-        self._lifecycle, self._joining = Lifecycle(self._app), anyio.Lock()
+        self._lifecycle, self._joining = Lifecycle(self._app, settings.max_requests), anyio.Lock()
         self._num_asked = 0
 
     async def asgi(
