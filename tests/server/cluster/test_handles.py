@@ -102,6 +102,15 @@ def rpc_fault(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame")
 
 
+async def test_a_change_is_no_matter_of_one_that_ends() -> None:
+    """Its gRPC server cancels what comes as it ends, and the client heard that the server failed."""
+    replicas = FakeReplicas({"old": [], "ending": []}, broken={"ending": rpc_fault(grpc.StatusCode.CANCELLED)})
+    assert await handles_of(replicas).ask_all(CHANGE, b"") == {"old": OK}
+    replicas = FakeReplicas({"old": [], "broken": []}, broken={"broken": rpc_fault(grpc.StatusCode.INTERNAL)})
+    with pytest.raises(grpc.aio.AioRpcError):
+        await handles_of(replicas).ask_all(CHANGE, b"")
+
+
 async def test_what_a_replica_raises_is_heard() -> None:
     with pytest.raises(StoreError, match="the store is away"):
         await handles_of(FakeReplicas({"old": []}, {"whole": [StoreError("the store is away")]})).ask_all(CHANGE, b"")
