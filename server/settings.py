@@ -8,6 +8,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.telemetry.logs import LogFormat
 
+MAX_RECEIVED = 4
+"""Adapters that are received at once: each is in memory meanwhile."""
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)$")]
 
 

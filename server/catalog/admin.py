@@ -27,14 +27,13 @@ from server.engine.adapters.resolution import unknown
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, BusyError, ConflictError
+from server.settings import MAX_RECEIVED
 
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
 PIN_S = 10.0
 """How long a pin waits for running requests to make room."""
 LOOK_S = 0.05
-MAX_RECEIVED = 4
-"""Adapters that are received at once: each is in memory meanwhile."""
 MAX_WAITING = 16
 """Requests for the whole of an adapter that wait for another one."""
 

@@ -3,12 +3,12 @@
 from asyncio import CancelledError, gather, wait_for
 from typing import Any
 
+from grpc import StatusCode
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.handle import DeploymentHandle
 
-LOST = (RayActorError, CancelledError)
-"""What becomes of a call to a replica that has died, or ends."""
 Heard = tuple[list[Any], list[BaseException]]
 """What replicas say, and what became of the call to each other one."""
 
@@ -25,8 +25,16 @@ async def ask_each(handle: DeploymentHandle[Any], method: str, *arguments: objec
     # Ray's own `results_async` has one timeout for all: who is silent would silence the others.
     calls = await wait_for(handle.broadcast(method, *arguments)._fetch_replica_results_async(), timeout_s)
     found = await gather(*map(answer, calls), return_exceptions=True)
-    known = [one for one in found if not isinstance(one, LOST)]
+    known = [one for one in found if not _is_lost(one)]
     return (
         [one for one in known if not isinstance(one, BaseException)],
         [one for one in known if isinstance(one, BaseException)],
     )
+
+
+def _is_lost(found: object) -> bool:
+    """Says whether this is what becomes of a call to a replica that has died, or ends."""
+    if isinstance(found, AioRpcError):
+        code: StatusCode = found.code()
+        return code is StatusCode.CANCELLED  # by the replica's server; of one that cannot be reached Ray makes its own error
+    return isinstance(found, RayActorError | CancelledError)

@@ -45,10 +45,16 @@ class Changes:
             self._has_ended.set()
 
     @asynccontextmanager
-    async def paused(self) -> AsyncIterator[None]:
-        """In the block no change runs: waits until those that run have ended, and lets no other begin."""
+    async def paused(self, wait_s: float) -> AsyncIterator[None]:
+        """In the block no change runs: waits until those that run have ended, and lets no other begin.
+
+        Raises `TimeoutError` where they take more than `wait_s`: one that hangs is not to keep all others from beginning.
+        """
         async with self._first:
-            while self._num_running:
-                self._has_ended = anyio.Event()
-                await self._has_ended.wait()
+            with anyio.move_on_after(wait_s) as waiting:
+                while self._num_running:
+                    self._has_ended = anyio.Event()
+                    await self._has_ended.wait()
+            if waiting.cancelled_caught:
+                raise TimeoutError(f"a change has been under way for more than {wait_s:g} s")
             yield

@@ -20,6 +20,11 @@ def is_for_all(method: str, path: str) -> bool:
     """Says whether a request changes what each replica has, or asks for what only all know together."""
     if method == "GET":
         return path == METRICS or is_of_adapters(path)
+    return is_change(method, path)
+
+
+def is_change(method: str, path: str) -> bool:
+    """Says whether a request changes what each replica has, which admins alone may."""
     return method in {"POST", "PUT", "DELETE"} and path.startswith(MANAGED)
 
 

@@ -38,6 +38,9 @@ PREFERRED = {
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     # Ray lets a load balancer that is not its own have 30 s to hear that an ingress goes. HAProxy is told.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # With gRPC's 4 MiB nothing longer would pass between an ingress and a replica: no upload, list or answer. The flags say how
+    # long a body may be; this is as much as there can be.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # How often an ingress says how many requests are under way, which is what replicas come and go by: with Ray's 10 s a delay of
     # 5 s would be none.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",

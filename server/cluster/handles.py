@@ -9,18 +9,22 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
-from server.cluster.calls import Heard, ask_each
+from server.cluster.calls import ask_each
 from server.cluster.changes import Changes
 from server.cluster.ingress import ReplicaLostError
 from server.cluster.lifecycle import JOIN_S
 from server.cluster.replica import Replica
 from server.cluster.trouble import Trouble
 
+Said = list[tuple[str, Sequence[Message]]]
+"""The answers of replicas, by their names."""
 BEAT_S = 1.0
 """Between two calls that ask the replicas for nothing."""
 ANSWER_S = 2.0
 """How long such a call may take."""
 POLL_S = 0.1
+GATHER_S = 5.0
+"""How long a replica may take to say what is shown of all together: Prometheus waits for ten seconds, unless told otherwise."""
 
 
 class ReplicaHandles:
@@ -29,6 +33,7 @@ class ReplicaHandles:
     def __init__(self, handle: DeploymentHandle[Replica]) -> None:
         self._handle, self._streaming = handle, handle.options(stream=True)
         self._changes = Changes()
+        self._left_out = Trouble("what is shown of all replicas lacks one")
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
         """Returns the answer of the replica that `AdapterRouter` chooses for `key`."""
@@ -39,28 +44,39 @@ class ReplicaHandles:
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
         """Returns the answer of each replica that runs and has joined; of a change, when all of them know of it.
 
-        Raises `ReplicaLostError` where there is none.
+        What is only shown is shown without those that do not answer; the log says so. Raises `ReplicaLostError` where none does.
         """
         end = anyio.current_time() + JOIN_S
-        ask = self._ask if scope["method"] == "GET" else self._change
+        ask = self._look if scope["method"] == "GET" else self._change
         while True:
             try:
-                found, faults = await ask(scope, body)
+                found = await ask(scope, body)
             except RayServeException as error:
                 raise ReplicaLostError("no replica is there") from error
-            if faults:
-                raise faults[0]
             if answers := {name: messages for name, messages in found if messages}:
                 return answers
             if not found or anyio.current_time() > end:
                 raise ReplicaLostError("no replica has joined" if found else "no replica is there")
             await anyio.sleep(POLL_S)
 
-    async def _ask(self, scope: Mapping[str, Any], body: bytes) -> Heard:
-        return await ask_each(self._handle, "whole", scope, body)
+    async def _look(self, scope: Mapping[str, Any], body: bytes) -> Said:
+        try:
+            found, faults = await ask_each(self._handle, "whole", scope, body, timeout_s=GATHER_S)
+            if faults and not found:
+                raise faults[0]
+        except TimeoutError as error:
+            raise ReplicaLostError("no replica answers") from error
+        if faults:
+            self._left_out.begins(faults[0])
+        else:
+            self._left_out.ends()
+        return found
 
-    async def _change(self, scope: Mapping[str, Any], body: bytes) -> Heard:
-        return await self._changes.make(lambda: self._ask(scope, body))
+    async def _change(self, scope: Mapping[str, Any], body: bytes) -> Said:
+        found, faults = await self._changes.make(lambda: ask_each(self._handle, "whole", scope, body))
+        if faults:
+            raise faults[0]
+        return found
 
     async def watch(self) -> None:
         """Calls every replica again and again, until it is cancelled, and lets those join that have not.
@@ -81,7 +97,7 @@ class ReplicaHandles:
         # Here alone, and not for a request: Ray would end it in the middle when the client leaves.
         if all(has_joined for has_joined, _ in (await ask_each(self._handle, "beat", timeout_s=ANSWER_S))[0]):
             return
-        async with self._changes.paused():
+        async with self._changes.paused(JOIN_S):
             beats, faults = await ask_each(self._handle, "beat", timeout_s=ANSWER_S)
             if not faults or any(has_joined for has_joined, _ in beats):  # else the silent one alone may know of pins
                 pins = {name for _, pins in beats for name in pins}

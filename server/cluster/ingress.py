@@ -11,15 +11,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from server.access.caller import Caller
 from server.access.gate import caller_of
 from server.access.key_ring import KeyRing
 from server.cluster.affinity import ANY
-from server.cluster.destination import METRICS, is_for_all, key_in
+from server.cluster.destination import METRICS, is_change, is_for_all, key_in
 from server.cluster.exposition import merged_metrics
 from server.cluster.listing import merged_adapters
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
-from server.settings import Settings
+from server.settings import MAX_RECEIVED, Settings
 from server.transport.body_limit import BodyLimit
 from server.transport.request_id import HEADER as ID_HEADER
 from server.transport.request_id import request_id
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 3
 """Replicas that a request is sent to, one after the other, where they die before they begin to answer."""
 COME_AGAIN = {"Retry-After": "1"}
+UPLOAD = ("POST", "/adapters")
 
 
 class ReplicaLostError(Exception):
@@ -62,13 +64,15 @@ class Replicas(Protocol):
 class Ingress:
     """The ASGI application before the replicas.
 
-    What a replica refuses by a request's head, it refuses: without a key that counts the body is not read here, but not passed on
-    either. A request that its replica did not begin to answer before it died goes to another one: nobody heard anything of it.
+    What a replica refuses by a request's head, it refuses: without a key that counts, or for a change an admin's, the body is not
+    read here, but not passed on either. A request that its replica did not begin to answer before it died goes to another one:
+    nobody heard anything of it.
     """
 
     def __init__(self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str) -> None:
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
-        uploads = {("POST", "/adapters"): settings.max_upload_bytes}
+        self._num_received = 0
+        uploads = {UPLOAD: settings.max_upload_bytes}
         self._app = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,17 +95,38 @@ class Ingress:
             group.cancel_scope.cancel()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._is_read(scope):
+            await self._ask(scope, b"", _unread, send)
+        elif (scope["method"], scope["path"]) != UPLOAD:
+            await self._read(scope, receive, send)
+        elif self._num_received == MAX_RECEIVED:
+            said = f"{MAX_RECEIVED} adapters are being received, which is the limit; try again"
+            await JSONResponse(error_reply(429, "RateLimitError", said, None), 429, COME_AGAIN)(scope, receive, send)
+        else:
+            self._num_received += 1
+            try:
+                await self._read(scope, receive, send)
+            finally:
+                self._num_received -= 1
+
+    def _is_read(self, scope: Scope) -> bool:
+        """Says whether a replica would read the body: others it refuses before."""
+        caller = caller_of(scope, self._keys)
+        return isinstance(caller, Caller) and (caller.is_admin or not is_change(scope["method"], scope["path"]))
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            is_known = not isinstance(caller_of(scope, self._keys), JSONResponse)
-            body = await whole_body(receive) if is_known else b""
+            body = await whole_body(receive)
         except HTTPException as error:  # the body is too long, or too slow
             reply = error_reply(error.status_code, "BadRequestError", error.detail, None)
             await JSONResponse(reply, error.status_code, error.headers)(scope, receive, send)
             return
-        if body is None:
-            return
+        if body is not None:
+            await self._ask(scope, body, receive, send)
+
+    async def _ask(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
-        await ask(portable(scope), body, receive if is_known else _unread, send)
+        await ask(portable(scope), body, receive, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
         key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY

@@ -22,11 +22,12 @@ BEHIND = _refusal("the replica does not know yet which adapters were changed whi
 class Lifecycle:
     """An ASGI application before another one: requests wait until the replica has joined, and are refused once it is closed.
 
-    What asks how the replica is, `PROBED`, is answered at any time.
+    What asks how the replica is, `PROBED`, is answered at any time. No more than `max_waiting` requests wait; others are told to
+    come again: each has one of Ray's places, and who lets the replica join needs one.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, max_waiting: int) -> None:
+        self._app, self._max_waiting, self._num_waiting = app, max_waiting, 0
         self.joined, self.is_closed = anyio.Event(), False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,9 +37,13 @@ class Lifecycle:
 
     async def _chosen(self) -> ASGIApp:
         # It may not have heard of an adapter that is there, or have one that is not.
-        if not (self.joined.is_set() or self.is_closed):
-            with anyio.move_on_after(JOIN_S):
-                await self.joined.wait()
+        if not (self.joined.is_set() or self.is_closed) and self._num_waiting < self._max_waiting:
+            self._num_waiting += 1
+            try:
+                with anyio.move_on_after(JOIN_S):
+                    await self.joined.wait()
+            finally:
+                self._num_waiting -= 1
         if self.is_closed:
             return CLOSED
         return self._app if self.joined.is_set() else BEHIND

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from typing import Any
 
 import anyio
@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Message
 
 from server.cluster.lifecycle import PROBED, Lifecycle
+from server.cluster.lifespan import Lifespan
 from server.cluster.relay import answer
 from server.settings import Settings
 from server.telemetry.logs import configure_log
@@ -32,9 +33,9 @@ class Replica:
         self._app = create_app(self._service)
         if self._tracing:
             self._tracing.instrument(self._app)
-        self._running = AsyncExitStack()
-        self._state = await self._running.enter_async_context(self._app.router.lifespan_context(self._app))
-        self._lifecycle, self._joining = Lifecycle(self._app), anyio.Lock()
+        self._running = Lifespan(self._app.router.lifespan_context(self._app))
+        self._state = await self._running.start()
+        self._lifecycle, self._joining = Lifecycle(self._app, settings.max_requests), anyio.Lock()
         self._num_asked = 0
 
     async def asgi(
@@ -90,9 +91,11 @@ class Replica:
 
     async def __del__(self) -> None:
         """Ends the engine, and sends the traces that are left."""
-        await self._running.aclose()
-        if self._tracing:
-            await run_in_threadpool(self._tracing.stop)
+        try:
+            await self._running.end()
+        finally:
+            if self._tracing:
+                await run_in_threadpool(self._tracing.stop)
 
     async def _answered(self, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Sequence[Message], None]:
         self._num_asked += 1

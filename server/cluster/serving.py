@@ -111,7 +111,7 @@ async def _ask_each(method: str) -> list[Any]:
     """Returns what each replica says, None of one that does not answer: it may have requests under way."""
     try:
         said, faults = await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
-    except RayServeException:  # no replica is there
+    except (RayServeException, KeyError):  # no replica is there, or not even the application, as after `serve delete`
         return []
     except Exception as error:  # noqa: BLE001  # Ray's and gRPC's: what runs is to end gently all the same
         said, faults = [], [error]

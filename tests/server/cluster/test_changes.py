@@ -26,7 +26,7 @@ async def test_who_joins_waits_for_changes_and_keeps_others_from_beginning() -> 
             said.append(f"{name} ends")
 
     async def join() -> None:
-        async with changes.paused():
+        async with changes.paused(LIMIT_S):
             said.append("join begins")
             await may_end["join"].wait()
             said.append("join ends")
@@ -53,5 +53,25 @@ async def test_a_change_that_fails_is_over() -> None:
         with pytest.raises(ValueError, match="no"):
             async with changes.running():
                 raise ValueError("no")
-        async with changes.paused():
+        async with changes.paused(LIMIT_S):
             pass
+
+
+async def test_a_change_that_hangs_keeps_no_other_from_beginning() -> None:
+    """Who was to join waited for it, and all other changes for who was to join."""
+    changes, may_end = Changes(), anyio.Event()
+
+    async def hang() -> None:
+        async with changes.running():
+            await may_end.wait()
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(hang)
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(TimeoutError, match=r"a change has been under way for more than 0\.01 s"):
+                async with changes.paused(0.01):
+                    pass
+            async with changes.running():
+                pass
+            may_end.set()

@@ -29,11 +29,13 @@ class FakeServe:
     """Ray Serve with one application, whose replicas answer one after the other of `turns` when they are closed."""
 
     def __init__(self, turns: Sequence[Sequence[FakeResult]]) -> None:
-        self._turns = list(turns)
+        self._turns, self.is_deleted = list(turns), False
         self.said: list[str] = []
 
     def get_deployment_handle(self, deployment: str, application: str) -> "FakeServe":
         assert (deployment, application) == (REPLICA, APPLICATION)
+        if self.is_deleted:
+            raise KeyError("it does not exist")
         return self
 
     def broadcast(self, method: str) -> FakeCall:
@@ -75,6 +77,15 @@ async def test_it_ends_when_each_replica_says_that_nothing_is_under_way(
     with anyio.fail_after(LIMIT_S):
         await serving.end_gently(None, 600)
     assert fake.said == [*["close"] * num_turns, "delete", "shutdown"]
+
+
+async def test_what_somebody_has_deleted_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeServe([])
+    fake.is_deleted = True
+    monkeypatch.setattr(serving, "serve", fake)
+    with anyio.fail_after(LIMIT_S):
+        await serving.end_gently(None, 600)
+    assert fake.said == ["delete", "shutdown"]
 
 
 async def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

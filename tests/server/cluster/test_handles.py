@@ -24,7 +24,7 @@ from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
 OK = [{"type": "http.response.start", "status": 200, "headers": []}]
-CHANGE = {"method": "POST", "path": "/adapters/math/load"}
+CHANGE, LOOK = {"method": "POST", "path": "/adapters/math/load"}, {"method": "GET", "path": "/metrics"}
 REQUEST: ContextVar[str | None] = ContextVar("REQUEST", default=None)
 """As Ray has one, by which it cancels the calls of a request."""
 
@@ -38,7 +38,7 @@ class FakeReplicas:
     """A handle of some replicas; `pins` of those that have joined, and of others None. Notes what a join is told.
 
     `faults` are what becomes of the first calls of a method; `num_silent`, of how many calls of any a replica hears nothing.
-    A join that `is_stuck` does not end.
+    A join that `is_stuck` does not end. Of a call to one that is `broken` an error comes.
     """
 
     def __init__(
@@ -47,9 +47,11 @@ class FakeReplicas:
         faults: Mapping[str, Sequence[BaseException]] | None = None,
         num_silent: Mapping[str, int] | None = None,
         is_stuck: bool = False,
+        broken: Mapping[str, BaseException] | None = None,
     ) -> None:
         self.pins, self.faults = dict(pins), {method: [*of] for method, of in (faults or {}).items()}
         self.num_silent, self.is_stuck, self.num_beats = Counter(num_silent), is_stuck, 0
+        self.broken = broken or {}
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
         self.may_answer: anyio.Event | None = None
@@ -75,6 +77,7 @@ class FakeReplicas:
         if method == "join":
             self.pins = dict.fromkeys(self.pins, arguments[0])
             self.is_joined.set()
+        found |= {name: FakeResult(fault) for name, fault in self.broken.items()}
         for name in +self.num_silent:
             found[name] = FakeResult(None, is_silent=True)
             self.num_silent[name] -= 1
@@ -95,9 +98,44 @@ async def test_a_change_is_the_matter_of_those_that_have_joined() -> None:
     assert await handles_of(FakeReplicas({"old": ["math"], "new": None})).ask_all(CHANGE, b"") == {"old": OK}
 
 
+def rpc_fault(code: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame")
+
+
+async def test_a_change_is_no_matter_of_one_that_ends() -> None:
+    """Its gRPC server cancels what comes as it ends, and the client heard that the server failed."""
+    replicas = FakeReplicas({"old": [], "ending": []}, broken={"ending": rpc_fault(grpc.StatusCode.CANCELLED)})
+    assert await handles_of(replicas).ask_all(CHANGE, b"") == {"old": OK}
+    replicas = FakeReplicas({"old": [], "broken": []}, broken={"broken": rpc_fault(grpc.StatusCode.INTERNAL)})
+    with pytest.raises(grpc.aio.AioRpcError):
+        await handles_of(replicas).ask_all(CHANGE, b"")
+
+
 async def test_what_a_replica_raises_is_heard() -> None:
     with pytest.raises(StoreError, match="the store is away"):
         await handles_of(FakeReplicas({"old": []}, {"whole": [StoreError("the store is away")]})).ask_all(CHANGE, b"")
+
+
+@pytest.mark.parametrize("fault", [None, StoreError("the store is away")])
+async def test_what_is_shown_of_all_is_shown_without_one_that_does_not_answer(
+    fault: StoreError | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever asked waited until a machine that was cut off was given up, or heard nothing for one replica's fault."""
+    monkeypatch.setattr(handles, "GATHER_S", 0.01)
+    replicas = FakeReplicas({"a": [], "b": []}, num_silent={"b": 0 if fault else 2}, broken={"b": fault} if fault else {})
+    of = handles_of(replicas)
+    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+        for _ in range(2):
+            assert await of.ask_all(LOOK, b"") == {"a": OK}
+    assert caplog.messages == [f"what is shown of all replicas lacks one: {fault or 'TimeoutError'}"]
+
+
+async def test_where_none_answers_what_is_shown_of_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "GATHER_S", 0.01)
+    with anyio.fail_after(LIMIT_S), pytest.raises(ReplicaLostError, match="no replica answers"):
+        await handles_of(FakeReplicas({"a": []}, num_silent={"a": 1})).ask_all(LOOK, b"")
+    with pytest.raises(StoreError, match="the store is away"):
+        await handles_of(FakeReplicas({"a": []}, broken={"a": StoreError("the store is away")})).ask_all(LOOK, b"")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -127,12 +165,11 @@ async def test_where_no_replica_is_there_a_request_is_refused() -> None:
         await handles_of(FakeReplicas({})).ask_all(CHANGE, b"")
 
 
-RPC_FAULT = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "a broken frame")
-
-
 @pytest.mark.parametrize("method", ["beat", "join"])
 @pytest.mark.parametrize(
-    "fault", [StoreError("the store is away"), RPC_FAULT, CancelledError()], ids=lambda fault: type(fault).__name__
+    "fault",
+    [StoreError("the store is away"), rpc_fault(grpc.StatusCode.INTERNAL), CancelledError()],
+    ids=lambda fault: type(fault).__name__,
 )
 async def test_whatever_goes_wrong_one_that_joins_has_the_pins_of_the_others(
     method: str, fault: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +258,26 @@ async def test_a_change_whose_client_leaves_ends_before_another_joins(monkeypatc
             await replicas.is_joined.wait()
             group.cancel_scope.cancel()
     assert replicas.changed_in == [None]
+
+
+async def test_a_change_that_hangs_is_said_to_keep_one_from_joining(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    monkeypatch.setattr(handles, "JOIN_S", 0.01)
+    replicas = FakeReplicas({"old": [], "new": None})
+    replicas.may_answer, of = anyio.Event(), handles_of(replicas)
+    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(of.ask_all, CHANGE, b"")
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(of.watch)
+            while not caplog.messages:
+                await anyio.sleep(0.01)
+            replicas.may_answer.set()
+            await replicas.is_joined.wait()
+            group.cancel_scope.cancel()
+    assert caplog.messages == ["not all replicas know of all changes yet: a change has been under way for more than 0.01 s"]
 
 
 async def _watch_until_joined(replicas: FakeReplicas) -> None:

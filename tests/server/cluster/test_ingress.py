@@ -13,8 +13,8 @@ from starlette.types import Message
 
 from server.access.key_ring import KeyRing
 from server.cluster.ingress import MAX_TRIES, Ingress, ReplicaLostError
-from server.settings import Settings
-from tests.server.keyed import ACME, write_keys
+from server.settings import MAX_RECEIVED, Settings
+from tests.server.keyed import ACME, ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
@@ -65,7 +65,7 @@ class FakeReplicas:
         self.deaths, self.statuses = list(deaths), {"a": 200, "b": 200} if statuses is None else statuses
         self.bodies = bodies or {}
         self.asked: list[tuple[str, str, bytes]] = []
-        self.num_asked_all = 0
+        self.bodies_of_all: list[bytes] = []
         self.is_watched, self.was_watched = asyncio.Event(), asyncio.Event()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> FakeStream:
@@ -74,7 +74,7 @@ class FakeReplicas:
         return FakeStream(found, self.deaths.pop(0) if self.deaths else None)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:  # noqa: ARG002
-        self.num_asked_all += 1
+        self.bodies_of_all.append(body)
         if self.deaths:
             raise RuntimeError("nobody knows it")
         if not self.statuses:
@@ -175,7 +175,7 @@ async def test_metrics_are_those_of_all() -> None:
     replicas = FakeReplicas()
     async with client(replicas) as http:
         text = (await http.get("/metrics")).text
-    assert replicas.num_asked_all == 1
+    assert len(replicas.bodies_of_all) == 1
     assert 'up{of="a",replica="a"} 200.0' in text
     assert 'up{of="b",replica="b"} 200.0' in text
 
@@ -207,19 +207,56 @@ async def test_a_body_that_is_too_long_goes_nowhere() -> None:
     assert replicas.asked == []
 
 
-async def test_without_a_key_that_counts_the_body_is_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [f"Bearer {ACME}", "Bearer guessed", None])
+@pytest.mark.parametrize("has_keys", [True, False])
+async def test_of_who_may_change_nothing_no_body_is_read(sent: str | None, has_keys: bool, tmp_path: Path) -> None:
+    """Any tenant's key, and without keys anybody, could have an ingress hold bodies as long as adapters, and copy them."""
     replicas = FakeReplicas()
-    app = Ingress(replicas, KeyRing(write_keys(tmp_path)), Settings(), BASE)
+    app = Ingress(replicas, KeyRing(write_keys(tmp_path)) if has_keys else None, Settings(), BASE)
 
     async def never() -> AsyncIterator[bytes]:
         raise AssertionError("the body was read")
         yield b""
 
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
-        await http.post("/adapters", content=never(), headers={"Authorization": "Bearer guessed"})
+        await http.post("/adapters", content=never(), headers={"Authorization": sent} if sent else {})
+    assert replicas.bodies_of_all == [b""], "a replica refuses it, and says so in its log"
+
+
+async def test_a_key_goes_on_with_its_request(tmp_path: Path) -> None:
+    app = Ingress(FakeReplicas(), KeyRing(write_keys(tmp_path)), Settings(), BASE)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
         reply = await http.post("/generate", json={}, headers={"Authorization": f"Bearer {ACME}"})
-    assert replicas.num_asked_all == 1, "a replica refuses it, and says so in its log"
     assert reply.json()["authorization"] == [f"Bearer {ACME}"]
+
+
+async def test_no_more_adapters_are_received_at_once_than_by_one_server(tmp_path: Path) -> None:
+    replicas, may_end, statuses = FakeReplicas(), anyio.Event(), list[int]()
+    app = Ingress(replicas, KeyRing(write_keys(tmp_path)), Settings(), BASE)
+
+    async def slow() -> AsyncIterator[bytes]:
+        await may_end.wait()
+        yield b"files"
+
+    async def publish() -> None:
+        statuses.append((await http.post("/adapters", content=slow())).status_code)
+
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://ingress", headers=bearer(ADMIN)) as http:
+        with anyio.fail_after(LIMIT_S):
+            async with anyio.create_task_group() as group:
+                for _ in range(MAX_RECEIVED):
+                    group.start_soon(publish)
+                await anyio.wait_all_tasks_blocked()
+                refused = await http.post("/adapters", content=b"files")
+                assert (await http.post("/adapters/math/load")).status_code == 200
+                may_end.set()
+        assert (await http.post("/adapters", content=b"files")).status_code == 200
+    assert statuses == [200] * MAX_RECEIVED
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert refused.json()["error"]["type"] == "RateLimitError"
+    assert refused.json()["error"]["message"] == f"{MAX_RECEIVED} adapters are being received, which is the limit; try again"
+    assert replicas.bodies_of_all == [b"", *[b"files"] * (MAX_RECEIVED + 1)]
 
 
 async def test_a_body_too_long_does_not_come_before_the_refusal_of_who_sends_it(tmp_path: Path) -> None:

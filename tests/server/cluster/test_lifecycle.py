@@ -10,6 +10,7 @@ from server.cluster.lifecycle import PROBED, Lifecycle
 from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
+MAX_WAITING = 2
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def replica() -> Lifecycle:
-    return Lifecycle(PlainTextResponse("answered"))
+    return Lifecycle(PlainTextResponse("answered"), MAX_WAITING)
 
 
 def client(replica: Lifecycle) -> httpx.AsyncClient:
@@ -49,6 +50,31 @@ async def test_where_the_replica_cannot_join_the_client_is_told_to_come_again(
         reply = await http.post("/generate")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.json()["error"]["message"] == "the replica does not know yet which adapters were changed while it started"
+
+
+async def test_no_more_requests_wait_than_leave_room_for_who_lets_it_join(replica: Lifecycle) -> None:
+    """They had all of Ray's places, and the replica could not be told to join until the first had waited for ten seconds."""
+    statuses: list[int] = []
+
+    async def ask() -> None:
+        statuses.append((await http.post("/generate")).status_code)
+
+    with anyio.fail_after(LIMIT_S):
+        async with client(replica) as http:
+            for _ in range(2):  # those that have left are none that wait
+                async with anyio.create_task_group() as group:
+                    for _ in range(MAX_WAITING + 1):
+                        group.start_soon(ask)
+                    await anyio.wait_all_tasks_blocked()
+                    assert statuses == [503]
+                    statuses.clear()
+                    group.cancel_scope.cancel()
+            async with anyio.create_task_group() as group:
+                for _ in range(MAX_WAITING):
+                    group.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+                replica.joined.set()
+    assert statuses == [200] * MAX_WAITING
 
 
 @pytest.mark.parametrize("has_joined", [True, False])

@@ -14,7 +14,7 @@ import pytest
 from server.client import BrokenStreamError, Client, DoneData, StreamEvent
 from server.client.fields import GenerateFields
 from server.transport.ports import free_port
-from tests.server.cluster.running import NAMES, START_S, Cluster, processes_of, running
+from tests.server.cluster.running import ENDING_S, NAMES, START_S, Cluster, processes_of, running
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
@@ -101,6 +101,16 @@ def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
     assert reply.json()["error"]["message"] == "there is no adapter 'maths': did you mean 'math'?"
     assert httpx.post(f"{cluster.url}/generate", json={"prompt": PROMPT}).status_code == 401
     assert cluster.http.post("/generate", content=b"[" * 200_000).status_code == 400
+
+
+def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
+    """Of more than gRPC's 4 MiB a client heard that the server failed."""
+    form = {"Content-Type": "multipart/form-data; boundary=none"}
+    reply = cluster.http.post("/adapters", content=b"x" * (5 << 20), headers=form)
+    assert reply.status_code == 400, reply.text
+    reply = cluster.http.post("/tokenize", json={"prompt": "2" * 1_000_000, "return_token_strs": True})
+    assert reply.status_code == 200, reply.text
+    assert len(reply.content) > 4 << 20
 
 
 def _a_request_is_one_span_of_its_client_s_trace(cluster: Cluster, heard: Collector) -> None:
@@ -226,10 +236,15 @@ def _a_killed_ingress_loses_no_request_of_our_client(cluster: Cluster) -> None:
     wait_until(lambda: [one.pid for one in cluster.ingresses()] not in ([], [victim.pid]), "another ingress", START_S)
 
 
-def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
-    """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet."""
+def _what_runs_ends_before_the_cluster_does(cluster: Cluster, heard: Collector) -> None:
+    """Every answer broke off once: HAProxy was ended at once. Before that it says that it ends, and takes requests yet.
+
+    The spans of its last seconds were lost.
+    """
     body = {"prompt": PROMPT, "adapter": "math", "stream": True, "max_tokens": 3000, "ignore_eos": True}
-    with cluster.http.stream("POST", "/generate", json=body) as reply:
+    trace = "1af7651916cd43dd8448eb211c80319c"
+    parent = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    with cluster.http.stream("POST", "/generate", json=body, headers=parent) as reply:
         parts = reply.iter_text()
         text = next(parts)
         cluster.process.send_signal(signal.SIGTERM)
@@ -245,6 +260,8 @@ def _what_runs_ends_before_the_cluster_does(cluster: Cluster) -> None:
         assert cluster.http.get("/health").status_code == 200
         text += "".join(parts)
     assert re.findall(r"event: (\w+)", text)[-1] == "done"
+    assert cluster.process.wait(ENDING_S) == 0
+    assert trace in {span.trace_id.hex() for span in heard.spans}
 
 
 def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) -> None:
@@ -255,6 +272,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _a_client_that_leaves_frees_its_place(cluster)
     _a_connection_that_sends_no_whole_head_is_ended(cluster)
     _what_is_wrong_is_refused_as_by_one_server(cluster)
+    _what_is_long_passes_both_ways(cluster)
     _a_request_is_one_span_of_its_client_s_trace(cluster, heard)
     _a_change_reaches_every_replica(cluster)
     _adapters_are_shown_as_all_replicas_have_them(cluster)
@@ -262,7 +280,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _a_replica_that_comes_later_knows_what_was_changed(cluster)
     _a_killed_replica_loses_no_request_that_had_not_begun_to_answer(cluster)
     _a_killed_ingress_loses_no_request_of_our_client(cluster)
-    _what_runs_ends_before_the_cluster_does(cluster)
+    _what_runs_ends_before_the_cluster_does(cluster, heard)
 
 
 def test_a_cluster_that_cannot_start_says_why(tmp_path: Path) -> None:
