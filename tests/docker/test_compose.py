@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from server.plan.measured import OVERHEAD_GIB
+from server.settings import Settings
 from tests.docker.compose import read
+from tests.docker.inferencepool import OBJECTS
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
@@ -78,6 +81,24 @@ def test_extras_that_readme_offers_can_be_built_in() -> None:
     [known] = re.findall(r"if name in \(([^)]*)\)", DOCKERFILE)
     extras = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(re.findall(r"`(\w+)`", offered)) < set(re.findall(r'"(\w+)"', known)) <= set(extras)
+
+
+def test_a_server_with_its_defaults_grows_no_larger_than_its_container() -> None:
+    """With 4 GiB the system would have killed it when some 530 adapters had been used."""
+    settings = Settings()
+    weights, held = 0.31, 1.62  # `server.plan.measured.HELD`: of adapters whose memory was told 1.0
+    grown = weights + OVERHEAD_GIB + settings.kv_cache_gib + settings.loaded_gib + held * settings.resident_gib
+    [limit] = re.findall(r"^\$\{LORI_MEMORY:-(\d+)g\}$", SERVER["mem_limit"])
+    pod = OBJECTS["Deployment", "lori-server"]["spec"]["template"]["spec"]["containers"][0]
+    assert pod["resources"]["limits"] == {"memory": f"{limit}Gi"}
+    assert 1.1 * grown < float(limit)
+
+
+def test_budgets_of_memory_are_passed_on() -> None:
+    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    [row] = re.findall(r"^\| `LORI_MEMORY` \|(.*)$", page, re.MULTILINE)
+    named = set(re.findall(r"`(LORI_\w+)`", row))
+    assert {"LORI_KV_CACHE_GIB", "LORI_LOADED_GIB", "LORI_RESIDENT_GIB"} == named <= set(SERVER["environment"])
 
 
 def test_adapters_are_at_an_address_or_in_the_folder_that_is_mounted() -> None:
