@@ -161,6 +161,11 @@ class PlanConfig(BaseSettings):
                 f"--tokens-per-s is missing: `{BENCH} --model MODEL` measures it on a machine such as a replica's, or "
                 "--server URL on a server that runs there"
             ]
+        if not self.server and self.max_batch < self.users and self.single_tokens_per_s is None:
+            return [
+                f"--max-batch is {self.max_batch}, and --tokens-per-s is what {self.users} users get: say with "
+                "--single-tokens-per-s what one gets, or measure with as many --users"
+            ]
         return []
 
     def _simulation_faults(self) -> list[str]:

@@ -30,6 +30,13 @@ def test_a_speed_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None
     assert "--server URL" in said
 
 
+def test_a_batch_of_fewer_than_the_users_wants_the_speed_of_one() -> None:
+    assert "--max-batch is 8, and --tokens-per-s is what 32 users get" in faults(ENOUGH | {"max_batch": 8})
+    for more in ({"single_tokens_per_s": 100.0}, {"users": 8}):
+        assert PlanConfig(**ENOUGH, max_batch=8, **more).max_batch == 8
+    assert PlanConfig(adapters=100, rps=5.0, max_batch=8).is_measured
+
+
 def test_a_server_is_measured_or_told_of() -> None:
     assert "pass either" in faults(ENOUGH | {"server": "http://localhost:8000"})
 
