@@ -127,7 +127,7 @@ class PlanConfig(BaseSettings):
         if self.known_ratio is None:
             faults.append(
                 "--ratio is missing: nothing like this was measured (up to 4 adapters a request, 3.2 kept entries a row of B, "
-                "on a CPU); `python -m tests.bench.serve --cases off 32` compares both on a machine"
+                "one A of rank 32, on a CPU); `python -m tests.bench.serve --cases off 32` compares both on a machine"
             )
         if faults:
             raise ValueError("; ".join(faults))
@@ -138,7 +138,9 @@ class PlanConfig(BaseSettings):
         """Tokens a second with adapters to those without, as told or as measured."""
         if self.ratio is not None:
             return Ratio(self.ratio, "--ratio")
-        return None if self.device == "cuda" else measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity))
+        if self.device == "cuda":
+            return None
+        return measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity), self.bases * self.rank)
 
     @property
     def is_measured(self) -> bool:

@@ -43,7 +43,13 @@ def test_a_server_is_measured_or_told_of() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"terms": 5}, {"rank": 64}, {"sparsity": 0.5}, {"device": "cuda", "overhead_gib": 2.0}],
+    [
+        {"terms": 5},
+        {"sparsity": 0.5},
+        {"rank": 64, "sparsity": 0.95},
+        {"bases": 2},
+        {"device": "cuda", "overhead_gib": 2.0},
+    ],
     ids=lambda more: str([*more]),
 )
 def test_a_ratio_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None:
@@ -53,8 +59,11 @@ def test_a_ratio_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None
     assert PlanConfig(**ENOUGH, **more, ratio=0.7).ratio == 0.7
 
 
-def test_a_higher_rank_with_as_few_entries_was_measured() -> None:
-    assert PlanConfig(**ENOUGH, rank=64, sparsity=0.95).ratio is None
+def test_more_as_of_a_lower_rank_were_measured() -> None:
+    """What a token costs in a step with adapters are the rows of all A's, too, not B's entries alone."""
+    known = PlanConfig(**ENOUGH, rank=8, bases=4, sparsity=0.6).known_ratio
+    assert known
+    assert known.source.startswith("README")
 
 
 def test_a_gpus_overhead_is_asked_for() -> None:
