@@ -74,8 +74,10 @@ class PlanConfig(BaseSettings):
     """The share of its tokens a second that a replica is to give: the rest is for peaks."""
     spare: int = Field(default=1, ge=0)
     """Replicas that may fail while the others carry the load."""
-    max_batch: int = Field(default=Settings.model_fields["max_batch"].default, ge=1)
-    """As `python -m server --max-batch`."""
+    max_batch: int = Field(
+        default=Settings.model_fields["max_batch"].default, ge=1, lt=Settings.model_fields["max_step_tokens"].default
+    )
+    """As `python -m server --max-batch`, which wants fewer than the tokens of a step."""
     max_resident: int | None = Field(default=None, ge=1, le=65536)
     """Adapters that a replica can use at once, at most; as many as --memory-gib holds if absent, or the server's default."""
     memory_gib: float | None = Field(default=None, gt=0, le=65536)
@@ -124,6 +126,8 @@ class PlanConfig(BaseSettings):
             faults.append("--overhead-gib is missing: nothing was measured on a GPU; nvidia-smi says what a server takes there")
         if self.device == "cuda" and self.quantization:
             faults.append("--quantization is for a CPU alone")
+        if self.dtype != "bfloat16" and self.quantization:
+            faults.append(f"--quantization {self.quantization} is of a model in bfloat16, not in {self.dtype}")
         if self.known_ratio is None:
             faults.append(
                 "--ratio is missing: nothing like this was measured (up to 4 adapters a request, 3.2 kept entries a row of B, "

@@ -137,6 +137,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
     flags = {
         "--model": config.model,
         "--adapters": "FOLDER",
+        "--no-demo-adapters": config.model is None,  # they are of rank 32, and not planned for
         "--device": config.device,
         "--dtype": config.dtype,
         "--quantization": config.quantization,
@@ -148,7 +149,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
         "--kv-cache-gib": gib(memory.kv_cache),
     }
     return " ".join(
-        f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
+        flag if value is True else f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
         for flag, value in flags.items()
         if value
     )

@@ -71,6 +71,12 @@ def test_a_gpus_overhead_is_asked_for() -> None:
     assert "--quantization" in faults(ENOUGH | {"device": "cuda", "ratio": 0.9, "overhead_gib": 2.0, "quantization": "int8"})
 
 
+def test_products_that_no_cpu_has_are_refused() -> None:
+    assert "--quantization int8 is of a model in bfloat16, not in float32" in faults(
+        ENOUGH | {"dtype": "float32", "quantization": "int8"}
+    )
+
+
 @pytest.mark.parametrize("more", [{"tokens_per_s": 1e-308}, {"memory_gib": 1e308}, {"rps": 1e300}], ids=lambda more: str([*more]))
 def test_what_no_machine_has_is_refused(more: dict[str, Any]) -> None:
     """Some of it ended in `OverflowError`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from server.cluster.settings import ClusterSettings
 from server.plan.config import PlanConfig
@@ -115,6 +116,23 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
     assert settings.resident_gib * GIB < plan.memory.resident
     assert settings.kv_cache_gib * GIB >= plan.num_kv_tokens * MODEL.kv_token
     assert settings.max_step_tokens > settings.max_batch
+
+
+def test_a_server_of_a_low_rank_is_started_without_demo_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refused its own, which are of rank 32."""
+    monkeypatch.setattr("sys.argv", ["server", *shlex.split(planned(rank=16).command)[3:]])
+    settings = Settings(_cli_parse_args=True)
+    assert settings.max_rank == 16
+    assert not settings.demo_adapters
+    assert "--no-demo-adapters" not in planned(model="other").command
+
+
+@pytest.mark.parametrize("max_batch", [64, 511])
+def test_the_largest_batch_has_flags_that_a_server_takes(max_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["server", *shlex.split(planned(max_batch=max_batch).command)[3:]])
+    assert Settings(_cli_parse_args=True).max_batch == max_batch
+    with pytest.raises(ValidationError, match="less than 512"):
+        configured(max_batch=512)
 
 
 def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
