@@ -77,10 +77,20 @@ def test_products_that_no_cpu_has_are_refused() -> None:
     )
 
 
-@pytest.mark.parametrize("more", [{"tokens_per_s": 1e-308}, {"memory_gib": 1e308}, {"rps": 1e300}], ids=lambda more: str([*more]))
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tokens_per_s": 1e-308},
+        {"memory_gib": 1e308},
+        {"rps": 1e300},
+        {"requests": 10**12},
+        *({name: 10**12} for name in ("bases", "terms", "users", "spare", "max_batch")),
+    ],
+    ids=lambda more: str([*more]),
+)
 def test_what_no_machine_has_is_refused(more: dict[str, Any]) -> None:
-    """Some of it ended in `OverflowError`."""
-    assert "Input should be " in faults(ENOUGH | more)
+    """Some of it ended in `OverflowError`, some in `MemoryError`."""
+    assert "Input should be " in faults(ENOUGH | {"ratio": 0.8, "simulate": "requests" in more} | more)
 
 
 def test_a_flag_that_would_do_nothing_is_refused() -> None:
@@ -95,6 +105,7 @@ def test_a_flag_that_would_do_nothing_is_refused() -> None:
         ({"single_tokens_per_s": None}, "--single-tokens-per-s is missing"),
         ({"replicas": [0]}, "--replicas: expected 1 or more"),
         ({"plot": "page.html"}, "--plot ends in '.html'"),
+        ({"plot": "no/such/folder/page.png"}, "--plot: there is no folder no/such/folder"),
         ({"terms": 2}, "--terms says more"),
     ],
 )
