@@ -24,7 +24,7 @@ from server.client import (
     async_client,
 )
 from server.client import client as sync_client
-from server.schemas.adapters import AdapterList
+from server.schemas.adapters import AdapterList, WithdrawnReply
 from server.schemas.errors import ErrorDetail, error_reply
 from server.schemas.generation import DoneData, TimingsReply, TokenData, Usage
 from tests.server.both_clients import KINDS, Connect, connecting
@@ -150,6 +150,17 @@ def test_a_gateway_is_not_asked_again_to_do_what_may_have_been_done(connect: Con
     with scripted(reply("nobody is there", "502 Bad Gateway")) as server, pytest.raises(ServerError, match="nobody is there"):
         connect(server.url).upload("mine", AdapterFiles(b"{}", b""))
     assert waits == []
+
+
+def test_what_one_replica_may_have_done_is_not_asked_for_again(connect: Connect, waits: list[float]) -> None:
+    """Repeated after another one's 503, a deletion that had worked was not found."""
+    with scripted(refusal(503, "retry-after: 1\r\n")) as server, pytest.raises(UnavailableError):
+        connect(server.url).delete("mine")
+    assert waits == []
+    deleted = reply(WithdrawnReply(name="mine", versions=[], num_using=0).model_dump_json())
+    with scripted(refusal(429, "retry-after: 1\r\n"), deleted) as server:
+        assert connect(server.url).delete("mine").name == "mine"
+    assert len(waits) == 1
 
 
 def test_the_last_refusal_is_raised(connect: Connect, waits: list[float]) -> None:
