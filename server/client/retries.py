@@ -1,7 +1,7 @@
 """Which failures of a call are followed by another attempt, and when.
 
 Only what is safe: nothing was sent, or the call may be made twice and the server did not answer, or the server says when to come
-again. Of a stream nothing is repeated once the head of a good reply is there: it has begun then.
+again. A stream has begun with its first event: the head of a good reply comes while the request still waits for its turn.
 """
 
 import random
@@ -46,6 +46,15 @@ class Attempts:
             raise lost(error) from error
         return self._wait()
 
+    def wait_after_break(self, error: httpx.RequestError, *, has_begun: bool) -> float:
+        """Returns how long to wait for the next attempt at a stream that broke off after its head, in seconds.
+
+        Raises what `error` means, where there is none, or where an event had come.
+        """
+        if has_begun:
+            raise (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_said(error)) from error
+        return self.wait_after_failure(error)
+
     def wait_after_refusal(self, error: ApiError) -> float:
         """Returns how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
         is_told = error.status in (COME_AGAIN if self.is_repeatable else NOT_DONE) and error.retry_after is not None
@@ -68,11 +77,6 @@ class Attempts:
 def lost(error: httpx.RequestError) -> ClientError:
     """Returns what the end of a connection, or what was wrong with it, means to a caller."""
     return (SilenceError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError)(_said(error))
-
-
-def broken(error: httpx.RequestError) -> ClientError:
-    """Returns the same for a stream that has begun."""
-    return (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_said(error))
 
 
 def _said(error: httpx.RequestError) -> str:

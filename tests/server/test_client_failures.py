@@ -189,6 +189,30 @@ def test_a_stream_that_did_not_begin_is_asked_for_again(connect: Connect, waits:
     assert json.loads(server.requests[2].partition(b"\r\n\r\n")[2]) == {"prompt": "x", "stream": True}
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [chunks(is_whole=False), chunks(), chunks(b": still waiting\n\n", is_whole=False), chunks(b"event: tok", is_whole=False)],
+)
+def test_a_stream_that_breaks_off_before_its_first_event_is_asked_for_again(
+    connect: Connect, waits: list[float], begun: bytes
+) -> None:
+    """A server that was killed while a request waited for its turn had sent the head, and the request was lost."""
+    whole = chunks(token("a"), sse("done", DONE.model_dump_json()))
+    with scripted(begun, RESET, whole) as server:
+        assert [*connect(server.url).stream(prompt="x")] == [TokenData(text="a"), DONE]
+    first, second = waits
+    assert 0.125 <= first <= 0.25 <= second <= 0.5
+    assert server.requests[0] == server.requests[2]
+
+
+@pytest.mark.parametrize("num_retries", [0, 2])
+def test_a_stream_is_asked_for_as_often_as_said(connect: Connect, waits: list[float], num_retries: int) -> None:
+    with scripted(*[chunks(is_whole=False)] * 3) as server, pytest.raises(ConnectionFailedError) as caught:
+        next(connect(server.url, num_retries=num_retries).stream(prompt="x"))
+    assert type(caught.value) is ConnectionFailedError
+    assert len(waits) == num_retries == len(server.requests) - 1
+
+
 @pytest.mark.parametrize("ends", [[], [DONE], [DONE, DONE.model_copy(update={"index": 1})]])
 def test_a_stream_that_ends_before_its_answers_is_broken(connect: Connect, ends: list[DoneData]) -> None:
     parts = [token("a"), *(sse("done", end.model_dump_json()) for end in ends)]
