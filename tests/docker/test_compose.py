@@ -126,6 +126,12 @@ def test_the_router_has_the_port_and_knows_each_server() -> None:
     assert command[place + len(urls)].startswith("--")
 
 
+def test_servers_on_one_machine_share_its_cores() -> None:
+    """By itself each would start a thread for every core."""
+    assert "LORI_THREADS" in SERVER["environment"]
+    assert ROUTER["services"]["server"]["environment"] == {"LORI_THREADS": "${LORI_THREADS:-1}"}
+
+
 def test_the_router_is_the_one_that_the_tests_run() -> None:
     [wanted] = re.findall(r'install .*"(vllm-router[^"]*)"', ROUTED["build"]["dockerfile_inline"])
     extras = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]

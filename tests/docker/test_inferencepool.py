@@ -63,6 +63,7 @@ def test_the_server_is_told_what_it_knows() -> None:
     known = {f"LORI_{name.upper()}" for name in Settings.model_fields}
     assert {variable["name"] for variable in server["env"]} <= known
     assert "LORI_OPEN_METRICS" in known
+    assert {"name": "LORI_THREADS", "value": server["resources"]["requests"]["cpu"]} in server["env"]
     assert {server[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")} == {"/ready"}
     assert server["livenessProbe"]["httpGet"]["path"] == "/health"
     assert SERVER["spec"]["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001}
