@@ -121,7 +121,7 @@ def test_the_router_has_the_port_and_knows_each_server() -> None:
     server = ROUTER["services"]["server"]
     assert server["ports"] == []
     assert ROUTED["ports"] == SERVER["ports"]
-    urls = [f"http://{MAIN['name']}-server-{number}:8000" for number in range(1, server["scale"] + 1)]
+    urls = [f"http://${{COMPOSE_PROJECT_NAME}}-server-{number}:8000" for number in range(1, server["scale"] + 1)]
     command = ROUTED["command"]
     place = command.index("--worker-urls") + 1
     assert command[place : place + len(urls)] == urls

@@ -19,6 +19,7 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_route_leads_to_the_pool_and_that_to_the_servers() -> None:
     [rule] = OBJECTS["HTTPRoute", "lori-server"]["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s"}, "which the Gateway API reads as none"
     [backend] = rule["backendRefs"]
     assert (backend["kind"], backend["name"]) in OBJECTS
     assert OBJECTS[backend["kind"], backend["name"]]["apiVersion"].startswith(backend["group"] + "/")
