@@ -3,17 +3,18 @@
 import mmap
 from contextlib import suppress
 
-import psutil
 import torch
+
+from lori.free_memory import free_memory
 
 
 def zeros(num_bytes: int) -> torch.Tensor:
     """Returns zeros (num_bytes,) uint8 on the CPU. They have their room at once: no step waits until the system clears a page.
 
-    Raises `MemoryError` where the machine has not so much.
+    Raises `MemoryError` where the machine, or the container, has not so much.
     """
-    if num_bytes > psutil.virtual_memory().available:
-        raise MemoryError(f"{num_bytes / 2**30:.1f} GiB of {psutil.virtual_memory().available / 2**30:.1f} that are free")
+    if num_bytes > (free := free_memory()):
+        raise MemoryError(f"{num_bytes / 2**30:.1f} GiB of {free / 2**30:.1f} that are free")
     if not num_bytes:
         return torch.zeros(0, dtype=torch.uint8)
     if not hasattr(mmap, "MAP_PRIVATE"):  # Windows: its pages are all of one size

@@ -18,7 +18,7 @@ from server.client.connection import LONGEST_WAIT_S, NUM_RETRIES, TIMEOUT_S, URL
 from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
-from server.client.retries import Attempts, Retries, broken, lost
+from server.client.retries import Attempts, Retries, lost
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
@@ -59,15 +59,20 @@ class AsyncClient:
 
     async def stream(self, **fields: Unpack[GenerateFields]) -> AsyncGenerator[StreamEvent, None]:
         """Yields the answer as it comes, as `Client.stream` does; leave it early under `contextlib.aclosing`."""
-        reader = EventReader(fields.get("n", 1))
-        async with aclosing(await self._send(calls.stream(fields, self._affinity_header), stream=True)) as response:
-            try:
-                async for chunk in response.aiter_bytes():
-                    for event in reader.read(chunk):
-                        yield event
-            except httpx.RequestError as error:
-                raise broken(error) from error
-        reader.check_end()
+        call = calls.stream(fields, self._affinity_header)
+        attempts = Attempts(self._retries, call.is_repeatable)
+        while True:
+            reader = EventReader(fields.get("n", 1))
+            async with aclosing(await self._send(call, attempts, stream=True)) as response:
+                try:
+                    async for chunk in response.aiter_bytes():
+                        for event in reader.read(chunk):
+                            yield event
+                    reader.check_end()
+                    return
+                except httpx.RequestError as error:
+                    wait = attempts.wait_after_break(error, has_begun=reader.has_begun)
+            await sleep(wait)
 
     async def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
         """Lists the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
@@ -133,11 +138,10 @@ class AsyncClient:
         return await self._ask(calls.ready())
 
     async def _ask(self, call: Call[Reply]) -> Reply:
-        return call.read((await self._send(call, stream=False)).content)
+        return call.read((await self._send(call, Attempts(self._retries, call.is_repeatable), stream=False)).content)
 
-    async def _send(self, call: Call[Any], *, stream: bool) -> httpx.Response:
+    async def _send(self, call: Call[Any], attempts: Attempts, *, stream: bool) -> httpx.Response:
         # Returns a good reply; of a stream only the head was read.
-        attempts = Attempts(self._retries, call.is_repeatable)
         while True:
             try:
                 response = await self._http.send(call.to_request(self._http), stream=stream)

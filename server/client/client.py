@@ -17,7 +17,7 @@ from server.client.connection import LONGEST_WAIT_S, NUM_RETRIES, TIMEOUT_S, URL
 from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
-from server.client.retries import Attempts, Retries, broken, lost
+from server.client.retries import Attempts, Retries, lost
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.comparison import AdapterComparison
 from server.schemas.generation import GenerateReply, Health
@@ -64,16 +64,22 @@ class Client:
     def stream(self, **fields: Unpack[GenerateFields]) -> Generator[StreamEvent, None, None]:
         """Yields the answer as it comes: pieces of text, then what is known at the end of each answer.
 
-        The first event asks for it. Closing the generator, as `contextlib.closing` does, ends the request at the server.
+        Asking for the first event sends the request; one whose stream breaks off before that event is sent again, as any that was
+        not answered. Closing the generator, as `contextlib.closing` does, ends the request at the server.
         """
-        reader = EventReader(fields.get("n", 1))
-        with closing(self._send(calls.stream(fields, self._affinity_header), stream=True)) as response:
-            try:
-                for chunk in response.iter_bytes():
-                    yield from reader.read(chunk)
-            except httpx.RequestError as error:
-                raise broken(error) from error
-        reader.check_end()
+        call = calls.stream(fields, self._affinity_header)
+        attempts = Attempts(self._retries, call.is_repeatable)
+        while True:
+            reader = EventReader(fields.get("n", 1))
+            with closing(self._send(call, attempts, stream=True)) as response:
+                try:
+                    for chunk in response.iter_bytes():
+                        yield from reader.read(chunk)
+                    reader.check_end()
+                    return
+                except httpx.RequestError as error:
+                    wait = attempts.wait_after_break(error, has_begun=reader.has_begun)
+            sleep(wait)
 
     def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
         """Lists the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
@@ -139,11 +145,10 @@ class Client:
         return self._ask(calls.ready())
 
     def _ask(self, call: Call[Reply]) -> Reply:
-        return call.read(self._send(call, stream=False).content)
+        return call.read(self._send(call, Attempts(self._retries, call.is_repeatable), stream=False).content)
 
-    def _send(self, call: Call[Any], *, stream: bool) -> httpx.Response:
+    def _send(self, call: Call[Any], attempts: Attempts, *, stream: bool) -> httpx.Response:
         # Returns a good reply; of a stream only the head was read.
-        attempts = Attempts(self._retries, call.is_repeatable)
         while True:
             try:
                 response = self._http.send(call.to_request(self._http), stream=stream)

@@ -1,7 +1,7 @@
 """What a client raises.
 
 ClientError
-├── ConnectionFailedError     nobody answered, or the connection ended before the reply did
+├── ConnectionFailedError     nobody answered, or the connection ended before the reply did, or before a stream's first event
 │   └── BrokenStreamError     it ended between the first event of a stream and the last
 ├── SilenceError              the server said nothing for as long as the client waits
 ├── UnexpectedReplyError      what answered is not this server, or speaks of what this client does not know
@@ -32,7 +32,7 @@ class ConnectionFailedError(ClientError):
 
 
 class BrokenStreamError(ConnectionFailedError):
-    """A stream ended before its answers did."""
+    """A stream ended after its first event, and before its answers did."""
 
 
 class SilenceError(ClientError, TimeoutError):

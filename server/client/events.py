@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+import httpx
+
 from server.client.calls import parsed
-from server.client.errors import BrokenStreamError, failed
+from server.client.errors import failed
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import DoneData, TokenData
 
@@ -18,6 +20,8 @@ class EventReader:
     """
 
     def __init__(self, num_answers: int) -> None:
+        self.has_begun = False
+        """An event has come."""
         self._num_open = num_answers
         self._unread = b""
         self._name = ""
@@ -33,9 +37,10 @@ class EventReader:
                 self._take(line.rstrip(b"\r"))
 
     def check_end(self) -> None:
-        """Raises `BrokenStreamError` where the stream ended too early."""
+        """Raises httpx's error of a connection that ended too early where the stream did, which a gateway may end as if it were
+        whole."""
         if self._num_open > 0:
-            raise BrokenStreamError(f"the stream ended, and {self._num_open} answers had not")
+            raise httpx.RemoteProtocolError(f"the stream ended, and {self._num_open} answers had not")
 
     def _take(self, line: bytes) -> None:
         # Without a key it is a comment.
@@ -55,4 +60,5 @@ class EventReader:
         if name not in KINDS:  # a newer server's, which must be possible to read past
             return
         self._num_open -= name == "done"
+        self.has_begun = True
         yield parsed(KINDS[name], data)

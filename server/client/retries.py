@@ -1,7 +1,7 @@
 """Which failures of a call are followed by another attempt, and when.
 
-Only what is safe: nothing was sent, or the server did not answer and the call may be made twice, or the server says when to come
-again. Of a stream nothing is repeated once the head of a good reply is there: it has begun then.
+Only what is safe: nothing was sent, or the call may be made twice and the server did not answer, or the server says when to come
+again. A stream has begun with its first event: the head of a good reply comes while the request still waits for its turn.
 """
 
 import random
@@ -15,7 +15,8 @@ FIRST_WAIT_S = 0.25
 MAX_WAIT_S = 8.0
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
 NOT_ANSWERED = (httpx.NetworkError, httpx.RemoteProtocolError)
-COME_AGAIN = (429, 503)
+NOT_DONE, COME_AGAIN = (429,), (429, 503)
+"""What says when to come again. Of several replicas one may say 503 after another has done what was asked; 429 comes before."""
 NOBODY_BEHIND = (500, 502, 503, 504)
 """What a gateway says, in its own words, where the server behind it did not answer: 500 if it is Ray's, which has no other."""
 
@@ -45,9 +46,18 @@ class Attempts:
             raise lost(error) from error
         return self._wait()
 
+    def wait_after_break(self, error: httpx.RequestError, *, has_begun: bool) -> float:
+        """Returns how long to wait for the next attempt at a stream that broke off after its head, in seconds.
+
+        Raises what `error` means, where there is none, or where an event had come.
+        """
+        if has_begun:
+            raise (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_said(error)) from error
+        return self.wait_after_failure(error)
+
     def wait_after_refusal(self, error: ApiError) -> float:
         """Returns how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
-        is_told = error.status in COME_AGAIN and error.retry_after is not None
+        is_told = error.status in (COME_AGAIN if self.is_repeatable else NOT_DONE) and error.retry_after is not None
         is_unanswered = error.type == UNKNOWN and error.status in NOBODY_BEHIND and self.is_repeatable
         asked = error.retry_after or 0.0
         if not (is_told or is_unanswered) or asked > self.retries.longest_s or not self._has_more():
@@ -67,11 +77,6 @@ class Attempts:
 def lost(error: httpx.RequestError) -> ClientError:
     """Returns what the end of a connection, or what was wrong with it, means to a caller."""
     return (SilenceError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError)(_said(error))
-
-
-def broken(error: httpx.RequestError) -> ClientError:
-    """Returns the same for a stream that has begun."""
-    return (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_said(error))
 
 
 def _said(error: httpx.RequestError) -> str:

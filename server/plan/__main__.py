@@ -18,6 +18,8 @@ from server.plan.replica import ReplicaSizes
 from server.plan.simulation import POLICIES, Outcome, draw_traffic, simulate
 from server.plan.speed import Speed, measure
 
+MOST_REPLICAS = 1024
+"""To simulate: each request looks at all of them."""
 Draw = Callable[[Sequence[Outcome], Path], None]
 
 
@@ -71,6 +73,8 @@ def _outcomes(config: PlanConfig, plan: Plan, load_s: float) -> list[Outcome]:
     least = config.rps / plan.requests_per_s
     if min(replicas) <= least:
         raise PlanError(f"--replicas {min(replicas)} cannot answer {config.rps:g} requests/s: expected more than {least:.2f}")
+    if max(replicas) > MOST_REPLICAS:
+        raise PlanError(f"--replicas: {max(replicas)} are too many to simulate: expected {MOST_REPLICAS} at most")
     slots = max(plan.num_resident, config.max_batch)  # where there are fewer adapters than that, nothing is ever evicted
     like = ReplicaSizes(plan.speed.times(plan.ratio.value), config.max_batch, slots, load_s)
     traffic = draw_traffic(

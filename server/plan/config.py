@@ -43,7 +43,7 @@ class PlanConfig(BaseSettings):
     """The share of B's entries that they leave out."""
     targets: list[str] = []
     """The last parts of the names of the modules that they change, such as q_proj; all linear layers if absent."""
-    bases: int = Field(default=1, ge=1)
+    bases: int = Field(default=1, ge=1, le=65536)
     """How many different A's they are on."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Weights and products of the servers."""
@@ -57,14 +57,14 @@ class PlanConfig(BaseSettings):
     """Of a request, on average."""
     completion_tokens: int = Field(default=64, ge=1, le=10**9)
     """Of an answer, on average."""
-    terms: int = Field(default=1, ge=1)
+    terms: int = Field(default=1, ge=1, le=65536)
     """Adapters that a request names, at most."""
     tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
     """What one replica generates without adapters, of such requests, with --users at once; of the embedded model on a CPU, with
     flags of requests that are not changed, what this project measured on one core if absent."""
     single_tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
     """The same with one user."""
-    users: int = Field(default=32, ge=2)
+    users: int = Field(default=32, ge=2, le=4096)
     """How many asked at once when --tokens-per-s was measured."""
     server: str | None = Field(default=None, pattern=r"^https?://[^/]")
     """Measures both now, on a server of that base that runs there and has nothing else to do; its key is in LORI_API_KEY."""
@@ -72,10 +72,12 @@ class PlanConfig(BaseSettings):
     """Tokens a second with adapters to those without; if absent, what this project measured."""
     utilisation: float = Field(default=0.7, ge=0.001, le=1)
     """The share of its tokens a second that a replica is to give: the rest is for peaks."""
-    spare: int = Field(default=1, ge=0)
+    spare: int = Field(default=1, ge=0, le=10**6)
     """Replicas that may fail while the others carry the load."""
-    max_batch: int = Field(default=Settings.model_fields["max_batch"].default, ge=1)
-    """As `python -m server --max-batch`."""
+    max_batch: int = Field(
+        default=Settings.model_fields["max_batch"].default, ge=1, lt=Settings.model_fields["max_step_tokens"].default
+    )
+    """As `python -m server --max-batch`, which wants fewer than the tokens of a step."""
     max_resident: int | None = Field(default=None, ge=1, le=65536)
     """Adapters that a replica can use at once, at most; as many as --memory-gib holds if absent, or the server's default."""
     memory_gib: float | None = Field(default=None, gt=0, le=65536)
@@ -89,7 +91,7 @@ class PlanConfig(BaseSettings):
     """Simulates the replicas, with adapters read from disk when requests name them."""
     zipf: float = Field(default=1.0, ge=0, le=10)
     """How unlike in popularity the adapters are: the k-th has a share that goes with 1 / k to this power; 0: all alike."""
-    requests: int = Field(default=200_000, ge=100)
+    requests: int = Field(default=200_000, ge=100, le=10**6)
     """How many are simulated; the first fifth, while the replicas are cold, is not counted."""
     replicas: list[int] = []
     """How many to simulate, maybe several; the planned ones without the spare if absent."""
@@ -124,10 +126,12 @@ class PlanConfig(BaseSettings):
             faults.append("--overhead-gib is missing: nothing was measured on a GPU; nvidia-smi says what a server takes there")
         if self.device == "cuda" and self.quantization:
             faults.append("--quantization is for a CPU alone")
+        if self.dtype != "bfloat16" and self.quantization:
+            faults.append(f"--quantization {self.quantization} is of a model in bfloat16, not in {self.dtype}")
         if self.known_ratio is None:
             faults.append(
                 "--ratio is missing: nothing like this was measured (up to 4 adapters a request, 3.2 kept entries a row of B, "
-                "on a CPU); `python -m tests.bench.serve --cases off 32` compares both on a machine"
+                "one A of rank 32, on a CPU); `python -m tests.bench.serve --cases off 32` compares both on a machine"
             )
         if faults:
             raise ValueError("; ".join(faults))
@@ -138,7 +142,9 @@ class PlanConfig(BaseSettings):
         """Tokens a second with adapters to those without, as told or as measured."""
         if self.ratio is not None:
             return Ratio(self.ratio, "--ratio")
-        return None if self.device == "cuda" else measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity))
+        if self.device == "cuda":
+            return None
+        return measured_ratio(self.adapters, self.terms, self.rank * (1 - self.sparsity), self.bases * self.rank)
 
     @property
     def is_measured(self) -> bool:
@@ -161,6 +167,11 @@ class PlanConfig(BaseSettings):
                 f"--tokens-per-s is missing: `{BENCH} --model MODEL` measures it on a machine such as a replica's, or "
                 "--server URL on a server that runs there"
             ]
+        if not self.server and self.max_batch < self.users and self.single_tokens_per_s is None:
+            return [
+                f"--max-batch is {self.max_batch}, and --tokens-per-s is what {self.users} users get: say with "
+                "--single-tokens-per-s what one gets, or measure with as many --users"
+            ]
         return []
 
     def _simulation_faults(self) -> list[str]:
@@ -181,4 +192,6 @@ class PlanConfig(BaseSettings):
             faults.append("--replicas: expected 1 or more")
         if self.plot and self.plot.suffix.lower() not in FORMATS:
             faults.append(f"--plot ends in {self.plot.suffix!r}, expected one of {', '.join(FORMATS)}")
+        if self.plot and not self.plot.parent.is_dir():
+            faults.append(f"--plot: there is no folder {self.plot.parent}")
         return faults

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 MODEL = "SmolLM2-135M in bfloat16 on one core of an AMD EPYC with AVX-512"
 KEPT_A_ROW = 3.2
 """Entries that a row of B keeps in what was measured: rank 32, a tenth."""
+ROWS_OF_A = 32
+"""That a token is multiplied by there: one A of rank 32."""
 TOKENS_PER_S, SINGLE_TOKENS_PER_S = 587.0, 121.0
 """Of that model without adapters, with 32 users and with one."""
 MEASURED = {
@@ -45,9 +47,12 @@ BY_TERMS = {2: _of(0.78, "32 merges of 2"), 4: _of(0.72, "32 merges of 4")}
 """Of merges, by how many adapters a request names at most."""
 
 
-def measured_ratio(num_adapters: int, num_terms: int, kept_a_row: float) -> Ratio | None:
-    """Returns the ratio of the measured case that is nearest and no easier; `None` where none was."""
-    if kept_a_row > KEPT_A_ROW * (1 + 1e-9):
+def measured_ratio(num_adapters: int, num_terms: int, kept_a_row: float, rows_of_a: int) -> Ratio | None:
+    """Returns the ratio of the measured case that is nearest and no easier; `None` where none was.
+
+    `rows_of_a` are those of all A's together.
+    """
+    if kept_a_row > KEPT_A_ROW * (1 + 1e-9) or rows_of_a > ROWS_OF_A:
         return None
     if num_terms > 1:
         return next((of for most, of in BY_TERMS.items() if num_terms <= most), None)

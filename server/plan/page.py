@@ -15,7 +15,7 @@ def print_plan(config: PlanConfig, plan: Plan) -> None:
     """Prints a plan, with what it assumes."""
     _print_memory(config, plan)
     _print_adapters(config, plan)
-    served = plan.speed.together * plan.ratio.value
+    served = plan.requests_per_s * config.completion_tokens
     print_fields(
         [
             ("asked for", f"{config.rps:g} requests/s, {config.rps * config.completion_tokens:,.0f} new tokens/s"),

@@ -94,7 +94,7 @@ def make_plan(config: PlanConfig, model: ModelSizes, adapter: AdapterSizes, spee
     memory = Memory(fixed.weights, fixed.basis, fixed.kv_cache, fixed.loaded, fixed.process, num_resident * _held(adapter))
     ratio = config.known_ratio
     assert ratio, "a config without one is refused"
-    requests_per_s = speed.together * ratio.value / config.completion_tokens
+    requests_per_s = speed.at_most(config.max_batch) * ratio.value / config.completion_tokens
     num_needed = math.ceil(config.rps / (requests_per_s * config.utilisation))
     num_replicas = num_needed + config.spare
     flags = _flags(config, memory, num_resident, adapter)
@@ -137,6 +137,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
     flags = {
         "--model": config.model,
         "--adapters": "FOLDER",
+        "--no-demo-adapters": config.model is None,  # they are of rank 32, and not planned for
         "--device": config.device,
         "--dtype": config.dtype,
         "--quantization": config.quantization,
@@ -148,7 +149,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
         "--kv-cache-gib": gib(memory.kv_cache),
     }
     return " ".join(
-        f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
+        flag if value is True else f"{flag} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}"
         for flag, value in flags.items()
         if value
     )
@@ -158,17 +159,21 @@ def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
     """Returns what the plan takes for true, each as a sentence."""
     told = f"measured now at {config.server}" if config.server else "as --tokens-per-s says"
     told = f"README, How fast: {MODEL}" if config.is_measured else told
+    generated = f"{plan.speed.together:g} tokens/s without adapters for {plan.speed.users} users ({told})"
+    if config.max_batch < plan.speed.users:
+        generated += f", so {plan.speed.at_most(config.max_batch):.3g} for the {config.max_batch} that run together"
+    is_short = plan.num_kv_tokens < plan.model.max_context
+    refused = f", and the server refuses a request of more than these {plan.num_kv_tokens:,} tokens" if is_short else ""
     said = [
         f"Requests have {config.prompt_tokens} prompt tokens and {config.completion_tokens} new ones, and name "
         f"{config.terms} of {config.adapters:,} adapters; no prompt is found in the prefix cache.",
-        f"A replica generates {plan.speed.together:g} tokens/s without adapters for {plan.speed.users} users ({told}), and "
-        f"{plan.ratio.value:g} times that with them ({plan.ratio.source}).",
+        f"A replica generates {generated}, and {plan.ratio.value:g} times that with them ({plan.ratio.source}).",
         f"A replica is to be busy {config.utilisation:.0%} of the time, and {config.spare} may fail.",
         f"Adapters: rank {config.rank}, {100 * (1 - config.sparsity):.3g}% of B kept, on {config.bases} A, all linear layers"
         + (f" called {', '.join(config.targets)}" if config.targets else "")
         + "; masks are drawn (rows differ as those of the demo adapters do).",
-        f"KV memory holds a full batch of {config.max_batch} requests at their ends; --loaded-gib the {MAX_LOADING} adapters that"
-        " may be on their way, since one that is not resident is read again.",
+        f"KV memory holds a full batch of {config.max_batch} requests at their ends{refused}; --loaded-gib the "
+        f"{MAX_LOADING} adapters that may be on their way, since one that is not resident is read again.",
         f"Resident adapters hold {HELD:g} times their bytes: memory is laid out before it is known which modules keep more.",
         f"A process takes {config.process_gib:g} GiB beside all that is counted "
         + ("(measured with the embedded model)." if config.overhead_gib is None else "(--overhead-gib)."),

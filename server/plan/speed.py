@@ -32,6 +32,11 @@ class Speed:
         first, last = 1 / self.single, self.users / self.together
         return first + (last - first) * (num_running - 1) / (self.users - 1)
 
+    def at_most(self, num_running: int) -> float:
+        """Returns the tokens a second where no more than so many run together. If that is fewer than `users`, what one user gets
+        must be known."""
+        return self.together if num_running >= self.users else num_running / self.seconds_per_token(num_running)
+
     def times(self, ratio: float) -> "Speed":
         """Returns the speed at `ratio` times the tokens a second."""
         return Speed(self.single and self.single * ratio, self.together * ratio, self.users)

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from server.plan.measured import OVERHEAD_GIB
+from server.settings import Settings
 from tests.docker.compose import read
+from tests.docker.inferencepool import OBJECTS
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
@@ -80,9 +83,29 @@ def test_extras_that_readme_offers_can_be_built_in() -> None:
     assert set(re.findall(r"`(\w+)`", offered)) < set(re.findall(r'"(\w+)"', known)) <= set(extras)
 
 
+def test_a_server_with_its_defaults_grows_no_larger_than_its_container() -> None:
+    """With 4 GiB the system would have killed it when some 530 adapters had been used."""
+    settings = Settings()
+    weights, held = 0.31, 1.62  # `server.plan.measured.HELD`: of adapters whose memory was told 1.0
+    grown = weights + OVERHEAD_GIB + settings.kv_cache_gib + settings.loaded_gib + held * settings.resident_gib
+    [limit] = re.findall(r"^\$\{LORI_MEMORY:-(\d+)g\}$", SERVER["mem_limit"])
+    pod = OBJECTS["Deployment", "lori-server"]["spec"]["template"]["spec"]["containers"][0]
+    assert pod["resources"]["limits"] == {"memory": f"{limit}Gi"}
+    assert 1.1 * grown < float(limit)
+
+
+def test_budgets_of_memory_are_passed_on() -> None:
+    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    [row] = re.findall(r"^\| `LORI_MEMORY` \|(.*)$", page, re.MULTILINE)
+    named = set(re.findall(r"`(LORI_\w+)`", row))
+    assert {"LORI_KV_CACHE_GIB", "LORI_LOADED_GIB", "LORI_RESIDENT_GIB"} == named <= set(SERVER["environment"])
+
+
 def test_adapters_are_at_an_address_or_in_the_folder_that_is_mounted() -> None:
     assert SERVER["environment"]["LORI_ADAPTERS"] == "${LORI_ADAPTERS_URL:-/adapters}"
-    assert "/adapters" in mounts(SERVER)
+    [default] = re.findall(r"^\$\{LORI_ADAPTERS:-([^}]+)\}$", mounts(SERVER)["/adapters"])
+    assert default in MAIN["volumes"]
+    assert default != "adapters", "a folder's name without ./ would be the empty volume, not an error"
 
 
 def test_a_server_for_other_machines_has_keys() -> None:
@@ -98,11 +121,17 @@ def test_the_router_has_the_port_and_knows_each_server() -> None:
     server = ROUTER["services"]["server"]
     assert server["ports"] == []
     assert ROUTED["ports"] == SERVER["ports"]
-    urls = [f"http://{MAIN['name']}-server-{number}:8000" for number in range(1, server["scale"] + 1)]
+    urls = [f"http://${{COMPOSE_PROJECT_NAME}}-server-{number}:8000" for number in range(1, server["scale"] + 1)]
     command = ROUTED["command"]
     place = command.index("--worker-urls") + 1
     assert command[place : place + len(urls)] == urls
     assert command[place + len(urls)].startswith("--")
+
+
+def test_servers_on_one_machine_share_its_cores() -> None:
+    """By itself each would start a thread for every core."""
+    assert "LORI_THREADS" in SERVER["environment"]
+    assert ROUTER["services"]["server"]["environment"] == {"LORI_THREADS": "${LORI_THREADS:-1}"}
 
 
 def test_the_router_is_the_one_that_the_tests_run() -> None:

@@ -1,19 +1,28 @@
-"""The image's layer with the model is built from the modules that make it, and no others: a change elsewhere makes none anew."""
+"""The layer with the model is built from the modules that make it alone; the first process hears a SIGTERM at any time."""
 
+import json
 import re
 import subprocess
 import sys
 
 from tests.server.live import REPOSITORY
 
+DOCKERFILE = (REPOSITORY / "docker" / "Dockerfile").read_text()
 COPIED = re.compile(r"^COPY ((?:lori/\w+\.py )+)lori/$", re.MULTILINE)
 
 
 def test_what_makes_the_model_is_copied_whole() -> None:
-    (copied,) = COPIED.findall((REPOSITORY / "docker" / "Dockerfile").read_text())
+    (copied,) = COPIED.findall(DOCKERFILE)
     program = "import sys, lori.embedded; print(*(name for name in sys.modules if name.partition('.')[0] == 'lori'))"
     loaded = subprocess.run(
         [sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True
     ).stdout.split()
     files = {f"{name.replace('.', '/')}.py" for name in loaded if name != "lori"} | {"lori/__init__.py"}
     assert set(copied.split()) == files
+
+
+def test_the_first_process_passes_signals_on_while_the_server_imports() -> None:
+    """The system keeps them from a first process without a handler: `docker stop` killed a server that was starting."""
+    [command] = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)
+    assert json.loads(command) == ["tini", "--", "python", "-m", "server"]
+    assert re.search(r"apt-get install .* tini ", DOCKERFILE.rpartition("\nFROM ")[2])

@@ -19,6 +19,7 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_route_leads_to_the_pool_and_that_to_the_servers() -> None:
     [rule] = OBJECTS["HTTPRoute", "lori-server"]["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s"}, "which the Gateway API reads as none"
     [backend] = rule["backendRefs"]
     assert (backend["kind"], backend["name"]) in OBJECTS
     assert OBJECTS[backend["kind"], backend["name"]]["apiVersion"].startswith(backend["group"] + "/")
@@ -63,6 +64,7 @@ def test_the_server_is_told_what_it_knows() -> None:
     known = {f"LORI_{name.upper()}" for name in Settings.model_fields}
     assert {variable["name"] for variable in server["env"]} <= known
     assert "LORI_OPEN_METRICS" in known
+    assert {"name": "LORI_THREADS", "value": server["resources"]["requests"]["cpu"]} in server["env"]
     assert {server[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe")} == {"/ready"}
     assert server["livenessProbe"]["httpGet"]["path"] == "/health"
     assert SERVER["spec"]["securityContext"] == {"runAsNonRoot": True, "runAsUser": 10001}

@@ -24,7 +24,7 @@ from server.client import (
     async_client,
 )
 from server.client import client as sync_client
-from server.schemas.adapters import AdapterList
+from server.schemas.adapters import AdapterList, WithdrawnReply
 from server.schemas.errors import ErrorDetail, error_reply
 from server.schemas.generation import DoneData, TimingsReply, TokenData, Usage
 from tests.server.both_clients import KINDS, Connect, connecting
@@ -152,6 +152,17 @@ def test_a_gateway_is_not_asked_again_to_do_what_may_have_been_done(connect: Con
     assert waits == []
 
 
+def test_what_one_replica_may_have_done_is_not_asked_for_again(connect: Connect, waits: list[float]) -> None:
+    """Repeated after another one's 503, a deletion that had worked was not found."""
+    with scripted(refusal(503, "retry-after: 1\r\n")) as server, pytest.raises(UnavailableError):
+        connect(server.url).delete("mine")
+    assert waits == []
+    deleted = reply(WithdrawnReply(name="mine", versions=[], num_using=0).model_dump_json())
+    with scripted(refusal(429, "retry-after: 1\r\n"), deleted) as server:
+        assert connect(server.url).delete("mine").name == "mine"
+    assert len(waits) == 1
+
+
 def test_the_last_refusal_is_raised(connect: Connect, waits: list[float]) -> None:
     with scripted(*[refusal(429, "retry-after: 3\r\n")] * 3) as server, pytest.raises(RateLimitError) as caught:
         connect(server.url).adapters()
@@ -176,6 +187,30 @@ def test_a_stream_that_did_not_begin_is_asked_for_again(connect: Connect, waits:
         assert [*connect(server.url).stream(prompt="x")] == [TokenData(text="a"), DONE]
     assert len(waits) == 2
     assert json.loads(server.requests[2].partition(b"\r\n\r\n")[2]) == {"prompt": "x", "stream": True}
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [chunks(is_whole=False), chunks(), chunks(b": still waiting\n\n", is_whole=False), chunks(b"event: tok", is_whole=False)],
+)
+def test_a_stream_that_breaks_off_before_its_first_event_is_asked_for_again(
+    connect: Connect, waits: list[float], begun: bytes
+) -> None:
+    """A server that was killed while a request waited for its turn had sent the head, and the request was lost."""
+    whole = chunks(token("a"), sse("done", DONE.model_dump_json()))
+    with scripted(begun, RESET, whole) as server:
+        assert [*connect(server.url).stream(prompt="x")] == [TokenData(text="a"), DONE]
+    first, second = waits
+    assert 0.125 <= first <= 0.25 <= second <= 0.5
+    assert server.requests[0] == server.requests[2]
+
+
+@pytest.mark.parametrize("num_retries", [0, 2])
+def test_a_stream_is_asked_for_as_often_as_said(connect: Connect, waits: list[float], num_retries: int) -> None:
+    with scripted(*[chunks(is_whole=False)] * 3) as server, pytest.raises(ConnectionFailedError) as caught:
+        next(connect(server.url, num_retries=num_retries).stream(prompt="x"))
+    assert type(caught.value) is ConnectionFailedError
+    assert len(waits) == num_retries == len(server.requests) - 1
 
 
 @pytest.mark.parametrize("ends", [[], [DONE], [DONE, DONE.model_copy(update={"index": 1})]])

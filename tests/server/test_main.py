@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from lori.config_file import seal_config
 from lori.errors import LoriError
 from lori.format import read_config
+from lori.kernels.native import MODULE
 from server import loading
 from server.loading import load_service
 from server.settings import Settings
@@ -184,6 +185,20 @@ def test_the_limits_of_steps_are_those_of_the_settings(writer_model: Path) -> No
     )
     limits = rig_of(load_service(settings)).scheduler.limits
     assert (limits.max_sequences, limits.max_tokens, limits.max_stall, limits.short_step_s) == (3, 40, 1.3, 0.02)
+
+
+@pytest.mark.skipif(MODULE is None, reason="the compiled kernels are not there")
+def test_no_memory_in_the_container_for_keys_and_values_is_said_as_that(
+    writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine had it, and the system killed the server as it was taken."""
+    for name, said in {"memory.max": 3 << 29, "memory.current": 1 << 30, "memory.stat": "inactive_file 0\nactive_file 0"}.items():
+        (tmp_path / name).write_text(str(said))
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr("lori.free_memory.GROUPS", tmp_path)
+    monkeypatch.setattr("lori.free_memory.OWN", tmp_path / "own")
+    with pytest.raises(LoriError, match=r"--kv-cache-gib: there is no room for .*: 1\.0 GiB of 0\.5 that are free"):
+        load_service(Settings(model=str(writer_model), dtype="float32", kv_cache_gib=1))
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("none left")])

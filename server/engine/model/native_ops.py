@@ -34,7 +34,7 @@ class NativeOps:
         self._heads = [_bound(of, module) for of in heads]
         sizes = [self._layers.block_bytes(of) * self._num_blocks for of in self._heads]
         self._shape = (heads[0].num_heads, heads[0].num_kv_heads)
-        self._memory = [zeros(size) for size in sizes]
+        self._memory = zeros(sum(sizes)).split(sizes)  # at once, so that what is not there is said before any of it is taken
         self.num_bytes = sum(sizes)
 
     def plan(self, spans: Sequence[Span]) -> object:

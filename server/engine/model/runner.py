@@ -61,8 +61,11 @@ class Runner:
         quantization: Quantization | None = None,
     ) -> None:
         self._dtype, self._device = model.dtype, model.device
-        with torch.inference_mode():
-            self._decoder: Decoder = read_decoder(model, pool, quantization)
+        try:
+            with torch.inference_mode():
+                self._decoder: Decoder = read_decoder(model, pool, quantization)
+        except MemoryError as error:
+            raise ModelError(f"there is no room for the base model's weights: {error}") from error
         self._routed = _Routed([], [], None)
         self._replays: Replays | None = None
         try:

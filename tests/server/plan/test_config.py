@@ -30,13 +30,26 @@ def test_a_speed_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None
     assert "--server URL" in said
 
 
+def test_a_batch_of_fewer_than_the_users_wants_the_speed_of_one() -> None:
+    assert "--max-batch is 8, and --tokens-per-s is what 32 users get" in faults(ENOUGH | {"max_batch": 8})
+    for more in ({"single_tokens_per_s": 100.0}, {"users": 8}):
+        assert PlanConfig(**ENOUGH, max_batch=8, **more).max_batch == 8
+    assert PlanConfig(adapters=100, rps=5.0, max_batch=8).is_measured
+
+
 def test_a_server_is_measured_or_told_of() -> None:
     assert "pass either" in faults(ENOUGH | {"server": "http://localhost:8000"})
 
 
 @pytest.mark.parametrize(
     "more",
-    [{"terms": 5}, {"rank": 64}, {"sparsity": 0.5}, {"device": "cuda", "overhead_gib": 2.0}],
+    [
+        {"terms": 5},
+        {"sparsity": 0.5},
+        {"rank": 64, "sparsity": 0.95},
+        {"bases": 2},
+        {"device": "cuda", "overhead_gib": 2.0},
+    ],
     ids=lambda more: str([*more]),
 )
 def test_a_ratio_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None:
@@ -46,8 +59,11 @@ def test_a_ratio_that_nobody_measured_is_asked_for(more: dict[str, Any]) -> None
     assert PlanConfig(**ENOUGH, **more, ratio=0.7).ratio == 0.7
 
 
-def test_a_higher_rank_with_as_few_entries_was_measured() -> None:
-    assert PlanConfig(**ENOUGH, rank=64, sparsity=0.95).ratio is None
+def test_more_as_of_a_lower_rank_were_measured() -> None:
+    """What a token costs in a step with adapters are the rows of all A's, too, not B's entries alone."""
+    known = PlanConfig(**ENOUGH, rank=8, bases=4, sparsity=0.6).known_ratio
+    assert known
+    assert known.source.startswith("README")
 
 
 def test_a_gpus_overhead_is_asked_for() -> None:
@@ -55,10 +71,26 @@ def test_a_gpus_overhead_is_asked_for() -> None:
     assert "--quantization" in faults(ENOUGH | {"device": "cuda", "ratio": 0.9, "overhead_gib": 2.0, "quantization": "int8"})
 
 
-@pytest.mark.parametrize("more", [{"tokens_per_s": 1e-308}, {"memory_gib": 1e308}, {"rps": 1e300}], ids=lambda more: str([*more]))
+def test_products_that_no_cpu_has_are_refused() -> None:
+    assert "--quantization int8 is of a model in bfloat16, not in float32" in faults(
+        ENOUGH | {"dtype": "float32", "quantization": "int8"}
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tokens_per_s": 1e-308},
+        {"memory_gib": 1e308},
+        {"rps": 1e300},
+        {"requests": 10**12},
+        *({name: 10**12} for name in ("bases", "terms", "users", "spare", "max_batch")),
+    ],
+    ids=lambda more: str([*more]),
+)
 def test_what_no_machine_has_is_refused(more: dict[str, Any]) -> None:
-    """Some of it ended in `OverflowError`."""
-    assert "Input should be " in faults(ENOUGH | more)
+    """Some of it ended in `OverflowError`, some in `MemoryError`."""
+    assert "Input should be " in faults(ENOUGH | {"ratio": 0.8, "simulate": "requests" in more} | more)
 
 
 def test_a_flag_that_would_do_nothing_is_refused() -> None:
@@ -73,6 +105,7 @@ def test_a_flag_that_would_do_nothing_is_refused() -> None:
         ({"single_tokens_per_s": None}, "--single-tokens-per-s is missing"),
         ({"replicas": [0]}, "--replicas: expected 1 or more"),
         ({"plot": "page.html"}, "--plot ends in '.html'"),
+        ({"plot": "no/such/folder/page.png"}, "--plot: there is no folder no/such/folder"),
         ({"terms": 2}, "--terms says more"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from server.cluster.settings import ClusterSettings
 from server.plan.config import PlanConfig
@@ -21,7 +22,7 @@ ADAPTER = AdapterSizes(num_kept=100, resident=2**20, on_disk=2**19, dense=2**23)
 
 def planned(**settings: Any) -> Plan:
     config = configured(**settings)
-    return make_plan(config, MODEL, ADAPTER, Speed(None, config.tokens_per_s or 0, config.users))
+    return make_plan(config, MODEL, ADAPTER, Speed(config.single_tokens_per_s, config.tokens_per_s or 0, config.users))
 
 
 def configured(**settings: Any) -> PlanConfig:
@@ -45,9 +46,27 @@ def test_replicas_follow_from_tokens_utilisation_and_spares() -> None:
 
 
 def test_keys_and_values_are_those_of_a_full_batch_in_whole_blocks() -> None:
-    plan = planned(max_batch=10, prompt_tokens=50, completion_tokens=7)
+    plan = planned(max_batch=10, prompt_tokens=50, completion_tokens=7, users=10)
     assert plan.num_kv_tokens == 10 * 64
     assert plan.memory.kv_cache == 10 * 64 * 1024
+
+
+def test_a_small_batch_is_planned_with_what_it_generates() -> None:
+    """It was given the tokens a second of all users, however few could run together."""
+    few = planned(max_batch=4, single_tokens_per_s=100.0)
+    assert few.requests_per_s < planned().requests_per_s / 2
+    assert few.num_needed > planned().num_needed
+    said = "\n".join(assumptions(configured(max_batch=4, single_tokens_per_s=100.0), few))
+    assert f"so {few.requests_per_s * 100 / 0.8:.3g} for the 4 that run together" in said
+    assert "that run together" not in "\n".join(assumptions(configured(), planned()))
+
+
+def test_a_plan_says_which_requests_its_keys_and_values_leave_no_room_for() -> None:
+    settings = {"max_batch": 2, "single_tokens_per_s": 100.0, "completion_tokens": 60}
+    few = planned(**settings)
+    assert "refuses a request of more than these 320 tokens" in "\n".join(assumptions(configured(**settings), few))
+    assert few.num_kv_tokens == 320 < MODEL.max_context
+    assert "refuses" not in "\n".join(assumptions(configured(), planned()))
 
 
 def test_adapters_fill_what_is_left_of_the_memory() -> None:
@@ -97,6 +116,23 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
     assert settings.resident_gib * GIB < plan.memory.resident
     assert settings.kv_cache_gib * GIB >= plan.num_kv_tokens * MODEL.kv_token
     assert settings.max_step_tokens > settings.max_batch
+
+
+def test_a_server_of_a_low_rank_is_started_without_demo_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refused its own, which are of rank 32."""
+    monkeypatch.setattr("sys.argv", ["server", *shlex.split(planned(rank=16).command)[3:]])
+    settings = Settings(_cli_parse_args=True)
+    assert settings.max_rank == 16
+    assert not settings.demo_adapters
+    assert "--no-demo-adapters" not in planned(model="other").command
+
+
+@pytest.mark.parametrize("max_batch", [64, 511])
+def test_the_largest_batch_has_flags_that_a_server_takes(max_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["server", *shlex.split(planned(max_batch=max_batch).command)[3:]])
+    assert Settings(_cli_parse_args=True).max_batch == max_batch
+    with pytest.raises(ValidationError, match="less than 512"):
+        configured(max_batch=512)
 
 
 def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:

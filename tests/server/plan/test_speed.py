@@ -19,6 +19,13 @@ def test_beyond_the_users_that_were_measured_there_are_no_more_tokens() -> None:
     assert 16 / speed.seconds_per_token(16) == pytest.approx(400)
 
 
+def test_a_small_batch_gives_what_so_many_users_get() -> None:
+    speed = Speed(single=121, together=587, users=32)
+    assert speed.at_most(4) == pytest.approx(4 / speed.seconds_per_token(4))
+    assert 121 < speed.at_most(4) < 320
+    assert speed.at_most(32) == speed.at_most(64) == Speed(None, 587, 32).at_most(64) == 587
+
+
 def test_a_ratio_slows_all() -> None:
     assert Speed(100, 400, 8).times(0.5) == Speed(50, 200, 8)
     assert Speed(None, 400, 8).times(0.5) == Speed(None, 200, 8)
