@@ -80,7 +80,8 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
     resident_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
-    """Memory for the adapters that the kernels can use at once, in GiB; those unused longest make room."""
+    """Memory for the adapters that the kernels can use at once, in GiB; those unused longest make room. As much may take what is
+    read for a merge that is no sum, before it is one."""
     max_resident: int = Field(default=1024, ge=1, le=65536)
     """Adapters that the kernels can use at once, at most."""
     loaded_gib: float = Field(default=1.0, ge=0, le=65536, allow_inf_nan=False)

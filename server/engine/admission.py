@@ -76,6 +76,7 @@ class Admission:
         max_kept: float = inf,
         num_ids: int | None = None,
         grammars: Grammars | None = None,
+        max_merged: float = inf,
     ) -> None:
         """`num_ids`: tokens below it are known to the model; None: those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
@@ -85,6 +86,8 @@ class Admission:
         """Adapters that can be resident together."""
         self._max_kept = max_kept
         """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
+        self._max_merged = max_merged
+        """The same of adapters that are read to be merged into one."""
         self._grammars = grammars
         """None where the base model can follow none."""
 
@@ -154,14 +157,9 @@ class Admission:
             raise RefusedError("adapter", f"names {len(adapters)} adapters{beside}, expected at most {self._max_terms}")
         # Merges that are no sums keep fewer entries than their parts; how many is not known before.
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
-        num_kept = sum({of.digest: of.num_kept for of, weight in summed if weight}.values())
-        if num_kept > self._max_kept:
-            said = "which keep" if len(summed) > 1 else "which keeps"
-            raise RefusedError(
-                "adapter",
-                f"names {', '.join(repr(of.name) for of, _ in summed)}, {said} {num_kept} entries of B, "
-                f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
-            )
+        _check_kept(summed, self._max_kept)
+        if not is_sum:  # all are in memory while they are merged, those of weight 0 too
+            _check_kept([(of, 1.0) for of in adapters], self._max_merged, f" for {ask.merge.method!r}")
 
     def _check_grammar(self, ask: Ask) -> None:
         if not (grammar := ask.grammar):
@@ -235,3 +233,14 @@ class Admission:
         if not ask.max_tokens and not ask.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
         return ask.max_tokens
+
+
+def _check_kept(adapters: Sequence[tuple[Summary, float]], most: float, what_for: str = "") -> None:
+    num_kept = sum({of.digest: of.num_kept for of, weight in adapters if weight}.values())
+    if num_kept > most:
+        said = "which keep" if len(adapters) > 1 else "which keeps"
+        raise RefusedError(
+            "adapter",
+            f"names {', '.join(repr(of.name) for of, _ in adapters)}, {said} {num_kept} entries of B, "
+            f"expected at most {int(most)}{what_for}, for which there is memory (--resident-gib)",
+        )

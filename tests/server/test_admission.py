@@ -240,6 +240,17 @@ def test_adapters_for_which_there_is_no_memory_together_are_refused(
     assert small.admit(Ask(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties"))).residents
 
 
+def test_what_is_read_to_be_merged_fits_in_memory_or_is_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+    both = sum(registry.by_name[name].summary.num_kept for name in ("math", "safety"))
+    ask = Ask(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0), merge=MergeOptions("ties"))
+    assert Admission(tokenizer, registry, CONTEXT, max_merged=both).admit(ask).residents
+    small = Admission(tokenizer, registry, CONTEXT, max_terms=2, max_merged=both - 1)
+    error = refusal(small, ask)
+    assert error.field == "adapter"
+    assert f"names 'math', 'safety', which keep {both} entries of B, expected at most {both - 1} for 'ties'" in str(error)
+    assert small.admit(replace(ask, merge=MergeOptions())).residents
+
+
 def test_a_merge_that_is_built_once_takes_one_place_however_many_adapters_it_has(
     tokenizer: PreTrainedTokenizerFast, registry: Registry
 ) -> None:
