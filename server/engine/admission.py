@@ -21,6 +21,8 @@ from server.engine.sampling.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
+MAX_PROMPT_SCORES = 1 << 20
+"""Log-probabilities of prompts in one reply: about 30 MB, which take a third of a second to write."""
 
 
 class RefusedError(Exception):
@@ -233,6 +235,15 @@ class Admission:
         if not ask.max_tokens and not ask.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
         return ask.max_tokens
+
+
+def check_scores(requests: Sequence[Request]) -> None:
+    """Raises `RefusedError` where the prompts of what is answered in one reply have more log-probabilities than one can hold."""
+    scored = [(of, 1 + of.num_logprobs) for of in requests if of.echo and of.num_logprobs is not None]
+    num_scores = sum(of.num_choices * len(of.prompt_ids) * num_each for of, num_each in scored)
+    if num_scores > MAX_PROMPT_SCORES:
+        found = f"with echo, these prompts and n ask for {num_scores} log-probabilities of prompt tokens"
+        raise RefusedError("logprobs", f"{found}, expected at most {MAX_PROMPT_SCORES} in one reply")
 
 
 def _check_kept(adapters: Sequence[tuple[Summary, float]], most: float, what_for: str = "") -> None:

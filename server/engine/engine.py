@@ -128,8 +128,9 @@ class Engine:
             self._fail(sequence, outcome.fault or OVERFLOW, "grammar" if outcome.fault and sequence.request.grammar else "engine")
             return
         if must_score(sequence):
+            logprobs = self._replies[sequence].prompt_logprobs(chunk.start + 1, outcome.prompt_scores)
             for other in self._by_id[sequence.request.id]:
-                self._replies[other].score_prompt(chunk.start + 1, outcome.prompt_scores)
+                self._replies[other].note_prompt(logprobs)
         self.scheduler.commit(chunk, token)
         reply = self._replies[sequence]
         reply.begin()
