@@ -418,6 +418,32 @@ def test_who_loads_passes_another_that_was_loading_and_finds_it_full() -> None:
     assert first in {c.sequence for c in run_step(it)}
 
 
+class BusyGate(FakeGate):
+    """Reads for nobody in `behind`."""
+
+    behind: tuple[Sequence, ...] = ()
+
+    def is_behind(self, sequence: Sequence) -> bool:
+        return sequence in self.behind
+
+
+def test_who_waits_until_others_are_read_is_not_asked_about_meanwhile_and_others_pass() -> None:
+    """A thousand adapters that were asked for at once were all asked about in every step."""
+    gate = BusyGate(delays={"a": 5, "b": 5})
+    it = scheduler(gate=gate)
+    read, behind = added(it, request(adapters=["a"])), added(it, request(adapters=["b"]))
+    assert run_step(it) == []
+    gate.behind, gate.asked = (behind,), []
+    base = added(it, request(8, 1))
+    assert [c.sequence for c in run_step(it)] == [base]
+    assert gate.asked == [read, base]
+    gate.behind = ()
+    while it.has_work:
+        gate.tick()
+        it.wake()
+        run_step(it)
+
+
 def test_an_engine_that_sleeps_steps_when_one_that_held_up_others_is_dropped() -> None:
     gate = FakeGate(num_slots=1, delays={"cold": 9})
     it = scheduler(gate=gate)

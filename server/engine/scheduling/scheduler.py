@@ -188,7 +188,10 @@ class Scheduler:
         # Those whose adapters were loading have had their turn, and hold what the first of the others may lack.
         is_open = True
         for sequence in [*self._loading]:
-            is_open &= self._let_in(sequence)
+            if self._gate.is_behind(sequence):
+                self._queue.pass_over(sequence)
+            else:
+                is_open &= self._let_in(sequence)
         while (first := self._queue.first()) and (is_open or owed_to(first, self.running)):
             if not self._let_in(first):
                 break
