@@ -54,8 +54,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Marks a request: the next step frees all that it owns. One that has ended is none of our business."""
         for sequence in self._by_id.get(request_id, ()):
-            sequence.is_aborted = True
-        self.scheduler.wake()
+            self.scheduler.abort(sequence)
 
     @property
     def can_step(self) -> bool:
