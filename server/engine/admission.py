@@ -132,8 +132,8 @@ class Admission:
             max_tokens = self._max_tokens(ask, field, len(ids))
             if outside := [token for token in ids if not 0 <= token < self._num_ids]:
                 raise RefusedError("prompt", f"has the token {outside[0]}, expected 0 to {self._num_ids - 1}")
-            # Only who sees the prompt again needs its text.
-            text, offsets = text_of(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", (0,) * len(ids))
+            # Only who sees the prompt again needs its text and offsets.
+            text, offsets = text_of(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", ())
             return text, ids, offsets, max_tokens
         text = ask.prompt if isinstance(ask.prompt, str) else ""
         if not isinstance(ask.prompt, str):
@@ -141,7 +141,8 @@ class Admission:
         encoding = encode(self.tokenizer, text)
         # Its lists are made only of what is not refused: a long text's would take seconds.
         max_tokens = self._max_tokens(ask, field, len(encoding))
-        return text, tuple(encoding.ids), tuple(start for start, _ in encoding.offsets), max_tokens
+        offsets = tuple(start for start, _ in encoding.offsets) if ask.echo else ()
+        return text, tuple(encoding.ids), offsets, max_tokens
 
     def _check_merge(
         self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float], policy: Sequence[tuple[Summary, float]]
