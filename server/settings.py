@@ -110,7 +110,8 @@ class Settings(BaseSettings):
     """The same for an adapter that is uploaded, or comes from the hub."""
 
     max_body_s: float = Field(default=60, gt=0, le=86400)
-    """How long a request's body may take to come, in seconds; a longer wait is answered 408."""
+    """How long a request's body may take to come, in seconds, beside a second for each 128 KiB of it; and how long nothing of it
+    may come. A longer wait is answered 408."""
     keep_alive_s: float = Field(default=75, gt=0, le=86400)
     """How long a connection may take to send the head of a request, the first or the next, in seconds; then it is closed."""
     drain_notice_s: float = Field(default=2, ge=0, le=3600)

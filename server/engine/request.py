@@ -76,7 +76,7 @@ class Request:
     prompt_text: str
     prompt_ids: tuple[int, ...]
     prompt_offsets: tuple[int, ...]
-    """Where each prompt token begins in `prompt_text`, in characters; none without `echo`, for they take as much as the tokens."""
+    """Where each prompt token begins in `prompt_text`, in characters; none without `echo`: they take much memory."""
     max_tokens: int
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
