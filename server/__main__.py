@@ -16,6 +16,7 @@ from server.loading import load_service
 from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
+from server.transport.descriptors import raise_descriptor_limit
 from server.transport.drain import GRACE_S, DrainingServer
 from server.transport.http_protocol import HttpProtocol
 from server.transport.ports import check_port
@@ -24,6 +25,7 @@ from server.transport.ports import check_port
 def main() -> int:
     """Runs the server until SIGTERM or SIGINT; running requests may end first. Returns the exit code."""
     configure_log("text")
+    raise_descriptor_limit()
     # While the server loads; afterwards it drains.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)

@@ -63,6 +63,8 @@ NEW_RANK, NEW_DENSITY = 32, 0.1
 """What adapters are likely to be that come while the server runs, where there is none yet."""
 NUM_FETCHED = 8
 """Adapters that come from a store that lies elsewhere at once: they wait for the network, not for a core."""
+BYTES_PER_PART = 8
+"""Of each entry of an adapter that is read to be merged: a position and a value."""
 NUM_MERGES = 32
 """Merges that are no sums for which there is room from the start."""
 
@@ -115,7 +117,14 @@ def load_service(settings: Settings) -> Service:
         base_model=base.name,
         registry=registry,
         admission=Admission(
-            base.tokenizer, registry, max_context, settings.max_resident, _max_kept(base, settings), num_ids, grammars
+            base.tokenizer,
+            registry,
+            max_context,
+            settings.max_resident,
+            _max_kept(base, settings),
+            num_ids,
+            grammars,
+            max_merged=settings.resident_gib * GIB / BYTES_PER_PART,
         ),
         engine=EngineThread(engine),
         metrics=make_metrics(base.name, registry, scheduler, tiers),

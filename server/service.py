@@ -15,7 +15,7 @@ from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
-from server.engine.admission import Admission, Ask, RefusedError
+from server.engine.admission import Admission, Ask, RefusedError, check_scores
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
@@ -74,6 +74,7 @@ class Service:
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
+            check_scores(requests)
             self.check_alive()
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)

@@ -80,7 +80,8 @@ class Settings(BaseSettings):
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is torch's own choice."""
     resident_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
-    """Memory for the adapters that the kernels can use at once, in GiB; those unused longest make room."""
+    """Memory for the adapters that the kernels can use at once, in GiB; those unused longest make room. As much may take what is
+    read for a merge that is no sum, before it is one."""
     max_resident: int = Field(default=1024, ge=1, le=65536)
     """Adapters that the kernels can use at once, at most."""
     loaded_gib: float = Field(default=1.0, ge=0, le=65536, allow_inf_nan=False)
@@ -109,7 +110,8 @@ class Settings(BaseSettings):
     """The same for an adapter that is uploaded, or comes from the hub."""
 
     max_body_s: float = Field(default=60, gt=0, le=86400)
-    """How long a request's body may take to come, in seconds; a longer wait is answered 408."""
+    """How long a request's body may take to come, in seconds, beside a second for each 128 KiB of it; and how long nothing of it
+    may come. A longer wait is answered 408."""
     keep_alive_s: float = Field(default=75, gt=0, le=86400)
     """How long a connection may take to send the head of a request, the first or the next, in seconds; then it is closed."""
     drain_notice_s: float = Field(default=2, ge=0, le=3600)

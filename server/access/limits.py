@@ -2,13 +2,9 @@
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 
 from server.access.caller import Caller
 
@@ -26,8 +22,10 @@ class RateLimitedError(Exception):
 class Limiter:
     """Counts the requests of each tenant that has limits."""
 
-    def __init__(self) -> None:
-        self._minutes = MovingWindowRateLimiter(MemoryStorage())
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sent: OrderedDict[str, deque[float]] = OrderedDict()
+        """When each tenant sent its requests of the last minute; first the tenant that has been silent for longest."""
         self._under_way: Counter[str] = Counter()
 
     @contextmanager
@@ -55,10 +53,16 @@ class Limiter:
             self._count(caller.tenant, caller.requests_per_minute, num_requests)
 
     def _count(self, tenant: str, per_minute: int, count: int) -> None:
-        limit = RateLimitItemPerMinute(per_minute)
-        if self._minutes.hit(limit, tenant, cost=count):
-            return
-        left_s = self._minutes.get_window_stats(limit, tenant).reset_time - time.time()
-        retry_after_s = min(max(math.ceil(left_s), 1), MINUTE_S)
-        said = f"tenant {tenant!r} may send {per_minute} requests a minute, and has sent them; try again in {retry_after_s} s"
-        raise RateLimitedError(said, retry_after_s)
+        now = self._clock()
+        while self._sent and next(iter(self._sent.values()))[-1] < now - MINUTE_S:
+            self._sent.popitem(last=False)
+        times = self._sent.get(tenant, deque())
+        while times and times[0] < now - MINUTE_S:
+            times.popleft()
+        if len(times) + count > per_minute:
+            retry_after_s = max(math.ceil(times[0] + MINUTE_S - now), 1) if times else MINUTE_S
+            said = f"tenant {tenant!r} may send {per_minute} requests a minute, and has sent them; try again in {retry_after_s} s"
+            raise RateLimitedError(said, retry_after_s)
+        times.extend([now] * count)
+        self._sent[tenant] = times
+        self._sent.move_to_end(tenant)

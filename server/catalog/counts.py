@@ -58,8 +58,14 @@ class AdapterCounts:
             count.num_prompt_tokens += num_prompt
             count.num_generated_tokens += num_generated
 
-    def lines(self, registered: Collection[str] = (), resident: Collection[str] = ()) -> list[bytes]:
-        """Returns all in Prometheus's format; only the lines that have changed are written again."""
+    def lines(self, registered: Collection[str], resident: Collection[str]) -> list[bytes]:
+        """Returns all in Prometheus's format; only the lines that have changed are written again.
+
+        Names that are registered no more are forgotten, also where they come again: to Prometheus that is a counter's new start.
+        """
+        for name in [name for name in self._counts if name not in registered]:
+            del self._counts[name]
+            self._changed.pop(name, None)
         for count in self._changed.values():
             count.write()
         self._changed.clear()

@@ -21,6 +21,8 @@ from server.engine.sampling.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
+MAX_PROMPT_SCORES = 1 << 20
+"""Log-probabilities of prompts in one reply: about 30 MB, which take a third of a second to write."""
 
 
 class RefusedError(Exception):
@@ -76,6 +78,7 @@ class Admission:
         max_kept: float = inf,
         num_ids: int | None = None,
         grammars: Grammars | None = None,
+        max_merged: float = inf,
     ) -> None:
         """`num_ids`: tokens below it are known to the model; None: those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
@@ -85,6 +88,8 @@ class Admission:
         """Adapters that can be resident together."""
         self._max_kept = max_kept
         """Entries of B that can be, at most: the adapters' exact sizes are known when they were read."""
+        self._max_merged = max_merged
+        """The same of adapters that are read to be merged into one."""
         self._grammars = grammars
         """None where the base model can follow none."""
 
@@ -127,8 +132,8 @@ class Admission:
             max_tokens = self._max_tokens(ask, field, len(ids))
             if outside := [token for token in ids if not 0 <= token < self._num_ids]:
                 raise RefusedError("prompt", f"has the token {outside[0]}, expected 0 to {self._num_ids - 1}")
-            # Only who sees the prompt again needs its text.
-            text, offsets = text_of(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", (0,) * len(ids))
+            # Only who sees the prompt again needs its text and offsets.
+            text, offsets = text_of(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", ())
             return text, ids, offsets, max_tokens
         text = ask.prompt if isinstance(ask.prompt, str) else ""
         if not isinstance(ask.prompt, str):
@@ -136,7 +141,8 @@ class Admission:
         encoding = encode(self.tokenizer, text)
         # Its lists are made only of what is not refused: a long text's would take seconds.
         max_tokens = self._max_tokens(ask, field, len(encoding))
-        return text, tuple(encoding.ids), tuple(start for start, _ in encoding.offsets), max_tokens
+        offsets = tuple(start for start, _ in encoding.offsets) if ask.echo else ()
+        return text, tuple(encoding.ids), offsets, max_tokens
 
     def _check_merge(
         self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float], policy: Sequence[tuple[Summary, float]]
@@ -154,14 +160,9 @@ class Admission:
             raise RefusedError("adapter", f"names {len(adapters)} adapters{beside}, expected at most {self._max_terms}")
         # Merges that are no sums keep fewer entries than their parts; how many is not known before.
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
-        num_kept = sum({of.digest: of.num_kept for of, weight in summed if weight}.values())
-        if num_kept > self._max_kept:
-            said = "which keep" if len(summed) > 1 else "which keeps"
-            raise RefusedError(
-                "adapter",
-                f"names {', '.join(repr(of.name) for of, _ in summed)}, {said} {num_kept} entries of B, "
-                f"expected at most {int(self._max_kept)}, for which there is memory (--resident-gib)",
-            )
+        _check_kept(summed, self._max_kept)
+        if not is_sum:  # all are in memory while they are merged, those of weight 0 too
+            _check_kept([(of, 1.0) for of in adapters], self._max_merged, f" for {ask.merge.method!r}")
 
     def _check_grammar(self, ask: Ask) -> None:
         if not (grammar := ask.grammar):
@@ -235,3 +236,23 @@ class Admission:
         if not ask.max_tokens and not ask.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
         return ask.max_tokens
+
+
+def check_scores(requests: Sequence[Request]) -> None:
+    """Raises `RefusedError` where the prompts of what is answered in one reply have more log-probabilities than one can hold."""
+    scored = [(of, 1 + of.num_logprobs) for of in requests if of.echo and of.num_logprobs is not None]
+    num_scores = sum(of.num_choices * len(of.prompt_ids) * num_each for of, num_each in scored)
+    if num_scores > MAX_PROMPT_SCORES:
+        found = f"with echo, these prompts and n ask for {num_scores} log-probabilities of prompt tokens"
+        raise RefusedError("logprobs", f"{found}, expected at most {MAX_PROMPT_SCORES} in one reply")
+
+
+def _check_kept(adapters: Sequence[tuple[Summary, float]], most: float, what_for: str = "") -> None:
+    num_kept = sum({of.digest: of.num_kept for of, weight in adapters if weight}.values())
+    if num_kept > most:
+        said = "which keep" if len(adapters) > 1 else "which keeps"
+        raise RefusedError(
+            "adapter",
+            f"names {', '.join(repr(of.name) for of, _ in adapters)}, {said} {num_kept} entries of B, "
+            f"expected at most {int(most)}{what_for}, for which there is memory (--resident-gib)",
+        )

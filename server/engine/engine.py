@@ -54,8 +54,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Marks a request: the next step frees all that it owns. One that has ended is none of our business."""
         for sequence in self._by_id.get(request_id, ()):
-            sequence.is_aborted = True
-        self.scheduler.wake()
+            self.scheduler.abort(sequence)
 
     @property
     def can_step(self) -> bool:
@@ -128,8 +127,9 @@ class Engine:
             self._fail(sequence, outcome.fault or OVERFLOW, "grammar" if outcome.fault and sequence.request.grammar else "engine")
             return
         if must_score(sequence):
+            logprobs = self._replies[sequence].prompt_logprobs(chunk.start + 1, outcome.prompt_scores)
             for other in self._by_id[sequence.request.id]:
-                self._replies[other].score_prompt(chunk.start + 1, outcome.prompt_scores)
+                self._replies[other].note_prompt(logprobs)
         self.scheduler.commit(chunk, token)
         reply = self._replies[sequence]
         reply.begin()

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from server.engine.request import DoneEvent, Event, FinishReason, Sequence, TextEvent, TokenLogprob
 from server.engine.stopwatch import Stopwatch
-from server.engine.text import TextStream
+from server.engine.text import TextStream, token_text
 
 Emit = Callable[[Event], None]
 Score = tuple[float, Mapping[int, float]]
@@ -39,18 +39,18 @@ class Reply:
             include_stop=request.include_stop,
         )
 
-    def score_prompt(self, start: int, scores: Items[Score]) -> None:
-        """Notes the scores of the prompt's tokens from `start` on, once, however often they are computed."""
+    def prompt_logprobs(self, start: int, scores: Items[Score]) -> list[TokenLogprob]:
+        """Returns what is told of the prompt's tokens from `start` on, but of those that were noted before."""
         request = self.sequence.request
-        if not self._num_scored:
-            self._logprobs.append(
-                self._logprob(request.prompt_ids[0], request.prompt_offsets[0], None, {})
-            )  # which nothing predicts
-            self._num_scored = 1
-        for place, (value, top) in enumerate(scores, start):
-            if place >= self._num_scored:
-                self._logprobs.append(self._logprob(request.prompt_ids[place], request.prompt_offsets[place], value, top))
-                self._num_scored = place + 1
+        found: list[tuple[int, float | None, Mapping[int, float]]] = [(0, None, {})]  # which nothing predicts
+        found += [(place, value, top) for place, (value, top) in enumerate(scores, start)]
+        ids, offsets, num_known = request.prompt_ids, request.prompt_offsets, self._num_scored
+        return [self._logprob(ids[place], offsets[place], value, top) for place, value, top in found if place >= num_known]
+
+    def note_prompt(self, logprobs: Items[TokenLogprob]) -> None:
+        """Notes what comes next of the prompt's tokens; all choices of a request share it."""
+        self._logprobs += logprobs
+        self._num_scored += len(logprobs)
 
     def begin(self) -> None:
         """Tells the prompt, where it is to be echoed, and the scores of what was computed of it; the prompt once."""
@@ -92,5 +92,5 @@ class Reply:
     def _logprob(self, token: int, offset: int, value: float | None, top: Mapping[int, float]) -> TokenLogprob:
         alike: dict[str, float] = {}
         for other, score in top.items():  # the likeliest first: of tokens that look the same it stays
-            alike.setdefault(self.tokenizer.decode([other], skip_special_tokens=False), score)
-        return TokenLogprob(self.tokenizer.decode([token], skip_special_tokens=False), offset, value, alike)
+            alike.setdefault(token_text(self.tokenizer, other), score)
+        return TokenLogprob(token_text(self.tokenizer, token), offset, value, alike)

@@ -76,7 +76,7 @@ class Request:
     prompt_text: str
     prompt_ids: tuple[int, ...]
     prompt_offsets: tuple[int, ...]
-    """Where each prompt token begins in `prompt_text`, in characters."""
+    """Where each prompt token begins in `prompt_text`, in characters; none without `echo`: they take much memory."""
     max_tokens: int
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
@@ -211,7 +211,6 @@ class Sequence:
     """What its full blocks are found by in the prefix cache, as far as they were asked for."""
     deadline: float | None = None
     """When its time is up, in monotonic seconds."""
-    is_aborted: bool = False
     residents: tuple[tuple[str, float], ...] = field(init=False)
     """As its request's: what must be resident while it runs."""
     terms: list[tuple[int, float]] | None = None

@@ -31,7 +31,7 @@ def measure_step_cost(
     def chunk(size: int, start: int = 0, first_block: int = 0) -> Chunk:
         # The last of its sequence: what is sampled after it is waited for, on any device.
         ids = tuple(place * 7919 % num_ids for place in range(start + size))
-        request = Request(id="timed", prompt_text="", prompt_ids=ids, prompt_offsets=(0,) * len(ids), max_tokens=1)
+        request = Request(id="timed", prompt_text="", prompt_ids=ids, prompt_offsets=(), max_tokens=1)
         sequence = Sequence(request, blocks=list(range(first_block, first_block - (-len(ids) // block_size))))
         sequence.terms = []
         return Chunk(sequence, start, start + size)

@@ -20,6 +20,12 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
 
 
+@lru_cache(maxsize=1 << 16)
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Returns the text of a token by itself, also of one that is no text."""
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
 class TextStream:
     """The text of one sequence's output. `is_stopped` once a stop string was met; text from it on is never given out, nor the
     stop string, but with `include_stop`.

@@ -89,7 +89,7 @@ async def hub_body(http: Request, max_bytes: int) -> HubBody:
     async for chunk in http.stream():
         content += chunk
         if len(content) > max_bytes:
-            raise HTTPException(413, f"the body is longer than {max_bytes} bytes", {"Connection": "close"})
+            raise HTTPException(413, f"the body is longer than {max_bytes} bytes (--max-body-bytes)", {"Connection": "close"})
     try:
         return HubBody.model_validate(read_json(content))
     except JsonError as error:

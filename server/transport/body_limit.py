@@ -14,26 +14,32 @@ CLOSE = {"Connection": "close"}
 PLAIN = {b"content-encoding": ("Content-Encoding", "identity"), b"transfer-encoding": ("Transfer-Encoding", "chunked")}
 """How headers are called and what they may say of a body that is sent as it is."""
 MAX_SHOWN = 64
+BYTES_PER_S = 128 * 1024
+"""What a slow line brings. A second more for so many bytes: who sends less holds a connection hardly longer."""
 
 
 class BodyLimit:
-    """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it; 408 after `max_s` seconds.
+    """Answers 413 to a body of more than `max_bytes` bytes, and never holds more than that of it.
 
-    A coding, which would be read as if it were none, is 400.
+    It answers 408 where nothing of a body comes for `max_s` seconds, or it takes more than these and a second for each
+    `BYTES_PER_S`. A coding, which would be read as if it were none, is 400.
 
-    `others` has the limits of single routes, by method and path.
+    `uploads` has the limits of routes that take uploads, by method and path.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float, others: Mapping[tuple[str, str], int]) -> None:
-        self._app, self._max_bytes, self._max_s, self._others = app, max_bytes, max_s, others
+    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float, uploads: Mapping[tuple[str, str], int]) -> None:
+        self._app, self._max_bytes, self._max_s, self._uploads = app, max_bytes, max_s, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, counting what it sends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        max_bytes = self._others.get((scope["method"], scope["path"]), self._max_bytes)
-        said = f"the body is longer than {max_bytes} bytes"
+        route = (scope["method"], scope["path"])
+        max_bytes, flag = self._max_bytes, "--max-body-bytes"
+        if route in self._uploads:
+            max_bytes, flag = self._uploads[route], "--max-upload-bytes"
+        said = f"the body is longer than {max_bytes} bytes ({flag})"
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if int(told) > max_bytes:
             await _refusal(413, said)(scope, receive, send)
@@ -43,11 +49,11 @@ class BodyLimit:
             return
         num_bytes = 0
         is_coming = True
-        deadline = anyio.current_time() + self._max_s
+        end = anyio.current_time() + self._max_s
 
         async def counted() -> Message:
             nonlocal num_bytes, is_coming
-            message = await self._in_time(receive, deadline) if is_coming else await receive()
+            message = await self._in_time(receive, end + num_bytes / BYTES_PER_S) if is_coming else await receive()
             is_coming = message.get("more_body", False)
             num_bytes += len(message.get("body", b""))
             if num_bytes > max_bytes:
@@ -56,10 +62,11 @@ class BodyLimit:
 
         await self._app(scope, counted, send)
 
-    async def _in_time(self, receive: Receive, deadline: float) -> Message:
-        with anyio.CancelScope(deadline=deadline):
+    async def _in_time(self, receive: Receive, end: float) -> Message:
+        with anyio.CancelScope(deadline=min(end, anyio.current_time() + self._max_s)):
             return await receive()
-        raise HTTPException(408, f"the body did not come whole within {self._max_s:g} s", CLOSE)
+        allowed = f"{self._max_s:g} s (--max-body-s) and a second for each {BYTES_PER_S} bytes"
+        raise HTTPException(408, f"the body did not come whole within {allowed}", CLOSE)
 
 
 def _refusal(status: int, said: str) -> JSONResponse:

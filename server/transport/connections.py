@@ -10,6 +10,8 @@ import uvicorn
 
 PATIENCE_S = 1.0
 """For a connection of which something has come just as it should be closed."""
+WITHOUT_DESCRIPTOR = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""The default would open one, and there may be none left."""
 
 
 class Cycle(Protocol):
@@ -67,7 +69,7 @@ class Waiting:
 
 def is_readable(of: HasFileno) -> bool:
     """Whether something has come that nobody has taken: bytes, the end, or on a socket that listens a connection."""
-    with selectors.DefaultSelector() as selector:
+    with WITHOUT_DESCRIPTOR() as selector:
         try:
             selector.register(of.fileno(), selectors.EVENT_READ)
         except (ValueError, OSError):

@@ -70,6 +70,9 @@ class FakeGate:
         self.held[sequence] = "loading" if any(self.resident[digest] for digest in wanted) else "ready"
         return self.held[sequence]
 
+    def is_behind(self, _: Sequence) -> bool:
+        return False
+
     def unpin(self, sequence: Sequence) -> None:
         del self.held[sequence]
 

@@ -152,7 +152,7 @@ def test_a_request_without_adapters_is_for_the_base(admission: Admission) -> Non
 
 
 def test_a_prompt_stands_as_it_is(admission: Admission) -> None:
-    request = admission.admit(Ask(prompt="aé€😀z", adapters=("math",)))
+    request = admission.admit(Ask(prompt="aé€😀z", adapters=("math",), echo=True))
     assert request.prompt_text == "aé€😀z"
     assert request.prompt_offsets == (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4)
     assert len(request.prompt_ids) == len(request.prompt_offsets)
@@ -240,6 +240,17 @@ def test_adapters_for_which_there_is_no_memory_together_are_refused(
     assert small.admit(Ask(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties"))).residents
 
 
+def test_what_is_read_to_be_merged_fits_in_memory_or_is_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
+    both = sum(registry.by_name[name].summary.num_kept for name in ("math", "safety"))
+    ask = Ask(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0), merge=MergeOptions("ties"))
+    assert Admission(tokenizer, registry, CONTEXT, max_merged=both).admit(ask).residents
+    small = Admission(tokenizer, registry, CONTEXT, max_terms=2, max_merged=both - 1)
+    error = refusal(small, ask)
+    assert error.field == "adapter"
+    assert f"names 'math', 'safety', which keep {both} entries of B, expected at most {both - 1} for 'ties'" in str(error)
+    assert small.admit(replace(ask, merge=MergeOptions())).residents
+
+
 def test_a_merge_that_is_built_once_takes_one_place_however_many_adapters_it_has(
     tokenizer: PreTrainedTokenizerFast, registry: Registry
 ) -> None:
@@ -285,9 +296,10 @@ def test_tokens_stand_as_they_are_and_have_their_text_where_it_is_seen(admission
     request = admission.admit(Ask(prompt=TokenPrompt(text.prompt_ids), echo=echo))
     assert request.prompt_ids == text.prompt_ids
     assert request.max_tokens == text.max_tokens
-    assert len(request.prompt_offsets) == len(request.prompt_ids)
+    assert len(request.prompt_offsets) == (len(request.prompt_ids) if echo else 0)
+    assert request.prompt_offsets == text.prompt_offsets
     if echo:
-        assert (request.prompt_text, request.prompt_offsets) == (text.prompt_text, text.prompt_offsets)
+        assert request.prompt_text == text.prompt_text
 
 
 def test_what_the_model_knows_beyond_the_tokenizer_may_be_named(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent
+from server.engine.text import token_text
 from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -95,6 +96,17 @@ def test_the_prompt_s_logprobs_are_told_once_where_it_is_computed_in_many_chunks
     rig = build(writer_model, max_step_tokens=9)
     heard = run(rig, Ask(prompt=FOX * 3, max_tokens=2, sampling=WARM, echo=True, num_logprobs=0, num_choices=3))
     assert [len(one.logprobs) for one in heard] == [len(FOX) * 3 + 2] * 3
+
+
+def test_the_prompt_s_logprobs_are_written_once_for_all_choices_and_a_token_s_text_once_for_all_requests(rig: Rig) -> None:
+    """Each choice had each of its prompt's tokens and of their alternatives decoded for itself."""
+    ask = Ask(prompt=FOX * 2, max_tokens=1, sampling=WARM, seed=1, echo=True, num_logprobs=5, num_choices=4)
+    first, *others = (one.logprobs[:-1] for one in run(rig, ask))
+    assert len(first) == len(FOX) * 2
+    assert all(ours is theirs for other in others for ours, theirs in zip(first, other, strict=True))
+    num_decoded = token_text.cache_info().misses
+    run(rig, ask)
+    assert token_text.cache_info().misses == num_decoded
 
 
 def test_a_choice_that_stops_early_lets_the_others_go_on(rig: Rig) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from lori.adapter import Adapter
 from lori.config_file import CONFIG_FILE
+from lori.entry import Entry
 from lori.format import WEIGHTS_FILE
 from lori.kernels.layout import Layout
 from lori.merge import merge
 from lori.merge_options import MERGE_METHODS, MergeMethod, MergeOptions
-from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
+from lori.packed_adapter import Layouts, PackedAdapter, PackedReader, pack_adapter
 from lori.store import AdapterStore
 from lori.summary import summarise
 from server.engine.adapters.loader import Loaded, Loader, named
@@ -32,11 +33,13 @@ LIMIT_S = 60
 class Desk:
     """A loader on a store of three adapters, and what came of it."""
 
-    def __init__(self, place: Path, adapters: Sequence[Adapter], reader: PackedReader | None = None) -> None:
+    def __init__(
+        self, place: Path, adapters: Sequence[Adapter], reader: PackedReader | None = None, num_fetched: int = 1
+    ) -> None:
         self.place, self.adapters = place, {adapter.name: adapter for adapter in adapters}
         entries = AdapterStore(place).current()
         self.registry: Registry = make_registry(entries, summarise(entries, BASE))
-        self.loader = Loader(self.registry, reader or PackedReader(BASE, LAYOUTS))
+        self.loader = Loader(self.registry, reader or PackedReader(BASE, LAYOUTS), num_fetched)
         self.has_news = threading.Semaphore(0)
         self.loader.notify = self.has_news.release
 
@@ -198,6 +201,71 @@ class SlowReader:
         assert self.may_read.wait(LIMIT_S)
         self.num_read += 1
         raise ValueError("enough")
+
+
+class SlowMergeReader(PackedReader):
+    """Lets no merge end before it may, and no adapter where that is said."""
+
+    def __init__(self) -> None:
+        self.num_merging, self.is_merging, self.may_merge = 0, threading.Event(), threading.Event()
+        self.is_reading, self.may_read = threading.Event(), threading.Event()
+        self.may_read.set()
+        super().__init__(BASE, LAYOUTS)
+
+    def read_entry(self, entry: Entry) -> PackedAdapter:
+        self.is_reading.set()
+        assert self.may_read.wait(LIMIT_S)
+        return super().read_entry(entry)
+
+    @property
+    def layouts(self) -> Layouts:
+        if threading.current_thread().name.startswith("merges"):
+            self.num_merging += 1
+            self.is_merging.set()
+            assert self.may_merge.wait(LIMIT_S)
+        return LAYOUTS
+
+    @layouts.setter
+    def layouts(self, _: Layouts) -> None:
+        pass
+
+
+def test_adapters_are_read_while_others_are_merged_one_merge_after_the_other(tmp_path: Path) -> None:
+    """Merges held the lock that readers need, and eight of them could have all their parts in memory at once."""
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
+    reader = SlowMergeReader()
+    desk = Desk(tmp_path, adapters, reader, num_fetched=8)
+    merges = [desk.request("a", "b", merge=MergeOptions(method)) for method in ("ties", "magnitude")]
+    for of in merges:
+        desk.loader.start(of.residents[0][0], of)
+    assert reader.is_merging.wait(LIMIT_S)
+    (loaded,) = desk.load(desk.request("c"))
+    assert_same(loaded.packed, pack_adapter(desk.adapters["c"], LAYOUTS))
+    assert reader.num_merging == 1
+    reader.may_merge.set()
+    for _ in merges:
+        assert desk.has_news.acquire(timeout=LIMIT_S)
+    assert [one.fault for one in desk.loader.collect()] == ["", ""]
+    desk.loader.close()
+
+
+def test_a_merge_that_was_waited_for_keeps_no_adapter_from_being_waited_for(tmp_path: Path) -> None:
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
+    reader = SlowMergeReader()
+    desk = Desk(tmp_path, adapters, reader)
+    merged, single = desk.request("a", "b", merge=MergeOptions("ties")), desk.request("c")
+    desk.loader.start(merged.residents[0][0], merged)
+    assert reader.is_merging.wait(LIMIT_S)
+    desk.loader.wait(0.0)
+    reader.may_read.clear()
+    desk.loader.start(single.residents[0][0], single)
+    assert reader.is_reading.wait(LIMIT_S)
+    timer = threading.Timer(0.05, reader.may_read.set)
+    timer.start()
+    desk.loader.wait(LIMIT_S)
+    assert [one.digest for one in desk.loader.collect()] == [single.residents[0][0]]
+    reader.may_merge.set()
+    desk.loader.close()
 
 
 def test_what_is_read_is_waited_for(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_timings_are_observed_by_choice() -> None:
 )
 def test_ends_are_counted_by_vllm_s_reasons(last: DoneEvent | ErrorEvent | None, reason: str) -> None:
     of = account(names=("math",))
+    of.metrics.watch_adapters(lambda: ["math"], tuple)
     of.hear(TextEvent("x"))
     of.hear(TextEvent("x"))
     if last:
@@ -219,10 +220,27 @@ def test_of_many_adapters_those_that_are_not_resident_are_left_out() -> None:
 
 def test_counts_are_told_as_they_are_now() -> None:
     metrics = Metrics("fake")
+    metrics.watch_adapters(lambda: ["math", 'qu"o\\te'], tuple)
     for total in (1, 2, 3):
         metrics.count_admitted(["math", 'qu"o\\te'])
         assert value(metrics, "lori:adapter_requests_total", adapter="math") == total
         assert value(metrics, "lori:adapter_requests_total", adapter='qu"o\\te') == total
+
+
+def test_what_is_registered_no_more_is_forgotten_and_told_no_more() -> None:
+    """Where names come and go, /metrics grew for ever."""
+    metrics, names = Metrics("fake"), ["math", "gone"]
+    metrics.watch_adapters(lambda: names, tuple)
+    metrics.count_admitted(names)
+    assert b"gone" in metrics.text()
+    names.remove("gone")
+    metrics.count_tokens(["math", "gone"], 3, 4)
+    assert b"gone" not in metrics.text()
+    assert metrics.adapters._counts.keys() == {"math"}
+    assert value(metrics, "lori:adapter_tokens_total", adapter="math", kind="generated") == 4
+    names.append("gone")
+    metrics.count_admitted(["gone"])
+    assert value(metrics, "lori:adapter_requests_total", adapter="gone") == 1
 
 
 def test_scraping_does_not_meet_the_engine_s_changes() -> None:

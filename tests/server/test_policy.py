@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from server.access.caller import Caller
 from server.access.keys import parse_keys
 from server.access.policy import check_policies
 
@@ -55,3 +56,25 @@ def test_policies_are_checked_whole_and_idle_patterns_are_said(caplog: pytest.Lo
     ]
     assert all(record.levelno == logging.WARNING for record in caplog.records)
     assert not check_policies(parse_keys(b"[tenants.b]\npolicy = { safety = 1 }", "x"), KNOWN.get, [])
+
+
+def test_patterns_are_not_held_against_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand tenants and ten thousand adapters that took seconds, and a key that was taken out counted meanwhile."""
+    names = [f"{tenant}-{kind}" for kind in ("math", "law") for tenant in range(500)]
+    content = "\n".join(f'[tenants.t{number}]\nadapters = ["{number}-*", "{number}-mat[gh]"]' for number in range(499, -1, -1))
+    keys, may_use = parse_keys(content.encode(), "x"), Caller.may_use
+    asked: list[str] = []
+
+    def counted(self: Caller, name: str) -> bool:
+        asked.append(name)
+        return may_use(self, name)
+
+    monkeypatch.setattr(Caller, "may_use", counted)
+    assert not check_policies(keys, KNOWN.get, names)
+    assert len(asked) < 4 * 500
+
+
+@pytest.mark.parametrize("pattern", ["math", "ma?h", "m*", "*h", "[lm]ath", "math-?", "[!a]ath", "ma*-2", "secre[t]"])
+def test_a_pattern_that_fits_a_name_is_found_wherever_its_wildcard_is(pattern: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_policies(parse_keys(f'[tenants.a]\nadapters = ["{pattern}"]'.encode(), "x"), KNOWN.get, reversed(NAMES))
+    assert not caplog.records

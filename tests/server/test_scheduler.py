@@ -1,5 +1,7 @@
 """Which sequences run in a step, and how much of each."""
 
+from typing import NoReturn
+
 import pytest
 
 from server.engine.request import Sequence
@@ -260,7 +262,7 @@ def test_aborting_a_running_sequence_frees_its_blocks() -> None:
     one = added(it, request(12, 4))
     other = added(it, request(text=1))
     run_step(it)
-    one.is_aborted = True
+    it.abort(one)
     assert it.drop_aborted() == [one]
     it.check_integrity()
     assert it.cache.num_available == 4
@@ -273,7 +275,7 @@ def test_aborting_a_waiting_sequence_lets_the_next_one_in() -> None:
     large = added(it, request(10, 4, text=1))
     small = added(it, request(1, 1, text=2))
     run_step(it)
-    large.is_aborted = True
+    it.abort(large)
     assert it.drop_aborted() == [large]
     assert [c.sequence for c in run_step(it)] == [running, small]
     assert it.drop_aborted() == []
@@ -298,11 +300,24 @@ def test_those_whose_time_is_up_are_dropped_wherever_they_are() -> None:
     assert len(never.output_ids) == 4
 
 
-def test_any_that_a_predicate_picks_are_dropped() -> None:
+class Unsearched(dict[Sequence, None]):
+    """Fails where anybody looks through it."""
+
+    def __iter__(self) -> NoReturn:
+        raise AssertionError("a step should not take longer for those that wait")
+
+
+def test_those_that_were_aborted_are_dropped_and_nobody_looks_through_the_others() -> None:
     it = scheduler(max_sequences=1)
-    first, second, third = (added(it, request(max_tokens=m)) for m in (4, 5, 6))
+    first, second, third, ended = (added(it, request(max_tokens=m)) for m in (4, 5, 6, 7))
     run_step(it)
-    assert set(it.drop(lambda s: s.request.max_tokens != 5)) == {first, third}
+    it.waiting = Unsearched(it.waiting)
+    for sequence in (third, first, ended):
+        it.abort(sequence)
+    it.finish(ended)
+    assert it.drop_aborted() == [third, first]
+    assert it.drop_aborted() == []
+    it.waiting = {second: None}
     it.check_integrity()
     assert [c.sequence for c in run_step(it)] == [second]
 
@@ -418,6 +433,32 @@ def test_who_loads_passes_another_that_was_loading_and_finds_it_full() -> None:
     assert first in {c.sequence for c in run_step(it)}
 
 
+class BusyGate(FakeGate):
+    """Reads for nobody in `behind`."""
+
+    behind: tuple[Sequence, ...] = ()
+
+    def is_behind(self, sequence: Sequence) -> bool:
+        return sequence in self.behind
+
+
+def test_who_waits_until_others_are_read_is_not_asked_about_meanwhile_and_others_pass() -> None:
+    """A thousand adapters that were asked for at once were all asked about in every step."""
+    gate = BusyGate(delays={"a": 5, "b": 5})
+    it = scheduler(gate=gate)
+    read, behind = added(it, request(adapters=["a"])), added(it, request(adapters=["b"]))
+    assert run_step(it) == []
+    gate.behind, gate.asked = (behind,), []
+    base = added(it, request(8, 1))
+    assert [c.sequence for c in run_step(it)] == [base]
+    assert gate.asked == [read, base]
+    gate.behind = ()
+    while it.has_work:
+        gate.tick()
+        it.wake()
+        run_step(it)
+
+
 def test_an_engine_that_sleeps_steps_when_one_that_held_up_others_is_dropped() -> None:
     gate = FakeGate(num_slots=1, delays={"cold": 9})
     it = scheduler(gate=gate)
@@ -425,7 +466,7 @@ def test_an_engine_that_sleeps_steps_when_one_that_held_up_others_is_dropped() -
     behind = added(it, request(adapters=["a"]))
     assert run_step(it) == []
     assert not it.can_step
-    loading.is_aborted = True
+    it.abort(loading)
     it.drop_aborted()
     assert it.can_step
     assert [c.sequence for c in run_step(it)] == [behind]
@@ -440,7 +481,7 @@ def test_what_is_held_for_a_sequence_is_let_go_when_it_is_dropped() -> None:
     run_step(it)
     assert gate.held == {loading: "loading", running: "ready"}
     for sequence in (loading, running, full):
-        sequence.is_aborted = True
+        it.abort(sequence)
         it.drop_aborted()
         assert sequence not in gate.held
     assert not gate.held
@@ -508,7 +549,7 @@ def test_a_choice_that_waits_for_the_prompt_can_be_dropped() -> None:
     it = scheduler(max_tokens=8)
     choices = added_choices(it, request(18, 2, num_choices=3))
     run_step(it)
-    choices[1].is_aborted = True
+    it.abort(choices[1])
     assert it.drop_aborted() == [choices[1]]
     run(it)
     assert [len(s.output_ids) for s in choices] == [2, 0, 2]
@@ -519,7 +560,7 @@ def test_all_choices_are_dropped_at_once() -> None:
     choices = added_choices(it, request(18, 2, num_choices=3))
     run_step(it)
     for sequence in choices:
-        sequence.is_aborted = True
+        it.abort(sequence)
     assert set(it.drop_aborted()) == set(choices)
     assert not it.has_work
     it.check_integrity()

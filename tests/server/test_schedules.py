@@ -125,12 +125,15 @@ class Run:
         if loaded:
             self.it.wake()
         if "bad" in loaded:
-            self.ended.update(self.it.drop(lambda s: "bad" in digests(s)))
+            failed = [s for s in (*self.it.waiting, *self.it.running) if "bad" in digests(s)]
+            for sequence in failed:
+                self.it.finish(sequence)
+            self.ended.update(failed)
             self.gate.resident.pop("bad", None)
         for sequence in self.cancelled_at[self.step]:
-            sequence.is_aborted = True
+            self.it.abort(sequence)
         aborted, expired = self.it.drop_aborted(), self.it.drop_expired(self.step)
-        assert not any(s.is_aborted for s in (*self.it.waiting, *self.it.running))
+        assert not any(s in self.cancelled_at[self.step] for s in (*self.it.waiting, *self.it.running))
         assert not any(s.deadline is not None and s.deadline <= self.step for s in (*self.it.waiting, *self.it.running))
         self.ended.update(aborted + expired)
         self.it.check_integrity()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -12,8 +13,9 @@ from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import PolicyError
-from server.engine.admission import Admission, Ask, RefusedError
+from server.engine.admission import MAX_PROMPT_SCORES, Admission, Ask, RefusedError
 from server.engine.engine import Engine
+from server.engine.prompt import TokenPrompt
 from server.engine.request import DoneEvent, Request
 from server.engine.thread import EngineThread
 from server.errors import BusyError
@@ -147,5 +149,31 @@ def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_not
         assert service.num_requests == 0
         assert using(service) == [(0, 0), (0, 0)]
         assert asked(service, "math") == 0
+
+    run(service, test())
+
+
+def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
+    admission = Admission(tokenizer, Registry([]), MAX_PROMPT_SCORES)
+    service = Service(Settings(max_requests=2), "fake", Registry([]), admission, engine, metrics)
+    length = MAX_PROMPT_SCORES // 2**5
+    ask = Ask(prompt=TokenPrompt((1,) * length), echo=True, num_logprobs=7, num_choices=2, max_tokens=0)
+
+    async def test() -> None:
+        async with service.admitted([ask, ask], Caller()):
+            pass
+        for more in (
+            replace(ask, num_logprobs=8),
+            replace(ask, num_choices=3),
+            replace(ask, prompt=TokenPrompt((1,) * (length + 1))),
+        ):
+            with pytest.raises(RefusedError, match=f"expected at most {MAX_PROMPT_SCORES} in one reply") as caught:
+                async with service.admitted([ask, more], Caller()):
+                    pass
+            assert caught.value.field == "logprobs"
+            async with service.admitted([replace(more, echo=False, max_tokens=1)], Caller()):
+                pass
+        assert service.num_requests == 0
 
     run(service, test())

@@ -41,7 +41,7 @@ def test_a_body_that_stalls_is_408_and_ends_its_connection(
         assert b"connection: close" in head.lower()
         error = json.loads(body)["error"]
         assert (error["type"], error["code"]) == ("TimeoutError", 408)
-        assert error["message"] == "the body did not come whole within 0.2 s"
+        assert error["message"] == "the body did not come whole within 0.2 s (--max-body-s) and a second for each 131072 bytes"
         assert service.num_requests == 0
         assert client.post("/generate", json={"prompt": "x"}).status_code == 200
 

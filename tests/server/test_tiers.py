@@ -323,6 +323,33 @@ def test_no_more_are_read_at_a_time_than_the_limit(loader: FakeLoader) -> None:
     assert tiers.pin(wanting("0")) == "ready", "what is there needs no reading"
 
 
+def test_who_wants_what_is_not_read_while_as_many_are_as_may_be_is_behind(loader: FakeLoader) -> None:
+    tiers = fake_tiers(loader, num_slots=10, max_loading=2)
+    resident = run(tiers, loader, "r")
+    first, second = wanting("a"), wanting("b")
+    late, both, same = wanting("c"), wanting("r", "c"), wanting("r", "b")
+    assert tiers.pin(first) == "loading"
+    assert not any(tiers.is_behind(of) for of in (first, late)), "there is room for one more"
+    assert tiers.pin(second) == "loading"
+    assert tiers.is_behind(late)
+    assert tiers.is_behind(both)
+    assert not any(tiers.is_behind(of) for of in (first, second, same))
+    load(tiers, loader, "a")
+    assert not tiers.is_behind(first)
+    assert tiers.is_behind(late)
+    assert tiers.pin(first) == "ready"
+    assert not tiers.is_behind(late)
+    end(tiers, resident, first)
+
+
+def test_who_waits_longest_is_not_behind(loader: FakeLoader) -> None:
+    """It may have more read than others may, and is asked about so that it does."""
+    tiers = fake_tiers(loader, num_slots=10, max_loading=1)
+    one = wanting("a", "b")
+    assert tiers.pin(one) == "loading"
+    assert not tiers.is_behind(one)
+
+
 @pytest.mark.parametrize("fault", ["", "it is torn"])
 def test_loads_that_nobody_waits_for_any_more_give_their_place_up(loader: FakeLoader, fault: str) -> None:
     tiers = fake_tiers(loader, num_slots=100)

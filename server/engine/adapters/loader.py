@@ -1,4 +1,4 @@
-"""Reads adapters in a thread of its own: checked, merged where that is asked for, and packed for the kernels."""
+"""Reads adapters in threads of its own: checked, merged where that is asked for, and packed for the kernels."""
 
 import logging
 import threading
@@ -39,13 +39,17 @@ class Loader:
     """Reads what requests name. `notify` is called, from any thread, whenever something was read."""
 
     def __init__(self, registry: Registry, reader: PackedReader, num_fetched: int = 1) -> None:
-        """`num_fetched` adapters may be fetched at once, where they lie elsewhere; one at a time takes a core."""
+        """`num_fetched` adapters may be fetched at once, where they lie elsewhere; one at a time takes a core.
+
+        Merges are made one after the other, for all that is merged is in memory meanwhile, and keep no adapter from being read.
+        """
         self._registry, self._reader = registry, reader
         self._pool = ThreadPoolExecutor(max_workers=num_fetched, thread_name_prefix="adapters")
+        self._merges = ThreadPoolExecutor(max_workers=1, thread_name_prefix="merges")
         self._lock, self._packing = threading.Lock(), threading.Lock()
         self._reading: dict[str, Future[Loaded]] = {}
         self._is_closed = False
-        self._awaited: Future[Loaded] | None = None
+        self._awaited: set[Future[Loaded]] = set()
         self.notify: Callable[[], None] = lambda: None
 
     @property
@@ -62,30 +66,32 @@ class Loader:
         with self._lock:
             if digest in self._reading or self._is_closed:
                 return
-            future = self._reading[digest] = self._pool.submit(self._load, digest, request)
+            pool = self._merges if digest == request.merged_digest else self._pool
+            future = self._reading[digest] = pool.submit(self._load, digest, request)
         future.add_done_callback(lambda _: self.notify())
 
     def wait(self, timeout_s: float) -> None:
         """Waits, no longer than that and once for each, until the one that is being read now is there."""
         with self._lock:
-            reading = next((future for future in self._reading.values() if future.running()), None)
-        if reading and reading is not self._awaited:
-            self._awaited = reading
+            reading = next((of for of in self._reading.values() if of.running() and of not in self._awaited), None)
+            if reading:
+                self._awaited.add(reading)
+        if reading:
             wait([reading], timeout_s)
 
     def collect(self) -> list[Loaded]:
         """Returns what was read since the last call."""
         with self._lock:
             ended = [digest for digest, future in self._reading.items() if future.done()]
-            if self._awaited and self._awaited.done():
-                self._awaited = None
+            self._awaited = {future for future in self._awaited if not future.done()}
             return [self._reading.pop(digest).result() for digest in ended if not self._reading[digest].cancelled()]
 
     def close(self) -> None:
-        """Ends the thread; what is not begun is never read."""
+        """Ends the threads; what is not begun is never read."""
         with self._lock:
             self._is_closed = True
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._merges, self._pool):
+            pool.shutdown(cancel_futures=True)
 
     def _load(self, digest: str, request: Request) -> Loaded:
         started = time.perf_counter()
@@ -103,9 +109,7 @@ class Loader:
 
     def _pack(self, digest: str, request: Request) -> PackedAdapter:
         if digest == request.merged_digest:
-            adapters = self._parts(request)
-            with self._packing:
-                return pack_adapter(self._merged(request, adapters), self._reader.layouts)
+            return pack_adapter(self._merged(request, self._parts(request)), self._reader.layouts)
         return self._sound(digest, request, self._reader.read_entry)
 
     def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:

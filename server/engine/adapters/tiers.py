@@ -99,6 +99,13 @@ class AdapterTiers:
         sequence.terms = [(of.slot, weight * of.scale) for of, weight in found]
         return "ready"
 
+    def is_behind(self, sequence: Sequence) -> bool:
+        """See `ResidencyGate`."""
+        if len(self._wanted) < self._max_loading or sequence in self._first_waiting():
+            return False
+        here = (self._wanted, self._loaded, self.residents)
+        return not all(any(digest in each for each in here) for digest, _ in sequence.residents)
+
     def unpin(self, sequence: Sequence) -> None:
         """See `ResidencyGate`."""
         if sequence.terms is None:

@@ -42,7 +42,7 @@ def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, max_co
 
 
 def _sequence(ids: tuple[int, ...], block_size: int) -> Sequence:
-    request = Request(id="probe", prompt_text="", prompt_ids=ids, prompt_offsets=(0,) * len(ids), max_tokens=0)
+    request = Request(id="probe", prompt_text="", prompt_ids=ids, prompt_offsets=(), max_tokens=0)
     sequence = Sequence(request, blocks=list(range(-(-len(ids) // block_size))))
     sequence.terms = []
     return sequence

@@ -10,7 +10,8 @@ Residency = Literal["ready", "loading", "full"]
 class ResidencyGate(Protocol):
     """Keeps the adapters of running sequences in their slots.
 
-    Every sequence is asked about from the moment its turn comes, and again in every plan, until it hears "ready".
+    Every sequence is asked about from the moment its turn comes, and again in every plan but where it `is_behind`, until it hears
+    "ready".
     The gate holds something for a sequence whose last answer was "ready" or "loading", and nothing after "full".
     """
 
@@ -21,6 +22,11 @@ class ResidencyGate(Protocol):
         alone, others pass. "full": there is no room, for what is resident is held for others: nobody may pass, but those that
         heard "loading" before. So it must not be said while nothing is held for anybody.
         """
+        ...
+
+    def is_behind(self, sequence: Sequence) -> bool:
+        """Whether `pin` would say "loading" now, and hold no more than it does: as many adapters are read as may be, and one of
+        its own is not among them. Then it need not be asked."""
         ...
 
     def unpin(self, sequence: Sequence) -> None:

@@ -6,7 +6,6 @@ block; when there is none left, the one that joined last gives up its blocks, an
 tenant that has most, where all is taken and a tenant waits that has nothing.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.engine.request import Sequence
@@ -47,6 +46,7 @@ class Scheduler:
         self._gate = gate
         self._queue, self._choices, self._deadlines, self._turns = FairQueue(), Choices(), Deadlines(), PromptTurns()
         self._loading: dict[Sequence, None] = {}
+        self._aborted: dict[Sequence, None] = {}
         self._can_step = True
 
     @property
@@ -94,16 +94,18 @@ class Scheduler:
         """Says that an adapter was loaded: the next plan asks again for those that wait."""
         self._can_step = True
 
-    def drop(self, is_dropped: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Takes out the sequences that `is_dropped` picks, frees what they own, and returns them."""
-        dropped = [s for group in (self.waiting, self.running) for s in group if is_dropped(s)]
+    def abort(self, sequence: Sequence) -> None:
+        """Marks a sequence that waits or runs, so that it is dropped."""
+        self._aborted[sequence] = None
+        self.wake()
+
+    def drop_aborted(self) -> list[Sequence]:
+        """Takes out the sequences that were aborted and have not ended since, frees what they own, and returns them."""
+        dropped = [s for s in self._aborted if s in self.waiting or s in self.running]
+        self._aborted.clear()
         for sequence in dropped:
             self.finish(sequence)
         return dropped
-
-    def drop_aborted(self) -> list[Sequence]:
-        """Takes out the sequences marked as aborted, frees what they own, and returns them."""
-        return self.drop(lambda sequence: sequence.is_aborted)
 
     def drop_expired(self, now: float) -> list[Sequence]:
         """Takes out the sequences whose deadline has come, frees what they own, and returns them."""
@@ -188,7 +190,10 @@ class Scheduler:
         # Those whose adapters were loading have had their turn, and hold what the first of the others may lack.
         is_open = True
         for sequence in [*self._loading]:
-            is_open &= self._let_in(sequence)
+            if self._gate.is_behind(sequence):
+                self._queue.pass_over(sequence)
+            else:
+                is_open &= self._let_in(sequence)
         while (first := self._queue.first()) and (is_open or owed_to(first, self.running)):
             if not self._let_in(first):
                 break

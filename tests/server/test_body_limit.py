@@ -1,0 +1,93 @@
+"""How long a body may take, on a clock that a test sets."""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
+
+from server.transport.body_limit import BYTES_PER_S, BodyLimit
+
+MAX_S = 60.0
+MAX_BYTES, MAX_UPLOAD = 1000, 100 * BYTES_PER_S
+UPLOAD = ("POST", "/adapters")
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop whose time stands until it is set on."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def received(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> int:
+    """Returns how many bytes come through of a body, each part of which takes so many seconds and has so many bytes."""
+    loop, coming = Loop(), iter(parts)
+    told: list[int] = []
+
+    async def receive() -> Message:
+        seconds, num_bytes = next(coming, (0, 0))
+        loop.now += seconds
+        for _ in range(3):  # so that the loop sees what time it is
+            await asyncio.sleep(0)
+        return {"type": "http.request", "body": bytes(num_bytes), "more_body": num_bytes > 0}
+
+    async def read(_: Scope, receive: Receive, __: Send) -> None:
+        more = True
+        while more:
+            message = await receive()
+            told.append(len(message["body"]))
+            more = message["more_body"]
+
+    async def send(_: Message) -> None:
+        raise AssertionError("nothing is answered here")
+
+    limit = BodyLimit(read, MAX_BYTES, MAX_S, {UPLOAD: MAX_UPLOAD})
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(limit(scope, receive, send))
+    return sum(told)
+
+
+def refusal(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> HTTPException:
+    with pytest.raises(HTTPException) as caught:
+        received(parts, path)
+    return caught.value
+
+
+def test_a_large_body_may_take_as_long_as_a_slow_line_takes() -> None:
+    """Whatever was sent had 60 s: an adapter of 100 MB never came over a line of ten megabits."""
+    assert received([(1.5, BYTES_PER_S)] * 100) == MAX_UPLOAD
+
+
+def test_a_body_that_drips_is_not_waited_for_longer_because_it_is_large() -> None:
+    num_asked = 0
+
+    def drips() -> Iterator[tuple[float, int]]:
+        nonlocal num_asked
+        while True:
+            num_asked += 1
+            yield 10.0, 10_000
+
+    error = refusal(drips())
+    assert error.status_code == 408
+    assert error.detail == "the body did not come whole within 60 s (--max-body-s) and a second for each 131072 bytes"
+    assert num_asked == 7
+
+
+def test_nothing_may_come_for_so_long_however_much_has_come() -> None:
+    quick = [(0.0, BYTES_PER_S)] * 90
+    assert received([*quick, (MAX_S - 1, 1)]) == 90 * BYTES_PER_S + 1
+    assert refusal([*quick, (MAX_S + 1, 1)]).status_code == 408
+
+
+@pytest.mark.parametrize(
+    ("path", "max_bytes", "flag"), [("/adapters", MAX_UPLOAD, "--max-upload-bytes"), ("/generate", MAX_BYTES, "--max-body-bytes")]
+)
+def test_who_sends_too_much_hears_which_limit_that_is(path: str, max_bytes: int, flag: str) -> None:
+    assert received([(0.0, max_bytes)], path) == max_bytes
+    error = refusal([(0.0, max_bytes), (0.0, 1)], path)
+    assert (error.status_code, error.detail) == (413, f"the body is longer than {max_bytes} bytes ({flag})")
