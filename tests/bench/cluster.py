@@ -56,7 +56,13 @@ def main() -> None:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     with tempfile.TemporaryDirectory() as scratch:
         adapters = write_adapters(Path(scratch) / "adapters", identify_files(str(embedded_model())), NUM_ADAPTERS)
-        stage = Stage(adapters, cores, Path(scratch), ["--kv-cache-gib", "0.5", *arguments.server_flags.split()])
+        stage = Stage(
+            adapters,
+            cores,
+            Path(scratch),
+            ["--kv-cache-gib", "0.5", *arguments.server_flags.split()],
+            arguments.cluster_flags.split(),
+        )
         found: dict[str, Any] = {"machine": machine(), "versions": versions(), "overhead": [], "throughput": [], "loss": []}
 
         def keep() -> None:
@@ -80,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=16, help="seconds of each load that count; 16 if absent")
     parser.add_argument("--kills", type=int, default=3, help="replicas that are killed; 3 if absent")
     parser.add_argument("--server-flags", default="", help="more flags of all servers, in one string")
+    parser.add_argument("--cluster-flags", default="", help="more flags of the clusters alone, in one string")
     return parser.parse_args()
 
 
@@ -91,6 +98,7 @@ class Stage:
     cores: str
     scratch: Path
     flags: Sequence[str]
+    cluster_flags: Sequence[str]
 
     @contextmanager
     def plain(self, count: int) -> Iterator[Sequence[Server]]:
@@ -105,7 +113,8 @@ class Stage:
     @contextmanager
     def cluster(self, num_replicas: int) -> Iterator[Cluster]:
         """Runs a cluster until the block ends."""
-        cluster = start_cluster(self.adapters, num_replicas, self.cores, self.scratch / "cluster.log", self.flags)
+        flags = [*self.flags, *self.cluster_flags]
+        cluster = start_cluster(self.adapters, num_replicas, self.cores, self.scratch / "cluster.log", flags)
         try:
             yield cluster
         finally:
