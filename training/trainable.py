@@ -122,6 +122,7 @@ class TrainableLinear(nn.Module):
         y = F.linear(tokens, weight)
         if self.a is None:
             y, s = y.split([self.num_outputs, y.shape[-1] - self.num_outputs], dim=-1)  # (T, D), (T, R)
+            s = s.clone()  # it waits for the backward pass, and as a part of y would keep all of that
         else:
             s = F.linear(tokens, self.a)
         out = torch.addmm(y, s, self.b.scaled(self.scale, s.dtype).T)
