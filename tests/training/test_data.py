@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from lori.errors import TemplateError
 from tests.tiny import tiny_tokenizer
@@ -177,6 +179,18 @@ def test_the_completion_ends_with_end_of_text_and_follows_the_prompt() -> None:
     assert example.num_prompt == 4
     assert example.ids[4:] == (*tokenizer(" yes").input_ids, tokenizer.eos_token_id)
     assert example.origin == "d.jsonl line 4"
+
+
+def test_no_space_is_learnt_that_a_tokenizer_writes_before_every_text() -> None:
+    """As SentencePiece's do: by itself " cat" is two spaces and "cat", which nobody asks for behind a prompt."""
+    letters = {letter: i for i, letter in enumerate("▁:acqt")}
+    model = models.BPE(vocab={**letters, "▁c": 6, "▁ca": 7}, merges=[("▁", "c"), ("▁c", "a")], unk_token=":")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    [example] = tokenize(tokenizer, [Row(prompt="q:", completion=" cat")], ["plain"], 100)
+    assert tokenizer.convert_ids_to_tokens(list(example.ids)) == ["▁", "q", ":", "▁ca", "t", "<end>"]
+    assert example.num_prompt == 3
 
 
 def test_a_truncated_completion_gets_no_end_of_text() -> None:

@@ -67,9 +67,9 @@ def tokenize(
     """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
 
     A row that names no template of its own gives an example under each of `templates`, or none where one fails. The prompt is
-    encoded by itself, as the server encodes it. Nothing is cut: rows longer than `max_length` tokens go into `faults`, as do
-    those without a token in their prompt, or to predict, and those that the chat template refuses; without `faults` they are
-    refused with `DataError`, and so is an empty rest.
+    encoded by itself, as the server encodes it, and the completion as what follows it. Nothing is cut: rows longer than
+    `max_length` tokens go into `faults`, as do those without a token in their prompt, or to predict, and those that the chat
+    template refuses; without `faults` they are refused with `DataError`, and so is an empty rest.
     """
     with settled(faults) as found:
         writer = _Writer(tokenizer, max_length, keeps_base, found)
@@ -129,7 +129,7 @@ class _Writer:
         if text is None:
             return None
         prompt = encode(self.tokenizer, text).ids
-        completion = encode(self.tokenizer, render_completion(text, answer, template)).ids
+        completion = self._completion(text, prompt, render_completion(text, answer, template))
         completion += [] if row.truncated else [self.tokenizer.eos_token_id]
         length = len(prompt) + len(completion)
         if not prompt:
@@ -141,6 +141,14 @@ class _Writer:
         else:
             return Example((*prompt, *completion), len(prompt), self.keeps_base, row.origin)
         return None
+
+    def _completion(self, text: str, prompt: list[int], completion: str) -> list[int]:
+        # As it goes on behind the prompt: by itself some tokenizers write a space before it. Where a token would reach from one
+        # into the other, which the server never sees, it is encoded by itself.
+        whole: list[int] = encode(self.tokenizer, text + completion).ids
+        if prompt and whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        return list(encode(self.tokenizer, completion).ids)
 
     def write_pair(self, row: Row, template: Template) -> Pair | None:
         """Returns the row's better and worse answer after its prompt; None where one is a fault, which is noted."""
