@@ -28,7 +28,7 @@ from training.data import DataError, Faults, Item, Needs, Row, read_rows, tokeni
 from training.ending import ended
 from training.methods import TrainingMethod, method_of
 from training.outcome import Outcome
-from training.packing import ATTENTION
+from training.packing import ATTENTION, check_layers, max_example
 from training.processes import processes
 from training.progress import check_tensorboard
 from training.record import config_of
@@ -69,14 +69,17 @@ def read_all(config: FitConfig) -> Rows:
 
 
 def as_examples(rows: Rows, base: BaseModel, config: FitConfig) -> Examples:
-    """Returns `rows` as tokens. Raises as `read_all` does."""
+    """Returns `rows` as tokens. Raises as `read_all` does, and `ModelError` for layers that `check_layers` does not know."""
+    layers = base.model.config.get_text_config()
+    check_layers(layers)
+    max_length = min(config.max_length, max_example(layers) or config.max_length)
 
     def tokens(some: list[Row], keeps_base: bool = False) -> Sequence[Item]:
         if not some:
             return []
         if config.loss == "dpo":
-            return tokenize_pairs(base.tokenizer, some, config.template, config.max_length, rows.faults)
-        return tokenize(base.tokenizer, some, config.template, config.max_length, keeps_base, rows.faults)
+            return tokenize_pairs(base.tokenizer, some, config.template, max_length, rows.faults)
+        return tokenize(base.tokenizer, some, config.template, max_length, keeps_base, rows.faults)
 
     examples = Examples(tokens(rows.data), tokens(rows.mix, keeps_base=True), tokens(rows.held_out))
     rows.faults.settle()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from lori.errors import ModelError
 from training.batches import Part
@@ -19,6 +19,9 @@ from training.data import Example, Pair
 
 ATTENTION = "lori_packed"
 """The name under which transformers finds `packed_attention`."""
+
+KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers, as transformers calls them, that keep the examples of a batch apart."""
 
 MAX_PLAIN = 128
 """Tokens up to which plain products are faster on a CPU than its fused attention, which takes four times as long backwards."""
@@ -96,6 +99,18 @@ def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
     )
 
 
+def check_layers(config: PretrainedConfig) -> None:
+    """Raises `ModelError` where a model has layers in which packed examples would read each other, as recurrent ones."""
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS):
+        raise ModelError(f"training a model with layers of the kind {', '.join(others)} is not supported: attention alone is")
+
+
+def max_example(config: PretrainedConfig) -> int | None:
+    """Returns how many tokens an example may have where attention slides over a window; None where it does not."""
+    kinds = getattr(config, "layer_types", None)
+    return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
+
+
 def packed_attention(
     module: torch.nn.Module,  # noqa: ARG001  # transformers' signature
     query: torch.Tensor,
@@ -107,13 +122,16 @@ def packed_attention(
     scaling: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each example: (1, H, T, E) and (1, G, T, E) give (1, T, H, E).
 
     Padding stands behind the tokens of an example, where a causal mask hides it. Raises `ModelError` for what it does not do:
-    scores with a soft cap, and examples that outgrow a sliding window.
+    scores with a soft cap, attention sinks, and examples that outgrow a sliding window.
     """
+    if s_aux is not None:
+        raise ModelError("training a model with attention sinks is not supported")
     if softcap is not None:
         raise ModelError("training a model that caps its attention scores is not supported")
     if sliding_window is not None and any(places.shape[1] > sliding_window for places in groups):

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import MistralConfig, TrainerControl, TrainerState, TrainingArguments
 
 from lori.base_model import load_base_model
 from lori.errors import LoriError
@@ -26,9 +26,10 @@ from lori.format import load_adapter, read_config
 from lori.merge import merge
 from lori.sparse import SparseB
 from lori.template import encode
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_llama_config
 from training.checkpoints import MarkWhole
 from training.config import FitConfig
+from training.data import DataError
 from training.evaluation.local_adapters import applied
 from training.fit import command_of, fit
 from training.methods import Lori
@@ -156,6 +157,14 @@ def test_dpo_makes_chosen_answers_likelier_than_rejected_ones(tiny_model: Path, 
         patch.setattr(Run, "close", lambda self: found.update({k: v.losses for k, v in self.outcomes.items()}))
         fit(config_for(tiny_model, data, tmp_path / "a", loss="dpo", mix=[], steps=30, rank=16, alpha=32), "")
     assert all(losses[0] == pytest.approx(0.693, abs=1e-3) and sum(losses[-5:]) / 5 < 0.4 for losses in found.values())
+
+
+def test_what_outgrows_a_window_is_named_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+    shape = tiny_llama_config(257).to_dict() | {"sliding_window": 12, "model_type": "mistral"}
+    base = save_tiny_model(tmp_path / "base", MistralConfig(**shape))
+    with pytest.raises(DataError, match="15 tokens under 'plain', the limit is 12"):
+        fit(config_for(base, data, tmp_path / "new", steps=1), "")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("method", ["lori", "lora"])

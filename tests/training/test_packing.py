@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import MistralConfig, PreTrainedModel, Qwen2Config, Qwen3NextConfig
 
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
+from lori.errors import ModelError
+from tests.tiny import tiny_llama_config
 from training import packing
 from training.batches import Part
 from training.data import Example, Pair
 from training.loss import CompletionLoss, PreferenceLoss
-from training.packing import ATTENTION, pack
+from training.packing import ATTENTION, check_layers, max_example, pack
 from training.trainable import base_alone, wrap
 
 
@@ -48,6 +50,27 @@ def test_a_packed_loss_is_the_mean_of_the_examples_own_losses(
         losses.append(F.cross_entropy(logits, torch.tensor(example.ids[example.num_prompt :])))
     found = completion_loss(packed.model, Part(tuple(examples), 1 / len(examples)))
     torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_in_which_examples_would_read_each_other_are_refused() -> None:
+    check_layers(tiny_llama_config(257))
+    recurrent = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(ModelError, match="layers of the kind linear_attention is not supported"):
+        check_layers(recurrent)
+
+
+def test_an_example_is_as_long_as_a_window_at_most() -> None:
+    assert max_example(tiny_llama_config(257)) is None
+    assert max_example(MistralConfig(sliding_window=24)) == 24
+    assert max_example(Qwen2Config(num_hidden_layers=2, sliding_window=24, use_sliding_window=False)) is None
+    sliding = ["sliding_attention", "full_attention"]
+    assert max_example(Qwen2Config(num_hidden_layers=2, sliding_window=24, use_sliding_window=True, layer_types=sliding)) == 24
+
+
+def test_attention_sinks_are_not_left_out_in_silence() -> None:
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ModelError, match="attention sinks"):
+        packing.packed_attention(torch.nn.Module(), q, q, q, None, groups=(), scaling=1.0, s_aux=torch.zeros(4))
 
 
 def test_plain_attention_has_the_gradients_of_torch_s_own() -> None:

@@ -16,7 +16,7 @@ from training.data import Example
 from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
 from training.generation import Generation, end_ids, generate, until_end
 from training.loss import completion_logits
-from training.packing import ATTENTION, attention, pack
+from training.packing import ATTENTION, attention, check_layers, pack
 
 DEFAULT_BATCH_TOKENS = 4096
 CACHED = 4
@@ -75,6 +75,7 @@ class LocalAnswerer:
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""
+        check_layers(self.model.config.get_text_config())
         examples = [self._example(*text) for text in texts]
         lengths = list(map(len, examples))
         self._check_context([example.ids for example in examples], lengths)
