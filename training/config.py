@@ -50,7 +50,7 @@ class FitConfig(CommandLine):
     is held to the base model's own distribution."""
     loss: Literal["completion", "dpo"] = "completion"
     """completion: how likely each answer is. dpo: how much likelier a row's `chosen` has become than its `rejected`, against the
-    base (arXiv 2305.18290)."""
+    base alone, also where there is an `init_from` (arXiv 2305.18290)."""
     beta: float = Field(default=0.1, gt=0)
     """How hard dpo is held to the base."""
     mix_fraction: float = Field(default=0.4, ge=0, lt=1)
