@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from lori.durable import read_regular, replace_file
+from lori.durable import read_regular, replace_file, sync_folder
 from lori.errors import AdapterError
 from lori.names import NAME, VERSION
 
@@ -49,6 +49,14 @@ class Aliases:
             raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
         return meant
 
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Returns what is another each time that the alias `name` is set; None where there is none."""
+        try:
+            found = (self.folder / name).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def set(self, name: str, meant: str) -> None:
         """Makes the alias `name` mean `meant`, `name@version`."""
         self.folder.mkdir(exist_ok=True)
@@ -56,4 +64,6 @@ class Aliases:
 
     def remove(self, name: str) -> None:
         """Removes the alias `name`, where there is one."""
-        (self.folder / name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (self.folder / name).unlink()
+            sync_folder(self.folder)

@@ -42,6 +42,8 @@ class AdapterStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._aliases = Aliases(root)
+        self._noted: dict[str, tuple[tuple[int, int] | None, AbstractSet[str]]] = {}
+        """Of names that were withdrawn, their alias's stamp, and the versions that are to go."""
 
     def list(self) -> Sequence[Entry]:
         """Returns every version of every adapter, in order of name. Opens none.
@@ -179,10 +181,14 @@ class AdapterStore:
         return self._doomed(*split_reference(reference))[0]
 
     def withdraw(self, reference: str, versions: Sequence[str] = ()) -> None:
-        """Does what has to be done before the requests that use it have ended, when `remove` is called: of a folder, nothing.
+        """Does what has to be done before the requests that use it have ended, when `remove` is called.
 
         `versions` are those of it, as `name@version`, that the caller knows of: another process may have withdrawn them first.
+        Of a folder, what a name means now is noted: if it is published again meanwhile, `remove` leaves what was not there yet.
         """
+        name, version = split_reference(reference)
+        if not version:
+            self._noted[name] = (self._aliases.stamp(name), frozenset(versions))
 
     def remove(self, reference: str) -> Sequence[str]:
         """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns what is gone.
@@ -195,13 +201,18 @@ class AdapterStore:
         self._check_is_folder()
         with locked(self.root, name):
             doomed, current = self._doomed(name, version)
+            is_back = False
+            if noted := None if version else self._noted.pop(name, None):
+                stamp, versions = noted
+                is_back = self._aliases.stamp(name) != stamp
+                doomed = [of for of in doomed if not is_back or (_known_as(of) in versions and of.folder.name != current)]
             gone = {_known_as(entry) for entry in doomed}
             bases = {file for entry in doomed if (file := self._basis_file(entry))}
             # What the name means goes last: a crash leaves the name with fewer versions.
             doomed = sorted(doomed, key=lambda entry: entry.folder.name == current)
             for entry in doomed[:-1]:
                 remove_folder(entry.folder)
-            if not version:
+            if not version and not is_back:
                 self._aliases.remove(name)
             for entry in doomed[-1:]:
                 remove_folder(entry.folder)

@@ -261,6 +261,26 @@ def test_a_removed_name_is_gone_with_all_its_versions(store: AdapterStore, tmp_p
     assert sorted(path.name for path in store.root.iterdir()) == [".aliases", ".locks", store.find("law").folder.name]
 
 
+@pytest.mark.parametrize("again", [1, 2, 3])
+def test_what_is_published_after_a_name_was_withdrawn_stays(store: AdapterStore, tmp_path: Path, again: int) -> None:
+    """By another server, while requests of this one still ended on the old versions: all of the name went then."""
+    versions = [publish(store, tmp_path, "math", seed) for seed in (1, 2)]
+    store.withdraw("math", [f"math@{version}" for version in versions])
+    new = publish(AdapterStore(store.root), tmp_path, "math", again)
+    store.remove("math")
+    assert [entry.version for entry in store.list()] == [store.find("math").version] == [new]
+    store.remove("math")
+    assert store.list() == []
+
+
+def test_a_withdrawn_name_goes_whole(store: AdapterStore, tmp_path: Path) -> None:
+    versions = [publish(store, tmp_path, "math", seed) for seed in (1, 2)]
+    store.withdraw("math", [f"math@{version}" for version in versions[:1]])
+    store.remove("math")
+    assert store.list() == []
+    assert list(store.current()) == []
+
+
 def test_what_would_be_removed_is_told_and_stays(store: AdapterStore, tmp_path: Path) -> None:
     versions = [publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)]
     store.alias("prod", "math")
