@@ -57,15 +57,19 @@ class Service:
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
-    async def admitted(self, asks: Sequence[Ask], caller: Caller) -> AsyncGenerator[list[Request], None]:
+    async def admitted(
+        self, asks: Sequence[Ask], caller: Caller, *, is_whole: bool = True
+    ) -> AsyncGenerator[list[Request], None]:
         """Gives the caller's requests, which have their places until the block ends, or raises what the error table knows.
 
-        All are admitted or none. Long prompts are encoded off the event loop, when the places are taken already.
+        All are admitted or none; `is_whole` says that no answer is streamed. Where all places are taken, a tenant that has none
+        is given one more. Long prompts are encoded off the event loop, when the places are taken already.
         """
         self.check_alive()
         num_answers = sum(ask.num_choices for ask in asks)
         self._check_possible(caller, len(asks), num_answers)
-        if self.num_requests + len(asks) > self.settings.max_requests:
+        is_first = len(asks) == 1 and not self.limiter.num_under_way(caller)
+        if self.num_requests + len(asks) > self.settings.max_requests and not is_first:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
@@ -74,7 +78,7 @@ class Service:
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
-            check_scores(requests)
+            check_scores(requests, is_whole=is_whole)
             self.check_alive()
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)

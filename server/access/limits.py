@@ -43,6 +43,10 @@ class Limiter:
             self._under_way[caller.tenant] -= count
             self._under_way += Counter()  # forgets those that have none
 
+    def num_under_way(self, caller: Caller) -> int:
+        """Returns how many places the caller's tenant holds."""
+        return self._under_way[caller.tenant]
+
     def _check(self, caller: Caller, num_requests: int, num_answers: int) -> None:
         number = self._under_way[caller.tenant]
         if caller.max_requests is not None and number + num_answers > caller.max_requests:

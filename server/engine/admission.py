@@ -21,8 +21,8 @@ from server.engine.sampling.grammars import Grammars
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
-MAX_PROMPT_SCORES = 1 << 20
-"""Log-probabilities of prompts in one reply: about 30 MB, which take a third of a second to write."""
+MAX_SCORES = 1 << 20
+"""Log-probabilities in one reply: about 30 MB, which take a third of a second to write, and in chats three times as much."""
 
 
 class RefusedError(Exception):
@@ -238,13 +238,18 @@ class Admission:
         return ask.max_tokens
 
 
-def check_scores(requests: Sequence[Request]) -> None:
-    """Raises `RefusedError` where the prompts of what is answered in one reply have more log-probabilities than one can hold."""
-    scored = [(of, 1 + of.num_logprobs) for of in requests if of.echo and of.num_logprobs is not None]
-    num_scores = sum(of.num_choices * len(of.prompt_ids) * num_each for of, num_each in scored)
-    if num_scores > MAX_PROMPT_SCORES:
-        found = f"with echo, these prompts and n ask for {num_scores} log-probabilities of prompt tokens"
-        raise RefusedError("logprobs", f"{found}, expected at most {MAX_PROMPT_SCORES} in one reply")
+def check_scores(requests: Sequence[Request], *, is_whole: bool) -> None:
+    """Raises `RefusedError` where what is answered in one reply may have more log-probabilities than one can hold.
+
+    Those of echoed prompts; and `is_whole`, where nothing is streamed, those of the longest answers, too.
+    """
+    scored = [(of, 1 + of.num_logprobs) for of in requests if of.num_logprobs is not None]
+    num_prompt = sum(of.num_choices * len(of.prompt_ids) * num_each for of, num_each in scored if of.echo)
+    num_answer = sum(of.num_choices * of.max_tokens * num_each for of, num_each in scored) if is_whole else 0
+    if num_prompt + num_answer > MAX_SCORES:
+        found = f"these prompts, with echo, and answers, with n and max_tokens, have up to {num_prompt + num_answer} of them"
+        hint = "; a stream holds more" if num_prompt <= MAX_SCORES else ""
+        raise RefusedError("logprobs", f"{found}, expected at most {MAX_SCORES} in one reply{hint}")
 
 
 def _check_kept(adapters: Sequence[tuple[Summary, float]], most: float, what_for: str = "") -> None:

@@ -56,9 +56,10 @@ async def list_adapters(
 @router.get("/adapters/{name}", responses=refusals(404))
 async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
     """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
-    [of] = await find(service, caller, [name], "name")
-    details = await service.admin.details(of)
-    return await run_in_threadpool(describe_whole, service, of, details, caller)
+    with service.limiter.places(caller):
+        [of] = await find(service, caller, [name], "name")
+        details = await service.admin.details(of)
+        return await run_in_threadpool(describe_whole, service, of, details, caller)
 
 
 @admin.post(

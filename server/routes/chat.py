@@ -14,9 +14,11 @@ from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
+from server.engine.text import HALF_CHARACTER
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
+from server.routes.json_reply import json_reply
 from server.routes.json_route import JsonRoute
 from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
 from server.schemas.chat import (
@@ -43,16 +45,18 @@ STREAM = streams(
 
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAM)
-async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> ChatReply | Response:
+async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answers a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
         with in_fields_of(body):
-            [request] = await place.enter_async_context(service.admitted([_to_ask(body, service.base_model)], caller))
+            [request] = await place.enter_async_context(
+                service.admitted([_to_ask(body, service.base_model)], caller, is_whole=not body.stream)
+            )
         writer = _Writer(body, service.base_model, request)
         if body.stream:
             return EventStream(writer.stream(service), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))
-    return Response(status_code=499) if answers is None else writer.whole(answers)
+    return Response(status_code=499) if answers is None else await json_reply(lambda: writer.whole(answers))
 
 
 def _to_ask(body: ChatBody, base_model: str) -> Ask:
@@ -135,9 +139,9 @@ class _Writer:
 
 def _to_logprob(one: TokenLogprob) -> TokenLogprobReply:
     assert one.value is not None, "an answer's tokens are all predicted"
-    top = [_top(token, value) for token, value in one.top.items()]
-    return TokenLogprobReply(token=one.token, logprob=one.value, bytes=list(one.token.encode()), top_logprobs=top)
+    top = [TopLogprob(token=token, logprob=value, bytes=_bytes(token)) for token, value in one.top.items()]
+    return TokenLogprobReply(token=one.token, logprob=one.value, bytes=_bytes(one.token), top_logprobs=top)
 
 
-def _top(token: str, value: float) -> TopLogprob:
-    return TopLogprob(token=token, logprob=value, bytes=list(token.encode()))
+def _bytes(token: str) -> list[int] | None:
+    return None if HALF_CHARACTER in token else list(token.encode())

@@ -35,16 +35,17 @@ Names = Annotated[
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
     asked_for = split(names)
-    asked = await find(service, caller, asked_for, "names")
     comparer, turn = http.state.comparer, http.state.comparing
     assert isinstance(comparer, Comparer)
     assert isinstance(turn, anyio.Lock)
-    if turn.statistics().tasks_waiting >= MAX_WAITING:
-        raise BusyError(f"{MAX_WAITING} comparisons wait already, which is the limit; try again")
-    async with turn:
-        if await http.is_disconnected():
-            return Response(status_code=499)
-        return await run_in_threadpool(answer, comparer, asked_for, asked)
+    with service.limiter.places(caller):
+        asked = await find(service, caller, asked_for, "names")
+        if turn.statistics().tasks_waiting >= MAX_WAITING:
+            raise BusyError(f"{MAX_WAITING} comparisons wait already, which is the limit; try again")
+        async with turn:
+            if await http.is_disconnected():
+                return Response(status_code=499)
+            return await run_in_threadpool(answer, comparer, asked_for, asked)
 
 
 def split(text: str) -> list[str]:

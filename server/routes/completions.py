@@ -20,6 +20,7 @@ from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import to_logprobs
+from server.routes.json_reply import json_reply
 from server.routes.json_route import JsonRoute
 from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
@@ -36,19 +37,17 @@ STREAM = streams(
 
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAM)
-async def completions(
-    body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf
-) -> CompletionReply | Response:
+async def completions(body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Continues prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as places:
         with in_fields_of(body):
             asks = to_asks(body, service.base_model)
-            requests = await places.enter_async_context(service.admitted(asks, caller))
+            requests = await places.enter_async_context(service.admitted(asks, caller, is_whole=not body.stream))
         writer = _Writer(body, service.base_model, requests)
         if body.stream:
             return EventStream(writer.stream(service), places.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect_all(service, requests))
-    return Response(status_code=499) if answers is None else writer.whole(answers)
+    return Response(status_code=499) if answers is None else await json_reply(lambda: writer.whole(answers))
 
 
 def to_asks(body: CompletionBody, base_model: str) -> list[Ask]:

@@ -17,6 +17,7 @@ from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
+from server.routes.json_reply import json_reply
 from server.routes.json_route import JsonRoute
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import (
@@ -45,15 +46,15 @@ STREAM = streams(
 
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
-async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> GenerateReply | Response:
+async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        [request] = await place.enter_async_context(service.admitted([to_ask(body)], caller))
+        [request] = await place.enter_async_context(service.admitted([to_ask(body)], caller, is_whole=not body.stream))
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))
     # A client that has gone hears nothing; 499 is what proxies' logs call it.
-    return Response(status_code=499) if answers is None else to_reply(request, answers)
+    return Response(status_code=499) if answers is None else await json_reply(lambda: to_reply(request, answers))
 
 
 def to_ask(body: GenerateBody) -> Ask:

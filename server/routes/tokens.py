@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -11,6 +10,7 @@ from server.access.caller import Caller
 from server.errors import FieldError
 from server.model_names import UnknownModelError, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.json_reply import json_reply
 from server.routes.json_route import JsonRoute
 from server.routes.references import find
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
@@ -37,8 +37,7 @@ async def _answer(model: str | None, service: Service, caller: Caller, reply: Ca
     # Long texts: each counts as a request of its tenant, and the event loop neither makes the reply nor writes it.
     with service.limiter.places(caller):
         await _check_model(model, service, caller)
-        content = await run_sync(lambda: reply().model_dump_json(), limiter=service.texts)
-    return Response(content, media_type="application/json")
+        return await json_reply(reply, service.texts)
 
 
 def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:

@@ -17,6 +17,7 @@ from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsa
 
 MAX_PARTS = 256
 Nothing = Annotated[list[Any], Field(max_length=0)]
+Note = Annotated[Text, Field(max_length=1024)]
 
 
 class TextPart(Body):
@@ -27,7 +28,7 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    """One turn of a conversation."""
+    """One turn of a conversation; an answer of OpenAI's may be sent back as it came, with what it says is absent."""
 
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is `system`."""
@@ -36,8 +37,15 @@ class ChatMessage(Body):
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
         forms(one_or_many, "text, or a list of parts"),
     ]
-    name: None = None
-    """Not known here: must be absent."""
+    name: Note | None = None
+    """Who of several it is; it changes nothing, as no template here writes it."""
+    refusal: None = None
+    """Not known here: must be absent or null, as the next three."""
+    annotations: Nothing | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing | None = None
+    """Not known here: must be absent, null or empty."""
 
     def to_message(self) -> Message:
         """Returns it as the chat template has it; parts are joined by newlines."""
@@ -80,6 +88,10 @@ class ChatBody(OpenAIBody):
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     """Nothing is stored."""
+    metadata: Annotated[dict[str, Note], Field(max_length=16)] | None = None
+    """What the client notes of its request, and the next two: it changes nothing."""
+    safety_identifier: Note | None = None
+    prompt_cache_key: Note | None = None
     service_tier: Literal["auto", "default"] | None = None
     continue_final_message: Literal[False] | None = None
     """An answer is a turn of its own. vllm-router writes this and the next three into every body."""
@@ -103,8 +115,8 @@ class TopLogprob(Reply):
 
     token: str
     logprob: float
-    bytes: list[int]
-    """The token's text in UTF-8."""
+    bytes: list[int] | None
+    """The token's text in UTF-8; null where the token is a part of a character, and has no text alone."""
 
 
 class TokenLogprobReply(TopLogprob):

@@ -1,8 +1,11 @@
 """What OpenAI's routes have in common: what is asked for beside the prompt, and what it cost."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Set as AbstractSet
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from lori.template import Text
 from server.schemas.fields import MAX_LOGPROBS, Body, Reply, Temperature
@@ -13,16 +16,46 @@ from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 Model = Annotated[Text, Field(min_length=1, max_length=4096)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
+NULL = {"type": "null"}
+ABOUT = ("title", "description", "default")
+"""Of a field in a JSON schema, what is no part of its type."""
 
 
-class StreamOptions(Body):
+class NullableBody(Body):
+    """A body whose fields may all be null where they may be absent, which is the same: OpenAI's clients write None so."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _absent_where_null(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        optional = cls._optional()
+        return {key: of for key, of in value.items() if of is not None or key not in optional}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Says so of each field."""
+        schema = handler(core_schema)
+        fields = handler.resolve_ref_schema(schema)["properties"]
+        for name in cls._optional():
+            if NULL not in (fields[name], *fields[name].get("anyOf", ())) and fields[name].get("type") != "null":
+                about = {key: fields[name].pop(key) for key in ABOUT if key in fields[name]}
+                fields[name] = {"anyOf": [fields[name], NULL], **about}
+        return schema
+
+    @classmethod
+    def _optional(cls) -> AbstractSet[str]:
+        return {name for name, of in cls.model_fields.items() if not of.is_required()}
+
+
+class StreamOptions(NullableBody):
     """What a stream says beside its text."""
 
     include_usage: bool = False
     """A last chunk, without choices, has the usage."""
 
 
-class OpenAIBody(SamplingFields, MergeFields):
+class OpenAIBody(SamplingFields, MergeFields, NullableBody):
     """What every body of OpenAI's routes can say. Beside OpenAI's fields, vLLM's for sampling, and this server's for adapters."""
 
     model: Model | None = None

@@ -163,6 +163,14 @@ def test_what_is_done_with_a_text_alone_counts_as_a_request(tokenizer: PreTraine
         refusal(client.post("/generate", json=ask()), 429)
 
 
+@pytest.mark.parametrize("route", ["/adapters/compare?names=nobody", "/adapters/nobody"])
+def test_what_is_read_of_adapters_counts_as_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, route: str) -> None:
+    """One comparison runs at a time: a tenant could keep all others from theirs."""
+    with served(make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 1")), ACME) as client:
+        assert client.get(route).status_code in {400, 404}
+        refusal(client.get(route), 429)
+
+
 def test_more_answers_than_may_ever_be_under_way_are_refused_as_such(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """A tenant that may have two requests at once had 64 answers of each."""
     with served(make_service(tokenizer, write_keys(tmp_path, "max_requests = 2")), ACME) as client:

@@ -88,6 +88,48 @@ def test_a_conversation_is_answered(live: Live, client: openai.OpenAI) -> None:
     assert replies[0].choices[0].message.content == replies[1].choices[0].message.content
 
 
+NULLS = ("temperature", "top_p", "n", "stop", "presence_penalty", "frequency_penalty", "logit_bias", "user", "stream_options")
+
+
+def test_what_is_null_is_absent(live: Live) -> None:
+    """As OpenAI's clients write None."""
+    for route, body, more in (
+        ("completions", {"prompt": FOX}, ("max_tokens", "echo", "logprobs", "best_of", "suffix", "weights")),
+        ("chat/completions", {"messages": MESSAGES, "max_tokens": 8}, ("logprobs", "top_logprobs", "tools", "metadata")),
+    ):
+        body |= {"model": "math", "seed": 7}
+        plain, null = (
+            live.client.post(f"/v1/{route}", json=one) for one in (body, body | dict.fromkeys((*NULLS, *more, "stream")))
+        )
+        assert plain.status_code == null.status_code == 200, null.text
+        assert plain.json()["choices"] == null.json()["choices"]
+    assert live.client.post("/v1/completions", json={"prompt": None}).status_code == 400
+    assert live.client.post("/v1/completions", json={"prompt": FOX, "temprature": None}).status_code == 400
+
+
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "math", "max_tokens": 8, "temperature": 0}
+    said = client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
+    more = {"role": "user", "content": "And 13?", "name": "bob"}
+    replies = [
+        client.chat.completions.create(messages=[*MESSAGES, answer, more], **asked)  # type: ignore[list-item]  # plain dicts
+        for answer in (said.model_dump(), {"role": "assistant", "content": said.content})
+    ]
+    assert replies[0].choices[0].message == replies[1].choices[0].message
+
+
+def test_a_part_of_a_character_has_no_bytes_of_its_own(client: openai.OpenAI, writer: BaseModel) -> None:
+    half = next(i for i in range(1000) if writer.tokenizer.decode([i]) == "\ufffd")
+    reply = client.chat.completions.create(
+        model=BASE, messages=MESSAGES, max_tokens=1, logprobs=True, top_logprobs=2, logit_bias={str(half): 100}, temperature=0
+    )
+    assert reply.choices[0].logprobs
+    assert reply.choices[0].logprobs.content
+    [token] = reply.choices[0].logprobs.content
+    assert (token.token, token.bytes) == ("\ufffd", None)
+    assert all(other.bytes == list(other.token.encode()) for other in token.top_logprobs if "\ufffd" not in other.token)
+
+
 def test_a_chat_has_all_the_room_that_the_context_has(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model=BASE, messages=MESSAGES, temperature=0, stop=["\x00"])
     assert reply.usage is not None

@@ -13,7 +13,7 @@ from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import PolicyError
-from server.engine.admission import MAX_PROMPT_SCORES, Admission, Ask, RefusedError
+from server.engine.admission import MAX_SCORES, Admission, Ask, RefusedError
 from server.engine.engine import Engine
 from server.engine.prompt import TokenPrompt
 from server.engine.request import DoneEvent, Request
@@ -96,11 +96,26 @@ def test_requests_use_their_adapters_while_they_have_their_places(service: Servi
             assert service.num_requests == 2
             assert using(service) == [(2, 2), (2, 2)]
             with pytest.raises(BusyError, match="2 requests are under way"):
-                async with service.admitted([MATH], Caller()):
+                async with service.admitted([MATH], Caller(tenant="they")):
                     pass
         assert service.num_requests == 0
         assert using(service) == [(0, 2), (0, 2)]
         assert (asked(service, "math"), asked(service, "guard")) == (2, 2)
+
+    run(service, test())
+
+
+def test_where_all_places_are_taken_a_tenant_without_any_gets_one(service: Service) -> None:
+    """One tenant kept all others out by asking for more than the server takes at once."""
+
+    async def test() -> None:
+        they, we = Caller(tenant="they"), Caller(tenant="we")
+        async with service.admitted([MATH, MATH], they), service.admitted([MATH], we):
+            assert service.num_requests == 3
+            for asks, caller in ([MATH], we), ([MATH, MATH], Caller(tenant="others")):
+                with pytest.raises(BusyError, match="3 requests are under way"):
+                    async with service.admitted(asks, caller):
+                        pass
 
     run(service, test())
 
@@ -155,9 +170,9 @@ def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_not
 
 def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
-    admission = Admission(tokenizer, Registry([]), MAX_PROMPT_SCORES)
+    admission = Admission(tokenizer, Registry([]), MAX_SCORES)
     service = Service(Settings(max_requests=2), "fake", Registry([]), admission, engine, metrics)
-    length = MAX_PROMPT_SCORES // 2**5
+    length = MAX_SCORES // 2**5
     ask = Ask(prompt=TokenPrompt((1,) * length), echo=True, num_logprobs=7, num_choices=2, max_tokens=0)
 
     async def test() -> None:
@@ -168,12 +183,34 @@ def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokeniz
             replace(ask, num_choices=3),
             replace(ask, prompt=TokenPrompt((1,) * (length + 1))),
         ):
-            with pytest.raises(RefusedError, match=f"expected at most {MAX_PROMPT_SCORES} in one reply") as caught:
+            with pytest.raises(RefusedError, match=f"expected at most {MAX_SCORES} in one reply") as caught:
                 async with service.admitted([ask, more], Caller()):
                     pass
             assert caught.value.field == "logprobs"
             async with service.admitted([replace(more, echo=False, max_tokens=1)], Caller()):
                 pass
         assert service.num_requests == 0
+
+    run(service, test())
+
+
+def test_so_many_log_probabilities_of_answers_are_in_a_whole_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A chat that may fill a long context, 64 times with 20 alternatives a token, is gigabytes."""
+    engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
+    service = Service(Settings(), "fake", Registry([]), Admission(tokenizer, Registry([]), MAX_SCORES), engine, metrics)
+    ask = Ask(prompt="x", num_logprobs=7, num_choices=2, max_tokens=MAX_SCORES // 16)
+    more = replace(ask, num_choices=3)
+
+    async def test() -> None:
+        async with service.admitted([ask], Caller()):
+            pass
+        with pytest.raises(RefusedError, match=f"expected at most {MAX_SCORES} in one reply; a stream holds more") as caught:
+            async with service.admitted([more], Caller()):
+                pass
+        assert caught.value.field == "logprobs"
+        async with service.admitted([more], Caller(), is_whole=False):
+            pass
+        async with service.admitted([replace(more, num_logprobs=None)], Caller()):
+            pass
 
     run(service, test())

@@ -5,6 +5,8 @@ import { baseBody, mergedBody } from "./ask.js";
 import { byId, say } from "./elements.js";
 import { clearFaults, showFault } from "./faults.js";
 
+/** What POST /generate takes where nothing is said; OpenAI's routes take other values. */
+const DEFAULTS = { max_tokens: 128, temperature: 0 };
 const COMPLETION = ["prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop"];
 
 /** Lets the two buttons copy what `mix` and the form ask for. */
@@ -25,7 +27,7 @@ export function curl(body, url, needsKey) {
 
 /** Returns a program on the openai package, which sends what it does not know as `extra_body`. */
 export function python(body, url, baseModel, needsKey) {
-  const { adapter, ...rest } = body;
+  const { adapter, ...rest } = { ...DEFAULTS, ...body };
   const isOne = typeof adapter === "string" && !body.weights;
   const extra = Object.fromEntries(Object.entries(rest).filter(([name]) => !COMPLETION.includes(name)));
   if (adapter && !isOne) extra.adapters = adapter;

@@ -291,6 +291,7 @@ def test_the_request_is_copied_as_python(visiting: Visiting, live: Live) -> None
         "model": "tiny-writer",
         "prompt": 'Say "é"\n',
         "max_tokens": 128,
+        "temperature": 0,
         "extra_body": {"weights": [1, 0.5], "adapters": ["math", "safety"]},
     }
 
