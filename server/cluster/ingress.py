@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access.caller import Caller
 from server.access.gate import caller_of
@@ -22,6 +22,7 @@ from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
 from server.settings import MAX_RECEIVED, Settings
 from server.transport.body_limit import BodyLimit
+from server.transport.cors import Cors
 from server.transport.request_id import HEADER as ID_HEADER
 from server.transport.request_id import request_id
 
@@ -73,7 +74,8 @@ class Ingress:
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
         self._num_received = 0
         uploads = {UPLOAD: settings.max_upload_bytes}
-        self._app = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+        app = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+        self._app: ASGIApp = Cors(app, settings.cors_origins) if settings.cors_origins else app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or runs until it is told to end."""

@@ -37,7 +37,11 @@ class FakeStream:
             raise ReplicaLostError("the replica was lost")
         if self._dies == "oddly":
             raise RuntimeError("nobody knows it")
-        headers = [(b"content-type", b"application/json"), (b"x-request-id", b"twice")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"x-request-id", b"twice"),
+            (b"access-control-allow-origin", b"https://of.replica"),
+        ]
         if self._dies == "late":
             await anyio.sleep(0.1)
         said = json.dumps(self._asked).encode()
@@ -284,3 +288,27 @@ async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
     scope = {"type": "websocket", "path": "/generate", "headers": []}
     await Ingress(FakeReplicas(), None, Settings(), BASE)(scope, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/adapters", 200), ("POST", "/generate", 413), ("POST", "/adapters/math/load", 503), ("GET", "/v1/models", 200)],
+)
+async def test_a_page_of_another_origin_sees_what_the_ingress_itself_answers(method: str, path: str, status: int) -> None:
+    """A browser kept the page from it: only what a replica answered as it is said who may see it."""
+    origin, is_lost = "https://chat.example", status == 503
+    replicas = FakeReplicas(statuses={} if is_lost else {"a": 200}, bodies={"a": b'{"adapters":[]}'})
+    async with client(replicas, cors_origins=[origin], max_body_bytes=1024) as http:
+        body = b"x" * 2048 if status == 413 else b""
+        reply = await http.request(method, path, headers={"Origin": origin}, content=body)
+        asked = await http.options(path, headers={"Origin": origin, "Access-Control-Request-Method": method})
+    assert reply.status_code == status
+    assert reply.headers.get_list("access-control-allow-origin") == [origin]
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, origin)
+    assert "DELETE" in asked.headers["access-control-allow-methods"]
+
+
+async def test_without_origins_the_ingress_says_nothing_of_them() -> None:
+    async with client(FakeReplicas(statuses={})) as http:
+        reply = await http.get("/adapters", headers={"Origin": "https://chat.example"})
+    assert "access-control-allow-origin" not in reply.headers
