@@ -11,13 +11,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.caller import Caller
-from server.access.gate import caller_of
 from server.access.key_ring import KeyRing
 from server.cluster.affinity import ANY
-from server.cluster.destination import METRICS, is_change, is_for_all, key_in
+from server.cluster.destination import METRICS, is_for_all, key_in
 from server.cluster.exposition import merged_metrics
 from server.cluster.listing import merged_adapters
+from server.cluster.refusal import refusal_of
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
 from server.settings import MAX_RECEIVED, Settings
@@ -65,17 +64,16 @@ class Replicas(Protocol):
 class Ingress:
     """The ASGI application before the replicas.
 
-    What a replica refuses by a request's head, it refuses: without a key that counts, or for a change an admin's, the body is not
-    read here, but not passed on either. A request that its replica did not begin to answer before it died goes to another one:
-    nobody heard anything of it.
+    Without a key that counts, or for a change an admin's, a request is refused here: its body is not read, and no replica hears
+    of it. A request that its replica did not begin to answer before it died goes to another one: nobody heard anything of it.
     """
 
     def __init__(self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str) -> None:
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
-        self._num_received = 0
+        self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
-        app = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
-        self._app: ASGIApp = Cors(app, settings.cors_origins) if settings.cors_origins else app
+        self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+        self._app: ASGIApp = Cors(self._let_in, settings.cors_origins) if settings.cors_origins else self._let_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or runs until it is told to end."""
@@ -96,10 +94,12 @@ class Ingress:
                 await send({"type": answer})
             group.cancel_scope.cancel()
 
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = refusal_of(scope, self._keys, opens_metrics=self._opens_metrics) or self._limited
+        await app(scope, receive, send)
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._is_read(scope):
-            await self._ask(scope, b"", _unread, send)
-        elif (scope["method"], scope["path"]) != UPLOAD:
+        if (scope["method"], scope["path"]) != UPLOAD:
             await self._read(scope, receive, send)
         elif self._num_received == MAX_RECEIVED:
             said = f"{MAX_RECEIVED} adapters are being received, which is the limit; try again"
@@ -110,11 +110,6 @@ class Ingress:
                 await self._read(scope, receive, send)
             finally:
                 self._num_received -= 1
-
-    def _is_read(self, scope: Scope) -> bool:
-        """Says whether a replica would read the body: others it refuses before."""
-        caller = caller_of(scope, self._keys)
-        return isinstance(caller, Caller) and (caller.is_admin or not is_change(scope["method"], scope["path"]))
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -190,12 +185,6 @@ async def _fail(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
 
 def _said(scope: Mapping[str, Any]) -> str:
     return f"{scope['method']} {scope['path']} request_id={request_id(scope['headers'])!r}"
-
-
-async def _unread() -> Message:
-    # Else a body too long, which nobody asked for, would end the request before its refusal is there.
-    await anyio.sleep_forever()
-    raise AssertionError("nobody wakes it")
 
 
 def _without_id(message: Message) -> Message:
