@@ -36,11 +36,18 @@ class ReplicaLostError(Exception):
     """A replica died, or cannot be reached."""
 
 
+class NoReplicaError(ReplicaLostError):
+    """There is none, nor has been for a while: to ask again at once is no use."""
+
+    def __init__(self) -> None:
+        super().__init__("no replica is there")
+
+
 class Stream(Protocol):
     """An answer, as it comes."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yields what there is of it. Raises `ReplicaLostError`."""
+        """Yields what there is of it. Raises `ReplicaLostError`; `NoReplicaError` where it has waited for one too long."""
 
     def cancel(self) -> None:
         """Says that nobody hears it any more."""
@@ -50,15 +57,15 @@ class Replicas(Protocol):
     """Those that answer."""
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> Stream:
-        """Returns the answer of the replica that has the adapters of `key`."""
+        """Returns the answer of the replica that has the adapters of `key`. Raises `NoReplicaError`."""
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
         """Returns the whole answer of each replica, by its name, but of those that are lost or have not joined; of one at
         least. Raises `ReplicaLostError`."""
 
     async def watch(self) -> None:
-        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`, and
-        that new ones know of what was changed before they came."""
+        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`,
+        that requests do not wait for one for ever, and that new ones know of what was changed before they came."""
 
 
 class Ingress:
@@ -135,15 +142,15 @@ class Ingress:
             await send(_without_id(message))
 
         for num_tries in range(1, MAX_TRIES + 1):
-            answers = self._replicas.ask(scope, body, key)
             try:
+                answers = self._replicas.ask(scope, body, key)
                 await pass_on(answers, receive, noted, answers.cancel)
                 return
             except ReplicaLostError as error:
                 if has_begun:
                     logger.warning("%s broke off: %s", _said(scope), error)
                     raise
-                if num_tries == MAX_TRIES:
+                if num_tries == MAX_TRIES or isinstance(error, NoReplicaError):
                     await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
                 logger.warning("%s is sent again: %s", _said(scope), error)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.access.caller import Caller, ForbiddenError
 from server.access.key_ring import KeyRing
-from server.cluster.ingress import MAX_TRIES, Ingress, ReplicaLostError
+from server.cluster.ingress import MAX_TRIES, Ingress, NoReplicaError, ReplicaLostError
 from server.errors import on_known
 from server.routes.dependencies import require_admin
 from server.settings import MAX_RECEIVED, Settings
@@ -77,6 +77,9 @@ class FakeReplicas:
         self.is_watched, self.was_watched = asyncio.Event(), asyncio.Event()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> FakeStream:
+        if not self.statuses:
+            self.asked.append((key, scope["path"], body))
+            raise NoReplicaError
         self.asked.append((key, scope["path"], body))
         found = {"key": key, "authorization": [v.decode() for k, v in scope["headers"] if k == b"authorization"]}
         return FakeStream(found, self.deaths.pop(0) if self.deaths else None)
@@ -86,7 +89,7 @@ class FakeReplicas:
         if self.deaths:
             raise RuntimeError("nobody knows it")
         if not self.statuses:
-            raise ReplicaLostError("no replica is there")
+            raise NoReplicaError
         return {
             name: [
                 {"type": "http.response.start", "status": status, "headers": []},
@@ -149,6 +152,16 @@ async def test_where_all_die_the_client_is_told_to_come_again() -> None:
         reply = await http.post("/generate", json={"adapter": "math"})
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     assert reply.json()["error"]["message"] == "the replica was lost"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/ready"])
+async def test_where_no_replica_is_there_it_is_asked_for_once(path: str) -> None:
+    replicas = FakeReplicas(statuses={})
+    async with client(replicas) as http:
+        reply = await http.post(path, json={})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json()["error"]["message"] == "no replica is there"
+    assert len(replicas.asked) == 1
 
 
 @pytest.mark.parametrize("path", ["/generate", "/adapters/math/load"])
