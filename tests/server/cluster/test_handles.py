@@ -43,9 +43,14 @@ class FakeMessages:
     """What a replica answers, message for message."""
 
     def __init__(self, *messages: Sequence[Mapping[str, Any]]) -> None:
-        self._messages = [*messages]
+        self._messages, self._is_cancelled = [*messages], False
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
 
     async def __anext__(self) -> Sequence[Mapping[str, Any]]:
+        if self._is_cancelled:
+            raise CancelledError
         if not self._messages:
             raise StopAsyncIteration
         return self._messages.pop(0)
