@@ -13,7 +13,8 @@ from server.model_names import PART
 from server.schemas.fields import MAX_ADAPTERS
 
 MANAGED = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-METRICS = "/metrics"
+METRICS, ADAPTERS = "/metrics", "/adapters"
+"""What is asked of all together; below the second each adapter alone is."""
 SHOWN, COMPARED = re.compile(r"/adapters(/[^/]+)?"), "/adapters/compare"
 
 

@@ -12,6 +12,7 @@ from starlette.types import Message
 from server.cluster.absence import Absence
 from server.cluster.calls import ask_each
 from server.cluster.changes import Changes
+from server.cluster.destination import ADAPTERS, METRICS
 from server.cluster.ingress import NoReplicaError, ReplicaLostError
 from server.cluster.lifecycle import JOIN_S
 from server.cluster.replica import Replica
@@ -26,6 +27,8 @@ ANSWER_S = 2.0
 POLL_S = 0.1
 GATHER_S = 5.0
 """How long a replica may take to say what is shown of all together: Prometheus waits for ten seconds, unless told otherwise."""
+DETAILS_S = 90.0
+"""The same of one adapter alone, whose weights it may have to read, for which a store has a minute unless told otherwise."""
 
 
 class ReplicaHandles:
@@ -67,8 +70,9 @@ class ReplicaHandles:
             await anyio.sleep(POLL_S)
 
     async def _look(self, scope: Mapping[str, Any], body: bytes) -> Said:
+        timeout_s = GATHER_S if scope["path"] in (METRICS, ADAPTERS) else DETAILS_S
         try:
-            found, faults = await ask_each(self._handle, "whole", scope, body, timeout_s=GATHER_S)
+            found, faults = await ask_each(self._handle, "whole", scope, body, timeout_s=timeout_s)
             if faults and not found:
                 raise faults[0]
         except TimeoutError as error:

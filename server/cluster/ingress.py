@@ -165,7 +165,7 @@ class Ingress:
             answers = await self._replicas.ask_all(scope, body)
         except ReplicaLostError as error:
             # Nobody knows what came of a change: a client is not told to make it once more.
-            await _lost(error, {})(dict(scope), receive, send)
+            await _lost(error, COME_AGAIN if scope["method"] == "GET" else {})(dict(scope), receive, send)
             return
         except Exception:  # noqa: BLE001  # Ray's are of many kinds; the log has it
             await _fail(scope, receive, send)

@@ -173,6 +173,20 @@ async def test_where_none_answers_what_is_shown_of_all_is_refused(monkeypatch: p
         await handles_of(FakeReplicas({"a": []}, broken={"a": StoreError("the store is away")})).ask_all(LOOK, b"")
 
 
+async def test_of_one_adapter_a_replica_may_read_the_weights_before_it_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was cut off after five seconds, and no replica could ever show an adapter that lies far away."""
+    monkeypatch.setattr(handles, "GATHER_S", 0.01)
+    replicas = FakeReplicas({"a": []})
+    replicas.may_answer, of = anyio.Event(), handles_of(replicas)
+    with anyio.fail_after(LIMIT_S):
+        details = create_task(of.ask_all({"method": "GET", "path": "/adapters/math"}, b""))
+        for path in ("/metrics", "/adapters"):
+            with pytest.raises(ReplicaLostError, match="no replica answers"):
+                await of.ask_all({"method": "GET", "path": path}, b"")
+        replicas.may_answer.set()
+        assert await details == {"a": OK}
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 async def test_where_none_has_joined_a_request_waits_for_it(method: str) -> None:
     replicas = FakeReplicas({"a": None, "b": None})

@@ -154,6 +154,13 @@ async def test_where_all_die_the_client_is_told_to_come_again() -> None:
     assert reply.json()["error"]["message"] == "the replica was lost"
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/adapters", "/adapters/math"])
+async def test_what_none_could_show_is_to_be_asked_for_again(path: str) -> None:
+    async with client(FakeReplicas(statuses={})) as http:
+        reply = await http.get(path)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+
+
 @pytest.mark.parametrize("path", ["/generate", "/ready"])
 async def test_where_no_replica_is_there_it_is_asked_for_once(path: str) -> None:
     replicas = FakeReplicas(statuses={})
