@@ -6,7 +6,6 @@ from typing import TypedDict
 
 import anyio
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from server.access.gate import Gate
 from server.catalog.comparison import Comparer
@@ -29,6 +28,7 @@ from server.routes import (
 from server.service import Service
 from server.telemetry.request_log import RequestLog, ScopeNote
 from server.transport.body_limit import BodyLimit
+from server.transport.cors import Cors
 
 
 class State(TypedDict):
@@ -60,13 +60,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, uploads=uploads)
     app.add_middleware(Gate, ring=service.keys, opens_metrics=service.settings.open_metrics)
     if service.settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=service.settings.cors_origins,
-            allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After", "X-Request-ID"],
-        )
+        app.add_middleware(Cors, origins=service.settings.cors_origins)
     app.add_middleware(RequestLog, service=service)
     # The comparison comes before what takes any name for an adapter's.
     for routes, tag, statuses in (

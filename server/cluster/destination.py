@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from lori.names import NAME
 from server.cluster.affinity import ANY, key_of
 from server.model_names import PART
+from server.schemas.fields import MAX_ADAPTERS
 
 MANAGED = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-METRICS = "/metrics"
+METRICS, ADAPTERS = "/metrics", "/adapters"
+"""What is asked of all together; below the second each adapter alone is."""
 SHOWN, COMPARED = re.compile(r"/adapters(/[^/]+)?"), "/adapters/compare"
 
 
@@ -43,12 +45,16 @@ def key_in(body: bytes, base_model: str) -> str:
 
 
 def named_in(body: Mapping[str, object], base_model: str) -> Iterator[str]:
-    """Yields the names of the adapters that a body's fields name, without versions; nothing that cannot be an adapter's name."""
+    """Yields the names of the adapters that a body's fields name, without versions; nothing that cannot be an adapter's name.
+
+    A field that names more than `MAX_ADAPTERS` is not read: no replica takes it, and other requests would wait meanwhile.
+    """
     for field in ("adapter", "adapters"):
         named = body.get(field)
-        for one in named if isinstance(named, (list, tuple)) else [named]:
+        listed = named if isinstance(named, (list, tuple)) else [named]
+        for one in listed if len(listed) <= MAX_ADAPTERS else ():
             reference = one.get("name") if isinstance(one, dict) else one
             if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
                 yield name
-    if isinstance(model := body.get("model"), str) and model != base_model:
+    if isinstance(model := body.get("model"), str) and model != base_model and model.count("+") < MAX_ADAPTERS:
         yield from (part["reference"].partition("@")[0] for one in model.split("+") if (part := PART.fullmatch(one)))

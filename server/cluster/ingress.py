@@ -9,19 +9,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.caller import Caller
-from server.access.gate import caller_of
 from server.access.key_ring import KeyRing
 from server.cluster.affinity import ANY
-from server.cluster.destination import METRICS, is_change, is_for_all, key_in
+from server.cluster.destination import METRICS, is_for_all, key_in
 from server.cluster.exposition import merged_metrics
 from server.cluster.listing import merged_adapters
+from server.cluster.refusal import refusal_of
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
 from server.settings import MAX_RECEIVED, Settings
 from server.transport.body_limit import BodyLimit
+from server.transport.cors import Cors
 from server.transport.request_id import HEADER as ID_HEADER
 from server.transport.request_id import request_id
 
@@ -36,11 +36,18 @@ class ReplicaLostError(Exception):
     """A replica died, or cannot be reached."""
 
 
+class NoReplicaError(ReplicaLostError):
+    """There is none, nor has been for a while: to ask again at once is no use."""
+
+    def __init__(self) -> None:
+        super().__init__("no replica is there")
+
+
 class Stream(Protocol):
     """An answer, as it comes."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yields what there is of it. Raises `ReplicaLostError`."""
+        """Yields what there is of it. Raises `ReplicaLostError`; `NoReplicaError` where it has waited for one too long."""
 
     def cancel(self) -> None:
         """Says that nobody hears it any more."""
@@ -50,30 +57,30 @@ class Replicas(Protocol):
     """Those that answer."""
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> Stream:
-        """Returns the answer of the replica that has the adapters of `key`."""
+        """Returns the answer of the replica that has the adapters of `key`. Raises `NoReplicaError`."""
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
         """Returns the whole answer of each replica, by its name, but of those that are lost or have not joined; of one at
         least. Raises `ReplicaLostError`."""
 
     async def watch(self) -> None:
-        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`, and
-        that new ones know of what was changed before they came."""
+        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`,
+        that requests do not wait for one for ever, and that new ones know of what was changed before they came."""
 
 
 class Ingress:
     """The ASGI application before the replicas.
 
-    What a replica refuses by a request's head, it refuses: without a key that counts, or for a change an admin's, the body is not
-    read here, but not passed on either. A request that its replica did not begin to answer before it died goes to another one:
-    nobody heard anything of it.
+    Without a key that counts, or for a change an admin's, a request is refused here: its body is not read, and no replica hears
+    of it. A request that its replica did not begin to answer before it died goes to another one: nobody heard anything of it.
     """
 
     def __init__(self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str) -> None:
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
-        self._num_received = 0
+        self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
-        self._app = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+        self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+        self._app: ASGIApp = Cors(self._let_in, settings.cors_origins) if settings.cors_origins else self._let_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or runs until it is told to end."""
@@ -94,10 +101,12 @@ class Ingress:
                 await send({"type": answer})
             group.cancel_scope.cancel()
 
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = refusal_of(scope, self._keys, opens_metrics=self._opens_metrics) or self._limited
+        await app(scope, receive, send)
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._is_read(scope):
-            await self._ask(scope, b"", _unread, send)
-        elif (scope["method"], scope["path"]) != UPLOAD:
+        if (scope["method"], scope["path"]) != UPLOAD:
             await self._read(scope, receive, send)
         elif self._num_received == MAX_RECEIVED:
             said = f"{MAX_RECEIVED} adapters are being received, which is the limit; try again"
@@ -108,11 +117,6 @@ class Ingress:
                 await self._read(scope, receive, send)
             finally:
                 self._num_received -= 1
-
-    def _is_read(self, scope: Scope) -> bool:
-        """Says whether a replica would read the body: others it refuses before."""
-        caller = caller_of(scope, self._keys)
-        return isinstance(caller, Caller) and (caller.is_admin or not is_change(scope["method"], scope["path"]))
 
     async def _read(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -138,15 +142,15 @@ class Ingress:
             await send(_without_id(message))
 
         for num_tries in range(1, MAX_TRIES + 1):
-            answers = self._replicas.ask(scope, body, key)
             try:
+                answers = self._replicas.ask(scope, body, key)
                 await pass_on(answers, receive, noted, answers.cancel)
                 return
             except ReplicaLostError as error:
                 if has_begun:
                     logger.warning("%s broke off: %s", _said(scope), error)
                     raise
-                if num_tries == MAX_TRIES:
+                if num_tries == MAX_TRIES or isinstance(error, NoReplicaError):
                     await _lost(error, COME_AGAIN)(dict(scope), receive, send)
                     return
                 logger.warning("%s is sent again: %s", _said(scope), error)
@@ -161,7 +165,7 @@ class Ingress:
             answers = await self._replicas.ask_all(scope, body)
         except ReplicaLostError as error:
             # Nobody knows what came of a change: a client is not told to make it once more.
-            await _lost(error, {})(dict(scope), receive, send)
+            await _lost(error, COME_AGAIN if scope["method"] == "GET" else {})(dict(scope), receive, send)
             return
         except Exception:  # noqa: BLE001  # Ray's are of many kinds; the log has it
             await _fail(scope, receive, send)
@@ -188,12 +192,6 @@ async def _fail(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
 
 def _said(scope: Mapping[str, Any]) -> str:
     return f"{scope['method']} {scope['path']} request_id={request_id(scope['headers'])!r}"
-
-
-async def _unread() -> Message:
-    # Else a body too long, which nobody asked for, would end the request before its refusal is there.
-    await anyio.sleep_forever()
-    raise AssertionError("nobody wakes it")
 
 
 def _without_id(message: Message) -> Message:

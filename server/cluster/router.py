@@ -1,5 +1,8 @@
 """Ray Serve's choice of a replica for a request, by the adapters that it names. Knows Ray; the choice itself is in `affinity`."""
 
+import time
+
+from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from server.cluster.affinity import ANY, LoadBound, preferred
@@ -7,6 +10,10 @@ from server.cluster.affinity import ANY, LoadBound, preferred
 PATIENCE_S = 2.0
 """How long a replica may take to say what it has under way: within Ray's 0.1 s one that computes a step may not, and would lose
 requests of its adapters to others."""
+AVOIDED_S = 5.0
+"""For how long one that could not say it is tried after all others: each try lets a request wait for `PATIENCE_S`."""
+Probed = list[tuple[RunningReplica, int | None]]
+"""Replicas, and what each has under way; None of one that could not say it."""
 
 
 class AdapterRouter(RequestRouter):
@@ -20,6 +27,19 @@ class AdapterRouter(RequestRouter):
     def initialize_state(self, share: float, floor: int) -> None:  # type: ignore[override]  # Ray passes what is configured
         """Takes what the deployment is configured with."""
         self._bound = LoadBound(share, floor)
+        self._silent = dict[ReplicaID, float]()
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """Notes that a replica cannot be reached, of which Ray knows no load then: it would be the first to be tried."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._silent[replica_id] = time.monotonic()
+
+    async def _probe_queue_lens(self, replicas: list[RunningReplica], backoff_index: int) -> Probed:
+        # Of one that only says nothing Ray notes nothing.
+        found: Probed = await super()._probe_queue_lens(replicas, backoff_index)
+        now = time.monotonic()
+        self._silent |= {replica.replica_id: now for replica, number in found if number is None}
+        return found
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -31,4 +51,9 @@ class AdapterRouter(RequestRouter):
             pending_request.routing_context.should_backoff = True  # where all are full, else they would be asked without a pause
             key = pending_request.kwargs.get("key", ANY)
         loads = {name: self.replica_queue_len_cache.get(replica.replica_id) or 0 for name, replica in by_id.items()}
-        return [[by_id[name]] for name in preferred(key, loads, self._bound)]
+        order = preferred(key, loads, self._bound)
+        if self._silent:
+            oldest = time.monotonic() - AVOIDED_S
+            self._silent = {replica: since for replica, since in self._silent.items() if since > oldest}
+            order = sorted(order, key=lambda name: by_id[name].replica_id in self._silent)
+        return [[by_id[name]] for name in order]

@@ -47,6 +47,13 @@ def test_every_container_of_kuberay_has_the_environment_and_a_limit() -> None:
         assert {of["name"] for of in container["volumeMounts"]} == {of["name"] for of in spec["volumes"]}
 
 
+def test_kuberay_has_ray_s_ports_want_a_token() -> None:
+    """Whoever reached a pod ran code in it. The operator sends the token as well, which it would not know from `env`."""
+    cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert [*map(int, cluster["rayVersion"].split("."))] >= [2, 52, 0], "the operator refuses it for those before"
+
+
 def test_kuberay_has_room_for_as_many_replicas_as_may_come() -> None:
     config = _serve_configs()["rayservice.yaml"]["applications"][0]["args"]
     cluster = yaml.safe_load((DOCKER / "rayservice.yaml").read_text())["spec"]["rayClusterConfig"]

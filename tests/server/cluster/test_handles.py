@@ -1,7 +1,7 @@
 """Who asks all replicas hears those that have joined, and lets the others join. Fakes stand for Ray's handles."""
 
 import logging
-from asyncio import CancelledError
+from asyncio import CancelledError, Future, create_task, get_running_loop
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -10,13 +10,18 @@ from typing import Any, cast
 import anyio
 import grpc
 import pytest
-from ray.exceptions import RayTaskError
+from anyio.abc import TaskGroup
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve._private.common import RequestMetadata
+from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.types import Message
 
-from server.cluster import handles
-from server.cluster.handles import ReplicaHandles
-from server.cluster.ingress import ReplicaLostError
+from server.cluster import absence, handles
+from server.cluster.handles import ReplicaHandles, ReplicaStream
+from server.cluster.ingress import NoReplicaError, ReplicaLostError
+from server.cluster.lifecycle import PROBED
 from server.cluster.replica import Replica
 from server.errors import StoreError
 from tests.server.cluster.fake_calls import FakeCall, FakeResult
@@ -32,6 +37,23 @@ REQUEST: ContextVar[str | None] = ContextVar("REQUEST", default=None)
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+class FakeMessages:
+    """What a replica answers, message for message."""
+
+    def __init__(self, *messages: Sequence[Mapping[str, Any]]) -> None:
+        self._messages, self._is_cancelled = [*messages], False
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+
+    async def __anext__(self) -> Sequence[Mapping[str, Any]]:
+        if self._is_cancelled:
+            raise CancelledError
+        if not self._messages:
+            raise StopAsyncIteration
+        return self._messages.pop(0)
 
 
 class FakeReplicas:
@@ -50,18 +72,31 @@ class FakeReplicas:
         broken: Mapping[str, BaseException] | None = None,
     ) -> None:
         self.pins, self.faults = dict(pins), {method: [*of] for method, of in (faults or {}).items()}
-        self.num_silent, self.is_stuck, self.num_beats = Counter(num_silent), is_stuck, 0
+        self.num_silent, self.is_stuck, self.num_beats, self.num_unheard = Counter(num_silent), is_stuck, 0, 0
         self.broken = broken or {}
         self.told: list[Sequence[str]] = []
         self.is_joined = anyio.Event()
         self.may_answer: anyio.Event | None = None
         self.changed_in: list[str | None] = []
+        self.sent: list[Future[FakeMessages]] = []
 
     def options(self, stream: bool) -> "FakeReplicas":  # noqa: ARG002
         return self
 
+    @property
+    def asgi(self) -> "FakeReplicas":
+        return self
+
+    def remote(self, scope: Mapping[str, Any], body: bytes, key: str) -> DeploymentResponseGenerator[Any]:  # noqa: ARG002
+        """Ray's own generator; the request is with a replica once its future in `sent` is done."""
+        self.sent.append(get_running_loop().create_future())
+        of = RequestMetadata(request_id="r", internal_request_id=str(len(self.sent)))
+        future = cast("Future[ReplicaResult]", self.sent[-1])
+        return DeploymentResponseGenerator(future, of, _is_router_running_in_separate_loop=False)
+
     def broadcast(self, method: str, *arguments: Any) -> "FakeCall":
         if not self.pins:
+            self.num_unheard += 1
             raise DeploymentUnavailableError("none")
         self.num_beats += method == "beat"
         self.told += arguments if method == "join" else ()
@@ -136,6 +171,20 @@ async def test_where_none_answers_what_is_shown_of_all_is_refused(monkeypatch: p
         await handles_of(FakeReplicas({"a": []}, num_silent={"a": 1})).ask_all(LOOK, b"")
     with pytest.raises(StoreError, match="the store is away"):
         await handles_of(FakeReplicas({"a": []}, broken={"a": StoreError("the store is away")})).ask_all(LOOK, b"")
+
+
+async def test_of_one_adapter_a_replica_may_read_the_weights_before_it_says_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was cut off after five seconds, and no replica could ever show an adapter that lies far away."""
+    monkeypatch.setattr(handles, "GATHER_S", 0.01)
+    replicas = FakeReplicas({"a": []})
+    replicas.may_answer, of = anyio.Event(), handles_of(replicas)
+    with anyio.fail_after(LIMIT_S):
+        details = create_task(of.ask_all({"method": "GET", "path": "/adapters/math"}, b""))
+        for path in ("/metrics", "/adapters"):
+            with pytest.raises(ReplicaLostError, match="no replica answers"):
+                await of.ask_all({"method": "GET", "path": path}, b"")
+        replicas.may_answer.set()
+        assert await details == {"a": OK}
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -286,3 +335,142 @@ async def _watch_until_joined(replicas: FakeReplicas) -> None:
             group.start_soon(handles_of(replicas).watch)
             await replicas.is_joined.wait()
             group.cancel_scope.cancel()
+
+
+GENERATE = {"method": "POST", "path": "/generate"}
+
+
+async def _watched(group: TaskGroup, replicas: FakeReplicas) -> ReplicaHandles:
+    """Returns handles that have heard the replicas."""
+    of = handles_of(replicas)
+    group.start_soon(of.watch)
+    while not replicas.num_beats:
+        await anyio.sleep(0.01)
+    return of
+
+
+async def _heard(stream: ReplicaStream) -> Sequence[Sequence[Message]]:
+    return [messages async for messages in stream]
+
+
+async def _until_away(of: ReplicaHandles) -> None:
+    """Returns when the handles know that no replica is there."""
+    while True:
+        try:
+            of.ask({"method": "GET", "path": "/ready"}, b"", "")
+        except NoReplicaError:
+            return
+        await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize("path", PROBED)
+async def test_while_none_is_there_how_the_server_is_is_said_at_once(
+    path: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What asked at /ready waited for ever, as Ray does for a replica."""
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    replicas, ready = FakeReplicas({"only": []}), {"method": "GET", "path": path}
+    with caplog.at_level(logging.WARNING), anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            of = await _watched(group, replicas)
+            early = create_task(_heard(of.ask(ready, b"", "")))
+            late = create_task(_heard(of.ask(GENERATE, b"", "")))
+            await anyio.wait_all_tasks_blocked()
+            replicas.pins = {}
+            with pytest.raises(NoReplicaError, match="no replica is there"):
+                await early
+            with pytest.raises(NoReplicaError, match="no replica is there"):
+                of.ask(ready, b"", "")
+            assert not late.done(), "another replica may come soon"
+            replicas.pins = {"new": []}
+            replicas.sent[1].set_result(FakeMessages(OK))
+            assert await late == [OK]
+            while True:
+                try:
+                    of.ask(ready, b"", "").cancel()
+                    break
+                except NoReplicaError:
+                    await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+    assert caplog.messages == ["no replica is there; requests wait for 30 s, others are told to come again"]
+
+
+async def test_where_none_comes_a_request_waits_no_longer_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    monkeypatch.setattr(absence, "WAIT_S", 0.01)
+    replicas = FakeReplicas({"only": []})
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            of = await _watched(group, replicas)
+            waiting = create_task(_heard(of.ask(GENERATE, b"", "")))
+            await anyio.wait_all_tasks_blocked()
+            replicas.pins = {}
+            with pytest.raises(NoReplicaError, match="no replica is there"):
+                await waiting
+            with pytest.raises(NoReplicaError):
+                of.ask(GENERATE, b"", "")
+            group.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_what_a_replica_has_that_is_to_end_is_not_given_up(has_begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    monkeypatch.setattr(absence, "WAIT_S", 0.0)
+    replicas, may_answer = FakeReplicas({"only": []}), anyio.Event()
+
+    class Slow(FakeMessages):
+        num_asked = 0
+
+        async def __anext__(self) -> Sequence[Mapping[str, Any]]:
+            self.num_asked += 1
+            if self.num_asked == (2 if has_begun else 1):
+                await may_answer.wait()
+            return await super().__anext__()
+
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            of = await _watched(group, replicas)
+            answered = create_task(_heard(of.ask(GENERATE, b"", "")))
+            await anyio.wait_all_tasks_blocked()
+            replicas.sent[0].set_result(Slow(OK, OK))
+            await anyio.wait_all_tasks_blocked()
+            replicas.pins = {}
+            await _until_away(of)
+            may_answer.set()
+            assert await answered == [OK, OK]
+            group.cancel_scope.cancel()
+
+
+async def test_before_the_first_is_there_requests_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handles, "BEAT_S", 0.01)
+    monkeypatch.setattr(absence, "WAIT_S", 0.0)
+    replicas = FakeReplicas({})
+    of = handles_of(replicas)
+    with anyio.fail_after(LIMIT_S):
+        async with anyio.create_task_group() as group:
+            group.start_soon(of.watch)
+            asked = [create_task(_heard(of.ask({"method": "GET", "path": path}, b"", ""))) for path in ("/ready", "/v1/models")]
+            while replicas.num_unheard < 3:
+                await anyio.sleep(0.01)
+            for sent in replicas.sent:
+                sent.set_result(FakeMessages(OK))
+            assert [await one for one in asked] == [[OK], [OK]]
+            group.cancel_scope.cancel()
+
+
+async def test_a_request_that_is_cancelled_is_no_replica_s_loss() -> None:
+    replicas = FakeReplicas({"only": []})
+    waiting = create_task(_heard(handles_of(replicas).ask(GENERATE, b"", "")))
+    await anyio.wait_all_tasks_blocked()
+    waiting.cancel()
+    with pytest.raises(CancelledError):
+        await waiting
+
+
+async def test_a_replica_that_dies_is_said_to_be_lost() -> None:
+    replicas = FakeReplicas({"only": []})
+    waiting = create_task(_heard(handles_of(replicas).ask(GENERATE, b"", "")))
+    await anyio.wait_all_tasks_blocked()
+    replicas.sent[0].set_exception(RayActorError())
+    with pytest.raises(ReplicaLostError, match="the replica was lost: RayActorError"):
+        await waiting

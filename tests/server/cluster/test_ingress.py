@@ -2,19 +2,25 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import httpx
 import pytest
+from starlette.requests import Request
 from starlette.types import Message
+from transformers import PreTrainedTokenizerFast
 
+from server.access.caller import Caller, ForbiddenError
 from server.access.key_ring import KeyRing
-from server.cluster.ingress import MAX_TRIES, Ingress, ReplicaLostError
+from server.cluster.ingress import MAX_TRIES, Ingress, NoReplicaError, ReplicaLostError
+from server.errors import on_known
+from server.routes.dependencies import require_admin
 from server.settings import MAX_RECEIVED, Settings
-from tests.server.keyed import ACME, ADMIN, bearer, write_keys
+from tests.server.keyed import ACME, ADMIN, MONITOR, bearer, make_service, write_keys
 from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +33,7 @@ def anyio_backend() -> str:
 
 
 class FakeStream:
-    """Answers with what it was asked, late maybe; dies before the answer, or within it."""
+    """Answers with what it was asked; dies before the answer, or within it."""
 
     def __init__(self, asked: dict[str, Any], dies: str | None) -> None:
         self._asked, self._dies = asked, dies
@@ -37,9 +43,11 @@ class FakeStream:
             raise ReplicaLostError("the replica was lost")
         if self._dies == "oddly":
             raise RuntimeError("nobody knows it")
-        headers = [(b"content-type", b"application/json"), (b"x-request-id", b"twice")]
-        if self._dies == "late":
-            await anyio.sleep(0.1)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"x-request-id", b"twice"),
+            (b"access-control-allow-origin", b"https://of.replica"),
+        ]
         said = json.dumps(self._asked).encode()
         yield [
             {"type": "http.response.start", "status": 200, "headers": headers},
@@ -69,6 +77,9 @@ class FakeReplicas:
         self.is_watched, self.was_watched = asyncio.Event(), asyncio.Event()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> FakeStream:
+        if not self.statuses:
+            self.asked.append((key, scope["path"], body))
+            raise NoReplicaError
         self.asked.append((key, scope["path"], body))
         found = {"key": key, "authorization": [v.decode() for k, v in scope["headers"] if k == b"authorization"]}
         return FakeStream(found, self.deaths.pop(0) if self.deaths else None)
@@ -78,7 +89,7 @@ class FakeReplicas:
         if self.deaths:
             raise RuntimeError("nobody knows it")
         if not self.statuses:
-            raise ReplicaLostError("no replica is there")
+            raise NoReplicaError
         return {
             name: [
                 {"type": "http.response.start", "status": status, "headers": []},
@@ -95,9 +106,11 @@ class FakeReplicas:
             self.was_watched.set()
 
 
-def client(replicas: FakeReplicas, **settings: Any) -> httpx.AsyncClient:
-    app = Ingress(replicas, None, Settings(**settings), BASE)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress")
+def client(replicas: FakeReplicas, admin: Path | None = None, **settings: Any) -> httpx.AsyncClient:
+    """Returns a client; an admin's, where there are keys in the folder `admin`."""
+    app = Ingress(replicas, KeyRing(write_keys(admin)) if admin else None, Settings(**settings), BASE)
+    headers = bearer(ADMIN) if admin else {}
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress", headers=headers)
 
 
 async def test_replicas_are_watched_as_long_as_it_lives() -> None:
@@ -141,9 +154,28 @@ async def test_where_all_die_the_client_is_told_to_come_again() -> None:
     assert reply.json()["error"]["message"] == "the replica was lost"
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/adapters", "/adapters/math"])
+async def test_what_none_could_show_is_to_be_asked_for_again(path: str) -> None:
+    async with client(FakeReplicas(statuses={})) as http:
+        reply = await http.get(path)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/ready"])
+async def test_where_no_replica_is_there_it_is_asked_for_once(path: str) -> None:
+    replicas = FakeReplicas(statuses={})
+    async with client(replicas) as http:
+        reply = await http.post(path, json={})
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
+    assert reply.json()["error"]["message"] == "no replica is there"
+    assert len(replicas.asked) == 1
+
+
 @pytest.mark.parametrize("path", ["/generate", "/adapters/math/load"])
-async def test_what_nobody_expected_is_told_in_our_words_and_logged(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with client(FakeReplicas(["oddly"])) as http:
+async def test_what_nobody_expected_is_told_in_our_words_and_logged(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with client(FakeReplicas(["oddly"]), tmp_path) as http:
         reply = await http.post(path, json={"adapter": "math"})
     assert (reply.status_code, reply.json()["error"]["message"]) == (500, "the server failed; its log says why")
     assert "nobody knows it" in caplog.text
@@ -158,14 +190,14 @@ async def test_an_answer_that_has_begun_is_not_begun_again() -> None:
 
 
 @pytest.mark.parametrize("statuses", [{"a": 200, "b": 409}, {"a": 409, "b": 200}])
-async def test_one_replica_that_refuses_a_change_is_heard(statuses: dict[str, int]) -> None:
-    async with client(FakeReplicas(statuses=statuses)) as http:
+async def test_one_replica_that_refuses_a_change_is_heard(statuses: dict[str, int], tmp_path: Path) -> None:
+    async with client(FakeReplicas(statuses=statuses), tmp_path) as http:
         reply = await http.post("/adapters/math/load")
     assert reply.status_code == 409
 
 
-async def test_a_change_that_nobody_may_have_heard_is_not_asked_for_again() -> None:
-    async with client(FakeReplicas(statuses={})) as http:
+async def test_a_change_that_nobody_may_have_heard_is_not_asked_for_again(tmp_path: Path) -> None:
+    async with client(FakeReplicas(statuses={}), tmp_path) as http:
         reply = await http.post("/adapters/math/load")
     assert reply.status_code == 503
     assert "retry-after" not in reply.headers
@@ -207,20 +239,61 @@ async def test_a_body_that_is_too_long_goes_nowhere() -> None:
     assert replicas.asked == []
 
 
-@pytest.mark.parametrize("sent", [f"Bearer {ACME}", "Bearer guessed", None])
-@pytest.mark.parametrize("has_keys", [True, False])
-async def test_of_who_may_change_nothing_no_body_is_read(sent: str | None, has_keys: bool, tmp_path: Path) -> None:
-    """Any tenant's key, and without keys anybody, could have an ingress hold bodies as long as adapters, and copy them."""
+async def never() -> AsyncIterator[bytes]:
+    """A body that nobody reads."""
+    raise AssertionError("the body was read")
+    yield b""
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "has_keys", "status"),
+    [
+        ("/adapters", f"Bearer {ACME}", True, 403),
+        ("/adapters", "Bearer guessed", True, 401),
+        ("/adapters", None, True, 401),
+        ("/adapters", None, False, 403),
+        ("/generate", None, True, 401),
+        ("/generate", f"Bearer {MONITOR}", True, 403),
+    ],
+)
+async def test_who_may_not_is_refused_without_a_replica_and_his_body_is_not_read(
+    path: str, sent: str | None, has_keys: bool, status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A replica was to refuse him: while none was there his body came into memory, and he waited for ever."""
     replicas = FakeReplicas()
     app = Ingress(replicas, KeyRing(write_keys(tmp_path)) if has_keys else None, Settings(), BASE)
-
-    async def never() -> AsyncIterator[bytes]:
-        raise AssertionError("the body was read")
-        yield b""
-
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
-        await http.post("/adapters", content=never(), headers={"Authorization": sent} if sent else {})
-    assert replicas.bodies_of_all == [b""], "a replica refuses it, and says so in its log"
+        with caplog.at_level(logging.INFO, "server.request"):
+            reply = await http.post(path, content=never(), headers={"Authorization": sent} if sent else {})
+    assert reply.status_code == reply.json()["error"]["code"] == status
+    assert (replicas.asked, replicas.bodies_of_all) == ([], [])
+    assert [record.getMessage() for record in caplog.records if record.name == "server.request"] == [f"POST {path} {status}"]
+    assert "guessed" not in caplog.text
+
+
+@pytest.mark.parametrize("ring", ["acme", None])
+async def test_who_is_no_admin_is_told_so_in_the_words_of_one_server(
+    ring: str | None, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    keys = write_keys(tmp_path) if ring else None
+    service = make_service(tokenizer, keys)
+    caller = Caller(tenant="acme", key_id="acme-1") if keys else Caller()
+    with pytest.raises(ForbiddenError) as refused:
+        require_admin(caller, service)
+    app = Ingress(FakeReplicas(), KeyRing(keys) if keys else None, Settings(), BASE)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
+        reply = await http.delete("/adapters/math", headers=bearer(ACME) if keys else {})
+    handler = await on_known(cast("Request", None), refused.value)
+    assert (reply.status_code, reply.json()) == (handler.status_code, json.loads(bytes(handler.body)))
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_metrics_are_open_where_they_are_by_one_server(is_open: bool, tmp_path: Path) -> None:
+    app = Ingress(FakeReplicas(), KeyRing(write_keys(tmp_path)), Settings(open_metrics=is_open), BASE)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
+        assert (await http.get("/metrics")).status_code == (200 if is_open else 401)
+        assert (await http.get("/adapters")).status_code == 401
+        assert (await http.get("/ready")).status_code == 200
 
 
 async def test_a_key_goes_on_with_its_request(tmp_path: Path) -> None:
@@ -260,16 +333,10 @@ async def test_no_more_adapters_are_received_at_once_than_by_one_server(tmp_path
 
 
 async def test_a_body_too_long_does_not_come_before_the_refusal_of_who_sends_it(tmp_path: Path) -> None:
-    """What came of it was read, and ended the request without an answer: its server said 500 for 401."""
-    app = Ingress(FakeReplicas(["late"]), KeyRing(write_keys(tmp_path)), Settings(max_body_bytes=1024), BASE)
-
-    async def parts() -> AsyncIterator[bytes]:
-        for _ in range(3):
-            yield b"x" * 1024
-
+    app = Ingress(FakeReplicas(), KeyRing(write_keys(tmp_path)), Settings(max_body_bytes=1024), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
-        reply = await http.post("/generate", content=parts(), headers={"Authorization": "Bearer guessed"})
-    assert reply.json()["authorization"] == ["Bearer guessed"], "a replica hears of it, which refuses it"
+        reply = await http.post("/generate", content=b"x" * 2048, headers=bearer("guessed"))
+    assert reply.status_code == 401
 
 
 async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
@@ -284,3 +351,32 @@ async def test_who_wants_a_websocket_is_refused_as_by_one_server() -> None:
     scope = {"type": "websocket", "path": "/generate", "headers": []}
     await Ingress(FakeReplicas(), None, Settings(), BASE)(scope, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/adapters", 200), ("POST", "/generate", 413), ("POST", "/adapters/math/load", 503), ("GET", "/v1/models", 200)],
+)
+async def test_a_page_of_another_origin_sees_what_the_ingress_itself_answers(
+    method: str, path: str, status: int, tmp_path: Path
+) -> None:
+    """A browser kept the page from it: only what a replica answered as it is said who may see it."""
+    origin, is_lost = "https://chat.example", status == 503
+    replicas = FakeReplicas(statuses={} if is_lost else {"a": 200}, bodies={"a": b'{"adapters":[]}'})
+    async with client(replicas, tmp_path, cors_origins=[origin], max_body_bytes=1024) as http:
+        body = b"x" * 2048 if status == 413 else b""
+        reply = await http.request(method, path, headers={"Origin": origin}, content=body)
+        http.headers.pop("authorization")
+        asked = await http.options(path, headers={"Origin": origin, "Access-Control-Request-Method": method})
+        unknown = await http.request(method, path, headers={"Origin": origin})
+    assert (reply.status_code, unknown.status_code) == (status, 401)
+    assert unknown.headers["access-control-allow-origin"] == origin
+    assert reply.headers.get_list("access-control-allow-origin") == [origin]
+    assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, origin)
+    assert "DELETE" in asked.headers["access-control-allow-methods"]
+
+
+async def test_without_origins_the_ingress_says_nothing_of_them() -> None:
+    async with client(FakeReplicas(statuses={})) as http:
+        reply = await http.get("/adapters", headers={"Origin": "https://chat.example"})
+    assert "access-control-allow-origin" not in reply.headers
