@@ -10,8 +10,8 @@ from server.engine.scheduling.scheduler import Chunk
 from server.engine.scheduling.step_cost import Curve, StepCost
 from server.engine.turn import Turn
 
-NUM_TURNS, MAX_SECONDS = 5, 1.0
-"""How often each step is timed; less often where that took so long already."""
+NUM_TURNS, MAX_SECONDS = 5, 0.5
+"""How often each step is timed: once and, as that may have to compile, again; less often where these took so long already."""
 MAX_BATCH = 64
 """Sequences that decode together in the largest step that is timed."""
 MUCH_LONGER = 3
@@ -45,7 +45,7 @@ def measure_step_cost(
     apart = far // block_size + 1
     few = [chunk(1, far, apart * place) for place in range(min(NUM_FAR, max_sequences, num_blocks // apart))]
     steps = [*prompts, *(decoding[:size] for size in batches), few, [chunk(counts[-1], far)]]
-    *near, by_few, by_many = _times(turn, steps, len(prompts))
+    *near, by_few, by_many = _times(turn, steps)
     of_prompts, of_batches = (
         Curve(at, tuple(accumulate(part, max))) for at, part in ((counts, near[: len(counts)]), (batches, near[len(counts) :]))
     )
@@ -72,12 +72,10 @@ def _worthwhile(turn: Turn, steps: Items[Items[Chunk]]) -> Items[Items[Chunk]]:
     return steps
 
 
-def _times(turn: Turn, steps: Items[Items[Chunk]], num_compiled: int) -> list[float]:
+def _times(turn: Turn, steps: Items[Items[Chunk]]) -> list[float]:
     # The least of each: what else the machine does only adds to it. In turn, for it may be busy for a while.
-    for step in steps[num_compiled:]:
-        _time(turn, step)  # the first of its kind may have to compile
     turns: list[list[float]] = []
-    while len(turns) < NUM_TURNS and sum(map(sum, turns)) < MAX_SECONDS:
+    while len(turns) < NUM_TURNS and sum(map(sum, turns[1:])) < MAX_SECONDS:
         turns.append([_time(turn, step) for step in steps])
     return [min(of_step) for of_step in zip(*turns, strict=True)]
 
