@@ -17,7 +17,7 @@ ANY = ""
 class LoadBound:
     """How many requests a replica may have under way before those of its adapters go to their next replica."""
 
-    share: float = 1.25
+    share: float = 1.5
     """Times the mean over the replicas."""
     floor: int = 8
     """So many in any case: with few requests the mean says little, and a batch of them takes hardly longer than one."""

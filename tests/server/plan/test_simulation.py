@@ -103,6 +103,12 @@ def test_one_adapter_alone_stays_where_it_ranks_first_while_that_has_little_to_d
     assert (found.first_share, found.imbalance, found.num_loads) == (1.0, NUM_REPLICAS, 1)
 
 
+def test_an_adapter_that_is_too_popular_for_its_replica_is_answered_by_the_others_too() -> None:
+    bounded, balanced = (outcome(policy, num_adapters=1) for policy in ("affinity", "least loaded"))
+    assert bounded.first_share > 1.2 / NUM_REPLICAS
+    assert bounded.p99_s < 2 * balanced.p99_s
+
+
 def test_the_picture_has_a_line_for_each_policy() -> None:
     figure = plot_outcomes([once(policy) for policy in POLICIES])
     assert figure.axes[0].get_title() == "resident adapters hit (%)"
