@@ -19,6 +19,7 @@ from server.cluster.replica import Replica
 from server.cluster.router import AdapterRouter
 from server.cluster.settings import ClusterSettings
 from server.telemetry.logs import configure_log
+from server.transport.http_protocol import make_default_protocol
 
 APPLICATION, REPLICA = "lori-server", "Replica"
 SPARE_REQUESTS = 64
@@ -93,7 +94,8 @@ class _After:
 
 def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:
     def build() -> ASGIApp:
-        # In the ingress's own process.
+        # In the ingress's own process, before Ray starts uvicorn there.
+        make_default_protocol()
         configure_log(settings.log_format, sys.__stderr__)
         keys = KeyRing(settings.keys) if settings.keys else None
         base_model = short_name(settings.model) if settings.model else EMBEDDED_NAME

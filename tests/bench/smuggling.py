@@ -1,0 +1,80 @@
+"""Whether a client ever gets another one's answer: clients that ask for unique texts, beside others that send unsound requests.
+
+Run it against a server or a cluster without keys that is up:
+
+    python -m tests.bench.smuggling http://127.0.0.1:8000 --seconds 600
+"""
+
+import argparse
+import itertools
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+
+import httpx
+
+from tests.server.framing import CASES, WAYS, ask
+
+NUM_VICTIMS, NUM_ATTACKERS = 4, 3
+PAUSE_S = 0.05
+
+
+class Soak:
+    """Victims and attackers until the time is over, and what the victims were answered."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self._url, self._end = httpx.URL(url), time.monotonic() + seconds
+        self.answers: Counter[str] = Counter()
+        self.num_attacks = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() > self._end
+
+    def ask(self, number: int) -> None:
+        """Ask for one unique text after the other, on connections that are kept, and compare."""
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            for i in itertools.count():
+                if self.is_over:
+                    return
+                text = f"victim {number} asks {i} of this"
+                reply = client.post("/tokenize", json={"prompt": text, "return_token_strs": True, "add_special_tokens": False})
+                own = reply.status_code == 200 and "".join(reply.json()["token_strs"]).replace("Ġ", " ") == text
+                self.answers["own" if own else f"other: {reply.status_code} {reply.text[:200]}"] += 1
+                time.sleep(PAUSE_S)
+
+    def attack(self, place: int) -> None:
+        """Send every unsound request in every way, again and again."""
+        for number, (case, way) in enumerate(itertools.cycle(itertools.product(CASES, WAYS))):
+            if self.is_over:
+                return
+            if number % NUM_ATTACKERS == place:
+                with suppress(OSError):
+                    ask(self._url.port or 80, case, way)
+                self.num_attacks += 1
+
+
+def main() -> None:
+    """Run victims and attackers, and print what the victims got."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("--seconds", type=float, default=600)
+    arguments = parser.parse_args()
+    soak = Soak(arguments.url, arguments.seconds)
+    threads = [threading.Thread(target=soak.ask, args=[number]) for number in range(NUM_VICTIMS)]
+    threads += [threading.Thread(target=soak.attack, args=[place]) for place in range(NUM_ATTACKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    foreign = soak.answers.total() - soak.answers["own"]
+    print(f"{soak.num_attacks} unsound requests; {soak.answers.total()} answers to victims, {foreign} of them not their own")
+    for answer, count in soak.answers.most_common():
+        if answer != "own":
+            print(f"{count:6} {answer}")
+
+
+if __name__ == "__main__":
+    main()
