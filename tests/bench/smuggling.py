@@ -7,17 +7,26 @@ Run it against a server or a cluster without keys that is up:
 
 import argparse
 import itertools
-import threading
+import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx
 
-from tests.server.framing import CASES, WAYS, ask
+from tests.server.framing import CASES, OFFERS, WAYS, Case, ask, head, sized
 
 NUM_VICTIMS, NUM_ATTACKERS = 4, 3
 PAUSE_S = 0.05
+SILENCE_S = 0.3
+"""After which an attacker goes on: a request that was taken for half of one is not answered."""
+SLOW = b'{"prompt": "Tell me a story", "max_tokens": 48, "ignore_eos": true}'
+INNER = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + sized(SLOW)
+SLOW_CASES = [
+    Case(f"a slow request as body, {name}", head(offer) + sized(INNER), frozenset({400})) for name, offer in OFFERS.items()
+]
+"""Were the body a request, its answer would come when the proxy has given the connection to somebody else."""
 
 
 class Soak:
@@ -41,40 +50,40 @@ class Soak:
                     return
                 text = f"victim {number} asks {i} of this"
                 reply = client.post("/tokenize", json={"prompt": text, "return_token_strs": True, "add_special_tokens": False})
-                own = reply.status_code == 200 and "".join(reply.json()["token_strs"]).replace("Ġ", " ") == text
+                own = reply.status_code == 200 and "".join(reply.json().get("token_strs", ())).replace("Ġ", " ") == text
                 self.answers["own" if own else f"other: {reply.status_code} {reply.text[:200]}"] += 1
                 time.sleep(PAUSE_S)
 
     def attack(self, place: int) -> None:
-        """Send every unsound request in every way, again and again."""
-        for number, (case, way) in enumerate(itertools.cycle(itertools.product(CASES, WAYS))):
+        """Send every unsound request in every way, again and again, and a slow one after each."""
+        attacks = [attack for one in itertools.product(CASES, WAYS) for attack in (one, *((slow, "cut") for slow in SLOW_CASES))]
+        for case, way in itertools.cycle(attacks[place::NUM_ATTACKERS]):
             if self.is_over:
                 return
-            if number % NUM_ATTACKERS == place:
-                with suppress(OSError):
-                    ask(self._url.port or 80, case, way)
-                self.num_attacks += 1
+            with suppress(OSError):
+                ask(self._url.port or 80, case, way, limit_s=SILENCE_S)
+            self.num_attacks += 1
 
 
-def main() -> None:
-    """Run victims and attackers, and print what the victims got."""
+def main() -> int:
+    """Run victims and attackers, and print what the victims got. Returns 1 where one got another's answer, or none."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--seconds", type=float, default=600)
     arguments = parser.parse_args()
     soak = Soak(arguments.url, arguments.seconds)
-    threads = [threading.Thread(target=soak.ask, args=[number]) for number in range(NUM_VICTIMS)]
-    threads += [threading.Thread(target=soak.attack, args=[place]) for place in range(NUM_ATTACKERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(NUM_VICTIMS + NUM_ATTACKERS) as pool:
+        running = [pool.submit(soak.ask, number) for number in range(NUM_VICTIMS)]
+        running += [pool.submit(soak.attack, place) for place in range(NUM_ATTACKERS)]
+    for one in running:
+        one.result()
     foreign = soak.answers.total() - soak.answers["own"]
     print(f"{soak.num_attacks} unsound requests; {soak.answers.total()} answers to victims, {foreign} of them not their own")
     for answer, count in soak.answers.most_common():
         if answer != "own":
             print(f"{count:6} {answer}")
+    return int(foreign > 0 or not soak.answers)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

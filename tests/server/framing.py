@@ -26,6 +26,8 @@ WEBSOCKET = (
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
 """As Java's HttpClient and `curl --http2` send it."""
 
+OFFERS = {"h2c": H2C, "websocket": WEBSOCKET, "any": b"Connection: keep-alive, upgrade\r\nUpgrade: x\r\n"}
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -71,8 +73,7 @@ def _refused(name: str, content: bytes, *statuses: int, is_repairable: bool = Fa
 
 
 def _upgrades() -> Iterator[Case]:
-    offers = {"h2c": H2C, "websocket": WEBSOCKET, "any": b"Connection: keep-alive, upgrade\r\nUpgrade: x\r\n"}
-    for protocol, offer in offers.items():
+    for protocol, offer in OFFERS.items():
         name, start = f"upgrade to {protocol}, ", head(offer)
         yield _ok(f"{name}sized", start + sized(BODY), is_kept=False)
         yield _ok(f"{name}chunked", start + chunked(BODY[:9], BODY[9:]), is_kept=False)
@@ -230,13 +231,16 @@ class Exchange:
     """Whether the connection took a further request."""
 
 
-def ask(port: int, case: Case, way: str, key: bytes = b"") -> Exchange:
-    """Return what the server at `port` answers to a request, sent with `key`. One that it took for two has an answer too many."""
+def ask(port: int, case: Case, way: str, key: bytes = b"", limit_s: float = LIMIT_S) -> Exchange:
+    """Return what the server at `port` answers to a request, sent with `key`. One that it took for two has an answer too many.
+
+    Raises `TimeoutError` where it says nothing for `limit_s`.
+    """
     content = case.content + case.rest
     if key:
         line, end, rest = content.lstrip(b"\r\n").partition(b"\n")
         content = line + end + b"Authorization: Bearer " + key + b"\r\n" + rest
-    with closing(socket.create_connection(("127.0.0.1", port), LIMIT_S)) as connection:
+    with closing(socket.create_connection(("127.0.0.1", port), limit_s)) as connection:
         received = b""
         with suppress(ConnectionError):  # the server may close while we still send, and have said why
             WAYS[way](connection, content)
