@@ -10,6 +10,7 @@ from server.telemetry.logs import LogFormat
 
 MAX_RECEIVED = 4
 """Adapters that are received at once: each is in memory meanwhile."""
+HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?)$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)$")]
 
 
@@ -48,6 +49,10 @@ class Settings(BaseSettings):
     cors_origins: Annotated[list[Origin], NoDecode, BeforeValidator(_split)] = []
     """Pages of these origins, such as https://chat.example.org, may send requests from a browser, * is all: with commas between
     them."""
+    allow_host: Annotated[list[HostName], NoDecode, BeforeValidator(_split)] = []
+    """Names by which a server without keys is reached, beside localhost and IP addresses, with commas between them and without
+    ports: *.NAME is all below one, * all there are. A request for another name, which a web page may have made mean this machine,
+    is answered 421."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent."""
     adapters: Annotated[str | None, BeforeValidator(_as_text)] = None

@@ -11,6 +11,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.schemas.errors import error_reply
+from server.transport.absolute_form import take_authority
 
 MAX_HELD_BYTES = 64 * 1024
 """uvicorn would hold a head without end."""
@@ -52,6 +53,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Hears that a head is whole."""
         self._num_held = 0
+        take_authority(self.url, self.headers)
         super().on_headers_complete()
         self._is_in_body = True
 
