@@ -23,7 +23,10 @@ from server.transport.ports import check_port
 
 
 def main() -> int:
-    """Runs the server until SIGTERM or SIGINT; running requests may end first. Returns the exit code."""
+    """Runs the server until SIGTERM or SIGINT; running requests may end first. Returns the exit code.
+
+    It also ends, with exit code 1, where the engine dies.
+    """
     configure_log("text")
     raise_descriptor_limit()
     # While the server loads; afterwards it drains.
@@ -58,15 +61,17 @@ def main() -> int:
         port=settings.port,
         http=HttpProtocol,
         ws="none",  # who asks for a web socket is answered as any other
+        lifespan="on",  # else uvicorn says nothing of a task that fails
         log_config=None,  # ours holds for it
         access_log=False,
         timeout_keep_alive=math.ceil(settings.keep_alive_s),
         timeout_graceful_shutdown=GRACE_S,
     )
-    DrainingServer(config, service).run()
+    server = DrainingServer(config, service)
+    server.run()
     if tracing:
         tracing.stop()
-    return 0
+    return 1 if server.has_failed else 0
 
 
 def _end(_: int, __: FrameType | None) -> None:

@@ -8,6 +8,7 @@ import anyio
 from fastapi import FastAPI
 
 from server.access.gate import Gate
+from server.access.hosts import AllowedHosts, HostCheck
 from server.catalog.comparison import Comparer
 from server.description.openapi import Api
 from server.description.responses import ADMINISTERING, GENERATING, refusals
@@ -59,6 +60,8 @@ def create_app(service: Service) -> FastAPI:
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
     app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, uploads=uploads)
     app.add_middleware(Gate, ring=service.keys, opens_metrics=service.settings.open_metrics)
+    if service.keys is None:  # inside of what lets pages of other origins in: they may read why they are refused
+        app.add_middleware(HostCheck, hosts=AllowedHosts.of(service.settings))
     if service.settings.cors_origins:
         app.add_middleware(Cors, origins=service.settings.cors_origins)
     app.add_middleware(RequestLog, service=service)

@@ -126,7 +126,7 @@ def load_service(settings: Settings) -> Service:
             grammars,
             max_merged=settings.resident_gib * GIB / BYTES_PER_PART,
         ),
-        engine=EngineThread(engine),
+        engine=EngineThread(engine, settings.max_step_s),
         metrics=make_metrics(base.name, registry, scheduler, tiers),
         keys=keys,
         required=lambda: [name for of in keys.keys.tenants.values() for name, _ in of.policy] if keys else [],

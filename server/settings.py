@@ -10,6 +10,7 @@ from server.telemetry.logs import LogFormat
 
 MAX_RECEIVED = 4
 """Adapters that are received at once: each is in memory meanwhile."""
+HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?)$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)$")]
 
 
@@ -48,6 +49,10 @@ class Settings(BaseSettings):
     cors_origins: Annotated[list[Origin], NoDecode, BeforeValidator(_split)] = []
     """Pages of these origins, such as https://chat.example.org, may send requests from a browser, * is all: with commas between
     them."""
+    allow_host: Annotated[list[HostName], NoDecode, BeforeValidator(_split)] = []
+    """Names by which a server without keys is reached, beside localhost and IP addresses, with commas between them and without
+    ports: *.NAME is all below one, * all there are. A request for another name, which a web page may have made mean this machine,
+    is answered 421."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent."""
     adapters: Annotated[str | None, BeforeValidator(_as_text)] = None
@@ -100,6 +105,9 @@ class Settings(BaseSettings):
     short_step_ms: float = Field(default=35, ge=0, le=60_000)
     """How long a step may take for the sake of short prompts, in milliseconds, where that is more: prompts that would fill four
     such steps at most. With more, their first tokens come sooner; with less, others' tokens come more evenly."""
+    max_step_s: float = Field(default=300, ge=0, le=86400)
+    """How long a step may take, in seconds, before the server takes it for stuck: it writes the stacks of its threads to standard
+    error, and ends with exit code 1, to be started again. Loading does not count; 0 is no limit."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests under way, from their first check to the last that is sent; one more is answered 429."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)

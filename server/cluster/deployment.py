@@ -10,6 +10,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
+from uvicorn.lifespan.on import LifespanOn
 
 from lori.names import EMBEDDED_NAME, short_name
 from server.access.key_ring import KeyRing
@@ -90,6 +91,12 @@ class _After:
 
     def __init__(self, replicas: DeploymentHandle[Replica]) -> None:
         """Takes what it is bound to."""
+
+    def check_health(self) -> None:
+        """Raise where a task of the ingress, such as the one that watches the key file, has died: Ray then replaces it."""
+        lifespan: LifespanOn = self._serve_asgi_lifespan  # type: ignore[attr-defined]  # `serve.ingress` adds it
+        if lifespan.error_occurred:
+            raise RuntimeError("a task of the ingress died; its log says why")
 
 
 def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:

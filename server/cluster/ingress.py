@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
 from server.cluster.affinity import ANY
 from server.cluster.destination import METRICS, is_for_all, key_in
@@ -77,6 +78,7 @@ class Ingress:
 
     def __init__(self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str) -> None:
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
+        self._hosts = None if keys else AllowedHosts.of(settings)
         self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
         self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
@@ -102,7 +104,7 @@ class Ingress:
             group.cancel_scope.cancel()
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = refusal_of(scope, self._keys, opens_metrics=self._opens_metrics) or self._limited
+        app = refusal_of(scope, self._keys, opens_metrics=self._opens_metrics, hosts=self._hosts) or self._limited
         await app(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:

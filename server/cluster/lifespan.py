@@ -27,6 +27,11 @@ class Lifespan(Generic[Given]):
             await self._running
         return await started
 
+    def check(self) -> None:
+        """Raise what the context has raised since it was entered, if anything."""
+        if self._running.done():
+            self._running.result()
+
     async def end(self) -> None:
         """Leaves the context. Raises what it raises, or has raised since it was entered."""
         self._is_to_end.set()

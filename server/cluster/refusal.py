@@ -7,6 +7,7 @@ from starlette.types import Scope
 
 from server.access.caller import Caller
 from server.access.gate import caller_of
+from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
 from server.cluster.destination import is_change
 from server.schemas.errors import error_reply
@@ -17,11 +18,14 @@ logger = logging.getLogger("server.request")
 MAX_PATH = 200
 
 
-def refusal_of(scope: Scope, keys: KeyRing | None, *, opens_metrics: bool) -> JSONResponse | None:
+def refusal_of(scope: Scope, keys: KeyRing | None, *, opens_metrics: bool, hosts: AllowedHosts | None) -> JSONResponse | None:
     """Returns what is answered to who has no key that counts, or would change adapters and is no admin; the log has a line of it.
 
-    None where a replica is to be asked.
+    Likewise to a request for a name that is none of `hosts`. None where a replica is to be asked.
     """
+    if hosts and (refusal := hosts.refusal(scope)):
+        _log(scope, refusal.status_code, None)
+        return refusal
     caller = caller_of(scope, keys, opens_metrics=opens_metrics)
     if isinstance(caller, JSONResponse):
         _log(scope, caller.status_code, None)

@@ -86,8 +86,12 @@ class Replica:
         return self._num_asked
 
     def check_health(self) -> None:
-        """Raises where the engine has ended: Ray then puts another replica in this one's place. One that is to end is sound."""
+        """Raises where the engine, or a task beside the requests, has ended: Ray then puts another replica in this one's place.
+
+        One that is to end is sound.
+        """
         self._service.check_alive()
+        self._running.check()
 
     async def __del__(self) -> None:
         """Ends the engine, and sends the traces that are left."""

@@ -93,10 +93,10 @@ def _complete(document: dict[str, Any], has_keys: bool) -> None:
         components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer", "description": said}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _complete_operation(operation, needs_key=has_keys and not is_open(path))
+            _complete_operation(operation, has_keys=has_keys, is_open=is_open(path))
 
 
-def _complete_operation(operation: dict[str, Any], *, needs_key: bool) -> None:
+def _complete_operation(operation: dict[str, Any], *, has_keys: bool, is_open: bool) -> None:
     # The first paragraph of a route's docstring is its summary, which OpenAPI has as plain text, unlike the description.
     summary, _, rest = operation.pop("description", "").partition("\n\n")
     operation["summary"] = CODE.sub(r"“\1”", summary).rstrip(".")
@@ -105,7 +105,9 @@ def _complete_operation(operation: dict[str, Any], *, needs_key: bool) -> None:
     responses = operation["responses"]
     if "422" in responses and FASTAPIS in str(responses["422"]):
         del responses["422"]
-    if needs_key:
+    if not has_keys:
+        responses |= {str(status): said for status, said in refusals(421).items()}
+    elif not is_open:
         operation["security"] = [{KEY: []}]
         responses |= {str(status): said for status, said in refusals(401, 403).items()}
     operation["responses"] = dict(sorted(responses.items()))

@@ -37,6 +37,13 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     ),
     413: ("The body is too long", "BadRequestError", "the body is longer than 1048576 bytes (--max-body-bytes)", None),
     415: ("The body is of another kind", "BadRequestError", "Content-Type is 'text/plain', expected application/json", None),
+    421: (
+        "The request is for a name that the server does not go by",
+        "BadRequestError",
+        "Host is 'page.example', expected localhost, an IP address, or a name that the server is started with (--allow-host): "
+        "without keys it answers to no other",
+        None,
+    ),
     422: ("An answer cannot follow the grammar any further", "GrammarError", "the grammar could be followed no further", None),
     429: ("Too many requests, of the key's tenant or of all", "RateLimitError", "1024 requests are under way; try again", None),
     500: ("The server failed, or an adapter did", "InternalServerError", "the server failed; its log says why", None),

@@ -1,6 +1,6 @@
 """The one bridge between asyncio and the engine: commands go in by a queue, events come out on the event loop.
 
-The engine runs in a thread of its own. If it dies, every request hears an error, and `is_alive` turns false.
+The engine runs in a thread of its own. If it dies, every request hears an error, `is_alive` turns false, and `has_died` true.
 """
 
 import asyncio
@@ -8,12 +8,14 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from server.engine.adapters.places import Place
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request
+from server.engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +29,21 @@ class EngineDeadError(Exception):
 
 
 class EngineThread:
-    """Runs an engine; use from the event loop alone."""
+    """Runs an engine; use from the event loop alone.
 
-    def __init__(self, engine: Engine) -> None:
+    Where a step, or a command between two, takes longer than `max_step_s`, the whole process ends (`Watchdog`); 0 is no limit.
+    """
+
+    def __init__(self, engine: Engine, max_step_s: float = 0) -> None:
         self._engine = engine
+        self._watchdog = Watchdog(max_step_s)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: dict[str, asyncio.Queue[Event]] = {}
         self._told: list[tuple[str, Event]] = []
         self._calls: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.is_alive = False
+        self.is_alive = self.has_died = False
 
     def start(self) -> None:
         """Starts the thread; events will be heard on the running event loop."""
@@ -127,10 +133,11 @@ class EngineThread:
         last = ErrorEvent("the server is stopping", "stop")
         try:
             self._serve()
-        except Exception as error:  # whatever it was, every request and /ready hear of it
+        except BaseException as error:  # whatever it was, every request and /health hear of it
             last = ErrorEvent(f"the engine died: {error!r}")
-            logger.exception("the engine died; every request fails and the server is not ready any more")
+            logger.critical("the engine died; every request fails, and the server has to be started again", exc_info=error)
         finally:
+            self._watchdog.disarm()
             self._tell()
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._die, last)
@@ -140,22 +147,34 @@ class EngineThread:
         self._engine.tiers.on_arrival(lambda: self._commands.put(Engine.wake))
         while True:
             try:
-                # An idle engine sleeps here; a busy one only looks.
-                command = self._commands.get(block=not self._engine.can_step, timeout=self._patience())
+                command = self._next_command()
             except queue.Empty:
+                self._watchdog.begin_step()
                 self._engine.step()
                 self._tell()
                 continue
             if command is None:
                 return
+            self._watchdog.begin_step()
             command(self._engine)
+
+    def _next_command(self) -> Command:
+        """Return the next command. Raises `queue.Empty` where the engine is to step first."""
+        if self._engine.can_step:
+            return self._commands.get_nowait()
+        if slack_s := self._watchdog.slack_s:  # idle, but maybe not for long
+            patience_s = self._patience()
+            with suppress(queue.Empty):
+                return self._commands.get(timeout=slack_s if patience_s is None else min(slack_s, patience_s))
+        self._watchdog.disarm()
+        return self._commands.get(timeout=self._patience())
 
     def _patience(self) -> float | None:
         left = self._engine.time_left()
         return None if left is None else min(left, threading.TIMEOUT_MAX)
 
     def _die(self, last: ErrorEvent) -> None:
-        self.is_alive = False
+        self.is_alive, self.has_died = False, last.kind != "stop"
         for events in self._events.values():
             events.put_nowait(last)
         for answer in self._calls:

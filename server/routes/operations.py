@@ -14,9 +14,10 @@ METRICS: Responses = {
 }
 
 
-@router.get("/health")
-async def health() -> Health:
-    """Answers as long as the process does."""
+@router.get("/health", responses=refusals(503))
+async def health(service: ServiceOf) -> Health:
+    """Answers 200 as long as the engine runs, also while the server is about to end; else it is to be started again."""
+    service.check_alive()
     return Health(status="ok")
 
 

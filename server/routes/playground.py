@@ -10,14 +10,14 @@ from server.routes.whole_files import WholeFiles
 
 PLAYGROUND = Path(__file__).parents[1] / "playground"
 PAGE = "index.html"
+POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+"""Nothing from elsewhere, nothing inline, in no other site's frame."""
 HEADERS = {
-    # Nothing from elsewhere, nothing inline, no text that becomes a program or markup, in no other site's frame.
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    # No text becomes a program or markup.
+    "Content-Security-Policy": f"{POLICY}; require-trusted-types-for 'script'; trusted-types 'none'",
     # Asked for again each time, and sent only where it has changed: the files of two versions never meet.
     "Cache-Control": "no-cache",
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 

@@ -24,6 +24,8 @@ NO_ROUTE = "none"
 LEFT = 499
 """What proxies' logs call a request whose client left before it heard anything."""
 MAX_PATH = 200
+NO_SNIFF = (b"x-content-type-options", b"nosniff")
+"""Of every answer: none is ever taken for a page or a program that it is not, whatever a client had put into it."""
 MESSAGE = "%s %s %d"
 
 
@@ -89,7 +91,7 @@ class _Watched:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (HEADER, self._exchange.id.encode())]
+            message["headers"] = [*message.get("headers", ()), (HEADER, self._exchange.id.encode()), NO_SNIFF]
             if self._service.is_draining:
                 message["headers"].append((b"connection", b"close"))
         elif not message.get("more_body", False):

@@ -3,6 +3,8 @@
 SIGTERM turns /ready off. For a notice, connections are taken as before, and every answer says that its connection ends: who sends
 requests goes elsewhere. Then new connections are refused, those that were made are answered, and those that send nothing more are
 closed. What still runs after its time hears an error.
+
+A server whose engine has died ends by itself, without that time: nothing runs any more, and /health says so until it ends.
 """
 
 import logging
@@ -14,6 +16,7 @@ from types import FrameType
 import anyio
 import uvicorn
 
+from server.engine.watchdog import end_process_after
 from server.service import Service
 from server.transport.connections import Waiting, is_readable
 from server.transport.refuse_connections import refuse_connections
@@ -26,6 +29,10 @@ LAST_CALL_S = 1.0
 BACKLOG_S = 0.1
 """For handshakes that were begun; longer where connections still wait to be taken."""
 TICK_S = 0.05
+FAILED_NOTICE_S = 2.0
+"""How long a server whose engine has died still answers: long enough for a probe a second."""
+LAST_RESORT_S = 10.0
+"""How long its end may take; then the process ends as it is. An end that is not stuck takes 8 s at most."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -50,6 +57,7 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Closes, about once a second, connections that send no request; returns whether to end."""
+        self.should_exit = self.should_exit or self.has_failed
         if counter % 10 == 0:
             self._waiting.look()
             self._waiting.close(self._settings.keep_alive_s)
@@ -63,18 +71,35 @@ class DrainingServer(uvicorn.Server):
         self._has_notice = sig != signal.SIGINT
         self._service.is_draining = self.should_exit = True
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine, or a task beside the requests such as the key file's, has died: the server ends, and not well."""
+        return self._service.engine.has_died or self.lifespan.error_occurred
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends as the module says."""
         self._service.is_draining = True
+        if self._service.engine.has_died:
+            await self._give_up()
+        else:
+            await self._drain()
+        if self.server_state.tasks:
+            self._service.engine.request_stop()
+        await super().shutdown(sockets)
+
+    async def _give_up(self) -> None:
+        logger.critical("the server cannot go on, and ends: it is to be started again")
+        end_process_after(LAST_RESORT_S)
+        await self._watch(FAILED_NOTICE_S, LAST_CALL_S)
+        await self._stop_listening()
+
+    async def _drain(self) -> None:
         if self._has_notice:
             logger.info("not ready any more; connections are taken for %g s yet", self._settings.drain_notice_s)
             await self._watch(self._settings.drain_notice_s, self._settings.keep_alive_s)
         await self._stop_listening()
         logger.info("no connection is taken any more; requests have %g s", self._settings.drain_s)
         await self._watch(self._settings.drain_s, LAST_CALL_S, until_none=True)
-        if self.server_state.tasks:
-            self._service.engine.request_stop()
-        await super().shutdown(sockets)
 
     async def _watch(self, seconds: float, max_waiting_s: float, *, until_none: bool = False) -> None:
         # Meanwhile closes connections that wait for a request too long.

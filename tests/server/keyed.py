@@ -17,7 +17,7 @@ from server.engine.thread import EngineThread
 from server.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
-from tests.server.live import serve_here
+from tests.server.live import HOST, serve_here
 from tests.server.rig import FakeEngine
 
 ACME, OTHER, ADMIN, MONITOR = (f"lori_{name}-key" for name in ("acme", "other", "admin", "monitor"))
@@ -61,7 +61,7 @@ def make_service(
     """Returns a service whose engine says "x" three times."""
     registry = registry or Registry([])
     return Service(
-        settings=Settings(keys=keys, **settings),
+        settings=Settings(keys=keys, **{"allow_host": [HOST]} | settings),
         base_model="fake",
         registry=registry,
         admission=Admission(tokenizer, registry, 100, max_terms=3),

@@ -25,6 +25,8 @@ LIMIT_S = 120
 """How long anything may take on a busy machine before a test gives up."""
 MAX_BODY_BYTES = 16384
 """What the session's server takes."""
+HOST = "x"
+"""How requests that tests write by hand call the server."""
 REPOSITORY = Path(__file__).parents[2]
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
@@ -40,12 +42,14 @@ def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -
 
 
 def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Starts `python -m server` with `flags` alone: no settings of the environment, no network. Both streams go to `log`.
+    """Starts `python -m server` with `flags` alone: no settings of the environment, but that it goes by `HOST`, and no network.
+
+    Both streams go to `log`.
 
     `within` are a program and its arguments, which becomes the server.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORI_ALLOW_HOST": HOST}
     with log.open("wb") as file:
         return subprocess.Popen(
             [*within, sys.executable, "-m", module, *flags],

@@ -227,7 +227,9 @@ def test_who_was_let_in_is_accepted_when_no_more_are(listening: socket.socket) -
 async def listening_server(**settings: float) -> DrainingServer:
     """Returns a server that listens on a free port, and answers 404."""
     config = uvicorn.Config(FastAPI(), port=0, log_config=None)
-    server = DrainingServer(config, cast(Service, SimpleNamespace(settings=Settings(**settings), is_draining=False)))
+    engine = SimpleNamespace(has_died=False)
+    service = SimpleNamespace(settings=Settings(**settings), is_draining=False, engine=engine)
+    server = DrainingServer(config, cast(Service, service))
     config.load()
     server.lifespan = config.lifespan_class(config)
     await server.startup()

@@ -121,8 +121,29 @@ def test_when_the_engine_dies_everybody_hears_of_it() -> None:
             assert "out of luck" in events[-1].message
             assert set(events[:-1]) <= {TextEvent("x")}
         assert not thread.is_alive
+        assert thread.has_died
         assert thread.num_requests == 0
         assert isinstance(await anext(thread.generate(named("late"))), ErrorEvent)
+        await thread.stop()
+
+    run(test())
+
+
+class Exiting(FakeEngine):
+    """Ends its thread as Python itself does."""
+
+    def step(self) -> None:
+        raise SystemExit("enough")
+
+
+def test_an_engine_that_ends_its_thread_has_died_too() -> None:
+    async def test() -> None:
+        thread = bridge(Exiting())
+        thread.start()
+        [event] = await listen(thread.generate(named("one")))
+        assert isinstance(event, ErrorEvent)
+        assert "enough" in event.message
+        assert thread.has_died
         await thread.stop()
 
     run(test())
@@ -172,6 +193,7 @@ def test_stopping_tells_whoever_still_waits() -> None:
         assert isinstance(events[-1], ErrorEvent)
         assert "stopping" in events[-1].message
         assert not thread.is_alive
+        assert not thread.has_died
 
     run(test())
 

@@ -25,6 +25,8 @@ from tests.server.live import LIMIT_S
 
 pytestmark = pytest.mark.anyio
 BASE = "base"
+NAMED: dict[str, Any] = {"allow_host": ["ingress"]}
+"""As clients of these tests call it."""
 
 
 @pytest.fixture
@@ -108,7 +110,8 @@ class FakeReplicas:
 
 def client(replicas: FakeReplicas, admin: Path | None = None, **settings: Any) -> httpx.AsyncClient:
     """Returns a client; an admin's, where there are keys in the folder `admin`."""
-    app = Ingress(replicas, KeyRing(write_keys(admin)) if admin else None, Settings(**settings), BASE)
+    keys = KeyRing(write_keys(admin)) if admin else None
+    app = Ingress(replicas, keys, Settings(**NAMED | settings), BASE)
     headers = bearer(ADMIN) if admin else {}
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress", headers=headers)
 
@@ -261,7 +264,7 @@ async def test_who_may_not_is_refused_without_a_replica_and_his_body_is_not_read
 ) -> None:
     """A replica was to refuse him: while none was there his body came into memory, and he waited for ever."""
     replicas = FakeReplicas()
-    app = Ingress(replicas, KeyRing(write_keys(tmp_path)) if has_keys else None, Settings(), BASE)
+    app = Ingress(replicas, KeyRing(write_keys(tmp_path)) if has_keys else None, Settings(**NAMED), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
         with caplog.at_level(logging.INFO, "server.request"):
             reply = await http.post(path, content=never(), headers={"Authorization": sent} if sent else {})
@@ -280,7 +283,7 @@ async def test_who_is_no_admin_is_told_so_in_the_words_of_one_server(
     caller = Caller(tenant="acme", key_id="acme-1") if keys else Caller()
     with pytest.raises(ForbiddenError) as refused:
         require_admin(caller, service)
-    app = Ingress(FakeReplicas(), KeyRing(keys) if keys else None, Settings(), BASE)
+    app = Ingress(FakeReplicas(), KeyRing(keys) if keys else None, Settings(**NAMED), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
         reply = await http.delete("/adapters/math", headers=bearer(ACME) if keys else {})
     handler = await on_known(cast("Request", None), refused.value)
@@ -380,3 +383,23 @@ async def test_without_origins_the_ingress_says_nothing_of_them() -> None:
     async with client(FakeReplicas(statuses={})) as http:
         reply = await http.get("/adapters", headers={"Origin": "https://chat.example"})
     assert "access-control-allow-origin" not in reply.headers
+
+
+@pytest.mark.parametrize("name", ["page.example", "page.example:8000"])
+async def test_a_name_that_is_not_its_own_is_refused_as_one_server_does(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    replicas = FakeReplicas()
+    async with client(replicas) as http:
+        for method, path in (("POST", "/generate"), ("GET", "/adapters"), ("GET", "/metrics")):
+            reply = await http.request(method, path, headers={"Host": name})
+            assert reply.status_code == 421
+            assert reply.headers["connection"] == "close"
+            assert reply.json()["error"]["message"].startswith(f"Host is {name!r}, expected localhost, an IP address, or ")
+        assert replicas.asked == []
+        assert (await http.get("/generate", headers={"Host": "127.0.0.1:8000"})).status_code == 200
+    assert [record.getMessage() for record in caplog.records][:1] == ["POST /generate 421"]
+
+
+async def test_with_keys_an_ingress_takes_any_name(tmp_path: Path) -> None:
+    async with client(FakeReplicas(), admin=tmp_path) as http:
+        assert (await http.get("/generate", headers={"Host": "page.example"})).status_code == 200

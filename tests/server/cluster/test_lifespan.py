@@ -50,3 +50,28 @@ async def test_what_is_raised_is_heard(has_started: bool) -> None:
         await lifespan.start()
     with pytest.raises(ValueError, match="no"):
         await (lifespan.end if has_started else lifespan.start)()
+
+
+async def test_what_is_raised_while_it_runs_is_seen_by_a_check() -> None:
+    """A replica went on for ever without the task that watches the key file."""
+    may_fail = anyio.Event()
+
+    async def fail() -> None:
+        await may_fail.wait()
+        raise ValueError("no")
+
+    @asynccontextmanager
+    async def living() -> AsyncIterator[None]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(fail)
+            yield
+            group.cancel_scope.cancel()
+
+    lifespan = Lifespan(living())
+    await lifespan.start()
+    lifespan.check()
+    may_fail.set()
+    with pytest.raises(ExceptionGroup):
+        await lifespan.end()
+    with pytest.raises(ExceptionGroup):
+        lifespan.check()

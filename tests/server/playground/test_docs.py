@@ -34,3 +34,13 @@ def test_a_summary_has_room(visiting: Visiting, live: Live, width: int) -> None:
     for part in (".opblock-summary-description", ".opblock-tag small"):
         for box in page.locator(part).all():
             assert box.evaluate("(of) => of.getBoundingClientRect().height / parseFloat(getComputedStyle(of).fontSize)") < 5
+
+
+def test_a_route_can_be_tried(visiting: Visiting, live: Live) -> None:
+    """Under the page's own policy, whose breaches the browser would tell of."""
+    page = open_docs(visiting, live, 1280)
+    route = page.locator(".opblock", has=page.locator('[data-path="/health"]'))
+    route.locator(".opblock-summary-control").click()
+    route.get_by_role("button", name="Try it out").click()
+    route.get_by_role("button", name="Execute").click()
+    expect(route.locator(".live-responses-table .response-col_status").last).to_contain_text("200")

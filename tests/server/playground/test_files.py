@@ -1,6 +1,7 @@
 """The playground as files: where they are, and under which rules."""
 
 import mimetypes
+import re
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_a_file_is_what_its_type_says(live: Live, name: str) -> None:
     assert reply.headers["content-type"].partition(";")[0] == mimetypes.guess_type(name)[0]
 
 
-@pytest.mark.parametrize("path", ["/", "/static/main.js", "/static/style.css"])
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/main.js", "/static/style.css"])
 def test_nothing_comes_from_elsewhere_and_nothing_is_guessed(live: Live, path: str) -> None:
     headers = live.client.get(path).headers
     rules = dict(rule.strip().partition(" ")[::2] for rule in headers["content-security-policy"].split(";"))
@@ -64,6 +65,17 @@ def test_it_is_only_read(live: Live, path: str) -> None:
     reply = live.client.post(path)
     refusal(reply, 405)
     assert {method.strip() for method in reply.headers["allow"].split(",")} == {"GET", "HEAD"}
+
+
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/openapi.json", "/static/docs/swagger-ui.css"])
+def test_no_answer_is_taken_for_what_it_is_not(live: Live, path: str) -> None:
+    assert live.client.get(path).headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_viewer_has_no_inline_script(live: Live) -> None:
+    reply = live.client.get("/docs")
+    assert reply.headers["referrer-policy"] == "no-referrer"
+    assert not re.search("<script[^>]*>[^<]", reply.text)
 
 
 def test_the_api_s_own_description_stays(live: Live) -> None:

@@ -1,0 +1,65 @@
+"""`python -m tests.server.dying_server`: the server, whose parts die or get stuck when a test says so.
+
+The engine does what a prompt says, and who watches the key file what that says.
+"""
+
+import ctypes
+import sys
+import threading
+from collections.abc import Callable, Mapping
+
+from server.__main__ import main
+from server.access.key_ring import KeyRing
+from server.engine.engine import Engine
+
+step, look = Engine.step, KeyRing.look
+
+
+def die() -> None:
+    """Fails as no request's fault does."""
+    raise MemoryError("out of luck")
+
+
+def die_and_leave_a_thread() -> None:
+    """Leaves what keeps a process from ending, too."""
+    threading.Thread(target=threading.Event().wait, daemon=False).start()
+    die()
+
+
+def wait() -> None:
+    """Waits for ever, while other threads run."""
+    threading.Event().wait()
+
+
+def hold_the_lock() -> None:
+    """Keeps Python's lock, as a kernel may that never returns: no other thread runs."""
+    ctypes.PyDLL(None).sleep(3600)
+
+
+DEEDS: Mapping[str, Callable[[], None]] = {
+    "die": die,
+    "die and leave a thread": die_and_leave_a_thread,
+    "wait": wait,
+    "hold the lock": hold_the_lock,
+}
+
+
+def dying_step(engine: Engine) -> None:
+    """Does what the prompt of a request says before its step."""
+    for sequence in engine._replies:
+        if deed := DEEDS.get(sequence.request.prompt_text):
+            deed()
+    step(engine)
+
+
+def dying_look(ring: KeyRing) -> None:
+    """Fails where the file is no more than a comment."""
+    if ring.path.read_text() == "# die":
+        die()
+    look(ring)
+
+
+if __name__ == "__main__":
+    Engine.step = dying_step  # type: ignore[method-assign]
+    KeyRing.look = dying_look  # type: ignore[method-assign]
+    sys.exit(main())
