@@ -107,7 +107,7 @@ def _complete_operation(operation: dict[str, Any], *, needs_key: bool) -> None:
         del responses["422"]
     if needs_key:
         operation["security"] = [{KEY: []}]
-        responses |= {str(status): said for status, said in refusals(401, 403).items()}
+        responses |= {str(status): said for status, said in refusals(401, 403, 429).items()}
     operation["responses"] = dict(sorted(responses.items()))
     for status, response in responses.items():
         is_reply = status.startswith("2")
