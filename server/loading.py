@@ -69,10 +69,10 @@ NUM_MERGES = 32
 """Merges that are no sums for which there is room from the start."""
 
 
-def load_service(settings: Settings) -> Service:
+def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served.
 
-    Raises `KeyFileError` where the key file is not sound.
+    `num_ingresses` are in front of this process, see `Service`. Raises `KeyFileError` where the key file is not sound.
     """
     keys = KeyRing(settings.keys) if settings.keys else None
     own, demo = open_stores(settings)  # what cannot be reached is said before a model is loaded
@@ -129,6 +129,7 @@ def load_service(settings: Settings) -> Service:
         engine=EngineThread(engine, settings.max_step_s),
         metrics=make_metrics(base.name, registry, scheduler, tiers),
         keys=keys,
+        num_ingresses=num_ingresses,
         required=lambda: [name for of in keys.keys.tenants.values() for name, _ in of.policy] if keys else [],
         files=files,
     )

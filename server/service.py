@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
-from server.access.limits import Limiter
+from server.access.limits import Limiter, RateLimiter
 from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
@@ -38,6 +38,8 @@ class Service:
     keys: KeyRing | None = None
     """Whose requests are answered; None: anybody's."""
     limiter: Limiter = field(default_factory=Limiter)
+    num_ingresses: int = 0
+    """Ingresses in front of this replica, which count the requests of tenants; 0: this process counts them."""
     files: AdapterFiles | None = None
     """Where adapters come from while the server runs; None: none come."""
     required: Callable[[], Collection[str]] = tuple
@@ -45,6 +47,7 @@ class Service:
     texts: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
     """For what is done with a whole text beside the requests: one at a time, or they would wait for Python's lock."""
     uses: AdapterUses = field(default_factory=AdapterUses)
+    rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
@@ -54,6 +57,7 @@ class Service:
     def __post_init__(self) -> None:
         help_text = "Requests, from their first check to the last byte of their answers."
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
+        self.rate = RateLimiter(self.num_ingresses or 1)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
@@ -74,7 +78,9 @@ class Service:
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
         with ExitStack() as held:
-            held.enter_context(self.limiter.places(caller, len(asks), num_answers))
+            held.enter_context(self.limiter.places(caller, num_answers))
+            if not self.num_ingresses:
+                self.rate.count(caller, len(asks) - 1)  # one was counted at the gate
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
@@ -90,7 +96,7 @@ class Service:
 
     def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:
         # What could never be, however often it is tried.
-        limits = (self.settings.max_requests, caller.max_requests, caller.requests_per_minute)
+        limits = (self.settings.max_requests, caller.max_requests, self.rate.limit(caller))
         if num_requests > (most := min(limit for limit in limits if limit is not None)):
             raise RefusedError(
                 "prompt", f"has {num_requests} texts, expected {most} at most: no more may ever be under way at once"

@@ -1,11 +1,18 @@
-"""Who sends a request is known before a byte of its body is read, or it goes no further. Never logs, nor quotes, a key."""
+"""Who sends a request is known before a byte of its body is read, or it goes no further. Never logs, nor quotes, a key.
+
+Each request of a tenant is counted here, by its head, whatever becomes of it.
+"""
+
+from collections.abc import Iterable, Mapping
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
+from server.access.limits import RateLimitedError, RateLimiter
 from server.schemas.errors import error_reply
+from server.transport.body_limit import CLOSE
 
 OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 STATIC = "/static/"
@@ -19,10 +26,15 @@ ASKED = "send a key with the header 'Authorization: Bearer KEY'"
 
 
 class Gate:
-    """Puts the caller into the request's state, or answers 401. Without a key ring everybody may pass, with no rights."""
+    """Puts the caller into the request's state, or answers 401, or 429 to a tenant that has used up its rate.
 
-    def __init__(self, app: ASGIApp, ring: KeyRing | None, *, opens_metrics: bool = False) -> None:
-        self._app, self._ring, self._opens_metrics = app, ring, opens_metrics
+    Without a key ring everybody may pass, with no rights. Without `rate` requests are not counted: an ingress has done it.
+    """
+
+    def __init__(
+        self, app: ASGIApp, ring: KeyRing | None, rate: RateLimiter | None = None, *, opens_metrics: bool = False
+    ) -> None:
+        self._app, self._ring, self._rate, self._opens_metrics = app, ring, rate, opens_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request pass, or not."""
@@ -32,6 +44,9 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
         elif isinstance(caller := caller_of(scope, self._ring, opens_metrics=self._opens_metrics), JSONResponse):
             await caller(scope, receive, send)
+        elif self._rate and (refusal := rate_refusal(scope, caller, self._rate)):
+            scope.setdefault("state", {})["caller"] = caller  # for the log's line
+            await refusal(scope, receive, send)
         else:
             state = {**scope.get("state", {}), "caller": caller}
             # The key has done its work.
@@ -60,6 +75,28 @@ def caller_of(scope: Scope, ring: KeyRing | None, *, opens_metrics: bool = False
         said = f"the key {caller.key_id!r} is of the role 'monitor', which reads {MONITORED} alone"
         return JSONResponse(error_reply(403, "PermissionDeniedError", said, None), 403)
     return caller
+
+
+def rate_refusal(scope: Scope, caller: Caller, rate: RateLimiter) -> JSONResponse | None:
+    """Count a request by its head. Return the answer to one that exceeds its tenant's rate, which is not counted; else None.
+
+    Its body is not read: where one was announced, the connection ends.
+    """
+    try:
+        rate.count(caller)
+    except RateLimitedError as error:
+        return rate_limited_reply(error, CLOSE if _has_body(scope["headers"]) else {})
+    return None
+
+
+def rate_limited_reply(error: RateLimitedError, headers: Mapping[str, str]) -> JSONResponse:
+    """Return the answer to a request that exceeds its tenant's rate, with more `headers`."""
+    content = error_reply(429, "RateLimitError", str(error), None)
+    return JSONResponse(content, 429, {"Retry-After": str(error.retry_after_s), **headers})
+
+
+def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers)
 
 
 def is_open(path: str) -> bool:

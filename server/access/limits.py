@@ -1,4 +1,4 @@
-"""What a tenant may ask for in a minute, and at once. Counted in this process; used by its event loop alone."""
+"""Limits of a tenant: requests a minute, and answers under way at once. Counted in this process; used by its event loop alone."""
 
 import math
 import time
@@ -19,54 +19,75 @@ class RateLimitedError(Exception):
         super().__init__(message)
 
 
-class Limiter:
-    """Counts the requests of each tenant that has limits."""
+class RateLimiter:
+    """The requests of the last minute of each tenant that has `requests_per_minute`.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    Of several ingresses in front of a cluster each counts for itself, and allows its share of the limit, rounded up.
+    """
+
+    def __init__(self, num_ingresses: int = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        self._num_ingresses, self._clock = num_ingresses, clock
         self._sent: OrderedDict[str, deque[float]] = OrderedDict()
         """When each tenant sent its requests of the last minute; first the tenant that has been silent for longest."""
+
+    def limit(self, caller: Caller) -> int | None:
+        """Return the requests a minute that this process allows the caller's tenant; None: any number."""
+        if caller.requests_per_minute is None:
+            return None
+        return math.ceil(caller.requests_per_minute / self._num_ingresses)
+
+    def count(self, caller: Caller, num_requests: int = 1) -> None:
+        """Count requests of the caller's tenant, no more than `limit` allows in a minute. Takes constant time, amortised.
+
+        Raises `RateLimitedError`, and counts none of them, where they exceed the limit.
+        """
+        limit = self.limit(caller)
+        if limit is None or not num_requests:
+            return
+        assert num_requests <= limit
+        now = self._clock()
+        while self._sent and next(iter(self._sent.values()))[-1] < now - MINUTE_S:
+            self._sent.popitem(last=False)
+        times = self._sent.get(caller.tenant, deque())
+        while times and times[0] < now - MINUTE_S:
+            times.popleft()
+        if (num_excess := len(times) + num_requests - limit) > 0:
+            # Once so many of the oldest are a minute old, there is room.
+            raise self._error(caller.tenant, limit, times[num_excess - 1] + MINUTE_S - now)
+        times.extend([now] * num_requests)
+        self._sent[caller.tenant] = times
+        self._sent.move_to_end(caller.tenant)
+
+    def _error(self, tenant: str, limit: int, wait_s: float) -> RateLimitedError:
+        retry_after_s = max(math.ceil(wait_s), 1)
+        each = f" by each of {self._num_ingresses} ingresses" if self._num_ingresses > 1 else ""
+        message = f"tenant {tenant!r} may send {limit} requests a minute{each}, and has sent them; try again in {retry_after_s} s"
+        return RateLimitedError(message, retry_after_s)
+
+
+class Limiter:
+    """The answers under way of each tenant."""
+
+    def __init__(self) -> None:
         self._under_way: Counter[str] = Counter()
 
     @contextmanager
-    def places(self, caller: Caller, num_requests: int = 1, num_answers: int | None = None) -> Iterator[None]:
+    def places(self, caller: Caller, num_answers: int = 1) -> Iterator[None]:
         """Holds places of the caller's tenant until the block ends. Raises `RateLimitedError` where there are not so many.
 
-        What is under way are answers, of which a request may want several, by default one each.
+        What is under way are answers, of which a request may want several.
         """
-        count = num_requests if num_answers is None else num_answers
-        self._check(caller, num_requests, count)
-        self._under_way[caller.tenant] += count
+        number = self._under_way[caller.tenant]
+        if caller.max_requests is not None and number + num_answers > caller.max_requests:
+            said = f"tenant {caller.tenant!r} has {number} answers under way, and may have {caller.max_requests}; try again"
+            raise RateLimitedError(said, 1)
+        self._under_way[caller.tenant] += num_answers
         try:
             yield
         finally:
-            self._under_way[caller.tenant] -= count
+            self._under_way[caller.tenant] -= num_answers
             self._under_way += Counter()  # forgets those that have none
 
     def num_under_way(self, caller: Caller) -> int:
         """Returns how many places the caller's tenant holds."""
         return self._under_way[caller.tenant]
-
-    def _check(self, caller: Caller, num_requests: int, num_answers: int) -> None:
-        number = self._under_way[caller.tenant]
-        if caller.max_requests is not None and number + num_answers > caller.max_requests:
-            said = f"tenant {caller.tenant!r} has {number} answers under way, and may have {caller.max_requests}; try again"
-            raise RateLimitedError(said, 1)
-        # Last, for it counts: a request that is refused is none.
-        if caller.requests_per_minute is not None:
-            self._count(caller.tenant, caller.requests_per_minute, num_requests)
-
-    def _count(self, tenant: str, per_minute: int, count: int) -> None:
-        now = self._clock()
-        while self._sent and next(iter(self._sent.values()))[-1] < now - MINUTE_S:
-            self._sent.popitem(last=False)
-        times = self._sent.get(tenant, deque())
-        while times and times[0] < now - MINUTE_S:
-            times.popleft()
-        if len(times) + count > per_minute:
-            retry_after_s = max(math.ceil(times[0] + MINUTE_S - now), 1) if times else MINUTE_S
-            said = f"tenant {tenant!r} may send {per_minute} requests a minute, and has sent them; try again in {retry_after_s} s"
-            raise RateLimitedError(said, retry_after_s)
-        times.extend([now] * count)
-        self._sent[tenant] = times
-        self._sent.move_to_end(tenant)

@@ -73,7 +73,7 @@ def deployed(settings: ClusterSettings) -> Application:
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
     )(serve.ingress(_application(settings))(_After))
-    return ingress.bind(replica.bind(settings.each))
+    return ingress.bind(replica.bind(settings.each, settings.ingresses))
 
 
 def from_config(options: dict[str, Any]) -> Application:
@@ -106,7 +106,7 @@ def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:
         configure_log(settings.log_format, sys.__stderr__)
         keys = KeyRing(settings.keys) if settings.keys else None
         base_model = short_name(settings.model) if settings.model else EMBEDDED_NAME
-        return Ingress(ReplicaHandles(serve.get_deployment_handle(REPLICA)), keys, settings, base_model)
+        return Ingress(ReplicaHandles(serve.get_deployment_handle(REPLICA)), keys, settings, base_model, settings.ingresses)
 
     return build
 

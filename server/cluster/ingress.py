@@ -13,11 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
+from server.access.limits import RateLimiter
 from server.cluster.affinity import ANY
-from server.cluster.destination import METRICS, is_for_all, key_in
+from server.cluster.destination import METRICS, is_for_all, key_in, read_fields
 from server.cluster.exposition import merged_metrics
 from server.cluster.listing import merged_adapters
-from server.cluster.refusal import refusal_of
+from server.cluster.refusal import batch_refusal, checked_caller
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply
 from server.settings import MAX_RECEIVED, Settings
@@ -72,13 +73,18 @@ class Replicas(Protocol):
 class Ingress:
     """The ASGI application before the replicas.
 
-    Without a key that counts, or for a change an admin's, a request is refused here: its body is not read, and no replica hears
-    of it. A request that its replica did not begin to answer before it died goes to another one: nobody heard anything of it.
+    Without a key that counts, or for a change an admin's, a request is refused here, as is one that exceeds its tenant's rate:
+    its body is not read, and no replica hears of it. A request that its replica did not begin to answer before it died goes to
+    another one: nobody heard anything of it.
     """
 
-    def __init__(self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str) -> None:
+    def __init__(
+        self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str, num_ingresses: int = 1
+    ) -> None:
+        """Takes what one server has, and how many ingresses share the rate of each tenant."""
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
         self._hosts = None if keys else AllowedHosts.of(settings)
+        self._rate = RateLimiter(num_ingresses)
         self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
         self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
@@ -104,8 +110,11 @@ class Ingress:
             group.cancel_scope.cancel()
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = refusal_of(scope, self._keys, opens_metrics=self._opens_metrics, hosts=self._hosts) or self._limited
-        await app(scope, receive, send)
+        caller = checked_caller(scope, self._keys, self._rate, opens_metrics=self._opens_metrics, hosts=self._hosts)
+        if isinstance(caller, JSONResponse):
+            await caller(scope, receive, send)
+        else:
+            await self._limited({**scope, "state": {**scope.get("state", {}), "caller": caller}}, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (scope["method"], scope["path"]) != UPLOAD:
@@ -131,11 +140,19 @@ class Ingress:
             await self._ask(scope, body, receive, send)
 
     async def _ask(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        ask = self._ask_all if is_for_all(scope["method"], scope["path"]) else self._ask_one
-        await ask(portable(scope), body, receive, send)
+        if is_for_all(scope["method"], scope["path"]):
+            await self._ask_all(portable(scope), body, receive, send)
+            return
+        key = ANY
+        if scope["method"] == "POST":
+            fields = read_fields(body)
+            if refusal := batch_refusal(scope, scope["state"]["caller"], self._rate, fields):
+                await refusal(scope, receive, send)
+                return
+            key = key_in(fields, self._base_model)
+        await self._ask_one(portable(scope), body, key, receive, send)
 
-    async def _ask_one(self, scope: Mapping[str, Any], body: bytes, receive: Receive, send: Send) -> None:
-        key = key_in(body, self._base_model) if scope["method"] == "POST" else ANY
+    async def _ask_one(self, scope: Mapping[str, Any], body: bytes, key: str, receive: Receive, send: Send) -> None:
         has_begun = False
 
         async def noted(message: Message) -> None:

@@ -1,15 +1,21 @@
-"""Who may not send a request is refused by its head, before the replicas, in the words of one server. Knows no Ray, no engine."""
+"""Who may not send a request is refused by its head, before the replicas, in the words of one server. Knows no Ray, no engine.
+
+Requests of tenants are counted here, and by no replica.
+"""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
 from server.access.caller import Caller
-from server.access.gate import caller_of
+from server.access.gate import caller_of, rate_limited_reply, rate_refusal
 from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
-from server.cluster.destination import is_change
+from server.access.limits import RateLimitedError, RateLimiter
+from server.cluster.destination import COMPLETIONS, Fields, is_change, num_prompts
 from server.schemas.errors import error_reply
 from server.transport.request_id import request_id
 
@@ -18,22 +24,44 @@ logger = logging.getLogger("server.request")
 MAX_PATH = 200
 
 
-def refusal_of(scope: Scope, keys: KeyRing | None, *, opens_metrics: bool, hosts: AllowedHosts | None) -> JSONResponse | None:
-    """Returns what is answered to who has no key that counts, or would change adapters and is no admin; the log has a line of it.
+def checked_caller(
+    scope: Scope, keys: KeyRing | None, rate: RateLimiter, *, opens_metrics: bool, hosts: AllowedHosts | None = None
+) -> Caller | JSONResponse:
+    """Count a request by its head. Return its caller, or the answer to one that goes no further, of which the log has a line.
 
-    Likewise to a request for a name that is none of `hosts`. None where a replica is to be asked.
+    That is one for a name that is none of `hosts`, without a key that counts, of a tenant that has used up its rate, or to change
+    adapters by who is no admin.
     """
-    if hosts and (refusal := hosts.refusal(scope)):
-        _log(scope, refusal.status_code, None)
-        return refusal
+    if hosts and (misdirected := hosts.refusal(scope)):
+        _log(scope, misdirected.status_code, None)
+        return misdirected
     caller = caller_of(scope, keys, opens_metrics=opens_metrics)
     if isinstance(caller, JSONResponse):
         _log(scope, caller.status_code, None)
         return caller
-    if caller.is_admin or not is_change(scope["method"], scope["path"]):
+    refusal = rate_refusal(scope, caller, rate)
+    if refusal is None and is_change(scope["method"], scope["path"]) and not caller.is_admin:
+        message = _no_admin(caller, has_keys=keys is not None)
+        refusal = JSONResponse(error_reply(403, "PermissionDeniedError", message, None), 403)
+    if refusal is None:
+        return caller
+    _log(scope, refusal.status_code, caller)
+    return refusal
+
+
+def batch_refusal(scope: Mapping[str, Any], caller: Caller, rate: RateLimiter, fields: Fields) -> JSONResponse | None:
+    """Count the prompts of a batch but the first, which was counted by the request's head. Return the answer to one with more of
+    them than the tenant's rate has left, else None. Those that could never be sent at once are for a replica to refuse.
+    """
+    limit = rate.limit(caller)
+    if limit is None or scope["path"] != COMPLETIONS or (number := num_prompts(fields)) > limit:
         return None
-    _log(scope, 403, caller)
-    return JSONResponse(error_reply(403, "PermissionDeniedError", _no_admin(caller, has_keys=keys is not None), None), 403)
+    try:
+        rate.count(caller, number - 1)
+    except RateLimitedError as error:
+        _log(scope, 429, caller)
+        return rate_limited_reply(error, {})
+    return None
 
 
 def _no_admin(caller: Caller, *, has_keys: bool) -> str:
@@ -43,7 +71,7 @@ def _no_admin(caller: Caller, *, has_keys: bool) -> str:
     return f"this route needs a key of the role 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
 
 
-def _log(scope: Scope, status: int, caller: Caller | None) -> None:
+def _log(scope: Mapping[str, Any], status: int, caller: Caller | None) -> None:
     path = scope.get("raw_path", b"").decode("ascii", "backslashreplace")[:MAX_PATH]
     fields = {
         "request_id": request_id(scope["headers"]),

@@ -21,15 +21,15 @@ from server.telemetry.tracing import start_tracing
 class Replica:
     """Answers relayed requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Loads everything. Raises as `load_service` and `start_tracing`."""
+    async def __init__(self, settings: Settings, num_ingresses: int) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Loads everything, to answer what so many ingresses send. Raises as `load_service` and `start_tracing`."""
         from server.app import create_app  # noqa: PLC0415  # who only starts replicas, or sends them requests, needs no torch
         from server.loading import load_service  # noqa: PLC0415
 
         # Ray's own place for it loses lines.
         configure_log(settings.log_format, sys.__stderr__, replica=_own_name())
         self._tracing = start_tracing(settings.otlp_traces_endpoint)
-        self._service = await run_in_threadpool(load_service, settings)
+        self._service = await run_in_threadpool(load_service, settings, num_ingresses)
         self._app = create_app(self._service)
         if self._tracing:
             self._tracing.instrument(self._app)

@@ -109,7 +109,7 @@ def _complete_operation(operation: dict[str, Any], *, has_keys: bool, is_open: b
         responses |= {str(status): said for status, said in refusals(421).items()}
     elif not is_open:
         operation["security"] = [{KEY: []}]
-        responses |= {str(status): said for status, said in refusals(401, 403).items()}
+        responses |= {str(status): said for status, said in refusals(401, 403, 429).items()}
     operation["responses"] = dict(sorted(responses.items()))
     for status, response in responses.items():
         is_reply = status.startswith("2")

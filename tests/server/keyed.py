@@ -56,6 +56,7 @@ def make_service(
     *,
     engine: FakeEngine | None = None,
     registry: Registry | None = None,
+    num_ingresses: int = 0,
     **settings: Any,
 ) -> Service:
     """Returns a service whose engine says "x" three times."""
@@ -68,6 +69,7 @@ def make_service(
         engine=EngineThread(cast(Engine, engine or FakeEngine())),
         metrics=Metrics("fake"),
         keys=KeyRing(keys) if keys else None,
+        num_ingresses=num_ingresses,
     )
 
 

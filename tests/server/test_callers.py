@@ -151,7 +151,6 @@ def test_more_requests_in_a_minute_are_429(tokenizer: PreTrainedTokenizerFast, t
         assert error["message"].startswith("tenant 'acme' may send 2 requests a minute, and has sent them; try again in ")
         assert 1 <= int(reply.headers["retry-after"]) <= 60
         assert client.post("/generate", json=ask(), headers=bearer(OTHER)).status_code == 200
-        assert client.get("/adapters").status_code == 200
 
 
 def test_what_is_done_with_a_text_alone_counts_as_a_request(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -233,8 +232,8 @@ def test_prompts_that_could_never_be_under_way_at_once_are_refused_as_such(
 ) -> None:
     keys = write_keys(tmp_path, "max_requests = 2", "requests_per_minute = 3")
     with served(make_service(tokenizer, keys, max_requests=4)) as client:
-        for key, most in ((ACME, 2), (OTHER, 3), (ADMIN, 4)):
+        for key, most, num_left in ((ACME, 2, 2), (OTHER, 3, 2), (ADMIN, 4, 4)):  # what is refused is one request of the minute's
             body: dict[str, Any] = {"prompt": ["x"] * (most + 1)}
             error = refusal(client.post("/v1/completions", headers=bearer(key), json=body), 400)
             assert (error["param"], f"expected {most} at most" in error["message"]) == ("prompt", True)
-            assert client.post("/v1/completions", headers=bearer(key), json={"prompt": ["x"] * most}).status_code == 200
+            assert client.post("/v1/completions", headers=bearer(key), json={"prompt": ["x"] * num_left}).status_code == 200

@@ -1,14 +1,21 @@
 """What an ingress reads of a request."""
 
 import json
+import tracemalloc
 
 import pytest
 
 from server.cluster.affinity import ANY, key_of
-from server.cluster.destination import is_for_all, key_in
-from server.schemas.fields import MAX_ADAPTERS
+from server.cluster.destination import MAX_NAMING_BYTES, is_for_all, key_in, num_prompts, read_fields
+from server.schemas.completions import MAX_PROMPTS
+from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT
 
 BASE = "SmolLM2-135M-Instruct"
+MEBIBYTE = 1 << 20
+
+
+def key_of_body(body: bytes) -> str:
+    return key_in(read_fields(body), BASE)
 
 
 @pytest.mark.parametrize(
@@ -24,13 +31,15 @@ BASE = "SmolLM2-135M-Instruct"
         ({"model": BASE, "adapters": ["intent"]}, "intent"),
         ({"model": "org/Some-Model"}, ANY),
         ({"adapter": "\ud800"}, ANY),  # half a character, which nothing can be encoded with: its request was never sent on
-        ({"adapter": ["math", "a" * 100_000, "a\nb"]}, "math"),
+        ({"adapter": ["math", "a" * 10_000, "a\nb"]}, "math"),
+        ({"adapter": ["math", "a" * MAX_NAMING_BYTES]}, ANY),
+        ({"prompt": [1] * 300_000, "adapter": "math", "n": None}, "math"),
         ({"adapter": 7, "adapters": None, "model": ["x"]}, ANY),
         ([1, 2], ANY),
     ],
 )
 def test_the_key_is_of_the_adapters_that_are_named(body: object, key: str) -> None:
-    assert key_in(json.dumps(body).encode(), BASE) == key
+    assert key_of_body(json.dumps(body).encode()) == key
 
 
 @pytest.mark.parametrize("num_named", [MAX_ADAPTERS, MAX_ADAPTERS + 1])
@@ -39,12 +48,93 @@ def test_what_names_more_than_a_replica_takes_is_not_read(form: str, num_named: 
     """A mebibyte of `a+a+a+…` held up every other request for a sixth of a second."""
     names = [f"a{number}" for number in range(num_named)]
     body = {form: "+".join(names) if form == "model" else names}
-    assert key_in(json.dumps(body).encode(), BASE) == (key_of(names) if num_named == MAX_ADAPTERS else ANY)
+    assert key_of_body(json.dumps(body).encode()) == (key_of(names) if num_named == MAX_ADAPTERS else ANY)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_the_longest_names_that_a_replica_takes_are_read() -> None:
+    names = [f"{number:02}" + "a" * 62 for number in range(MAX_ADAPTERS)]
+    named = [{"name": f"{name}@{'f' * 12}", "weight": -MAX_WEIGHT + 0.1234567890123456} for name in names]
+    assert key_of_body(json.dumps({"adapter": named}, indent=8).encode()) == key_of(names)
+
+
+def test_fields_are_read_as_a_replica_reads_them() -> None:
+    assert key_of_body(b'\xef\xbb\xbf{"prompt": "x", "adapter": "math"}') == "math"
+    assert key_of_body(b'{"\\u0061dapter": "m\\u0061th"}') == "math"
+    assert key_of_body(b'{"x": {"adapter": "intent"}, "y": ["adapter", "intent"], "adapter": "math", "model": null}') == "math"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"adapter": "math", "x": ' + b"[" * 100_000,
+        b'{"adapter": "math", "x": ' + b'{"x": ' * 100_000,
+        b'{"adapter": "math"} x',
+        b'{"adapter": "math", "model": "\xff"}',
+        b'{"adapter": "math", "model": "\\ud800"}',
+        b'{"adapter": "math", "model": 1e999}',
+        b'{"adapter": "math", "x": NaN}',
+    ],
+)
 def test_what_is_no_json_names_none(body: bytes) -> None:
-    assert key_in(body, BASE) == ANY
+    assert key_of_body(body) == ANY
+
+
+@pytest.mark.parametrize(
+    ("prompt", "number"),
+    [
+        ("a", 1),
+        (["a"], 1),
+        (["a", 'b\\"],[', "c"], 3),
+        ([1, 2, 3], 1),
+        ([[1, 2], [3]], 2),
+        ([[]], 1),
+        ([], 1),
+        (None, 1),
+        ({"a": ["b", "c"]}, 1),
+        (["a"] * MAX_PROMPTS, MAX_PROMPTS),
+        (["a"] * (MAX_PROMPTS + 1), 1),
+        (["a"] * 200_000, 1),
+    ],
+)
+def test_the_prompts_of_a_batch_are_counted(prompt: object, number: int) -> None:
+    for indent in (None, 2):
+        assert num_prompts(read_fields(json.dumps({"prompt": prompt}, indent=indent).encode())) == number
+    assert num_prompts(read_fields(b"{}")) == num_prompts(read_fields(b'{"prompt": ["a", "b"]')) == 1
+
+
+def built_of(body: bytes) -> int:
+    """Returns how many bytes Python takes for what is built of a body."""
+    read_fields(b'{"prompt": ["a"]}')
+    tracemalloc.start()
+    try:
+        fields = read_fields(body)
+        key_in(fields, BASE)
+        num_prompts(fields)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "unit", [b"1,", b"[],", b"{},", b'"",', b'"a",', b"[[[[[[[[[[1]]]]]]]]]],", b'{"a":1},', b'"\\n",', b"1.5e3,"]
+)
+@pytest.mark.parametrize("field", [b"prompt", b"adapter", b"model", b"x"])
+def test_nothing_is_built_of_a_long_body(field: bytes, unit: bytes) -> None:
+    """A mebibyte of lists held up every other request for a fifth of a second while its values were built."""
+    content = b'{"%s":[%s1],"adapters":"math"}' % (field, unit * (MEBIBYTE // len(unit)))
+    assert key_of_body(content) == "math"
+    assert built_of(content) < 64 * 1024
+
+
+@pytest.mark.parametrize("member", [b'"prompt":["a","b"]', b'"adapter":["a"]', b'"x":1', b'"model":"a"'])
+def test_nothing_is_built_of_a_field_that_comes_again_and_again(member: bytes) -> None:
+    content = b"{" + (member + b",") * (MEBIBYTE // len(member)) + b'"adapters":"math"}'
+    assert "math" in key_of_body(content)
+    assert built_of(content) < 64 * 1024
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from server.client.fields import GenerateFields
 from server.transport.ports import free_port
 from tests.server.cluster.running import ENDING_S, NAMES, START_S, Cluster, processes_of, running
 from tests.server.framing import CASES, ask, check, check_proxied
-from tests.server.keyed import ADMIN, bearer, write_keys
+from tests.server.keyed import ACME, ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
 
@@ -27,6 +28,7 @@ DEMO = Path("server/adapters")
 FIELDS = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 SILENCE_S = "10"
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
+PER_MINUTE = 6
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def heard() -> Iterator[Collector]:
 def cluster(tmp_path_factory: pytest.TempPathFactory, heard: Collector) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("cluster")
     (place / "adapters").mkdir()
-    flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place))]
+    flags = ["--replicas", "2", "--drain-s", "120", "--keys", str(write_keys(place, f"requests_per_minute = {PER_MINUTE}"))]
     flags += ["--adapters", f"file://{place}/adapters", "--adapter-cache", str(place / "cache"), "--delete-grace-s", "0.1"]
     flags += ["--keep-alive-s", SILENCE_S, "--max-body-s", SILENCE_S, "--max-unread-s", SILENCE_S]
     flags += ["--otlp-traces-endpoint", heard.url, "--drain-notice-s", "10"]
@@ -119,6 +121,21 @@ def _what_is_wrong_is_refused_as_by_one_server(cluster: Cluster) -> None:
     assert reply.json()["error"]["message"] == "there is no adapter 'maths': did you mean 'math'?"
     assert httpx.post(f"{cluster.url}/generate", json={"prompt": PROMPT}).status_code == 401
     assert cluster.http.post("/generate", content=b"[" * 200_000).status_code == 400
+
+
+def _a_tenant_s_rate_is_that_of_one_server(cluster: Cluster) -> None:
+    """Each replica counted for itself: two of them allowed twice the rate."""
+
+    def ask(number: int) -> int:
+        body = (
+            {"prompt": [PROMPT] * 2, "max_tokens": 1} if number == 0 else {"prompt": PROMPT, "max_tokens": 1, "adapter": "nobody"}
+        )
+        return httpx.post(f"{cluster.url}/v1/completions", json=body, headers=bearer(ACME), timeout=LIMIT_S).status_code
+
+    start = time.monotonic()
+    statuses = [ask(number) for number in range(PER_MINUTE * 2)]
+    assert time.monotonic() - start < 60, "this machine is too slow to tell"
+    assert statuses == [200, *[400] * (PER_MINUTE - 2), *[429] * (PER_MINUTE + 1)]
 
 
 def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
@@ -291,6 +308,7 @@ def test_two_replicas_serve_as_one_server(cluster: Cluster, heard: Collector) ->
     _a_connection_that_sends_no_whole_head_is_ended(cluster)
     _a_request_is_answered_once_by_proxy_and_ingress(cluster)
     _what_is_wrong_is_refused_as_by_one_server(cluster)
+    _a_tenant_s_rate_is_that_of_one_server(cluster)
     _what_is_long_passes_both_ways(cluster)
     _a_request_is_one_span_of_its_client_s_trace(cluster, heard)
     _a_change_reaches_every_replica(cluster)

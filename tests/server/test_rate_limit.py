@@ -1,0 +1,212 @@
+"""The rate of a tenant's requests, counted at the gate, over a real socket."""
+
+import asyncio
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message, Scope
+from transformers import PreTrainedTokenizerFast
+
+from server.access.gate import Gate
+from server.access.key_ring import KeyRing
+from server.access.limits import RateLimiter
+from server.service import Service
+from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
+from tests.server.live import LIMIT_S
+from tests.server.rig import FakeEngine
+
+Asked = tuple[str, str, dict[str, Any], int]
+"""A method, a path, what httpx sends with them, and the status of the answer."""
+BODY = {"prompt": "x"}
+FOR_EVER = 10**9
+JSON = {"Content-Type": "application/json"}
+
+
+class Clock:
+    """Stands until it is set on."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def limited(tokenizer: PreTrainedTokenizerFast, place: Path, limits: str, **settings: Any) -> Service:
+    """Returns a service with `limits` of the tenant acme."""
+    return make_service(tokenizer, write_keys(place, limits), **settings)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(("POST", "/generate", {"json": BODY}, 200), id="answered"),
+        pytest.param(("GET", "/adapters", {}, 200), id="the adapters' list"),
+        pytest.param(("GET", "/adapters/compare?names=nobody", {}, 404), id="a comparison"),
+        pytest.param(("GET", "/v1/models", {}, 200), id="the models"),
+        pytest.param(("GET", "/metrics", {}, 403), id="metrics that it may not read"),
+        pytest.param(("POST", "/tokenize", {"json": BODY}, 200), id="a text's tokens"),
+        pytest.param(("POST", "/generate", {"content": b"{", "headers": JSON}, 400), id="no JSON"),
+        pytest.param(("POST", "/generate", {"json": {"prompt": [1] * 90_000}}, 400), id="a prompt that is too long"),
+        pytest.param(("POST", "/generate", {"json": BODY | {"adapter": "nobody"}}, 404), id="an unknown adapter"),
+        pytest.param(("POST", "/generate", {"json": BODY, "headers": {"Content-Encoding": "gzip"}}, 400), id="a coding"),
+        pytest.param(("POST", "/generate", {"content": b"x" * (1 << 20) + b"x"}, 413), id="a body that is too long"),
+        pytest.param(("POST", "/adapters", {"content": b"x"}, 403), id="an upload that it may not send"),
+        pytest.param(("DELETE", "/generate", {}, 405), id="a wrong method"),
+        pytest.param(("GET", "/nowhere", {}, 404), id="no route"),
+    ],
+)
+def test_every_request_of_a_tenant_counts_whatever_becomes_of_it(
+    asked: Asked, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What was refused for its content, and what only lists, had no limit: a tenant held up others with them."""
+    method, path, content, status = asked
+    with served(limited(tokenizer, tmp_path, "requests_per_minute = 2"), ACME) as client:
+        for _ in range(2):
+            assert client.request(method, path, **content).status_code == status
+        reply = client.request(method, path, **content)
+        error = refusal(reply, 429)
+        assert (error["type"], error["param"]) == ("RateLimitError", None)
+        assert error["message"].startswith("tenant 'acme' may send 2 requests a minute, and has sent them; try again in ")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        refusal(client.post("/generate", json=BODY), 429)
+        for key in (OTHER, ADMIN):
+            assert client.get("/v1/models", headers=bearer(key)).status_code == 200
+
+
+def test_open_routes_do_not_count(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
+        for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        assert client.post("/generate", json=BODY).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+def test_what_is_refused_for_the_rate_is_not_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    service, clock = limited(tokenizer, tmp_path, "requests_per_minute = 2"), Clock()
+    service.rate = RateLimiter(clock=clock)
+    with served(service, ACME) as client:
+        for _ in range(2):
+            assert client.get("/v1/models").status_code == 200
+            clock.now += 20
+        for _ in range(10):
+            assert refusal(client.get("/v1/models"), 429)["message"].endswith("try again in 20 s")
+        clock.now += 20.5
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_what_is_refused_for_answers_under_way_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Its body was read, which costs others as much as that of any refused request."""
+    service = limited(tokenizer, tmp_path, "max_requests = 1\nrequests_per_minute = 3", engine=FakeEngine(num_steps=FOR_EVER))
+    with served(service, ACME) as client, client.stream("POST", "/generate", json=BODY | {"stream": True}) as reply:
+        lines = reply.iter_lines()
+        assert next(lines) == "event: token"
+        for _ in range(2):
+            assert "under way" in refusal(client.post("/generate", json=BODY), 429)["message"]
+        assert "a minute" in refusal(client.post("/generate", json=BODY), 429)["message"]
+
+
+def test_each_prompt_of_a_batch_counts(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with served(limited(tokenizer, tmp_path, "requests_per_minute = 6"), ACME) as client:
+
+        def complete(num_prompts: int) -> httpx.Response:
+            return client.post("/v1/completions", json={"prompt": ["x"] * num_prompts})
+
+        assert complete(3).status_code == 200
+        error = refusal(complete(7), 400)  # counts as one
+        assert (error["param"], "expected 6 at most" in error["message"]) == ("prompt", True)
+        reply = complete(3)  # its two others are too many, and it counts as one
+        assert refusal(reply, 429)["message"].startswith("tenant 'acme' may send 6 requests a minute, and has sent them")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        assert complete(1).status_code == 200
+        refusal(complete(1), 429)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param("Content-Length: 100000\r\nExpect: 100-continue\r\n\r\n", id="a body that waits for leave"),
+        pytest.param("Content-Length: 100000\r\n\r\n", id="a body that does not come"),
+        pytest.param('Content-Length: 100000\r\n\r\n{"prompt": "', id="part of a body"),
+        pytest.param("Transfer-Encoding: chunked\r\n\r\n", id="chunks that do not come"),
+    ],
+)
+def test_the_answer_is_there_before_the_body(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rest: str) -> None:
+    with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
+        assert client.get("/v1/models").status_code == 200
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ACME}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=LIMIT_S) as sender:
+            sender.sendall(f"{head}{rest}".encode())
+            received = b""
+            while b'"code":429' not in received:
+                received += sender.recv(4096)
+            headers = received.partition(b"\r\n\r\n")[0].lower()
+            assert headers.startswith(b"http/1.1 429 too many requests\r\n")
+            assert b"\r\nconnection: close" in headers
+            assert b"\r\nretry-after: " in headers
+            while sender.recv(4096):  # until the server has closed the connection
+                pass
+
+
+def test_without_a_body_the_connection_goes_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
+        assert client.get("/v1/models").status_code == 200
+        for headers in ({}, {"Content-Length": "0"}):
+            reply = client.get("/v1/models", headers=headers)
+            refusal(reply, 429)
+            assert "connection" not in reply.headers
+
+
+def test_nothing_of_the_body_is_read(tmp_path: Path) -> None:
+    sent: list[Message] = []
+    ring, rate = KeyRing(write_keys(tmp_path, "requests_per_minute = 1")), RateLimiter()
+
+    async def receive() -> Message:
+        raise AssertionError("the body was read")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def app(*_: object) -> None:
+        sent.append({"type": "let in"})
+
+    headers = [(b"authorization", f"Bearer {ACME}".encode()), (b"content-length", b"100")]
+    scope: Scope = {"type": "http", "path": "/generate", "headers": headers}
+    for _ in range(2):
+        asyncio.run(Gate(app, ring, rate)(scope, receive, send))
+    assert [message.get("status") for message in sent] == [None, 429, None]
+
+
+def test_unknown_keys_leave_nothing_behind(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    service = limited(tokenizer, tmp_path, "requests_per_minute = 1")
+    with served(service) as client:
+        for number in range(50):
+            refusal(client.get("/v1/models", headers=bearer(f"lori_guess-{number}")), 401)
+            refusal(client.get("/v1/models"), 401)
+    assert not service.rate._sent
+    assert not service.limiter._under_way
+
+
+def test_the_log_says_whose_request_was_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "server.request")
+    with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
+        for _ in range(2):
+            client.post("/generate", json=BODY)
+    records = [record.__dict__ for record in caplog.records if record.name == "server.request"]
+    fields = [(record["status"], record["tenant"], record["key_id"]) for record in records]
+    assert fields == [(200, "acme", "acme-1"), (429, "acme", "acme-1")]
+
+
+def test_behind_an_ingress_nothing_is_counted(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The ingresses have counted it: with each replica counting too, N of them gave a tenant N times its rate."""
+    service = make_service(tokenizer, write_keys(tmp_path, "requests_per_minute = 4"), num_ingresses=2)
+    with served(service, ACME) as client:
+        for _ in range(5):
+            assert client.post("/v1/completions", json={"prompt": ["x", "y"]}).status_code == 200
+        error = refusal(client.post("/v1/completions", json={"prompt": ["x", "y", "z"]}), 400)
+        assert "expected 2 at most" in error["message"], "what no ingress would ever let through"
