@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     short_step_ms: float = Field(default=35, ge=0, le=60_000)
     """How long a step may take for the sake of short prompts, in milliseconds, where that is more: prompts that would fill four
     such steps at most. With more, their first tokens come sooner; with less, others' tokens come more evenly."""
+    max_priority_wait_s: float = Field(default=60, ge=0, le=86400)
+    """How long a request may wait for those of a higher priority, in seconds; from then on it shares the service with those of
+    the highest that is present. 0: it waits as long as there are any."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests under way, from their first check to the last that is sent; one more is answered 429."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)

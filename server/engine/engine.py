@@ -89,7 +89,9 @@ class Engine:
         self._fail_unservable()
         for sequence in self.scheduler.drop_aborted():
             self._end(sequence, "cancelled")
-        for sequence in self.scheduler.drop_expired(self.clock()):
+        now = self.clock()
+        self.scheduler.raise_overdue(now)
+        for sequence in self.scheduler.drop_expired(now):
             if sequence in self._replies:
                 self._fail(sequence, f"not done within {sequence.request.timeout_s:g} s", "timeout")
 
