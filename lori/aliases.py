@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lori.durable import read_regular, replace_file, sync_folder
 from lori.errors import AdapterError
+from lori.file_stamp import FileStamp, file_stamp
 from lori.names import NAME, VERSION
 
 ALIASES_FOLDER = ".aliases"
@@ -49,13 +50,9 @@ class Aliases:
             raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
         return meant
 
-    def stamp(self, name: str) -> tuple[int, int] | None:
+    def stamp(self, name: str) -> FileStamp | None:
         """Returns what is another each time that the alias `name` is set; None where there is none."""
-        try:
-            found = (self.folder / name).stat()
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime_ns
+        return file_stamp(self.folder / name)
 
     def set(self, name: str, meant: str) -> None:
         """Makes the alias `name` mean `meant`, `name@version`."""

@@ -5,6 +5,7 @@ LoriError
 ├── DeviceError           the device that was asked for is not there, or cannot serve
 ├── TemplateError         a conversation cannot be written as a prompt
 ├── MaskError             too few entries are left for a mask
+├── MergeCancelledError   a merge was given up before it was done
 └── AdapterError
     ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
     ├── UnknownAdapterError   no adapter of that name; carries the near matches
@@ -32,6 +33,10 @@ class TemplateError(LoriError):
 
 class MaskError(LoriError):
     """Too few entries are left for a mask."""
+
+
+class MergeCancelledError(LoriError):
+    """A merge was given up before it was done, as its caller asked."""
 
 
 class AdapterError(LoriError):

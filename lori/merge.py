@@ -8,7 +8,7 @@ Shapes: D outputs, N inputs, R rank.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis, Explicit
 from lori.config import AdapterConfig
-from lori.errors import AdapterError
+from lori.errors import AdapterError, MergeCancelledError
 from lori.format import seal
 from lori.identity import BaseIdentity
 from lori.merge_methods import combine, nonzero, placed, prune
@@ -51,6 +51,7 @@ def merge(
     sign: SignMethod = DEFAULTS.sign,
     seed: int = DEFAULTS.seed,
     templates: Sequence[Template] | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Adapter:
     """Returns a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
 
@@ -64,7 +65,11 @@ def merge(
 
     `templates` are how its prompts are written: None is what all the adapters were trained on.
 
-    Raises `AdapterError` for options, weights and adapters that do not go together, and values that `values` cannot hold.
+    `is_cancelled` is called in this thread before each module and before the result is sealed; once it returns True the merge
+    is given up.
+
+    Raises `AdapterError` for options, weights and adapters that do not go together, and values that `values` cannot hold;
+    `MergeCancelledError` where it was given up.
     """
     options = MergeOptions(method, density, sign, seed)
     parents = _parents(adapters, weights)
@@ -75,8 +80,11 @@ def merge(
     if options.method == "linear" and [parent.weight for parent in parents] == [1.0]:
         modules = {module: rounded(b, values) for module, b in parents[0].adapter.modules.items()}
     else:
-        exact = {module: _combined(parents, module, columns[module], is_folded, options) for module in shapes}
-        modules = {module: nonzero(rounded(b, values)) for module, b in exact.items()}
+        modules = {}
+        for module in shapes:
+            _check_wanted(is_cancelled)
+            modules[module] = nonzero(rounded(_combined(parents, module, columns[module], is_folded, options), values))
+    _check_wanted(is_cancelled)
     _check_finite(modules, values)
     basis = _basis(parents, columns, shapes)
     alphas = {module: _alpha(parents, module, b.shape[1], is_folded) for module, b in modules.items()}
@@ -106,6 +114,11 @@ def _check_one_basis(parents: Sequence[_Parent], options: MergeOptions) -> None:
     if options.method != "linear" and len(names) > 1:
         found = "; ".join(f"{basis} of {', '.join(map(repr, of))}" for basis, of in names.items())
         raise AdapterError(f"{options.method} merges adapters on one basis, found {found}: only linear merges these")
+
+
+def _check_wanted(is_cancelled: Callable[[], bool]) -> None:
+    if is_cancelled():
+        raise MergeCancelledError("the merge was given up before it was done")
 
 
 def _having(parents: Sequence[_Parent], module: str) -> list[_Parent]:

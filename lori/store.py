@@ -25,6 +25,7 @@ from lori.config_file import CONFIG_FILE, parse_config
 from lori.durable import new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
 from lori.entry import Entry, no_link, scan
 from lori.errors import AdapterError, AdapterFormatError
+from lori.file_stamp import FileStamp
 from lori.format import Files, basis_kept, load_adapter, name_of, parse_adapter, read_config, read_files, save_adapter, seal
 from lori.name_lock import locked
 from lori.names import check_name, split_reference, unknown_adapter
@@ -42,7 +43,7 @@ class AdapterStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._aliases = Aliases(root)
-        self._noted: dict[str, tuple[tuple[int, int] | None, AbstractSet[str]]] = {}
+        self._noted: dict[str, tuple[FileStamp | None, AbstractSet[str]]] = {}
         """Of names that were withdrawn, their alias's stamp, and the versions that are to go."""
 
     def list(self) -> Sequence[Entry]:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from functools import partial
+from math import inf
 
 import torch
 
@@ -104,7 +105,8 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         logger.info("%s", keys.keys)
     loader = Loader(registry, reader, NUM_FETCHED)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
-    scheduler = Scheduler(KvCache(num_blocks, settings.block_size, base.identity.digest), tiers, limits)
+    cache = KvCache(num_blocks, settings.block_size, base.identity.digest)
+    scheduler = Scheduler(cache, tiers, limits, settings.max_priority_wait_s or inf)
     grammars = make_grammars(base)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # What is here now stays: the collector, which stops the world, need not look at it again and again.

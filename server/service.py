@@ -19,6 +19,7 @@ from server.engine.admission import Admission, Ask, RefusedError, check_scores
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
+from server.grammar_checks import GrammarChecks
 from server.settings import Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
@@ -49,6 +50,7 @@ class Service:
     uses: AdapterUses = field(default_factory=AdapterUses)
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
+    grammar_checks: GrammarChecks = field(init=False)
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
     is_draining: bool = field(default=False, init=False)
@@ -58,6 +60,7 @@ class Service:
         help_text = "Requests, from their first check to the last byte of their answers."
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
         self.rate = RateLimiter(self.num_ingresses or 1)
+        self.grammar_checks = GrammarChecks(self.admission)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
@@ -85,6 +88,8 @@ class Service:
             held.callback(self._give_back, len(asks))
             requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
             check_scores(requests, is_whole=is_whole)
+            for grammar in dict.fromkeys(request.grammar for request in requests if request.grammar):  # last: it may take long
+                await self.grammar_checks.check(grammar, caller.tenant)
             self.check_alive()
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)

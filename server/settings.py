@@ -108,6 +108,9 @@ class Settings(BaseSettings):
     max_step_s: float = Field(default=300, ge=0, le=86400)
     """How long a step may take, in seconds, before the server takes it for stuck: it writes the stacks of its threads to standard
     error, and ends with exit code 1, to be started again. Loading does not count; 0 is no limit."""
+    max_priority_wait_s: float = Field(default=60, ge=0, le=86400)
+    """How long a request may wait for those of a higher priority, in seconds; from then on it shares the service with those of
+    the highest that is present. 0: it waits as long as there are any."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests under way, from their first check to the last that is sent; one more is answered 429."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)

@@ -11,6 +11,7 @@ sha256 = "…"
 """
 
 import hashlib
+import time
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +22,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from lori.durable import read_regular
+from lori.file_stamp import file_stamp
 from server.access.caller import Caller
 from server.access.tables import WORD, KeyTable, Table, TenantTable
 
 MAX_BYTES = 1 << 22
+NUM_READS, PAUSE_S = 5, 0.1
+"""How often a file that changes while it is read is read in all, and the seconds between."""
 
 
 class KeyFileError(Exception):
@@ -55,14 +59,34 @@ class Keys:
 
 
 def read_keys(path: Path) -> Keys:
-    """Returns what a key file says. Raises `KeyFileError` with everything that is wrong with it."""
+    """Return what a key file says, read while nobody wrote it. Raises `KeyFileError` with everything that is wrong with it."""
+    for attempt in range(NUM_READS):
+        if attempt:
+            time.sleep(PAUSE_S)
+        stamp, content = file_stamp(path), read_key_file(path)
+        if file_stamp(path) == stamp:
+            return whole_keys(content, str(path))
+    raise KeyFileError(str(path), [f"it was changed each of the {NUM_READS} times that it was read"])
+
+
+def read_key_file(path: Path) -> bytes:
+    """Return the content of a key file. Raises `KeyFileError` where it cannot be read."""
     try:
-        content = read_regular(path, MAX_BYTES)
+        return read_regular(path, MAX_BYTES)
     except OSError as error:
         raise KeyFileError(str(path), [f"it cannot be read: {error.strerror}"]) from error
-    keys = parse_keys(content, str(path))
-    if not keys.callers:  # half a file, or an empty one
-        raise KeyFileError(str(path), ["it has no [[keys]]: `python -m server.keys` makes one"])
+
+
+def whole_keys(content: bytes, source: str) -> Keys:
+    """Return what the content of a whole key file says: it has keys, and its last line ends.
+
+    Half a file that was cut at the end of a line has both, too. Raises `KeyFileError` with everything that is wrong with it.
+    """
+    keys = parse_keys(content, source)
+    if not keys.callers:
+        raise KeyFileError(source, ["it has no [[keys]]: `python -m server.keys` makes one"])
+    if not content.endswith(b"\n"):
+        raise KeyFileError(source, ["its last line has no end, so this may be half a file: end it with a newline"])
     return keys
 
 

@@ -93,8 +93,29 @@ class Admission:
         self._grammars = grammars
         """None where the base model can follow none."""
 
+    def knows_grammar(self, grammar: Grammar) -> bool:
+        """Return whether the grammar of an admitted request was checked before."""
+        return self._grammars is not None and self._grammars.knows(grammar)
+
+    def check_grammar(self, grammar: Grammar, *, is_quick: bool = False) -> bool:
+        """Make sure that an answer can follow the grammar of an admitted request; `is_quick`: return False where that takes long.
+
+        Blocks its thread. Raises `RefusedError`.
+        """
+        assert self._grammars is not None, "it was admitted"
+        try:
+            if is_quick:
+                return self._grammars.check_quickly(grammar)
+            self._grammars.check(grammar)
+        except GrammarError as error:
+            raise RefusedError(grammar.field, f"is no {grammar.kind} that an answer could follow: {error}") from error
+        return True
+
     def admit(self, ask: Ask) -> Request:
-        """Returns the request. Raises `RefusedError`, `TemplateError`, what `resolve` does, `PolicyError` or `CrowdedError`."""
+        """Returns the request; whether its grammar can be followed is for `check_grammar` to say.
+
+        Raises `RefusedError`, `TemplateError`, what `resolve` does, or `PolicyError`.
+        """
         added = self._added(ask)
         adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
         policy = [(of.summary, weight) for of, weight in added]
@@ -102,7 +123,7 @@ class Admission:
         text, ids, offsets, max_tokens = self._encode(ask, adapters)
         self._check_merge(ask, adapters, weights, policy)
         self._check_bias(ask.sampling)
-        self._check_grammar(ask)  # the last: it may take long
+        self._check_grammar(ask)
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
@@ -171,10 +192,6 @@ class Admission:
             raise RefusedError("ignore_eos", f"cannot stand beside {grammar.field}, which says where the answer ends")
         if not self._grammars:
             raise RefusedError(grammar.field, "asks for what this base model cannot do: the server's log says why")
-        try:
-            self._grammars.check(grammar)
-        except GrammarError as error:
-            raise RefusedError(grammar.field, f"is no {grammar.kind} that an answer could follow: {error}") from error
 
     def _check_bias(self, sampling: Sampling) -> None:
         if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self._num_ids]:

@@ -47,6 +47,7 @@ class Engine:
         deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.num_choices)]
         self._by_id[request.id] = sequences
+        self.tiers.expect(request)
         for sequence in sequences:
             self._replies[sequence] = Reply(sequence, emit, self._tokenizer, self._stop_ids, Stopwatch(self.clock))
             self.scheduler.add(sequence)
@@ -88,7 +89,9 @@ class Engine:
         self._fail_unservable()
         for sequence in self.scheduler.drop_aborted():
             self._end(sequence, "cancelled")
-        for sequence in self.scheduler.drop_expired(self.clock()):
+        now = self.clock()
+        self.scheduler.raise_overdue(now)
+        for sequence in self.scheduler.drop_expired(now):
             if sequence in self._replies:
                 self._fail(sequence, f"not done within {sequence.request.timeout_s:g} s", "timeout")
 
@@ -149,6 +152,7 @@ class Engine:
         left.remove(sequence)
         if not left:
             del self._by_id[sequence.request.id]
+            self.tiers.release(sequence.request)
 
     def _fail(self, sequence: Sequence, message: str, kind: ErrorKind) -> None:
         # With one choice the whole request fails.
@@ -158,4 +162,5 @@ class Engine:
             del self._replies[other]
             if other in self.scheduler.running or other in self.scheduler.waiting:
                 self.scheduler.finish(other)
+        self.tiers.release(sequence.request)
         emit(ErrorEvent(message, kind))

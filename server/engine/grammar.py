@@ -13,7 +13,7 @@ class GrammarError(Exception):
 
 
 class CrowdedError(Exception):
-    """So many grammars wait to be tried that one more is not taken."""
+    """A tenant has so many grammars that wait to be tried that one more is not taken."""
 
 
 @dataclass(frozen=True, slots=True)

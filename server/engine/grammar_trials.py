@@ -10,38 +10,33 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 
-from server.engine.grammar import CrowdedError, Grammar
-
-MAX_WAITING = 8
-"""Each holds a thread that admits: others need one, too."""
+from server.engine.grammar import Grammar
 
 
 class GrammarTrials:
-    """Starts the process when it is first needed. For any threads; `tokens` is what `GrammarCompiler` is made of."""
+    """Starts the process when it is first needed. For any threads; `tokens` is what `GrammarCompiler` is made of.
 
-    def __init__(self, tokens: Mapping[str, object]) -> None:
-        self._tokens = json.dumps(tokens)
-        self._places, self._turn = threading.BoundedSemaphore(MAX_WAITING), threading.Lock()
+    Each grammar may take `seconds` of computing.
+    """
+
+    def __init__(self, tokens: Mapping[str, object], seconds: float) -> None:
+        self._tokens, self._seconds = json.dumps(tokens), seconds
+        self._turn = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._finalize: Callable[[], object] = lambda: None
 
-    def fault(self, grammar: Grammar) -> str:
-        """Returns what is wrong with a grammar, or nothing. Raises `CrowdedError`."""
-        if not self._places.acquire(blocking=False):
-            raise CrowdedError(f"{MAX_WAITING} grammars are being compiled, which is the limit; try again")
-        try:
-            with self._turn:
-                return self._ask(json.dumps(asdict(grammar)))
-        finally:
-            self._places.release()
+    def fault(self, grammar: Grammar) -> str | None:
+        """Returns what is wrong with a grammar, or nothing; None where its time or memory did not suffice. One at a time."""
+        with self._turn:
+            return self._ask(json.dumps({"grammar": asdict(grammar), "seconds": self._seconds}))
 
-    def _ask(self, line: str) -> str:
+    def _ask(self, line: str) -> str | None:
         process = self._process or self._start()
         assert process.stdin
         assert process.stdout
         try:
             print(line, file=process.stdin, flush=True)
-            said: str = json.loads(process.stdout.readline())
+            said: str | None = json.loads(process.stdout.readline())
         except (OSError, ValueError) as error:
             self._process = None  # The next grammar gets another.
             self._finalize()

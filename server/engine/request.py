@@ -213,11 +213,21 @@ class Sequence:
     """When its time is up, in monotonic seconds."""
     residents: tuple[tuple[str, float], ...] = field(init=False)
     """As its request's: what must be resident while it runs."""
+    priority: int = field(init=False)
+    """Its request's; once it is overdue, the highest there was while it waited. All scheduling goes by this one."""
+    is_overdue: bool = False
+    """Whether it has waited longer than its priority may make it."""
     terms: list[tuple[int, float]] | None = None
     """While it is pinned: the slot of each resident, and the weight with the adapter's alpha / r in it."""
 
     def __post_init__(self) -> None:
         self.residents = self.request.residents
+        self.priority = self.request.priority
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether it was given a higher priority than its request's."""
+        return self.priority < self.request.priority
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit, Seeded
-from lori.errors import AdapterError
+from lori.errors import AdapterError, MergeCancelledError
 from lori.format import seal
 from lori.identity import BaseIdentity
 from lori.layer import module_shapes
@@ -263,6 +263,24 @@ def test_the_weights_of_an_adapter_that_is_named_twice_add(method: MergeMethod) 
     assert are_same(twice.modules, once.modules)
     assert twice.config == once.config
     assert merge([one, one], [1, -1], method).num_kept == 0
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_a_merge_that_is_cancelled_ends_before_the_next_module(method: MergeMethod) -> None:
+    num_asked = 0
+
+    def is_cancelled() -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        return num_asked == 2
+
+    adapters = [adapter("a"), adapter("b", seed=5)]
+    with pytest.raises(MergeCancelledError):
+        merge(adapters, [0.5, 1], method, is_cancelled=is_cancelled)
+    assert num_asked == 2
+    assert len(SHAPES) > 1
+    kept = merge(adapters, [0.5, 1], method, is_cancelled=lambda: False)
+    assert are_same(kept.modules, merge(adapters, [0.5, 1], method).modules)
 
 
 def test_what_cancels_is_left_out() -> None:

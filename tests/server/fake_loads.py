@@ -53,6 +53,7 @@ class FakeLoader:
 
     started: list[str] = field(default_factory=list)
     """All that was ever asked for, in order."""
+    cancelled: list[str] = field(default_factory=list)
     pending: dict[str, Request] = field(default_factory=dict)
     notify: Callable[[], None] = lambda: None
     is_closed: bool = False
@@ -72,6 +73,12 @@ class FakeLoader:
             return
         self.started.append(digest)
         self.pending[digest] = request
+
+    def cancel(self, digest: str) -> None:
+        of = self.pending.get(digest)
+        if of and of.merged_digest == digest:
+            del self.pending[digest]
+            self.cancelled.append(digest)
 
     def arrive(self, digest: str, num_bytes: int = 1, fault: str = "") -> None:
         """Ends the reading of an adapter, well or with a fault."""

@@ -123,9 +123,10 @@ def scheduler(
     short_step_s: float = 0.0,
     cost: StepCost | None = None,
     gate: FakeGate | None = None,
+    max_priority_wait_s: float = float("inf"),
 ) -> Scheduler:
     limits = step_limits(max_sequences, max_tokens, max_stall, short_step_s, cost)
-    return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits)
+    return Scheduler(KvCache(num_blocks, block_size, "base"), gate or FakeGate(), limits, max_priority_wait_s)
 
 
 def added(to: Scheduler, of: Request | None = None, deadline: float | None = None) -> Sequence:

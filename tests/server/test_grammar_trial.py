@@ -1,16 +1,14 @@
 """Grammars are tried in a process of their own: hostile ones end it, and nobody else."""
 
 import json
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.grammar import CrowdedError, Grammar, GrammarError, GrammarKind
-from server.engine.grammar_trials import MAX_WAITING, GrammarTrials
+from server.engine.grammar import Grammar, GrammarError, GrammarKind
+from server.engine.grammar_trials import GrammarTrials
 from server.engine.sampling import grammars as grammars_module
-from server.engine.sampling.grammars import Grammars
+from server.engine.sampling.grammars import SECONDS, Grammars
 from tests.server.rig import EOS
 
 
@@ -22,7 +20,7 @@ def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
 @pytest.fixture
 def trials(tokenizer: PreTrainedTokenizerFast) -> GrammarTrials:
     tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
-    return GrammarTrials(tokens)
+    return GrammarTrials(tokens, SECONDS)
 
 
 def exponential(place: int) -> str:
@@ -88,14 +86,28 @@ def test_what_is_only_large_or_endless_is_taken(grammars: Grammars, name: str) -
     assert state.allowed.any()
 
 
-def test_one_that_takes_too_long_is_said_to(trials: GrammarTrials) -> None:
-    assert "more than 0.5 s" in trials.fault(Grammar(*HOSTILE["large remainders"]))
+def test_one_that_takes_too_long_is_said_to(grammars: Grammars) -> None:
+    slow = Grammar(*HOSTILE["large remainders"])
+    assert not grammars.check_quickly(slow)
+    with pytest.raises(GrammarError, match=r"more than 0\.5 s"):
+        grammars.check(slow)
+    assert grammars.check_quickly(Grammar("regex", "a"))
+
+
+def test_one_that_ends_with_its_time_is_no_fault_of_the_next(trials: GrammarTrials) -> None:
+    assert trials.fault(Grammar(*HOSTILE["large remainders"])) is None
     assert trials.fault(Grammar("regex", "a")) == ""
+
+
+def test_slow_grammars_have_a_process_of_their_own(grammars: Grammars) -> None:
+    assert grammars.check_quickly(Grammar("regex", "own"))
+    with grammars._slow._turn:  # as while one is tried
+        assert grammars.check_quickly(Grammar("regex", "another"))
 
 
 def test_a_grammar_is_tried_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Grammar] = []
-    monkeypatch.setattr(grammars._trials, "fault", lambda grammar: tried.append(grammar) or "")
+    monkeypatch.setattr(grammars._slow, "fault", lambda grammar: tried.append(grammar) or "")
     for kind, text in [("regex", "once"), ("regex", "twice"), ("regex", "once"), ("lark", "once"), ("regex", "once")]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(grammars, "_compile", lambda grammar: grammar)
@@ -133,39 +145,13 @@ def test_a_process_that_has_died_is_started_again(trials: GrammarTrials) -> None
 
 def test_its_process_ends_with_it(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
-    trials = GrammarTrials(tokens)
+    trials = GrammarTrials(tokens, SECONDS)
     trials.fault(Grammar("regex", "a"))
     process = trials._process
     assert process
     assert process.poll() is None
     del trials
     assert process.poll() is not None
-
-
-def test_so_many_wait_and_no_more(trials: GrammarTrials) -> None:
-    waiting, may_go_on = threading.Barrier(MAX_WAITING + 1), threading.Event()
-
-    def ask(_: str) -> str:
-        return ""
-
-    class Turn:
-        def __enter__(self) -> None:
-            waiting.wait(60)
-            may_go_on.wait(60)
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    trials._turn, trials._ask = Turn(), ask  # type: ignore[assignment, method-assign]
-    with ThreadPoolExecutor(MAX_WAITING) as pool:
-        asked = [pool.submit(trials.fault, Grammar("regex", "a")) for _ in range(MAX_WAITING)]
-        waiting.wait(60)
-        with pytest.raises(CrowdedError, match=f"{MAX_WAITING} grammars"):
-            trials.fault(Grammar("regex", "a"))
-        may_go_on.set()
-        assert [one.result() for one in asked] == [""] * MAX_WAITING
-    trials._turn = threading.Lock()
-    assert trials.fault(Grammar("regex", "a")) == ""
 
 
 def test_kinds_are_known(grammars: Grammars) -> None:

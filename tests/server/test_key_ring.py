@@ -1,15 +1,18 @@
 """Keys change while the server runs."""
 
+import hashlib
 import logging
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.access import key_ring
-from server.access.key_ring import KeyRing
+from server.access.key_ring import MAX_UNSETTLED, KeyRing
 from server.access.keys import KeyFileError, Keys
+from tests.lori.test_file_stamp import rewrite
 from tests.server.keyed import ACME, ADMIN, bearer, key_table, make_service, served, write_keys
 from tests.server.live import wait_until
 
@@ -23,12 +26,19 @@ def rotate(file: Path, key: str = NEW) -> None:
     os.replace(other, file)
 
 
-def test_a_file_that_changed_counts_from_the_next_look(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def settle(ring: KeyRing) -> None:
+    """Looks as often as a file that changed once needs."""
+    for _ in range(2):
+        ring.look()
+
+
+def test_a_file_that_changed_counts_from_the_second_look(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ring = KeyRing(write_keys(tmp_path))
     ring.look()
     assert not caplog.records
     rotate(ring.path)
+    ring.look()
     assert ring.find(ACME.encode())
     ring.look()
     assert ring.find(ACME.encode()) is None
@@ -47,7 +57,7 @@ def test_a_file_that_is_not_sound_changes_nothing_and_is_said_once_and_loudly(
         ring.path.unlink()
     else:
         ring.path.write_text(content)
-    for _ in range(3):
+    for _ in range(4):
         ring.look()
     assert ring.find(ACME.encode())
     [record] = caplog.records
@@ -56,8 +66,61 @@ def test_a_file_that_is_not_sound_changes_nothing_and_is_said_once_and_loudly(
         f"THE KEYS FROM BEFORE STAY, REVOKED ONES TOO: {ring.path} is not a sound key file:\n  "
     )
     rotate(ring.path)
-    ring.look()
+    settle(ring)
     assert ring.find(ACME.encode()) is None
+
+
+def halves(file: Path) -> list[bytes]:
+    """Returns the parts of a key file, each of whole tables, so that all beginnings are sound."""
+    content = file.read_bytes()
+    starts = [0, *(place for place in range(60, len(content)) if content.startswith(b"[[keys]]", place)), len(content)]
+    return [content[start:stop] for start, stop in pairwise(starts)]
+
+
+def test_a_file_that_is_being_written_in_place_is_not_taken_over_half(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Cut at the end of a line it is a sound file with fewer keys: those that were missing did not count for a second."""
+    ring = KeyRing(write_keys(tmp_path))
+    caplog.set_level(logging.INFO)
+    parts = halves(ring.path)
+    assert len(parts) == 4
+    for number in range(1, len(parts) + 1):
+        ring.path.write_bytes(b"".join(parts[:number]))
+        ring.look()
+        assert ring.find(ADMIN.encode()), "its key comes third"
+    assert not caplog.records
+    ring.look()
+    assert "was read again: tenants: 2; keys by role: 2 tenant, 1 admin, 1 monitor" in caplog.text
+
+
+def test_half_a_line_is_not_taken_over_however_long_it_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ring = KeyRing(write_keys(tmp_path, "priority = 1000"))
+    content = ring.path.read_bytes()
+    ring.path.write_bytes(content + b"[tenants.acme_two]\npriority = 10")
+    for _ in range(5):
+        ring.look()
+    assert "acme_two" not in ring.keys.tenants
+    assert "its last line has no end, so this may be half a file" in caplog.text
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_a_file_that_is_rewritten_at_equal_size_and_time_is_noticed(tmp_path: Path, is_in_place: bool) -> None:
+    ring = KeyRing(write_keys(tmp_path))
+    old, new = (hashlib.sha256(key.encode()).hexdigest() for key in (ACME, NEW))
+    rewrite(ring.path, ring.path.read_text().replace(old, new), is_in_place=is_in_place)
+    settle(ring)
+    assert ring.find(ACME.encode()) is None
+    assert ring.find(NEW.encode())
+
+
+def test_a_file_that_never_settles_is_said_once_and_loudly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ring = KeyRing(write_keys(tmp_path))
+    for number in range(2 * MAX_UNSETTLED):
+        rotate(ring.path, f"{NEW}-{number}")
+        ring.look()
+    [record] = caplog.records
+    assert record.getMessage() == f"THE KEYS FROM BEFORE STAY, REVOKED ONES TOO: {ring.path} changes all the time"
+    settle(ring)
+    assert ring.find(f"{NEW}-{number}".encode())
 
 
 def test_what_else_is_required_of_keys_holds_for_new_ones_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -67,7 +130,7 @@ def test_what_else_is_required_of_keys_holds_for_new_ones_too(tmp_path: Path, ca
     ring = KeyRing(write_keys(tmp_path))
     ring.require(no_new_key)
     rotate(ring.path)
-    ring.look()
+    settle(ring)
     assert ring.find(ACME.encode())
     assert "keys.toml is not a sound key file:\n  new" in caplog.text
     with pytest.raises(KeyFileError, match="new"):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from server.access.keys import KeyFileError, parse_keys, read_keys
+from server.access import keys as key_file
+from server.access.keys import NUM_READS, KeyFileError, parse_keys, read_keys
 from tests.server.keyed import ACME, ADMIN, MONITOR, OTHER, TABLES, key_table, write_keys
 
 HEAD = "[tenants.acme]\n"
@@ -144,6 +145,43 @@ def test_a_file_without_keys_is_not_sound(tmp_path: Path, content: bytes) -> Non
     (tmp_path / "keys.toml").write_bytes(content)
     with pytest.raises(KeyFileError, match=r"it has no \[\[keys\]\]|it is not TOML"):
         read_keys(tmp_path / "keys.toml")
+
+
+def test_a_file_whose_last_line_has_no_end_may_be_half(tmp_path: Path) -> None:
+    file = write_keys(tmp_path)
+    file.write_bytes(file.read_bytes() + b"[tenants.third]\npriority = 10")
+    with pytest.raises(KeyFileError, match="its last line has no end"):
+        read_keys(file)
+    file.write_bytes(file.read_bytes() + b"0\n")
+    assert read_keys(file).tenants["third"].priority == 100
+
+
+@pytest.mark.parametrize("num_changes", [1, NUM_READS])
+def test_a_file_that_changes_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_changes: int
+) -> None:
+    """At start half a file could be taken for the whole one."""
+    file = write_keys(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.index(b"[[keys]]", 80)])
+    num_reads = 0
+
+    def read_and_write_on(path: Path) -> bytes:
+        nonlocal num_reads
+        content = path.read_bytes()
+        num_reads += 1
+        if num_reads <= num_changes:
+            path.write_bytes(whole)
+        return content
+
+    monkeypatch.setattr(key_file, "PAUSE_S", 0)
+    monkeypatch.setattr(key_file, "read_key_file", read_and_write_on)
+    if num_changes == 1:
+        assert len(read_keys(file).callers) == 4
+    else:
+        with pytest.raises(KeyFileError, match="was changed each of the 5 times"):
+            read_keys(file)
+    assert num_reads == min(num_changes + 1, NUM_READS)
 
 
 def test_a_file_that_cannot_be_read_is_told_by_name(tmp_path: Path) -> None:

@@ -268,6 +268,55 @@ def test_a_merge_that_was_waited_for_keeps_no_adapter_from_being_waited_for(tmp_
     desk.loader.close()
 
 
+def test_a_merge_that_was_cancelled_is_not_collected_and_can_begin_anew(tmp_path: Path) -> None:
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
+    reader = SlowMergeReader()
+    desk = Desk(tmp_path, adapters, reader)
+    under_way, queued = (desk.request("a", "b", merge=MergeOptions(method)) for method in ("ties", "magnitude"))
+    reader.may_read.clear()
+    reader.may_merge.set()
+    single = desk.request("c")
+    desk.loader.start(single.residents[0][0], single)
+    assert reader.is_reading.wait(LIMIT_S)  # and holds the merge up, before it has read its adapters
+    for of in (under_way, queued):
+        desk.loader.start(of.residents[0][0], of)
+        desk.loader.cancel(of.residents[0][0])
+        assert not desk.loader.is_reading(of.residents[0][0])
+    desk.loader.cancel(single.residents[0][0])
+    assert desk.loader.is_reading(single.residents[0][0]), "an adapter is read to its end"
+    desk.loader.start(queued.residents[0][0], queued)
+    reader.may_read.set()
+    loaded: list[Loaded] = []
+    while len(loaded) < 2:
+        assert desk.has_news.acquire(timeout=LIMIT_S)
+        loaded += desk.loader.collect()
+    desk.loader.close()
+    assert reader.num_merging == 1
+    assert {one.digest: one.fault for one in loaded} == {single.residents[0][0]: "", queued.residents[0][0]: ""}
+    assert desk.loader.collect() == []
+    assert desk.loader.num_reading == 0
+
+
+def test_closing_gives_merges_up(tmp_path: Path) -> None:
+    adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
+    reader = SlowMergeReader()
+    desk = Desk(tmp_path, adapters, reader)
+    reader.may_read.clear()
+    single, merged = desk.request("c"), desk.request("a", "b", merge=MergeOptions("ties"))
+    for of in (single, merged):
+        desk.loader.start(of.residents[0][0], of)
+    assert reader.is_reading.wait(LIMIT_S)
+    closing = threading.Thread(target=desk.loader.close)
+    closing.start()
+    with desk.loader._lock:
+        cancellation = desk.loader._cancellations[merged.residents[0][0]]
+    assert cancellation.wait(LIMIT_S)
+    reader.may_read.set()
+    closing.join(LIMIT_S)
+    assert not closing.is_alive()
+    assert reader.num_merging == 0
+
+
 def test_what_is_read_is_waited_for(tmp_path: Path) -> None:
     reader = SlowReader()
     desk = Desk(tmp_path, [save(tmp_path / "a", make_config(), make_modules())], cast(PackedReader, reader))

@@ -39,6 +39,8 @@ class Schedule:
     short_step_s: float
     cost: StepCost
     num_slots: int
+    max_priority_wait: float
+    """In steps."""
     delays: dict[str, int]
     arrivals: list[Arrival]
 
@@ -73,6 +75,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         draw(st.sampled_from([0.0, 3.0, 6.0, 12.0])),
         step_cost(draw(st.integers(0, 8)), draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([0.0, 0.1]))),
         num_slots,
+        draw(st.sampled_from([0.0, 1.0, 4.0, 12.0, float("inf")])),
         {adapter: draw(st.integers(0, 4)) for adapter in ADAPTERS} | {"bad": draw(st.integers(1, 4))},
         sorted(arrivals, key=lambda a: a.step),
     )
@@ -136,6 +139,7 @@ class Run:
         assert not any(s in self.cancelled_at[self.step] for s in (*self.it.waiting, *self.it.running))
         assert not any(s.deadline is not None and s.deadline <= self.step for s in (*self.it.waiting, *self.it.running))
         self.ended.update(aborted + expired)
+        self.it.raise_overdue(self.step)
         self.it.check_integrity()
 
     def plan(self) -> list[Chunk]:
@@ -224,6 +228,7 @@ def test_any_schedule_keeps_its_promises(of: Schedule) -> None:
         short_step_s=of.short_step_s,
         cost=of.cost,
         gate=gate,
+        max_priority_wait_s=of.max_priority_wait,
     )
     run = Run(of, it, gate, FakeMemory(of.block_size))
     while run.step <= of.arrivals[-1].step or it.has_work:

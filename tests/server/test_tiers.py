@@ -368,6 +368,53 @@ def test_loads_that_nobody_waits_for_any_more_give_their_place_up(loader: FakeLo
     assert "late" in loader.started
 
 
+def merging(*digests: str) -> Sequence:
+    return Sequence(replace(request(adapters=digests), merge=MergeOptions("ties")))
+
+
+def test_a_merge_that_no_request_wants_any_more_is_given_up_and_its_place_is_free(loader: FakeLoader) -> None:
+    tiers = fake_tiers(loader, max_loading=1)
+    one, other, late = merging("a", "b"), merging("a", "b"), wanting("late")
+    (digest, _), *_ = one.residents
+    for sequence in (one, other):
+        tiers.expect(sequence.request)
+    tiers.pin(one)
+    tiers.unpin(one)
+    tiers.release(one.request)
+    assert loader.cancelled == [], "the other request wants it, though its turn has not come"
+    tiers.release(other.request)
+    assert loader.cancelled == [digest]
+    tiers.pin(late)
+    assert loader.started == [digest, "late"]
+
+
+def test_a_merge_that_was_prefetched_for_a_request_that_ended_is_given_up(loader: FakeLoader) -> None:
+    tiers, gone = fake_tiers(loader), merging("a", "b")
+    tiers.prefetch(gone.request)
+    tiers.expect(gone.request)
+    tiers.release(gone.request)
+    assert loader.cancelled == [gone.residents[0][0]]
+
+
+def test_a_merge_that_was_given_up_is_built_for_who_asks_again(loader: FakeLoader) -> None:
+    tiers, gone, again = fake_tiers(loader), merging("a", "b"), merging("a", "b")
+    (digest, _), *_ = gone.residents
+    tiers.expect(gone.request)
+    tiers.pin(gone)
+    tiers.drop(digest)
+    tiers.unpin(gone)
+    tiers.release(gone.request)
+    tiers.expect(again.request)
+    assert tiers.pin(again) == "loading"
+    assert loader.started == [digest, digest]
+    load(tiers, loader, digest)
+    assert tiers.pin(again) == "ready"
+    tiers.unpin(again)
+    tiers.release(again.request)
+    assert loader.cancelled == [digest], "what was built stays"
+    assert tiers.places()[digest].tier == "resident"
+
+
 def settle_all(tiers: AdapterTiers, loader: FakeLoader, waiting: list[Sequence]) -> None:
     """Loads arrive and all are asked, again and again, as a scheduler does; who is ready ends at once."""
     for _ in range(20):

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from lori.adapter import Adapter
 from lori.entry import Entry
-from lori.errors import AdapterError, AdapterFormatError, LoriError, UnreachableError
+from lori.errors import AdapterError, AdapterFormatError, LoriError, MergeCancelledError, UnreachableError
 from lori.merge import merge
 from lori.names import NUM_VERSION_DIGITS
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
@@ -48,6 +48,8 @@ class Loader:
         self._merges = ThreadPoolExecutor(max_workers=1, thread_name_prefix="merges")
         self._lock, self._packing = threading.Lock(), threading.Lock()
         self._reading: dict[str, Future[Loaded]] = {}
+        self._cancellations: dict[str, threading.Event] = {}
+        """Of the merges in `_reading`: set when one is to be given up."""
         self._is_closed = False
         self._awaited: set[Future[Loaded]] = set()
         self.notify: Callable[[], None] = lambda: None
@@ -66,9 +68,25 @@ class Loader:
         with self._lock:
             if digest in self._reading or self._is_closed:
                 return
-            pool = self._merges if digest == request.merged_digest else self._pool
-            future = self._reading[digest] = pool.submit(self._load, digest, request)
+            cancellation = threading.Event()
+            pool = self._pool
+            if digest == request.merged_digest:
+                pool, self._cancellations[digest] = self._merges, cancellation
+            future = self._reading[digest] = pool.submit(self._load, digest, request, cancellation)
         future.add_done_callback(lambda _: self.notify())
+
+    def cancel(self, digest: str) -> None:
+        """Give up a merge that is not built yet; does nothing for any other digest. Any thread may call it.
+
+        A queued merge never begins, and one under way ends before its next module. Neither is collected, and `start` begins the
+        same merge anew.
+        """
+        with self._lock:
+            if digest not in self._cancellations or self._reading[digest].done():
+                return
+            cancellation, future = self._cancellations.pop(digest), self._reading.pop(digest)
+        cancellation.set()
+        future.cancel()
 
     def wait(self, timeout_s: float) -> None:
         """Waits, no longer than that and once for each, until the one that is being read now is there."""
@@ -84,19 +102,26 @@ class Loader:
         with self._lock:
             ended = [digest for digest, future in self._reading.items() if future.done()]
             self._awaited = {future for future in self._awaited if not future.done()}
+            for digest in ended:
+                self._cancellations.pop(digest, None)
             return [self._reading.pop(digest).result() for digest in ended if not self._reading[digest].cancelled()]
 
     def close(self) -> None:
-        """Ends the threads; what is not begun is never read."""
+        """Ends the threads; what is not begun is never read, and merges are given up."""
         with self._lock:
             self._is_closed = True
+            for cancellation in self._cancellations.values():
+                cancellation.set()
         for pool in (self._merges, self._pool):
             pool.shutdown(cancel_futures=True)
 
-    def _load(self, digest: str, request: Request) -> Loaded:
+    def _load(self, digest: str, request: Request, cancellation: threading.Event) -> Loaded:
         started = time.perf_counter()
         try:
-            packed, fault = self._pack(digest, request), ""
+            packed, fault = self._pack(digest, request, cancellation), ""
+        except MergeCancelledError as error:
+            logger.info("the merge of %s is not built: no request waits for it any more", named(digest, request))
+            packed, fault = None, str(error)
         except (LoriError, OSError, ValueError) as error:
             # Whatever a file holds, it fails those alone who named it.
             logger.warning("adapter %s cannot be served: %s", named(digest, request), error)
@@ -107,9 +132,9 @@ class Loader:
         made_of = tuple(term.digest for term in request.terms) if digest == request.merged_digest else ()
         return Loaded(digest, packed, fault, time.perf_counter() - started, made_of)
 
-    def _pack(self, digest: str, request: Request) -> PackedAdapter:
+    def _pack(self, digest: str, request: Request, cancellation: threading.Event) -> PackedAdapter:
         if digest == request.merged_digest:
-            return pack_adapter(self._merged(request, self._parts(request)), self._reader.layouts)
+            return pack_adapter(self._merged(request, self._parts(request, cancellation), cancellation), self._reader.layouts)
         return self._sound(digest, request, self._reader.read_entry)
 
     def _sound(self, digest: str, request: Request, read: Callable[[Entry], Read]) -> Read:
@@ -124,11 +149,15 @@ class Loader:
                 faults.append(error)
         raise faults[0] if faults else AdapterError("it was withdrawn before it was read")
 
-    def _parts(self, request: Request) -> list[Adapter]:
-        base = self._reader.base
-        return [self._sound(term.digest, request, lambda entry: entry.load(base)) for term in request.terms]
+    def _parts(self, request: Request, cancellation: threading.Event) -> list[Adapter]:
+        base, parts = self._reader.base, []
+        for term in request.terms:
+            if cancellation.is_set():
+                raise MergeCancelledError("the merge was given up before its adapters were read")
+            parts.append(self._sound(term.digest, request, lambda entry: entry.load(base)))
+        return parts
 
-    def _merged(self, request: Request, adapters: list[Adapter]) -> Adapter:
+    def _merged(self, request: Request, adapters: list[Adapter], cancellation: threading.Event) -> Adapter:
         options = request.merge
         return merge(
             adapters,
@@ -138,6 +167,7 @@ class Loader:
             sign=options.sign,
             seed=options.seed,
             templates=("plain",),  # of no consequence: the prompt is written already
+            is_cancelled=cancellation.is_set,
         )
 
 

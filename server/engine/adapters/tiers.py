@@ -5,7 +5,7 @@ one that is kept. The engine's thread owns it all, and alone changes it; reading
 """
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from itertools import islice
@@ -45,6 +45,8 @@ class AdapterTiers:
         self._wanted: dict[str, dict[Sequence, None]] = {}
         self._failed: dict[Sequence, str] = {}
         self._dropped: set[str] = set()  # those that go as soon as they can
+        self._expected: Counter[str] = Counter()
+        """By digest of a merge that is no sum, the requests in the engine that want it."""
         self._made_of: dict[str, tuple[str, ...]] = {}  # of merges that are no sums, what was merged
         self.num_loaded_bytes = 0
         self.num_failures = 0
@@ -70,6 +72,25 @@ class AdapterTiers:
         if missing and not self._loader.num_reading:
             for digest in missing[: self._max_loading]:
                 self._loader.start(digest, request)
+
+    def expect(self, request: Request) -> None:
+        """Note that a request has entered the engine. What it wants merged is built until its `release`."""
+        if merged := request.merged_digest:
+            self._expected[merged] += 1
+
+    def release(self, request: Request) -> None:
+        """Note that a request has ended, after its sequences were unpinned. Gives up a merge that no other request wants."""
+        merged = request.merged_digest
+        if not merged:
+            return
+        self._expected[merged] -= 1
+        if self._expected[merged]:
+            return
+        del self._expected[merged]
+        self._loader.cancel(merged)
+        if not self._loader.is_reading(merged) and merged not in self._loaded:
+            self._wanted.pop(merged, None)
+        self._purge(merged)
 
     def pin(self, sequence: Sequence) -> Residency:
         """See `ResidencyGate`. Nothing is held for a sequence that hears "loading", but that what it waits for stays in RAM."""

@@ -7,12 +7,16 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer
 
 from server.engine.grammar import MAX_CHARACTERS, Grammar, GrammarError
+from server.engine.grammar_trial import MAX_BYTES
 from server.engine.grammar_trials import GrammarTrials
 from server.engine.sampling.grammar_compiler import GrammarCompiler, fault
 from server.engine.sampling.grammar_state import GrammarState, words
 
 MAX_KEPT, MAX_KEPT_CHARACTERS = 64, 4 * MAX_CHARACTERS
 """Compiled grammars that are kept for the next request: of 0.1 MB, up to some 15 MB with as long a text as can be."""
+
+QUICK_SECONDS, SECONDS = 0.1, 0.5
+"""Of computing, that a grammar's first trial and its last may take. What comes in practice takes half of the first at most."""
 
 
 class Grammars:
@@ -22,23 +26,42 @@ class Grammars:
         stops, num_tokens = sorted(stop_ids), max(num_tokens, tokenizer.get_vocab_size())
         text = tokenizer.to_str()
         self._compiler = GrammarCompiler(text, num_tokens, stops)
-        self._trials = GrammarTrials({"tokenizer": text, "num_tokens": num_tokens, "stop_ids": stops})
+        tokens = {"tokenizer": text, "num_tokens": num_tokens, "stop_ids": stops}
+        self._quick, self._slow = GrammarTrials(tokens, QUICK_SECONDS), GrammarTrials(tokens, SECONDS)
         self._stops = words(stops, num_tokens)
         self._kept: dict[Grammar, LLMatcher] = {}
         """What was used last is the last."""
         self._lock = threading.Lock()
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Return whether a grammar was checked and is still kept."""
+        return self._found(grammar) is not None
+
+    def check_quickly(self, grammar: Grammar) -> bool:
+        """Make sure that a grammar can be followed, before anything runs; return False where that takes long to say.
+
+        Raises `GrammarError`.
+        """
+        if not self.knows(grammar):
+            return self._take(grammar, self._quick.fault(grammar))
+        return True
+
     def check(self, grammar: Grammar) -> None:
-        """Makes sure that a grammar can be followed, before anything runs. Raises `GrammarError` or `CrowdedError`."""
-        if self._found(grammar):
-            return
-        if said := self._trials.fault(grammar):
-            raise GrammarError(said)
-        self._keep(grammar, self._compile(grammar))
+        """Make sure that a grammar can be followed, however long that may take to say. Raises `GrammarError`."""
+        if not self.knows(grammar) and not self._take(grammar, self._slow.fault(grammar)):
+            raise GrammarError(f"takes more than {SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile")
 
     def start(self, grammar: Grammar) -> GrammarState:
         """Returns the state before the first token of one that was checked."""
         return GrammarState((self._found(grammar) or self._compile(grammar)).deep_copy(), self._stops)
+
+    def _take(self, grammar: Grammar, said: str | None) -> bool:
+        if said:
+            raise GrammarError(said)
+        if said is None:
+            return False
+        self._keep(grammar, self._compile(grammar))
+        return True
 
     def _found(self, grammar: Grammar) -> LLMatcher | None:
         with self._lock:

@@ -1,13 +1,15 @@
 """Whose turn it is among the sequences that wait: by priority, then by tokens served, then by arrival.
 
 Within a priority tenants share the service equally, and within a tenant its flows do: the sequences that want the same adapters.
+Sequences that were raised to a priority share it as flows of their own: a backlog of them delays nobody by more than its share.
 Nothing here knows of blocks, slots or steps.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from server.engine.request import Request, Sequence
+from server.engine.request import Sequence
 from server.engine.scheduling.contest import Contest, Share
 
 
@@ -17,6 +19,8 @@ class Flow(Share):
 
     adapters: tuple[str, ...] = ()
     """Their digests; none: the base alone."""
+    is_raised: bool = False
+    """Whether they are of a lower priority than that in which they compete, see `FairQueue.raise_to_top`."""
     queue: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)
 
 
@@ -31,6 +35,7 @@ class Tenant(Share):
 @dataclass(frozen=True, slots=True)
 class _Place:
     # Where a sequence that waits or runs belongs.
+    priority: int
     level: Contest[Tenant]
     tenant: Tenant
     flow: Flow
@@ -46,7 +51,7 @@ class FairQueue:
 
     def add(self, sequence: Sequence, *, is_first: bool = False) -> None:
         """Queues a new sequence, at the end of its flow or before all others of it."""
-        self._places[sequence] = place = self._place(sequence.request)
+        self._places[sequence] = place = self._place(sequence)
         self._wait(sequence, place, is_first)
 
     def first(self) -> Sequence | None:
@@ -58,6 +63,19 @@ class FairQueue:
                     return next(iter(flow.queue))
                 level.put_aside(tenant)  # until one of its flows is brought back
         return None
+
+    def raise_to_top(self, sequences: Iterable[Sequence]) -> bool:
+        """Give waiting sequences the highest priority that is present, and return whether any had a lower one.
+
+        One that has it keeps its place. Not to be called while any are passed over.
+        """
+        if len(self._levels) < 2:
+            return False
+        top = min(self._levels)
+        lower = [sequence for sequence in sequences if sequence.priority > top]
+        for sequence in lower:
+            self._raise(sequence, top)
+        return bool(lower)
 
     def pass_over(self, sequence: Sequence) -> None:
         """Leaves out the whole flow of a sequence until `bring_back`."""
@@ -100,7 +118,7 @@ class FairQueue:
         else:
             for share in (place.tenant, place.flow):
                 share.num_running -= 1
-        self._drop_idle(sequence.request.priority, place)
+        self._drop_idle(place)
 
     def tokens_served(self) -> dict[tuple[str, tuple[str, ...]], int]:
         """Returns, by tenant and digests of adapters, the tokens that each active flow was served since it became active."""
@@ -126,11 +144,21 @@ class FairQueue:
                     assert own & waiting == flow.queue.keys()
                     _check_counts(flow, own & waiting, own & running)
 
-    def _place(self, request: Request) -> _Place:
-        level = self._levels.setdefault(request.priority, Contest())
-        tenant = level.member(request.tenant, lambda: Tenant(name=request.tenant))
-        adapters = tuple(digest for digest, _ in request.residents)
-        return _Place(level, tenant, tenant.flows.member(adapters, lambda: Flow(adapters=adapters)))
+    def _place(self, sequence: Sequence) -> _Place:
+        name, priority = sequence.request.tenant, sequence.priority
+        level = self._levels.setdefault(priority, Contest())
+        tenant = level.member(name, lambda: Tenant(name=name))
+        adapters = tuple(digest for digest, _ in sequence.residents)
+        is_raised = sequence.is_raised
+        flow = tenant.flows.member((adapters, is_raised), lambda: Flow(adapters=adapters, is_raised=is_raised))
+        return _Place(priority, level, tenant, flow)
+
+    def _raise(self, sequence: Sequence, priority: int) -> None:
+        sequence.priority = priority
+        if place := self._places.pop(sequence, None):  # else it is one of several choices, and is added later
+            self._wait_no_more(sequence, place)
+            self._drop_idle(place)
+            self.add(sequence)
 
     def _wait(self, sequence: Sequence, place: _Place, is_first: bool) -> None:
         place.level.add_waiting(place.tenant)
@@ -144,11 +172,11 @@ class FairQueue:
         place.tenant.flows.remove_waiting(place.flow)
         place.level.remove_waiting(place.tenant)
 
-    def _drop_idle(self, priority: int, place: _Place) -> None:
-        place.tenant.flows.drop_idle(place.flow.adapters)
+    def _drop_idle(self, place: _Place) -> None:
+        place.tenant.flows.drop_idle((place.flow.adapters, place.flow.is_raised))
         place.level.drop_idle(place.tenant.name)
         if not place.level.members:
-            del self._levels[priority]
+            del self._levels[place.priority]
 
 
 def _check_counts(share: Share, waiting: set[Sequence], running: set[Sequence]) -> None:

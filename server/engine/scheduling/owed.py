@@ -19,6 +19,6 @@ def owed_to(sequence: Sequence, running: Collection[Sequence]) -> list[Sequence]
         return []
     held: list[tuple[int, Sequence]] = []
     for of_tenant in by_tenant.values():
-        less_urgent = [other for other in reversed(of_tenant) if other.request.priority >= sequence.request.priority]
+        less_urgent = [other for other in reversed(of_tenant) if other.priority >= sequence.priority]
         held += zip(range(len(of_tenant), 1, -1), less_urgent, strict=False)
     return [other for _, other in sorted(held, key=lambda pair: -pair[0])]

@@ -31,7 +31,7 @@ class PromptTurns:
 
 
 def _priority(sequence: Sequence) -> int:
-    return sequence.request.priority
+    return sequence.priority
 
 
 def _num_left(sequence: Sequence) -> int:

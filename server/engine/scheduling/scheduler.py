@@ -3,12 +3,15 @@
 Sequences join when it is their turn (`fairness`), their adapters are resident and the KV memory holds their tokens so far.
 Running ones decode in every step, and what is left of the step's tokens goes to prompts, in chunks. A sequence grows block by
 block; when there is none left, the one that joined last gives up its blocks, and is computed again later. So does one of the
-tenant that has most, where all is taken and a tenant waits that has nothing.
+tenant that has most, where all is taken and a tenant waits that has nothing. A sequence that has waited too long for those of a
+higher priority is from then on treated as of the highest that is present, in all of this.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 from server.engine.request import Sequence
+from server.engine.scheduling.ageing import Ageing
 from server.engine.scheduling.choices import Choices
 from server.engine.scheduling.deadlines import Deadlines
 from server.engine.scheduling.fairness import FairQueue
@@ -36,7 +39,8 @@ class Chunk:
 class Scheduler:
     """Owns the waiting and the running sequences, their blocks, and what is pinned for them."""
 
-    def __init__(self, cache: KvCache, gate: ResidencyGate, limits: StepLimits) -> None:
+    def __init__(self, cache: KvCache, gate: ResidencyGate, limits: StepLimits, max_priority_wait_s: float = inf) -> None:
+        """`max_priority_wait_s`: how long a sequence waits for those of a higher priority; infinite: as long as there are any."""
         self.cache, self.limits = cache, limits
         self.waiting: dict[Sequence, None] = {}
         self.running: dict[Sequence, None] = {}
@@ -45,6 +49,7 @@ class Scheduler:
         """So far."""
         self._gate = gate
         self._queue, self._choices, self._deadlines, self._turns = FairQueue(), Choices(), Deadlines(), PromptTurns()
+        self._ageing = Ageing(max_priority_wait_s)
         self._loading: dict[Sequence, None] = {}
         self._aborted: dict[Sequence, None] = {}
         self._can_step = True
@@ -85,6 +90,7 @@ class Scheduler:
         """Queues a sequence; the choices of a request one after the other, before the next plan."""
         assert self.cache.num_needed(sequence.max_num_tokens) <= self.cache.num_blocks, "admission refuses what can never run"
         self.waiting[sequence] = None
+        self._ageing.begin(sequence)
         self._deadlines.add(sequence)
         if not self._choices.join(sequence):
             self._queue.add(sequence)
@@ -113,6 +119,12 @@ class Scheduler:
         for sequence in expired:
             self.finish(sequence)
         return expired
+
+    def raise_overdue(self, now: float) -> None:
+        """Give each sequence that has waited longer than its priority may make it the highest priority that is present."""
+        overdue = self._ageing.overdue(now)
+        if overdue and self._queue.raise_to_top(overdue):
+            self.wake()
 
     def plan(self) -> list[Chunk]:
         """Returns the chunks of the next step, those of one token first. All are to be committed, or their sequences finished."""
@@ -154,6 +166,7 @@ class Scheduler:
                 del self._loading[sequence]
                 self._gate.unpin(sequence)
         self._deadlines.discard(sequence)
+        self._ageing.end(sequence)
         self.wake()
 
     def check_integrity(self) -> None:
@@ -168,16 +181,17 @@ class Scheduler:
 
     def _grow(self) -> None:
         lacking = [s for s in self.running if self.cache.lacks_block(s)]
-        for sequence in sorted(lacking, key=lambda s: s.request.priority) if lacking else ():
+        for sequence in sorted(lacking, key=lambda s: s.priority) if lacking else ():
             while sequence in self.running and not self.cache.grow(sequence):
                 # Of the lowest priority the last: never one that is ahead of who grows, so two cannot displace each other.
-                self._preempt(max(reversed(self.running), key=lambda s: s.request.priority))
+                self._preempt(max(reversed(self.running), key=lambda s: s.priority))
 
     def _preempt(self, sequence: Sequence) -> None:
         assert len(self.running) > 1, "what runs alone fits in"
         self._release(sequence)
         self.waiting[sequence] = None
         self._queue.put_back(sequence)
+        self._ageing.begin(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
@@ -248,6 +262,7 @@ class Scheduler:
         self.running[sequence] = None
         self.cache.open(sequence, found)
         self._queue.take(sequence)
+        self._ageing.end(sequence)
         if not sequence.num_preemptions:
             # Before they are computed: else all free places would go to the flow that is served least now.
             self._queue.serve(sequence, len(sequence.request.prompt_ids) - sequence.num_computed)
@@ -267,7 +282,7 @@ class Scheduler:
         for sequence in ordered:
             start = sequence.num_computed
             # Who is of a lower priority than the first stalls nobody for longer.
-            is_of_first = sequence.request.priority == ordered[0].request.priority
+            is_of_first = sequence.priority == ordered[0].priority
             if count := room.take(start, sequence.num_tokens, first=sequence.num_found, may_exceed=is_of_first):
                 (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
         return single + longer

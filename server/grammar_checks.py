@@ -1,0 +1,51 @@
+"""Checks of the grammars that requests bring: in turns, so that one client's slow grammars cost the others little."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+
+from server.engine.admission import Admission
+from server.engine.grammar import CrowdedError, Grammar
+
+MAX_PER_TENANT = 8
+"""Grammars of one tenant that are checked or wait for it. Clients without a key are no tenant, and have no such limit."""
+
+
+class GrammarChecks:
+    """Checks one grammar at a time, first come, first served; use from the event loop alone.
+
+    Those that take long wait in a line of their own once that is seen: another client's usual grammar waits for a short trial of
+    each that came before it.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._num_waiting: Counter[str] = Counter()
+        self._first, self._slow = CapacityLimiter(1), CapacityLimiter(1)
+
+    async def check(self, grammar: Grammar, tenant: str) -> None:
+        """Make sure that an answer can follow the grammar of an admitted request; one that was checked before waits for nothing.
+
+        Raises `RefusedError`, or `CrowdedError` where the tenant has as many as it may have in here.
+        """
+        if self._admission.knows_grammar(grammar):
+            return
+        with self._place(tenant):
+            if not await run_sync(lambda: self._admission.check_grammar(grammar, is_quick=True), limiter=self._first):
+                await run_sync(lambda: self._admission.check_grammar(grammar), limiter=self._slow)
+
+    @contextmanager
+    def _place(self, tenant: str) -> Iterator[None]:
+        if tenant and self._num_waiting[tenant] >= MAX_PER_TENANT:
+            raise CrowdedError(
+                f"{MAX_PER_TENANT} grammars of tenant {tenant!r} are being compiled, which is the limit; try again"
+            )
+        self._num_waiting[tenant] += 1
+        try:
+            yield
+        finally:
+            self._num_waiting[tenant] -= 1
+            self._num_waiting += Counter()  # forgets the tenants that have none

@@ -1,0 +1,181 @@
+"""One client's slow grammars neither have another's refused nor keep it waiting for long."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+
+from server.engine.admission import Admission, RefusedError
+from server.engine.grammar import CrowdedError, Grammar
+from server.grammar_checks import MAX_PER_TENANT, GrammarChecks
+from tests.server.keyed import ACME, OTHER, bearer, write_keys
+from tests.server.live import LIMIT_S, Live, start
+
+USUAL, SLOW = Grammar("regex", "[0-9]+"), Grammar("regex", "slow")
+
+
+@dataclass
+class FakeAdmission:
+    """Knows the grammars it has checked. Those called slow take long, and their check ends when a test lets it."""
+
+    is_checking: threading.Event = field(default_factory=threading.Event)
+    may_end: threading.Event = field(default_factory=threading.Event)
+    checked: list[Grammar] = field(default_factory=list)
+
+    def knows_grammar(self, grammar: Grammar) -> bool:
+        return grammar in self.checked
+
+    def check_grammar(self, grammar: Grammar, *, is_quick: bool = False) -> bool:
+        is_slow = grammar.text.startswith("slow")
+        if is_slow and is_quick:
+            return False
+        if is_slow:
+            self.is_checking.set()
+            assert self.may_end.wait(LIMIT_S)
+        if grammar.text == "slow and bad":
+            raise RefusedError("grammar", "is bad")
+        self.checked.append(grammar)
+        return True
+
+
+@pytest.fixture
+def admission() -> FakeAdmission:
+    return FakeAdmission()
+
+
+@pytest.fixture
+def checks(admission: FakeAdmission) -> GrammarChecks:
+    return GrammarChecks(cast(Admission, admission))
+
+
+def run(test: Coroutine[object, object, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, LIMIT_S))
+
+
+async def begin_slow(checks: GrammarChecks, admission: FakeAdmission, number: int, tenant: str) -> list[asyncio.Task[None]]:
+    """Begins the checks of slow grammars and waits until the first is under way."""
+    begun = [asyncio.create_task(checks.check(Grammar("regex", f"slow {i}"), tenant)) for i in range(number)]
+    await asyncio.to_thread(admission.is_checking.wait, LIMIT_S)
+    return begun
+
+
+@pytest.mark.parametrize("tenant", ["", "other"])
+def test_a_usual_grammar_passes_those_that_take_long(checks: GrammarChecks, admission: FakeAdmission, tenant: str) -> None:
+    async def test() -> None:
+        slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile" if tenant else "")
+        await checks.check(USUAL, tenant)
+        assert admission.checked == [USUAL]
+        admission.may_end.set()
+        await asyncio.gather(*slow)
+
+    run(test())
+
+
+def test_without_keys_none_is_refused_because_others_wait(checks: GrammarChecks, admission: FakeAdmission) -> None:
+    async def test() -> None:
+        slow = await begin_slow(checks, admission, 100, "")
+        mine = asyncio.create_task(checks.check(SLOW, ""))
+        admission.may_end.set()
+        await asyncio.gather(mine, *slow)
+        assert admission.checked[-1] == SLOW, "first come, first served"
+
+    run(test())
+
+
+def test_a_tenant_has_its_share_of_places_and_no_more(checks: GrammarChecks, admission: FakeAdmission) -> None:
+    async def test() -> None:
+        slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile")
+        with pytest.raises(CrowdedError, match=f"{MAX_PER_TENANT} grammars of tenant 'hostile'"):
+            await checks.check(USUAL, "hostile")
+        other = asyncio.create_task(checks.check(SLOW, "other"))
+        admission.may_end.set()
+        await asyncio.gather(other, *slow)
+        await checks.check(USUAL, "hostile")
+
+    run(test())
+
+
+def test_one_that_was_checked_before_waits_for_nothing(checks: GrammarChecks, admission: FakeAdmission) -> None:
+    async def test() -> None:
+        await checks.check(USUAL, "hostile")
+        slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile")
+        await checks.check(USUAL, "hostile")
+        admission.may_end.set()
+        await asyncio.gather(*slow)
+
+    run(test())
+
+
+def test_a_check_that_fails_gives_its_place_back(checks: GrammarChecks, admission: FakeAdmission) -> None:
+    async def test() -> None:
+        admission.may_end.set()
+        for _ in range(2 * MAX_PER_TENANT):
+            with pytest.raises(RefusedError, match="is bad"):
+                await checks.check(Grammar("regex", "slow and bad"), "hostile")
+
+    run(test())
+
+
+NUMBERS = count()
+
+
+def slow_body() -> dict[str, object]:
+    """A schema that takes longer than any may, another one each time."""
+    schema = {"allOf": [{"type": "integer", "multipleOf": 1_000_003 + 2 * next(NUMBERS)}]}
+    return {"prompt": "x", "max_tokens": 4, "grammar": {"type": "json_schema", "schema": schema}}
+
+
+@contextmanager
+def flood(server: Live, num_clients: int, headers: dict[str, str]) -> Iterator[list[int]]:
+    """Sends slow grammars without pause until the block ends; yields the statuses of the answers so far."""
+    statuses: list[int] = []
+    is_over, is_answered = threading.Event(), threading.Event()
+
+    def send() -> None:
+        with httpx.Client(base_url=server.url, timeout=LIMIT_S, headers=headers) as client:
+            while not is_over.is_set():
+                statuses.append(client.post("/generate", json=slow_body()).status_code)
+                is_answered.set()
+
+    with ThreadPoolExecutor(num_clients) as pool:
+        senders = [pool.submit(send) for _ in range(num_clients)]
+        try:
+            assert is_answered.wait(LIMIT_S)
+            yield statuses
+        finally:
+            is_over.set()
+        for sender in senders:
+            sender.result()
+
+
+def assert_neighbour_is_served(server: Live, headers: dict[str, str]) -> None:
+    for number in range(5):
+        body = {"prompt": "x", "max_tokens": 8, "grammar": {"type": "regex", "pattern": f"[a-z]{{{number + 1}}}[0-9]{{2}}"}}
+        reply = server.client.post("/generate", json=body, headers=headers)
+        assert reply.status_code == 200, reply.text
+    reply = server.client.post("/generate", json=slow_body(), headers=headers)
+    assert reply.status_code == 400, "it is tried, too, and not refused for others"
+    assert "takes more than" in reply.text
+
+
+def test_one_client_s_slow_grammars_have_nobody_s_refused(live: Live) -> None:
+    """With more than eight at once another client's grammar was 429, however small it was."""
+    with flood(live, 12, {}) as statuses:
+        assert_neighbour_is_served(live, {})
+    assert {*statuses} == {400}
+
+
+def test_a_tenant_s_slow_grammars_have_only_its_own_refused(writer_model: Path, tmp_path: Path) -> None:
+    flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
+    flags += ["--keys", str(write_keys(tmp_path)), "--open-metrics"]
+    with start(tmp_path / "log", *flags) as server, flood(server, MAX_PER_TENANT + 4, bearer(ACME)) as statuses:
+        assert_neighbour_is_served(server, bearer(OTHER))
+    assert {*statuses} == {400, 429}
