@@ -1,11 +1,8 @@
 """`python -m server`: serves the embedded model and the demo adapters, or what its flags say."""
 
-import math
 import signal
 import sys
 from types import FrameType
-
-import uvicorn
 
 from lori.errors import AdapterFormatError, LoriError
 from server.access.exposure import ExposedError, check_exposure, log_exposure
@@ -17,8 +14,8 @@ from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
 from server.transport.descriptors import raise_descriptor_limit
-from server.transport.drain import GRACE_S, DrainingServer
-from server.transport.http_protocol import HttpProtocol
+from server.transport.drain import DrainingServer
+from server.transport.http_config import http_config
 from server.transport.ports import check_port
 
 
@@ -55,19 +52,7 @@ def main() -> int:
     if tracing:
         tracing.instrument(app)
     log_exposure(settings)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        http=HttpProtocol,
-        ws="none",  # who asks for a web socket is answered as any other
-        lifespan="on",  # else uvicorn says nothing of a task that fails
-        log_config=None,  # ours holds for it
-        access_log=False,
-        timeout_keep_alive=math.ceil(settings.keep_alive_s),
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    server = DrainingServer(config, service)
+    server = DrainingServer(http_config(app, settings), service)
     server.run()
     if tracing:
         tracing.stop()

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import cast
 
 import psutil
-import uvicorn
 
 from lori.cli.output import print_table
 from server.app import create_app
@@ -31,6 +30,8 @@ from server.telemetry.logs import configure_log
 from server.telemetry.metrics import Metrics
 from server.telemetry.request_log import RequestLog
 from server.telemetry.spans import Spans
+from server.transport.drain import DrainingServer
+from server.transport.http_config import http_config
 from tests.server.live import ADDRESS, wait_until
 from tests.server.otlp import collector
 from tests.server.rig import FakeEngine
@@ -50,13 +51,13 @@ def serve(case: str, num_steps: int, traces: str) -> None:
     configure_log("json" if case == "json" else "text")
     tokenizer, registry = tiny_tokenizer(), Registry([])
     engine = EngineThread(cast(Engine, FakeEngine(num_steps=num_steps)))
-    service = Service(Settings(), "fake", registry, Admission(tokenizer, registry, 1024), engine, Metrics("fake"))
+    service = Service(Settings(port=0), "fake", registry, Admission(tokenizer, registry, 1024), engine, Metrics("fake"))
     app = create_app(service)
     if case == "without":
         app.user_middleware = [each for each in app.user_middleware if each.cls is not RequestLog]
     if case == "traced":
         Spans(traces).instrument(app)
-    uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False)).run()
+    DrainingServer(http_config(app, service.settings), service).run()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from starlette.types import ASGIApp
 
 from server.app import create_app
 from server.service import Service
+from server.settings import Settings
+from server.transport.drain import DrainingServer
+from server.transport.http_config import http_config
 
 LIMIT_S = 120
 """How long anything may take on a busy machine before a test gives up."""
@@ -108,14 +112,18 @@ def start(log: Path, *flags: str, module: str = "server") -> Iterator[Live]:
 
 
 def serve_here(service: Service) -> AbstractContextManager[httpx.Client]:
-    """Serves the app of `service`, as `serve_app` does."""
-    return serve_app(create_app(service))
+    """Serve `service` as `python -m server` does, but on a free port and from a thread of this process, until the block ends."""
+    config = http_config(create_app(service), service.settings.model_copy(update={"port": 0}))
+    return _run(DrainingServer(config, service))
+
+
+def serve_app(app: ASGIApp) -> AbstractContextManager[httpx.Client]:
+    """Serve `app` with the product's HTTP protocol and default settings, as `serve_here` does."""
+    return _run(uvicorn.Server(http_config(app, Settings(port=0))))
 
 
 @contextmanager
-def serve_app(app: ASGIApp) -> Iterator[httpx.Client]:
-    """Serves `app` on a free port, from a thread of this process, until the block ends."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+def _run(server: uvicorn.Server) -> Iterator[httpx.Client]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -124,7 +132,7 @@ def serve_app(app: ASGIApp) -> Iterator[httpx.Client]:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=LIMIT_S) as client:
             yield client
     finally:
-        server.should_exit = True
+        server.handle_exit(signal.SIGINT, None)
         thread.join()
 
 

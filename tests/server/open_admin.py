@@ -2,22 +2,23 @@
 
 import logging
 
-import uvicorn
-
 from server.access.caller import Caller
 from server.app import create_app
 from server.loading import load_service
 from server.routes.dependencies import get_caller
 from server.settings import Settings
+from server.transport.drain import DrainingServer
+from server.transport.http_config import http_config
 
 
 def main() -> None:
     """Serves until it is killed."""
     logging.basicConfig(level=logging.INFO)
     settings = Settings(_cli_parse_args=True)
-    app = create_app(load_service(settings))
+    service = load_service(settings)
+    app = create_app(service)
     app.dependency_overrides[get_caller] = lambda: Caller(is_admin=True)
-    uvicorn.run(app, host=settings.host, port=settings.port)
+    DrainingServer(http_config(app, settings), service).run()
 
 
 if __name__ == "__main__":

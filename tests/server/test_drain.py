@@ -14,12 +14,12 @@ from typing import cast
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from server.service import Service
 from server.settings import Settings
 from server.transport.drain import DrainingServer
+from server.transport.http_config import http_config
 from server.transport.refuse_connections import refuse_connections
 from tests.server.live import LIMIT_S, Live, events, start, wait_until
 
@@ -226,9 +226,9 @@ def test_who_was_let_in_is_accepted_when_no_more_are(listening: socket.socket) -
 
 async def listening_server(**settings: float) -> DrainingServer:
     """Returns a server that listens on a free port, and answers 404."""
-    config = uvicorn.Config(FastAPI(), port=0, log_config=None)
     engine = SimpleNamespace(has_died=False)
-    service = SimpleNamespace(settings=Settings(**settings), is_draining=False, engine=engine)
+    service = SimpleNamespace(settings=Settings(port=0, **settings), is_draining=False, engine=engine)
+    config = http_config(FastAPI(), service.settings)
     server = DrainingServer(config, cast(Service, service))
     config.load()
     server.lifespan = config.lifespan_class(config)

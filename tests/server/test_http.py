@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, closing, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager, suppress
 from typing import Any, cast
 from unittest.mock import ANY
 
@@ -611,8 +611,9 @@ def test_a_client_that_does_not_read_its_stream_loses_its_place(tokenizer: PreTr
             wait_until(lambda: service.num_requests == 0, "its place")
             assert client.post("/generate", json={"prompt": "x"}).status_code == 200
             read = 0
-            while chunk := silent.recv(2**20):
-                read += len(chunk)
+            with suppress(ConnectionResetError):  # the system ends a connection of which nothing is taken
+                while chunk := silent.recv(2**20):
+                    read += len(chunk)
             assert 0 < read < 64 * 2**20, "not the whole answer"
 
 
