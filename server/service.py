@@ -4,9 +4,6 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from anyio import CapacityLimiter
-from starlette.concurrency import run_in_threadpool
-
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter
@@ -16,12 +13,14 @@ from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
 from server.engine.admission import Admission, Ask, RefusedError, check_scores
+from server.engine.prompt import size_of
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
 from server.settings import Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
+from server.text_threads import TextThreads
 from server.transport.exchange import current
 
 
@@ -42,8 +41,7 @@ class Service:
     """Where adapters come from while the server runs; None: none come."""
     required: Callable[[], Collection[str]] = tuple
     """Gives the references of adapters that tenants cannot do without."""
-    texts: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
-    """For what is done with a whole text beside the requests: one at a time, or they would wait for Python's lock."""
+    texts: TextThreads = field(default_factory=TextThreads)
     uses: AdapterUses = field(default_factory=AdapterUses)
     admin: AdapterAdmin = field(init=False)
     num_requests: int = field(default=0, init=False)
@@ -77,7 +75,11 @@ class Service:
             held.enter_context(self.limiter.places(caller, len(asks), num_answers))
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
-            requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
+            requests = await self.texts.run(
+                lambda: [self.admission.admit(_by(caller, ask)) for ask in asks],
+                caller.tenant,
+                sum(size_of(ask.prompt) for ask in asks),
+            )
             check_scores(requests, is_whole=is_whole)
             self.check_alive()
             for request in requests:
