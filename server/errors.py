@@ -22,7 +22,7 @@ from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorEvent, ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
-from server.schemas.errors import ErrorReply, error_reply
+from server.schemas.errors import KINDS, ErrorReply, error_reply
 from server.schemas.fields import Body
 
 MAX_FAULTS = 10
@@ -47,6 +47,14 @@ class FieldError(Exception):
     def __init__(self, field: str, error: Exception) -> None:
         self.field, self.error = field, error
         super().__init__(str(error))
+
+
+class BodyError(HTTPException):
+    """A body that is not read; `field` names the field with too much in it, where that is known."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        self.field = field
+        super().__init__(400, f"{field}: {message}" if field else f"the body {message}")
 
 
 class ConflictError(Exception):
@@ -108,8 +116,6 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     StoppedError: (503, "ServiceUnavailableError"),
     EngineDeadError: (503, "ServiceUnavailableError"),
 }
-KINDS = {404: "NotFoundError", 408: "TimeoutError"}
-"""Of what the framework, and what reads bodies, refuse by status."""
 FIELDS: dict[type[Exception], str] = {
     TemplateError: "messages",
     UnknownAdapterError: "adapter",
@@ -188,7 +194,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
         # What is mounted, as files are, is only read; the framework knows no methods of it.
         allowed = ", ".join(allowed_methods(request)) or "GET, HEAD"
         return _answer(405, "BadRequestError", f"the method is {request.method}, expected {allowed}", headers={"Allow": allowed})
-    return _answer(error.status_code, KINDS.get(error.status_code, "BadRequestError"), str(error.detail), headers=error.headers)
+    kind, field = KINDS.get(error.status_code, "BadRequestError"), error.field if isinstance(error, BodyError) else None
+    return _answer(error.status_code, kind, str(error.detail), field, error.headers)
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:

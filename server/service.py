@@ -4,9 +4,6 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from anyio import CapacityLimiter
-from starlette.concurrency import run_in_threadpool
-
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter, RateLimiter
@@ -16,6 +13,7 @@ from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
 from server.engine.admission import Admission, Ask, RefusedError, check_scores
+from server.engine.prompt import size_of
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
@@ -23,6 +21,7 @@ from server.grammar_checks import GrammarChecks
 from server.settings import Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
+from server.text_threads import TextThreads
 from server.transport.exchange import current
 
 
@@ -45,8 +44,7 @@ class Service:
     """Where adapters come from while the server runs; None: none come."""
     required: Callable[[], Collection[str]] = tuple
     """Gives the references of adapters that tenants cannot do without."""
-    texts: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))
-    """For what is done with a whole text beside the requests: one at a time, or they would wait for Python's lock."""
+    texts: TextThreads = field(default_factory=TextThreads)
     uses: AdapterUses = field(default_factory=AdapterUses)
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
@@ -86,7 +84,11 @@ class Service:
                 self.rate.count(caller, len(asks) - 1)  # one was counted at the gate
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
-            requests = await run_in_threadpool(lambda: [self.admission.admit(_by(caller, ask)) for ask in asks])
+            requests = await self.texts.run(
+                lambda: [self.admission.admit(_by(caller, ask)) for ask in asks],
+                caller.tenant,
+                sum(size_of(ask.prompt) for ask in asks),
+            )
             check_scores(requests, is_whole=is_whole)
             for grammar in dict.fromkeys(request.grammar for request in requests if request.grammar):  # last: it may take long
                 await self.grammar_checks.check(grammar, caller.tenant)

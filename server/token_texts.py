@@ -7,17 +7,23 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lori.template import Message, encode, render_prompt
+from lori.template import Message, render_prompt
+from server.engine.admission import RefusedError
+from server.engine.text_bound import TextBound
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], *, add_special_tokens: bool) -> list[int]:
+def token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], bound: TextBound, *, add_special_tokens: bool
+) -> list[int]:
     """Returns the tokens of a text, or of messages under the chat template, which has its own special ones.
 
-    Raises `TemplateError`.
+    Raises `TemplateError`, and `RefusedError` for a text of more tokens than `bound`.
     """
-    if not isinstance(prompt, str):
-        return encode(tokenizer, render_prompt(tokenizer, prompt, "chat")).ids
-    [encoding] = tokenizer.backend_tokenizer.encode_batch([prompt], add_special_tokens=add_special_tokens)
+    is_text = isinstance(prompt, str)
+    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, "chat")
+    if fault := bound.fault(text):
+        raise RefusedError("prompt" if is_text else "messages", f"{fault}, expected {bound.max_tokens} at most")
+    [encoding] = tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=is_text and add_special_tokens)
     ids: list[int] = encoding.ids
     return ids
 

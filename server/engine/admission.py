@@ -18,9 +18,12 @@ from server.engine.grammar import Grammar, GrammarError
 from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
 from server.engine.sampling.grammars import Grammars
+from server.engine.text_bound import TextBound
 
 logger = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
+MAX_COUNTED = 2**17
+"""Tokens of a text that is only tokenized: more take a tenth of a second to list and to free, in which nothing else runs."""
 MAX_SCORES = 1 << 20
 """Log-probabilities in one reply: about 30 MB, which take a third of a second to write, and in chats three times as much."""
 
@@ -82,6 +85,9 @@ class Admission:
     ) -> None:
         """`num_ids`: tokens below it are known to the model; None: those of the tokenizer."""
         self.tokenizer, self.max_context = tokenizer, max_context
+        self._bound = TextBound(tokenizer.backend_tokenizer, max_context)
+        self.countable = TextBound(tokenizer.backend_tokenizer, max(MAX_COUNTED, max_context))
+        """Texts that are tokenized only to be counted, which may be longer than any prompt."""
         self._registry = registry
         self._num_ids = len(tokenizer) if num_ids is None else num_ids
         self._max_terms = max_terms
@@ -151,14 +157,17 @@ class Admission:
         if isinstance(ask.prompt, TokenPrompt):
             ids = ask.prompt.ids
             max_tokens = self._max_tokens(ask, field, len(ids))
-            if outside := [token for token in ids if not 0 <= token < self._num_ids]:
-                raise RefusedError("prompt", f"has the token {outside[0]}, expected 0 to {self._num_ids - 1}")
+            if min(ids) < 0 or max(ids) >= self._num_ids:
+                outside = next(token for token in ids if not 0 <= token < self._num_ids)
+                raise RefusedError("prompt", f"has the token {outside}, expected 0 to {self._num_ids - 1}")
             # Only who sees the prompt again needs its text and offsets.
             text, offsets = text_of(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", ())
             return text, ids, offsets, max_tokens
         text = ask.prompt if isinstance(ask.prompt, str) else ""
         if not isinstance(ask.prompt, str):
             text = render_prompt(self.tokenizer, ask.prompt, ask.template or self._template(adapters))
+        if fault := self._bound.fault(text):
+            raise RefusedError(field, f"{fault}, and the context holds {self.max_context} with the answer")
         encoding = encode(self.tokenizer, text)
         # Its lists are made only of what is not refused: a long text's would take seconds.
         max_tokens = self._max_tokens(ask, field, len(encoding))

@@ -20,6 +20,13 @@ Prompt = str | Sequence[Message] | TokenPrompt
 """Text as it stands, a conversation, or tokens."""
 
 
+def size_of(prompt: Prompt) -> int:
+    """Return how much there is of a prompt, in characters or tokens."""
+    if isinstance(prompt, str | TokenPrompt):
+        return len(prompt if isinstance(prompt, str) else prompt.ids)
+    return sum(len(message.content) for message in prompt)
+
+
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     """Returns the text of tokens, special ones left out, and where in it each of them begins, in characters."""
     stream, offsets, pieces = TextStream(tokenizer, ()), [], []

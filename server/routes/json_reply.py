@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi.responses import Response
 from pydantic import BaseModel
 
 
-async def json_reply(make: Callable[[], BaseModel], limiter: CapacityLimiter | None = None) -> Response:
-    """Returns what `make` returns, in JSON; `limiter` says how many are made at once. Raises what `make` raises."""
-    return Response(await run_sync(lambda: make().model_dump_json(), limiter=limiter), media_type="application/json")
+async def json_reply(make: Callable[[], BaseModel]) -> Response:
+    """Returns what `make` returns, in JSON. Raises what `make` raises."""
+    return Response(await run_sync(lambda: make().model_dump_json()), media_type="application/json")

@@ -6,20 +6,23 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 
+from server.errors import BodyError
+from server.service import Service
 from server.transport.strict_json import JsonError, read_json
 
 
 class JsonRequest(Request):
-    """A request whose body is strict JSON."""
+    """A request whose body is strict JSON, with no list longer than a prompt can be."""
 
     async def json(self) -> Any:
         """Returns the body's value, or refuses it."""
+        service = self.state.service
+        assert isinstance(service, Service)
         try:
-            return read_json(await self.body())
+            return read_json(await self.body(), service.admission.max_context)
         except JsonError as error:
-            raise HTTPException(400, f"the body {error}") from error
+            raise BodyError(str(error), error.field) from error
 
 
 class JsonRoute(APIRoute):

@@ -1,16 +1,17 @@
 """POST /tokenize and /detokenize, in vLLM's form. Translates only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from lori.template import Message
 from server.access.caller import Caller
+from server.engine.prompt import size_of
 from server.errors import FieldError
 from server.model_names import UnknownModelError, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
-from server.routes.json_reply import json_reply
 from server.routes.json_route import JsonRoute
 from server.routes.references import find
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
@@ -23,34 +24,41 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/tokenize", response_model=TokenizeReply)
 async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
     """Returns the tokens of a text or of a conversation."""
-    return await _answer(body.model, service, caller, lambda: _tokenize(body, service))
+    return await _answer(body.model, service, caller, lambda: _tokenize(body, service), size_of(_prompt(body)))
 
 
 @router.post("/detokenize", response_model=DetokenizeReply)
 async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
     """Returns the text of tokens."""
     tokenizer = service.admission.tokenizer
-    return await _answer(body.model, service, caller, lambda: DetokenizeReply(prompt=text_of(tokenizer, body.tokens)))
+    return await _answer(
+        body.model, service, caller, lambda: DetokenizeReply(prompt=text_of(tokenizer, body.tokens)), len(body.tokens)
+    )
 
 
-async def _answer(model: str | None, service: Service, caller: Caller, reply: Callable[[], BaseModel]) -> Response:
+async def _answer(model: str | None, service: Service, caller: Caller, reply: Callable[[], BaseModel], size: int) -> Response:
     # Long texts: each counts as a request of its tenant, and the event loop neither makes the reply nor writes it.
     with service.limiter.places(caller):
         await _check_model(model, service, caller)
-        return await json_reply(reply, service.texts)
+        content = await service.texts.run(lambda: reply().model_dump_json(), caller.tenant, size)
+        return Response(content, media_type="application/json")
 
 
 def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:
     tokenizer = service.admission.tokenizer
-    prompt = body.prompt if body.messages is None else [message.to_message() for message in body.messages]
-    assert prompt is not None
-    ids = token_ids(tokenizer, prompt, add_special_tokens=body.add_special_tokens)
+    ids = token_ids(tokenizer, _prompt(body), service.admission.countable, add_special_tokens=body.add_special_tokens)
     return TokenizeReply(
         count=len(ids),
         max_model_len=service.admission.max_context,
         tokens=ids,
         token_strs=token_texts(tokenizer, ids) if body.return_token_strs else None,
     )
+
+
+def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
+    prompt = body.prompt if body.messages is None else [message.to_message() for message in body.messages]
+    assert prompt is not None
+    return prompt
 
 
 async def _check_model(model: str | None, service: Service, caller: Caller) -> None:

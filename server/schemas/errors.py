@@ -5,6 +5,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+KINDS = {404: "NotFoundError", 408: "TimeoutError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
+"""Of what the framework, and what reads bodies, refuse by status; any other is a BadRequestError."""
+
 
 class ErrorDetail(BaseModel):
     """What was wrong: `param` is the field, where it was one; `faults` are all those of an adapter that is not sound."""

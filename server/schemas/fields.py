@@ -70,6 +70,15 @@ PROMPT_OR_MESSAGES: list[JsonValue] = [
 """For a body's `oneOf`: which of its fields there may be together."""
 
 
+def check_range(tokens: list[int]) -> list[int]:
+    """Return `tokens`. Raises `ValueError` where one is less than 0, or `MAX_INT` or more."""
+    for token in (min(tokens), max(tokens)) if tokens else ():
+        if not 0 <= token < MAX_INT:
+            found = token if abs(token) < 2**64 else f"of {token.bit_length()} bits"
+            raise ValueError(f"has the token {found}, expected 0 to {MAX_INT - 1}")
+    return tokens
+
+
 def _is_not_empty(value: str) -> str:
     if not value:
         raise ValueError("is empty, expected text")
@@ -97,8 +106,12 @@ Stops = Annotated[
 AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=MAX_INT)]
-TokenId = Annotated[int, Field(ge=0, lt=MAX_INT)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_INT})]
+"""Its range is checked of a whole list: pydantic takes 70 ns for that of each."""
+AnyTokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True), AfterValidator(check_range)]
+TokenIds = Annotated[
+    list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True), AfterValidator(check_range)
+]
 Prompt = Annotated[
     Annotated[Text, Tag("one")] | Annotated[TokenIds, Tag("many")],
     forms(one_or_many, "text, or a list of token ids"),

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from lori.template import Text
 from server.schemas.chat import ChatMessage
-from server.schemas.fields import MAX_PROMPT_TOKENS, PROMPT_OR_MESSAGES, Body, Reply, TokenId
+from server.schemas.fields import PROMPT_OR_MESSAGES, AnyTokenIds, Body, Reply
 from server.schemas.openai import Model
 
 
@@ -49,7 +49,7 @@ class DetokenizeBody(Body):
 
     model: Model | None = None
     """As in POST /tokenize."""
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+    tokens: AnyTokenIds
 
 
 class DetokenizeReply(Reply):

@@ -393,7 +393,7 @@ def test_what_was_computed_before_is_told(live: Live) -> None:
         pytest.param({"prompt": []}, "prompt", "at least 1 item", id="no tokens"),
         pytest.param({"prompt": [1, 2, "a"]}, "prompt.2", "valid integer, found 'a'", id="text among tokens"),
         pytest.param({"prompt": [1, True]}, "prompt.1", "valid integer, found True", id="true among tokens"),
-        pytest.param({"prompt": [1, -2]}, "prompt.1", "found -2", id="a negative token"),
+        pytest.param({"prompt": [1, -2]}, "prompt", "has the token -2", id="a negative token"),
         pytest.param({"prompt": [1, 1.5]}, "prompt.1", "found 1.5", id="a fraction among tokens"),
         pytest.param({"prompt": [5, EOS + 1]}, "prompt", "has the token 257, expected 0 to 256", id="an unknown token"),
         pytest.param({"prompt": [1] * 4096}, "prompt", "has 4096 tokens, and the context holds 4096", id="many tokens"),

@@ -565,7 +565,7 @@ class SlowAdmission:
     """A fake of admission that takes until `may_go_on`."""
 
     def __init__(self, admission: Admission) -> None:
-        self._admission = admission
+        self._admission, self.max_context = admission, admission.max_context
         self.may_go_on = threading.Event()
 
     def admit(self, ask: Ask) -> Request:

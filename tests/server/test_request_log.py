@@ -56,6 +56,8 @@ def test_an_id_that_a_log_cannot_hold_is_replaced(tokenizer: PreTrainedTokenizer
 
 
 class FailingAdmission:
+    max_context = 100
+
     def admit(self, _: Ask) -> Request:
         raise RuntimeError("a fault of ours")
 
