@@ -1,12 +1,37 @@
 """How requests are framed, over a socket: each is answered once, or refused and its connection closed."""
 
-import pytest
+from pathlib import Path
 
-from tests.server.framing import CASES, WAYS, Case, ask, check
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.server.fake_service import served
+from tests.server.framing import BODY, CASES, WAYS, Case, ask, check, chunked, head, sized
+from tests.server.keyed import ACME, write_keys
 from tests.server.live import Live
+from tests.server.rig import FakeEngine
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_request_is_answered_once_or_refused(live: Live, case: Case, way: str) -> None:
     check(case, ask(live.port, case, way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_key_in_a_trailer_is_none(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, way: str) -> None:
+    """In one segment a trailer was read before the request was let in, and its headers stood beside the request's own."""
+    key = f"Authorization: Bearer {ACME}\r\n".encode()
+    in_trailer = Case("in the trailer", head() + chunked(BODY, trailer=key), frozenset({401}))
+    in_head = Case("in the head", head(key) + chunked(BODY), frozenset({200}))
+    with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, _):
+        for case in (in_trailer, in_head):
+            [(status, _)] = ask(client.base_url.port or 0, case, way).answers
+            assert {status} == case.statuses, case.name
+
+
+def test_an_absolute_target_s_authority_counts_as_the_host(live: Live) -> None:
+    other = head(line=b"POST http://other.example/tokenize HTTP/1.1") + sized(BODY)
+    own = head(line=b"POST http://localhost/tokenize HTTP/1.1", host=b"Host: other.example\r\n") + sized(BODY)
+    for content, status in ((other, 421), (own, 200)):
+        assert ask(live.port, Case("absolute", content, frozenset()), "whole").answers[0][0] == status
