@@ -36,7 +36,8 @@ class ClusterSettings(Settings):
     replica_gpus: float = Field(default=0, ge=0, allow_inf_nan=False)
     """The same of GPUs; less than 1 shares one."""
     ingresses: int = Field(default=1, ge=1)
-    """Processes that take requests and send them on: one does for some hundreds of requests a second."""
+    """Processes that take requests and send them on: one does for some hundreds of requests a second. Each allows its share of
+    what a tenant may send in a minute, rounded up."""
     affinity_share: float = Field(default=DEFAULT_BOUND.share, ge=1, allow_inf_nan=False)
     """A replica with more than so many times the mean of requests under way leaves new ones to the next in rank."""
     affinity_floor: int = Field(default=DEFAULT_BOUND.floor, ge=1)

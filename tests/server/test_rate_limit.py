@@ -16,7 +16,7 @@ from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
 from server.service import Service
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
-from tests.server.live import LIMIT_S
+from tests.server.live import LIMIT_S, start
 from tests.server.rig import FakeEngine
 
 Asked = tuple[str, str, dict[str, Any], int]
@@ -125,6 +125,24 @@ def test_each_prompt_of_a_batch_counts(tokenizer: PreTrainedTokenizerFast, tmp_p
         refusal(complete(1), 429)
 
 
+def check_answered_before_the_body(client: httpx.Client, rest: str) -> None:
+    """Sends no more than a head, which ends with `rest`, and reads a 429."""
+    head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ACME}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=LIMIT_S) as sender:
+        sender.sendall(f"{head}{rest}".encode())
+        received = b""
+        while b'"code":429' not in received:
+            part = sender.recv(4096)
+            assert part, received
+            received += part
+        headers = received.partition(b"\r\n\r\n")[0].lower()
+        assert headers.startswith(b"http/1.1 429 too many requests\r\n")
+        assert b"\r\nconnection: close" in headers
+        assert b"\r\nretry-after: " in headers
+        while sender.recv(4096):  # until the server has closed the connection
+            pass
+
+
 @pytest.mark.parametrize(
     "rest",
     [
@@ -137,18 +155,19 @@ def test_each_prompt_of_a_batch_counts(tokenizer: PreTrainedTokenizerFast, tmp_p
 def test_the_answer_is_there_before_the_body(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rest: str) -> None:
     with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
         assert client.get("/v1/models").status_code == 200
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ACME}\r\nContent-Type: application/json\r\n"
-        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=LIMIT_S) as sender:
-            sender.sendall(f"{head}{rest}".encode())
-            received = b""
-            while b'"code":429' not in received:
-                received += sender.recv(4096)
-            headers = received.partition(b"\r\n\r\n")[0].lower()
-            assert headers.startswith(b"http/1.1 429 too many requests\r\n")
-            assert b"\r\nconnection: close" in headers
-            assert b"\r\nretry-after: " in headers
-            while sender.recv(4096):  # until the server has closed the connection
-                pass
+        check_answered_before_the_body(client, rest)
+
+
+def test_a_real_server_answers_before_the_body(writer_model: Path, tmp_path: Path) -> None:
+    keys = write_keys(tmp_path, "requests_per_minute = 2")
+    flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01", "--keys", str(keys)]
+    with start(tmp_path / "log", *flags) as live:
+        live.client.headers.update(bearer(ACME))
+        assert live.client.get("/adapters").status_code == 200
+        assert live.client.post("/generate", content=b"{", headers=JSON).status_code == 400
+        for _ in range(3):
+            check_answered_before_the_body(live.client, "Content-Length: 100000\r\n\r\n")
+            refusal(live.client.get("/adapters"), 429)
 
 
 def test_without_a_body_the_connection_goes_on(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from starlette.types import Message
 from transformers import PreTrainedTokenizerFast
 
 from server.access.key_ring import KeyRing
-from server.access.limits import RateLimitedError, RateLimiter
+from server.access.limits import RateLimitedError
 from server.app import create_app
 from server.cluster.ingress import Ingress
 from server.cluster.relay import answer
@@ -85,7 +85,7 @@ async def served(
         replicas, clients = Replicas(apps), []
         for _ in range(num_ingresses):
             ingress = Ingress(replicas, KeyRing(keys), Settings(), "fake", num_ingresses)
-            ingress._rate = RateLimiter(num_ingresses, clock=lambda: 0.0)
+            ingress._rate._clock = lambda: 0.0
             client = httpx.AsyncClient(transport=httpx.ASGITransport(ingress), base_url="http://ingress", headers=bearer(ACME))
             clients.append(await held.enter_async_context(client))
         yield replicas, clients

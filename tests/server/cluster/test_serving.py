@@ -133,9 +133,10 @@ def _a_tenant_s_rate_is_that_of_one_server(cluster: Cluster) -> None:
         return httpx.post(f"{cluster.url}/v1/completions", json=body, headers=bearer(ACME), timeout=LIMIT_S).status_code
 
     start = time.monotonic()
-    statuses = [ask(number) for number in range(PER_MINUTE * 2)]
-    assert time.monotonic() - start < 60, "this machine is too slow to tell"
-    assert statuses == [200, *[400] * (PER_MINUTE - 2), *[429] * (PER_MINUTE + 1)]
+    statuses = [ask(number) for number in range(2 * PER_MINUTE)]
+    num_minutes = 1 + int((time.monotonic() - start) / 60)
+    assert statuses[: PER_MINUTE - 1] == [200, *[400] * (PER_MINUTE - 2)]
+    assert len(statuses) - statuses.count(429) <= num_minutes * PER_MINUTE - 1, "the batch counts twice"
 
 
 def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
