@@ -4,10 +4,13 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from string import Template
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from server.access.hosts import AllowedHosts
 from server.plan.measured import OVERHEAD_GIB
 from server.settings import Settings
 from tests.docker.compose import read
@@ -57,7 +60,26 @@ def test_only_the_server_runs_without_a_profile() -> None:
 
 def test_the_server_is_asked_whether_it_is_ready() -> None:
     assert '"/ready"' in SERVER["healthcheck"]["test"][-1]
-    assert SERVER["restart"] == "unless-stopped"
+
+
+@pytest.mark.parametrize("service", ALL.values(), ids=ALL)
+def test_what_ends_is_started_again(service: dict[str, Any]) -> None:
+    """A server whose engine has died ends: health alone has compose start nothing."""
+    assert service["restart"] == "unless-stopped"
+
+
+def test_servers_go_by_the_names_that_they_are_reached_by() -> None:
+    """Without keys they answer to no other."""
+    names = {"COMPOSE_PROJECT_NAME": "lori"}
+    [target] = read(MONITORING / "prometheus.yml")["scrape_configs"][0]["static_configs"][0]["targets"]
+    urls = [flag for flag in ROUTED["command"] if flag.startswith("http://")]
+    for server, used in ((SERVER, [f"http://{target}"]), (ROUTER["services"]["server"], urls)):
+        given = server["environment"]["LORI_ALLOW_HOST"]
+        assert given.endswith("${LORI_ALLOW_HOST:+,${LORI_ALLOW_HOST:-}}"), "more may be set where compose is started"
+        allowed = AllowedHosts(Template(given.partition("${LORI_ALLOW_HOST")[0]).substitute(names).split(","))
+        for url in used:
+            assert allowed.includes(urlsplit(Template(url).substitute(names)).netloc), url
+        assert not allowed.includes("page.example")
 
 
 def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
@@ -131,7 +153,7 @@ def test_the_router_has_the_port_and_knows_each_server() -> None:
 def test_servers_on_one_machine_share_its_cores() -> None:
     """By itself each would start a thread for every core."""
     assert "LORI_THREADS" in SERVER["environment"]
-    assert ROUTER["services"]["server"]["environment"] == {"LORI_THREADS": "${LORI_THREADS:-1}"}
+    assert ROUTER["services"]["server"]["environment"]["LORI_THREADS"] == "${LORI_THREADS:-1}"
 
 
 def test_the_router_is_the_one_that_the_tests_run() -> None:
