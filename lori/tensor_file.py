@@ -38,4 +38,5 @@ def length_fault(name: str, file: BinaryIO) -> str | None:
     if length > MAX_HEADER_BYTES:
         return f"{name} has a header of {length} bytes, expected {MAX_HEADER_BYTES} at most"
     expected = NUM_LENGTH_BYTES + length + max(map(int, END.findall(file.read(length))), default=0)
-    return None if num_bytes == expected else f"{name} has {num_bytes} bytes, expected {expected}: it is damaged"
+    reason = "it was cut short" if num_bytes < expected else "it has more than its tensors"
+    return None if num_bytes == expected else f"{name} has {num_bytes} bytes, expected {expected}: {reason}"
