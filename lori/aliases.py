@@ -4,10 +4,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from lori.durable import read_regular, replace_file, sync_folder
+from lori.durable import replace_file, sync_folder
 from lori.errors import AdapterError
 from lori.file_stamp import FileStamp, file_stamp
 from lori.names import NAME, VERSION
+from lori.stored_file import no_link, read_stored
 
 ALIASES_FOLDER = ".aliases"
 MAX_BYTES = 200
@@ -33,18 +34,20 @@ class Aliases:
         return found
 
     def names(self) -> list[str]:
-        """Returns the names of the aliases, in order."""
+        """Returns the names of the aliases, in order. Raises `AdapterError` where their folder is a link."""
+        no_link(self.folder)
         return [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
 
     def get(self, name: str) -> str | None:
         """Returns what the alias `name` means, or None where there is none. Raises `AdapterError` where it cannot be read."""
         file = self.folder / name
         try:
-            meant = read_regular(file, MAX_BYTES).decode().strip()
+            meant = read_stored(self.folder, name, MAX_BYTES).decode().strip()
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise AdapterError(f"the alias {file} cannot be read: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise AdapterError(f"the alias {file} cannot be read: {reason}") from error
         target, _, version = meant.partition("@")
         if not (NAME.fullmatch(target) and VERSION.fullmatch(version)):
             raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
@@ -56,11 +59,11 @@ class Aliases:
 
     def set(self, name: str, meant: str) -> None:
         """Makes the alias `name` mean `meant`, `name@version`."""
-        self.folder.mkdir(exist_ok=True)
+        no_link(self.folder).mkdir(exist_ok=True)
         replace_file(self.folder / name, f"{meant}\n".encode())
 
     def remove(self, name: str) -> None:
         """Removes the alias `name`, where there is one."""
         with suppress(FileNotFoundError):
-            (self.folder / name).unlink()
+            (no_link(self.folder) / name).unlink()
             sync_folder(self.folder)

@@ -6,6 +6,7 @@ math/adapter_config.json, math/adapter_model.safetensors, math/README.md
 
 import io
 import re
+import stat
 import struct
 import zipfile
 from functools import partial
@@ -98,6 +99,7 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) ->
     ]
     faults += [f"{name!r}: there twice" for name in sorted({name for name in names if names.count(name) > 1})]
     faults += [f"{member.filename!r}: compressed" for member in members if member.compress_type != zipfile.ZIP_STORED]
+    faults += [f"{member.filename!r}: not a regular file" for member in members if _is_special(member)]
     if len(owners) != 1 or not NAME.fullmatch(own):
         faults.append(f"it holds {sorted(owners)}, expected one adapter, its name matching {NAME.pattern}")
     if sum(member.file_size for member in members) > num_bytes:  # its members share bytes
@@ -105,3 +107,9 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) ->
     if faults:
         raise AdapterFormatError(str(file), faults)
     return own
+
+
+def _is_special(member: zipfile.ZipInfo) -> bool:
+    """Says whether a member is a link, a folder or a device, as programs of Unix note it; `pack` and others note nothing."""
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    return kind not in (0, stat.S_IFREG)

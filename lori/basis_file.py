@@ -7,11 +7,14 @@ import torch
 from safetensors.torch import save
 
 from lori.basis import Explicit
-from lori.durable import read_regular, replace_file
+from lori.durable import replace_file
 from lori.errors import AdapterFormatError
+from lori.stored_file import read_stored
 from lori.tensor_file import parse_tensors
 
 BASES_FOLDER = ".bases"
+MAX_BYTES = 2**34
+"""Of the file of a basis."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _loaded: WeakValueDictionary[Path, Explicit] = WeakValueDictionary()
@@ -25,7 +28,7 @@ def basis_file(store: Path, digest: str) -> Path:
 def save_basis(store: Path, basis: Explicit) -> Path:
     """Puts a basis in `store`, where it is not there yet or is damaged, and returns its file."""
     file, content = basis_file(store, basis.content_digest), basis_bytes(basis)
-    if not file.is_file() or read_regular(file) != content:
+    if not _holds(file, content):
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, content)
     return file
@@ -46,7 +49,7 @@ def load_basis(store: Path, digest: str) -> Explicit:
     if known is not None and file.is_file():
         return known
     try:
-        content = read_regular(file)
+        content = read_stored(file.parent, file.name, MAX_BYTES)
     except OSError as error:
         fault = f"its basis cannot be read: {error.strerror} (an adapter with an A of its own is moved with it: pack and unpack)"
         raise AdapterFormatError(str(file), [fault]) from error
@@ -66,6 +69,13 @@ def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
     if basis.content_digest != digest:
         raise AdapterFormatError(source, [f"its basis has the digest {basis.content_digest}, expected {digest}"])
     return basis
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    try:
+        return read_stored(file.parent, file.name, MAX_BYTES) == content
+    except OSError:  # it is not there, or is a link: it is replaced
+        return False
 
 
 def _is_matrix(tensor: torch.Tensor) -> bool:

@@ -22,6 +22,9 @@ class Source(Protocol):
     def card(self, folder: str) -> bytes:
         """Returns its card."""
 
+    def file_faults(self, folder: str) -> list[str]:
+        """Returns what is wrong with its files, as far as the store says so."""
+
     def basis(self, digest: str) -> Explicit:
         """Returns an explicit basis."""
 
@@ -46,6 +49,10 @@ class CachedEntry(Entry):
     def card(self) -> bytes:
         """As `Entry.card`, as it is in the store now. Raises `UnreachableError` where it does not come."""
         return self.source.card(self.folder.name)
+
+    def file_faults(self) -> list[str]:
+        """As `Entry.file_faults`, of what the store says of its files; no weights are fetched to be looked at."""
+        return self.source.file_faults(self.folder.name)
 
     def basis(self, digest: str) -> Explicit:
         """As `Entry.basis`. Raises as `held`, too."""

@@ -4,24 +4,27 @@ import ctypes
 import errno
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from lori.stored_file import check_regular, read_whole
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux's renameat2(2), which Python does not wrap."""
 
 
 def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
-    """Returns the content of a file. Raises `OSError` where it cannot be read, has more than `max_bytes`, or may never end."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):  # a folder, a pipe, a device
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    if max_bytes is not None and found.st_size > max_bytes:
-        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, expected {max_bytes} at most", str(path))
-    return path.read_bytes()
+    """Return the content of a file that the operator names; a link is followed, as mounted secrets are. See `lori.stored_file`.
+
+    Raises `OSError` where it cannot be read, has more than `max_bytes`, or may never end.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    check_regular(path.stat())  # even to open a device can have an effect
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        check_regular(os.fstat(file.fileno()))
+        return read_whole(file, max_bytes)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -112,7 +115,11 @@ def discard(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder: it is gone at once, under its name, and its files follow."""
+    """Removes a folder: it is gone at once, under its name, and its files follow. Of a link the link alone goes."""
+    if folder.is_symlink():
+        folder.unlink()
+        sync_folder(folder.parent)
+        return
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}@"))
     try:
         folder.rename(aside)  # over an empty folder

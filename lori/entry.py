@@ -1,6 +1,7 @@
 """One version of an adapter in a store, and which folders of a store are one."""
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from lori.basis import Explicit
 from lori.basis_file import load_basis
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, load_adapter, read_config, read_file
+from lori.format import CARD_FILE, WEIGHTS_FILE, file_faults, load_adapter, read_config, read_file
 from lori.identity import BaseIdentity
 from lori.names import NAME, NUM_VERSION_DIGITS, VERSION
 
@@ -39,8 +40,8 @@ class Entry:
         """What its files hold, in bytes; 0 where there are none any more."""
         try:
             with os.scandir(self.folder) as items:
-                return sum(item.stat().st_size for item in items if item.is_file())
-        except FileNotFoundError:
+                return sum(item.stat(follow_symlinks=False).st_size for item in items if item.is_file(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
             return 0
 
     @contextmanager
@@ -49,8 +50,18 @@ class Entry:
         yield self.folder
 
     def card(self) -> bytes:
-        """Returns its card; nothing where it has none, or it cannot be read."""
-        return read_file(self.folder, CARD_FILE, []) or b""
+        """Returns its card; nothing where it has none. Raises `AdapterFormatError` where it cannot be read."""
+        if not os.path.lexists(self.folder / CARD_FILE):
+            return b""
+        faults: list[str] = []
+        card = read_file(self.folder, CARD_FILE, faults)
+        if card is None:
+            raise AdapterFormatError(str(self.folder), faults)
+        return card
+
+    def file_faults(self) -> list[str]:
+        """Returns what is wrong with its files as far as that is seen without reading them whole."""
+        return file_faults(self.folder)
 
     def basis(self, digest: str) -> Explicit:
         """Returns the explicit basis of this digest. Raises as `load_basis`."""
@@ -70,36 +81,76 @@ class Entry:
             raise AdapterFormatError(str(self.folder), [f"its version is {found}, expected {in_name}"])
 
 
-def scan(root: Path, name: str | None = None) -> Sequence[Entry]:
-    """Returns every version of every adapter in the store `root`, or of the one called `name`, in order of name. Opens none.
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The folders of a store that hold an adapter."""
 
-    Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
+    entries: Sequence[Entry]
+    """Every version of every adapter, in order of name. A link is among them: to read it fails."""
+    misnamed: Sequence[str]
+    """Folders whose name no adapter may have."""
+
+
+def scan(root: Path, name: str | None = None) -> Scan:
+    """Returns which folders of the store `root` hold an adapter, or one that is called `name`. Opens none.
+
+    Raises `AdapterError` where `root` cannot be read.
     """
+    entries, misnamed = [], []
     try:
         with os.scandir(root) as items:
             asked = (item for item in items if name is None or item.name.partition("@")[0] == name)
-            entries = [Entry(item.name.partition("@")[0], root / item.name) for item in asked if _is_adapter(item)]
+            for item in filter(_is_adapter, asked):
+                if _is_sound(item.name):
+                    entries.append(Entry(item.name.partition("@")[0], root / item.name))
+                else:
+                    misnamed.append(item.name)
     except OSError as error:
         raise AdapterError(f"{root} is no folder of adapters: {error.strerror}") from error
-    return sorted(entries, key=lambda entry: (entry.name, entry.folder.name))
+    return Scan(sorted(entries, key=lambda entry: (entry.name, entry.folder.name)), sorted(misnamed))
+
+
+def has_adapter(folder: str) -> bool:
+    """Says whether a folder holds an adapter, be it damaged: without a config it has weights. Follows a link to the folder."""
+    return any(_exists(os.path.join(folder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE))  # a path costs more, of thousands
+
+
+def is_version(folder: str) -> bool:
+    """Says whether this is the name of a version's folder, `name@version`."""
+    name, _, version = folder.partition("@")
+    return bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
+
+
+def _is_sound(folder: str) -> bool:
+    return bool(NAME.fullmatch(folder)) or is_version(folder)
 
 
 def _is_adapter(item: "os.DirEntry[str]") -> bool:
-    if item.name.startswith(".") or not item.is_dir():
-        return False
-    name, _, version = item.name.partition("@")
-    is_version = bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
-    if not is_version and not os.path.isfile(os.path.join(item.path, CONFIG_FILE)):
+    if item.name.startswith("."):
         return False
     if item.is_symlink():
-        no_link(Path(item.path))
-    if not is_version and not NAME.fullmatch(item.name):
-        raise AdapterError(f"{item.path}: an adapter's name must match {NAME.pattern}")
+        return _may_be_adapter(item)
+    if not item.is_dir(follow_symlinks=False):
+        return False
+    if not _is_sound(item.name):
+        return os.path.lexists(os.path.join(item.path, CONFIG_FILE))
+    return is_version(item.name) or has_adapter(item.path)
+
+
+def _may_be_adapter(link: "os.DirEntry[str]") -> bool:
+    # To be told, not to be read: a link to a note is no damaged adapter, one that leads nowhere may be.
+    try:
+        found = os.stat(link.path)
+    except OSError:
+        return _is_sound(link.name)
+    return stat.S_ISDIR(found.st_mode) and (is_version(link.name) or has_adapter(link.path))
+
+
+def _exists(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a folder that may not be looked into: whether it is sound is seen when it is read
+        return True
     return True
-
-
-def no_link(folder: Path) -> Path:
-    """Returns `folder`. Raises `AdapterError` where it is a link."""
-    if folder.is_symlink():
-        raise AdapterError(f"{folder} is a link: a store follows none")
-    return folder

@@ -14,6 +14,8 @@ LoriError
 
 from collections.abc import Sequence
 
+from lori.printable import printable
+
 
 class LoriError(Exception):
     """Root of the tree: catch it to catch all that `lori` raises on purpose."""
@@ -44,17 +46,17 @@ class AdapterError(LoriError):
 
 
 class AdapterFormatError(AdapterError):
-    """A folder is not a sound adapter: `faults` lists everything that was found."""
+    """A folder is not a sound adapter: `faults` lists everything that was found, each in one line that may be printed."""
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source = source
-        self.faults = tuple(faults)
-        super().__init__(f"{source} is not a sound adapter: " + "; ".join(self.faults))
+        self.faults = tuple(map(printable, faults))
+        super().__init__(f"{printable(source)} is not a sound adapter: " + "; ".join(self.faults))
 
     @property
     def lines(self) -> list[str]:
         """The message, each fault on a line of its own."""
-        return [f"{self.source} is not a sound adapter:", *(f"  {fault}" for fault in self.faults)]
+        return [f"{printable(self.source)} is not a sound adapter:", *(f"  {fault}" for fault in self.faults)]
 
 
 class UnknownAdapterError(AdapterError):

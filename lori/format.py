@@ -5,6 +5,7 @@ The folder verifies itself: one digest covers all that decides what the adapter 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,13 +20,14 @@ from lori.basis import Basis, Explicit
 from lori.basis_file import BASES_FOLDER, load_basis, save_basis
 from lori.config import AdapterConfig, ExplicitConfig, basis_config
 from lori.config_file import CONFIG_FILE, parse_config, seal_config
-from lori.durable import new_folder, read_regular, replace_file, write_file
+from lori.durable import new_folder, replace_file, write_file
 from lori.errors import AdapterError, AdapterFormatError
 from lori.identity import BaseIdentity
 from lori.module_names import last, natural
 from lori.name_lock import locked
 from lori.names import NUM_VERSION_DIGITS
-from lori.tensor_file import parse_tensors
+from lori.stored_file import open_stored, read_stored
+from lori.tensor_file import length_fault, parse_tensors
 from lori.values import ValueType
 from lori.weights import read_modules, weight_bytes
 
@@ -42,6 +44,8 @@ MAX_BASIS_ENTRIES = 2**30
 """Entries of A over all modules, five times a 70B model's at rank 32: what a file alone may make us draw."""
 
 Files = Mapping[str, bytes]
+Read = Callable[[Path, str, int], bytes]
+"""Returns the content of a file in a folder, of so many bytes at most: `read_stored`, or `read_source` for what is imported."""
 BasisOf = Callable[[str], Explicit]
 """Returns the explicit basis of a digest. Raises `AdapterFormatError` where it has none."""
 
@@ -146,20 +150,36 @@ def read_config(folder: Path) -> AdapterConfig:
     return config
 
 
-def read_files(folder: Path, faults: list[str]) -> Files:
+def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Files:
     """Returns the content of an adapter's files by name, its card's too; what cannot be read is added to `faults`."""
-    names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if (folder / CARD_FILE).exists() else [])]
-    found = {name: read_file(folder, name, faults) for name in names}
+    names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])]
+    found = {name: read_file(folder, name, faults, read) for name in names}
     return {name: content for name, content in found.items() if content is not None}
 
 
-def read_file(folder: Path, name: str, faults: list[str]) -> bytes | None:
-    """Returns the content of a regular file; where it cannot be read, that is added to `faults`."""
+def read_file(folder: Path, name: str, faults: list[str], read: Read = read_stored) -> bytes | None:
+    """Returns the content of a regular file; where it cannot be read, as a link in a store, that is added to `faults`."""
     try:
-        return read_regular(folder / name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
+        return read(folder, name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
     except OSError as error:
         faults.append(f"{name} cannot be read: {error.strerror}")
         return None
+
+
+def file_faults(folder: Path) -> list[str]:
+    """Returns what is wrong with an adapter's files as far as that is seen at once: none is read whole, nor the config at all.
+
+    Files that are not there or are links, and weights that are not as long as they say.
+    """
+    faults: list[str] = []
+    for name in (WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])):
+        try:
+            with open_stored(folder, name) as file:
+                fault = length_fault(name, file) if name == WEIGHTS_FILE else None
+        except OSError as error:
+            fault = f"{name} cannot be read: {error.strerror}"
+        faults += [fault] if fault else []
+    return faults
 
 
 def name_of(folder: Path) -> str:

@@ -19,6 +19,7 @@ from lori.errors import AdapterError
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.names import NAME, VERSION
 from lori.remote_folder import RemoteFile, RemoteFolder
+from lori.stored_file import LINK
 from lori.weight_cache import WeightCache
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
@@ -43,18 +44,23 @@ class Mirror:
         self.files: Mapping[str, RemoteFile] = {}
         """By path. Any thread may look: it is never changed, but replaced."""
         self.folders: Mapping[str, Sequence[str]] = {}
-        """The folders of adapters, which have a config, by the adapter's name; likewise."""
+        """The folders of adapters, which have a config or are links, by the adapter's name; likewise."""
+        self.misnamed: Sequence[str] = ()
+        """Folders with a config whose name no adapter may have, when all was looked at last."""
 
     def look_at_all(self) -> None:
-        """Looks at the whole store, and forgets copies of what it does not hold. Raises `AdapterError` as `scan`."""
+        """Looks at the whole store, and forgets copies of what it does not hold.
+
+        Raises `AdapterError` where it is an adapter itself, or keeps its aliases behind a link.
+        """
         found = self._remote.files()
         if CONFIG_FILE in found:
             raise AdapterError("it is an adapter, expected a folder of adapters")
-        for path in found:
-            folder, _, file = path.partition("/")
-            if file == CONFIG_FILE and not folder.startswith(".") and not FOLDER.fullmatch(folder):
-                raise AdapterError(f"{folder}: an adapter's name must match {NAME.pattern}")
-        self._take_over({path: file for path, file in found.items() if _is_ours(path)}, {})
+        if ALIASES_FOLDER in found:
+            raise AdapterError(f"{ALIASES_FOLDER} is a link: a store follows none")
+        configs = [path.partition("/")[0] for path in found if path.partition("/")[2] == CONFIG_FILE]
+        self.misnamed = sorted(of for of in configs if not of.startswith(".") and not FOLDER.fullmatch(of))
+        self._take_over(_ours(found), {})
         there = {folder for folders in self.folders.values() for folder in folders}
         for left in self._root.iterdir():
             if FOLDER.fullmatch(left.name) and left.name not in there:
@@ -75,13 +81,13 @@ class Mirror:
                 (self._root / path).unlink(missing_ok=True)
             found = self._remote.files_of(name)
             kept = {of: file for of, file in self.files.items() if of == path or _owner(of) != name}
-            self._take_over({of: file for of, file in found.items() if _is_ours(of) and _owner(of) == name}, kept)
+            self._take_over({of: file for of, file in _ours(found).items() if _owner(of) == name}, kept)
 
     def look_at_aliases(self) -> None:
         """Looks at all aliases."""
         found = self._remote.files_in(ALIASES_FOLDER)
         kept = {path: file for path, file in self.files.items() if not path.startswith(f"{ALIASES_FOLDER}/")}
-        self._take_over({path: file for path, file in found.items() if _is_ours(path)}, kept)
+        self._take_over(_ours(found), kept)
         self._drop_gone(ALIASES_FOLDER)
 
     def forget(self, paths: Iterable[str]) -> None:
@@ -91,7 +97,10 @@ class Mirror:
 
     def _take_over(self, found: dict[str, RemoteFile], kept: Mapping[str, RemoteFile]) -> None:
         small = [path for path in found if path.endswith(f"/{CONFIG_FILE}") or path.startswith(f"{ALIASES_FOLDER}/")]
-        stale = [path for path in small if not self._is_copied(path, found[path])]
+        linked = [path for path in found if found[path].is_link and "/" in path]
+        for path in linked:
+            self._drop_linked(path)
+        stale = [path for path in small if path not in linked and not self._is_copied(path, found[path])]
         contents = _guessed(stale, found, _by_name({**kept, **found}))
         contents |= self._remote.read([path for path in stale if path not in contents])
         write = replace_file if len(contents) <= MAX_SYNCED else _replace_unsynced
@@ -112,6 +121,20 @@ class Mirror:
     def _is_copied(self, path: str, file: RemoteFile) -> bool:
         return file.mark is not None and self._marks.get(path) == file.mark and (self._root / path).is_file()
 
+    def links(self, folder: str) -> list[str]:
+        """Returns what is a link of a folder of an adapter: some of its files, or the folder itself. Any thread may ask."""
+        return [path for path, file in self.files.items() if file.is_link and path.partition("/")[0] == folder]
+
+    def _drop_linked(self, path: str) -> None:
+        folder, _, name = path.partition("/")
+        self.forget([path])
+        (self._root / path).unlink(missing_ok=True)
+        if folder == ALIASES_FOLDER:  # its name is not to mean what it would without an alias
+            (self._root / folder).mkdir(exist_ok=True)
+            replace_file(self._root / path, f"{LINK}\n".encode())
+        elif name == WEIGHTS_FILE:
+            self._weights.drop(folder)
+
     def _prepare(self, path: str) -> None:
         folder, _, name = path.partition("/")
         (self._root / folder).mkdir(exist_ok=True)
@@ -129,9 +152,15 @@ class Mirror:
                 discard(copy)
 
 
-def _is_ours(path: str) -> bool:
+def _ours(found: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:
+    return {path: file for path, file in found.items() if _is_ours(path, file)}
+
+
+def _is_ours(path: str, file: RemoteFile) -> bool:
     # What a listing says becomes a path here: nothing but what a store is made of may.
     folder, _, name = path.partition("/")
+    if file.is_link and not name:
+        return bool(FOLDER.fullmatch(folder))
     if folder == ALIASES_FOLDER:
         return bool(NAME.fullmatch(name))
     if folder == BASES_FOLDER:
@@ -148,7 +177,7 @@ def _by_name(files: Iterable[str]) -> Mapping[str, Sequence[str]]:
     found = defaultdict(list)
     for path in sorted(files):
         folder, _, name = path.partition("/")
-        if name == CONFIG_FILE:
+        if name in (CONFIG_FILE, "") and FOLDER.fullmatch(folder):
             found[folder.partition("@")[0]].append(folder)
     return dict(found)
 

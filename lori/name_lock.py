@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 from lori.aliases import ALIASES_FOLDER
 from lori.durable import discard
 from lori.errors import AdapterError
+from lori.stored_file import no_link
 
 LOCKS_FOLDER = ".locks"
 LOCK_S = 60.0
@@ -19,9 +20,10 @@ LOCK_S = 60.0
 def locked(root: Path, *names: str) -> Iterator[None]:
     """Holds the locks of `names` in the store `root`, which is made, and cleans up after writers of them that were killed.
 
-    Raises `AdapterError` where another process does not let go of one.
+    Raises `AdapterError` where another process does not let go of one, or the folder of the locks or aliases is a link.
     """
-    (root / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
+    no_link(root / ALIASES_FOLDER)
+    no_link(root / LOCKS_FOLDER).mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         for name in sorted(names):  # in one order everywhere, or two could wait for each other
             try:

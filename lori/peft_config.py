@@ -16,6 +16,7 @@ from pydantic_core import from_json
 from lori.config import Alpha, Rank
 from lori.config_file import CONFIG_FILE
 from lori.format import read_file
+from lori.stored_file import read_source
 
 Value = TypeVar("Value")
 
@@ -123,7 +124,7 @@ def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
 
     What plain LoRA has not, and would change what the adapter does, is wrong: so is a field that is set and not known.
     """
-    content = read_file(folder, CONFIG_FILE, faults)
+    content = read_file(folder, CONFIG_FILE, faults, read_source)
     if content is None:
         return None
     try:

@@ -28,6 +28,7 @@ from lori.names import check_name
 from lori.new_config import new_config
 from lori.peft_config import TEMPLATES_FILE, PeftConfig, read_peft_config
 from lori.sparse import SparseB
+from lori.stored_file import read_source, source_file
 from lori.template import Template
 from lori.tensor_file import UNREADABLE
 from lori.values import ValueType, rounding_error
@@ -162,8 +163,13 @@ def _read_tensors(
         faults.append(_no_weights(folder))
         return tensors, ()
     try:
+        weights = source_file(folder, WEIGHTS_FILE)
+    except OSError as error:
+        faults.append(f"{WEIGHTS_FILE} cannot be read: {error.strerror}")
+        return tensors, ()
+    try:
         # Opened, not read: saved embeddings can be most of the file.
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(weights, framework="pt") as file:
             keys = sorted(file.keys())
             for key in keys:
                 found = TENSOR.fullmatch(key)
@@ -238,7 +244,7 @@ def _templates(folder: Path) -> Sequence[Template]:
     if not (folder / TEMPLATES_FILE).exists():
         return ("chat",)
     faults: list[str] = []
-    content = read_file(folder, TEMPLATES_FILE, faults)
+    content = read_file(folder, TEMPLATES_FILE, faults, read_source)
     try:
         if content is not None:
             return Exported.model_validate_json(content).templates

@@ -16,14 +16,17 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lori.durable import replace_file
-from lori.errors import AdapterError, UnreachableError
+from lori.errors import AdapterError, AdapterFormatError, UnreachableError
 from lori.store_url import redacted
+from lori.stored_file import REFUSED, read_stored
 from lori.time_limit import within
 
 logger = logging.getLogger(__name__)
 Found = TypeVar("Found")
 BATCH = 1024
 """Files that are read in one call, within the time limit."""
+MAX_BYTES = 2**34
+"""Of a file that is read from a folder of this machine."""
 DEPTH = 2
 NUM_LOOKS, NUM_WRITES = 3, 20
 MARKS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated", "created", "ino", "md5")
@@ -39,6 +42,8 @@ class RemoteFile:
     """Another one where the content may be another; None where the file system says nothing of the kind."""
     md5: str = ""
     """Of the content (hex), where an object store says so; it may say something else there."""
+    is_link: bool = False
+    """Or a folder that is one. It is never followed."""
 
 
 class RemoteFolder:
@@ -95,7 +100,7 @@ class RemoteFolder:
 
     def fetch(self, path: str, to: Path) -> None:
         """Copies a file to this machine. Raises `FileNotFoundError` where it is not there."""
-        self._do("fetching", lambda: self._fs.get_file(self._path(path), str(to)))
+        self._do("fetching", lambda: self._fetch(self._path(path), to))
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a file whole: a reader sees the old content or the new, where the file system keeps whole objects."""
@@ -160,6 +165,8 @@ class RemoteFolder:
         return found
 
     def _in(self, folder: str) -> dict[str, RemoteFile]:
+        if isinstance(self._fs, LocalFileSystem) and Path(self._path(folder)).is_symlink():
+            return {folder: RemoteFile(0, None, is_link=True)}
         try:
             return self._below(self._path(folder))
         except FileNotFoundError:
@@ -178,6 +185,11 @@ class RemoteFolder:
 
     def _contents(self, paths: list[str]) -> dict[str, bytes]:
         contents: dict[str, bytes] = {}
+        if isinstance(self._fs, LocalFileSystem):  # whose own way follows links
+            for path in paths:
+                with suppress(FileNotFoundError):
+                    contents[path] = _read_here(Path(path))
+            return contents
         for path, found in self._fs.cat(paths, on_error="return").items():
             if isinstance(found, Exception):
                 if not isinstance(found, FileNotFoundError):
@@ -185,6 +197,12 @@ class RemoteFolder:
             else:
                 contents[path] = found
         return contents
+
+    def _fetch(self, path: str, to: Path) -> None:
+        if isinstance(self._fs, LocalFileSystem):
+            to.write_bytes(_read_here(Path(path)))
+        else:
+            self._fs.get_file(path, str(to))
 
     def _write(self, path: str, content: bytes) -> None:
         if isinstance(self._fs, LocalFileSystem):  # whose own way a reader could see half of
@@ -202,6 +220,15 @@ class RemoteFolder:
                 Path(path).parent.rmdir()
 
 
+def _read_here(file: Path) -> bytes:
+    try:
+        return read_stored(file.parent, file.name, MAX_BYTES)
+    except OSError as error:
+        if error.errno in REFUSED:  # a damaged adapter, and no file system that fails
+            raise AdapterFormatError(file.parent.name, [f"{file.name} cannot be read: {error.strerror}"]) from error
+        raise
+
+
 def _write_here(file: Path, content: bytes) -> None:
     # Another process removes a folder that is empty, as one that was just made is, or is found here.
     for _ in range(NUM_WRITES - 1):
@@ -216,4 +243,5 @@ def _write_here(file: Path, content: bytes) -> None:
 def _said(info: Mapping[str, Any]) -> RemoteFile:
     marks = [f"{mark}={info[mark]}" for mark in MARKS if info.get(mark) is not None]
     md5 = str(info.get("ETag") or info.get("etag") or "").strip('"')
-    return RemoteFile(int(info.get("size") or 0), f"{info.get('size')} {' '.join(marks)}" if marks else None, md5)
+    is_link = bool(info.get("islink")) or info.get("type") == "link"
+    return RemoteFile(int(info.get("size") or 0), f"{info.get('size')} {' '.join(marks)}" if marks else None, md5, is_link)

@@ -24,11 +24,12 @@ from lori.config_file import CONFIG_FILE
 from lori.durable import discard, replace_file, sync_file
 from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import CARD_FILE, WEIGHTS_FILE, Files, read_config
+from lori.format import CARD_FILE, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
 from lori.mirror import ADAPTER_FILES, Mirror, alias_path
 from lori.names import check_name, split_reference
 from lori.remote_folder import RemoteFolder
 from lori.store import NUM_LOOKS, AdapterStore
+from lori.stored_file import LINK, LINKED_FOLDER, read_stored
 from lori.weight_cache import WeightCache, take_place
 
 GONE = "its files are in the store no more: it was deleted there"
@@ -188,6 +189,17 @@ class RemoteStore(AdapterStore):
         path = f"{folder}/{CARD_FILE}"
         return self._remote.read([path]).get(path, b"")
 
+    def file_faults(self, folder: str) -> list[str]:
+        """Returns what is wrong with the files in the folder of that name, as far as the store says so."""
+        names = [path.partition("/")[2] for path in self._mirror.links(folder)]
+        if names or f"{folder}/{WEIGHTS_FILE}" in self._mirror.files:
+            return [f"{name} cannot be read: {LINK}" if name else LINKED_FOLDER for name in names]
+        return [f"{WEIGHTS_FILE} is not there"]
+
+    def misnamed(self) -> Sequence[str]:
+        """As `AdapterStore.misnamed`, when all was looked at last."""
+        return self._mirror.misnamed
+
     def basis(self, digest: str) -> Explicit:
         """Returns an explicit basis, which is fetched where it is not here. Raises as `load_basis`."""
         file = basis_file(self.root, digest)
@@ -231,7 +243,9 @@ class RemoteStore(AdapterStore):
         """Returns the config and the card of a version that is there, as they are now."""
         config, card = self.root / folder / CONFIG_FILE, f"{folder}/{CARD_FILE}"
         found = self._remote.read([card])
-        return {CONFIG_FILE: config.read_bytes()} | ({CARD_FILE: found[card]} if card in found else {})
+        return {CONFIG_FILE: read_stored(config.parent, CONFIG_FILE, MAX_TEXT_BYTES)} | (
+            {CARD_FILE: found[card]} if card in found else {}
+        )
 
     def _prepare(self, folder: str, files: Files, known: Files) -> None:
         """Makes the copy of a version what its original is, the weights too, which `files` have: the version is the same.
@@ -252,8 +266,7 @@ class RemoteStore(AdapterStore):
     def _write_files(self, folder: str, files: Files) -> None:
         is_there = self._has(folder)
         for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
-            here = self.root / folder / name
-            if name not in files or not here.is_file() or here.read_bytes() != files[name]:
+            if name not in files or read_file(self.root / folder, name, []) != files[name]:
                 continue  # what was there stays
             there = self._mirror.files.get(f"{folder}/{name}")
             if name == WEIGHTS_FILE and is_there and there and there.num_bytes == len(files[name]):

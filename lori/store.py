@@ -10,9 +10,10 @@ Readers need no lock: a version appears and an alias moves by a rename. Writers 
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,16 +23,39 @@ from lori.aliases import Aliases
 from lori.basis_file import BASES_FOLDER, basis_file, load_basis
 from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
-from lori.durable import new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
-from lori.entry import Entry, no_link, scan
+from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
+from lori.entry import Entry, has_adapter, scan
 from lori.errors import AdapterError, AdapterFormatError
 from lori.file_stamp import FileStamp
 from lori.format import Files, basis_kept, load_adapter, name_of, parse_adapter, read_config, read_files, save_adapter, seal
+from lori.format import (
+    Files,
+    basis_kept,
+    load_adapter,
+    name_of,
+    parse_adapter,
+    read_config,
+    read_file,
+    read_files,
+    save_adapter,
+    seal,
+)
 from lori.name_lock import locked
-from lori.names import check_name, split_reference, unknown_adapter
+from lori.names import NAME, check_name, split_reference, unknown_adapter
+from lori.stored_file import no_link, read_source
 
 NUM_LOOKS = 3
 Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What the names and aliases of a store mean now."""
+
+    current: Mapping[str, Entry]
+    """In order of name; no entry was opened."""
+    faults: Mapping[str, str]
+    """Of names that mean nothing, or two things, and of folders whose name no adapter may have: what is wrong."""
 
 
 class AdapterStore:
@@ -49,7 +73,7 @@ class AdapterStore:
     def list(self) -> Sequence[Entry]:
         """Returns every version of every adapter, in order of name. Opens none.
 
-        Raises `AdapterError` where `root` cannot be read, or holds an adapter that is a link or has no sound name.
+        One that is a link is among them, and cannot be read. Raises `AdapterError` where `root` cannot be read.
         """
         self._check_root()
         return self._scan()
@@ -57,6 +81,10 @@ class AdapterStore:
     def versions(self, name: str) -> Sequence[Entry]:
         """Returns every version of the adapter called `name`; none where there is none. Raises as `list`."""
         return self._scan(name) if self.root.is_dir() else []
+
+    def misnamed(self) -> Sequence[str]:
+        """Returns the folders that hold an adapter, and whose name no adapter may have. Raises as `list`."""
+        return scan(self.root).misnamed
 
     def pull(self, *names: str) -> None:
         """Looks at what there is of these names now, or of all where none is given: a folder says so whenever it is asked."""
@@ -75,7 +103,20 @@ class AdapterStore:
 
     def current(self) -> dict[str, Entry]:
         """Returns what each name and alias means now. Raises `AdapterError` where one means nothing, or two things."""
-        return _settled(self._current)
+        contents = self.contents()
+        if contents.faults:
+            raise AdapterError("; ".join(contents.faults.values()))
+        return dict(contents.current)
+
+    def contents(self) -> Contents:
+        """Returns what each name and alias means now, and what is wrong with those that mean nothing.
+
+        Raises `AdapterError` where `root` cannot be read, is an adapter itself, or keeps its aliases behind a link.
+        """
+        for _ in range(NUM_LOOKS - 1):
+            if not (found := self._contents()).faults:  # a name that is being removed can look as if it were broken
+                return found
+        return self._contents()
 
     def find(self, reference: str) -> Entry:
         """Returns the adapter called `reference`: a name, an alias, or `name@version`, where the version's first digits will do.
@@ -88,12 +129,25 @@ class AdapterStore:
         if (self.root / CONFIG_FILE).exists():
             raise AdapterError(f"{self.root} is an adapter, expected a folder of adapters")
 
-    def _current(self) -> dict[str, Entry]:
-        by_name = defaultdict(list)
-        for entry in self.list():
+    def _contents(self) -> Contents:
+        self._check_root()
+        by_name, aliases = defaultdict(list), dict[str, str]()
+        for entry in self._scan():
             by_name[entry.name].append(entry)
-        aliases = self._aliases.all()
-        return {name: self._resolve(name, aliases.get(name), by_name[name]) for name in sorted(aliases.keys() | by_name.keys())}
+        current: dict[str, Entry] = {}
+        faults = {name: f"{self.root / name}: an adapter's name must match {NAME.pattern}" for name in self.misnamed()}
+        for name in self._aliases.names():
+            try:
+                if meant := self._aliases.get(name):
+                    aliases[name] = meant
+            except AdapterError as error:
+                faults[name] = str(error)
+        for name in sorted((aliases.keys() | by_name.keys()) - faults.keys()):
+            try:
+                current[name] = self._resolve(name, aliases.get(name), by_name[name])
+            except AdapterError as error:
+                faults[name] = str(error)
+        return Contents(current, faults)
 
     def _find(self, name: str, version: str) -> Entry:
         if not version:
@@ -113,10 +167,12 @@ class AdapterStore:
     def publish(self, source: Path, name: str | None = None) -> Entry:
         """Checks the adapter in `source`, copies it as a version of `name` (`source`'s own if None), and makes `name` mean it.
 
+        Links in `source` are followed as `lori.stored_file.source_file` says.
+
         A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound, and as `put`.
         """
         faults: list[str] = []
-        files = read_files(source, faults)
+        files = read_files(source, faults, read_source)
         name = name_of(source) if name is None else name
         return self.put(parse_adapter(name, files, partial(load_basis, source.parent), source=str(source), faults=faults), files)
 
@@ -157,7 +213,7 @@ class AdapterStore:
         if _is_made_otherwise(folder, files):
             return
         for name, content in files.items():
-            if not (folder / name).is_file() or read_regular(folder / name) != content:
+            if read_file(folder, name, []) != content:  # a link is replaced, too
                 replace_file(folder / name, content)
 
     def alias(self, alias: str, reference: str) -> Entry:
@@ -273,7 +329,7 @@ class AdapterStore:
         return basis_file(self.root, basis.digest) if isinstance(basis, ExplicitConfig) else None
 
     def _scan(self, name: str | None = None) -> Sequence[Entry]:
-        return scan(self.root, name)
+        return scan(self.root, name).entries
 
     def _entry(self, name: str, folder: str) -> Entry:
         return Entry(name, self.root / folder)
@@ -282,7 +338,7 @@ class AdapterStore:
         return os.path.isdir(os.path.join(str(self.root), folder))  # a path costs more, in a store of thousands
 
     def _is_plain(self, name: str) -> bool:
-        return os.path.isfile(os.path.join(str(self.root), name, CONFIG_FILE))
+        return has_adapter(os.path.join(str(self.root), name))
 
     def _resolve(self, name: str, alias: str | None, versions: Sequence[Entry]) -> Entry:
         is_plain = self._is_plain(name)

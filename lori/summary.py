@@ -66,20 +66,31 @@ class Summary:
 
 
 def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Summary]:
-    """Returns the summary of every entry, by the names that they are given under. Reads configs alone.
+    """Returns the summary of every entry, by the names that they are given under. Raises the faults of all as one error.
 
-    Raises one `AdapterFormatError` with the faults of all whose config cannot be read, is not sound, not that of the version
-    that the folder's name says, or not of `base`.
+    Raises `AdapterFormatError`; see `summarise_sound`.
     """
-    reader, faults, found = SummaryReader(base), [], {}
+    found, faulty = summarise_sound(entries, base)
+    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.faults]:
+        raise AdapterFormatError("what is to be served", faults)
+    return found
+
+
+def summarise_sound(entries: Mapping[str, Entry], base: BaseIdentity) -> tuple[dict[str, Summary], dict[str, AdapterFormatError]]:
+    """Returns the summaries of the sound entries, and what is wrong with the others, by the names that they are given under.
+
+    Reads configs alone, and the headers of weights. Not sound is an adapter that cannot be read, is damaged, has files that are
+    links, is not of the version that the folder's name says, or not of `base`.
+    """
+    reader = SummaryReader(base)
+    found: dict[str, Summary] = {}
+    faulty: dict[str, AdapterFormatError] = {}
     for name, entry in entries.items():
         try:
             found[name] = reader.read(entry)
         except AdapterFormatError as error:
-            faults += [f"{error.source}: {fault}" for fault in error.faults]
-    if faults:
-        raise AdapterFormatError("what is to be served", faults)
-    return found
+            faulty[name] = error
+    return found, faulty
 
 
 class SummaryReader:
@@ -91,10 +102,14 @@ class SummaryReader:
         self._entries: dict[object, int] = {}
 
     def read(self, entry: Entry) -> Summary:
-        """Returns the summary of one adapter. Raises `AdapterFormatError` as `summarise`."""
-        config = read_config(entry.folder)
+        """Returns the summary of one adapter. Raises `AdapterFormatError` where it is not sound, see `summarise_sound`."""
+        faults = entry.file_faults()
+        try:
+            config = read_config(entry.folder)
+        except AdapterFormatError as error:
+            raise AdapterFormatError(error.source, [*error.faults, *faults]) from error
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
-        if faults := self._faults(config):
+        if faults := [*self._faults(config), *faults]:
             raise AdapterFormatError(str(entry.folder), faults)
         return Summary.of(entry.name, config, self._num_entries(config), entry.num_bytes)
 

@@ -1,11 +1,20 @@
 """safetensors files as bytes. Never a pickle."""
 
+import os
+import re
+from typing import BinaryIO
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
 UNREADABLE = (SafetensorError, KeyError, RuntimeError, TypeError)
 """What reading a file raises: the last three where safetensors holds what torch cannot."""
+NUM_LENGTH_BYTES = 8
+"""At the begin of a file: how many bytes its header has."""
+MAX_HEADER_BYTES = 100_000_000
+"""As safetensors has it."""
+END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]')
 
 
 def parse_tensors(name: str, content: bytes, faults: list[str]) -> dict[str, torch.Tensor] | None:
@@ -15,3 +24,19 @@ def parse_tensors(name: str, content: bytes, faults: list[str]) -> dict[str, tor
     except UNREADABLE as error:
         faults.append(f"{name} is not a safetensors file: {error}")
         return None
+
+
+def length_fault(name: str, file: BinaryIO) -> str | None:
+    """Returns what is wrong with how long the file `name` is, which was just opened; None where that is as its header says.
+
+    Reads the header alone, and leaves what else may be wrong with it to `parse_tensors`.
+    """
+    num_bytes = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(NUM_LENGTH_BYTES), "little")
+    if num_bytes < NUM_LENGTH_BYTES or length > num_bytes - NUM_LENGTH_BYTES:
+        return f"{name} has {num_bytes} bytes, which end within its header: it was cut short, or is no safetensors file"
+    if length > MAX_HEADER_BYTES:
+        return f"{name} has a header of {length} bytes, expected {MAX_HEADER_BYTES} at most"
+    expected = NUM_LENGTH_BYTES + length + max(map(int, END.findall(file.read(length))), default=0)
+    reason = "it was cut short" if num_bytes < expected else "it has more than its tensors"
+    return None if num_bytes == expected else f"{name} has {num_bytes} bytes, expected {expected}: {reason}"

@@ -5,6 +5,7 @@ import sys
 from types import FrameType
 
 from lori.errors import AdapterFormatError, LoriError
+from lori.printable import printable_lines
 from server.access.exposure import ExposedError, check_exposure, log_exposure
 from server.access.keys import KeyFileError
 from server.app import create_app
@@ -37,7 +38,7 @@ def main() -> int:
         check_port(settings.host, settings.port)
         service = load_service(settings)
     except ExposedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
@@ -46,7 +47,7 @@ def main() -> int:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except LoriError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 1
     app = create_app(service)
     if tracing:

@@ -16,7 +16,7 @@ from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.description.allowed_methods import allowed_methods
-from server.engine.adapters.resolution import AmbiguousVersionError, PolicyError
+from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorEvent, ErrorKind
@@ -110,6 +110,7 @@ TABLE: dict[type[Exception], tuple[int, str]] = {
     CrowdedError: (429, "RateLimitError"),
     EngineError: (500, "InternalServerError"),
     AdapterFailedError: (500, "AdapterError"),
+    FaultyAdapterError: (500, "AdapterError"),
     PolicyError: (500, "AdapterError"),
     GrammarFailedError: (422, "GrammarError"),
     OutOfTimeError: (504, "TimeoutError"),
@@ -120,6 +121,7 @@ FIELDS: dict[type[Exception], str] = {
     TemplateError: "messages",
     UnknownAdapterError: "adapter",
     AmbiguousVersionError: "adapter",
+    FaultyAdapterError: "adapter",
     UnknownModelError: "model",
     ModelWeightsError: "model",
 }
@@ -200,13 +202,14 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
     """Answers what the table knows."""
-    kind = type(error.error if isinstance(error, FieldError) else error)
+    cause = error.error if isinstance(error, FieldError) else error
+    kind = type(cause)
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
     status, name = TABLE[kind]
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
     comes_back = status == 429 or kind in (StoreError, StoppedError)
     headers = {"Retry-After": str(retry_after_s)} if comes_back else None
-    faults = error.faults if isinstance(error, AdapterFormatError) else None
+    faults = cause.faults if isinstance(cause, AdapterFormatError | FaultyAdapterError) else None
     return _answer(status, name, str(error), field, headers, faults)
 
 

@@ -13,6 +13,7 @@ import typer
 from filelock import FileLock
 
 from lori.durable import read_regular, replace_file
+from lori.printable import printable_lines
 from server.access.keys import MAX_BYTES, KeyFileError, Keys, parse_keys
 from server.access.tables import KEY_PREFIX, check_word
 
@@ -107,7 +108,7 @@ def main() -> int:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

@@ -20,16 +20,16 @@ from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import has_native
 from lori.quantization import Quantization
-from lori.store import AdapterStore
-from lori.summary import Summary, summarise
+from lori.summary import Summary
 from server.access.key_ring import KeyRing
 from server.access.policy import check_policies
 from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
+from server.catalog.inventory import take_inventory
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.residents import Residents
-from server.engine.adapters.resolution import meanings
+from server.engine.adapters.resolution import FaultyAdapterError, meanings
 from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -83,8 +83,9 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # Its own attention only says what the logits should be; not every family has another than the eager one.
     base = load_base_model(settings.model, resolve_dtype(settings.dtype, device), "eager", device)
     check_family(base.model)
-    entries = _entries(own, demo)
-    registry = make_registry(entries, summarise(entries, base.identity))
+    inventory = take_inventory(own, demo, base.identity, is_strict=settings.strict)
+    registry = make_registry(inventory.entries, inventory.summaries)
+    registry.note_faulty(inventory.faulty)
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident, own is not None, settings.max_rank)
     num_blocks = _num_blocks(settings, base)
@@ -99,9 +100,13 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     residents = Residents(settings.max_resident, int(settings.resident_gib * GIB))
     reader = PackedReader(base.identity, pool.layouts)
     files = AdapterFiles(own, demo, reader, Fit.of(pool), settings.max_upload_bytes)
-    registry.add(files.others(registry.by_name.values()))
+    others, damaged = files.others(registry.by_name.values(), inventory.faulty)
+    registry.add(others)
+    registry.note_faulty(damaged)
     if keys:
-        keys.require(lambda found: check_policies(found, partial(_meaning, registry), registry.by_name))
+        keys.require(
+            lambda found: check_policies(found, partial(_meaning, registry), registry.by_name, partial(_absence, registry))
+        )
         logger.info("%s", keys.keys)
     loader = Loader(registry, reader, NUM_FETCHED)
     tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), patience_s=_patience_s(device))
@@ -175,6 +180,10 @@ def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]
 def _meaning(registry: Registry, reference: str) -> Summary | None:
     found = meanings(registry, reference)
     return found[0].summary if len(found) == 1 else None
+
+
+def _absence(registry: Registry, reference: str) -> str:
+    return str(FaultyAdapterError(faulty)) if (faulty := registry.fault_of(reference)) else f"there is no adapter {reference!r}"
 
 
 def make_pool(
@@ -257,13 +266,6 @@ def _log(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
             MISSING,
         )
-
-
-def _entries(own: AdapterStore | None, demo: AdapterStore | None) -> dict[str, Entry]:
-    shown, mine = (store.current() if store else {} for store in (demo, own))
-    for name in shown.keys() & mine.keys():
-        logger.info("%s is served in place of the demo adapter %r", mine[name].folder, name)
-    return dict(sorted((shown | mine).items()))
 
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:

@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     adapters: Annotated[str | None, BeforeValidator(_as_text)] = None
     """A folder of adapters, or an address such as s3://bucket/adapters, which fsspec knows with its package (s3fs, gcsfs, …). An
     adapter in it comes before a demo adapter of the same name."""
+    strict: bool = False
+    """Ends the start where an adapter is damaged, with all that is wrong. Without it the others are served, and the log, GET
+    /adapters and the metric lori:adapters_faulty say which are not."""
     adapter_cache: Path | None = None
     """With an address: a folder for what comes from there; absent: beside the embedded model. Each process takes one of its own
     in it."""

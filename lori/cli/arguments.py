@@ -58,7 +58,10 @@ def find_entries(path: Path) -> list[Entry]:
     """Returns the adapter at `path`, or all that a store there holds. Raises `AdapterError` where there is none."""
     if not path.is_dir() or (path / CONFIG_FILE).is_file():
         return [find_entry(path)]
-    entries = list(AdapterStore(path.absolute()).list())
+    store = AdapterStore(path.absolute())
+    if misnamed := store.misnamed():
+        raise AdapterError(f"{path.absolute() / misnamed[0]}: an adapter's name must match {NAME.pattern}")
+    entries = list(store.list())
     if not entries:
         raise AdapterError(f"{path} holds no adapter")
     return entries

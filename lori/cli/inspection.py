@@ -18,11 +18,12 @@ from lori.cli.arguments import (
     find_entry,
     identify_base,
 )
-from lori.cli.output import folder_bytes, number, percent, print_fields, print_json, print_table, printable, size
+from lori.cli.output import folder_bytes, number, percent, print_fields, print_json, print_table, size
 from lori.compare import Comparison, ModuleComparison, similarity_matrix
 from lori.compare import compare as compare_adapters
 from lori.duplicates import near_duplicates
 from lori.errors import AdapterFormatError
+from lori.printable import printable
 from lori.statistics import ModuleStatistics, statistics, total
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -114,7 +115,7 @@ def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption
         print_json(rows)
     else:
         for row in rows:
-            print(f"{row['adapter']}: {'not sound' if row['faults'] else 'sound'}")
+            print(f"{printable(row['adapter'])}: {'not sound' if row['faults'] else 'sound'}")
             print(*(f"  {printable(fault)}\n" for fault in row["faults"]), sep="", end="")
     if any(row["faults"] for row in rows):
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lori.adapter import Adapter
 from lori.entry import Entry
+from lori.printable import printable
 
 NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB|TB))?")
 UNBROKEN = ("name", "version", "bytes", "density", "rank")
@@ -30,7 +31,14 @@ def print_json(document: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Prints a table; columns whose cells are numbers are set to the right."""
     rows = list(rows)
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
         is_number = column != "version" and all(_is_number(row[i]) for row in rows)
         table.add_column(column, justify="right" if is_number else "left", overflow="fold", no_wrap=column in UNBROKEN)
@@ -96,8 +104,3 @@ def _console() -> Console:
 
 def _is_number(cell: str) -> bool:
     return bool(NUMBER.fullmatch(cell))
-
-
-def printable(text: str) -> str:
-    """Returns `text` without what a file could tell a terminal to do."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

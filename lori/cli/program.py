@@ -6,8 +6,8 @@ import sys
 import typer
 
 from lori.cli import inspection, merging, stores, transfer
-from lori.cli.output import printable
 from lori.errors import AdapterFormatError, LoriError
+from lori.printable import printable
 
 PROGRAM = "python -m lori"
 
@@ -33,7 +33,7 @@ def main() -> int:
     try:
         app(prog_name=PROGRAM)
     except AdapterFormatError as error:
-        print("error: " + "\n".join(map(printable, error.lines)), file=sys.stderr)
+        print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except (LoriError, OSError) as error:
         print(printable(f"error: {error}"), file=sys.stderr)

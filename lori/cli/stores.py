@@ -10,6 +10,7 @@ from lori.cli.output import folder_bytes, percent, print_json, print_table, size
 from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, read_config
+from lori.names import NAME
 from lori.store import AdapterStore
 
 
@@ -22,6 +23,7 @@ def list_(
     found = AdapterStore(store)
     rows = [_row(entry, brief) for entry in found.list()]
     aliases, faults = _aliases(found)
+    faults += [f"{store / folder}: an adapter's name must match {NAME.pattern}" for folder in found.misnamed()]
     for row in rows:
         row["aliases"] = aliases[row.pop("folder")]
     if json:

@@ -28,6 +28,7 @@ from lori.names import NAME, check_name
 from lori.peft_export import export_peft
 from lori.peft_import import import_peft
 from lori.store import AdapterStore
+from lori.stored_file import read_source
 from lori.template import Template
 from lori.values import rounding_error
 
@@ -91,7 +92,7 @@ def _checked_name(name: str) -> str:
 
 def _is_ours(folder: Path) -> bool:
     faults: list[str] = []
-    content = read_file(folder, CONFIG_FILE, faults)
+    content = read_file(folder, CONFIG_FILE, faults, read_source)
     try:
         document = None if content is None else from_json(content)
     except ValueError as error:

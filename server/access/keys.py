@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from lori.durable import read_regular
 from lori.file_stamp import file_stamp
+from lori.printable import printable
 from server.access.caller import Caller
 from server.access.tables import WORD, KeyTable, Table, TenantTable
 
@@ -35,8 +36,8 @@ class KeyFileError(Exception):
     """A key file is not sound: `lines` say everything that was found."""
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
-        self.lines = [f"{source} is not a sound key file:", *(f"  {fault}" for fault in faults)]
-        super().__init__(f"{self.lines[0]} {'; '.join(faults)}")
+        self.lines = [printable(line) for line in (f"{source} is not a sound key file:", *(f"  {fault}" for fault in faults))]
+        super().__init__(f"{self.lines[0]} {'; '.join(line.strip() for line in self.lines[1:])}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ Find = Callable[[str], Summary | None]
 """Returns what a reference means: a name, `name@version` or an alias; None where it means nothing, or several things."""
 
 
-def check_policies(keys: Keys, find: Find, names: Iterable[str]) -> list[str]:
+def check_policies(
+    keys: Keys, find: Find, names: Iterable[str], absence: Callable[[str], str] = "there is no adapter {!r}".format
+) -> list[str]:
     """Returns the faults of policies: adapters that are not there, or are there twice. The log hears of patterns without effect.
 
-    For `KeyRing.require`.
+    `absence` says why `find` returns None for a reference. For `KeyRing.require`.
     """
     for said in _idle_patterns(keys, sorted(names)):
         logger.warning("%s", said)
@@ -30,7 +32,7 @@ def check_policies(keys: Keys, find: Find, names: Iterable[str]) -> list[str]:
         for reference, _ in tenant.policy:
             found = find(reference)
             if found is None:
-                faults.append(f"tenants.{name}.policy: there is no adapter {reference!r}")
+                faults.append(f"tenants.{name}.policy: {absence(reference)}")
             elif (first := seen.setdefault(found.digest, reference)) != reference:
                 faults.append(f"tenants.{name}.policy: {first!r} and {reference!r} are the same adapter")
     return faults

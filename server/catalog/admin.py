@@ -12,7 +12,7 @@ from typing import TypeVar
 import anyio
 from anyio.to_thread import run_sync
 
-from lori.errors import AdapterFormatError, UnknownAdapterError
+from lori.errors import AdapterFormatError, LoriError, UnknownAdapterError
 from lori.format import Files
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter
@@ -22,11 +22,11 @@ from server.catalog.files import NO_STORE, AdapterFiles, Ready
 from server.catalog.turns import Turns
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.places import NoRoomError
-from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import unknown
+from server.engine.adapters.registry import Faulty, Registered, Registry
+from server.engine.adapters.resolution import FaultyAdapterError, unknown
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
-from server.errors import AdapterFailedError, BusyError, ConflictError
+from server.errors import AdapterFailedError, BusyError, ConflictError, StoreError
 from server.settings import MAX_RECEIVED
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class AdapterAdmin:
             self._check_new(name, may_replace)
             ready = await self._read(lambda: files.publish(name, content))
             self._departures.take_back(ready.adapter)
-            return await self._register(ready)
+            adapter = await self._register(ready)
+        await self._load_mended(adapter)
+        return adapter
 
     async def publish_from_hub(self, name: str, source: str, may_replace: bool = True) -> Registered:
         """The same with an adapter on the hub, which is fetched."""
@@ -136,7 +138,14 @@ class AdapterAdmin:
         owner, _ = split_reference(reference)
         async with self._turns.of(name or owner, owner):
             self._check_new(name or owner, may_replace)
-            return await self._register(await self._read(lambda: files.read(reference, name)))
+            try:
+                ready = await self._read(lambda: files.read(reference, name))
+            except AdapterFormatError as error:
+                self._note_faults(name or reference, error)
+                raise
+            adapter = await self._register(ready)
+        await self._load_mended(adapter)
+        return adapter
 
     async def alias(self, alias: str, reference: str) -> Registered:
         """Makes `alias` mean what `reference` means now, in the store too."""
@@ -163,6 +172,7 @@ class AdapterAdmin:
             if any(of.summary.version.startswith(version) for of in self._registry.versions(name)):
                 await self._departures.begin(await self._withdraw(name, version, may_be_meant=True))
             await self._departures.delete(name, doomed, is_whole=not version)
+            self._registry.clear_faults([f"{name}@{one}" for one in doomed] if version else [name])
             return self._withdrawn(name, doomed)
 
     async def pin(self, name: str) -> Registered:
@@ -204,7 +214,22 @@ class AdapterAdmin:
             raise await self._unknown(name)
         return of
 
-    async def _unknown(self, reference: str) -> UnknownAdapterError:
+    def _note_faults(self, name: str, error: AdapterFormatError) -> None:
+        # Of what is damaged as it was at start, perhaps in another way.
+        if known := self._registry.faulty.get(name):
+            self._registry.note_faulty([Faulty.of(name, known.folder, error.faults)])
+
+    async def _load_mended(self, adapter: Registered) -> None:
+        """Load the aliases that were faulty because of the files of `adapter`, which are sound now."""
+        folder = adapter.entry.folder.name
+        for faulty in [*self._registry.faulty.values()]:
+            if "@" in folder and faulty.folder == folder and "@" not in faulty.reference:
+                try:
+                    await self.load(faulty.name)
+                except (LoriError, ConflictError, StoreError) as error:
+                    logger.warning("%r is damaged still: %s", faulty.name, error)
+
+    async def _unknown(self, reference: str) -> UnknownAdapterError | FaultyAdapterError:
         return await run_sync(unknown, self._registry, reference, lambda _: True)  # it looks for near names among all
 
     async def _register(self, ready: Ready) -> Registered:

@@ -28,13 +28,16 @@ async def catch_up(admin: AdapterAdmin, files: AdapterFiles, registry: Registry,
     for name in gone:
         await _try(admin.unload, name)
     for name in changed:
-        await _try(admin.load, name)
+        await _try(admin.load, name, is_known=name in registry.faulty)
     for name in sorted(set(pins) - admin.pins.keys()):
         await _try(admin.pin, name)
 
 
-async def _try(change: Callable[[str], Awaitable[object]], name: str) -> None:
+async def _try(change: Callable[[str], Awaitable[object]], name: str, *, is_known: bool = False) -> None:
     try:
         await change(name)
     except REFUSALS as error:
+        if is_known:  # it was damaged at start, and is so on all replicas
+            logger.info("%r is damaged still: %s", name, error)
+            return
         logger.warning("%r is not as on the other replicas: %s", name, error)

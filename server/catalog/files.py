@@ -18,11 +18,12 @@ from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.peft_config import TEMPLATES_FILE
 from lori.store import AdapterStore
+from lori.stored_file import read_source
 from lori.summary import SummaryReader
 from server.catalog.details import AdapterDetails
 from server.catalog.fit import Fit
 from server.catalog.store_errors import told
-from server.engine.adapters.registry import Registered
+from server.engine.adapters.registry import Faulty, Registered
 from server.engine.admission import RefusedError
 from server.errors import ConflictError, StoreError
 
@@ -101,9 +102,9 @@ class AdapterFiles:
         except AdapterError as error:
             raise RefusedError("hub_id", str(error)) from error
         faults: list[str] = []
-        files = dict(read_files(folder, faults))
+        files = dict(read_files(folder, faults, read_source))
         if is_peft(files) and (folder / TEMPLATES_FILE).exists():
-            files[TEMPLATES_FILE] = read_file(folder, TEMPLATES_FILE, faults) or b""
+            files[TEMPLATES_FILE] = read_file(folder, TEMPLATES_FILE, faults, read_source) or b""
         if faults:
             raise AdapterFormatError(source, faults)
         if (num_bytes := sum(map(len, files.values()))) > self._max_bytes:
@@ -159,12 +160,16 @@ class AdapterFiles:
                 with suppress(UnknownAdapterError):
                     self._writable().withdraw(reference, versions)
 
-    def others(self, current: Collection[Registered]) -> list[Registered]:
-        """Returns the versions in the store that `current` has not, as far as they are sound and can be served."""
-        known = {(of.summary.name, of.summary.digest) for of in current}
-        entries = self._own.list() if self._own else ()
-        found = [of for entry in entries if "@" in entry.folder.name and (of := self._summarised(entry))]
-        return [of for of in found if (of.summary.name, of.summary.digest) not in known]
+    def others(self, current: Collection[Registered], faulty: Collection[Faulty] = ()) -> tuple[list[Registered], list[Faulty]]:
+        """Returns the versions in the store that `current` has not, as far as they can be served, and those that are damaged.
+
+        But for those that are known as `faulty`.
+        """
+        known, faulty_folders = {(of.summary.name, of.summary.digest) for of in current}, {one.folder for one in faulty}
+        entries = [entry for entry in (self._own.list() if self._own else ()) if "@" in entry.folder.name]
+        damaged: list[Faulty] = []
+        found = [of for entry in entries if entry.folder.name not in faulty_folders and (of := self._summarised(entry, damaged))]
+        return [of for of in found if (of.summary.name, of.summary.digest) not in known], damaged
 
     def changes(self, by_name: Mapping[str, Registered]) -> tuple[list[str], list[str]]:
         """Returns the names that mean something else in the store now than in `by_name`, and those of it that mean nothing there.
@@ -175,10 +180,14 @@ class AdapterFiles:
             return [], []
         with told(self._own):
             self._own.pull()
-            current = self._own.current()
+            contents = self._own.contents()
+        current = contents.current
+        for name, fault in contents.faults.items():
+            logger.warning("%r is damaged in the store, and means here what it meant: %s", name, fault)
         changed = [name for name, entry in current.items() if not _is_same(by_name.get(name), entry)]
         root = self._own.root
-        return changed, [name for name, of in by_name.items() if of.entry.folder.parent == root and name not in current]
+        gone = by_name.keys() - current.keys() - contents.faults.keys()
+        return changed, [name for name in by_name if name in gone and by_name[name].entry.folder.parent == root]
 
     def _find(self, reference: str) -> Entry:
         stores = [store for store in (self._own, self._demo) if store]
@@ -221,11 +230,13 @@ class AdapterFiles:
             raise ConflictError(f"{entry.name!r} was changed on disk: load it again")
         return packed
 
-    def _summarised(self, entry: Entry) -> Registered | None:
+    def _summarised(self, entry: Entry, damaged: list[Faulty] | None = None) -> Registered | None:
         try:
             summary = self._summaries.read(entry)
             self._fit.check(entry.name, summary)
         except (AdapterFormatError, ConflictError) as error:
+            if damaged is not None and isinstance(error, AdapterFormatError):
+                damaged.append(Faulty.of(entry.folder.name, entry.folder.name, error.faults))
             logger.warning("%s cannot be asked for: %s", entry.folder.name, error)
             return None
         return Registered(entry, summary)

@@ -12,12 +12,13 @@ from server.access.caller import Caller
 from server.catalog.details import Details
 from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registered
-from server.schemas.adapters import AdapterDetail, AdapterInfo, ModuleInfo
+from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo
 from server.service import Service
 
 NUM_AT_ONCE = 32
 """Rows that are written before other threads may go on: about half a millisecond."""
 ROWS = TypeAdapter(list[AdapterInfo])
+FAULTY = TypeAdapter(list[FaultyAdapter])
 NOWHERE = Place()
 
 
@@ -78,7 +79,21 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
     found = ((of, places.get(of.summary.digest, NOWHERE)) for of in map(by_name.__getitem__, shown))
     rows = (describe(service, of, place, is_use_told=is_told) for of, place in found)
     written = b",".join(_write(rows))
-    return b'{"base_model":%b,"adapters":[%b],"next":%b}' % (to_json(service.base_model), written, last)
+    end = shown[-1] if len(shown) < len(names) else ""
+    faulty = FAULTY.dump_json(_faulty(service, caller, prefix, after, end))
+    return b'{"base_model":%b,"adapters":[%b],"faulty":%b,"next":%b}' % (to_json(service.base_model), written, faulty, last)
+
+
+def _faulty(service: Service, caller: Caller, prefix: str, after: str, end: str) -> list[FaultyAdapter]:
+    found = sorted(service.registry.faulty.values(), key=lambda faulty: faulty.reference)
+    return [
+        FaultyAdapter(name=faulty.reference, faults=list(faulty.faults))
+        for faulty in found
+        if faulty.reference.startswith(prefix)
+        and faulty.reference > after
+        and (not end or faulty.reference <= end)
+        and caller.may_use(faulty.name)
+    ]
 
 
 def _is_use_told(service: Service, caller: Caller) -> bool:

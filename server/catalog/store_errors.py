@@ -24,12 +24,16 @@ def told(*stores: AdapterStore | None) -> Iterator[None]:
     except UnreachableError as error:
         raise StoreError(str(error)) from error
     except AdapterError as error:
-        said = str(error)
-        for root in (str(store.root) for store in stores if store):
-            said = said.replace(f"{root}/", "").replace(root, "the store")
-        raise ConflictError(said) from error
+        raise ConflictError(without_paths(str(error), *stores)) from error
     except OSError as error:
         said = error.strerror or type(error).__name__
         if error.errno in FORBIDDEN:
             raise ConflictError(f"the server may not write or read its adapters' folder: {said}") from error
         raise StoreError(f"the adapters' folder failed: {said}") from error
+
+
+def without_paths(message: str, *stores: AdapterStore | None) -> str:
+    """Return `message` without the folders of `stores` in it."""
+    for root in (str(store.root) for store in stores if store):
+        message = message.replace(f"{root}/", "").replace(root, "the store")
+    return message

@@ -9,6 +9,7 @@ from types import FrameType
 
 import anyio
 
+from lori.printable import printable_lines
 from server.access.exposure import ExposedError, check_exposure, log_exposure
 from server.access.keys import KeyFileError, read_keys
 from server.arguments import read_arguments
@@ -39,13 +40,13 @@ def main() -> int:
             raise
         return 0  # Ray makes another code of it
     except ExposedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyFileError as error:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
     except (StartError, TracingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
 

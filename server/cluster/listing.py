@@ -11,7 +11,8 @@ TIERS = ("disk", "loaded", "resident")
 def merged_adapters(answers: Sequence[bytes]) -> bytes:
     """Returns the replicas' replies to `GET /adapters`, or of one adapter, as one: the first, with the figures of all.
 
-    Uses are summed; an adapter is where it is nearest, with the bytes that it has there, and pinned where one has it so.
+    Uses are summed; an adapter is where it is nearest, with the bytes that it has there, and pinned where one has it so. What is
+    damaged for one of them is listed as faulty.
     """
     first, *others = map(json.loads, answers)
     of_others = {(row["name"], row["version"]): list[dict[str, Any]]() for row in _rows(first)}
@@ -20,7 +21,16 @@ def merged_adapters(answers: Sequence[bytes]) -> bytes:
             of_others.get((row["name"], row["version"]), []).append(row)
     for row in _rows(first):
         _merge(row, [row, *of_others[row["name"], row["version"]]])
+    if "faulty" in first:
+        first["faulty"] = _faulty([first, *others])
     return json.dumps(first, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _faulty(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    faults: dict[str, dict[str, None]] = {}  # as a set, in order
+    for row in (row for document in documents for row in document.get("faulty", ())):
+        faults.setdefault(row["name"], {}).update(dict.fromkeys(row["faults"]))
+    return [{"name": name, "faults": [*found]} for name, found in sorted(faults.items())]
 
 
 def _rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,8 @@ from fastapi.responses import Response
 
 from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import MayUse
+from server.engine.adapters.resolution import FaultyAdapterError, MayUse
+from server.errors import FieldError
 from server.model_names import UnknownModelError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.schemas.openai import ModelCard, ModelList
@@ -30,6 +31,8 @@ async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     if model == service.base_model:
         return _base(service)
     found, is_allowed = service.registry.by_name.get(model), caller.may_use(model)
+    if is_allowed and (faulty := service.registry.fault_of(model)):
+        raise FieldError("model", FaultyAdapterError(faulty))
     if found is None or not is_allowed:
         raise UnknownModelError(model)
     return _card(service, found)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from fastapi.sse import format_sse_event
 
 from lori.errors import UnknownAdapterError
-from server.engine.adapters.resolution import AmbiguousVersionError
+from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError
 from server.engine.admission import Ask, RefusedError
 from server.engine.prompt import Prompt
 from server.engine.request import DoneEvent, Request
@@ -57,7 +57,7 @@ def in_fields_of(body: OpenAIBody) -> Iterator[None]:
         yield
     except UnknownAdapterError as error:
         raise UnknownModelError(body.model or "") if is_model else FieldError("adapters", error) from error
-    except AmbiguousVersionError as error:
+    except (AmbiguousVersionError, FaultyAdapterError) as error:
         raise FieldError("model" if is_model else "adapters", error) from error
     except RefusedError as error:
         if error.field != "adapter":

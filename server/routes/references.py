@@ -7,7 +7,7 @@ from starlette.concurrency import run_in_threadpool
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import AmbiguousVersionError, resolve
+from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError, resolve
 from server.errors import FieldError
 from server.service import Service
 
@@ -16,5 +16,5 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
     """Returns what references mean, each a name or `name@version`. Raises `FieldError` where they are not of one adapter each."""
     try:
         return await run_in_threadpool(lambda: [resolve(service.registry, of, caller.may_use) for of in references])
-    except (UnknownAdapterError, AmbiguousVersionError) as error:
+    except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:
         raise FieldError(field, error) from error

@@ -48,6 +48,17 @@ class AdapterInfo(BaseModel):
     """Since the server started; likewise."""
 
 
+class FaultyAdapter(BaseModel):
+    """An adapter of the store that is damaged, and not served."""
+
+    model_config = {"use_attribute_docstrings": True}
+
+    name: str
+    """As it is asked for: a name, an alias, or `name@version`."""
+    faults: list[str]
+    """What is wrong with it."""
+
+
 class AdapterList(BaseModel):
     """The reply of GET /adapters, in order of name."""
 
@@ -55,6 +66,8 @@ class AdapterList(BaseModel):
 
     base_model: str
     adapters: list[AdapterInfo]
+    faulty: list[FaultyAdapter] = []
+    """Those that are damaged, in order of name; with `limit`, those up to the last of `adapters`."""
     next: str | None = None
     """Where there are more than `limit`: what `after` is to be for the next ones."""
 

@@ -18,6 +18,7 @@ def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: Ad
         ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
         ("vllm:kv_cache_usage_perc", "Share of the KV memory in use.", lambda: cache.usage),
         ("lori:adapters_registered", "Adapters that can be asked for.", lambda: len(registry.by_name)),
+        ("lori:adapters_faulty", "Adapters, versions and aliases that are damaged and not served.", lambda: len(registry.faulty)),
         ("lori:adapters_loaded", "Adapters in RAM, ready to be made resident.", lambda: tiers.num_loaded),
         ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
         ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),

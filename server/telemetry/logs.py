@@ -8,6 +8,8 @@ from typing import Literal, TextIO
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
+from lori.printable import printable_lines
+
 LogFormat = Literal["text", "json"]
 OF_UVICORN = "color_message"
 """The message once more, for a terminal."""
@@ -18,10 +20,18 @@ TOLD = KNOWN | {"method", "route", "status"}
 
 
 class TextFormatter(logging.Formatter):
-    """Level, name and message, and after them what the record has beside these, but for what a request's message says already."""
+    """Level, name and message, and after them what the record has beside these, but for what a request's message says already.
+
+    Every line but the first of a record is set in, and what is not printed is escaped: no text of a file or a client can pass for
+    a record of its own, or move a terminal's cursor.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns a record, with its traceback if it has one."""
+        return printable_lines(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         """Returns the line of a record."""

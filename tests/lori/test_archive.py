@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import zipfile
 from copy import copy
 from pathlib import Path
@@ -14,7 +15,7 @@ from lori.basis import Explicit, Seeded
 from lori.config_file import CONFIG_FILE
 from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import WEIGHTS_FILE, load_adapter
+from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter
 from lori.store import AdapterStore
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
@@ -86,6 +87,20 @@ def test_a_compressed_member_is_refused(entry: Entry, tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError, match="compressed"):
         unpack(tmp_path / "bomb", AdapterStore(tmp_path / "store"))
     assert entry.load()
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFDIR])
+def test_a_member_that_is_no_regular_file_is_refused(entry: Entry, tmp_path: Path, kind: int) -> None:
+    pack(entry.folder, tmp_path / "sound", "math")
+    with zipfile.ZipFile(tmp_path / "sound") as sound, zipfile.ZipFile(tmp_path / "file", "w") as archive:
+        for member in sound.infolist():
+            if not member.filename.endswith(CARD_FILE):
+                archive.writestr(member, sound.read(member))
+        card = zipfile.ZipInfo(f"math/{CARD_FILE}")
+        card.external_attr = (kind | 0o644) << 16
+        archive.writestr(card, "../../keys.toml")
+    with pytest.raises(AdapterFormatError, match="not a regular file"):
+        unpack(tmp_path / "file", AdapterStore(tmp_path / "store"))
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:

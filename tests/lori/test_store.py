@@ -157,9 +157,12 @@ def test_a_link_is_refused(store: AdapterStore, tmp_path: Path) -> None:
     make(tmp_path / "elsewhere")
     store.root.mkdir()
     (store.root / "math").symlink_to(tmp_path / "elsewhere")
-    for act in (store.list, store.current, lambda: store.find("math")):
+    for act in (store.current, lambda: store.find("math")):
         with pytest.raises(AdapterError, match="is a link: a store follows none"):
             act()
+    [entry] = store.list()
+    with pytest.raises(AdapterFormatError, match="its folder is a link, and a store follows none"):
+        entry.load()
 
 
 def test_a_version_that_is_a_link_is_refused_by_its_alias_too(store: AdapterStore, tmp_path: Path) -> None:
@@ -539,7 +542,7 @@ def test_what_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_pat
     ("place", "message"),
     [
         (".aliases/math", "cannot be read: .*it is not a regular file"),
-        ("math/adapter_config.json", "there is no adapter 'math'"),
+        ("math/adapter_config.json", "adapter_config.json cannot be read: it is not a regular file"),
         ("math/adapter_model.safetensors", "adapter_model.safetensors cannot be read: it is not a regular file"),
     ],
 )

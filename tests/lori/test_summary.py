@@ -20,11 +20,12 @@ def entry(folder: Path, **section: object) -> Entry:
     return Entry(folder.name.partition("@")[0], folder)
 
 
-def test_a_summary_says_what_the_adapter_is_and_needs_no_weights(tmp_path: Path) -> None:
+def test_a_summary_says_what_the_adapter_is_and_reads_no_weights(tmp_path: Path) -> None:
     math = entry(tmp_path / "math", templates=("plain", "chat"), metrics={"loss": 0.5}, merge_weights={"x": (1.0, 0.8)})
     adapter = load_adapter(math.folder, BASE)
     assert math.num_bytes == sum(file.stat().st_size for file in math.folder.iterdir())
-    (math.folder / WEIGHTS_FILE).unlink()
+    weights = (math.folder / WEIGHTS_FILE).read_bytes()
+    (math.folder / WEIGHTS_FILE).write_bytes(weights[:-9] + b"\0" * 9)
     summary = summarise({"algebra": math}, BASE)["algebra"]
     assert (summary.name, summary.version) == ("math", adapter.version)
     assert (summary.digest, summary.basis) == (adapter.config.lori.content_digest, adapter.config.lori.basis)
@@ -32,7 +33,7 @@ def test_a_summary_says_what_the_adapter_is_and_needs_no_weights(tmp_path: Path)
     assert (summary.targets, summary.sparsity) == (adapter.config.target_modules, 0.6)
     assert (summary.templates, summary.metrics, summary.merge_weights) == (("plain", "chat"), {"loss": 0.5}, {"x": (1.0, 0.8)})
     assert isinstance(summary.basis, SeededConfig)
-    assert summary.num_bytes == math.num_bytes == (math.folder / CONFIG_FILE).stat().st_size
+    assert summary.num_bytes == math.num_bytes == len(weights) + (math.folder / CONFIG_FILE).stat().st_size
     assert Entry("nobody", tmp_path / "nobody").num_bytes == 0
 
 

@@ -79,8 +79,9 @@ def test_versions_that_no_name_means_can_be_asked_for_after_a_restart(
         ]
         for version, text in texts.items():
             assert office.generate(f"math@{version}")["text"] == text
-        for unfit in (high, torn):
-            assert office.ask(f"math@{unfit.version}").status_code == 404
+        assert office.ask(f"math@{high.version}").status_code == 404
+        assert office.ask(f"math@{torn.version[:6]}").json()["error"]["type"] == "AdapterError"
+        assert [row["name"] for row in office.client.get("/adapters").json()["faulty"]] == [f"math@{torn.version}"]
         assert office.client.get("/adapters/prod").json()["aliases"] == ["math"]
     for unfit in (high, torn):
         assert f"math@{unfit.version} cannot be asked for" in caplog.text

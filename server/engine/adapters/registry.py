@@ -4,7 +4,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lori.entry import Entry
+from lori.printable import printable
 from lori.summary import Summary
+
+MAX_FAULTS, MAX_LENGTH = 10, 300
+"""That are told of one damaged adapter, and the letters of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,40 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
+class Faulty:
+    """What cannot be served of a store, since it is damaged: an adapter, a version or an alias."""
+
+    reference: str
+    """`name` or `name@version`; a folder's name where no adapter may be called so."""
+    folder: str
+    """In its store; empty where the name means none."""
+    faults: tuple[str, ...]
+    """As clients may read them: each in one short line, without a path of this machine."""
+
+    @classmethod
+    def of(cls, reference: str, folder: str, faults: Sequence[str]) -> "Faulty":
+        """Return it with the first of `faults`, whose text may be that of a file."""
+        shown = [_shortened(printable(fault)) for fault in faults[:MAX_FAULTS]]
+        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
+        return cls(_shortened(printable(reference)), folder, (*shown, *more))
+
+    @property
+    def name(self) -> str:
+        """Without the version."""
+        return self.reference.partition("@")[0]
+
+    def is_meant_by(self, reference: str) -> bool:
+        """Whether `reference`, a name or `name@` and a version's first digits, means this, as far as that is known."""
+        name, at, version = reference.partition("@")
+        own = (self.reference if "@" in self.reference else self.folder).partition("@")[2]
+        return name == self.name and (not own or own.startswith(version) if at else "@" not in self.reference)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 1]}…"
+
+
+@dataclass(frozen=True, slots=True)
 class _Tables:
     by_name: Mapping[str, Registered]
     versions: Mapping[str, tuple[Registered, ...]]
@@ -49,11 +87,35 @@ class Registry:
         """`adapters` are what names mean now; `others` are versions that are asked for as `name@version` alone."""
         current = {of.summary.name: of for of in adapters}
         self._tables = _Tables(current, *_found_by([*current.values(), *others]))
+        self._faulty: Mapping[str, Faulty] = {}
 
     @property
     def by_name(self) -> Mapping[str, Registered]:
         """What each name means now."""
         return self._tables.by_name
+
+    @property
+    def faulty(self) -> Mapping[str, Faulty]:
+        """What cannot be served, by reference. No name is here and in `by_name`."""
+        return self._faulty
+
+    def fault_of(self, reference: str) -> Faulty | None:
+        """Return what is damaged and meant by `reference`, a name or `name@version`, or None."""
+        if "@" not in reference:
+            return self._faulty.get(reference)
+        return next((faulty for faulty in self._faulty.values() if faulty.is_meant_by(reference)), None)
+
+    def note_faulty(self, faulty: Iterable[Faulty]) -> None:
+        """Let these be asked for in vain, and be told why. What names mean that can be asked for stays."""
+        self._faulty = {**self._faulty, **{one.reference: one for one in faulty if one.reference not in self.by_name}}
+
+    def clear_faults(self, references: Collection[str]) -> None:
+        """Forget what is damaged of these: names, with all their versions, or `name@version`."""
+        self._faulty = {
+            reference: faulty
+            for reference, faulty in self._faulty.items()
+            if not {reference, faulty.name, faulty.folder} & {*references}
+        }
 
     def versions(self, name: str) -> Sequence[Registered]:
         """Returns the versions of `name`; none where the name is not known."""
@@ -77,6 +139,8 @@ class Registry:
         self._tables = _Tables(
             {**tables.by_name, name: adapter}, {**tables.versions, name: versions}, _with(tables.by_digest, versions)
         )
+        sound = {name, *(f"{name}@{of.summary.version}" for of in versions)}
+        self._faulty = {reference: faulty for reference, faulty in self._faulty.items() if reference not in sound}
         kept = {of.summary.digest for of in versions}
         return [of for of in tables.versions.get(name, ()) if of.summary.digest not in kept]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from lori.errors import AdapterError, UnknownAdapterError
 from lori.names import split_reference, unknown_adapter
-from server.engine.adapters.registry import Registered, Registry
+from server.engine.adapters.registry import Faulty, Registered, Registry
 from server.engine.request import Request
 
 MayUse = Callable[[str], bool]
@@ -13,6 +13,14 @@ MayUse = Callable[[str], bool]
 
 class AmbiguousVersionError(AdapterError):
     """The first digits of a version could be several."""
+
+
+class FaultyAdapterError(AdapterError):
+    """An adapter was asked for that lies in the store and is damaged. A client reads it: it names no path."""
+
+    def __init__(self, faulty: Faulty) -> None:
+        self.faults = faulty.faults
+        super().__init__(f"adapter {faulty.reference!r} is damaged and cannot be served: {'; '.join(faulty.faults)}")
 
 
 class PolicyError(Exception):
@@ -38,7 +46,7 @@ def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
     """Returns what `name` or `name@version` means; the version's first digits will do.
 
     What the caller may not use is as unknown as what there is not: the same error, the same work. Raises `UnknownAdapterError`,
-    `AmbiguousVersionError`.
+    `FaultyAdapterError`, `AmbiguousVersionError`.
     """
     found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
     if not found or not is_allowed:
@@ -49,8 +57,13 @@ def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
     return found[0]
 
 
-def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError:
-    """Returns the error for an unknown `reference`, with names that the caller may use and that look like it."""
+def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError | FaultyAdapterError:
+    """Return the error for a `reference` that cannot be asked for.
+
+    It has its faults where it is damaged and the caller may use it, else names that the caller may use and that look like it.
+    """
+    if may_use(reference.partition("@")[0]) and (faulty := registry.fault_of(reference)):
+        return FaultyAdapterError(faulty)
     return unknown_adapter(reference, filter(may_use, registry.by_name))
 
 

@@ -40,3 +40,10 @@ def test_another_version_is_another_adapter() -> None:
 def test_one_adapter_is_merged_likewise_and_keeps_the_rest() -> None:
     found = merged(row("a", "disk", None, card="# a"), row("a", "loaded", None, bytes_loaded=3, card="# a"))
     assert found == row("a", "loaded", None, bytes_loaded=3, card="# a")
+
+
+def test_what_one_replica_finds_damaged_is_listed() -> None:
+    first = {"adapters": [], "faulty": [{"name": "torn", "faults": ["a", "b"]}]}
+    second = {"adapters": [], "faulty": [{"name": "cut", "faults": ["c"]}, {"name": "torn", "faults": ["b", "d"]}]}
+    assert merged(first, second)["faulty"] == [{"name": "cut", "faults": ["c"]}, {"name": "torn", "faults": ["a", "b", "d"]}]
+    assert merged(second)["faulty"] == second["faulty"]
