@@ -19,6 +19,7 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
+from lori.kernels.native import MAX_ISA_VARIABLE
 from server.app import create_app
 from server.service import Service
 from server.settings import Settings
@@ -50,9 +51,9 @@ def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[st
 
     Both streams go to `log`.
 
-    `within` are a program and its arguments, which becomes the server.
+    It may use the instruction sets that this process may use. `within` are a program and its arguments, which becomes the server.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_") or key == MAX_ISA_VARIABLE}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORI_ALLOW_HOST": HOST}
     with log.open("wb") as file:
         return subprocess.Popen(
