@@ -17,6 +17,8 @@ import torch
 
 GENERATOR = "philox-u24-1"
 """Names the bit stream and the mapping below; another mapping would be another name."""
+PIECE = 2**20
+"""Entries of A that are drawn together; even, since a word of the stream gives two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,14 @@ class Seeded:
         """
         count = rank * num_inputs
         key = hashlib.sha256(f"{self.generator}|{self.seed}|{self.stream}|{module}".encode()).digest()[:16]
-        words = np.random.Philox(key=int.from_bytes(key, "little")).random_raw((count + 1) // 2)
-        halves = words.astype("<u8").view("<u4")[:count]
-        # 24 bits are exact in fp32; the half step makes the values symmetric about zero.
-        unit = ((halves >> 8).astype(np.float64) + 0.5) * 2.0**-23 - 1.0
-        return torch.from_numpy((unit / np.sqrt(num_inputs)).astype(np.float32).reshape(rank, num_inputs))
+        bits, drawn = np.random.Philox(key=int.from_bytes(key, "little")), np.empty(count, np.float32)
+        for begin in range(0, count, PIECE):  # drawn at once it would take seven times the memory of A
+            piece = drawn[begin : begin + PIECE]
+            halves = bits.random_raw((len(piece) + 1) // 2).astype("<u8").view("<u4")[: len(piece)]
+            # 24 bits are exact in fp32; the half step makes the values symmetric about zero.
+            unit = ((halves >> 8).astype(np.float64) + 0.5) * 2.0**-23 - 1.0
+            piece[:] = unit / np.sqrt(num_inputs)
+        return torch.from_numpy(drawn.reshape(rank, num_inputs))
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
         """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N): proves that a basis was drawn again right.
@@ -123,4 +128,4 @@ def _drawn_digest(basis: Seeded, shapes: tuple[tuple[str, tuple[int, int]], ...]
 
 def _update(sha: "hashlib._Hash", module: str, a: torch.Tensor) -> None:
     sha.update(f"{module}|{a.shape[0]}|{a.shape[1]}|".encode())
-    sha.update(a.float().contiguous().numpy().astype("<f4", copy=False).tobytes())
+    sha.update(a.float().contiguous().numpy().astype("<f4", copy=False).data)

@@ -1,9 +1,13 @@
 """The frozen A: what it is drawn from, and that it never changes."""
 
+import hashlib
+import tracemalloc
+
+import numpy as np
 import pytest
 import torch
 
-from lori.basis import Explicit, Seeded
+from lori.basis import GENERATOR, PIECE, Explicit, Seeded
 
 # Checked once against a Philox4x64-10 written from its paper (Salmon et al. 2011), key and mapping as in lori/basis.
 GOLDEN_VALUES = {
@@ -55,6 +59,26 @@ def test_shape_and_dtype(rank: int, num_inputs: int) -> None:
     drawn = Seeded().draw("m", rank, num_inputs)
     assert drawn.shape == (rank, num_inputs)
     assert drawn.dtype == torch.float32
+
+
+@pytest.mark.parametrize("count", [2 * PIECE, 2 * PIECE + 1, 2 * PIECE - 1])
+def test_an_a_of_several_pieces_is_one_stream(count: int) -> None:
+    (whole,) = Seeded().draw("m", 1, count)
+    words = np.random.Philox(key=int.from_bytes(hashlib.sha256(f"{GENERATOR}|0|0|m".encode()).digest()[:16], "little"))
+    halves = words.random_raw((count + 1) // 2).astype("<u8").view("<u4")[:count] >> 8
+    expected = ((halves.astype(np.float64) + 0.5) * 2.0**-23 - 1.0) / np.sqrt(count)
+    assert np.array_equal(whole.numpy(), expected.astype(np.float32))
+
+
+def test_drawing_takes_little_more_memory_than_a_itself() -> None:
+    """An adapter's file of 4 KB can name an A of 2**26 entries a module: it took 1.9 GB to draw, seven times what A takes."""
+    tracemalloc.start()
+    try:
+        Seeded().digest({"m": (16, PIECE)})
+        num_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert num_bytes < 1.5 * 16 * PIECE * 4
 
 
 @pytest.mark.parametrize("num_inputs", [1, 5, 48, 63])

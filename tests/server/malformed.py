@@ -2,8 +2,9 @@
 
 import gzip
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from operator import contains
 from random import Random
 from typing import Any
 
@@ -24,6 +25,10 @@ WRONG = ("1e400", "NaN", "-Infinity", '{"a": [null]}', "[[[]]]", "[{}]", "[null]
 """Values that no field may have, as JSON has them or nearly."""
 
 
+UPGRADE = (
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
+"""Headers that offer to speak another protocol."""
 FORM = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nx\r\n--b--'
 
 
@@ -159,45 +164,94 @@ class Maker:
         return self._random.choice(kinds)
 
 
-def raw(random: Random, headers: str) -> bytes:
-    """Returns bytes that are no request, or several, or one that never ends. `headers` end each head that is sound so far."""
+Statuses = frozenset[int]
+REFUSED: Statuses = frozenset({400})
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """Bytes for a connection of their own, and what must be answered to them."""
+
+    content: bytes
+    answers: tuple[Statuses, ...]
+    """For each answer in turn, the statuses that it may have."""
+    closes: bool | None
+    """Whether the server then closes the connection while the client still could send; None: it may or may not."""
+    is_cut: bool = False
+    """Whether only the beginning of `content` is sent, after which the client ends its side."""
+
+    def check(self, statuses: Sequence[int], is_closed: bool) -> str | None:
+        """Return what is wrong with the answers of these `statuses`, None where nothing is.
+
+        `is_closed` says whether the server closed a connection whose client had not ended its side. To a request that was cut
+        short there may be fewer answers, none too, since the client left: but no others, and none in another order.
+        """
+        expected = self.answers[: len(statuses)] if self.is_cut else self.answers
+        if len(statuses) != len(expected) or not all(map(contains, expected, statuses)):
+            return f"answered {[*statuses]}, expected {[sorted(each) for each in self.answers]}{' or fewer' * self.is_cut}"
+        if not self.is_cut and self.closes not in (None, is_closed):
+            return "the connection was closed" if is_closed else "the connection was left open"
+        return None
+
+
+def raw(random: Random, headers: str) -> Raw:
+    """Return bytes that are no request, or several, or one that never ends. `headers` end each head that is sound so far."""
+    kind = random.choice(raw_kinds(random, headers))
+    if random.random() < 0.7:
+        return kind
+    return replace(kind, content=kind.content[: random.randrange(len(kind.content)) + 1], is_cut=True)
+
+
+def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
+    """Return all kinds of `raw`, none cut short."""
     body = b'{"prompt": "x"}'
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}".encode()
     bad = head + b"Content-Length: 9\r\n\r\n" + b'{"prompt"'
-    kinds: tuple[bytes, ...] = (
-        random.randbytes(random.randint(1, 5000)),
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + random.randbytes(500),
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + random.randbytes(40),
-        b"POST /generate HTTP/9.9\r\n\r\n",
-        b"G\x00ET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /" + b"a" * random.randint(70_000, 200_000) + b" HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/1.1\r\nX: " + b"a" * random.randint(70_000, 200_000) + b"\r\n\r\n",
-        b"GET /generate\r\n\r\n",
-        b"\r\n" * random.randint(1, 50) + b"POST",
-        head + b"No colon\r\n\r\n" + body,
-        head + b"X: a\r\n b\x00\r\n\r\n" + body,
-        head + b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n\r\n" + body,
-        head + b"Content-Length: 15\r\nContent-Length: 3\r\n\r\n" + body,
-        head
-        + b"Content-Length: "
-        + random.choice((b"-1", b"abc", b"1e3", b"+15", b"1_5", b"0x15", b"9" * 30))
-        + b"\r\n\r\n"
-        + body,
-        head + b"Content-Length: 99\r\n\r\n" + body,
-        head + b"Content-Length: 3\r\n\r\n" + body,
-        head + b"Transfer-Encoding: chunked\r\n\r\n" + random.choice((b"zz", b"-1", b"F" * 20, b"", b";;;")) + b"\r\n" + body,
-        head + b"Transfer-Encoding: chunked\r\n\r\nf\r\n" + body,
-        head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n" + body + b"\r\n0\r\n\r\n",
-        head + b"Transfer-Encoding: gzip\r\n\r\n" + gzip.compress(body),
-        head + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n",
-        head + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n\r\n",
-        b"GET /generate HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        b"GET /../../etc/passwd%00 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
-        bad * random.randint(2, 20),
-        bad + random.randbytes(300),
-        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * random.randint(2, 40) + b"rubbish\r\n\r\n",
+    key = headers.encode()
+    long = b"a" * random.randint(330_000, 500_000)  # more than the event loop reads at once beside the 64 KiB that it may hold
+    num_bad, num_good = random.randint(2, 20), random.randint(2, 40)
+    length = random.choice((b"-1", b"abc", b"1e3", b"+15", b"1_5", b"0x15", b"9" * 30))
+    chunk = random.choice((b"zz", b"-1", b"F" * 20, b"", b";;;"))
+    return (
+        # No HTTP.
+        _refused(b"\xcd" + random.randbytes(random.randint(1, 5000))),
+        _refused(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + random.randbytes(500)),
+        _refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + random.randbytes(40)),
+        _refused(b"POST /generate HTTP/9.9\r\n\r\n"),
+        _refused(b"G\x00ET / HTTP/1.1\r\nHost: x\r\n\r\n"),
+        _refused(b"GET /" + long + b" HTTP/1.1\r\n\r\n", 431),
+        _refused(b"GET / HTTP/1.1\r\nX: " + long + b"\r\n\r\n", 431),
+        # HTTP/0.9 has no headers, so no key.
+        _refused(b"GET /generate\r\n\r\n", 400, 401),
+        Raw(b"\r\n" * random.randint(1, 50) + b"POST", (), closes=False),
+        # A body of no length, or of two, or of another.
+        _refused(head + b"No colon\r\n\r\n" + body),
+        _refused(head + b"X: a\r\n b\x00\r\n\r\n" + body),
+        _refused(head + b"Transfer-Encoding: chunked\r\nContent-Length: 15\r\n\r\n" + body),
+        _refused(head + b"Content-Length: 15\r\nContent-Length: 3\r\n\r\n" + body),
+        _refused(head + b"Content-Length: " + length + b"\r\n\r\n" + body),
+        Raw(head + b"Content-Length: 99\r\n\r\n" + body, (), closes=False),
+        Raw(head + b"Content-Length: 3\r\n\r\n" + body, (REFUSED, REFUSED), closes=True),
+        _refused(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk + b"\r\n" + body),
+        Raw(head + b"Transfer-Encoding: chunked\r\n\r\nf\r\n" + body, (), closes=False),
+        _refused(head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n" + body + b"\r\n0\r\n\r\n"),
+        _refused(head + b"Transfer-Encoding: gzip\r\n\r\n" + gzip.compress(body)),
+        Raw(head + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n", (frozenset({100}),), closes=False),
+        # Sound requests that cannot be served.
+        Raw(head + UPGRADE + b"\r\n", (REFUSED,), closes=None),
+        Raw(b"GET /generate HTTP/1.1\r\nHost: x\r\n" + key + UPGRADE + b"\r\n", (frozenset({405}),), closes=None),
+        Raw(b"GET /../../etc/passwd%00 HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({404}),), closes=False),
+        Raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({400, 404, 405}),), closes=None),
+        # Several.
+        Raw(bad * num_bad, (REFUSED,) * num_bad, closes=False),
+        Raw(bad + b"\xcd" + random.randbytes(300), (REFUSED, REFUSED), closes=True),
+        Raw(
+            b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * num_good + b"rubbish\r\n\r\n",
+            (*(frozenset({200}),) * num_good, REFUSED),
+            closes=True,
+        ),
     )
-    found = random.choice(kinds)
-    return found if random.random() < 0.7 else found[: random.randrange(len(found)) + 1]
+
+
+def _refused(content: bytes, *statuses: int) -> Raw:
+    return Raw(content, (frozenset(statuses or REFUSED),), closes=True)

@@ -48,7 +48,7 @@ def change_until_killed(live: Live, drafts: list[Path], statuses: Counter[int]) 
 
 
 def leave_scratch(store: AdapterStore) -> None:
-    """Put into `store` what a writer that is killed before its renames leaves: a test's kill seldom falls there."""
+    """Put into `store` what a writer of x0 and x1 leaves that is killed before a rename; a test's kill seldom falls there."""
     half_written = store.root / ".x0@0123456789ab-left"
     half_written.mkdir()
     (half_written / CONFIG_FILE).write_text("{")
