@@ -14,6 +14,10 @@ LoriError
 from collections.abc import Sequence
 
 
+MAX_SHOWN, MAX_CHARACTERS = 50, 300
+"""Faults of an adapter that its error tells, and characters of each."""
+
+
 class LoriError(Exception):
     """Root of the tree: catch it to catch all that `lori` raises on purpose."""
 
@@ -44,7 +48,17 @@ class AdapterFormatError(AdapterError):
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source = source
         self.faults = tuple(faults)
-        super().__init__(f"{source} is not a sound adapter: " + "; ".join(self.faults))
+        super().__init__(f"{source} is not a sound adapter: " + "; ".join(self.shown))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The first `MAX_SHOWN` faults, each cut to `MAX_CHARACTERS`, and how many more there are: for a reply, or a line of a log.
+
+        A file of some megabytes can have a million faults, and quotes what is wrong with it.
+        """
+        cut = [fault if len(fault) <= MAX_CHARACTERS else f"{fault[:MAX_CHARACTERS]}…" for fault in self.faults[:MAX_SHOWN]]
+        num_more = len(self.faults) - len(cut)
+        return (*cut, *([f"and {num_more} more"] if num_more else []))
 
     @property
     def lines(self) -> list[str]:

@@ -57,7 +57,13 @@ def create_app(service: Service) -> FastAPI:
     # The last is asked first: a browser asks without a key whether it may send one, and whatever is answered is logged.
     app.add_middleware(ScopeNote)
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, uploads=uploads)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=service.settings.max_body_bytes,
+        max_s=service.settings.max_body_s,
+        uploads=uploads,
+        bodies=service.bodies,
+    )
     app.add_middleware(Gate, ring=service.keys, opens_metrics=service.settings.open_metrics)
     if service.settings.cors_origins:
         app.add_middleware(Cors, origins=service.settings.cors_origins)

@@ -206,7 +206,7 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
     comes_back = status == 429 or kind in (StoreError, StoppedError)
     headers = {"Retry-After": str(retry_after_s)} if comes_back else None
-    faults = error.faults if isinstance(error, AdapterFormatError) else None
+    faults = error.shown if isinstance(error, AdapterFormatError) else None
     return _answer(status, name, str(error), field, headers, faults)
 
 

@@ -15,7 +15,8 @@ import anyio
 import uvicorn
 
 from server.service import Service
-from server.transport.connections import Waiting, is_readable
+from server.transport.connections import BoundedState, Waiting, is_readable
+from server.transport.descriptors import connection_room
 from server.transport.refuse_connections import refuse_connections
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._settings = service, service.settings
         self._waiting = Waiting(self)
+        self.server_state = BoundedState(connection_room(self._settings.max_connections), self._waiting)
         self._has_notice = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
