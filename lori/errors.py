@@ -13,7 +13,6 @@ LoriError
 
 from collections.abc import Sequence
 
-
 MAX_SHOWN, MAX_CHARACTERS = 50, 300
 """Faults of an adapter that its error tells, and characters of each."""
 
@@ -52,7 +51,7 @@ class AdapterFormatError(AdapterError):
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The first `MAX_SHOWN` faults, each cut to `MAX_CHARACTERS`, and how many more there are: for a reply, or a line of a log.
+        """The first `MAX_SHOWN` faults, each cut to `MAX_CHARACTERS`, and how many more there are: for a reply or a log.
 
         A file of some megabytes can have a million faults, and quotes what is wrong with it.
         """
