@@ -21,7 +21,8 @@ MAX_SIZE = 2**24
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
-Alpha = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
+"""Within these bounds alpha / r, and the quotient of two, is a sound number in float32."""
 
 
 class SeededConfig(BaseModel):

@@ -16,6 +16,20 @@ from collections.abc import Sequence
 
 from lori.printable import printable
 
+MAX_SHOWN, MAX_CHARACTERS = 50, 300
+"""Faults of an adapter that its error tells, and characters of each."""
+
+
+def shortened(text: str) -> str:
+    """Return the text, cut to `MAX_CHARACTERS`."""
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+
+
+def shown_faults(faults: Sequence[str]) -> tuple[str, ...]:
+    """Return the first `MAX_SHOWN` faults, each shortened, and how many more there are."""
+    num_more = len(faults) - MAX_SHOWN
+    return (*map(shortened, faults[:MAX_SHOWN]), *([f"and {num_more} more"] if num_more > 0 else []))
+
 
 class LoriError(Exception):
     """Root of the tree: catch it to catch all that `lori` raises on purpose."""
@@ -51,7 +65,15 @@ class AdapterFormatError(AdapterError):
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source = source
         self.faults = tuple(map(printable, faults))
-        super().__init__(f"{printable(source)} is not a sound adapter: " + "; ".join(self.faults))
+        super().__init__(f"{printable(source)} is not a sound adapter: " + "; ".join(self.shown))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The first `MAX_SHOWN` faults, each cut to `MAX_CHARACTERS`, and how many more there are: for a reply or a log.
+
+        A file of some megabytes can have a million faults, and quotes what is wrong with it.
+        """
+        return shown_faults(self.faults)
 
     @property
     def lines(self) -> list[str]:

@@ -27,7 +27,6 @@ from lori.durable import new_folder, remove_folder, replace_file, sync_folder, w
 from lori.entry import Entry, has_adapter, scan
 from lori.errors import AdapterError, AdapterFormatError
 from lori.file_stamp import FileStamp
-from lori.format import Files, basis_kept, load_adapter, name_of, parse_adapter, read_config, read_files, save_adapter, seal
 from lori.format import (
     Files,
     basis_kept,

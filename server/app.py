@@ -58,7 +58,13 @@ def create_app(service: Service) -> FastAPI:
     # The last is asked first: a browser asks without a key whether it may send one, and whatever is answered is logged.
     app.add_middleware(ScopeNote)
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes, max_s=service.settings.max_body_s, uploads=uploads)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=service.settings.max_body_bytes,
+        max_s=service.settings.max_body_s,
+        uploads=uploads,
+        bodies=service.bodies,
+    )
     rate = None if service.num_ingresses else service.rate
     app.add_middleware(Gate, ring=service.keys, rate=rate, opens_metrics=service.settings.open_metrics)
     if service.keys is None:  # inside of what lets pages of other origins in: they may read why they are refused

@@ -27,6 +27,8 @@ from server.schemas.fields import Body
 
 MAX_FAULTS = 10
 MAX_NAME = 64
+MAX_WORDS = 300
+"""Characters of what pydantic says, which may quote all that was sent."""
 SHORT = Repr()
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = 2, 3, 3, 60
 WORDS = {"model_attributes_type": "expected an object", "model_type": "expected an object", "dict_type": "expected an object"}
@@ -160,7 +162,7 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
     # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
     *places, last = error["loc"]
     known = [p for p in places[1:] if isinstance(p, int) or p in _fields()]
-    message = WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    message = _cut(WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, ")), MAX_WORDS)
     if places and places[0] in ("query", "path", "header"):
         return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
@@ -176,7 +178,11 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
 
 
 def _join(places: list[Any]) -> str:
-    return ".".join(place if len(place) <= MAX_NAME else place[: MAX_NAME - 1] + "…" for place in map(str, places))
+    return ".".join(_cut(str(place), MAX_NAME) for place in places)
+
+
+def _cut(text: str, max_characters: int) -> str:
+    return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
 async def on_invalid(_: Request, error: Exception) -> JSONResponse:
@@ -209,7 +215,8 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     retry_after_s = error.retry_after_s if isinstance(error, RateLimitedError) else 1
     comes_back = status == 429 or kind in (StoreError, StoppedError)
     headers = {"Retry-After": str(retry_after_s)} if comes_back else None
-    faults = cause.faults if isinstance(cause, AdapterFormatError | FaultyAdapterError) else None
+    faults = cause.shown if isinstance(cause, AdapterFormatError) else None
+    faults = cause.faults if isinstance(cause, FaultyAdapterError) else faults
     return _answer(status, name, str(error), field, headers, faults)
 
 

@@ -12,16 +12,17 @@ from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.resolution import check_registered
-from server.engine.admission import Admission, Ask, RefusedError, check_scores
+from server.engine.admission import Admission, Ask, Caps, RefusedError, check_scores
 from server.engine.prompt import size_of
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
 from server.grammar_checks import GrammarChecks
-from server.settings import Settings
+from server.settings import MIB, Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
 from server.text_threads import TextThreads
+from server.transport.bodies import Bodies
 from server.transport.exchange import current
 
 
@@ -45,6 +46,10 @@ class Service:
     required: Callable[[], Collection[str]] = tuple
     """Gives the references of adapters that tenants cannot do without."""
     texts: TextThreads = field(default_factory=TextThreads)
+    bodies: Bodies = field(init=False)
+    """The bytes of the bodies of requests under way."""
+    caps: Caps = field(init=False)
+    """What any request may cost; a tenant's may be less."""
     uses: AdapterUses = field(default_factory=AdapterUses)
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
@@ -59,6 +64,8 @@ class Service:
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
         self.rate = RateLimiter(self.num_ingresses or 1)
         self.grammar_checks = GrammarChecks(self.admission)
+        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, self.settings.max_body_bytes)
+        self.caps = Caps(self.settings.max_request_s, self.settings.max_request_tokens)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
     @asynccontextmanager
@@ -84,8 +91,9 @@ class Service:
                 self.rate.count(caller, len(asks) - 1)  # one was counted at the gate
             self.num_requests += len(asks)
             held.callback(self._give_back, len(asks))
+            caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
             requests = await self.texts.run(
-                lambda: [self.admission.admit(_by(caller, ask)) for ask in asks],
+                lambda: [self.admission.admit(_by(caller, ask, caps)) for ask in asks],
                 caller.tenant,
                 sum(size_of(ask.prompt) for ask in asks),
             )
@@ -140,9 +148,9 @@ class Service:
             account.close()
 
 
-def _by(caller: Caller, ask: Ask) -> Ask:
-    # No route can forget whose request it is.
+def _by(caller: Caller, ask: Ask, caps: Caps) -> Ask:
+    # No route can forget whose request it is, or what it may cost.
     priority = ask.priority
     if caller.tenant:
         priority = caller.priority if priority is None else max(priority, caller.priority)
-    return replace(ask, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority)
+    return replace(ask, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority, caps=caps)

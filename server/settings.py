@@ -8,6 +8,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.telemetry.logs import LogFormat
 
+MIB = 2**20
 MAX_RECEIVED = 4
 """Adapters that are received at once: each is in memory meanwhile."""
 HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?)$")]
@@ -116,10 +117,22 @@ class Settings(BaseSettings):
     the highest that is present. 0: it waits as long as there are any."""
     max_requests: int = Field(default=1024, ge=1)
     """Requests under way, from their first check to the last that is sent; one more is answered 429."""
+    max_request_s: float | None = Field(default=None, gt=0, le=86400)
+    """The longest that a request may take, in seconds: a longer timeout_s is refused, and a request that names none has this.
+    Absent: as long as it takes."""
+    max_request_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    """The most tokens of one request's answers together, max_tokens times n: more is refused, and where max_tokens is absent it
+    is as many as fit. Each prompt of a body is a request. Absent: as many as its context holds."""
+    max_connections: int = Field(default=4096, ge=1, le=2**20)
+    """Connections that may be open at once, as far as the system has files for them. One more takes the place of the one that has
+    waited longest for a request, at least a second; where none waits, it is answered 503 and closed."""
     max_unread_s: float = Field(default=60, gt=0, le=86400)
     """How long a client may take nothing of its stream, in seconds; then its connection is ended, for it holds a place."""
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """The longest request body; a longer one is answered 413."""
+    max_bodies_mib: int = Field(default=64, ge=1, le=2**20)
+    """What all request bodies under way may have together, in MiB, without the first 16 KiB of each and without uploads; a body
+    beyond is answered 503. Half of it is one tenant's, or without keys one address's, whose bodies beyond are answered 429."""
     max_upload_bytes: int = Field(default=1 << 28, ge=1024)
     """The same for an adapter that is uploaded, or comes from the hub."""
 
@@ -145,4 +158,8 @@ class Settings(BaseSettings):
     def _is_sound(self) -> Self:
         if self.max_step_tokens <= self.max_batch:
             raise ValueError(f"--max-step-tokens is {self.max_step_tokens}, expected more than --max-batch, {self.max_batch}")
+        if self.max_bodies_mib * MIB < self.max_body_bytes:
+            raise ValueError(
+                f"--max-bodies-mib is {self.max_bodies_mib}, expected room for a body of --max-body-bytes, {self.max_body_bytes}"
+            )
         return self

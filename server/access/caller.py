@@ -30,6 +30,10 @@ class Caller:
     """Of its tenant, with whatever key."""
     max_requests: int | None = None
     """Under way at once, of its tenant."""
+    max_request_s: float | None = None
+    """The longest that one of its requests may take, where that is less than the server's own."""
+    max_request_tokens: int | None = None
+    """The same of tokens, of all answers to it together."""
     _allowed: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

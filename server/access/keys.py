@@ -160,4 +160,6 @@ def _tenant(name: str, table: TenantTable) -> Caller:
         priority=table.priority,
         requests_per_minute=table.requests_per_minute,
         max_requests=table.max_requests,
+        max_request_s=table.max_request_s,
+        max_request_tokens=table.max_request_tokens,
     )

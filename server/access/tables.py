@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from lori.errors import AdapterError
 from lori.names import split_reference
-from server.schemas.fields import Weight
+from server.schemas.fields import MAX_INT, Weight
 
 KEY_PREFIX = "lori_"
 """Of keys, so that one is known where it should not be."""
@@ -68,6 +68,8 @@ class TenantTable(Table):
     priority: int = Field(default=0, ge=-1000, le=1000)
     requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_PER_MINUTE)
     max_requests: int | None = Field(default=None, ge=1)
+    max_request_s: float | None = Field(default=None, gt=0, le=86400)
+    max_request_tokens: int | None = Field(default=None, ge=1, lt=MAX_INT)
 
 
 class KeyTable(Table):

@@ -106,7 +106,7 @@ class AdapterAdmin:
         try:
             return await run_sync(files.details.read, of, limiter=self._detailing)
         except AdapterFormatError as error:  # by the name that was asked for, not by its folder's
-            raise AdapterFailedError(f"adapter {of.summary.name!r} cannot be read: {'; '.join(error.faults)}") from error
+            raise AdapterFailedError(f"adapter {of.summary.name!r} cannot be read: {'; '.join(error.shown)}") from error
         finally:
             self._num_detailed -= 1
 

@@ -83,5 +83,5 @@ def _read(of: Registered) -> Adapter:
 def _said(error: Exception) -> str:
     # A client is told the faults, not where the file lies.
     if isinstance(error, AdapterFormatError):
-        return "; ".join(error.faults)
+        return "; ".join(error.shown)
     return error.strerror or "the system refuses" if isinstance(error, OSError) else str(error)

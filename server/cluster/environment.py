@@ -21,6 +21,8 @@ def client_timeout(settings: Settings) -> str:
     return str(math.ceil(max(settings.keep_alive_s, settings.max_body_s, settings.max_unread_s)))
 
 
+MAX_CONNECTIONS = "RAY_SERVE_HAPROXY_MAXCONN"
+
 PREFERRED = {
     # Requests go through HAProxy to the ingress, and on by gRPC: 2 ms instead of 10.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -46,6 +48,8 @@ PREFERRED = {
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     # With Ray's 3600 s some thousand connections that send nothing would keep all others out for an hour.
     CLIENT_TIMEOUT: client_timeout(Settings.model_construct()),
+    # One more waits until another ends: HAProxy answers nothing.
+    MAX_CONNECTIONS: str(Settings.model_construct().max_connections),
 }
 """What holds where the operator says nothing else."""
 HAPROXY, HAPROXY_PROGRAM = "RAY_SERVE_HAPROXY_BINARY_PATH", "lori-server-haproxy"
@@ -55,7 +59,8 @@ PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_
 
 def prepare_environment(settings: Settings) -> None:
     """Sets what is not set yet. To be called before anything of Ray is imported."""
-    for name, value in (PREFERRED | {CLIENT_TIMEOUT: client_timeout(settings)}).items():
+    own = {CLIENT_TIMEOUT: client_timeout(settings), MAX_CONNECTIONS: str(settings.max_connections)}
+    for name, value in (PREFERRED | own).items():
         os.environ.setdefault(name, value)
     if (haproxy := Path(sysconfig.get_path("scripts"), HAPROXY_PROGRAM)).is_file():
         os.environ.setdefault(HAPROXY, str(haproxy))

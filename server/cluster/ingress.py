@@ -21,7 +21,8 @@ from server.cluster.listing import merged_adapters
 from server.cluster.refusal import batch_refusal, checked_caller
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import KINDS, error_reply
-from server.settings import MAX_RECEIVED, Settings
+from server.settings import MAX_RECEIVED, MIB, Settings
+from server.transport.bodies import Bodies
 from server.transport.body_limit import BodyLimit
 from server.transport.cors import Cors
 from server.transport.request_id import HEADER as ID_HEADER
@@ -87,7 +88,8 @@ class Ingress:
         self._rate = RateLimiter(num_ingresses)
         self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
-        self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads)
+        bodies = Bodies(settings.max_bodies_mib * MIB, settings.max_body_bytes)
+        self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads, bodies)
         self._app: ASGIApp = Cors(self._let_in, settings.cors_origins) if settings.cors_origins else self._let_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

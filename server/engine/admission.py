@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,9 +22,11 @@ from server.engine.sampling.grammars import Grammars
 from server.engine.text_bound import TextBound
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T", int, float)
 DEFAULT_MAX_TOKENS = 128
 MAX_COUNTED = 2**17
 """Tokens of a text that is only tokenized: more take a tenth of a second to list and to free, in which nothing else runs."""
+CAPPED_TOKENS = "the operator's cap for all answers to one request"
 MAX_SCORES = 1 << 20
 """Log-probabilities in one reply: about 30 MB, which take a third of a second to write, and in chats three times as much."""
 
@@ -34,6 +37,20 @@ class RefusedError(Exception):
     def __init__(self, field: str, message: str) -> None:
         self.field, self.message = field, message
         super().__init__(f"{field}: {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What the operator allows one request; None: anything."""
+
+    max_s: float | None = None
+    """From its submission to its end, in seconds: the longest `timeout_s`, and that of a request that names none."""
+    max_tokens: int | None = None
+    """Of all its answers together."""
+
+    def lowered(self, max_s: float | None, max_tokens: int | None) -> "Caps":
+        """Return these caps, or what is less."""
+        return Caps(_least(self.max_s, max_s), _least(self.max_tokens, max_tokens))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +84,7 @@ class Ask:
     """None: 0."""
     tenant: str = ""
     timeout_s: float | None = None
+    caps: Caps = Caps()
 
 
 class Admission:
@@ -122,6 +140,8 @@ class Admission:
 
         Raises `RefusedError`, `TemplateError`, what `resolve` does, or `PolicyError`.
         """
+        _check_caps(ask)
+        timeout_s = _timeout_s(ask)
         added = self._added(ask)
         adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
         policy = [(of.summary, weight) for of, weight in added]
@@ -149,7 +169,7 @@ class Admission:
             num_choices=ask.num_choices,
             priority=ask.priority or 0,
             tenant=ask.tenant,
-            timeout_s=ask.timeout_s,
+            timeout_s=timeout_s,
         )
 
     def _encode(self, ask: Ask, adapters: Sequence[Summary]) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
@@ -252,7 +272,8 @@ class Admission:
         if room < (0 if ask.max_tokens == 0 else 1):
             raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self.max_context} with the answer")
         if ask.max_tokens is None:
-            return room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
+            most = room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
+            return most if ask.caps.max_tokens is None else min(most, max(1, ask.caps.max_tokens // ask.num_choices))
         if ask.max_tokens > room:
             raise RefusedError(
                 "max_tokens",
@@ -276,6 +297,29 @@ def check_scores(requests: Sequence[Request], *, is_whole: bool) -> None:
         found = f"these prompts, with echo, and answers, with n and max_tokens, have up to {num_prompt + num_answer} of them"
         hint = "; a stream holds more" if num_prompt <= MAX_SCORES else ""
         raise RefusedError("logprobs", f"{found}, expected at most {MAX_SCORES} in one reply{hint}")
+
+
+def _check_caps(ask: Ask) -> None:
+    cap = ask.caps.max_tokens
+    if cap is None:
+        return
+    if ask.num_choices > cap:
+        raise RefusedError("n", f"is {ask.num_choices}, expected {cap} at most: {CAPPED_TOKENS}")
+    if (ask.max_tokens or 0) * ask.num_choices > cap:
+        beside = f" with n {ask.num_choices}" if ask.num_choices > 1 else ""
+        most = cap // ask.num_choices
+        raise RefusedError("max_tokens", f"is {ask.max_tokens}{beside}, expected {most} at most: {CAPPED_TOKENS}")
+
+
+def _timeout_s(ask: Ask) -> float | None:
+    cap = ask.caps.max_s
+    if cap is not None and ask.timeout_s is not None and ask.timeout_s > cap:
+        raise RefusedError("timeout_s", f"is {ask.timeout_s:g}, expected {cap:g} at most: the operator's cap for one request")
+    return cap if ask.timeout_s is None else ask.timeout_s
+
+
+def _least(one: T | None, other: T | None) -> T | None:
+    return min((value for value in (one, other) if value is not None), default=None)
 
 
 def _check_kept(adapters: Sequence[tuple[Summary, float]], most: float, what_for: str = "") -> None:

@@ -58,7 +58,8 @@ def to_asks(body: CompletionBody, base_model: str) -> list[Ask]:
         replace(
             to_ask(body, base_model, prompt),
             seed=(seed + place) % 2**63,
-            max_tokens=body.max_tokens,
+            max_tokens=body.max_tokens if "max_tokens" in body.model_fields_set else None,
+            default_max_tokens=body.max_tokens,
             echo=body.echo,
             num_logprobs=body.logprobs,
         )

@@ -8,9 +8,13 @@ from pydantic import BaseModel
 KINDS = {404: "NotFoundError", 408: "TimeoutError", 429: "RateLimitError", 503: "ServiceUnavailableError"}
 """Of what the framework, and what reads bodies, refuse by status; any other is a BadRequestError."""
 
+MAX_MESSAGE = 32768
+"""Characters: more than all faults of an adapter that are told."""
+
 
 class ErrorDetail(BaseModel):
-    """What was wrong: `param` is the field, where it was one; `faults` are all those of an adapter that is not sound."""
+    """What was wrong: `param` is the field, where it was one; `faults` are the first of an adapter that is not sound, and how
+    many more there are."""
 
     message: str
     type: str
@@ -28,7 +32,7 @@ class ErrorReply(BaseModel):
 def error_reply(status: int, kind: str, message: str, param: str | None, faults: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the body of an error. A message may quote what the client sent, be it text or not."""
     found = None if faults is None else list(map(_sound, faults))
-    detail = ErrorDetail(message=_sound(message), type=kind, param=param, code=status, faults=found)
+    detail = ErrorDetail(message=_sound(message[:MAX_MESSAGE]), type=kind, param=param, code=status, faults=found)
     return ErrorReply(error=detail).model_dump(exclude={} if found else {"error": {"faults"}})
 
 

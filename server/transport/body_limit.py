@@ -8,9 +8,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.schemas.errors import error_reply
+from server.schemas.errors import KINDS, error_reply
+from server.transport.bodies import Bodies, Held, client_of
 
 CLOSE = {"Connection": "close"}
+AGAIN = {"Retry-After": "1"}
 PLAIN = {b"content-encoding": ("Content-Encoding", "identity"), b"transfer-encoding": ("Transfer-Encoding", "chunked")}
 """How headers are called and what they may say of a body that is sent as it is."""
 MAX_SHOWN = 64
@@ -24,11 +26,15 @@ class BodyLimit:
     It answers 408 where nothing of a body comes for `max_s` seconds, or it takes more than these and a second for each
     `BYTES_PER_S`. A coding, which would be read as if it were none, is 400.
 
-    `uploads` has the limits of routes that take uploads, by method and path.
+    `uploads` has the limits of routes that take uploads, by method and path. All others take room in `bodies` as they come, and
+    give it back when their requests end: 503 where there is none, 429 where their client has used up its own.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_s: float, uploads: Mapping[tuple[str, str], int]) -> None:
-        self._app, self._max_bytes, self._max_s, self._uploads = app, max_bytes, max_s, uploads
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, max_s: float, uploads: Mapping[tuple[str, str], int], bodies: Bodies
+    ) -> None:
+        self._app, self._max_bytes, self._max_s = app, max_bytes, max_s
+        self._uploads, self._bodies = uploads, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, counting what it sends."""
@@ -47,6 +53,10 @@ class BodyLimit:
         if fault := _coding_fault(scope["headers"]):
             await _refusal(400, fault)(scope, receive, send)
             return
+        held = None if route in self._uploads else Held(self._bodies, client_of(scope))
+        if held and (no_room := held.refusal(int(told))):
+            await _refusal(no_room.status, no_room.message)(scope, receive, send)
+            return
         num_bytes = 0
         is_coming = True
         end = anyio.current_time() + self._max_s
@@ -58,9 +68,15 @@ class BodyLimit:
             num_bytes += len(message.get("body", b""))
             if num_bytes > max_bytes:
                 raise HTTPException(413, said, CLOSE)
+            if held and (no_room := held.grow(len(message.get("body", b"")))):
+                raise HTTPException(no_room.status, no_room.message, CLOSE | AGAIN)
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            if held:
+                held.release()
 
     async def _in_time(self, receive: Receive, end: float) -> Message:
         with anyio.CancelScope(deadline=min(end, anyio.current_time() + self._max_s)):
@@ -70,7 +86,8 @@ class BodyLimit:
 
 
 def _refusal(status: int, said: str) -> JSONResponse:
-    return JSONResponse(error_reply(status, "BadRequestError", said, None), status, CLOSE)
+    kind = KINDS.get(status, "BadRequestError")
+    return JSONResponse(error_reply(status, kind, said, None), status, CLOSE | (AGAIN if status in (429, 503) else {}))
 
 
 def _coding_fault(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

@@ -1,17 +1,36 @@
-"""Which connections wait for a request, and since when: uvicorn knows it of each, but ends none that sends half a head."""
+"""Which connections wait for a request, and since when: uvicorn knows it of each, but ends none that sends half a head.
+
+And how many there may be.
+"""
 
 import asyncio
+import json
+import logging
 import selectors
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
+from server.schemas.errors import error_reply
+
+logger = logging.getLogger(__name__)
 PATIENCE_S = 1.0
 """For a connection of which something has come just as it should be closed."""
 WITHOUT_DESCRIPTOR = getattr(selectors, "PollSelector", selectors.SelectSelector)
 """The default would open one, and there may be none left."""
+
+
+LINGER_S = 1.0
+"""For a client that is refused to read why: closing while it sends would reset the connection."""
+MAX_LINGERING = 64
+"""Refused connections that are kept so long; one more is closed at once."""
+QUIET_S = 60.0
+"""Between two lines of the log that say so."""
 
 
 class Cycle(Protocol):
@@ -44,13 +63,15 @@ class Waiting:
     def __init__(self, server: uvicorn.Server, clock: Callable[[], float] = time.monotonic) -> None:
         self._server, self._clock = server, clock
         self._since: dict[Connection, tuple[Cycle | None, float]] = {}
+        self._by_age: deque[tuple[Connection, tuple[Cycle | None, float]]] | None = None
+        """Those of the last look that were not closed for others, the longest first; None where nobody has asked since."""
 
     def look(self) -> None:
         """Notes who waits now."""
         now, before = self._clock(), self._since
-        self._since = {}
+        self._since, self._by_age = {}, None
         for each in self._connections():
-            if each.cycle is None or each.cycle.response_complete:
+            if _is_waiting(each):
                 known = before.get(each)
                 self._since[each] = known if known and known[0] is each.cycle else (each.cycle, now)
 
@@ -62,9 +83,77 @@ class Waiting:
             if left <= -PATIENCE_S or (left <= 0 and not is_readable(connection.transport.get_extra_info("socket"))):
                 connection.shutdown()
 
+    def close_longest(self) -> bool:
+        """Close the connection that has waited longest for a request, to make room. Return whether there was one that had waited
+        for `PATIENCE_S` when `look` last saw it, and waits still."""
+        if self._by_age is None:
+            self._by_age = deque(sorted(self._since.items(), key=lambda item: item[1][1]))
+        while self._by_age and self._by_age[0][1][1] <= self._clock() - PATIENCE_S:
+            connection, (cycle, _) = self._by_age.popleft()
+            is_same = connection.cycle is cycle and _is_waiting(connection) and not connection.transport.is_closing()
+            if is_same and not is_readable(connection.transport.get_extra_info("socket")):
+                connection.shutdown()
+                return True
+        return False
+
     def _connections(self) -> Iterable[Connection]:
         # A web socket's connection has no cycle.
         return [cast(Connection, each) for each in self._server.server_state.connections if hasattr(each, "cycle")]
+
+
+def _is_waiting(connection: Connection) -> bool:
+    return connection.cycle is None or connection.cycle.response_complete
+
+
+class BoundedState(ServerState):
+    """uvicorn's state of a server, with at most `max_connections`.
+
+    One more takes the place of the one that has waited longest for a request; where none waits, it is answered 503 and closed.
+    """
+
+    def __init__(self, max_connections: int, waiting: Waiting) -> None:
+        super().__init__()
+        self._max_connections, self._waiting = max_connections, waiting
+        self.num_lingering = 0
+        self._next_line = -QUIET_S
+
+    def admit(self, connection: HttpToolsProtocol) -> None:
+        """Keep a connection that was just made and is one of `connections`, or refuse it."""
+        if len(self.connections) <= self._max_connections or self._waiting.close_longest():
+            return
+        self.connections.discard(connection)
+        _Refused(self, connection.transport)
+        if (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + QUIET_S
+            logger.warning("connections are refused: there are %d (--max-connections), and none is idle", self._max_connections)
+
+
+class _Refused(asyncio.Protocol):
+    # A connection that was answered, and whose bytes are dropped until its client leaves, or has had time to read why.
+
+    def __init__(self, state: BoundedState, transport: asyncio.Transport) -> None:
+        self._state = state
+        state.num_lingering += 1
+        transport.set_protocol(self)
+        transport.write(BUSY)
+        if state.num_lingering > MAX_LINGERING or not transport.can_write_eof():
+            transport.close()
+        else:
+            transport.write_eof()
+            asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self._state.num_lingering -= 1
+
+
+def _busy() -> bytes:
+    message = "the server has as many connections as it may (--max-connections), and none is idle; try again"
+    body = json.dumps(error_reply(503, "ServiceUnavailableError", message, None)).encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body
+
+
+BUSY = _busy()
 
 
 def is_readable(of: HasFileno) -> bool:

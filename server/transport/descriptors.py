@@ -9,6 +9,21 @@ if sys.platform != "win32":
 logger = logging.getLogger(__name__)
 
 
+RESERVE = 256
+"""Descriptors for files, models and what is refused; where there are fewer than twice as many, half of them."""
+
+
+def connection_room(num_wanted: int) -> int:
+    """Return how many connections there may be: as many as wanted, or fewer where descriptors are too few (logged)."""
+    if sys.platform == "win32":
+        return num_wanted
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = num_wanted if soft == resource.RLIM_INFINITY else max(soft - RESERVE, soft // 2)
+    if room < num_wanted:
+        logger.warning("--max-connections is %d, of which %d files open at once leave room for %d", num_wanted, soft, room)
+    return min(num_wanted, room)
+
+
 def raise_descriptor_limit() -> None:
     """Raises the soft limit to the hard one: 1024, which is common, is less than the idle connections of many clients."""
     if sys.platform == "win32":  # it has no such limit

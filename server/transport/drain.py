@@ -18,7 +18,8 @@ import uvicorn
 
 from server.engine.watchdog import end_process_after
 from server.service import Service
-from server.transport.connections import Waiting, is_readable
+from server.transport.connections import BoundedState, Waiting, is_readable
+from server.transport.descriptors import connection_room
 from server.transport.refuse_connections import refuse_connections
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service, self._settings = service, service.settings
         self._waiting = Waiting(self)
+        self.server_state = BoundedState(connection_room(self._settings.max_connections), self._waiting)
         self._has_notice = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

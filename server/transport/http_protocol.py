@@ -7,6 +7,7 @@ An offer to upgrade to another protocol is ignored, as RFC 9110, section 7.8 all
 whatever they say of a body, so the body would be read as the next request (request smuggling; httptools issue 124).
 """
 
+import asyncio
 import json
 import re
 from http import HTTPStatus
@@ -17,6 +18,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.schemas.errors import error_reply
+from server.transport.connections import BoundedState
 
 MAX_HELD_BYTES = 64 * 1024
 """uvicorn would hold a head without end."""
@@ -75,6 +77,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._feed(data)
         if self._num_held > MAX_HELD_BYTES and self._refusal is None and not self.transport.is_closing():
             self._refuse_length()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        """Take a connection; the server's state may refuse it."""
+        super().connection_made(transport)
+        if isinstance(self.server_state, BoundedState):
+            self.server_state.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Hears that the client left."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,7 +16,7 @@ from lori.base_model import BaseModel
 from lori.basis import Explicit
 from lori.config import basis_config
 from lori.config_file import CONFIG_FILE, seal_config
-from lori.errors import AdapterError, UnreachableError
+from lori.errors import MAX_CHARACTERS, MAX_SHOWN, AdapterError, UnreachableError
 from lori.format import WEIGHTS_FILE, read_config, save_adapter
 from lori.name_lock import LOCKS_FOLDER
 from lori.peft_export import export_peft
@@ -124,6 +125,41 @@ def test_a_name_of_a_file_in_the_form_is_of_no_consequence(office: Office) -> No
 @pytest.mark.usefixtures("unchanged")
 def test_a_malformed_body_is_refused(office: Office, body: bytes, content_type: str) -> None:
     refusal(office.client.post("/adapters", content=body, headers={"content-type": content_type}), 400)
+
+
+@pytest.mark.usefixtures("unchanged")
+def test_a_file_with_very_many_faults_is_refused_in_few_words(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    """The answer had 38 MB."""
+    folder = office.draft("many", 3)
+    config = json.loads((folder / CONFIG_FILE).read_bytes())
+    for more in ({f"field-{i}": i for i in range(20_000)}, {"x" * 500_000: 1}, {"base_model_name_or_path": ["x" * 500_000]}):
+        reply = office.upload("many", folder, config=json.dumps(config | more).encode())
+        assert reply.status_code == 400
+        assert len(reply.content) < 40_000
+        error = reply.json()["error"]
+        assert len(error["faults"]) <= MAX_SHOWN + 1
+        assert max(map(len, error["faults"])) <= MAX_CHARACTERS + 1
+        if len(more) > MAX_SHOWN:
+            assert re.fullmatch(r"and \d{5} more", error["faults"][-1])
+            assert error["message"].endswith(error["faults"][-1])
+    assert max((len(record.getMessage()) for record in caplog.records), default=0) < 40_000
+
+
+HUGE = ("1e400", "-1e400", "1e39", "NaN", "1" + "0" * 30, "1" + "0" * 300, "5e-324", "-1", "9223372036854775808")
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+@pytest.mark.usefixtures("unchanged")
+def test_a_number_in_a_config_that_overflows_is_refused(office: Office, field: str) -> None:
+    ours, exported = office.draft("huge", 3), office.drafts / f"huge-exported-{field}"
+    export_peft(AdapterStore(ours.parent).find(ours.name).load(), exported)
+    for folder in (ours, exported):
+        content = (folder / CONFIG_FILE).read_bytes()
+        for number in HUGE:
+            config, count = re.subn(rb'"%s": [-0-9.e]+' % field.encode(), f'"{field}": {number}'.encode(), content)
+            assert count == 1
+            reply = office.upload("huge", folder, config=config, card=None)
+            assert reply.status_code == 400, (folder.name, number, reply.text)
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -7,6 +7,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from server.transport.bodies import Bodies
 from server.transport.body_limit import BYTES_PER_S, BodyLimit
 
 MAX_S = 60.0
@@ -45,7 +46,7 @@ def received(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> int
     async def send(_: Message) -> None:
         raise AssertionError("nothing is answered here")
 
-    limit = BodyLimit(read, MAX_BYTES, MAX_S, {UPLOAD: MAX_UPLOAD})
+    limit = BodyLimit(read, MAX_BYTES, MAX_S, {UPLOAD: MAX_UPLOAD}, Bodies(MAX_BYTES, MAX_BYTES))
     scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(limit(scope, receive, send))

@@ -16,13 +16,13 @@ from lori.basis import Explicit
 from lori.basis_file import BASES_FOLDER
 from lori.config import basis_config
 from lori.config_file import CONFIG_FILE, seal_config
-from lori.errors import AdapterFormatError
+from lori.errors import MAX_CHARACTERS, MAX_SHOWN, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter, read_config, save_adapter
 from lori.store import AdapterStore
 from server.access.key_ring import KeyRing
 from server.access.keys import KeyFileError
 from server.catalog.inventory import take_inventory
-from server.engine.adapters.registry import MAX_FAULTS, MAX_LENGTH, Faulty
+from server.engine.adapters.registry import Faulty
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, write_keys
@@ -306,6 +306,6 @@ def test_a_policy_that_names_a_damaged_adapter_stops_the_start_and_a_reload(
 def test_of_many_long_faults_some_are_told_and_none_forges_a_line() -> None:
     told = Faulty.of("a\nb", "", [f"{number}\n\x1b[2J{'x' * 999}" for number in range(99)])
     assert told.reference == r"a\nb"
-    assert len(told.faults) == MAX_FAULTS + 1
-    assert told.faults[-1] == f"and {99 - MAX_FAULTS} more"
-    assert all(fault.isprintable() and len(fault) <= MAX_LENGTH for fault in told.faults)
+    assert len(told.faults) == MAX_SHOWN + 1
+    assert told.faults[-1] == f"and {99 - MAX_SHOWN} more"
+    assert all(fault.isprintable() and len(fault) <= MAX_CHARACTERS for fault in told.faults)

@@ -189,5 +189,5 @@ def named(digest: str, request: Request) -> str:
 def _said(error: Exception) -> str:
     # A client is told the faults, not where the file lies.
     if isinstance(error, AdapterFormatError):
-        return "; ".join(error.faults)
+        return "; ".join(error.shown)
     return error.strerror or "it cannot be read" if isinstance(error, OSError) else str(error)

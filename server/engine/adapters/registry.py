@@ -4,11 +4,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lori.entry import Entry
+from lori.errors import shortened, shown_faults
 from lori.printable import printable
 from lori.summary import Summary
-
-MAX_FAULTS, MAX_LENGTH = 10, 300
-"""That are told of one damaged adapter, and the letters of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +48,7 @@ class Faulty:
     @classmethod
     def of(cls, reference: str, folder: str, faults: Sequence[str]) -> "Faulty":
         """Return it with the first of `faults`, whose text may be that of a file."""
-        shown = [_shortened(printable(fault)) for fault in faults[:MAX_FAULTS]]
-        more = [f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else []
-        return cls(_shortened(printable(reference)), folder, (*shown, *more))
+        return cls(shortened(printable(reference)), folder, shown_faults([*map(printable, faults)]))
 
     @property
     def name(self) -> str:
@@ -64,10 +60,6 @@ class Faulty:
         name, at, version = reference.partition("@")
         own = (self.reference if "@" in self.reference else self.folder).partition("@")[2]
         return name == self.name and (not own or own.startswith(version) if at else "@" not in self.reference)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_LENGTH else f"{text[: MAX_LENGTH - 1]}…"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from server.cluster.environment import CLIENT_TIMEOUT, HAPROXY, PORTS, PREFERRED, prepare_environment
+from server.cluster.environment import CLIENT_TIMEOUT, HAPROXY, MAX_CONNECTIONS, PORTS, PREFERRED, prepare_environment
 from server.settings import Settings
 
 
@@ -21,6 +21,12 @@ def test_a_client_that_sends_nothing_is_waited_for_as_long_as_the_flags_say() ->
     prepare_environment(Settings(keep_alive_s=5, max_body_s=7.5, max_unread_s=3))
     assert os.environ[CLIENT_TIMEOUT] == "8"
     assert PREFERRED[CLIENT_TIMEOUT] == "75"
+
+
+def test_haproxy_takes_as_many_connections_as_the_flag_says() -> None:
+    prepare_environment(Settings(max_connections=77))
+    assert os.environ[MAX_CONNECTIONS] == "77"
+    assert PREFERRED[MAX_CONNECTIONS] == "4096"
 
 
 def test_requests_come_by_haproxy_in_throughput_mode() -> None:

@@ -1,0 +1,202 @@
+"""What clients that are refused cost a neighbour, and what bodies under way cost in memory.
+
+    python -m tests.bench.refused --server-cores 0 --client-cores 1 [--seconds 20] [-- flags of the server]
+
+It starts `python -m server` on the server's cores and everything else on the clients'. First a neighbour streams alone, then
+beside four clients that send 1 MiB bodies of one kind without a pause, all of which are refused: a line for each kind, with the
+neighbour's longest gap between two tokens and its first token's 95th percentile, beside those of the quiet stretch. Then 400
+bodies of 1 MiB come at once, of which nothing ends: what the server's resident memory grew by, and the answers.
+
+Give both sides cores that nothing else uses: on a machine that is busy the quiet stretch itself is not quiet.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from server.transport.ports import free_port
+from tests.bench.serve_figures import percentile
+from tests.bench.serve_processes import Program, answers
+
+MIB = 2**20
+NUM_CLIENTS, NUM_BODIES = 4, 400
+NUM_TOKENS = 64
+"""Of each of the neighbour's answers."""
+JSON = {"Content-Type": "application/json"}
+
+
+def bodies() -> Mapping[str, tuple[str, bytes]]:
+    """Returns the route and the body of each kind, of just 1 MiB, all of which are refused."""
+    lists = b",".join([b"[" + b"12345," * 7999 + b"1]"] * 15)
+    return {
+        "a list of ones": ("/generate", _filled(b'{"prompt":[', b"1,", b"1]}")),
+        "a list of tokens": ("/v1/completions", _filled(b'{"prompt":[', b"12345,", b"1]}")),
+        "lists of tokens": ("/v1/completions", _padded(b'{"prompt":[' + lists + b'],"no_field":1}')),
+        "a list of texts": ("/v1/completions", _filled(b'{"prompt":[', b'"a",', b'""]}')),
+        "objects": ("/v1/chat/completions", _filled(b'{"messages":[', b'{"role":"user","content":"a"},', b"1]}")),
+        "a text": ("/generate", _filled(b'{"prompt":"', b"The quick brown fox. ", b'"}')),
+        "a shorter text": ("/generate", _padded(_filled(b'{"prompt":"', b"The quick brown fox. ", b'"}', MIB // 2))),
+        "a message": ("/v1/chat/completions", _filled(b'{"messages":[{"role":"user","content":"', b"1234567 ", b'"}]}')),
+        "no JSON": ("/generate", _filled(b'{"prompt":"', b"\\n", b'"')),
+    }
+
+
+def _filled(start: bytes, unit: bytes, end: bytes, num_bytes: int = MIB) -> bytes:
+    return _padded(start + unit * ((num_bytes - len(start) - len(end)) // len(unit)) + end, num_bytes)
+
+
+def _padded(body: bytes, num_bytes: int = MIB) -> bytes:
+    return body + b" " * (num_bytes - len(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a neighbour waited for, in milliseconds."""
+
+    first_p95: float
+    longest_gap: float
+    num_answers: int
+
+
+def stream(url: str, seconds: float) -> Figures:
+    """Returns what one client waits for that asks for one short answer after the other."""
+    firsts: list[float] = []
+    gaps: list[float] = []
+    end = time.monotonic() + seconds
+    with httpx.Client(base_url=url, timeout=120) as client:
+        while time.monotonic() < end:
+            body = {"prompt": f"At {time.time()} the server said", "max_tokens": NUM_TOKENS, "ignore_eos": True, "stream": True}
+            before, is_first = time.perf_counter(), True
+            with client.stream("POST", "/generate", json=body) as reply:
+                assert reply.status_code == 200, reply.read()
+                for line in reply.iter_lines():
+                    if line.startswith("data:"):
+                        now = time.perf_counter()
+                        (firsts if is_first else gaps).append(1e3 * (now - before))
+                        before, is_first = now, False
+    return Figures(percentile(firsts, 95), max(gaps), len(firsts))
+
+
+def attack(url: str, path: str, body: bytes, ended: threading.Event, statuses: Counter[int]) -> None:
+    """Sends one body after the other, each on what is left of the last one's connection."""
+    with httpx.Client(base_url=url, timeout=120) as client:
+        while not ended.is_set():
+            with suppress(httpx.TransportError):
+                statuses[client.post(path, content=body, headers=JSON).status_code] += 1
+
+
+def attack_main() -> None:
+    """One client as a process of its own: `attack URL KIND SECONDS`."""
+    _, _, url, kind, seconds = sys.argv
+    path, body = bodies()[kind]
+    ended, statuses = threading.Event(), Counter[int]()
+    threading.Timer(float(seconds), ended.set).start()
+    attack(url, path, body, ended, statuses)
+    print(json.dumps(statuses))
+
+
+def beside(url: str, kind: str, seconds: float) -> tuple[Figures, Counter[str]]:
+    """Returns a neighbour's figures while clients send bodies of this kind, and what these were answered."""
+    command = [sys.executable, "-m", "tests.bench.refused", "attack", url, kind, str(seconds + 2)]
+    clients = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(NUM_CLIENTS)]
+    time.sleep(2)
+    figures = stream(url, seconds - 2)
+    statuses: Counter[str] = Counter()
+    for client in clients:
+        said, _ = client.communicate()
+        statuses.update(json.loads(said))
+    return figures, statuses
+
+
+def hold(port: int, body: bytes, num_sent: int, go_on: threading.Barrier) -> str:
+    """Sends the first of a body, and what is left when all have; returns the status that it is answered."""
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
+        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with suppress(OSError):
+            connection.sendall(head.encode() + body[:num_sent])
+        go_on.wait()
+        time.sleep(2)  # all are there, as far as they are taken
+        go_on.wait()
+        with suppress(OSError):
+            connection.sendall(body[num_sent:])
+        try:
+            return connection.recv(65536).partition(b" ")[2][:3].decode() or "closed"
+        except OSError:
+            return "reset"
+
+
+def fill(port: int, server: psutil.Process) -> tuple[float, float, Counter[str]]:
+    """Returns what the server grew by while bodies came at once, at most and after them, in MiB, and what they were answered."""
+    _, body = bodies()["a text"]
+    before, most, ended = server.memory_info().rss, 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not ended.is_set():
+            most = max(most, server.memory_info().rss)
+            time.sleep(0.01)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    go_on = threading.Barrier(NUM_BODIES)
+    with ThreadPoolExecutor(NUM_BODIES) as pool:
+        statuses = Counter(pool.map(lambda _: hold(port, body, len(body) - 1, go_on), range(NUM_BODIES)))
+    ended.set()
+    watching.join()
+    return (most - before) / MIB, (server.memory_info().rss - before) / MIB, statuses
+
+
+def run(url: str, port: int, server: psutil.Process, seconds: float, kinds: Sequence[str]) -> None:
+    """Measures, and prints a line for each."""
+    stream(url, 3)
+    quiet = stream(url, seconds)
+    print(f"{'quiet':18} longest gap {quiet.longest_gap:7.1f} ms          first p95 {quiet.first_p95:7.1f} ms", flush=True)
+    for kind in kinds:
+        found, statuses = beside(url, kind, seconds)
+        gap, first = found.longest_gap / quiet.longest_gap, found.first_p95 / quiet.first_p95
+        answered = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
+        times = f"longest gap {found.longest_gap:7.1f} ms ({gap:4.1f} x) first p95 {found.first_p95:7.1f} ms ({first:4.1f} x)"
+        print(f"{kind:18} {times} {found.num_answers} streams; {answered}", flush=True)
+    most, left, statuses = fill(port, server)
+    answered = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
+    print(f"{NUM_BODIES} bodies of 1 MiB: {most:.0f} MiB at most, {left:.0f} MiB after them; {answered}")
+
+
+def main() -> None:
+    """Starts the server, measures, and ends it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server-cores", default="0")
+    parser.add_argument("--client-cores", default="1")
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--kinds", nargs="*", choices=[*bodies()], default=[*bodies()])
+    parser.add_argument("flags", nargs="*", help="of the server")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {int(core) for core in arguments.client_cores.split(",")})
+    port = free_port()
+    command = [sys.executable, "-m", "server", "--port", str(port), *arguments.flags]
+    with tempfile.TemporaryDirectory() as place:
+        server = Program(command, arguments.server_cores, Path(place) / "log", {})
+        try:
+            server.wait_until(lambda: answers(port, "/ready"))
+            run(f"http://127.0.0.1:{port}", port, psutil.Process(server.process.pid), arguments.seconds, arguments.kinds)
+        finally:
+            server.end()
+
+
+if __name__ == "__main__":
+    attack_main() if sys.argv[1:2] == ["attack"] else main()
