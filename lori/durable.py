@@ -21,10 +21,10 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
     Raises `OSError` where it cannot be read, has more than `max_bytes`, or may never end.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    check_regular(path.stat())  # even to open a device can have an effect
+    check_regular(path.stat(), path)  # even to open a device can have an effect
     with os.fdopen(os.open(path, flags), "rb") as file:
-        check_regular(os.fstat(file.fileno()))
-        return read_whole(file, max_bytes)
+        check_regular(os.fstat(file.fileno()), path)
+        return read_whole(file, max_bytes, path)
 
 
 def write_file(path: Path, content: bytes) -> None:

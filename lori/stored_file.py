@@ -63,17 +63,17 @@ def source_file(folder: Path, name: str) -> Path:
     return file
 
 
-def read_whole(file: BinaryIO, max_bytes: int | None) -> bytes:
+def read_whole(file: BinaryIO, max_bytes: int | None, path: Path | None = None) -> bytes:
     """Return the content of a regular file that was just opened.
 
     Raises `OSError` where it has more than `max_bytes`, or grows meanwhile.
     """
     num_bytes = os.fstat(file.fileno()).st_size
     if max_bytes is not None and num_bytes > max_bytes:
-        raise OSError(errno.EFBIG, f"it has {num_bytes} bytes, expected {max_bytes} at most")
+        raise OSError(errno.EFBIG, f"it has {num_bytes} bytes, expected {max_bytes} at most", path and str(path))
     content = file.read(num_bytes + 1)
     if len(content) > num_bytes:
-        raise OSError(errno.EINVAL, "it was written to while it was read")
+        raise OSError(errno.EINVAL, "it was written to while it was read", path and str(path))
     return content
 
 
@@ -84,12 +84,12 @@ def no_link(folder: Path) -> Path:
     return folder
 
 
-def check_regular(found: os.stat_result) -> None:
+def check_regular(found: os.stat_result, path: Path | None = None) -> None:
     """Raise `OSError` where this is not a regular file: a link, a folder, a pipe, a device."""
     if stat.S_ISLNK(found.st_mode) or getattr(found, "st_file_attributes", 0) & stat.FILE_ATTRIBUTE_REPARSE_POINT:
-        raise OSError(errno.ELOOP, LINK)
+        raise OSError(errno.ELOOP, LINK, path and str(path))
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file", path and str(path))
 
 
 def _open_at(folder: Path, name: str) -> int:

@@ -37,7 +37,7 @@ async def _try(change: Callable[[str], Awaitable[object]], name: str, *, is_know
     try:
         await change(name)
     except REFUSALS as error:
-        if is_known:  # it was damaged at start, and is so on all replicas
-            logger.info("%r is damaged still: %s", name, error)
+        if is_known:  # it was damaged at start, and the log says how
+            logger.info("%r is damaged still", name)
             return
         logger.warning("%r is not as on the other replicas: %s", name, error)

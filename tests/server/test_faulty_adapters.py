@@ -175,6 +175,18 @@ def test_a_folder_that_is_mended_on_disk_is_served_when_it_is_loaded(office: Off
     assert reply.status_code == 200
 
 
+def test_a_card_that_becomes_a_link_while_the_server_runs_is_not_shown(office: Office) -> None:
+    """A client read the key file by it."""
+    assert office.client.get("/adapters/calm").status_code == 200
+    (office.store.root / "calm" / CARD_FILE).symlink_to(office.store.root.parent / "secret")
+    for name in ("calm", "dry"):
+        reply = office.client.get(f"/adapters/{name}")
+        assert SECRET not in reply.text
+        assert reply.status_code == (500 if name == "calm" else 200)
+    message = office.client.get("/adapters/calm").json()["error"]["message"]
+    assert message == f"adapter 'calm' cannot be read: {CARD_FILE} cannot be read: it is a link, and a store follows none"
+
+
 def test_one_that_is_damaged_still_says_how_it_is_damaged_now(office: Office) -> None:
     shutil.copy(office.store.root / "calm" / CONFIG_FILE, office.store.root / "cut" / CONFIG_FILE)
     reply = office.post("/adapters/cut/load")
