@@ -39,7 +39,7 @@ from tests.tiny import tiny_tokenizer
 
 CASES = ("without", "text", "json", "traced")
 BODY = json.dumps({"prompt": "x", "stream": True, "max_tokens": 64}).encode()
-REQUEST = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+REQUEST = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
     len(BODY),
     BODY,
 )

@@ -30,7 +30,7 @@ from server.schemas.generation import GenerateReply
 from server.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
-from tests.server.live import LIMIT_S, MAX_BODY_BYTES, RUNNING, Live, events, serve_here, wait_until
+from tests.server.live import HOST, LIMIT_S, MAX_BODY_BYTES, RUNNING, Live, events, serve_here, wait_until
 from tests.server.rig import FakeEngine, greedy
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -520,7 +520,7 @@ def test_twenty_clients_at_once_have_the_texts_they_have_alone(live: Live) -> No
 def served(tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, **settings: int) -> Iterator[tuple[httpx.Client, Service]]:
     """An app in this process, with a fake for its engine, and its service."""
     service = Service(
-        settings=Settings(**settings),
+        settings=Settings(**{"allow_host": [HOST]} | settings),
         base_model="fake",
         registry=Registry([]),
         admission=Admission(tokenizer, Registry([]), 100),
