@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from server.access.gate import Gate
 from server.access.hosts import AllowedHosts, HostCheck
+from server.access.tenant_places import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.description.openapi import Api
 from server.description.responses import ADMINISTERING, GENERATING, refusals
@@ -38,6 +39,7 @@ class State(TypedDict):
     service: Service
     comparer: Comparer
     comparing: anyio.Lock
+    comparisons: TenantPlaces
     """Held by the one request that compares adapters."""
 
 
@@ -50,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         async with anyio.create_task_group() as group, service.admin.running():
             if service.keys:
                 group.start_soon(service.keys.watch)
-            yield State(service=service, comparer=Comparer(), comparing=anyio.Lock())
+            yield State(service=service, comparer=Comparer(), comparing=anyio.Lock(), comparisons=TenantPlaces())
             await service.engine.stop()
             group.cancel_scope.cancel()
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
@@ -220,6 +221,12 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
     return _answer(status, name, str(error), field, headers, faults)
 
 
+async def on_disconnect(_: Request, error: Exception) -> Response:
+    """Ends the exchange with a client that has left: it hears nothing, and 499 is what proxies' logs call it."""
+    assert isinstance(error, ClientDisconnect)
+    return Response(status_code=499)
+
+
 def unknown_reply() -> JSONResponse:
     """Returns the answer to a request in which we failed; the log has the trace."""
     return _answer(500, "InternalServerError", "the server failed; its log says why")
@@ -229,5 +236,6 @@ def add_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app` the same shape."""
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     for kind in (*TABLE, FieldError):
         app.add_exception_handler(kind, on_known)

@@ -1,12 +1,12 @@
 """Checks of the grammars that requests bring: in turns, so that one client's slow grammars cost the others little."""
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 
-from anyio import CapacityLimiter
+from anyio import Lock
 from anyio.to_thread import run_sync
+from starlette.requests import ClientDisconnect
 
+from server.access.tenant_places import TenantPlaces
 from server.engine.admission import Admission
 from server.engine.grammar import CrowdedError, Grammar
 
@@ -23,29 +23,31 @@ class GrammarChecks:
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._num_waiting: Counter[str] = Counter()
-        self._first, self._slow = CapacityLimiter(1), CapacityLimiter(1)
+        self._places = TenantPlaces()
+        self._first, self._slow = Lock(), Lock()
 
-    async def check(self, grammar: Grammar, tenant: str) -> None:
+    async def check(self, grammar: Grammar, tenant: str, has_left: Callable[[], Awaitable[bool]]) -> None:
         """Make sure that an answer can follow the grammar of an admitted request; one that was checked before waits for nothing.
 
-        Raises `RefusedError`, or `CrowdedError` where the tenant has as many as it may have in here.
+        `has_left` is asked when its turn comes: nothing is checked for a client that has left. Raises `RefusedError`,
+        `ClientDisconnect`, or `CrowdedError` where the tenant has as many as it may have in here.
         """
         if self._admission.knows_grammar(grammar):
             return
-        with self._place(tenant):
-            if not await run_sync(lambda: self._admission.check_grammar(grammar, is_quick=True), limiter=self._first):
-                await run_sync(lambda: self._admission.check_grammar(grammar), limiter=self._slow)
-
-    @contextmanager
-    def _place(self, tenant: str) -> Iterator[None]:
-        if tenant and self._num_waiting[tenant] >= MAX_PER_TENANT:
+        if tenant and self._places.num_held(tenant) >= MAX_PER_TENANT:
             raise CrowdedError(
                 f"{MAX_PER_TENANT} grammars of tenant {tenant!r} are being compiled, which is the limit; try again"
             )
-        self._num_waiting[tenant] += 1
-        try:
-            yield
-        finally:
-            self._num_waiting[tenant] -= 1
-            self._num_waiting += Counter()  # forgets the tenants that have none
+        with self._places.place(tenant):
+            async with self._first:
+                await _check_present(has_left)
+                if await run_sync(lambda: self._admission.check_grammar(grammar, is_quick=True)):
+                    return
+            async with self._slow:
+                await _check_present(has_left)
+                await run_sync(lambda: self._admission.check_grammar(grammar))
+
+
+async def _check_present(has_left: Callable[[], Awaitable[bool]]) -> None:
+    if await has_left():
+        raise ClientDisconnect

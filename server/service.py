@@ -1,6 +1,6 @@
 """What the routes work with: admitted requests in, their events out, and the server's own facts."""
 
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +24,8 @@ from server.telemetry.metrics import Metrics
 from server.text_threads import TextThreads
 from server.transport.bodies import Bodies
 from server.transport.exchange import current
+
+HasLeft = Callable[[], Awaitable[bool]]
 
 
 @dataclass(slots=True)
@@ -70,12 +72,13 @@ class Service:
 
     @asynccontextmanager
     async def admitted(
-        self, asks: Sequence[Ask], caller: Caller, *, is_whole: bool = True
+        self, asks: Sequence[Ask], caller: Caller, *, is_whole: bool = True, has_left: HasLeft | None = None
     ) -> AsyncGenerator[list[Request], None]:
         """Gives the caller's requests, which have their places until the block ends, or raises what the error table knows.
 
         All are admitted or none; `is_whole` says that no answer is streamed. Where all places are taken, a tenant that has none
-        is given one more. Long prompts are encoded off the event loop, when the places are taken already.
+        is given one more. Long prompts are encoded off the event loop, when the places are taken already. `has_left` says whether
+        the client is gone: then a grammar whose turn comes is not checked, and `ClientDisconnect` is raised.
         """
         self.check_alive()
         num_answers = sum(ask.num_choices for ask in asks)
@@ -99,7 +102,7 @@ class Service:
             )
             check_scores(requests, is_whole=is_whole)
             for grammar in dict.fromkeys(request.grammar for request in requests if request.grammar):  # last: it may take long
-                await self.grammar_checks.check(grammar, caller.tenant)
+                await self.grammar_checks.check(grammar, caller.tenant, has_left or _stays)
             self.check_alive()
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)
@@ -146,6 +149,10 @@ class Service:
                     yield event
         finally:
             account.close()
+
+
+async def _stays() -> bool:
+    return False
 
 
 def _by(caller: Caller, ask: Ask, caps: Caps) -> Ask:

@@ -49,9 +49,9 @@ async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf
     """Answers a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
         with in_fields_of(body):
-            [request] = await place.enter_async_context(
-                service.admitted([_to_ask(body, service.base_model)], caller, is_whole=not body.stream)
-            )
+            asks = [_to_ask(body, service.base_model)]
+            admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
+            [request] = await place.enter_async_context(admitted)
         writer = _Writer(body, service.base_model, request)
         if body.stream:
             return EventStream(writer.stream(service), place.pop_all(), service.settings.max_unread_s)

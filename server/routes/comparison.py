@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from lori.errors import AdapterError
+from server.access.tenant_places import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
@@ -19,7 +20,7 @@ from server.schemas.comparison import AdapterComparison
 
 MAX_NAMES = 16
 MAX_WAITING = 8
-"""Comparisons that wait for the one that runs."""
+"""Comparisons of one tenant that wait, beside one of its own that runs or is the next."""
 router = APIRouter()
 Names = Annotated[
     str,
@@ -35,17 +36,19 @@ Names = Annotated[
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
     asked_for = split(names)
-    comparer, turn = http.state.comparer, http.state.comparing
+    comparer, turn, places = http.state.comparer, http.state.comparing, http.state.comparisons
     assert isinstance(comparer, Comparer)
     assert isinstance(turn, anyio.Lock)
+    assert isinstance(places, TenantPlaces)
     with service.limiter.places(caller):
         asked = await find(service, caller, asked_for, "names")
-        if turn.statistics().tasks_waiting >= MAX_WAITING:
+        if places.num_held(caller.tenant) > MAX_WAITING:
             raise BusyError(f"{MAX_WAITING} comparisons wait already, which is the limit; try again")
-        async with turn:
-            if await http.is_disconnected():
-                return Response(status_code=499)
-            return await run_in_threadpool(answer, comparer, asked_for, asked)
+        with places.place(caller.tenant):
+            async with turn:
+                if await http.is_disconnected():
+                    return Response(status_code=499)
+                return await run_in_threadpool(answer, comparer, asked_for, asked)
 
 
 def split(text: str) -> list[str]:

@@ -42,7 +42,8 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
     async with AsyncExitStack() as places:
         with in_fields_of(body):
             asks = to_asks(body, service.base_model)
-            requests = await places.enter_async_context(service.admitted(asks, caller, is_whole=not body.stream))
+            admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
+            requests = await places.enter_async_context(admitted)
         writer = _Writer(body, service.base_model, requests)
         if body.stream:
             return EventStream(writer.stream(service), places.pop_all(), service.settings.max_unread_s)

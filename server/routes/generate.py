@@ -49,7 +49,8 @@ STREAM = streams(
 async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> Response:
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        [request] = await place.enter_async_context(service.admitted([to_ask(body)], caller, is_whole=not body.stream))
+        admitted = service.admitted([to_ask(body)], caller, is_whole=not body.stream, has_left=http.is_disconnected)
+        [request] = await place.enter_async_context(admitted)
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))

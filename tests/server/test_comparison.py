@@ -15,6 +15,7 @@ from lori.compare import ModuleComparison, compare
 from lori.errors import AdapterError
 from lori.store import AdapterStore
 from lori.summary import summarise
+from server.access.caller import Caller
 from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.admission import Admission
@@ -25,6 +26,7 @@ from server.routes import comparison
 from server.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
+from tests.server.keyed import ACME, OTHER, bearer, make_service, write_keys
 from tests.server.live import LIMIT_S, Live, serve_here, wait_until
 from tests.server.rig import FakeEngine, write_adapter
 from tests.server.test_http import refusal
@@ -198,6 +200,27 @@ def test_one_comparison_runs_at_a_time_and_few_wait(
         assert client.get("/ready").status_code == 200
         SlowComparer.may_go_on.set()
         assert sorted(reply.result().status_code for reply in asked) == [200, 200, 200, 429]
+
+
+def test_one_tenant_s_comparisons_have_no_other_s_refused(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast, store: Path, writer: BaseModel, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("server.app.Comparer", SlowComparer)
+    monkeypatch.setattr(SlowComparer, "may_go_on", threading.Event())
+    monkeypatch.setattr(comparison, "MAX_WAITING", 2)
+    service = make_service(tokenizer, write_keys(tmp_path), registry=Registry(registered(store, writer)))
+    with serve_here(service) as client, ThreadPoolExecutor(8) as pool:
+
+        def compare(key: str) -> int:
+            return client.get("/adapters/compare?names=math,safety", headers=bearer(key)).status_code
+
+        flood = [pool.submit(compare, ACME) for _ in range(5)]
+        wait_until(lambda: sum(one.done() for one in flood) == 2, "those that are refused")
+        other = pool.submit(compare, OTHER)
+        wait_until(lambda: service.limiter.num_under_way(Caller(tenant="other")) == 1 or other.done(), "the other tenant")
+        SlowComparer.may_go_on.set()
+        assert other.result() == 200
+        assert sorted(one.result() for one in flood) == [200, 200, 200, 429, 429]
 
 
 def test_an_adapter_that_cannot_be_read_is_told_without_its_place(

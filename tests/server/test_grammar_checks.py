@@ -1,10 +1,12 @@
 """One client's slow grammars neither have another's refused nor keep it waiting for long."""
 
 import asyncio
+import json
+import socket
 import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -12,14 +14,19 @@ from typing import cast
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
 from server.engine.admission import Admission, RefusedError
 from server.engine.grammar import CrowdedError, Grammar
 from server.grammar_checks import MAX_PER_TENANT, GrammarChecks
 from tests.server.keyed import ACME, OTHER, bearer, write_keys
-from tests.server.live import LIMIT_S, Live, start
+from tests.server.live import LIMIT_S, Live, start, wait_until
 
 USUAL, SLOW = Grammar("regex", "[0-9]+"), Grammar("regex", "slow")
+
+
+async def stays() -> bool:
+    return False
 
 
 @dataclass
@@ -62,7 +69,7 @@ def run(test: Coroutine[object, object, None]) -> None:
 
 async def begin_slow(checks: GrammarChecks, admission: FakeAdmission, number: int, tenant: str) -> list[asyncio.Task[None]]:
     """Begins the checks of slow grammars and waits until the first is under way."""
-    begun = [asyncio.create_task(checks.check(Grammar("regex", f"slow {i}"), tenant)) for i in range(number)]
+    begun = [asyncio.create_task(checks.check(Grammar("regex", f"slow {i}"), tenant, stays)) for i in range(number)]
     await asyncio.to_thread(admission.is_checking.wait, LIMIT_S)
     return begun
 
@@ -71,7 +78,7 @@ async def begin_slow(checks: GrammarChecks, admission: FakeAdmission, number: in
 def test_a_usual_grammar_passes_those_that_take_long(checks: GrammarChecks, admission: FakeAdmission, tenant: str) -> None:
     async def test() -> None:
         slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile" if tenant else "")
-        await checks.check(USUAL, tenant)
+        await checks.check(USUAL, tenant, stays)
         assert admission.checked == [USUAL]
         admission.may_end.set()
         await asyncio.gather(*slow)
@@ -82,7 +89,7 @@ def test_a_usual_grammar_passes_those_that_take_long(checks: GrammarChecks, admi
 def test_without_keys_none_is_refused_because_others_wait(checks: GrammarChecks, admission: FakeAdmission) -> None:
     async def test() -> None:
         slow = await begin_slow(checks, admission, 100, "")
-        mine = asyncio.create_task(checks.check(SLOW, ""))
+        mine = asyncio.create_task(checks.check(SLOW, "", stays))
         admission.may_end.set()
         await asyncio.gather(mine, *slow)
         assert admission.checked[-1] == SLOW, "first come, first served"
@@ -94,20 +101,20 @@ def test_a_tenant_has_its_share_of_places_and_no_more(checks: GrammarChecks, adm
     async def test() -> None:
         slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile")
         with pytest.raises(CrowdedError, match=f"{MAX_PER_TENANT} grammars of tenant 'hostile'"):
-            await checks.check(USUAL, "hostile")
-        other = asyncio.create_task(checks.check(SLOW, "other"))
+            await checks.check(USUAL, "hostile", stays)
+        other = asyncio.create_task(checks.check(SLOW, "other", stays))
         admission.may_end.set()
         await asyncio.gather(other, *slow)
-        await checks.check(USUAL, "hostile")
+        await checks.check(USUAL, "hostile", stays)
 
     run(test())
 
 
 def test_one_that_was_checked_before_waits_for_nothing(checks: GrammarChecks, admission: FakeAdmission) -> None:
     async def test() -> None:
-        await checks.check(USUAL, "hostile")
+        await checks.check(USUAL, "hostile", stays)
         slow = await begin_slow(checks, admission, MAX_PER_TENANT, "hostile")
-        await checks.check(USUAL, "hostile")
+        await checks.check(USUAL, "hostile", stays)
         admission.may_end.set()
         await asyncio.gather(*slow)
 
@@ -119,7 +126,28 @@ def test_a_check_that_fails_gives_its_place_back(checks: GrammarChecks, admissio
         admission.may_end.set()
         for _ in range(2 * MAX_PER_TENANT):
             with pytest.raises(RefusedError, match="is bad"):
-                await checks.check(Grammar("regex", "slow and bad"), "hostile")
+                await checks.check(Grammar("regex", "slow and bad"), "hostile", stays)
+
+    run(test())
+
+
+@pytest.mark.parametrize("num_asked", [1, 2])
+def test_nothing_is_checked_for_a_client_that_has_left(checks: GrammarChecks, admission: FakeAdmission, num_asked: int) -> None:
+    """Those that left would have kept their places until their grammars were tried for nobody."""
+    answers = [False] * (num_asked - 1) + [True]
+
+    async def has_left() -> bool:
+        return answers.pop(0)
+
+    async def test() -> None:
+        slow = await begin_slow(checks, admission, 1, "")
+        gone = asyncio.create_task(checks.check(SLOW, "", has_left))
+        admission.may_end.set()
+        with pytest.raises(ClientDisconnect):
+            await gone
+        await asyncio.gather(*slow)
+        assert SLOW not in admission.checked
+        assert not answers
 
     run(test())
 
@@ -171,6 +199,17 @@ def test_one_client_s_slow_grammars_have_nobody_s_refused(live: Live) -> None:
     with flood(live, 12, {}) as statuses:
         assert_neighbour_is_served(live, {})
     assert {*statuses} == {400}
+
+
+def test_a_client_that_leaves_gives_its_place_up_when_its_turn_comes(live: Live) -> None:
+    with flood(live, 4, {}):
+        num_gone = 20
+        request = json.dumps(slow_body()).encode()
+        head = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        for _ in range(num_gone):
+            with closing(socket.create_connection(("127.0.0.1", live.port))) as connection:
+                connection.sendall(head % len(request) + request)
+        wait_until(lambda: live.log.read_text().count(" 499") >= num_gone, "the end of what nobody waits for")
 
 
 def test_a_tenant_s_slow_grammars_have_only_its_own_refused(writer_model: Path, tmp_path: Path) -> None:
