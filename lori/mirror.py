@@ -45,6 +45,8 @@ class Mirror:
         """By path. Any thread may look: it is never changed, but replaced."""
         self.folders: Mapping[str, Sequence[str]] = {}
         """The folders of adapters, which have a config or are links, by the adapter's name; likewise."""
+        self.links: Mapping[str, Sequence[str]] = {}
+        """By the folder of an adapter, the names of its files that are links, or "" where it is one itself; likewise."""
         self.misnamed: Sequence[str] = ()
         """Folders with a config whose name no adapter may have, when all was looked at last."""
 
@@ -117,13 +119,10 @@ class Mirror:
         self.forget(self.files.keys() - found.keys() - kept.keys())
         self.files = {**kept, **found}
         self.folders = _by_name(self.files)
+        self.links = _links(self.files)
 
     def _is_copied(self, path: str, file: RemoteFile) -> bool:
         return file.mark is not None and self._marks.get(path) == file.mark and (self._root / path).is_file()
-
-    def links(self, folder: str) -> list[str]:
-        """Returns what is a link of a folder of an adapter: some of its files, or the folder itself. Any thread may ask."""
-        return [path for path, file in self.files.items() if file.is_link and path.partition("/")[0] == folder]
 
     def _drop_linked(self, path: str) -> None:
         folder, _, name = path.partition("/")
@@ -179,6 +178,15 @@ def _by_name(files: Iterable[str]) -> Mapping[str, Sequence[str]]:
         folder, _, name = path.partition("/")
         if name in (CONFIG_FILE, "") and FOLDER.fullmatch(folder):
             found[folder.partition("@")[0]].append(folder)
+    return dict(found)
+
+
+def _links(files: Mapping[str, RemoteFile]) -> Mapping[str, Sequence[str]]:
+    found = defaultdict(list)
+    for path, file in files.items():
+        if file.is_link:
+            folder, _, name = path.partition("/")
+            found[folder].append(name)
     return dict(found)
 
 

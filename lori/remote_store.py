@@ -22,7 +22,7 @@ from lori.cached_entry import CachedEntry
 from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE
 from lori.durable import discard, replace_file, sync_file
-from lori.entry import Entry
+from lori.entry import Entry, Scan
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
 from lori.mirror import ADAPTER_FILES, Mirror, alias_path
@@ -191,14 +191,10 @@ class RemoteStore(AdapterStore):
 
     def file_faults(self, folder: str) -> list[str]:
         """Returns what is wrong with the files in the folder of that name, as far as the store says so."""
-        names = [path.partition("/")[2] for path in self._mirror.links(folder)]
+        names = self._mirror.links.get(folder, ())
         if names or f"{folder}/{WEIGHTS_FILE}" in self._mirror.files:
             return [f"{name} cannot be read: {LINK}" if name else LINKED_FOLDER for name in names]
         return [f"{WEIGHTS_FILE} is not there"]
-
-    def misnamed(self) -> Sequence[str]:
-        """As `AdapterStore.misnamed`, when all was looked at last."""
-        return self._mirror.misnamed
 
     def basis(self, digest: str) -> Explicit:
         """Returns an explicit basis, which is fetched where it is not here. Raises as `load_basis`."""
@@ -209,10 +205,11 @@ class RemoteStore(AdapterStore):
                     self._bring(_in_store(self.root, file))
         return load_basis(self.root, digest)
 
-    def _scan(self, name: str | None = None) -> Sequence[Entry]:
+    def _scan(self, name: str | None = None) -> Scan:
         folders = self._mirror.folders
         names = sorted(folders) if name is None else [name]
-        return [self._entry(of, folder) for of in names for folder in folders.get(of, ())]
+        entries = [self._entry(of, folder) for of in names for folder in folders.get(of, ())]
+        return Scan(entries, self._mirror.misnamed if name is None else ())
 
     def _entry(self, name: str, folder: str) -> Entry:
         return CachedEntry(name, self.root / folder, source=self)

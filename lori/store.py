@@ -24,7 +24,7 @@ from lori.basis_file import BASES_FOLDER, basis_file, load_basis
 from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
 from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
-from lori.entry import Entry, has_adapter, scan
+from lori.entry import Entry, Scan, has_adapter, scan
 from lori.errors import AdapterError, AdapterFormatError
 from lori.file_stamp import FileStamp
 from lori.format import (
@@ -75,15 +75,15 @@ class AdapterStore:
         One that is a link is among them, and cannot be read. Raises `AdapterError` where `root` cannot be read.
         """
         self._check_root()
-        return self._scan()
+        return self._scan().entries
 
     def versions(self, name: str) -> Sequence[Entry]:
         """Returns every version of the adapter called `name`; none where there is none. Raises as `list`."""
-        return self._scan(name) if self.root.is_dir() else []
+        return self._scan(name).entries if self.root.is_dir() else []
 
     def misnamed(self) -> Sequence[str]:
         """Returns the folders that hold an adapter, and whose name no adapter may have. Raises as `list`."""
-        return scan(self.root).misnamed
+        return self._scan().misnamed
 
     def pull(self, *names: str) -> None:
         """Looks at what there is of these names now, or of all where none is given: a folder says so whenever it is asked."""
@@ -130,11 +130,11 @@ class AdapterStore:
 
     def _contents(self) -> Contents:
         self._check_root()
-        by_name, aliases = defaultdict(list), dict[str, str]()
-        for entry in self._scan():
+        found, by_name, aliases = self._scan(), defaultdict(list), dict[str, str]()
+        for entry in found.entries:
             by_name[entry.name].append(entry)
         current: dict[str, Entry] = {}
-        faults = {name: f"{self.root / name}: an adapter's name must match {NAME.pattern}" for name in self.misnamed()}
+        faults = {name: f"{self.root / name}: an adapter's name must match {NAME.pattern}" for name in found.misnamed}
         for name in self._aliases.names():
             try:
                 if meant := self._aliases.get(name):
@@ -327,8 +327,8 @@ class AdapterStore:
             return None
         return basis_file(self.root, basis.digest) if isinstance(basis, ExplicitConfig) else None
 
-    def _scan(self, name: str | None = None) -> Sequence[Entry]:
-        return scan(self.root, name).entries
+    def _scan(self, name: str | None = None) -> Scan:
+        return scan(self.root, name)
 
     def _entry(self, name: str, folder: str) -> Entry:
         return Entry(name, self.root / folder)

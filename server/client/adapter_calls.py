@@ -1,16 +1,20 @@
 """What both clients send about adapters, which an admin's key alone may change. Knows no connection."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
+from lori.stored_file import read_source
 from server.client.calls import Call
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.comparison import AdapterComparison
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+MAX_BYTES = 2**34
+"""Of a file that is sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +27,9 @@ class AdapterFiles:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Returns those of an adapter's folder, which may have no card. Raises `OSError`."""
-        config, weights, card = (Path(folder) / name for name in (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE))
-        return cls(config.read_bytes(), weights.read_bytes(), card.read_bytes() if card.exists() else None)
+        """Returns those of an adapter's folder, which may have no card. Raises `OSError`, also for a link out of the folder."""
+        names = (CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(Path(folder) / CARD_FILE) else ()))
+        return cls(*(read_source(Path(folder), name, MAX_BYTES) for name in names))
 
 
 def adapters(prefix: str, after: str, limit: int | None) -> Call[AdapterList]:

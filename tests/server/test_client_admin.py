@@ -126,3 +126,14 @@ def test_without_an_admins_key_nothing_is_changed(office: Office, connect: Conne
     for change in (guest.delete, guest.pin, guest.unpin, guest.load, guest.unload):
         with pytest.raises(ForbiddenError):
             change("math")
+
+
+def test_a_card_that_is_a_link_out_of_its_folder_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("a key")
+    (tmp_path / "math").mkdir()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (tmp_path / "math" / name).write_text(name)
+    assert AdapterFiles.read(tmp_path / "math") == AdapterFiles(CONFIG_FILE.encode(), WEIGHTS_FILE.encode())
+    (tmp_path / "math" / "README.md").symlink_to("../secret")
+    with pytest.raises(OSError, match="it is a link that leads out of its folder"):
+        AdapterFiles.read(tmp_path / "math")
