@@ -35,3 +35,12 @@ def test_an_absolute_target_s_authority_counts_as_the_host(live: Live) -> None:
     own = head(line=b"POST http://localhost/tokenize HTTP/1.1", host=b"Host: other.example\r\n") + sized(BODY)
     for content, status in ((other, 421), (own, 200)):
         assert ask(live.port, Case("absolute", content, frozenset()), "whole").answers[0][0] == status
+
+
+def test_a_body_that_was_asked_about_and_refused_ends_its_connection(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A client may leave it out then, and what it sends next was read as the body."""
+    content = head(b"Expect: 100-continue\r\nContent-Length: 500\r\n\r\n")
+    with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, _):
+        exchange = ask(client.base_url.port or 0, Case("without a key", content, frozenset({401})), "whole")
+    assert [status for status, _ in exchange.answers] == [401]
+    assert not exchange.is_kept
