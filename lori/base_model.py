@@ -16,6 +16,7 @@ from lori.embedded import embedded_model
 from lori.errors import ModelError
 from lori.hub import check_model
 from lori.identity import BaseIdentity
+from lori.kernels.native import is_allowed
 from lori.names import EMBEDDED_NAME, short_name
 
 
@@ -37,14 +38,14 @@ CPU = torch.device("cpu")
 
 
 def default_dtype(device: torch.device = CPU) -> torch.dtype:
-    """Returns bf16 where the device has instructions for it, as every GPU that serves does, else fp32.
+    """Returns bf16 where the device has instructions for it that may be used, as every GPU that serves does, else fp32.
 
     Without them oneDNN's bf16 products are there, too, and take several times as long as those in fp32.
     """
     if device.type == "cuda":
         return torch.bfloat16
     capability = torch.backends.cpu.get_cpu_capability()
-    has_bf16 = capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+    has_bf16 = is_allowed("avx512_bf16") and capability.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
 
 

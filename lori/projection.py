@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lori.errors import ModelError
 from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route, dense_segments
-from lori.kernels.native import MODULE, instruction_sets
+from lori.kernels.native import MAX_ISA_VARIABLE, MODULE, has_amx, instruction_sets
 from lori.kernels.pages import zeros
 from lori.quantization import Quantization, quantize
 
@@ -45,16 +45,18 @@ def project(
     if quantization:
         weight = linears[0].weight
         found = f"{quantization} of {weight.shape[1]} inputs in {weight.dtype} on {weight.device}"
-        needs = "a CPU with AVX-512 for bfloat16 and without AMX, the compiled module, and an even number of inputs in bfloat16"
+        cpu = f"a CPU with AVX-512 for bfloat16 and without AMX (or {MAX_ISA_VARIABLE}=avx512_bf16)"
+        needs = f"{cpu}, the compiled module, and an even number of inputs in bfloat16"
         raise ModelError(f"there are no products in {found} here: they need {needs}")
     return TorchProjection(linears, blocks, operands)
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this dtype are computed by the compiled module: in bf16 on a CPU with its instructions and no tiles."""
-    if device.type != "cpu" or dtype is not torch.bfloat16 or "avx512_bf16" not in instruction_sets():
-        return False
-    return not torch.cpu._is_amx_tile_supported()  # with which torch is faster; no public function says it
+    """Whether products of this dtype are computed by the compiled module: in bf16 on a CPU with its instructions and no tiles.
+
+    A process that LORI_MAX_CPU_ISA forbids AMX has no tiles.
+    """
+    return device.type == "cpu" and dtype is torch.bfloat16 and "avx512_bf16" in instruction_sets() and not has_amx()
 
 
 def _is_native(linears: Sequence[nn.Linear]) -> bool:

@@ -14,7 +14,7 @@ from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
 from lori.entry import Entry
 from lori.errors import AdapterError, ModelError
-from lori.kernels.native import MISSING, MODULE, description
+from lori.kernels.native import MISSING, MODULE, description, max_isa
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import has_native
@@ -74,6 +74,7 @@ def load_service(settings: Settings) -> Service:
 
     Raises `KeyFileError` where the key file is not sound.
     """
+    max_isa()  # an unknown one is refused before anything is loaded, on a GPU too
     keys = KeyRing(settings.keys) if settings.keys else None
     own, demo = open_stores(settings)  # what cannot be reached is said before a model is loaded
     if settings.threads:

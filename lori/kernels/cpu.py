@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from lori.kernels.layout import LANES
-from lori.kernels.native import MISSING, MODULE, instruction_sets
+from lori.kernels.native import MISSING, MODULE, choose
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
 from lori.kernels.shapes import mismatch
 
-FASTEST = next(iter(instruction_sets()), "")
-"""The instruction set that is used, where the module is there."""
 PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081)}
 """What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
 PRODUCT_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
@@ -66,9 +64,9 @@ def packed_tokens(operands: Operands, slot: int) -> float:
 
 
 def _crossover(operands: Operands, num_bytes: int) -> float:
-    if not num_bytes or FASTEST not in PACKED_NS:  # torch's product has not been measured on others
+    if not num_bytes or choose() not in PACKED_NS:  # torch's product has not been measured on others
         return inf
-    per_slice, per_byte = PACKED_NS[FASTEST]
+    per_slice, per_byte = PACKED_NS[choose()]
     num_outputs, rank, dtype = operands.layout.num_outputs, operands.layout.rank, operands.layout.dtype
     packed = per_slice * num_outputs / LANES + per_byte * num_bytes  # a token
     gained = (packed - PRODUCT_NS[dtype] * num_outputs * rank) / torch.get_num_threads()
@@ -99,10 +97,13 @@ def bound_route(route: Route) -> Any:
 
 
 def bind(operands: Operands, instruction_set: str | None = None) -> Any:
-    """Returns the module's view of operands, valid until their pool moves. Raises `ValueError` for an unknown instruction set."""
+    """Returns the module's view of operands, valid until their pool moves.
+
+    `instruction_set` is one of `instruction_sets()`, the fastest by default; raises `ValueError` for another.
+    """
     of = module().Operands
     layout, arrays = operands.layout, (operands.pool.numpy(), operands.starts.numpy(), operands.basis_of.numpy())
-    return of(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, instruction_set or FASTEST)
+    return of(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, choose(instruction_set))
 
 
 def module() -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 
+from lori.kernels.native import MAX_ISA_VARIABLE
 from tests.bench.serve_wire import FailedError
 
 READY_S = 600
@@ -94,5 +95,5 @@ def _cpu_s(stat: list[str]) -> float:
 
 def _environment() -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "VLLM_"))}
-    kept = {key: value for key, value in os.environ.items() if key == "LORI_CACHE"}
+    kept = {key: value for key, value in os.environ.items() if key in ("LORI_CACHE", MAX_ISA_VARIABLE)}
     return own | kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lori.base_identity import identify, identify_files
 from lori.base_model import default_dtype, load_base_model, resolve_dtype
 from lori.errors import ModelError
+from lori.kernels.native import MAX_ISA_VARIABLE
 from lori.names import EMBEDDED_NAME
 from lori.template import encode
 from tests.tiny import save_tiny_model, tiny_llama_config
@@ -262,6 +263,7 @@ def test_a_cpu_without_instructions_for_bf16_computes_in_fp32(
     monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: torch.dtype
 ) -> None:
     """Was bf16 wherever oneDNN can: 32 requests took twice as long on a CPU with AVX-512 alone."""
+    monkeypatch.delenv(MAX_ISA_VARIABLE, raising=False)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bf16)
     assert default_dtype() is expected

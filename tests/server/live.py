@@ -18,6 +18,7 @@ import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
 
+from lori.kernels.native import MAX_ISA_VARIABLE
 from server.app import create_app
 from server.service import Service
 
@@ -42,9 +43,9 @@ def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -
 def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Starts `python -m server` with `flags` alone: no settings of the environment, no network. Both streams go to `log`.
 
-    `within` are a program and its arguments, which becomes the server.
+    It may use the instruction sets that this process may use. `within` are a program and its arguments, which becomes the server.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_") or key == MAX_ISA_VARIABLE}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as file:
         return subprocess.Popen(

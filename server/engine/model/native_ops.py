@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lori.kernels import Route
-from lori.kernels.native import MODULE, instruction_sets
+from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 from server.engine.model.decoder import Heads, Layer, Norm, Turns, run_layers
 from server.engine.model.spans import Span
@@ -30,7 +30,7 @@ class NativeOps:
         self._per_block = block_size // BLOCK_TOKENS
         self._num_blocks = num_blocks * self._per_block
         self._dtype, self._spans = dtype, module.Spans
-        self._layers = module.Layers(instruction_sets()[0], str(dtype).removeprefix("torch."))
+        self._layers = module.Layers(choose(), str(dtype).removeprefix("torch."))
         self._heads = [_bound(of, module) for of in heads]
         sizes = [self._layers.block_bytes(of) * self._num_blocks for of in self._heads]
         self._shape = (heads[0].num_heads, heads[0].num_kv_heads)
