@@ -17,6 +17,8 @@ from tests.tiny import save_tiny_model
 # More threads than that wait for each other on a busy machine; the tensors are tiny.
 torch.set_num_threads(1)
 
+pytest_plugins = ("tests.needs",)
+
 
 FIRST = ("test_demo_adapters.py", "test_readme.py")
 """Files that run for minutes on what they have loaded and measured once."""

@@ -3,18 +3,18 @@
 Shapes: T tokens, A bases, R rank, D outputs, S slots.
 """
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
 import torch
 
 from lori.kernels import Operands, Route, Term, cpu, native, reference
-from lori.kernels.cpu import add_delta, packed_tokens
+from lori.kernels.cpu import PACKED_NS, add_delta, packed_tokens
 from lori.kernels.route import LONG
 from tests.lori.instruction_sets import FLAGS, SANITIZE
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
@@ -207,8 +207,10 @@ def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) 
     b = [random_b(576, 32, density, g) for density in (1.0, 0.1, 1.0)]
     for slot in range(3):
         put(operands, slot, b[slot], slot % 2)
-    assert packed_tokens(operands, 0) < 2000
-    assert packed_tokens(operands, 0) >= LONG
+    if native.choose() in PACKED_NS:
+        assert LONG <= packed_tokens(operands, 0) < 2000
+    else:
+        assert packed_tokens(operands, 0) == inf  # torch's product has not been measured beside this instruction set
     y, s = torch.randn(2100, 576, generator=g).to(dtype), torch.randn(2100, 2, 32, generator=g).to(dtype)
     terms = [Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5)]
     case = Case(y, y, s, operands, b, tuple(terms))
@@ -225,7 +227,7 @@ def test_an_empty_module_is_never_unpacked() -> None:
 # --- the sanitizers
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.needs("compiler")
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, instruction_set: str) -> None:
     files = [

@@ -27,7 +27,7 @@ HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[2]
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton does not interpret")),
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")]),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 FORMS = {"gather": sys.maxsize, "dense": 1}
@@ -257,7 +257,6 @@ def test_the_dense_kernel_that_the_benchmark_compares_with_is_right(device: str)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_captured_step_reads_at_replay_what_the_routes_arrays_hold(dtype: torch.dtype) -> None:
     case = make_case((4, 1, 32, 300, 3), dtype, "uniform", 2, "cuda", densities=[0.1])

@@ -1,6 +1,5 @@
 """The products and layers in C++ under the address and undefined behaviour sanitizers, for every instruction set."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tests.lori.instruction_sets import FLAGS, SANITIZE
 SOURCES = Path(native.__file__).parent / "native"
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.needs("compiler")
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_products_and_layers_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
     files = [SOURCES / f"layers_{instruction_set}.cpp", Path(__file__).parent / "sanitize_layers.cpp"]

@@ -18,16 +18,15 @@ from torch import nn
 
 from lori.errors import ModelError
 from lori.kernels import Operands, Route, Term
-from lori.kernels.cpu import bound_operands, bound_route, dense_segments
-from lori.kernels.native import MODULE, instruction_sets
+from lori.kernels.cpu import PACKED_NS, bound_operands, bound_route, dense_segments
+from lori.kernels.native import MODULE, choose
 from lori.projection import NativeProjection, Projection, TorchProjection, has_native, joint_bias, project
 from lori.quantization import quantize
 from tests.lori.operands import put, random_b
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 ROUNDING, SUMMING = {torch.float32: 0.0, BF16: 2.0**-8}, 1e-5
-is_compiled = "avx512_bf16" in instruction_sets()
-needs_native = pytest.mark.skipif(not is_compiled, reason="the module or avx512_bf16 is missing")
+needs_native = pytest.mark.needs("native-products")
 Make = Callable[[Sequence[nn.Linear], Sequence[Sequence[torch.Tensor]], Sequence[Operands]], Projection]
 BOTH = [pytest.param(TorchProjection, id="torch"), pytest.param(NativeProjection, id="native", marks=needs_native)]
 
@@ -410,10 +409,10 @@ def test_a_token_s_bits_do_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize("make", BOTH)
 def test_a_long_segment_of_a_dense_b(make: Make) -> None:
     case = make_case(((576, 40), 64, 2, 32), density=1.0)
-    x = tokens(2100, 64)
-    terms = (Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5))
-    route = Route.of(terms, 2100)
-    if is_compiled:
+    x = tokens(1100, 64)
+    terms = (Term(0, 1000, 0, 0.5), Term(1000, 1040, 1, 2.0), Term(1040, 1100, 2, -1.0), Term(1040, 1100, 1, 0.5))
+    route = Route.of(terms, 1100)
+    if choose() in PACKED_NS:
         assert dense_segments(case.operands[0], route) == (0,)
         assert dense_segments(case.operands[1], route) == ()
     assert_within(case.product(make)(x, route), case.expected(x, terms))

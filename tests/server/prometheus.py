@@ -1,7 +1,6 @@
 """Debian's Prometheus as a process, which scrapes servers of the tests."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import pytest
 import yaml
 
+from tests.needs import need
 from tests.server.live import LIMIT_S, REPOSITORY, wait_until
 
 MONITORING = REPOSITORY / "docker" / "monitoring"
@@ -35,14 +34,6 @@ class Prometheus:
         wait_until(lambda: self.ask(query) == [value], f"{query} to be {value}")
 
 
-def need(program: str) -> str:
-    """Returns where a program is, or skips the test."""
-    path = shutil.which(program)
-    if path is None:
-        pytest.skip(f"there is no {program} on the PATH: apt install prometheus")
-    return path
-
-
 def point_at(config: str, port: int, credentials: Path | None = None) -> str:
     """Returns the text of one of our configs that scrapes a test's server in the place of compose's, and often."""
     said = yaml.safe_load((MONITORING / config).read_text())
@@ -57,11 +48,12 @@ def point_at(config: str, port: int, credentials: Path | None = None) -> str:
 
 @contextmanager
 def scraping(config: str, folder: Path) -> Iterator[Prometheus]:
-    """Runs one on a free port, with all it writes in `folder`, until the block ends."""
+    """Runs one on a free port, with all it writes in `folder`, until the block ends; skips the test where there is none."""
+    need("prometheus")
     (folder / "prometheus.yml").write_text(config)
     log = folder / "log"
     flags = ["--config.file", str(folder / "prometheus.yml"), "--storage.tsdb.path", str(folder / "data")]
-    command = [need("prometheus"), *flags, "--web.listen-address", "127.0.0.1:0"]
+    command = ["prometheus", *flags, "--web.listen-address", "127.0.0.1:0"]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:

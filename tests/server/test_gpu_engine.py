@@ -22,7 +22,7 @@ from server.loading import GIB, load_service
 from server.settings import Settings
 from tests.server.rig import Heard, Rig, build, rig_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+pytestmark = pytest.mark.gpu
 
 FOX = "The quick brown fox jumps over the lazy dog, and then it sleeps. "
 DRAWN = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1)

@@ -71,7 +71,6 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_forbids_what_a_cpu_does() -> None:
     rows, allowed = logits(3, 1000), {2: words(range(0, 1000, 3), 1000), 0: words([999], 1000)}
     there = rows.cuda()

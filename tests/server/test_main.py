@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from lori.config_file import seal_config
 from lori.errors import LoriError
 from lori.format import read_config
-from lori.kernels.native import MODULE
 from server import loading
 from server.loading import load_service
 from server.settings import Settings
@@ -187,7 +186,7 @@ def test_the_limits_of_steps_are_those_of_the_settings(writer_model: Path) -> No
     assert (limits.max_sequences, limits.max_tokens, limits.max_stall, limits.short_step_s) == (3, 40, 1.3, 0.02)
 
 
-@pytest.mark.skipif(MODULE is None, reason="the compiled kernels are not there")
+@pytest.mark.needs("kernels")
 def test_no_memory_in_the_container_for_keys_and_values_is_said_as_that(
     writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

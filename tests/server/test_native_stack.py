@@ -15,7 +15,6 @@ from lori.kernels.cpu import bound_operands, bound_route
 from lori.layer import module_shapes
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
-from lori.projection import has_native
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.native_stack import NativeStack
 from server.engine.model.runner import Runner
@@ -29,7 +28,7 @@ from tests.server.test_runner import SERVED
 from tests.tiny import save_tiny_model
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.skipif(not has_native(BF16, torch.device("cpu")), reason="there are no native products")
+pytestmark = pytest.mark.needs("native-products")
 KNOWN = sorted(SERVED.keys() - {"llama with heads of 12"})
 IDS = tuple(range(40, 110))
 CUTS = (0, 3, 60, 61, 62, 70)

@@ -53,7 +53,7 @@ def fill(ops: Any, dtype: torch.dtype, value: float) -> None:
 
 
 HEADS = Heads(num_heads=4, num_kv_heads=2, head_size=32, scale=32**-0.5)
-needs_native = pytest.mark.skipif(not NATIVE, reason="the module is missing")
+needs_native = pytest.mark.needs("kernels")
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 

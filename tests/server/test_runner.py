@@ -25,7 +25,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from lori import projection
 from lori.base_model import load_base_model
 from lori.errors import ModelError
 from lori.kernels.native import MODULE
@@ -81,9 +80,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma2 without caps": lambda: Gemma2Config(**GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None),
 }
-needs_products = pytest.mark.skipif(
-    not projection.has_native(torch.bfloat16, torch.device("cpu")), reason="there are no native products"
-)
+needs_products = pytest.mark.needs("native-products")
 NATIVE, TORCH = 16, 5
 """Block sizes that the compiled operations know, and do not."""
 PROMPT_LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 70)

@@ -226,7 +226,6 @@ def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_picks_what_a_cpu_does() -> None:
     asks = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9)]
     asks = [replace(ask, seed=seed) for seed in range(20) for ask in asks]

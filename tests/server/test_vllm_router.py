@@ -16,9 +16,10 @@ import httpx
 import openai
 import pytest
 
+from tests.needs import need
 from tests.server.keyed import ACME, ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, Live, start, wait_until
-from tests.server.vllm_router import need, routing
+from tests.server.vllm_router import routing
 
 SETS = [
     ["math"],
@@ -70,7 +71,7 @@ class Routed:
 
 @pytest.fixture
 def routed(writer_model: Path, adapters: Path, tmp_path: Path) -> Iterator[Routed]:
-    need()
+    need("vllm-router")
     shared = copytree(adapters, tmp_path / "adapters")
     options = ["--model", str(writer_model), "--adapters", str(shared), "--keys", str(write_keys(tmp_path))]
     options += ["--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]

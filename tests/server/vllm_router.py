@@ -1,6 +1,5 @@
 """vllm-router as a process, with the flags and the environment of docker/compose.router.yaml, before servers of the tests."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from server.transport.ports import free_port
 from tests.docker.compose import read
 from tests.server.live import LIMIT_S, REPOSITORY, wait_until
 
 SERVICE: dict[str, Any] = read(REPOSITORY / "docker" / "compose.router.yaml")["services"]["router"]
-
-
-def need() -> None:
-    """Skips the test where there is none."""
-    if importlib.util.find_spec("vllm_router") is None:
-        pytest.skip("there is no vllm-router: pip install vllm-router")
 
 
 def flags(port: int, urls: Sequence[str]) -> list[str]:

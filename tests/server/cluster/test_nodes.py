@@ -20,7 +20,7 @@ import pytest
 
 from server.client import BrokenStreamError, Client
 from server.cluster.environment import PREFERRED
-from tests.server.cluster.namespaces import Machine, two_machines, why_not
+from tests.server.cluster.namespaces import Machine, two_machines
 from tests.server.cluster.running import START_S, Cluster, adapters_of_each, running
 from tests.server.live import wait_until
 
@@ -168,10 +168,9 @@ def _cut_off_while_nothing_is_sent(nodes: Nodes) -> None:
     print(f"cut off in silence: all answered after {answered:.1f} s")
 
 
+@pytest.mark.needs("network-namespaces")
 def test_requests_outlive_a_machine(tmp_path: Path, folder: Path) -> None:
     """One test of several parts: a start takes a minute."""
-    if reason := why_not():
-        pytest.skip(reason)
     with _nodes(tmp_path, folder) as nodes:
         first = nodes.names()
         assert len(first) == 2

@@ -1,6 +1,5 @@
 """A Chromium of the system, and what every visit to the playground must keep to."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,9 +7,9 @@ from typing import Any, Protocol
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
 
+from tests.needs import chromium, need
 from tests.server.live import LIMIT_S, Live
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 # Its threads and processes start slowly on a busy machine.
 expect.set_options(timeout=LIMIT_S * 1000)
 SHIFTS = """
@@ -93,10 +92,9 @@ class Visiting(Protocol):
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One browser for a file of tests: while it is open nobody else may run an event loop in this thread."""
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on the PATH: apt install chromium")
+    need("chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         yield browser
         browser.close()
 

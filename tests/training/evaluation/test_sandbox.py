@@ -1,9 +1,7 @@
 """A program that a model wrote passes only by coming to its end, and leaves nothing behind."""
 
 import json
-import shutil
 import socket
-import subprocess
 from pathlib import Path
 
 import psutil
@@ -14,8 +12,7 @@ from training.evaluation.sandbox import Limits, SandboxError, run_all, runs_to_e
 
 HUMANEVAL = Path(__file__).parents[4] / "shared" / "data" / "code" / "humaneval.jsonl"
 LIMITS = Limits(seconds=60, cpu_s=1, memory_bytes=2**28)
-HAS_NAMESPACES = bool(shutil.which("unshare")) and subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0
-needs_namespaces = pytest.mark.skipif(not HAS_NAMESPACES, reason="this system permits no namespaces")
+needs_namespaces = pytest.mark.needs("user-namespaces")
 CHECK = "\ndef check(f):\n    assert f(2) == 3\ncheck(f)"
 
 

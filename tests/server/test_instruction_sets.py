@@ -1,0 +1,32 @@
+"""A server that may not use all of the processor's instruction sets."""
+
+from pathlib import Path
+
+import pytest
+
+from lori.kernels.native import MAX_ISA_VARIABLE, description
+from tests.server.live import LIMIT_S, Live, run_main, start
+
+
+@pytest.mark.needs("kernels")
+def test_a_server_on_portable_code_says_so_and_answers_the_same(
+    live: Live, writer_model: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MAX_ISA_VARIABLE, "portable")
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--threads", "1", "--kv-cache-gib", "0.01"]
+    with start(tmp_path / "log", *flags) as server:
+        log = server.log.read_text()
+        assert " in float32 on cpu" in log  # bfloat16 has no instructions here
+        assert "C++ (portable" in description()
+        assert f"deltas in {description()}" in log
+        for adapter in (None, "math", ["math", "safety"]):
+            body = {"prompt": "One two three", "adapter": adapter, "max_tokens": 12}
+            assert server.generate(**body)["text"] == live.generate(**body)["text"]
+
+
+def test_an_unknown_instruction_set_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MAX_ISA_VARIABLE, "avx1024")
+    process = run_main(tmp_path / "log", "--port", "0")
+    assert process.wait(LIMIT_S) == 1
+    message = f"{MAX_ISA_VARIABLE}=avx1024 is not an instruction set, expected one of portable, avx2, avx512, avx512_bf16, amx"
+    assert (tmp_path / "log").read_text() == f"error: {message}\n"
