@@ -43,8 +43,8 @@ def test_an_absolute_target_s_authority_counts_as_the_host(live: Live) -> None:
 def test_a_body_that_was_asked_about_and_refused_ends_its_connection(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """A client may leave it out then, and what it sends next was read as the body."""
     content = head(b"Expect: 100-continue\r\nContent-Length: 500\r\n\r\n")
-    with served(tokenizer, FakeEngine(), write_keys(tmp_path), keep_alive_s=86400, max_body_s=86400) as (client, _):
-        with closing(socket.create_connection((client.base_url.host, client.base_url.port or 0), LIMIT_S)) as connection:
-            connection.sendall(content)
-            received = heard_to_the_end(connection)
+    app = served(tokenizer, FakeEngine(), write_keys(tmp_path), keep_alive_s=86400, max_body_s=86400)
+    with app as (client, _), closing(socket.create_connection(("127.0.0.1", client.base_url.port or 0), LIMIT_S)) as connection:
+        connection.sendall(content)
+        received = heard_to_the_end(connection)
     assert [status for status, _ in parsed(received)] == [401]
