@@ -87,6 +87,8 @@ def check_raw(live: Live, sent: Raw, statuses: Counter[int]) -> None:
         while not is_closed and not sent.is_cut and (sent.closes or len(STATUS.findall(heard)) < len(sent.answers)):
             heard += (chunk := connection.recv(65536))
             is_closed = not chunk
+        if not sent.is_cut and not is_closed:
+            assert live.client.get("/health").status_code == 200  # meanwhile an answer too many would come
         with suppress(ConnectionError):  # the client left: nobody owes it anything
             if not is_closed:
                 connection.shutdown(socket.SHUT_WR)
