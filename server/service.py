@@ -4,6 +4,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Seq
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from anyio import Lock
+
 from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import Limiter, RateLimiter
@@ -48,6 +50,8 @@ class Service:
     required: Callable[[], Collection[str]] = tuple
     """Gives the references of adapters that tenants cannot do without."""
     texts: TextThreads = field(default_factory=TextThreads)
+    parsing: Lock = field(default_factory=Lock)
+    """Held by the one long body that is parsed."""
     bodies: Bodies = field(init=False)
     """The bytes of the bodies of requests under way."""
     caps: Caps = field(init=False)

@@ -132,7 +132,8 @@ class Settings(BaseSettings):
     """The longest request body; a longer one is answered 413."""
     max_bodies_mib: int = Field(default=64, ge=1, le=2**20)
     """What all request bodies under way may have together, in MiB, without the first 16 KiB of each and without uploads; a body
-    beyond is answered 503. Half of it is one tenant's, or without keys one address's, whose bodies beyond are answered 429."""
+    beyond is answered 503. Half of it is one tenant's, or without keys one address's, whose bodies beyond are answered 429. For
+    each value in a body of more than 64 KiB, 48 bytes count beside its own."""
     max_upload_bytes: int = Field(default=1 << 28, ge=1024)
     """The same for an adapter that is uploaded, or comes from the hub."""
 

@@ -1,15 +1,27 @@
 """Routes that read their bodies as strict JSON. FastAPI would take what is ambiguous, and what takes seconds to read."""
 
 from collections.abc import Callable, Coroutine
+from time import perf_counter
 from typing import Any
 
+from anyio import sleep
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 from server.errors import BodyError
 from server.service import Service
-from server.transport.strict_json import JsonError, read_json
+from server.transport.bodies import HELD, Held
+from server.transport.strict_json import MAX_VALUES, JsonError, read_json
+
+SHORT_BODY = 64 * 1024
+"""Bytes of a body that is parsed as soon as it is there. A longer one waits its turn, and after it nobody parses one for as long
+as it took: else the streams of others would wait for all that come together."""
+
+
+PARSED_BYTES = 48
+"""That each value of a list takes: a number, and its place in two lists."""
 
 
 class JsonRequest(Request):
@@ -17,12 +29,29 @@ class JsonRequest(Request):
 
     async def json(self) -> Any:
         """Returns the body's value, or refuses it."""
-        service = self.state.service
+        service, body = self.state.service, await self.body()
         assert isinstance(service, Service)
-        try:
-            return read_json(await self.body(), service.admission.max_context)
-        except JsonError as error:
-            raise BodyError(str(error), error.field) from error
+        if len(body) <= SHORT_BODY:
+            return _read(body, service)
+        async with service.parsing:
+            self._take_room(body)
+            began = perf_counter()
+            try:
+                return _read(body, service)
+            finally:
+                await sleep(perf_counter() - began)
+
+    def _take_room(self, body: bytes) -> None:
+        held = self.scope["state"].get(HELD)
+        if isinstance(held, Held) and (no_room := held.grow(PARSED_BYTES * min(body.count(b","), MAX_VALUES))):
+            raise HTTPException(no_room.status, no_room.message, no_room.headers)
+
+
+def _read(body: bytes, service: Service) -> Any:
+    try:
+        return read_json(body, service.admission.max_context)
+    except JsonError as error:
+        raise BodyError(str(error), error.field) from error
 
 
 class JsonRoute(APIRoute):

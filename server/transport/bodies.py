@@ -13,6 +13,8 @@ from server.access.caller import Caller
 FLAG = "--max-bodies-mib"
 FREE_BYTES = 16 * 1024
 """Of each body, which count for nothing: short requests are taken however many long ones there are."""
+HELD = "held_body"
+"""What a request's `Held` is called in ASGI's state."""
 SHARE = 0.5
 """Of all bytes, which one client may hold: behind a proxy that does not name its clients, all of them are one."""
 
@@ -23,6 +25,11 @@ class NoRoom:
 
     status: int
     message: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those that its answer needs."""
+        return {"Retry-After": "1"}
 
 
 class Bodies:

@@ -2,6 +2,7 @@
 coding."""
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import anyio
 from starlette.exceptions import HTTPException
@@ -9,10 +10,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.schemas.errors import KINDS, error_reply
-from server.transport.bodies import Bodies, Held, client_of
+from server.transport.bodies import HELD, Bodies, Held, client_of
 
 CLOSE = {"Connection": "close"}
-AGAIN = {"Retry-After": "1"}
 PLAIN = {b"content-encoding": ("Content-Encoding", "identity"), b"transfer-encoding": ("Transfer-Encoding", "chunked")}
 """How headers are called and what they may say of a body that is sent as it is."""
 MAX_SHOWN = 64
@@ -55,7 +55,7 @@ class BodyLimit:
             return
         held = None if route in self._uploads else Held(self._bodies, client_of(scope))
         if held and (no_room := held.refusal(int(told))):
-            await _refusal(no_room.status, no_room.message)(scope, receive, send)
+            await _refusal(no_room.status, no_room.message, no_room.headers)(scope, receive, send)
             return
         num_bytes = 0
         is_coming = True
@@ -69,11 +69,12 @@ class BodyLimit:
             if num_bytes > max_bytes:
                 raise HTTPException(413, said, CLOSE)
             if held and (no_room := held.grow(len(message.get("body", b"")))):
-                raise HTTPException(no_room.status, no_room.message, CLOSE | AGAIN)
+                raise HTTPException(no_room.status, no_room.message, CLOSE | no_room.headers)
             return message
 
         try:
-            await self._app(scope, counted, send)
+            state = {**scope.get("state", {}), HELD: held} if held else scope.get("state", {})
+            await self._app({**scope, "state": state}, counted, send)
         finally:
             if held:
                 held.release()
@@ -85,9 +86,9 @@ class BodyLimit:
         raise HTTPException(408, f"the body did not come whole within {allowed}", CLOSE)
 
 
-def _refusal(status: int, said: str) -> JSONResponse:
+def _refusal(status: int, said: str, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:
     kind = KINDS.get(status, "BadRequestError")
-    return JSONResponse(error_reply(status, kind, said, None), status, CLOSE | (AGAIN if status in (429, 503) else {}))
+    return JSONResponse(error_reply(status, kind, said, None), status, {**CLOSE, **headers})
 
 
 def _coding_fault(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

@@ -4,8 +4,9 @@
 
 It starts `python -m server` on the server's cores and everything else on the clients'. First a neighbour streams alone, then
 beside four clients that send 1 MiB bodies of one kind without a pause, all of which are refused: a line for each kind, with the
-neighbour's longest gap between two tokens and its first token's 95th percentile, beside those of the quiet stretch. Then 400
-bodies of 1 MiB come at once, of which nothing ends: what the server's resident memory grew by, and the answers.
+neighbour's longest gap between two tokens and its first token's 95th percentile, beside those of the quiet stretch; and what
+one such body takes of the server's cores, all of the way from the socket to the refusal, which other load hardly changes. Then
+400 bodies of 1 MiB come at once, of which nothing ends: what the server's resident memory grew by, and the answers.
 
 Give both sides cores that nothing else uses: on a machine that is busy the quiet stretch itself is not quiet.
 """
@@ -34,7 +35,9 @@ from tests.bench.serve_figures import percentile
 from tests.bench.serve_processes import Program, answers
 
 MIB = 2**20
-NUM_CLIENTS, NUM_BODIES = 4, 400
+NUM_CLIENTS, NUM_BODIES, NUM_COSTED = 4, 400, 30
+NUM_ADDRESSES = 8
+"""That the bodies come from at once: one alone may have half of --max-bodies-mib."""
 NUM_TOKENS = 64
 """Of each of the neighbour's answers."""
 JSON = {"Content-Type": "application/json"}
@@ -123,9 +126,9 @@ def beside(url: str, kind: str, seconds: float) -> tuple[Figures, Counter[str]]:
     return figures, statuses
 
 
-def hold(port: int, body: bytes, num_sent: int, go_on: threading.Barrier) -> str:
-    """Sends the first of a body, and what is left when all have; returns the status that it is answered."""
-    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection:
+def hold(port: int, address: str, body: bytes, num_sent: int, go_on: threading.Barrier) -> str:
+    """Sends the first of a body from `address`, and what is left when all have; returns the status that it is answered."""
+    with socket.create_connection(("127.0.0.1", port), timeout=120, source_address=(address, 0)) as connection:
         head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         with suppress(OSError):
             connection.sendall(head.encode() + body[:num_sent])
@@ -138,6 +141,18 @@ def hold(port: int, body: bytes, num_sent: int, go_on: threading.Barrier) -> str
             return connection.recv(65536).partition(b" ")[2][:3].decode() or "closed"
         except OSError:
             return "reset"
+
+
+def cost(url: str, kind: str, server: psutil.Process) -> float:
+    """Returns the server's processor time for one body of this kind, in milliseconds, with nothing beside it."""
+    path, body = bodies()[kind]
+    with httpx.Client(base_url=url, timeout=120) as client:
+        client.post(path, content=body, headers=JSON)
+        before = server.cpu_times()
+        for _ in range(NUM_COSTED):
+            client.post(path, content=body, headers=JSON)
+        after = server.cpu_times()
+    return 1e3 * (after.user + after.system - before.user - before.system) / NUM_COSTED
 
 
 def fill(port: int, server: psutil.Process) -> tuple[float, float, Counter[str]]:
@@ -155,7 +170,8 @@ def fill(port: int, server: psutil.Process) -> tuple[float, float, Counter[str]]
     watching.start()
     go_on = threading.Barrier(NUM_BODIES)
     with ThreadPoolExecutor(NUM_BODIES) as pool:
-        statuses = Counter(pool.map(lambda _: hold(port, body, len(body) - 1, go_on), range(NUM_BODIES)))
+        addresses = [f"127.0.0.{2 + number % NUM_ADDRESSES}" for number in range(NUM_BODIES)]
+        statuses = Counter(pool.map(lambda address: hold(port, address, body, len(body) - 1, go_on), addresses))
     ended.set()
     watching.join()
     return (most - before) / MIB, (server.memory_info().rss - before) / MIB, statuses
@@ -167,11 +183,12 @@ def run(url: str, port: int, server: psutil.Process, seconds: float, kinds: Sequ
     quiet = stream(url, seconds)
     print(f"{'quiet':18} longest gap {quiet.longest_gap:7.1f} ms          first p95 {quiet.first_p95:7.1f} ms", flush=True)
     for kind in kinds:
+        own_ms = cost(url, kind, server)
         found, statuses = beside(url, kind, seconds)
         gap, first = found.longest_gap / quiet.longest_gap, found.first_p95 / quiet.first_p95
         answered = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
         times = f"longest gap {found.longest_gap:7.1f} ms ({gap:4.1f} x) first p95 {found.first_p95:7.1f} ms ({first:4.1f} x)"
-        print(f"{kind:18} {times} {found.num_answers} streams; {answered}", flush=True)
+        print(f"{kind:18} {times}; {own_ms:5.1f} ms of the server's cores for one; {answered}", flush=True)
     most, left, statuses = fill(port, server)
     answered = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
     print(f"{NUM_BODIES} bodies of 1 MiB: {most:.0f} MiB at most, {left:.0f} MiB after them; {answered}")

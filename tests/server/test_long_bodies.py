@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.admission import Ask
 from server.engine.request import Request
+from server.routes import json_route
 from server.schemas import generation
 from server.text_threads import LONG
 from tests.server.fake_service import served
@@ -105,6 +106,40 @@ def test_a_tenant_s_long_texts_stand_in_nobody_else_s_way(tokenizer: PreTrainedT
         finally:
             stuck.may_go_on.set()
         assert {reply.result().status_code for reply in waiting} == {400}
+
+
+def test_after_a_long_body_none_is_parsed_for_as_long_as_it_took(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of them, one after the other, were one long wait for everybody else."""
+    rests: list[tuple[float, bool]] = []
+
+    async def rest(seconds: float) -> None:
+        rests.append((seconds, service.parsing.locked()))
+
+    monkeypatch.setattr(json_route, "sleep", rest)
+    with served(tokenizer, FakeEngine()) as (client, service):
+        for content in (b'{"prompt": "x", "max_tokens": 1}', b"[" * 1000):
+            client.post("/generate", content=content, headers=JSON)
+        assert rests == []
+        for content in (b'{"prompt": "x"}' + b" " * json_route.SHORT_BODY, b"[" * 100_000):
+            client.post("/generate", content=content, headers=JSON)
+        assert len(rests) == 2
+        assert all(seconds > 0 and is_locked for seconds, is_locked in rests)
+        assert not service.parsing.locked()
+
+
+def test_what_a_long_body_becomes_when_it_is_parsed_takes_room_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A number of five digits takes 6 bytes of a body, and 44 as Python has it."""
+    lists = [[250] * (CONTEXT - 2)] * 200
+    with served(tokenizer, FakeEngine(), max_bodies_mib=2, max_body_bytes=200_000) as (client, service):
+        body = {"prompt": lists, "max_tokens": 1}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        service.bodies.take("address 127.0.0.1", 100_000)
+        reply = client.post("/v1/completions", json=body)
+        assert "--max-bodies-mib" in refusal(reply, 429)["message"]
+        assert reply.headers["Retry-After"] == "1"
+        assert client.post("/v1/completions", json=body | {"prompt": lists[:100]}).status_code == 200
 
 
 def test_the_schema_still_says_what_a_token_is() -> None:
