@@ -125,6 +125,9 @@ class HttpProtocol(HttpToolsProtocol):
         """Hears the end of an answer."""
         is_last = not self.pipeline
         super().on_response_complete()
+        if is_last and self._is_in_body and self.expect_100_continue:
+            # The client asked whether to send its body, and may go on without it: what comes next has two readings.
+            self.transport.close()
         if self._refusal is not None and is_last and not self.transport.is_closing():
             self._end()
 

@@ -251,10 +251,6 @@ def test_saved_embeddings_are_ignored_and_named(tmp_path: Path) -> None:
     assert torch.equal(delta(imported, Q), ALPHA / RANK * product(tensors, Q))
 
 
-def rename(tensors: Tensors, old: str, new: str) -> None:
-    tensors[new] = tensors.pop(old)
-
-
 A_KEY, B_KEY = f"{PREFIX}{Q}.lora_A.weight", f"{PREFIX}{Q}.lora_B.weight"
 
 

@@ -409,9 +409,9 @@ def test_a_token_s_bits_do_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize("make", BOTH)
 def test_a_long_segment_of_a_dense_b(make: Make) -> None:
     case = make_case(((576, 40), 64, 2, 32), density=1.0)
-    x = tokens(2100, 64)
-    terms = (Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5))
-    route = Route.of(terms, 2100)
+    x = tokens(1100, 64)
+    terms = (Term(0, 1000, 0, 0.5), Term(1000, 1040, 1, 2.0), Term(1040, 1100, 2, -1.0), Term(1040, 1100, 1, 0.5))
+    route = Route.of(terms, 1100)
     if choose() in PACKED_NS:
         assert dense_segments(case.operands[0], route) == (0,)
         assert dense_segments(case.operands[1], route) == ()

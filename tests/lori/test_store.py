@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -441,9 +443,10 @@ def test_readers_see_one_version_or_the_other_while_writers_move_it(store: Adapt
     assert {entry.version for entry in store.list()} == versions
 
 
-def _publish_for_ever(root: Path, made: Path) -> None:
+def _publish_for_ever(root: Path, made: Path, num_turns: Synchronized) -> None:
     store = AdapterStore(root)
     while True:
+        num_turns.value += 1
         for folder in sorted(made.iterdir()):
             entry = store.publish(folder, "math")
             store.alias("prod", "math")
@@ -458,11 +461,16 @@ def test_a_writer_that_is_killed_leaves_a_sound_store(store: AdapterStore, tmp_p
     store.publish(tmp_path / "made" / "0", "math")
     context = get_context("spawn")
     for i in range(4):
-        writer = context.Process(target=_publish_for_ever, args=(store.root, tmp_path / "made"))
+        num_turns = context.Value("i", 0)
+        writer = context.Process(target=_publish_for_ever, args=(store.root, tmp_path / "made", num_turns))
         writer.start()
-        writer.join(1.5 + 0.13 * i)
+        while num_turns.value < 2 and writer.is_alive():  # a process that has only begun to start would leave nothing
+            time.sleep(0.01)
+        writer.join(0.05 + 0.13 * i)
+        assert num_turns.value >= 2, "it was writing"
         writer.kill()
         writer.join()
+        assert writer.exitcode == -signal.SIGKILL, "nothing else ended it"
         assert store.find("math").load(BASE).version in made
     store.publish(tmp_path / "made" / "1", "math")  # no lock is left held
     assert not list(store.root.glob(".math@*"))

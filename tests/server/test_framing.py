@@ -1,15 +1,18 @@
 """How requests are framed, over a socket: each is answered once, or refused and its connection closed."""
 
+import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.server.fake_service import served
-from tests.server.framing import BODY, CASES, WAYS, Case, ask, check, chunked, head, sized
+from tests.server.framing import BODY, CASES, WAYS, Case, ask, check, chunked, head, parsed, sized
 from tests.server.keyed import ACME, write_keys
-from tests.server.live import Live
+from tests.server.live import LIMIT_S, Live
 from tests.server.rig import FakeEngine
+from tests.server.test_slow_clients import heard_to_the_end
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -35,3 +38,13 @@ def test_an_absolute_target_s_authority_counts_as_the_host(live: Live) -> None:
     own = head(line=b"POST http://localhost/tokenize HTTP/1.1", host=b"Host: other.example\r\n") + sized(BODY)
     for content, status in ((other, 421), (own, 200)):
         assert ask(live.port, Case("absolute", content, frozenset()), "whole").answers[0][0] == status
+
+
+def test_a_body_that_was_asked_about_and_refused_ends_its_connection(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A client may leave it out then, and what it sends next was read as the body."""
+    content = head(b"Expect: 100-continue\r\nContent-Length: 500\r\n\r\n")
+    app = served(tokenizer, FakeEngine(), write_keys(tmp_path), keep_alive_s=86400, max_body_s=86400)
+    with app as (client, _), closing(socket.create_connection(("127.0.0.1", client.base_url.port or 0), LIMIT_S)) as connection:
+        connection.sendall(content)
+        received = heard_to_the_end(connection)
+    assert [status for status, _ in parsed(received)] == [401]

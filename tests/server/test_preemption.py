@@ -79,6 +79,7 @@ def test_it_goes_before_the_others_of_its_flow() -> None:
     while first in it.running or first in it.waiting:
         run_step(it)
         assert third not in it.running or second not in it.waiting
+    assert second.num_preemptions, "it had to wait again while the third waited"
     run(it)
 
 
