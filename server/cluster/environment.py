@@ -1,15 +1,14 @@
 """What Ray Serve is told by environment variables, which it reads when it is imported: in all its processes, and before that."""
 
-import logging
 import math
 import os
 import sysconfig
 from pathlib import Path
 
+from server.cluster.start_error import StartError
 from server.settings import Settings
 from server.transport.ports import free_port
 
-logger = logging.getLogger(__name__)
 CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 
 
@@ -58,13 +57,16 @@ PORTS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_
 
 
 def prepare_environment(settings: Settings) -> None:
-    """Sets what is not set yet. To be called before anything of Ray is imported."""
+    """Set what is not set yet. To be called before anything of Ray is imported.
+
+    Raises `StartError` where the program is missing that makes Ray's HAProxy safe: Ray would start it as it is.
+    """
     own = {CLIENT_TIMEOUT: client_timeout(settings), MAX_CONNECTIONS: str(settings.max_connections)}
     for name, value in (PREFERRED | own).items():
         os.environ.setdefault(name, value)
-    if (haproxy := Path(sysconfig.get_path("scripts"), HAPROXY_PROGRAM)).is_file():
-        os.environ.setdefault(HAPROXY, str(haproxy))
-    else:
-        logger.warning("%s is missing: clients that leave are not heard; install the package", haproxy)
+    haproxy = Path(sysconfig.get_path("scripts"), HAPROXY_PROGRAM)
+    if HAPROXY not in os.environ and not haproxy.is_file():
+        raise StartError(f"{haproxy} is missing, without which one client can get another's answer: install the package")
+    os.environ.setdefault(HAPROXY, str(haproxy))
     for name in PORTS:
         os.environ.setdefault(name, str(free_port()))

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from server.cluster.environment import CLIENT_TIMEOUT, HAPROXY, MAX_CONNECTIONS, PORTS, PREFERRED, prepare_environment
+from server.cluster.start_error import StartError
 from server.settings import Settings
 
 
@@ -38,6 +39,15 @@ def test_haproxy_is_the_one_that_sees_who_leaves() -> None:
     prepare_environment(Settings())
     found = subprocess.run([os.environ[HAPROXY], "-vv"], capture_output=True, text=True, check=True)
     assert "HAProxy version" in found.stdout
+
+
+def test_without_the_program_that_makes_haproxy_safe_there_is_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning said that clients that leave are not noticed, and Ray's own HAProxy shared connections between clients."""
+    monkeypatch.setattr("server.cluster.environment.HAPROXY_PROGRAM", "no-such-program")
+    with pytest.raises(StartError, match=r"no-such-program is missing"):
+        prepare_environment(Settings())
+    monkeypatch.setenv(HAPROXY, "/opt/own/haproxy")  # the operator's own choice holds
+    prepare_environment(Settings())
 
 
 def test_what_the_operator_says_holds(monkeypatch: pytest.MonkeyPatch) -> None:
