@@ -23,6 +23,7 @@ RULES = r"""    http-request return status 405 content-type application/json str
     http-request del-header HTTP2-Settings
 """  # noqa: E501
 SHARED, OWN = "http-reuse always", "http-reuse never"
+REUSE = re.compile(r"^ *(http-reuse .*?) *$", re.MULTILINE)
 
 
 class ConfigurationError(Exception):
@@ -32,7 +33,7 @@ class ConfigurationError(Exception):
 def hardened(configuration: str) -> str:
     """Return Ray's configuration with `RULES` in its frontend and a client's connections of its own; the same if it has them.
 
-    Raises `ConfigurationError` where there is no such frontend.
+    Raises `ConfigurationError` where there is no such frontend, or connections are shared in a way that is not known.
     """
     if RULES not in configuration:
         configuration, num_frontends = FRONTEND.subn(lambda match: match[0] + RULES, configuration)
@@ -40,7 +41,10 @@ def hardened(configuration: str) -> str:
             raise ConfigurationError(
                 f"the configuration has {num_frontends} frontends 'http_frontend', expected one: is Ray newer?"
             )
-    return configuration.replace(SHARED, OWN)
+    configuration = configuration.replace(SHARED, OWN)
+    if not REUSE.findall(configuration) or set(REUSE.findall(configuration)) != {OWN}:
+        raise ConfigurationError(f"the configuration has {REUSE.findall(configuration)}, expected {SHARED!r}: is Ray newer?")
+    return configuration
 
 
 def harden(arguments: Sequence[str]) -> None:

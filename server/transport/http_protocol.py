@@ -25,6 +25,10 @@ MAX_HELD_BYTES = 64 * 1024
 LINGER_S = 1.0
 """Closing while more comes would reset the connection, and the client might never read why."""
 MAX_LINGER_BYTES = 1024 * 1024
+MAX_HEADERS = 128
+"""Of one request: each costs far more memory than the three bytes that it may have."""
+MAX_PIPELINED = 16
+"""Requests of one connection that wait for the answer to the one before: thousands of them fit into one segment."""
 VERSIONS = ("1.0", "1.1")
 FRAMING = (b"content-length", b"transfer-encoding")
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@\\,:\[\]]*)(:[0-9]*)?")
@@ -45,10 +49,11 @@ class UnsoundHeadError(Exception):
 class HttpProtocol(HttpToolsProtocol):
     """HTTP/1.0 and 1.1 on one connection.
 
-    Refuses and closes on: what cannot be parsed, a missing or ambiguous `Host`, `Transfer-Encoding` in HTTP/1.0 and chunk
-    extensions or a trailer of more than about `MAX_HELD_BYTES` bytes (400), headers of that length (431), `CONNECT` (405), other
-    versions (505). The headers of a trailer are dropped, so that they never count as the request's own. After a request that
-    offers an upgrade the connection closes.
+    Refuses, and closes the connection on: what cannot be parsed, a missing or ambiguous `Host`, `Transfer-Encoding` in HTTP/1.0,
+    and chunk extensions or a trailer of more than about `MAX_HELD_BYTES` bytes (400); headers of that length, or more than
+    `MAX_HEADERS` of them (431); `CONNECT` (405); other versions (505); a request behind `MAX_PIPELINED` others that wait (429).
+    The headers of a trailer are dropped, so that they never count as the request's own. After a request that offers an upgrade
+    the connection closes.
     """
 
     _num_held = 0
@@ -92,8 +97,13 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header, unless it is a trailer's: those come after the request was authorised and routed."""
-        if not self._is_in_body:
-            super().on_header(name, value)
+        if self._is_in_body:
+            return
+        if len(self.headers) == MAX_HEADERS:
+            message = f"the request has more than {MAX_HEADERS} headers"
+            self._unsound = UnsoundHeadError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+            raise self._unsound
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Check a request's headers and start to answer it. Raises `UnsoundHeadError`."""
@@ -105,6 +115,8 @@ class HttpProtocol(HttpToolsProtocol):
             raise
         super().on_headers_complete()
         self._is_in_body = True
+        if self.pipeline:
+            self.flow.resume_reading()  # uvicorn would not notice that the client has left
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
@@ -162,6 +174,9 @@ class HttpProtocol(HttpToolsProtocol):
             raise UnsoundHeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"the HTTP version is {version}, expected {expected}")
         if self.parser.get_method() == b"CONNECT":
             raise UnsoundHeadError(HTTPStatus.METHOD_NOT_ALLOWED, f"the method is CONNECT, expected {ALLOWED}")
+        if len(self.pipeline) == MAX_PIPELINED:
+            message = f"{MAX_PIPELINED} requests of this connection wait for an answer, and may be no more; send this one again"
+            raise UnsoundHeadError(HTTPStatus.TOO_MANY_REQUESTS, message)
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (version == "1.1" and not hosts):
             raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, f"the request has {len(hosts)} Host headers, expected one")

@@ -44,3 +44,9 @@ def test_a_configuration_is_changed_once(tmp_path: Path) -> None:
 def test_a_configuration_without_the_frontend_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="0 frontends"):
         hardened("frontend other\n    bind :80\n")
+
+
+@pytest.mark.parametrize("reuse", ["", "http-reuse aggressive"])
+def test_connections_that_are_shared_in_another_way_are_refused(reuse: str) -> None:
+    with pytest.raises(ConfigurationError, match="http-reuse always"):
+        hardened(CONFIGURATION.replace("http-reuse always", reuse))
