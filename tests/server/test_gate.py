@@ -252,6 +252,7 @@ def test_no_key_reaches_the_log(client: httpx.Client, caplog: pytest.LogCaptureF
         for path in ("/adapters", "/generate", "/metrics"):
             client.post(path, headers=bearer(key), json={"prompt": ""})
     ours = [record for record in caplog.records if not record.name.startswith(("httpx", "httpcore"))]
+    assert sum(record.name == "server.request" for record in ours) == 12, "each request is logged"
     assert not [record for record in ours if any(key in record.getMessage() for key in (secret, *KEYS.values()))]
 
 
