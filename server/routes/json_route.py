@@ -16,10 +16,12 @@ from server.transport.bodies import HELD, Held
 from server.transport.strict_json import MAX_VALUES, JsonError, read_json
 
 SHORT_BODY = 64 * 1024
-"""Bytes of a body that is parsed as soon as it is there. A longer one waits its turn, and after it nobody parses one for as long
-as it took: else the streams of others would wait for all that come together."""
-
-
+"""Bytes of a body that is parsed as soon as it is there. Longer ones are parsed one at a time, with a rest after each: else the
+streams of others would wait for all that come together."""
+REST = 2.0
+"""How many times as long as it took to parse a body the rest lasts at least, …"""
+BYTES_PER_S = 32 * 1024 * 1024
+"""… and of how many bytes a second bodies are parsed at most: to receive and to check them costs several times as much."""
 PARSED_BYTES = 48
 """That each value of a list takes: a number, and its place in two lists."""
 
@@ -39,7 +41,7 @@ class JsonRequest(Request):
             try:
                 return _read(body, service)
             finally:
-                await sleep(perf_counter() - began)
+                await sleep(max(REST * (perf_counter() - began), len(body) / BYTES_PER_S))
 
     def _take_room(self, body: bytes) -> None:
         held = self.scope["state"].get(HELD)

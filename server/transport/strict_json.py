@@ -14,7 +14,7 @@ MAX_MEMBERS = 2048
 MAX_STRINGS = 32768
 MAX_FRACTIONS = 16384
 """Numbers with a point or an exponent, each of which costs a call."""
-MAX_VALUES = 2**17
+MAX_VALUES = 2**16
 """Of all lists and objects together; a list of one more than fits `max_list` may still be read, whatever that is."""
 MAX_OTHERS = 16384
 """Values beside those of long lists."""

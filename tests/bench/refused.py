@@ -38,14 +38,14 @@ MIB = 2**20
 NUM_CLIENTS, NUM_BODIES, NUM_COSTED = 4, 400, 30
 NUM_ADDRESSES = 8
 """That the bodies come from at once: one alone may have half of --max-bodies-mib."""
-NUM_TOKENS = 64
+NUM_TOKENS = 24
 """Of each of the neighbour's answers."""
 JSON = {"Content-Type": "application/json"}
 
 
 def bodies() -> Mapping[str, tuple[str, bytes]]:
     """Returns the route and the body of each kind, of just 1 MiB, all of which are refused."""
-    lists = b",".join([b"[" + b"12345," * 7999 + b"1]"] * 15)
+    lists = b",".join([b"[" + b"12345," * 7999 + b"1]"] * 8)
     return {
         "a list of ones": ("/generate", _filled(b'{"prompt":[', b"1,", b"1]}")),
         "a list of tokens": ("/v1/completions", _filled(b'{"prompt":[', b"12345,", b"1]}")),
