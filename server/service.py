@@ -23,7 +23,7 @@ from server.grammar_checks import GrammarChecks
 from server.settings import MIB, Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
-from server.text_threads import TextThreads
+from server.text_threads import TenantTurns, TextThreads
 from server.transport.bodies import Bodies
 from server.transport.exchange import current
 
@@ -52,6 +52,8 @@ class Service:
     texts: TextThreads = field(default_factory=TextThreads)
     parsing: Lock = field(default_factory=Lock)
     """Held by the one long body that is parsed."""
+    parsing_turns: TenantTurns = field(default_factory=lambda: TenantTurns(1))
+    """For a client's long bodies: one of each waits for `parsing`."""
     bodies: Bodies = field(init=False)
     """The bytes of the bodies of requests under way."""
     caps: Caps = field(init=False)

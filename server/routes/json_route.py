@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from server.errors import BodyError
 from server.service import Service
-from server.transport.bodies import HELD, Held
+from server.transport.bodies import HELD, Held, client_of
 from server.transport.strict_json import MAX_VALUES, JsonError, read_json
 
 SHORT_BODY = 64 * 1024
@@ -33,7 +33,7 @@ class JsonRequest(Request):
         assert isinstance(service, Service)
         if len(body) <= SHORT_BODY:
             return _read(body, service)
-        async with service.parsing:
+        async with service.parsing_turns.turn(client_of(self.scope)), service.parsing:
             self._take_room(body)
             began = perf_counter()
             try:

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from server.engine.admission import Ask
 from server.engine.request import Request
 from server.routes import json_route
 from server.schemas import generation
-from server.text_threads import LONG
+from server.text_threads import LONG, TenantTurns
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
 from tests.server.live import LIMIT_S
@@ -127,6 +128,23 @@ def test_after_a_long_body_none_is_parsed_for_as_long_as_it_took(
         assert len(rests) == 2
         assert all(seconds > 0 and is_locked for seconds, is_locked in rests)
         assert not service.parsing.locked()
+
+
+def test_one_long_body_of_each_client_waits_to_be_parsed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """All of them waited in one line, and those of one tenant before the first of another."""
+    entered: list[str] = []
+
+    class Recorded(TenantTurns):
+        def turn(self, tenant: str) -> AbstractAsyncContextManager[None]:
+            entered.append(tenant)
+            return super().turn(tenant)
+
+    content = b'{"prompt": "x"}' + b" " * json_route.SHORT_BODY
+    with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, service):
+        service.parsing_turns = Recorded(1)
+        for key in (ACME, OTHER):
+            client.post("/generate", content=content, headers=JSON | bearer(key)).raise_for_status()
+        assert entered == ["tenant acme", "tenant other"]
 
 
 def test_what_a_long_body_becomes_when_it_is_parsed_takes_room_too(tokenizer: PreTrainedTokenizerFast) -> None:
