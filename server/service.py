@@ -24,7 +24,7 @@ from server.settings import MIB, Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
 from server.text_threads import TenantTurns, TextThreads
-from server.transport.bodies import Bodies
+from server.transport.bodies import Bodies, most_held
 from server.transport.exchange import current
 
 HasLeft = Callable[[], Awaitable[bool]]
@@ -72,7 +72,7 @@ class Service:
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
         self.rate = RateLimiter(self.num_ingresses or 1)
         self.grammar_checks = GrammarChecks(self.admission)
-        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, self.settings.max_body_bytes)
+        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, most_held(self.settings.max_body_bytes))
         self.caps = Caps(self.settings.max_request_s, self.settings.max_request_tokens)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 

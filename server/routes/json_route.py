@@ -12,16 +12,12 @@ from starlette.exceptions import HTTPException
 
 from server.errors import BodyError
 from server.service import Service
-from server.transport.bodies import HELD, Held, client_of
+from server.transport.bodies import HELD, PARSED_BYTES, Held, client_of
 from server.transport.strict_json import MAX_VALUES, JsonError, read_json
 
 SHORT_BODY = 64 * 1024
 """Bytes of a body that is parsed as soon as it is there. A longer one waits its turn, and after it nobody parses one for as long
 as it took: else the streams of others would wait for all that come together."""
-
-
-PARSED_BYTES = 48
-"""That each value of a list takes: a number, and its place in two lists."""
 
 
 class JsonRequest(Request):

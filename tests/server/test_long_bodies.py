@@ -150,14 +150,22 @@ def test_one_long_body_of_each_client_waits_to_be_parsed(tokenizer: PreTrainedTo
 def test_what_a_long_body_becomes_when_it_is_parsed_takes_room_too(tokenizer: PreTrainedTokenizerFast) -> None:
     """A number of five digits takes 6 bytes of a body, and 44 as Python has it."""
     lists = [[250] * (CONTEXT - 2)] * 200
-    with served(tokenizer, FakeEngine(), max_bodies_mib=2, max_body_bytes=200_000) as (client, service):
+    with served(tokenizer, FakeEngine(), max_bodies_mib=7, max_body_bytes=200_000) as (client, service):
         body = {"prompt": lists, "max_tokens": 1}
         assert client.post("/v1/completions", json=body).status_code == 200
-        service.bodies.take("address 127.0.0.1", 100_000)
+        service.bodies.take("address 127.0.0.1", 5_600_000)
         reply = client.post("/v1/completions", json=body)
         assert "--max-bodies-mib" in refusal(reply, 429)["message"]
         assert reply.headers["Retry-After"] == "1"
         assert client.post("/v1/completions", json=body | {"prompt": lists[:100]}).status_code == 200
+
+
+def test_a_body_of_as_many_values_as_are_read_fits_the_least_bound(tokenizer: PreTrainedTokenizerFast) -> None:
+    """It was told to try again, for ever."""
+    body = {"prompt": [[1] * (CONTEXT - 2)] * 1000, "max_tokens": 1}
+    with served(tokenizer, FakeEngine(), max_bodies_mib=7) as (client, _):
+        error = refusal(client.post("/v1/completions", json=body), 400)
+        assert error["param"] == "prompt"
 
 
 def test_the_schema_still_says_what_a_token_is() -> None:
