@@ -5,13 +5,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from lori.durable import replace_file, sync_folder
-from lori.errors import AdapterError
+from lori.errors import AdapterError, AliasError
 from lori.file_stamp import FileStamp, file_stamp
 from lori.names import NAME, VERSION
 from lori.stored_file import no_link, read_stored
 
 ALIASES_FOLDER = ".aliases"
 MAX_BYTES = 200
+UNREADABLE = "the alias cannot be read"
 
 
 class Aliases:
@@ -39,7 +40,7 @@ class Aliases:
         return [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
 
     def get(self, name: str) -> str | None:
-        """Returns what the alias `name` means, or None where there is none. Raises `AdapterError` where it cannot be read."""
+        """Returns what the alias `name` means, or None where there is none. Raises `AliasError` where it cannot be read."""
         file = self.folder / name
         try:
             meant = read_stored(self.folder, name, MAX_BYTES).decode().strip()
@@ -47,10 +48,10 @@ class Aliases:
             return None
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise AdapterError(f"the alias {file} cannot be read: {reason}") from error
+            raise AliasError(f"the alias {file} cannot be read: {reason}", UNREADABLE) from error
         target, _, version = meant.partition("@")
         if not (NAME.fullmatch(target) and VERSION.fullmatch(version)):
-            raise AdapterError(f"the alias {file} holds {meant[:80]!r}, expected name@version")
+            raise AliasError(f"the alias {file} holds {meant[:80]!r}, expected name@version", UNREADABLE)
         return meant
 
     def stamp(self, name: str) -> FileStamp | None:

@@ -8,6 +8,7 @@ LoriError
 ├── MergeCancelledError   a merge was given up before it was done
 └── AdapterError
     ├── AdapterFormatError    a folder is not a sound adapter; carries every fault found
+    ├── AliasError            an alias cannot be followed; carries what anybody may know of it
     ├── UnknownAdapterError   no adapter of that name; carries the near matches
     └── UnreachableError      the hub or a store cannot be reached just now
 """
@@ -79,6 +80,14 @@ class AdapterFormatError(AdapterError):
     def lines(self) -> list[str]:
         """The message, each fault on a line of its own."""
         return [f"{printable(self.source)} is not a sound adapter:", *(f"  {fault}" for fault in self.faults)]
+
+
+class AliasError(AdapterError):
+    """An alias cannot be followed; `brief` says why without what its file holds, which may name an adapter of somebody else."""
+
+    def __init__(self, message: str, brief: str) -> None:
+        self.brief = brief
+        super().__init__(message)
 
 
 class UnknownAdapterError(AdapterError):

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -25,7 +25,7 @@ from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
 from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
 from lori.entry import Entry, Scan, has_adapter, scan
-from lori.errors import AdapterError, AdapterFormatError
+from lori.errors import AdapterError, AdapterFormatError, AliasError
 from lori.file_stamp import FileStamp
 from lori.format import (
     Files,
@@ -44,6 +44,7 @@ from lori.names import NAME, check_name, split_reference, unknown_adapter
 from lori.stored_file import no_link, read_source
 
 NUM_LOOKS = 3
+NOT_THERE = "the alias means an adapter that is not there"
 Found = TypeVar("Found")
 
 
@@ -55,6 +56,8 @@ class Contents:
     """In order of name; no entry was opened."""
     faults: Mapping[str, str]
     """Of names that mean nothing, or two things, and of folders whose name no adapter may have: what is wrong."""
+    brief: Mapping[str, str] = field(default_factory=dict)
+    """Of those of `faults` that quote an alias, what is wrong without what it means."""
 
 
 class AdapterStore:
@@ -134,19 +137,22 @@ class AdapterStore:
         for entry in found.entries:
             by_name[entry.name].append(entry)
         current: dict[str, Entry] = {}
+        brief: dict[str, str] = {}
         faults = {name: f"{self.root / name}: an adapter's name must match {NAME.pattern}" for name in found.misnamed}
         for name in self._aliases.names():
             try:
                 if meant := self._aliases.get(name):
                     aliases[name] = meant
-            except AdapterError as error:
-                faults[name] = str(error)
+            except AliasError as error:
+                faults[name], brief[name] = str(error), error.brief
         for name in sorted((aliases.keys() | by_name.keys()) - faults.keys()):
             try:
                 current[name] = self._resolve(name, aliases.get(name), by_name[name])
+            except AliasError as error:
+                faults[name], brief[name] = str(error), error.brief
             except AdapterError as error:
                 faults[name] = str(error)
-        return Contents(current, faults)
+        return Contents(current, faults, brief)
 
     def _find(self, name: str, version: str) -> Entry:
         if not version:
@@ -346,10 +352,14 @@ class AdapterStore:
             keep = f"`python -m lori import {plain} {self.root}` keeps the folder as a version"
             raise AdapterError(f"{name!r} is an alias and a folder of its own in {self.root}: {keep}, or delete the folder")
         if alias and not self._has(alias):
-            raise AdapterError(f"the alias {name!r} means {alias}, and {self.root} has none")
-        if alias or is_plain:
-            no_link(self.root / (alias or name))
-            return self._entry(name, alias or name)
+            raise AliasError(f"the alias {name!r} means {alias}, and {self.root} has none", NOT_THERE)
+        if alias:
+            if (folder := self.root / alias).is_symlink():
+                raise AliasError(f"the alias {name!r} means {folder}, which is a link: a store follows none", NOT_THERE)
+            return self._entry(name, alias)
+        if is_plain:
+            no_link(self.root / name)
+            return self._entry(name, name)
         if len(versions) > 1:
             raise AdapterError(f"{name!r} could be any of {', '.join(e.folder.name for e in versions)}: publish or alias one")
         if not versions:

@@ -23,8 +23,8 @@ from server.grammar_checks import GrammarChecks
 from server.settings import MIB, Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
-from server.text_threads import TextThreads
-from server.transport.bodies import Bodies
+from server.text_threads import TenantTurns, TextThreads
+from server.transport.bodies import Bodies, most_held
 from server.transport.exchange import current
 
 HasLeft = Callable[[], Awaitable[bool]]
@@ -52,6 +52,8 @@ class Service:
     texts: TextThreads = field(default_factory=TextThreads)
     parsing: Lock = field(default_factory=Lock)
     """Held by the one long body that is parsed."""
+    parsing_turns: TenantTurns = field(default_factory=lambda: TenantTurns(1))
+    """For a client's long bodies: one of each waits for `parsing`."""
     bodies: Bodies = field(init=False)
     """The bytes of the bodies of requests under way."""
     caps: Caps = field(init=False)
@@ -70,7 +72,7 @@ class Service:
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
         self.rate = RateLimiter(self.num_ingresses or 1)
         self.grammar_checks = GrammarChecks(self.admission)
-        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, self.settings.max_body_bytes)
+        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, most_held(self.settings.max_body_bytes))
         self.caps = Caps(self.settings.max_request_s, self.settings.max_request_tokens)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.telemetry.logs import LogFormat
+from server.transport.bodies import most_held
 
 MIB = 2**20
 MAX_RECEIVED = 4
@@ -133,7 +134,8 @@ class Settings(BaseSettings):
     max_bodies_mib: int = Field(default=64, ge=1, le=2**20)
     """What all request bodies under way may have together, in MiB, without the first 16 KiB of each and without uploads; a body
     beyond is answered 503. Half of it is one tenant's, or without keys one address's, whose bodies beyond are answered 429. For
-    each value in a body of more than 64 KiB, 48 bytes count beside its own."""
+    each value in a body of more than 64 KiB, 48 bytes count beside its own, for up to 131072 values. There must be room for the
+    longest body with these, which one client may always have."""
     max_upload_bytes: int = Field(default=1 << 28, ge=1024)
     """The same for an adapter that is uploaded, or comes from the hub."""
 
@@ -159,8 +161,9 @@ class Settings(BaseSettings):
     def _is_sound(self) -> Self:
         if self.max_step_tokens <= self.max_batch:
             raise ValueError(f"--max-step-tokens is {self.max_step_tokens}, expected more than --max-batch, {self.max_batch}")
-        if self.max_bodies_mib * MIB < self.max_body_bytes:
+        if self.max_bodies_mib * MIB < (most := most_held(self.max_body_bytes)):
             raise ValueError(
-                f"--max-bodies-mib is {self.max_bodies_mib}, expected room for a body of --max-body-bytes, {self.max_body_bytes}"
+                f"--max-bodies-mib is {self.max_bodies_mib}, expected at least {-(-most // MIB)}: room for a body of "
+                f"--max-body-bytes, {self.max_body_bytes}, and its values"
             )
         return self

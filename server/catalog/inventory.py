@@ -50,7 +50,8 @@ def take_inventory(own: AdapterStore | None, demo: AdapterStore | None, base: Ba
         raise AdapterFormatError("what is to be served", [*faults, *nameless.values()])
     _log(errors, nameless)
     faulty = [Faulty.of(name, entries[name].folder.name, error.faults) for name, error in errors.items()]
-    faulty += [Faulty.of(name, "", [without_paths(fault, own, demo)]) for name, fault in nameless.items()]
+    brief = {**shown.brief, **ours.brief}
+    faulty += [Faulty.of(name, "", [brief.get(name) or without_paths(fault, own, demo)]) for name, fault in nameless.items()]
     return Inventory(entries, summaries, faulty, bases)
 
 

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from server.errors import BodyError
 from server.service import Service
-from server.transport.bodies import HELD, Held
+from server.transport.bodies import HELD, PARSED_BYTES, Held, client_of
 from server.transport.strict_json import MAX_VALUES, JsonError, read_json
 
 SHORT_BODY = 64 * 1024
@@ -22,8 +22,6 @@ REST = 2.0
 """How many times as long as it took to parse a body the rest lasts at least, …"""
 BYTES_PER_S = 32 * 1024 * 1024
 """… and of how many bytes a second bodies are parsed at most: to receive and to check them costs several times as much."""
-PARSED_BYTES = 48
-"""That each value of a list takes: a number, and its place in two lists."""
 
 
 class JsonRequest(Request):
@@ -35,7 +33,7 @@ class JsonRequest(Request):
         assert isinstance(service, Service)
         if len(body) <= SHORT_BODY:
             return _read(body, service)
-        async with service.parsing:
+        async with service.parsing_turns.turn(client_of(self.scope)), service.parsing:
             self._take_room(body)
             began = perf_counter()
             try:

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from starlette.types import Scope
 
 from server.access.caller import Caller
+from server.transport.strict_json import MAX_VALUES
 
 FLAG = "--max-bodies-mib"
 FREE_BYTES = 16 * 1024
 """Of each body, which count for nothing: short requests are taken however many long ones there are."""
+PARSED_BYTES = 48
+"""That each value of a list takes, up to `MAX_VALUES`: a number, and its place in two lists."""
 HELD = "held_body"
 """What a request's `Held` is called in ASGI's state."""
 SHARE = 0.5
@@ -32,11 +35,16 @@ class NoRoom:
         return {"Retry-After": "1"}
 
 
+def most_held(max_body_bytes: int) -> int:
+    """Return the most bytes that a body of at most `max_body_bytes` counts for, with the values in it."""
+    return max_body_bytes + PARSED_BYTES * min(max_body_bytes, MAX_VALUES)
+
+
 class Bodies:
     """Counts bytes as they come, so that what a client only announces takes no room from others."""
 
     def __init__(self, max_bytes: int, max_body_bytes: int) -> None:
-        """Take the most bytes of all bodies, and of one, which a client may always hold."""
+        """Take the most bytes of all bodies, and what one may count for, see `most_held`: so much a client may always hold."""
         self._max_bytes = max_bytes
         self._max_of_client = max(int(SHARE * max_bytes), max_body_bytes)
         self._by_client: Counter[str] = Counter()

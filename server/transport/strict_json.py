@@ -49,7 +49,7 @@ def read_json(text: bytes, max_list: int = MAX_VALUES) -> Any:
     """
     _check_size(text, max_list)
     try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_float=_number)
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_float=_number, parse_constant=_no_number)
     except UnicodeDecodeError as error:
         raise JsonError(f"is not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -108,6 +108,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) > MAX_MEMBERS:
         raise JsonError(f"has an object of {len(found)} fields, expected at most {MAX_MEMBERS}")
     return found
+
+
+def _no_number(name: str) -> Any:
+    raise JsonError(f"is not JSON: {name} is no number of it")
 
 
 def _number(digits: str) -> int | float:

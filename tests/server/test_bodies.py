@@ -17,7 +17,8 @@ from server.access.caller import Caller
 from server.schemas.errors import KINDS
 from server.service import Service
 from server.settings import MIB, Settings
-from server.transport.bodies import FREE_BYTES, Bodies, Held, client_of
+from server.transport.bodies import FREE_BYTES, PARSED_BYTES, Bodies, Held, client_of, most_held
+from server.transport.strict_json import MAX_VALUES
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, refusal, write_keys
 from tests.server.live import LIMIT_S, wait_until
@@ -84,8 +85,21 @@ def test_a_body_is_its_tenant_s_or_its_address_s(scope: Scope, client: str) -> N
 
 
 def test_the_flag_leaves_room_for_one_body() -> None:
-    with pytest.raises(ValueError, match="--max-bodies-mib is 1, expected room for a body of --max-body-bytes, 2097152"):
-        Settings(max_bodies_mib=1, max_body_bytes=2 * MIB)
+    for too_few in (1, 7):
+        with pytest.raises(
+            ValueError, match=f"--max-bodies-mib is {too_few}, expected at least 8: room for a body of --max-body-bytes, 2097152"
+        ):
+            Settings(max_bodies_mib=too_few, max_body_bytes=2 * MIB)
+    assert Settings(max_bodies_mib=8, max_body_bytes=2 * MIB).max_bodies_mib == 8
+
+
+@pytest.mark.parametrize(("max_bodies_mib", "max_body_bytes"), [(7, MIB), (64, MIB), (64, 58 * MIB), (1, 10_000)])
+def test_a_client_may_always_hold_one_body_with_all_its_values(max_bodies_mib: int, max_body_bytes: int) -> None:
+    """A list of 100,000 token ids was told to try again, for ever."""
+    settings = Settings(max_bodies_mib=max_bodies_mib, max_body_bytes=max_body_bytes)
+    held = Held(Bodies(settings.max_bodies_mib * MIB, most_held(settings.max_body_bytes)), "tenant acme")
+    assert held.grow(max_body_bytes) is None
+    assert held.grow(PARSED_BYTES * min(max_body_bytes, MAX_VALUES)) is None
 
 
 @contextmanager
@@ -121,11 +135,11 @@ def until_held(service: Service, num_bodies: int, num_sent: int) -> None:
 
 def test_a_client_s_bodies_under_way_have_a_bound_and_short_requests_none(tokenizer: PreTrainedTokenizerFast) -> None:
     """400 bodies of 1 MiB cost 375 MiB."""
-    with served(tokenizer, FakeEngine(), max_bodies_mib=4) as (client, service):
+    with served(tokenizer, FakeEngine(), max_bodies_mib=14) as (client, service):
         with ExitStack() as under_way:
-            for _ in range(2):
+            for _ in range(8):
                 under_way.enter_context(begun(client, num_sent=900_000))
-            until_held(service, 2, 900_000)
+            until_held(service, 8, 900_000)
             assert "a client's share of --max-bodies-mib" in refused(client, 429)
             assert client.post("/generate", json={"prompt": "x", "max_tokens": 1}).status_code == 200
             with begun(client, num_sent=0) as connection:  # its length alone says that it will not fit: nothing of it is read
@@ -138,7 +152,7 @@ def test_a_client_s_bodies_under_way_have_a_bound_and_short_requests_none(tokeni
 
 
 def test_what_is_only_announced_takes_no_room(tokenizer: PreTrainedTokenizerFast) -> None:
-    with served(tokenizer, FakeEngine(), max_bodies_mib=4) as (client, _), ExitStack() as under_way:
+    with served(tokenizer, FakeEngine(), max_bodies_mib=14) as (client, _), ExitStack() as under_way:
         for _ in range(20):
             under_way.enter_context(begun(client, num_sent=10_000))
         for _ in range(3):
@@ -146,10 +160,10 @@ def test_what_is_only_announced_takes_no_room(tokenizer: PreTrainedTokenizerFast
 
 
 def test_a_body_without_a_length_is_refused_where_it_grows_too_long(tokenizer: PreTrainedTokenizerFast) -> None:
-    with served(tokenizer, FakeEngine(), max_bodies_mib=4) as (client, service), ExitStack() as under_way:
-        for _ in range(2):
+    with served(tokenizer, FakeEngine(), max_bodies_mib=14) as (client, service), ExitStack() as under_way:
+        for _ in range(8):
             under_way.enter_context(begun(client, num_sent=900_000))
-        until_held(service, 2, 900_000)
+        until_held(service, 8, 900_000)
         reply = client.post("/generate", content=iter([b" " * 100_000] * 5))
         assert reply.headers["Connection"] == "close"
         assert reply.headers["Retry-After"] == "1"
@@ -157,22 +171,22 @@ def test_a_body_without_a_length_is_refused_where_it_grows_too_long(tokenizer: P
 
 
 def test_tenants_have_shares_of_their_own_and_a_bound_together(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    with served(tokenizer, FakeEngine(), write_keys(tmp_path), max_bodies_mib=4) as (client, service), ExitStack() as under_way:
-        for _ in range(2):
+    with served(tokenizer, FakeEngine(), write_keys(tmp_path), max_bodies_mib=14) as (client, service), ExitStack() as under_way:
+        for _ in range(7):
             under_way.enter_context(begun(client, num_sent=MIB - 1, key=ACME))
-        until_held(service, 2, MIB - 1)
+        until_held(service, 7, MIB - 1)
         refused(client, 429, ACME)
         assert client.post("/generate", content=b" " * MIB, headers=bearer(OTHER)).status_code == 400
-        for _ in range(2):
+        for _ in range(7):
             under_way.enter_context(begun(client, num_sent=MIB - 1, key=OTHER))
-        until_held(service, 4, MIB - 1)
+        until_held(service, 14, MIB - 1)
         refused(client, 429, OTHER)
         assert refused(client, 503, ADMIN).endswith("(--max-bodies-mib); try again")
 
 
 def test_an_answer_s_body_is_given_back_when_it_ends(tokenizer: PreTrainedTokenizerFast) -> None:
     body = {"prompt": "x", "max_tokens": 2, "stop": ["y" * 500_000]}
-    with served(tokenizer, FakeEngine(), max_bodies_mib=2) as (client, service):
+    with served(tokenizer, FakeEngine(), max_bodies_mib=7) as (client, service):
         for is_stream in (False, True) * 4:
             assert client.post("/generate", json=body | {"stream": is_stream}).status_code == 200
             until_held(service, 0, 0)

@@ -283,6 +283,33 @@ def test_strict_ends_the_start_with_all_faults(writer: BaseModel, tmp_path: Path
     assert any("the alias 'prod' means calm@ffff" in line for line in caught.value.lines)
 
 
+def test_a_tenant_reads_of_an_alias_no_other_adapter_s_name(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
+    """It was told what the alias meant, or what was in its file; the log has it whole."""
+    store, keys = write_store(tmp_path / "store", writer), write_keys(tmp_path, 'adapters = ["pub*"]')
+    held = {"pub-broken": "hidden adapter", "pub-gone": "hidden@aaaaaaaaaaaa", "pub-linked": "hidden@bbbbbbbbbbbb"}
+    (store / ALIASES_FOLDER).mkdir()
+    for name, content in held.items():
+        (store / ALIASES_FOLDER / name).write_text(content)
+    shutil.copytree(store / "calm", tmp_path / "elsewhere")
+    (store / "hidden@bbbbbbbbbbbb").symlink_to(tmp_path / "elsewhere")
+    flags = ["--model", str(writer_model), "--adapters", str(store), "--keys", str(keys), "--dtype", "float32"]
+    with start(tmp_path / "log", *flags, "--threads", "1", "--kv-cache-gib", "0.01") as server:
+        reply = server.client.get("/adapters", headers=bearer(ACME))
+        assert {row["name"]: row["faults"] for row in reply.json()["faulty"]} == {
+            "pub-broken": ["the alias cannot be read"],
+            "pub-gone": ["the alias means an adapter that is not there"],
+            "pub-linked": ["the alias means an adapter that is not there"],
+        }
+        texts = [reply.text]
+        for name in held:
+            reply = server.client.post("/generate", json={"prompt": "x", "adapter": name}, headers=bearer(ACME))
+            assert reply.status_code == 500
+            texts.append(reply.text)
+        assert not any("hidden" in text for text in texts)
+        log = server.log.read_text()
+        assert all(content in log for content in held.values())
+
+
 def test_a_missing_basis_is_a_fault_of_its_adapters_alone(writer: BaseModel, tmp_path: Path, writer_model: Path) -> None:
     """It ended the start, after the configs were found sound."""
     write_adapter(tmp_path / "store" / "calm", writer, seed=1)

@@ -439,8 +439,8 @@ def test_a_field_that_is_not_sound_is_refused_by_its_name(live: Live, body: dict
 @pytest.mark.parametrize(
     "field", ["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "timeout_s"]
 )
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_no_number_is_infinite_or_none(live: Live, field: str, number: str) -> None:
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_no_number_is_infinite(live: Live, field: str, number: str) -> None:
     content = f'{{"prompt": "x", "{field}": {number}}}'
     reply = live.client.post("/generate", content=content, headers={"content-type": "application/json"})
     assert reply.status_code == 400

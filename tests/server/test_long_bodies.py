@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from server.engine.admission import Ask
 from server.engine.request import Request
 from server.routes import json_route
 from server.schemas import generation
-from server.text_threads import LONG
+from server.text_threads import LONG, TenantTurns
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
 from tests.server.live import LIMIT_S
@@ -129,17 +130,42 @@ def test_after_a_long_body_none_is_parsed_for_a_while(
         assert not service.parsing.locked()
 
 
+def test_one_long_body_of_each_client_waits_to_be_parsed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """All of them waited in one line, and those of one tenant before the first of another."""
+    entered: list[str] = []
+
+    class Recorded(TenantTurns):
+        def turn(self, tenant: str) -> AbstractAsyncContextManager[None]:
+            entered.append(tenant)
+            return super().turn(tenant)
+
+    content = b'{"prompt": "x"}' + b" " * json_route.SHORT_BODY
+    with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, service):
+        service.parsing_turns = Recorded(1)
+        for key in (ACME, OTHER):
+            client.post("/generate", content=content, headers=JSON | bearer(key)).raise_for_status()
+        assert entered == ["tenant acme", "tenant other"]
+
+
 def test_what_a_long_body_becomes_when_it_is_parsed_takes_room_too(tokenizer: PreTrainedTokenizerFast) -> None:
     """A number of five digits takes 6 bytes of a body, and 44 as Python has it."""
     lists = [[250] * (CONTEXT - 2)] * 200
-    with served(tokenizer, FakeEngine(), max_bodies_mib=2, max_body_bytes=200_000) as (client, service):
+    with served(tokenizer, FakeEngine(), max_bodies_mib=7, max_body_bytes=200_000) as (client, service):
         body = {"prompt": lists, "max_tokens": 1}
         assert client.post("/v1/completions", json=body).status_code == 200
-        service.bodies.take("address 127.0.0.1", 100_000)
+        service.bodies.take("address 127.0.0.1", 5_600_000)
         reply = client.post("/v1/completions", json=body)
         assert "--max-bodies-mib" in refusal(reply, 429)["message"]
         assert reply.headers["Retry-After"] == "1"
         assert client.post("/v1/completions", json=body | {"prompt": lists[:100]}).status_code == 200
+
+
+def test_a_body_of_as_many_values_as_are_read_fits_the_least_bound(tokenizer: PreTrainedTokenizerFast) -> None:
+    """It was told to try again, for ever."""
+    body = {"prompt": [[1] * (CONTEXT - 2)] * 1000, "max_tokens": 1}
+    with served(tokenizer, FakeEngine(), max_bodies_mib=7) as (client, _):
+        error = refusal(client.post("/v1/completions", json=body), 400)
+        assert error["param"] == "prompt"
 
 
 def test_the_schema_still_says_what_a_token_is() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.server.live import Live
 
-HUGE = ("1e400", "-1e400", "NaN", "Infinity", "1e39", "-1e39", "1" + "0" * 30, "-1" + "0" * 30, "1" + "0" * 399, str(2**64))
+HUGE = ("1e400", "-1e400", "1e39", "-1e39", "1" + "0" * 30, "-1" + "0" * 30, "1" + "0" * 399, str(2**64))
 TINY = ("5e-324", "1e-45", "1e-400", "-1e-400")
 PROMPTS: dict[str, dict[str, Any]] = {
     "/generate": {"prompt": "x", "max_tokens": 2},

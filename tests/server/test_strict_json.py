@@ -21,7 +21,7 @@ from server.transport.strict_json import (
     read_json,
 )
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=30)
 
 
@@ -60,6 +60,9 @@ def test_a_byte_order_mark_is_no_fault() -> None:
         (b"", "is not JSON: expecting value at character 0"),
         (b'{"a": 1,}', "is not JSON"),
         (b'{"a": 1} {}', "is not JSON: extra data at character 9"),
+        (b'{"a": NaN}', "is not JSON: NaN is no number of it"),
+        (b"[Infinity]", "is not JSON: Infinity is no number of it"),
+        (b"-Infinity", "is not JSON: -Infinity is no number of it"),
         (b"{'a': 1}", "is not JSON"),
         (b'"\x00"', "is not JSON: invalid control character"),
         (b'{"a": "\xff"}', "is not UTF-8: invalid start byte at byte 7"),

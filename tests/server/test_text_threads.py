@@ -7,7 +7,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from server.text_threads import LONG, MAX_THREADS, TextThreads
+from server.text_threads import LONG, MAX_OF_TENANT, MAX_SHORTER, MAX_THREADS, SHORT, TenantTurns, TextThreads
 
 LIMIT_S = 60
 
@@ -65,11 +65,59 @@ async def test_long_texts_take_no_thread_of_the_others_and_few_in_all() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("size", [1, SHORT, SHORT + 1, LONG])
+async def test_many_texts_of_one_tenant_do_not_keep_another_s_from_a_thread(size: int) -> None:
+    """400 texts of 16,384 characters made another tenant's request wait for 16 s and more, for they shared one queue."""
+    threads, works, other = TextThreads(), [Work() for _ in range(100)], Work()
+    other.may_end.set()
+    async with anyio.create_task_group() as group:
+        for work in works:
+            group.start_soon(threads.run, work, "acme", size)
+        await until(lambda: sum(work.has_begun.is_set() for work in works) == MAX_OF_TENANT)
+        assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        with anyio.fail_after(LIMIT_S):
+            assert await threads.run(other, "other", size) == "done"
+        assert sum(work.has_begun.is_set() for work in works) == MAX_OF_TENANT
+        for work in works:
+            work.may_end.set()
+
+
+@pytest.mark.anyio
+async def test_short_texts_do_not_wait_for_longer_ones() -> None:
+    threads, works = TextThreads(), [Work() for _ in range(MAX_SHORTER)]
+    async with anyio.create_task_group() as group:
+        for number, work in enumerate(works):
+            group.start_soon(threads.run, work, f"tenant-{number % 2}", LONG)
+        await until(lambda: all(work.has_begun.is_set() for work in works))
+        assert await threads.run(lambda: "short", "tenant-0", SHORT) == "short"
+        for work in works:
+            work.may_end.set()
+
+
+@pytest.mark.anyio
+async def test_a_tenant_s_turns_wait_for_one_another_and_no_other_tenant_s_does() -> None:
+    turns, entered, may_end = TenantTurns(1), list[str](), anyio.Event()
+
+    async def take(tenant: str) -> None:
+        async with turns.turn(tenant):
+            entered.append(tenant)
+            await may_end.wait()
+
+    async with anyio.create_task_group() as group:
+        for tenant in ("acme", "acme", "other"):
+            group.start_soon(take, tenant)
+        await anyio.wait_all_tasks_blocked()
+        assert entered == ["acme", "other"]
+        may_end.set()
+    assert entered == ["acme", "other", "acme"]
+
+
+@pytest.mark.anyio
 async def test_a_tenant_that_has_no_more_long_texts_is_forgotten() -> None:
     threads = TextThreads()
     for number in range(10):
         await threads.run(lambda: None, f"tenant-{number}", LONG + 1)
-    assert len(threads._by_tenant) == 0
+    assert len(threads._long._turns._by_tenant) == 0
 
 
 @pytest.mark.anyio
