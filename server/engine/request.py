@@ -213,6 +213,8 @@ class Sequence:
     """When its time is up, in monotonic seconds."""
     residents: tuple[tuple[str, float], ...] = field(init=False)
     """As its request's: what must be resident while it runs."""
+    merged_digest: str | None = field(init=False)
+    """As its request's: the one of `residents` that is a merge."""
     priority: int = field(init=False)
     """Its request's; once it is overdue, the highest there was while it waited. All scheduling goes by this one."""
     is_overdue: bool = False
@@ -221,7 +223,7 @@ class Sequence:
     """While it is pinned: the slot of each resident, and the weight with the adapter's alpha / r in it."""
 
     def __post_init__(self) -> None:
-        self.residents = self.request.residents
+        self.residents, self.merged_digest = self.request.residents, self.request.merged_digest
         self.priority = self.request.priority
 
     @property

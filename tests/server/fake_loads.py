@@ -8,7 +8,7 @@ from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loaded, Loader
 from server.engine.adapters.residents import Residents
-from server.engine.adapters.tiers import MAX_LOADING, AdapterTiers
+from server.engine.adapters.tiers import MAX_LOADING, MAX_MERGING, AdapterTiers
 from server.engine.request import Request
 
 SCALE = 2.0
@@ -108,6 +108,7 @@ def fake_tiers(
     max_loaded_bytes: int = 1000,
     max_loading: int = MAX_LOADING,
     patience_s: float = 0.0,
+    max_merging: int = MAX_MERGING,
 ) -> AdapterTiers:
     pool, residents = cast(AdapterPool, FakePool()), Residents(num_slots, max_bytes)
-    return AdapterTiers(pool, residents, cast(Loader, loader), max_loaded_bytes, max_loading, patience_s)
+    return AdapterTiers(pool, residents, cast(Loader, loader), max_loaded_bytes, max_loading, patience_s, max_merging)

@@ -53,6 +53,7 @@ class Schedule:
     max_loaded_bytes: int
     max_delay: int
     max_loading: int
+    max_merging: int
     arrivals: list[Arrival]
 
 
@@ -62,6 +63,7 @@ def size_of(digest: str) -> int:
 
 ADAPTERS = st.lists(st.integers(0, 29).map(str), max_size=5, unique=True)
 SOMETIMES_BAD = st.one_of(ADAPTERS.map(lambda of: [*of[:2], BAD]), ADAPTERS.map(lambda of: [*of[:2], FLAKY]), st.just([HUGE]))
+POLICIES = st.sampled_from([(), (), ("30",), ("30", "31")])
 NEVER = st.none()
 RARELY = st.one_of(NEVER, NEVER, NEVER, st.integers(0, 6))
 
@@ -89,6 +91,7 @@ def arrivals(draw: st.DrawFn, capacity: int) -> Arrival:
         prompt_ids=tuple(text * 100 + place for place in range(num_prompt)),
         sampling=Sampling(temperature=draw(st.sampled_from([0.0, 1e-9])), seed=draw(st.integers(0, 3))),
         merge=draw(st.sampled_from([MergeOptions(), MergeOptions(), MergeOptions("ties")])),
+        policy=tuple(AdapterTerm(digest, digest, 0.5) for digest in draw(POLICIES)),
         timeout_s=draw(st.one_of(NEVER, NEVER, st.integers(0, 40).map(float))),
     )
     cancelled_after = draw(st.one_of(NEVER, NEVER, st.integers(0, 30)))
@@ -108,6 +111,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
         draw(st.sampled_from([0, 3, 100])),
         draw(st.integers(0, 5)),
         draw(st.integers(1, 4)),
+        draw(st.integers(1, 2)),
         [replace(of, request=replace(of.request, id=f"{place}")) for place, of in enumerate(found)],
     )
 
@@ -258,7 +262,8 @@ class Run:
 def run_any_schedules(tokenizer: PreTrainedTokenizerFast, seen: dict[str, int], of: Schedule) -> None:
     """Runs them to their ends; counts in `seen` how often each kind of end was met."""
     loader = FakeLoader()
-    tiers: AdapterTiers = fake_tiers(loader, of.num_slots, SLOT_BYTES, of.max_loaded_bytes, of.max_loading)
+    places = {"max_loading": of.max_loading, "max_merging": of.max_merging}
+    tiers: AdapterTiers = fake_tiers(loader, of.num_slots, SLOT_BYTES, of.max_loaded_bytes, **places)
     limits = step_limits(of.max_sequences, of.max_sequences + of.max_prompt_tokens)
     scheduler = Scheduler(KvCache(of.num_blocks, of.block_size, "base"), tiers, limits)
     runner = cast(Runner, FakeRunner(of, cast(FakePool, tiers._pool).slots))

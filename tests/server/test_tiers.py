@@ -134,7 +134,7 @@ def test_two_names_of_one_adapter_share_its_slot(loader: FakeLoader) -> None:
 
 
 def test_a_merge_is_loaded_once_by_what_it_is(loader: FakeLoader) -> None:
-    tiers = fake_tiers(loader)
+    tiers = fake_tiers(loader, max_merging=3)
     asked = replace(request(adapters=("a", "b")), merge=MergeOptions("ties"))
     turned = replace(asked, terms=asked.terms[::-1])
     one, same = Sequence(asked), Sequence(turned)
@@ -373,8 +373,8 @@ def merging(*digests: str) -> Sequence:
 
 
 def test_a_merge_that_no_request_wants_any_more_is_given_up_and_its_place_is_free(loader: FakeLoader) -> None:
-    tiers = fake_tiers(loader, max_loading=1)
-    one, other, late = merging("a", "b"), merging("a", "b"), wanting("late")
+    tiers = fake_tiers(loader, max_merging=1)
+    one, other, late = merging("a", "b"), merging("a", "b"), merging("late")
     (digest, _), *_ = one.residents
     for sequence in (one, other):
         tiers.expect(sequence.request)
@@ -385,7 +385,7 @@ def test_a_merge_that_no_request_wants_any_more_is_given_up_and_its_place_is_fre
     tiers.release(other.request)
     assert loader.cancelled == [digest]
     tiers.pin(late)
-    assert loader.started == [digest, "late"]
+    assert loader.started == [digest, late.merged_digest]
 
 
 def test_a_merge_that_was_prefetched_for_a_request_that_ended_is_given_up(loader: FakeLoader) -> None:

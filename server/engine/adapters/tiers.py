@@ -13,6 +13,7 @@ from itertools import islice
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loader, named
+from server.engine.adapters.merge_queue import MergeQueue
 from server.engine.adapters.places import NoRoomError, Place
 from server.engine.adapters.residents import Residents
 from server.engine.request import Request, Sequence
@@ -21,6 +22,8 @@ from server.engine.scheduling.residency import Residency
 logger = logging.getLogger(__name__)
 MAX_LOADING = 16
 """Adapters that are read, or wait in RAM for the sequences that asked for them, at a time; others are asked for later."""
+MAX_MERGING = 2
+"""Merges that are built, or wait in RAM, at a time, beside `MAX_LOADING`: one is built while the one before it is taken."""
 
 
 class AdapterTiers:
@@ -37,12 +40,15 @@ class AdapterTiers:
         max_loaded_bytes: int,
         max_loading: int = MAX_LOADING,
         patience_s: float = 0.0,
+        max_merging: int = MAX_MERGING,
     ) -> None:
         self._pool, self.residents, self._loader = pool, residents, loader
-        self._max_loaded_bytes, self._max_loading = max_loaded_bytes, max_loading
+        self._max_loaded_bytes, self._max_loading, self._max_merging = max_loaded_bytes, max_loading, max_merging
         self._patience_s = patience_s
         self._loaded: OrderedDict[str, PackedAdapter] = OrderedDict()  # the one unused longest first
         self._wanted: dict[str, dict[Sequence, None]] = {}
+        self._merging: dict[str, str] = {}  # of those wanted, the merges, each with the tenant that asked first
+        self._merge_queue = MergeQueue()  # empty while a merge more may be wanted
         self._failed: dict[Sequence, str] = {}
         self._dropped: set[str] = set()  # those that go as soon as they can
         self._expected: Counter[str] = Counter()
@@ -89,7 +95,7 @@ class AdapterTiers:
         del self._expected[merged]
         self._loader.cancel(merged)
         if not self._loader.is_reading(merged) and merged not in self._loaded:
-            self._wanted.pop(merged, None)
+            self._want_no_more(merged)
         self._purge(merged)
 
     def pin(self, sequence: Sequence) -> Residency:
@@ -122,10 +128,15 @@ class AdapterTiers:
 
     def is_behind(self, sequence: Sequence) -> bool:
         """See `ResidencyGate`."""
-        if len(self._wanted) < self._max_loading or sequence in self._first_waiting():
+        if sequence in self._first_waiting():
             return False
-        here = (self._wanted, self._loaded, self.residents)
-        return not all(any(digest in each for each in here) for digest, _ in sequence.residents)
+        is_behind = False
+        for digest, _ in sequence.residents:
+            if digest not in self._wanted and digest not in self._loaded and digest not in self.residents:
+                if not self._is_held_up(digest, sequence):
+                    return False
+                is_behind = True
+        return is_behind
 
     def unpin(self, sequence: Sequence) -> None:
         """See `ResidencyGate`."""
@@ -150,11 +161,11 @@ class AdapterTiers:
                 self.num_failures += bool(waiting)  # else it is read again for who asked
                 # Each is told by its own name: what another calls the same content may be none of its business.
                 self._failed |= {of: f"adapter {named(loaded.digest, of.request)} {loaded.fault}" for of in waiting}
-                self._wanted.pop(loaded.digest, None)
+                self._want_no_more(loaded.digest)
                 self._dropped.discard(loaded.digest)
                 continue
             if not waiting:
-                self._wanted.pop(loaded.digest, None)
+                self._want_no_more(loaded.digest)
             self.observe_load(loaded.seconds)
             self._add(loaded.digest, loaded.packed)
             if loaded.made_of:
@@ -213,6 +224,8 @@ class AdapterTiers:
         """Asserts that pins are those of the running sequences, and bytes those of what is there."""
         self.residents.check_integrity(sum(len(s.residents) for s in running))
         assert self.num_loaded_bytes == sum(of.num_bytes for of in self._loaded.values())
+        assert self._merging.keys() <= self._wanted.keys()
+        assert len(self._merging) >= self._max_merging or not self._merge_queue
 
     def close(self) -> None:
         """Ends the loader's thread."""
@@ -221,11 +234,40 @@ class AdapterTiers:
     def _is_awaited(self, digest: str, sequence: Sequence) -> bool:
         # Whether the adapter is not in RAM; has it read if there is room for one more. Who waits longest need not ask for room:
         # else those who have some of their adapters could wait for each other.
-        if digest in self._wanted or len(self._wanted) < self._max_loading or sequence in self._first_waiting():
-            if digest not in self._wanted and digest not in self._loaded:
-                self._loader.start(digest, sequence.request)
-            self._wanted.setdefault(digest, {})[sequence] = None
+        is_merge = digest == sequence.merged_digest
+        if digest in self._wanted or self._has_place(is_merge) or sequence in self._first_waiting():
+            self._want(digest, sequence)
+        elif is_merge and digest not in self._loaded:
+            self._merge_queue.add(sequence)
         return digest not in self._loaded
+
+    def _has_place(self, is_merge: bool) -> bool:
+        # Merges take long, and one tenant can want any number of them: they have places of their own.
+        if is_merge:
+            return len(self._merging) < self._max_merging
+        return len(self._wanted) - len(self._merging) < self._max_loading
+
+    def _is_held_up(self, digest: str, sequence: Sequence) -> bool:
+        # A merge that is queued is begun when its turn comes, unasked.
+        is_merge = digest == sequence.merged_digest
+        return sequence in self._merge_queue if is_merge else not self._has_place(is_merge)
+
+    def _want(self, digest: str, sequence: Sequence) -> None:
+        if digest == sequence.merged_digest:
+            self._merge_queue.discard(sequence)
+            self._merging.setdefault(digest, sequence.request.tenant)
+        if digest not in self._wanted and digest not in self._loaded:
+            self._loader.start(digest, sequence.request)
+        self._wanted.setdefault(digest, {})[sequence] = None
+
+    def _want_no_more(self, digest: str) -> None:
+        # Gives up the place of an adapter; that of a merge goes to the next one.
+        self._wanted.pop(digest, None)
+        self._merging.pop(digest, None)
+        while self._has_place(is_merge=True) and (sequence := self._merge_queue.take(self._merging.values())):
+            merged = sequence.merged_digest
+            if merged and merged not in self._loaded and merged not in self.residents:  # else there is nothing to build
+                self._want(merged, sequence)
 
     def _first_waiting(self) -> Iterable[Sequence]:
         return islice(next(iter(self._wanted.values()), {}), 1)
@@ -263,11 +305,12 @@ class AdapterTiers:
         return self.residents.get(digest).num_bytes if digest in self.residents else self._loaded[digest].num_bytes
 
     def _forget(self, sequence: Sequence) -> None:
+        self._merge_queue.discard(sequence)
         for digest, _ in sequence.residents:
             waiting = self._wanted.get(digest, {})
             waiting.pop(sequence, None)
             if not waiting and digest in self._loaded:
-                self._wanted.pop(digest, None)
+                self._want_no_more(digest)
 
     def _add(self, digest: str, packed: PackedAdapter) -> None:
         if digest not in self._loaded:  # else it was asked for again just as it came
@@ -283,7 +326,7 @@ class AdapterTiers:
 
     def _unload(self, digest: str) -> None:
         self.num_loaded_bytes -= self._loaded.pop(digest).num_bytes
-        self._wanted.pop(digest, None)
+        self._want_no_more(digest)
 
     def _purge(self, digest: str) -> None:
         if digest not in self._dropped or self._wanted.get(digest) or self._loader.is_reading(digest):

@@ -1,0 +1,196 @@
+"""Places for merges: they take none of the adapters that are read, and tenants take turns at them."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+
+from lori.merge_options import MergeOptions
+from server.engine.adapters.merge_queue import MergeQueue
+from server.engine.adapters.tiers import MAX_LOADING, MAX_MERGING, AdapterTiers
+from server.engine.request import AdapterTerm, Sequence
+from server.engine.scheduling.kv_cache import KvCache
+from server.engine.scheduling.scheduler import Scheduler
+from tests.server.fake_loads import FakeLoader, fake_tiers
+from tests.server.plans import request, run_step, step_limits
+
+
+def merging(weight: float, tenant: str = "alice", policy: Iterable[str] = ()) -> Sequence:
+    """Returns a sequence whose merge differs from those of any other weight or tenant."""
+    asked = request(adapters=(f"{tenant} 1", f"{tenant} 2"), weight=weight, tenant=tenant)
+    terms = tuple(AdapterTerm(digest, digest, 0.5) for digest in policy)
+    return Sequence(replace(asked, merge=MergeOptions("ties"), policy=terms))
+
+
+def flood(number: int, tenant: str = "alice") -> list[Sequence]:
+    return [merging(0.1 + place / 1000, tenant) for place in range(number)]
+
+
+def wanting(digest: str, tenant: str = "bob") -> Sequence:
+    return Sequence(request(adapters=(digest,), tenant=tenant))
+
+
+def digest_of(sequence: Sequence) -> str:
+    assert sequence.merged_digest
+    return sequence.merged_digest
+
+
+def pin_all(tiers: AdapterTiers, sequences: Iterable[Sequence]) -> None:
+    for sequence in sequences:
+        assert tiers.pin(sequence) == "loading"
+        tiers.check_integrity([])
+
+
+@pytest.fixture
+def loader() -> FakeLoader:
+    return FakeLoader()
+
+
+def test_merges_that_wait_keep_no_adapter_from_being_read(loader: FakeLoader) -> None:
+    """Another tenant's adapter was read after 200 merges, 100 s late."""
+    tiers, merges = fake_tiers(loader), flood(200)
+    pin_all(tiers, merges)
+    assert loader.started == [digest_of(sequence) for sequence in merges[:MAX_MERGING]]
+    others = [wanting(f"{number}") for number in range(MAX_LOADING)]
+    pin_all(tiers, others)
+    assert loader.started[MAX_MERGING:] == [f"{number}" for number in range(MAX_LOADING)]
+
+
+def test_adapters_that_are_read_keep_no_merge_from_being_built(loader: FakeLoader) -> None:
+    tiers, merge = fake_tiers(loader), merging(1.0)
+    pin_all(tiers, [wanting(f"{number}") for number in range(2 * MAX_LOADING)])
+    pin_all(tiers, [merge])
+    assert loader.started[MAX_LOADING:] == [digest_of(merge)]
+
+
+def test_the_merge_of_another_tenant_is_the_next_to_begin(loader: FakeLoader) -> None:
+    tiers, merges, other = fake_tiers(loader, num_slots=9), flood(200), merging(1.0, "bob")
+    pin_all(tiers, [*merges, other])
+    loader.arrive(digest_of(merges[0]))
+    tiers.collect()
+    assert len(loader.started) == MAX_MERGING, "what is built takes a place until its sequence has it"
+    assert tiers.pin(merges[0]) == "ready"
+    assert loader.started[MAX_MERGING:] == [digest_of(other)]
+    tiers.check_integrity([merges[0]])
+
+
+def test_queued_merges_are_not_asked_about_until_they_are_begun(loader: FakeLoader) -> None:
+    tiers, merges = fake_tiers(loader, num_slots=9), flood(5)
+    pin_all(tiers, merges)
+    assert [tiers.is_behind(sequence) for sequence in merges] == [False, False, True, True, True]
+    loader.arrive(digest_of(merges[1]))
+    tiers.collect()
+    assert tiers.pin(merges[1]) == "ready"
+    assert [tiers.is_behind(sequence) for sequence in merges] == [False, False, False, True, True]
+
+
+def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLoader) -> None:
+    """The operator adds one to every request of a tenant; it has a place, though the merge has none."""
+    tiers, merge = fake_tiers(loader, max_loading=1), merging(1.0, "bob", policy=["policy"])
+    pin_all(tiers, [wanting("a"), *flood(3), merge])
+    assert "policy" not in loader.started
+    assert tiers.is_behind(merge), "there is no place for either"
+    loader.arrive("a", fault="it is torn")
+    tiers.collect()
+    assert not tiers.is_behind(merge)
+    pin_all(tiers, [merge])
+    assert loader.started[-1] == "policy"
+
+
+@pytest.mark.parametrize("end", ["fault", "release", "leave"])
+def test_the_place_of_a_merge_that_fails_or_is_given_up_goes_to_the_next(loader: FakeLoader, end: str) -> None:
+    tiers, (first, second, third) = fake_tiers(loader, max_merging=1), flood(3)
+    for sequence in (first, second, third):
+        tiers.expect(sequence.request)
+    pin_all(tiers, [first, second, third])
+    if end == "leave":  # of the queue: it is never begun
+        tiers.unpin(second)
+        tiers.release(second.request)
+    if end == "fault":
+        loader.arrive(digest_of(first), fault="they differ")
+        tiers.collect()
+    else:
+        tiers.unpin(first)
+        tiers.release(first.request)
+    assert loader.started == [digest_of(first), digest_of(third if end == "leave" else second)]
+    tiers.check_integrity([])
+
+
+def test_a_queued_merge_that_was_built_meanwhile_is_not_built_again(loader: FakeLoader) -> None:
+    tiers, (first, second, third) = fake_tiers(loader, num_slots=9, max_merging=1), flood(3)
+    same = Sequence(second.request)
+    pin_all(tiers, [first, second, same, third])
+    for sequence in (first, second):
+        loader.arrive(digest_of(sequence))
+        tiers.collect()
+        assert tiers.pin(sequence) == "ready"
+    assert loader.started == [digest_of(sequence) for sequence in (first, second, third)]
+    assert not tiers.is_behind(same)
+    assert tiers.pin(same) == "ready"
+
+
+def test_merges_and_adapters_that_hold_all_places_do_not_wait_for_each_other(loader: FakeLoader) -> None:
+    tiers = fake_tiers(loader, num_slots=100, max_loading=1, max_merging=1)
+    waiting = [merging(weight, tenant, [f"policy of {tenant}"]) for weight in (0.25, 0.5, 1.0) for tenant in ("alice", "bob")]
+    for _ in range(20):
+        for sequence in [*waiting]:
+            if not tiers.is_behind(sequence) and tiers.pin(sequence) == "ready":
+                tiers.unpin(sequence)
+                waiting.remove(sequence)
+        for digest in [*loader.pending]:
+            loader.arrive(digest)
+        tiers.collect()
+    assert not waiting, "somebody waits for ever"
+
+
+def test_a_step_serves_others_while_one_tenant_has_many_merges_built(loader: FakeLoader) -> None:
+    """As in the server: one merge ends at a time, and what others asked for comes in their turn."""
+    tiers = fake_tiers(loader, num_slots=9)
+    scheduler = Scheduler(KvCache(500, 4, "base"), tiers, step_limits(9, 90))
+    merges, cold, other = flood(50), wanting("cold"), merging(1.0, "bob")
+    for sequence in merges:
+        scheduler.add(sequence)
+    run_step(scheduler)
+    for sequence in (cold, other):
+        scheduler.add(sequence)
+    run_step(scheduler)
+    loader.arrive("cold")
+    tiers.collect()
+    assert cold in {chunk.sequence for chunk in run_step(scheduler)}
+    num_before_other = None
+    while scheduler.has_work:
+        if loader.pending:
+            loader.arrive(next(iter(loader.pending)))
+        tiers.collect()
+        run_step(scheduler)
+        if num_before_other is None and other not in scheduler.waiting:
+            num_before_other = sum(merge not in scheduler.waiting for merge in merges)
+    assert num_before_other == MAX_MERGING, "those that were begun before it came"
+    assert len(loader.started) == len(merges) + 2
+
+
+def test_tenants_take_turns_at_merges() -> None:
+    queue, (a, b, c), (d, e), f = MergeQueue(), flood(3, "alice"), flood(2, "bob"), merging(1.0, "carol")
+    for sequence in (a, b, c, d, e, f):
+        queue.add(sequence)
+    assert [queue.take([]) for _ in range(7)] == [a, d, f, b, e, c, None]
+    assert not queue
+
+
+def test_a_tenant_whose_merge_is_under_way_has_its_turn_after_others() -> None:
+    queue, (a, b), d = MergeQueue(), flood(2, "alice"), merging(1.0, "bob")
+    for sequence in (a, b, d):
+        queue.add(sequence)
+    assert [queue.take(["alice"]) for _ in range(4)] == [d, a, b, None]
+
+
+def test_who_left_the_queue_of_merges_has_no_turn() -> None:
+    queue, (a, b) = MergeQueue(), flood(2)
+    queue.discard(a)
+    for sequence in (a, b, a):
+        queue.add(sequence)
+    assert a in queue
+    queue.discard(a)
+    assert a not in queue
+    assert queue.take([]) is b
+    assert not queue
