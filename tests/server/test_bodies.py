@@ -85,15 +85,15 @@ def test_a_body_is_its_tenant_s_or_its_address_s(scope: Scope, client: str) -> N
 
 
 def test_the_flag_leaves_room_for_one_body() -> None:
-    for too_few in (1, 7):
+    for too_few in (1, 4):
         with pytest.raises(
-            ValueError, match=f"--max-bodies-mib is {too_few}, expected at least 8: room for a body of --max-body-bytes, 2097152"
+            ValueError, match=f"--max-bodies-mib is {too_few}, expected at least 5: room for a body of --max-body-bytes, 2097152"
         ):
             Settings(max_bodies_mib=too_few, max_body_bytes=2 * MIB)
-    assert Settings(max_bodies_mib=8, max_body_bytes=2 * MIB).max_bodies_mib == 8
+    assert Settings(max_bodies_mib=5, max_body_bytes=2 * MIB).max_bodies_mib == 5
 
 
-@pytest.mark.parametrize(("max_bodies_mib", "max_body_bytes"), [(7, MIB), (64, MIB), (64, 58 * MIB), (1, 10_000)])
+@pytest.mark.parametrize(("max_bodies_mib", "max_body_bytes"), [(4, MIB), (64, MIB), (64, 58 * MIB), (1, 10_000)])
 def test_a_client_may_always_hold_one_body_with_all_its_values(max_bodies_mib: int, max_body_bytes: int) -> None:
     """A list of 100,000 token ids was told to try again, for ever."""
     settings = Settings(max_bodies_mib=max_bodies_mib, max_body_bytes=max_body_bytes)
