@@ -294,8 +294,8 @@ class AdapterStore:
         return saved
 
     def _drop(self, bases: AbstractSet[Path]) -> None:
-        """Removes those of `bases` that no adapter needs."""
-        if bases:
+        """Removes those of `bases` that no adapter needs; none where something cannot be read, which may need them."""
+        if bases and not self.contents().faults:
             with locked(self.root, BASES_FOLDER):
                 for file in bases - {self._basis_file(entry) for entry in self.list()}:
                     file.unlink(missing_ok=True)

@@ -212,7 +212,7 @@ def test_the_sketch_is_a_row_of_fp64() -> None:
     assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("alpha", [1e-30, 1e9])
+@pytest.mark.parametrize("alpha", [1e-9, 1e9])
 def test_copies_of_a_tiny_or_a_huge_delta_are_found(alpha: float) -> None:
     # fp32 held neither's norm: they were not found.
     a = make_adapter("a", alpha=alpha)

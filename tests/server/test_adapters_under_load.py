@@ -198,6 +198,9 @@ class SlowAdmission:
         assert self.may_go_on.wait(LIMIT_S)
         return request
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._admission, name)
+
 
 def test_what_is_withdrawn_while_a_request_is_admitted_is_not_served_to_it(office: Office) -> None:
     office.have("x", 1)
