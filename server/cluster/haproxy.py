@@ -23,6 +23,7 @@ RULES = r"""    http-request return status 405 content-type application/json str
     http-request del-header HTTP2-Settings
 """  # noqa: E501
 SHARED, OWN = "http-reuse always", "http-reuse never"
+SERVER = re.compile(r"^ *server ", re.MULTILINE)
 REUSE = re.compile(r"^ *(http-reuse .*?) *$", re.MULTILINE)
 
 
@@ -42,8 +43,10 @@ def hardened(configuration: str) -> str:
                 f"the configuration has {num_frontends} frontends 'http_frontend', expected one: is Ray newer?"
             )
     configuration = configuration.replace(SHARED, OWN)
-    if not REUSE.findall(configuration) or set(REUSE.findall(configuration)) != {OWN}:
-        raise ConfigurationError(f"the configuration has {REUSE.findall(configuration)}, expected {SHARED!r}: is Ray newer?")
+    modes = set(REUSE.findall(configuration))
+    # At first Ray has no application to send requests to, and so no mode.
+    if modes - {OWN} or (SERVER.search(configuration) and not modes):
+        raise ConfigurationError(f"the configuration has {sorted(modes)}, expected {SHARED!r} alone: is Ray newer?")
     return configuration
 
 

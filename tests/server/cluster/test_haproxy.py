@@ -16,6 +16,7 @@ backend default_backend
     http-request return status 404
 backend lori-server
     http-reuse always
+    server one 127.0.0.1:30000 check
 """
 
 
@@ -44,6 +45,11 @@ def test_a_configuration_is_changed_once(tmp_path: Path) -> None:
 def test_a_configuration_without_the_frontend_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="0 frontends"):
         hardened("frontend other\n    bind :80\n")
+
+
+def test_there_need_be_no_application_yet() -> None:
+    start, _, _ = CONFIGURATION.partition("backend lori-server")
+    assert RULES in hardened(start)
 
 
 @pytest.mark.parametrize("reuse", ["", "http-reuse aggressive"])
