@@ -22,7 +22,7 @@ from lori.aliases import Aliases
 from lori.basis_file import BASES_FOLDER, basis_file, load_basis
 from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
-from lori.durable import new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
+from lori.durable import discard, new_folder, read_regular, remove_folder, replace_file, sync_folder, write_file
 from lori.entry import Entry, no_link, scan
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import Files, basis_kept, load_adapter, name_of, parse_adapter, read_config, read_files, save_adapter, seal
@@ -155,6 +155,8 @@ class AdapterStore:
         # The same content, since the version is: what was measured since, or a copy that was damaged.
         if _is_made_otherwise(folder, files):
             return
+        for left in folder.glob(".*@*"):  # by a writer that was killed: a living one would hold the lock
+            discard(left)
         for name, content in files.items():
             if not (folder / name).is_file() or read_regular(folder / name) != content:
                 replace_file(folder / name, content)
