@@ -239,6 +239,9 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
         Raw(head + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n", (frozenset({100}),), closes=False),
         # Sound requests that cannot be served.
         Raw(head + UPGRADE + b"\r\n", (REFUSED,), closes=None),
+        Raw(head + UPGRADE + b"Content-Length: 9\r\n\r\n" + b'{"prompt"', (REFUSED,), closes=None),
+        Raw(head + UPGRADE + b'Transfer-Encoding: chunked\r\n\r\n9\r\n{"prompt"\r\n0\r\n\r\n', (REFUSED,), closes=None),
+        Raw(head + UPGRADE + b"Content-Length: 99\r\n\r\n" + body, (), closes=False),
         Raw(b"GET /generate HTTP/1.1\r\nHost: x\r\n" + key + UPGRADE + b"\r\n", (frozenset({405}),), closes=None),
         Raw(b"GET /../../etc/passwd%00 HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({404}),), closes=False),
         Raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({400, 404, 405}),), closes=None),
