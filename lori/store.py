@@ -23,7 +23,7 @@ from lori.aliases import Aliases
 from lori.basis_file import BASES_FOLDER, basis_file, load_basis
 from lori.config import ExplicitConfig
 from lori.config_file import CONFIG_FILE, parse_config
-from lori.durable import new_folder, remove_folder, replace_file, sync_folder, write_file
+from lori.durable import discard, new_folder, remove_folder, replace_file, sync_folder, write_file
 from lori.entry import Entry, Scan, has_adapter, scan
 from lori.errors import AdapterError, AdapterFormatError, AliasError
 from lori.file_stamp import FileStamp
@@ -217,6 +217,8 @@ class AdapterStore:
         # The same content, since the version is: what was measured since, or a copy that was damaged.
         if _is_made_otherwise(folder, files):
             return
+        for left in folder.glob(".*@*"):  # by a writer that was killed: a living one would hold the lock
+            discard(left)
         for name, content in files.items():
             if read_file(folder, name, []) != content:  # a link is replaced, too
                 replace_file(folder / name, content)

@@ -84,8 +84,9 @@ def test_a_compressed_member_is_refused(entry: Entry, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             archive.writestr(f"math/{name}", bytes(10_000_000))
-    with pytest.raises(AdapterFormatError, match="compressed"):
+    with pytest.raises(AdapterFormatError) as caught:  # the path has the word "compressed", too
         unpack(tmp_path / "bomb", AdapterStore(tmp_path / "store"))
+    assert {f"'math/{name}': compressed" for name in (CONFIG_FILE, WEIGHTS_FILE)} <= {*caught.value.faults}
     assert entry.load()
 
 
@@ -101,6 +102,15 @@ def test_a_member_that_is_no_regular_file_is_refused(entry: Entry, tmp_path: Pat
         archive.writestr(card, "../../keys.toml")
     with pytest.raises(AdapterFormatError, match="not a regular file"):
         unpack(tmp_path / "file", AdapterStore(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("name", ["..", "Math", "math@0123456789ab", ""])
+def test_an_archive_of_an_adapter_without_a_sound_name_is_refused(entry: Entry, tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            archive.write(entry.folder / file, f"{name}/{file}")
+    with pytest.raises(AdapterFormatError, match="expected one adapter, its name matching"):
+        unpack(tmp_path / "x", AdapterStore(tmp_path / "store"), "math")
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path: Path) -> None:

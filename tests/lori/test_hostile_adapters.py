@@ -309,3 +309,11 @@ def resealed_on(files: Files, explicit: Explicit, changed: bytes) -> Files:
         return files
     config = files[CONFIG_FILE].replace(explicit.content_digest.encode(), basis.content_digest.encode())
     return resealed({**files, CONFIG_FILE: with_digest(config, "basis_digest", drawn)})
+
+
+def test_a_basis_under_the_name_of_another_is_refused() -> None:
+    """What it lacks or has more may not matter to the adapter that is loaded first, but to the next on that basis."""
+    tensors = {name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()}
+    other = Explicit.of(tensors | {"layers.9.q_proj": torch.ones(RANK, 5)})
+    with pytest.raises(AdapterFormatError, match=f"its basis has the digest {other.content_digest}, expected "):
+        parse_basis("its file", basis_bytes(other), Explicit.of(tensors).content_digest)

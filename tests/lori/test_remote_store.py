@@ -471,6 +471,14 @@ def test_no_file_comes_but_those_of_adapters(open_store: Open, path: str, tmp_pa
     assert {file for file in tmp_path.rglob("*") if "cache-1" not in file.parts} == before
 
 
+@pytest.mark.parametrize("folder", ["Math", "my run", "math@xyz", "math@0123456789abcd"])
+def test_a_folder_without_a_sound_name_is_said_and_not_left_out(open_store: Open, folder: str) -> None:
+    publish(open_store(), "math")
+    WatchedFileSystem.store[f"/store/{folder}/{CONFIG_FILE}"] = WatchedFileSystem.store["/store/.aliases/math"]
+    with pytest.raises(AdapterError, match=f"{folder}: an adapter's name must match"):
+        open_store()
+
+
 def test_a_version_that_comes_while_all_is_listed_is_found(open_store: Open) -> None:
     writer = open_store()
     first = publish(writer, "math").reference

@@ -8,6 +8,8 @@ from operator import contains
 from random import Random
 from typing import Any
 
+from server.transport.http_protocol import MAX_PIPELINED
+
 JSON = {"Content-Type": "application/json"}
 MESSAGES = [{"role": "user", "content": "Hi"}]
 SOUND: dict[tuple[str, str], dict[str, Any]] = {
@@ -209,7 +211,7 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
     bad = head + b"Content-Length: 9\r\n\r\n" + b'{"prompt"'
     key = headers.encode()
     long = b"a" * random.randint(330_000, 500_000)  # more than the event loop reads at once beside the 64 KiB that it may hold
-    num_bad, num_good = random.randint(2, 20), random.randint(2, 40)
+    num_bad, num_good = random.randint(2, MAX_PIPELINED), random.randint(2, MAX_PIPELINED)
     length = random.choice((b"-1", b"abc", b"1e3", b"+15", b"1_5", b"0x15", b"9" * 30))
     chunk = random.choice((b"zz", b"-1", b"F" * 20, b"", b";;;"))
     return (
@@ -221,8 +223,7 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
         _refused(b"G\x00ET / HTTP/1.1\r\nHost: x\r\n\r\n"),
         _refused(b"GET /" + long + b" HTTP/1.1\r\n\r\n", 431),
         _refused(b"GET / HTTP/1.1\r\nX: " + long + b"\r\n\r\n", 431),
-        # HTTP/0.9 has no headers, so no key.
-        _refused(b"GET /generate\r\n\r\n", 400, 401),
+        _refused(b"GET /generate\r\n\r\n", 505),
         Raw(b"\r\n" * random.randint(1, 50) + b"POST", (), closes=False),
         # A body of no length, or of two, or of another.
         _refused(head + b"No colon\r\n\r\n" + body),
@@ -239,11 +240,15 @@ def raw_kinds(random: Random, headers: str) -> tuple[Raw, ...]:
         Raw(head + b"Expect: 100-continue\r\nContent-Length: 15\r\n\r\n", (frozenset({100}),), closes=False),
         # Sound requests that cannot be served.
         Raw(head + UPGRADE + b"\r\n", (REFUSED,), closes=None),
+        Raw(head + UPGRADE + b"Content-Length: 9\r\n\r\n" + b'{"prompt"', (REFUSED,), closes=None),
+        Raw(head + UPGRADE + b'Transfer-Encoding: chunked\r\n\r\n9\r\n{"prompt"\r\n0\r\n\r\n', (REFUSED,), closes=None),
+        Raw(head + UPGRADE + b"Content-Length: 99\r\n\r\n" + body, (), closes=False),
         Raw(b"GET /generate HTTP/1.1\r\nHost: x\r\n" + key + UPGRADE + b"\r\n", (frozenset({405}),), closes=None),
         Raw(b"GET /../../etc/passwd%00 HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({404}),), closes=False),
         Raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\n" + key + b"\r\n", (frozenset({400, 404, 405}),), closes=None),
         # Several.
         Raw(bad * num_bad, (REFUSED,) * num_bad, closes=False),
+        Raw(bad * 40, (*(REFUSED,) * (MAX_PIPELINED + 1), frozenset({429})), closes=True),
         Raw(bad + b"\xcd" + random.randbytes(300), (REFUSED, REFUSED), closes=True),
         Raw(
             b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * num_good + b"rubbish\r\n\r\n",

@@ -18,13 +18,15 @@ import pytest
 
 from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, Live, start, wait_until
-from tests.server.malformed import Maker, Raw, raw, raw_kinds
+from tests.server.malformed import UPGRADE, Maker, Raw, raw, raw_kinds
 
 NUM_BODIES, NUM_RAW, NUM_THREADS = 10_000, 1_000, 4
 MAX_BODY_BYTES = 2**20
 SLACK_BYTES = 128 * 2**20
 """What the server may hold more after all than after a tenth: a leak of bodies would be gigabytes."""
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
+
+KEY = f"Authorization: {bearer(ADMIN)['Authorization']}\r\n".encode()
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,59 @@ def test_who_asks_for_a_web_socket_is_answered_as_any_other(attacked: Live) -> N
     reply = attacked.client.get("/generate", headers=headers | {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="})
     assert reply.status_code == 405
     assert reply.json()["error"]["code"] == 405
+
+
+def statuses_of(live: Live, head: bytes, body: bytes, *, is_one_segment: bool) -> list[int]:
+    """Send a request, then another for a route that there is not, and return the statuses of all answers but `100 Continue`.
+
+    Where it is not one segment, the body follows when the server has asked for it: it cannot arrive together with the head.
+    """
+    heard = b""
+    with closing(socket.create_connection(("127.0.0.1", live.port), LIMIT_S)) as connection:
+        if is_one_segment:
+            connection.sendall(head + b"\r\n" + body)
+        else:
+            connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+            while b"HTTP/1.1 100 " not in heard:
+                heard += (chunk := connection.recv(4096))
+                assert chunk, heard
+            connection.sendall(body)
+        while {*STATUS.findall(heard)} <= {b"100"}:
+            heard += (chunk := connection.recv(4096))
+            assert chunk, heard
+        with suppress(ConnectionError):  # it may be closed after the first answer
+            connection.sendall(b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%b\r\n" % KEY)
+            while chunk := connection.recv(4096):
+                heard += chunk
+    return [int(status) for status in STATUS.findall(heard) if status != b"100"]
+
+
+@pytest.mark.parametrize("is_one_segment", [True, False])
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize(
+    "offer",
+    [
+        pytest.param(UPGRADE, id="websocket"),
+        pytest.param(b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n", id="h2c"),
+        pytest.param(b"Connection: keep-alive, upgrade\r\nUpgrade: x\r\n", id="unknown"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        pytest.param(b'{"prompt": "x", "max_tokens": 2}', 200, id="sound"),
+        pytest.param(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n", 400, id="a request"),
+    ],
+)
+def test_the_body_behind_an_offer_of_another_protocol_is_read_and_answered_once(
+    attacked: Live, offer: bytes, body: bytes, status: int, is_chunked: bool, is_one_segment: bool
+) -> None:
+    """The offer is ignored, as RFC 9110 (7.8) has it: the request is answered as any other, and the body is no request."""
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + KEY + offer
+    framing = b"Transfer-Encoding: chunked\r\n" if is_chunked else b"Content-Length: %d\r\n" % len(body)
+    content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if is_chunked else body
+    answers = statuses_of(attacked, head + framing, content, is_one_segment=is_one_segment)
+    assert answers in ([status], [status, 404])
 
 
 def test_every_kind_of_raw_bytes_is_answered_as_it_must_be(attacked: Live) -> None:
