@@ -58,6 +58,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     _num_held = 0
     """Bytes that came since the application last heard anything."""
+    _num_field_bytes = 0
+    """Of the target and the headers that are parsed now, or of the trailer: they may all come in one segment."""
     _is_in_body = False
     """Whether the request that is read belongs to `cycle`; else it has none yet."""
     _due: RequestResponseCycle | None = None
@@ -65,6 +67,8 @@ class HttpProtocol(HttpToolsProtocol):
     _refusal: bytes | None = None
     """What is said at the end: nothing is read any more."""
     _is_over = False
+    made_at = 0.0
+    """When the connection was made, in the loop's seconds."""
     _unsound: UnsoundHeadError | None = None
     """Why the headers that were just parsed are refused."""
     _last_body: "_LastBody | None" = None
@@ -81,10 +85,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._feed(data)
         if self._num_held > MAX_HELD_BYTES and self._refusal is None and not self.transport.is_closing():
-            self._refuse_length()
+            error = self._too_long()
+            self._refuse(error.status, error.message)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Take a connection; the server's state may refuse it."""
+        self.made_at = self.loop.time()
         super().connection_made(transport)
         if isinstance(self.server_state, BoundedState):
             self.server_state.admit(self)
@@ -95,8 +101,22 @@ class HttpProtocol(HttpToolsProtocol):
         if self._due:
             _disconnect(self._due)
 
+    def on_message_begin(self) -> None:
+        """Start a request."""
+        self._num_field_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of a request's target. Raises `UnsoundHeadError`."""
+        self._count_field_bytes(len(url))
+        super().on_url(url)
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, unless it is a trailer's: those come after the request was authorised and routed."""
+        """Take a header, unless it is a trailer's: those come after the request was authorised and routed.
+
+        Raises `UnsoundHeadError`.
+        """
+        self._count_field_bytes(len(name) + len(value))
         if self._is_in_body:
             return
         if len(self.headers) == MAX_HEADERS:
@@ -107,7 +127,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Check a request's headers and start to answer it. Raises `UnsoundHeadError`."""
-        self._num_held = 0
+        self._num_held = self._num_field_bytes = 0
         try:
             self._check_head()
         except UnsoundHeadError as error:
@@ -204,13 +224,18 @@ class HttpProtocol(HttpToolsProtocol):
         self._due = cycle
         super()._start_asgi_task(cycle, app)
 
-    def _refuse_length(self) -> None:
+    def _count_field_bytes(self, num_bytes: int) -> None:
+        self._num_field_bytes += num_bytes
+        if self._num_field_bytes > MAX_HELD_BYTES:
+            self._unsound = self._too_long()
+            raise self._unsound
+
+    def _too_long(self) -> UnsoundHeadError:
         if self._is_in_body:
-            said = f"a chunk's extensions or the trailer are longer than {MAX_HELD_BYTES} bytes"
-            self._refuse(HTTPStatus.BAD_REQUEST, said)
-        else:
-            said = f"the request's head is longer than {MAX_HELD_BYTES} bytes"
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, said)
+            message = f"a chunk's extensions or the trailer are longer than {MAX_HELD_BYTES} bytes"
+            return UnsoundHeadError(HTTPStatus.BAD_REQUEST, message)
+        message = f"the request's head is longer than {MAX_HELD_BYTES} bytes"
+        return UnsoundHeadError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
 
     def _refuse(self, status: HTTPStatus, said: str) -> None:
         # Now, or when what was asked before is answered.

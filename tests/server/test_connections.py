@@ -111,6 +111,8 @@ def test_idle_connections_make_room(narrow: Live) -> None:
 class FakeConnection:
     """A connection that waits for a request, or does not."""
 
+    made_at = 0.0
+
     def __init__(self, cycle: SimpleNamespace | None = None, *, has_sent: bool = False, is_closing: bool = False) -> None:
         self.client, self._own = socket.socketpair()
         self.cycle, self.is_shut = cycle, False
