@@ -144,7 +144,8 @@ def _what_is_long_passes_both_ways(cluster: Cluster) -> None:
     form = {"Content-Type": "multipart/form-data; boundary=none"}
     reply = cluster.http.post("/adapters", content=b"x" * (5 << 20), headers=form)
     assert reply.status_code == 400, reply.text
-    reply = cluster.http.post("/tokenize", json={"prompt": "2" * 1_000_000, "return_token_strs": True})
+    body = {"prompt": [*range(2000, 10190)], "echo": True, "logprobs": 20, "max_tokens": 0}
+    reply = cluster.http.post("/generate", json=body, timeout=START_S)
     assert reply.status_code == 200, reply.text
     assert len(reply.content) > 4 << 20
 
