@@ -1,6 +1,8 @@
 """Fixtures that more than one folder of tests uses."""
 
+import faulthandler
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Every test works offline: whatever comes from outside must be there before.
@@ -27,6 +29,13 @@ FIRST = ("test_demo_adapters.py", "test_readme.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts `FIRST` first: of processes that share the tests, one that has ended takes over the last of another's."""
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+@pytest.fixture(autouse=True)
+def _no_watchdog() -> Iterator[None]:
+    """A server that runs in the test's own process, and dies or is stuck there, must not end the tests after it."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")
