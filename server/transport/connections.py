@@ -45,8 +45,8 @@ class Connection(Protocol):
     cycle: Cycle | None
     """The last one; there is none before the first head was read."""
     transport: asyncio.Transport
-    made_at: float
-    """When it was made, in the loop's seconds."""
+    ordinal: int
+    """Less than that of every connection which was made later."""
 
     def shutdown(self) -> None:
         """Closes the connection, now where it waits."""
@@ -90,7 +90,7 @@ class Waiting:
         for `PATIENCE_S` when `look` last saw it, and waits still."""
         if self._by_age is None:
             # Those that the same look saw first began in the order in which they were made.
-            self._by_age = deque(sorted(self._since.items(), key=lambda item: (item[1][1], item[0].made_at)))
+            self._by_age = deque(sorted(self._since.items(), key=lambda item: (item[1][1], item[0].ordinal)))
         while self._by_age and self._by_age[0][1][1] <= self._clock() - PATIENCE_S:
             connection, (cycle, _) = self._by_age.popleft()
             is_same = connection.cycle is cycle and _is_waiting(connection) and not connection.transport.is_closing()

@@ -8,6 +8,7 @@ whatever they say of a body, so the body would be read as the next request (requ
 """
 
 import asyncio
+import itertools
 import json
 import re
 from http import HTTPStatus
@@ -35,6 +36,7 @@ HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@\\,:\[\]]*)(:[0-9]*)?")
 """An authority without user information: a name or an IP address, and a port (RFC 9110, section 7.2)."""
 SCHEMES = (b"http", b"https")
 ALLOWED = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
+_ORDINALS = itertools.count()
 UNREADABLE = "the request is no HTTP that can be read"
 
 
@@ -67,8 +69,8 @@ class HttpProtocol(HttpToolsProtocol):
     _refusal: bytes | None = None
     """What is said at the end: nothing is read any more."""
     _is_over = False
-    made_at = 0.0
-    """When the connection was made, in the loop's seconds."""
+    ordinal = 0
+    """Counts up: the loop's clock is too coarse to tell which of two connections is older."""
     _unsound: UnsoundHeadError | None = None
     """Why the headers that were just parsed are refused."""
     _last_body: "_LastBody | None" = None
@@ -90,7 +92,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Take a connection; the server's state may refuse it."""
-        self.made_at = self.loop.time()
+        self.ordinal = next(_ORDINALS)
         super().connection_made(transport)
         if isinstance(self.server_state, BoundedState):
             self.server_state.admit(self)

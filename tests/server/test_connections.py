@@ -5,7 +5,7 @@ import re
 import resource
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -34,8 +34,13 @@ def narrow(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextmanager
 def opened(live: Live) -> Iterator[socket.socket]:
+    """Open a connection; at its end wait until the server has closed it, too, and counts it no more."""
     with closing(socket.create_connection(("127.0.0.1", live.port), timeout=LIMIT_S)) as connection:
         yield connection
+        with suppress(OSError):  # it may be reset, which is closed, too
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):
+                pass
 
 
 def answered(connection: socket.socket, sent: bytes = HEALTH) -> bytes:
@@ -111,7 +116,7 @@ def test_idle_connections_make_room(narrow: Live) -> None:
 class FakeConnection:
     """A connection that waits for a request, or does not."""
 
-    made_at = 0.0
+    ordinal = 0
 
     def __init__(self, cycle: SimpleNamespace | None = None, *, has_sent: bool = False, is_closing: bool = False) -> None:
         self.client, self._own = socket.socketpair()
@@ -158,6 +163,21 @@ def test_the_one_that_has_waited_longest_is_closed_and_none_that_does_not_wait()
     assert not waiting.close_longest()
     assert not any(connection.is_shut for connection in (first, busy, coming, gone))
     waiting.look()
+    for connection in made:
+        connection.close()
+
+
+def test_of_those_that_one_look_saw_first_the_oldest_is_closed() -> None:
+    clock = [0.0]
+    made = [FakeConnection() for _ in range(16)]
+    for ordinal, connection in enumerate(made):
+        connection.ordinal = ordinal
+    waiting = Waiting(server_with(set(made)), lambda: clock[0])
+    waiting.look()
+    clock[0] += PATIENCE_S
+    for num_shut in range(1, len(made) + 1):
+        assert waiting.close_longest()
+        assert [connection.is_shut for connection in made] == [True] * num_shut + [False] * (len(made) - num_shut)
     for connection in made:
         connection.close()
 

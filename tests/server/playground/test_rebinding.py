@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from tests.needs import chromium, need
 from tests.server.live import Live
-from tests.server.playground.conftest import CHROMIUM
 
 PAGE = "page.example"
 
@@ -14,11 +14,10 @@ PAGE = "page.example"
 @pytest.fixture(scope="module")
 def rebound() -> Iterator[Browser]:
     """A browser to which the page's name means this machine."""
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on the PATH: apt install chromium")
+    need("chromium")
     with sync_playwright() as playwright:
         rules = f"--host-resolver-rules=MAP {PAGE} 127.0.0.1"
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rules])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox", rules])
         yield browser
         browser.close()
 
