@@ -14,7 +14,7 @@ from server.access.limits import RateLimitedError, RateLimiter
 from server.schemas.errors import error_reply
 from server.transport.body_limit import CLOSE
 
-OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"})
 STATIC = "/static/"
 MONITORED = "/metrics"
 HEADER = b"authorization"
