@@ -19,6 +19,8 @@ from lori.printable import printable
 
 MAX_SHOWN, MAX_CHARACTERS = 50, 300
 """Faults of an adapter that its error tells, and characters of each."""
+MAX_LISTED = 20
+"""Known names that the error for an unknown one tells."""
 
 
 def shortened(text: str) -> str:
@@ -91,18 +93,18 @@ class AliasError(AdapterError):
 
 
 class UnknownAdapterError(AdapterError):
-    """No adapter is called `name`; `near` are known names that look like it."""
+    """No adapter is called `name`; `near` are known names that look like it, `listed` the first known names in words."""
 
-    def __init__(self, name: str, near: Sequence[str], known: Sequence[str]) -> None:
+    def __init__(self, name: str, near: Sequence[str], known: Sequence[str], hint: str = "") -> None:
+        """`hint` says what to do, where more is known than names that look alike."""
         self.name = name
         self.near = tuple(near)
+        self.listed = ", ".join(map(repr, known[:MAX_LISTED])) + ("…" if len(known) > MAX_LISTED else "")
         if near:
-            hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
-        elif known:
-            hint = "known are " + ", ".join(repr(n) for n in known[:20]) + ("…" if len(known) > 20 else "")
+            said = "did you mean " + " or ".join(map(repr, near)) + "?"
         else:
-            hint = "there are none at all"
-        super().__init__(f"there is no adapter {name!r}: {hint}")
+            said = f"known are {self.listed}" if known else "there are none at all"
+        super().__init__(f"there is no adapter {name!r}: {hint or said}")
 
 
 class UnreachableError(AdapterError):

@@ -9,22 +9,30 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from lori.names import near_names
+from lori.names import MISSPELT, near_names
 
 REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
 """What pydantic-settings puts before argparse's words, and those that argparse has for what it does not know."""
+FLAG = re.compile(r"--?[A-Za-z]")
+STRAY = ""
+"""The key of the hint for a value without a flag."""
 
 
 @contextmanager
-def refusing_flags(fields: Iterable[str], files: Callable[[], Mapping[str, Path]] = dict) -> Iterator[None]:
-    """Ends the program with 2, and a line that names the flag, or the key of one of `files`, where the block finds one wrong."""
+def refusing_flags(
+    fields: Iterable[str], files: Callable[[], Mapping[str, Path]] = dict, hints: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Ends the program with 2, and a line that names the flag, or the key of one of `files`, where the block finds one wrong.
+
+    `hints` are what to do instead of flags that other programs have.
+    """
     try:
         yield
     except ValidationError as error:
         print(f"error: {flag_faults(error, files())}", file=sys.stderr)
         raise SystemExit(2) from error
     except SettingsError as error:
-        print(f"error: {refused_arguments(error, fields)}", file=sys.stderr)
+        print(f"error: {refused_arguments(error, fields, hints)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -53,16 +61,24 @@ def _sources(message: str, files: Mapping[str, Path]) -> str:
     return f" (these are {', '.join(keys)})" if keys else ""
 
 
-def refused_arguments(error: Exception, fields: Iterable[str]) -> str:
-    """Returns in one line why the command line was refused; an unknown flag with that of `fields` which looks most like it."""
-    said = str(error).removeprefix(REFUSED)
+def refused_arguments(error: Exception, fields: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
+    """Returns in one line why the command line was refused.
+
+    An unknown flag is told with its hint, or else with that of `fields` which looks most like it.
+    """
+    said, hints = str(error).removeprefix(REFUSED), hints or {}
     if not said.startswith(UNKNOWN):
         return said
     known = [flag_of(field).removeprefix("--") for field in fields]
-    unknown = [word.partition("=")[0] for word in said.removeprefix(UNKNOWN).split() if word.startswith("--")]
-    return "; ".join(f"there is no flag {flag}: {_hint(flag, known)}" for flag in unknown) or said
+    unknown = [word.partition("=")[0] for word in said.removeprefix(UNKNOWN).split() if FLAG.match(word)]
+    if not unknown:
+        return f"{said}: {hints[STRAY]}" if STRAY in hints else said
+    return "; ".join(f"there is no flag {flag}: {_hint(flag, known, hints)}" for flag in unknown)
 
 
-def _hint(flag: str, known: Sequence[str]) -> str:
-    near = near_names(flag.removeprefix("--"), known)
+def _hint(flag: str, known: Sequence[str], hints: Mapping[str, str]) -> str:
+    written = flag.replace("_", "-")  # argparse and vLLM know both
+    if hint := hints.get(written):
+        return hint
+    near = near_names(written.lstrip("-"), known, MISSPELT)
     return f"did you mean --{near[0]}?" if near else "--help lists them"

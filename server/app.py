@@ -89,8 +89,8 @@ def create_app(service: Service) -> FastAPI:
         (playground, "operations", ()),
         (docs, "operations", ()),
     ):
-        app.include_router(routes.router, tags=[tag], responses=refusals(*statuses))
-    app.include_router(adapters.admin, tags=["adapters"], responses=refusals(*ADMINISTERING))
+        app.include(routes.router, tag, refusals(*statuses))
+    app.include(adapters.admin, "adapters", refusals(*ADMINISTERING))
     app.mount("/static/docs", docs.static)
     app.mount("/static", playground.static)
     add_error_handlers(app)

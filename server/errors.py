@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -17,11 +18,13 @@ from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.description.allowed_methods import allowed_methods
+from server.description.openapi import Api
 from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorEvent, ErrorKind
 from server.engine.thread import EngineDeadError
+from server.migration.suggestions import fields_at, unknown_field, unknown_route, value_hint
 from server.model_names import ModelWeightsError, UnknownModelError
 from server.schemas.errors import ErrorReply, error_reply, kind_of
 from server.schemas.fields import Body
@@ -159,7 +162,7 @@ def _bodies(of: type[Body]) -> Iterator[type[Body]]:
         yield from _bodies(body)
 
 
-def _say(error: dict[str, Any]) -> tuple[str, str]:
+def _say(error: dict[str, Any], body: Any) -> tuple[str, str]:
     # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
     *places, last = error["loc"]
     known = [p for p in places[1:] if isinstance(p, int) or p in _fields()]
@@ -167,7 +170,7 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
     if places and places[0] in ("query", "path", "header"):
         return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
-        return _join([*known, last]), "unknown field"
+        return _join([*known, last]), unknown_field(str(last), fields_at(body, places[1:]))
     field = _join([*known, last] if isinstance(last, int) or last in _fields() else known)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
@@ -175,7 +178,15 @@ def _say(error: dict[str, Any]) -> tuple[str, str]:
         return field, message if field else "the body is empty, a JSON object is required"
     if error["type"] == "value_error":
         return field, message
-    return field, f"{message}, found {SHORT.repr(error['input'])}"
+    name = next((place for place in (last, *reversed(known)) if isinstance(place, str)), "")
+    return field, f"{message}, found {SHORT.repr(error['input'])}{value_hint(name, error['input'], body)}"
+
+
+def _body_type(request: Request) -> Any:
+    # None where a route reads its body itself.
+    route = request.scope.get("route")
+    field = route.body_field if isinstance(route, APIRoute) else None
+    return field.field_info.annotation if field else None
 
 
 def _join(places: list[Any]) -> str:
@@ -186,10 +197,11 @@ def _cut(text: str, max_characters: int) -> str:
     return text if len(text) <= max_characters else text[: max_characters - 1] + "…"
 
 
-async def on_invalid(_: Request, error: Exception) -> JSONResponse:
+async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """Answers a body that does not fit its schema, with every fault."""
     assert isinstance(error, RequestValidationError)
-    faults = list(dict.fromkeys(_say(e) for e in error.errors()))
+    body = _body_type(request)
+    faults = list(dict.fromkeys(_say(e, body) for e in error.errors()))
     said = "; ".join(f"{field}: {message}" if field else message for field, message in faults[:MAX_FAULTS])
     if len(faults) > MAX_FAULTS:
         said += f"; and {len(faults) - MAX_FAULTS} more"
@@ -203,8 +215,10 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
         # What is mounted, as files are, is only read; the framework knows no methods of it.
         allowed = ", ".join(allowed_methods(request)) or "GET, HEAD"
         return _answer(405, "BadRequestError", f"the method is {request.method}, expected {allowed}", headers={"Allow": allowed})
-    field = error.field if isinstance(error, BodyError) else None
-    return _answer(error.status_code, kind_of(error.status_code), str(error.detail), field, error.headers)
+    field, message = error.field if isinstance(error, BodyError) else None, str(error.detail)
+    if error.status_code == 404 and "endpoint" not in request.scope and isinstance(request.app, Api):
+        message = unknown_route(request.method, request.scope["path"], request.app.described)
+    return _answer(error.status_code, kind_of(error.status_code), message, field, error.headers)
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:

@@ -16,6 +16,7 @@ from lori.device import device_name, resolve_device
 from lori.entry import Entry
 from lori.errors import AdapterError, ModelError
 from lori.kernels.native import MISSING, MODULE, description, max_isa
+from lori.names import base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import has_native
@@ -123,6 +124,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     return Service(
         settings=settings,
         base_model=base.name,
+        base_aliases=base_aliases(settings.model),
         registry=registry,
         admission=Admission(
             base.tokenizer,

@@ -1,20 +1,21 @@
 """What `model` names in OpenAI's routes: the base model, an adapter, or adapters that are added, as `math:0.7+safety:0.3`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
 from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT
 
-PART = re.compile(r"(?P<reference>[a-z0-9][a-z0-9._-]{0,63}(@[0-9a-f]{1,12})?)(:(?P<weight>-?[0-9]{1,9}(\.[0-9]{1,17})?))?")
+WEIGHT = r"-?([0-9]{1,9}(\.[0-9]{0,17})?|\.[0-9]{1,17})"
+PART = re.compile(rf"\s*(?P<reference>[a-z0-9][a-z0-9._-]{{0,63}}(@[0-9a-f]{{1,12}})?)\s*(:\s*(?P<weight>{WEIGHT})\s*)?")
 
 
 class UnknownModelError(Exception):
-    """No model is called so. The wording is that of vLLM's servers, by which clients know it."""
+    """No model is called so. The first sentence is vLLM's, by which clients know it; `hint` says what there is."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model `{model}` does not exist.")
+    def __init__(self, model: str, hint: str) -> None:
+        super().__init__(f"The model `{model}` does not exist. {hint}")
 
 
 class ModelWeightsError(Exception):
@@ -36,14 +37,27 @@ def model_of(adapters: Sequence[str], weights: Sequence[float]) -> str:
     return "+".join(f"{name}:{_digits(weight)}" for name, weight in zip(adapters, weights, strict=True))
 
 
-def parse_model(model: str, base_model: str) -> NamedModel:
-    """Returns what `model` names. Raises `UnknownModelError`, and `ModelWeightsError` where weights are missing or too large."""
-    if model == base_model:
+def find_parts(model: str) -> list[re.Match[str] | None]:
+    """Returns what stands between the plus signs of `model`; None for what is no reference with or without a weight."""
+    return [PART.fullmatch(part) for part in model.split("+", MAX_ADAPTERS)]
+
+
+def is_base(model: str, base_names: Collection[str]) -> bool:
+    """Returns whether `model` is one of the base model's names; those of folders may end in a slash."""
+    return model in base_names or model.strip().rstrip("/") in base_names
+
+
+def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
+    """Returns what `model` names. Raises `ModelWeightsError` where weights are missing or too large.
+
+    What cannot be a reference is one all the same, alone: no adapter is called so, as who looks it up says with names that are.
+    """
+    if is_base(model, base_names):
         return NamedModel()
-    parts = [PART.fullmatch(part) for part in model.split("+", MAX_ADAPTERS)]
+    parts = find_parts(model)
+    if None in parts:
+        return NamedModel((model.split("+", MAX_ADAPTERS)[parts.index(None)].strip(),))
     found = [part for part in parts if part]
-    if len(found) < len(parts):
-        raise UnknownModelError(model)
     names = tuple(part["reference"] for part in found)
     weights = tuple(float(part["weight"]) for part in found if part["weight"])
     if len(weights) not in (0, len(names)):

@@ -62,6 +62,10 @@ class Service:
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     grammar_checks: GrammarChecks = field(init=False)
+    base_aliases: frozenset[str] = frozenset()
+    """Other names by which requests may ask for the base model; no reply says them."""
+    base_names: frozenset[str] = field(init=False)
+    """All of them."""
     num_requests: int = field(default=0, init=False)
     """That are being admitted, wait, run, or whose answer is being sent."""
     is_draining: bool = field(default=False, init=False)
@@ -70,6 +74,7 @@ class Service:
     def __post_init__(self) -> None:
         help_text = "Requests, from their first check to the last byte of their answers."
         self.metrics.watch("lori:requests_under_way", help_text, lambda: self.num_requests)
+        self.base_names = self.base_aliases | {self.base_model}
         self.rate = RateLimiter(self.num_ingresses or 1)
         self.grammar_checks = GrammarChecks(self.admission)
         self.bodies = Bodies(self.settings.max_bodies_mib * MIB, most_held(self.settings.max_body_bytes))

@@ -14,12 +14,14 @@ from server.access.limits import RateLimitedError, RateLimiter
 from server.schemas.errors import error_reply
 from server.transport.body_limit import CLOSE
 
-OPEN = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+OPEN = frozenset({"/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"})
 STATIC = "/static/"
 MONITORED = "/metrics"
 HEADER = b"authorization"
 NOBODY = Caller(allowed=())
 """Who asks for an open route: no matter who."""
+ANYBODY = Caller()
+"""Who sends a request to a server without keys."""
 SCRAPER = Caller(allowed=(), is_monitor=True)
 """Who reads the metrics without a key, where that is allowed."""
 ASKED = "send a key with the header 'Authorization: Bearer KEY'"
@@ -57,7 +59,7 @@ class Gate:
 def caller_of(scope: Scope, ring: KeyRing | None, *, opens_metrics: bool = False) -> Caller | JSONResponse:
     """Returns who sends a request, or what he is answered who may not."""
     if ring is None:
-        return Caller()
+        return ANYBODY
     if is_open(scope["path"]):
         return NOBODY
     found = [value for name, value in scope["headers"] if name == HEADER]

@@ -14,7 +14,7 @@ from msgspec.structs import astuple
 
 from lori.names import NAME
 from server.cluster.affinity import ANY, key_of
-from server.model_names import PART
+from server.model_names import find_parts
 from server.schemas.completions import MAX_PROMPTS
 from server.schemas.fields import MAX_ADAPTERS
 
@@ -107,4 +107,4 @@ def named_in(body: Mapping[str, object], base_model: str) -> Iterator[str]:
             if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
                 yield name
     if isinstance(model := body.get("model"), str) and model != base_model and model.count("+") < MAX_ADAPTERS:
-        yield from (part["reference"].partition("@")[0] for one in model.split("+") if (part := PART.fullmatch(one)))
+        yield from (part["reference"].partition("@")[0] for part in find_parts(model) if part)

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.schemas.errors import error_reply
 
-PROBED = ("/health", "/ready", "/metrics")
+PROBED = ("/health", "/ping", "/ready", "/metrics")
 JOIN_S = 10.0
 """How long a request waits for its replica to join."""
 

@@ -116,5 +116,7 @@ REPLIES: dict[str, Any] = {
     "load_lora_adapter": "Success: LoRA adapter 'intent' added successfully.",
     "unload_lora_adapter": "Success: LoRA adapter 'intent' removed successfully.",
     "health": {"status": "ok"},
+    "ping": {"status": "ok"},
+    "version": {"version": "0.1.0"},
     "ready": {"status": "ready"},
 }

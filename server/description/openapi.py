@@ -4,14 +4,14 @@ import re
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 from starlette.types import Lifespan
 
 from server.access.gate import is_open
 from server.description.examples import REPLIES
-from server.description.responses import refusal_example, refusals
+from server.description.responses import Responses, refusal_example, refusals
 from server.schemas.chat import ChatChunk
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import DoneData, TokenData
@@ -60,7 +60,15 @@ class Api(FastAPI):
             responses=refusals(500),
         )
         self._has_keys = has_keys
+        self.described: list[tuple[str, str]] = []
+        """Method and path of each route that clients may ask."""
         self._document: dict[str, Any] | None = None
+
+    def include(self, router: APIRouter, tag: str, responses: Responses) -> None:
+        """Add the routes of `router`."""
+        self.include_router(router, tags=[tag], responses=responses)
+        routes = [route for route in router.routes if isinstance(route, APIRoute) and route.include_in_schema]
+        self.described += [(method, route.path_format) for route in routes for method in sorted(route.methods or ())]
 
     def openapi(self) -> dict[str, Any]:
         """Returns the description."""

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions. Translates only."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 
@@ -48,8 +48,8 @@ STREAM = streams(
 async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answers a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
-        with in_fields_of(body):
-            asks = [_to_ask(body, service.base_model)]
+        with in_fields_of(body, service, caller):
+            asks = [_to_ask(body, service.base_names)]
             admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
             [request] = await place.enter_async_context(admitted)
         writer = _Writer(body, service.base_model, request)
@@ -59,10 +59,10 @@ async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf
     return Response(status_code=499) if answers is None else await json_reply(lambda: writer.whole(answers))
 
 
-def _to_ask(body: ChatBody, base_model: str) -> Ask:
+def _to_ask(body: ChatBody, base_names: Collection[str]) -> Ask:
     messages = [message.to_message() for message in body.messages]
     return replace(
-        to_ask(body, base_model, messages),
+        to_ask(body, base_names, messages),
         template=body.template,
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         default_max_tokens=None,

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 
@@ -40,8 +40,8 @@ STREAM = streams(
 async def completions(body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Continues prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as places:
-        with in_fields_of(body):
-            asks = to_asks(body, service.base_model)
+        with in_fields_of(body, service, caller):
+            asks = to_asks(body, service.base_names)
             admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
             requests = await places.enter_async_context(admitted)
         writer = _Writer(body, service.base_model, requests)
@@ -51,13 +51,13 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
     return Response(status_code=499) if answers is None else await json_reply(lambda: writer.whole(answers))
 
 
-def to_asks(body: CompletionBody, base_model: str) -> list[Ask]:
+def to_asks(body: CompletionBody, base_names: Collection[str]) -> list[Ask]:
     """Returns what a body asks for, prompt by prompt."""
     # The reply names one. A seed draws the same for each prompt, and equal prompts are sent to have different answers.
     seed = secrets.randbits(31) if body.seed is None else body.seed
     return [
         replace(
-            to_ask(body, base_model, prompt),
+            to_ask(body, base_names, prompt),
             seed=(seed + place) % 2**63,
             max_tokens=body.max_tokens if "max_tokens" in body.model_fields_set else None,
             default_max_tokens=body.max_tokens,

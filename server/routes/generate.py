@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
+from lori.errors import UnknownAdapterError
 from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import Ask
@@ -19,6 +20,7 @@ from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_reply import json_reply
 from server.routes.json_route import JsonRoute
+from server.routes.references import explained
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import (
     ChoiceReply,
@@ -50,7 +52,10 @@ async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller
     """Continues a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
         admitted = service.admitted([to_ask(body)], caller, is_whole=not body.stream, has_left=http.is_disconnected)
-        [request] = await place.enter_async_context(admitted)
+        try:
+            [request] = await place.enter_async_context(admitted)
+        except UnknownAdapterError as error:
+            raise explained(service, caller, error, "adapter") from error
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))

@@ -4,13 +4,15 @@ import time
 
 from fastapi import APIRouter
 from fastapi.responses import Response
+from starlette.concurrency import run_in_threadpool
 
 from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import FaultyAdapterError, MayUse
+from server.engine.adapters.resolution import FaultyAdapterError, MayUse, unknown
 from server.errors import FieldError
-from server.model_names import UnknownModelError
+from server.model_names import is_base
 from server.routes.dependencies import CallerOf, ServiceOf
+from server.routes.references import explained_model
 from server.schemas.openai import ModelCard, ModelList
 from server.service import Service
 
@@ -28,14 +30,15 @@ async def models(service: ServiceOf, caller: CallerOf) -> Response:
 @router.get("/v1/models/{model:path}", responses=refusals(404))
 async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
     """Returns one of them."""
-    if model == service.base_model:
+    if is_base(model, service.base_names):
         return _base(service)
     found, is_allowed = service.registry.by_name.get(model), caller.may_use(model)
-    if is_allowed and (faulty := service.registry.fault_of(model)):
-        raise FieldError("model", FaultyAdapterError(faulty))
-    if found is None or not is_allowed:
-        raise UnknownModelError(model)
-    return _card(service, found)
+    if found is not None and is_allowed:
+        return _card(service, found)
+    error = await run_in_threadpool(unknown, service.registry, model, caller.may_use)
+    if isinstance(error, FaultyAdapterError):
+        raise FieldError("model", error)
+    raise explained_model(service, caller, model, error)
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:

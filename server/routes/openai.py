@@ -1,32 +1,35 @@
 """What OpenAI's routes share: bodies to what is asked for, and what was answered to their words. Translates only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from fastapi.sse import format_sse_event
 
 from lori.errors import UnknownAdapterError
+from server.access.caller import Caller
 from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError
 from server.engine.admission import Ask, RefusedError
 from server.engine.prompt import Prompt
 from server.engine.request import DoneEvent, Request
 from server.errors import FieldError
-from server.model_names import NamedModel, UnknownModelError, parse_model
+from server.model_names import NamedModel, parse_model
 from server.routes.generate import to_adapters, to_merge, to_timings
+from server.routes.references import explained, explained_model
 from server.schemas.chat import ChatChunk
 from server.schemas.completions import CompletionReply
 from server.schemas.grammars import to_grammar
 from server.schemas.openai import CachedTokens, FinishReason, LoriReply, OpenAIBody, OpenAIUsage
+from server.service import Service
 
 DONE = format_sse_event(data_str="[DONE]")
 
 
-def to_ask(body: OpenAIBody, base_model: str, prompt: Prompt) -> Ask:
+def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask:
     """Returns what a body asks for with one of its prompts; how long the answer may be is the route's to add.
 
-    Raises what the error table knows, for a model that is none.
+    Raises what the error table knows, for weights that are not sound.
     """
-    named = NamedModel() if body.model is None else parse_model(body.model, base_model)
+    named = NamedModel() if body.model is None else parse_model(body.model, base_names)
     names, weights = body.to_adapters(body.adapters)
     if body.adapters is not None and named.adapters:
         raise RefusedError("adapters", f"is beside the model {body.model!r}, expected it beside the base model alone")
@@ -50,13 +53,15 @@ def to_ask(body: OpenAIBody, base_model: str, prompt: Prompt) -> Ask:
 
 
 @contextmanager
-def in_fields_of(body: OpenAIBody) -> Iterator[None]:
+def in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> Iterator[None]:
     """Raises what is wrong with adapters as what is wrong with the field of `body` that names them."""
     is_model = body.adapters is None and body.model is not None
     try:
         yield
     except UnknownAdapterError as error:
-        raise UnknownModelError(body.model or "") if is_model else FieldError("adapters", error) from error
+        if is_model:
+            raise explained_model(service, caller, body.model or "", error) from error
+        raise FieldError("adapters", explained(service, caller, error, "adapters")) from error
     except (AmbiguousVersionError, FaultyAdapterError) as error:
         raise FieldError("model" if is_model else "adapters", error) from error
     except RefusedError as error:

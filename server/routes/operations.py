@@ -1,4 +1,6 @@
-"""GET /health, /ready and /metrics. Translates only."""
+"""GET /health, /ping, /ready, /version and /metrics. Translates only."""
+
+from importlib.metadata import version as version_of
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
@@ -6,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.description.responses import Responses, refusals
 from server.routes.dependencies import ServiceOf, require_monitor
-from server.schemas.generation import Health
+from server.schemas.generation import Health, Version
 
 router = APIRouter()
 METRICS: Responses = {
@@ -19,6 +21,18 @@ async def health(service: ServiceOf) -> Health:
     """Answers 200 as long as the engine runs, also while the server is about to end; else it is to be started again."""
     service.check_alive()
     return Health(status="ok")
+
+
+@router.get("/ping", responses=refusals(503))
+async def ping(service: ServiceOf) -> Health:
+    """The same as GET /health, which hosts of vLLM and SageMaker ask for by this name."""
+    return await health(service)
+
+
+@router.get("/version")
+async def version() -> Version:
+    """Says which version of lori-server this is."""
+    return Version(version=version_of("lori-server"))
 
 
 @router.get("/ready", responses=refusals(503))

@@ -1,4 +1,4 @@
-"""Adapters that a path, a query or `model` names, found for its caller beside the event loop."""
+"""Adapters that a path, a query or `model` names, found for its caller beside the event loop, and errors for unknown ones."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,8 @@ from server.access.caller import Caller
 from server.engine.adapters.registry import Registered
 from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError, resolve
 from server.errors import FieldError
+from server.migration.names import IsKnown, unknown_adapter, unknown_model
+from server.model_names import UnknownModelError, is_base
 from server.service import Service
 
 
@@ -18,3 +20,28 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
         return await run_in_threadpool(lambda: [resolve(service.registry, of, caller.may_use) for of in references])
     except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:
         raise FieldError(field, error) from error
+
+
+async def find_model(service: Service, caller: Caller, model: str, references: Sequence[str]) -> list[Registered]:
+    """Returns what `references` mean, which `model` names. Raises `UnknownModelError`, or `FieldError` as `find` does."""
+    try:
+        return await find(service, caller, references, "model")
+    except FieldError as error:
+        if isinstance(error.error, UnknownAdapterError):
+            raise explained_model(service, caller, model, error.error) from error
+        raise
+
+
+def explained_model(service: Service, caller: Caller, model: str, error: UnknownAdapterError) -> UnknownModelError:
+    """Returns the error for a `model` that names what is no adapter, with what the caller may have meant."""
+    return unknown_model(model, error, service.base_model, _known_to(service, caller))
+
+
+def explained(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:
+    """Returns the error for what `field` names and is no adapter, with what the caller may have meant."""
+    is_of_base = is_base(error.name, service.base_names)
+    return unknown_adapter(error, field, service.base_model, _known_to(service, caller), is_of_base=is_of_base)
+
+
+def _known_to(service: Service, caller: Caller) -> IsKnown:
+    return lambda name: name in service.registry.by_name and caller.may_use(name)

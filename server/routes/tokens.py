@@ -9,11 +9,10 @@ from pydantic import BaseModel
 from lori.template import Message
 from server.access.caller import Caller
 from server.engine.prompt import size_of
-from server.errors import FieldError
-from server.model_names import UnknownModelError, parse_model
+from server.model_names import parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute
-from server.routes.references import find
+from server.routes.references import find_model
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
 from server.service import Service
 from server.token_texts import text_of, token_ids, token_texts
@@ -62,9 +61,5 @@ def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
 
 
 async def _check_model(model: str | None, service: Service, caller: Caller) -> None:
-    if model is None:
-        return
-    try:
-        await find(service, caller, parse_model(model, service.base_model).adapters, "model")
-    except FieldError as error:
-        raise UnknownModelError(model) from error
+    if model is not None:
+        await find_model(service, caller, model, parse_model(model, service.base_names).adapters)

@@ -169,6 +169,12 @@ class GenerateReply(Reply):
 
 
 class Health(Reply):
-    """The reply of GET /health and GET /ready."""
+    """The reply of GET /health, /ping and /ready."""
 
     status: Literal["ok", "ready"]
+
+
+class Version(Reply):
+    """The reply of GET /version."""
+
+    version: str

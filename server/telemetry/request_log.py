@@ -18,7 +18,7 @@ from server.transport.exchange import Exchange, current
 from server.transport.request_id import HEADER, request_id
 
 logger, faults = logging.getLogger("server.request"), logging.getLogger(__name__)
-PROBES = ("/health", "/ready", "/metrics")
+PROBES = ("/health", "/ping", "/ready", "/metrics")
 """Asked for every few seconds by machines: told of only in a log of DEBUG, or when they fail."""
 NO_ROUTE = "none"
 LEFT = 499

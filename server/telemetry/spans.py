@@ -17,7 +17,7 @@ from opentelemetry.trace import Span
 NAME = "lori-server"
 EXCLUDED = "OTEL_PYTHON_FASTAPI_EXCLUDED_URLS"
 STOP_S = 3
-PROBES = "/health$,/ready$,/metrics$"
+PROBES = "/health$,/ping$,/ready$,/metrics$"
 
 
 class Spans:

@@ -60,5 +60,11 @@ def test_a_long_list_of_known_names_is_cut_and_says_so() -> None:
     assert str(UnknownAdapterError("x", [], known[:20])).endswith("'a19'")
 
 
+def test_an_unknown_adapter_with_a_hint_says_that_alone() -> None:
+    error = UnknownAdapterError("math+safety", ["math"], ["math", "safety"], "name two")
+    assert str(error) == "there is no adapter 'math+safety': name two"
+    assert (error.near, error.listed) == (("math",), "'math', 'safety'")
+
+
 def test_an_unknown_adapter_where_there_is_none() -> None:
     assert str(UnknownAdapterError("x", [], [])) == "there is no adapter 'x': there are none at all"

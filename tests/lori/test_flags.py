@@ -5,7 +5,7 @@ from typing import Self
 import pytest
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from lori.flags import flag_faults, refused_arguments
+from lori.flags import STRAY, flag_faults, refused_arguments
 
 
 class Settings(BaseModel):
@@ -59,3 +59,21 @@ def test_every_fault_is_told_by_its_flag_in_one_line(fields: dict[str, object], 
 )  # fmt: skip
 def test_an_unknown_flag_is_told_with_those_that_look_like_it(said: str, expected: str) -> None:
     assert refused_arguments(ValueError(f"error parsing CLI: {said}"), Settings.model_fields) == expected
+
+
+HINTS = {"--max-model-len": "leave it out", "-c": "use --place", STRAY: "a place is given as --place NAME"}
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("unrecognized arguments: --max-model-len=4 -c 5", "there is no flag --max-model-len: leave it out; "
+         "there is no flag -c: use --place"),
+        ("unrecognized arguments: --max_model_len -5", "there is no flag --max_model_len: leave it out"),
+        ("unrecognized arguments: --max_bach", "there is no flag --max_bach: did you mean --max-batch?"),
+        ("unrecognized arguments: --max-bottles", "there is no flag --max-bottles: --help lists them"),
+        ("unrecognized arguments: stray", "unrecognized arguments: stray: a place is given as --place NAME"),
+    ],
+)  # fmt: skip
+def test_a_flag_with_a_hint_is_told_that_and_not_one_that_looks_alike(said: str, expected: str) -> None:
+    assert refused_arguments(ValueError(f"error parsing CLI: {said}"), Settings.model_fields, HINTS) == expected

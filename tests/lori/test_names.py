@@ -1,10 +1,11 @@
-"""What is said of a name that no adapter has."""
+"""What is said of a name that no adapter has, and what else names a base model."""
 
 import random
+from pathlib import Path
 
 import pytest
 
-from lori.names import unknown_adapter
+from lori.names import EMBEDDED_HUB_ID, base_aliases, near_names, unknown_adapter
 
 KNOWN = ["intent", "math", "safety"]
 
@@ -47,3 +48,19 @@ def test_at_most_three_near_names_the_first_of_those_that_are_as_near() -> None:
     known = [f"math{i}" for i in range(9)]
     random.Random(1).shuffle(known)
     assert unknown_adapter("math", known).near == ("math0", "math1", "math2")
+
+
+def test_a_base_model_s_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base_aliases(None) == {EMBEDDED_HUB_ID} == {"HuggingFaceTB/SmolLM2-135M-Instruct"}
+    assert base_aliases("someone/model") == frozenset()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    assert base_aliases(f"{tmp_path}/model/") == {f"{tmp_path}/model"}
+    monkeypatch.chdir(tmp_path)
+    assert base_aliases("./link") == {"./link", f"{tmp_path}/link", f"{tmp_path}/model"}
+
+
+def test_thousands_of_names_are_searched_by_one_call_and_three_are_told() -> None:
+    known = [f"adapter-{number:05}" for number in range(10_000)]
+    assert near_names("adapter-0420", known) == ["adapter-00420", "adapter-01420", "adapter-02420"]
+    assert near_names("m" * 4096, known) == []

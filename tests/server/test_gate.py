@@ -76,7 +76,7 @@ def test_without_a_key_nothing_is_told(client: httpx.Client, method: str, path: 
     assert reply.headers["www-authenticate"] == "Bearer"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"])
 def test_open_routes_need_no_key_and_mind_no_wrong_one(client: httpx.Client, path: str) -> None:
     for headers in ({}, bearer("wrong"), {"Authorization": "Basic eDp5"}):
         assert client.get(path, headers=headers).status_code == 200
@@ -261,7 +261,12 @@ def test_the_description_says_which_routes_need_a_key(client: httpx.Client) -> N
         said = client.get("/openapi.json").json()
     assert said["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     operations = {path: operation for path, of in said["paths"].items() for operation in of.values()}
-    assert {path for path, operation in operations.items() if "security" not in operation} == {"/health", "/ready"}
+    assert {path for path, operation in operations.items() if "security" not in operation} == {
+        "/health",
+        "/ping",
+        "/ready",
+        "/version",
+    }
     for path in ("/generate", "/adapters", "/metrics"):
         assert operations[path]["security"] == [{"key": []}]
         for status in ("401", "403"):

@@ -424,7 +424,12 @@ def test_what_was_computed_before_is_told(live: Live) -> None:
         pytest.param({"stop": ["a", 3]}, "stop.1", "valid string, found 3", id="stop.1"),
         pytest.param({"stop": ["a", ""]}, "stop.1", "is empty", id="an empty stop in a list"),
         pytest.param({"top_n": 3}, "top_n", "unknown field", id="unknown field"),
-        pytest.param({"top_n": 3, "best_of": 2}, "top_n", "top_n: unknown field; best_of: unknown field", id="unknown fields"),
+        pytest.param(
+            {"top_n": 3, "best_of": 2},
+            "top_n",
+            "top_n: unknown field: did you mean 'top_k'?; best_of: unknown field: use 'n'",
+            id="unknown fields",
+        ),
         pytest.param({f"f{i}": 0 for i in range(64)}, None, "too many fields: 65, expected at most 64", id="many unknown fields"),
     ],
 )

@@ -227,13 +227,23 @@ def test_models_are_listed_with_what_they_stand_on(live: Live, client: openai.Op
 
 
 @pytest.mark.parametrize(
-    "model", ["maths", "math+maths", "../math", "math:x", "Math", "math++safety", "math@ffffffffffff", "m" * 4000]
+    ("model", "hint"),
+    [
+        ("maths", "Did you mean 'math'?"),
+        ("math+maths", "There is no adapter 'maths': did you mean 'math'?"),
+        ("../math", "Did you mean 'math'?"),
+        ("math:x", "Did you mean 'math'?"),
+        ("Math", "Did you mean 'math'?"),
+        ("math++safety", "Did you mean 'math+safety'?"),
+        ("math@ffffffffffff", "Did you mean 'math'?"),
+        ("m" * 4000, "There are the base model 'tiny-writer' and the adapters 'intent', 'math', 'safety'."),
+    ],
 )
-def test_an_unknown_model_is_refused_in_vllms_words(client: openai.OpenAI, model: str) -> None:
+def test_an_unknown_model_is_refused_in_vllms_words(client: openai.OpenAI, model: str, hint: str) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model=model, prompt=FOX)
     assert caught.value.body == {
-        "message": f"The model `{model}` does not exist.",
+        "message": f"The model `{model}` does not exist. {hint}",
         "type": "NotFoundError",
         "param": "model",
         "code": 404,

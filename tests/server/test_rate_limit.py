@@ -79,7 +79,7 @@ def test_every_request_of_a_tenant_counts_whatever_becomes_of_it(
 
 def test_open_routes_do_not_count(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
-        for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
+        for path in ("/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
         assert client.post("/generate", json=BODY).status_code == 200
         assert client.get("/health").status_code == 200

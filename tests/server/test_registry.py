@@ -6,7 +6,7 @@ from pathlib import Path
 from lori.config import SeededConfig
 from lori.entry import Entry
 from lori.summary import Summary
-from server.engine.adapters.registry import Registered, Registry
+from server.engine.adapters.registry import MAX_CALLERS, Registered, Registry
 
 BASIS = SeededConfig(generator="philox-u24-1", seed=0, stream=0)
 
@@ -104,3 +104,24 @@ def test_what_was_put_back_before_it_was_forgotten_stays() -> None:
     registry.put(of("math", "1"))
     registry.forget(gone[0])
     assert registry.find("1" * 64, ()) == [of("math", "1")]
+
+
+def test_the_names_that_a_caller_may_use_are_kept_until_adapters_change() -> None:
+    registry, asked = Registry([of("math", "1"), of("safety", "5")]), list[str]()
+
+    def may_use(name: str) -> bool:
+        asked.append(name)
+        return name != "safety"
+
+    assert [*registry.names_for(may_use)] == [*registry.names_for(may_use)] == ["math"]
+    assert sorted(asked) == ["math", "safety"]
+    registry.withdraw("math")
+    assert registry.names_for(may_use) == []
+    assert registry.names_for(lambda _: True) == ["safety"]
+
+
+def test_the_names_of_a_few_callers_are_kept() -> None:
+    registry = Registry([of("math", "1")])
+    for number in range(2 * MAX_CALLERS + 1):
+        assert registry.names_for(lambda name, number=number: number % 2 == 0 and name == "math") == ["math"][number % 2 :]
+    assert len(registry._tables.usable) <= MAX_CALLERS

@@ -112,7 +112,7 @@ def test_a_path_that_no_route_has_is_said_as_it_came(
 
 def test_probes_have_lines_only_where_they_fail(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     with served(tokenizer, FakeEngine()) as (client, service):
-        for path in ("/health", "/ready", "/metrics"):
+        for path in ("/health", "/ping", "/ready", "/metrics"):
             assert client.get(path).status_code == 200
         service.is_draining = True
         client.get("/ready", headers={HEADER: "failed"})

@@ -100,7 +100,7 @@ def test_a_client_that_leaves_ends_its_span(traced: Live, heard: Collector) -> N
 
 
 def test_the_collector_hears_who_we_are_and_of_no_probes(traced: Live, heard: Collector) -> None:
-    for path in ("/health", "/ready", "/metrics"):
+    for path in ("/health", "/ping", "/ready", "/metrics"):
         assert traced.client.get(path, headers={"x-request-id": "probe"}).status_code == 200
     traced.client.get("/adapters", headers={"x-request-id": "last"})
     span(heard, "last")

@@ -1,12 +1,15 @@
 """The adapters that can be asked for: what is known of each before its weights are read, and where it is."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from lori.entry import Entry
 from lori.errors import shortened, shown_faults
 from lori.printable import printable
 from lori.summary import Summary
+
+MAX_CALLERS = 32
+"""Whose names are kept: to go through thousands takes milliseconds, and each request for an unknown one needs them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class _Tables:
     by_name: Mapping[str, Registered]
     versions: Mapping[str, tuple[Registered, ...]]
     by_digest: Mapping[str, tuple[Registered, ...]]
+    usable: dict[Callable[[str], bool], Sequence[str]] = field(default_factory=dict)
+    """Names in order, by who may use them."""
 
 
 class Registry:
@@ -85,6 +90,17 @@ class Registry:
     def by_name(self) -> Mapping[str, Registered]:
         """What each name means now."""
         return self._tables.by_name
+
+    def names_for(self, may_use: Callable[[str], bool]) -> Sequence[str]:
+        """Return in order the names that a caller may use. They are kept until adapters change, or too many others ask."""
+        tables = self._tables
+        names = tables.usable.get(may_use)
+        if names is None:
+            names = sorted(filter(may_use, tables.by_name))
+            if len(tables.usable) >= MAX_CALLERS:
+                tables.usable.clear()
+            tables.usable[may_use] = names
+        return names
 
     @property
     def faulty(self) -> Mapping[str, Faulty]:

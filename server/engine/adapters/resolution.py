@@ -64,7 +64,7 @@ def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapt
     """
     if may_use(reference.partition("@")[0]) and (faulty := registry.fault_of(reference)):
         return FaultyAdapterError(faulty)
-    return unknown_adapter(reference, filter(may_use, registry.by_name))
+    return unknown_adapter(reference, registry.names_for(may_use))
 
 
 def check_registered(registry: Registry, request: Request, may_use: MayUse) -> None:

@@ -1,0 +1,55 @@
+"""What is said of a name that is none of an adapter, nor of the base model. Knows only what its caller may see."""
+
+import re
+from collections.abc import Callable
+
+from lori.errors import UnknownAdapterError
+from lori.names import MISSPELT, near_names
+from server.model_names import UnknownModelError, find_parts
+
+SEPARATORS = re.compile(r"[\s+,;|&]+")
+IsKnown = Callable[[str], bool]
+"""Whether there is an adapter of this name that the caller may use."""
+
+
+def unknown_model(model: str, error: UnknownAdapterError, base_model: str, is_known: IsKnown) -> UnknownModelError:
+    """Return the error for a `model` of which one part, `error.name`, is no adapter."""
+    is_whole, names = error.name.strip() == model.strip(), _names_in(model, is_known)
+    if _looks_like(model, base_model):
+        hint = f"Did you mean {base_model!r}, the base model?"
+    elif len(names) > 1:
+        hint = f"Did you mean {'+'.join(names)!r}?"
+    elif is_whole and error.near:
+        hint = f"Did you mean {' or '.join(map(repr, error.near))}?"
+    elif is_whole:
+        hint = f"There are the base model {base_model!r}" + (f" and the adapters {error.listed}." if error.listed else " alone.")
+    else:
+        hint = f"T{str(error)[1:]}"
+    return UnknownModelError(model, hint)
+
+
+def unknown_adapter(
+    error: UnknownAdapterError, field: str, base_model: str, is_known: IsKnown, *, is_of_base: bool
+) -> UnknownAdapterError:
+    """Return the error for what `field` calls an adapter: as it is, or with what else its name may mean."""
+    reference = error.name
+    if is_of_base or _looks_like(reference, base_model):
+        return UnknownAdapterError(reference, (), (), f"leave {field!r} out for the base model, {base_model!r}")
+    names = _names_in(reference, is_known)
+    weights = [part["weight"] for part in find_parts(reference) if part and part["weight"]]
+    if not names or (len(names) == 1 and not weights):
+        return error
+    listed = ", ".join(f'"{name}"' for name in names)
+    beside = f" with 'weights': [{', '.join(weights)}]" if len(weights) == len(names) else ""
+    return UnknownAdapterError(reference, (), (), f"use {field!r}: [{listed}]{beside}")
+
+
+def _names_in(reference: str, is_known: IsKnown) -> list[str]:
+    # The adapters that are named, however they are set apart; none where there is something else.
+    pieces = [piece.partition(":")[0] for piece in SEPARATORS.split(reference.strip())]
+    return pieces if all(map(is_known, pieces)) else []
+
+
+def _looks_like(name: str, base_model: str) -> bool:
+    asked, base = name.strip().lower(), base_model.lower()
+    return bool(near_names(asked, [base], MISSPELT)) or asked.rpartition("/")[2] == base.rpartition("/")[2]

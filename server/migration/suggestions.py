@@ -1,0 +1,105 @@
+"""What to send instead of a field or to a route that is not here. Asked only when a request is refused."""
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from inspect import isclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from lori.names import MISSPELT, near_names
+from server.migration.requests import ABSENT_ROUTES, EXPLAINED, RENAMED, ROUTES, VALUES, Hints
+
+MAX_NAME = 64
+"""Characters of a field's name that is looked up: longer ones are nobody's slip of the pen."""
+MAX_PATH = 200
+MAX_LISTED = 8
+"""Fields of a body with so few that they are all told."""
+NAMED_ROUTE = re.compile(r"\b(GET|POST|PUT|DELETE) (/[^\s,;]*)")
+SEPARATORS = re.compile(r"[\s-]+|(?<=[a-z])(?=[A-Z])")
+"""Between the words of `max-tokens` and `maxTokens`."""
+Place = str | int
+Route = tuple[str, str]
+"""A method and a path."""
+
+
+def fields_at(body: Any, places: Sequence[Place]) -> frozenset[str]:
+    """Return the names of the fields that an object may have which is at `places` of a body of the type `body`."""
+    models = frozenset(_models(body))
+    for place in places:
+        # Places hold the branches of unions and the numbers of elements, too.
+        if inner := [of for model in models for name, of in _fields(model).items() if name == place]:
+            models = frozenset(model for annotation in inner for model in _models(annotation))
+    return frozenset(name for model in models for name in _fields(model))
+
+
+@cache
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isclass(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def unknown_field(name: str, known: frozenset[str]) -> str:
+    """Return what is wrong with a field `name` where `known` may be, and what to send instead."""
+    return f"unknown field{_separated(_field_hint(name, known))}"
+
+
+def _field_hint(name: str, known: frozenset[str]) -> str:
+    if not known or len(name) > MAX_NAME:
+        return ""
+    if name in known:
+        return "it does not go with this 'type'"
+    if ours := next((field for field in RENAMED.get(name, ()) if field in known), None):
+        return f"use {ours!r}"
+    if hint := _first(EXPLAINED.get(name, ()), known):
+        return hint
+    written = SEPARATORS.sub("_", name).lower()
+    if near := [written] if written in known else near_names(written, sorted(known), MISSPELT):
+        return f"did you mean {near[0]!r}?"
+    return f"expected {', '.join(sorted(known))}" if len(known) <= MAX_LISTED else "/docs lists those that there are"
+
+
+def value_hint(field: str, value: object, body: Any) -> str:
+    """Return what to send in `field` of a body of the type `body` instead of `value`, after a colon; often nothing."""
+    hints = VALUES.get((field, type(value)))
+    return _separated(_first(hints, fields_at(body, ()))) if hints else ""
+
+
+def _first(hints: Hints, known: frozenset[str]) -> str:
+    return next((said for field, said in hints if not field or field in known), "")
+
+
+def _separated(hint: str) -> str:
+    return f": {hint}" if hint else ""
+
+
+def unknown_route(method: str, path: str, routes: Sequence[Route]) -> str:
+    """Return that there is no route at `path`, and which of `routes`, all that there are, may be meant."""
+    shown = path if len(path) <= MAX_PATH else f"{path[: MAX_PATH - 1]}…"
+    return f"there is no route {method} {shown}: {_route_hint(method, path[:MAX_PATH].lower().rstrip('/'), routes)}"
+
+
+def _route_hint(method: str, path: str, routes: Sequence[Route]) -> str:
+    if absent := ABSENT_ROUTES.get(path):
+        return absent
+    if hint := ROUTES.get(path):
+        return f"did you mean {hint}?"
+    paths = sorted({of for _, of in routes}, key=len, reverse=True)
+    # A base URL with a part too many, or too few.
+    near = [of for of in paths if path.endswith(of) or of.endswith(path or "/")][:1] or near_names(path, paths, MISSPELT)[:1]
+    if not near:
+        return "/docs lists those that there are"
+    methods = [of for of, at in routes if at == near[0]]
+    return f"did you mean {method if method in methods else methods[0]} {near[0]}?"
+
+
+def routes_in(text: str) -> list[Route]:
+    """Return the routes that a hint names."""
+    return [(found[1], found[2]) for found in NAMED_ROUTE.finditer(text)]
