@@ -71,7 +71,7 @@ def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Sum
     Raises `AdapterFormatError`; see `summarise_sound`.
     """
     found, faulty = summarise_sound(entries, base)
-    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.faults]:
+    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.placed]:
         raise AdapterFormatError("what is to be served", faults)
     return found
 
