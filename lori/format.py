@@ -36,7 +36,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PICKLE_FILE = "adapter_model.bin"
 ONLY_PICKLE = (
-    f"{WEIGHTS_FILE} is missing, and {PICKLE_FILE} is a pickle, which can run any code: it is never read, and cannot be imported. "
+    f"{WEIGHTS_FILE} is missing, and {PICKLE_FILE} is a pickle, which can run any code: never read, it cannot be imported. "
     "Load the adapter with PEFT, write it with save_pretrained(folder, safe_serialization=True), and import that"
 )
 DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes", "templates"}} | dict.fromkeys(
