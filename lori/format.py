@@ -150,19 +150,24 @@ def read_config(folder: Path) -> AdapterConfig:
     """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
     faults: list[str] = []
     content = read_file(folder, CONFIG_FILE, faults)
-    config = None if content is None else _parse(content, faults)
+    config = None if content is None else _parse(content, faults, is_pickled=_is_pickled(folder))
     if config is None or faults:
         raise AdapterFormatError(str(folder), faults)
     return config
 
 
-def _parse(content: bytes, faults: list[str]) -> AdapterConfig | None:
-    """Return the config in `content`. Adds its faults; a PEFT adapter's has one, which says what to do with it."""
+def _parse(content: bytes, faults: list[str], *, is_pickled: bool) -> AdapterConfig | None:
+    """Return the config in `content`. Adds its faults; that of a PEFT adapter has one, which says what to do with it."""
     found: list[str] = []
     config = parse_config(content, found)
-    peft = None if config else peft_fault(content)
-    faults += [peft] if peft else found
+    if config is None and (peft := peft_fault(content)):
+        found = [ONLY_PICKLE if is_pickled else peft]
+    faults += [fault for fault in found if fault not in faults]
     return config
+
+
+def _is_pickled(folder: Path) -> bool:
+    return os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE)
 
 
 def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Files:
@@ -182,7 +187,7 @@ def read_file(folder: Path, name: str, faults: list[str], read: Read = read_stor
 
 
 def _unreadable(folder: Path, name: str, error: OSError) -> str:
-    if name == WEIGHTS_FILE and isinstance(error, FileNotFoundError) and os.path.lexists(folder / PICKLE_FILE):
+    if name == WEIGHTS_FILE and isinstance(error, FileNotFoundError) and _is_pickled(folder):
         return ONLY_PICKLE
     return f"{name} cannot be read: {error.strerror}"
 
@@ -234,7 +239,7 @@ def parse_adapter(
     Raises `AdapterFormatError` with every fault, of `source`, or of `name`.
     """
     faults = list(faults)
-    config = _parse(files[CONFIG_FILE], faults) if CONFIG_FILE in files else None
+    config = _parse(files[CONFIG_FILE], faults, is_pickled=ONLY_PICKLE in faults) if CONFIG_FILE in files else None
     weights = files.get(WEIGHTS_FILE)
     tensors = None if weights is None else parse_tensors(WEIGHTS_FILE, weights, faults)
     adapter = None

@@ -107,7 +107,7 @@ class SummaryReader:
         try:
             config = read_config(entry.folder)
         except AdapterFormatError as error:
-            raise AdapterFormatError(error.source, [*error.faults, *faults]) from error
+            raise AdapterFormatError(error.source, [*dict.fromkeys([*error.faults, *faults])]) from error
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
         if faults := [*self._faults(config), *faults]:
             raise AdapterFormatError(str(entry.folder), faults)

@@ -53,7 +53,7 @@ def _row(entry: Entry, brief: bool) -> dict[str, Any]:
             if not (entry.folder / WEIGHTS_FILE).is_file():
                 row["fault"] = f"{WEIGHTS_FILE} is missing"
     except AdapterFormatError as error:
-        row["fault"] = "; ".join([*error.placed, *([] if brief else entry.file_faults())])
+        row["fault"] = "; ".join(dict.fromkeys([*error.placed, *([] if brief else entry.file_faults())]))
     return row
 
 
