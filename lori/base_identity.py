@@ -19,8 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lori.embedded import embedded_model
 from lori.errors import ModelError
+from lori.hub import check_model
 from lori.identity import BaseIdentity
 from lori.layer import module_shapes
+from lori.model_folder import folder_fault
 from lori.names import EMBEDDED_NAME, short_name
 from lori.tensor_file import UNREADABLE
 
@@ -68,8 +70,10 @@ def identify_files(name: str | None) -> BaseIdentity:
     one by one, by their names.
     """
     source = str(embedded_model()) if name is None else name
-    if source.startswith((".", "/")) and not Path(source).is_dir():
-        raise ModelError(f"cannot identify the base model {source!r}: there is no such folder")
+    if not (source.startswith((".", "/")) or Path(source).exists()):
+        check_model(source)
+    elif fault := folder_fault(Path(source)):
+        raise ModelError(f"cannot identify the base model {source!r}: {fault}")
     try:
         folder = (
             Path(source)

@@ -17,6 +17,7 @@ from lori.errors import ModelError
 from lori.hub import check_model
 from lori.identity import BaseIdentity
 from lori.kernels.native import is_allowed
+from lori.model_folder import folder_fault, tokenizer_fault
 from lori.names import EMBEDDED_NAME, short_name
 
 
@@ -35,6 +36,8 @@ class BaseModel:
 
 
 CPU = torch.device("cpu")
+UNLOADABLE = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for files that it cannot load."""
 
 
 def default_dtype(device: torch.device = CPU) -> torch.dtype:
@@ -66,25 +69,20 @@ def load_base_model(
     folder = str(embedded_model()) if name is None else name
     if not (folder.startswith((".", "/")) or Path(folder).exists()):
         check_model(folder)
-    elif not (Path(folder) / "config.json").is_file():
-        raise ModelError(f"cannot load the base model {folder!r}: there is no {Path(folder) / 'config.json'}")
+    elif fault := folder_fault(Path(folder)):
+        raise ModelError(f"cannot load the base model {folder!r}: {fault}")
     disable_progress_bar()
     spread = {"distributed_config": DistributedConfig(fsdp_size=num_processes)} if num_processes > 1 else {}
+    tokenizer = _load_tokenizer(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **spread
         )
-    except (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except UNLOADABLE as error:
         raise ModelError(f"cannot load the base model {folder!r}: {' '.join(str(error).split())}") from error
     model: PreTrainedModel = loaded[0]
     if missing := loaded[1]["missing_keys"]:
         raise ModelError(f"cannot load the base model {folder!r}: its files lack {', '.join(sorted(missing))}")
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise ModelError(f"the tokenizer of {folder!r} has no fast form (tokenizer.json)")
-    # Some tokenizer files say to cut or pad every text.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
     model.eval().requires_grad_(False)
     if spread:
         return BaseModel(identify_files(name), model, tokenizer)
@@ -94,3 +92,20 @@ def load_base_model(
     except torch.OutOfMemoryError as error:
         raise ModelError(f"there is no room for {identity.name} on {device}: {' '.join(str(error).split())}") from error
     return BaseModel(identity, model, tokenizer)
+
+
+def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    fault = tokenizer_fault(Path(folder)) if Path(folder).is_dir() else None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except UNLOADABLE as error:
+        said = fault or " ".join(str(error).split())
+        raise ModelError(f"cannot load the base model {folder!r}: {said}") from error
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ModelError(f"the tokenizer of {folder!r} has no fast form (tokenizer.json)")
+    if fault:  # transformers has made one of no words
+        raise ModelError(f"cannot load the base model {folder!r}: {fault}")
+    # Some tokenizer files say to cut or pad every text.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer

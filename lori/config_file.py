@@ -43,8 +43,6 @@ def parse_config(content: bytes, faults: list[str]) -> AdapterConfig | None:
         found = config_digest(content)
     except ValidationError as error:
         faults += [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
-        if any(e["loc"] == ("peft_type",) and e["input"] == "LORA" for e in error.errors()):
-            faults.append(f"{CONFIG_FILE}: it is a PEFT adapter: `python -m lori import` makes one of ours of it")
         return None
     except ValueError as error:  # what pydantic's parser takes and Python's does not: a number of 5,000 digits
         faults.append(f"{CONFIG_FILE}: JSON: {error}")

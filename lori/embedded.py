@@ -41,7 +41,10 @@ def embedded_model() -> Path:
     try:
         _make(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"the embedded model cannot be made in {folder.parent}: {error}") from error
+        said = f"the embedded model cannot be made in {folder.parent}: {error}"
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own, and not a loader's
+            said += ": set LORI_CACHE to a folder that this user may write, or pass --model with a local folder"
+        raise ModelError(said) from error
     return folder
 
 

@@ -13,10 +13,14 @@ LoriError
     └── UnreachableError      the hub or a store cannot be reached just now
 """
 
+import shlex
 from collections.abc import Sequence
 
 from lori.printable import printable
 
+FOLDER = "FOLDER"
+"""The adapter's folder, in a fault that says what to type. A client reads it so; who runs the program reads the path, see
+`placed`."""
 MAX_SHOWN, MAX_CHARACTERS = 50, 300
 """Faults of an adapter that its error tells, and characters of each."""
 MAX_LISTED = 20
@@ -26,6 +30,11 @@ MAX_LISTED = 20
 def shortened(text: str) -> str:
     """Return the text, cut to `MAX_CHARACTERS`."""
     return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+
+
+def placed(fault: str, folder: str) -> str:
+    """Return `fault` with the path `folder`, quoted for a shell, in the place of the first `FOLDER`: not for a client."""
+    return fault.replace(FOLDER, shlex.quote(printable(folder)), 1)
 
 
 def shown_faults(faults: Sequence[str]) -> tuple[str, ...]:
@@ -63,12 +72,21 @@ class AdapterError(LoriError):
 
 
 class AdapterFormatError(AdapterError):
-    """A folder is not a sound adapter: `faults` lists everything that was found, each in one line that may be printed."""
+    """A folder is not a sound adapter: `faults` lists everything that was found, each in one line that may be printed.
+
+    Where a fault says what to type, `FOLDER` stands for the folder; `placed` and the message have `source` there.
+    """
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.source = source
         self.faults = tuple(map(printable, faults))
-        super().__init__(f"{printable(source)} is not a sound adapter: " + "; ".join(self.shown))
+        shown = "; ".join(placed(fault, source) for fault in self.shown)
+        super().__init__(f"{printable(source)} is not a sound adapter: {shown}")
+
+    @property
+    def placed(self) -> tuple[str, ...]:
+        """The faults as whoever runs the program may type what they say: not for a client."""
+        return tuple(placed(fault, self.source) for fault in self.faults)
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -81,7 +99,7 @@ class AdapterFormatError(AdapterError):
     @property
     def lines(self) -> list[str]:
         """The message, each fault on a line of its own."""
-        return [f"{printable(self.source)} is not a sound adapter:", *(f"  {fault}" for fault in self.faults)]
+        return [f"{printable(self.source)} is not a sound adapter:", *(f"  {fault}" for fault in self.placed)]
 
 
 class AliasError(AdapterError):

@@ -26,6 +26,7 @@ from lori.identity import BaseIdentity
 from lori.module_names import last, natural
 from lori.name_lock import locked
 from lori.names import NUM_VERSION_DIGITS
+from lori.peft_config import HUB_ID, peft_fault
 from lori.stored_file import open_stored, read_stored
 from lori.tensor_file import length_fault, parse_tensors
 from lori.values import ValueType
@@ -33,6 +34,11 @@ from lori.weights import read_modules, weight_bytes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
+PICKLE_FILE = "adapter_model.bin"
+ONLY_PICKLE = (
+    f"{WEIGHTS_FILE} is missing, and {PICKLE_FILE} is a pickle, which can run any code: never read, it cannot be imported. "
+    "Load the adapter with PEFT, write it with save_pretrained(folder, safe_serialization=True), and import that"
+)
 DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes", "templates"}} | dict.fromkeys(
     ("r", "lora_alpha", "rank_pattern", "alpha_pattern"), True
 )
@@ -144,10 +150,24 @@ def read_config(folder: Path) -> AdapterConfig:
     """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
     faults: list[str] = []
     content = read_file(folder, CONFIG_FILE, faults)
-    config = None if content is None else parse_config(content, faults)
+    config = None if content is None else _parse(content, faults, is_pickled=_is_pickled(folder))
     if config is None or faults:
         raise AdapterFormatError(str(folder), faults)
     return config
+
+
+def _parse(content: bytes, faults: list[str], *, is_pickled: bool) -> AdapterConfig | None:
+    """Return the config in `content`. Adds its faults; that of a PEFT adapter has one, which says what to do with it."""
+    found: list[str] = []
+    config = parse_config(content, found)
+    if config is None and (peft := peft_fault(content)):
+        found = [ONLY_PICKLE if is_pickled else peft]
+    faults += [fault for fault in found if fault not in faults]
+    return config
+
+
+def _is_pickled(folder: Path) -> bool:
+    return os.path.lexists(folder / PICKLE_FILE) and not os.path.lexists(folder / WEIGHTS_FILE)
 
 
 def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Files:
@@ -162,8 +182,14 @@ def read_file(folder: Path, name: str, faults: list[str], read: Read = read_stor
     try:
         return read(folder, name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
     except OSError as error:
-        faults.append(f"{name} cannot be read: {error.strerror}")
+        faults.append(_unreadable(folder, name, error))
         return None
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> str:
+    if name == WEIGHTS_FILE and isinstance(error, FileNotFoundError) and _is_pickled(folder):
+        return ONLY_PICKLE
+    return f"{name} cannot be read: {error.strerror}"
 
 
 def file_faults(folder: Path) -> list[str]:
@@ -177,7 +203,7 @@ def file_faults(folder: Path) -> list[str]:
             with open_stored(folder, name) as file:
                 fault = length_fault(name, file) if name == WEIGHTS_FILE else None
         except OSError as error:
-            fault = f"{name} cannot be read: {error.strerror}"
+            fault = _unreadable(folder, name, error)
         faults += [fault] if fault else []
     return faults
 
@@ -213,7 +239,7 @@ def parse_adapter(
     Raises `AdapterFormatError` with every fault, of `source`, or of `name`.
     """
     faults = list(faults)
-    config = parse_config(files[CONFIG_FILE], faults) if CONFIG_FILE in files else None
+    config = _parse(files[CONFIG_FILE], faults, is_pickled=ONLY_PICKLE in faults) if CONFIG_FILE in files else None
     weights = files.get(WEIGHTS_FILE)
     tensors = None if weights is None else parse_tensors(WEIGHTS_FILE, weights, faults)
     adapter = None
@@ -222,7 +248,9 @@ def parse_adapter(
     if config and weights is not None and tensors is not None:
         if (found := content_digest(weights, config)) != config.lori.content_digest:
             faults.append(f"content digest is {found}, expected {config.lori.content_digest}")
-        adapter = _assembled(name, config, tensors, basis_of, base, faults)
+        # Of another base whose layers have other shapes nothing that is missing or unknown says more.
+        is_other = base and config.lori.base_digest != base.digest and _shape_faults(config, base)
+        adapter = _assembled(name, config, tensors, basis_of, None if is_other else base, faults)
     if faults or adapter is None:
         raise AdapterFormatError(source or name, faults)
     return adapter
@@ -285,13 +313,19 @@ def _basis_entries(config: AdapterConfig, modules: Iterable[str]) -> int:
 
 def base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
     """Returns what is wrong with `config` where its adapter is to be of `base`."""
-    faults = []
     if config.lori.base_digest != base.digest:
-        faults.append(f"trained on the base {config.base_name}, expected {base.name} ({base.digest[:NUM_VERSION_DIGITS]})")
+        found, expected = config.base_name, f"{base.name} ({base.digest[:NUM_VERSION_DIGITS]})"
+        return [f"trained on the base {found}, expected {expected}: {_other_base(config.base_model_name_or_path)}"]
+    faults = []
     targets = {module for module in base.shapes if config.is_target(module)}
     known = targets | {last(module) for module in targets}
     faults += [f"target_modules: the base has no linear layer called {t!r}" for t in config.target_modules if t not in known]
     return faults + _shape_faults(config, base)
+
+
+def _other_base(name: str) -> str:
+    flag = f"--model {name}" if HUB_ID.fullmatch(name) else f"--model with the folder of {name}"
+    return f"pass {flag}, or train or import an adapter for the base that is loaded"
 
 
 def _shape_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 
 from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, ModelError, UnreachableError
-from lori.format import CARD_FILE, WEIGHTS_FILE
+from lori.format import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
 from lori.peft_config import TEMPLATES_FILE
 
 SCHEME = "hf://"
@@ -73,7 +73,8 @@ def check_model(name: str) -> None:
         return
     except (OfflineModeIsEnabled, HTTPError) as error:
         found = f"there is no such folder, it was not fetched before, and the hub cannot be reached ({_text(error)})"
-        raise ModelError(said + found) from error
+        how = "connect (HF_HUB_OFFLINE must not be set), or download it elsewhere and pass the folder as --model"
+        raise ModelError(f"{said}{found}: {how}") from error
 
 
 def _fetch(source: str) -> Path:
@@ -102,6 +103,9 @@ def _fetch(source: str) -> Path:
         raise _unreachable(repo, error) from error
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{source} is not an adapter: it has no {CONFIG_FILE}")
+    if not (folder / WEIGHTS_FILE).is_file():
+        said = f"{PICKLE_FILE}, which it may have, is a pickle, which can run any code and is never read"
+        raise AdapterError(f"{source} cannot be imported: it has no {WEIGHTS_FILE}; {said}")
     return folder
 
 

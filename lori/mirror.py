@@ -57,7 +57,7 @@ class Mirror:
         """
         found = self._remote.files()
         if CONFIG_FILE in found:
-            raise AdapterError("it is an adapter, expected a folder of adapters")
+            raise AdapterError("it is an adapter, expected a folder of adapters: pass the folder that holds it")
         if ALIASES_FOLDER in found:
             raise AdapterError(f"{ALIASES_FOLDER} is a link: a store follows none")
         configs = [path.partition("/")[0] for path in found if path.partition("/")[2] == CONFIG_FILE]

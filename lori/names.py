@@ -41,6 +41,11 @@ def check_name(name: str) -> None:
         raise AdapterError(f"{name!r} is no adapter's name: it must match {NAME.pattern}")
 
 
+def name_fault(folder: Path) -> str:
+    """Return the fault of a folder that holds an adapter, and is called as none may be."""
+    return f"{folder}: an adapter's name must match {NAME.pattern}: rename the folder"
+
+
 def split_reference(reference: str) -> tuple[str, str]:
     """Returns name and version of `name` or `name@version`; the version may be cut short, or empty.
 

@@ -7,7 +7,6 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
@@ -15,8 +14,8 @@ from pydantic_core import from_json
 
 from lori.config import Alpha, Rank
 from lori.config_file import CONFIG_FILE
-from lori.format import read_file
-from lori.stored_file import read_source
+from lori.errors import FOLDER
+from lori.names import EMBEDDED_NAME
 
 Value = TypeVar("Value")
 
@@ -40,6 +39,12 @@ SAFE_PATTERN = re.compile(r"(?!.*\)[*+?{])[\w.*+?|^$()\[\]\\-]{1,512}")
 QUANTIFIER = re.compile(r"[*+?]")
 MAX_QUANTIFIERS = 4
 
+PEFT_TYPE = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+"""A base model's name that may be part of a command."""
+
+NO_LORA = "it cannot be imported, since only plain LoRA adds B A x to a layer's output, as LoRI does"
+"""Ends the fault of a PEFT adapter of another type."""
 SWITCHES = frozenset(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"))
 """Fields that PEFT takes for a wish even where they are empty."""
 
@@ -119,13 +124,13 @@ def exact(module: str) -> str:
     return "^" + re.escape(module)
 
 
-def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
-    """Returns the config of the PEFT adapter in `folder`; whatever is wrong with it is added to `faults`.
+def parse_peft_config(content: bytes, faults: list[str]) -> PeftConfig | None:
+    """Return the config of a PEFT adapter. Adds to `faults` whatever is wrong with it.
 
     What plain LoRA has not, and would change what the adapter does, is wrong: so is a field that is set and not known.
     """
-    content = read_file(folder, CONFIG_FILE, faults, read_source)
-    if content is None:
+    if (document := _peft_document(content)) and (fault := _other_type(document)):
+        faults.append(fault)
         return None
     try:
         document = from_json(content)
@@ -137,6 +142,47 @@ def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
     except ValueError as error:
         faults.append(f"{CONFIG_FILE}: JSON: {error}")
     return None
+
+
+def peft_fault(content: bytes) -> str | None:
+    """Return the fault of a PEFT adapter's config where one of ours is expected: what to type next, or why nothing helps.
+
+    None for any other content. The fault is one line, names no path and quotes little of the config.
+    """
+    document = _peft_document(content)
+    if document is None:
+        return None
+    faults: list[str] = []
+    parse_peft_config(content, faults)
+    if faults and document["peft_type"] != "LORA":
+        return faults[0]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
+        return f"{CONFIG_FILE}: it is a PEFT LoRA that cannot be imported: {faults[0].removeprefix(f'{CONFIG_FILE}: ')}{more}"
+    command = f"python -m lori import {FOLDER} STORE{_model_flag(document.get('base_model_name_or_path'))}"
+    return f"{CONFIG_FILE}: it is a PEFT LoRA: `{command}` makes an adapter of it in STORE, another folder, which can be served"
+
+
+def _peft_document(content: bytes) -> dict[str, Any] | None:
+    try:
+        document = from_json(content)
+    except ValueError:
+        return None
+    if not isinstance(document, dict) or "lori" in document:
+        return None
+    kind = document.get("peft_type")
+    return document if isinstance(kind, str) and PEFT_TYPE.fullmatch(kind) and kind != "LORI" else None
+
+
+def _other_type(document: Mapping[str, Any]) -> str | None:
+    kind = document["peft_type"]
+    return None if kind == "LORA" else f"{CONFIG_FILE}: peft_type is {kind}: {NO_LORA}"
+
+
+def _model_flag(base: object) -> str:
+    if isinstance(base, str) and base.rpartition("/")[2] == EMBEDDED_NAME:
+        return ""
+    return f" --model {base}" if isinstance(base, str) and HUB_ID.fullmatch(base) else " --model BASE"
 
 
 def _place(location: tuple[int | str, ...]) -> str:

@@ -20,20 +20,20 @@ from safetensors import safe_open
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit, Seeded
 from lori.config import target_names
+from lori.config_file import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import WEIGHTS_FILE, read_file, seal
+from lori.format import ONLY_PICKLE, PICKLE_FILE, WEIGHTS_FILE, read_file, seal
 from lori.identity import BaseIdentity
 from lori.mask import top_k_mask
 from lori.names import check_name
 from lori.new_config import new_config
-from lori.peft_config import TEMPLATES_FILE, PeftConfig, read_peft_config
+from lori.peft_config import HUB_ID, NO_LORA, TEMPLATES_FILE, PeftConfig, parse_peft_config
 from lori.sparse import SparseB
 from lori.stored_file import read_source, source_file
 from lori.template import Template
-from lori.tensor_file import UNREADABLE
+from lori.tensor_file import UNREADABLE, first_bytes, unreadable_fault
 from lori.values import ValueType, rounding_error
 
-PICKLE_FILE = "adapter_model.bin"
 TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
 """`<path>.lora_A.weight`, or with the name that the adapter had in PEFT, `<path>.lora_A.default.weight`."""
 EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)(\.base_layer)?\.(weight|bias)")
@@ -47,6 +47,8 @@ FEATURES = {
     "modules_to_save": "a module that was trained whole",
 }
 """Parts of the names of tensors that plain LoRA has not."""
+NO_LAYER, WRONG_SHAPE = ": the base has no linear layer called ", ": shape is "
+"""In faults of tensors that are not for this base."""
 DTYPES: dict[torch.dtype, ValueType] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -133,6 +135,8 @@ def _read(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair]
     """Returns config, A and B by module in the base's order, and the names of the tensors that were ignored."""
     faults: list[str] = []
     config = read_peft_config(folder, faults)
+    if any(fault.endswith(NO_LORA) for fault in faults):  # whatever else it has is not to be that of a LoRA
+        raise AdapterFormatError(str(folder), faults)
     tensors, ignored = _read_tensors(folder, base, faults)
     pairs: dict[str, Pair] = {}
     for module in base.shapes:
@@ -147,9 +151,26 @@ def _read(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair]
         faults += _tensor_faults(f"{module}.lora_A", a, (rank, num_inputs))
         faults += _tensor_faults(f"{module}.lora_B", b, (num_outputs, rank))
         pairs[module] = (a, b)
+    if config and any(misfit in fault for fault in faults for misfit in (NO_LAYER, WRONG_SHAPE)):
+        faults = _other_base(config, base) or faults
     if faults or config is None:
         raise AdapterFormatError(str(folder), faults)
     return config, pairs, ignored
+
+
+def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
+    """Return the config of the PEFT adapter in `folder`. Adds to `faults` as `parse_peft_config`."""
+    content = read_file(folder, CONFIG_FILE, faults, read_source)
+    return None if content is None else parse_peft_config(content, faults)
+
+
+def _other_base(config: PeftConfig, base: BaseIdentity) -> list[str]:
+    """Return the one fault of an adapter whose config names another base than `base`; none where it names this one, or none."""
+    name = config.base_model_name_or_path
+    if not name or name.rstrip("/").rpartition("/")[2].lower() == base.name.rpartition("/")[2].lower():
+        return []
+    flag = f"--model {name}" if HUB_ID.fullmatch(name) else f"--model with the folder of {name}"
+    return [f"it was trained on the base {name}, and does not fit {base.name}: pass {flag}"]
 
 
 def _read_tensors(
@@ -183,7 +204,7 @@ def _read_tensors(
                 else:
                     faults.append(_unknown(key, module, found))
     except (OSError, *UNREADABLE) as error:
-        faults.append(f"{WEIGHTS_FILE} is not a safetensors file: {error}")
+        faults.append(unreadable_fault(WEIGHTS_FILE, first_bytes(weights), error))
         return tensors, ()
     for feature, found_in in features.items():
         more = f" and {len(found_in) - 1} more" if len(found_in) > 1 else ""
@@ -197,10 +218,7 @@ def _no_weights(folder: Path) -> str:
     if (folder / WEIGHTS_FILE).exists():
         return f"{WEIGHTS_FILE} is not a regular file"
     if (folder / PICKLE_FILE).exists():
-        return (
-            f"there is only {PICKLE_FILE}, a pickle, which can run any code and is never read: "
-            "load the adapter with PEFT and write it with save_pretrained(folder, safe_serialization=True)"
-        )
+        return ONLY_PICKLE
     return f"there is no {WEIGHTS_FILE}"
 
 
@@ -208,7 +226,7 @@ def _unknown(key: str, module: str | None, found: re.Match[str] | None) -> str:
     if module and found:
         return f"{key}: a second lora_{found['part']} of {module}"
     if found:
-        return f"{key}: the base has no linear layer called {found['path']!r}"
+        return f"{key}{NO_LAYER}{found['path']!r}"
     return f"{key}: unknown tensor"
 
 
@@ -218,7 +236,7 @@ def _tensor_faults(name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> I
     elif num_bad := tensor.numel() - int(tensor.isfinite().sum()):
         yield f"{name}: {num_bad} values are not finite"
     if tuple(tensor.shape) != shape:
-        yield f"{name}: shape is {tuple(tensor.shape)}, expected {shape}"
+        yield f"{name}{WRONG_SHAPE}{tuple(tensor.shape)}, expected {shape}"
 
 
 def _value_type(tensors: Iterable[torch.Tensor]) -> ValueType:

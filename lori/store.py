@@ -29,6 +29,7 @@ from lori.errors import AdapterError, AdapterFormatError, AliasError
 from lori.file_stamp import FileStamp
 from lori.format import (
     Files,
+    Read,
     basis_kept,
     load_adapter,
     name_of,
@@ -40,8 +41,9 @@ from lori.format import (
     seal,
 )
 from lori.name_lock import locked
-from lori.names import NAME, check_name, split_reference, unknown_adapter
-from lori.stored_file import no_link, read_source
+from lori.names import check_name, name_fault, split_reference, unknown_adapter
+from lori.peft_config import peft_fault
+from lori.stored_file import no_link, read_source, read_stored
 
 NUM_LOOKS = 3
 NOT_THERE = "the alias means an adapter that is not there"
@@ -128,8 +130,11 @@ class AdapterStore:
         return _settled(partial(self._find, *split_reference(reference)))
 
     def _check_root(self) -> None:
-        if (self.root / CONFIG_FILE).exists():
-            raise AdapterError(f"{self.root} is an adapter, expected a folder of adapters")
+        if not (self.root / CONFIG_FILE).exists():
+            return
+        if fault := _peft_fault(self.root, read_source):
+            raise AdapterFormatError(str(self.root), [fault])
+        raise AdapterError(f"{self.root} is an adapter, expected a folder of adapters: pass the folder that holds it")
 
     def _contents(self) -> Contents:
         self._check_root()
@@ -138,7 +143,7 @@ class AdapterStore:
             by_name[entry.name].append(entry)
         current: dict[str, Entry] = {}
         brief: dict[str, str] = {}
-        faults = {name: f"{self.root / name}: an adapter's name must match {NAME.pattern}" for name in found.misnamed}
+        faults = {name: name_fault(self.root / name) for name in found.misnamed}
         for name in self._aliases.names():
             try:
                 if meant := self._aliases.get(name):
@@ -384,7 +389,8 @@ class AdapterStore:
         try:
             kept = Entry(name, self.root / f"{name}@{plain.load().version}")
         except AdapterFormatError as error:
-            raise AdapterError(f"{plain.folder} is in the way, and not sound ({'; '.join(error.faults)}): remove it") from error
+            remedy = "move it to another folder, or take another name" if _peft_fault(plain.folder) else "remove it"
+            raise AdapterError(f"{plain.folder} is in the way, and not sound ({'; '.join(error.faults)}): {remedy}") from error
         if kept.folder.exists():
             self._merge_into(kept.folder, plain.folder)
         else:
@@ -412,6 +418,11 @@ def _settled(look: Callable[[], Found]) -> Found:
         with suppress(AdapterError):
             return look()
     return look()
+
+
+def _peft_fault(folder: Path, read: Read = read_stored) -> str | None:
+    content = read_file(folder, CONFIG_FILE, [], read)
+    return peft_fault(content) if content else None
 
 
 def _known_as(entry: Entry) -> str:

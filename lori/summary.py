@@ -71,7 +71,7 @@ def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Sum
     Raises `AdapterFormatError`; see `summarise_sound`.
     """
     found, faulty = summarise_sound(entries, base)
-    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.faults]:
+    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.placed]:
         raise AdapterFormatError("what is to be served", faults)
     return found
 
@@ -107,7 +107,7 @@ class SummaryReader:
         try:
             config = read_config(entry.folder)
         except AdapterFormatError as error:
-            raise AdapterFormatError(error.source, [*error.faults, *faults]) from error
+            raise AdapterFormatError(error.source, [*dict.fromkeys([*error.faults, *faults])]) from error
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
         if faults := [*self._faults(config), *faults]:
             raise AdapterFormatError(str(entry.folder), faults)

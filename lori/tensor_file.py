@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load
 
 UNREADABLE = (SafetensorError, KeyError, RuntimeError, TypeError)
 """What reading a file raises: the last three where safetensors holds what torch cannot."""
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""How files of `torch.save` and of `pickle` begin."""
 NUM_LENGTH_BYTES = 8
 """At the start of a file: the length of its header."""
 MAX_HEADER_BYTES = 100_000_000
@@ -24,8 +27,23 @@ def parse_tensors(name: str, content: bytes, faults: list[str]) -> dict[str, tor
     try:
         return load(content)
     except UNREADABLE as error:
-        faults.append(f"{name} is not a safetensors file: {error}")
+        faults.append(unreadable_fault(name, content, error))
         return None
+
+
+def unreadable_fault(name: str, content: bytes, error: Exception) -> str:
+    """Return the fault of the file `name` that begins with `content`, in which `error` was found."""
+    said = "it is a pickle, which can run any code and is never read" if content.startswith(PICKLES) else error
+    return f"{name} is not a safetensors file: {said}"
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(NUM_LENGTH_BYTES)
+    except OSError:
+        return b""
 
 
 def length_fault(name: str, file: BinaryIO) -> str | None:

@@ -17,7 +17,7 @@ from server.telemetry.tracing import start_tracing
 from server.transport.descriptors import raise_descriptor_limit
 from server.transport.drain import DrainingServer
 from server.transport.http_config import http_config
-from server.transport.ports import check_port
+from server.transport.ports import ListenError, check_port
 
 
 def main() -> int:
@@ -33,20 +33,16 @@ def main() -> int:
     try:
         settings = read_arguments(Settings)
         configure_log(settings.log_format)
-        check_exposure(settings)
+        _check_address(settings)
         tracing = start_tracing(settings.otlp_traces_endpoint)
-        check_port(settings.host, settings.port)
         service = load_service(settings)
     except ExposedError as error:
         print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port", file=sys.stderr)
-        return 1
     except (AdapterFormatError, KeyFileError) as error:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
-    except LoriError as error:
+    except (LoriError, ListenError, OSError) as error:
         print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 1
     app = create_app(service)
@@ -58,6 +54,14 @@ def main() -> int:
     if tracing:
         tracing.stop()
     return 1 if server.has_failed else 0
+
+
+def _check_address(settings: Settings) -> None:
+    try:
+        check_exposure(settings)
+        check_port(settings.host, settings.port)
+    except OSError as error:
+        raise ListenError(settings.host, settings.port, error) from error
 
 
 def _end(_: int, __: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """The install builds the CPU kernel where it can, and goes on without it where it cannot."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def test_without_a_compiler_the_wheel_is_one_without_the_kernel(tmp_path: Path) 
     )
     assert {str(path.relative_to(ROOT)) for path in files} <= {*names}
     assert not [name for name in names if "_lori_cpu" in name]
+    [scripts] = [name for name in names if name.endswith(".dist-info/entry_points.txt")]
+    assert re.search(r"^lori-server *= *server\.__main__:main$", zipfile.ZipFile(built).read(scripts).decode(), re.MULTILINE)
 
 
 def test_with_a_compiler_the_kernel_is_in_the_wheel_and_its_sources_are_not(tmp_path: Path) -> None:

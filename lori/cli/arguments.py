@@ -10,7 +10,7 @@ from lori.entry import Entry
 from lori.errors import AdapterError
 from lori.format import name_of
 from lori.identity import BaseIdentity
-from lori.names import NAME, check_name
+from lori.names import NAME, check_name, name_fault
 from lori.store import AdapterStore
 from lori.values import ValueType
 
@@ -60,8 +60,7 @@ def find_entries(path: Path) -> list[Entry]:
         return [find_entry(path)]
     store = AdapterStore(path.absolute())
     if misnamed := store.misnamed():
-        folders = ", ".join(str(path.absolute() / name) for name in misnamed)
-        raise AdapterError(f"{folders}: an adapter's name must match {NAME.pattern}")
+        raise AdapterError("; ".join(name_fault(path.absolute() / folder) for folder in misnamed))
     entries = list(store.list())
     if not entries:
         raise AdapterError(f"{path} holds no adapter")

@@ -109,7 +109,7 @@ def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption
         try:
             entry.load(base)
         except AdapterFormatError as error:
-            row["faults"] = list(error.faults)
+            row["faults"] = list(error.placed)
         rows.append(row)
     if json:
         print_json(rows)

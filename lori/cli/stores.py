@@ -10,7 +10,7 @@ from lori.cli.output import folder_bytes, percent, print_json, print_table, size
 from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, read_config
-from lori.names import NAME
+from lori.names import name_fault
 from lori.store import AdapterStore
 
 
@@ -23,7 +23,7 @@ def list_(
     found = AdapterStore(store)
     rows = [_row(entry, brief) for entry in found.list()]
     aliases, faults = _aliases(found)
-    faults += [f"{store / folder}: an adapter's name must match {NAME.pattern}" for folder in found.misnamed()]
+    faults += [name_fault(store / folder) for folder in found.misnamed()]
     for row in rows:
         row["aliases"] = aliases[row.pop("folder")]
     if json:
@@ -53,7 +53,7 @@ def _row(entry: Entry, brief: bool) -> dict[str, Any]:
             if not (entry.folder / WEIGHTS_FILE).is_file():
                 row["fault"] = f"{WEIGHTS_FILE} is missing"
     except AdapterFormatError as error:
-        row["fault"] = "; ".join(error.faults)
+        row["fault"] = "; ".join(dict.fromkeys([*error.placed, *([] if brief else entry.file_faults())]))
     return row
 
 

@@ -66,6 +66,10 @@ def import_(
         return
     if sparsity == 1:
         raise typer.BadParameter("1 leaves nothing, expected less", param_hint="--sparsity")
+    if folder.absolute() == store.absolute() / name:
+        raise typer.BadParameter(
+            f"{folder} is a PEFT LoRA, and stays where it is: pass another STORE, or another --name", param_hint="STORE"
+        )
     base = identify_base(model)
     found = import_peft(
         folder, base, name=name, sparsity=sparsity, values=values, templates=None if template is None else (template,)

@@ -4,6 +4,12 @@ import re
 from dataclasses import dataclass, field
 from fnmatch import translate
 
+NO_KEYS = (
+    "this route needs an admin's key, and the server has no keys: make one with `python -m server.keys keys.toml --role admin`, "
+    "and start the server with --keys keys.toml (in Docker with docker/compose.keys.yaml)"
+)
+"""What is said to who would change adapters where nobody may."""
+
 
 class ForbiddenError(Exception):
     """The caller's key does not allow what he asks for."""

@@ -30,6 +30,8 @@ from server.errors import ConflictError, StoreError
 logger = logging.getLogger(__name__)
 NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"
 
+PUT_THERE = "let it, or put the adapter's folder there yourself and POST /adapters/NAME/load"
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -130,7 +132,7 @@ class AdapterFiles:
     def check_keeps(self) -> None:
         """Raises `ConflictError` where no adapter can be put anywhere."""
         if not self._writable().may_write():
-            raise ConflictError("the server may not write its adapters' folder")
+            raise ConflictError(f"the server may not write its adapters' folder: {PUT_THERE}")
 
     def doomed(self, reference: str) -> list[str]:
         """Returns the versions that `remove` would remove; none for an alias. Raises what that would raise now."""

@@ -30,7 +30,7 @@ class Fit:
             expected = " or ".join(f"({known})" for known in self.bases) or "none"
             faults.append(
                 f"it is on the basis ({basis}), expected {expected}: bases are prepared at start, for the adapters that are "
-                "in --adapters then"
+                "in --adapters then: put it there (`python -m lori import` does), and start the server again"
             )
         if rank > self.max_rank:
             faults.append(f"it has rank {rank}, expected {self.max_rank} at most: start the server with --max-rank {rank}")

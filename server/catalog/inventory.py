@@ -1,15 +1,17 @@
 """What the stores hold at start: the adapters that can be served, and those that are damaged."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from lori.basis import Explicit
+from lori.cached_entry import CachedEntry
 from lori.config import ExplicitConfig
 from lori.entry import Entry
-from lori.errors import AdapterFormatError
+from lori.errors import AdapterFormatError, placed, shortened
 from lori.identity import BaseIdentity
+from lori.printable import printable
 from lori.store import AdapterStore, Contents
 from lori.summary import Summary, summarise_sound
 from server.catalog.store_errors import without_paths
@@ -46,13 +48,18 @@ def take_inventory(own: AdapterStore | None, demo: AdapterStore | None, base: Ba
     summaries = {name: summary for name, summary in summaries.items() if name not in errors}
     nameless = _shadowed(shown.faults, ours) | dict(ours.faults)
     if is_strict and (errors or nameless):
-        faults = [f"{error.source}: {fault}" for error in errors.values() for fault in error.faults]
+        faults = [f"{error.source}: {fault}" for name, error in errors.items() for fault in _typed(entries[name], error.faults)]
         raise AdapterFormatError("what is to be served", [*faults, *nameless.values()])
-    _log(errors, nameless)
+    _log(entries, errors, nameless)
     faulty = [Faulty.of(name, entries[name].folder.name, error.faults) for name, error in errors.items()]
     brief = {**shown.brief, **ours.brief}
     faulty += [Faulty.of(name, "", [brief.get(name) or without_paths(fault, own, demo)]) for name, fault in nameless.items()]
     return Inventory(entries, summaries, faulty, bases)
+
+
+def _typed(entry: Entry, faults: Sequence[str]) -> Sequence[str]:
+    """Return faults as the operator may type what they say: of an adapter at an address only a copy of its config is here."""
+    return faults if isinstance(entry, CachedEntry) else [placed(fault, str(entry.folder)) for fault in faults]
 
 
 def _shadowed(shown: Mapping[str, Shown], ours: Contents) -> dict[str, Shown]:
@@ -77,15 +84,16 @@ def _bases(
     return [*bases.values()]
 
 
-def _log(errors: Mapping[str, AdapterFormatError], nameless: Mapping[str, str]) -> None:
-    for name, place, faults in _told(errors, nameless):
-        logger.error("the adapter %r is damaged and NOT SERVED: %s%s", name, place, "; ".join(Faulty.of(name, "", faults).faults))
+def _log(entries: Mapping[str, Entry], errors: Mapping[str, AdapterFormatError], nameless: Mapping[str, str]) -> None:
+    for name, error in errors.items():
+        _log_one(name, f"{error.source}: {'; '.join(_typed(entries[name], error.shown))}")
+    for name, fault in nameless.items():
+        _log_one(name, shortened(printable(fault)))
     if num_faulty := len(errors) + len(nameless):
         logger.error(
             "%d of the adapters are damaged: GET /adapters lists them as faulty; --strict would end the start", num_faulty
         )
 
 
-def _told(errors: Mapping[str, AdapterFormatError], nameless: Mapping[str, str]) -> Iterator[tuple[str, str, Sequence[str]]]:
-    yield from ((name, f"{error.source}: ", error.faults) for name, error in errors.items())
-    yield from ((name, "", [fault]) for name, fault in nameless.items())
+def _log_one(name: str, faults: str) -> None:
+    logger.error("the adapter %r is damaged and NOT SERVED: %s", name, faults)

@@ -4,6 +4,8 @@ from typing import TypedDict
 
 import httpx
 
+from lori.loopback import direct_mounts
+
 URL = "http://localhost:8000"
 TIMEOUT_S = 600.0
 CONNECT_S = 10.0
@@ -20,6 +22,7 @@ class Options(TypedDict):
     headers: dict[str, str]
     timeout: httpx.Timeout
     limits: httpx.Limits
+    mounts: dict[str, None]
 
 
 def options(url: str, api_key: str | None, timeout_s: float | None) -> Options:
@@ -29,4 +32,5 @@ def options(url: str, api_key: str | None, timeout_s: float | None) -> Options:
         headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
         timeout=httpx.Timeout(timeout_s, connect=CONNECT_S if timeout_s is None else min(CONNECT_S, timeout_s)),
         limits=LIMITS,
+        mounts=direct_mounts(url),
     )

@@ -18,7 +18,7 @@ from server.cluster.settings import ClusterSettings
 from server.cluster.start_error import StartError
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import TracingError, start_tracing
-from server.transport.ports import check_port
+from server.transport.ports import ListenError, check_port
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _checked() -> ClusterSettings:
     try:
         check_port(settings.host, settings.port)
     except OSError as error:
-        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; pass another --port") from error
+        raise StartError(str(ListenError(settings.host, settings.port, error))) from error
     if settings.keys:
         read_keys(settings.keys)
     if tracing := start_tracing(settings.otlp_traces_endpoint):

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from server.access.caller import Caller
+from server.access.caller import NO_KEYS, Caller
 from server.access.gate import caller_of, rate_limited_reply, rate_refusal
 from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
@@ -69,7 +69,7 @@ def batch_refusal(scope: Mapping[str, Any], caller: Caller, rate: RateLimiter, f
 def _no_admin(caller: Caller, *, has_keys: bool) -> str:
     # As `server.routes.dependencies.require_admin`, which needs torch; a test compares them.
     if not has_keys:
-        return "this route needs an admin's key, and the server has no keys: it is to be started with --keys FILE"
+        return NO_KEYS
     return f"this route needs a key of the role 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
 
 

@@ -72,8 +72,9 @@ async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf
 async def publish(http: Request, service: ServiceOf, response: Response) -> AdapterInfo | Response:
     """Puts an adapter in the server's store, as a new version of its name, which means it from then on.
 
-    A form has the files of an adapter's folder, or of a PEFT LoRA's; JSON names one on the hub, where the server has --hub. An
-    adapter that is not sound is refused whole, with its faults. Requests under way end on the version that they began with.
+    A form has the files of an adapter's folder, or of a PEFT LoRA's whose A the server was started for; JSON names one on the
+    hub, where the server has --hub. An adapter that is not sound is refused whole, with its faults. Requests under way end on the
+    version that they began with.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in KINDS:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from server.access.caller import Caller, ForbiddenError
+from server.access.caller import NO_KEYS, Caller, ForbiddenError
 from server.service import Service
 
 
@@ -31,7 +31,7 @@ def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
     if caller.is_admin:
         return caller
     if service.keys is None:
-        raise ForbiddenError("this route needs an admin's key, and the server has no keys: it is to be started with --keys FILE")
+        raise ForbiddenError(NO_KEYS)
     raise ForbiddenError(f"this route needs a key of the role 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}")
 
 

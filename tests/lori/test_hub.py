@@ -118,6 +118,13 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
+def test_a_pickle_alone_is_not_fetched_and_said_to_be_one(hub: Hub) -> None:
+    hub.repos["own/pickled"] = {name: content for name, content in FILES.items() if name != "adapter_model.safetensors"}
+    with pytest.raises(AdapterError, match=r"hf://own/pickled cannot be imported: .* is a pickle"):
+        resolve("hf://own/pickled")
+    assert not any(path.endswith(".bin") for path in hub.requested)
+
+
 @pytest.mark.parametrize("source", ["nowhere/at/all", "https://huggingface.co/own/math", "own/math", ""])
 def test_no_folder_is_refused_and_the_forms_are_told(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,7 @@ FAULTS = {
     "cut": f"{CONFIG_FILE}: JSON: Invalid JSON: EOF",
     "foreign": "trained on the base",
     "linked": f"{CARD_FILE} cannot be read: it is a link, and a store follows none",
-    "peft": "it is a PEFT adapter: `python -m lori import` makes one of ours of it",
+    "peft": "it is a PEFT LoRA: `python -m lori import ",
     "torn": f"{WEIGHTS_FILE} has 999 bytes",
 }
 

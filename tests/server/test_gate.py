@@ -174,7 +174,8 @@ def test_without_a_key_file_all_may_ask_and_nobody_may_change(
             assert client.get("/who", headers=headers).json() == ["", ""]
             assert client.get("/metrics", headers=headers).status_code == 200
             error = refusal(client.post("/change", headers=headers), 403)
-        assert error["message"].endswith("and the server has no keys: it is to be started with --keys FILE")
+        assert "and the server has no keys: make one with `python -m server.keys keys.toml --role admin`" in error["message"]
+        assert "start the server with --keys keys.toml" in error["message"]
         assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
 
 

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import httpx
 from tqdm import tqdm
 
+from lori.loopback import direct_mounts
 from lori.template import Template
 from training.evaluation.answerer import AnswerError
 
@@ -74,7 +75,8 @@ class Server:
     def _client(self) -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=TIMEOUT_S, limits=limits)
+        mounts = direct_mounts(self.url)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=TIMEOUT_S, limits=limits, mounts=mounts)
 
     async def _sent(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
         try:

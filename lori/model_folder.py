@@ -1,0 +1,72 @@
+"""A base model's folder: what it lacks, by the files' names. Opens no weights."""
+
+import json
+from pathlib import Path
+
+from lori.config_file import CONFIG_FILE as ADAPTER_CONFIG
+
+MODEL_CONFIG = "config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZERS = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("sentencepiece.bpe.model",),
+    ("tekken.json",),
+    ("*.tiktoken",),
+)
+"""The files of a tokenizer: all of one of these. Without any transformers makes one that knows no word, and says nothing."""
+MAX_NAMED = 3
+
+
+def folder_fault(folder: Path) -> str | None:
+    """Return what the folder of a base model lacks, but for its tokenizer, and how to get it; None where it lacks nothing."""
+    if not folder.is_dir():
+        return "there is no such folder: pass one, or a hub id, owner/name"
+    if not (folder / MODEL_CONFIG).is_file():
+        if (folder / ADAPTER_CONFIG).exists():
+            return "it is an adapter and no base model: pass the folder that holds it as --adapters, and its base as --model"
+        return f"{_no(MODEL_CONFIG, folder)}: {_remedy(folder)}"
+    fault = _weights_fault(folder)
+    return f"{fault}: {_remedy(folder)}" if fault else None
+
+
+def tokenizer_fault(folder: Path) -> str | None:
+    """Return which files of a tokenizer the folder of a base model lacks, likewise. A few tokenizers need none."""
+    for files in TOKENIZERS:
+        if all(any(True for _ in folder.glob(file)) for file in files):
+            return None
+    if (folder / "vocab.json").is_file():
+        fault = "there is no tokenizer.json, nor merges.txt beside vocab.json"
+    else:
+        fault = "there is no tokenizer: no tokenizer.json, tokenizer.model, nor vocab.json with merges.txt"
+    return f"{fault}: {_remedy(folder)}"
+
+
+def _weights_fault(folder: Path) -> str | None:
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        parts = _parts(folder / INDEX_FILE)
+        absent = [part for part in parts if not (folder / part).is_file()]
+        more = f" and {len(absent) - MAX_NAMED} more" if absent[MAX_NAMED:] else ""
+        return f"of its weights {', '.join(absent[:MAX_NAMED])}{more} is missing" if absent else None
+    if any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
+        return None
+    return f"there are no weights: no {WEIGHTS_FILE}, and no {INDEX_FILE} with its parts"
+
+
+def _parts(index: Path) -> list[str]:
+    try:
+        return sorted({str(part) for part in json.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what is wrong with it the loader says
+        return []
+
+
+def _no(file: str, folder: Path) -> str:
+    return f"there is no {folder / file}"
+
+
+def _remedy(folder: Path) -> str:
+    return f"`hf download OWNER/NAME --local-dir {folder}` fetches what a folder lacks of that model"
