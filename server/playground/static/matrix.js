@@ -35,10 +35,14 @@ export class Matrix {
     mix.addEventListener("change", () => this.refresh());
     catalogue.addEventListener("change", () => this.refresh());
     for (const input of document.querySelectorAll("input[name=figure]")) input.addEventListener("change", () => this.#draw());
-    new IntersectionObserver(([entry]) => {
+    const isSeen = ([entry]) => {
       this.#isSeen = entry.isIntersecting;
       this.refresh();
-    }).observe(byId("compare"));
+    };
+    // Its title alone is no reason.
+    new IntersectionObserver(isSeen, { rootMargin: "0px 0px -80px" }).observe(byId("compare"));
+    // Who comes by keyboard, or presses what can be seen of it, wants all of it.
+    byId("compare").addEventListener("focusin", () => byId("compare").scrollIntoView({ block: "nearest" }));
     byId("matrix").addEventListener("keydown", (event) => this.#move(event));
     byId("matrix").addEventListener("focusin", (event) => this.#tell(event.target));
     byId("matrix").addEventListener("mouseover", (event) => this.#tell(event.target));
