@@ -112,7 +112,7 @@ def test_nothing_shifts_while_a_later_turn_comes(visiting: Visiting, live: Live,
     page.evaluate("window.shifts.length = 0")
     expect(page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "false")
     visit.wait()
-    assert visit.figure("mix", "Tokens").endswith(", 3000 out")
+    assert visit.figure("mix", "Tokens").endswith(", 3,000 out")
     assert page.evaluate("window.shifts") == []
 
 
