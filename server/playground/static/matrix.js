@@ -41,8 +41,11 @@ export class Matrix {
     };
     // Its title alone is no reason.
     new IntersectionObserver(isSeen, { rootMargin: "0px 0px -80px" }).observe(byId("compare"));
-    // Who comes by keyboard, or presses what can be seen of it, wants all of it.
-    byId("compare").addEventListener("focusin", () => byId("compare").scrollIntoView({ block: "nearest" }));
+    // Who comes by keyboard, or chooses a figure where the title alone is in sight, wants all of it. Not while a mouse button is
+    // down: what is pressed would move away below it.
+    const show = () => byId("compare").scrollIntoView({ block: "nearest" });
+    byId("compare").addEventListener("focusin", (event) => event.target.matches(":focus-visible") && show());
+    byId("compare").addEventListener("change", show);
     byId("matrix").addEventListener("keydown", (event) => this.#move(event));
     byId("matrix").addEventListener("focusin", (event) => this.#tell(event.target));
     byId("matrix").addEventListener("mouseover", (event) => this.#tell(event.target));

@@ -215,6 +215,17 @@ def test_the_matrix_has_the_servers_figures(visit: Visit, live: Live) -> None:
         assert told == [pytest.approx(v, abs=0.006) if v is not None else None for row in reply[figure] for v in row]
 
 
+def test_a_figure_that_is_chosen_brings_the_matrix_to_sight(visiting: Visiting, live: Live) -> None:
+    """The press was lost where the page scrolled away below it."""
+    page = visiting(live.url, viewport={"width": 1366, "height": 768}).page
+    expect(page.get_by_role("grid")).to_have_count(0)
+    box = page.locator("label", has_text="Overlap").bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 5)
+    expect(page.get_by_role("radio", name="Overlap")).to_be_checked()
+    expect(page.get_by_role("grid")).to_be_in_viewport()
+
+
 def test_the_matrix_follows_what_is_picked(visit: Visit) -> None:
     visit.pick("math", "safety")
     visit.page.locator("#compare").scroll_into_view_if_needed()
