@@ -88,6 +88,14 @@ def test_an_answer_is_drawn_as_markdown(visiting: Visiting, live: Live) -> None:
         assert link.get_attribute("target") == "_blank"
 
 
+def test_a_product_keeps_its_asterisk(visiting: Visiting, live: Live) -> None:
+    """Of 4*3 and 5*2 both went, for what is between them is emphasis in Markdown."""
+    visit = answered(visiting, live, "4*3 = 12 and 5*2 = 10, *really* **so**")
+    expect(visit.answer("base", ".said p")).to_have_text("4*3 = 12 and 5*2 = 10, really so")
+    expect(visit.answer("base", "em")).to_have_text("really")
+    expect(visit.answer("base", "strong")).to_have_text("so")
+
+
 def test_it_is_shown_as_it_came_where_that_is_wanted(visiting: Visiting, live: Live) -> None:
     visit = answered(visiting, live, RICH)
     visit.page.get_by_role("radio", name="Plain text").check()
