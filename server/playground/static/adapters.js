@@ -10,6 +10,7 @@ const TIERS = { disk: "read when a request names it", loaded: "in memory, packed
 /** The rows of GET /adapters; says "change" when they were asked for again. */
 export class Catalogue extends EventTarget {
   rows = new Map();
+  faulty = [];
   baseModel = "";
   fault = "";
 
@@ -18,7 +19,7 @@ export class Catalogue extends EventTarget {
     try {
       const reply = await getJson("adapters");
       this.rows = new Map(reply.adapters.map((row) => [row.name, row]));
-      [this.baseModel, this.fault] = [reply.base_model, ""];
+      [this.faulty, this.baseModel, this.fault] = [reply.faulty ?? [], reply.base_model, ""];
     } catch (error) {
       this.fault = error.message;
     }
@@ -30,6 +31,7 @@ export class Catalogue extends EventTarget {
 export class AdapterList {
   #items = new Map();
   #limit = STEP;
+  #faulty = "[]";
 
   constructor(catalogue, mix) {
     [this.catalogue, this.mix] = [catalogue, mix];
@@ -46,7 +48,7 @@ export class AdapterList {
 
   #draw() {
     const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const found = [...this.catalogue.rows.values()].filter((row) => words.every((word) => row.name.toLowerCase().includes(word)));
+    const found = [...this.catalogue.rows.values()].filter((row) => hasAll(words, row));
     const shown = found.slice(0, this.#limit);
     const items = shown.map((row) => this.#item(row));
     const list = byId("adapters");
@@ -55,7 +57,18 @@ export class AdapterList {
     }
     byId("adapters-more").hidden = shown.length === found.length;
     setText(byId("adapters-note"), this.catalogue.fault || told(shown.length, found.length, this.catalogue.rows.size));
+    this.#drawFaulty(words);
     byId("adapters-note").classList.toggle("fault", Boolean(this.catalogue.fault));
+  }
+
+  /** Those that are damaged are no choice, but nobody shall look for them in vain. */
+  #drawFaulty(words) {
+    const found = this.catalogue.faulty.filter((row) => hasAll(words, row));
+    const shown = JSON.stringify(found);
+    if (shown === this.#faulty) return;
+    this.#faulty = shown;
+    byId("faulty").replaceChildren(...found.map(faultyItem));
+    byId("faulty").hidden = !found.length;
   }
 
   #item(row) {
@@ -100,6 +113,21 @@ export class AdapterList {
     // The button may be gone now; reading goes on where it was.
     byId("adapters").children[first]?.querySelector("input").focus();
   }
+}
+
+function hasAll(words, { name }) {
+  return words.every((word) => name.toLowerCase().includes(word));
+}
+
+function faultyItem({ name, faults }) {
+  const more = faults.length > 1 ? ` (and ${count(faults.length - 1)} more)` : "";
+  return el(
+    "li",
+    { title: faults.join("\n") },
+    el("span", { class: "name" }, name),
+    el("span", { class: "badge" }, "damaged"),
+    el("span", { class: "fault" }, `${faults[0] ?? "It cannot be served."}${more}`),
+  );
 }
 
 function details(row) {

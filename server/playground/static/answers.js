@@ -1,56 +1,52 @@
-// One answer as it comes: its text, how fast it came, how it ended.
+// One answer as it comes: who gives it, its text, how fast it came, how it ended.
 
 import { el, setText } from "./elements.js";
+import { render } from "./markdown.js";
 import { count, duration, short, signed } from "./numbers.js";
 
 const FIGURES = { first: "First token", speed: "Tokens/s", tokens: "Tokens", end: "Ended", seed: "Seed", queue: "In the queue" };
 const ENDS = { stop: "end of text", stop_sequence: "stop text", length: "max tokens" };
+/** Milliseconds between two drawings of an answer that comes; a long one is drawn less often. */
+const PAUSE = 16;
+let numMade = 0;
 
-/** A pane of the page: small at rest, and from a run's beginning as large as at its end, so that nothing moves while text comes. */
+/** An answer of a turn. Its name and figures stand above its text, so that nothing moves while that comes. */
 export class Answer {
-  #text = new Text();
+  /** "" while it comes; then "ended", "stopped" or "failed". */
+  state = "";
+  text = "";
   #figures = {};
-  #waiting = "";
-  #frame = 0;
+  #timer = 0;
+  #pause = PAUSE;
 
-  constructor(article, name) {
-    [this.article, this.name] = [article, name];
-    this.note = el("p", { class: "note" });
+  /** `side` is "mix" or "base"; `terms` and `method` say who answers, `prefix` in which turn. */
+  constructor({ side, terms, method }, prefix, mode) {
+    [this.side, this.method, this.mode] = [side, method, mode];
+    const id = `answer-${++numMade}`;
+    this.title = el("span", {}, titleOf(terms, method));
+    this.said = el("div", { class: "said" });
     this.fault = el("p", { class: "fault", hidden: true });
-    this.box = el("div", { class: "text", tabindex: "0", role: "region", "aria-label": `${name} answer` }, this.#text, this.fault);
+    this.box = el("div", { class: "text", tabindex: "0", role: "region", "aria-labelledby": id }, this.said, this.fault);
     const rows = Object.entries(FIGURES).map(([key, label]) => {
       this.#figures[key] = el("dd", {}, "–");
       return el("div", { class: key }, el("dt", {}, label), this.#figures[key]);
     });
-    article.append(this.note, this.box, el("dl", {}, ...rows));
+    const heading = el("h3", { id }, el("span", { class: "unseen" }, `${prefix}: `), this.title);
+    this.article = el("article", { class: "answer", "data-side": side, "aria-labelledby": id }, heading, el("dl", {}, ...rows), this.box);
+    this.draw();
   }
 
-  get text() {
-    return this.#text.data + this.#waiting;
+  get name() {
+    return this.title.textContent;
   }
 
-  get isAtRest() {
-    return this.article.classList.contains("rest");
-  }
-
-  /** Puts the pane at rest, and says what it is for. */
-  rest(text) {
-    this.clear();
-    this.article.classList.add("rest");
-    this.note.textContent = text;
-  }
-
-  clear() {
-    cancelAnimationFrame(this.#frame);
-    [this.#text.data, this.#waiting, this.#frame, this.fault.hidden] = ["", "", 0, true];
-    for (const figure of Object.values(this.#figures)) setText(figure, "–");
-    this.note.textContent = "";
+  /** Whether it can be sent on as something that was said. */
+  get isSaid() {
+    return this.state === "ended" || (this.state !== "failed" && this.text !== "");
   }
 
   /** Shows the events of one request until they end. Throws what they throw. */
   async follow(events) {
-    this.clear();
-    this.article.classList.remove("rest");
     this.box.setAttribute("aria-busy", "true");
     const watch = new Watch();
     try {
@@ -61,20 +57,35 @@ export class Answer {
       }
       throw new Error("The connection ended before the answer did.");
     } finally {
-      this.#flush();
+      this.draw();
       this.box.removeAttribute("aria-busy");
     }
   }
 
   /** Says why there is no more of it. */
   fail(message) {
+    this.state = "failed";
     this.fault.textContent = message;
     this.fault.hidden = false;
     setText(this.#figures.end, "failed");
   }
 
   stopped() {
+    this.state = "stopped";
     setText(this.#figures.end, "stopped");
+  }
+
+  /** Draws the text anew, as the mode has it. */
+  draw() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
+    const started = performance.now();
+    const { scrollTop, clientHeight, scrollHeight } = this.box;
+    this.said.classList.toggle("plain", !this.mode.isMarkdown);
+    this.said.replaceChildren(this.mode.isMarkdown ? render(this.text) : this.text);
+    // Who has scrolled back goes on reading there.
+    if (scrollTop + clientHeight >= scrollHeight - 8) this.box.scrollTop = this.box.scrollHeight;
+    this.#pause = Math.max(PAUSE, 8 * (performance.now() - started));
   }
 
   #token({ text }, watch) {
@@ -82,21 +93,12 @@ export class Answer {
     if (watch.count === 1) setText(this.#figures.first, duration(watch.first));
     setText(this.#figures.tokens, count(watch.count));
     if (watch.speed) setText(this.#figures.speed, short(watch.speed));
-    this.#waiting += text;
-    this.#frame ||= requestAnimationFrame(() => this.#flush());
-  }
-
-  #flush() {
-    cancelAnimationFrame(this.#frame);
-    this.#frame = 0;
-    const { scrollTop, clientHeight, scrollHeight } = this.box;
-    this.#text.appendData(this.#waiting);
-    this.#waiting = "";
-    // Who has scrolled back goes on reading there.
-    if (scrollTop + clientHeight >= scrollHeight - 8) this.box.scrollTop = this.box.scrollHeight;
+    this.text += text;
+    this.#timer ||= setTimeout(() => this.draw(), this.#pause);
   }
 
   #done({ adapter, usage, timings, finish_reason: reason, seed }, watch) {
+    this.state = "ended";
     const num = usage.completion_tokens;
     const speed = timings?.decode_s && num > 1 ? (num - 1) / timings.decode_s : watch.speed;
     if (timings?.time_to_first_token_s) setText(this.#figures.first, duration(timings.time_to_first_token_s));
@@ -106,12 +108,16 @@ export class Answer {
     this.#figures.tokens.title = usage.cached_tokens ? `${count(usage.cached_tokens)} of the prompt’s were computed before` : "";
     setText(this.#figures.end, ENDS[reason] ?? reason);
     setText(this.#figures.seed, String(seed));
-    setText(this.note, adapter.map(term).join(" + ") || "no adapter");
+    this.title.title = adapter.map(({ name, version }) => `${name}@${version}`).join(" + ");
+    // The operator may have added some.
+    if (adapter.some(({ policy }) => policy)) setText(this.title, titleOf(adapter, this.method));
   }
 }
 
-function term({ weight, name, policy }) {
-  return `${signed(weight, 2)} ${name}${policy ? " (policy)" : ""}`;
+function titleOf(terms, method) {
+  const sum = terms.map(({ weight, name, policy }) => `${signed(weight, 2)} ${name}${policy ? " (policy)" : ""}`).join(" + ");
+  if (!sum) return "Base model";
+  return method === "linear" ? sum : `${method} of ${sum}`;
 }
 
 /** What this side sees of the speed; the server's own timings are better where it gives them. */

@@ -2,7 +2,6 @@
 
 import { byId, el, say } from "./elements.js";
 import { clearFaults } from "./faults.js";
-import { showPrompt } from "./messages.js";
 import { cardWeights } from "./mix.js";
 
 const PROBLEM = "Question: Tom has 5 apples and buys 7 more. He eats 2. How many apples does he have?\nAnswer:";
@@ -18,8 +17,8 @@ const EXAMPLES = [
 export class Examples {
   #shown = "";
 
-  constructor(catalogue, mix) {
-    [this.catalogue, this.mix] = [catalogue, mix];
+  constructor(catalogue, mix, mode) {
+    [this.catalogue, this.mix, this.mode] = [catalogue, mix, mode];
     catalogue.addEventListener("change", () => this.#draw());
   }
 
@@ -40,7 +39,8 @@ export class Examples {
 
   #use({ names, prompt }) {
     clearFaults();
-    showPrompt(prompt);
+    this.mode.input = "prompt";
+    byId("prompt").value = prompt;
     const even = Object.fromEntries(names.map((name) => [name, null]));
     this.mix.become({ ...even, ...cardWeights(this.catalogue.rows, names)[0]?.weights });
     say(`Picked ${names.join(" and ")}. The prompt is filled.`);

@@ -23,7 +23,7 @@ export function showFault(error) {
 /** Takes all of them away. */
 export function clearFaults() {
   byId("fault").hidden = true;
-  for (const control of document.querySelectorAll("#ask [aria-invalid]")) clear(control);
+  for (const control of document.querySelectorAll("main [aria-invalid]")) clear(control);
 }
 
 function clear(control) {
@@ -34,12 +34,9 @@ function clear(control) {
 
 function controlOf(field) {
   if (!field) return null;
-  const [name, place, part] = field.split(".");
-  if (name === "messages") {
-    const message = byId("messages").children[place ?? 0];
-    return message?.querySelector(part === "role" ? "select" : "textarea") ?? byId("template");
-  }
+  const [name, place] = field.split(".");
+  if (name === "messages") return byId("prompt");
   if (name === "adapter" || name === "weights") return byId("mix").children[place ?? 0]?.querySelector("input[type=number]");
-  const control = document.querySelector(`#ask [id="${CSS.escape(name)}"]`);
+  const control = byId("ask").elements.namedItem(name);
   return control?.closest(".field") && !control.closest("[hidden]") ? control : null;
 }

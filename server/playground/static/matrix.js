@@ -35,10 +35,17 @@ export class Matrix {
     mix.addEventListener("change", () => this.refresh());
     catalogue.addEventListener("change", () => this.refresh());
     for (const input of document.querySelectorAll("input[name=figure]")) input.addEventListener("change", () => this.#draw());
-    new IntersectionObserver(([entry]) => {
+    const isSeen = ([entry]) => {
       this.#isSeen = entry.isIntersecting;
       this.refresh();
-    }).observe(byId("compare"));
+    };
+    // Its title alone is no reason.
+    new IntersectionObserver(isSeen, { rootMargin: "0px 0px -80px" }).observe(byId("compare"));
+    // Who comes by keyboard, or chooses a figure where the title alone is in sight, wants all of it. Not while a mouse button is
+    // down: what is pressed would move away below it.
+    const show = () => byId("compare").scrollIntoView({ block: "nearest" });
+    byId("compare").addEventListener("focusin", (event) => event.target.matches(":focus-visible") && show());
+    byId("compare").addEventListener("change", show);
     byId("matrix").addEventListener("keydown", (event) => this.#move(event));
     byId("matrix").addEventListener("focusin", (event) => this.#tell(event.target));
     byId("matrix").addEventListener("mouseover", (event) => this.#tell(event.target));

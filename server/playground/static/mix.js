@@ -13,6 +13,11 @@ export class Mix extends EventTarget {
     return this.names.map((name) => this.weightOf(name));
   }
 
+  /** What is added: [{name, weight}]. */
+  get terms() {
+    return this.names.map((name) => ({ name, weight: this.weightOf(name) }));
+  }
+
   /** Whether every weight is 1/n because nobody said another: the server's own default. */
   get isEven() {
     return [...this.#weights.values()].every((weight) => weight === null);

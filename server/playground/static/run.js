@@ -1,35 +1,29 @@
-// Asks the base model and the mix the same, at once.
+// Asks the mix and the base model the same, at once.
 
 import { generate } from "./api.js";
-import { baseBody, mergedBody } from "./ask.js";
-import { Answer } from "./answers.js";
 import { byId, say } from "./elements.js";
 import { clearFaults, showFault } from "./faults.js";
 
 const SAID = 600;
-/** Pixels that stay free above the buttons, or below the answers. */
+/** Pixels that stay free above the answers, or below them. */
 const MARGIN = 12;
 
-/** The two answers of `mix`'s request; `ended` is called after each run. */
+/** The requests of the form; `ended` is called after each run. */
 export class Run {
   #abort = null;
   #running = Promise.resolve();
 
-  constructor(mix, ended) {
-    [this.mix, this.ended] = [mix, ended];
-    this.base = new Answer(byId("answer-base"), "Base");
-    this.merged = new Answer(byId("answer-merged"), "Merged");
+  constructor(asking, ended) {
+    [this.asking, this.ended] = [asking, ended];
     byId("ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.start();
     });
-    byId("ask").addEventListener("keydown", (event) => {
+    document.querySelector("main").addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
     });
     byId("stop-run").addEventListener("click", () => this.stop());
-    mix.addEventListener("change", () => this.merged.isAtRest && this.#rest());
-    this.base.rest("Run shows the base model’s own answer here.");
-    this.#rest();
+    byId("new").addEventListener("click", () => this.#clear());
   }
 
   /** Begins when what still runs has ended, and ends that. */
@@ -43,13 +37,11 @@ export class Run {
   async #run(abort) {
     clearFaults();
     try {
-      const asked = this.#asked();
-      if (asked.length === 1) this.#rest();
-      byId("stop-run").setAttribute("aria-disabled", "false");
-      say("Running.");
-      const answered = asked.map(([answer, body]) => follow(answer, body, abort.signal));
-      showAnswers();
-      await Promise.all(answered);
+      const asked = this.asking.requests();
+      const turn = this.#begin(asked);
+      await Promise.all(asked.map(({ body }, i) => follow(turn.answers[i], body, abort.signal)));
+      // What nobody has answered can be sent again.
+      if (!turn.isAnswered && turn.item.isConnected) byId("prompt").value ||= turn.text;
     } catch (error) {
       showFault(error)?.focus();
       say(error.message);
@@ -59,37 +51,55 @@ export class Run {
     this.ended();
   }
 
-  /** Ends both answers where they are. */
+  /** Ends all answers where they are. */
   stop() {
     this.#abort?.abort();
     this.#abort = null;
     byId("stop-run").setAttribute("aria-disabled", "true");
   }
 
-  #asked() {
-    const asked = [[this.base, baseBody()]];
-    if (this.mix.names.length) asked.push([this.merged, mergedBody(this.mix)]);
-    return asked;
+  #begin(asked) {
+    const { turns, mode, text } = this.asking;
+    const turn = turns.begin(text, asked, (again) => this.#edit(again));
+    if (mode.isConversation) byId("prompt").value = "";
+    byId("stop-run").setAttribute("aria-disabled", "false");
+    say("Running.");
+    show(turn.item);
+    return turn;
   }
 
-  #rest() {
-    const isPicked = this.mix.names.length > 0;
-    this.merged.rest(isPicked ? "Run shows the answer with your adapters here." : "Pick an adapter to see its answer here.");
+  #edit(text) {
+    this.stop();
+    byId("prompt").value = text;
+    byId("prompt").focus();
+    say("The conversation goes on from here.");
+  }
+
+  #clear() {
+    this.stop();
+    clearFaults();
+    this.asking.turns.clear();
+    byId("prompt").focus();
+    say(this.asking.mode.isConversation ? "A new conversation." : "Cleared.");
   }
 }
 
-/** Scrolls as far down as the answers need, and never so far that the buttons which run and stop are out of sight. */
-function showAnswers() {
-  const [buttons, answers] = ["run", "answers"].map((id) => byId(id).getBoundingClientRect());
-  const top = Math.min(buttons.top - MARGIN, answers.bottom - innerHeight + MARGIN);
+/** Scrolls the page as far as the whole turn needs, and never so far that its beginning is out of sight. */
+function show(turn) {
+  const form = byId("ask");
+  // On a narrow page the form covers what is at the foot.
+  const isCovered = getComputedStyle(form).position === "sticky";
+  const box = (isCovered ? turn : byId("log")).getBoundingClientRect();
+  const foot = innerHeight - (isCovered ? form.offsetHeight : 0) - MARGIN;
+  const top = Math.min(Math.max(0, box.bottom - foot), box.top - MARGIN);
   const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (top > 0) scrollBy({ top, behavior: isCalm ? "instant" : "smooth" });
+  if (top) scrollBy({ top, behavior: isCalm ? "instant" : "smooth" });
 }
 
 async function follow(answer, body, signal) {
   try {
     await answer.follow(generate(body, signal));
-    say(`${answer.name} answer: ${answer.text.slice(0, SAID) || "nothing"}`);
+    say(`${answer.name} answers: ${answer.text.slice(0, SAID) || "nothing"}`);
   } catch (error) {
     if (signal.aborted) {
       answer.stopped();

@@ -1,7 +1,6 @@
 // The current request as a command, and as a program.
 
 import { key } from "./api.js";
-import { baseBody, mergedBody } from "./ask.js";
 import { byId, say } from "./elements.js";
 import { clearFaults, showFault } from "./faults.js";
 
@@ -9,12 +8,11 @@ import { clearFaults, showFault } from "./faults.js";
 const DEFAULTS = { max_tokens: 128, temperature: 0 };
 const COMPLETION = ["prompt", "messages", "max_tokens", "temperature", "top_p", "seed", "stop"];
 
-/** Lets the two buttons copy what `mix` and the form ask for. */
-export function watchSnippets(catalogue, mix) {
-  const body = () => (mix.names.length ? mergedBody(mix) : baseBody());
-  byId("copy-curl").addEventListener("click", () => copy("copy-curl", () => curl(body(), server(), Boolean(key.get()))));
+/** Lets the two buttons copy what `asking` asks for. */
+export function watchSnippets(catalogue, asking) {
+  byId("copy-curl").addEventListener("click", () => copy("copy-curl", () => curl(asking.body(), server(), Boolean(key.get()))));
   byId("copy-python").addEventListener("click", () =>
-    copy("copy-python", () => python(body(), server(), catalogue.baseModel, Boolean(key.get()))),
+    copy("copy-python", () => python(asking.body(), server(), catalogue.baseModel, Boolean(key.get()))),
   );
 }
 

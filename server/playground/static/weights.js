@@ -31,7 +31,7 @@ export class Weights {
       show(this.#rows.get(name), this.mix.weightOf(name));
     }
     byId("mix-empty").hidden = names.length > 0;
-    byId("merge-row").hidden = names.length < 2;
+    for (const id of ["even", "merge-row"]) byId(id).hidden = names.length < 2;
     this.#hint();
   }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Response, expect, sync_playwright
 
 from tests.needs import chromium, need
 from tests.server.live import LIMIT_S, Live
@@ -17,6 +17,8 @@ window.shifts = [];
 new PerformanceObserver((list) => {
   for (const entry of list.getEntries()) window.shifts.push([entry.value, ...entry.sources.map((of) => of.node?.nodeName)]);
 }).observe({ type: "layout-shift", buffered: true });
+window.violations = [];
+addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective));
 """
 
 
@@ -64,15 +66,19 @@ class Visit:
         """Waits until nothing runs."""
         expect(self.page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "true")
 
-    def text(self, name: str) -> str:
-        """Returns the text of the answer called so."""
-        text = self.page.get_by_role("region", name=f"{name} answer").text_content()
+    def answer(self, side: str, part: str = "") -> Locator:
+        """Returns the last turn's answer of "mix" or "base", or the part of it that a selector says."""
+        return self.page.locator(f".turn:last-child .answer[data-side={side}] {part}").filter(visible=True)
+
+    def text(self, side: str) -> str:
+        """Returns the text of the last turn's answer on that side."""
+        text = self.answer(side, ".text").text_content()
         assert text is not None
         return text
 
-    def figure(self, name: str, label: str) -> str:
+    def figure(self, side: str, label: str) -> str:
         """Returns what is told of that answer under `label`."""
-        rows = self.page.locator(f"#answer-{name.lower()} dl > div")
+        rows = self.answer(side, "dl > div")
         text = rows.filter(has=self.page.locator("dt", has_text=label)).last.locator("dd").text_content()
         assert text is not None
         return text
@@ -84,9 +90,9 @@ def is_answer(response: Response) -> bool:
 
 
 class Visiting(Protocol):
-    """Opens the page of `url`; all that it asks for and complains of is checked when the test ends."""
+    """Opens the page of `url`, with that input chosen; all that it asks for and complains of is checked when the test ends."""
 
-    def __call__(self, url: str, allowed: tuple[int, ...] = (), **options: Any) -> Visit: ...
+    def __call__(self, url: str, allowed: tuple[int, ...] = (), asks: str = "prompt", **options: Any) -> Visit: ...
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,7 @@ def browser() -> Iterator[Browser]:
 def visiting(browser: Browser) -> Iterator[Visiting]:
     visits: list[Visit] = []
 
-    def open_page(url: str, allowed: tuple[int, ...] = (), **options: Any) -> Visit:
+    def open_page(url: str, allowed: tuple[int, ...] = (), asks: str = "prompt", **options: Any) -> Visit:
         context = browser.new_context(**options)
         context.set_default_timeout(LIMIT_S * 1000)
         context.add_init_script(SHIFTS)
@@ -111,6 +117,8 @@ def visiting(browser: Browser) -> Iterator[Visiting]:
         visits.append(visit)
         visit.listen()
         visit.page.goto(url)
+        # Not by mouse, which would take the focus.
+        visit.page.evaluate("asks => document.querySelector(`input[name=input][value=${asks}]`).click()", asks)
         return visit
 
     yield open_page

@@ -53,6 +53,7 @@ class FakeApi:
     stream: list[bytes] = field(default_factory=lambda: [token("a "), KEEP_ALIVE, token("b"), done(2)])
     """The pieces of every answer. All but the first wait until it may go on."""
     may_go_on: threading.Event = field(default_factory=threading.Event)
+    faulty: list[dict[str, Any]] = field(default_factory=list)
     key: str = ""
     """That every route wants, where there is one."""
     may_monitor: bool = True
@@ -93,7 +94,11 @@ def make_app(fake: FakeApi) -> FastAPI:
 
     @app.get("/adapters", response_model=None)
     def adapters(http: Request) -> Response | dict[str, Any]:
-        return fake.refusal(http) or {"base_model": "fake-base", "adapters": fake.adapters}
+        return fake.refusal(http) or {
+            "base_model": "fake-base",
+            "adapters": fake.adapters,
+            "faulty": fake.faulty,
+        }
 
     @app.get("/adapters/compare", response_model=None)
     def compare(http: Request, names: str) -> Response | dict[str, Any]:
@@ -117,8 +122,10 @@ def make_app(fake: FakeApi) -> FastAPI:
             return error(403, "PermissionError", "this key may not read /metrics", None)
         fake.num_tokens += 100
         lines = (
-            "# HELP vllm:generation_tokens_total Generated tokens.",
-            f'vllm:generation_tokens_total{{model_name="a"}} {fake.num_tokens}',
+            "# HELP vllm:inter_token_latency_seconds From one token to the next.",
+            f'vllm:inter_token_latency_seconds_bucket{{model_name="a",le="0.1"}} {10 * fake.num_tokens}',
+            f'vllm:inter_token_latency_seconds_count{{model_name="a"}} {fake.num_tokens}',
+            'vllm:time_to_first_token_seconds_count{model_name="a"} 7',
             'vllm:num_requests_running{model_name="a"} 3.0',
             'vllm:num_requests_waiting{model_name="a"} 1.0',
             'vllm:num_requests_waiting{model_name="b"} 1.0',

@@ -1,5 +1,6 @@
 """The playground as files: where they are, and under which rules."""
 
+import hashlib
 import mimetypes
 import re
 
@@ -9,7 +10,8 @@ from server.routes.playground import PLAYGROUND
 from tests.server.live import Live
 from tests.server.test_http import refusal
 
-STATIC = sorted(path.name for path in (PLAYGROUND / "static").iterdir())
+STATIC = sorted(str(path.relative_to(PLAYGROUND / "static")) for path in (PLAYGROUND / "static").rglob("*") if path.is_file())
+VENDOR = PLAYGROUND / "static" / "vendor"
 
 
 def test_the_page_is_at_the_root(live: Live) -> None:
@@ -27,7 +29,18 @@ def test_a_file_is_what_its_type_says(live: Live, name: str) -> None:
     assert reply.headers["content-type"].partition(";")[0] == mimetypes.guess_type(name)[0]
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/static/main.js", "/static/style.css"])
+def test_libraries_of_others_are_as_published_and_their_licences_beside_them() -> None:
+    noted: set[str] = set()
+    for licence in VENDOR.glob("*.LICENSE.txt"):
+        text = licence.read_text()
+        assert "Permission is hereby granted, free of charge" in text
+        for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.MULTILINE):
+            assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == digest
+            noted.add(name)
+    assert noted == {path.name for path in VENDOR.iterdir() if not path.name.endswith(".LICENSE.txt")}
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/static/main.js", "/static/style.css", "/static/vendor/uPlot.iife.min.js"])
 def test_nothing_comes_from_elsewhere_and_nothing_is_guessed(live: Live, path: str) -> None:
     headers = live.client.get(path).headers
     rules = dict(rule.strip().partition(" ")[::2] for rule in headers["content-security-policy"].split(";"))

@@ -11,7 +11,7 @@ from tests.server.live import Live
 from tests.server.playground.conftest import Visit, Visiting
 from tests.server.test_http import FOR_EVER, FOX
 
-MESSAGES = [{"role": "user", "content": "What is 12 times 7?"}, {"role": "assistant", "content": "84"}]
+FAULTS = ":is(#ask, .settings, .mix) .fault:visible"
 
 
 def test_the_adapters_are_listed_and_searched(visit: Visit) -> None:
@@ -30,39 +30,55 @@ def test_the_adapters_are_listed_and_searched(visit: Visit) -> None:
 def test_the_base_and_the_mix_answer_side_by_side(visit: Visit, live: Live) -> None:
     visit.pick("math", "safety")
     visit.ask(prompt=FOX, max_tokens="40")
-    assert visit.text("Base") == live.generate(prompt=FOX, max_tokens=40)["text"]
-    assert visit.text("Merged") == live.generate(prompt=FOX, max_tokens=40, adapter=["math", "safety"])["text"]
+    assert visit.text("base") == live.generate(prompt=FOX, max_tokens=40)["text"]
+    assert visit.text("mix") == live.generate(prompt=FOX, max_tokens=40, adapter=["math", "safety"])["text"]
     assert visit.bodies() == [
-        {"prompt": FOX, "max_tokens": 40, "stream": True},
         {"prompt": FOX, "max_tokens": 40, "adapter": ["math", "safety"], "stream": True},
+        {"prompt": FOX, "max_tokens": 40, "stream": True},
     ]
-    assert visit.figure("Merged", "Tokens") == f"{len(FOX)} in, 40 out"
-    assert visit.figure("Merged", "Ended") == "max tokens"
-    assert visit.figure("Base", "First token").endswith("s")
-    assert float(visit.figure("Base", "Tokens/s")) > 0
-    expect(visit.page.locator("#answer-merged .note")).to_have_text("0.50 math + 0.50 safety")
+    assert visit.figure("mix", "Tokens") == f"{len(FOX)} in, 40 out"
+    assert visit.figure("mix", "Ended") == "max tokens"
+    assert visit.figure("base", "First token").endswith("s")
+    assert float(visit.figure("base", "Tokens/s")) > 0
+    expect(visit.answer("mix", "h3")).to_have_text("Answer: 0.50 math + 0.50 safety")
+    expect(visit.answer("base", "h3")).to_have_text("Answer: Base model")
 
 
 def test_without_a_pick_the_base_answers_alone(visit: Visit) -> None:
     visit.ask(prompt=FOX, max_tokens="5")
     assert len(visit.bodies()) == 1
-    assert len(visit.text("Base")) == 5
-    expect(visit.page.locator("#answer-merged .note")).to_have_text("Pick an adapter to see its answer here.")
+    assert len(visit.text("base")) == 5
+    expect(visit.answer("mix")).to_have_count(0)
+
+
+def test_the_base_is_asked_only_where_it_is_to_be_compared(visit: Visit) -> None:
+    visit.pick("math")
+    beside = visit.page.get_by_role("checkbox", name="Base model beside it")
+    expect(beside).to_be_checked()
+    beside.uncheck()
+    visit.ask(prompt=FOX, max_tokens="5")
+    assert [body["adapter"] for body in visit.bodies()] == ["math"]
+    expect(visit.page.locator(".answer")).to_have_count(1)
 
 
 def test_before_a_run_no_empty_answer_is_shown(visit: Visit) -> None:
-    boxes, figures = visit.page.locator(".answer .text"), visit.page.locator(".answer dl")
-    notes = visit.page.locator(".answer .note")
-    expect(notes).to_have_text(["Run shows the base model’s own answer here.", "Pick an adapter to see its answer here."])
-    expect(boxes.or_(figures).filter(visible=True)).to_have_count(0)
+    parts = visit.page.locator(".answer .text, .answer dl").filter(visible=True)
+    empty = visit.page.locator("#empty")
+    expect(empty).to_contain_text("Write a text below.")
+    expect(parts).to_have_count(0)
     visit.ask(prompt=FOX, max_tokens="5")
-    expect(boxes.or_(figures).filter(visible=True)).to_have_count(2)
+    expect(empty).to_be_hidden()
+    expect(parts).to_have_count(2)
     visit.pick("math")
-    expect(notes).to_have_text(["no adapter", "Run shows the answer with your adapters here."])
     visit.ask()
-    expect(boxes.or_(figures).filter(visible=True)).to_have_count(4)
+    expect(parts).to_have_count(4)
     visit.pick("safety")
-    expect(visit.page.get_by_role("region", name="Merged answer")).to_be_visible()
+    expect(visit.page.get_by_role("region", name="Answer: 1.00 math")).to_be_visible()
+    visit.page.get_by_role("button", name="Clear").click()
+    expect(parts).to_have_count(0)
+    expect(empty).to_be_visible()
+    expect(visit.page.locator("#prompt")).to_be_focused()
+    expect(visit.page.locator("#prompt")).to_have_value(FOX)
 
 
 def test_a_weight_is_moved_by_keyboard(visit: Visit, live: Live) -> None:
@@ -78,9 +94,9 @@ def test_a_weight_is_moved_by_keyboard(visit: Visit, live: Live) -> None:
     expect(exact).to_have_value("-2")
     expect(slider).to_have_attribute("aria-valuetext", "-2")
     visit.ask(prompt=FOX, max_tokens="20")
-    assert visit.bodies()[1]["weights"] == [-2, 0.5]
+    assert visit.bodies()[0]["weights"] == [-2, 0.5]
     expected = live.generate(prompt=FOX, max_tokens=20, adapter=["math", "safety"], weights=[-2, 0.5])
-    assert visit.text("Merged") == expected["text"]
+    assert visit.text("mix") == expected["text"]
 
 
 def test_a_weight_is_written_exactly_beyond_the_slider_too(visit: Visit) -> None:
@@ -89,8 +105,8 @@ def test_a_weight_is_written_exactly_beyond_the_slider_too(visit: Visit) -> None
     exact.fill("-3.125")
     expect(visit.page.get_by_role("slider")).to_have_value("-2")
     visit.ask(prompt=FOX, max_tokens="3")
-    assert visit.bodies()[1]["weights"] == [-3.125]
-    assert visit.bodies()[1]["adapter"] == "math"
+    assert visit.bodies()[0]["weights"] == [-3.125]
+    assert visit.bodies()[0]["adapter"] == "math"
 
 
 def test_an_adapter_is_dropped_and_the_others_share_evenly_again(visit: Visit) -> None:
@@ -111,11 +127,11 @@ def test_stop_ends_both_and_gives_their_places_back(visit: Visit, live: Live) ->
     visit.page.locator("#prompt").fill("a")
     visit.page.locator("#max_tokens").fill(str(FOR_EVER - 1))
     visit.run()
-    for name in ("Base", "Merged"):
-        expect(visit.page.get_by_role("region", name=f"{name} answer")).not_to_be_empty()
+    for side in ("base", "mix"):
+        expect(visit.answer(side, ".said")).not_to_be_empty()
     visit.page.get_by_role("button", name="Stop").click()
-    for name in ("base", "merged"):
-        expect(visit.page.locator(f"#answer-{name} .end dd")).to_have_text("stopped")
+    for side in ("base", "mix"):
+        expect(visit.answer(side, ".end dd")).to_have_text("stopped")
     live.wait_for(running=0, waiting=0)
 
 
@@ -123,10 +139,10 @@ def test_a_second_run_replaces_the_first(visit: Visit, live: Live) -> None:
     visit.page.locator("#prompt").fill("a")
     visit.page.locator("#max_tokens").fill(str(FOR_EVER - 1))
     visit.run()
-    expect(visit.page.get_by_role("region", name="Base answer")).not_to_be_empty()
+    expect(visit.answer("base", ".said")).not_to_be_empty()
     visit.ask(prompt=FOX, max_tokens="9")
-    assert visit.text("Base") == live.generate(prompt=FOX, max_tokens=9)["text"]
-    assert visit.figure("Base", "Ended") == "max tokens"
+    assert visit.text("base") == live.generate(prompt=FOX, max_tokens=9)["text"]
+    assert visit.figure("base", "Ended") == "max tokens"
     live.wait_for(running=0)
 
 
@@ -149,10 +165,10 @@ def test_a_refusal_is_shown_beside_its_field(visiting: Visiting, live: Live, fie
     expect(control).to_have_attribute("aria-invalid", "true")
     described = visit.page.locator(f"#{control.get_attribute('aria-describedby')}")
     expect(described).to_contain_text(said)
-    expect(visit.page.locator("#ask .fault:visible")).to_have_count(1)
-    for name in ("base", "merged"):
-        expect(visit.page.locator(f"#answer-{name} .fault")).to_contain_text(said)
-        expect(visit.page.locator(f"#answer-{name} .end dd")).to_have_text("failed")
+    expect(visit.page.locator(FAULTS)).to_have_count(1)
+    for side in ("base", "mix"):
+        expect(visit.answer(side, ".fault")).to_contain_text(said)
+        expect(visit.answer(side, ".end dd")).to_have_text("failed")
     control.fill("1")
     expect(described).to_have_count(0)
     expect(control).not_to_have_attribute("aria-invalid", "true")
@@ -166,43 +182,24 @@ def test_a_weight_that_is_too_large_is_told_beside_it(visiting: Visiting, live: 
     visit.ask(prompt=FOX, max_tokens="3")
     expect(exact).to_have_attribute("aria-invalid", "true")
     expect(visit.page.locator("#mix li").nth(1).locator(".fault")).to_contain_text("found 17")
-    assert len(visit.text("Base")) == 3, "the base model's answer is there all the same"
+    assert len(visit.text("base")) == 3, "the base model's answer is there all the same"
 
 
 def test_a_refusal_without_a_field_of_the_page_is_told_above_the_buttons(visiting: Visiting, live: Live) -> None:
-    visit = visiting(live.url, allowed=(400,))
+    visit = visiting(live.url, allowed=(400,), asks="messages")
     visit.pick("math", "intent")
-    visit.page.get_by_role("radio", name="Messages").check()
-    visit.page.get_by_role("textbox", name="Message 1").fill("Hello?")
-    visit.ask(max_tokens="3")
+    visit.ask(prompt="Hello?", max_tokens="3")
     expect(visit.page.locator("#template")).to_have_attribute("aria-invalid", "true")
-    expect(visit.page.locator("#ask .fault:visible")).to_contain_text("no common template")
-
-
-def test_messages_are_answered(visit: Visit, live: Live) -> None:
-    visit.pick("safety")
-    visit.page.get_by_role("radio", name="Messages").check()
-    expect(visit.page.locator("#prompt")).to_be_hidden()
-    visit.page.get_by_role("textbox", name="Message 1").fill(MESSAGES[0]["content"])
-    visit.page.get_by_role("button", name="Add a message").click()
-    expect(visit.page.get_by_role("textbox", name="Message 2")).to_be_focused()
-    visit.page.get_by_role("textbox", name="Message 2").fill(MESSAGES[1]["content"])
-    visit.page.get_by_role("combobox", name="Template").select_option("plain")
-    visit.ask(max_tokens="20")
-    assert visit.bodies()[0]["messages"] == MESSAGES
-    expected = live.generate(messages=MESSAGES, template="plain", adapter="safety", max_tokens=20)
-    assert visit.text("Merged") == expected["text"]
-    visit.page.get_by_role("button", name="Remove message 1").click()
-    expect(visit.page.get_by_role("textbox", name="Message 1")).to_have_value(MESSAGES[1]["content"])
+    expect(visit.page.locator(FAULTS)).to_contain_text("no common template")
 
 
 def test_stop_texts_and_sampling_are_sent(visit: Visit, live: Live) -> None:
     visit.ask(prompt=FOX, max_tokens="60", temperature="0.8", seed="7", stop="e\n\\n\\\\n")
     body = {"prompt": FOX, "max_tokens": 60, "temperature": 0.8, "seed": 7, "stop": ["e", "\n\\n"]}
     assert visit.bodies() == [body | {"stream": True}]
-    assert visit.text("Base") == live.generate(**body)["text"]
-    assert visit.figure("Base", "Ended") in ("stop text", "max tokens")
-    assert visit.figure("Base", "Seed") == "7"
+    assert visit.text("base") == live.generate(**body)["text"]
+    assert visit.figure("base", "Ended") in ("stop text", "max tokens")
+    assert visit.figure("base", "Seed") == "7"
 
 
 def test_the_matrix_has_the_servers_figures(visit: Visit, live: Live) -> None:
@@ -216,6 +213,17 @@ def test_the_matrix_has_the_servers_figures(visit: Visit, live: Live) -> None:
         cells = [cell.text_content() or "" for cell in table.get_by_role("gridcell").all()]
         told = [None if cell == "–" else float(cell.replace("−", "-")) for cell in cells if cell]
         assert told == [pytest.approx(v, abs=0.006) if v is not None else None for row in reply[figure] for v in row]
+
+
+def test_a_figure_that_is_chosen_brings_the_matrix_to_sight(visiting: Visiting, live: Live) -> None:
+    """The press was lost where the page scrolled away below it."""
+    page = visiting(live.url, viewport={"width": 1366, "height": 768}).page
+    expect(page.get_by_role("grid")).to_have_count(0)
+    box = page.locator("label", has_text="Overlap").bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 5)
+    expect(page.get_by_role("radio", name="Overlap")).to_be_checked()
+    expect(page.get_by_role("grid")).to_be_in_viewport()
 
 
 def test_the_matrix_follows_what_is_picked(visit: Visit) -> None:
@@ -255,7 +263,7 @@ def test_a_matrix_that_is_drawn_anew_keeps_the_focus(visit: Visit) -> None:
 
 
 def test_the_throughput_is_shown(visit: Visit) -> None:
-    figures = visit.page.locator("#gauges output")
+    figures = visit.page.locator("#charts output")
     expect(figures.nth(1)).to_have_text("0")
     expect(figures.nth(3)).to_have_text("0%")
     visit.ask(prompt=FOX, max_tokens="200")

@@ -1,5 +1,6 @@
 """The playground in a browser, above a fake of the API: what a tiny server cannot show."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,15 @@ from tests.server.playground.conftest import Visit, Visiting
 from tests.server.playground.fake_api import FakeApi, done, row, served, sse, token
 from tests.server.playground.test_reach import PALE
 
+# How many of a canvas's pixels are painted.
+NUM_PAINTED = """
+(canvas) => {
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  let count = 0;
+  for (let i = 3; i < data.length; i += 4) count += data[i] > 0;
+  return count;
+}
+"""
 MARKUP = '<img src="x" onerror="alert(1)"><script>alert(2)</script>&amp;'
 
 BARE_DONE: dict[str, Any] = {
@@ -31,7 +41,7 @@ def url(fake: FakeApi) -> Iterator[str]:
 
 
 def sides(visit: Visit, label: str) -> list[str]:
-    return [visit.figure(name, label) for name in ("Base", "Merged")]
+    return [visit.figure(name, label) for name in ("mix", "base")]
 
 
 def test_of_thousands_of_adapters_some_are_drawn_and_all_are_found(visiting: Visiting, url: str, fake: FakeApi) -> None:
@@ -111,8 +121,8 @@ def test_a_stream_is_read_however_it_is_cut(visiting: Visiting, url: str, fake: 
     fake.stream = [bytes([byte]) for byte in text.replace(b"\n", end.encode()) + b"\n"]
     visit = visiting(url)
     visit.ask(prompt="x")
-    assert visit.text("Base") == "aé€\U0001f600\n\n"
-    assert visit.figure("Base", "Ended") == "end of text"
+    assert visit.text("base") == "aé€\U0001f600\n\n"
+    assert visit.figure("base", "Ended") == "end of text"
 
 
 def test_what_a_model_says_is_text(visiting: Visiting, url: str, fake: FakeApi) -> None:
@@ -121,8 +131,8 @@ def test_what_a_model_says_is_text(visiting: Visiting, url: str, fake: FakeApi) 
     visit = visiting(url)
     visit.pick(MARKUP)
     visit.ask(prompt=MARKUP)
-    assert visit.text("Merged") == MARKUP
-    expect(visit.page.locator("#answer-merged .note")).to_have_text(f"−1.00 {MARKUP} (policy)")
+    assert visit.text("mix") == MARKUP
+    expect(visit.answer("mix", "h3")).to_have_text(f"Answer: −1.00 {MARKUP} (policy)")
     expect(visit.page.locator("img, main script")).to_have_count(0)
 
 
@@ -131,10 +141,10 @@ def test_an_answer_comes_as_it_is_said(visiting: Visiting, url: str, fake: FakeA
     visit = visiting(url)
     visit.page.locator("#prompt").fill("x")
     visit.run()
-    region = visit.page.get_by_role("region", name="Base answer")
+    region = visit.answer("base", ".text")
     expect(region).to_have_text("a ")
     expect(region).to_have_attribute("aria-busy", "true")
-    assert visit.figure("Base", "First token") != "–"
+    assert visit.figure("base", "First token") != "–"
     fake.may_go_on.set()
     expect(region).to_have_text("a b")
     expect(region).not_to_have_attribute("aria-busy", "true")
@@ -145,17 +155,17 @@ def test_an_error_within_a_stream_leaves_what_was_said(visiting: Visiting, url: 
     fake.stream = [token("so far"), sse("error", {"error": detail})]
     visit = visiting(url)
     visit.ask(prompt="x")
-    expect(visit.page.get_by_role("region", name="Base answer")).to_have_text("so farthe engine failed")
-    expect(visit.page.locator("#answer-base .fault")).to_have_text("the engine failed")
+    expect(visit.answer("base", ".text")).to_have_text("so farthe engine failed")
+    expect(visit.answer("base", ".fault")).to_have_text("the engine failed")
     expect(visit.page.locator("#fault")).to_have_text("the engine failed")
-    assert visit.figure("Base", "Ended") == "failed"
+    assert visit.figure("base", "Ended") == "failed"
 
 
 def test_a_stream_that_ends_too_soon_is_no_answer(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.stream = [token("so far")]
     visit = visiting(url)
     visit.ask(prompt="x")
-    expect(visit.page.locator("#answer-base .fault")).to_have_text("The connection ended before the answer did.")
+    expect(visit.answer("base", ".fault")).to_have_text("The connection ended before the answer did.")
 
 
 def test_a_merge_is_sent_with_what_it_takes(visiting: Visiting, url: str, fake: FakeApi) -> None:
@@ -210,7 +220,7 @@ def test_an_example_is_a_whole_request(visiting: Visiting, url: str, fake: FakeA
     fake.adapters = [row("math", merge_weights={"safety": [1, 0.8]}), row("safety"), row("other")]
     visit = visiting(url)
     visit.pick("other")
-    visit.page.get_by_role("radio", name="Messages").check()
+    visit.page.get_by_role("radio", name="Conversation").check()
     visit.page.get_by_role("button", name="Two at once").click()
     expect(visit.page.locator("#adapters :checked")).to_have_count(2)
     visit.ask()
@@ -233,7 +243,7 @@ def test_a_link_that_sends_no_key_is_shown_where_none_is_needed(visiting: Visiti
     page = visiting(url, allowed=(401,)).page
     page.get_by_label("API key").fill("secret-1")
     page.get_by_role("button", name="Use it").click()
-    expect(page.locator("#gauges output").nth(1)).to_have_text("3")
+    expect(page.locator("#charts output").nth(1)).to_have_text("3")
     expect(page.get_by_role("link", name="Metrics")).to_be_hidden()
     fake.key = ""
 
@@ -252,7 +262,7 @@ def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fa
     expect(field).to_have_value("")
     visit.ask(prompt="x")
     assert fake.bearers[-1] == "Bearer secret-1"
-    assert visit.text("Base") == "a b"
+    assert visit.text("base") == "a b"
     kept = visit.page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
     assert kept == [["secret-1"], [], ""]
     for name in ("curl", "Python"):
@@ -278,18 +288,59 @@ def test_throughput_is_hidden_from_who_may_not_see_it(visiting: Visiting, url: s
     fake.may_monitor = False
     page = visiting(url, allowed=(403,)).page
     expect(page.locator("#live-note")).to_have_text("Throughput is for keys that may read /metrics.")
-    expect(page.locator("#gauges")).to_be_hidden()
+    expect(page.locator("#charts")).to_be_hidden()
     expect(page.locator("#adapters li")).to_have_count(2)
 
 
-def test_throughput_is_what_the_metrics_say(visiting: Visiting, url: str) -> None:
-    figures = visiting(url).page.locator("#gauges output")
+def test_the_charts_are_drawn_of_what_the_metrics_say(visiting: Visiting, url: str) -> None:
+    page = visiting(url).page
+    figures = page.locator("#charts output")
     expect(figures.nth(1)).to_have_text("3")
     expect(figures.nth(2)).to_have_text("2")
     expect(figures.nth(3)).to_have_text("25%")
     # 100 more each time, which is each two seconds at most.
     expect(figures.nth(0)).not_to_have_text("0")
     assert 0 < float(figures.nth(0).text_content() or "") <= 60
+    charts = page.get_by_role("img", name="over the last 5 minutes")
+    expect(charts).to_have_count(4)
+    expect(charts.nth(1)).to_have_accessible_name("Running over the last 5 minutes: now 3, at most 3")
+    expect(charts.nth(3)).to_have_accessible_name("KV cache over the last 5 minutes: now 25%, at most 25%")
+    for chart in charts.all():
+        assert chart.locator("canvas").evaluate(NUM_PAINTED) > 0
+
+
+def test_a_chart_tells_the_value_that_is_pointed_at(visiting: Visiting, url: str) -> None:
+    chart = visiting(url).page.locator(".chart").first
+    expect(chart.locator(".hint")).to_have_text(re.compile("^max [1-9]"))
+    box = chart.locator(".plot").bounding_box()
+    assert box is not None
+    chart.page.mouse.move(box["x"] + 2, box["y"] + 10)
+    expect(chart.locator("output")).to_have_text("0")
+    expect(chart.locator(".hint")).to_contain_text("ago")
+    chart.page.mouse.move(0, 0)
+    expect(chart.locator(".hint")).to_contain_text("max")
+
+
+def test_an_adapter_that_is_damaged_is_shown_with_its_first_fault(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    """The list left it out: who had published it looked for it in vain."""
+    fake.faulty = [
+        {"name": "broken", "faults": ["adapter_config.json: r is 0, expected at least 1", "no lora.basis", MARKUP]},
+        {"name": "torn", "faults": ["adapter_model.safetensors: is cut off"]},
+    ]
+    page = visiting(url).page
+    damaged = page.get_by_role("list", name="Damaged adapters").get_by_role("listitem")
+    expect(damaged).to_have_text(
+        [
+            "brokendamagedadapter_config.json: r is 0, expected at least 1 (and 2 more)",
+            "torndamagedadapter_model.safetensors: is cut off",
+        ]
+    )
+    expect(damaged.get_by_role("checkbox")).to_have_count(0)
+    page.get_by_role("searchbox").fill("orn")
+    expect(damaged).to_have_count(1)
+    page.get_by_role("searchbox").fill("")
+    fake.faulty = []
+    expect(damaged).to_have_count(0)
 
 
 def test_of_two_bases_there_is_a_cosine_alone(visiting: Visiting, url: str, fake: FakeApi) -> None:
@@ -328,7 +379,7 @@ def test_a_server_that_is_gone_is_told(visiting: Visiting, fake: FakeApi) -> Non
         expect(visit.page.locator("#adapters li")).to_have_count(2)
     visit.page.locator("#prompt").fill("x")
     visit.run()
-    expect(visit.page.locator("#answer-base .fault")).to_have_text("The server does not answer. Is it running?")
+    expect(visit.answer("base", ".fault")).to_have_text("The server does not answer. Is it running?")
     expect(visit.page.locator("#adapters-note")).to_have_text("The server does not answer. Is it running?")
     visit.faults[:] = [fault for fault in visit.faults if "ERR_CONNECTION" not in fault]
 
@@ -337,4 +388,4 @@ def test_a_proxys_refusal_that_is_no_json_is_told(visiting: Visiting, url: str) 
     visit = visiting(url, allowed=(502,))
     visit.page.route("**/generate", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
     visit.ask(prompt="x")
-    expect(visit.page.locator("#answer-base .fault")).to_have_text("The server answered 502.")
+    expect(visit.answer("base", ".fault")).to_have_text("The server answered 502.")
