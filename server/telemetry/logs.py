@@ -1,6 +1,7 @@
 """How the log is written: lines for people, or JSON for machines."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Literal, TextIO
@@ -16,6 +17,9 @@ OF_UVICORN = "color_message"
 OF_RAY = "_ray_timestamp_ns"
 """On each record, in a process of Ray's."""
 KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN, OF_RAY])
+NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""The environment variable by which huggingface_hub, transformers and `lori.embedded` show no progress, if it is there before
+they are imported."""
 TOLD = KNOWN | {"method", "route", "status"}
 
 
@@ -48,6 +52,13 @@ def configure_log(log_format: LogFormat, stream: TextIO | None = None, replica: 
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # A warning of Python's would be a line that is no JSON.
     logging.captureWarnings(log_format == "json")
+
+
+def configure_start(log_format: LogFormat) -> None:
+    """Make all loggers write so, see `configure_log`, and in JSON have no progress bar come between: before torch is imported."""
+    configure_log(log_format)
+    if log_format == "json":
+        os.environ[NO_BARS] = "1"
 
 
 def _named(replica: str) -> Callable[[logging.LogRecord], bool]:
