@@ -13,7 +13,9 @@ from contextlib import contextmanager
 
 def end_by_interrupt() -> None:
     """Have SIGINT end this process as the system does, until another handler is set. Call it in the main thread."""
-    if os.getpid() != 1:  # the system keeps signals without a handler from the first process of a container
+    if os.getpid() == 1:  # from the first process of a container the system keeps signals without a handler
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,5 +1,6 @@
 """Builds a service from settings: base model, adapters, engine."""
 
+import atexit
 import gc
 import logging
 import os
@@ -126,6 +127,9 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
+    # At the end of the process it does look: cycles that are left hold objects of libtriton's, which torch imports where it is
+    # installed, and nanobind would list them as leaks.
+    atexit.register(gc.unfreeze)
     num_ids = base.model.config.get_text_config().vocab_size
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
     return Service(
