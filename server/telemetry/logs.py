@@ -17,9 +17,9 @@ OF_UVICORN = "color_message"
 OF_RAY = "_ray_timestamp_ns"
 """On each record, in a process of Ray's."""
 KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN, OF_RAY])
-NO_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
-"""The environment variable by which huggingface_hub, transformers and `lori.embedded` show no progress, if it is there before
-they are imported."""
+NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+"""Environment variables by which huggingface_hub, transformers and `lori.embedded` show no progress, if they are there before
+these are imported. The second is for transformers' reader of GGUF, which hears tqdm alone."""
 TOLD = KNOWN | {"method", "route", "status"}
 
 
@@ -55,10 +55,13 @@ def configure_log(log_format: LogFormat, stream: TextIO | None = None, replica: 
 
 
 def configure_start(log_format: LogFormat) -> None:
-    """Make all loggers write so, see `configure_log`, and in JSON have no progress bar come between: before torch is imported."""
+    """Make all loggers write so, see `configure_log`; no progress bar comes between but on a terminal, where the lines are text.
+
+    To be called before anything that shows one is imported.
+    """
     configure_log(log_format)
-    if log_format == "json":
-        os.environ[NO_BARS] = "1"
+    if log_format == "json" or not sys.stderr.isatty():
+        os.environ |= dict.fromkeys(NO_BARS, "1")
 
 
 def _named(replica: str) -> Callable[[logging.LogRecord], bool]:

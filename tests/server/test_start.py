@@ -80,6 +80,18 @@ def test_ctrl_c_amid_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not alive
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_bar_comes_between_the_lines_of_a_log(log_format: str) -> None:
+    """Reading GGUF left the first start of a server with a line of bars that was no JSON."""
+    code = (
+        f"from server.telemetry.logs import configure_start; configure_start({log_format!r})\n"
+        "from tqdm.auto import tqdm; from transformers.utils import logging; from huggingface_hub.utils import tqdm as hub\n"
+        "for bar in (tqdm, logging.tqdm, hub): assert list(bar(range(3))) == [0, 1, 2]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 @pytest.mark.parametrize("program", ["server.program", "server.cluster.program"])
 def test_the_first_line_waits_for_no_torch(program: str) -> None:
     code = f"import sys, {program}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'ray')))"
