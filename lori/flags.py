@@ -1,10 +1,13 @@
-"""How a program says what is wrong with its flags."""
+"""What all programs share of their flags: `--version`, and how they say what is wrong."""
 
 import re
 import sys
+from argparse import Action, ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
@@ -16,6 +19,26 @@ REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
 FLAG = re.compile(r"--?[A-Za-z]")
 STRAY = ""
 """The key of the hint for a value without a flag."""
+
+
+PACKAGE = "lori-server"
+
+
+def package_version() -> str:
+    """Return the version of this package as pip knows it; "unknown" where it was not installed."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def add_argument(parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
+    """Add an argument to `parser` as argparse does, and `--version` after `--help`; pydantic-settings adds all of them so."""
+    action = parser.add_argument(*names, **kwargs)
+    if "--help" in names:
+        text = f"{PACKAGE} {package_version()}"
+        parser.add_argument("--version", action="version", version=text, help="show the version and exit")
+    return action
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Builds a service from settings: base model, adapters, engine."""
 
+import atexit
 import gc
 import logging
 import os
@@ -15,12 +16,13 @@ from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
 from lori.entry import Entry
 from lori.errors import AdapterError, ModelError
-from lori.kernels.native import MISSING, MODULE, description, max_isa
-from lori.names import base_aliases
+from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
+from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
 from lori.projection import has_native
 from lori.quantization import Quantization
+from lori.store_url import redacted
 from lori.summary import Summary
 from server.access.key_ring import KeyRing
 from server.access.policy import check_policies
@@ -82,12 +84,17 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    logger.info("loading %s in %s on %s …", settings.model or EMBEDDED_NAME, _name(dtype), device_name(device))
     # Its own attention only says what the logits should be; not every family has another than the eager one.
-    base = load_base_model(settings.model, resolve_dtype(settings.dtype, device), "eager", device)
+    base = load_base_model(settings.model, dtype, "eager", device)
     check_family(base.model)
+    if own:
+        logger.info("reading the adapters in %s …", redacted(str(settings.adapters)))
     inventory = take_inventory(own, demo, base.identity, is_strict=settings.strict)
     registry = make_registry(inventory.entries, inventory.summaries)
     registry.note_faulty(inventory.faulty)
+    logger.info("preparing the model for %d adapters, and checking it against transformers …", len(registry.by_name))
     expected = own_logits(base.model)
     pool = make_pool(base, registry, settings.max_resident, own is not None, settings.max_rank)
     num_blocks = _num_blocks(settings, base)
@@ -95,6 +102,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, pool, settings.max_resident)))
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check(runner, base.model, expected, max_context, settings.block_size)
+    logger.info("timing steps …")
     limits = _limits(settings, base, runner, max_context, num_blocks)
     if device.type == "cuda":  # only now: a step with prompts costs what was measured, which is more than a replayed one does
         runner.prepare()
@@ -119,6 +127,9 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # What is here now stays: the collector, which stops the world, need not look at it again and again.
     gc.collect()
     gc.freeze()
+    # At the end of the process it does look: cycles that are left hold objects of libtriton's, which torch imports where it is
+    # installed, and nanobind would list them as leaks.
+    atexit.register(gc.unfreeze)
     num_ids = base.model.config.get_text_config().vocab_size
     engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
     return Service(
@@ -142,6 +153,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         num_ingresses=num_ingresses,
         required=lambda: [name for of in keys.keys.tenants.values() for name, _ in of.policy] if keys else [],
         files=files,
+        outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
     )
 
 
@@ -228,8 +240,8 @@ def _reserve(pool: AdapterPool, num_bytes: int) -> None:
 def _likely_bytes(base: BaseModel, registry: Registry, pool: AdapterPool, max_resident: int) -> int:
     # Of all registered adapters and some merges, at what the largest takes; where there are none, of some that keep a tenth.
     kept = [of.summary.num_kept for of in registry.by_name.values()]
-    usual = NEW_DENSITY * sum(layout.num_outputs * layout.rank for layout in pool.layouts.values())
-    return int(max(kept, default=usual) * BYTES_PER_ENTRY[base.model.dtype] * min(max_resident, len(kept) + NUM_MERGES))
+    most = max(kept, default=_usual_kept(pool))
+    return int(most * BYTES_PER_ENTRY[base.model.dtype] * min(max_resident, len(kept) + NUM_MERGES))
 
 
 def _max_kept(base: BaseModel, settings: Settings) -> float:
@@ -252,7 +264,7 @@ def _log(
     logger.info(
         "%s in %s on %s, %d threads; products in %s, attention in %s, deltas in %s; %d adapters; room for %d tokens in %.0f MiB",
         base.name,
-        str(dtype).removeprefix("torch."),
+        _name(dtype),
         device_name(device),
         torch.get_num_threads(),
         products,
@@ -269,6 +281,33 @@ def _log(
             "SLOW: %s. Until then deltas take several times as long, the more adapters share a batch, and adapters more memory.",
             MISSING,
         )
+
+
+def _outline(base: BaseModel) -> str:
+    """Return the model, its dtype and device, and on a CPU the instruction set of the kernels."""
+    dtype, device = base.model.dtype, base.model.device
+    code = "" if device.type != "cpu" else f" with {choose()}" if MODULE else " with torch alone"
+    return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
+
+
+def _capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:
+    """Return how many adapters there are, and how many like them the kernels' memory holds."""
+    if not pool.has_operands:
+        return "no adapters"
+    kept = [of.summary.num_kept for of in registry.by_name.values()]
+    mean = sum(kept) / len(kept) if kept else _usual_kept(pool)
+    count = int(settings.resident_gib * GIB / max(1.0, mean * BYTES_PER_ENTRY[base.model.dtype]))
+    fits = f"about {count}" if count < settings.max_resident else f"the {settings.max_resident} of --max-resident"
+    like = "of these" if kept else f"of rank {pool.rank}"
+    return f"{len(kept) or 'no'} adapter{'s' * (len(kept) != 1)}; {settings.resident_gib} GiB for adapters holds {fits} {like}"
+
+
+def _usual_kept(pool: AdapterPool) -> float:
+    return NEW_DENSITY * sum(layout.num_outputs * layout.rank for layout in pool.layouts.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _num_blocks(settings: Settings, base: BaseModel) -> int:

@@ -49,6 +49,8 @@ class Service:
     """Where adapters come from while the server runs; None: none come."""
     required: Callable[[], Collection[str]] = tuple
     """Gives the references of adapters that tenants cannot do without."""
+    outline: str = ""
+    """What is served, and how much fits, for the log."""
     texts: TextThreads = field(default_factory=TextThreads)
     parsing: Lock = field(default_factory=Lock)
     """Held by the one long body that is parsed."""

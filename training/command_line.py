@@ -11,7 +11,7 @@ from typing import Any, Self
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from lori.flags import refusing_flags
+from lori.flags import add_argument, refusing_flags
 from training.recipe import RecipeError, files_of, read_recipe
 
 
@@ -50,7 +50,7 @@ class CommandLine(BaseSettings):
         """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
         try:
             with refusing_flags(cls.model_fields, lambda: cls._files(flags())):
-                flags = _Flags(cls, cli_parse_args=True)
+                flags = _Flags(cls, cli_parse_args=True, add_argument_method=add_argument)
                 return cls(_cli_settings_source=flags)
         except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)

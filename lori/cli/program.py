@@ -2,11 +2,13 @@
 
 import io
 import sys
+from typing import Annotated
 
 import typer
 
 from lori.cli import inspection, merging, stores, transfer
 from lori.errors import AdapterFormatError, LoriError
+from lori.flags import PACKAGE, package_version
 from lori.printable import printable
 
 PROGRAM = "python -m lori"
@@ -23,6 +25,21 @@ app = typer.Typer(
 for module in (inspection, merging, stores, transfer):
     for command in module.COMMANDS:
         app.command(command.__name__.rstrip("_"))(command)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(PACKAGE, package_version())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """One engine with the whole HTTP application before it, in an actor of Ray's: it answers requests that others took."""
 
+import logging
 import sys
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.tracing import start_tracing
 
+logger = logging.getLogger(__name__)
+
 
 class Replica:
     """Answers relayed requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
@@ -30,6 +33,7 @@ class Replica:
         configure_log(settings.log_format, sys.__stderr__, replica=_own_name())
         self._tracing = start_tracing(settings.otlp_traces_endpoint)
         self._service = await run_in_threadpool(load_service, settings, num_ingresses)
+        logger.info("loaded: %s", self._service.outline)
         self._app = create_app(self._service)
         if self._tracing:
             self._tracing.instrument(self._app)

@@ -1,6 +1,7 @@
 """How the log is written: lines for people, or JSON for machines."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Literal, TextIO
@@ -16,6 +17,9 @@ OF_UVICORN = "color_message"
 OF_RAY = "_ray_timestamp_ns"
 """On each record, in a process of Ray's."""
 KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN, OF_RAY])
+NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+"""Environment variables by which huggingface_hub, transformers and `lori.embedded` show no progress, if they are there before
+these are imported. The second is for transformers' reader of GGUF, which hears tqdm alone."""
 TOLD = KNOWN | {"method", "route", "status"}
 
 
@@ -48,6 +52,16 @@ def configure_log(log_format: LogFormat, stream: TextIO | None = None, replica: 
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     # A warning of Python's would be a line that is no JSON.
     logging.captureWarnings(log_format == "json")
+
+
+def configure_start(log_format: LogFormat) -> None:
+    """Make all loggers write so, see `configure_log`; no progress bar comes between but on a terminal, where the lines are text.
+
+    To be called before anything that shows one is imported.
+    """
+    configure_log(log_format)
+    if log_format == "json" or not sys.stderr.isatty():
+        os.environ |= dict.fromkeys(NO_BARS, "1")
 
 
 def _named(replica: str) -> Callable[[logging.LogRecord], bool]:

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Protocol
-
-from fastapi import FastAPI
+from typing import TYPE_CHECKING, Protocol
 
 from lori.errors import LoriError
+
+if TYPE_CHECKING:  # what starts a program need not wait for it
+    from fastapi import FastAPI
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
@@ -22,7 +23,7 @@ class TracingError(LoriError):
 class Tracing(Protocol):
     """Sends spans in the background."""
 
-    def instrument(self, app: FastAPI) -> None:
+    def instrument(self, app: "FastAPI") -> None:
         """Has each request of an app be a span."""
 
     def stop(self) -> None:

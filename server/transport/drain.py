@@ -51,11 +51,14 @@ class DrainingServer(uvicorn.Server):
         self._has_notice = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens; what is accepted has the options of the socket that listens."""
+        """Listens, and says so in the last line of the start; what is accepted has the options of the socket that listens."""
         await super().startup(sockets)
+        if not self.started:
+            return
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             for listening in self._listening():
                 listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self._settings.max_unread_s))
+        logger.info("ready on %s: %s", self._url(), self._service.outline)
 
     async def on_tick(self, counter: int) -> bool:
         """Closes, about once a second, connections that send no request; returns whether to end."""
@@ -123,6 +126,10 @@ class DrainingServer(uvicorn.Server):
             await anyio.sleep(BACKLOG_S / 10)
         for server in self.servers:
             server.close()
+
+    def _url(self) -> str:
+        host, port = self.config.host, self._listening()[0].getsockname()[1]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def _listening(self) -> list[socket.socket]:
         return [of for server in self.servers for of in server.sockets]

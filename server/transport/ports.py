@@ -6,8 +6,6 @@ import socket
 
 OWN = range(20_000, 32_768)
 """Ports that neither Linux gives to connections (net.ipv4.ip_local_port_range) nor Ray to its workers."""
-
-
 FIRST_FREE = 1024
 """Ports below it are the system's, on most."""
 

@@ -227,7 +227,7 @@ def test_who_was_let_in_is_accepted_when_no_more_are(listening: socket.socket) -
 async def listening_server(**settings: float) -> DrainingServer:
     """Returns a server that listens on a free port, and answers 404."""
     engine = SimpleNamespace(has_died=False)
-    service = SimpleNamespace(settings=Settings(port=0, **settings), is_draining=False, engine=engine)
+    service = SimpleNamespace(settings=Settings(port=0, **settings), is_draining=False, engine=engine, outline="nothing")
     config = http_config(FastAPI(), service.settings)
     server = DrainingServer(config, cast(Service, service))
     config.load()

@@ -26,7 +26,7 @@ from tests.server.rig import rig_of
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The exit code of a server that cannot start, and the lines that it printed."""
+    """The exit code of a server that cannot start, and the lines that it printed, without those of a start that goes well."""
 
     code: int
     lines: list[str]
@@ -44,11 +44,16 @@ def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.Te
     }
     processes = {name: run_main(place / name, *args) for name, args in flags.items()}
     try:
-        return {name: Ended(p.wait(LIMIT_S), (place / name).read_text().splitlines()) for name, p in processes.items()}
+        return {name: Ended(p.wait(LIMIT_S), without_progress((place / name).read_text())) for name, p in processes.items()}
     finally:
         for process in processes.values():
             process.kill()
             process.wait()
+
+
+def without_progress(said: str) -> list[str]:
+    """Returns the lines of a log that are no information."""
+    return [line for line in said.splitlines() if not line.startswith("INFO ")]
 
 
 def unsound(adapters: Path, place: Path) -> Path:

@@ -1,0 +1,71 @@
+"""The headings of `python -m server --help`, and the fields of `Settings` and `ClusterSettings` under each of them."""
+
+from collections.abc import Mapping, Sequence
+
+GROUPS: Mapping[str, Sequence[str]] = {
+    "the ten that matter first": (
+        "model",
+        "adapters",
+        "host",
+        "port",
+        "keys",
+        "device",
+        "dtype",
+        "threads",
+        "resident_gib",
+        "kv_cache_gib",
+    ),
+    "replicas": (
+        "replicas",
+        "max_replicas",
+        "target_requests",
+        "upscale_delay_s",
+        "downscale_delay_s",
+        "replica_cpus",
+        "replica_gpus",
+        "ingresses",
+        "affinity_share",
+        "affinity_floor",
+        "ray_address",
+    ),
+    "adapters": (
+        "demo_adapters",
+        "strict",
+        "hub",
+        "max_rank",
+        "max_resident",
+        "loaded_gib",
+        "max_upload_bytes",
+        "adapter_cache",
+        "adapter_cache_gib",
+        "adapter_timeout_s",
+        "delete_grace_s",
+    ),
+    "who may ask": ("open", "open_metrics", "cors_origins", "allow_host"),
+    "steps of the engine": (
+        "quantization",
+        "block_size",
+        "max_batch",
+        "max_step_tokens",
+        "max_stall",
+        "short_step_ms",
+        "max_step_s",
+    ),
+    "limits on requests": (
+        "max_requests",
+        "max_request_s",
+        "max_request_tokens",
+        "max_priority_wait_s",
+    ),
+    "limits on connections and bodies": (
+        "max_connections",
+        "keep_alive_s",
+        "max_unread_s",
+        "max_body_bytes",
+        "max_body_s",
+        "max_bodies_mib",
+    ),
+    "how it ends": ("drain_notice_s", "drain_s"),
+    "log and traces": ("log_format", "log_prompts", "otlp_traces_endpoint"),
+}
+"""Within a heading flags are in the order of the settings' fields."""

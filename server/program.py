@@ -1,0 +1,61 @@
+"""The program `python -m server`: reads its flags, says that it starts, and only then imports torch, which takes seconds."""
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+from lori.errors import AdapterFormatError, LoriError
+from lori.flags import PACKAGE, package_version
+from lori.printable import printable_lines
+from server.access.exposure import ExposedError, check_exposure
+from server.access.keys import KeyFileError, read_keys
+from server.arguments import read_arguments
+from server.flag_groups import GROUPS
+from server.settings import Settings
+from server.telemetry.logs import configure_log, configure_start
+from server.transport.descriptors import raise_descriptor_limit
+from server.transport.ports import ListenError, check_port
+
+logger = logging.getLogger(__name__)
+
+
+def run() -> int:
+    """Run the server until SIGTERM or SIGINT; running requests may end first. Return the exit code.
+
+    It also ends, with exit code 1, where the engine dies.
+    """
+    configure_log("text")
+    signal.signal(signal.SIGTERM, _end)  # while the server loads; afterwards it drains
+    settings = read_arguments(Settings, GROUPS)
+    configure_start(settings.log_format)
+    try:
+        return _serve(settings)
+    except ExposedError as error:
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
+        return 2
+    except (AdapterFormatError, KeyFileError) as error:
+        print("error: " + "\n".join(error.lines), file=sys.stderr)
+        return 1
+    except (LoriError, ListenError, OSError) as error:
+        print(printable_lines(f"error: {error}"), file=sys.stderr)
+        return 1
+
+
+def _serve(settings: Settings) -> int:
+    try:
+        check_exposure(settings)
+        check_port(settings.host, settings.port)
+    except OSError as error:
+        raise ListenError(settings.host, settings.port, error) from error
+    if settings.keys:
+        read_keys(settings.keys)  # what is wrong with it is said at once
+    logger.info("%s %s starts: importing torch and transformers …", PACKAGE, package_version())
+    raise_descriptor_limit()
+    from server.serving import serve  # noqa: PLC0415  # takes seconds: a person hears first that the server starts
+
+    return serve(settings)
+
+
+def _end(_: int, __: FrameType | None) -> None:
+    sys.exit(0)

@@ -1,0 +1,27 @@
+"""One server from its settings to its end: loads the service, listens, drains."""
+
+from server.access.exposure import log_exposure
+from server.app import create_app
+from server.loading import load_service
+from server.settings import Settings
+from server.telemetry.tracing import start_tracing
+from server.transport.drain import DrainingServer
+from server.transport.http_config import http_config
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, or until the engine dies; return the exit code.
+
+    Raises as `load_service`, and `TracingError`.
+    """
+    tracing = start_tracing(settings.otlp_traces_endpoint)
+    service = load_service(settings)
+    app = create_app(service)
+    if tracing:
+        tracing.instrument(app)
+    log_exposure(settings)
+    server = DrainingServer(http_config(app, settings), service)
+    server.run()
+    if tracing:
+        tracing.stop()
+    return 1 if server.has_failed else 0

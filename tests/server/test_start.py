@@ -1,0 +1,158 @@
+"""What a person sees while a server starts, and how the start is ended."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lori.flags import package_version
+from server.cluster.settings import ClusterSettings
+from server.flag_groups import GROUPS
+from server.settings import Settings
+from tests.server.live import LIMIT_S, REPOSITORY, Live, run_main, start, wait_until
+
+STAGES = {
+    "lori-server": "importing torch",
+    "loading": "loading the model",
+    "reading the adapters": "reading the adapters",
+    "preparing": "checking the model",
+    "timing": "timing steps",
+}
+"""What the line of each stage of the start begins with."""
+
+
+def ended_by_interrupt(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Sends what Ctrl+C does, and checks that the process ends by it without another word."""
+    before = log.read_text()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(LIMIT_S) == -signal.SIGINT, log.read_text()
+    assert log.read_text() == before
+    assert "Traceback" not in before
+
+
+@pytest.mark.parametrize("line", [pytest.param(line, id=stage) for line, stage in STAGES.items()])
+def test_ctrl_c_ends_a_start_at_once(line: str, writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+    """Python's own handler waits for what runs in C, and then leaves a traceback."""
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1", "--port", "0"]
+    log = tmp_path / "log"
+    process = run_main(log, line, *flags, "--kv-cache-gib", "0.01", module="tests.server.held_start")
+    try:
+        wait_until(lambda: f": {line}" in log.read_text() or process.poll() is not None, f"the line {line!r}")
+        ended_by_interrupt(process, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_amid_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Also where it does not reach pip, which a terminal would send it to as well."""
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as index:  # takes connections, and never answers
+        address = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "PIP_"))}
+        environment |= {"LORI_CACHE": str(cache), "PIP_INDEX_URL": address, "PIP_CONFIG_FILE": os.devnull, "NO_PROXY": "*"}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "server", "--port", "0"], cwd=REPOSITORY, env=environment, stdout=file, stderr=file
+            )
+        try:
+            index.settimeout(LIMIT_S)
+            connection, _ = index.accept()
+            with connection:
+                assert "INFO lori.embedded: Fetching" in log.read_text()
+                children = psutil.Process(process.pid).children(recursive=True)
+                assert any("pip" in child.cmdline() for child in children)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(LIMIT_S) == -signal.SIGINT
+        finally:
+            process.kill()
+            process.wait()
+    assert "Traceback" not in log.read_text()
+    assert list(cache.iterdir()) == []
+    _, alive = psutil.wait_procs(children, timeout=LIMIT_S)
+    assert not alive
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_bar_comes_between_the_lines_of_a_log(log_format: str) -> None:
+    """Reading GGUF left the first start of a server with a line of bars that was no JSON."""
+    code = (
+        f"from server.telemetry.logs import configure_start; configure_start({log_format!r})\n"
+        "from tqdm.auto import tqdm; from transformers.utils import logging; from huggingface_hub.utils import tqdm as hub\n"
+        "for bar in (tqdm, logging.tqdm, hub): assert list(bar(range(3))) == [0, 1, 2]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("program", ["server.program", "server.cluster.program"])
+def test_the_first_line_waits_for_no_torch(program: str) -> None:
+    code = f"import sys, {program}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'ray')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def test_the_last_line_says_where_what_and_how_much(live: Live) -> None:
+    wait_until(lambda: "ready on" in live.log.read_text(), "the last line of the start")
+    lines = live.log.read_text().splitlines()
+    [ready] = [line for line in lines if "ready on" in line]
+    assert re.fullmatch(
+        rf"INFO server\.transport\.drain: ready on {live.url}: tiny-writer in float32 on cpu with (portable|avx\w+|torch alone), "
+        r"3 adapters; 1\.0 GiB for adapters holds (about \d+|the 1024 of --max-resident) of these",
+        ready,
+    )
+    assert lines[0] == f"INFO server.program: lori-server {package_version()} starts: importing torch and transformers …"
+
+
+def test_an_end_prints_nothing_after_its_log(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
+    """nanobind listed what Triton's library holds to the end of a process, some hundred lines of it."""
+    flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
+    with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as live:
+        live.generate(prompt="a", adapter="math", max_tokens=2)
+        live.client.close()
+        live.process.send_signal(signal.SIGINT)
+        assert live.process.wait(LIMIT_S) == 0
+    assert "leaked" not in live.log.read_text()
+    assert live.log.read_text().splitlines()[-1].startswith("INFO ")
+
+
+@pytest.mark.parametrize("module", ["server", "server.cluster", "server.plan", "training.fit", "lori"])
+def test_every_program_says_its_version(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (done.stdout, done.stderr) == (f"lori-server {package_version()}\n", "")
+
+
+def sections_of_help(module: str) -> Mapping[str, list[str]]:
+    """Returns the flags under each heading of a program's --help, none of whose lines is longer than 80 columns."""
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    sections: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        if heading := re.fullmatch(r"(\w.*):", line):
+            sections[heading[1]] = []
+        elif flag := re.match(r"  (?:-h, )?(--[\w-]+)", line):
+            sections[list(sections)[-1]].append(flag[1])
+    return sections
+
+
+@pytest.mark.parametrize(("module", "settings"), [("server", Settings), ("server.cluster", ClusterSettings)])
+def test_the_help_is_in_groups_the_ten_flags_that_matter_first(module: str, settings: type[Settings]) -> None:
+    sections = sections_of_help(module)
+    headings = [heading for heading in GROUPS if set(GROUPS[heading]) & settings.model_fields.keys()]
+    assert list(sections) == ["options", *headings]
+    assert sections.pop("options") == ["--help", "--version"], "a flag that no heading of `GROUPS` names"
+    assert len(sections[headings[0]]) == 10
+    flags = [flag for section in sections.values() for flag in section]
+    assert sorted(flags) == sorted("--" + name.replace("_", "-") for name in settings.model_fields)
+
+
+def test_the_headings_name_flags_that_there_are() -> None:
+    named = [field for fields in GROUPS.values() for field in fields]
+    assert len(named) == len(set(named))
+    assert set(named) <= ClusterSettings.model_fields.keys()
