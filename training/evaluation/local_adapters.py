@@ -27,19 +27,6 @@ from lori.store import AdapterStore
 from lori.template import Template
 
 
-def common_template(learnt: Mapping[str, Sequence[Template]]) -> Template:
-    """Returns how prompts are written for adapters, by name, that were trained on these: as the first prefers of what all were.
-
-    `chat` is the base's own. Raises `AdapterError` where they were trained on no common template.
-    """
-    templates = [*learnt.values()] or [("chat",)]
-    for template in templates[0]:
-        if all(template in other for other in templates):
-            return template
-    said = "; ".join(f"{name}: {', '.join(own)}" for name, own in learnt.items())
-    raise AdapterError(f"these adapters were trained on no common template: {said}")
-
-
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Which adapters are applied, and how."""
