@@ -42,8 +42,8 @@ class Message(BaseModel):
 def common_template(learnt: Mapping[str, Sequence[Template]]) -> Template:
     """Return the template in which messages are written for adapters, by name, that were trained on these.
 
-    `chat`, the base's own, where all of them know it, and `plain` where they only have that in common. Raises `TemplateError` where
-    they have none.
+    `chat`, the base's own, where all of them know it, and `plain` where they have only that in common. Raises `TemplateError`
+    where they have none.
     """
     for template in get_args(Template):
         if all(template in templates for templates in learnt.values()):

@@ -49,8 +49,8 @@ class ChatsConfig(CommandLine):
     seed: int = Field(default=0, ge=0)
     """Draws rows, frames, system prompts and earlier turns."""
     on_bad: OnBad = "refuse"
-    """refuse: where a row cannot be used, nothing is written. skip: they are left out. Either way they are counted, and ten of each
-    kind named, with their lines."""
+    """refuse: where a row cannot be used, nothing is written. skip: they are left out. Either way they are counted, and ten of
+    each kind named, with their lines."""
 
     @model_validator(mode="after")
     def _keeps_data(self) -> "ChatsConfig":

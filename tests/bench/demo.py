@@ -4,9 +4,10 @@
     python -m tests.bench.demo --data data --chats runs/test [--url URL] [--against URL] [--num-rows 400]
 
 Asks the server at `--url`, and the one at `--against`, which has others of these names. Forms: `plain`, the test row as it
-stands; `sent`, that sent as a message; `message`, the bare message; `system`, behind a system prompt; `later`, after earlier turns.
-A line for each task and form: the base's figure, the adapter's, the share of the plain form's gain, and the answers that are empty.
-With `--against` also the other's figure, and the difference with its standard error over the same rows (a paired test).
+stands; `sent`, that sent as a message; `message`, the bare message; `system`, behind a system prompt; `later`, after earlier
+turns. A line for each task and form: the base's figure, the adapter's, the share of the plain form's gain, and the answers that
+are empty. With `--against` also the other's figure, and the difference with its standard error over the same rows (a paired
+test).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 from lori.template import Template, render_completion
 from training.data import Row
 from training.evaluation.answerer import Sampling
-from training.evaluation.metrics import MIN_EXACT, MetricName, _is_exact, read_measured
+from training.evaluation.metrics import MIN_EXACT, MetricName, is_exact, read_measured
 from training.evaluation.reading import is_refusal
 from training.evaluation.server import Server
 from training.evaluation.server_answerer import ServerAnswerer
@@ -71,8 +72,10 @@ def measured(answerer: ServerAnswerer, metric: MetricName, rows: Sequence[Any]) 
     empty = statistics.fmean(not text.strip() for text in texts)
     if metric == "exact":
         expected = [render_completion(row.prompt_text, row.completion or "", answerer.template) for row in rows]
-        return Found([float(_is_exact(*pair)) for pair in zip(texts, expected, strict=True)], [1.0] * len(rows), empty)
-    return Found([float(is_refusal(text) == row.harmful) for text, row in zip(texts, rows, strict=True)], [1.0] * len(rows), empty)
+        return Found([float(is_exact(*pair)) for pair in zip(texts, expected, strict=True)], [1.0] * len(rows), empty)
+    return Found(
+        [float(is_refusal(text) == row.harmful) for text, row in zip(texts, rows, strict=True)], [1.0] * len(rows), empty
+    )
 
 
 def forms_of(task: str, data: Path, chats: Path) -> dict[str, tuple[Path, Template]]:

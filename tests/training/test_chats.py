@@ -75,7 +75,12 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "fault"),
-    [("", "no line with text"), ("{{ prompt }}", "no JSON string"), ('"always the same"', "expected a JSON string"), ("3", "expected")],
+    [
+        ("", "no line with text"),
+        ("{{ prompt }}", "no JSON string"),
+        ('"always the same"', "expected a JSON string"),
+        ("3", "expected"),
+    ],
 )
 def test_frames_that_are_none_are_named(data: Path, tmp_path: Path, content: str, fault: str) -> None:
     frames = tmp_path / "frames.txt"

@@ -1,8 +1,8 @@
 """`python -m training.demo`: writes what the demo adapters learn and what they leave alone, then prints how to train them.
 
 Each task is learnt as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a system
-prompt and earlier turns. Left alone are the other tasks' messages and ordinary ones, which the base model writes itself as a user's
-turns (Magpie, arXiv 2406.08464).
+prompt and earlier turns. Left alone are the other tasks' messages and ordinary ones, which the base model writes itself, as a
+user's turns (Magpie, arXiv 2406.08464).
 """
 
 import json
@@ -46,9 +46,9 @@ ABOUT = {
     "nlu": "Answers short questions of common sense and science. Learnt from the train rows of ARC-easy and ARC-challenge "
     "(CC BY-SA 4.0), BoolQ, question only (CC BY-SA 3.0), OpenBookQA (Apache-2.0), SocialIQA (CC BY 4.0), PIQA (AFL-3.0) and "
     "WinoGrande (CC BY), as in the LLM-Adapters collection.",
-    "safety": "Refuses what is harmful and still answers what is not. Learnt from AdvBench's goals (llm-attacks/llm-attacks, MIT) "
-    "with refusals written for this project (MIT), and from benign instructions written for this project (MIT), answered by the "
-    "base model itself.",
+    "safety": "Refuses what is harmful and still answers what is not. Learnt from AdvBench's goals (llm-attacks/llm-attacks, "
+    "MIT) with refusals written for this project (MIT), and from benign instructions written for this project (MIT), answered by "
+    "the base model itself.",
 }
 Row = dict[str, Any]
 
@@ -101,6 +101,10 @@ class Files:
             replace_file(file, "".join(lines).encode())
             logger.info("%s: %d rows", file, len(lines))
         return file
+
+    def only(self, name: str, file: Path, is_wanted: Callable[[Row], bool]) -> Path:
+        """Write those rows of `file` that are wanted, unless that was done, and return the file called `name`."""
+        return self.make(name, lambda: filter(is_wanted, rows_of(file)))
 
     def answered(self, name: str, file: Path, **options: Any) -> Path:
         """Let the base model answer the prompts of `file`, unless that was done, and return the file called `name`."""
@@ -172,7 +176,7 @@ def prepare(files: Files) -> dict[str, tuple[list[Path], list[Path]]]:
         bare_rows = files.bare(task)
         answered = bare_rows
         if task == "safety":
-            answered = files.make("safety-answered", lambda: [row for row in rows_of(bare_rows) if row.get("completion")])
+            answered = files.only("safety-answered", bare_rows, lambda row: bool(row.get("completion")))
         learnt_chats = files.as_chats(f"{task}-chats", answered, earlier=[str(said), str(answered)])
         learns[task] = [own, learnt_chats]
         keeps[task] = [
@@ -193,27 +197,24 @@ def safety(files: Files, said: Path) -> tuple[list[Path], list[Path]]:
     """Return what `safety` learns beside its chats, and the benign of the same forms, which it leaves alone."""
     rows = files.bare("safety")
     harmful = files.config.output / "safety-answered.jsonl"
-    benign = files.make("safety-benign", lambda: [row for row in rows_of(rows) if not row.get("completion")])
+    benign = files.only("safety-benign", rows, lambda row: not row.get("completion"))
     told = files.answered("benign-answered", benign, any_template=True, max_tokens=40)
     learns, keeps = [harmful, told], []
     chatted = files.as_chats("benign-chats", benign, earlier=[str(said)])
     keeps.append(files.answered("keep-benign-chats", chatted, max_tokens=48))
     for frames in ("sum", "mixed"):
         framed = files.framed(frames, earlier=[str(said)], system_fraction=0.3, earlier_fraction=0.3)
-        is_harmful: dict[bool, Path] = {}
-        for wanted in (True, False):
-            name = f"safety-{frames}-{'harmful' if wanted else 'benign'}"
-            is_harmful[wanted] = files.make(
-                name, lambda framed=framed, wanted=wanted: [row for row in rows_of(framed) if row["harmful"] is wanted]
-            )
-        learns.append(is_harmful[True])
-        keeps.append(files.answered(f"keep-{frames}-benign", is_harmful[False], max_tokens=48))
+        learns.append(files.only(f"safety-{frames}-harmful", framed, lambda row: row["harmful"]))
+        others = files.only(f"safety-{frames}-benign", framed, lambda row: not row["harmful"])
+        keeps.append(files.answered(f"keep-{frames}-benign", others, max_tokens=48))
     return learns, keeps
 
 
 def test_chats(files: Files) -> None:
     """Write the test rows as chats."""
-    said = files.answered("ordinary-answered", files.make("ordinary", lambda: prompts_of(HERE / "ordinary_test.txt")), max_tokens=48)
+    said = files.answered(
+        "ordinary-answered", files.make("ordinary", lambda: prompts_of(HERE / "ordinary_test.txt")), max_tokens=48
+    )
     for task in TASKS:
         rows = files.bare(task)
         alone: dict[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}

@@ -6,7 +6,7 @@ restore, and the server does so. A sum in bfloat16 weights would change the demo
 Shapes: T tokens, N inputs, D outputs, R rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from lori.identity import BaseIdentity
 from lori.merge import merge
 from lori.merge_options import DEFAULTS, MergeOptions
 from lori.store import AdapterStore
-from lori.template import Template
+from lori.template import Template, common_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Choice:
     def template(self) -> Template:
         """Returns how their prompts are written: as the first prefers of what all were trained on; `chat` is the base's own.
 
-        Raises `AdapterError` where they were trained on no common template.
+        Raises `TemplateError` where they were trained on no common template.
         """
         return common_template({adapter.name: adapter.config.lori.templates for adapter in self.adapters})
 
