@@ -11,11 +11,11 @@ from safetensors.torch import load
 UNREADABLE = (SafetensorError, KeyError, RuntimeError, TypeError)
 """What reading a file raises: the last three where safetensors holds what torch cannot."""
 NUM_LENGTH_BYTES = 8
-"""At the begin of a file: how many bytes its header has."""
+"""At the start of a file: the length of its header."""
 MAX_HEADER_BYTES = 100_000_000
 """As safetensors has it."""
 TAIL_BYTES = 300
-"""Of a header, in which its last tensor is."""
+"""The end of a header, where the last tensor's offsets are."""
 END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]')
 
 
@@ -40,10 +40,9 @@ def length_fault(name: str, file: BinaryIO) -> str | None:
     if length > MAX_HEADER_BYTES:
         return f"{name} has a header of {length} bytes, expected {MAX_HEADER_BYTES} at most"
     header, begin = file.read(length), NUM_LENGTH_BYTES + length
-    last = END.findall(header, max(0, length - TAIL_BYTES))[
-        -1:
-    ]  # of most files the end of all: a header takes long to look through
-    if last and begin + int(last[0]) == num_bytes:
+    # Most headers end with the offset at which all data ends; searching a whole header takes long.
+    tail = END.findall(header, max(0, length - TAIL_BYTES))
+    if tail and begin + int(tail[-1]) == num_bytes:
         return None
     expected = begin + max(map(int, END.findall(header)), default=0)
     reason = "it was cut short" if num_bytes < expected else "it has more than its tensors"

@@ -39,8 +39,9 @@ class State(TypedDict):
     service: Service
     comparer: Comparer
     comparing: anyio.Lock
-    comparisons: TenantPlaces
     """Held by the one request that compares adapters."""
+    comparisons: TenantPlaces
+    """Comparisons that run or wait, by tenant."""
 
 
 def create_app(service: Service) -> FastAPI:

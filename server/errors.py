@@ -23,7 +23,7 @@ from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorEvent, ErrorKind
 from server.engine.thread import EngineDeadError
 from server.model_names import ModelWeightsError, UnknownModelError
-from server.schemas.errors import KINDS, ErrorReply, error_reply
+from server.schemas.errors import ErrorReply, error_reply, kind_of
 from server.schemas.fields import Body
 
 MAX_FAULTS = 10
@@ -203,8 +203,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
         # What is mounted, as files are, is only read; the framework knows no methods of it.
         allowed = ", ".join(allowed_methods(request)) or "GET, HEAD"
         return _answer(405, "BadRequestError", f"the method is {request.method}, expected {allowed}", headers={"Allow": allowed})
-    kind, field = KINDS.get(error.status_code, "BadRequestError"), error.field if isinstance(error, BodyError) else None
-    return _answer(error.status_code, kind, str(error.detail), field, error.headers)
+    field = error.field if isinstance(error, BodyError) else None
+    return _answer(error.status_code, kind_of(error.status_code), str(error.detail), field, error.headers)
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:

@@ -134,7 +134,7 @@ class Settings(BaseSettings):
     max_bodies_mib: int = Field(default=64, ge=1, le=2**20)
     """What all request bodies under way may have together, in MiB, without the first 16 KiB of each and without uploads; a body
     beyond is answered 503. Half of it is one tenant's, or without keys one address's, whose bodies beyond are answered 429. For
-    each value in a body of more than 64 KiB, 48 bytes count beside its own, for up to 131072 values. There must be room for the
+    each value in a body of more than 64 KiB, 48 bytes count beside its own, for up to 65536 values. There must be room for the
     longest body with these, which one client may always have."""
     max_upload_bytes: int = Field(default=1 << 28, ge=1024)
     """The same for an adapter that is uploaded, or comes from the hub."""

@@ -1,23 +1,29 @@
-"""Worker threads for what is done with texts: a tenant's texts wait for one another, and few of them for those of others."""
+"""Worker threads that tokenize and detokenize.
+
+Texts are sorted by length into lanes, and a tenant may use only some of a lane's threads.
+"""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from time import perf_counter
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
-from anyio import CapacityLimiter, Semaphore
+from anyio import CapacityLimiter, Semaphore, sleep
 from anyio.to_thread import run_sync
 
 SHORT = 2048
-"""Characters, or tokens, of a text that takes less than a thread's turn to tokenize: nearly all requests have less."""
+"""Characters or tokens. A text of up to this length tokenizes in less than the interpreter's thread switch interval."""
 LONG = 16384
-"""Characters, or tokens, of a text that takes about 10 ms to tokenize."""
+"""Characters or tokens. Longer texts take more than about 10 ms to tokenize."""
 MAX_THREADS = 4
 """For the long texts of all tenants together: a core that tokenizes is one less for the engine."""
 MAX_SHORTER = 8
-"""Threads for the texts of all tenants together that are not long, and as many for the short ones."""
+"""Threads of the short lane, and of the medium one."""
 MAX_OF_TENANT = 4
 """Of these, for one tenant."""
+REST = 3.0
+"""After a text that is refused, its tenant's next one waits for this many times what it took."""
 Result = TypeVar("Result")
 
 
@@ -46,8 +52,22 @@ class _Lane:
         self._turns, self._threads = TenantTurns(num_of_tenant), CapacityLimiter(num_threads)
 
     async def run(self, work: Callable[[], Result], tenant: str) -> Result:
+        took = 0.0
+
+        def timed() -> Result:
+            nonlocal took
+            began = perf_counter()
+            try:
+                return work()
+            finally:
+                took = perf_counter() - began
+
         async with self._turns.turn(tenant):
-            return await run_sync(work, limiter=self._threads)
+            try:
+                return await run_sync(timed, limiter=self._threads)
+            except Exception:
+                await sleep(REST * took)  # refused: whoever sends many such texts leaves the core to others
+                raise
 
 
 class TextThreads:

@@ -60,7 +60,8 @@ def find_entries(path: Path) -> list[Entry]:
         return [find_entry(path)]
     store = AdapterStore(path.absolute())
     if misnamed := store.misnamed():
-        raise AdapterError(f"{path.absolute() / misnamed[0]}: an adapter's name must match {NAME.pattern}")
+        folders = ", ".join(str(path.absolute() / name) for name in misnamed)
+        raise AdapterError(f"{folders}: an adapter's name must match {NAME.pattern}")
     entries = list(store.list())
     if not entries:
         raise AdapterError(f"{path} holds no adapter")

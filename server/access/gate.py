@@ -1,4 +1,4 @@
-"""Who sends a request is known before a byte of its body is read, or it goes no further. Never logs, nor quotes, a key.
+"""Authentication: every request is matched to a caller before its body is read, or refused. Keys are never logged or quoted.
 
 Each request of a tenant is counted here, by its head, whatever becomes of it.
 """

@@ -1,5 +1,4 @@
-"""What the ingress has to know of a request before it goes on: whose adapters it names, how many prompts it has, and whether all
-replicas must hear it.
+"""Routing facts of a request: the adapters that it names, its number of prompts, and whether all replicas must get it.
 
 Knows no Ray. Nothing is checked here: a replica refuses what is wrong. A body is read on the event loop, where no value of it is
 built but the few that are asked for: a mebibyte takes 3 ms at most, and a batch of prompts as much again.

@@ -1,9 +1,9 @@
 """`lori-server-haproxy`: Ray's HAProxy, with a configuration that is safe in front of other people's requests.
 
-- No splicing: with it HAProxy 2.8 does not notice that a client has left which waits for an answer, and the answer would be
-  computed to its end, for nobody.
-- No offer to upgrade and no CONNECT reaches an ingress, and no two clients share a connection to one: where both ends of a
-  connection disagree on where a request ends, one client would get another's answer.
+- No splicing: with it HAProxy 2.8 does not notice when a client leaves while it waits for an answer, and the answer would be
+  computed to the end for nobody.
+- No Upgrade header and no CONNECT reaches an ingress, and connections to an ingress are never shared between clients. If the two
+  ends disagreed on where a request ends, one client would get another's answer.
 """
 
 import os

@@ -20,7 +20,7 @@ from server.cluster.exposition import merged_metrics
 from server.cluster.listing import merged_adapters
 from server.cluster.refusal import batch_refusal, checked_caller
 from server.cluster.relay import pass_on, portable, whole_body
-from server.schemas.errors import KINDS, error_reply
+from server.schemas.errors import error_reply, kind_of
 from server.settings import MAX_RECEIVED, MIB, Settings
 from server.transport.bodies import Bodies
 from server.transport.body_limit import BodyLimit
@@ -135,8 +135,7 @@ class Ingress:
         try:
             body = await whole_body(receive)
         except HTTPException as error:  # the body is too long, or too slow
-            kind = KINDS.get(error.status_code, "BadRequestError")
-            reply = error_reply(error.status_code, kind, error.detail, None)
+            reply = error_reply(error.status_code, kind_of(error.status_code), error.detail, None)
             await JSONResponse(reply, error.status_code, error.headers)(scope, receive, send)
             return
         if body is not None:

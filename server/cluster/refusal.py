@@ -1,4 +1,6 @@
-"""Who may not send a request is refused by its head, before the replicas, in the words of one server. Knows no Ray, no engine.
+"""Refusals at the ingress: host, key, rate and role are checked by a request's headers, before a replica sees it.
+
+The answers are those of a single server. Knows no Ray, no engine.
 
 Requests of tenants are counted here, and by no replica.
 """

@@ -93,10 +93,10 @@ def _complete(document: dict[str, Any], has_keys: bool) -> None:
         components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer", "description": said}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            _complete_operation(operation, has_keys=has_keys, is_open=is_open(path))
+            _complete_operation(operation, has_keys=has_keys, is_public=is_open(path))
 
 
-def _complete_operation(operation: dict[str, Any], *, has_keys: bool, is_open: bool) -> None:
+def _complete_operation(operation: dict[str, Any], *, has_keys: bool, is_public: bool) -> None:
     # The first paragraph of a route's docstring is its summary, which OpenAPI has as plain text, unlike the description.
     summary, _, rest = operation.pop("description", "").partition("\n\n")
     operation["summary"] = CODE.sub(r"“\1”", summary).rstrip(".")
@@ -107,7 +107,7 @@ def _complete_operation(operation: dict[str, Any], *, has_keys: bool, is_open: b
         del responses["422"]
     if not has_keys:
         responses |= {str(status): said for status, said in refusals(421).items()}
-    elif not is_open:
+    elif not is_public:
         operation["security"] = [{KEY: []}]
         responses |= {str(status): said for status, said in refusals(401, 403, 429).items()}
     operation["responses"] = dict(sorted(responses.items()))

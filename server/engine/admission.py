@@ -276,7 +276,7 @@ class Admission:
             raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self.max_context} with the answer")
         if ask.max_tokens is None:
             most = room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
-            return most if ask.caps.max_tokens is None else min(most, max(1, ask.caps.max_tokens // ask.num_choices))
+            return most if ask.caps.max_tokens is None else min(most, ask.caps.max_tokens // ask.num_choices)
         if ask.max_tokens > room:
             raise RefusedError(
                 "max_tokens",

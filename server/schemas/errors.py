@@ -12,6 +12,11 @@ MAX_MESSAGE = 32768
 """Characters: more than all faults of an adapter that are told."""
 
 
+def kind_of(status: int) -> str:
+    """Return the `type` of an error that only its status tells."""
+    return KINDS.get(status, "BadRequestError")
+
+
 class ErrorDetail(BaseModel):
     """What was wrong: `param` is the field, where it was one; `faults` are the first of an adapter that is not sound, and how
     many more there are."""

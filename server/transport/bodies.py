@@ -15,9 +15,9 @@ FLAG = "--max-bodies-mib"
 FREE_BYTES = 16 * 1024
 """Of each body, which count for nothing: short requests are taken however many long ones there are."""
 PARSED_BYTES = 48
-"""That each value of a list takes, up to `MAX_VALUES`: a number, and its place in two lists."""
+"""Memory of one parsed value: a number, and its place in two lists. Counted for up to `MAX_VALUES` values."""
 HELD = "held_body"
-"""What a request's `Held` is called in ASGI's state."""
+"""The key of a request's `Held` in the ASGI state."""
 SHARE = 0.5
 """Of all bytes, which one client may hold: behind a proxy that does not name its clients, all of them are one."""
 
@@ -84,7 +84,7 @@ class Bodies:
 
 
 def client_of(scope: Scope) -> str:
-    """Return whose body a request's is: its tenant's; where it has none, the address's that sends it."""
+    """Return the client that a request's body counts for: its tenant, or its address if it has none."""
     caller = scope.get("state", {}).get("caller")
     if isinstance(caller, Caller) and caller.tenant:
         return f"tenant {caller.tenant}"

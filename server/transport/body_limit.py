@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.schemas.errors import KINDS, error_reply
+from server.schemas.errors import error_reply, kind_of
 from server.transport.bodies import HELD, Bodies, Held, client_of
 
 CLOSE = {"Connection": "close"}
@@ -87,8 +87,7 @@ class BodyLimit:
 
 
 def _refusal(status: int, said: str, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:
-    kind = KINDS.get(status, "BadRequestError")
-    return JSONResponse(error_reply(status, kind, said, None), status, {**CLOSE, **headers})
+    return JSONResponse(error_reply(status, kind_of(status), said, None), status, {**CLOSE, **headers})
 
 
 def _coding_fault(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

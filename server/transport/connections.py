@@ -1,6 +1,6 @@
-"""Which connections wait for a request, and since when: uvicorn knows it of each, but ends none that sends half a head.
+"""Open connections: their number is bounded, and those that wait too long for a request are closed.
 
-And how many there may be.
+uvicorn never closes one that sends half of its headers.
 """
 
 import asyncio
@@ -10,21 +10,20 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import Protocol, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from server.schemas.errors import error_reply
+from server.schemas.errors import error_reply, kind_of
 
 logger = logging.getLogger(__name__)
 PATIENCE_S = 1.0
-"""For a connection of which something has come just as it should be closed."""
+"""Extra time for an idle connection on which bytes have just arrived."""
 WITHOUT_DESCRIPTOR = getattr(selectors, "PollSelector", selectors.SelectSelector)
 """The default would open one, and there may be none left."""
-
-
 LINGER_S = 1.0
 """For a client that is refused to read why: closing while it sends would reset the connection."""
 MAX_LINGERING = 64
@@ -149,14 +148,18 @@ class _Refused(asyncio.Protocol):
         self._state.num_lingering -= 1
 
 
-def _busy() -> bytes:
-    message = "the server has as many connections as it may (--max-connections), and none is idle; try again"
-    body = json.dumps(error_reply(503, "ServiceUnavailableError", message, None)).encode()
-    head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return head.encode() + b"retry-after: 1\r\nconnection: close\r\n\r\n" + body
+def raw_error(status: HTTPStatus, message: str, *headers: str) -> bytes:
+    """Return a whole HTTP/1.1 error response that ends the connection; for errors that no application answers."""
+    body = json.dumps(error_reply(status, kind_of(status), message, None)).encode()
+    lines = (f"HTTP/1.1 {status:d} {status.phrase}", "content-type: application/json", f"content-length: {len(body)}")
+    return "\r\n".join((*lines, *headers, "connection: close", "", "")).encode() + body
 
 
-BUSY = _busy()
+BUSY = raw_error(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "the server has as many connections as it may (--max-connections), and none is idle; try again",
+    "retry-after: 1",
+)
 
 
 def is_readable(of: HasFileno) -> bool:

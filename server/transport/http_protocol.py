@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol, for clients that speak another or leave: what cannot be read is answered as any error is.
+"""uvicorn's HTTP protocol, made strict: malformed requests are refused with JSON errors, and clients that leave are noticed.
 
 Answers come in the order of requests, and there may be several under way on one connection. uvicorn tells only the last of them
 that the client left, and writes its refusals between the answers.
@@ -9,7 +9,6 @@ whatever they say of a body, so the body would be read as the next request (requ
 
 import asyncio
 import itertools
-import json
 import re
 from http import HTTPStatus
 
@@ -18,13 +17,10 @@ from uvicorn._types import ASGI3Application
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.schemas.errors import error_reply
-from server.transport.connections import BoundedState
+from server.transport.connections import LINGER_S, BoundedState, raw_error
 
 MAX_HELD_BYTES = 64 * 1024
-"""uvicorn would hold a head without end."""
-LINGER_S = 1.0
-"""Closing while more comes would reset the connection, and the client might never read why."""
+"""Bytes of headers that may be held; uvicorn has no limit."""
 MAX_LINGER_BYTES = 1024 * 1024
 MAX_HEADERS = 128
 """Of one request: each costs far more memory than the three bytes that it may have."""
@@ -36,6 +32,11 @@ HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@\\,:\[\]]*)(:[0-9]*)?")
 """An authority without user information: a name or an IP address, and a port (RFC 9110, section 7.2)."""
 SCHEMES = (b"http", b"https")
 ALLOWED = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
+HEADERS = {
+    HTTPStatus.METHOD_NOT_ALLOWED: (f"allow: {ALLOWED}",),
+    HTTPStatus.TOO_MANY_REQUESTS: ("retry-after: 1",),
+}
+"""What a refusal with such a status has beside the usual headers."""
 _ORDINALS = itertools.count()
 UNREADABLE = "the request is no HTTP that can be read"
 
@@ -98,7 +99,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.server_state.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Hears that the client left."""
+        """Handle the loss of the connection."""
         super().connection_lost(exc)
         if self._due:
             _disconnect(self._due)
@@ -239,9 +240,9 @@ class HttpProtocol(HttpToolsProtocol):
         message = f"the request's head is longer than {MAX_HELD_BYTES} bytes"
         return UnsoundHeadError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
 
-    def _refuse(self, status: HTTPStatus, said: str) -> None:
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
         # Now, or when what was asked before is answered.
-        self._refusal = _refusal(status, said)
+        self._refusal = raw_error(status, message, *HEADERS.get(status, ()))
         refused, due = self.cycle if self._is_in_body else None, self._due
         if refused and refused is due:
             self._cut(refused)
@@ -293,11 +294,3 @@ class _LastBody:
 def _disconnect(cycle: RequestResponseCycle) -> None:
     cycle.disconnected, cycle.waiting_for_100_continue = True, False
     cycle.message_event.set()
-
-
-def _refusal(status: HTTPStatus, said: str) -> bytes:
-    body = json.dumps(error_reply(status, "BadRequestError", said, None)).encode()
-    head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    if status is HTTPStatus.METHOD_NOT_ALLOWED:
-        head += f"allow: {ALLOWED}\r\n"
-    return head.encode() + b"connection: close\r\n\r\n" + body

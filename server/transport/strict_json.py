@@ -10,16 +10,16 @@ MAX_CONTAINERS = 8192
 """Python takes far longer to build lists and objects than a client to send them."""
 MAX_DEPTH = 128
 MAX_MEMBERS = 2048
-"""Of one object: each that is unknown is a fault of its own."""
+"""Fields of one object: pydantic reports each unknown one."""
 MAX_STRINGS = 32768
 MAX_FRACTIONS = 16384
 """Numbers with a point or an exponent, each of which costs a call."""
 MAX_VALUES = 2**16
-"""Of all lists and objects together; a list of one more than fits `max_list` may still be read, whatever that is."""
+"""Values in all lists and objects, or `max_list + MAX_OTHERS` if that is more."""
 MAX_OTHERS = 16384
-"""Values beside those of long lists."""
+"""Values allowed beside those of lists of `max_list`."""
 MAX_DIGITS = 400
-"""Of one number: what it takes to read an integer grows with their square."""
+"""Of one number: parsing an integer takes time quadratic in its digits."""
 SHORT = 4096
 """Bytes of a text that can hold too little of anything, but for depth."""
 MAX_EXACT = 2**53

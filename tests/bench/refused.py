@@ -129,7 +129,9 @@ def beside(url: str, kind: str, seconds: float) -> tuple[Figures, Counter[str]]:
 def hold(port: int, address: str, body: bytes, num_sent: int, go_on: threading.Barrier) -> str:
     """Sends the first of a body from `address`, and what is left when all have; returns the status that it is answered."""
     with socket.create_connection(("127.0.0.1", port), timeout=120, source_address=(address, 0)) as connection:
-        head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         with suppress(OSError):
             connection.sendall(head.encode() + body[:num_sent])
         go_on.wait()

@@ -7,6 +7,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from server import text_threads
 from server.text_threads import LONG, MAX_OF_TENANT, MAX_SHORTER, MAX_THREADS, SHORT, TenantTurns, TextThreads
 
 LIMIT_S = 60
@@ -118,6 +119,34 @@ async def test_a_tenant_that_has_no_more_long_texts_is_forgotten() -> None:
     for number in range(10):
         await threads.run(lambda: None, f"tenant-{number}", LONG + 1)
     assert len(threads._long._turns._by_tenant) == 0
+
+
+@pytest.mark.anyio
+async def test_after_a_refused_text_its_tenant_s_next_one_waits_and_nobody_else_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    resting, may_go_on = anyio.Event(), anyio.Event()
+
+    async def rest(_: float) -> None:
+        resting.set()
+        await may_go_on.wait()
+
+    monkeypatch.setattr(text_threads, "sleep", rest)
+    threads, done = TextThreads(), list[str]()
+
+    async def refused() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await threads.run(lambda: 1 / 0, "acme", LONG + 1)
+
+    async def next_one() -> None:
+        done.append(await threads.run(lambda: "next", "acme", LONG + 1))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(refused)
+        await resting.wait()
+        group.start_soon(next_one)
+        assert await threads.run(lambda: "other", "other", LONG + 1) == "other"
+        assert not done
+        may_go_on.set()
+    assert done == ["next"]
 
 
 @pytest.mark.anyio

@@ -36,12 +36,12 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class Faulty:
-    """What cannot be served of a store, since it is damaged: an adapter, a version or an alias."""
+    """A damaged adapter, version or alias of a store, which cannot be served."""
 
     reference: str
-    """`name` or `name@version`; a folder's name where no adapter may be called so."""
+    """`name`, `name@version`, or a folder name that is not a valid adapter name."""
     folder: str
-    """In its store; empty where the name means none."""
+    """Its folder's name in the store; empty if the name resolves to none."""
     faults: tuple[str, ...]
     """As clients may read them: each in one short line, without a path of this machine."""
 
@@ -56,10 +56,10 @@ class Faulty:
         return self.reference.partition("@")[0]
 
     def is_meant_by(self, reference: str) -> bool:
-        """Whether `reference`, a name or `name@` and a version's first digits, means this, as far as that is known."""
-        name, at, version = reference.partition("@")
-        own = (self.reference if "@" in self.reference else self.folder).partition("@")[2]
-        return name == self.name and (not own or own.startswith(version) if at else "@" not in self.reference)
+        """Whether `name@` and a version's first digits mean this. True where its own version is not known."""
+        name, _, digits = reference.partition("@")
+        version = (self.reference if "@" in self.reference else self.folder).partition("@")[2]
+        return name == self.name and (not version or version.startswith(digits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class Registry:
         return next((faulty for faulty in self._faulty.values() if faulty.is_meant_by(reference)), None)
 
     def note_faulty(self, faulty: Iterable[Faulty]) -> None:
-        """Let these be asked for in vain, and be told why. What names mean that can be asked for stays."""
+        """Add damaged adapters. One whose reference can be served is left out."""
         self._faulty = {**self._faulty, **{one.reference: one for one in faulty if one.reference not in self.by_name}}
 
     def clear_faults(self, references: Collection[str]) -> None:
