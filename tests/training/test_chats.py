@@ -44,7 +44,7 @@ def test_each_row_s_prompt_becomes_the_last_message_and_its_fields_stay(data: Pa
     assert 70 < len(with_system) < 130
     assert 70 < len(later) < 130
     assert max(len(row["prompt"]) for row in rows) == 6  # a system prompt, two earlier turns, the message
-    assert not any("off" in message["content"] for row in rows for message in row["prompt"])
+    assert not any(message["content"] == "off" for row in rows for message in row["prompt"])
     read = read_rows(str(write(tmp_path / "read.jsonl", rows)))
     assert {row.template for row in read} == {"chat"}
     assert rows == chats(config)
