@@ -21,7 +21,7 @@ from training.data import DataError, Faults, OnBad, Row, Source, read_rows
 from training.data.source import render
 from training.ending import ended
 
-SYSTEM_PROMPTS = Path(__file__).parent / "demo" / "system_prompts.txt"
+SYSTEM_PROMPTS = Path(__file__).with_name("system_prompts.txt")
 
 
 class ChatsConfig(CommandLine):

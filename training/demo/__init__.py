@@ -1,1 +1,0 @@
-"""What the demo adapters are trained on, beside their data sets."""
