@@ -167,7 +167,10 @@ class Run:
         step_tokens = [sum(map(len, step)) for step in steps]
         arguments = training_arguments(config, folder, phase.lr, len(steps), method.is_autocast)
         held_out = held_out_parts(examples.held_out, config.batch_tokens)
-        weights = draw_weights(len(steps), *config.weight_range, phase.seed) if config.weight_range else []
+        weights: list[float] = []
+        if config.weight_range:
+            low, high = config.weight_range
+            weights = draw_weights(len(steps), low, high, phase.seed)
         callbacks = self._callbacks(phase.name, step_tokens)
         trainer = PhaseTrainer(method.base.model, self._loss(method), arguments, steps, held_out, weights, callbacks)
         checkpoint = last_whole(folder) if config.resume else None
