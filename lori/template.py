@@ -3,8 +3,8 @@
 `chat` is the base model's own chat template; `plain` is the text as it stands.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 from jinja2 import TemplateError as JinjaError
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -37,6 +37,19 @@ class Message(BaseModel):
 
     role: Literal["system", "user", "assistant"]
     content: Text
+
+
+def common_template(learnt: Mapping[str, Sequence[Template]]) -> Template:
+    """Return the template in which messages are written for adapters, by name, that were trained on these.
+
+    `chat`, the base's own, where all of them know it, and `plain` where they have only that in common. Raises `TemplateError`
+    where they have none.
+    """
+    for template in get_args(Template):
+        if all(template in templates for templates in learnt.values()):
+            return cast(Template, template)
+    found = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in learnt.items())
+    raise TemplateError(f"these adapters were trained on no common template ({found})")
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message], template: Template) -> str:

@@ -7,20 +7,25 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from lori.template import Message, render_prompt
+from lori.template import Message, Template, render_prompt
 from server.engine.admission import RefusedError
 from server.engine.text_bound import TextBound
 
 
 def token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], bound: TextBound, *, add_special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    bound: TextBound,
+    template: Template | None,
+    *,
+    add_special_tokens: bool,
 ) -> list[int]:
-    """Returns the tokens of a text, or of messages under the chat template, which has its own special ones.
+    """Return the tokens of a text, or of messages under `template`, which has special tokens of its own.
 
     Raises `TemplateError`, and `RefusedError` for a text of more tokens than `bound`.
     """
     is_text = isinstance(prompt, str)
-    text = prompt if isinstance(prompt, str) else render_prompt(tokenizer, prompt, "chat")
+    text = render_prompt(tokenizer, prompt, template or "plain")
     if fault := bound.fault(text):
         raise RefusedError("prompt" if is_text else "messages", f"{fault}, expected {bound.max_tokens} at most")
     [encoding] = tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=is_text and add_special_tokens)

@@ -3,7 +3,7 @@ processes, see the same ones."""
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from training.data import Item
@@ -35,6 +35,8 @@ class Part:
     items: tuple[Item, ...]
     share: float
     asks_base: bool = False
+    weight: float = 1.0
+    """At which the adapter is applied."""
 
 
 def plan_steps(
@@ -75,7 +77,13 @@ def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
         yield from rng.sample(range(count), count)
 
 
-def split(step: Step, num_parts: int) -> list[Part]:
+def draw_weights(num_steps: int, low: float, high: float, seed: int) -> list[float]:
+    """Return the weight at which each step applies the adapter, drawn evenly between two."""
+    rng = random.Random(seed)
+    return [rng.uniform(low, high) for _ in range(num_steps)]
+
+
+def split(step: Step, num_parts: int, weight: float = 1.0) -> list[Part]:
     """Returns `step` in parts of about as many tokens: the longest item first, each to the part that has least.
 
     A part that would be empty has one item of no weight, since each process must have something to compute.
@@ -87,13 +95,19 @@ def split(step: Step, num_parts: int) -> list[Part]:
         parts[least].append(item)
         lengths[least] += len(item)
     shortest, asks_base = min(step, key=len), any(example.keeps_base for item in step for example in item.examples)
-    return [Part(tuple(part or [shortest]), 1 / len(step) if part else 0.0, asks_base) for part in parts]
+    return [Part(tuple(part or [shortest]), 1 / len(step) if part else 0.0, asks_base, weight) for part in parts]
 
 
-def parts_of(steps: Sequence[Step], num_parts: int, process: int = 0, num_processes: int = 1) -> list[Part]:
-    """Returns the parts that one of `num_processes` computes, in order: every step has `num_parts` of them in all."""
+def parts_of(
+    steps: Sequence[Step], num_parts: int, process: int = 0, num_processes: int = 1, weights: Iterable[float] = ()
+) -> list[Part]:
+    """Return the parts that one of `num_processes` computes, in order: every step has `num_parts` of them in all.
+
+    `weights`: at which each step applies the adapter; 1 where there is none.
+    """
     assert num_parts % num_processes == 0
-    every = itertools.chain.from_iterable(split(step, num_parts) for step in steps)
+    weighted = zip(steps, itertools.chain(weights, itertools.repeat(1.0)), strict=False)
+    every = itertools.chain.from_iterable(split(step, num_parts, weight) for step, weight in weighted)
     return list(itertools.islice(every, process, None, num_processes))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
@@ -88,6 +88,9 @@ class FitConfig(CommandLine):
     avoid: list[Path] = Field(default=[])
     """Adapters whose entries the mask leaves out, so that a sum keeps both as they are. What `init_from` names stays in the
     adapter: it can be avoided itself, so that nothing of it changes, and else must share no entry with those."""
+    weight_range: list[Annotated[float, Field(gt=0, le=4)]] = Field(default=[])
+    """Two numbers: each step applies the adapter at a weight drawn evenly between them, so that it also does its work at such
+    weights in a merge. None: always at 1."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps of LoRI-S (or of `lori-d` or `lora`); 0 to say it in epochs."""
     epochs: float = Field(default=1.0, gt=0)
@@ -167,6 +170,8 @@ class FitConfig(CommandLine):
             yield f"--tensorboard {self.tensorboard} {said}"
         if self.report and self.report.is_dir():
             yield f"--report {self.report} is a folder, expected a file's name, such as {self.report / 'report.html'}"
+        if self.weight_range and not (len(self.weight_range) == 2 and self.weight_range[0] <= self.weight_range[1]):
+            yield f"--weight-range is {self.weight_range}, expected two numbers, the lower one first"
         if len(set(self.template)) != len(self.template):
             yield f"--template names one twice: {self.template}"
 
@@ -184,6 +189,7 @@ class FitConfig(CommandLine):
             (("lr",), self.method != "lori-d", "LoRI-S or LoRA; LoRI-D's is --calibration-lr"),
             (("beta",), self.loss == "dpo", "--loss dpo"),
             (("mix_fraction",), bool(self.mix), "--mix"),
+            (("weight_range",), self.method != "lora", "LoRI"),
             (("basis_seed", "stream"), self.method != "lora", "LoRI, whose A they draw; LoRA's is drawn by --seed"),
             (("epochs",), not self.steps, "--steps 0"),
             (("calibration_epochs",), not self.calibration_steps, "--calibration-steps 0"),

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lori.format import name_of, read_config
-from lori.template import Template
+from lori.template import Template, common_template
 from training.base import load_base
 from training.ending import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
-from training.evaluation.local_adapters import Choice, applied, common_template, find_adapter
+from training.evaluation.local_adapters import Choice, applied, find_adapter
 from training.evaluation.local_answerer import LocalAnswerer
 from training.evaluation.measurement import Adapted, Measurement
 from training.evaluation.metrics import measure, read_measured

@@ -33,6 +33,7 @@ class PackedBatch:
 
     `groups`: for examples of like length, the places of their tokens in the row, (B, L), -1 where an example is shorter.
     `owners`: which example a target is of, in the order of the row. `share`: what each item is of the loss.
+    `weight`: at which the adapter is applied.
     The targets of the examples that keep the base come last, behind `num_learnt` others. `base`: the examples on which the base
     is asked: those that keep it, all of pairs, or where a process has none and others have, another.
     """
@@ -47,6 +48,7 @@ class PackedBatch:
     num_learnt: int
     share: float
     base: "PackedBatch | None" = None
+    weight: float = 1.0
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch on `device`."""
@@ -64,7 +66,7 @@ def pack(part: Part) -> PackedBatch:
     """Lays the examples of `part` one behind the other, those that keep the base last."""
     learnt = [example for item in part.items for example in item.examples if not example.keeps_base]
     kept = [example for item in part.items for example in item.examples if example.keeps_base]
-    batch = _lay([*learnt, *kept], part.share)
+    batch = replace(_lay([*learnt, *kept], part.share), weight=part.weight)
     if any(isinstance(item, Pair) for item in part.items):
         return replace(batch, base=batch)
     asked = kept or (learnt[:1] if part.asks_base else [])

@@ -18,7 +18,7 @@ from lori.config_file import CONFIG_FILE
 from lori.durable import discard, remove_folder, replace_file
 from lori.flags import flag_of
 from training.arguments import training_arguments
-from training.batches import BatchSize, held_out_parts, plan_steps
+from training.batches import BatchSize, draw_weights, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
 from training.config import FitConfig
 from training.data import DataError, Item
@@ -167,8 +167,12 @@ class Run:
         step_tokens = [sum(map(len, step)) for step in steps]
         arguments = training_arguments(config, folder, phase.lr, len(steps), method.is_autocast)
         held_out = held_out_parts(examples.held_out, config.batch_tokens)
+        weights: list[float] = []
+        if config.weight_range:
+            low, high = config.weight_range
+            weights = draw_weights(len(steps), low, high, phase.seed)
         callbacks = self._callbacks(phase.name, step_tokens)
-        trainer = PhaseTrainer(method.base.model, self._loss(method), arguments, steps, held_out, callbacks)
+        trainer = PhaseTrainer(method.base.model, self._loss(method), arguments, steps, held_out, weights, callbacks)
         checkpoint = last_whole(folder) if config.resume else None
         trainer.train(str(checkpoint) if checkpoint else None)
         if arguments.should_save:

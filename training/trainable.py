@@ -99,6 +99,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, linear: nn.Linear, a: torch.Tensor, scale: float, start: SparseB | None = None) -> None:
         super().__init__()
         self.num_outputs, self.scale, self.linear = linear.out_features, scale, linear
+        self.weight = 1.0
         self.a: nn.Parameter | None = None
         a = a.to(linear.weight.device, linear.weight.dtype)
         if isinstance(linear.weight, DTensor):
@@ -125,8 +126,21 @@ class TrainableLinear(nn.Module):
             s = s.clone()  # it waits for the backward pass, and as a part of y would keep all of that
         else:
             s = F.linear(tokens, self.a)
-        out = torch.addmm(y, s, self.b.scaled(self.scale, s.dtype).T)
+        out = torch.addmm(y, s, self.b.scaled(self.weight * self.scale, s.dtype).T)
         return (out if bias is None else out + bias).view(*x.shape[:-1], self.num_outputs)
+
+
+@contextmanager
+def at_weight(model: nn.Module, weight: float) -> Iterator[None]:
+    """Inside, the deltas of `model` count `weight` times, as in a merge."""
+    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    for layer in layers:
+        layer.weight = weight
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.weight = 1.0
 
 
 @contextmanager

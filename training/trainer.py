@@ -20,7 +20,7 @@ from training.batches import Part, Step, parts_of
 from training.loss import Loss
 from training.packing import PackedBatch, pack
 from training.progress import TrainingError
-from training.trainable import values_of
+from training.trainable import at_weight, values_of
 
 PARAMETERS = "model.safetensors"
 """The trained parameters in a checkpoint, under the name by which Trainer knows one."""
@@ -32,7 +32,10 @@ def _pack_one(parts: list[Part]) -> dict[str, PackedBatch]:
 
 
 class PhaseTrainer(Trainer):
-    """Trains what requires a gradient in `model` on `steps`, each in as many parts as `args` has processes times accumulation."""
+    """Trains what requires a gradient in `model` on `steps`, each in as many parts as `args` has processes times accumulation.
+
+    `weights`: at which each step applies the adapter, see `batches.parts_of`.
+    """
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class PhaseTrainer(Trainer):
         args: TrainingArguments,
         steps: Sequence[Step],
         held_out: Sequence[Part],
+        weights: Sequence[float],
         callbacks: list[TrainerCallback],
     ) -> None:
         # Trainer does not resume models that are spread over processes, whose optimizer's state is, too: here it is not.
@@ -51,7 +55,7 @@ class PhaseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # a part's share is of the whole step
         num_parts = args.world_size * args.gradient_accumulation_steps
-        self.parts = parts_of(steps, num_parts, args.process_index, args.world_size)
+        self.parts = parts_of(steps, num_parts, args.process_index, args.world_size, weights)
 
     def get_train_dataloader(self) -> DataLoader[Part]:
         """Returns this process's parts, in order."""
@@ -72,7 +76,8 @@ class PhaseTrainer(Trainer):
         assert not return_outputs
         batch: PackedBatch = inputs["batch"]
         model.eval()  # dropout would make the base another one at each look; gradients do not need the mode
-        return self.loss(model, batch.to(self.args.device)) * int(self.args.world_size)
+        with at_weight(self.network, batch.weight):
+            return self.loss(model, batch.to(self.args.device)) * int(self.args.world_size)
 
     def floating_point_ops(self, inputs: object) -> int:  # noqa: ARG002
         """Not counted: Trainer would guess from a batch's shape."""

@@ -9,10 +9,11 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from lori.errors import TemplateError
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
 from lori.summary import Summary
-from lori.template import Template, encode, render_prompt
+from lori.template import Template, common_template, encode, render_prompt
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.adapters.resolution import MayUse, PolicyError, meanings, resolve
 from server.engine.grammar import Grammar, GrammarError
@@ -146,7 +147,10 @@ class Admission:
         adapters = [of.summary for of in self._find(ask, [of for of, _ in added])]
         policy = [(of.summary, weight) for of, weight in added]
         weights = self._weights(ask, len(adapters))
-        text, ids, offsets, max_tokens = self._encode(ask, adapters)
+        template = None
+        if not isinstance(ask.prompt, str | TokenPrompt):
+            template = ask.template or self.template_of(adapters)
+        text, ids, offsets, max_tokens = self._encode(ask, template)
         self._check_merge(ask, adapters, weights, policy)
         self._check_bias(ask.sampling)
         self._check_grammar(ask)
@@ -155,6 +159,7 @@ class Admission:
             prompt_text=text,
             prompt_ids=ids,
             prompt_offsets=offsets,
+            template=template,
             terms=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in zip(adapters, weights, strict=True)),
             merge=ask.merge,
             policy=tuple(AdapterTerm(of.name, of.digest, weight) for of, weight in policy),
@@ -172,7 +177,7 @@ class Admission:
             timeout_s=timeout_s,
         )
 
-    def _encode(self, ask: Ask, adapters: Sequence[Summary]) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
+    def _encode(self, ask: Ask, template: Template | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
         field = "prompt" if isinstance(ask.prompt, str | TokenPrompt) else "messages"
         if isinstance(ask.prompt, TokenPrompt):
             ids = ask.prompt.ids
@@ -185,7 +190,8 @@ class Admission:
             return text, ids, offsets, max_tokens
         text = ask.prompt if isinstance(ask.prompt, str) else ""
         if not isinstance(ask.prompt, str):
-            text = render_prompt(self.tokenizer, ask.prompt, ask.template or self._template(adapters))
+            assert template is not None
+            text = render_prompt(self.tokenizer, ask.prompt, template)
         if fault := self._bound.fault(text):
             raise RefusedError(field, f"{fault}, and the context holds {self.max_context} with the answer")
         encoding = encode(self.tokenizer, text)
@@ -254,15 +260,12 @@ class Admission:
             raise RefusedError("weights", f"has {len(ask.weights)} numbers, expected {num_adapters}, one for each adapter")
         return ask.weights
 
-    def _template(self, adapters: Sequence[Summary]) -> Template:
-        if not adapters:
-            return "chat"
-        learnt = {adapter.name: adapter.templates for adapter in adapters}
-        for template in learnt[adapters[0].name]:
-            if all(template in templates for templates in learnt.values()):
-                return template
-        said = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in learnt.items())
-        raise RefusedError("template", f"these adapters were trained on no common template ({said}), expected one here")
+    def template_of(self, adapters: Sequence[Summary]) -> Template:
+        """Return how a conversation is written for these adapters; for none as for the base. Raises `RefusedError`."""
+        try:
+            return common_template({adapter.name: adapter.templates for adapter in adapters})
+        except TemplateError as error:
+            raise RefusedError("template", f"is absent, and {error}, expected one here") from error
 
     def _max_tokens(self, ask: Ask, field: str, num_prompt: int) -> int:
         if not num_prompt:

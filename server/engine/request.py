@@ -12,6 +12,7 @@ from typing import Literal
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
 from lori.names import NUM_VERSION_DIGITS
+from lori.template import Template
 from server.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
@@ -78,6 +79,8 @@ class Request:
     prompt_offsets: tuple[int, ...]
     """Where each prompt token begins in `prompt_text`, in characters; none without `echo`: they take much memory."""
     max_tokens: int
+    template: Template | None = None
+    """How the messages of its client were written; None where it sent a prompt."""
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
     """How the adapters of `terms` are combined; anything but `linear` is built once and kept as a resident adapter."""

@@ -92,6 +92,7 @@ def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
     return LoriReply(
         adapter=to_adapters(request),
         merge=to_merge(request),
+        template=request.template,
         seed=request.sampling.seed,
         timings=to_timings(done.timings) if done else None,
     )

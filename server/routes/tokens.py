@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from lori.summary import Summary
 from lori.template import Message
 from server.access.caller import Caller
 from server.engine.prompt import size_of
@@ -23,7 +24,22 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/tokenize", response_model=TokenizeReply)
 async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
     """Returns the tokens of a text or of a conversation."""
-    return await _answer(body.model, service, caller, lambda: _tokenize(body, service), size_of(_prompt(body)))
+
+    def reply(adapters: Sequence[Summary]) -> TokenizeReply:
+        admission = service.admission
+        template = None if body.messages is None else body.template or admission.template_of(adapters)
+        ids = token_ids(
+            admission.tokenizer, _prompt(body), admission.countable, template, add_special_tokens=body.add_special_tokens
+        )
+        return TokenizeReply(
+            count=len(ids),
+            max_model_len=admission.max_context,
+            tokens=ids,
+            template=template,
+            token_strs=token_texts(admission.tokenizer, ids) if body.return_token_strs else None,
+        )
+
+    return await _answer(body.model, service, caller, reply, size_of(_prompt(body)))
 
 
 @router.post("/detokenize", response_model=DetokenizeReply)
@@ -31,27 +47,18 @@ async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf)
     """Returns the text of tokens."""
     tokenizer = service.admission.tokenizer
     return await _answer(
-        body.model, service, caller, lambda: DetokenizeReply(prompt=text_of(tokenizer, body.tokens)), len(body.tokens)
+        body.model, service, caller, lambda _: DetokenizeReply(prompt=text_of(tokenizer, body.tokens)), len(body.tokens)
     )
 
 
-async def _answer(model: str | None, service: Service, caller: Caller, reply: Callable[[], BaseModel], size: int) -> Response:
+async def _answer(
+    model: str | None, service: Service, caller: Caller, reply: Callable[[Sequence[Summary]], BaseModel], size: int
+) -> Response:
     # Long texts: each counts as a request of its tenant, and the event loop neither makes the reply nor writes it.
     with service.limiter.places(caller):
-        await _check_model(model, service, caller)
-        content = await service.texts.run(lambda: reply().model_dump_json(), caller.tenant, size)
+        adapters = await _adapters_of(model, service, caller)
+        content = await service.texts.run(lambda: reply(adapters).model_dump_json(), caller.tenant, size)
         return Response(content, media_type="application/json")
-
-
-def _tokenize(body: TokenizeBody, service: Service) -> TokenizeReply:
-    tokenizer = service.admission.tokenizer
-    ids = token_ids(tokenizer, _prompt(body), service.admission.countable, add_special_tokens=body.add_special_tokens)
-    return TokenizeReply(
-        count=len(ids),
-        max_model_len=service.admission.max_context,
-        tokens=ids,
-        token_strs=token_texts(tokenizer, ids) if body.return_token_strs else None,
-    )
 
 
 def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
@@ -60,6 +67,8 @@ def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
     return prompt
 
 
-async def _check_model(model: str | None, service: Service, caller: Caller) -> None:
-    if model is not None:
-        await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
+async def _adapters_of(model: str | None, service: Service, caller: Caller) -> list[Summary]:
+    if model is None:
+        return []
+    found = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
+    return [registered.summary for registered in found]

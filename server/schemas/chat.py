@@ -71,9 +71,9 @@ class ChatBody(OpenAIBody):
     )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)]
-    """A conversation to answer, written with the adapter's own template."""
+    """A conversation to answer, written in the base's chat template where all its adapters know that, else as plain text."""
     template: Template | None = None
-    """How `messages` are written, where it is not to be the adapter's own way."""
+    """How `messages` are written, where it is not to be as above."""
     max_tokens: Annotated[int, Field(ge=1, lt=MAX_INT)] | None = None
     """The longest answer; absent: what the context has left."""
     max_completion_tokens: Annotated[int, Field(ge=1, lt=MAX_INT)] | None = None

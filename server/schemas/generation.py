@@ -35,9 +35,9 @@ class GenerateBody(SamplingFields, MergeFields):
     prompt: Prompt | None = None
     """Text to continue, as it stands, or its token ids. Either this or `messages`."""
     messages: Messages | None = None
-    """A conversation to answer, written with the adapter's own template."""
+    """A conversation to answer, written in the base's chat template where all its adapters know that, else as plain text."""
     template: Template | None = None
-    """How `messages` are written, where it is not to be the adapter's own way."""
+    """How `messages` are written, where it is not to be as above."""
     adapter: Adapters | None = None
     """A name, `name@version`, several of them, or `{name, weight}` several times: their deltas are added. Absent, or an empty
     list: the base model."""
@@ -137,6 +137,8 @@ class DoneData(Reply):
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
     """None where there is no adapter."""
+    template: Template | None
+    """How the messages were written; None for a `prompt`."""
     finish_reason: FinishReason
     usage: Usage
     timings: TimingsReply
@@ -159,6 +161,8 @@ class GenerateReply(Reply):
     text: str
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
+    template: Template | None
+    """How the messages were written; None for a `prompt`."""
     finish_reason: FinishReason
     usage: Usage
     timings: TimingsReply

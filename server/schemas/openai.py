@@ -7,7 +7,7 @@ from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from lori.template import Text
+from lori.template import Template, Text
 from server.schemas.fields import MAX_LOGPROBS, Body, Reply, Temperature
 from server.schemas.generation import MergeReply, ResolvedAdapter, TimingsReply
 from server.schemas.grammars import ResponseFormat
@@ -112,6 +112,8 @@ class LoriReply(Reply):
 
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
+    template: Template | None = None
+    """How the messages were written; None for a `prompt`."""
     seed: int
     timings: TimingsReply | None = None
 

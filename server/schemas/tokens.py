@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lori.template import Text
+from lori.template import Template, Text
 from server.schemas.chat import ChatMessage
 from server.schemas.fields import PROMPT_OR_MESSAGES, AnyTokenIds, Body, Reply
 from server.schemas.openai import Model
@@ -16,11 +16,14 @@ class TokenizeBody(Body):
     model_config = ConfigDict(json_schema_extra={"oneOf": PROMPT_OR_MESSAGES, "examples": [{"prompt": "The quick brown fox"}]})
 
     model: Model | None = None
-    """The base model, or what else POST /v1/completions can be asked for; all have one tokenizer."""
+    """The base model, or what else POST /v1/completions can be asked for. All have one tokenizer; `messages` are written as for
+    the adapters that it names."""
     prompt: Text | None = None
     """Text as it stands. Either this or `messages`."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
-    """A conversation, written with the base model's chat template."""
+    """A conversation, written as POST /v1/chat/completions writes it for `model`."""
+    template: Template | None = None
+    """How `messages` are written, where it is not to be so."""
     add_special_tokens: bool = False
     """Adds what the tokenizer puts around texts. No route that generates does."""
     return_token_strs: bool = False
@@ -30,6 +33,8 @@ class TokenizeBody(Body):
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError(f"expected either 'prompt' or 'messages', found {'both' if self.prompt is not None else 'neither'}")
+        if self.template is not None and self.messages is None:
+            raise ValueError("'template' is for 'messages'; a 'prompt' stands as it is")
         return self
 
 
@@ -39,6 +44,8 @@ class TokenizeReply(Reply):
     count: int
     max_model_len: int
     tokens: list[int]
+    template: Template | None = None
+    """How the messages were written; None for a `prompt`."""
     token_strs: list[str] | None = None
 
 

@@ -69,6 +69,24 @@ def test_messages_are_answered_with_the_adapters_template(live: Live) -> None:
     assert forced["text"] == live.generate(prompt=plain, adapter="math", max_tokens=20)["text"]
 
 
+@pytest.mark.parametrize(
+    ("model", "template", "written"),
+    [(None, None, "chat"), ("math", None, "chat"), ("intent", None, "plain"), ("math+safety", "plain", "plain")],
+)
+def test_every_route_writes_messages_in_one_template_and_says_which(
+    live: Live, model: str | None, template: str | None, written: str
+) -> None:
+    asked = {"messages": MESSAGES, "template": template}
+    counted = live.client.post("/tokenize", json={**asked, "model": model}).raise_for_status().json()
+    chat = live.client.post("/v1/chat/completions", json={**asked, "model": model, "max_tokens": 2}).raise_for_status().json()
+    own = live.generate(**asked, adapter=model.split("+") if model else None, max_tokens=2)
+    assert counted["template"] == chat["lori"]["template"] == own["template"] == written
+    assert counted["count"] == chat["usage"]["prompt_tokens"] == own["usage"]["prompt_tokens"]
+    assert live.generate(prompt=FOX, max_tokens=2)["template"] is None
+    text = live.client.post("/tokenize", json={"prompt": FOX, "model": model}).raise_for_status().json()
+    assert text["template"] is None
+
+
 def test_a_name_a_list_and_weights_are_resolved_and_told(live: Live) -> None:
     versions = {a["name"]: a["version"] for a in live.client.get("/adapters").json()["adapters"]}
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from training.batches import BatchSize, held_out_parts, parts_of, plan_steps, split
+from training.batches import BatchSize, draw_weights, held_out_parts, parts_of, plan_steps, split
 from training.data import Example, Item, Pair
 
 
@@ -60,6 +60,17 @@ def test_processes_share_what_one_computes_one_after_another() -> None:
     alone = parts_of(steps, 4)
     first, second = (parts_of(steps, 4, process, 2) for process in (0, 1))
     assert [*itertools.chain.from_iterable(zip(first, second, strict=True))] == alone
+
+
+def test_all_parts_of_a_step_have_its_weight_in_every_process() -> None:
+    steps = plan_steps(examples(40, 5), [], 0.0, BatchSize(7, 1), (0, 1.0), seed=0)
+    weights = draw_weights(len(steps), 0.3, 0.9, seed=2)
+    assert weights == draw_weights(len(steps), 0.3, 0.9, seed=2)
+    assert len(set(weights)) == len(steps)
+    assert 0.3 <= min(weights) < max(weights) <= 0.9
+    first, second = (parts_of(steps, 2, process, 2, weights) for process in (0, 1))
+    assert [part.weight for part in first] == [part.weight for part in second] == weights
+    assert {part.weight for part in parts_of(steps, 2)} == {1.0}
 
 
 def test_no_held_out_example_is_dropped_and_each_weighs_the_same() -> None:

@@ -234,6 +234,21 @@ def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -
     assert digest(first) != digest(other)
 
 
+def test_half_the_weight_of_twice_the_alpha_is_the_same_training(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    once = modules_of(fit(config_for(tiny_model, data, tmp_path / "once", alpha=64), ""))
+    half = modules_of(fit(config_for(tiny_model, data, tmp_path / "half", alpha=128, weight_range=[0.5, 0.5]), ""))
+    other = modules_of(fit(config_for(tiny_model, data, tmp_path / "other", alpha=64, weight_range=[0.2, 1.0]), ""))
+    for name, b in once.items():
+        assert torch.equal(half[name].dense(), b.dense())
+    assert any(not torch.equal(other[name].dense(), b.dense()) for name, b in once.items())
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.5], [0.5, 0.7, 1.0]])
+def test_a_range_of_weights_has_two_ends(tiny_model: Path, data: Path, tmp_path: Path, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="two numbers, the lower one first"):
+        config_for(tiny_model, data, tmp_path, weight_range=weights)
+
+
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path, accumulation: int) -> None:
     at_once = modules_of(fit(config_for(tiny_model, data, tmp_path / "whole", values="float32"), ""))

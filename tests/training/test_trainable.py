@@ -10,7 +10,7 @@ from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.errors import ModelError
 from lori.sparse import SparseB
-from training.trainable import DenseB, MaskedB, TrainableLinear, wrap
+from training.trainable import DenseB, MaskedB, TrainableLinear, at_weight, base_alone, wrap
 
 
 def random_mask(*shape: int, density: float = 0.3) -> torch.Tensor:
@@ -51,6 +51,20 @@ def test_a_dense_change_is_on_top_of_its_start() -> None:
     torch.testing.assert_close(b.scaled(2.0, torch.float32), 2 * (start.dense() + 0.5))
     torch.testing.assert_close(b.sparse().dense(), start.dense() + 0.5)
     assert b.sparse().mask.all()
+
+
+def test_at_a_weight_a_delta_counts_so_often_and_afterwards_once() -> None:
+    layer = TrainableLinear(nn.Linear(6, 5), torch.randn(3, 6), scale=2.0)
+    with torch.no_grad():
+        layer.b.change.normal_()  # type: ignore[union-attr]  # a DenseB
+        x = torch.randn(4, 6)
+        whole = layer(x)
+        with base_alone(layer):
+            base = layer(x)
+        with at_weight(layer, 0.25):
+            quarter = layer(x)
+        torch.testing.assert_close(quarter - base, 0.25 * (whole - base))
+        torch.testing.assert_close(layer(x), whole)
 
 
 def test_a_masked_entry_s_gradient_is_the_dense_one_s() -> None:

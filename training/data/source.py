@@ -84,7 +84,7 @@ class Source(BaseModel):
         """
         if not self.templates:
             return columns
-        rendered = {key: _compiled(text).render({"row": columns} | dict(columns)) for key, text in self.templates.items()}
+        rendered = {key: render(text, {"row": columns} | dict(columns)) for key, text in self.templates.items()}
         return {key: value for key, value in columns.items() if key not in OWN_FIELDS} | rendered
 
 
@@ -99,6 +99,11 @@ def _refuse_null(value: Any) -> Any:
 
 
 ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_refuse_null)
+
+
+def render(text: str, columns: Mapping[str, Any]) -> str:
+    """Return the Jinja template `text` over `columns`, in a sandbox. Raises `jinja2.TemplateError`, or what else it runs into."""
+    return _compiled(text).render(columns)
 
 
 @cache

@@ -6,7 +6,7 @@ restore, and the server does so. A sum in bfloat16 weights would change the demo
 Shapes: T tokens, N inputs, D outputs, R rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +24,7 @@ from lori.identity import BaseIdentity
 from lori.merge import merge
 from lori.merge_options import DEFAULTS, MergeOptions
 from lori.store import AdapterStore
-from lori.template import Template
-
-
-def common_template(learnt: Mapping[str, Sequence[Template]]) -> Template:
-    """Returns how prompts are written for adapters, by name, that were trained on these: as the first prefers of what all were.
-
-    `chat` is the base's own. Raises `AdapterError` where they were trained on no common template.
-    """
-    templates = [*learnt.values()] or [("chat",)]
-    for template in templates[0]:
-        if all(template in other for other in templates):
-            return template
-    said = "; ".join(f"{name}: {', '.join(own)}" for name, own in learnt.items())
-    raise AdapterError(f"these adapters were trained on no common template: {said}")
+from lori.template import Template, common_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +39,7 @@ class Choice:
     def template(self) -> Template:
         """Returns how their prompts are written: as the first prefers of what all were trained on; `chat` is the base's own.
 
-        Raises `AdapterError` where they were trained on no common template.
+        Raises `TemplateError` where they were trained on no common template.
         """
         return common_template({adapter.name: adapter.config.lori.templates for adapter in self.adapters})
 

@@ -55,7 +55,7 @@ def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> 
     options = replace(options, max_tokens=options.max_tokens or max(MIN_EXACT, longest))
     are_lines = not any("\n" in text.rstrip() for text in expected)
     answers = _answers(answerer, rows, options, stop=("\n",) if are_lines else ())
-    return mean("exact_match", [_is_exact(*texts) for texts in zip(answers, expected, strict=True)])
+    return mean("exact_match", [is_exact(*texts) for texts in zip(answers, expected, strict=True)])
 
 
 def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) -> Figures:
@@ -147,7 +147,7 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
     return metric.measure(answerer, rows, options) | {ROWS: len(rows)}
 
 
-def _is_exact(answer: str, expected: str) -> bool:
+def is_exact(answer: str, expected: str) -> bool:
     """Says whether `answer` begins as `expected`, a completion as training writes it: a newline may part it from its prompt."""
     text = expected.strip()
     begins_below = "\n" in expected.partition(text)[0]

@@ -9,7 +9,7 @@ import torch
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Basis, Seeded
-from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
+from lori.errors import AdapterError, AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.format import save_adapter, seal
 from lori.merge import merge
 from lori.merge_options import MergeOptions
@@ -124,5 +124,5 @@ def test_a_template_is_one_that_all_were_trained_on(base: BaseModel) -> None:
     assert Choice([]).template() == "chat"
     assert Choice([both]).template() == "chat"
     assert Choice([both, plain]).template() == "plain"
-    with pytest.raises(AdapterError, match=r"no common template: plain: plain; chat: chat"):
+    with pytest.raises(TemplateError, match=r"no common template \(plain: plain; chat: chat\)"):
         Choice([plain, chat]).template()
