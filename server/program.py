@@ -14,6 +14,7 @@ from server.arguments import read_arguments
 from server.flag_groups import GROUPS
 from server.settings import Settings
 from server.telemetry.logs import configure_log, configure_start
+from server.telemetry.tracing import start_tracing
 from server.transport.descriptors import raise_descriptor_limit
 from server.transport.ports import ListenError, check_port
 
@@ -50,11 +51,12 @@ def _serve(settings: Settings) -> int:
         raise ListenError(settings.host, settings.port, error) from error
     if settings.keys:
         read_keys(settings.keys)  # what is wrong with it is said at once
+    tracing = start_tracing(settings.otlp_traces_endpoint)
     logger.info("%s %s starts: importing torch and transformers …", PACKAGE, package_version())
     raise_descriptor_limit()
     from server.serving import serve  # noqa: PLC0415  # takes seconds: a person hears first that the server starts
 
-    return serve(settings)
+    return serve(settings, tracing)
 
 
 def _end(_: int, __: FrameType | None) -> None:

@@ -4,17 +4,16 @@ from server.access.exposure import log_exposure
 from server.app import create_app
 from server.loading import load_service
 from server.settings import Settings
-from server.telemetry.tracing import start_tracing
+from server.telemetry.tracing import Tracing
 from server.transport.drain import DrainingServer
 from server.transport.http_config import http_config
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, or until the engine dies; return the exit code.
+def serve(settings: Settings, tracing: Tracing | None) -> int:
+    """Serve until SIGTERM or SIGINT, or until the engine dies; return the exit code. Raises as `load_service`.
 
-    Raises as `load_service`, and `TracingError`.
+    `tracing` is stopped at the end.
     """
-    tracing = start_tracing(settings.otlp_traces_endpoint)
     service = load_service(settings)
     app = create_app(service)
     if tracing:

@@ -64,6 +64,7 @@ REPLIES: dict[str, Any] = {
         "text": " card arrival",
         "adapter": ADAPTERS,
         "merge": {"method": "linear"},
+        "template": None,
         "finish_reason": "stop",
         "usage": USAGE | {"cached_tokens": 0},
         "timings": TIMINGS,
