@@ -137,7 +137,7 @@ class DoneData(Reply):
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
     """None where there is no adapter."""
-    template: Template | None
+    template: Template | None = None
     """How the messages were written; None for a `prompt`."""
     finish_reason: FinishReason
     usage: Usage
@@ -161,7 +161,7 @@ class GenerateReply(Reply):
     text: str
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
-    template: Template | None
+    template: Template | None = None
     """How the messages were written; None for a `prompt`."""
     finish_reason: FinishReason
     usage: Usage

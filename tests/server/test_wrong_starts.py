@@ -29,8 +29,8 @@ from lori.format import PICKLE_FILE, WEIGHTS_FILE, load_adapter
 from lori.loopback import direct_mounts
 from lori.peft_config import peft_fault
 from lori.store import AdapterStore
-from server.__main__ import main as serve
 from server.client import AsyncClient, Client
+from server.program import run as serve
 from server.transport.ports import ListenError
 from tests.server.live import LIMIT_S, REPOSITORY, Live, run_main, start
 from tests.server.office import Office, open_office
@@ -384,9 +384,9 @@ def test_an_import_for_the_wrong_model_names_the_right_one(run: Run, store: Path
 @pytest.fixture
 def run_server(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """Runs `python -m server` in this process, which keeps its log and its signals."""
-    for name in ("configure_log", "raise_descriptor_limit"):
-        monkeypatch.setattr(f"server.__main__.{name}", lambda *_: None)
-    monkeypatch.setattr("server.__main__.signal.signal", lambda *_: None)
+    for name in ("configure_log", "configure_start", "raise_descriptor_limit"):
+        monkeypatch.setattr(f"server.program.{name}", lambda *_: None)
+    monkeypatch.setattr("server.program.signal.signal", lambda *_: None)
     return lambda *flags: run(serve, *flags)
 
 
@@ -431,7 +431,7 @@ def test_a_cache_that_cannot_be_written_names_its_variable(
     assert "set LORI_CACHE to a folder that this user may write" in text
 
 
-def test_the_program_that_is_given_a_lora_s_folder_prints_two_lines(writer_model: Path, store: Path, tmp_path: Path) -> None:
+def test_the_program_that_is_given_a_lora_s_folder_ends_with_two_lines(writer_model: Path, store: Path, tmp_path: Path) -> None:
     """As a process, with all that it prints."""
     process = run_main(tmp_path / "log", "--model", str(writer_model), "--port", "0", "--adapters", str(store / "lora"))
     try:
@@ -439,7 +439,8 @@ def test_the_program_that_is_given_a_lora_s_folder_prints_two_lines(writer_model
     finally:
         process.kill()
         process.wait()
-    first, second = (tmp_path / "log").read_text().splitlines()
+    *start, first, second = (tmp_path / "log").read_text().splitlines()
+    assert all(line.startswith("INFO ") for line in start)
     assert first == f"error: {store / 'lora'} is not a sound adapter:"
     assert LORA.replace("STORE/", f"{store}/") in second
 
@@ -469,14 +470,9 @@ def test_the_installed_program_is_ours_beside_files_of_the_same_names(tmp_path: 
     script.parent.mkdir()
     script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")  # as pip writes it
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    for command, expected in (
-        ([sys.executable, "-m", "server"], (1, "theirs\n")),
-        ([sys.executable, str(script)], (2, "error: there is no flag --prot: did you mean --port?\n")),
-    ):
-        done = subprocess.run(
-            [*command, "--prot", "1"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, done.stderr) == expected
+    command = [sys.executable, str(script), "--prot", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: there is no flag --prot: did you mean --port?\n")
     found = "from importlib.util import find_spec\nprint(*(find_spec(name).origin for name in ('server', 'lori', 'training')))"
     safe = [sys.executable, "-P", "-c", found]
     done = subprocess.run(safe, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
