@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from pydantic import Field, model_validator
 
 from lori.durable import replace_file
@@ -21,6 +22,7 @@ from training.data import DataError, Faults, OnBad, Row, Source, read_rows
 from training.data.source import render
 from training.ending import ended
 
+PROBE = "a prompt to try frames with"
 SYSTEM_PROMPTS = Path(__file__).with_name("system_prompts.txt")
 
 
@@ -37,7 +39,8 @@ class ChatsConfig(CommandLine):
     system_prompts: Path = SYSTEM_PROMPTS
     """A file with a system prompt a line."""
     earlier: list[Source] = Field(default=[])
-    """Answered rows that stand before as earlier turns; those of `data` with an answer may be named, too."""
+    """Answered rows that stand before as earlier turns; those of `data` may be named, too. Conversations among them, and answers
+    that were cut, are left out."""
     system_fraction: float = Field(default=0.5, ge=0, le=1)
     """The share of rows that get a system prompt."""
     earlier_fraction: float = Field(default=0.5, ge=0, le=1)
@@ -71,14 +74,18 @@ def lines_of(file: Path) -> list[str]:
 
 
 def frames_of(file: Path) -> list[str]:
-    """Return the templates in `file`. Raises `DataError` where a line is no JSON string."""
+    """Return the templates in `file`. Raises `DataError` where a line is no JSON string, or no Jinja template with the prompt."""
     frames = []
     for number, line in enumerate(lines_of(file), 1):
         try:
             frame = json.loads(line)
         except ValueError as error:
             raise DataError(f"{file}, line {number} is no JSON string: {error}") from error
-        if not isinstance(frame, str) or "prompt" not in frame:
+        try:
+            has_prompt = isinstance(frame, str) and PROBE in render(frame, {"prompt": PROBE})
+        except TemplateError as error:
+            raise DataError(f"{file}, line {number} is no Jinja template over the prompt: {error}") from error
+        if not has_prompt:
             raise DataError(f"{file}, line {number}: expected a JSON string with {{{{ prompt }}}} in it, found {line[:80]}")
         frames.append(frame)
     return frames
@@ -90,8 +97,11 @@ def chats(config: ChatsConfig) -> list[dict[str, Any]]:
     rng = random.Random(config.seed)
     read = partial(read_rows, faults=faults)
     sources = [read(source, needs="prompt") for source in config.data]
-    earlier = [row for source in config.earlier for row in read(source) if isinstance(row.prompt, str) and not row.truncated]
+    answered = [row for source in config.earlier for row in read(source)]
     faults.settle()
+    earlier = [row for row in answered if isinstance(row.prompt, str) and not row.truncated]
+    if answered and not earlier:
+        raise DataError("--earlier has conversations and cut answers alone, expected prompts with whole answers")
     frames = frames_of(config.frames) if config.frames else []
     systems = lines_of(config.system_prompts)
     written = []

@@ -6,7 +6,7 @@ Shapes: T tokens, N inputs, D outputs, R rank, K kept entries.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -99,7 +99,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, linear: nn.Linear, a: torch.Tensor, scale: float, start: SparseB | None = None) -> None:
         super().__init__()
         self.num_outputs, self.scale, self.linear = linear.out_features, scale, linear
-        self.weight = 1.0
+        self.weight = 1.0  # at 0 the layer is the base's own
         self.a: nn.Parameter | None = None
         a = a.to(linear.weight.device, linear.weight.dtype)
         if isinstance(linear.weight, DTensor):
@@ -108,7 +108,6 @@ class TrainableLinear(nn.Module):
             linear.weight = nn.Parameter(torch.cat([linear.weight.detach(), a]), requires_grad=False)  # (D + R, N)
         self.b: DenseB | MaskedB
         self.put(DenseB(linear.out_features, a.shape[0], start))
-        self.is_active = True
 
     def put(self, b: DenseB | MaskedB) -> None:
         """Puts `b` in the place of the one before, on the device of W."""
@@ -117,7 +116,7 @@ class TrainableLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (…, N) to (…, D)."""
         weight, bias = self.linear.weight, self.linear.bias
-        if not self.is_active:
+        if not self.weight:
             return F.linear(x, weight[: self.num_outputs], bias)
         tokens = x.flatten(0, -2)
         y = F.linear(tokens, weight)
@@ -132,28 +131,21 @@ class TrainableLinear(nn.Module):
 
 @contextmanager
 def at_weight(model: nn.Module, weight: float) -> Iterator[None]:
-    """Inside, the deltas of `model` count `weight` times, as in a merge."""
+    """Inside, the deltas of `model` have this weight, as in a merge; afterwards the one that they had before."""
     layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
+    weights = [layer.weight for layer in layers]
     for layer in layers:
         layer.weight = weight
     try:
         yield
     finally:
-        for layer in layers:
-            layer.weight = 1.0
+        for layer, before in zip(layers, weights, strict=True):
+            layer.weight = before
 
 
-@contextmanager
-def base_alone(model: nn.Module) -> Iterator[None]:
+def base_alone(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, the wrapped layers of `model` give what the base's own gave."""
-    layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
-    for layer in layers:
-        layer.is_active = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.is_active = True
+    return at_weight(model, 0.0)
 
 
 def target_layers(model: PreTrainedModel, targets: Iterable[str]) -> dict[str, nn.Linear]:

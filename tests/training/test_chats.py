@@ -80,6 +80,8 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
         ("{{ prompt }}", "no JSON string"),
         ('"always the same"', "expected a JSON string"),
         ("3", "expected"),
+        ('"{{ prompt }} {{ other }}"', "no Jinja template"),
+        ('"{{ prompt"', "no Jinja template"),
     ],
 )
 def test_frames_that_are_none_are_named(data: Path, tmp_path: Path, content: str, fault: str) -> None:
@@ -94,6 +96,15 @@ def test_bad_rows_are_named_or_left_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.jsonl line 2"):
         chats(config_for(data))
     assert len(chats(config_for(data, on_bad="skip"))) == 1
+
+
+def test_earlier_rows_without_an_answer_are_named(data: Path, tmp_path: Path) -> None:
+    earlier = write(tmp_path / "earlier.jsonl", [{"prompt": "Hello", "completion": " Hi."}, {"prompt": "Why?"}])
+    with pytest.raises(DataError, match=r"earlier\.jsonl line 2"):
+        chats(config_for(data, earlier=[str(earlier)]))
+    write(earlier, [{"prompt": "Hello", "completion": " Hi", "truncated": True}])
+    with pytest.raises(DataError, match="--earlier has conversations and cut answers alone"):
+        chats(config_for(data, earlier=[str(earlier)]))
 
 
 def test_an_output_among_the_inputs_is_refused(data: Path) -> None:

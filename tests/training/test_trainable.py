@@ -62,6 +62,8 @@ def test_at_a_weight_a_delta_counts_so_often_and_afterwards_once() -> None:
         with base_alone(layer):
             base = layer(x)
         with at_weight(layer, 0.25):
+            with base_alone(layer):
+                torch.testing.assert_close(layer(x), base)
             quarter = layer(x)
         torch.testing.assert_close(quarter - base, 0.25 * (whole - base))
         torch.testing.assert_close(layer(x), whole)
