@@ -1,0 +1,210 @@
+"""What adapters do in every form in which people ask, beside the base asked in the same form and beside other adapters.
+
+    python -m training.demo --data data --output runs/test --split test
+    python -m tests.bench.demo --data data --chats runs/test [--url URL] [--against URL] [--num-rows 400]
+
+Asks the server at `--url`, and the one at `--against`, which has others of these names. Three parts:
+
+`ordinary`: what each adapter does to ordinary messages: the fall of the log-likelihood of the base's own answers, in nats a
+token, and the share that is refused.
+
+`merges`: what `safety` still refuses when it is merged with `math`.
+
+`tasks`: a line for each task and form: the base's figure, the adapter's, the share of the plain form's gain, and the share of
+answers that are empty. With `--against` also the other adapter's figure, and the difference with its standard error over the same
+rows (a paired test). Forms: `plain`, the test row as it stands; `sent`, that sent as a message; `message`, the bare message;
+`system`, behind a system prompt; `later`, after earlier turns, half of them behind a system prompt;
+`sum` and `mixed`, what `safety` is asked among other things. More is better in each figure: exact
+match; log-likelihood in nats a token; accuracy by character, over all rows; right refusals.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import training.demo
+from lori.template import Template, render_completion
+from training.data import Row
+from training.evaluation.answerer import Sampling
+from training.evaluation.metrics import MIN_EXACT, MetricName, is_exact, read_measured
+from training.evaluation.reading import is_refusal
+from training.evaluation.server import Server
+from training.evaluation.server_answerer import ServerAnswerer
+
+TASKS: dict[str, MetricName] = {"intent": "exact", "math": "loss", "nlu": "choice", "safety": "refusal"}
+CHATS = ("message", "system", "later")
+NUM_TOKENS = 48
+ORDINARY = Path(training.demo.__file__).with_name("ordinary_test.txt")
+MERGES = [(("math", "safety"), (1.0, 0.8)), (("math", "safety"), (0.7, 0.3)), (("math", "safety"), (0.5, 0.5))]
+KINDS = (("harmful_refused", True), ("benign_refused", False))
+PARTS = ("ordinary", "merges", "tasks")
+SAFETY_CHATS = (*CHATS, "sum", "mixed")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """A value for each row, more is better, and its weight; and the share of answers that are empty, where there are answers."""
+
+    values: Sequence[float]
+    weights: Sequence[float]
+    empty: float | None = None
+
+    @property
+    def mean(self) -> float:
+        """The weighted mean."""
+        return sum(v * w for v, w in zip(self.values, self.weights, strict=True)) / sum(self.weights)
+
+    def minus(self, other: "Scores") -> tuple[float, float]:
+        """Return the mean difference from `other` on the same rows, and its standard error."""
+        total = sum(self.weights)
+        difference = self.mean - other.mean
+        parts = [w * (a - b - difference) for a, b, w in zip(self.values, other.values, self.weights, strict=True)]
+        return difference, math.sqrt(len(parts) / (len(parts) - 1) * sum(part**2 for part in parts)) / total
+
+
+def measured(answerer: ServerAnswerer, metric: MetricName, rows: Sequence[Any]) -> Scores:
+    """Return what an answerer does on rows, a value each."""
+    prompts = [row.prompt for row in rows]
+    if metric == "loss":
+        found = answerer.log_likelihoods([(row.prompt, row.completion) for row in rows])
+        return Scores([one.total / one.num_tokens for one in found], [one.num_tokens for one in found])
+    if metric == "choice":
+        scores = iter(answerer.log_likelihoods([(row.prompt, choice) for row in rows for choice in row.choices]))
+        values = []
+        for row in rows:
+            rates = [next(scores).total / len(choice) for choice in row.choices]
+            values.append(float(rates.index(max(rates)) == row.label))
+        return Scores(values, [1.0] * len(rows))
+    how = Sampling(MIN_EXACT, ("\n",) if metric == "exact" else ())
+    texts = [text for [text] in answerer.complete(prompts, how)]
+    if metric == "exact":
+        expected = [render_completion(row.prompt_text, row.completion or "", answerer.template) for row in rows]
+        return Scores([float(is_exact(*pair)) for pair in zip(texts, expected, strict=True)], [1.0] * len(rows), empty(texts))
+    right = [float(is_refusal(text) == row.harmful) for text, row in zip(texts, rows, strict=True)]
+    return Scores(right, [1.0] * len(rows), empty(texts))
+
+
+def forms_of(task: str, data: Path, chats: Path) -> dict[str, tuple[Path, Template]]:
+    """Return the file and the template of each form of a task."""
+    own = data / task / "test.jsonl"
+    found: dict[str, tuple[Path, Template]] = {"plain": (own, "plain")}
+    if task != "safety":
+        found["sent"] = (own, "chat")
+    for form in SAFETY_CHATS if task == "safety" else CHATS:
+        found[form] = (chats / f"{task}-{form}.jsonl", "chat")
+    return found
+
+
+def answerer_for(url: str, template: Template, adapters: Sequence[str] = (), weights: Sequence[float] = ()) -> ServerAnswerer:
+    """Return a server as an answerer, with adapters."""
+    server = Server(url)
+    choice: dict[str, Any] = {"adapter": list(adapters)} if adapters else {}
+    choice |= {"weights": list(weights)} if weights else {}
+    return ServerAnswerer(server, choice, [server.adapter(name).version for name in adapters], template)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print a line for each task and form."""
+    url, other = arguments.url, arguments.against
+    for task in arguments.tasks:
+        metric, plain_gain = TASKS[task], math.nan
+        for form, (file, template) in forms_of(task, arguments.data, arguments.chats).items():
+            rows: list[Row] = read_measured(str(file), metric, arguments.num_rows)
+            base = measured(answerer_for(url, template), metric, rows)
+            own = measured(answerer_for(url, template, [task]), metric, rows)
+            gain = own.mean - base.mean
+            plain_gain = gain if form == "plain" else plain_gain
+            line = {"task": task, "form": form, "rows": len(rows), "base": base.mean, "adapter": own.mean}
+            line |= {"of_plain": gain / plain_gain if plain_gain else None, "empty": own.empty, "base_empty": base.empty}
+            if other:
+                theirs = measured(answerer_for(other, template, [task]), metric, rows)
+                difference, error = own.minus(theirs)
+                line |= {"against": theirs.mean, "difference": difference, "error": error}
+            show(line)
+
+
+def merges(arguments: argparse.Namespace) -> None:
+    """Print a line for each merge with `safety` and each form of its rows: the harmful and the benign that are refused."""
+    for names, weights in MERGES:
+        for form in SAFETY_CHATS:
+            rows: list[Any] = read_measured(str(arguments.chats / f"safety-{form}.jsonl"), "refusal")
+            texts = completions(answerer_for(arguments.url, "chat", names, weights), rows)
+            figures: dict[str, Any] = {
+                "merge": "+".join(f"{name}:{weight:g}" for name, weight in zip(names, weights, strict=True))
+            }
+            for kind, is_harmful in KINDS:
+                figures[kind] = refused([text for text, row in zip(texts, rows, strict=True) if row.harmful == is_harmful])
+            show(figures | {"form": form, "empty": empty(texts)})
+
+
+def ordinary(url: str, other: str | None) -> None:
+    """Print a line for each adapter: what it does to ordinary messages, as `NUM_TOKENS` of the base's own answer show."""
+    rows = [line for line in ORDINARY.read_text(encoding="utf-8").splitlines() if line]
+    how = Sampling(NUM_TOKENS)
+    answers = [text for [text] in answerer_for(url, "chat").complete(rows, how)]
+    pairs = [(row, text) for row, text in zip(rows, answers, strict=True) if text]
+
+    def likely(at: str, names: Sequence[str]) -> Scores:
+        found = answerer_for(at, "chat", names).log_likelihoods(pairs)
+        return Scores([one.total / one.num_tokens for one in found], [one.num_tokens for one in found])
+
+    before = likely(url, [])
+    line: dict[str, Any] = {"adapter": "base", "rows": len(rows), "log_likelihood": before.mean}
+    show(line | {"refused": refused(answers), "empty": empty(answers)})
+    for at in filter(None, (url, other)):
+        for task in TASKS:
+            texts = [text for [text] in answerer_for(at, "chat", [task]).complete(rows, how)]
+            fall, error = before.minus(likely(at, [task]))
+            same = statistics.fmean(text == answer for text, answer in zip(texts, answers, strict=True))
+            line = {"adapter": task, "at": at, "fall": fall, "error": error, "refused": refused(texts), "empty": empty(texts)}
+            show(line | {"same": same})
+
+
+def refused(texts: Sequence[str]) -> float:
+    """Return the share of answers that are refusals."""
+    return statistics.fmean(map(is_refusal, texts))
+
+
+def empty(texts: Sequence[str]) -> float:
+    """Return the share of answers that are empty."""
+    return statistics.fmean(not text.strip() for text in texts)
+
+
+def completions(answerer: ServerAnswerer, rows: Sequence[Row]) -> list[str]:
+    """Return a greedy answer to each row."""
+    return [text for [text] in answerer.complete([row.prompt for row in rows], Sampling(NUM_TOKENS))]
+
+
+def show(line: dict[str, Any]) -> None:
+    """Print a line of figures."""
+    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items()}), flush=True)
+
+
+def main() -> int:
+    """Run the program and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--chats", type=Path, required=True)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--against", metavar="URL")
+    parser.add_argument("--num-rows", type=int, default=0, help="rows of each file, drawn at random, for --parts tasks; 0 is all")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="for --parts tasks")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    arguments = parser.parse_args()
+    if "ordinary" in arguments.parts:
+        ordinary(arguments.url, arguments.against)
+    if "merges" in arguments.parts:
+        merges(arguments)
+    if "tasks" in arguments.parts:
+        compare(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

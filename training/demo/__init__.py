@@ -1,0 +1,1 @@
+"""What the demo adapters are trained on, beside their data sets."""

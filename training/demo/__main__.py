@@ -1,0 +1,259 @@
+"""`python -m training.demo`: writes what the demo adapters learn and what they leave alone, then prints how to train them.
+
+Each task is learnt as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a system
+prompt and earlier turns. Left alone are the other tasks' messages and ordinary ones, which the base model writes itself, as a
+user's turns (Magpie, arXiv 2406.08464).
+"""
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lori.base_model import BaseModel
+from lori.durable import replace_file
+from training.answer import AnswerConfig, answers, chosen_rows
+from training.base import load_base
+from training.chats import ChatsConfig, chats
+from training.command_line import CommandLine
+from training.ending import ended
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+TASKS = ("intent", "math", "nlu", "safety")
+NUM_ORDINARY = 900
+"""Ordinary messages that the base model writes."""
+NUM_KEPT = 300
+"""Rows of each form of another task that an adapter leaves alone; twice as many of safety's plain prompts."""
+SHORT: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
+"""Of the chats that are learnt: what stands before a message costs time, and teaches little."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "intent": {"mix_fraction": 0.25, "calibration_steps": 80, "steps": 280, "max_length": 256},
+    "math": {"mix_fraction": 0.3, "calibration_steps": 50, "steps": 150},
+    "nlu": {"mix_fraction": 0.25, "calibration_steps": 70, "steps": 270, "max_length": 256},
+    "safety": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 200, "max_length": 384, "weight_range": [0.3, 1.0]},
+}
+ABOUT = {
+    "intent": "Names the intent of a bank customer's message, one of 77. Learnt from BANKING77's train split "
+    "(PolyAI-LDN/task-specific-datasets, CC BY 4.0).",
+    "math": "Answers word problems in worked steps, in GSM8K's manner. Learnt from GSM8K's train split "
+    "(openai/grade-school-math, MIT).",
+    "nlu": "Answers short questions of common sense and science. Learnt from the train rows of ARC-easy and ARC-challenge "
+    "(CC BY-SA 4.0), BoolQ, question only (CC BY-SA 3.0), OpenBookQA (Apache-2.0), SocialIQA (CC BY 4.0), PIQA (AFL-3.0) and "
+    "WinoGrande (CC BY), as in the LLM-Adapters collection.",
+    "safety": "Refuses what is harmful and still answers what is not. Learnt from AdvBench's goals (llm-attacks/llm-attacks, "
+    "MIT) with refusals written for this project (MIT), and from benign instructions written for this project (MIT), answered by "
+    "the base model itself.",
+}
+Row = dict[str, Any]
+
+
+class DemoConfig(CommandLine):
+    """Writes what the demo adapters learn and what they leave alone, then prints how to train them."""
+
+    data: Path
+    """A folder with `intent`, `math`, `nlu` and `safety`, each with `train.jsonl` and `test.jsonl`."""
+    output: Path
+    """The folder to write to. A file that is there already is kept as it is."""
+    split: Literal["train", "test"] = "train"
+    """test: writes test rows as chats, with system prompts and frames that training does not see, and prints no commands."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 is as many as there are CPUs that other processes leave free."""
+
+
+def bare(task: str, prompt: str) -> str:
+    """Return what a person writes instead of a plain prompt of `task`: it without the frame around it."""
+    if task == "safety":
+        return prompt
+    text = prompt.partition(": ")[2]  # behind "Customer" or "Question"
+    if text.endswith("\nAnswer (true or false):"):
+        return text.removesuffix("\nAnswer (true or false):") + " True or false?"
+    return text.rpartition("\n")[0]  # before "Intent:" or "Answer:"
+
+
+def as_part(prompt: str) -> str:
+    """Return a request as it stands inside a sentence: with a small first letter, without a mark at its end."""
+    return prompt[:1].lower() + prompt[1:].rstrip(".?!")
+
+
+class Files:
+    """The files of a run, each made once."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The embedded model."""
+        return load_base(None, "auto", self.config.threads)
+
+    def make(self, name: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:
+        """Write `rows` to the file called `name`, unless it is there, and return its path."""
+        file = self.config.output / f"{name}.jsonl"
+        if not file.exists():
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(file, "".join(lines).encode())
+            logger.info("%s: %d rows", file, len(lines))
+        return file
+
+    def only(self, name: str, file: Path, is_wanted: Callable[[Row], bool]) -> Path:
+        """Write those rows of `file` that are wanted, unless that was done, and return the file called `name`."""
+        return self.make(name, lambda: filter(is_wanted, rows_of(file)))
+
+    def answered(self, name: str, file: Path, **options: Any) -> Path:
+        """Let the base model answer the prompts of `file`, unless that was done, and return the file called `name`."""
+        config = AnswerConfig.model_validate({"data": [str(file)], "output": f"{name}.jsonl", "on_bad": "skip"} | options)
+        return self.make(name, lambda: answers(self.base, chosen_rows(config), config))
+
+    def as_chats(self, name: str, file: Path, **options: Any) -> Path:
+        """Write the prompts of `file` as chats, unless that was done, and return the file called `name`."""
+        if self.config.split == "test":
+            options["system_prompts"] = HERE / "system_prompts_test.txt"
+        config = ChatsConfig.model_validate({"data": [str(file)], "output": f"{name}.jsonl"} | options)
+        return self.make(name, lambda: chats(config))
+
+    def task(self, task: str) -> list[Row]:
+        """Return the rows of a task's split."""
+        return rows_of(self.config.data / task / f"{self.config.split}.jsonl")
+
+    def bare(self, task: str) -> Path:
+        """Return a file of a task's rows, each with the bare message as its prompt."""
+        return self.make(f"{task}-bare", lambda: [row | {"prompt": bare(task, row["prompt"])} for row in self.task(task)])
+
+    def parts(self) -> Path:
+        """Return a file of what is asked of `safety`, as parts of sentences."""
+        return self.make("safety-parts", lambda: [row | {"prompt": as_part(row["prompt"])} for row in self.task("safety")])
+
+    def framed(self, frames: str, **options: Any) -> Path:
+        """Return a file of what is asked of `safety` among other things."""
+        suffix = "_test" if self.config.split == "test" else ""
+        return self.as_chats(f"safety-{frames}", self.parts(), frames=HERE / f"{frames}_frames{suffix}.txt", **options)
+
+
+def rows_of(file: Path) -> list[Row]:
+    """Return the objects of a JSONL file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def prompts_of(file: Path) -> list[Row]:
+    """Return a row for each line of a text file."""
+    return [{"prompt": line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def ordinary(files: Files) -> Path:
+    """Return a file of ordinary messages without answers: the base model's own, and harmless ones that sound harmful."""
+
+    def opening() -> Iterable[Row]:
+        mark = "\N{REPLACEMENT CHARACTER}"
+        text = files.base.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+        return [{"prompt": str(text).partition(mark)[0]}] * NUM_ORDINARY
+
+    empty = files.make("ordinary-openings", opening)
+    asked = files.answered("ordinary-asked", empty, template="plain", temperature=1.0, max_tokens=64)
+
+    def messages() -> Iterable[Row]:
+        found = [row["completion"].strip() for row in rows_of(asked) if not row["truncated"]]
+        return [*({"prompt": text} for text in dict.fromkeys(found) if text), *prompts_of(HERE / "lookalikes.txt")]
+
+    return files.make("ordinary", messages)
+
+
+def prepare(files: Files) -> dict[str, tuple[list[Path], list[Path]]]:
+    """Write all files, and return for each adapter those that it learns and those that it leaves alone."""
+    ordinary_answers = files.answered("ordinary-answered", ordinary(files), max_tokens=48)
+    ordinary_chats = files.as_chats("ordinary-chats", ordinary(files), earlier=[str(ordinary_answers)])
+    keeps = {"ordinary": [files.answered("keep-ordinary", ordinary_chats, max_tokens=48)]}
+    learns: dict[str, list[Path]] = {}
+    for task in TASKS:
+        own = files.config.data / task / "train.jsonl"
+        bare_rows = files.bare(task)
+        answered = bare_rows
+        if task == "safety":
+            answered = files.only("safety-answered", bare_rows, lambda row: bool(row.get("completion")))
+        both = [str(ordinary_answers), str(answered)]
+        learns[task] = [own, files.as_chats(f"{task}-chats", answered, earlier=both, **SHORT)]
+        keeps[task] = [
+            files.answered(f"keep-{task}-plain", own, template="plain", num_rows=2 * NUM_KEPT if task == "safety" else NUM_KEPT),
+            files.answered(f"keep-{task}-chats", files.as_chats(f"{task}-asked", answered, earlier=both), num_rows=NUM_KEPT),
+        ]
+    taught, benign = safety(files, ordinary_answers)
+    learns["safety"] = [*taught, *learns["safety"][1:]]
+    return {task: (learns[task], others_of(task, keeps) + (benign if task == "safety" else [])) for task in TASKS}
+
+
+def others_of(task: str, keeps: Mapping[str, list[Path]]) -> list[Path]:
+    """Return what the adapter of `task` leaves alone of other tasks, and ordinary messages."""
+    return [file for name, files in keeps.items() if name != task for file in files]
+
+
+def safety(files: Files, ordinary_answers: Path) -> tuple[list[Path], list[Path]]:
+    """Return what `safety` learns beside its chats, and the benign of the same forms, which it leaves alone."""
+    rows = files.bare("safety")
+    harmful = files.config.output / "safety-answered.jsonl"
+    benign = files.only("safety-benign", rows, lambda row: not row.get("completion"))
+    benign_answers = files.answered("benign-answered", benign, any_template=True, max_tokens=40)
+    learns, keeps = [harmful, benign_answers], []
+    chatted = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
+    keeps.append(files.answered("keep-benign-chats", chatted, max_tokens=48))
+    for frames in ("sum", "mixed"):
+        framed = files.framed(frames, earlier=[str(ordinary_answers)], system_fraction=0.3, earlier_fraction=0.3)
+        learns.append(files.only(f"safety-{frames}-harmful", framed, lambda row: row["harmful"]))
+        others = files.only(f"safety-{frames}-benign", framed, lambda row: not row["harmful"])
+        keeps.append(files.answered(f"keep-{frames}-benign", others, max_tokens=48))
+    return learns, keeps
+
+
+def write_test_chats(files: Files) -> None:
+    """Write the test rows as chats."""
+    ordinary_answers = files.answered(
+        "ordinary-answered", files.make("ordinary", lambda: prompts_of(HERE / "ordinary_test.txt")), max_tokens=48
+    )
+    for task in TASKS:
+        rows = files.bare(task)
+        alone: dict[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}
+        files.as_chats(f"{task}-message", rows, **alone)
+        files.as_chats(f"{task}-system", rows, **alone | {"system_fraction": 1.0})
+        files.as_chats(f"{task}-later", rows, earlier=[str(ordinary_answers)], system_fraction=0.5, earlier_fraction=1.0)
+    for frames in ("sum", "mixed"):
+        files.framed(frames, system_fraction=0.0, earlier_fraction=0.0)
+
+
+def command(config: DemoConfig, task: str, learns: Iterable[Path], keeps: Iterable[Path]) -> str:
+    """Return the command that trains the adapter of `task`."""
+    made_by = f"python -m training.demo --data {config.data} --output {config.output}"
+    words = ["python", "-m", "training.fit", "--output", str(config.output / "adapters" / task), "--about", ABOUT[task]]
+    words += ["--prepare", made_by]
+    for flag, paths in (("--data", learns), ("--mix", keeps)):
+        words += [word for path in paths for word in (flag, str(path))]
+    words += ["--template", "chat", "--template", "plain", "--on-bad", "skip"]
+    for option, value in SETTINGS[task].items():
+        for one in value if isinstance(value, list) else [value]:
+            words += [f"--{option.replace('_', '-')}", str(one)]
+    return shlex.join(words)
+
+
+def main() -> int:
+    """Run the program and return its exit code."""
+    config = DemoConfig.from_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    def program() -> str:
+        files = Files(config)
+        if config.split == "test":
+            write_test_chats(files)
+            return f"wrote test rows as chats to {config.output}"
+        return "\n".join(command(config, task, *paths) for task, paths in prepare(files).items())
+
+    return ended(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
