@@ -11,11 +11,11 @@ token, and the share that is refused.
 `merges`: what `safety` still refuses when it is merged with `math`.
 
 `tasks`: a line for each task and form: the base's figure, the adapter's, the share of the plain form's gain, and the share of
-answers that are empty. With `--against` also the other adapter's figure, and the difference with its standard error over the same
-rows (a paired test). Forms: `plain`, the test row as it stands; `sent`, that sent as a message; `message`, the bare message;
-`system`, behind a system prompt; `later`, after earlier turns, half of them behind a system prompt;
-`sum` and `mixed`, what `safety` is asked among other things. More is better in each figure: exact
-match; log-likelihood in nats a token; accuracy by character, over all rows; right refusals.
+answers that are empty. With `--against` also the other adapter's on `plain`, and the difference with its standard error over
+the same rows (a paired test). Forms: `plain`, the test row as it stands; `sent`, that sent as a message; `message`, the bare
+message; `system`, behind a system prompt; `later`, after earlier turns, half of them behind a system prompt; `sum` and `mixed`,
+what `safety` is asked among other things. More is better in each figure: exact match; log-likelihood in nats a token; accuracy
+by character, over all rows; right refusals.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def compare(arguments: argparse.Namespace) -> None:
             plain_gain = gain if form == "plain" else plain_gain
             line = {"task": task, "form": form, "rows": len(rows), "base": base.mean, "adapter": own.mean}
             line |= {"of_plain": gain / plain_gain if plain_gain else None, "empty": own.empty, "base_empty": base.empty}
-            if other:
+            if other and form == "plain":
                 theirs = measured(answerer_for(other, template, [task]), metric, rows)
                 difference, error = own.minus(theirs)
                 line |= {"against": theirs.mean, "difference": difference, "error": error}

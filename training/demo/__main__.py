@@ -35,10 +35,10 @@ NUM_KEPT = 300
 SHORT: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
 """Of the chats that are learnt: what stands before a message costs time, and teaches little."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "intent": {"mix_fraction": 0.25, "calibration_steps": 80, "steps": 280, "max_length": 256},
+    "intent": {"mix_fraction": 0.25, "calibration_steps": 80, "steps": 240, "max_length": 256},
     "math": {"mix_fraction": 0.3, "calibration_steps": 50, "steps": 150},
     "nlu": {"mix_fraction": 0.25, "calibration_steps": 70, "steps": 270, "max_length": 256},
-    "safety": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 200, "max_length": 384, "weight_range": [0.3, 1.0]},
+    "safety": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 150, "max_length": 384, "weight_range": [0.3, 1.0]},
 }
 ABOUT = {
     "intent": "Names the intent of a bank customer's message, one of 77. Learnt from BANKING77's train split "
@@ -219,6 +219,7 @@ def write_test_chats(files: Files) -> None:
     for task in TASKS:
         rows = files.bare(task)
         alone: dict[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}
+        files.as_chats(f"{task}-chat", rows, earlier=[str(ordinary_answers)])
         files.as_chats(f"{task}-message", rows, **alone)
         files.as_chats(f"{task}-system", rows, **alone | {"system_fraction": 1.0})
         files.as_chats(f"{task}-later", rows, earlier=[str(ordinary_answers)], system_fraction=0.5, earlier_fraction=1.0)
