@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from lori.config_file import CONFIG_FILE
 from lori.durable import discard, remove_folder, replace_file
 from lori.flags import flag_of
+from lori.threads import use_threads
 from training.arguments import training_arguments
 from training.batches import BatchSize, draw_weights, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
@@ -32,7 +34,7 @@ from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
 
-LOCK, RUN, SECONDS = "lock", "run.json", "seconds.json"
+LOCK, RUN, SECONDS, THREADS = "lock", "run.json", "seconds.json", "threads.json"
 TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
 """What a phase that is over leaves in its folder, the second last."""
 
@@ -83,6 +85,7 @@ class Run:
         with processes().main_process_first():
             if processes().is_main_process:
                 self._open(method)
+        self._use_noted_threads()
         try:
             self._train_all(method)
         finally:
@@ -137,6 +140,7 @@ class Run:
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 discard(path)
+        replace_file(self.folder / THREADS, json.dumps(torch.get_num_threads()).encode())
         replace_file(file, json.dumps(identity).encode())
 
     def _identity(self, method: TrainingMethod) -> dict[str, Any]:
@@ -147,6 +151,12 @@ class Run:
             "the base": method.base.identity.digest,
             "the adapters that it builds on": list(method.parents),
         }
+
+    def _use_noted_threads(self) -> None:
+        """Computes with as many threads as the run began with, where the options leave their number open: sums depend on it."""
+        noted = self.folder / THREADS
+        if not self.config.threads and noted.is_file():
+            use_threads(int(_read(noted)))
 
     def _take(self) -> None:
         try:

@@ -115,7 +115,7 @@ def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place:
         (
             OSError(errno.EROFS, "Read-only file system", "/srv/own/.locks"),
             ConflictError,
-            "may not write or read .*: Read-only file",
+            "may not write or read .*: Read-only file system: mount it to be written, .*LORI_ADAPTERS_MODE=rw",
         ),
         (OSError(errno.EACCES, "Permission denied"), ConflictError, "may not write or read .*: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), StoreError, "failed: No space left on device"),

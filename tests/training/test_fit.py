@@ -403,6 +403,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert digest(tmp_path / "cut") == digest(whole)
 
 
+@pytest.mark.parametrize(("options", "resumed"), [({}, 2), ({"threads": 3}, 3)])
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], resumed: int
+) -> None:
+    """However many CPUs are busy then: sums in another order would be other bytes. Those of --threads are the same anyway."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", **options), 6)
+        torch.set_num_threads(1)
+        done = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True, **options), "command")
+        assert torch.get_num_threads() == resumed
+        assert read_config(done).lori.training["threads"] == resumed
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path, spread: bool) -> None:
     """With DDP, and with the base spread over both by FSDP."""

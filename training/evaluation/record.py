@@ -13,7 +13,8 @@ from training.evaluation.measurement import Measurement
 def record(folder: Path, found: Measurement) -> None:
     """Writes what was found, and how, into the adapter in `folder`. Raises as `read_config` and `write_record`."""
     adapter = read_config(folder)
-    keys = {name: f"{found.who}: {name}" for name in names(found.figures)}
+    form = " (chat)" if found.template == "chat" else ""  # both forms stand in a card, beside each other
+    keys = {name: f"{found.who}: {name}{form}" for name in names(found.figures)}
     changes: dict[str, Any] = {
         "metrics": adapter.lori.metrics | {key: round(found.figures[name], 4) for name, key in keys.items()},
         "measured": adapter.lori.measured | {key: _how(found, name) for name, key in keys.items()},
