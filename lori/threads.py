@@ -17,6 +17,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 CGROUPS = Path("/sys/fs/cgroup")
+STAT = Path("/proc/stat")
 MEMBERSHIP = Path("/proc/self/cgroup")
 VARIABLE = "OMP_NUM_THREADS"
 NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")
@@ -42,8 +43,17 @@ class BackgroundLoad:
 
     def _busy_s(self) -> float:
         times = psutil.cpu_times(percpu=True)
-        own = [times[cpu] for cpu in self._cpus if cpu < len(times)]
-        return sum(sum(cpu) - sum(getattr(cpu, name, 0.0) for name in NOT_BUSY) for cpu in own)
+        own = [cpu for number, cpu in zip(_cpu_numbers(len(times)), times, strict=False) if number in self._cpus]
+        return float(sum(sum(cpu) - sum(getattr(cpu, name, 0.0) for name in NOT_BUSY) for cpu in own))
+
+
+def _cpu_numbers(num_cpus: int) -> list[int]:
+    """Return the numbers of the CPUs of which psutil tells: those that are online, which are not always the first ones."""
+    try:
+        lines = STAT.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return [*range(num_cpus)]  # not Linux
+    return [int(line[3:].split()[0]) for line in lines if line.startswith("cpu") and line[3].isdigit()]
 
 
 @contextmanager

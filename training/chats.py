@@ -85,7 +85,7 @@ def frames_of(file: Path) -> list[str]:
         except ValueError as error:
             raise DataError(f"{file}, line {number} is no JSON string: {error}") from error
         try:
-            has_prompt = isinstance(frame, str) and PROBE in render(frame, {"prompt": PROBE})
+            has_prompt = isinstance(frame, str) and PROBE in _asked(frame, PROBE).content
         except FRAME_ERRORS as error:
             raise DataError(f"{file}, line {number} is no Jinja template over the prompt: {error}") from error
         if not has_prompt:
@@ -113,16 +113,24 @@ def chats(config: ChatsConfig) -> list[dict[str, Any]]:
         for row in chosen:
             asked = [Message(role="user", content=row.prompt)] if isinstance(row.prompt, str) else list(row.prompt)
             if frames:
-                asked[-1] = Message(role="user", content=_framed(row, rng.choice(frames), asked[-1].content))
+                asked[-1] = _framed(row, rng.choice(frames), asked[-1].content)
             before = _before(rng, config, systems, earlier, row, has_system=asked[0].role == "system")
             kept = row.model_dump(exclude={"messages", "template", "prompt"}, exclude_unset=True)
             written.append({"prompt": [m.model_dump() for m in [*before, *asked]], **kept, "template": "chat"})
     return written
 
 
-def _framed(row: Row, frame: str, prompt: str) -> str:
+def _last(row: Row) -> str:
+    return row.prompt if isinstance(row.prompt, str) else row.prompt[-1].content
+
+
+def _asked(frame: str, prompt: str) -> Message:
+    return Message(role="user", content=render(frame, {"prompt": prompt}))
+
+
+def _framed(row: Row, frame: str, prompt: str) -> Message:
     try:
-        return render(frame, {"prompt": prompt})
+        return _asked(frame, prompt)
     except FRAME_ERRORS as error:
         raise DataError(f"{row.origin}: the frame {frame[:80]!r} fails: {error}") from error
 
@@ -139,7 +147,7 @@ def _before(
         for turn in rng.choices(earlier, k=rng.randint(1, config.max_earlier)):
             assert isinstance(turn.prompt, str)
             assert turn.completion is not None
-            if turn.prompt != row.prompt:  # a row that stands before itself teaches to copy
+            if turn.prompt != _last(row):  # a row that stands before itself teaches to copy
                 messages += [
                     Message(role="user", content=turn.prompt),
                     Message(role="assistant", content=turn.completion.strip()),

@@ -102,6 +102,15 @@ def test_no_share_is_no_limit(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 4
 
 
+def test_cpus_that_are_not_online_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of those that are there need not be number 1."""
+    (tmp_path / "stat").write_text("cpu  9 0 0 0\ncpu0 1 0 0 0\ncpu2 1 0 0 0\nintr 5\n")
+    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
+    assert threads._cpu_numbers(2) == [0, 2]
+    (tmp_path / "stat").unlink()
+    assert threads._cpu_numbers(2) == [0, 1]
+
+
 def test_a_block_leaves_the_number_as_it_was() -> None:
     """Whatever was chosen inside."""
     with threads_restored():

@@ -178,6 +178,14 @@ def test_the_base_model_s_folder_means_the_base_model(live: Live, writer_model: 
     assert live.client.get(f"/v1/models/{writer_model}").json()["id"] == "tiny-writer"
 
 
+@pytest.mark.parametrize("model", ["math", "math+safety", "math:0.7+safety:0.3", " math + safety"])
+def test_a_model_that_is_served_is_shown(live: Live, model: str) -> None:
+    """Whatever a request may name, alone or added."""
+    shown = live.client.get(f"/v1/models/{model}").json()
+    assert (shown["id"], shown["parent"]) == (model, "tiny-writer")
+    assert [part.partition("@")[0] for part in shown["root"].split("+")] == ["math", "safety"][: 1 + ("safety" in model)]
+
+
 UNKNOWN = [
     ("Math", "Did you mean 'math'?"),
     ("MATH:0.7", "Did you mean 'math'?"),

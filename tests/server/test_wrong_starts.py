@@ -521,3 +521,12 @@ def test_an_evaluation_asks_this_machine_without_a_proxy(served: Live) -> None:
 )
 def test_other_machines_are_asked_as_the_environment_says(url: str) -> None:
     assert direct_mounts(url) == {}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://0.0.0.0:8000", "http://localhost.:8000", "http://[::ffff:127.0.0.1]:8000", "http://[::]:8000", "http://a.localhost"],
+)
+def test_this_machine_has_many_names(url: str) -> None:
+    """Those that servers print among them."""
+    assert direct_mounts(url)

@@ -83,6 +83,7 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
         ('"{{ prompt }} {{ other }}"', "no Jinja template"),
         ('"{{ prompt"', "no Jinja template"),
         ('"{{ prompt + 1 }}"', "no Jinja template"),
+        ('"\\ud83d {{ prompt }}"', "line 1 .*half of a surrogate"),
         ('"{{ prompt }}"\n\n3', "line 3"),
         ('"{{ prompt }}\u2028"\n3', "line 2"),
     ],
@@ -106,6 +107,11 @@ def test_no_row_stands_before_itself(tmp_path: Path) -> None:
     """It would teach to copy the answer."""
     data = write(tmp_path / "data.jsonl", [{"prompt": f"How much is {i}?", "completion": f" {i}"} for i in range(4)])
     rows = [row for seed in range(20) for row in chats(config_for(data, earlier=[str(data)], earlier_fraction=1, seed=seed))]
+    assert any(len(row["prompt"]) > 3 for row in rows)
+    assert not any(row["prompt"][-1] in row["prompt"][:-1] for row in rows)
+    messages = [{"role": "user", "content": "How much is 1?"}]
+    talks = write(tmp_path / "talks.jsonl", [{"prompt": messages, "completion": " 1"}])
+    rows = [row for seed in range(20) for row in chats(config_for(talks, earlier=[str(data)], earlier_fraction=1, seed=seed))]
     assert any(len(row["prompt"]) > 3 for row in rows)
     assert not any(row["prompt"][-1] in row["prompt"][:-1] for row in rows)
 

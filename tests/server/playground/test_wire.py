@@ -276,6 +276,7 @@ def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fa
     expect(visit.page.locator("#adapters li")).to_have_count(2)
     visit.page.get_by_role("button", name="Forget it").click()
     expect(visit.page.locator("#key-hint")).to_have_text("This server wants a key. It stays in this tab.")
+    expect(visit.page.locator("#adapters li")).to_have_count(0)  # they are no matter of another key's
 
 
 def test_a_server_without_keys_asks_for_none(visiting: Visiting, url: str) -> None:
