@@ -125,7 +125,9 @@ def _last(row: Row) -> str:
 
 
 def _asked(frame: str, prompt: str) -> Message:
-    return Message(role="user", content=render(frame, {"prompt": prompt}))
+    text = render(frame, {"prompt": prompt})
+    text.encode()  # half a surrogate pair is a ValueError of one line
+    return Message(role="user", content=text)
 
 
 def _framed(row: Row, frame: str, prompt: str) -> Message:

@@ -83,7 +83,7 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
         ('"{{ prompt }} {{ other }}"', "no Jinja template"),
         ('"{{ prompt"', "no Jinja template"),
         ('"{{ prompt + 1 }}"', "no Jinja template"),
-        ('"\\ud83d {{ prompt }}"', "line 1 .*half of a surrogate"),
+        ('"\\ud83d {{ prompt }}"', "line 1 .*surrogates not allowed"),
         ('"{{ prompt }}"\n\n3', "line 3"),
         ('"{{ prompt }}\u2028"\n3', "line 2"),
     ],
