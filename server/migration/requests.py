@@ -32,9 +32,9 @@ Hints = tuple[tuple[str, str], ...]
 """Fields of ours with what to say of each; the first of them that the body knows counts. No field: any body."""
 
 RENAMED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("max_new_tokens", "num_predict", "n_predict", "max_output_tokens", "max_length"), ("max_tokens",)),
+    **dict.fromkeys(("max_new_tokens", "num_predict", "n_predict", "max_output_tokens"), ("max_tokens",)),
     **dict.fromkeys(("max_completion_tokens", "max_tokens_to_sample", "max_gen_len"), ("max_tokens",)),
-    **dict.fromkeys(("min_new_tokens", "min_length", "min_predict"), ("min_tokens",)),
+    **dict.fromkeys(("min_new_tokens", "min_predict"), ("min_tokens",)),
     **dict.fromkeys(("inputs", "input", "input_text", "query", "prompts", "text", "content"), ("prompt", "messages")),
     **dict.fromkeys(("input_ids", "prompt_token_ids", "token_ids", "ids"), ("prompt", "tokens")),
     **dict.fromkeys(("conversation", "history", "chat", "turns"), ("messages",)),
@@ -42,7 +42,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("stop_sequences", "stop_strings", "stop_words", "stops", "antiprompt"), ("stop",)),
     **dict.fromkeys(("include_stop_str_in_output", "no_stop_trim"), ("include_stop",)),
     "include_stop": ("include_stop_str_in_output",),
-    **dict.fromkeys(("num_return_sequences", "num_completions", "num_generations", "best_of"), ("n",)),
+    **dict.fromkeys(("num_return_sequences", "num_completions", "num_generations"), ("n",)),
     **dict.fromkeys(("random_seed", "rng_seed"), ("seed",)),
     **dict.fromkeys(("ignore_eos_token", "ban_eos_token"), ("ignore_eos",)),
     **dict.fromkeys(("return_full_text", "return_prompt"), ("echo",)),
@@ -67,6 +67,10 @@ RENAMED: dict[str, tuple[str, ...]] = {
 """What means the same here by another name: the first of ours that the body knows."""
 
 EXPLAINED: dict[str, Hints] = {
+    # how long an answer is, and how many there are
+    "max_length": (("max_tokens", "use 'max_tokens', which counts the answer alone"),),
+    "min_length": (("min_tokens", "use 'min_tokens', which counts the answer alone"),),
+    "best_of": (("n", "use 'n': every answer is returned, none is chosen"),),
     # what an answer has to be
     **dict.fromkeys(("guided_json", "json_schema", "output_schema"), (("grammar", SCHEMA),)),
     "schema": (("json_schema", """use 'json_schema': {"schema": …}"""), ("grammar", SCHEMA)),
