@@ -1,7 +1,8 @@
 """Fields and routes of OpenAI, vLLM, TGI, LoRAX, SGLang, Ollama, llama.cpp and transformers, and what to send here instead.
 
 None of their fields is taken as another spelling of ours: a value is spelled once, and the refusal says how. What our routes take
-as it is, such as vLLM's `min_tokens`, is not here. Each field and route that a text names exists, as a test sees to.
+as it is, such as vLLM's `min_tokens`, is not listed. Every field and route that a text names exists:
+tests/server/migration/test_tables.py.
 """
 
 NOT_HERE = "leave it out: there is no such thing here"
