@@ -19,10 +19,10 @@ HUB_LOGIN = "log in with `hf auth login`, or set the variable HF_TOKEN"
 HUB_CACHE = "set the variable HF_HOME"
 CORS = "use --cors-origins"
 LOG = "each request is one line of the log, see --log-format; --log-prompts adds prompts and answers: leave it out"
-TLS = "put what ends TLS in front of the server"
+TLS = "terminate TLS in a reverse proxy in front of the server"
 IN_REQUESTS = "each request says that itself: leave it out"
 ALWAYS = "it is always so: leave it out"
-NOTHING = "there is no such thing here: leave it out"
+NOTHING = "it is not supported: leave it out"
 
 FLAGS: dict[str, str] = {
     STRAY: "the base model is given as --model NAME",
@@ -63,16 +63,16 @@ FLAGS: dict[str, str] = {
     **dict.fromkeys(("--kv-cache-memory-bytes", "--num-gpu-blocks-override", "--max-kv-size"), "use --kv-cache-gib"),
     **dict.fromkeys(("-tp", "--tp", "--tp-size", "--tensor-parallel-size", "--num-shard", "--sharded"), ONE_DEVICE),
     **dict.fromkeys(("-pp", "--pp", "--pp-size", "--pipeline-parallel-size", "--tensor-split", "--split-mode"), ONE_DEVICE),
-    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers", "--cpu-offload-gb"), "all layers are where --device says"),
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers", "--cpu-offload-gb"), "all layers run on --device"),
     **dict.fromkeys(("-mg", "--main-gpu", "--device-id"), "use --device cuda:N"),
     **dict.fromkeys(("-dp", "--dp", "--dp-size", "--data-parallel-size", "--workers", "--api-server-count"), REPLICAS),
-    "--swap-space": "requests that give up their memory are computed again, not swapped: leave it out",
+    "--swap-space": "preempted requests are recomputed, not swapped: leave it out",
     **dict.fromkeys(("-t", "--num-threads", "--threads-batch", "-tb"), "use --threads"),
     **dict.fromkeys(("-q", "--quantize", "--load-in-8bit"), "use --quantization int8"),
     **dict.fromkeys(("--load-in-4bit", "--load-format"), NOTHING),
     **dict.fromkeys(
         ("--kv-cache-dtype", "--cache-type-k", "--cache-type-v", "-ctk", "-ctv"),
-        "keys and values are as --dtype says: leave it out",
+        "the KV cache has the dtype of --dtype: leave it out",
     ),
     # batches and steps
     **dict.fromkeys(("-np", "--parallel", "--max-num-seqs", "--max-batch-size", "--max-running-requests"), BATCH),

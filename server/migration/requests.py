@@ -5,7 +5,7 @@ as it is, such as vLLM's `min_tokens`, is not listed. Every field and route that
 tests/server/migration/test_tables.py.
 """
 
-NOT_HERE = "leave it out: there is no such thing here"
+NOT_HERE = "leave it out: it is not supported"
 IN_BODY = "its fields stand beside the prompt, in the request itself"
 SCHEMA = """use 'grammar': {"type": "json_schema", "schema": …}"""
 REGEX = """use 'grammar': {"type": "regex", "pattern": …}"""
@@ -14,11 +14,11 @@ CHOICE = """use 'grammar': {"type": "regex", "pattern": "yes|no"}"""
 ANY_GRAMMAR = """use 'grammar' with one of the types 'json_object', 'json_schema', 'regex' and 'lark'"""
 CONTEXT = "leave it out: the context is the model's own, as far as the server's --kv-cache-gib has room for it"
 SYSTEM = """use 'messages', the first with "role": "system" """.rstrip()
-NO_REASONING = "leave it out: no reasoning is told apart from the answer"
+NO_REASONING = "leave it out: reasoning is not separated from the answer"
 NO_TEMPLATE = "leave it out: the chat template is that of the model's tokenizer, and takes no arguments"
-NO_TOOLS = "leave it out: no tools are called here"
-NO_IMAGES = "leave it out: there is text alone"
-NO_SAMPLER = "leave it out: tokens are drawn by 'temperature', 'top_p', 'top_k' and 'min_p'"
+NO_TOOLS = "leave it out: tool calling is not supported"
+NO_IMAGES = "leave it out: only text is supported"
+NO_SAMPLER = "leave it out: sampling is set by 'temperature', 'top_p', 'top_k' and 'min_p'"
 NO_BEAMS = "leave it out: there is no beam search; 'n' draws several answers"
 STOP_TEXT = "use 'stop', with texts"
 NAMED_ADAPTER = """use 'adapter': "math", which the server knows by name: GET /adapters lists them"""
@@ -26,7 +26,7 @@ NAMED_MODEL = """use 'model': "math", or "math:0.7+safety:0.3" for several: GET 
 MERGED = """use 'adapter': ["math", "safety"] with 'weights', 'merge' and 'density'"""
 MERGED_MODEL = """use 'adapters': ["math", "safety"] with 'weights', 'merge' and 'density'"""
 NO_SOURCE = "leave it out: adapters are those of the server's store, by name"
-NO_CACHE_CHOICE = "leave it out: prompts that were computed are always found again, by their tenant alone"
+NO_CACHE_CHOICE = "leave it out: the prefix cache is always on, and private to each tenant"
 ALWAYS_TOLD = "leave it out: the reply has it"
 
 Hints = tuple[tuple[str, str], ...]
@@ -186,7 +186,7 @@ VALUES: dict[tuple[str, type], Hints] = {
     ("tools", list): (("", NO_TOOLS),),
     ("tool_choice", str): (("", NO_TOOLS),),
     ("tool_choice", dict): (("", NO_TOOLS),),
-    ("suffix", str): (("", "leave it out: no text is filled in before one that follows"),),
+    ("suffix", str): (("", "leave it out: fill-in-the-middle is not supported"),),
     ("logit_bias", list): (("", """expected such as {"1234": -100}, by token id"""),),
     ("messages", str): (("", """expected such as [{"role": "user", "content": …}]"""),),
     ("prompt", str): (("adapter", "one request has one prompt; POST /v1/completions takes several"),),
@@ -248,12 +248,10 @@ ABSENT_ROUTES: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score", "/classify", "/pooling"),
-        "no model here ranks or classifies",
+        "reranking and classification are not supported",
     ),
-    **dict.fromkeys(("/infill", "/v1/infill"), "no text is filled in here"),
-    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations"), "there is text alone here"),
-    **dict.fromkeys(
-        ("/v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/assistants", "/v1/threads"), "there is no such thing here"
-    ),
+    **dict.fromkeys(("/infill", "/v1/infill"), "fill-in-the-middle is not supported"),
+    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations"), "only text is supported"),
+    **dict.fromkeys(("/v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/assistants", "/v1/threads"), "it is not supported"),
 }
 """What nothing here does."""
