@@ -197,7 +197,7 @@ VALUES: dict[tuple[str, type], Hints] = {
     ("template", str): (("", "leave it out for the one that the adapter was trained with"),),
     ("continue_final_message", bool): (("", "to continue a text as it stands, send it to POST /v1/completions"),),
 }
-"""What may be sent by a field that is here and there, but in another form: by the field, and the value's type in Python."""
+"""Fields whose name we share with other servers, but not the form of the value; keyed by field and Python type."""
 
 ROUTES: dict[str, str] = {
     # OpenAI's
@@ -240,7 +240,7 @@ ROUTES: dict[str, str] = {
     "/load": "GET /metrics",
     **dict.fromkeys(("/redoc", "/swagger", "/api", "/v1"), "GET /docs"),
 }
-"""By a path in small letters, without a slash at its end."""
+"""By a path in lower case, without a slash at its end."""
 
 ABSENT_ROUTES: dict[str, str] = {
     **dict.fromkeys(
