@@ -338,7 +338,7 @@ def in_parts(folder: Path) -> Path:
 MODELS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no tokenizer": (lambda folder: no_files(folder, "tokenizer.json"), "no tokenizer.json, tokenizer.model, nor vocab.json"),
     "no weights": (lambda folder: no_files(folder, "model.safetensors"), "there are no weights: no model.safetensors"),
-    "a part of the weights": (in_parts, "of its weights model-00002-of-00002.safetensors is missing"),
+    "a part of the weights": (in_parts, "weight files are missing: model-00002-of-00002.safetensors"),
     "no config": (lambda folder: no_files(folder, "config.json"), "there is no "),
 }
 
