@@ -35,7 +35,7 @@ INERT = frozenset(
 """Fields that change nothing once the weights are there: they chose the modules, or began the training."""
 
 SAFE_PATTERN = re.compile(r"(?!.*\)[*+?{])[\w.*+?|^$()\[\]\\-]{1,512}")
-"""Patterns of names: nothing is repeated that itself repeats."""
+"""Module patterns that cannot backtrack exponentially: no repeated group."""
 QUANTIFIER = re.compile(r"[*+?]")
 MAX_QUANTIFIERS = 4
 
@@ -46,7 +46,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII
 NO_LORA = "it cannot be imported, since only plain LoRA adds B A x to a layer's output, as LoRI does"
 """Ends the fault of a PEFT adapter of another type."""
 SWITCHES = frozenset(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"))
-"""Fields that PEFT takes for a wish even where they are empty."""
+"""Fields whose mere presence turns a PEFT variant on, even if empty."""
 
 
 def _known_init(value: bool | str | None) -> bool | str | None:
@@ -60,7 +60,7 @@ def _known_init(value: bool | str | None) -> bool | str | None:
 def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
     for key in pattern or {}:
         if not SAFE_PATTERN.fullmatch(key) or len(QUANTIFIER.findall(key)) > MAX_QUANTIFIERS:
-            raise ValueError(f"{reprlib.repr(key)} is no pattern of module names that is read here: it could take for ever")
+            raise ValueError(f"{reprlib.repr(key)} is not an accepted pattern of module names: matching it could take forever")
         try:
             re.compile(_regex(key))
         except re.error as error:
@@ -127,21 +127,13 @@ def exact(module: str) -> str:
 def parse_peft_config(content: bytes, faults: list[str]) -> PeftConfig | None:
     """Return the config of a PEFT adapter. Adds to `faults` whatever is wrong with it.
 
-    What plain LoRA has not, and would change what the adapter does, is wrong: so is a field that is set and not known.
+    A field that is unknown and set, or that would change what the adapter does, is a fault.
     """
-    if (document := _peft_document(content)) and (fault := _other_type(document)):
-        faults.append(fault)
-        return None
     try:
-        document = from_json(content)
-        if isinstance(document, dict):
-            faults += _unsupported(document)
-        return PeftConfig.model_validate(document)
-    except ValidationError as error:
-        faults += [f"{CONFIG_FILE}: {_place(e['loc'])}: {e['msg']}, found {reprlib.repr(e['input'])}" for e in error.errors()]
+        return _config(from_json(content), faults)
     except ValueError as error:
         faults.append(f"{CONFIG_FILE}: JSON: {error}")
-    return None
+        return None
 
 
 def peft_fault(content: bytes) -> str | None:
@@ -149,12 +141,15 @@ def peft_fault(content: bytes) -> str | None:
 
     None for any other content. The fault is one line, names no path and quotes little of the config.
     """
-    document = _peft_document(content)
-    if document is None:
+    try:
+        document = from_json(content)
+    except ValueError:
+        return None
+    if (kind := _peft_type(document)) is None:
         return None
     faults: list[str] = []
-    parse_peft_config(content, faults)
-    if faults and document["peft_type"] != "LORA":
+    _config(document, faults)
+    if faults and kind != "LORA":
         return faults[0]
     if faults:
         more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
@@ -163,20 +158,25 @@ def peft_fault(content: bytes) -> str | None:
     return f"{CONFIG_FILE}: it is a PEFT LoRA: `{command}` makes an adapter of it in STORE, another folder, which can be served"
 
 
-def _peft_document(content: bytes) -> dict[str, Any] | None:
-    try:
-        document = from_json(content)
-    except ValueError:
+def _config(document: Any, faults: list[str]) -> PeftConfig | None:
+    if (kind := _peft_type(document)) and kind != "LORA":
+        faults.append(f"{CONFIG_FILE}: peft_type is {kind}: {NO_LORA}")
         return None
+    if isinstance(document, dict):
+        faults += _unsupported(document)
+    try:
+        return PeftConfig.model_validate(document)
+    except ValidationError as error:
+        faults += [f"{CONFIG_FILE}: {_place(e['loc'])}: {e['msg']}, found {reprlib.repr(e['input'])}" for e in error.errors()]
+        return None
+
+
+def _peft_type(document: Any) -> str | None:
+    # The adapter's type where the document is a config of PEFT's, and none of ours.
     if not isinstance(document, dict) or "lori" in document:
         return None
     kind = document.get("peft_type")
-    return document if isinstance(kind, str) and PEFT_TYPE.fullmatch(kind) and kind != "LORI" else None
-
-
-def _other_type(document: Mapping[str, Any]) -> str | None:
-    kind = document["peft_type"]
-    return None if kind == "LORA" else f"{CONFIG_FILE}: peft_type is {kind}: {NO_LORA}"
+    return kind if isinstance(kind, str) and PEFT_TYPE.fullmatch(kind) and kind != "LORI" else None
 
 
 def _model_flag(base: object) -> str:
