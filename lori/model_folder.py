@@ -60,7 +60,7 @@ def _weights_fault(folder: Path) -> str | None:
 def _parts(index: Path) -> list[str]:
     try:
         return sorted({str(part) for part in json.loads(index.read_bytes())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what is wrong with it the loader says
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # what is wrong with it the loader says
         return []
 
 

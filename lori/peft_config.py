@@ -7,6 +7,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
@@ -35,9 +36,12 @@ INERT = frozenset(
 """Fields that change nothing once the weights are there: they chose the modules, or began the training."""
 
 SAFE_PATTERN = re.compile(r"(?!.*\)[*+?{])[\w.*+?|^$()\[\]\\-]{1,512}")
-"""Module patterns that cannot backtrack exponentially: no repeated group."""
-QUANTIFIER = re.compile(r"[*+?]")
-MAX_QUANTIFIERS = 4
+"""Module patterns without a repeated group."""
+CHOICE = re.compile(r"[*+?(]")
+"""What may match a text in several ways: repetitions, and groups, of whose alternatives several may fit."""
+MAX_CHOICES, MAX_ALTERNATIVES, MAX_PATTERNS, MAX_ALL_CHOICES = 4, 64, 4096, 256
+"""Choices and alternatives of a pattern; patterns of a config, and their choices together. Python's `re` tries all ways, and
+holds the interpreter's lock meanwhile: (.|.) thirty times would stop the server."""
 
 PEFT_TYPE = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -57,19 +61,30 @@ def _known_init(value: bool | str | None) -> bool | str | None:
     return value
 
 
+def _num_choices(key: str) -> int:
+    return len(CHOICE.findall(key))
+
+
 def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
+    num_patterns, num_choices = len(pattern or {}), sum(map(_num_choices, pattern or {}))
+    if num_patterns > MAX_PATTERNS or num_choices > MAX_ALL_CHOICES:
+        raise ValueError(
+            f"{num_patterns} patterns of module names with {num_choices} groups and repetitions, expected at most {MAX_PATTERNS} "
+            f"with {MAX_ALL_CHOICES}: matching them could take forever"
+        )
     for key in pattern or {}:
-        if not SAFE_PATTERN.fullmatch(key) or len(QUANTIFIER.findall(key)) > MAX_QUANTIFIERS:
+        if not SAFE_PATTERN.fullmatch(key) or _num_choices(key) > MAX_CHOICES or key.count("|") >= MAX_ALTERNATIVES:
             raise ValueError(f"{reprlib.repr(key)} is not an accepted pattern of module names: matching it could take forever")
         try:
-            re.compile(_regex(key))
+            _compiled(key)
         except re.error as error:
             raise ValueError(f"{key!r} is no regular expression: {error}") from error
     return pattern
 
 
-def _regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+@lru_cache(maxsize=2 * MAX_PATTERNS)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 PeftAlpha = Annotated[Alpha, PlainSerializer(lambda alpha: int(alpha) if alpha.is_integer() else alpha, return_type=int | float)]
@@ -114,7 +129,7 @@ def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
     peft/utils/other.py); failing those, the name itself. The order of the file decides, not how much a key matches.
     """
     for key, value in pattern.items():
-        if re.match(_regex(key), module):
+        if _compiled(key).match(module):
             return value
     return pattern.get(module, default)
 

@@ -54,7 +54,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "sampling_seed": ("seed",),
     # of adapters, in lists of them
     **dict.fromkeys(("scale", "strength"), ("weight",)),
-    **dict.fromkeys(("id", "lora_id", "lora_int_id"), ("name",)),
+    **dict.fromkeys(("lora_id", "lora_int_id"), ("name",)),
     "lora_weights": ("weights",),
     "merge_strategy": ("merge",),
     "merge_method": ("merge",),
@@ -100,6 +100,7 @@ EXPLAINED: dict[str, Hints] = {
     "merged_adapters": (("adapters", MERGED_MODEL), ("weights", MERGED)),
     **dict.fromkeys(("adapter_source", "adapter_parameters", "api_token", "majority_sign_method"), (("", NO_SOURCE),)),
     "weight": (("weights", "use 'weights', a list"),),
+    "id": (("role", "leave it out: messages have no ids here"), ("weight", "use 'name'")),
     # TGI's, LoRAX's, Ollama's and SGLang's envelopes
     **dict.fromkeys(("parameters", "options", "sampling_params", "generation_config", "extra_body"), (("", IN_BODY),)),
     # how tokens are drawn

@@ -87,6 +87,13 @@ REFUSED = [
     refused("vLLM", CHAT, {"model_name": "math"}, "use 'model'"),
     refused("here", GENERATE, {"adapters": ["math"]}, "use 'adapter', which takes a list"),
     refused("here", COMPLETIONS, {"adapter": "math"}, "use 'model': \"math\""),
+    refused(
+        "LangChain",
+        CHAT,
+        {"messages": [{"role": "user", "content": "x", "id": "run-1"}]},
+        "messages have no ids here",
+        param="messages.0.id",
+    ),
     refused("here", GENERATE, {"adapter": [{"id": "math", "scale": 1}]}, "use 'name'", "use 'weight'", param="adapter.0.name"),
     refused("LoRAX", CHAT, {"model": ""}, "leave it out for the base model"),
     # envelopes and prompts
