@@ -1,4 +1,4 @@
-"""How Ctrl+C ends a program while it starts: at once, by the signal itself.
+"""Ctrl+C during start-up: SIGINT ends the process at once, without a traceback.
 
 Python's own handler runs between two of its instructions only. An import of torch, or the reading of a model, is one for seconds,
 and the KeyboardInterrupt that comes then is a traceback through the innards of what was imported.
@@ -23,16 +23,16 @@ def end_by_interrupt() -> None:
 def cleaning_up_on_interrupt() -> Iterator[None]:
     """Have SIGINT raise `KeyboardInterrupt` in the block, so that it removes what it has half made; then end by SIGINT.
 
-    Changes nothing unless `end_by_interrupt` holds, and in other threads than the main one.
+    Does nothing outside the main thread, nor where SIGINT has a Python handler, as it has in process 1.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)

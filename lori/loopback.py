@@ -5,13 +5,19 @@ from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether `host`, as a URL has it, is this machine: localhost, a name below it, or a loopback address."""
+    """Say whether `host`, as a URL has it, is this machine: localhost, a name below it, a loopback address, or that of none.
+
+    Who connects to 0.0.0.0 or ::, as servers print what they listen on, reaches this machine.
+    """
+    host = host.removesuffix(".")
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def direct_mounts(url: str) -> dict[str, None]:

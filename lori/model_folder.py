@@ -18,7 +18,7 @@ TOKENIZERS = (
     ("tekken.json",),
     ("*.tiktoken",),
 )
-"""The files of a tokenizer: all of one of these. Without any transformers makes one that knows no word, and says nothing."""
+"""A tokenizer's files: all of one of these. Without any, transformers silently makes a tokenizer with an empty vocabulary."""
 MAX_NAMED = 3
 
 
@@ -29,7 +29,7 @@ def folder_fault(folder: Path) -> str | None:
     if not (folder / MODEL_CONFIG).is_file():
         if (folder / ADAPTER_CONFIG).exists():
             return "it is an adapter and no base model: pass the folder that holds it as --adapters, and its base as --model"
-        return f"{_no(MODEL_CONFIG, folder)}: {_remedy(folder)}"
+        return f"there is no {folder / MODEL_CONFIG}: {_remedy(folder)}"
     fault = _weights_fault(folder)
     return f"{fault}: {_remedy(folder)}" if fault else None
 
@@ -51,7 +51,7 @@ def _weights_fault(folder: Path) -> str | None:
         parts = _parts(folder / INDEX_FILE)
         absent = [part for part in parts if not (folder / part).is_file()]
         more = f" and {len(absent) - MAX_NAMED} more" if absent[MAX_NAMED:] else ""
-        return f"of its weights {', '.join(absent[:MAX_NAMED])}{more} is missing" if absent else None
+        return f"weight files are missing: {', '.join(absent[:MAX_NAMED])}{more}" if absent else None
     if any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         return None
     return f"there are no weights: no {WEIGHTS_FILE}, and no {INDEX_FILE} with its parts"
@@ -60,13 +60,9 @@ def _weights_fault(folder: Path) -> str | None:
 def _parts(index: Path) -> list[str]:
     try:
         return sorted({str(part) for part in json.loads(index.read_bytes())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # what is wrong with it the loader says
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # what is wrong with it the loader says
         return []
 
 
-def _no(file: str, folder: Path) -> str:
-    return f"there is no {folder / file}"
-
-
 def _remedy(folder: Path) -> str:
-    return f"`hf download OWNER/NAME --local-dir {folder}` fetches what a folder lacks of that model"
+    return f"`hf download OWNER/NAME --local-dir {folder}` fetches the missing files"

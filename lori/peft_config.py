@@ -7,6 +7,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
@@ -35,9 +36,12 @@ INERT = frozenset(
 """Fields that change nothing once the weights are there: they chose the modules, or began the training."""
 
 SAFE_PATTERN = re.compile(r"(?!.*\)[*+?{])[\w.*+?|^$()\[\]\\-]{1,512}")
-"""Patterns of names: nothing is repeated that itself repeats."""
-QUANTIFIER = re.compile(r"[*+?]")
-MAX_QUANTIFIERS = 4
+"""Module patterns without a repeated group."""
+CHOICE = re.compile(r"[*+?(]")
+"""What may match a text in several ways: repetitions, and groups, of whose alternatives several may fit."""
+MAX_CHOICES, MAX_ALTERNATIVES, MAX_PATTERNS, MAX_ALL_CHOICES = 4, 64, 4096, 256
+"""Choices and alternatives of a pattern; patterns of a config, and their choices together. Python's `re` tries all ways, and
+holds the interpreter's lock meanwhile: (.|.) thirty times would stop the server."""
 
 PEFT_TYPE = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -46,7 +50,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII
 NO_LORA = "it cannot be imported, since only plain LoRA adds B A x to a layer's output, as LoRI does"
 """Ends the fault of a PEFT adapter of another type."""
 SWITCHES = frozenset(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"))
-"""Fields that PEFT takes for a wish even where they are empty."""
+"""Fields whose mere presence turns a PEFT variant on, even if empty."""
 
 
 def _known_init(value: bool | str | None) -> bool | str | None:
@@ -57,19 +61,30 @@ def _known_init(value: bool | str | None) -> bool | str | None:
     return value
 
 
+def _num_choices(key: str) -> int:
+    return len(CHOICE.findall(key))
+
+
 def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
+    num_patterns, num_choices = len(pattern or {}), sum(map(_num_choices, pattern or {}))
+    if num_patterns > MAX_PATTERNS or num_choices > MAX_ALL_CHOICES:
+        raise ValueError(
+            f"{num_patterns} patterns of module names with {num_choices} groups and repetitions, expected at most {MAX_PATTERNS} "
+            f"with {MAX_ALL_CHOICES}: matching them could take forever"
+        )
     for key in pattern or {}:
-        if not SAFE_PATTERN.fullmatch(key) or len(QUANTIFIER.findall(key)) > MAX_QUANTIFIERS:
-            raise ValueError(f"{reprlib.repr(key)} is no pattern of module names that is read here: it could take for ever")
+        if not SAFE_PATTERN.fullmatch(key) or _num_choices(key) > MAX_CHOICES or key.count("|") >= MAX_ALTERNATIVES:
+            raise ValueError(f"{reprlib.repr(key)} is not an accepted pattern of module names: matching it could take forever")
         try:
-            re.compile(_regex(key))
+            _compiled(key)
         except re.error as error:
             raise ValueError(f"{key!r} is no regular expression: {error}") from error
     return pattern
 
 
-def _regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+@lru_cache(maxsize=2 * MAX_PATTERNS)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 PeftAlpha = Annotated[Alpha, PlainSerializer(lambda alpha: int(alpha) if alpha.is_integer() else alpha, return_type=int | float)]
@@ -114,7 +129,7 @@ def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
     peft/utils/other.py); failing those, the name itself. The order of the file decides, not how much a key matches.
     """
     for key, value in pattern.items():
-        if re.match(_regex(key), module):
+        if _compiled(key).match(module):
             return value
     return pattern.get(module, default)
 
@@ -127,21 +142,13 @@ def exact(module: str) -> str:
 def parse_peft_config(content: bytes, faults: list[str]) -> PeftConfig | None:
     """Return the config of a PEFT adapter. Adds to `faults` whatever is wrong with it.
 
-    What plain LoRA has not, and would change what the adapter does, is wrong: so is a field that is set and not known.
+    A field that is unknown and set, or that would change what the adapter does, is a fault.
     """
-    if (document := _peft_document(content)) and (fault := _other_type(document)):
-        faults.append(fault)
-        return None
     try:
-        document = from_json(content)
-        if isinstance(document, dict):
-            faults += _unsupported(document)
-        return PeftConfig.model_validate(document)
-    except ValidationError as error:
-        faults += [f"{CONFIG_FILE}: {_place(e['loc'])}: {e['msg']}, found {reprlib.repr(e['input'])}" for e in error.errors()]
+        return _config(from_json(content), faults)
     except ValueError as error:
         faults.append(f"{CONFIG_FILE}: JSON: {error}")
-    return None
+        return None
 
 
 def peft_fault(content: bytes) -> str | None:
@@ -149,12 +156,15 @@ def peft_fault(content: bytes) -> str | None:
 
     None for any other content. The fault is one line, names no path and quotes little of the config.
     """
-    document = _peft_document(content)
-    if document is None:
+    try:
+        document = from_json(content)
+    except ValueError:
+        return None
+    if (kind := _peft_type(document)) is None:
         return None
     faults: list[str] = []
-    parse_peft_config(content, faults)
-    if faults and document["peft_type"] != "LORA":
+    _config(document, faults)
+    if faults and kind != "LORA":
         return faults[0]
     if faults:
         more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
@@ -163,20 +173,25 @@ def peft_fault(content: bytes) -> str | None:
     return f"{CONFIG_FILE}: it is a PEFT LoRA: `{command}` makes an adapter of it in STORE, another folder, which can be served"
 
 
-def _peft_document(content: bytes) -> dict[str, Any] | None:
-    try:
-        document = from_json(content)
-    except ValueError:
+def _config(document: Any, faults: list[str]) -> PeftConfig | None:
+    if (kind := _peft_type(document)) and kind != "LORA":
+        faults.append(f"{CONFIG_FILE}: peft_type is {kind}: {NO_LORA}")
         return None
+    if isinstance(document, dict):
+        faults += _unsupported(document)
+    try:
+        return PeftConfig.model_validate(document)
+    except ValidationError as error:
+        faults += [f"{CONFIG_FILE}: {_place(e['loc'])}: {e['msg']}, found {reprlib.repr(e['input'])}" for e in error.errors()]
+        return None
+
+
+def _peft_type(document: Any) -> str | None:
+    # The adapter's type where the document is a config of PEFT's, and none of ours.
     if not isinstance(document, dict) or "lori" in document:
         return None
     kind = document.get("peft_type")
-    return document if isinstance(kind, str) and PEFT_TYPE.fullmatch(kind) and kind != "LORI" else None
-
-
-def _other_type(document: Mapping[str, Any]) -> str | None:
-    kind = document["peft_type"]
-    return None if kind == "LORA" else f"{CONFIG_FILE}: peft_type is {kind}: {NO_LORA}"
+    return kind if isinstance(kind, str) and PEFT_TYPE.fullmatch(kind) and kind != "LORI" else None
 
 
 def _model_flag(base: object) -> str:

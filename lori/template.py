@@ -3,7 +3,7 @@
 `chat` is the base model's own chat template; `plain` is the text as it stands.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 from jinja2 import TemplateError as JinjaError
@@ -39,16 +39,16 @@ class Message(BaseModel):
     content: Text
 
 
-def common_template(learnt: Mapping[str, Sequence[Template]]) -> Template:
-    """Return the template in which messages are written for adapters, by name, that were trained on these.
+def common_template(learnt: Sequence[tuple[str, Sequence[Template]]]) -> Template:
+    """Return the template in which messages are written for adapters: the name of each, and the templates it was trained on.
 
     `chat`, the base's own, where all of them know it, and `plain` where they have only that in common. Raises `TemplateError`
     where they have none.
     """
     for template in get_args(Template):
-        if all(template in templates for templates in learnt.values()):
+        if all(template in templates for _, templates in learnt):
             return cast(Template, template)
-    found = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in learnt.items())
+    found = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in learnt)
     raise TemplateError(f"these adapters were trained on no common template ({found})")
 
 

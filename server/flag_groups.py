@@ -41,8 +41,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "adapter_timeout_s",
         "delete_grace_s",
     ),
-    "who may ask": ("open", "open_metrics", "cors_origins", "allow_host"),
-    "steps of the engine": (
+    "access": ("open", "open_metrics", "cors_origins", "allow_host"),
+    "scheduling": (
         "quantization",
         "block_size",
         "max_batch",
@@ -65,7 +65,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "max_body_s",
         "max_bodies_mib",
     ),
-    "how it ends": ("drain_notice_s", "drain_s"),
+    "shutdown": ("drain_notice_s", "drain_s"),
     "log and traces": ("log_format", "log_prompts", "otlp_traces_endpoint"),
 }
 """Within a heading flags are in the order of the settings' fields."""

@@ -24,6 +24,7 @@ from lori.projection import has_native
 from lori.quantization import Quantization
 from lori.store_url import redacted
 from lori.summary import Summary
+from lori.threads import BackgroundLoad, use_threads, warn_if_busy
 from server.access.key_ring import KeyRing
 from server.access.policy import check_policies
 from server.catalog.files import AdapterFiles
@@ -81,8 +82,8 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     max_isa()  # an unknown one is refused before anything is loaded, on a GPU too
     keys = KeyRing(settings.keys) if settings.keys else None
     own, demo = open_stores(settings)  # what cannot be reached is said before a model is loaded
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
+    load = BackgroundLoad()
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     logger.info("loading %s in %s on %s …", settings.model or EMBEDDED_NAME, _name(dtype), device_name(device))
@@ -102,6 +103,8 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     _reserve(pool, min(int(settings.resident_gib * GIB), _likely_bytes(base, registry, pool, settings.max_resident)))
     max_context = min(base.model.config.get_text_config().max_position_embeddings, num_blocks * settings.block_size)
     check(runner, base.model, expected, max_context, settings.block_size)
+    if not settings.threads and device.type == "cpu":
+        warn_if_busy(load)
     logger.info("timing steps …")
     limits = _limits(settings, base, runner, max_context, num_blocks)
     if device.type == "cuda":  # only now: a step with prompts costs what was measured, which is more than a replayed one does

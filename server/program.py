@@ -8,15 +8,16 @@ from types import FrameType
 from lori.errors import AdapterFormatError, LoriError
 from lori.flags import PACKAGE, package_version
 from lori.printable import printable_lines
-from server.access.exposure import ExposedError, check_exposure
-from server.access.keys import KeyFileError, read_keys
+from server.access.exposure import ExposedError
+from server.access.keys import KeyFileError
 from server.arguments import read_arguments
 from server.flag_groups import GROUPS
 from server.settings import Settings
+from server.start_checks import check_start
 from server.telemetry.logs import configure_log, configure_start
 from server.telemetry.tracing import start_tracing
 from server.transport.descriptors import raise_descriptor_limit
-from server.transport.ports import ListenError, check_port
+from server.transport.ports import ListenError
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +45,7 @@ def run() -> int:
 
 
 def _serve(settings: Settings) -> int:
-    try:
-        check_exposure(settings)
-        check_port(settings.host, settings.port)
-    except OSError as error:
-        raise ListenError(settings.host, settings.port, error) from error
-    if settings.keys:
-        read_keys(settings.keys)  # what is wrong with it is said at once
+    check_start(settings)
     tracing = start_tracing(settings.otlp_traces_endpoint)
     logger.info("%s %s starts: importing torch and transformers …", PACKAGE, package_version())
     raise_descriptor_limit()

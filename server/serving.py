@@ -12,8 +12,16 @@ from server.transport.http_config import http_config
 def serve(settings: Settings, tracing: Tracing | None) -> int:
     """Serve until SIGTERM or SIGINT, or until the engine dies; return the exit code. Raises as `load_service`.
 
-    `tracing` is stopped at the end.
+    `tracing` is stopped at the end, also where something is raised.
     """
+    try:
+        return _serve(settings, tracing)
+    finally:
+        if tracing:
+            tracing.stop()
+
+
+def _serve(settings: Settings, tracing: Tracing | None) -> int:
     service = load_service(settings)
     app = create_app(service)
     if tracing:
@@ -21,6 +29,4 @@ def serve(settings: Settings, tracing: Tracing | None) -> int:
     log_exposure(settings)
     server = DrainingServer(http_config(app, settings), service)
     server.run()
-    if tracing:
-        tracing.stop()
     return 1 if server.has_failed else 0

@@ -88,7 +88,7 @@ class Settings(BaseSettings):
     """int8 keeps the layers' weights in 8 bits: few users hear tokens sooner, many a little later. On a CPU with AVX-512 for
     bfloat16 alone."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is torch's own choice."""
+    """CPU threads; 0 is OMP_NUM_THREADS where that is set, else torch's own choice within the container's CPU limit."""
     resident_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)
     """Memory for the adapters that the kernels can use at once, in GiB; those unused longest make room. As much may take what is
     read for a merge that is no sum, before it is one."""

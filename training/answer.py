@@ -58,7 +58,7 @@ class AnswerConfig(CommandLine):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products: auto, bfloat16 or float32."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is torch's own choice."""
+    """CPU threads; 0 is as many as there are CPUs that other processes leave free."""
 
     @model_validator(mode="after")
     def _keeps_data(self) -> "AnswerConfig":

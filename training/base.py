@@ -1,8 +1,7 @@
 """The base model as the programs of this package load it: on a GPU where there is one, in its best dtype."""
 
-import torch
-
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
+from lori.threads import BackgroundLoad, avoid_busy_cpus, use_threads
 from training.processes import processes
 
 
@@ -11,11 +10,14 @@ def load_base(
 ) -> BaseModel:
     """Returns the base called `name`, see `lori.base_model.load_base_model`, on this process's device.
 
-    `threads` of the CPU are used from now on, or torch's own choice where that is 0. With `is_spread` the weights are spread over
-    the processes of `torchrun`.
+    `threads` of the CPU are used from now on, or as many as there are CPUs that other processes leave free where that is 0. With
+    `is_spread` the weights are spread over the processes of `torchrun`.
     """
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
+    load = BackgroundLoad()
     device = processes().device
     num_processes = int(processes().num_processes) if is_spread else 1
-    return load_base_model(name, resolve_dtype(dtype, device), attention, device, num_processes)
+    base = load_base_model(name, resolve_dtype(dtype, device), attention, device, num_processes)
+    if not threads and device.type == "cpu":
+        avoid_busy_cpus(load)
+    return base

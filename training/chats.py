@@ -23,6 +23,8 @@ from training.data.source import render
 from training.ending import ended
 
 PROBE = "a prompt to try frames with"
+FRAME_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+"""What a Jinja template runs into."""
 SYSTEM_PROMPTS = Path(__file__).with_name("system_prompts.txt")
 
 
@@ -62,12 +64,13 @@ class ChatsConfig(CommandLine):
         return self
 
 
-def lines_of(file: Path) -> list[str]:
-    """Return the lines of a text file that are not empty. Raises `DataError` where there are none."""
+def numbered_lines(file: Path) -> list[tuple[int, str]]:
+    """Return the lines of a text file that are not empty, with their numbers from 1. Raise `DataError` where there are none."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise DataError(f"{file} has no line with text, expected one for each system prompt or frame")
     return lines
@@ -76,14 +79,14 @@ def lines_of(file: Path) -> list[str]:
 def frames_of(file: Path) -> list[str]:
     """Return the templates in `file`. Raises `DataError` where a line is no JSON string, or no Jinja template with the prompt."""
     frames = []
-    for number, line in enumerate(lines_of(file), 1):
+    for number, line in numbered_lines(file):
         try:
             frame = json.loads(line)
         except ValueError as error:
             raise DataError(f"{file}, line {number} is no JSON string: {error}") from error
         try:
-            has_prompt = isinstance(frame, str) and PROBE in render(frame, {"prompt": PROBE})
-        except TemplateError as error:
+            has_prompt = isinstance(frame, str) and PROBE in _asked(frame, PROBE).content
+        except FRAME_ERRORS as error:
             raise DataError(f"{file}, line {number} is no Jinja template over the prompt: {error}") from error
         if not has_prompt:
             raise DataError(f"{file}, line {number}: expected a JSON string with {{{{ prompt }}}} in it, found {line[:80]}")
@@ -103,22 +106,39 @@ def chats(config: ChatsConfig) -> list[dict[str, Any]]:
     if answered and not earlier:
         raise DataError("--earlier has conversations and cut answers alone, expected prompts with whole answers")
     frames = frames_of(config.frames) if config.frames else []
-    systems = lines_of(config.system_prompts)
+    systems = [line for _, line in numbered_lines(config.system_prompts)]
     written = []
     for rows in sources:
         chosen = rng.sample(rows, config.num_rows) if 0 < config.num_rows < len(rows) else rows
         for row in chosen:
             asked = [Message(role="user", content=row.prompt)] if isinstance(row.prompt, str) else list(row.prompt)
             if frames:
-                asked[-1] = Message(role="user", content=render(rng.choice(frames), {"prompt": asked[-1].content}))
-            before = _before(rng, config, systems, earlier, has_system=asked[0].role == "system")
+                asked[-1] = _framed(row, rng.choice(frames), asked[-1].content)
+            before = _before(rng, config, systems, earlier, row, has_system=asked[0].role == "system")
             kept = row.model_dump(exclude={"messages", "template", "prompt"}, exclude_unset=True)
             written.append({"prompt": [m.model_dump() for m in [*before, *asked]], **kept, "template": "chat"})
     return written
 
 
+def _last(row: Row) -> str:
+    return row.prompt if isinstance(row.prompt, str) else row.prompt[-1].content
+
+
+def _asked(frame: str, prompt: str) -> Message:
+    text = render(frame, {"prompt": prompt})
+    text.encode()  # half a surrogate pair is a ValueError of one line
+    return Message(role="user", content=text)
+
+
+def _framed(row: Row, frame: str, prompt: str) -> Message:
+    try:
+        return _asked(frame, prompt)
+    except FRAME_ERRORS as error:
+        raise DataError(f"{row.origin}: the frame {frame[:80]!r} fails: {error}") from error
+
+
 def _before(
-    rng: random.Random, config: ChatsConfig, systems: Sequence[str], earlier: Sequence[Row], *, has_system: bool
+    rng: random.Random, config: ChatsConfig, systems: Sequence[str], earlier: Sequence[Row], row: Row, *, has_system: bool
 ) -> list[Message]:
     if has_system:
         return []
@@ -126,10 +146,14 @@ def _before(
     if rng.random() < config.system_fraction:
         messages.append(Message(role="system", content=rng.choice(systems)))
     if earlier and rng.random() < config.earlier_fraction:
-        for row in rng.choices(earlier, k=rng.randint(1, config.max_earlier)):
-            assert isinstance(row.prompt, str)
-            assert row.completion is not None
-            messages += [Message(role="user", content=row.prompt), Message(role="assistant", content=row.completion.strip())]
+        for turn in rng.choices(earlier, k=rng.randint(1, config.max_earlier)):
+            assert isinstance(turn.prompt, str)
+            assert turn.completion is not None
+            if turn.prompt != _last(row):  # a row that stands before itself teaches to copy
+                messages += [
+                    Message(role="user", content=turn.prompt),
+                    Message(role="assistant", content=turn.completion.strip()),
+                ]
     return messages
 
 

@@ -143,7 +143,7 @@ class FitConfig(CommandLine):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products of the base; B is always trained in fp32."""
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads; 0 is torch's own choice."""
+    """CPU threads; 0 is as many as there are CPUs that other processes leave free, noted for --resume."""
 
     @classmethod
     def overruled(cls, given: Mapping[str, Any], told: Mapping[str, Any]) -> set[str]:

@@ -71,7 +71,7 @@ def loaded(config: EvaluateConfig) -> Iterator[Subject]:
 def _template(config: EvaluateConfig, learnt: Mapping[str, Sequence[Template]]) -> Template:
     """Returns how prompts are written for adapters, by name, that were trained on these; says where that is new to one."""
     if config.form == "messages":
-        return common_template(learnt)
+        return common_template(list(learnt.items()))
     for name, templates in learnt.items():
         if "plain" not in templates:
             said = "%s was trained on the template %s alone, and is measured on prompts as they stand"

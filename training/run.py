@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback
@@ -17,6 +19,7 @@ from transformers import TrainerCallback
 from lori.config_file import CONFIG_FILE
 from lori.durable import discard, remove_folder, replace_file
 from lori.flags import flag_of
+from lori.threads import use_threads
 from training.arguments import training_arguments
 from training.batches import BatchSize, draw_weights, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
@@ -32,9 +35,16 @@ from training.trainer import PhaseTrainer, load_parameters
 
 logger = logging.getLogger(__name__)
 
-LOCK, RUN, SECONDS = "lock", "run.json", "seconds.json"
+LOCK, RUN, SECONDS, THREADS = "lock", "run.json", "seconds.json", "threads.json"
 TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
 """What a phase that is over leaves in its folder, the second last."""
+
+
+class ThreadsNote(BaseModel):
+    """How many processes a run began with, and how many CPU threads each had."""
+
+    processes: int = Field(ge=1)
+    threads: int = Field(ge=1, le=1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,7 @@ class Run:
         with processes().main_process_first():
             if processes().is_main_process:
                 self._open(method)
+        self._use_noted_threads()
         try:
             self._train_all(method)
         finally:
@@ -117,7 +128,7 @@ class Run:
     def _open(self, method: TrainingMethod) -> None:
         file = self.folder / RUN
         identity = self._identity(method)
-        if self.folder.exists() and not file.is_file() and any(path.name != LOCK for path in self.folder.iterdir()):
+        if self.folder.exists() and not file.is_file() and not all(map(_is_of_a_start, self.folder.iterdir())):
             raise DataError(f"{self.folder} is there and is of no run: checkpoints are not put in it")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
@@ -137,6 +148,8 @@ class Run:
         for path in self.folder.iterdir():
             if path.name != LOCK:
                 discard(path)
+        note = {"processes": int(processes().num_processes), "threads": torch.get_num_threads()}
+        replace_file(self.folder / THREADS, json.dumps(note).encode())
         replace_file(file, json.dumps(identity).encode())
 
     def _identity(self, method: TrainingMethod) -> dict[str, Any]:
@@ -147,6 +160,22 @@ class Run:
             "the base": method.base.identity.digest,
             "the adapters that it builds on": list(method.parents),
         }
+
+    def _use_noted_threads(self) -> None:
+        """Compute with as many threads as the run began with: the order of sums depends on it.
+
+        Not where the options name a number, nor where more or fewer processes share the machine now. Raises `DataError`.
+        """
+        noted = self.folder / THREADS
+        if self.config.threads or not noted.is_file():
+            return
+        try:
+            note = ThreadsNote.model_validate(_read(noted))
+        except ValidationError as error:
+            raise DataError(f"{noted} is damaged: remove it, and resume") from error
+        if note.processes == processes().num_processes and note.threads != torch.get_num_threads():
+            logger.info("computing with %d CPU threads, as the run began", note.threads)
+            use_threads(note.threads)
 
     def _take(self) -> None:
         try:
@@ -193,6 +222,11 @@ class Run:
         if self.config.tensorboard:
             callbacks.append(tensorboard(self.config.tensorboard / self.config.output.name / phase.lower()))
         return callbacks
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Say whether `path` is what a start leaves that was cut off before it had written `RUN`."""
+    return path.name in (LOCK, THREADS) or path.name.startswith((f".{RUN}@", f".{THREADS}@"))
 
 
 def _read(file: Path) -> Any:

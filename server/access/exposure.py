@@ -15,7 +15,7 @@ class ExposedError(Exception):
 
 def check_exposure(settings: Settings) -> None:
     """Raises `ExposedError`, and `OSError` where the host is no address and no name."""
-    if not (settings.keys or settings.open or is_loopback(settings.host)):
+    if not (settings.keys or settings.open or is_local_only(settings.host)):
         raise ExposedError(
             f"--host: {settings.host!r} lets other machines in, and there are no keys; pass --keys FILE "
             "(`python -m server.keys FILE --tenant NAME` makes one), or --open where whoever reaches the port may use the server"
@@ -26,7 +26,7 @@ def log_exposure(settings: Settings) -> None:
     """Says in the log who may use the server."""
     if settings.keys:
         logger.info("served on %s to whoever has a key of %s", settings.host, settings.keys)
-    elif is_loopback(settings.host):
+    elif is_local_only(settings.host):
         logger.info(
             "served on %s to whoever is on this machine, without keys (--keys): nobody may change adapters", settings.host
         )
@@ -36,7 +36,7 @@ def log_exposure(settings: Settings) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
+def is_local_only(host: str) -> bool:
     """Says whether only this machine reaches `host`. Raises `OSError` where that is no address and no name."""
     if not host:  # all addresses, to what listens; but not to who looks it up
         return False

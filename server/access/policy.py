@@ -39,7 +39,7 @@ def check_policies(
 
 
 def _idle_patterns(keys: Keys, names: Sequence[str]) -> Iterator[str]:
-    # Of adapters that are to come, or of a slip of the pen.
+    # Patterns of adapters that are to come, or typos.
     for name, tenant in keys.tenants.items():
         for pattern in tenant.allowed:
             if pattern != "*" and not _fits(pattern, names):

@@ -22,7 +22,7 @@ from lori.stored_file import read_source
 from lori.summary import SummaryReader
 from server.catalog.details import AdapterDetails
 from server.catalog.fit import Fit
-from server.catalog.store_errors import told
+from server.catalog.store_errors import MOUNT, told
 from server.engine.adapters.registry import Faulty, Registered
 from server.engine.admission import RefusedError
 from server.errors import ConflictError, StoreError
@@ -30,7 +30,7 @@ from server.errors import ConflictError, StoreError
 logger = logging.getLogger(__name__)
 NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"
 
-PUT_THERE = "let it, or put the adapter's folder there yourself and POST /adapters/NAME/load"
+PUT_THERE = f"{MOUNT}; or put the adapter's folder there yourself and POST /adapters/NAME/load"
 
 
 @dataclass(frozen=True, slots=True)

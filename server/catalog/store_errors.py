@@ -9,6 +9,10 @@ from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, U
 from lori.store import AdapterStore
 from server.errors import ConflictError, StoreError
 
+MOUNT = (
+    "mount it to be written, such as by LORI_ADAPTERS_MODE=rw for docker/compose.yaml, and let it belong to the server's user, "
+    "10001 there"
+)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -28,7 +32,8 @@ def told(*stores: AdapterStore | None) -> Iterator[None]:
     except OSError as error:
         said = error.strerror or type(error).__name__
         if error.errno in FORBIDDEN:
-            raise ConflictError(f"the server may not write or read its adapters' folder: {said}") from error
+            hint = f": {MOUNT}" if error.errno == errno.EROFS else ""
+            raise ConflictError(f"the server may not write or read its adapters' folder: {said}{hint}") from error
         raise StoreError(f"the adapters' folder failed: {said}") from error
 
 

@@ -12,16 +12,17 @@ import anyio
 from lori.flags import PACKAGE, package_version
 from lori.names import EMBEDDED_NAME
 from lori.printable import printable_lines
-from server.access.exposure import ExposedError, check_exposure, log_exposure
-from server.access.keys import KeyFileError, read_keys
+from server.access.exposure import ExposedError, log_exposure
+from server.access.keys import KeyFileError
 from server.arguments import read_arguments
 from server.cluster.environment import prepare_environment
 from server.cluster.settings import ClusterSettings
 from server.cluster.start_error import StartError
 from server.flag_groups import GROUPS
+from server.start_checks import check_start
 from server.telemetry.logs import configure_log, configure_start
 from server.telemetry.tracing import TracingError, start_tracing
-from server.transport.ports import ListenError, check_port
+from server.transport.ports import ListenError
 
 logger = logging.getLogger(__name__)
 OnSignal = Callable[[int, FrameType | None], None]
@@ -49,7 +50,7 @@ def run() -> int:
     except KeyFileError as error:
         print("error: " + "\n".join(error.lines), file=sys.stderr)
         return 1
-    except (StartError, TracingError) as error:
+    except (ListenError, StartError, TracingError) as error:
         print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 1
     return 0
@@ -59,13 +60,7 @@ def _checked() -> ClusterSettings:
     """Returns the settings, when all was checked that each process of Ray's would say after a minute, on many lines."""
     settings = read_arguments(ClusterSettings, GROUPS)
     configure_start(settings.log_format)
-    check_exposure(settings)
-    try:
-        check_port(settings.host, settings.port)
-    except OSError as error:
-        raise StartError(str(ListenError(settings.host, settings.port, error))) from error
-    if settings.keys:
-        read_keys(settings.keys)
+    check_start(settings)
     if tracing := start_tracing(settings.otlp_traces_endpoint):
         tracing.stop()
     return settings

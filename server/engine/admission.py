@@ -263,7 +263,7 @@ class Admission:
     def template_of(self, adapters: Sequence[Summary]) -> Template:
         """Return how a conversation is written for these adapters; for none as for the base. Raises `RefusedError`."""
         try:
-            return common_template({adapter.name: adapter.templates for adapter in adapters})
+            return common_template([(adapter.name, adapter.templates) for adapter in adapters])
         except TemplateError as error:
             raise RefusedError("template", f"is absent, and {error}, expected one here") from error
 

@@ -1,6 +1,6 @@
 """Flags of vLLM, TGI, LoRAX, SGLang and llama.cpp's server, and what to type here instead.
 
-Flags that this server has are not here. Those that the texts name exist, as a test sees to.
+A flag that this server has is not listed. Every flag that a text names exists: tests/server/migration/test_tables.py.
 """
 
 from lori.flags import STRAY
@@ -18,11 +18,11 @@ RESIDENT = "use --max-resident, and --resident-gib for their memory"
 HUB_LOGIN = "log in with `hf auth login`, or set the variable HF_TOKEN"
 HUB_CACHE = "set the variable HF_HOME"
 CORS = "use --cors-origins"
-LOG = "every request is a line of the log, as --log-format says: leave it out"
-TLS = "put what ends TLS in front of the server"
+LOG = "each request is one line of the log, see --log-format; --log-prompts adds prompts and answers: leave it out"
+TLS = "terminate TLS in a reverse proxy in front of the server"
 IN_REQUESTS = "each request says that itself: leave it out"
 ALWAYS = "it is always so: leave it out"
-NOTHING = "there is no such thing here: leave it out"
+NOTHING = "it is not supported: leave it out"
 
 FLAGS: dict[str, str] = {
     STRAY: "the base model is given as --model NAME",
@@ -63,16 +63,16 @@ FLAGS: dict[str, str] = {
     **dict.fromkeys(("--kv-cache-memory-bytes", "--num-gpu-blocks-override", "--max-kv-size"), "use --kv-cache-gib"),
     **dict.fromkeys(("-tp", "--tp", "--tp-size", "--tensor-parallel-size", "--num-shard", "--sharded"), ONE_DEVICE),
     **dict.fromkeys(("-pp", "--pp", "--pp-size", "--pipeline-parallel-size", "--tensor-split", "--split-mode"), ONE_DEVICE),
-    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers", "--cpu-offload-gb"), "all layers are where --device says"),
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers", "--cpu-offload-gb"), "all layers run on --device"),
     **dict.fromkeys(("-mg", "--main-gpu", "--device-id"), "use --device cuda:N"),
     **dict.fromkeys(("-dp", "--dp", "--dp-size", "--data-parallel-size", "--workers", "--api-server-count"), REPLICAS),
-    "--swap-space": "requests that give up their memory are computed again, not swapped: leave it out",
+    "--swap-space": "preempted requests are recomputed, not swapped: leave it out",
     **dict.fromkeys(("-t", "--num-threads", "--threads-batch", "-tb"), "use --threads"),
     **dict.fromkeys(("-q", "--quantize", "--load-in-8bit"), "use --quantization int8"),
     **dict.fromkeys(("--load-in-4bit", "--load-format"), NOTHING),
     **dict.fromkeys(
         ("--kv-cache-dtype", "--cache-type-k", "--cache-type-v", "-ctk", "-ctv"),
-        "keys and values are as --dtype says: leave it out",
+        "the KV cache has the dtype of --dtype: leave it out",
     ),
     # batches and steps
     **dict.fromkeys(("-np", "--parallel", "--max-num-seqs", "--max-batch-size", "--max-running-requests"), BATCH),
@@ -81,12 +81,15 @@ FLAGS: dict[str, str] = {
     **dict.fromkeys(("--max-concurrent-requests", "--max-queue-size"), "use --max-requests"),
     **dict.fromkeys(("--enable-prefix-caching", "--enable-chunked-prefill", "--cont-batching", "-cb", "--cache-prompt"), ALWAYS),
     **dict.fromkeys(("--no-enable-prefix-caching", "--disable-radix-cache", "--enforce-eager", "--flash-attn", "-fa"), NOTHING),
-    **dict.fromkeys(("--scheduling-policy", "--waiting-served-ratio", "--max-best-of", "--max-stop-sequences"), NOTHING),
+    "--scheduling-policy": "each request may have a 'priority', as far as its key allows: leave it out",
+    **dict.fromkeys(("--waiting-served-ratio", "--max-best-of", "--max-stop-sequences"), NOTHING),
     **dict.fromkeys(("--speculative-config", "--speculative-model", "--num-speculative-tokens", "--speculate"), NOTHING),
     **dict.fromkeys(
         ("-md", "--model-draft", "--mlock", "--no-mmap", "--numa", "--max-logprobs", "--max-client-batch-size"), NOTHING
     ),
-    **dict.fromkeys(("-to", "--timeout"), "use --max-request-s"),
+    **dict.fromkeys(
+        ("-to", "--timeout"), "use --max-request-s for a whole request, --max-unread-s for a client that reads nothing"
+    ),
     # requests
     **dict.fromkeys(("-n", "--predict", "--n-predict", "--max-new-tokens", "--temp", "--temperature", "--top-p"), IN_REQUESTS),
     **dict.fromkeys(

@@ -24,7 +24,8 @@ def unknown_model(model: str, error: UnknownAdapterError, base_model: str, is_kn
     elif is_whole:
         hint = f"There are the base model {base_model!r}" + (f" and the adapters {error.listed}." if error.listed else " alone.")
     else:
-        hint = f"T{str(error)[1:]}"
+        text = str(error)
+        hint = text[:1].upper() + text[1:]
     return UnknownModelError(model, hint)
 
 

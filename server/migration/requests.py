@@ -1,10 +1,11 @@
 """Fields and routes of OpenAI, vLLM, TGI, LoRAX, SGLang, Ollama, llama.cpp and transformers, and what to send here instead.
 
 None of their fields is taken as another spelling of ours: a value is spelled once, and the refusal says how. What our routes take
-as it is, such as vLLM's `min_tokens`, is not here. Each field and route that a text names exists, as a test sees to.
+as it is, such as vLLM's `min_tokens`, is not listed. Every field and route that a text names exists:
+tests/server/migration/test_tables.py.
 """
 
-NOT_HERE = "leave it out: there is no such thing here"
+NOT_HERE = "leave it out: it is not supported"
 IN_BODY = "its fields stand beside the prompt, in the request itself"
 SCHEMA = """use 'grammar': {"type": "json_schema", "schema": …}"""
 REGEX = """use 'grammar': {"type": "regex", "pattern": …}"""
@@ -13,11 +14,11 @@ CHOICE = """use 'grammar': {"type": "regex", "pattern": "yes|no"}"""
 ANY_GRAMMAR = """use 'grammar' with one of the types 'json_object', 'json_schema', 'regex' and 'lark'"""
 CONTEXT = "leave it out: the context is the model's own, as far as the server's --kv-cache-gib has room for it"
 SYSTEM = """use 'messages', the first with "role": "system" """.rstrip()
-NO_REASONING = "leave it out: no reasoning is told apart from the answer"
+NO_REASONING = "leave it out: reasoning is not separated from the answer"
 NO_TEMPLATE = "leave it out: the chat template is that of the model's tokenizer, and takes no arguments"
-NO_TOOLS = "leave it out: no tools are called here"
-NO_IMAGES = "leave it out: there is text alone"
-NO_SAMPLER = "leave it out: tokens are drawn by 'temperature', 'top_p', 'top_k' and 'min_p'"
+NO_TOOLS = "leave it out: tool calling is not supported"
+NO_IMAGES = "leave it out: only text is supported"
+NO_SAMPLER = "leave it out: sampling is set by 'temperature', 'top_p', 'top_k' and 'min_p'"
 NO_BEAMS = "leave it out: there is no beam search; 'n' draws several answers"
 STOP_TEXT = "use 'stop', with texts"
 NAMED_ADAPTER = """use 'adapter': "math", which the server knows by name: GET /adapters lists them"""
@@ -25,16 +26,16 @@ NAMED_MODEL = """use 'model': "math", or "math:0.7+safety:0.3" for several: GET 
 MERGED = """use 'adapter': ["math", "safety"] with 'weights', 'merge' and 'density'"""
 MERGED_MODEL = """use 'adapters': ["math", "safety"] with 'weights', 'merge' and 'density'"""
 NO_SOURCE = "leave it out: adapters are those of the server's store, by name"
-NO_CACHE_CHOICE = "leave it out: prompts that were computed are always found again, by their tenant alone"
+NO_CACHE_CHOICE = "leave it out: the prefix cache is always on, and private to each tenant"
 ALWAYS_TOLD = "leave it out: the reply has it"
 
 Hints = tuple[tuple[str, str], ...]
 """Fields of ours with what to say of each; the first of them that the body knows counts. No field: any body."""
 
 RENAMED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("max_new_tokens", "num_predict", "n_predict", "max_output_tokens", "max_length"), ("max_tokens",)),
+    **dict.fromkeys(("max_new_tokens", "num_predict", "n_predict", "max_output_tokens"), ("max_tokens",)),
     **dict.fromkeys(("max_completion_tokens", "max_tokens_to_sample", "max_gen_len"), ("max_tokens",)),
-    **dict.fromkeys(("min_new_tokens", "min_length", "min_predict"), ("min_tokens",)),
+    **dict.fromkeys(("min_new_tokens", "min_predict"), ("min_tokens",)),
     **dict.fromkeys(("inputs", "input", "input_text", "query", "prompts", "text", "content"), ("prompt", "messages")),
     **dict.fromkeys(("input_ids", "prompt_token_ids", "token_ids", "ids"), ("prompt", "tokens")),
     **dict.fromkeys(("conversation", "history", "chat", "turns"), ("messages",)),
@@ -42,7 +43,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("stop_sequences", "stop_strings", "stop_words", "stops", "antiprompt"), ("stop",)),
     **dict.fromkeys(("include_stop_str_in_output", "no_stop_trim"), ("include_stop",)),
     "include_stop": ("include_stop_str_in_output",),
-    **dict.fromkeys(("num_return_sequences", "num_completions", "num_generations", "best_of"), ("n",)),
+    **dict.fromkeys(("num_return_sequences", "num_completions", "num_generations"), ("n",)),
     **dict.fromkeys(("random_seed", "rng_seed"), ("seed",)),
     **dict.fromkeys(("ignore_eos_token", "ban_eos_token"), ("ignore_eos",)),
     **dict.fromkeys(("return_full_text", "return_prompt"), ("echo",)),
@@ -53,7 +54,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "sampling_seed": ("seed",),
     # of adapters, in lists of them
     **dict.fromkeys(("scale", "strength"), ("weight",)),
-    **dict.fromkeys(("id", "lora_id", "lora_int_id"), ("name",)),
+    **dict.fromkeys(("lora_id", "lora_int_id"), ("name",)),
     "lora_weights": ("weights",),
     "merge_strategy": ("merge",),
     "merge_method": ("merge",),
@@ -67,6 +68,10 @@ RENAMED: dict[str, tuple[str, ...]] = {
 """What means the same here by another name: the first of ours that the body knows."""
 
 EXPLAINED: dict[str, Hints] = {
+    # how long an answer is, and how many there are
+    "max_length": (("max_tokens", "use 'max_tokens', which counts the answer alone"),),
+    "min_length": (("min_tokens", "use 'min_tokens', which counts the answer alone"),),
+    "best_of": (("n", "use 'n': every answer is returned, none is chosen"),),
     # what an answer has to be
     **dict.fromkeys(("guided_json", "json_schema", "output_schema"), (("grammar", SCHEMA),)),
     "schema": (("json_schema", """use 'json_schema': {"schema": …}"""), ("grammar", SCHEMA)),
@@ -95,6 +100,7 @@ EXPLAINED: dict[str, Hints] = {
     "merged_adapters": (("adapters", MERGED_MODEL), ("weights", MERGED)),
     **dict.fromkeys(("adapter_source", "adapter_parameters", "api_token", "majority_sign_method"), (("", NO_SOURCE),)),
     "weight": (("weights", "use 'weights', a list"),),
+    "id": (("role", "leave it out: messages have no ids here"), ("weight", "use 'name'")),
     # TGI's, LoRAX's, Ollama's and SGLang's envelopes
     **dict.fromkeys(("parameters", "options", "sampling_params", "generation_config", "extra_body"), (("", IN_BODY),)),
     # how tokens are drawn
@@ -181,7 +187,7 @@ VALUES: dict[tuple[str, type], Hints] = {
     ("tools", list): (("", NO_TOOLS),),
     ("tool_choice", str): (("", NO_TOOLS),),
     ("tool_choice", dict): (("", NO_TOOLS),),
-    ("suffix", str): (("", "leave it out: no text is filled in before one that follows"),),
+    ("suffix", str): (("", "leave it out: fill-in-the-middle is not supported"),),
     ("logit_bias", list): (("", """expected such as {"1234": -100}, by token id"""),),
     ("messages", str): (("", """expected such as [{"role": "user", "content": …}]"""),),
     ("prompt", str): (("adapter", "one request has one prompt; POST /v1/completions takes several"),),
@@ -192,7 +198,7 @@ VALUES: dict[tuple[str, type], Hints] = {
     ("template", str): (("", "leave it out for the one that the adapter was trained with"),),
     ("continue_final_message", bool): (("", "to continue a text as it stands, send it to POST /v1/completions"),),
 }
-"""What may be sent by a field that is here and there, but in another form: by the field, and the value's type in Python."""
+"""Fields whose name we share with other servers, but not the form of the value; keyed by field and Python type."""
 
 ROUTES: dict[str, str] = {
     # OpenAI's
@@ -235,7 +241,7 @@ ROUTES: dict[str, str] = {
     "/load": "GET /metrics",
     **dict.fromkeys(("/redoc", "/swagger", "/api", "/v1"), "GET /docs"),
 }
-"""By a path in small letters, without a slash at its end."""
+"""By a path in lower case, without a slash at its end."""
 
 ABSENT_ROUTES: dict[str, str] = {
     **dict.fromkeys(
@@ -243,12 +249,10 @@ ABSENT_ROUTES: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("/rerank", "/v1/rerank", "/v2/rerank", "/score", "/v1/score", "/classify", "/pooling"),
-        "no model here ranks or classifies",
+        "reranking and classification are not supported",
     ),
-    **dict.fromkeys(("/infill", "/v1/infill"), "no text is filled in here"),
-    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations"), "there is text alone here"),
-    **dict.fromkeys(
-        ("/v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/assistants", "/v1/threads"), "there is no such thing here"
-    ),
+    **dict.fromkeys(("/infill", "/v1/infill"), "fill-in-the-middle is not supported"),
+    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations"), "only text is supported"),
+    **dict.fromkeys(("/v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/assistants", "/v1/threads"), "it is not supported"),
 }
 """What nothing here does."""

@@ -12,8 +12,9 @@ from lori.names import MISSPELT, near_names
 from server.migration.requests import ABSENT_ROUTES, EXPLAINED, RENAMED, ROUTES, VALUES, Hints
 
 MAX_NAME = 64
-"""Characters of a field's name that is looked up: longer ones are nobody's slip of the pen."""
+"""Characters of a field's name that is looked up: longer ones are nobody's typo."""
 MAX_PATH = 200
+"""Characters of a path that are shown and looked up."""
 MAX_LISTED = 8
 """Fields of a body with so few that they are all told."""
 NAMED_ROUTE = re.compile(r"\b(GET|POST|PUT|DELETE) (/[^\s,;]*)")
@@ -29,7 +30,7 @@ def fields_at(body: Any, places: Sequence[Place]) -> frozenset[str]:
     models = frozenset(_models(body))
     for place in places:
         # Places hold the branches of unions and the numbers of elements, too.
-        if inner := [of for model in models for name, of in _fields(model).items() if name == place]:
+        if inner := [annotation for model in models for name, annotation in _fields(model).items() if name == place]:
             models = frozenset(model for annotation in inner for model in _models(annotation))
     return frozenset(name for model in models for name in _fields(model))
 
@@ -73,7 +74,7 @@ def value_hint(field: str, value: object, body: Any) -> str:
 
 
 def _first(hints: Hints, known: frozenset[str]) -> str:
-    return next((said for field, said in hints if not field or field in known), "")
+    return next((text for field, text in hints if not field or field in known), "")
 
 
 def _separated(hint: str) -> str:
@@ -91,15 +92,16 @@ def _route_hint(method: str, path: str, routes: Sequence[Route]) -> str:
         return absent
     if hint := ROUTES.get(path):
         return f"did you mean {hint}?"
-    paths = sorted({of for _, of in routes}, key=len, reverse=True)
+    paths = sorted({route_path for _, route_path in routes}, key=len, reverse=True)
     # A base URL with a part too many, or too few.
-    near = [of for of in paths if path.endswith(of) or of.endswith(path or "/")][:1] or near_names(path, paths, MISSPELT)[:1]
+    near = [route_path for route_path in paths if path.endswith(route_path) or route_path.endswith(path or "/")][:1]
+    near = near or near_names(path, paths, MISSPELT)[:1]
     if not near:
         return "/docs lists those that there are"
-    methods = [of for of, at in routes if at == near[0]]
+    methods = [route_method for route_method, route_path in routes if route_path == near[0]]
     return f"did you mean {method if method in methods else methods[0]} {near[0]}?"
 
 
 def routes_in(text: str) -> list[Route]:
     """Return the routes that a hint names."""
-    return [(found[1], found[2]) for found in NAMED_ROUTE.finditer(text)]
+    return [(match[1], match[2]) for match in NAMED_ROUTE.finditer(text)]

@@ -1,18 +1,17 @@
 """GET /v1/models: the base model, and every adapter as a model on it. Translates only."""
 
 import time
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 from fastapi.responses import Response
-from starlette.concurrency import run_in_threadpool
 
 from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import FaultyAdapterError, MayUse, unknown
-from server.errors import FieldError
-from server.model_names import is_base
+from server.engine.adapters.resolution import MayUse
+from server.model_names import is_base, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
-from server.routes.references import explained_model
+from server.routes.references import find_model
 from server.schemas.openai import ModelCard, ModelList
 from server.service import Service
 
@@ -27,23 +26,18 @@ async def models(service: ServiceOf, caller: CallerOf) -> Response:
     return Response(content, media_type="application/json")
 
 
-@router.get("/v1/models/{model:path}", responses=refusals(404))
+@router.get("/v1/models/{model:path}", responses=refusals(400, 404))
 async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
-    """Returns one of them."""
+    """Returns one of them, or what `model` means where it names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
-    found, is_allowed = service.registry.by_name.get(model), caller.may_use(model)
-    if found is not None and is_allowed:
-        return _card(service, found)
-    error = await run_in_threadpool(unknown, service.registry, model, caller.may_use)
-    if isinstance(error, FaultyAdapterError):
-        raise FieldError("model", error)
-    raise explained_model(service, caller, model, error)
+    found = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
+    return _card(service, found).model_copy(update={"id": model})
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
     adapters = (of for name, of in service.registry.by_name.items() if may_use(name))
-    return ModelList(data=[_base(service), *(_card(service, of) for of in adapters)]).model_dump_json().encode()
+    return ModelList(data=[_base(service), *(_card(service, [of]) for of in adapters)]).model_dump_json().encode()
 
 
 def _base(service: Service) -> ModelCard:
@@ -51,11 +45,11 @@ def _base(service: Service) -> ModelCard:
     return ModelCard(id=name, created=STARTED, root=name, parent=None, max_model_len=service.admission.max_context)
 
 
-def _card(service: Service, of: Registered) -> ModelCard:
+def _card(service: Service, adapters: Sequence[Registered]) -> ModelCard:
     return ModelCard(
-        id=of.summary.name,
+        id="+".join(of.summary.name for of in adapters),
         created=STARTED,
-        root=f"{of.summary.name}@{of.summary.version}",
+        root="+".join(f"{of.summary.name}@{of.summary.version}" for of in adapters),
         parent=service.base_model,
         max_model_len=service.admission.max_context,
     )

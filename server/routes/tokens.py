@@ -23,14 +23,13 @@ router = APIRouter(route_class=JsonRoute)
 
 @router.post("/tokenize", response_model=TokenizeReply)
 async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
-    """Returns the tokens of a text or of a conversation."""
+    """Return the tokens of a text or of a conversation."""
+    prompt = _prompt(body)
 
     def reply(adapters: Sequence[Summary]) -> TokenizeReply:
         admission = service.admission
         template = None if body.messages is None else body.template or admission.template_of(adapters)
-        ids = token_ids(
-            admission.tokenizer, _prompt(body), admission.countable, template, add_special_tokens=body.add_special_tokens
-        )
+        ids = token_ids(admission.tokenizer, prompt, admission.countable, template, add_special_tokens=body.add_special_tokens)
         return TokenizeReply(
             count=len(ids),
             max_model_len=admission.max_context,
@@ -39,12 +38,12 @@ async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> 
             token_strs=token_texts(admission.tokenizer, ids) if body.return_token_strs else None,
         )
 
-    return await _answer(body.model, service, caller, reply, size_of(_prompt(body)))
+    return await _answer(body.model, service, caller, reply, size_of(prompt))
 
 
 @router.post("/detokenize", response_model=DetokenizeReply)
 async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf) -> Response:
-    """Returns the text of tokens."""
+    """Return the text of tokens."""
     tokenizer = service.admission.tokenizer
     return await _answer(
         body.model, service, caller, lambda _: DetokenizeReply(prompt=text_of(tokenizer, body.tokens)), len(body.tokens)

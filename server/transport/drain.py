@@ -48,7 +48,7 @@ class DrainingServer(uvicorn.Server):
         self._service, self._settings = service, service.settings
         self._waiting = Waiting(self)
         self.server_state = BoundedState(connection_room(self._settings.max_connections), self._waiting)
-        self._has_notice = True
+        self._has_notice, self._has_signal = True, False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens, and says so in the last line of the start; what is accepted has the options of the socket that listens."""
@@ -70,9 +70,10 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's signature
         """Begins to end, or ends."""
-        if self.should_exit:
+        if self._has_signal:
             logger.warning("ended at once by a second signal")
             os._exit(1)
+        self._has_signal = True
         self._has_notice = sig != signal.SIGINT
         self._service.is_draining = self.should_exit = True
 

@@ -86,11 +86,11 @@ def test_the_image_runs_as_a_user_who_owns_the_cache() -> None:
     last = DOCKERFILE.rpartition("\nFROM ")[2]
     assert "--uid 10001" in last
     assert re.findall(r"^USER (\w+)$", last, re.MULTILINE) == ["lori"]
-    assert "install --directory --owner lori /cache" in last
+    assert "install --directory --owner lori /adapters /cache" in last
     for variable in ("HF_HOME", "TRITON_CACHE_DIR", "LORI_ADAPTER_CACHE"):
         assert f" {variable}=/cache/" in last
     assert mounts(SERVER)["/cache"] in MAIN["volumes"]
-    assert any(volume.endswith(":/adapters:ro") for volume in SERVER["volumes"])
+    assert any(volume.endswith(":/adapters:${LORI_ADAPTERS_MODE:-ro}") for volume in SERVER["volumes"])
 
 
 def test_compose_from_the_root_starts_the_same() -> None:

@@ -172,8 +172,19 @@ def test_no_config_is_a_fault(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["([a-z._0-9]*)*!", "(a+)+b", ".*a" * 9, "(" * 2000 + ")" * 2000, "a{1,99999999999}", "x" * 9999, "a(?=b)", ""],
-    ids=["nested", "nested plus", "many", "deep", "count", "long", "lookahead", "empty"],
+    [
+        "([a-z._0-9]*)*!",
+        "(a+)+b",
+        ".*a" * 9,
+        "(" * 2000 + ")" * 2000,
+        "a{1,99999999999}",
+        "x" * 9999,
+        "a(?=b)",
+        "",
+        "(.|.)" * 30 + "X",
+        "a|" * 99,
+    ],
+    ids=["nested", "nested plus", "many", "deep", "count", "long", "lookahead", "empty", "alternatives", "many alternatives"],
 )
 def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path: Path, key: str) -> None:
     # The first hung, the fourth and fifth were tracebacks.
@@ -181,6 +192,14 @@ def test_a_pattern_that_could_take_for_ever_is_refused(tmp_path: Path, key: str)
         config, faults = read(tmp_path, **{field: {key: 4}})
         assert config is None
         assert field in faults[0]
+
+
+def test_more_patterns_than_a_model_has_modules_are_refused(tmp_path: Path) -> None:
+    """Or patterns that take long together."""
+    for patterns in ({f"q{i}": 4 for i in range(5000)}, {f".*q{i}": 4 for i in range(300)}):
+        config, faults = read(tmp_path, rank_pattern=patterns)
+        assert config is None
+        assert f"{len(patterns)} patterns of module names" in faults[0]
 
 
 def test_an_alpha_beyond_reason_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Fixtures of the server's tests: a tiny model, adapters for it, and one real server for the whole session."""
+"""Fixtures of the server's tests: a tiny model, adapters for it, sound and wrong, and real servers for the whole session."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel, load_base_model
 from tests.server.live import MAX_BODY_BYTES, Live, start
-from tests.server.rig import save_writer_model, write_adapters
-from tests.tiny import tiny_tokenizer
+from tests.server.peft_folders import write_wrong_store
+from tests.server.rig import EOS, save_writer_model, write_adapters
+from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 
 KV_TOKENS = 8192
+Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,3 +60,40 @@ def live(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFa
     flags += ["--kv-cache-gib", str(num_bytes / 2**30), "--max-body-bytes", str(MAX_BODY_BYTES)]
     with start(tmp_path_factory.mktemp("live") / "log", *flags) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of another base than the writer, whose layers have other shapes."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-other", tiny_llama_config(EOS + 1, hidden_size=64))
+
+
+@pytest.fixture(scope="session")
+def store(writer: BaseModel, other_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one sound adapter and of `peft_folders.ADAPTERS`. Not to be changed."""
+    place = tmp_path_factory.mktemp("wrong") / "store"
+    write_wrong_store(place, writer, load_base_model(str(other_model), torch.float32))
+    return place
+
+
+@pytest.fixture(scope="session")
+def served(writer_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A real server of that store, without keys."""
+    flags = ["--model", str(writer_model), "--adapters", str(store), "--dtype", "float32", "--threads", "1"]
+    with start(tmp_path_factory.mktemp("served") / "log", *flags, "--kv-cache-gib", "0.01") as live:
+        yield live
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs a program in this process, and returns its exit code and all that it printed."""
+
+    def call(main: Callable[[], int], *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, "".join(capfd.readouterr())
+
+    return call

@@ -183,6 +183,21 @@ def test_messages_are_written_with_the_template_that_the_adapters_share(
     assert admission.admit(Ask(prompt=MESSAGES, adapters=names, template=template)).prompt_text == text
 
 
+@pytest.mark.parametrize(("old", "new", "text"), [("plain", "chat", None), ("plain", "plain", PLAIN), ("chat", "chat", CHAT)])
+def test_two_versions_of_an_adapter_count_both(
+    tokenizer: PreTrainedTokenizerFast, old: Template, new: Template, text: str | None
+) -> None:
+    """An adapter that learnt to chat is not asked so in the version that did not."""
+    registry = Registry([registered("math", "1" * 64, templates=(new,))], [registered("math", "2" * 64, templates=(old,))])
+    ask = Ask(prompt=MESSAGES, adapters=("math@1", "math@2"))
+    admission = Admission(tokenizer, registry, CONTEXT, max_terms=3)
+    if text:
+        assert admission.admit(ask).prompt_text == text
+    else:
+        with pytest.raises(RefusedError, match="no common template"):
+            admission.admit(ask)
+
+
 def test_the_chat_templates_special_tokens_are_one_token_each(admission: Admission) -> None:
     request = admission.admit(Ask(prompt=(Message(role="user", content="x"),)))
     assert request.prompt_ids.count(EOS) == 1

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from server.access.exposure import ExposedError, check_exposure, is_loopback, log_exposure
+from server.access.exposure import ExposedError, check_exposure, is_local_only, log_exposure
 from server.settings import Settings
 from tests.server.live import LIMIT_S, REPOSITORY, run_main
 
@@ -19,7 +19,7 @@ REACHED = ["0.0.0.0", "::", "", "0", "10.0.0.7", "203.0.113.9", "2001:db8::1"]
 @pytest.mark.parametrize("host", LOOPBACK)
 def test_this_machine_alone_needs_no_keys(host: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert is_loopback(host)
+    assert is_local_only(host)
     check_exposure(settings := Settings(host=host))
     log_exposure(settings)
     [record] = caplog.records
@@ -29,7 +29,7 @@ def test_this_machine_alone_needs_no_keys(host: str, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("host", REACHED)
 def test_an_address_that_others_reach_needs_keys(host: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert not is_loopback(host)
+    assert not is_local_only(host)
     with pytest.raises(ExposedError, match=r"pass --keys FILE .* or --open") as caught:
         check_exposure(Settings(host=host))
     assert f"--host: {host!r}" in str(caught.value)
@@ -39,9 +39,9 @@ def test_an_address_that_others_reach_needs_keys(host: str, caplog: pytest.LogCa
 def test_a_name_of_several_addresses_is_this_machine_s_where_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "10.0.0.7")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
-    assert not is_loopback("both.example")
+    assert not is_local_only("both.example")
     found.pop()
-    assert is_loopback("both.example")
+    assert is_local_only("both.example")
 
 
 @pytest.mark.parametrize("host", REACHED)

@@ -26,9 +26,9 @@ LEAST: dict[str, dict[str, Any]] = {
 JSON_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
-def refused(origin: str, path: str, body: dict[str, Any], *said: str, param: str | None = None) -> Any:
+def refused(origin: str, path: str, body: dict[str, Any], *hints: str, param: str | None = None) -> Any:
     """A try that is refused, by the field `param`, or the first of the body, in words that say what to type."""
-    return pytest.param(path, body, param or next(iter(body)), said, id=f"{origin} {path} {' '.join(body)}")
+    return pytest.param(path, body, param or next(iter(body)), hints, id=f"{origin} {path} {' '.join(body)}")
 
 
 REFUSED = [
@@ -60,8 +60,8 @@ REFUSED = [
     # how tokens are drawn
     refused("Ollama", GENERATE, {"repeat_penalty": 1.1}, "use 'repetition_penalty'"),
     refused("TGI", GENERATE, {"do_sample": True}, "use 'temperature'"),
-    refused("TGI", GENERATE, {"typical_p": 0.9}, "tokens are drawn by 'temperature', 'top_p', 'top_k' and 'min_p'"),
-    refused("llama.cpp", COMPLETIONS, {"mirostat": 2}, "tokens are drawn by 'temperature'"),
+    refused("TGI", GENERATE, {"typical_p": 0.9}, "sampling is set by 'temperature', 'top_p', 'top_k' and 'min_p'"),
+    refused("llama.cpp", COMPLETIONS, {"mirostat": 2}, "sampling is set by 'temperature'"),
     refused("vLLM", COMPLETIONS, {"use_beam_search": True}, "'n' draws several answers"),
     refused("vLLM", GENERATE, {"best_of": 2}, "use 'n'"),
     refused("transformers", GENERATE, {"num_return_sequences": 2}, "use 'n'"),
@@ -87,6 +87,13 @@ REFUSED = [
     refused("vLLM", CHAT, {"model_name": "math"}, "use 'model'"),
     refused("here", GENERATE, {"adapters": ["math"]}, "use 'adapter', which takes a list"),
     refused("here", COMPLETIONS, {"adapter": "math"}, "use 'model': \"math\""),
+    refused(
+        "LangChain",
+        CHAT,
+        {"messages": [{"role": "user", "content": "x", "id": "run-1"}]},
+        "messages have no ids here",
+        param="messages.0.id",
+    ),
     refused("here", GENERATE, {"adapter": [{"id": "math", "scale": 1}]}, "use 'name'", "use 'weight'", param="adapter.0.name"),
     refused("LoRAX", CHAT, {"model": ""}, "leave it out for the base model"),
     # envelopes and prompts
@@ -96,15 +103,15 @@ REFUSED = [
     refused("OpenAI", CHAT, {"messages": FOX}, '[{"role": "user", "content": …}]'),
     refused("vLLM", GENERATE, {"prompt": ["a", "b"]}, "POST /v1/completions takes several", param="prompt.0"),
     refused("vLLM", CHAT, {"chat_template_kwargs": {"enable_thinking": False}}, "the chat template is that of the model's"),
-    refused("OpenAI", CHAT, {"reasoning_effort": "low"}, "no reasoning is told apart"),
-    refused("Ollama", CHAT, {"think": True}, "no reasoning is told apart"),
-    refused("OpenAI", CHAT, {"tools": [{"type": "function"}]}, "no tools are called here"),
-    refused("OpenAI", CHAT, {"functions": []}, "no tools are called here"),
-    refused("Ollama", CHAT, {"images": ["…"]}, "there is text alone"),
-    refused("Ollama", CHAT, {"keep_alive": "5m"}, "there is no such thing here"),
-    refused("llama.cpp", COMPLETIONS, {"cache_prompt": True}, "always found again"),
+    refused("OpenAI", CHAT, {"reasoning_effort": "low"}, "reasoning is not separated"),
+    refused("Ollama", CHAT, {"think": True}, "reasoning is not separated"),
+    refused("OpenAI", CHAT, {"tools": [{"type": "function"}]}, "tool calling is not supported"),
+    refused("OpenAI", CHAT, {"functions": []}, "tool calling is not supported"),
+    refused("Ollama", CHAT, {"images": ["…"]}, "only text is supported"),
+    refused("Ollama", CHAT, {"keep_alive": "5m"}, "it is not supported"),
+    refused("llama.cpp", COMPLETIONS, {"cache_prompt": True}, "the prefix cache is always on"),
     refused("llama.cpp", TOKENIZE, {"content": FOX}, "use 'prompt'"),
-    # slips of the pen
+    # typos
     refused("here", GENERATE, {"temprature": 1}, "did you mean 'temperature'?"),
     refused("here", CHAT, {"maxTokens": 5}, "did you mean 'max_tokens'?"),
     refused("here", COMPLETIONS, {"top-p": 0.5}, "did you mean 'top_p'?"),
@@ -114,16 +121,16 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "param", "said"), REFUSED)
+@pytest.mark.parametrize(("path", "body", "param", "hints"), REFUSED)
 def test_a_field_of_another_server_is_answered_with_ours(
-    live: Live, path: str, body: dict[str, Any], param: str, said: tuple[str, ...]
+    live: Live, path: str, body: dict[str, Any], param: str, hints: tuple[str, ...]
 ) -> None:
     reply = live.client.post(path, json=LEAST[path] | body)
     error = reply.json()["error"]
     assert reply.status_code == 400, reply.text
     assert error["param"] == param, error
-    for part in said:
-        assert part in error["message"]
+    for hint in hints:
+        assert hint in error["message"]
 
 
 def test_a_body_of_tgi_is_answered_field_by_field(live: Live) -> None:
@@ -143,9 +150,9 @@ def test_what_a_field_s_hint_names_is_a_field_of_that_route(live: Live, path: st
     schema = fields["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
     known = fields["components"]["schemas"][schema]["properties"].keys()
     for name in ("guided_json", "max_new_tokens", "n_probs", "adapter_id", "merged_adapters", "system", "stop_sequences"):
-        said = live.client.post(path, json=LEAST[path] | {name: 1}).json()["error"]["message"]
-        if "use '" in said:
-            assert said.partition("use '")[2].partition("'")[0] in known, said
+        hint = live.client.post(path, json=LEAST[path] | {name: 1}).json()["error"]["message"]
+        if "use '" in hint:
+            assert hint.partition("use '")[2].partition("'")[0] in known, hint
 
 
 # --- names
@@ -166,7 +173,7 @@ WORKS = [
 def test_a_model_may_be_written_so(live: Live, path: str, model: str, named: list[tuple[str, float]]) -> None:
     reply = live.client.post(path, json=LEAST[path] | {"model": model})
     assert reply.status_code == 200, reply.text
-    assert [(of["name"], of["weight"]) for of in reply.json()["lori"]["adapter"]] == named
+    assert [(adapter["name"], adapter["weight"]) for adapter in reply.json()["lori"]["adapter"]] == named
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
@@ -176,6 +183,14 @@ def test_the_base_model_s_folder_means_the_base_model(live: Live, writer_model: 
         reply = live.client.post(path, json=LEAST[path] | {"model": model})
         assert reply.status_code == 200, reply.text
     assert live.client.get(f"/v1/models/{writer_model}").json()["id"] == "tiny-writer"
+
+
+@pytest.mark.parametrize("model", ["math", "math+safety", "math:0.7+safety:0.3", " math + safety"])
+def test_a_model_that_is_served_is_shown(live: Live, model: str) -> None:
+    """Whatever a request may name, alone or added."""
+    shown = live.client.get(f"/v1/models/{model}").json()
+    assert (shown["id"], shown["parent"]) == (model, "tiny-writer")
+    assert [part.partition("@")[0] for part in shown["root"].split("+")] == ["math", "safety"][: 1 + ("safety" in model)]
 
 
 UNKNOWN = [
@@ -197,9 +212,9 @@ UNKNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("model", "said"), UNKNOWN)
-def test_an_unknown_model_is_answered_with_those_that_there_are(live: Live, model: str, said: str) -> None:
-    expected = {"message": f"The model `{model}` does not exist. {said}", "type": "NotFoundError", "param": "model", "code": 404}
+@pytest.mark.parametrize(("model", "hint"), UNKNOWN)
+def test_an_unknown_model_is_answered_with_those_that_there_are(live: Live, model: str, hint: str) -> None:
+    expected = {"message": f"The model `{model}` does not exist. {hint}", "type": "NotFoundError", "param": "model", "code": 404}
     for path in (COMPLETIONS, CHAT, TOKENIZE):
         reply = live.client.post(path, json=LEAST[path] | {"model": model})
         assert (reply.status_code, reply.json()["error"]) == (404, expected)
@@ -209,7 +224,7 @@ def test_an_unknown_model_is_answered_with_those_that_there_are(live: Live, mode
 
 
 @pytest.mark.parametrize(
-    ("adapter", "said"),
+    ("adapter", "hint"),
     [
         ("Math", "did you mean 'math'?"),
         ("math+safety", 'use \'adapter\': ["math", "safety"]'),
@@ -221,11 +236,11 @@ def test_an_unknown_model_is_answered_with_those_that_there_are(live: Live, mode
         ("zzz", "known are 'intent', 'math', 'safety'"),
     ],
 )
-def test_an_unknown_adapter_is_answered_with_how_it_is_written(live: Live, adapter: str, said: str) -> None:
+def test_an_unknown_adapter_is_answered_with_how_it_is_written(live: Live, adapter: str, hint: str) -> None:
     for form in (adapter, [adapter]):
         error = live.client.post(GENERATE, json=LEAST[GENERATE] | {"adapter": form}).json()["error"]
         assert (error["code"], error["param"]) == (404, "adapter")
-        assert error["message"] == f"there is no adapter {adapter!r}: {said}"
+        assert error["message"] == f"there is no adapter {adapter!r}: {hint}"
 
 
 def test_the_base_model_among_adapters_is_told_as_that(live: Live, writer_model: Path) -> None:
@@ -263,27 +278,27 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "said"), ROUTES)
-def test_an_unknown_route_is_answered_with_one_that_there_is(live: Live, method: str, path: str, said: str) -> None:
+@pytest.mark.parametrize(("method", "path", "hint"), ROUTES)
+def test_an_unknown_route_is_answered_with_one_that_there_is(live: Live, method: str, path: str, hint: str) -> None:
     reply = live.client.request(method, path, json={} if method == "POST" else None)
     error = reply.json()["error"]
     assert (reply.status_code, error["type"], error["param"]) == (404, "NotFoundError", None)
-    assert error["message"].startswith(f"there is no route {method} {path}: did you mean {said}")
+    assert error["message"].startswith(f"there is no route {method} {path}: did you mean {hint}")
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "said"),
+    ("method", "path", "hint"),
     [
         ("POST", "/v1/embeddings", "there are no embeddings here"),
-        ("POST", "/rerank", "no model here ranks or classifies"),
+        ("POST", "/rerank", "reranking and classification are not supported"),
         ("GET", "/nowhere", "/docs lists those that there are"),
         ("GET", "/" + "x" * 5000, "x…: /docs lists those that there are"),
     ],
 )
-def test_what_nothing_here_does_is_said_to_be_so(live: Live, method: str, path: str, said: str) -> None:
+def test_what_nothing_here_does_is_said_to_be_so(live: Live, method: str, path: str, hint: str) -> None:
     reply = live.client.request(method, path)
     assert reply.status_code == 404
-    assert reply.json()["error"]["message"].endswith(said)
+    assert reply.json()["error"]["message"].endswith(hint)
 
 
 def test_a_file_that_is_not_there_is_no_unknown_route(live: Live) -> None:
@@ -302,10 +317,10 @@ def test_probes_of_other_servers_are_answered(live: Live) -> None:
 
 
 def test_an_openai_client_without_v1_is_told_where_to_ask(live: Live) -> None:
-    said = r"did you mean POST /v1/chat/completions \(a base URL .* ends in /v1\)"
+    hint = r"did you mean POST /v1/chat/completions \(a base URL .* ends in /v1\)"
     with (
         openai.OpenAI(base_url=live.url, api_key="none", max_retries=0) as client,
-        pytest.raises(openai.NotFoundError, match=said),
+        pytest.raises(openai.NotFoundError, match=hint),
     ):
         client.chat.completions.create(model="math", messages=[{"role": "user", "content": FOX}])
 
@@ -335,12 +350,12 @@ FLAGS = [
     (["--max-lora-rank", "64"], "--max-rank"),
     (["--served-model-name", "x"], "last part of its folder's path"),
     (["--api-key", "secret"], "--keys FILE"),
-    (["--swap-space", "4"], "computed again, not swapped"),
+    (["--swap-space", "4"], "recomputed, not swapped"),
     (["--trust-remote-code"], "no model's own code is ever run"),
     (["--max-num-seqs", "8"], "--max-batch"),
     (["--max-num-batched-tokens", "2048"], "--max-step-tokens"),
     (["--enable-prefix-caching"], "it is always so"),
-    (["--enforce-eager"], "there is no such thing here"),
+    (["--enforce-eager"], "it is not supported"),
     (["--chat-template", "x.jinja"], "the chat template is that of the model's tokenizer"),
     (["--data-parallel-size", "2"], "--replicas"),
     (["--revision", "main"], "hf download"),
@@ -365,17 +380,17 @@ FLAGS = [
     (["--lora", "math.gguf"], "--adapters FOLDER"),
     (["-np", "4"], "--max-batch"),
     (["--n-predict", "20"], "each request says that itself"),
-    # slips of the pen
+    # typos
     (["--modle", "x"], "did you mean --model?"),
     (["--kv_cache_gibs", "1"], "did you mean --kv-cache-gib?"),
     (["--no-such-flag"], "--help lists them"),
 ]
 
 
-@pytest.mark.parametrize(("words", "said"), FLAGS, ids=lambda value: value[0] if isinstance(value, list) else None)
+@pytest.mark.parametrize(("words", "hint"), FLAGS, ids=lambda value: value[0] if isinstance(value, list) else None)
 @pytest.mark.parametrize("settings", [Settings, ClusterSettings])
 def test_a_flag_of_another_server_is_answered_with_ours(
-    settings: type[Settings], words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: type[Settings], words: list[str], hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["server", *words])
     with pytest.raises(SystemExit) as ended:
@@ -384,7 +399,7 @@ def test_a_flag_of_another_server_is_answered_with_ours(
     assert ended.value.code == 2
     assert line.startswith("error: ")
     assert line.count("\n") == 1
-    assert said in line
+    assert hint in line
     assert "secret" not in line
     if words[0].startswith("-"):
         assert f"there is no flag {words[0].partition('=')[0]}: " in line

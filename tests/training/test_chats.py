@@ -82,6 +82,10 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
         ("3", "expected"),
         ('"{{ prompt }} {{ other }}"', "no Jinja template"),
         ('"{{ prompt"', "no Jinja template"),
+        ('"{{ prompt + 1 }}"', "no Jinja template"),
+        ('"\\ud83d {{ prompt }}"', "line 1 .*surrogates not allowed"),
+        ('"{{ prompt }}"\n\n3', "line 3"),
+        ('"{{ prompt }}\u2028"\n3', "line 2"),
     ],
 )
 def test_frames_that_are_none_are_named(data: Path, tmp_path: Path, content: str, fault: str) -> None:
@@ -89,6 +93,27 @@ def test_frames_that_are_none_are_named(data: Path, tmp_path: Path, content: str
     frames.write_text(content)
     with pytest.raises(DataError, match=fault):
         chats(config_for(data, frames=frames))
+
+
+def test_a_frame_that_fails_on_a_row_names_the_row(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"prompt": "a prompt to try frames with, and more"}, {"prompt": "short"}])
+    frames = tmp_path / "frames.txt"
+    frames.write_text('"{{ prompt }}{{ 1 / (prompt | length - 5) }}"')
+    with pytest.raises(DataError, match=r"data\.jsonl line 2: the frame .* fails: "):
+        chats(config_for(data, frames=frames))
+
+
+def test_no_row_stands_before_itself(tmp_path: Path) -> None:
+    """It would teach to copy the answer."""
+    data = write(tmp_path / "data.jsonl", [{"prompt": f"How much is {i}?", "completion": f" {i}"} for i in range(4)])
+    rows = [row for seed in range(20) for row in chats(config_for(data, earlier=[str(data)], earlier_fraction=1, seed=seed))]
+    assert any(len(row["prompt"]) > 3 for row in rows)
+    assert not any(row["prompt"][-1] in row["prompt"][:-1] for row in rows)
+    messages = [{"role": "user", "content": "How much is 1?"}]
+    talks = write(tmp_path / "talks.jsonl", [{"prompt": messages, "completion": " 1"}])
+    rows = [row for seed in range(20) for row in chats(config_for(talks, earlier=[str(data)], earlier_fraction=1, seed=seed))]
+    assert any(len(row["prompt"]) > 3 for row in rows)
+    assert not any(row["prompt"][-1] in row["prompt"][:-1] for row in rows)
 
 
 def test_bad_rows_are_named_or_left_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -411,16 +412,19 @@ def test_a_result_goes_into_config_and_card(store: Path) -> None:
     record(adapter, measurement(figures))
     record(adapter, measurement(figures | {"exact_match": 0.75}, "all", "blue", weights=[1.0, 0.5]))
     record(adapter, measurement({"exact_match": 0.25, "rows": 1}, "all", "blue", merge="ties", weights=[1.0, 2.0]))
+    record(adapter, replace(measurement({"exact_match": 0.5, "rows": 1}), template="plain"))
     after: AdapterConfig = read_config(adapter)
     assert after.lori.metrics == {
-        "base: exact_match": 0.25, "1 all + 0.5 blue: exact_match": 0.75, f"{TIES} of 1 all + 2 blue: exact_match": 0.25
+        "base: exact_match (chat)": 0.25, "1 all + 0.5 blue: exact_match (chat)": 0.75, "base: exact_match": 0.5,
+        f"{TIES} of 1 all + 2 blue: exact_match (chat)": 0.25,
     }  # fmt: skip
     assert after.lori.merge_weights == {"blue": (1.0, 0.5)}
     assert after.lori.content_digest == before.lori.content_digest
     card = (adapter / "README.md").read_text()
-    assert "| base | exact_match | 0.250 ± 0.100 | 4 | a/set train | chat |  |" in card
-    assert "| 1 all + 0.5 blue | exact_match | 0.750 ± 0.100 | 4 | a/set train | chat | all@0ab, blue@1ab |" in card
-    assert f"| {TIES} of 1 all + 2 blue | exact_match | 0.250 | 1 | a/set train | chat | all@0ab, blue@1ab |" in card
+    assert "| base | exact_match (chat) | 0.250 ± 0.100 | 4 | a/set train | chat |  |" in card
+    assert "| base | exact_match | 0.500 | 1 | a/set train | plain |  |" in card
+    assert "| 1 all + 0.5 blue | exact_match (chat) | 0.750 ± 0.100 | 4 | a/set train | chat | all@0ab, blue@1ab |" in card
+    assert f"| {TIES} of 1 all + 2 blue | exact_match (chat) | 0.250 | 1 | a/set train | chat | all@0ab, blue@1ab |" in card
     assert "cmd" in card
 
 

@@ -403,6 +403,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert digest(tmp_path / "cut") == digest(whole)
 
 
+@pytest.mark.parametrize(("options", "resumed"), [({}, 2), ({"threads": 3}, 3)])
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], resumed: int
+) -> None:
+    """However many CPUs are busy then: sums in another order would be other bytes. Those of --threads are the same anyway."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", **options), 6)
+        torch.set_num_threads(1)
+        done = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True, **options), "command")
+        assert torch.get_num_threads() == resumed
+        assert read_config(done).lori.training["threads"] == resumed
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path, spread: bool) -> None:
     """With DDP, and with the base spread over both by FSDP."""
@@ -724,6 +742,33 @@ def test_a_folder_that_is_not_a_run_s_is_left_alone(tiny_model: Path, data: Path
     with pytest.raises(LoriError, match="is there and is of no run"):
         fit(config_for(tiny_model, data, tmp_path / "a"), "command")
     assert (tmp_path / "a.checkpoint" / "mine").read_text() == "precious"
+
+
+def test_a_start_that_was_cut_off_is_made_anew(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """What it had written before it said of which run it is."""
+    folder = tmp_path / "a.checkpoint"
+    folder.mkdir()
+    for name in ("threads.json", ".run.json@1234"):
+        (folder / name).write_text("{")
+    assert fit(config_for(tiny_model, data, tmp_path / "a"), "command").is_dir()
+
+
+@pytest.mark.parametrize("note", ["[]", "null", '{"processes": 1, "threads": -1}', '{"threads": 2}'])
+def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_path: Path, note: str) -> None:
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
+    (tmp_path / "cut.checkpoint" / "threads.json").write_text(note)
+    with pytest.raises(DataError, match=r"threads\.json is damaged: remove it, and resume"):
+        fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    (tmp_path / "cut.checkpoint" / "threads.json").unlink()
+    assert fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command").is_dir()
+
+
+def test_more_processes_do_not_take_each_as_many_threads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """As one alone had: the number is that of a run with as many processes."""
+    cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
+    (tmp_path / "cut.checkpoint" / "threads.json").write_text('{"processes": 2, "threads": 7}')
+    fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert torch.get_num_threads() == 1
 
 
 def test_two_runs_do_not_write_to_one_output(tiny_model: Path, data: Path, tmp_path: Path) -> None:

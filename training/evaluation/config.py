@@ -58,7 +58,7 @@ class EvaluateConfig(CommandLine):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products. With --local."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is torch's own choice. With --local."""
+    """CPU threads; 0 is as many as there are CPUs that other processes leave free. With --local."""
     form: Literal["prompt", "messages"] = "prompt"
     """Sends the prompt as it stands, or as a user's message in the adapters' own template."""
     num_rows: int = Field(default=0, ge=0)

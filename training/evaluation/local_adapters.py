@@ -41,7 +41,7 @@ class Choice:
 
         Raises `TemplateError` where they were trained on no common template.
         """
-        return common_template({adapter.name: adapter.config.lori.templates for adapter in self.adapters})
+        return common_template([(adapter.name, adapter.config.lori.templates) for adapter in self.adapters])
 
     def merged(self) -> Adapter | None:
         """Returns one adapter that adds what all of them do; None where there is none. Raises as `lori.merge.merge`."""

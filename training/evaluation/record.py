@@ -13,10 +13,17 @@ from training.evaluation.measurement import Measurement
 def record(folder: Path, found: Measurement) -> None:
     """Writes what was found, and how, into the adapter in `folder`. Raises as `read_config` and `write_record`."""
     adapter = read_config(folder)
-    keys = {name: f"{found.who}: {name}" for name in names(found.figures)}
+    form = " (chat)" if found.template == "chat" else ""  # both forms stand in a card, beside each other
+    keys = {name: f"{found.who}: {name}{form}" for name in names(found.figures)}
+    # What was recorded of chats when both forms had one key, which is that of plain prompts now.
+    old = {f"{found.who}: {name}" for name in keys} if form else set()
+    stale = {key for key in old if (how := adapter.lori.measured.get(key)) and how.template == "chat"}
+    metrics, measured = (
+        {key: value for key, value in of.items() if key not in stale} for of in (adapter.lori.metrics, adapter.lori.measured)
+    )
     changes: dict[str, Any] = {
-        "metrics": adapter.lori.metrics | {key: round(found.figures[name], 4) for name, key in keys.items()},
-        "measured": adapter.lori.measured | {key: _how(found, name) for name, key in keys.items()},
+        "metrics": metrics | {key: round(found.figures[name], 4) for name, key in keys.items()},
+        "measured": measured | {key: _how(found, name) for name, key in keys.items()},
     }
     partners = [one.name for one in found.adapters]
     if len(partners) == 2 and partners[0] == name_of(folder) and found.config.merge == "linear":

@@ -85,7 +85,8 @@ class StudyConfig(CommandLine):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Weights and products of the base."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is torch's own choice. A training that was cut off goes on with as many as it had."""
+    """CPU threads; 0 is as many as there are CPUs that other processes leave free when the study begins; a training may take
+    fewer, and one that was cut off goes on with as many as it had."""
     rank: Rank = 32
     """Rows of A (r); alpha is twice as much."""
     steps: int = Field(default=60, ge=3)

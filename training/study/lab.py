@@ -15,6 +15,7 @@ from lori.durable import replace_file
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.merge_options import DEFAULTS, MergeOptions
+from lori.threads import threads_restored
 from training.answer import AnswerConfig, chosen_rows, write_answers
 from training.config import FitConfig
 from training.data import Row, Source
@@ -67,7 +68,8 @@ class Lab:
             "resume": (folder.parent / f"{name}.checkpoint").is_dir(), "threads": config.threads,
         }  # fmt: skip
         logger.info("seed %d: training %s", self.seed, name)
-        return fit(FitConfig.model_validate(shared | options), f"# {name} of python -m training.study, seed {self.seed}")
+        with threads_restored():  # one that finds CPUs busy, or is resumed, does not slow those after it
+            return fit(FitConfig.model_validate(shared | options), f"# {name} of python -m training.study, seed {self.seed}")
 
     def measured(
         self,

@@ -22,6 +22,8 @@ export class Catalogue extends EventTarget {
       [this.faulty, this.baseModel, this.fault] = [reply.faulty ?? [], reply.base_model, ""];
     } catch (error) {
       this.fault = error.message;
+      // What another key may see is none of this one's business.
+      if (error.status === 401 || error.status === 403) [this.rows, this.faulty] = [new Map(), []];
     }
     this.dispatchEvent(new Event("change"));
   }

@@ -50,6 +50,7 @@ async function ask(path, options = {}) {
     reply = await fetch(path, { cache: "no-store", ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    if (/[^\x20-\x7e]/.test(key.get())) throw new ServerError(401, { message: "The key holds a character that no key has: paste it again." });
     throw new ServerError(0, { message: "The server does not answer. Is it running?" });
   }
   if (reply.ok) return reply;

@@ -5,18 +5,20 @@ import { byId, el, setText } from "./elements.js";
 import { readMetrics } from "./metrics.js";
 import { duration, percent, short } from "./numbers.js";
 
+/** Seconds that a chart shows. */
 const SPAN_S = 300;
 /** Seconds after which a sample's line does not lead to the next: nobody looked in between. */
 const GAP_S = 15;
+/** Height of a chart, in CSS pixels. */
 const HEIGHT = 52;
 // Tokens are counted as they come: vllm:generation_tokens counts those of an answer when it has ended.
 const TOKENS = ["vllm:time_to_first_token_seconds_count", "vllm:inter_token_latency_seconds_count"];
-/** `least` is the smallest top of a scale. */
+/** `minTop` is the smallest top of a scale. */
 const CHARTS = [
-  { title: "Tokens/s", least: 10, show: short, read: tokenRate },
-  { title: "Running", least: 4, show: short, read: ({ sums }) => sums.get("vllm:num_requests_running") },
-  { title: "Waiting", least: 4, show: short, read: ({ sums }) => sums.get("vllm:num_requests_waiting") },
-  { title: "KV cache", least: 0.1, show: (share) => percent(Number(share.toPrecision(2))), read: ({ sums }) => sums.get("vllm:kv_cache_usage_perc") },
+  { title: "Tokens/s", minTop: 10, show: short, read: tokenRate },
+  { title: "Running", minTop: 4, show: short, read: ({ sums }) => sums.get("vllm:num_requests_running") },
+  { title: "Waiting", minTop: 4, show: short, read: ({ sums }) => sums.get("vllm:num_requests_waiting") },
+  { title: "KV cache", minTop: 0.1, show: (share) => percent(Number(share.toPrecision(2))), read: ({ sums }) => sums.get("vllm:kv_cache_usage_perc") },
 ];
 
 /** Four charts, with a sample each time that `refresh` is called. */
@@ -38,7 +40,7 @@ export class Charts {
     } catch (error) {
       const isRefused = error.status === 401 || error.status === 403;
       if (isRefused) byId("metrics-link").hidden = true;
-      this.#note(isRefused ? "Throughput is for keys that may read /metrics." : error.message, !isRefused);
+      this.#note(isRefused ? "Charts need a key that may read /metrics." : error.message, !isRefused);
       return;
     }
     this.#note("", true);
@@ -60,13 +62,13 @@ class Chart {
   #times = [];
   #values = [];
 
-  constructor({ title, least, show, read }) {
+  constructor({ title, minTop, show, read }) {
     [this.title, this.show, this.read] = [title, show, read];
     this.value = el("output", { "aria-live": "off" }, "–");
     this.hint = el("span", { class: "hint" });
     this.box = el("div", { class: "plot", role: "img", "aria-label": title });
     this.element = el("div", { class: "chart" }, el("span", { class: "title" }, title), this.hint, this.value, this.box);
-    this.plot = new globalThis.uPlot(options(least, () => this.#tell()), [[], []], this.box);
+    this.plot = new globalThis.uPlot(options(minTop, () => this.#tell()), [[], []], this.box);
     new ResizeObserver(([{ contentRect }]) => this.plot.setSize({ width: contentRect.width, height: HEIGHT })).observe(this.box);
   }
 
@@ -103,7 +105,7 @@ class Chart {
   }
 }
 
-function options(least, pointed) {
+function options(minTop, pointed) {
   return {
     width: 120,
     height: HEIGHT,
@@ -112,7 +114,7 @@ function options(least, pointed) {
     axes: [{ show: false }, { show: false }],
     scales: {
       x: { time: false, range: (_, __, last) => [(last ?? SPAN_S) - SPAN_S, last ?? SPAN_S] },
-      y: { range: (_, __, top) => [0, Math.max(least, top ?? 0)] },
+      y: { range: (_, __, top) => [0, Math.max(minTop, top ?? 0)] },
     },
     series: [{}, { stroke: () => colour(), fill: () => `${colour()}22`, width: 1.5, points: { show: false } }],
     cursor: { y: false, points: { size: 6 }, drag: { x: false, y: false }, sync: { key: "server" } },
@@ -125,8 +127,9 @@ function colour() {
 }
 
 function tokenRate(now, before) {
-  if (!TOKENS.every((name) => now.sums.has(name))) return undefined;
+  // A rate needs two samples.
+  if (!before || !TOKENS.every((name) => now.sums.has(name))) return undefined;
   const total = ({ sums }) => TOKENS.reduce((sum, name) => sum + sums.get(name), 0);
   // A counter that went back belongs to a server that was started again.
-  return before ? Math.max(0, (total(now) - total(before)) / (now.at - before.at)) : 0;
+  return Math.max(0, (total(now) - total(before)) / (now.at - before.at));
 }

@@ -3,7 +3,7 @@
 
 const parser = globalThis.markdownit({ html: false, linkify: false, breaks: true });
 
-// Models write 4*3: an asterisk within a word is none of emphasis.
+// Models write 4*3: an asterisk inside a word is not emphasis.
 parser.inline.ruler.before("emphasis", "product", (state, isSilent) => {
   if (!/\w\*\w/.test(state.src.slice(state.pos - 1, state.pos + 2))) return false;
   if (!isSilent) state.pending += "*";

@@ -21,7 +21,7 @@ const WORDS = {
 
 /** The choices of two switches; says "change" when either is another. */
 export class Mode extends EventTarget {
-  // A text continues a text: its line breaks and signs are meant as they are.
+  // A continued text is shown verbatim: its line breaks and symbols are content.
   #views = { messages: "markdown", prompt: "plain" };
 
   constructor() {

@@ -56,7 +56,7 @@ class End {
   #scrolled() {
     const { scrollTop, clientHeight, scrollHeight } = this.log;
     const isBack = scrollTop < this.#top;
-    // Of `show` this hears when there may be more already: then the end is kept all the same.
+    // By the time show()'s own scroll event arrives the log may have grown; keep following.
     this.#isKept = scrollTop + clientHeight >= scrollHeight - 8 || (this.#isKept && !isBack);
     this.#top = scrollTop;
   }
@@ -97,7 +97,7 @@ export class Turns {
   /** Begins a turn and returns it; `edited` is called with its text when somebody goes back to it. */
   begin(text, asked, edited) {
     if (!this.mode.isConversation) this.clear();
-    // One that nobody has answered was not sent on, and is not kept.
+    // An unanswered turn was not sent on: drop it.
     if (this.all.length && !this.all.at(-1).isAnswered) this.#cut(this.all.length - 1);
     this.all.at(-1)?.settle();
     const [mode, place] = [this.mode, this.all.length];

@@ -58,6 +58,7 @@ class FakeApi:
     """That every route wants, where there is one."""
     may_monitor: bool = True
     num_tokens: int = 0
+    num_running: int = 3
     bodies: list[dict[str, Any]] = field(default_factory=list)
     bearers: list[str] = field(default_factory=list)
 
@@ -126,7 +127,7 @@ def make_app(fake: FakeApi) -> FastAPI:
             f'vllm:inter_token_latency_seconds_bucket{{model_name="a",le="0.1"}} {10 * fake.num_tokens}',
             f'vllm:inter_token_latency_seconds_count{{model_name="a"}} {fake.num_tokens}',
             'vllm:time_to_first_token_seconds_count{model_name="a"} 7',
-            'vllm:num_requests_running{model_name="a"} 3.0',
+            f'vllm:num_requests_running{{model_name="a"}} {fake.num_running}',
             'vllm:num_requests_waiting{model_name="a"} 1.0',
             'vllm:num_requests_waiting{model_name="b"} 1.0',
             'vllm:kv_cache_usage_perc{model_name="a"} 0.25',

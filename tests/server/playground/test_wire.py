@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
+from tests.server.live import wait_until
 from tests.server.playground.conftest import Visit, Visiting
 from tests.server.playground.fake_api import FakeApi, done, row, served, sse, token
 from tests.server.playground.test_reach import PALE
@@ -276,6 +277,7 @@ def test_a_server_that_wants_a_key_is_given_one(visiting: Visiting, url: str, fa
     expect(visit.page.locator("#adapters li")).to_have_count(2)
     visit.page.get_by_role("button", name="Forget it").click()
     expect(visit.page.locator("#key-hint")).to_have_text("This server wants a key. It stays in this tab.")
+    expect(visit.page.locator("#adapters li")).to_have_count(0)  # they are no matter of another key's
 
 
 def test_a_server_without_keys_asks_for_none(visiting: Visiting, url: str) -> None:
@@ -287,7 +289,7 @@ def test_a_server_without_keys_asks_for_none(visiting: Visiting, url: str) -> No
 def test_throughput_is_hidden_from_who_may_not_see_it(visiting: Visiting, url: str, fake: FakeApi) -> None:
     fake.may_monitor = False
     page = visiting(url, allowed=(403,)).page
-    expect(page.locator("#live-note")).to_have_text("Throughput is for keys that may read /metrics.")
+    expect(page.locator("#live-note")).to_have_text("Charts need a key that may read /metrics.")
     expect(page.locator("#charts")).to_be_hidden()
     expect(page.locator("#adapters li")).to_have_count(2)
 
@@ -298,27 +300,36 @@ def test_the_charts_are_drawn_of_what_the_metrics_say(visiting: Visiting, url: s
     expect(figures.nth(1)).to_have_text("3")
     expect(figures.nth(2)).to_have_text("2")
     expect(figures.nth(3)).to_have_text("25%")
-    # 100 more each time, which is each two seconds at most.
-    expect(figures.nth(0)).not_to_have_text("0")
+    # 100 more each time, which is each two seconds at most. The first rate is known when there are two samples.
+    expect(figures.nth(0)).to_have_text(re.compile("^[1-9]"))
     assert 0 < float(figures.nth(0).text_content() or "") <= 60
     charts = page.get_by_role("img", name="over the last 5 minutes")
     expect(charts).to_have_count(4)
+    rates = charts.first.locator("canvas")
+    wait_until(lambda: rates.evaluate(NUM_PAINTED) > 0, "a line from one rate to the next")
     expect(charts.nth(1)).to_have_accessible_name("Running over the last 5 minutes: now 3, at most 3")
     expect(charts.nth(3)).to_have_accessible_name("KV cache over the last 5 minutes: now 25%, at most 25%")
     for chart in charts.all():
         assert chart.locator("canvas").evaluate(NUM_PAINTED) > 0
 
 
-def test_a_chart_tells_the_value_that_is_pointed_at(visiting: Visiting, url: str) -> None:
-    chart = visiting(url).page.locator(".chart").first
-    expect(chart.locator(".hint")).to_have_text(re.compile("^max [1-9]"))
-    box = chart.locator(".plot").bounding_box()
+def test_a_chart_tells_the_value_that_is_pointed_at(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    page = visiting(url).page
+    rates, running = page.locator(".chart").nth(0), page.locator(".chart").nth(1)
+    expect(running.locator("output")).to_have_text("3")
+    fake.num_running = 5
+    expect(running.locator("output")).to_have_text("5")
+    expect(running.locator(".hint")).to_have_text("max 5")
+    box = running.locator(".plot").bounding_box()
     assert box is not None
-    chart.page.mouse.move(box["x"] + 2, box["y"] + 10)
-    expect(chart.locator("output")).to_have_text("0")
-    expect(chart.locator(".hint")).to_contain_text("ago")
-    chart.page.mouse.move(0, 0)
-    expect(chart.locator(".hint")).to_contain_text("max")
+    page.mouse.move(box["x"] + 2, box["y"] + 10)
+    expect(running.locator("output")).to_have_text("3")
+    expect(running.locator(".hint")).to_contain_text("ago")
+    # The oldest rate was 0, which nobody had measured.
+    expect(rates.locator("output")).to_have_text(re.compile("^[1-9]"))
+    page.mouse.move(0, 0)
+    expect(running.locator("output")).to_have_text("5")
+    expect(running.locator(".hint")).to_have_text("max 5")
 
 
 def test_an_adapter_that_is_damaged_is_shown_with_its_first_fault(visiting: Visiting, url: str, fake: FakeApi) -> None:
