@@ -27,7 +27,10 @@ def test_without_a_compiler_the_wheel_is_one_without_the_kernel(tmp_path: Path) 
     assert "lori/kernels/stacked.py" in names
     assert "server/adapters/math/adapter_model.safetensors" in names
     files = (
-        path for folder in ("server/playground", "training/recipes") for path in (ROOT / folder).rglob("*") if path.is_file()
+        path
+        for folder in ("server/playground", "training/recipes", "training/demo")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
     )
     assert {str(path.relative_to(ROOT)) for path in files} <= {*names}
     assert not [name for name in names if "_lori_cpu" in name]
