@@ -1,0 +1,89 @@
+"""Training beside a process that keeps one CPU busy: tokens a second with each number of threads, and without `--threads`.
+
+    python -m tests.bench.busy [--rounds 3] [--steps 12]
+
+Each round trains with 1 thread, with one a CPU and with the number that `training.fit` chooses, first beside a busy CPU and then on an
+idle machine. Prints the median and the range of each, and the share of the best number's speed that the choice has.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+SPEED = re.compile(r"tokens_per_s=(\d+)")
+CHOSEN = 0
+
+
+@contextmanager
+def busy_cpu() -> Iterator[None]:
+    """Keep the first CPU busy meanwhile."""
+    cpu = min(os.sched_getaffinity(0))
+    burn = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", burn]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def speed(data: Path, output: Path, num_threads: int, num_steps: int) -> int:
+    """Return the tokens a second of a training with `num_threads`."""
+    flags = [
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--method",
+        "lori-d",
+        "--steps",
+        str(num_steps),
+        "--batch-tokens",
+        "512",
+    ]
+    flags += ["--threads", str(num_threads)] if num_threads else []
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "training.fit", *flags], env=environment, capture_output=True, text=True, check=True
+    )
+    return int(SPEED.findall(done.stderr)[-1])
+
+
+def main() -> int:
+    """Run the program and return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12)
+    arguments = parser.parse_args()
+    numbers = sorted({1, len(os.sched_getaffinity(0)), CHOSEN})
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = folder / "rows.jsonl"
+        rows = [{"prompt": f"How much is {i} and {i + 1}?", "completion": f" It is {2 * i + 1}."} for i in range(400)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for is_busy in (True, False):
+            found: dict[int, list[int]] = defaultdict(list)
+            for _ in range(arguments.rounds):
+                for number in numbers:
+                    with busy_cpu() if is_busy else nullcontext():
+                        found[number].append(speed(data, folder / "adapter", number, arguments.steps))
+            medians = {number: statistics.median(values) for number, values in found.items()}
+            for number, values in found.items():
+                threads = "chosen" if number == CHOSEN else str(number)
+                line = {"busy": is_busy, "threads": threads, "tokens_per_s": medians[number], "range": [min(values), max(values)]}
+                print(json.dumps(line), flush=True)
+            best = max(value for number, value in medians.items() if number != CHOSEN)
+            print(json.dumps({"busy": is_busy, "of_best": round(medians[CHOSEN] / best, 3)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
