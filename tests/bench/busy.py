@@ -2,8 +2,8 @@
 
     python -m tests.bench.busy [--rounds 3] [--steps 12]
 
-Each round trains with 1 thread, with one a CPU and with the number that `training.fit` chooses, first beside a busy CPU and then on an
-idle machine. Prints the median and the range of each, and the share of the best number's speed that the choice has.
+Each round trains with 1 thread, with one a CPU and with the number that `training.fit` chooses, first beside a busy CPU, then on
+an idle machine. Prints the median and the range of each, and the share of the best number's speed that the choice has.
 """
 
 import argparse
