@@ -30,7 +30,7 @@ ALL = {**SERVICES, "router": ROUTED}
 
 def mounts(service: dict[str, Any]) -> dict[str, str]:
     """Returns what is mounted where, without modes."""
-    parts = (re.fullmatch(r"(\$\{[^}]*\}|[^:]+):([^:]+)(:ro)?", one) for one in service["volumes"])
+    parts = (re.fullmatch(r"(\$\{[^}]*\}|[^:]+):([^:]+)(?::ro|:\$\{[^}]*\})?", one) for one in service["volumes"])
     return {found[2]: found[1] for found in parts if found}
 
 
