@@ -19,7 +19,7 @@ from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
 from server.description.allowed_methods import allowed_methods
 from server.description.openapi import Api
-from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError, PolicyError
+from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError
 from server.engine.request import ErrorEvent, ErrorKind

@@ -30,25 +30,23 @@ from server.access.policy import check_policies
 from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
 from server.catalog.inventory import take_inventory
+from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.loader import Loader
-from server.engine.adapters.registry import Registered, Registry
+from server.engine.adapters.registry import FaultyAdapterError, Registered, Registry, meanings
 from server.engine.adapters.residents import Residents
-from server.engine.adapters.resolution import FaultyAdapterError, meanings
-from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.grammar import GrammarError
 from server.engine.model.families import check_family
-from server.engine.model.probe import check, own_logits
 from server.engine.model.runner import Runner, bytes_per_token
 from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.room import StepLimits
 from server.engine.scheduling.scheduler import Scheduler
-from server.engine.step_timing import measure_step_cost
+from server.engine.scheduling.step_budget import StepLimits
+from server.engine.startup import check, measure_step_cost, own_logits
+from server.engine.step import Turn
 from server.engine.thread import EngineThread
-from server.engine.turn import Turn
 from server.service import Service
 from server.settings import Settings
 from server.stores import open_stores

@@ -12,10 +12,8 @@ from server.access.limits import Limiter, RateLimiter
 from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
-from server.engine.adapters.registry import Registry
-from server.engine.adapters.resolution import check_registered
-from server.engine.admission import Admission, Ask, Caps, RefusedError, check_scores
-from server.engine.prompt import size_of
+from server.engine.adapters.registry import Registry, check_registered
+from server.engine.admission import Admission, Ask, Caps, RefusedError, check_scores, size_of
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError

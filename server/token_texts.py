@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lori.template import Message, Template, render_prompt
 from server.engine.admission import RefusedError
-from server.engine.text_bound import TextBound
+from server.engine.text import TextBound
 
 
 def token_ids(

@@ -9,7 +9,7 @@ import torch
 from lori.base_model import load_base_model
 from lori.format import load_adapter
 from server.engine.admission import Ask
-from server.engine.scheduling.scheduler import Chunk
+from server.engine.request import Chunk
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.rig import rig_of

@@ -21,9 +21,8 @@ from server.catalog.details import Details
 from server.catalog.files import NO_STORE, AdapterFiles, Ready
 from server.catalog.turns import Turns
 from server.catalog.uses import AdapterUses
-from server.engine.adapters.places import NoRoomError
-from server.engine.adapters.registry import Faulty, Registered, Registry
-from server.engine.adapters.resolution import FaultyAdapterError, unknown
+from server.engine.adapters.cache import NoRoomError
+from server.engine.adapters.registry import Faulty, FaultyAdapterError, Registered, Registry, unknown
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, BusyError, ConflictError, StoreError

@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from lori.statistics import ModuleStatistics, total
 from server.access.caller import Caller
 from server.catalog.details import Details
-from server.engine.adapters.places import Place
+from server.engine.adapters.cache import Place
 from server.engine.adapters.registry import Registered
 from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo
 from server.service import Service

@@ -7,22 +7,53 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TypeVar
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from lori.errors import TemplateError
 from lori.merge_options import DEFAULTS as LINEAR
 from lori.merge_options import MergeOptions
 from lori.summary import Summary
-from lori.template import Template, common_template, encode, render_prompt
-from server.engine.adapters.registry import Registered, Registry
-from server.engine.adapters.resolution import MayUse, PolicyError, meanings, resolve
+from lori.template import Message, Template, common_template, encode, render_prompt
+from server.engine.adapters.registry import MayUse, PolicyError, Registered, Registry, meanings, resolve
 from server.engine.grammar import Grammar, GrammarError
-from server.engine.prompt import Prompt, TokenPrompt, text_of
 from server.engine.request import AdapterTerm, Request, Sampling
 from server.engine.sampling.grammars import Grammars
-from server.engine.text_bound import TextBound
+from server.engine.text import TextBound, TextStream
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A prompt whose tokens the client names."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | Sequence[Message] | TokenPrompt
+"""Text as it stands, a conversation, or tokens."""
+
+
+def size_of(prompt: Prompt) -> int:
+    """Return how much there is of a prompt, in characters or tokens."""
+    if isinstance(prompt, str | TokenPrompt):
+        return len(prompt if isinstance(prompt, str) else prompt.ids)
+    return sum(len(message.content) for message in prompt)
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Returns the text of tokens, special ones left out, and where in it each of them begins, in characters."""
+    stream, offsets, pieces = TextStream(tokenizer, ()), [], []
+    for token in ids:
+        offsets.append(stream.num_characters)
+        pieces.append(stream.push(token))
+    # The last may be half a character, which waits for what never comes.
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    sure = "".join(pieces)
+    return sure + text[len(sure) :] if text.startswith(sure) else sure, tuple(offsets)
+
+
 T = TypeVar("T", int, float)
 DEFAULT_MAX_TOKENS = 128
 MAX_COUNTED = 2**17

@@ -7,16 +7,14 @@ from collections.abc import Sequence as Items
 
 from tokenizers import Tokenizer
 
-from server.engine.adapters.tiers import AdapterTiers
+from server.engine.adapters.cache import AdapterTiers
 from server.engine.model.runner import Runner
-from server.engine.replies import Emit, Reply
-from server.engine.request import ErrorEvent, ErrorKind, FinishReason, Request, Sequence
+from server.engine.request import Chunk, ErrorEvent, ErrorKind, FinishReason, Request, Sequence
 from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
 from server.engine.scheduling.kv_cache import must_score
-from server.engine.scheduling.scheduler import Chunk, Scheduler
-from server.engine.stopwatch import Stopwatch
-from server.engine.turn import Outcome, Turn
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.step import Emit, Outcome, Reply, Stopwatch, Turn
 
 logger = logging.getLogger(__name__)
 OVERFLOW = "the model's numbers overflow under these adapters and weights"

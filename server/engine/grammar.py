@@ -1,4 +1,4 @@
-"""What an answer has to be. A plain value: it knows neither tokens nor how it is followed."""
+"""Grammars as plain values. A file of its own: the process that tries grammars imports this and little else."""
 
 import dataclasses
 from dataclasses import dataclass

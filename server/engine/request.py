@@ -1,7 +1,7 @@
-"""What the engine is asked and what it answers. Plain values; no tensor, no HTTP.
+"""The engine's requests, sequences, chunks of work and events. Plain values: no tensor, no HTTP.
 
-A request is fixed when it is admitted; a sequence is the state of one of its choices inside the engine; events are what the
-client hears.
+A request is fixed when it is admitted. A sequence is the state of one of its choices inside the engine. A chunk is the part of a
+sequence that one step computes. Events are sent to the client.
 """
 
 import hashlib
@@ -250,3 +250,17 @@ class Sequence:
         if start >= num_prompt:
             return self.output_ids[start - num_prompt : stop - num_prompt]
         return [*self.request.prompt_ids[start:stop], *self.output_ids[: max(0, stop - num_prompt)]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The tokens `start` to `stop` of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the token after this chunk is to be sampled."""
+        return self.stop == self.sequence.num_tokens and self.sequence.request.max_tokens > 0

@@ -1,23 +1,66 @@
-"""The one bridge between asyncio and the engine: commands go in by a queue, events come out on the event loop.
+"""The engine's thread, its watchdog, and the one bridge between asyncio and the engine.
 
-The engine runs in a thread of its own. If it dies, every request hears an error, `is_alive` turns false, and `has_died` true.
+Commands enter by a queue; events leave on the event loop. If the engine dies, every request gets an error, `is_alive` turns
+false and `has_died` true. The watchdog is one timer a process: it ends the process when a step, or the shutdown, takes too long.
+It is Python's `faulthandler`, whose thread needs no Python lock (a kernel that never returns may hold them). It writes the
+stacks of all threads to standard error as plain text, and the process exits with 1.
 """
 
 import asyncio
+import faulthandler
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from server.engine.adapters.places import Place
+from server.engine.adapters.cache import Place
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request
-from server.engine.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+
+STDERR = 2
+REARM_S = 1.0
+"""Setting the timer starts a thread: 50 us, and on a machine that is busy some milliseconds. So not at each step."""
+
+
+class Watchdog:
+    """Ends the process when a step takes longer than `limit_s`, or up to `REARM_S` more; never where that is 0.
+
+    For the engine's thread alone.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._armed_at: float | None = None
+
+    @property
+    def slack_s(self) -> float:
+        """Seconds in which the engine may still rest without `disarm`; 0 where it has to be called, or was."""
+        return 0.0 if self._armed_at is None else max(0.0, self._armed_at + REARM_S - time.monotonic())
+
+    def begin_step(self) -> None:
+        """Give the step that begins now its time."""
+        if self._limit_s and not self.slack_s:
+            self._armed_at = time.monotonic()
+            end_process_after(self._limit_s + REARM_S)
+
+    def disarm(self) -> None:
+        """Let the engine rest for as long as it likes."""
+        if self._armed_at is not None:
+            self._armed_at = None
+            faulthandler.cancel_dump_traceback_later()
+
+
+def end_process_after(seconds: float) -> None:
+    """End the process in `seconds`, unless it has ended by then, or the timer is set anew."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+
 
 Command = Callable[[Engine], None] | None
 T = TypeVar("T")

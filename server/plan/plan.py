@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lori.errors import LoriError
-from server.engine.adapters.tiers import MAX_LOADING
+from server.engine.adapters.cache import MAX_LOADING
 from server.plan.config import PlanConfig
 from server.plan.measured import HELD, MEASURED, MODEL, RESERVED, Ratio
 from server.plan.memory import GIB, AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes

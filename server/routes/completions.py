@@ -13,8 +13,7 @@ from fastapi.sse import format_sse_event
 
 from server.answers import Answer, collect_all, interleaved, until_disconnect
 from server.description.responses import streams
-from server.engine.admission import Ask
-from server.engine.prompt import Prompt, TokenPrompt
+from server.engine.admission import Ask, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf

@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from lori.errors import UnknownAdapterError
 from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
-from server.engine.admission import Ask
-from server.engine.prompt import Prompt, TokenPrompt
+from server.engine.admission import Ask, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply

@@ -7,8 +7,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from server.description.responses import refusals
-from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import MayUse
+from server.engine.adapters.registry import MayUse, Registered
 from server.model_names import is_base, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model

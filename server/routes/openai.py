@@ -7,9 +7,8 @@ from fastapi.sse import format_sse_event
 
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
-from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError
-from server.engine.admission import Ask, RefusedError
-from server.engine.prompt import Prompt
+from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError
+from server.engine.admission import Ask, Prompt, RefusedError
 from server.engine.request import DoneEvent, Request
 from server.errors import FieldError
 from server.model_names import NamedModel, parse_model

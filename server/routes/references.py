@@ -6,8 +6,7 @@ from starlette.concurrency import run_in_threadpool
 
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
-from server.engine.adapters.registry import Registered
-from server.engine.adapters.resolution import AmbiguousVersionError, FaultyAdapterError, resolve
+from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, Registered, resolve
 from server.errors import FieldError
 from server.migration.names import IsKnown, unknown_adapter, unknown_model
 from server.model_names import UnknownModelError, is_base

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from lori.summary import Summary
 from lori.template import Message
 from server.access.caller import Caller
-from server.engine.prompt import size_of
+from server.engine.admission import size_of
 from server.model_names import parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from lori.template import Template, Text
-from server.engine.adapters.places import Tier
+from server.engine.adapters.cache import Tier
 from server.schemas.fields import AdapterName, Body
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"

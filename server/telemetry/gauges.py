@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterable
 
+from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.registry import Registry
-from server.engine.adapters.tiers import AdapterTiers
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.scheduler import Scheduler
 from server.model_names import model_of

@@ -16,7 +16,7 @@ from types import FrameType
 import anyio
 import uvicorn
 
-from server.engine.watchdog import end_process_after
+from server.engine.thread import end_process_after
 from server.service import Service
 from server.transport.connections import BoundedState, Waiting, is_readable
 from server.transport.descriptors import connection_room

@@ -17,9 +17,8 @@ from lori.merge import merge
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
 from server.engine.model.runner import Runner
-from server.engine.request import Request
+from server.engine.request import Chunk, Request
 from server.engine.request import Sequence as EngineSequence
-from server.engine.scheduling.scheduler import Chunk
 from tests.lori.adapters import fold, make_adapter
 from tests.lori.served import Served
 

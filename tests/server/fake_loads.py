@@ -6,9 +6,9 @@ from typing import cast
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
+from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterTiers
 from server.engine.adapters.loader import Loaded, Loader
 from server.engine.adapters.residents import Residents
-from server.engine.adapters.tiers import MAX_LOADING, MAX_MERGING, AdapterTiers
 from server.engine.request import Request
 
 SCALE = 2.0

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterable
 
-from server.engine.request import AdapterTerm, Request, Sequence
+from server.engine.request import AdapterTerm, Chunk, Request, Sequence
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.residency import Residency
-from server.engine.scheduling.room import StepLimits
-from server.engine.scheduling.scheduler import Chunk, Scheduler
-from server.engine.scheduling.step_cost import Curve, StepCost
+from server.engine.scheduling.scheduler import Residency, Scheduler
+from server.engine.scheduling.step_budget import Curve, StepCost, StepLimits
 
 
 def request(

@@ -13,9 +13,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import lori.projection
 from lori.kernels import Operands, Route, add_delta
-from server.engine.model import paged_attention, runner
+from server.engine.model import runner, triton_ops
 from server.engine.model.decoder import Decoder
-from server.engine.model.gpu_ops import GpuOps
+from server.engine.model.triton_ops import GpuOps
 from tests.interpreter import mend
 
 WAITS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select, torch.ops.aten._unique2}
@@ -112,7 +112,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str | None = None) -> R
     mend(monkeypatch)
     recorder, run = Recorder(), InterpretedFunction.run
     monkeypatch.setattr(InterpretedFunction, "run", lambda *args, **options: recorder.launch(run, *args, **options))
-    monkeypatch.setattr(paged_attention, "PROGRAMS", 8)  # each takes the interpreter some milliseconds
+    monkeypatch.setattr(triton_ops, "PROGRAMS", 8)  # each takes the interpreter some milliseconds
 
     def add(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> None:
         if route.is_by_token and kernel is None:

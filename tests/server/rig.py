@@ -24,20 +24,19 @@ from lori.sparse import SparseB
 from lori.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
+from server.engine.adapters.cache import AdapterTiers, Place
 from server.engine.adapters.loader import Loader
-from server.engine.adapters.places import Place
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
-from server.engine.adapters.tiers import AdapterTiers
 from server.engine.admission import Admission, Ask
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner
-from server.engine.replies import Emit
-from server.engine.request import DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
+from server.engine.request import Chunk, DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
 from server.engine.sampling.grammars import Grammars
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.scheduler import Chunk, Scheduler
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.step import Emit
 from server.loading import make_grammars, make_pool, make_registry
 from server.service import Service
 from tests.server.plans import step_limits

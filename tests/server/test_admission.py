@@ -9,10 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import TemplateError, UnknownAdapterError
 from lori.merge_options import MergeOptions
 from lori.template import Message, Template
-from server.engine.adapters.registry import Registry
-from server.engine.adapters.resolution import AmbiguousVersionError
-from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError
-from server.engine.prompt import TokenPrompt
+from server.engine.adapters.registry import AmbiguousVersionError, Registry
+from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError, TokenPrompt
 from server.engine.request import Sampling
 from tests.server.registered import registered
 from tests.server.rig import EOS, build

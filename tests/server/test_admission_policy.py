@@ -8,8 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import UnknownAdapterError
 from lori.merge_methods import MergeOptions
 from lori.template import Message
-from server.engine.adapters.registry import Registry
-from server.engine.adapters.resolution import PolicyError
+from server.engine.adapters.registry import PolicyError, Registry
 from server.engine.admission import Admission, Ask, RefusedError
 from server.routes.generate import to_adapters, to_merge
 from tests.server.registered import registered

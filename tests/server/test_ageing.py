@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from server.engine.request import Sequence
-from server.engine.scheduling.ageing import Ageing
+from server.engine.scheduling.fair_queue import Ageing
 from server.engine.scheduling.scheduler import Scheduler
 from tests.server.live import LIMIT_S, start
 from tests.server.plans import added, added_choices, request, run, run_step, scheduler

@@ -15,8 +15,8 @@ from server.answers import Answer, collect, collect_all, interleaved, until_disc
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.replies import Emit
 from server.engine.request import DoneEvent, ErrorEvent, ErrorKind, Event, Request, TextEvent, TokenLogprob
+from server.engine.step import Emit
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, EngineError, OutOfTimeError, StoppedError
 from server.service import Service

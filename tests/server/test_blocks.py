@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from server.engine.scheduling.blocks import BlockPool
+from server.engine.scheduling.kv_cache import BlockPool
 
 
 def published(pool: BlockPool, *keys: bytes) -> list[int]:

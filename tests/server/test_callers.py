@@ -10,8 +10,8 @@ from lori.merge_options import MergeOptions
 from server.access.keys import KeyFileError
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Ask
-from server.engine.replies import Emit
 from server.engine.request import Request
+from server.engine.step import Emit
 from server.loading import load_service
 from server.service import Service
 from server.settings import Settings

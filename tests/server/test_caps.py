@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission, Ask, Caps, RefusedError
-from server.engine.replies import Emit
 from server.engine.request import Request
+from server.engine.step import Emit
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
 from tests.server.rig import FakeEngine

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Sampling
-from server.engine.sampling.cutoff import NUM_GROUPS, Cutoff, cut, draw_few
-from server.engine.sampling.random_stream import uniforms
+from server.engine.sampling.sampler import uniforms
+from server.engine.sampling.top_p import NUM_GROUPS, Cutoff, cut, draw_few
 
 LEVELS = [0.0, 0.1, 0.35, 0.5, 0.77, 0.9, 1 - 2.0**-53]
 

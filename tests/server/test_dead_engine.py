@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.engine.watchdog import REARM_S
+from server.engine.thread import REARM_S
 from tests.server.keyed import refusal, write_keys
 from tests.server.live import LIMIT_S, Live, events, start
 

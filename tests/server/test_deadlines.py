@@ -1,7 +1,7 @@
 """Whose time is up, in the order of their times."""
 
 from server.engine.request import Sequence
-from server.engine.scheduling.deadlines import MIN_COMPACT, Deadlines
+from server.engine.scheduling.scheduler import MIN_COMPACT, Deadlines
 from tests.server.plans import request
 
 

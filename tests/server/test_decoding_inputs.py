@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from server.engine.model.decoding_inputs import MIN_STRIDE, TERMS, DecodingInputs, Terms, sizes_up_to
-from server.engine.model.spans import Span
+from server.engine.model.cuda_graphs import MIN_STRIDE, TERMS, DecodingInputs, Terms, sizes_up_to
+from server.engine.model.decoder import Span
 
 CPU = torch.device("cpu")
 SPARE = 99

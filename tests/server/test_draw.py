@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.sampling.draw import WIDTH, draw
-from server.engine.sampling.random_stream import uniforms
+from server.engine.sampling.sampler import WIDTH, draw, uniforms
 
 HIGHEST = 1 - 2.0**-53
 

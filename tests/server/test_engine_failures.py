@@ -11,8 +11,7 @@ import pytest
 from lori.format import WEIGHTS_FILE
 from lori.merge_options import MergeOptions
 from server.engine.admission import Ask
-from server.engine.request import ErrorEvent, ErrorKind, Event
-from server.engine.scheduling.scheduler import Chunk
+from server.engine.request import Chunk, ErrorEvent, ErrorKind, Event
 from server.engine.thread import EngineThread
 from tests.server.live import LIMIT_S
 from tests.server.rig import Heard, Rig, WatchedRunner, build

@@ -13,7 +13,7 @@ from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission, Ask, RefusedError
 from server.engine.grammar import Grammar
 from server.engine.request import ErrorEvent, Sampling
-from server.engine.sampling import grammar_state
+from server.engine.sampling import grammars
 from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -230,7 +230,7 @@ def test_one_whose_masks_take_too_long_fails_alone(rig: Rig, monkeypatch: pytest
     slow, fine = rig.ask(Ask(prompt=FOX, max_tokens=40, grammar=WORDS)), rig.ask(Ask(prompt=FOX, max_tokens=10))
     for _ in range(6):
         rig.step()
-    monkeypatch.setattr(grammar_state, "SECONDS_PER_TOKEN", -1.0)
+    monkeypatch.setattr(grammars, "MASK_SECONDS_PER_TOKEN", -1.0)
     rig.finish()
     assert_failed(slow, "too long")
     assert fine.tokens == expected.tokens

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lori.merge_options import MergeOptions
-from server.engine.adapters.tiers import AdapterTiers
+from server.engine.adapters.cache import AdapterTiers
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner
-from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
+from server.engine.request import AdapterTerm, Chunk, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.scheduler import Chunk, Scheduler
+from server.engine.scheduling.scheduler import Scheduler
 from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_tiers
 from tests.server.plans import request, step_limits
 from tests.server.rig import EOS

@@ -5,8 +5,7 @@ import random
 import pytest
 
 from server.engine.request import Sequence
-from server.engine.scheduling.contest import MAX_DEBTS, Contest, Share
-from server.engine.scheduling.fairness import FairQueue
+from server.engine.scheduling.fair_queue import MAX_DEBTS, Contest, FairQueue, Share
 from tests.server.plans import request
 
 

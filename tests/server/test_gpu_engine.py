@@ -13,11 +13,11 @@ from typing import Literal
 import pytest
 import torch
 
-from server.engine import turn
+from server.engine import step as step_module
 from server.engine.admission import Ask
-from server.engine.model.replays import Replays
+from server.engine.model.cuda_graphs import Replays
 from server.engine.request import Sampling
-from server.engine.sampling.read_back import read_back
+from server.engine.step import read_back
 from server.loading import GIB, load_service
 from server.settings import Settings
 from tests.server.rig import Heard, Rig, build, rig_of
@@ -137,7 +137,7 @@ def test_a_step_waits_for_the_device_once(
     rig = build(writer_model, adapters, max_step_tokens=48, device="cuda:0", max_replayed=max_replayed)
     rig.run(ASKS, JOINS)  # adapters are resident, kernels compiled
     rig.runner.prepare()
-    monkeypatch.setattr(turn, "read_back", read)
+    monkeypatch.setattr(step_module, "read_back", read)
     for ask in ASKS:
         rig.ask(ask)
     num_steps = 0

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.grammar import MAX_CHARACTERS, Grammar, GrammarError, GrammarKind
-from server.engine.sampling.grammar_compiler import GrammarCompiler
+from server.engine.sampling.compiler import GrammarCompiler
 from tests.server.rig import EOS
 
 

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampling.grammar_masks import GrammarMasks, _confined_there
-from server.engine.sampling.grammar_state import words
+from server.engine.sampling.grammars import GrammarMasks, _confined_there, words
 
 
 def logits(num_rows: int, size: int) -> torch.Tensor:

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.template import encode
 from server.engine.grammar import Grammar
-from server.engine.sampling import grammar_state
-from server.engine.sampling.grammar_state import GrammarState, words
-from server.engine.sampling.grammars import Grammars
+from server.engine.sampling import grammars as grammar_module
+from server.engine.sampling.grammars import Grammars, GrammarState, words
 from tests.server.rig import EOS
 
 SIZE = EOS + 1
@@ -25,7 +24,7 @@ def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
     return Grammars(tokenizer.backend_tokenizer, SIZE, [EOS])
 
 
-def tokens(packed: grammar_state.Words) -> list[int]:
+def tokens(packed: grammar_module.Words) -> list[int]:
     return np.flatnonzero(np.unpackbits(packed.view(np.uint8), bitorder="little")).tolist()
 
 
@@ -139,7 +138,7 @@ def test_who_takes_long_for_its_masks_again_and_again_is_ended(
     monkeypatch: pytest.MonkeyPatch, seconds: float, num_masks: int
 ) -> None:
     matcher = SlowMatcher(seconds)
-    monkeypatch.setattr(grammar_state.time, "thread_time", lambda: matcher.now)
+    monkeypatch.setattr(grammar_module.time, "thread_time", lambda: matcher.now)
     state = GrammarState(cast(LLMatcher, matcher), words([EOS], SIZE))
     for length in range(400):
         state.follow([0] * length)
@@ -156,4 +155,4 @@ def test_a_schema_s_masks_take_no_time_to_speak_of(grammars: Grammars, tokenizer
         state.follow(ids(tokenizer, text)[:end])
     assert not state.fault
     assert EOS in tokens(state.allowed)
-    assert state._seconds > grammar_state.SECONDS
+    assert state._seconds > grammar_module.MASK_SECONDS

@@ -6,9 +6,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.grammar import Grammar, GrammarError, GrammarKind
-from server.engine.grammar_trials import GrammarTrials
 from server.engine.sampling import grammars as grammars_module
-from server.engine.sampling.grammars import SECONDS, Grammars
+from server.engine.sampling.grammars import TRIAL_SECONDS, Grammars, GrammarTrials
 from tests.server.rig import EOS
 
 
@@ -20,7 +19,7 @@ def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
 @pytest.fixture
 def trials(tokenizer: PreTrainedTokenizerFast) -> GrammarTrials:
     tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
-    return GrammarTrials(tokens, SECONDS)
+    return GrammarTrials(tokens, TRIAL_SECONDS)
 
 
 def exponential(place: int) -> str:
@@ -145,7 +144,7 @@ def test_a_process_that_has_died_is_started_again(trials: GrammarTrials) -> None
 
 def test_its_process_ends_with_it(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "num_tokens": EOS + 1, "stop_ids": [EOS]}
-    trials = GrammarTrials(tokens, SECONDS)
+    trials = GrammarTrials(tokens, TRIAL_SECONDS)
     trials.fault(Grammar("regex", "a"))
     process = trials._process
     assert process

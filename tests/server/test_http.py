@@ -22,8 +22,8 @@ from lori.template import encode
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission, Ask
 from server.engine.engine import Engine
-from server.engine.replies import Emit
 from server.engine.request import Request, TextEvent
+from server.engine.step import Emit
 from server.engine.thread import EngineThread
 from server.routes.event_stream import EventStream
 from server.schemas.generation import GenerateReply

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request, Sampling, Sequence
-from server.engine.sampling.logit_edits import LogitEdits, edited
-from server.engine.sampling.token_counts import TokenCounts
+from server.engine.sampling.logits_processors import LogitEdits, TokenCounts, edited
 
 SIZE = 30
 STOP_IDS = np.array([3, 7], dtype=np.int64)

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lori.merge_options import MergeOptions
-from server.engine.adapters.merge_queue import MergeQueue
-from server.engine.adapters.tiers import MAX_LOADING, MAX_MERGING, AdapterTiers
+from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterTiers, MergeQueue
 from server.engine.request import AdapterTerm, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler

@@ -12,9 +12,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
 from server.catalog.counts import MAX_LISTED
+from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
-from server.engine.adapters.tiers import AdapterTiers
 from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Request, Sequence, TextEvent, Timings
 from server.engine.scheduling.scheduler import Scheduler
 from server.telemetry.account import Account

@@ -15,13 +15,11 @@ from lori.kernels.cpu import bound_operands, bound_route
 from lori.layer import module_shapes
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
-from server.engine.model.native_ops import NativeOps
-from server.engine.model.native_stack import NativeStack
+from server.engine.model.decoder import Span
+from server.engine.model.native_ops import NativeOps, NativeStack
 from server.engine.model.runner import Runner
-from server.engine.model.spans import Span
-from server.engine.request import Request
+from server.engine.request import Chunk, Request
 from server.engine.request import Sequence as EngineSequence
-from server.engine.scheduling.scheduler import Chunk
 from tests.lori.adapters import make_adapter
 from tests.server.rig import ALL_LINEAR
 from tests.server.test_runner import SERVED

@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from lori.kernels.native import MODULE, instruction_sets
-from server.engine.model import paged_attention
-from server.engine.model.decoder import Heads, Norm, Ops, Turns
-from server.engine.model.gpu_ops import GpuOps
+from server.engine.model import triton_ops
+from server.engine.model.decoder import Heads, Norm, Ops, Span, Turns
 from server.engine.model.native_ops import NativeOps
-from server.engine.model.spans import Span
 from server.engine.model.torch_ops import TorchOps
+from server.engine.model.triton_ops import GpuOps
 from tests.interpreter import in_turn, mend
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -69,7 +68,7 @@ def each_case(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
 def mended_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton interprets, which takes long: keys are split in fewer parts. A device does not warn of infinity less infinity."""
     mend(monkeypatch)
-    monkeypatch.setattr(paged_attention, "PROGRAMS", 8)
+    monkeypatch.setattr(triton_ops, "PROGRAMS", 8)
     with np.errstate(invalid="ignore"):
         yield
 

@@ -17,9 +17,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from server.engine.model import paged_attention
+from server.engine.model import triton_ops
+from server.engine.model.cuda_graphs import Decoding
 from server.engine.model.decoder import Heads
-from server.engine.model.decoding_inputs import Decoding
 from tests.interpreter import mend
 
 ROOT = Path(__file__).parents[2]
@@ -79,24 +79,24 @@ def test_however_keys_are_split_the_sum_is_the_same(
     num_programs: int, changes: dict[str, float], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 1, 2, 8 and 16 parts, of which a short sequence leaves most without a key."""
-    monkeypatch.setattr(paged_attention, "PROGRAMS", num_programs)
-    assert paged_attention.splits_of(len(LENGTHS) * HEADS.num_kv_heads) == {10: 1, 20: 2, 80: 8, 10_000: 16}[num_programs]
+    monkeypatch.setattr(triton_ops, "PROGRAMS", num_programs)
+    assert triton_ops.splits_of(len(LENGTHS) * HEADS.num_kv_heads) == {10: 1, 20: 2, 80: 8, 10_000: 16}[num_programs]
     heads = replace(HEADS, **changes)
     arrays = case(device)
-    out = paged_attention.attend(*arrays, heads, BLOCK)
+    out = triton_ops.attend(*arrays, heads, BLOCK)
     torch.testing.assert_close(out.double(), exact(*arrays, heads), rtol=1e-5, atol=1e-5)
 
 
 def test_in_bf16_what_comes_out_is_rounded_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_attention, "PROGRAMS", 40)
+    monkeypatch.setattr(triton_ops, "PROGRAMS", 40)
     arrays = case(device, torch.bfloat16)
-    out = paged_attention.attend(*arrays, HEADS, BLOCK)
+    out = triton_ops.attend(*arrays, HEADS, BLOCK)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.double(), exact(*arrays, HEADS), rtol=2**-8, atol=2**-7)
 
 
 def test_a_device_is_filled_but_no_sequence_cut_too_small() -> None:
-    splits = [paged_attention.splits_of(count) for count in (1, 8, 24, 64, 128, 129, 256, 4096)]
+    splits = [triton_ops.splits_of(count) for count in (1, 8, 24, 64, 128, 129, 256, 4096)]
     assert splits == [16, 16, 16, 4, 2, 1, 1, 1]
 
 
@@ -112,15 +112,15 @@ def compile_ahead(capability: int) -> dict[str, object]:
         value = "*bf16" if dtype is torch.bfloat16 else "*fp32"
         sizes: dict[str, float] = {
             "scale": size**-0.5, "softcap": softcap, "num_kv_heads": num_kv_heads, "group": group, "size": size, "window": window,
-            "block_size": BLOCK, "num_splits": num_splits, "rows": 16, "width": size, "num_keys": paged_attention.KEYS,
+            "block_size": BLOCK, "num_splits": num_splits, "rows": 16, "width": size, "num_keys": triton_ops.KEYS,
         }  # fmt: skip
         types = {"p_table": "*i32", "p_starts": "*i32", "p_lengths": "*i32", "p_weight": "*fp32"}
         types["p_part"] = value if num_splits == 1 else "*fp32"
-        for kernel in (paged_attention.attend_split, *([paged_attention.join] if num_splits > 1 else [])):
+        for kernel in (triton_ops.attend_split, *([triton_ops.join] if num_splits > 1 else [])):
             constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
             signature = {name: "constexpr" if name in constants else types.get(name, value) for name in kernel.arg_names}
             source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=paged_attention.OPTIONS)
+            code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_ops.OPTIONS)
             found[f"{kernel.__name__} {model} {dtype} {num_splits}"] = {
                 "is_elf": code.asm["cubin"][:4] == b"\x7fELF",
                 "multiplies_matrices": "mma" in code.asm["ptx"],

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from lori.embedded import embedded_model
-from server.engine.prompt import text_of
+from server.engine.admission import text_of
 from server.engine.text import HALF_CHARACTER, MAX_WAITING
 from tests.tiny import tiny_tokenizer
 

@@ -1,7 +1,7 @@
 """Which prompt is first to what a step has room for."""
 
 from server.engine.request import Sequence
-from server.engine.scheduling.prompt_turns import PromptTurns
+from server.engine.scheduling.step_budget import PromptTurns
 from tests.server.plans import request
 
 

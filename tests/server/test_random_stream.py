@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from server.engine.sampling.random_stream import NUM_AHEAD, RandomStream, uniforms
+from server.engine.sampling.sampler import NUM_AHEAD, RandomStream, uniforms
 
 SEEDS = (0, 1, 2**31, 2**62, 2**63 - 1)
 

@@ -11,12 +11,11 @@ import lori.projection
 from lori.base_model import BaseModel
 from lori.kernels import Route, gpu
 from server.engine.admission import Ask
-from server.engine.model.decoding_inputs import TERMS
-from server.engine.model.gpu_ops import GpuOps
-from server.engine.model.replays import Replays
+from server.engine.model.cuda_graphs import TERMS, Replays
 from server.engine.model.runner import Runner
+from server.engine.model.triton_ops import GpuOps
+from server.engine.request import Chunk
 from server.engine.request import Sequence as EngineSequence
-from server.engine.scheduling.scheduler import Chunk
 from tests.server.replayed import Recorder, Tape, pretend_gpu
 from tests.server.rig import Heard, Rig, build, request, write_adapter
 

@@ -5,8 +5,15 @@ from dataclasses import replace
 import pytest
 
 from lori.errors import UnknownAdapterError
-from server.engine.adapters.registry import Registry
-from server.engine.adapters.resolution import AmbiguousVersionError, MayUse, PolicyError, check_registered, meanings, resolve
+from server.engine.adapters.registry import (
+    AmbiguousVersionError,
+    MayUse,
+    PolicyError,
+    Registry,
+    check_registered,
+    meanings,
+    resolve,
+)
 from server.engine.request import AdapterTerm
 from tests.server.registered import registered
 from tests.server.rig import request

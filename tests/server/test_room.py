@@ -4,7 +4,7 @@ from math import inf
 
 import pytest
 
-from server.engine.scheduling.room import LEAST, MAX_SHORT_STEPS, MULTIPLE, Room
+from server.engine.scheduling.step_budget import LEAST, MAX_SHORT_STEPS, MULTIPLE, Room
 from tests.server.plans import MEASURED, step_limits
 
 

@@ -30,10 +30,10 @@ from lori.errors import ModelError
 from lori.kernels.native import MODULE
 from server.engine.admission import Ask
 from server.engine.model.native_ops import NativeOps
-from server.engine.model.probe import check, own_logits
 from server.engine.model.torch_ops import TorchOps
+from server.engine.request import Chunk
 from server.engine.request import Sequence as EngineSequence
-from server.engine.scheduling.scheduler import Chunk
+from server.engine.startup import check, own_logits
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.rig import EOS, Heard, Rig, build, greedy, request, rig_of

@@ -12,10 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request, Sampling, Sequence
-from server.engine.sampling.random_stream import uniforms
-from server.engine.sampling.read_back import read_back
-from server.engine.sampling.sampler import Sampler
-from server.engine.sampling.scores import are_sound, score, to_scores
+from server.engine.sampling.sampler import Sampler, uniforms
+from server.engine.step import are_sound, read_back, score, to_scores
 
 STOP_IDS = (3, 7)
 SIZE = 50

@@ -4,10 +4,9 @@ from typing import NoReturn
 
 import pytest
 
-from server.engine.request import Sequence
-from server.engine.scheduling.residency import Residency
-from server.engine.scheduling.room import LEAST
-from server.engine.scheduling.scheduler import Chunk, Scheduler
+from server.engine.request import Chunk, Sequence
+from server.engine.scheduling.scheduler import Residency, Scheduler
+from server.engine.scheduling.step_budget import LEAST
 from tests.server.plans import (
     FakeGate,
     added,

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import Request, Sequence
+from server.engine.request import Chunk, Request, Sequence
 from server.engine.scheduling.kv_cache import must_score
-from server.engine.scheduling.room import LEAST, MAX_SHORT_STEPS
-from server.engine.scheduling.scheduler import Chunk, Scheduler
-from server.engine.scheduling.step_cost import StepCost
+from server.engine.scheduling.scheduler import Scheduler
+from server.engine.scheduling.step_budget import LEAST, MAX_SHORT_STEPS, StepCost
 from tests.server.plans import FakeGate, added_choices, digests, is_done, request, scheduler, step_cost
 
 ADAPTERS = ("a", "b", "c", "bad")

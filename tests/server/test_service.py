@@ -11,11 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
-from server.engine.adapters.registry import Registry
-from server.engine.adapters.resolution import PolicyError
-from server.engine.admission import MAX_SCORES, Admission, Ask, RefusedError
+from server.engine.adapters.registry import PolicyError, Registry
+from server.engine.admission import MAX_SCORES, Admission, Ask, RefusedError, TokenPrompt
 from server.engine.engine import Engine
-from server.engine.prompt import TokenPrompt
 from server.engine.request import DoneEvent, Request
 from server.engine.thread import EngineThread
 from server.errors import BusyError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.engine.scheduling.step_cost import Curve
+from server.engine.scheduling.step_budget import Curve
 from tests.server.plans import MEASURED
 
 

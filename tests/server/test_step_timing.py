@@ -5,11 +5,11 @@ from typing import cast
 
 import pytest
 
-from server.engine import step_timing
-from server.engine.scheduling.scheduler import Chunk
-from server.engine.scheduling.step_cost import StepCost
-from server.engine.step_timing import FAR, NUM_TURNS, measure_step_cost
-from server.engine.turn import Turn
+from server.engine import startup
+from server.engine.request import Chunk
+from server.engine.scheduling.step_budget import StepCost
+from server.engine.startup import FAR, NUM_TURNS, measure_step_cost
+from server.engine.step import Turn
 
 
 class FakeTurn:
@@ -31,14 +31,14 @@ class FakeTurn:
 
 
 def measure(turn: FakeTurn, monkeypatch: pytest.MonkeyPatch, **limits: int) -> StepCost:
-    monkeypatch.setattr(step_timing, "time", turn)
+    monkeypatch.setattr(startup, "time", turn)
     sizes = {"max_tokens": 512, "max_sequences": 64, "max_context": 8192, "num_blocks": 4096, "block_size": 16}
     return measure_step_cost(cast(Turn, turn), num_ids=100, **(sizes | limits))
 
 
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_timing, "MAX_SECONDS", 1e9)
+    monkeypatch.setattr(startup, "MAX_SECONDS", 1e9)
 
 
 @pytest.mark.parametrize("slow_every", [0, 5])
@@ -60,7 +60,7 @@ def test_steps_much_longer_than_the_shortest_are_not_timed(monkeypatch: pytest.M
 def test_slow_steps_are_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     quick, slow = FakeTurn(), FakeTurn()
     sizes = measure(quick, monkeypatch)
-    monkeypatch.setattr(step_timing, "MAX_SECONDS", 1e-9)
+    monkeypatch.setattr(startup, "MAX_SECONDS", 1e-9)
     measure(slow, monkeypatch)
     # Two of each size of prompt, to see which are worth it; then turns, of which the first may have to compile.
     num_before = 2 * len(sizes.prompt.counts)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.stop_strings import StopStrings, beginning
+from server.engine.text import StopStrings, beginning
 
 
 def pieces(stops: tuple[str, ...], *parts: str) -> list[str]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.request import Timings
-from server.engine.stopwatch import Stopwatch
+from server.engine.step import Stopwatch
 
 
 class Clock:

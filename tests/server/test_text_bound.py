@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from server.engine import text_bound
-from server.engine.text_bound import TextBound, dropped_bytes, longest_token
+from server.engine import text as text_module
+from server.engine.text import TextBound, dropped_bytes, longest_token
 
 CORPUS = ["the cat sat on the mat, and then it sat on the hat", "    deeply    indented\n\n\n\n", "aaaaaaaaaaaaaaaaaaaaaaaa"]
 
@@ -125,7 +125,7 @@ def test_no_text_that_fits_is_refused(text: str, max_tokens: int) -> None:
 def test_no_text_that_fits_is_refused_however_it_is_cut(text: str) -> None:
     num_tokens = len(TOKENIZER.encode_batch([text], add_special_tokens=False)[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_bound, "MAX_PIECE", 8)
+        patch.setattr(text_module, "MAX_PIECE", 8)
         assert TextBound(TOKENIZER, max(1, num_tokens)).fault(text) is None
 
 

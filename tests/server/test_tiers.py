@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lori.merge_options import MergeOptions
-from server.engine.adapters.tiers import MAX_LOADING, AdapterTiers
+from server.engine.adapters.cache import MAX_LOADING, AdapterTiers
 from server.engine.request import AdapterTerm, Sequence
 from tests.server.fake_loads import SCALE, FakeLoader, fake_tiers
 from tests.server.plans import request

@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lori.merge_methods import MergeOptions
-from server.engine.adapters.places import NoRoomError, Place
-from server.engine.adapters.tiers import AdapterTiers
+from server.engine.adapters.cache import AdapterTiers, NoRoomError, Place
 from server.engine.request import Sequence
 from tests.server.fake_loads import FakeLoader, FakePool, fake_packed, fake_tiers
 from tests.server.plans import request

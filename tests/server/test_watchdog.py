@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.watchdog import REARM_S, Watchdog
+from server.engine.thread import REARM_S, Watchdog
 
 
 class FakeTimer:
@@ -25,7 +25,7 @@ class FakeTimer:
 @pytest.fixture
 def timer(monkeypatch: pytest.MonkeyPatch) -> FakeTimer:
     fake = FakeTimer()
-    monkeypatch.setattr("server.engine.watchdog.faulthandler", fake)
+    monkeypatch.setattr("server.engine.thread.faulthandler", fake)
     monkeypatch.setattr("time.monotonic", lambda: fake.now)
     return fake
 

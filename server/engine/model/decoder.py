@@ -12,7 +12,17 @@ import torch
 
 from lori.kernels import Route
 from lori.projection import Projection
-from server.engine.model.spans import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The step's tokens [row, row + num_tokens) stand at the positions from `position` on of a sequence with these `blocks`."""
+
+    row: int
+    num_tokens: int
+    position: int
+    blocks: Sequence[int]
+
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine (T, E) fp32 of each token's position."""

@@ -20,16 +20,12 @@ from lori.kernels import Route, Term
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
 from lori.quantization import Quantization
-from server.engine.model.cuda_graphs import CudaGraphs
-from server.engine.model.decoder import Decoder, Ops
-from server.engine.model.decoding_inputs import DecodingInputs
+from server.engine.model.cuda_graphs import CudaGraphs, DecodingInputs, ReplayableOps, Replays
+from server.engine.model.decoder import Decoder, Ops, Span
 from server.engine.model.families import head_size, read_decoder
-from server.engine.model.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NativeOps
-from server.engine.model.native_stack import NUM_PRODUCTS, NativeStack, products
-from server.engine.model.replays import ReplayableOps, Replays
-from server.engine.model.spans import Span
+from server.engine.model.native_ops import BLOCK_TOKENS, LANES, MAX_HEAD, NUM_PRODUCTS, NativeOps, NativeStack, products
 from server.engine.model.torch_ops import TorchOps
-from server.engine.scheduling.scheduler import Chunk
+from server.engine.request import Chunk
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +179,7 @@ def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dt
     """Returns the operations beside the products: a GPU's, the compiled ones where they know the sizes, or torch's."""
     heads = [layer.heads for layer in decoder.layers]
     if device.type == "cuda":  # read here alone: elsewhere triton may be missing
-        of_gpu: Ops = import_module("server.engine.model.gpu_ops").GpuOps(heads, num_blocks, block_size, dtype, device)
+        of_gpu: Ops = import_module("server.engine.model.triton_ops").GpuOps(heads, num_blocks, block_size, dtype, device)
         return of_gpu
     widths = [len(decoder.norm.weight), *(layer.num_inner for layer in decoder.layers), *(of.head_size for of in heads)]
     has_sizes = block_size % BLOCK_TOKENS == 0 and all(width % LANES == 0 for width in widths)

@@ -11,8 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lori.kernels import Route
-from server.engine.model.decoder import Heads, Layer, Norm, Turns, run_layers
-from server.engine.model.spans import Span
+from server.engine.model.decoder import Heads, Layer, Norm, Span, Turns, run_layers
 
 PAD_TO = 64
 ACTIVATIONS = {

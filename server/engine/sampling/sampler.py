@@ -1,6 +1,9 @@
-"""Picks the next tokens of a step, over the whole batch. Every choice of a request has a random stream of its own.
+"""The sampler: the next tokens of a step, over the whole batch.
 
-Shapes: P rows, V vocabulary, R rows that are drawn.
+Tokens are drawn by inverse CDF over the vocabulary in order of the ids. Each choice of a request has a random stream of its own:
+Philox 4x64 with 10 rounds (Salmon et al. 2011), whose raw words NumPy promises to keep, with the key (seed, choice) and the
+number of output tokens as counter. So a number depends neither on the rest of the batch nor on earlier draws. Shapes: P rows, R
+rows that are drawn, V vocabulary, B blocks of the vocabulary, W width of a block.
 """
 
 from collections.abc import Iterable
@@ -9,16 +12,108 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
 
 from lori.device import to_device
 from server.engine.request import Sequence
-from server.engine.sampling.cutoff import cut, draw_few
-from server.engine.sampling.draw import draw
-from server.engine.sampling.grammar_masks import GrammarMasks
-from server.engine.sampling.grammar_state import Words
-from server.engine.sampling.grammars import Grammars
-from server.engine.sampling.logit_edits import LogitEdits, edited
-from server.engine.sampling.sampling_batch import SamplingBatch, SamplingState
+from server.engine.sampling.grammars import GrammarMasks, Grammars, GrammarState, Words
+from server.engine.sampling.logits_processors import LogitEdits, edited
+from server.engine.sampling.top_p import Cutoff, cut, draw_few
+
+WIDTH = 128
+"""The CDF is one of blocks, then one inside a block: in fp64 over the whole vocabulary it takes ten times as long."""
+
+
+def draw(probabilities: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Returns the tokens (R,) that `levels` (R,) fp64, in [0, 1), draw from `probabilities` (R, V), which need not sum to one.
+
+    A token without probability is never drawn. What a row that holds no numbers gives is any token.
+    """
+    num_tokens = probabilities.shape[1]
+    missing = -num_tokens % WIDTH
+    blocks = (pad(probabilities, (0, missing)) if missing else probabilities).unflatten(1, (-1, WIDTH))  # (R, B, W)
+    mass = blocks.sum(-1).double()  # (R, B)
+    until = mass.cumsum(-1)
+    target = levels[:, None] * until[:, -1:]
+    block = _first_above(until, target)  # (R, 1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, WIDTH))[:, 0].double().cumsum(-1)  # (R, W)
+    place = _first_above(inside, target - (until - mass).gather(1, block))
+    return (block * WIDTH + place)[:, 0].clamp_(max=num_tokens - 1)
+
+
+def _first_above(rising: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    # Where each row of (R, N) first exceeds its target (R, 1): there it rises, whatever rounding did to the target.
+    last = rising[:, -1:]
+    target = target.clamp(min=0).minimum(last.nextafter(torch.zeros_like(last)))
+    return torch.searchsorted(rising, target, right=True).clamp_(max=rising.shape[1] - 1)
+
+
+NUM_AHEAD = 64
+"""Numbers that are made at once: one costs nearly as much as all of these."""
+
+
+def uniforms(seed: int, choice: int, position: int, count: int) -> list[float]:
+    """Returns the `count` numbers in [0, 1) that decide the tokens from `position` on."""
+    words = np.random.Philox(key=seed | choice << 64, counter=position).random_raw(4 * count)
+    firsts = words[::4]  # of the four that each counter gives
+    numbers: list[float] = ((firsts >> np.uint64(11)) * 2.0**-53).tolist()
+    return numbers
+
+
+class RandomStream:
+    """The numbers in [0, 1) of one choice, by position; in order they cost the least."""
+
+    def __init__(self, seed: int, choice: int = 0) -> None:
+        self._seed, self._choice = seed, choice
+        self._first, self._ahead = 0, list[float]()
+
+    def at(self, position: int) -> float:
+        """Returns the number that decides token `position` of the output."""
+        if not self._first <= position < self._first + len(self._ahead):
+            self._first, self._ahead = position, uniforms(self._seed, self._choice, position, NUM_AHEAD)
+        return self._ahead[position - self._first]
+
+
+TEMPERATURES = (1e-30, 1e30)
+"""Beyond these nothing changes but that fp32 overflows."""
+
+
+class SamplingState:
+    """What is kept of one sequence from step to step. It does not hold the sequence, with which it ends."""
+
+    def __init__(self, sequence: Sequence, stop_ids: NDArray[np.int64], grammar: GrammarState | None = None) -> None:
+        sampling = sequence.request.sampling
+        self.stream = RandomStream(sampling.seed, sequence.choice)
+        self.cutoff = Cutoff.of(sampling)
+        self.temperature = sampling.temperature if sampling.top_k != 1 else 0.0  # Of one token there is nothing to draw.
+        self.edits = LogitEdits(sequence, stop_ids)
+        self.grammar = grammar
+
+
+class SamplingBatch:
+    """What depends on nothing but which sequences share a step: mostly the same ones as the step before.
+
+    The rows that are drawn stand in order: those without a cutoff first.
+    """
+
+    def __init__(self, sequences: Items[Sequence], states: Items[SamplingState], device: torch.device) -> None:
+        self.sequences, self.states = list(sequences), list(states)
+        self.grammars = {row: state.grammar for row, state in enumerate(states) if state.grammar}
+        self.edited = {row: state.edits for row, state in enumerate(states) if state.edits.can_change}
+        drawn = [row for row, state in enumerate(states) if state.temperature]
+        self.drawn = sorted(drawn, key=lambda row: not states[row].cutoff.is_none)
+        self.cutoffs = [c for row in self.drawn if not (c := states[row].cutoff).is_none]
+        self.rows = to_device(torch.tensor(self.drawn, dtype=torch.int64), device)  # (R,)
+        self.is_all = self.drawn == list(range(len(states)))
+        low, high = TEMPERATURES
+        coldness = [1 / min(max(states[row].temperature, low), high) for row in self.drawn]
+        self.coldness = to_device(torch.tensor(coldness, dtype=torch.float32), device)[:, None]  # (R, 1)
+
+    def levels(self, device: torch.device) -> torch.Tensor:
+        """Returns the random numbers (R,) fp64 that decide the next tokens."""
+        numbers = [self.states[row].stream.at(len(self.sequences[row].output_ids)) for row in self.drawn]
+        return to_device(torch.tensor(numbers, dtype=torch.float64), device)
 
 
 class Sampler:

@@ -1,39 +1,133 @@
-"""Which sequences run in a step, and how many tokens of each. No tensor, no clock in it.
+"""The scheduler: the sequences of a step, and the number of tokens of each. No tensor, no clock.
 
-Sequences join when it is their turn (`fairness`), their adapters are resident and the KV memory holds their tokens so far.
-Running ones decode in every step, and what is left of the step's tokens goes to prompts, in chunks. A sequence grows block by
-block; when there is none left, the one that joined last gives up its blocks, and is computed again later. So does one of the
-tenant that has most, where all is taken and a tenant waits that has nothing. A sequence that has waited too long for those of a
-higher priority is from then on treated as of the highest that is present, in all of this.
+A sequence joins when the fair queue gives its turn, its adapters are resident, and the KV memory has room for its tokens so far.
+Running sequences decode in every step; the rest of the step's tokens goes to prompts, in chunks. A sequence's memory grows block
+by block. When no block is left, the sequence that joined last is preempted: it gives up its blocks and is computed again later.
+The same happens to a sequence of the tenant that has most, when a tenant waits that has nothing. A sequence that waited too long
+behind higher priorities is raised to the highest priority present.
 """
 
-from dataclasses import dataclass
+import heapq
+from itertools import count
 from math import inf
+from typing import Literal, Protocol
 
-from server.engine.request import Sequence
-from server.engine.scheduling.ageing import Ageing
-from server.engine.scheduling.choices import Choices
-from server.engine.scheduling.deadlines import Deadlines
-from server.engine.scheduling.fairness import FairQueue
+from server.engine.request import Chunk, Sequence
+from server.engine.scheduling.fair_queue import Ageing, FairQueue, owed_to
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.owed import owed_to
-from server.engine.scheduling.prompt_turns import PromptTurns
-from server.engine.scheduling.residency import Residency, ResidencyGate
-from server.engine.scheduling.room import Room, StepLimits
+from server.engine.scheduling.step_budget import PromptTurns, Room, StepLimits
+
+Residency = Literal["ready", "loading", "full"]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The tokens `start` to `stop` of a sequence, to be computed in one step."""
+class ResidencyGate(Protocol):
+    """Keeps the adapters of running sequences in their slots.
 
-    sequence: Sequence
-    start: int
-    stop: int
+    Every sequence is asked about from the moment its turn comes, and again in every plan but where it `is_behind`, until it hears
+    "ready".
+    The gate holds something for a sequence whose last answer was "ready" or "loading", and nothing after "full".
+    """
+
+    def pin(self, sequence: Sequence) -> Residency:
+        """Says whether a sequence's adapters (`request.residents`) are there. Returns at once.
+
+        "ready": they are, and stay until `unpin`; the sequence runs now. "loading": they are being read; the sequence waits
+        alone, others pass. "full": there is no room, for what is resident is held for others: nobody may pass, but those that
+        heard "loading" before. So it must not be said while nothing is held for anybody.
+        """
+        ...
+
+    def is_behind(self, sequence: Sequence) -> bool:
+        """Whether `pin` would say "loading" now, and hold no more than it does: as many adapters are read as may be, and one of
+        its own is not among them. Then it need not be asked."""
+        ...
+
+    def unpin(self, sequence: Sequence) -> None:
+        """Lets go of what is held for a sequence.
+
+        Called once after "ready", when the sequence ends or is preempted (then `pin` asks anew, later), and once after
+        "loading", if the sequence is dropped before it hears anything else. Never after "full", and never twice.
+        """
+        ...
+
+
+class Choices:
+    """The requests of several choices whose prompt is not computed yet."""
+
+    def __init__(self) -> None:
+        # By identity: all choices have one request object, and comparing two would compare their prompts. The first leads.
+        self._groups: dict[int, list[Sequence]] = {}
+
+    def join(self, sequence: Sequence) -> bool:
+        """Takes in a new sequence; returns whether it has to wait for another one to compute its prompt."""
+        if sequence.request.num_choices == 1:
+            return False
+        group = self._groups.setdefault(id(sequence.request), [])
+        group.append(sequence)
+        return len(group) > 1
+
+    def is_following(self, sequence: Sequence) -> bool:
+        """Whether another one computes the prompt of this sequence."""
+        group = self._groups.get(id(sequence.request))
+        return group is not None and sequence in group[1:]
+
+    def disband(self, sequence: Sequence) -> list[Sequence]:
+        """Returns those that waited for this sequence, which has computed the prompt."""
+        return self._groups.pop(id(sequence.request), [])[1:]
+
+    def leave(self, sequence: Sequence) -> Sequence | None:
+        """Takes out a sequence that ends; if others waited for it, returns the one that computes the prompt instead."""
+        group = self._groups.get(id(sequence.request), [])
+        if sequence not in group:
+            return None
+        has_led = group[0] is sequence
+        group.remove(sequence)
+        if not group:
+            del self._groups[id(sequence.request)]
+        return group[0] if group and has_led else None
+
+
+MIN_COMPACT = 64
+
+
+class Deadlines:
+    """The sequences that have a deadline, the earliest first."""
+
+    def __init__(self) -> None:
+        self._sequences: set[Sequence] = set()
+        # Those that ended early stay in it until they come up, or are the most of it.
+        self._heap: list[tuple[float, int, Sequence]] = []
+        self._serials = count()
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes in a sequence, if it has a deadline."""
+        if sequence.deadline is None:
+            return
+        if len(self._heap) > 2 * len(self._sequences) + MIN_COMPACT:
+            self._heap = [entry for entry in self._heap if entry[2] in self._sequences]
+            heapq.heapify(self._heap)
+        self._sequences.add(sequence)
+        heapq.heappush(self._heap, (sequence.deadline, next(self._serials), sequence))
+
+    def discard(self, sequence: Sequence) -> None:
+        """Forgets a sequence that has ended."""
+        self._sequences.discard(sequence)
 
     @property
-    def is_last(self) -> bool:
-        """Whether the token after this chunk is to be sampled."""
-        return self.stop == self.sequence.num_tokens and self.sequence.request.max_tokens > 0
+    def earliest(self) -> float | None:
+        """When the next time is up, in monotonic seconds."""
+        while self._heap and self._heap[0][2] not in self._sequences:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Forgets and returns the sequences whose time is up."""
+        found: list[Sequence] = []
+        while (earliest := self.earliest) is not None and earliest <= now:
+            sequence = heapq.heappop(self._heap)[2]
+            self._sequences.remove(sequence)
+            found.append(sequence)
+        return found
 
 
 class Scheduler:

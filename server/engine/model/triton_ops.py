@@ -1,19 +1,24 @@
-"""Attention of tokens that decode, in Triton: each sees the keys of its own sequence, which lie in blocks.
+"""A layer's operations on a GPU: as in `torch_ops`, with attention of decoding tokens in Triton. Nothing waits for the device.
 
-A program is some keys of one sequence and the queries of one key-value head, so that a key is read once for all of these. Where
-sequences and heads are too few to fill a device, each sequence's keys are split over several programs, and a second kernel puts
-their parts together (flash decoding). Grids come from the shapes alone: a step may be captured and replayed with other arrays.
+One program takes some keys of one sequence and the queries of one key-value head, so that each key is read once for all of them.
+Where sequences and heads are too few to fill the device, each sequence's keys are split over several programs, and a second
+kernel joins the parts (flash decoding). Grids follow from shapes alone: a step may be captured and replayed with other arrays.
 
-Prefixes: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block. Shapes: B sequences, H heads, G key-value heads, E head
-size, P places in memory, S splits, K keys of a program's step.
+Prefixes: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block. Shapes: T tokens of a step, B sequences that decode, H
+heads, G key-value heads, E head size, P places in memory, S splits, K keys of a program's step, L keys of a chunk, N blocks.
 """
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 
-from server.engine.model.decoder import Heads
-from server.engine.model.decoding_inputs import Decoding
+from lori.device import to_device
+from server.engine.model.cuda_graphs import Decoding
+from server.engine.model.decoder import Heads, Span
+from server.engine.model.torch_ops import ChunkKeys, Step, TorchOps
 
 PROGRAMS, MAX_SPLITS = 256, 16
 """Programs from which on a device is full, about, and splits of a sequence's keys at most."""
@@ -136,3 +141,55 @@ def join(
     b_part = tl.load(p_parts, mask=(o_e < size)[None, :], other=0.0)
     b_out = tl.sum(b_part * b_share[:, None], 0) / tl.sum(b_share, 0)
     tl.store(p_out + i_n * size + o_e, b_out.to(p_out.dtype.element_ty), mask=o_e < size)
+
+
+class GpuOps(TorchOps):
+    """Has one block more than asked for, `spare_block`, which is no sequence's: a row that pads a step writes its key there."""
+
+    def __init__(
+        self, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(heads, num_blocks + 1, block_size, dtype, device)
+        self.spare_block = num_blocks
+
+    def plan(self, spans: Sequence[Span]) -> object:
+        """Returns the step of `spans`, those of one token first, for `attend`."""
+        num_decoding = next((i for i, span in enumerate(spans) if span.num_tokens > 1), len(spans))
+        decoding, chunks = spans[:num_decoding], spans[num_decoding:]
+        firsts = [*accumulate((len(span.blocks) for span in decoding), initial=0)]
+        write = self._upload([self._place(span, i) for span in spans for i in range(span.num_tokens)]).long()
+        return Step(
+            write=write,
+            num_decoding=num_decoding,
+            decoding=Decoding(
+                write=write[:num_decoding],
+                starts=self._upload(firsts[:-1]),
+                lengths=self._upload([span.position + 1 for span in decoding]),
+                table=self._upload([block for span in decoding for block in span.blocks]),
+            ),
+            chunks=tuple(ChunkKeys(span.row, span.num_tokens, self._keys(span)) for span in chunks),
+        )
+
+    def step_of(self, decoding: Decoding) -> object:
+        """See `ReplayableOps`."""
+        return Step(write=decoding.write, num_decoding=len(decoding.write), decoding=decoding)
+
+    def _decode(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: object, heads: Heads
+    ) -> torch.Tensor:
+        assert isinstance(decoding, Decoding)
+        return attend(query.contiguous(), keys, values, decoding, heads, self.block_size)
+
+    def _keys(self, span: Span) -> torch.Tensor:
+        # (L,) int64, where the tokens up to the span's last lie.
+        num_keys = span.position + span.num_tokens
+        blocks = self._upload(span.blocks[: -(-num_keys // self.block_size)]).long()
+        places = blocks[:, None] * self.block_size + torch.arange(self.block_size, device=self._device)
+        return places.flatten()[:num_keys]
+
+    def _place(self, span: Span, token: int) -> int:
+        block, within = divmod(span.position + token, self.block_size)
+        return span.blocks[block] * self.block_size + within
+
+    def _upload(self, numbers: Sequence[int]) -> torch.Tensor:
+        return to_device(torch.tensor(numbers, dtype=torch.int32), self._device)

@@ -1,25 +1,91 @@
-"""The way of an adapter: registered (on disk), loaded (in RAM, packed), resident (in the kernels' operands).
+"""The adapter cache: an adapter is registered (on disk), loaded (in RAM, packed) or resident (in the kernels' operands).
 
-Each tier has its budget in bytes; the adapter that is unused longest goes first, never one that a sequence uses or waits for, nor
-one that is kept. The engine's thread owns it all, and alone changes it; reading is the loader's, in a thread of its own.
+Each tier has a budget in bytes. The least recently used adapter is evicted first; one that a sequence uses or waits for, or that
+is pinned, never. The engine's thread owns all of this; the loader reads files in a thread of its own. Merges that wait for a
+place are taken from the tenants in turn, and within a tenant in order of arrival: weights are free numbers, so one tenant can
+ask for any number of merges, and they must delay only its own requests.
 """
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 from itertools import islice
+from typing import Literal
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loader, named
-from server.engine.adapters.merge_queue import MergeQueue
-from server.engine.adapters.places import NoRoomError, Place
 from server.engine.adapters.residents import Residents
 from server.engine.request import Request, Sequence
-from server.engine.scheduling.residency import Residency
+from server.engine.scheduling.scheduler import Residency
 
 logger = logging.getLogger(__name__)
+
+
+Tier = Literal["disk", "loaded", "resident"]
+
+
+class NoRoomError(Exception):
+    """So much would be kept resident that too little is left for others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What an adapter takes in each tier, in bytes; 0 where it is not there."""
+
+    bytes_loaded: int = 0
+    bytes_resident: int = 0
+
+    @property
+    def tier(self) -> Tier:
+        """The highest in which it is."""
+        return "resident" if self.bytes_resident else "loaded" if self.bytes_loaded else "disk"
+
+
+class MergeQueue:
+    """A queue per tenant. Every operation takes the same time however many sequences wait."""
+
+    def __init__(self) -> None:
+        self._tenants: OrderedDict[str, OrderedDict[Sequence, None]] = OrderedDict()  # the one whose turn is next first
+
+    def __bool__(self) -> bool:
+        return bool(self._tenants)
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._tenants.get(sequence.request.tenant, ())
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those of its tenant; one that is queued keeps its place."""
+        self._tenants.setdefault(sequence.request.tenant, OrderedDict())[sequence] = None
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take a sequence out, if it is queued."""
+        tenant = sequence.request.tenant
+        queue = self._tenants.get(tenant)
+        if queue is None:
+            return
+        queue.pop(sequence, None)
+        if not queue:
+            del self._tenants[tenant]
+
+    def take(self, busy: Collection[str]) -> Sequence | None:
+        """Take out and return the sequence whose turn it is; None when none is queued.
+
+        The tenants in `busy`, of whom a merge is under way, have their turn after all others.
+        """
+        tenant = next((name for name in self._tenants if name not in busy), None)
+        if tenant is None:
+            tenant = next(iter(self._tenants), None)
+        if tenant is None:
+            return None
+        self._tenants.move_to_end(tenant)
+        sequence = next(iter(self._tenants[tenant]))
+        self.discard(sequence)
+        return sequence
+
+
 MAX_LOADING = 16
 """Adapters that are read, or wait in RAM for the sequences that asked for them, at a time; others are asked for later."""
 MAX_MERGING = 2
