@@ -1,7 +1,7 @@
-"""Which base model an adapter is for: a digest of its architecture and of samples of its weights, loaded or still in its files.
+"""The digest of a base model: of its architecture and of samples of its weights, loaded or in files.
 
-The weights are compared in bf16, so a base in fp32 and in bf16 is the same. A few values of each tensor are read, which is quick
-for the largest models: from files, nothing else of the weights is.
+Weights are compared in bf16, so a base in fp32 and in bf16 is the same. Only a few values of each tensor are read, from files,
+too: this is quick for the largest models.
 """
 
 import hashlib
@@ -14,17 +14,30 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]  # httpx's, some of which pass through
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lori.embedded import embedded_model
 from lori.errors import ModelError
-from lori.hub import check_model
 from lori.identity import BaseIdentity
-from lori.layer import module_shapes
 from lori.model_folder import folder_fault
 from lori.names import EMBEDDED_NAME, short_name
+from lori.store.hub import check_model
 from lori.tensor_file import UNREADABLE
+
+
+def module_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Returns (outputs, inputs) of every linear layer of `model` that can take a delta, by full name in model order.
+
+    The output embeddings are not among them.
+    """
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+
 
 SAMPLED_PER_TENSOR = 64
 ARCHITECTURE = (

@@ -1,18 +1,25 @@
-"""`adapter_config.json`: PEFT's field names where PEFT has the field, ours under `lori`."""
+"""`adapter_config.json`: PEFT's field names where PEFT has the field, ours under `lori`.
 
+It is written with a digest of itself, and read with every fault in one error. For an adapter that training, an import or a merge
+just made, the fields that follow from its B are computed here.
+"""
+
+import hashlib
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from lori.basis import Basis, Explicit, Seeded, explicit_name
-from lori.module_names import last
+from lori.errors import AdapterFormatError
+from lori.identity import BaseIdentity, last
 from lori.names import NUM_VERSION_DIGITS
 from lori.rice import MAX_ENTRIES
+from lori.sparse import SparseB, ValueType
 from lori.template import Template
-from lori.values import ValueType
 
 MAX_RANK = 2**12
 MAX_SIZE = 2**24
@@ -195,3 +202,95 @@ def target_names(modules: Mapping[str, object], base: Mapping[str, object]) -> t
     lasts = dict.fromkeys(last(module) for module in modules)
     whole = all(module in modules for module in base if last(module) in lasts)
     return tuple(lasts if whole else modules)
+
+
+CONFIG_FILE = "adapter_config.json"
+
+
+def config_digest(content: bytes) -> str:
+    """Returns the sha256 (hex) of a config's JSON, its own digest left out: however it is spaced and ordered.
+
+    Raises `ValueError` for what Python's parser does not read.
+    """
+    document = json.loads(content)
+    del document["lori"]["config_digest"]
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
+    """Returns `config` with its own digest, and its JSON, which is read again: a copy with changes was never checked.
+
+    Raises `AdapterFormatError`, with `source`, where it is not sound.
+    """
+    digest = config_digest(config.model_dump_json().encode())
+    section = config.lori.model_copy(update={"config_digest": digest})
+    content = (config.model_copy(update={"lori": section}).model_dump_json(indent=2) + "\n").encode()
+    faults: list[str] = []
+    sealed = parse_config(content, faults)
+    if sealed is None or faults:
+        raise AdapterFormatError(source, faults)
+    return sealed, content
+
+
+def parse_config(content: bytes, faults: list[str]) -> AdapterConfig | None:
+    """Returns the config that `content` is, if it is one; whatever is wrong with it is added to `faults`."""
+    try:
+        config = AdapterConfig.model_validate_json(content)
+        found = config_digest(content)
+    except ValidationError as error:
+        faults += [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
+        return None
+    except ValueError as error:  # what pydantic's parser takes and Python's does not: a number of 5,000 digits
+        faults.append(f"{CONFIG_FILE}: JSON: {error}")
+        return None
+    if found != config.lori.config_digest:
+        faults.append(
+            f"{CONFIG_FILE}: its digest is {found}, expected {config.lori.config_digest}: it was changed, or is damaged"
+        )
+    return config
+
+
+UNSEALED = "0" * 64
+"""Stands where `lori.format.seal` puts a digest."""
+
+
+def new_config(
+    modules: Mapping[str, SparseB],
+    basis: Basis,
+    base: BaseIdentity,
+    *,
+    alphas: Mapping[str, float],
+    target_modules: Sequence[str],
+    values: ValueType = "bfloat16",
+    templates: Sequence[Template],
+    training: Mapping[str, Any],
+) -> AdapterConfig:
+    """Returns the config of an adapter with these `modules`, and `alphas`, on `basis`; `lori.format.seal` fills in its digests.
+
+    `modules` must not be empty; `base` needs the shapes of these modules only. Raises pydantic's `ValidationError` where the
+    adapter would not be one that can be read.
+    """
+    rank = Counter(b.shape[1] for b in modules.values()).most_common(1)[0][0]
+    alpha = Counter(alphas[module] for module in modules).most_common(1)[0][0]
+    shapes = {module: base.shapes[module] for module in modules}
+    num_entries = sum(b.num_entries for b in modules.values())
+    return AdapterConfig(
+        base_model_name_or_path=base.name,
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={module: b.shape[1] for module, b in modules.items() if b.shape[1] != rank},
+        alpha_pattern={module: alphas[module] for module in modules if alphas[module] != alpha},
+        target_modules=tuple(target_modules),
+        lori=LoriSection(
+            basis=basis_config(basis),
+            basis_digest=basis.digest({module: (b.shape[1], shapes[module][1]) for module, b in modules.items()}),
+            base_digest=base.digest,
+            content_digest=UNSEALED,
+            config_digest=UNSEALED,
+            shapes=compact(shapes),
+            values=values,
+            sparsity=1 - sum(b.values.numel() for b in modules.values()) / num_entries,
+            templates=tuple(templates),
+            training=dict(training),
+        ),
+    )

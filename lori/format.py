@@ -17,19 +17,16 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
-from lori.basis_file import BASES_FOLDER, load_basis, save_basis
-from lori.config import AdapterConfig, ExplicitConfig, basis_config
-from lori.config_file import CONFIG_FILE, parse_config, seal_config
-from lori.durable import new_folder, replace_file, write_file
+from lori.config import CONFIG_FILE, AdapterConfig, ExplicitConfig, basis_config, parse_config, seal_config
 from lori.errors import AdapterError, AdapterFormatError
-from lori.identity import BaseIdentity
-from lori.module_names import last, natural
-from lori.name_lock import locked
+from lori.identity import BaseIdentity, last, natural
 from lori.names import NUM_VERSION_DIGITS
-from lori.peft_config import HUB_ID, peft_fault
-from lori.stored_file import open_stored, read_stored
+from lori.peft.config import HUB_ID, peft_fault
+from lori.sparse import ValueType
+from lori.store.bases import BASES_FOLDER, load_basis, save_basis
+from lori.store.files import new_folder, open_stored, read_stored, replace_file, write_file
+from lori.store.locks import locked
 from lori.tensor_file import length_fault, parse_tensors
-from lori.values import ValueType
 from lori.weights import read_modules, weight_bytes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -102,8 +99,8 @@ def stored_as(adapter: Adapter, values: ValueType) -> Sealed:
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
     """Writes an adapter, see `seal`, and its basis where it is an explicit one, and returns it as it is read.
 
-    Written aside, synced and put in place, see `lori.durable.new_folder`. Raises `AdapterFormatError` as `seal`, `AdapterError`
-    as `check_replaceable`.
+    Written aside, synced and put in place, see `lori.store.files.new_folder`. Raises `AdapterFormatError` as `seal`,
+    `AdapterError` as `check_replaceable`.
     """
     check_replaceable(folder)
     sealed = seal(replace(adapter, name=name_of(folder)))

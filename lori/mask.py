@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from lori.errors import MaskError
-from lori.module_names import block, last, layer
+from lori.identity import block, last, layer
 
 Granularity = Literal["model", "module", "layer", "projection", "matrix"]
 """What is ranked together: everything; attention and MLP apart; each layer; each kind of projection; each B."""

@@ -1,33 +1,122 @@
-"""Adapters merged into one, in memory: what the weighted adapters add to a base, as one adapter that adds it alone.
+"""Merges: several weighted adapters as one adapter that adds the same to a base. In memory, in float64.
 
-T_i = (alpha_i / r_i) B_i is what adapter i adds on its basis. On one basis the T_i of several adapters add, at the greatest of
-their ranks. On several, `linear` sets the A's below one another and the B's side by side: that draws every A, and the rank is the
-sum. A server that applies several adapters in one request needs neither: its terms add as they are.
+T_i = (alpha_i / r_i) B_i is what adapter i adds on its basis. On one basis the T_i add, at the greatest of the ranks. On
+several, `linear` stacks the A's and sets the B's side by side: every A is drawn, and the rank is the sum. The other methods
+prune each T_i first or not, then sum, or average where the signs agree. A server that applies several adapters in one request
+needs none of this for `linear`: the terms add as they are.
 
-Shapes: D outputs, N inputs, R rank.
+Shapes: D outputs, N inputs, R rank, K entries in row-major order, n adapters, U positions of an entry in any of them.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 
 from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis, Explicit
-from lori.config import AdapterConfig
+from lori.config import AdapterConfig, new_config
 from lori.errors import AdapterError, MergeCancelledError
 from lori.format import seal
 from lori.identity import BaseIdentity
-from lori.merge_methods import combine, nonzero, placed, prune
+from lori.mask import largest
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions, SignMethod
 from lori.names import NUM_VERSION_DIGITS
-from lori.new_config import new_config
-from lori.sparse import SparseB
+from lori.sparse import SparseB, ValueType, rounded
 from lori.template import Template
-from lori.values import ValueType, rounded
+
+
+def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
+    """Returns those entries of `b` that the method combines; `drawn_from` names the adapter and the module to a random one."""
+    if options.method == "linear":
+        return b
+    if options.is_random:
+        return drop_and_rescale(b, options.density, f"{options.seed}|{drawn_from}")
+    return keep_largest(b, options.density)
+
+
+def combine(deltas: Sequence[SparseB], weights: Sequence[float], options: MergeOptions) -> SparseB:
+    """Returns the combination of `deltas`, (D, R) each, where any of them keeps an entry; it may hold zeros."""
+    if options.elects_sign:
+        return disjoint_merge(deltas, weights, options.sign)
+    return weighted_sum(deltas, weights)
+
+
+def placed(b: SparseB, rank: int, first: int) -> SparseB:
+    """Returns `b` (D, r) as the columns from `first` on of a (D, rank) that keeps nothing else."""
+    indices = b.rows * rank + first + b.indices.long() % b.shape[1]
+    return SparseB((b.shape[0], rank), indices.int(), b.values)
+
+
+def nonzero(b: SparseB) -> SparseB:
+    """Returns `b` without the entries that are kept and zero."""
+    kept = b.values != 0
+    return SparseB(b.shape, b.indices[kept], b.values[kept])
+
+
+def keep_largest(b: SparseB, density: float) -> SparseB:
+    """Returns the round(density K) largest entries of `b`, at least one of any; the first win where some are equal."""
+    count = max(1, round(density * b.values.numel()))
+    positions = largest(b.values.abs(), count).sort().values
+    return SparseB(b.shape, b.indices[positions], b.values[positions])
+
+
+def drop_and_rescale(b: SparseB, density: float, key: str) -> SparseB:
+    """Returns `b` with each entry kept with probability `density` and divided by it (DARE, arXiv 2311.03099, section 3.2).
+
+    The draw is Philox's raw words, mapped to [0, 1) here: it depends on `key` and K, on no library's version and no order.
+    """
+    philox = np.random.Philox(key=int.from_bytes(hashlib.sha256(f"dare|{key}".encode()).digest()[:16], "little"))
+    uniform = (philox.random_raw(b.values.numel()) >> np.uint64(11)) * 2.0**-53
+    kept = torch.from_numpy(uniform < density)
+    return SparseB(b.shape, b.indices[kept], b.values[kept] / density)
+
+
+def weighted_sum(deltas: Sequence[SparseB], weights: Sequence[float]) -> SparseB:
+    """Returns sum_i weights_i deltas_i over the union of the masks, added in the order given."""
+    indices, values = _aligned(deltas)
+    return SparseB(deltas[0].shape, indices, _in_order(values * _column(weights)))
+
+
+def disjoint_merge(deltas: Sequence[SparseB], weights: Sequence[float], sign: SignMethod) -> SparseB:
+    """Returns, at each position, the sum of the weighted values that have the elected sign, divided by their number.
+
+    TIES (arXiv 2306.01708, algorithm 1). As in PEFT (`peft/utils/merge_utils.py`) the election does not see the weights, a draw
+    elects plus, and an entry that is zero or pruned has no sign.
+    """
+    indices, values = _aligned(deltas)
+    signs = values.sign()
+    votes = _in_order(values if sign == "total" else signs)
+    agree = signs == torch.where(votes >= 0, 1.0, -1.0)
+    total = _in_order(values * agree * _column(weights))
+    return SparseB(deltas[0].shape, indices, total / agree.sum(0).clamp(min=1))
+
+
+def _aligned(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the positions (U,) that any of `deltas` keeps, ascending, and everyone's values there, (n, U) float64."""
+    indices = torch.cat([b.indices for b in deltas]).unique()
+    values = torch.zeros(len(deltas), len(indices), dtype=torch.float64)
+    for row, b in zip(values, deltas, strict=True):
+        row[torch.searchsorted(indices, b.indices)] = b.values.double()
+    return indices, values
+
+
+def _in_order(values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum (U,) of the rows of `values` (n, U), one after another: torch's own order is not promised."""
+    total = torch.zeros_like(values[0])
+    for row in values:
+        total += row
+    return total
+
+
+def _column(weights: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+
 
 Columns = Mapping[Basis, range]
 """Which columns of a merged B stand on the A of which basis."""

@@ -1,4 +1,4 @@
-"""How adapters are merged: what can be asked for. Knows no tensor; `lori.merge_methods` does it."""
+"""How adapters are merged: what can be asked for. Knows no tensor; `lori.merge` does it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lori.config_file import CONFIG_FILE as ADAPTER_CONFIG
+from lori.config import CONFIG_FILE as ADAPTER_CONFIG
 
 MODEL_CONFIG = "config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"

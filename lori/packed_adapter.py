@@ -15,10 +15,7 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Basis
-from lori.basis_file import load_basis
-from lori.config import AdapterConfig
-from lori.config_file import CONFIG_FILE, parse_config
-from lori.entry import Entry
+from lori.config import CONFIG_FILE, AdapterConfig, parse_config
 from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE, Files, base_faults, checked_basis, content_digest, name_of, parse_adapter, read_files
 from lori.identity import BaseIdentity
@@ -26,7 +23,9 @@ from lori.kernels.layout import Layout
 from lori.kernels.native import MODULE, pack
 from lori.kernels.packed_modules import PackedModules
 from lori.names import NUM_VERSION_DIGITS
-from lori.values import ValueType
+from lori.sparse import ValueType
+from lori.store.bases import load_basis
+from lori.store.entry import Entry
 
 MAX_PLANS = 256
 """Recipes that a reader remembers; the adapters of a store share a few."""

@@ -1,11 +1,12 @@
 """Frozen linear layers that read one input: one product with the rows of every basis's A, `[y; s] = [W; A] x`, then the deltas.
 
-`[y_q; y_k; y_v; s_q; s_k; s_v] = [W_q; W_k; W_v; A_q; A_k; A_v] x`. A step without adapters leaves A out.
-Shapes: T tokens, N inputs, D outputs of a layer, A bases, R rank.
+`[y_q; y_k; y_v; s_q; s_k; s_v] = [W_q; W_k; W_v; A_q; A_k; A_v] x`. A step without adapters leaves A out. The weights are in the
+model's dtype or in 8 bits: half the bytes of bf16 to read for each token, and reading them takes the time. Shapes: T tokens, N
+inputs, D outputs of a layer, A bases, R rank.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +17,18 @@ from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route, dense_segments
 from lori.kernels.native import MAX_ISA_VARIABLE, MODULE, has_amx, instruction_sets
 from lori.kernels.pages import zeros
-from lori.quantization import Quantization, quantize
+
+Quantization = Literal["int8"]
+MOST = 127
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns `weight` (D, N) as int8 (D, N), rounded to the nearest, and a scale (D,) fp32 for each output, so that its largest
+    is 127: weight is about scale * int8."""
+    wide = weight.float()
+    scales = wide.abs().amax(1) / MOST
+    return (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scales
+
 
 Blocks = Sequence[Sequence[torch.Tensor]]
 """The A (R, N) of every basis, of each layer."""

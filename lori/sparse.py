@@ -1,10 +1,15 @@
-"""B of one module with only its kept entries: where they are, and their values.
+"""The sparse B of one module: positions and values of its entries, and how values are stored: bf16, fp16, fp32 or int8.
 
-Shapes: D outputs, R rank, K kept entries in row-major order.
+int8 has one bf16 scale per output row. Shapes: D outputs, R rank, K entries in row-major order.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -60,3 +65,73 @@ class SparseB:
         out = torch.zeros(self.num_entries, dtype=dtype)
         out[self.indices.long()] = self.values.to(dtype)
         return out.view(self.shape)
+
+
+ValueType = Literal["bfloat16", "float16", "float32", "int8"]
+VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
+INT8_MAX = 127
+SMALLEST_NORMAL = 0x80
+"""The bits of the smallest positive bf16 that is no subnormal: larger ones have larger bits."""
+Rows = npt.NDArray[np.integer]
+"""The output of each kept entry, (K,) ascending."""
+
+
+def stored_dtype(value_type: ValueType) -> torch.dtype:
+    """Returns the dtype of the values on disk."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[value_type]
+
+
+def rounded(b: SparseB, value_type: ValueType) -> SparseB:
+    """Returns `b` as it will be read after it was stored as `value_type`; int8 is read as fp32.
+
+    Rounding what was rounded changes nothing. What the type cannot hold is not finite then; with int8, rows too small for a bf16
+    scale are zero.
+    """
+    if value_type != "int8":
+        return SparseB(b.shape, b.indices, b.values.to(stored_dtype(value_type)))
+    quantized, scales = quantize(b)
+    return SparseB(b.shape, b.indices, dequantize(quantized, scales, b.rows.numpy()))
+
+
+def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns int8 values (K,) and bf16 scales (D,): each row's largest magnitude is 127 times its scale.
+
+    Scales that bf16 holds only as a subnormal are zero, and their rows with them.
+    """
+    values, rows = b.values.float(), b.rows
+    peaks = torch.zeros(b.shape[0]).scatter_reduce(0, rows, values.abs(), "amax")
+    scales = (peaks / INT8_MAX).bfloat16()
+    scales[scales < torch.finfo(torch.bfloat16).smallest_normal] = 0.0
+    steps = scales.float()[rows]
+    quantized = torch.where(steps > 0, values / steps, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
+    # Infinities and NaN are for the caller to refuse: no int8 holds them.
+    return quantized.nan_to_num(0.0).to(torch.int8), scales
+
+
+def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> bool:
+    """Says whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same.
+
+    A row has a scale above 0 where it has a value that is not 0, and then it has 127 or -127.
+    """
+    values, bits = quantized.numpy(), scales.view(torch.int16).numpy()
+    has_value, has_peak = np.zeros((2, len(scales)), np.bool_)
+    has_value[rows[values != 0]] = True
+    has_peak[rows[np.abs(values) == INT8_MAX]] = True
+    has_scale = bits >= SMALLEST_NORMAL
+    is_one_form = (has_value == has_peak).all() and (has_peak == has_scale).all() and (has_scale == (bits != 0)).all()
+    return bool(is_one_form and (values > -128).all())
+
+
+def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Returns values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
+    return quantized.float().mul_(torch.from_numpy(scales.float().numpy()[rows]))
+
+
+def rounding_error(modules: Iterable[SparseB], value_type: ValueType) -> float:
+    """Returns |rounded - B| / |B| in the Frobenius norm over all modules together."""
+    error = norm = 0.0
+    for b in modules:
+        exact = b.values.double()
+        error += float((rounded(b, value_type).values.double() - exact).square().sum())
+        norm += float(exact.square().sum())
+    return math.sqrt(error / norm) if norm else 0.0

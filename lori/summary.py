@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lori.config import AdapterConfig, ExplicitConfig, SeededConfig
-from lori.entry import Entry
 from lori.errors import AdapterFormatError
 from lori.format import base_faults, read_config
 from lori.identity import BaseIdentity
 from lori.names import NUM_VERSION_DIGITS
+from lori.store.entry import Entry
 from lori.template import Template
 
 

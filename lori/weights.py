@@ -13,8 +13,7 @@ from safetensors.torch import save as save_tensors
 from lori import rice
 from lori.config import AdapterConfig
 from lori.kernels.native import decode_mask
-from lori.sparse import SparseB
-from lori.values import ValueType, dequantize, is_canonical, quantize, stored_dtype
+from lori.sparse import SparseB, ValueType, dequantize, is_canonical, quantize, stored_dtype
 
 
 def weight_bytes(modules: Mapping[str, SparseB], value_type: ValueType) -> bytes:
@@ -55,7 +54,7 @@ def read_modules(
 
 
 def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tensor], faults: list[str]) -> dict[str, SparseB]:
-    """Returns those of `modules` whose int8 values and scales are canonical, see `lori.values.is_canonical`.
+    """Returns those of `modules` whose int8 values and scales are canonical, see `lori.sparse.is_canonical`.
 
     Looked at all together, since most files are sound; only where one is not, one by one.
     """

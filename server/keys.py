@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import typer
 from filelock import FileLock
 
-from lori.durable import read_regular, replace_file
 from lori.printable import printable_lines
+from lori.store.files import read_regular, replace_file
 from server.access.keys import MAX_BYTES, KeyFileError, Keys, parse_keys
 from server.access.tables import KEY_PREFIX, check_word
 

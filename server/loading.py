@@ -14,17 +14,16 @@ from lori.base_model import BaseModel, load_base_model, resolve_dtype
 from lori.basis import Basis, Seeded
 from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
-from lori.entry import Entry
 from lori.errors import AdapterError, ModelError
 from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
 from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
-from lori.projection import has_native
-from lori.quantization import Quantization
-from lori.store_url import redacted
+from lori.projection import Quantization, has_native
+from lori.resources import BackgroundLoad, use_threads, warn_if_busy
+from lori.store.entry import Entry
+from lori.store.remote_folder import redacted
 from lori.summary import Summary
-from lori.threads import BackgroundLoad, use_threads, warn_if_busy
 from server.access.key_ring import KeyRing
 from server.access.policy import check_policies
 from server.catalog.files import AdapterFiles

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from lori.embedded import cache_dir
 from lori.errors import AdapterError, UnreachableError
-from lori.remote_folder import RemoteFolder
-from lori.remote_store import RemoteStore
-from lori.store import AdapterStore
-from lori.store_url import is_url, redacted
+from lori.store.remote import RemoteStore
+from lori.store.remote_folder import RemoteFolder, is_url, redacted
+from lori.store.store import AdapterStore
 from server.settings import Settings
 
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"

@@ -11,7 +11,7 @@ import pytest
 
 from lori.base_identity import identify_files
 from lori.format import load_adapter
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from tests.bench.serve_adapters import DENSITY, adapter_name, export_adapters, write_adapters
 from tests.bench.serve_asks import Ask, distinct, make_asks, no_adapter, poisson, prompt, zipf
 from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, Turn, names, own_cases, peer_cases, turns

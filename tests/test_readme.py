@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from tests.server.live import Live, events, start
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from lori.base_model import BaseModel
-from lori.durable import replace_file
+from lori.store.files import replace_file
 from lori.template import Template
 from training.base import load_base
 from training.command_line import CommandLine

@@ -1,7 +1,7 @@
 """The base model as the programs of this package load it: on a GPU where there is one, in its best dtype."""
 
 from lori.base_model import BaseModel, load_base_model, resolve_dtype
-from lori.threads import BackgroundLoad, avoid_busy_cpus, use_threads
+from lori.resources import BackgroundLoad, avoid_busy_cpus, use_threads
 from training.processes import processes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from pydantic import Field, model_validator
 
-from lori.durable import replace_file
+from lori.store.files import replace_file
 from lori.template import Message
 from training.command_line import CommandLine
 from training.data import DataError, Faults, OnBad, Row, Source, read_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lori.durable import sync_folder, write_file
+from lori.store.files import sync_folder, write_file
 from training.processes import processes
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from pydantic import Field, TypeAdapter, model_validator
 from lori.config import Alpha, Rank
 from lori.mask import Granularity
 from lori.names import NAME
+from lori.sparse import ValueType
 from lori.template import Template
-from lori.values import ValueType
 from training.command_line import CommandLine
 from training.data import OnBad, Source
 from training.recipe import read_recipe

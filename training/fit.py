@@ -20,7 +20,7 @@ from lori.base_model import BaseModel
 from lori.errors import LoriError
 from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from training.base import load_base
 from training.card import render_card
 from training.config import FitConfig

@@ -13,7 +13,7 @@ from lori.basis import Explicit, Seeded
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.identity import BaseIdentity
-from lori.values import ValueType
+from lori.sparse import ValueType
 from training.config import FitConfig
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lori.plots import FONT_SIZE, new_figure
+from lori.compare.plots import FONT_SIZE, new_figure
 from training.outcome import Outcome
 
 WIDTH, HEIGHT = 4.2, 3.0

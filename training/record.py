@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from lori.config import AdapterConfig
+from lori.config import AdapterConfig, new_config
 from lori.identity import BaseIdentity
-from lori.new_config import new_config
 from training.config import FitConfig
 from training.methods import Trained
 from training.outcome import Outcome

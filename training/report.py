@@ -7,10 +7,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lori.adapter import Adapter
-from lori.durable import replace_file
+from lori.compare.plots import plot_statistics
+from lori.compare.statistics import statistics, total
 from lori.names import NUM_VERSION_DIGITS
-from lori.plots import plot_statistics
-from lori.statistics import statistics, total
+from lori.store.files import replace_file
 from training.card import method_of
 from training.outcome import Outcome
 from training.plots import as_svg, plot_losses

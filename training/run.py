@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from transformers import TrainerCallback
 
-from lori.config_file import CONFIG_FILE
-from lori.durable import discard, remove_folder, replace_file
+from lori.config import CONFIG_FILE
 from lori.flags import flag_of
-from lori.threads import use_threads
+from lori.resources import use_threads
+from lori.store.files import discard, remove_folder, replace_file
 from training.arguments import training_arguments
 from training.batches import BatchSize, draw_weights, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole

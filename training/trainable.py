@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lori.base_identity import module_shapes
 from lori.basis import Basis
 from lori.errors import ModelError
-from lori.layer import module_shapes
 from lori.sparse import SparseB
 
 

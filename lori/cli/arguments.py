@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from lori.config_file import CONFIG_FILE
-from lori.entry import Entry
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import name_of
 from lori.identity import BaseIdentity
 from lori.names import NAME, check_name, name_fault
-from lori.store import AdapterStore
-from lori.values import ValueType
+from lori.sparse import ValueType
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 
 AdapterArgument = Annotated[Path, typer.Argument(help="A folder, or store/name, or store/name@version.", show_default=False)]
 AdaptersArgument = Annotated[

@@ -19,12 +19,12 @@ from lori.cli.arguments import (
     identify_base,
 )
 from lori.cli.output import folder_bytes, number, percent, print_fields, print_json, print_table, size
-from lori.compare import Comparison, ModuleComparison, similarity_matrix
-from lori.compare import compare as compare_adapters
-from lori.duplicates import near_duplicates
+from lori.compare.duplicates import near_duplicates
+from lori.compare.pairs import Comparison, ModuleComparison, similarity_matrix
+from lori.compare.pairs import compare as compare_adapters
+from lori.compare.statistics import ModuleStatistics, statistics, total
 from lori.errors import AdapterFormatError
 from lori.printable import printable
-from lori.statistics import ModuleStatistics, statistics, total
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -198,7 +198,7 @@ def _short(folder: str) -> str:
 
 def _plots() -> Any:
     try:
-        from lori import plots  # noqa: PLC0415  # matplotlib is an extra
+        from lori.compare import plots  # noqa: PLC0415  # matplotlib is an extra
     except ImportError as error:
         raise typer.BadParameter(f"needs matplotlib: pip install '.[plot]' ({error})", param_hint="--plot") from error
     return plots

@@ -11,9 +11,9 @@ from lori.cli.output import print_made
 from lori.errors import AdapterError
 from lori.merge import merge as merge_adapters
 from lori.merge_options import DEFAULTS, MergeMethod, MergeOptions, SignMethod
-from lori.store import AdapterStore
+from lori.sparse import ValueType, rounding_error
+from lori.store.store import AdapterStore
 from lori.template import Template
-from lori.values import ValueType, rounding_error
 
 EXACT: ValueType = "float32"
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lori.adapter import Adapter
-from lori.entry import Entry
 from lori.printable import printable
+from lori.store.entry import Entry
 
 NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB|TB))?")
 UNBROKEN = ("name", "version", "bytes", "density", "rank")

@@ -7,11 +7,11 @@ import typer
 
 from lori.cli.arguments import JsonOption, StoreArgument
 from lori.cli.output import folder_bytes, percent, print_json, print_table, size
-from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, read_config
 from lori.names import name_fault
-from lori.store import AdapterStore
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 
 
 def list_(

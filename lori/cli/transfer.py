@@ -7,8 +7,6 @@ import torch
 import typer
 from pydantic_core import from_json
 
-from lori.archive import pack as pack_adapter
-from lori.archive import unpack as unpack_adapter
 from lori.cli.arguments import (
     AdapterArgument,
     JsonOption,
@@ -20,17 +18,19 @@ from lori.cli.arguments import (
     identify_base,
 )
 from lori.cli.output import folder_bytes, percent, print_json, print_made, size, warn
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterFormatError
 from lori.format import read_file
-from lori.hub import SCHEME, name_in, resolve
 from lori.names import NAME, check_name
-from lori.peft_export import export_peft
-from lori.peft_import import import_peft
-from lori.store import AdapterStore
-from lori.stored_file import read_source
+from lori.peft.exporter import export_peft
+from lori.peft.importer import import_peft
+from lori.sparse import rounding_error
+from lori.store.archive import pack as pack_adapter
+from lori.store.archive import unpack as unpack_adapter
+from lori.store.files import read_source
+from lori.store.hub import SCHEME, name_in, resolve
+from lori.store.store import AdapterStore
 from lori.template import Template
-from lori.values import rounding_error
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import torch
 
-from lori.free_memory import free_memory
+from lori.resources import free_memory
 
 
 def zeros(num_bytes: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 from anyio.to_thread import run_sync
 
-from lori.file_stamp import FileStamp, file_stamp
+from lori.store.files import FileStamp, file_stamp
 from server.access.caller import Caller
 from server.access.keys import KeyFileError, Keys, read_key_file, read_keys, whole_keys
 

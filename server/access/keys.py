@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lori.durable import read_regular
-from lori.file_stamp import file_stamp
 from lori.printable import printable
+from lori.store.files import file_stamp, read_regular
 from server.access.caller import Caller
 from server.access.tables import WORD, KeyTable, Table, TenantTable
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement
 
 from lori.adapter import Adapter
-from lori.compare import ModuleComparison
+from lori.compare.pairs import ModuleComparison, compare_pairs
 from lori.errors import AdapterError, AdapterFormatError, LoriError
-from lori.pairs import compare_pairs
 from server.engine.adapters.registry import Registered
 
 MAX_PAIRS = 8192

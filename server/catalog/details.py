@@ -5,11 +5,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lori.entry import Entry
+from lori.compare.statistics import ModuleStatistics, statistics
 from lori.errors import AdapterFormatError
 from lori.format import read_config
 from lori.identity import BaseIdentity
-from lori.statistics import ModuleStatistics, statistics
+from lori.store.entry import Entry
 from server.catalog.store_errors import told
 from server.engine.adapters.loader import REMEDY
 from server.engine.adapters.registry import Registered

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lori.basis_file import load_basis
-from lori.config_file import CONFIG_FILE, parse_config
-from lori.entry import Entry
+from lori.config import CONFIG_FILE, parse_config
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError
 from lori.format import Files, read_file, read_files
-from lori.hub import SCHEME, resolve
-from lori.incoming import is_peft, parse_incoming
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter, PackedReader
-from lori.peft_config import TEMPLATES_FILE
-from lori.store import AdapterStore
-from lori.stored_file import read_source
+from lori.peft.config import TEMPLATES_FILE
+from lori.peft.importer import is_peft, parse_incoming
+from lori.store.bases import load_basis
+from lori.store.entry import Entry
+from lori.store.files import read_source
+from lori.store.hub import SCHEME, resolve
+from lori.store.store import AdapterStore
 from lori.summary import SummaryReader
 from server.catalog.details import AdapterDetails
 from server.catalog.fit import Fit

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lori.basis import Explicit
-from lori.cached_entry import CachedEntry
 from lori.config import ExplicitConfig
-from lori.entry import Entry
 from lori.errors import AdapterFormatError, placed, shortened
 from lori.identity import BaseIdentity
 from lori.printable import printable
-from lori.store import AdapterStore, Contents
+from lori.store.entry import CachedEntry, Entry
+from lori.store.store import AdapterStore, Contents
 from lori.summary import Summary, summarise_sound
 from server.catalog.store_errors import without_paths
 from server.engine.adapters.registry import Faulty

@@ -7,7 +7,7 @@ from itertools import islice
 from pydantic import TypeAdapter
 from pydantic_core import to_json
 
-from lori.statistics import ModuleStatistics, total
+from lori.compare.statistics import ModuleStatistics, total
 from server.access.caller import Caller
 from server.catalog.details import Details
 from server.engine.adapters.cache import Place

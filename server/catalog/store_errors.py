@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from server.errors import ConflictError, StoreError
 
 MOUNT = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
-from lori.stored_file import read_source
+from lori.store.files import read_source
 from server.client.calls import Call
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.comparison import AdapterComparison

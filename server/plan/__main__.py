@@ -43,7 +43,7 @@ def run(config: PlanConfig) -> None:
 def _drawer() -> Draw:
     """Returns what draws. Raises `LoriError` where matplotlib is not installed: before the simulation, not after."""
     try:
-        from lori.plots import save_figure  # noqa: PLC0415  # an extra
+        from lori.compare.plots import save_figure  # noqa: PLC0415  # an extra
         from server.plan.plots import plot_outcomes  # noqa: PLC0415
     except ImportError as error:
         raise LoriError(f"--plot needs: pip install '.[plot]' ({error})") from error

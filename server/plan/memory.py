@@ -13,14 +13,14 @@ import torch
 from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]  # httpx's, some of which pass through
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lori.base_identity import module_shapes
 from lori.embedded import embedded_model
 from lori.errors import ModelError
+from lori.identity import last
 from lori.kernels.layout import Layout
 from lori.kernels.native import pack
-from lori.layer import module_shapes
-from lori.module_names import last
 from lori.names import EMBEDDED_NAME, short_name
-from lori.quantization import Quantization
+from lori.projection import Quantization
 from lori.sparse import SparseB
 from lori.weights import weight_bytes
 from server.engine.model.families import check_family

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from lori.plots import FONT_SIZE, new_figure
+from lori.compare.plots import FONT_SIZE, new_figure
 from server.plan.simulation import POLICIES, Outcome
 
 WIDTH, HEIGHT = 3.4, 2.8

@@ -9,8 +9,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lori.hub import SCHEME, name_in
 from lori.names import NAME, VERSION
+from lori.store.hub import SCHEME, name_in
 from server.catalog.admin import Withdrawn
 from server.catalog.rows import describe_one, describe_whole, encode_list
 from server.description.responses import refusals

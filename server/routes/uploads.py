@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import CARD_FILE, MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES, WEIGHTS_FILE, Files
 from lori.names import check_name, split_reference

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from lori.errors import AdapterError, UnknownAdapterError
-from lori.hub import SCHEME
 from lori.names import split_reference
+from lori.store.hub import SCHEME
 from server.catalog.admin import LoadedError
 from server.engine.admission import RefusedError
 from server.routes.dependencies import ServiceOf, require_admin

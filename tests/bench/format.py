@@ -16,13 +16,11 @@ import torch
 from lori.adapter import Adapter
 from lori.basis import Seeded
 from lori.cli.output import folder_bytes, print_table
-from lori.config import target_names
+from lori.config import new_config, target_names
 from lori.format import load_adapter, save_adapter, seal, stored_as
 from lori.identity import BaseIdentity
-from lori.new_config import new_config
-from lori.peft_export import export_peft
-from lori.sparse import SparseB
-from lori.values import VALUE_TYPES, rounding_error
+from lori.peft.exporter import export_peft
+from lori.sparse import VALUE_TYPES, SparseB, rounding_error
 
 RANK, SPARSITY = 32, 0.9
 MODELS = {"SmolLM2-135M": (30, 576, 192, 1536), "Llama-3-8B": (32, 4096, 1024, 14336)}

@@ -15,12 +15,10 @@ from tqdm import tqdm
 
 from lori.adapter import Adapter
 from lori.basis import Seeded
-from lori.config import AdapterConfig, target_names
-from lori.config_file import CONFIG_FILE, seal_config
+from lori.config import CONFIG_FILE, AdapterConfig, new_config, seal_config, target_names
 from lori.format import WEIGHTS_FILE, content_digest, load_adapter, seal
 from lori.identity import BaseIdentity
-from lori.new_config import new_config
-from lori.peft_export import export_peft
+from lori.peft.exporter import export_peft
 from lori.sparse import SparseB
 
 RANK, DENSITY = 32, 0.1

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from lori.aliases import ALIASES_FOLDER
 from lori.base_identity import identify_files
 from lori.cli.output import print_table
 from lori.kernels.layout import Layout
 from lori.packed_adapter import PackedReader
-from lori.store import AdapterStore
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.store import AdapterStore
 from lori.summary import summarise
 
 ADAPTER = Path(__file__).parents[2] / "server" / "adapters" / "math"

@@ -8,10 +8,9 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.config import AdapterConfig, LoriSection, SeededConfig, basis_config, compact
+from lori.config import UNSEALED, AdapterConfig, LoriSection, SeededConfig, basis_config, compact
 from lori.format import save_adapter, seal
 from lori.identity import BaseIdentity
-from lori.new_config import UNSEALED
 from lori.sparse import SparseB
 
 # Bitmaps of 27 bits, and of 48, which are whole bytes.

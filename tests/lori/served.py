@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lori.adapter import Adapter
+from lori.base_identity import module_shapes
 from lori.kernels import Route, Term
-from lori.layer import module_shapes
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
 from lori.projection import Projection, project

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori.archive import pack, unpack
 from lori.basis import Explicit, Seeded
-from lori.config_file import CONFIG_FILE
-from lori.entry import Entry
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter
-from lori.store import AdapterStore
+from lori.store.archive import pack, unpack
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.cli.program import app, main
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE, new_config
 from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
-from lori.new_config import new_config
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from tests.lori.adapters import RANK, make_config, make_modules, save
 
 Run = Callable[..., tuple[int, str, str]]

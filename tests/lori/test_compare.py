@@ -9,9 +9,8 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.compare import ModuleComparison, compare, similarity_matrix
+from lori.compare.pairs import ModuleComparison, compare, inner_products, similarity_matrix
 from lori.errors import AdapterError
-from lori.inner_products import inner_products
 from lori.sparse import SparseB
 from tests.lori.adapters import SHAPES, make_adapter, make_config, make_modules
 

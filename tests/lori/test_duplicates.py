@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lori import duplicates
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.compare import compare
-from lori.duplicates import MARGIN, NUM_BUCKETS, Duplicate, near_duplicates, sketch
+from lori.compare import duplicates
+from lori.compare.duplicates import MARGIN, NUM_BUCKETS, Duplicate, near_duplicates, sketch
+from lori.compare.pairs import compare
 from lori.sparse import SparseB
 from tests.lori.adapters import make_adapter, make_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lori.durable import new_folder, remove_folder, replace_file
+from lori.store.files import new_folder, remove_folder, replace_file
 
 
 def test_a_file_is_replaced_whole_and_readable_for_all(tmp_path: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 
 
 def touch(place: Path, *names: str) -> Path:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lori.kernels.extents import Extents
+from lori.kernels.operands import Extents
 
 
 def test_the_first_stretch_that_is_long_enough_is_taken() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lori.aliases import Aliases
-from lori.file_stamp import file_stamp
+from lori.store.aliases import Aliases
+from lori.store.files import file_stamp
 
 
 def wait_for_tick(file: Path) -> None:

@@ -20,9 +20,7 @@ from safetensors.torch import save as save_tensors
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded, tensors_digest
-from lori.basis_file import basis_file
-from lori.config import AdapterConfig
-from lori.config_file import CONFIG_FILE, config_digest
+from lori.config import CONFIG_FILE, AdapterConfig, config_digest
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import (
     WEIGHTS_FILE,
@@ -33,8 +31,8 @@ from lori.format import (
     write_record,
 )
 from lori.identity import BaseIdentity
-from lori.sparse import SparseB
-from lori.values import VALUE_TYPES, ValueType
+from lori.sparse import VALUE_TYPES, SparseB, ValueType
+from lori.store.bases import basis_file
 from lori.weights import weight_bytes
 from tests.lori.adapters import BASE, BASE_DIGEST, RANK, SHAPES, TARGETS, make_adapter, make_config, make_modules, save
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lori import free_memory as module
-from lori.free_memory import free_memory
+from lori import resources as module
 from lori.kernels.pages import zeros
+from lori.resources import free_memory
 
 MIB = 2**20
 V2 = ("memory.max", "memory.current", "")
@@ -17,8 +17,8 @@ V1_NONE = "9223372036854771712"
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(module, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(module, "OWN", tmp_path / "own")
+    monkeypatch.setattr(module, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(module, "MEMBERSHIP", tmp_path / "own")
     return tmp_path / "cgroup"
 
 

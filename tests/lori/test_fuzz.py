@@ -8,11 +8,11 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.basis_file import BASES_FOLDER
 from lori.errors import AdapterFormatError
 from lori.format import load_adapter
 from lori.identity import BaseIdentity
-from lori.values import VALUE_TYPES, ValueType
+from lori.sparse import VALUE_TYPES, ValueType
+from lori.store.bases import BASES_FOLDER
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 NUM_DAMAGED = 2500

@@ -20,13 +20,12 @@ from safetensors.torch import save as save_tensors
 from lori import rice
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.basis_file import basis_bytes, load_basis, parse_basis
-from lori.config import AdapterConfig, SeededConfig
-from lori.config_file import CONFIG_FILE, config_digest
+from lori.config import CONFIG_FILE, AdapterConfig, SeededConfig, config_digest
 from lori.errors import AdapterFormatError
 from lori.format import WEIGHTS_FILE, BasisOf, content_digest, parse_adapter
 from lori.identity import BaseIdentity
-from lori.values import VALUE_TYPES, ValueType, stored_dtype
+from lori.sparse import VALUE_TYPES, ValueType, stored_dtype
+from lori.store.bases import basis_bytes, load_basis, parse_basis
 from lori.weights import parts, weight_bytes
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 

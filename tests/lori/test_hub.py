@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from lori.errors import AdapterError, ModelError, UnreachableError
-from lori.hub import check_model, resolve
+from lori.store.hub import check_model, resolve
 
 COMMIT = "c0ffee" + "0" * 34
 FILES = {

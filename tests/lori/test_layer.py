@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from lori.layer import module_shapes
+from lori.base_identity import module_shapes
 
 
 def test_module_shapes_are_every_linear_layer_but_the_output_embeddings(tiny_model: Path) -> None:

@@ -16,19 +16,17 @@ from peft.utils import merge_utils
 from transformers import AutoModelForCausalLM
 
 from lori.adapter import Adapter
+from lori.base_identity import module_shapes
 from lori.basis import Basis, Explicit, Seeded
+from lori.config import new_config
 from lori.errors import AdapterError, MergeCancelledError
 from lori.format import seal
 from lori.identity import BaseIdentity
-from lori.layer import module_shapes
-from lori.merge import MergeMethod, MergeOptions, SignMethod, merge
-from lori.merge_methods import drop_and_rescale, keep_largest
+from lori.merge import MergeMethod, MergeOptions, SignMethod, drop_and_rescale, keep_largest, merge
 from lori.merge_options import MERGE_METHODS
-from lori.new_config import new_config
-from lori.sparse import SparseB
-from lori.store import AdapterStore
+from lori.sparse import VALUE_TYPES, SparseB, ValueType, rounded
+from lori.store.store import AdapterStore
 from lori.template import Template
-from lori.values import VALUE_TYPES, ValueType, rounded
 
 SHAPES = {"layers.0.q_proj": (9, 5), "layers.0.up_proj": (16, 7), "layers.1.q_proj": (9, 5), "layers.1.up_proj": (16, 7)}
 Q0, UP0, Q1, UP1 = SHAPES

@@ -14,16 +14,15 @@ from safetensors.torch import save as save_tensors
 
 from lori import packed_adapter
 from lori.basis import Explicit
-from lori.config import AdapterConfig
-from lori.config_file import CONFIG_FILE, config_digest
-from lori.entry import Entry
+from lori.config import CONFIG_FILE, AdapterConfig, config_digest
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, content_digest, load_adapter
 from lori.identity import BaseIdentity
 from lori.kernels.layout import Layout, unpack
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
-from lori.store import AdapterStore
-from lori.values import VALUE_TYPES, ValueType
+from lori.sparse import VALUE_TYPES, ValueType
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 from tests.lori.adapters import BASE, BASE_DIGEST, RANK, SHAPES, make_config, make_modules, save, targeted
 
 WIDE = {"m.0.q_proj": (600, 9), "m.0.up_proj": (40, 7), "m.1.q_proj": (600, 9), "m.1.up_proj": (40, 7)}

@@ -4,10 +4,8 @@ from itertools import combinations_with_replacement
 
 import pytest
 
-from lori.compare import compare
+from lori.compare.pairs import compare, compare_pairs, module_order
 from lori.errors import AdapterError
-from lori.inner_products import module_order
-from lori.pairs import compare_pairs
 from tests.lori.test_compare import OTHERS, A, on_another_base, on_entries
 
 ADAPTERS = [A, *OTHERS.values(), on_entries([], []), on_entries([0, 4], [0.0, 2.0])]

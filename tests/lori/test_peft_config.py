@@ -9,9 +9,9 @@ import peft
 import pytest
 from peft.utils.other import get_pattern_key
 
-from lori.config_file import CONFIG_FILE
-from lori.peft_config import PeftConfig, exact, matched
-from lori.peft_import import read_peft_config
+from lori.config import CONFIG_FILE
+from lori.peft.config import PeftConfig, exact, matched
+from lori.peft.importer import read_peft_config
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 MODULES = [

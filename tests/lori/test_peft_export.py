@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE
-from lori.peft_export import export_peft
-from lori.peft_import import import_peft
+from lori.peft.exporter import export_peft
+from lori.peft.importer import import_peft
 from lori.sparse import SparseB
 from tests.lori.adapters import BASE, SHAPES, make_adapter, make_config
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
 from lori.mask import num_kept
-from lori.peft_import import Imported, import_peft, module_of
+from lori.peft.importer import Imported, import_peft, module_of
 from tests.lori.adapters import BASE, RANK, SHAPES, targeted
 
 Tensors = dict[str, torch.Tensor]

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 from lori.adapter import Adapter
 from lori.base_identity import identify
 from lori.basis import Explicit, Seeded
+from lori.config import new_config
 from lori.format import load_adapter, save_adapter, seal
-from lori.new_config import new_config
-from lori.peft_export import export_peft
-from lori.peft_import import Imported, import_peft
+from lori.peft.exporter import export_peft
+from lori.peft.importer import Imported, import_peft
 from lori.sparse import SparseB
 from tests.lori.served import Served
 

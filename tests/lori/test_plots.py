@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from lori.compare.plots import FORMATS, plot_matrix, plot_statistics, save_figure
+from lori.compare.statistics import ModuleStatistics, statistics, total
 from lori.errors import AdapterError
-from lori.plots import FORMATS, plot_matrix, plot_statistics, save_figure
-from lori.statistics import ModuleStatistics, statistics, total
 from tests.lori.adapters import SHAPES, make_adapter
 
 # Cosines of -1, of almost zero, and of a delta that is zero.

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lori.adapter import Adapter
+from lori.base_identity import module_shapes
 from lori.basis import Seeded
 from lori.errors import AdapterError
 from lori.kernels.layout import MAX_RANK
-from lori.layer import module_shapes
 from lori.merge import merge
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool

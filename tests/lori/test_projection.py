@@ -20,8 +20,7 @@ from lori.errors import ModelError
 from lori.kernels import Operands, Route, Term
 from lori.kernels.cpu import PACKED_NS, bound_operands, bound_route, dense_segments
 from lori.kernels.native import MODULE, choose
-from lori.projection import NativeProjection, Projection, TorchProjection, has_native, joint_bias, project
-from lori.quantization import quantize
+from lori.projection import NativeProjection, Projection, TorchProjection, has_native, joint_bias, project, quantize
 from tests.lori.operands import put, random_b
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")

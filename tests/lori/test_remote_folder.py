@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from lori.errors import AdapterError, UnreachableError
-from lori.remote_folder import RemoteFolder
+from lori.store.remote_folder import RemoteFolder
 from tests.lori.remotes import Broken, Gate, WatchedFileSystem
 
 CONFIG, ALIAS = "math@12/adapter_config.json", ".aliases/math"

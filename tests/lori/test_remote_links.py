@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from lori.aliases import ALIASES_FOLDER
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE
-from lori.remote_folder import RemoteFolder
-from lori.remote_store import RemoteStore
-from lori.store import AdapterStore
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.remote import RemoteStore
+from lori.store.remote_folder import RemoteFolder
+from lori.store.store import AdapterStore
 from lori.summary import summarise_sound
 from tests.lori.adapters import BASE, make_config, make_modules, save
 

@@ -8,8 +8,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from lori.errors import AdapterError, UnreachableError
-from lori.remote_folder import RemoteFolder
-from lori.remote_store import RemoteStore
+from lori.store.remote import RemoteStore
+from lori.store.remote_folder import RemoteFolder
 from tests.lori.adapters import make_adapter
 from tests.lori.remotes import LIMIT_S
 

@@ -10,13 +10,13 @@ import pytest
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.config_file import CONFIG_FILE
-from lori.entry import Entry
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError
 from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter, read_config, write_record
-from lori.remote_folder import RemoteFolder
-from lori.remote_store import RemoteStore
-from lori.store import AdapterStore
+from lori.store.entry import Entry
+from lori.store.remote import RemoteStore
+from lori.store.remote_folder import RemoteFolder
+from lori.store.store import AdapterStore
 from tests.lori.adapters import RANK, SHAPES, make_adapter, make_config, make_modules, save, targeted
 from tests.lori.remotes import LIMIT_S, Broken, Gate, WatchedFileSystem, let
 

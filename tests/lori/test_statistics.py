@@ -8,8 +8,8 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
+from lori.compare.statistics import ModuleStatistics, statistics, total
 from lori.sparse import SparseB
-from lori.statistics import ModuleStatistics, statistics, total
 from tests.lori.adapters import RANK, SHAPES, make_adapter, make_config, make_modules
 
 Q_PROJ = "layers.0.q_proj"

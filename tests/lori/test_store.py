@@ -16,14 +16,14 @@ import pytest
 from filelock import FileLock
 
 from lori.adapter import Adapter
-from lori.aliases import ALIASES_FOLDER
 from lori.basis import Explicit, Seeded
-from lori.basis_file import basis_file, load_basis, save_basis
-from lori.config_file import CONFIG_FILE
-from lori.durable import remove_folder
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, load_adapter, write_record
-from lori.store import AdapterStore
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.bases import basis_file, load_basis, save_basis
+from lori.store.files import remove_folder
+from lori.store.store import AdapterStore
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 
 
@@ -515,7 +515,7 @@ def test_removing_a_name_leaves_it_whole_until_it_is_gone(
         seen.append(store.find("math").version)
         remove_folder(folder)
 
-    monkeypatch.setattr("lori.store.remove_folder", look)
+    monkeypatch.setattr("lori.store.store.remove_folder", look)
     store.remove("math")
     assert seen == [current] * 3
 

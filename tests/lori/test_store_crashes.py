@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from tests.lori.adapters import BASE, make_config, make_modules, save
 
 STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.chmod", "ctypes.dlsym"}

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from lori.aliases import ALIASES_FOLDER
 from lori.basis import Explicit, Seeded
-from lori.basis_file import basis_file
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE
-from lori.store import AdapterStore
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.bases import basis_file
+from lori.store.store import AdapterStore
 from lori.summary import summarise_sound
 from tests.lori.adapters import BASE, RANK, SHAPES, make_config, make_modules, save, targeted
 

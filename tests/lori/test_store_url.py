@@ -2,7 +2,7 @@
 
 import pytest
 
-from lori.store_url import is_url, redacted
+from lori.store.remote_folder import is_url, redacted
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/a", "file:///srv/a", "memory://a", "dir::file:///a", "simplecache::s3://b/a"])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import lori.stored_file
-from lori.stored_file import LINK, LINKED_FOLDER, open_stored, read_source, read_stored
+import lori.store.files
+from lori.store.files import LINK, LINKED_FOLDER, open_stored, read_source, read_stored
 
 MANY = 1 << 20
 SECRET = b"the key file"
@@ -16,7 +16,7 @@ SECRET = b"the key file"
 @pytest.fixture(params=[True, False], ids=["openat", "by path"])
 def store(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A store with the folder `math`, and beside it a secret; opened in both ways, as the system allows."""
-    monkeypatch.setattr(lori.stored_file, "HAS_OPENAT", request.param and lori.stored_file.HAS_OPENAT)
+    monkeypatch.setattr(lori.store.files, "HAS_OPENAT", request.param and lori.store.files.HAS_OPENAT)
     (tmp_path / "secret").write_bytes(SECRET)
     (tmp_path / "store" / "math").mkdir(parents=True)
     return tmp_path / "store"
@@ -89,7 +89,7 @@ def test_a_link_that_is_put_there_between_the_check_and_the_opening_is_not_follo
         return genuine(path, flags, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "open", open_late)
-    if what == "math" and lori.stored_file.HAS_OPENAT:  # the folder is open already
+    if what == "math" and lori.store.files.HAS_OPENAT:  # the folder is open already
         assert read_stored(folder, "card", MANY) == b"x"
     else:
         assert refusal(folder) in (LINK, LINKED_FOLDER)
@@ -105,7 +105,7 @@ def test_a_file_that_grows_is_not_read_for_ever(store: Path) -> None:
     with open_stored(store / "math", "card") as file, pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fstat", lambda _: grown)
         with pytest.raises(OSError, match="it was written to while it was read"):
-            lori.stored_file.read_whole(file, MANY)
+            lori.store.files.read_whole(file, MANY)
 
 
 def test_a_snapshot_of_the_hub_is_read_through_its_links(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lori.config import SeededConfig
-from lori.config_file import CONFIG_FILE
-from lori.entry import Entry
+from lori.config import CONFIG_FILE, SeededConfig
 from lori.errors import AdapterFormatError
 from lori.format import WEIGHTS_FILE, load_adapter
-from lori.store import AdapterStore
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 from lori.summary import summarise
 from tests.lori.adapters import BASE, make_config, make_modules, save
 

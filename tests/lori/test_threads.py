@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lori import threads
-from lori.threads import BackgroundLoad, avoid_busy_cpus, cpu_quota, threads_restored, use_threads, warn_if_busy
+from lori import resources
+from lori.resources import BackgroundLoad, avoid_busy_cpus, cpu_quota, threads_restored, use_threads, warn_if_busy
 
 BURN = "while True: pass"
 
@@ -43,8 +43,8 @@ def _four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a control group, /box/inner, of which this process is told that it is in."""
     (tmp_path / "membership").write_text("0::/box/inner\n")
-    monkeypatch.setattr(threads, "MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(threads, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(resources, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path / "groups")
     inner = tmp_path / "groups" / "box" / "inner"
     inner.mkdir(parents=True)
     return inner
@@ -105,10 +105,10 @@ def test_no_share_is_no_limit(tmp_path: Path) -> None:
 def test_cpus_that_are_not_online_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of those that are there need not be number 1."""
     (tmp_path / "stat").write_text("cpu  9 0 0 0\ncpu0 1 0 0 0\ncpu2 1 0 0 0\nintr 5\n")
-    monkeypatch.setattr(threads, "STAT", tmp_path / "stat")
-    assert threads._cpu_numbers(2) == [0, 2]
+    monkeypatch.setattr(resources, "STAT", tmp_path / "stat")
+    assert resources._cpu_numbers(2) == [0, 2]
     (tmp_path / "stat").unlink()
-    assert threads._cpu_numbers(2) == [0, 1]
+    assert resources._cpu_numbers(2) == [0, 1]
 
 
 def test_a_block_leaves_the_number_as_it_was() -> None:

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from lori.sparse import SparseB
-from lori.values import VALUE_TYPES, ValueType, dequantize, quantize, rounded, rounding_error
+from lori.sparse import VALUE_TYPES, SparseB, ValueType, dequantize, quantize, rounded, rounding_error
 
 
 def random_b(seed: int = 0, num_outputs: int = 200, rank: int = 16, density: float = 0.1) -> SparseB:

@@ -10,10 +10,10 @@ import httpx
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
-from lori.entry import Entry
+from lori.config import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
-from lori.store import AdapterStore
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 from server.loading import load_service
 from server.service import Service
 from server.settings import Settings

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import FOLDER
 from lori.format import PICKLE_FILE, WEIGHTS_FILE
 from tests.server.rig import write_adapter

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lori.config import SeededConfig
-from lori.entry import Entry
+from lori.store.entry import Entry
 from lori.summary import Summary
 from lori.template import Template
 from server.engine.adapters.registry import Registered

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
+from lori.config import new_config
 from lori.format import save_adapter
 from lori.identity import BaseIdentity
-from lori.new_config import new_config
 from lori.packed_adapter import PackedReader
 from lori.pool import AdapterPool
-from lori.quantization import Quantization
+from lori.projection import Quantization
 from lori.sparse import SparseB
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
 from server.engine.adapters.cache import AdapterTiers, Place

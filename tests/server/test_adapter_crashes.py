@@ -9,12 +9,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lori.aliases import ALIASES_FOLDER
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.format import WEIGHTS_FILE, load_adapter
-from lori.name_lock import LOCKS_FOLDER
-from lori.store import AdapterStore
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.locks import LOCKS_FOLDER
+from lori.store.store import AdapterStore
 from tests.server.live import LIMIT_S, Live, start, wait_until
 from tests.server.rig import write_adapter
 

@@ -10,7 +10,7 @@ from lori.base_model import BaseModel
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, read_files
 from lori.packed_adapter import PackedReader
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
 from server.catalog.store_errors import told

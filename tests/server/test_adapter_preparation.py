@@ -8,9 +8,9 @@ import pytest
 
 from lori.base_model import BaseModel
 from lori.basis import Seeded
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from lori.summary import summarise
 from server.loading import NEW_RANK, load_service, make_pool, make_registry
 from server.settings import Settings

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
+from lori.compare.statistics import statistics
+from lori.config import CONFIG_FILE
 from lori.format import WEIGHTS_FILE, load_adapter, read_config, write_record
-from lori.statistics import statistics
 from server.catalog.admin import MAX_WAITING
 from server.catalog.details import Details
 from tests.server.live import LIMIT_S, wait_until

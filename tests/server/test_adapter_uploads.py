@@ -14,13 +14,12 @@ import pytest
 from lori.adapter import Adapter
 from lori.base_model import BaseModel
 from lori.basis import Explicit
-from lori.config import basis_config
-from lori.config_file import CONFIG_FILE, seal_config
+from lori.config import CONFIG_FILE, basis_config, seal_config
 from lori.errors import MAX_CHARACTERS, MAX_SHOWN, AdapterError, UnreachableError
 from lori.format import WEIGHTS_FILE, read_config, save_adapter
-from lori.name_lock import LOCKS_FOLDER
-from lori.peft_export import export_peft
-from lori.store import AdapterStore
+from lori.peft.exporter import export_peft
+from lori.store.locks import LOCKS_FOLDER
+from lori.store.store import AdapterStore
 from tests.server.live import LIMIT_S
 from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.test_http import refusal

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lori.errors import UnknownAdapterError
-from lori.merge_methods import MergeOptions
+from lori.merge import MergeOptions
 from lori.template import Message
 from server.engine.adapters.registry import PolicyError, Registry
 from server.engine.admission import Admission, Ask, RefusedError

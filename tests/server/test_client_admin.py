@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from server.client import (
     AdapterFiles,

@@ -11,9 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel
-from lori.compare import ModuleComparison, compare
+from lori.compare.pairs import ModuleComparison, compare
 from lori.errors import AdapterError
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from lori.summary import summarise
 from server.access.caller import Caller
 from server.catalog.comparison import Comparer

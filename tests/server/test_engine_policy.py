@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
-from lori.merge import merge
-from lori.merge_methods import MergeOptions
+from lori.merge import MergeOptions, merge
 from lori.template import encode
 from server.engine.admission import Ask
 from tests.server.rig import Heard, Rig, build, fold, greedy

@@ -8,7 +8,7 @@ import pytest
 
 from lori.base_model import BaseModel
 from lori.merge_options import MergeOptions
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from server.engine.admission import Ask
 from server.engine.request import Sampling
 from tests.server.rig import Heard, Rig, WatchedRunner, build, write_adapter

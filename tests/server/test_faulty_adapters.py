@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from lori.aliases import ALIASES_FOLDER
 from lori.base_model import BaseModel
 from lori.basis import Explicit
-from lori.basis_file import BASES_FOLDER
-from lori.config import basis_config
-from lori.config_file import CONFIG_FILE, seal_config
+from lori.config import CONFIG_FILE, basis_config, seal_config
 from lori.errors import MAX_CHARACTERS, MAX_SHOWN, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, load_adapter, read_config, save_adapter
-from lori.store import AdapterStore
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.bases import BASES_FOLDER
+from lori.store.store import AdapterStore
 from server.access.key_ring import KeyRing
 from server.access.keys import KeyFileError
 from server.catalog.inventory import take_inventory

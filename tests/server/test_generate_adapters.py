@@ -14,7 +14,7 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.merge import merge
 from lori.merge_options import MergeOptions
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from lori.template import encode
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission

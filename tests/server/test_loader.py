@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from lori.adapter import Adapter
-from lori.config_file import CONFIG_FILE
-from lori.entry import Entry
+from lori.config import CONFIG_FILE
 from lori.format import WEIGHTS_FILE
 from lori.kernels.layout import Layout
 from lori.merge import merge
 from lori.merge_options import MERGE_METHODS, MergeMethod, MergeOptions
 from lori.packed_adapter import Layouts, PackedAdapter, PackedReader, pack_adapter
-from lori.store import AdapterStore
+from lori.store.entry import Entry
+from lori.store.store import AdapterStore
 from lori.summary import summarise
 from server.engine.adapters.loader import Loaded, Loader, named
 from server.engine.adapters.registry import Registry

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterFormatError
 from lori.printable import MARGIN, printable, printable_lines
 from server.access.keys import KeyFileError

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from lori.base_identity import module_shapes
 from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.kernels import Route, Term
 from lori.kernels.cpu import bound_operands, bound_route
-from lori.layer import module_shapes
 from lori.packed_adapter import pack_adapter
 from lori.pool import AdapterPool
 from server.engine.model.decoder import Span

@@ -13,8 +13,8 @@ from lori.base_model import BaseModel
 from lori.cli.program import main as lori
 from lori.errors import FOLDER, AdapterError, AdapterFormatError
 from lori.format import load_adapter
-from lori.peft_config import peft_fault
-from lori.store import AdapterStore
+from lori.peft.config import peft_fault
+from lori.store.store import AdapterStore
 from tests.server.conftest import Run
 from tests.server.live import Live
 from tests.server.peft_folders import ADAPTERS, CONFIG, write_lora

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lori.config import SeededConfig
-from lori.entry import Entry
+from lori.store.entry import Entry
 from lori.summary import Summary
 from server.engine.adapters.registry import MAX_CALLERS, Registered, Registry
 

@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from lori.base_model import BaseModel
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from tests.lori.remotes import LIMIT_S, Broken, Gate, WatchedFileSystem, let
 from tests.server.live import start

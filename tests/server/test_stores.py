@@ -7,8 +7,8 @@ import fsspec
 import pytest
 
 from lori.errors import AdapterError
-from lori.remote_store import RemoteStore
-from lori.store import AdapterStore
+from lori.store.remote import RemoteStore
+from lori.store.store import AdapterStore
 from server.settings import Settings
 from server.stores import open_stores
 from tests.lori.remotes import Broken, Gate, WatchedFileSystem, let

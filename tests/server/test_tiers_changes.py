@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lori.merge_methods import MergeOptions
+from lori.merge import MergeOptions
 from server.engine.adapters.cache import AdapterTiers, NoRoomError, Place
 from server.engine.request import Sequence
 from tests.server.fake_loads import FakeLoader, FakePool, fake_packed, fake_tiers

@@ -633,7 +633,7 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("lori.store.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("lori.store.store.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tiny_model, data, tmp_path / "a"), "command")
     other = tmp_path / data.name

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from lori.base_model import BaseModel
-from lori.durable import replace_file
+from lori.store.files import replace_file
 from training.answer import AnswerConfig, answers, chosen_rows
 from training.base import load_base
 from training.chats import ChatsConfig, chats

@@ -23,7 +23,7 @@ from lori.format import load_adapter
 from lori.identity import BaseIdentity
 from lori.merge import merge
 from lori.merge_options import DEFAULTS, MergeOptions
-from lori.store import AdapterStore
+from lori.store.store import AdapterStore
 from lori.template import Template, common_template
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lori.durable import replace_file
 from lori.errors import LoriError
+from lori.store.files import replace_file
 from training.base import load_base
 from training.ending import ended
 from training.study.claims import CLAIMS, Found

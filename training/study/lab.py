@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lori.base_model import BaseModel
-from lori.durable import replace_file
 from lori.errors import LoriError
 from lori.format import load_adapter
 from lori.merge_options import DEFAULTS, MergeOptions
-from lori.threads import threads_restored
+from lori.resources import threads_restored
+from lori.store.files import replace_file
 from training.answer import AnswerConfig, chosen_rows, write_answers
 from training.config import FitConfig
 from training.data import Row, Source

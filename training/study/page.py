@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lori.durable import replace_file
-from lori.plots import save_figure
+from lori.compare.plots import save_figure
+from lori.store.files import replace_file
 from training.study.claims import Found
 from training.study.config import Claim, StudyConfig, TaskConfig
 from training.study.plots import plot_bars, plot_gains, plot_lines

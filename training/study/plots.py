@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lori.plots import FONT_SIZE, new_figure
+from lori.compare.plots import FONT_SIZE, new_figure
 from training.study.scores import Scores, spread, whats_of
 
 WIDTH, HEIGHT = 3.0, 2.8

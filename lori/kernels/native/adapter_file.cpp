@@ -153,7 +153,7 @@ float from_float16(uint16_t bits) {
   return sign ? -magnitude : magnitude;
 }
 
-// Says whether int8 values and their scales are what lori.values.quantize gives, see `is_canonical` there.
+// Says whether int8 values and their scales are what lori.sparse.quantize gives, see `is_canonical` there.
 bool is_canonical(const Module& module, const Tensors& tensors, const int32_t* indices, size_t num_kept) {
   const uint8_t *values = tensors.parts[kValues].begin, *scales = tensors.parts[kScales].begin;
   size_t next = 0;

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lori.adapter import Adapter
-from lori.entry import Entry
 from lori.errors import AdapterError, AdapterFormatError, LoriError, MergeCancelledError, UnreachableError
 from lori.merge import merge
 from lori.names import NUM_VERSION_DIGITS
 from lori.packed_adapter import PackedAdapter, PackedReader, pack_adapter
+from lori.store.entry import Entry
 from server.engine.adapters.registry import Registry
 from server.engine.request import Request
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lori.entry import Entry
 from lori.errors import AdapterError, UnknownAdapterError, shortened, shown_faults
 from lori.names import split_reference, unknown_adapter
 from lori.printable import printable
+from lori.store.entry import Entry
 from lori.summary import Summary
 from server.engine.request import Request
 

@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from lori.errors import ModelError
 from lori.pool import AdapterPool
-from lori.projection import Projection, project
-from lori.quantization import Quantization
+from lori.projection import Projection, Quantization, project
 from server.engine.model.decoder import Decoder, Heads, Layer, Norm, Turns
 
 GEMMA = ("gemma2", "gemma3_text")

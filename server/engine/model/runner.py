@@ -19,7 +19,7 @@ from lori.errors import ModelError
 from lori.kernels import Route, Term
 from lori.kernels.native import MODULE
 from lori.pool import AdapterPool
-from lori.quantization import Quantization
+from lori.projection import Quantization
 from server.engine.model.cuda_graphs import CudaGraphs, DecodingInputs, ReplayableOps, Replays
 from server.engine.model.decoder import Decoder, Ops, Span
 from server.engine.model.families import head_size, read_decoder

@@ -14,7 +14,7 @@ from lori.errors import ModelError
 from lori.kernels import native
 from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.pool import AdapterPool
-from lori.quantization import quantize
+from lori.projection import quantize
 from server.engine.model.runner import Runner, bytes_per_token
 from server.plan.measured import HELD, RESERVED
 from server.plan.memory import adapter_sizes, basis_bytes, gib, model_sizes

@@ -9,11 +9,11 @@ import torch
 from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Basis, Seeded
+from lori.config import new_config
 from lori.errors import AdapterError, AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.format import save_adapter, seal
 from lori.merge import merge
 from lori.merge_options import MergeOptions
-from lori.new_config import new_config
 from lori.sparse import SparseB
 from lori.template import Template
 from tests.tiny import save_tiny_model

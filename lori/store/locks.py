@@ -6,10 +6,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lori.aliases import ALIASES_FOLDER
-from lori.durable import discard
 from lori.errors import AdapterError
-from lori.stored_file import no_link
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.files import discard, no_link
 
 LOCKS_FOLDER = ".locks"
 LOCK_S = 60.0

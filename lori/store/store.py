@@ -3,7 +3,7 @@
     math@1765747cce63/   one version of `math`, which always does the same; `publish` puts it there
     .aliases/math        "math@1765747cce63": the version that `math` means; another alias is another file
     intent/              an adapter as its maker left it: what `intent` means, until `publish` keeps it as a version
-    .bases/              explicit bases, see `lori.basis_file`
+    .bases/              explicit bases, see `lori.store.bases`
 
 Readers need no lock: a version appears and an alias moves by a rename. Writers hold the lock of the name.
 """
@@ -19,14 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lori.adapter import Adapter
-from lori.aliases import Aliases
-from lori.basis_file import BASES_FOLDER, basis_file, load_basis
-from lori.config import ExplicitConfig
-from lori.config_file import CONFIG_FILE, parse_config
-from lori.durable import discard, new_folder, remove_folder, replace_file, sync_folder, write_file
-from lori.entry import Entry, Scan, has_adapter, scan
+from lori.config import CONFIG_FILE, ExplicitConfig, parse_config
 from lori.errors import AdapterError, AdapterFormatError, AliasError
-from lori.file_stamp import FileStamp
 from lori.format import (
     Files,
     Read,
@@ -40,10 +34,24 @@ from lori.format import (
     save_adapter,
     seal,
 )
-from lori.name_lock import locked
 from lori.names import check_name, name_fault, split_reference, unknown_adapter
-from lori.peft_config import peft_fault
-from lori.stored_file import no_link, read_source, read_stored
+from lori.peft.config import peft_fault
+from lori.store.aliases import Aliases
+from lori.store.bases import BASES_FOLDER, basis_file, load_basis
+from lori.store.entry import Entry, Scan, has_adapter, scan
+from lori.store.files import (
+    FileStamp,
+    discard,
+    new_folder,
+    no_link,
+    read_source,
+    read_stored,
+    remove_folder,
+    replace_file,
+    sync_folder,
+    write_file,
+)
+from lori.store.locks import locked
 
 NUM_LOOKS = 3
 NOT_THERE = "the alias means an adapter that is not there"
@@ -177,7 +185,7 @@ class AdapterStore:
     def publish(self, source: Path, name: str | None = None) -> Entry:
         """Checks the adapter in `source`, copies it as a version of `name` (`source`'s own if None), and makes `name` mean it.
 
-        Links in `source` are followed as `lori.stored_file.source_file` says.
+        Links in `source` are followed as `lori.store.files.source_file` says.
 
         A crash leaves the name as it was, or as it will be. Raises `AdapterFormatError` where it is not sound, and as `put`.
         """

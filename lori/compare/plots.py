@@ -13,9 +13,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from lori.compare.statistics import ModuleStatistics, total
 from lori.errors import AdapterError
 from lori.mask import group_of
-from lori.statistics import ModuleStatistics, total
 
 FORMATS = ("png", "svg", "pdf")
 DPI = 150

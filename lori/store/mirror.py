@@ -1,26 +1,117 @@
-"""What a store that lies elsewhere holds, as it was looked at last, and copies of its configs and aliases in a folder here.
+"""A mirror of a store that lies elsewhere: its last listing, copies of its configs and aliases, and weights within a budget of
+bytes.
 
-A copy is fetched again where the listing says something else of the file than when it was fetched.
+A copy is fetched again where the listing says another thing of the file than when it was fetched. Configs and aliases are never
+evicted: they are small.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
-from lori.aliases import ALIASES_FOLDER
-from lori.basis_file import BASES_FOLDER
-from lori.config_file import CONFIG_FILE
-from lori.durable import discard, replace_file
+from filelock import FileLock, Timeout
+
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.names import NAME, VERSION
-from lori.remote_folder import RemoteFile, RemoteFolder
-from lori.stored_file import LINK
-from lori.weight_cache import WeightCache
+from lori.store.aliases import ALIASES_FOLDER
+from lori.store.bases import BASES_FOLDER
+from lori.store.files import LINK, discard, replace_file
+from lori.store.remote_folder import RemoteFile, RemoteFolder
+
+
+class WeightCache:
+    """The weights and cards in the folders of `root`, those used longest ago first. Any threads may use it.
+
+    More than `max_bytes` are there only while they are read: who is held does not go.
+    """
+
+    def __init__(self, root: Path, max_bytes: int) -> None:
+        self._root, self._max_bytes = root, max_bytes
+        self._lock = threading.Lock()
+        self._held: Counter[str] = Counter()
+        found = sorted((file.stat().st_mtime, file.parent.name) for file in root.glob(f"[!.]*/{WEIGHTS_FILE}"))
+        self._sizes = OrderedDict((folder, self._size(folder)) for _, folder in found)
+        self._make_room()
+
+    @property
+    def num_bytes(self) -> int:
+        """What is here, in bytes."""
+        return sum([*self._sizes.values()])
+
+    @contextmanager
+    def held(self, folder: str) -> Iterator[None]:
+        """Lets nothing of `folder` go before the block ends."""
+        with self._lock:
+            self._held[folder] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[folder] -= 1
+                if not self._held[folder]:
+                    del self._held[folder]
+                self._make_room()
+
+    def use(self, folder: str) -> None:
+        """Notes that what is in `folder` came, or is used: it goes last."""
+        os.utime(self._root / folder / WEIGHTS_FILE)  # for the next process
+        with self._lock:
+            self._sizes[folder] = self._size(folder)
+            self._sizes.move_to_end(folder)
+            self._make_room()
+
+    def drop(self, folder: str) -> None:
+        """Lets the weights and the card of `folder` go; who reads them already has them open."""
+        with self._lock:
+            self._drop(folder)
+
+    def _make_room(self) -> None:
+        left = self.num_bytes
+        for folder in [*self._sizes]:
+            if left <= self._max_bytes:
+                return
+            if folder not in self._held:
+                left -= self._sizes[folder]
+                self._drop(folder)
+
+    def _drop(self, folder: str) -> None:
+        self._sizes.pop(folder, None)
+        for name in (WEIGHTS_FILE, CARD_FILE):
+            (self._root / folder / name).unlink(missing_ok=True)
+
+    def _size(self, folder: str) -> int:
+        files = (self._root / folder / name for name in (WEIGHTS_FILE, CARD_FILE))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+
+def take_place(root: Path) -> tuple[Path, FileLock]:
+    """Returns the first folder in `root` that no other process has, and the lock that keeps others out as long as it lives.
+
+    What a process that was killed left half done in it is gone. Raises `OSError` where `root` cannot be written.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for number in count():
+        lock = FileLock(root / f"{number}.lock", timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        place = root / str(number)
+        place.mkdir(exist_ok=True)
+        for left in place.glob(".fetching-*"):
+            discard(left)
+        return place, lock
+    raise AssertionError("numbers do not end")
+
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 FOLDER = re.compile(rf"{NAME.pattern}(@{VERSION.pattern})?")

@@ -1,20 +1,21 @@
-"""One version of an adapter in a store, and which folders of a store are one."""
+"""An entry of a store: one version of an adapter, in a folder here or in a store elsewhere whose files are fetched on demand."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.basis_file import load_basis
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, file_faults, load_adapter, read_config, read_file
 from lori.identity import BaseIdentity
 from lori.names import NAME, NUM_VERSION_DIGITS, VERSION
+from lori.store.bases import load_basis
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +155,52 @@ def _exists(path: str) -> bool:
     except OSError:  # a folder that may not be looked into: whether it is sound is seen when it is read
         return True
     return True
+
+
+class Source(Protocol):
+    """Has the files of the folders in a store."""
+
+    def held(self, folder: str) -> AbstractContextManager[Path]:
+        """Gives the folder of that name with all its files, until the block ends."""
+
+    def num_bytes(self, folder: str) -> int:
+        """Returns what its files hold."""
+
+    def card(self, folder: str) -> bytes:
+        """Returns its card."""
+
+    def file_faults(self, folder: str) -> list[str]:
+        """Returns what is wrong with its files, as far as the store says so."""
+
+    def basis(self, digest: str) -> Explicit:
+        """Returns an explicit basis."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedEntry(Entry):
+    """An `Entry` whose folder holds its config; the rest comes from `source` while it is held."""
+
+    source: Source = field(kw_only=True, compare=False, repr=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """As `Entry.num_bytes`, of the files in the store."""
+        return self.source.num_bytes(self.folder.name)
+
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """As `Entry.held`. Raises `AdapterFormatError` where its files are gone, `UnreachableError` where they do not come."""
+        with self.source.held(self.folder.name) as folder:
+            yield folder
+
+    def card(self) -> bytes:
+        """As `Entry.card`, as it is in the store now. Raises `UnreachableError` where it does not come."""
+        return self.source.card(self.folder.name)
+
+    def file_faults(self) -> list[str]:
+        """As `Entry.file_faults`, of what the store says of its files; no weights are fetched to be looked at."""
+        return self.source.file_faults(self.folder.name)
+
+    def basis(self, digest: str) -> Explicit:
+        """As `Entry.basis`. Raises as `held`, too."""
+        return self.source.basis(digest)

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.basis_file import BASES_FOLDER, basis_bytes, load_basis, parse_basis
-from lori.config_file import CONFIG_FILE
-from lori.durable import read_regular, replace_file
-from lori.entry import Entry
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, WEIGHTS_FILE, parse_adapter, read_files, stored_as
 from lori.names import NAME, check_name
-from lori.store import AdapterStore
-from lori.values import ValueType
+from lori.sparse import ValueType
+from lori.store.bases import BASES_FOLDER, basis_bytes, load_basis, parse_basis
+from lori.store.entry import Entry
+from lori.store.files import read_regular, replace_file
+from lori.store.store import AdapterStore
 
 MAX_BYTES = 2**33
 """What an archive may have, in bytes."""

@@ -19,10 +19,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RevisionNotFoundError,
 )
 
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, ModelError, UnreachableError
 from lori.format import CARD_FILE, PICKLE_FILE, WEIGHTS_FILE
-from lori.peft_config import TEMPLATES_FILE
+from lori.peft.config import TEMPLATES_FILE
 
 SCHEME = "hf://"
 SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")

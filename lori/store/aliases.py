@@ -4,11 +4,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from lori.durable import replace_file, sync_folder
 from lori.errors import AdapterError, AliasError
-from lori.file_stamp import FileStamp, file_stamp
 from lori.names import NAME, VERSION
-from lori.stored_file import no_link, read_stored
+from lori.store.files import FileStamp, file_stamp, no_link, read_stored, replace_file, sync_folder
 
 ALIASES_FOLDER = ".aliases"
 MAX_BYTES = 200

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lori.adapter import Adapter
 from lori.basis import Basis
-from lori.compare import similarity_matrix
+from lori.compare.pairs import similarity_matrix
 
 NUM_BUCKETS = 4096
 MARGIN = 4.0 / math.sqrt(NUM_BUCKETS)

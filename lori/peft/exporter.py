@@ -10,12 +10,11 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from lori.adapter import Adapter
-from lori.config import AdapterConfig
-from lori.config_file import CONFIG_FILE
-from lori.durable import new_folder, write_file
+from lori.config import CONFIG_FILE, AdapterConfig
 from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE
-from lori.peft_config import TEMPLATES_FILE, PeftConfig, exact
+from lori.peft.config import TEMPLATES_FILE, PeftConfig, exact
+from lori.store.files import new_folder, write_file
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name."""

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, ValidationError
 from pydantic_core import from_json
 
-from lori.config import Alpha, Rank
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE, Alpha, Rank
 from lori.errors import FOLDER
 from lori.names import EMBEDDED_NAME
 

@@ -1,7 +1,12 @@
-"""How two adapters, or many, relate: what they share, where they pull apart, how alike their deltas are. Merges nothing."""
+"""Comparison of two adapters, or of many pair by pair: shared entries, opposed signs, cosines of their deltas. Merges nothing.
+
+A delta is (alpha/r) B A. Inner products of deltas need no (D, N) matrix: <B_a A_a, B_b A_b> = sum((B_a G) * B_b) with G = A_a
+A_bᵀ. They are exact on any bases. For many adapters each A is drawn once. Shapes: D outputs, N inputs, R rank of a module.
+"""
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +14,53 @@ import torch
 from numpy.typing import NDArray
 
 from lori.adapter import Adapter, common_shapes
-from lori.inner_products import inner_products, module_order
+from lori.basis import Basis
+from lori.identity import last, layer, natural
 from lori.sparse import SparseB
+
+
+def inner_products(adapters: Sequence[Adapter], module: str) -> NDArray[np.float64]:
+    """Returns <ΔW_i, ΔW_j> (n, n) fp64 in one module, zero for an adapter without it.
+
+    Each basis draws A once, at its largest rank. The adapters must be of one base model.
+    """
+    members: defaultdict[Basis, list[int]] = defaultdict(list)
+    for i, adapter in enumerate(adapters):
+        if module in adapter.modules:
+            members[adapter.basis].append(i)
+    factors = {basis: _factors([adapters[i] for i in group], module) for basis, group in members.items()}
+    out = np.zeros((len(adapters), len(adapters)))
+    for basis_i, (b_i, a_i) in factors.items():
+        for basis_j, (b_j, a_j) in factors.items():
+            products = (b_i @ (a_i @ a_j.T)).flatten(1) @ b_j.flatten(1).T
+            out[np.ix_(members[basis_i], members[basis_j])] = products.numpy()
+    out = (out + out.T) / 2
+    np.fill_diagonal(out, out.diagonal().clip(0.0))  # a product that cancels may round below zero
+    return out
+
+
+def module_order(adapters: Iterable[Adapter]) -> list[str]:
+    """Returns every module that one of `adapters` changes: by layer, then in the order of `target_modules`.
+
+    An adapter read from a file has no order of its own.
+    """
+    adapters = list(adapters)
+    targets = dict.fromkeys(target for adapter in adapters for target in adapter.config.target_modules)
+    places = {target: i for i, target in enumerate(targets)}
+
+    def key(module: str) -> tuple[object, ...]:
+        place = places.get(module, places.get(last(module), len(places)))
+        return natural(layer(module)), place, natural(module)
+
+    return sorted({module for adapter in adapters for module in adapter.modules}, key=key)
+
+
+def _factors(adapters: Sequence[Adapter], module: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (alpha/r) B (n, D, R) and the A (R, N) of adapters on one basis, fp64; a smaller rank has columns of zeros."""
+    scaled = [adapter.config.scale_of(module) * adapter.modules[module].dense(torch.float64) for adapter in adapters]
+    rank = max(b.shape[1] for b in scaled)
+    padded = [torch.nn.functional.pad(b, (0, rank - b.shape[1])) for b in scaled]
+    return torch.stack(padded), adapters[0].basis.draw(module, rank, adapters[0].shape_of(module)[1]).double()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,3 +239,34 @@ def _total(rows: Sequence[ModuleComparison]) -> ModuleComparison:
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def compare_pairs(
+    adapters: Sequence[Adapter], pairs: Sequence[tuple[int, int]], rest: Callable[[], None] = lambda: None
+) -> list[ModuleComparison]:
+    """Returns the total of each of `pairs`, which are places in `adapters`; `square_sum` is at weights 1 and 1.
+
+    `rest` is called after each module: whoever shares the machine with others may pause there. Raises as `compare`.
+    """
+    common_shapes(adapters)  # or it makes no sense
+    inner = np.zeros((len(adapters), len(adapters)))
+    common: list[list[CommonEntries]] = [[] for _ in pairs]
+    for module in module_order(adapters):
+        inner += inner_products(adapters, module)
+        for parts, (i, j) in zip(common, pairs, strict=True):
+            if part := common_entries(adapters[i], adapters[j], module):
+                parts.append(part)
+        rest()
+    return [
+        ModuleComparison(
+            module="",
+            num_a=adapters[i].num_kept,
+            num_b=adapters[j].num_kept,
+            common=CommonEntries.total(parts) if parts else None,
+            square_a=float(inner[i, i]),
+            square_b=float(inner[j, j]),
+            inner=float(inner[i, j]),
+            square_sum=max(0.0, float(inner[i, i] + inner[j, j] + 2 * inner[i, j])),
+        )
+        for parts, (i, j) in zip(common, pairs, strict=True)
+    ]

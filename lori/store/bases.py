@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save
 
 from lori.basis import Explicit
-from lori.durable import replace_file
 from lori.errors import AdapterFormatError
-from lori.stored_file import read_stored
+from lori.store.files import read_stored, replace_file
 from lori.tensor_file import parse_tensors
 
 BASES_FOLDER = ".bases"

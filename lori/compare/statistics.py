@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lori.adapter import Adapter
-from lori.inner_products import inner_products, module_order
+from lori.compare.pairs import inner_products, module_order
 
 
 @dataclass(frozen=True, slots=True)

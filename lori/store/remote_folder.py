@@ -1,11 +1,15 @@
-"""A folder that any of fsspec's file systems keeps: what it holds, read and written. Knows no adapters.
+"""A folder on any of fsspec's file systems: listed, read and written within a time limit. Knows no adapters.
 
-Whatever a file system raises becomes an error of ours that names no address; the log has it whole, but for secrets.
+An error of a file system becomes one of ours that names no address, for an address can hold a secret. The log has all of it,
+without the secrets.
 """
 
 import inspect
 import logging
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +19,48 @@ from urllib.parse import unquote
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from lori.durable import replace_file
 from lori.errors import AdapterError, AdapterFormatError, UnreachableError
-from lori.store_url import redacted
-from lori.stored_file import REFUSED, read_stored
-from lori.time_limit import within
+from lori.store.files import REFUSED, read_stored, replace_file
 
 logger = logging.getLogger(__name__)
+
+
+URL = re.compile(r"[a-z0-9][a-z0-9+.-]*(::|://)", re.IGNORECASE)
+USER_INFO = re.compile(r"(?<=://)([^/:[\s]+:(?!\d*(/|\s|$))\S*@|[^/\s]*@)")
+"""Before the last @ of the host or, where no port follows a colon, before the last @ of all: a secret may have slashes."""
+QUERY = re.compile(r"\?\S*")
+
+
+def is_url(place: str) -> bool:
+    """Says whether `place` is an address, such as s3://bucket/adapters, and no path of this machine."""
+    return bool(URL.match(place))
+
+
+def redacted(text: str) -> str:
+    """Returns `text` without what stands before the host and after the question mark of the addresses in it."""
+    return QUERY.sub("?…", USER_INFO.sub("…@", text)) if "://" in text else text
+
+
 Found = TypeVar("Found")
+
+
+def within(seconds: float, act: Callable[[], Found]) -> Found:
+    """Returns what `act` returns, or raises what it raises. Raises `TimeoutError` where it takes longer.
+
+    Then it is left to itself, in a thread that keeps no process alive.
+    """
+    done: Future[Found] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(act())
+        except BaseException as error:  # noqa: BLE001  # it is raised where it is waited for
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="remote", daemon=True).start()
+    return done.result(seconds)
+
+
 BATCH = 1024
 """Files that are read in one call, within the time limit."""
 MAX_BYTES = 2**34

@@ -1,8 +1,7 @@
-"""A PEFT LoRA adapter, such as the paper's authors publish, as one of ours: an explicit basis, and a B of its nonzero entries.
+"""The import of adapters from outside: a PEFT LoRA, as the paper's authors publish, or one of ours as the bytes of its files.
 
-Reads safetensors only, never a pickle. Does not import PEFT.
-
-Shapes: D outputs, R rank, N inputs of a module.
+A PEFT LoRA becomes an explicit basis, and a B of its nonzero entries. An adapter is checked whole before any of it is kept.
+Reads safetensors only, never a pickle. Does not import PEFT. Shapes: D outputs, R rank, N inputs of a module.
 """
 
 import math
@@ -11,28 +10,27 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 from safetensors import safe_open
 
 from lori.adapter import Adapter
 from lori.basis import Basis, Explicit, Seeded
-from lori.config import target_names
-from lori.config_file import CONFIG_FILE
+from lori.config import CONFIG_FILE, new_config, target_names
 from lori.errors import AdapterError, AdapterFormatError
-from lori.format import ONLY_PICKLE, PICKLE_FILE, WEIGHTS_FILE, read_file, seal
+from lori.format import ONLY_PICKLE, PICKLE_FILE, WEIGHTS_FILE, BasisOf, Files, Sealed, parse_adapter, read_file, seal
 from lori.identity import BaseIdentity
 from lori.mask import top_k_mask
 from lori.names import check_name
-from lori.new_config import new_config
-from lori.peft_config import HUB_ID, NO_LORA, TEMPLATES_FILE, PeftConfig, parse_peft_config
-from lori.sparse import SparseB
-from lori.stored_file import read_source, source_file
+from lori.peft.config import HUB_ID, NO_LORA, TEMPLATES_FILE, PeftConfig, parse_peft_config
+from lori.sparse import SparseB, ValueType, rounding_error
+from lori.store.files import read_source, source_file
 from lori.template import Template
 from lori.tensor_file import UNREADABLE, first_bytes, unreadable_fault
-from lori.values import ValueType, rounding_error
 
 TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
 """`<path>.lora_A.weight`, or with the name that the adapter had in PEFT, `<path>.lora_A.default.weight`."""
@@ -70,7 +68,7 @@ class Imported:
     pruning_error: float
     """|delta - pruned delta| / |delta| in the Frobenius norm over all modules; 0 where nothing was pruned."""
     rounding_error: float
-    """|rounded B - B| / |B| likewise, where the values are stored in another type than they had; see `lori.values`."""
+    """|rounded B - B| / |B| likewise, where the values are stored in another type than they had; see `lori.sparse`."""
 
 
 def import_peft(
@@ -300,3 +298,28 @@ def _squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     """Returns |B A|² = sum((BᵀB) ∘ (A Aᵀ)), in fp64 and without the (D, N) product."""
     a, b = a.double(), b.double()
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+
+
+def is_peft(files: Files) -> bool:
+    """Says whether the config of `files` is one that PEFT writes for LoRA."""
+    try:
+        document = from_json(files.get(CONFIG_FILE, b""))
+    except ValueError:
+        return False
+    return isinstance(document, dict) and document.get("peft_type") == "LORA"
+
+
+def parse_incoming(name: str, files: Files, basis_of: BasisOf, base: BaseIdentity) -> Sealed:
+    """Returns the adapter that `files` are, called `name`, and the files to keep: those of ours as they are.
+
+    A PEFT adapter becomes one of ours, exactly. Raises `AdapterFormatError` with every fault, `AdapterError` as `import_peft`.
+    """
+    if not is_peft(files):
+        return Sealed(parse_adapter(name, files, basis_of, base), files)
+    with TemporaryDirectory() as place:
+        for file, content in files.items():
+            (Path(place) / file).write_bytes(content)
+        try:
+            return seal(import_peft(Path(place), base, name=name).adapter)
+        except AdapterFormatError as error:
+            raise AdapterFormatError(name, error.faults) from error

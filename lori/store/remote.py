@@ -1,6 +1,6 @@
-"""A store of adapters that lies elsewhere, at any address of fsspec's, as a store here: `lori.mirror` says what there is.
+"""A store of adapters that lies elsewhere, at any address of fsspec's, as a store here: `lori.store.mirror` says what there is.
 
-    s3://bucket/adapters/math@1765747cce63/   laid out as `lori.store` says; of a version its config is written last
+    s3://bucket/adapters/math@1765747cce63/   laid out as `lori.store.store` says; of a version its config is written last
     s3://bucket/adapters/.aliases/math        written after that; what goes, goes in the reverse order
 
 There are no locks: whatever several processes do to it, each step may have been done by another one already, and the alias
@@ -17,20 +17,16 @@ from weakref import WeakValueDictionary
 
 from lori.adapter import Adapter
 from lori.basis import Explicit
-from lori.basis_file import basis_bytes, basis_file, load_basis
-from lori.cached_entry import CachedEntry
-from lori.config import ExplicitConfig
-from lori.config_file import CONFIG_FILE
-from lori.durable import discard, replace_file, sync_file
-from lori.entry import Entry, Scan
+from lori.config import CONFIG_FILE, ExplicitConfig
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import CARD_FILE, MAX_TEXT_BYTES, WEIGHTS_FILE, Files, read_config, read_file
-from lori.mirror import ADAPTER_FILES, Mirror, alias_path
 from lori.names import check_name, split_reference
-from lori.remote_folder import RemoteFolder
-from lori.store import NUM_LOOKS, AdapterStore
-from lori.stored_file import LINK, LINKED_FOLDER, read_stored
-from lori.weight_cache import WeightCache, take_place
+from lori.store.bases import basis_bytes, basis_file, load_basis
+from lori.store.entry import CachedEntry, Entry, Scan
+from lori.store.files import LINK, LINKED_FOLDER, discard, read_stored, replace_file, sync_file
+from lori.store.mirror import ADAPTER_FILES, Mirror, WeightCache, alias_path, take_place
+from lori.store.remote_folder import RemoteFolder
+from lori.store.store import NUM_LOOKS, AdapterStore
 
 GONE = "its files are in the store no more: it was deleted there"
 
