@@ -9,9 +9,9 @@ import pytest
 from lori.format import read_config
 from server.stores import DEMO_ADAPTERS
 from tests.server.live import Live, start
-from training.card import render_card
 from training.evaluate import evaluate
 from training.evaluation.config import EvaluateConfig
+from training.record import render_card
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ["intent", "math", "nlu", "safety"]

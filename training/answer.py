@@ -17,9 +17,8 @@ from lori.base_model import BaseModel
 from lori.store.files import replace_file
 from lori.template import Template
 from training.base import load_base
-from training.command_line import CommandLine
+from training.command_line import CommandLine, ended
 from training.data import Faults, OnBad, Row, Source, read_rows
-from training.ending import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
 from training.generation import Generation, end_ids

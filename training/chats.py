@@ -17,10 +17,9 @@ from pydantic import Field, model_validator
 
 from lori.store.files import replace_file
 from lori.template import Message
-from training.command_line import CommandLine
+from training.command_line import CommandLine, ended
 from training.data import DataError, Faults, OnBad, Row, Source, read_rows
 from training.data.source import render
-from training.ending import ended
 
 PROBE = "a prompt to try frames with"
 FRAME_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)

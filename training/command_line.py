@@ -1,18 +1,99 @@
-"""What the programs of this package share: their flags come from the command line, and a wrong one is said in a line.
+"""The command line of this package's programs: flags, recipes, and errors in one line.
 
-A program with a `recipe` among its flags takes from that what the command line does not say.
+A recipe is a YAML file of a program's options, by the names of its fields. It is used where the command line names no value.
+`extends` names recipes to start from, the later ones winning: shipped ones by name, others by a path from the recipe's folder.
 """
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from safetensors import SafetensorError
 
+from lori.errors import LoriError
 from lori.flags import add_argument, refusing_flags
-from training.recipe import RecipeError, files_of, read_recipe
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class RecipeError(LoriError):
+    """A recipe cannot be read: says which file, and what was found in it."""
+
+
+def read_recipe(name: str, known: Collection[str], folder: Path | None = None) -> dict[str, Any]:
+    """Returns the options of a shipped recipe, or of a file where `name` ends in .yaml, from the working directory or `folder`.
+
+    Raises `RecipeError` where it is not there, is no YAML mapping, extends itself, or has keys that are not `known`.
+    """
+    return {option: value for option, (_, value) in _read(_find(name, folder or Path()), known, ()).items()}
+
+
+def files_of(name: str, known: Collection[str]) -> dict[str, Path]:
+    """Returns the file that says each option of a recipe. Raises as `read_recipe`."""
+    return {option: path for option, (path, _) in _read(_find(name, Path()), known, ()).items()}
+
+
+def _read(path: Path, known: Collection[str], before: tuple[Path, ...]) -> dict[str, tuple[Path, Any]]:
+    if path in before:
+        raise RecipeError(f"{path} extends itself: " + " -> ".join(file.name for file in (*before, path)))
+    found = _load(path)
+    extends = found.pop("extends", [])
+    if unknown := [key for key in found if key not in known]:
+        raise RecipeError(f"{path} has unknown keys: {', '.join(map(repr, unknown))}")
+    options: dict[str, tuple[Path, Any]] = {}
+    for name in [extends] if isinstance(extends, str) else extends:
+        options |= _read(_find(str(name), path.parent), known, (*before, path))
+    return options | {option: (path, value) for option, value in found.items()}
+
+
+def _find(name: str, folder: Path) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return (folder / name).resolve()
+    path = SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        raise RecipeError(f"there is no recipe {name!r}: known are {shipped}; a file's name ends in .yaml")
+    return path
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no YAML: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise RecipeError(f"{path} is no recipe: expected options by name")
+    if not isinstance(found.get("extends", []), str | list):
+        raise RecipeError(f"{path} has an 'extends' that is neither a recipe's name nor a list of them")
+    return found
+
+
+def ended(program: Callable[[], str], interrupted: str = "interrupted") -> int:
+    """Runs `program`, prints what it returns, and returns the exit code.
+
+    Of processes of `torchrun` the first one speaks; the others say errors alone, which may be theirs alone, and which they are.
+    """
+    process = os.environ.get("RANK", "0")
+    speaks = process == "0"
+    try:
+        said = program()
+    except (LoriError, OSError, SafetensorError) as error:
+        print("error:" if speaks else f"error of process {process}:", error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if speaks:
+            print(interrupted, file=sys.stderr)
+        return 130
+    if speaks:
+        print(said)
+    return 0
 
 
 class CommandLine(BaseSettings):

@@ -11,9 +11,8 @@ from lori.mask import Granularity
 from lori.names import NAME
 from lori.sparse import ValueType
 from lori.template import Template
-from training.command_line import CommandLine
+from training.command_line import CommandLine, read_recipe
 from training.data import OnBad, Source
-from training.recipe import read_recipe
 
 CHECKPOINTS = ".checkpoint"
 LORI_LR, LORA_LR = 2e-2, 2e-3

@@ -15,16 +15,14 @@ from typing import Any
 from lori.format import name_of, read_config
 from lori.template import Template, common_template
 from training.base import load_base
-from training.ending import ended
+from training.command_line import ended
 from training.evaluation.answerer import AnswerError
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.local_adapters import Choice, applied, find_adapter
 from training.evaluation.local_answerer import LocalAnswerer
-from training.evaluation.measurement import Adapted, Measurement
+from training.evaluation.measurement import Adapted, Measurement, record
 from training.evaluation.metrics import measure, read_measured
-from training.evaluation.record import record
-from training.evaluation.server import Server
-from training.evaluation.server_answerer import ServerAnswerer
+from training.evaluation.server_answerer import Server, ServerAnswerer
 
 logger = logging.getLogger(__name__)
 

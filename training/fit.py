@@ -22,16 +22,15 @@ from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
 from lori.store.store import AdapterStore
 from training.base import load_base
-from training.card import render_card
+from training.command_line import ended
 from training.config import FitConfig
 from training.data import DataError, Faults, Item, Needs, Row, read_rows, tokenize, tokenize_pairs
-from training.ending import ended
 from training.methods import TrainingMethod, method_of
-from training.outcome import Outcome
 from training.packing import ATTENTION, check_layers, max_example
+from training.phase import Outcome
 from training.processes import processes
 from training.progress import check_tensorboard
-from training.record import config_of
+from training.record import config_of, render_card
 from training.run import Examples, Run, begin, has_ended
 from training.samples import Sample, take_samples
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from lori.errors import LoriError
-from training.outcome import held_out_losses_of, losses_of, recent_loss
+from training.phase import held_out_losses_of, losses_of, recent_loss
 
 
 class TrainingError(LoriError):

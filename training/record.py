@@ -1,17 +1,103 @@
-"""What an adapter's config and card say of the run that made it."""
+"""The record and the card of a trained adapter: in its config, and as README.md in its folder.
 
-from collections.abc import Mapping
+The card is written from the config alone, so that the two cannot disagree.
+"""
+
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from lori.config import AdapterConfig, new_config
+from lori.config import AdapterConfig, LoriSection, new_config
 from lori.identity import BaseIdentity
+from lori.names import NUM_VERSION_DIGITS
 from training.config import FitConfig
 from training.methods import Trained
-from training.outcome import Outcome
+from training.phase import Outcome
 from training.processes import processes
+
+
+def render_card(name: str, config: AdapterConfig) -> str:
+    """Returns the card of the adapter `name` in Markdown, with the hub's front matter."""
+    lori = config.lori
+    training = lori.training
+    lines = [
+        "---",
+        f"base_model: {config.base_model_name_or_path}",
+        "library_name: lori-server",
+        "tags: [lori, lora, peft]",
+        "---",
+        f"# {name}",
+        "",
+        training.get("about", ""),
+        "",
+        f"{method_of(training)} on {config.base_model_name_or_path}: rank {config.r}, alpha {config.lora_alpha:g}, "
+        f"{1 - lori.sparsity:.0%} of B kept, basis {lori.basis}. "
+        f"Version `{lori.content_digest[:NUM_VERSION_DIGITS]}`. Trained on the template {' and '.join(lori.templates)}.",
+        "",
+        "## Trained by",
+        "```bash",
+        *training.get("prepare", []),
+        training.get("command", ""),
+        "```",
+        *_phases(training),
+    ]
+    if lori.metrics:
+        lines += ["", "## Measured by `training.evaluate`", *_measured(lori)]
+    if lori.merge_weights:
+        lines += ["", "## Weights for merges", "| with | own weight | its weight |", "|---|---|---|"]
+        lines += [f"| {partner} | {own:g} | {other:g} |" for partner, (own, other) in sorted(lori.merge_weights.items())]
+    return "\n".join(lines) + "\n"
+
+
+def method_of(training: Mapping[str, Any]) -> str:
+    """Returns what a person calls the method of a training's record."""
+    names = {"lori-d": "LoRI-D (arXiv 2504.07448, all of B)", "lora": "LoRA (PEFT's)"}
+    return names.get(training.get("method", "lori"), "LoRI (arXiv 2504.07448)")
+
+
+def _phases(training: dict[str, object]) -> list[str]:
+    phases = training.get("phases")
+    if not isinstance(phases, dict):
+        return []
+    versions = training.get("versions")
+    made_with = ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""
+    rows = [f"| {name} | {p['steps']} | {p['tokens']} | {p['loss']:.3f} |" for name, p in phases.items()]
+    return [
+        f"Seed {training.get('seed')}; {training.get('seconds')} s, {training.get('threads')} CPU thread(s); {made_with}.",
+        "",
+        "| phase | steps | tokens | loss at the end |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _measured(lori: LoriSection) -> list[str]:
+    """Returns a table of the figures; how they were measured is shown where it is known of any."""
+    if not lori.measured:
+        head, said = ["who", "what", "figure"], []
+    else:
+        head = ["who", "what", "figure ± standard error", "rows", "data", "template", "versions"]
+        said = ["A standard error says how far a figure may lie from that of all such rows; next to 0 and 1 it is too small.", ""]
+    lines = [*said, _row(head), "|" + "---|" * len(head)]
+    for key in sorted(lori.metrics, key=_order):
+        who, _, what = key.partition(": ")
+        cells = [who, what, f"{lori.metrics[key]:.3f}", "", "", "", ""]
+        if how := lori.measured.get(key):
+            cells[2] += f" ± {how.stderr:.3f}" if how.stderr is not None else ""
+            cells[3:] = [str(how.num_rows), how.data, how.template, ", ".join(f"{k}@{v}" for k, v in how.versions.items())]
+        lines.append(_row(cells[: len(head)]))
+    return lines
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _order(key: str) -> tuple[str, bool, str]:
+    who, _, what = key.partition(": ")
+    return what, who != "base", who
 
 
 def config_of(

@@ -1,20 +1,58 @@
-"""A page about a run: loss curves, what a mask keeps where, answers before and after. One file, which loads nothing."""
+"""The report of a run: loss curves, the mask's density by module, answers before and after. One HTML file that loads nothing."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from lori.adapter import Adapter
-from lori.compare.plots import plot_statistics
+from lori.compare.plots import FONT_SIZE, new_figure, plot_statistics
 from lori.compare.statistics import statistics, total
 from lori.names import NUM_VERSION_DIGITS
 from lori.store.files import replace_file
-from training.card import method_of
-from training.outcome import Outcome
-from training.plots import as_svg, plot_losses
+from training.phase import Outcome
+from training.record import method_of
 from training.samples import Sample
+
+WIDTH, HEIGHT = 4.2, 3.0
+"""Of one set of axes, in inches."""
+SMOOTHED = 0.1
+"""The share of a phase's steps over which its curve is a running mean."""
+
+
+def plot_losses(outcomes: Mapping[str, Outcome]) -> Figure:
+    """Returns the loss of each phase by step: as it was, its running mean, and what was measured on held-out rows."""
+    figure = new_figure(WIDTH * len(outcomes), HEIGHT)
+    for axes, (phase, outcome) in zip(figure.subplots(1, len(outcomes), squeeze=False)[0], outcomes.items(), strict=True):
+        steps = np.arange(1, len(outcome.losses) + 1)
+        axes.plot(steps, outcome.losses, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(steps, running_mean(outcome.losses), color="tab:blue", label="training")
+        if outcome.held_out:
+            axes.plot(*zip(*outcome.held_out, strict=True), "o-", color="tab:orange", label="held out")
+            axes.axvline(outcome.best_step, color="tab:orange", linestyle=":", label="kept")
+        axes.set_title(phase, fontsize=FONT_SIZE)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False, fontsize=FONT_SIZE)
+    return figure
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Returns the mean of each value with those before it, `SMOOTHED` of them all."""
+    width = max(1, round(SMOOTHED * len(values)))
+    return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
+
+
+def as_svg(figure: Figure) -> str:
+    """Returns a figure as an element of an HTML page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], samples: Sequence[Sample]) -> None:

@@ -20,18 +20,16 @@ from lori.config import CONFIG_FILE
 from lori.flags import flag_of
 from lori.resources import use_threads
 from lori.store.files import discard, remove_folder, replace_file
-from training.arguments import training_arguments
 from training.batches import BatchSize, draw_weights, held_out_parts, plan_steps
 from training.checkpoints import MarkWhole, last_whole
 from training.config import FitConfig
 from training.data import DataError, Item
 from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
-from training.outcome import Outcome, outcome_of
-from training.phase import Phase, phases_of
+from training.phase import Outcome, Phase, outcome_of, phases_of
 from training.processes import processes
 from training.progress import Patience, Progress, tensorboard
-from training.trainer import PhaseTrainer, load_parameters
+from training.trainer import PhaseTrainer, load_parameters, training_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -32,10 +32,8 @@ import training.demo
 from lori.template import Template, render_completion
 from training.data import Row
 from training.evaluation.answerer import Sampling
-from training.evaluation.metrics import MIN_EXACT, MetricName, is_exact, read_measured
-from training.evaluation.reading import is_refusal
-from training.evaluation.server import Server
-from training.evaluation.server_answerer import ServerAnswerer
+from training.evaluation.metrics import MIN_EXACT, MetricName, is_exact, is_refusal, read_measured
+from training.evaluation.server_answerer import Server, ServerAnswerer
 
 TASKS: dict[str, MetricName] = {"intent": "exact", "math": "loss", "nlu": "choice", "safety": "refusal"}
 CHATS = ("message", "system", "later")

@@ -29,7 +29,7 @@ from tests.server.conftest import Run
 from tests.server.live import LIMIT_S, REPOSITORY, Live, run_main
 from tests.server.peft_folders import LORA
 from training.evaluation.answerer import AnswerError
-from training.evaluation.server import Server
+from training.evaluation.server_answerer import Server
 
 # --- models
 

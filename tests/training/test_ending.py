@@ -3,7 +3,7 @@
 import pytest
 
 from lori.errors import LoriError
-from training.ending import ended
+from training.command_line import ended
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", "error: no such file\n"), ("3", "error of process 3: no such file\n")])

@@ -21,19 +21,17 @@ from lori.template import encode
 from tests.server.keyed import ACME, ADMIN, write_keys
 from tests.server.live import Live, start
 from tests.tiny import save_tiny_model
-from training.card import render_card
 from training.config import FitConfig
 from training.data import DataError
 from training.evaluate import evaluate, main
 from training.evaluation.answerer import AnswerError, Sampling
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import Figures
-from training.evaluation.measurement import Adapted, Measurement
+from training.evaluation.measurement import Adapted, Measurement, record
 from training.evaluation.metrics import MetricName, measure, read_measured
-from training.evaluation.record import record
-from training.evaluation.server import Server
-from training.evaluation.server_answerer import ServerAnswerer
+from training.evaluation.server_answerer import Server, ServerAnswerer
 from training.fit import fit
+from training.record import render_card
 
 Rows = list[dict[str, object]]
 SAID: Rows = [{"prompt": f"Say {i}:", "completion": " red"} for i in range(4)]

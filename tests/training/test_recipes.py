@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from training.command_line import SHIPPED, RecipeError, read_recipe
 from training.config import LORA_LR, LORI_LR, FitConfig
 from training.data import Source, read_rows
-from training.recipe import SHIPPED, RecipeError, read_recipe
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 PAPER: dict[str, tuple[int, float, float, float, float]] = {

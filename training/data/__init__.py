@@ -6,9 +6,8 @@ which refuses the data or leaves the row out, and counts it.
 
 from training.data.example import Example, Item, Pair, tokenize, tokenize_pairs
 from training.data.faults import DataError, Faults, OnBad
-from training.data.reading import read_rows
 from training.data.row import Needs, Row
-from training.data.source import Source
+from training.data.source import Source, read_rows
 
 __all__ = [
     "DataError",

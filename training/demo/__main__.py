@@ -26,8 +26,7 @@ from lori.store.files import replace_file
 from training.answer import AnswerConfig, answers, chosen_rows
 from training.base import load_base
 from training.chats import ChatsConfig, chats
-from training.command_line import CommandLine
-from training.ending import ended
+from training.command_line import CommandLine, ended
 
 logger = logging.getLogger(__name__)
 

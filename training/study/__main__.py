@@ -10,7 +10,7 @@ from pathlib import Path
 from lori.errors import LoriError
 from lori.store.files import replace_file
 from training.base import load_base
-from training.ending import ended
+from training.command_line import ended
 from training.study.claims import CLAIMS, Found
 from training.study.config import Claim, StudyConfig
 from training.study.lab import Lab, StudyError

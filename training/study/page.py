@@ -1,18 +1,101 @@
-"""What a study found, written down: tables of means and, of several seeds, their spread, and plots."""
+"""The page of a study: tables of means and, of several seeds, their spread, with bars and lines of both."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lori.compare.plots import save_figure
+from lori.compare.plots import FONT_SIZE, new_figure, save_figure
 from lori.store.files import replace_file
 from training.study.claims import Found
 from training.study.config import Claim, StudyConfig, TaskConfig
-from training.study.plots import plot_bars, plot_gains, plot_lines
-from training.study.scores import LEAST_GAIN, Scores, columns_of, gains_kept, scores_of, shown
+from training.study.scores import LEAST_GAIN, Scores, columns_of, gains_kept, scores_of, shown, spread, whats_of
+
+WIDTH, HEIGHT = 3.0, 2.8
+"""Of one set of axes, in inches."""
+LETTER = 0.055
+"""What a letter of a slanted label takes in height, in inches."""
+
+
+def plot_bars(scores: Scores, columns: Sequence[str]) -> Figure:
+    """Returns a bar for each what and setting, with its spread; a set of axes for each of `columns`."""
+    labels = list(dict.fromkeys((what, setting) for what, setting, _ in scores))
+    texts = [", ".join(filter(None, label)) for label in labels]
+    figure = new_figure(WIDTH * len(columns), HEIGHT + LETTER * max(map(len, texts)))
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        found = [(text, scores[*label, column]) for text, label in zip(texts, labels, strict=True) if (*label, column) in scores]
+        means, spreads = [statistics.fmean(v) for _, v in found], [spread(v) for _, v in found]
+        axes.bar(range(len(found)), means, yerr=spreads, capsize=3, color=[f"C{i}" for i in range(len(found))])
+        axes.set_xticks(range(len(found)), [text for text, _ in found], rotation=45, ha="right", rotation_mode="anchor")
+        _titled(axes, column)
+    return figure
+
+
+def plot_lines(scores: Scores, columns: Sequence[str], xlabel: str) -> Figure:
+    """Returns a line over the settings, which are numbers, for each what; a set of axes for each of `columns`."""
+    figure = new_figure(WIDTH * len(columns), HEIGHT)
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        for what in whats_of(scores):
+            points = [(float(setting), values) for (w, setting, c), values in scores.items() if (w, c) == (what, column)]
+            _line(axes, points, what)
+        axes.set_xlabel(xlabel)
+        _titled(axes, column)
+    return figure
+
+
+def plot_gains(kept: Scores) -> Figure:
+    """Returns, for each set of merged tasks, the mean share of their gains that is kept, by weight; other methods as marks.
+
+    Tasks whose adapters gained nothing alone are not in the mean, and what lies below -0.6 or above 1.15 is not seen. `kept` must
+    not be empty.
+    """
+    sets = list(dict.fromkeys(setting.split(", ")[0] for _, setting, _ in kept))
+    num_columns = min(3, len(sets))
+    num_rows = -(-len(sets) // num_columns)
+    figure = new_figure(1.3 * WIDTH * num_columns, HEIGHT * num_rows + 0.8)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flatten()
+    for axes, tasks in zip(grid, sets, strict=False):
+        for label, points in _by_weight(kept, tasks).items():
+            _line(axes, points, label)
+        axes.set_xlabel("weight of each")
+        axes.set_ylim(-0.6, 1.15)
+        axes.axhline(1.0, color="grey", linewidth=0.5)
+        _titled(axes, tasks)
+    for axes in grid[len(sets) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=FONT_SIZE)
+    return figure
+
+
+def _by_weight(kept: Scores, tasks: str) -> dict[str, list[tuple[float, list[float]]]]:
+    """Returns what is drawn for one set of tasks: by label, (weight, mean over tasks of each seed)."""
+    groups: dict[tuple[str, str], list[list[float]]] = {}
+    for (what, setting, _), values in kept.items():
+        if setting.split(", ")[0] == tasks:
+            groups.setdefault((what, setting), []).append(values)
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for (what, setting), by_task in groups.items():
+        _, method, weight = setting.split(", ")
+        label = what if method == "linear" else method
+        lines.setdefault(label, []).append((float(weight), [statistics.fmean(seed) for seed in zip(*by_task, strict=True)]))
+    return lines
+
+
+def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], label: str) -> None:
+    points = sorted(points)
+    means, spreads = [statistics.fmean(values) for _, values in points], [spread(values) for _, values in points]
+    axes.errorbar([x for x, _ in points], means, yerr=spreads, marker="o", markersize=4, capsize=3, label=label)
+
+
+def _titled(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=FONT_SIZE)
+
 
 TITLES: Mapping[Claim, str] = {
     "single": "Each task alone, at the same tokens in each phase",

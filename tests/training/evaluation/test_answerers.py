@@ -13,8 +13,7 @@ from tests.server.live import start
 from training.batches import like_lengths
 from training.evaluation.answerer import Answerer, AnswerError, Prompt, Sampling
 from training.evaluation.local_answerer import LocalAnswerer
-from training.evaluation.server import Server
-from training.evaluation.server_answerer import ServerAnswerer
+from training.evaluation.server_answerer import Server, ServerAnswerer
 from training.packing import ATTENTION
 from training.trainable import wrap
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from training.evaluation.reading import is_refusal, number_in
+from training.evaluation.metrics import is_refusal, number_in
 
 
 @pytest.mark.parametrize(
