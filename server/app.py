@@ -9,7 +9,7 @@ from fastapi import FastAPI
 
 from server.access.gate import Gate
 from server.access.hosts import AllowedHosts, HostCheck
-from server.access.tenant_places import TenantPlaces
+from server.access.limits import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.description.openapi import Api
 from server.description.responses import ADMINISTERING, GENERATING, refusals
@@ -29,7 +29,7 @@ from server.routes import (
 )
 from server.service import Service
 from server.telemetry.request_log import RequestLog, ScopeNote
-from server.transport.body_limit import BodyLimit
+from server.transport.bodies import BodyLimit
 from server.transport.cors import Cors
 
 

@@ -1,4 +1,4 @@
-"""Flags from the command line, for all programs of the server."""
+"""The command line of the server's programs, and the groups of flags in `--help`."""
 
 from argparse import Action, ArgumentParser, HelpFormatter
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,75 @@ from pydantic_settings import BaseSettings, CliSettingsSource
 from lori.flags import add_argument, refusing_flags
 from server.migration.flags import FLAGS
 from server.settings import Settings
+
+GROUPS: Mapping[str, Sequence[str]] = {
+    "the ten that matter first": (
+        "model",
+        "adapters",
+        "host",
+        "port",
+        "keys",
+        "device",
+        "dtype",
+        "threads",
+        "resident_gib",
+        "kv_cache_gib",
+    ),
+    "replicas": (
+        "replicas",
+        "max_replicas",
+        "target_requests",
+        "upscale_delay_s",
+        "downscale_delay_s",
+        "replica_cpus",
+        "replica_gpus",
+        "ingresses",
+        "affinity_share",
+        "affinity_floor",
+        "ray_address",
+    ),
+    "adapters": (
+        "demo_adapters",
+        "strict",
+        "hub",
+        "max_rank",
+        "max_resident",
+        "loaded_gib",
+        "max_upload_bytes",
+        "adapter_cache",
+        "adapter_cache_gib",
+        "adapter_timeout_s",
+        "delete_grace_s",
+    ),
+    "access": ("open", "open_metrics", "cors_origins", "allow_host"),
+    "scheduling": (
+        "quantization",
+        "block_size",
+        "max_batch",
+        "max_step_tokens",
+        "max_stall",
+        "short_step_ms",
+        "max_step_s",
+    ),
+    "limits on requests": (
+        "max_requests",
+        "max_request_s",
+        "max_request_tokens",
+        "max_priority_wait_s",
+    ),
+    "limits on connections and bodies": (
+        "max_connections",
+        "keep_alive_s",
+        "max_unread_s",
+        "max_body_bytes",
+        "max_body_s",
+        "max_bodies_mib",
+    ),
+    "shutdown": ("drain_notice_s", "drain_s"),
+    "log and traces": ("log_format", "log_prompts", "otlp_traces_endpoint"),
+}
+"""Within a heading flags are in the order of the settings' fields."""
+
 
 Read = TypeVar("Read", bound=BaseSettings)
 NUM_COLUMNS = 80

@@ -17,8 +17,7 @@ from lori.errors import AdapterFormatError, TemplateError, UnknownAdapterError
 from lori.template import Message
 from server.access.caller import ForbiddenError
 from server.access.limits import RateLimitedError
-from server.description.allowed_methods import allowed_methods
-from server.description.openapi import Api
+from server.description.openapi import Api, allowed_methods
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, PolicyError
 from server.engine.admission import RefusedError
 from server.engine.grammar import CrowdedError

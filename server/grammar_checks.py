@@ -6,7 +6,7 @@ from anyio import Lock
 from anyio.to_thread import run_sync
 from starlette.requests import ClientDisconnect
 
-from server.access.tenant_places import TenantPlaces
+from server.access.limits import TenantPlaces
 from server.engine.admission import Admission
 from server.engine.grammar import CrowdedError, Grammar
 

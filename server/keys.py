@@ -14,8 +14,7 @@ from filelock import FileLock
 
 from lori.printable import printable_lines
 from lori.store.files import read_regular, replace_file
-from server.access.keys import MAX_BYTES, KeyFileError, Keys, parse_keys
-from server.access.tables import KEY_PREFIX, check_word
+from server.access.keys import KEY_PREFIX, MAX_BYTES, KeyFileError, Keys, check_word, parse_keys
 
 NUM_BYTES = 32
 """Of randomness: nobody guesses it, so that a fast hash of it may be kept."""

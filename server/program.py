@@ -10,14 +10,12 @@ from lori.flags import PACKAGE, package_version
 from lori.printable import printable_lines
 from server.access.exposure import ExposedError
 from server.access.keys import KeyFileError
-from server.arguments import read_arguments
-from server.flag_groups import GROUPS
+from server.arguments import GROUPS, read_arguments
 from server.settings import Settings
 from server.start_checks import check_start
 from server.telemetry.logs import configure_log, configure_start
 from server.telemetry.tracing import start_tracing
-from server.transport.descriptors import raise_descriptor_limit
-from server.transport.ports import ListenError
+from server.transport.sockets import ListenError, raise_descriptor_limit
 
 logger = logging.getLogger(__name__)
 

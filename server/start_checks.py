@@ -3,7 +3,7 @@
 from server.access.exposure import check_exposure
 from server.access.keys import read_keys
 from server.settings import Settings
-from server.transport.ports import ListenError, check_port
+from server.transport.sockets import ListenError, check_port
 
 
 def check_start(settings: Settings) -> None:

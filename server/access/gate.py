@@ -12,7 +12,7 @@ from server.access.caller import Caller
 from server.access.key_ring import KeyRing
 from server.access.limits import RateLimitedError, RateLimiter
 from server.schemas.errors import error_reply
-from server.transport.body_limit import CLOSE
+from server.transport.bodies import CLOSE
 
 OPEN = frozenset({"/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"})
 STATIC = "/static/"

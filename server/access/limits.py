@@ -1,4 +1,6 @@
-"""Limits of a tenant: requests a minute, and answers under way at once. Counted in this process; used by its event loop alone."""
+"""Limits of a tenant: requests a minute, answers under way at once, places in a line. Counted in this process, by its event loop
+alone.
+"""
 
 import math
 import time
@@ -7,6 +9,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from server.access.caller import Caller
+
+
+class TenantPlaces:
+    """The places that tenants hold; use from the event loop alone. Clients without a key are one tenant, called ""."""
+
+    def __init__(self) -> None:
+        self._num_held: Counter[str] = Counter()
+
+    def num_held(self, tenant: str) -> int:
+        """Return how many places a tenant holds."""
+        return self._num_held[tenant]
+
+    @contextmanager
+    def place(self, tenant: str) -> Iterator[None]:
+        """Hold one more place of a tenant until the block ends."""
+        self._num_held[tenant] += 1
+        try:
+            yield
+        finally:
+            self._num_held[tenant] -= 1
+            self._num_held += Counter()  # forgets the tenants that hold none
+
 
 MINUTE_S = 60
 

@@ -1,10 +1,11 @@
-"""Adapters come, change and go while requests run. Says what happens when; files are read in threads, and the engine acts itself.
+"""Changes of adapters while requests run: upload, load, unload, delete, pin, alias. Files are read in threads.
 
-What a name means changes at once, for those who ask from then on: requests under way end on what they began with.
+A name's new meaning holds at once for new requests; requests under way end on what they began with. A server that shares its
+store with others catches up on changes that it did not hear of.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,10 +17,8 @@ from lori.errors import AdapterFormatError, LoriError, UnknownAdapterError
 from lori.format import Files
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter
-from server.catalog.departures import Departures
-from server.catalog.details import Details
-from server.catalog.files import NO_STORE, AdapterFiles, Ready
-from server.catalog.turns import Turns
+from server.catalog.departures import Departures, Turns
+from server.catalog.files import NO_STORE, AdapterFiles, Details, Ready
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.cache import NoRoomError
 from server.engine.adapters.registry import Faulty, FaultyAdapterError, Registered, Registry, unknown
@@ -29,6 +28,8 @@ from server.errors import AdapterFailedError, BusyError, ConflictError, StoreErr
 from server.settings import MAX_RECEIVED
 
 logger = logging.getLogger(__name__)
+
+
 Found = TypeVar("Found")
 PIN_S = 10.0
 """How long a pin waits for running requests to make room."""
@@ -330,3 +331,34 @@ def _take_in(engine: Engine, digest: str, packed: PackedAdapter) -> None:
 def _keep(engine: Engine, digest: str, packed: PackedAdapter) -> bool:
     engine.wake()
     return engine.tiers.keep(digest, packed)
+
+
+REFUSALS = (LoriError, BusyError, ConflictError)
+
+
+async def catch_up(admin: AdapterAdmin, files: AdapterFiles, registry: Registry, pins: Collection[str]) -> None:
+    """Lets names mean what they mean in the store now, and pins those of `pins`. What cannot be so is said in the log.
+
+    Raises `StoreError` where the store fails.
+    """
+    try:
+        changed, gone = await run_sync(files.changes, registry.by_name)
+    except REFUSALS as error:
+        logger.warning("what was changed meanwhile is not known here: %s", error)
+        changed, gone = [], []
+    for name in gone:
+        await _try(admin.unload, name)
+    for name in changed:
+        await _try(admin.load, name, is_known=name in registry.faulty)
+    for name in sorted(set(pins) - admin.pins.keys()):
+        await _try(admin.pin, name)
+
+
+async def _try(change: Callable[[str], Awaitable[object]], name: str, *, is_known: bool = False) -> None:
+    try:
+        await change(name)
+    except REFUSALS as error:
+        if is_known:  # it was damaged at start, and the log says how
+            logger.info("%r is damaged still", name)
+            return
+        logger.warning("%r is not as on the other replicas: %s", name, error)

@@ -1,17 +1,20 @@
-"""What was withdrawn: it is freed, and deleted where that was asked for, when the last request that uses it has ended."""
+"""Adapters that are being withdrawn: freed, and deleted if that was asked for, when the last request that uses them has ended.
+
+A name is changed by one caller at a time within this process; stores have locks of their own for other processes.
+"""
 
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import anyio
 from anyio.abc import TaskGroup
 from anyio.to_thread import run_sync
 
 from lori.errors import LoriError
-from server.catalog.turns import Turns
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.engine import Engine
@@ -19,6 +22,23 @@ from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import ConflictError, StoreError
 
 logger = logging.getLogger(__name__)
+
+
+class Turns:
+    """Names that are being changed."""
+
+    def __init__(self) -> None:
+        self._locks: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()  # of names that somebody changes or waits for
+
+    @asynccontextmanager
+    async def of(self, *names: str) -> AsyncIterator[None]:
+        """Waits until nobody else changes one of these names, and lets nobody else before the block ends."""
+        async with AsyncExitStack() as held:
+            for name in sorted(set(names)):  # in one order everywhere, or two could wait for each other
+                await held.enter_async_context(self._locks.setdefault(name, anyio.Lock()))
+            yield
+
+
 Of = TypeVar("Of")
 
 

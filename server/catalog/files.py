@@ -1,15 +1,23 @@
-"""The adapters that a server can load: what is read of its stores, and what is put there. Runs in whatever thread calls it."""
+"""Adapters in the server's stores: read, described, written and deleted. Runs in any thread.
 
+Errors of stores and file systems are raised without a path of this machine.
+"""
+
+import errno
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from lori.compare.statistics import ModuleStatistics, statistics
 from lori.config import CONFIG_FILE, parse_config
 from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError, UnreachableError
-from lori.format import Files, read_file, read_files
+from lori.format import Files, read_config, read_file, read_files
+from lori.identity import BaseIdentity
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.peft.config import TEMPLATES_FILE
@@ -20,14 +28,106 @@ from lori.store.files import read_source
 from lori.store.hub import SCHEME, resolve
 from lori.store.store import AdapterStore
 from lori.summary import SummaryReader
-from server.catalog.details import AdapterDetails
 from server.catalog.fit import Fit
-from server.catalog.store_errors import MOUNT, told
+from server.engine.adapters.loader import REMEDY
 from server.engine.adapters.registry import Faulty, Registered
 from server.engine.admission import RefusedError
 from server.errors import ConflictError, StoreError
 
 logger = logging.getLogger(__name__)
+
+
+MOUNT = (
+    "mount it to be written, such as by LORI_ADAPTERS_MODE=rw for docker/compose.yaml, and let it belong to the server's user, "
+    "10001 there"
+)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def told(*stores: AdapterStore | None) -> Iterator[None]:
+    """Raises `ConflictError` or `StoreError` for what the block raises of stores; what a caller can mend stays as it is."""
+    try:
+        yield
+    except UnknownAdapterError:
+        raise
+    except AdapterFormatError as error:
+        raise AdapterFormatError(Path(error.source).name, error.faults) from error
+    except UnreachableError as error:
+        raise StoreError(str(error)) from error
+    except AdapterError as error:
+        raise ConflictError(without_paths(str(error), *stores)) from error
+    except OSError as error:
+        said = error.strerror or type(error).__name__
+        if error.errno in FORBIDDEN:
+            hint = f": {MOUNT}" if error.errno == errno.EROFS else ""
+            raise ConflictError(f"the server may not write or read its adapters' folder: {said}{hint}") from error
+        raise StoreError(f"the adapters' folder failed: {said}") from error
+
+
+def without_paths(message: str, *stores: AdapterStore | None) -> str:
+    """Return `message` without the folders of `stores` in it."""
+    for root in (str(store.root) for store in stores if store):
+        message = message.replace(f"{root}/", "").replace(root, "the store")
+    return message
+
+
+MAX_REMEMBERED = 64
+"""Adapters whose statistics are remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What is read of an adapter for a person."""
+
+    card: str
+    """Markdown; empty where there is none."""
+    modules: Sequence[ModuleStatistics]
+
+
+class AdapterDetails:
+    """Reads adapters of `base` and remembers what it computed of them; for one thread at a time.
+
+    Between two modules it rests as long as the last one took: requests that are being answered come first.
+    """
+
+    def __init__(self, base: BaseIdentity, rest: Callable[[float], None] = time.sleep) -> None:
+        self._base, self._rest = base, rest
+        self._known: OrderedDict[str, Sequence[ModuleStatistics]] = OrderedDict()  # those asked for last are last
+
+    def read(self, of: Registered) -> Details:
+        """Returns the details. Raises `AdapterFormatError`, `ConflictError` or `StoreError` where it cannot be read any more."""
+        *_, entry = of.entries()
+        with told():
+            _check_same(read_config(entry.folder).lori.content_digest, entry, of.summary.digest)
+            return Details(entry.card().decode(errors="replace"), self._statistics(entry, of.summary.digest))
+
+    def _statistics(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
+        if digest not in self._known:
+            self._known[digest] = self._compute(entry, digest)
+        self._known.move_to_end(digest)
+        while len(self._known) > MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return self._known[digest]
+
+    def _compute(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
+        adapter = entry.load(self._base)
+        _check_same(adapter.config.lori.content_digest, entry, digest)
+        since = time.perf_counter()
+
+        def rest() -> None:
+            nonlocal since
+            self._rest(time.perf_counter() - since)
+            since = time.perf_counter()
+
+        return statistics(adapter, rest)
+
+
+def _check_same(found: str, entry: Entry, expected: str) -> None:
+    if found != expected:
+        raise AdapterFormatError(entry.name, [f"it was changed on disk since the server read of it: {REMEDY}"])
+
+
 NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"
 
 PUT_THERE = f"{MOUNT}; or put the adapter's folder there yourself and POST /adapters/NAME/load"

@@ -13,7 +13,7 @@ from lori.printable import printable
 from lori.store.entry import CachedEntry, Entry
 from lori.store.store import AdapterStore, Contents
 from lori.summary import Summary, summarise_sound
-from server.catalog.store_errors import without_paths
+from server.catalog.files import without_paths
 from server.engine.adapters.registry import Faulty
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pydantic_core import to_json
 
 from lori.compare.statistics import ModuleStatistics, total
 from server.access.caller import Caller
-from server.catalog.details import Details
+from server.catalog.files import Details
 from server.engine.adapters.cache import Place
 from server.engine.adapters.registry import Registered
 from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo

@@ -9,8 +9,7 @@ from urllib.parse import quote
 
 from lori.store.files import read_source
 from server.client.calls import Call
-from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
-from server.schemas.comparison import AdapterComparison
+from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_BYTES = 2**34

@@ -19,8 +19,7 @@ from server.client.errors import refused
 from server.client.events import EventReader, StreamEvent
 from server.client.fields import GenerateFields, MessageFields
 from server.client.retries import Attempts, Retries, lost
-from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
-from server.schemas.comparison import AdapterComparison
+from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInfo, AdapterList, WithdrawnReply
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 

@@ -1,13 +1,36 @@
-"""A call to each replica, and what they say. Knows Ray's handles, not what is called."""
+"""Calls to every replica: their answers, their errors, and a log that repeats no error. Knows Ray's handles alone."""
 
+import logging
 from asyncio import CancelledError, gather, wait_for
 from typing import Any
 
 from grpc import StatusCode
 from grpc.aio import AioRpcError
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger(__name__)
+
+
+class Trouble:
+    """Says what is wrong when it begins, and when it is another thing than before; not at each turn."""
+
+    def __init__(self, meaning: str) -> None:
+        self._meaning, self._known = meaning, ""
+
+    def begins(self, error: BaseException) -> None:
+        """Takes what has gone wrong at this turn."""
+        reason = error.cause if isinstance(error, RayTaskError) else error  # without its trace
+        found = str(reason) or type(reason).__name__
+        if found != self._known:
+            logger.warning("%s: %s", self._meaning, found)
+        self._known = found
+
+    def ends(self) -> None:
+        """At this turn all went well."""
+        self._known = ""
+
 
 Heard = tuple[list[Any], list[BaseException]]
 """What replicas say, and what became of the call to each other one."""

@@ -1,13 +1,17 @@
-"""What Ray Serve is told by environment variables, which it reads when it is imported: in all its processes, and before that."""
+"""Environment variables for Ray Serve, which reads them when it is imported: set before that, in all its processes."""
 
 import math
 import os
 import sysconfig
 from pathlib import Path
 
-from server.cluster.start_error import StartError
 from server.settings import Settings
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
+
+
+class StartError(Exception):
+    """Ray, a replica or an ingress cannot start, and why."""
+
 
 CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 

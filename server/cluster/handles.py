@@ -9,14 +9,12 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
-from server.cluster.absence import Absence
-from server.cluster.calls import ask_each
+from server.cluster.calls import Trouble, ask_each
 from server.cluster.changes import Changes
 from server.cluster.destination import ADAPTERS, METRICS
 from server.cluster.ingress import NoReplicaError, ReplicaLostError
-from server.cluster.lifecycle import JOIN_S
+from server.cluster.lifecycle import JOIN_S, Absence
 from server.cluster.replica import Replica
-from server.cluster.trouble import Trouble
 
 Said = list[tuple[str, Sequence[Message]]]
 """The answers of replicas, by their names."""

@@ -16,14 +16,12 @@ from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
 from server.cluster.affinity import ANY
 from server.cluster.destination import METRICS, is_for_all, key_in, read_fields
-from server.cluster.exposition import merged_metrics
-from server.cluster.listing import merged_adapters
+from server.cluster.merged_replies import merged_adapters, merged_metrics
 from server.cluster.refusal import batch_refusal, checked_caller
 from server.cluster.relay import pass_on, portable, whole_body
 from server.schemas.errors import error_reply, kind_of
 from server.settings import MAX_RECEIVED, MIB, Settings
-from server.transport.bodies import Bodies
-from server.transport.body_limit import BodyLimit
+from server.transport.bodies import Bodies, BodyLimit
 from server.transport.cors import Cors
 from server.transport.request_id import HEADER as ID_HEADER
 from server.transport.request_id import request_id

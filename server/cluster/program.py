@@ -14,15 +14,13 @@ from lori.names import EMBEDDED_NAME
 from lori.printable import printable_lines
 from server.access.exposure import ExposedError, log_exposure
 from server.access.keys import KeyFileError
-from server.arguments import read_arguments
-from server.cluster.environment import prepare_environment
+from server.arguments import GROUPS, read_arguments
+from server.cluster.environment import StartError, prepare_environment
 from server.cluster.settings import ClusterSettings
-from server.cluster.start_error import StartError
-from server.flag_groups import GROUPS
 from server.start_checks import check_start
 from server.telemetry.logs import configure_log, configure_start
 from server.telemetry.tracing import TracingError, start_tracing
-from server.transport.ports import ListenError
+from server.transport.sockets import ListenError
 
 logger = logging.getLogger(__name__)
 OnSignal = Callable[[int, FrameType | None], None]

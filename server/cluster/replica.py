@@ -11,8 +11,7 @@ from ray import serve
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Message
 
-from server.cluster.lifecycle import PROBED, Lifecycle
-from server.cluster.lifespan import Lifespan
+from server.cluster.lifecycle import PROBED, Lifecycle, Lifespan
 from server.cluster.relay import answer
 from server.settings import Settings
 from server.telemetry.logs import configure_log
@@ -72,7 +71,7 @@ class Replica:
 
         Raises `StoreError` where the store fails: it has not joined then.
         """
-        from server.catalog.catching_up import catch_up  # noqa: PLC0415  # see `__init__`
+        from server.catalog.admin import catch_up  # noqa: PLC0415  # see `__init__`
 
         async with self._joining:
             if not self._lifecycle.joined.is_set() and self._service.files:

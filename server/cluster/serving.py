@@ -15,11 +15,10 @@ from ray.serve import Application
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
-from server.cluster.calls import ask_each
+from server.cluster.calls import Trouble, ask_each
 from server.cluster.deployment import APPLICATION, REPLICA, deployed
+from server.cluster.environment import StartError
 from server.cluster.settings import ClusterSettings
-from server.cluster.start_error import StartError
-from server.cluster.trouble import Trouble
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 128 << 20

@@ -1,12 +1,15 @@
-"""What the API says of itself, at /openapi.json. Knows the wire, not how it is answered."""
+"""The API's description at /openapi.json, and the methods of a path (RFC 9110, section 15.5.6). Knows the wire, not how it is
+answered.
+"""
 
 import re
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
+from starlette.routing import Match
 from starlette.types import Lifespan
 
 from server.access.gate import is_open
@@ -15,6 +18,15 @@ from server.description.responses import Responses, refusal_example, refusals
 from server.schemas.chat import ChatChunk
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import DoneData, TokenData
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """Returns the methods of the request's path. The framework knows those of one route alone, and a path can have several."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return [method for method, scope in scopes.items() if any(of.matches(scope)[0] is Match.FULL for of in request.app.routes)]
+
 
 DESCRIPTION = """
 Every request names the adapters that it is answered with, and what it adds of them.

@@ -10,13 +10,12 @@ from lori.cli.output import print_json
 from lori.errors import LoriError
 from server.client import ClientError
 from server.plan.config import PlanConfig
-from server.plan.measured import LOAD_S_PER_BYTE, SINGLE_TOKENS_PER_S, TOKENS_PER_S
 from server.plan.memory import ModelSizes
 from server.plan.page import as_document, print_outcomes, print_plan
 from server.plan.plan import Plan, PlanError, make_plan, sizes
 from server.plan.replica import ReplicaSizes
 from server.plan.simulation import POLICIES, Outcome, draw_traffic, simulate
-from server.plan.speed import Speed, measure
+from server.plan.speed import LOAD_S_PER_BYTE, SINGLE_TOKENS_PER_S, TOKENS_PER_S, Speed, measure
 
 MOST_REPLICAS = 1024
 """To simulate: each request looks at all of them."""

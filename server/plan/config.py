@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from lori.cli.inspection import FORMATS
 from lori.flags import flag_of
 from server.arguments import read_arguments
-from server.plan.measured import MEASURED, OVERHEAD_GIB, Ratio, measured_ratio
+from server.plan.speed import MEASURED, OVERHEAD_GIB, Ratio, measured_ratio
 from server.settings import Settings
 
 BENCH = "python -m tests.bench.serve --cases off"

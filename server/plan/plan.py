@@ -9,9 +9,8 @@ import torch
 from lori.errors import LoriError
 from server.engine.adapters.cache import MAX_LOADING
 from server.plan.config import PlanConfig
-from server.plan.measured import HELD, MEASURED, MODEL, RESERVED, Ratio
 from server.plan.memory import GIB, AdapterSizes, ModelSizes, adapter_sizes, basis_bytes, gib, model_sizes
-from server.plan.speed import Speed
+from server.plan.speed import HELD, MEASURED, MODEL, RESERVED, Ratio, Speed
 from server.settings import Settings
 
 SERVER = "python -m server"

@@ -18,8 +18,7 @@ from server.engine.text import HALF_CHARACTER
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
-from server.routes.json_reply import json_reply
-from server.routes.json_route import JsonRoute
+from server.routes.json_route import JsonRoute, json_reply
 from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
 from server.schemas.chat import (
     AnswerMessage,

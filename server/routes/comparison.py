@@ -9,14 +9,14 @@ from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
 from lori.errors import AdapterError
-from server.access.tenant_places import TenantPlaces
+from server.access.limits import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
 from server.errors import AdapterFailedError, BusyError
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find
-from server.schemas.comparison import AdapterComparison
+from server.schemas.adapters import AdapterComparison
 
 MAX_NAMES = 16
 MAX_WAITING = 8

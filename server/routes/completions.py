@@ -19,8 +19,7 @@ from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import to_logprobs
-from server.routes.json_reply import json_reply
-from server.routes.json_route import JsonRoute
+from server.routes.json_route import JsonRoute, json_reply
 from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
 from server.schemas.errors import ErrorReply

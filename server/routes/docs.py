@@ -5,8 +5,7 @@ from importlib.resources import files
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.routes.playground import HEADERS, POLICY, page
-from server.routes.whole_files import WholeFiles
+from server.routes.playground import HEADERS, POLICY, WholeFiles, page
 
 PAGE = "docs.html"
 VIEWER = HEADERS | {

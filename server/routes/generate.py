@@ -17,8 +17,7 @@ from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
-from server.routes.json_reply import json_reply
-from server.routes.json_route import JsonRoute
+from server.routes.json_route import JsonRoute, json_reply
 from server.routes.references import explained
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import (

@@ -1,19 +1,30 @@
-"""Routes that read their bodies as strict JSON. FastAPI would take what is ambiguous, and what takes seconds to read."""
+"""Routes with strict JSON bodies, and long JSON replies made beside the event loop.
+
+FastAPI alone would accept ambiguous JSON, and JSON that takes seconds to read.
+"""
 
 from collections.abc import Callable, Coroutine
 from time import perf_counter
 from typing import Any
 
 from anyio import sleep
+from anyio.to_thread import run_sync
 from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.errors import BodyError
 from server.service import Service
 from server.transport.bodies import HELD, PARSED_BYTES, Held, client_of
 from server.transport.strict_json import MAX_VALUES, JsonError, read_json
+
+
+async def json_reply(make: Callable[[], BaseModel]) -> Response:
+    """Returns what `make` returns, in JSON. Raises what `make` raises."""
+    return Response(await run_sync(lambda: make().model_dump_json()), media_type="application/json")
+
 
 SHORT_BODY = 64 * 1024
 """Bytes of a body that is parsed as soon as it is there. Longer ones are parsed one at a time, with a rest after each: else the

@@ -1,12 +1,26 @@
-"""GET / and /static: the playground, a page without a build that asks this server alone. Knows none of what it shows."""
+"""GET / and /static: the playground, a page without a build step that asks this server alone.
+
+Files are sent whole: starlette's errors for ranges would not have our shape, and none of these files is large.
+"""
 
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from server.routes.whole_files import WholeFiles
+
+class WholeFiles(StaticFiles):
+    """Files of one folder, to be mounted."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """Answers with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
+        scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]
+        reply = await super().get_response(path, scope)
+        reply.headers["Accept-Ranges"] = "none"
+        return reply
+
 
 PLAYGROUND = Path(__file__).parents[1] / "playground"
 PAGE = "index.html"

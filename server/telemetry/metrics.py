@@ -1,4 +1,8 @@
-"""What /metrics says, under vLLM's names and labels where the meaning is the same."""
+"""The metrics of /metrics, under vLLM's names and labels where the meaning is the same.
+
+Counts by adapter are kept as lines of Prometheus's text, so that ten thousand adapters take milliseconds. A label is the name of
+a registered adapter, never what a client sent.
+"""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -8,8 +12,89 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from server.catalog.counts import AdapterCounts
 from server.engine.request import Timings
+
+MAX_LISTED = 1000
+"""Adapters up to which those that are not resident are listed too."""
+REQUESTS = b"""\
+# HELP lori:adapter_requests_total Admitted requests by adapter; one that names several counts for each.
+# TYPE lori:adapter_requests_total counter
+"""
+TOKENS = b"""\
+# HELP lori:adapter_tokens_total Tokens of ended requests by adapter; those of a request that names several count for each.
+# TYPE lori:adapter_tokens_total counter
+"""
+RESIDENT = f"""\
+# HELP lori:adapter_resident Whether the adapter is in the kernels' operands; of more than {MAX_LISTED} only those that are.
+# TYPE lori:adapter_resident gauge
+""".encode()
+
+
+@dataclass(slots=True)
+class _AdapterCount:
+    label: str
+    num_requests: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    requests: bytes = b""
+    tokens: bytes = b""
+
+    def write(self) -> None:
+        self.requests = f"lori:adapter_requests_total{{{self.label}}} {self.num_requests}\n".encode()
+        self.tokens = (
+            f'lori:adapter_tokens_total{{{self.label},kind="prompt"}} {self.num_prompt_tokens}\n'
+            f'lori:adapter_tokens_total{{{self.label},kind="generated"}} {self.num_generated_tokens}\n'
+        ).encode()
+
+
+class AdapterCounts:
+    """Counts requests and tokens by adapter. For the event loop alone."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, _AdapterCount] = {}
+        self._changed: dict[str, _AdapterCount] = {}
+
+    def admit(self, names: Iterable[str]) -> None:
+        """Counts a request for these adapters."""
+        for name in names:
+            self._count(name).num_requests += 1
+
+    def add_tokens(self, names: Iterable[str], num_prompt: int, num_generated: int) -> None:
+        """Counts what a request for these adapters took and gave."""
+        for name in names:
+            count = self._count(name)
+            count.num_prompt_tokens += num_prompt
+            count.num_generated_tokens += num_generated
+
+    def lines(self, registered: Collection[str], resident: Collection[str]) -> list[bytes]:
+        """Returns all in Prometheus's format; only the lines that have changed are written again.
+
+        Names that are registered no more are forgotten, also where they come again: to Prometheus that is a counter's new start.
+        """
+        for name in [name for name in self._counts if name not in registered]:
+            del self._counts[name]
+            self._changed.pop(name, None)
+        for count in self._changed.values():
+            count.write()
+        self._changed.clear()
+        counts = self._counts.values()
+        names = registered if len(registered) <= MAX_LISTED else resident
+        told = [f"lori:adapter_resident{{{label(name)}}} {int(name in resident)}\n".encode() for name in names]
+        return [REQUESTS, *(of.requests for of in counts), TOKENS, *(of.tokens for of in counts), RESIDENT, *told]
+
+    def _count(self, name: str) -> _AdapterCount:
+        count = self._counts.get(name)
+        if count is None:
+            count = self._counts[name] = _AdapterCount(label(name))
+        self._changed[name] = count
+        return count
+
+
+def label(name: str) -> str:
+    """Returns the label of an adapter as Prometheus's text has it."""
+    escaped = name.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    return f'adapter="{escaped}"'
+
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)

@@ -19,8 +19,7 @@ import uvicorn
 from server.engine.thread import end_process_after
 from server.service import Service
 from server.transport.connections import BoundedState, Waiting, is_readable
-from server.transport.descriptors import connection_room
-from server.transport.refuse_connections import refuse_connections
+from server.transport.sockets import connection_room, refuse_connections
 
 logger = logging.getLogger(__name__)
 GRACE_S = 5

@@ -11,7 +11,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.bench.serve_asks import Ask
 from tests.bench.serve_load import Send
 from tests.bench.serve_processes import Program, answers

@@ -30,7 +30,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.bench.serve_figures import percentile
 from tests.bench.serve_processes import Program, answers
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.bench.serve_adapters import RANK
 from tests.bench.serve_asks import Ask
 from tests.bench.serve_load import Load, closed_loop

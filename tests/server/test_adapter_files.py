@@ -11,9 +11,8 @@ from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, read_files
 from lori.packed_adapter import PackedReader
 from lori.store.store import AdapterStore
-from server.catalog.files import AdapterFiles
+from server.catalog.files import AdapterFiles, told
 from server.catalog.fit import Fit
-from server.catalog.store_errors import told
 from server.engine.adapters.registry import Registered
 from server.errors import ConflictError, StoreError
 from server.loading import make_pool, make_registry

@@ -16,7 +16,7 @@ from lori.compare.statistics import statistics
 from lori.config import CONFIG_FILE
 from lori.format import WEIGHTS_FILE, load_adapter, read_config, write_record
 from server.catalog.admin import MAX_WAITING
-from server.catalog.details import Details
+from server.catalog.files import Details
 from tests.server.live import LIMIT_S, wait_until
 from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter

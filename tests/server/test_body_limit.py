@@ -7,8 +7,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from server.transport.bodies import Bodies
-from server.transport.body_limit import BYTES_PER_S, BodyLimit
+from server.transport.bodies import BYTES_PER_S, Bodies, BodyLimit
 
 MAX_S = 60.0
 MAX_BYTES, MAX_UPLOAD = 1000, 100 * BYTES_PER_S

@@ -8,8 +8,7 @@ from typing import cast
 import pytest
 
 from lori.errors import AdapterFormatError
-from server.catalog.admin import AdapterAdmin
-from server.catalog.catching_up import catch_up
+from server.catalog.admin import AdapterAdmin, catch_up
 from server.catalog.files import AdapterFiles
 from server.engine.adapters.registry import Registry
 from server.errors import ConflictError, StoreError

@@ -13,9 +13,9 @@ from typing import cast
 import pytest
 import uvicorn
 
-from server.transport import descriptors
+from server.transport import sockets
 from server.transport.connections import MAX_LINGERING, PATIENCE_S, Waiting
-from server.transport.descriptors import RESERVE, connection_room
+from server.transport.sockets import RESERVE, connection_room
 from tests.server.live import LIMIT_S, Live, start, wait_until
 
 MAX_CONNECTIONS = 4
@@ -197,6 +197,6 @@ def test_a_connection_that_was_just_made_is_not_closed_for_another() -> None:
 def test_there_are_no_more_connections_than_descriptors_for_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, soft: int, wanted: int, room: int
 ) -> None:
-    monkeypatch.setattr(descriptors.resource, "getrlimit", lambda _: (soft, soft))
+    monkeypatch.setattr(sockets.resource, "getrlimit", lambda _: (soft, soft))
     assert connection_room(wanted) == room
     assert ("--max-connections is 4096" in caplog.text) == (room < wanted)

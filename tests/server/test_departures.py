@@ -7,8 +7,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from server.catalog.departures import Departures
-from server.catalog.turns import Turns
+from server.catalog.departures import Departures, Turns
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.request import AdapterTerm

@@ -20,7 +20,7 @@ from server.service import Service
 from server.settings import Settings
 from server.transport.drain import DrainingServer
 from server.transport.http_config import http_config
-from server.transport.refuse_connections import refuse_connections
+from server.transport.sockets import refuse_connections
 from tests.server.live import LIMIT_S, Live, events, start, wait_until
 
 NUM_CLIENTS = 24

@@ -11,7 +11,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
-from server.catalog.counts import MAX_LISTED
 from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
@@ -19,7 +18,7 @@ from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Request, S
 from server.engine.scheduling.scheduler import Scheduler
 from server.telemetry.account import Account
 from server.telemetry.gauges import make_metrics
-from server.telemetry.metrics import Metrics
+from server.telemetry.metrics import MAX_LISTED, Metrics
 from tests.server.fake_service import served
 from tests.server.live import Live
 from tests.server.rig import FakeEngine, request

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from lori.flags import package_version
+from server.arguments import GROUPS
 from server.cluster.settings import ClusterSettings
-from server.flag_groups import GROUPS
 from server.settings import Settings
 from tests.server.live import LIMIT_S, REPOSITORY, Live, run_main, start, wait_until
 

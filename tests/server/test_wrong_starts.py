@@ -24,7 +24,7 @@ from lori.errors import ModelError
 from lori.loopback import direct_mounts
 from server.client import AsyncClient, Client
 from server.program import run as serve
-from server.transport.ports import ListenError
+from server.transport.sockets import ListenError
 from tests.server.conftest import Run
 from tests.server.live import LIMIT_S, REPOSITORY, Live, run_main
 from tests.server.peft_folders import LORA

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.docker.compose import read
 from tests.server.live import LIMIT_S, REPOSITORY, wait_until
 

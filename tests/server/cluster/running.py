@@ -12,7 +12,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.cluster.affinity import key_of, ranked
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.server.live import run_main, wait_until
 
 REPLICA, INGRESS = "ray::ServeReplica:lori-server:Replica", "ray::ServeReplica:lori-server:Ingress"

@@ -5,8 +5,7 @@ import subprocess
 
 import pytest
 
-from server.cluster.environment import CLIENT_TIMEOUT, HAPROXY, MAX_CONNECTIONS, PORTS, PREFERRED, prepare_environment
-from server.cluster.start_error import StartError
+from server.cluster.environment import CLIENT_TIMEOUT, HAPROXY, MAX_CONNECTIONS, PORTS, PREFERRED, StartError, prepare_environment
 from server.settings import Settings
 
 

@@ -2,7 +2,7 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.cluster.exposition import merged_metrics
+from server.cluster.merged_replies import merged_metrics
 from server.telemetry.metrics import Metrics
 
 

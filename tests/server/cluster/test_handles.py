@@ -18,7 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
-from server.cluster import absence, handles
+from server.cluster import handles, lifecycle
 from server.cluster.handles import ReplicaHandles, ReplicaStream
 from server.cluster.ingress import NoReplicaError, ReplicaLostError
 from server.cluster.lifecycle import PROBED
@@ -397,7 +397,7 @@ async def test_while_none_is_there_how_the_server_is_is_said_at_once(
 
 async def test_where_none_comes_a_request_waits_no_longer_than_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    monkeypatch.setattr(absence, "WAIT_S", 0.01)
+    monkeypatch.setattr(lifecycle, "WAIT_S", 0.01)
     replicas = FakeReplicas({"only": []})
     with anyio.fail_after(LIMIT_S):
         async with anyio.create_task_group() as group:
@@ -415,7 +415,7 @@ async def test_where_none_comes_a_request_waits_no_longer_than_is_said(monkeypat
 @pytest.mark.parametrize("has_begun", [True, False])
 async def test_what_a_replica_has_that_is_to_end_is_not_given_up(has_begun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    monkeypatch.setattr(absence, "WAIT_S", 0.0)
+    monkeypatch.setattr(lifecycle, "WAIT_S", 0.0)
     replicas, may_answer = FakeReplicas({"only": []}), anyio.Event()
 
     class Slow(FakeMessages):
@@ -443,7 +443,7 @@ async def test_what_a_replica_has_that_is_to_end_is_not_given_up(has_begun: bool
 
 async def test_before_the_first_is_there_requests_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handles, "BEAT_S", 0.01)
-    monkeypatch.setattr(absence, "WAIT_S", 0.0)
+    monkeypatch.setattr(lifecycle, "WAIT_S", 0.0)
     replicas = FakeReplicas({})
     of = handles_of(replicas)
     with anyio.fail_after(LIMIT_S):

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import anyio
 import pytest
 
-from server.cluster.lifespan import Lifespan
+from server.cluster.lifecycle import Lifespan
 
 pytestmark = pytest.mark.anyio
 

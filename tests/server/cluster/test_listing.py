@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from server.cluster.listing import TIERS, merged_adapters
+from server.cluster.merged_replies import TIERS, merged_adapters
 from server.engine.adapters.cache import Tier
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.server.live import LIMIT_S, run_main
 
 

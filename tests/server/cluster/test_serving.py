@@ -16,7 +16,7 @@ import pytest
 
 from server.client import BrokenStreamError, Client, DoneData, StreamEvent
 from server.client.fields import GenerateFields
-from server.transport.ports import free_port
+from server.transport.sockets import free_port
 from tests.server.cluster.running import ENDING_S, NAMES, START_S, Cluster, processes_of, running
 from tests.server.framing import CASES, ask, check, check_proxied
 from tests.server.keyed import ACME, ADMIN, bearer, write_keys

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.flags import STRAY, flag_of
 from server.app import create_app
 from server.cluster.settings import ClusterSettings
-from server.description.allowed_methods import METHODS
+from server.description.openapi import METHODS
 from server.migration.flags import FLAGS
 from server.migration.requests import ABSENT_ROUTES, EXPLAINED, RENAMED, ROUTES, VALUES
 from server.migration.suggestions import fields_at, routes_in, unknown_field, value_hint

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.plan.measured import BY_ADAPTERS, BY_TERMS, Ratio, measured_ratio
+from server.plan.speed import BY_ADAPTERS, BY_TERMS, Ratio, measured_ratio
 
 README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 

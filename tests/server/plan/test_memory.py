@@ -16,8 +16,8 @@ from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.pool import AdapterPool
 from lori.projection import quantize
 from server.engine.model.runner import Runner, bytes_per_token
-from server.plan.measured import HELD, RESERVED
 from server.plan.memory import adapter_sizes, basis_bytes, gib, model_sizes
+from server.plan.speed import HELD, RESERVED
 from server.stores import DEMO_ADAPTERS
 from tests.tiny import save_tiny_model, tiny_llama_config
 

@@ -10,10 +10,9 @@ from pydantic import ValidationError
 
 from server.cluster.settings import ClusterSettings
 from server.plan.config import PlanConfig
-from server.plan.measured import HELD, RESERVED
 from server.plan.memory import GIB, AdapterSizes, ModelSizes
 from server.plan.plan import Plan, PlanError, assumptions, make_plan, sizes
-from server.plan.speed import Speed
+from server.plan.speed import HELD, RESERVED, Speed
 from server.settings import Settings
 
 MODEL = ModelSizes("tiny", weights=GIB, kv_token=1024, max_context=512, num_ids=257, shapes={"a.q_proj": (64, 48)})

@@ -1,8 +1,40 @@
-"""What all replicas say of adapters as one server would: where each is, and how much it is used."""
+"""Replies of several replicas merged into one server's: metrics labelled by replica, and adapters with the figures of all."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+LABEL = "replica"
+
+
+def merged_metrics(texts: Mapping[str, str]) -> bytes:
+    """Returns the samples of `texts`, which are in Prometheus's format, by the name of the replica that each is of."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Texts(texts))
+    return generate_latest(registry)
+
+
+class _Texts(Collector):
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        self._texts = texts
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, text in self._texts.items():
+            for found in text_string_to_metric_families(text):
+                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+                for sample in found.samples:
+                    family.add_sample(sample.name, {**sample.labels, LABEL: replica}, sample.value)
+        yield from families.values()
+
 
 TIERS = ("disk", "loaded", "resident")
 """From far to near."""
