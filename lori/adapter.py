@@ -25,7 +25,7 @@ class Adapter:
         return self.config.lori.content_digest[:NUM_VERSION_DIGITS]
 
     def shape_of(self, module: str) -> tuple[int, int]:
-        """Returns (outputs, inputs) of `module`, which must be one that it changes."""
+        """Return (outputs, inputs) of `module`, which must be one that it changes."""
         shape = self.config.shape_of(module)
         assert shape is not None
         return shape
@@ -52,7 +52,7 @@ class Adapter:
 
 
 def common_shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
-    """Returns (outputs, inputs) of every module that any of `adapters` changes, by full name.
+    """Return (outputs, inputs) of every module that any of `adapters` changes, by full name.
 
     Raises `AdapterError` with every fault where they are not of one base model, or differ in a module's shape.
     """

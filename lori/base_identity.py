@@ -28,7 +28,7 @@ from lori.tensor_file import UNREADABLE
 
 
 def module_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Returns (outputs, inputs) of every linear layer of `model` that can take a delta, by full name in model order.
+    """Return (outputs, inputs) of every linear layer of `model` that can take a delta, by full name in model order.
 
     The output embeddings are not among them.
     """
@@ -60,13 +60,13 @@ Samples = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 def positions(num_values: int) -> torch.Tensor:
-    """Returns which values of a flat tensor are sampled, (n,) int64: `SAMPLED_PER_TENSOR` at most, evenly spread."""
+    """Return which values of a flat tensor are sampled, (n,) int64: `SAMPLED_PER_TENSOR` at most, evenly spread."""
     step = max(1, num_values // SAMPLED_PER_TENSOR)
     return torch.arange(0, num_values, step)[:SAMPLED_PER_TENSOR]
 
 
 def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
-    """Returns the identity of a loaded `model`, called `name`, whose layers must still be its own."""
+    """Return the identity of a loaded `model`, called `name`, whose layers must still be its own."""
     parameters = dict(model.named_parameters())
 
     def samples(parameter: str, _: tuple[int, ...]) -> torch.Tensor:
@@ -77,7 +77,7 @@ def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
 
 
 def identify_files(name: str | None) -> BaseIdentity:
-    """Returns the identity of the base called `name` (a local folder or a hub id; `None` is the embedded model), not loading it.
+    """Return the identity of the base called `name` (a local folder or a hub id; `None` is the embedded model), not loading it.
 
     A hub id's weights are fetched whole. Raises `ModelError` where it is not there, or where its files do not hold its parameters
     one by one, by their names.
@@ -104,7 +104,7 @@ def identify_files(name: str | None) -> BaseIdentity:
 
 
 def _digest(model: PreTrainedModel, samples: Samples) -> str:
-    """Returns a sha256 (hex) over the architecture, and every parameter's name, shape and samples in bf16."""
+    """Return a sha256 (hex) over the architecture, and every parameter's name, shape and samples in bf16."""
     config = model.config.get_text_config()
     said = {key: _said(getattr(config, key, None)) for key in ARCHITECTURE}
     known = {key: value for key, value in said.items() if value is not None}
@@ -117,14 +117,14 @@ def _digest(model: PreTrainedModel, samples: Samples) -> str:
 
 
 def _said(value: Any) -> Any:
-    """Returns a config's value; of a dict, which `rope_parameters` is, maybe for each type of layer, what `ROPE` names."""
+    """Return a config's value; of a dict, which `rope_parameters` is, maybe for each type of layer, what `ROPE` names."""
     if not isinstance(value, dict):
         return value
     return {k: _said(v) for k, v in value.items() if v is not None and (k in ROPE or isinstance(v, dict))}
 
 
 def _check_tied(model: PreTrainedModel, samples: Samples) -> None:
-    """Raises `ValueError` where the files hold a tied parameter of its own value: loading would not tie it."""
+    """Raise `ValueError` where the files hold a tied parameter of its own value: loading would not tie it."""
     own = dict(model.named_parameters())
     name_of = {id(parameter): name for name, parameter in own.items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -155,7 +155,7 @@ def _file_samples(folder: Path) -> Samples:
 
 
 def _corner(position: int, shape: Iterable[int]) -> tuple[slice, ...]:
-    """Returns the slice of a tensor of `shape` that holds its value at a flat `position` alone."""
+    """Return the slice of a tensor of `shape` that holds its value at a flat `position` alone."""
     out = []
     for length in reversed(list(shape)):
         out.append(slice(position % length, position % length + 1))

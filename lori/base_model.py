@@ -42,7 +42,7 @@ UNLOADABLE = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, S
 
 
 def default_dtype(device: torch.device = CPU) -> torch.dtype:
-    """Returns bf16 where the device has instructions for it that may be used, as every GPU that serves does, else fp32.
+    """Return bf16 where the device has instructions for it that may be used, as every GPU that serves does, else fp32.
 
     Without them oneDNN's bf16 products are there, too, and take several times as long as those in fp32.
     """
@@ -54,14 +54,14 @@ def default_dtype(device: torch.device = CPU) -> torch.dtype:
 
 
 def resolve_dtype(name: str, device: torch.device = CPU) -> torch.dtype:
-    """Returns the dtype called `name`: "auto" (see `default_dtype`), "bfloat16" or "float32"."""
+    """Return the dtype called `name`: "auto" (see `default_dtype`), "bfloat16" or "float32"."""
     return default_dtype(device) if name == "auto" else {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def load_base_model(
     name: str | None, dtype: torch.dtype, attention: str = "sdpa", device: torch.device = CPU, num_processes: int = 1
 ) -> BaseModel:
-    """Loads the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
+    """Load the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
 
     `attention` is the name of an attention function that transformers knows. With `num_processes`, those of `torchrun`, the
     weights are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room

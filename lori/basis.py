@@ -41,7 +41,7 @@ class Seeded:
         return f"seed {self.seed}, stream {self.stream}"
 
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
-        """Returns A of `module`, (R, N) fp32 on the CPU, uniform in ±1/sqrt(N) (PEFT's Kaiming-uniform bound).
+        """Return A of `module`, (R, N) fp32 on the CPU, uniform in ±1/sqrt(N) (PEFT's Kaiming-uniform bound).
 
         Row-major from one stream, so A of a smaller rank is the first rows of A of a larger one.
         """
@@ -57,7 +57,7 @@ class Seeded:
         return torch.from_numpy(drawn.reshape(rank, num_inputs))
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N): proves that a basis was drawn again right.
+        """Return the sha256 (hex) of A over `shapes`, module name -> (R, N): proves that a basis was drawn again right.
 
         Remembered: adapters on one basis ask for the same one.
         """
@@ -74,14 +74,14 @@ class Explicit:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Explicit":
-        """Returns the basis that holds `tensors`, (R, N) each, named by their content in fp32."""
+        """Return the basis that holds `tensors`, (R, N) each, named by their content in fp32."""
         return cls(tensors_digest(tensors), tensors)
 
     def __str__(self) -> str:
         return explicit_name(self.content_digest)
 
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
-        """Returns the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero.
+        """Return the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero.
 
         `num_inputs` must be the A's own N, where it has one.
         """
@@ -92,7 +92,7 @@ class Explicit:
         return out
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Returns the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does. Remembered as there."""
+        """Return the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does. Remembered as there."""
         key = tuple(sorted(shapes.items()))
         remembered = _explicit_digests.setdefault(self, {})
         if key not in remembered:
@@ -106,12 +106,12 @@ Basis = Seeded | Explicit
 
 
 def explicit_name(digest: str) -> str:
-    """Returns what a person calls the explicit basis of this digest."""
+    """Return what a person calls the explicit basis of this digest."""
     return f"its own A, {digest[:12]}"
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns the sha256 (hex) of one A: names, shapes and values in fp32, in order of name."""
+    """Return the sha256 (hex) of one A: names, shapes and values in fp32, in order of name."""
     sha = hashlib.sha256()
     for module in sorted(tensors):
         _update(sha, module, tensors[module])

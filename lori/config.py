@@ -45,7 +45,7 @@ class SeededConfig(BaseModel):
         return str(self.basis())
 
     def basis(self) -> Seeded:
-        """Returns the basis itself."""
+        """Return the basis itself."""
         return Seeded(self.seed, self.stream, self.generator)
 
 
@@ -62,7 +62,7 @@ class ExplicitConfig(BaseModel):
 
 
 def basis_config(basis: Basis) -> SeededConfig | ExplicitConfig:
-    """Returns what a config says of `basis`."""
+    """Return what a config says of `basis`."""
     if isinstance(basis, Explicit):
         return ExplicitConfig(digest=basis.content_digest)
     return SeededConfig(generator=basis.generator, seed=basis.seed, stream=basis.stream)
@@ -172,24 +172,24 @@ class AdapterConfig(BaseModel):
         return self.lora_alpha / self.r
 
     def rank_of(self, module: str) -> int:
-        """Returns r of `module`."""
+        """Return r of `module`."""
         return self.rank_pattern.get(module, self.r)
 
     def scale_of(self, module: str) -> float:
-        """Returns alpha / r of `module`."""
+        """Return alpha / r of `module`."""
         return self.alpha_pattern.get(module, self.lora_alpha) / self.rank_of(module)
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
-        """Returns (outputs, inputs) of `module`, or None where the config has none."""
+        """Return (outputs, inputs) of `module`, or None where the config has none."""
         return self.lori.shapes.get(module) or self.lori.shapes.get(last(module))
 
     def is_target(self, module: str) -> bool:
-        """Says whether the adapter changes `module`."""
+        """Return whether the adapter changes `module`."""
         return module in self.target_modules or last(module) in self.target_modules
 
 
 def compact(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Returns `shapes`, by full name, as `LoriSection.shapes` has them: what most modules of one last part share, said once."""
+    """Return `shapes`, by full name, as `LoriSection.shapes` has them: what most modules of one last part share, said once."""
     by_last: dict[str, Counter[tuple[int, int]]] = {}
     for module, shape in shapes.items():
         by_last.setdefault(last(module), Counter())[shape] += 1
@@ -198,7 +198,7 @@ def compact(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]
 
 
 def target_names(modules: Mapping[str, object], base: Mapping[str, object]) -> tuple[str, ...]:
-    """Returns `target_modules` of an adapter that changes `modules` of a `base`, both by full name."""
+    """Return `target_modules` of an adapter that changes `modules` of a `base`, both by full name."""
     lasts = dict.fromkeys(last(module) for module in modules)
     whole = all(module in modules for module in base if last(module) in lasts)
     return tuple(lasts if whole else modules)
@@ -208,7 +208,7 @@ CONFIG_FILE = "adapter_config.json"
 
 
 def config_digest(content: bytes) -> str:
-    """Returns the sha256 (hex) of a config's JSON, its own digest left out: however it is spaced and ordered.
+    """Return the sha256 (hex) of a config's JSON, its own digest left out: however it is spaced and ordered.
 
     Raises `ValueError` for what Python's parser does not read.
     """
@@ -218,7 +218,7 @@ def config_digest(content: bytes) -> str:
 
 
 def seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
-    """Returns `config` with its own digest, and its JSON, which is read again: a copy with changes was never checked.
+    """Return `config` with its own digest, and its JSON, which is read again: a copy with changes was never checked.
 
     Raises `AdapterFormatError`, with `source`, where it is not sound.
     """
@@ -233,7 +233,7 @@ def seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, byte
 
 
 def parse_config(content: bytes, faults: list[str]) -> AdapterConfig | None:
-    """Returns the config that `content` is, if it is one; whatever is wrong with it is added to `faults`."""
+    """Return the config that `content` is, if it is one; whatever is wrong with it is added to `faults`."""
     try:
         config = AdapterConfig.model_validate_json(content)
         found = config_digest(content)
@@ -265,7 +265,7 @@ def new_config(
     templates: Sequence[Template],
     training: Mapping[str, Any],
 ) -> AdapterConfig:
-    """Returns the config of an adapter with these `modules`, and `alphas`, on `basis`; `lori.format.seal` fills in its digests.
+    """Return the config of an adapter with these `modules`, and `alphas`, on `basis`; `lori.format.seal` fills in its digests.
 
     `modules` must not be empty; `base` needs the shapes of these modules only. Raises pydantic's `ValidationError` where the
     adapter would not be one that can be read.

@@ -15,7 +15,7 @@ NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Returns the device called `name`: "cpu", "cuda" (the first GPU), "cuda:N", or "auto": the first GPU that can serve, else
+    """Return the device called `name`: "cpu", "cuda" (the first GPU), "cuda:N", or "auto": the first GPU that can serve, else
     the CPU.
 
     Raises `DeviceError` where it is not there or cannot serve.
@@ -37,17 +37,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns what a person would call it, for a log."""
+    """Return what a person would call it, for a log."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns a CPU tensor on `device`, without waiting for what runs there."""
+    """Return a CPU tensor on `device`, without waiting for what runs there."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def copy_to_device(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies a CPU tensor to `target`, without waiting for what runs on its device. `source` may be changed at once."""
+    """Copy a CPU tensor to `target`, without waiting for what runs on its device. `source` may be changed at once."""
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 

@@ -28,14 +28,14 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_dir() -> Path:
-    """Returns this project's cache: `$LORI_CACHE`, else `lori-server` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Return this project's cache: `$LORI_CACHE`, else `lori-server` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if own := os.environ.get("LORI_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lori-server"
 
 
 def embedded_model() -> Path:
-    """Returns the folder of the embedded model in bf16 safetensors, making it first where it is not there yet.
+    """Return the folder of the embedded model in bf16 safetensors, making it first where it is not there yet.
 
     Raises `ModelError` where the weights are neither cached, nor installed, nor to be fetched.
     """

@@ -45,7 +45,7 @@ def add_argument(parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
 def refusing_flags(
     fields: Iterable[str], files: Callable[[], Mapping[str, Path]] = dict, hints: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Ends the program with 2, and a line that names the flag, or the key of one of `files`, where the block finds one wrong.
+    """End the program with 2, and a line that names the flag, or the key of one of `files`, where the block finds one wrong.
 
     `hints` are what to do instead of flags that other programs have.
     """
@@ -60,12 +60,12 @@ def refusing_flags(
 
 
 def flag_of(field: str) -> str:
-    """Returns the flag of a field."""
+    """Return the flag of a field."""
     return "--" + field.replace("_", "-")
 
 
 def flag_faults(error: ValidationError, files: Mapping[str, Path] | None = None) -> str:
-    """Returns every fault of a settings class as its flags' faults, or those of a key of one of `files`, in one line."""
+    """Return every fault of a settings class as its flags' faults, or those of a key of one of `files`, in one line."""
     faults = [(e["loc"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
     files = files or {}
     return "; ".join(f"{_place(loc, files)}: {message}" if loc else message + _sources(message, files) for loc, message in faults)
@@ -85,7 +85,7 @@ def _sources(message: str, files: Mapping[str, Path]) -> str:
 
 
 def refused_arguments(error: Exception, fields: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
-    """Returns in one line why the command line was refused.
+    """Return in one line why the command line was refused.
 
     An unknown flag is told with its hint, or else with that of `fields` which looks most like it.
     """

@@ -54,7 +54,7 @@ BasisOf = Callable[[str], Explicit]
 
 
 def content_digest(weights: bytes, config: AdapterConfig) -> str:
-    """Returns the sha256 (hex) of all that decides what an adapter does: the weights, and the fields `DIGESTED` of its config."""
+    """Return the sha256 (hex) of all that decides what an adapter does: the weights, and the fields `DIGESTED` of its config."""
     sha = hashlib.sha256(weights)
     sha.update(json.dumps(config.model_dump(mode="json", include=DIGESTED), sort_keys=True).encode())
     return sha.hexdigest()
@@ -69,7 +69,7 @@ class Sealed:
 
 
 def seal(adapter: Adapter) -> Sealed:
-    """Returns what `adapter` is on disk. The digests in its config do not matter; its values are rounded to `config.lori.values`.
+    """Return what `adapter` is on disk. The digests in its config do not matter; its values are rounded to `config.lori.values`.
 
     The files are read again, so what is sealed can be loaded. Raises `AdapterFormatError` with every fault of what could not:
     values that are not finite, a config that is not sound or not this adapter's, no modules.
@@ -91,13 +91,13 @@ def seal(adapter: Adapter) -> Sealed:
 
 
 def stored_as(adapter: Adapter, values: ValueType) -> Sealed:
-    """Returns `adapter` with B's values stored as `values`, without metrics: others were measured. Raises as `seal`."""
+    """Return `adapter` with B's values stored as `values`, without metrics: others were measured. Raises as `seal`."""
     section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}, "measured": {}})
     return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section})))
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
-    """Writes an adapter, see `seal`, and its basis where it is an explicit one, and returns it as it is read.
+    """Write an adapter, see `seal`, and its basis where it is an explicit one, and return it as it is read.
 
     Written aside, synced and put in place, see `lori.store.files.new_folder`. Raises `AdapterFormatError` as `seal`,
     `AdapterError` as `check_replaceable`.
@@ -122,13 +122,13 @@ def basis_kept(store: Path, basis: Basis) -> Iterator[None]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises `AdapterError` where `folder` is there, and is neither an adapter nor empty: an adapter is not saved over it."""
+    """Raise `AdapterError` where `folder` is there, and is neither an adapter nor empty: an adapter is not saved over it."""
     if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise AdapterError(f"{folder} is there and is no adapter: nothing is saved over it")
 
 
 def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
-    """Replaces the config of a saved adapter, what was measured since, and its card. What the adapter does stays as it is.
+    """Replace the config of a saved adapter, what was measured since, and its card. What the adapter does stays as it is.
 
     Raises `AdapterFormatError` where the config is not sound, or says that the adapter does something else.
     """
@@ -144,7 +144,7 @@ def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """Reads an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
+    """Read an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
     faults: list[str] = []
     content = read_file(folder, CONFIG_FILE, faults)
     config = None if content is None else _parse(content, faults, is_pickled=_is_pickled(folder))
@@ -168,14 +168,14 @@ def _is_pickled(folder: Path) -> bool:
 
 
 def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Files:
-    """Returns the content of an adapter's files by name, its card's too; what cannot be read is added to `faults`."""
+    """Return the content of an adapter's files by name, its card's too; what cannot be read is added to `faults`."""
     names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])]
     found = {name: read_file(folder, name, faults, read) for name in names}
     return {name: content for name, content in found.items() if content is not None}
 
 
 def read_file(folder: Path, name: str, faults: list[str], read: Read = read_stored) -> bytes | None:
-    """Returns the content of a regular file; where it cannot be read, as a link in a store, that is added to `faults`."""
+    """Return the content of a regular file; where it cannot be read, as a link in a store, that is added to `faults`."""
     try:
         return read(folder, name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
     except OSError as error:
@@ -190,7 +190,7 @@ def _unreadable(folder: Path, name: str, error: OSError) -> str:
 
 
 def file_faults(folder: Path) -> list[str]:
-    """Returns what is wrong with an adapter's files as far as that is seen at once: none is read whole, nor the config at all.
+    """Return what is wrong with an adapter's files as far as that is seen at once: none is read whole, nor the config at all.
 
     Files that are not there or are links, and weights that are not as long as they say.
     """
@@ -206,12 +206,12 @@ def file_faults(folder: Path) -> list[str]:
 
 
 def name_of(folder: Path) -> str:
-    """Returns the name of the adapter in `folder`, which may be called `name@version`."""
+    """Return the name of the adapter in `folder`, which may be called `name@version`."""
     return folder.name.partition("@")[0]
 
 
 def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
-    """Reads an adapter and checks it, against `base` too where that is given.
+    """Read an adapter and checks it, against `base` too where that is given.
 
     Raises `AdapterFormatError` with every fault: files that cannot be read, missing, unknown and misshapen tensors, wrong dtypes,
     counts that differ, values that are not finite, content that is not what the digests say, another base, another A (which is
@@ -231,7 +231,7 @@ def parse_adapter(
     source: str | None = None,
     faults: Iterable[str] = (),
 ) -> Adapter:
-    """Returns the adapter that `files` are, called `name`, checked as `load_adapter` does; `faults` are those of reading them.
+    """Return the adapter that `files` are, called `name`, checked as `load_adapter` does; `faults` are those of reading them.
 
     Raises `AdapterFormatError` with every fault, of `source`, or of `name`.
     """
@@ -280,7 +280,7 @@ def _assembled(
 
 
 def checked_basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, faults: list[str]) -> Basis | None:
-    """Returns the basis of `config`; where it is none, or another one, that is added to `faults`."""
+    """Return the basis of `config`; where it is none, or another one, that is added to `faults`."""
     said = config.lori.basis
     try:
         basis = basis_of(said.digest) if isinstance(said, ExplicitConfig) else said.basis()
@@ -309,7 +309,7 @@ def _basis_entries(config: AdapterConfig, modules: Iterable[str]) -> int:
 
 
 def base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
-    """Returns what is wrong with `config` where its adapter is to be of `base`."""
+    """Return what is wrong with `config` where its adapter is to be of `base`."""
     if config.lori.base_digest != base.digest:
         found, expected = config.base_name, f"{base.name} ({base.digest[:NUM_VERSION_DIGITS]})"
         return [f"trained on the base {found}, expected {expected}: {_other_base(config.base_model_name_or_path)}"]

@@ -21,14 +21,14 @@ AVOIDED = -1.0
 
 
 def num_kept(num_entries: int, sparsity: float) -> int:
-    """Returns how many of `num_entries` survive at `sparsity` (0 keeps all, 0.9 keeps a tenth); at least one."""
+    """Return how many of `num_entries` survive at `sparsity` (0 keeps all, 0.9 keeps a tenth); at least one."""
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"sparsity is {sparsity}, expected 0 <= sparsity < 1")
     return max(1, round(num_entries * (1.0 - sparsity)))
 
 
 def group_of(module: str, granularity: Granularity) -> str:
-    """Returns the group in which the entries of `module`, its full name, are ranked.
+    """Return the group in which the entries of `module`, its full name, are ranked.
 
     The five granularities are the paper's (appendix on masks; `extract_mask.py` of its code). A module is attention or MLP, over
     all layers.
@@ -43,7 +43,7 @@ def top_k_mask(
     granularity: Granularity = "model",
     avoided: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Returns a bool mask (D, R) for each B (D, R) that keeps the largest |B| of each group, none where `avoided` is true.
+    """Return a bool mask (D, R) for each B (D, R) that keeps the largest |B| of each group, none where `avoided` is true.
 
     `avoided` has a bool (D, R) for each B. Exactly `num_kept` entries of a group survive: ties are broken by position (module
     order, then row-major), the first win. Raises `MaskError` where a group has fewer that are not avoided.
@@ -74,5 +74,5 @@ def _top_k(flat: torch.Tensor, deltas: Mapping[str, torch.Tensor], sparsity: flo
 
 
 def largest(magnitudes: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the positions (count,) of the largest of `magnitudes` (n,), the first ones where some are equal."""
+    """Return the positions (count,) of the largest of `magnitudes` (n,), the first ones where some are equal."""
     return torch.sort(magnitudes, descending=True, stable=True).indices[:count]

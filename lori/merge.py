@@ -32,7 +32,7 @@ from lori.template import Template
 
 
 def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
-    """Returns those entries of `b` that the method combines; `drawn_from` names the adapter and the module to a random one."""
+    """Return those entries of `b` that the method combines; `drawn_from` names the adapter and the module to a random one."""
     if options.method == "linear":
         return b
     if options.is_random:
@@ -41,33 +41,33 @@ def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
 
 
 def combine(deltas: Sequence[SparseB], weights: Sequence[float], options: MergeOptions) -> SparseB:
-    """Returns the combination of `deltas`, (D, R) each, where any of them keeps an entry; it may hold zeros."""
+    """Return the combination of `deltas`, (D, R) each, where any of them keeps an entry; it may hold zeros."""
     if options.elects_sign:
         return disjoint_merge(deltas, weights, options.sign)
     return weighted_sum(deltas, weights)
 
 
 def placed(b: SparseB, rank: int, first: int) -> SparseB:
-    """Returns `b` (D, r) as the columns from `first` on of a (D, rank) that keeps nothing else."""
+    """Return `b` (D, r) as the columns from `first` on of a (D, rank) that keeps nothing else."""
     indices = b.rows * rank + first + b.indices.long() % b.shape[1]
     return SparseB((b.shape[0], rank), indices.int(), b.values)
 
 
 def nonzero(b: SparseB) -> SparseB:
-    """Returns `b` without the entries that are kept and zero."""
+    """Return `b` without the entries that are kept and zero."""
     kept = b.values != 0
     return SparseB(b.shape, b.indices[kept], b.values[kept])
 
 
 def keep_largest(b: SparseB, density: float) -> SparseB:
-    """Returns the round(density K) largest entries of `b`, at least one of any; the first win where some are equal."""
+    """Return the round(density K) largest entries of `b`, at least one of any; the first win where some are equal."""
     count = max(1, round(density * b.values.numel()))
     positions = largest(b.values.abs(), count).sort().values
     return SparseB(b.shape, b.indices[positions], b.values[positions])
 
 
 def drop_and_rescale(b: SparseB, density: float, key: str) -> SparseB:
-    """Returns `b` with each entry kept with probability `density` and divided by it (DARE, arXiv 2311.03099, section 3.2).
+    """Return `b` with each entry kept with probability `density` and divided by it (DARE, arXiv 2311.03099, section 3.2).
 
     The draw is Philox's raw words, mapped to [0, 1) here: it depends on `key` and K, on no library's version and no order.
     """
@@ -78,13 +78,13 @@ def drop_and_rescale(b: SparseB, density: float, key: str) -> SparseB:
 
 
 def weighted_sum(deltas: Sequence[SparseB], weights: Sequence[float]) -> SparseB:
-    """Returns sum_i weights_i deltas_i over the union of the masks, added in the order given."""
+    """Return sum_i weights_i deltas_i over the union of the masks, added in the order given."""
     indices, values = _aligned(deltas)
     return SparseB(deltas[0].shape, indices, _in_order(values * _column(weights)))
 
 
 def disjoint_merge(deltas: Sequence[SparseB], weights: Sequence[float], sign: SignMethod) -> SparseB:
-    """Returns, at each position, the sum of the weighted values that have the elected sign, divided by their number.
+    """Return, at each position, the sum of the weighted values that have the elected sign, divided by their number.
 
     TIES (arXiv 2306.01708, algorithm 1). As in PEFT (`peft/utils/merge_utils.py`) the election does not see the weights, a draw
     elects plus, and an entry that is zero or pruned has no sign.
@@ -98,7 +98,7 @@ def disjoint_merge(deltas: Sequence[SparseB], weights: Sequence[float], sign: Si
 
 
 def _aligned(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the positions (U,) that any of `deltas` keeps, ascending, and everyone's values there, (n, U) float64."""
+    """Return the positions (U,) that any of `deltas` keeps, ascending, and everyone's values there, (n, U) float64."""
     indices = torch.cat([b.indices for b in deltas]).unique()
     values = torch.zeros(len(deltas), len(indices), dtype=torch.float64)
     for row, b in zip(values, deltas, strict=True):
@@ -107,7 +107,7 @@ def _aligned(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _in_order(values: torch.Tensor) -> torch.Tensor:
-    """Returns the sum (U,) of the rows of `values` (n, U), one after another: torch's own order is not promised."""
+    """Return the sum (U,) of the rows of `values` (n, U), one after another: torch's own order is not promised."""
     total = torch.zeros_like(values[0])
     for row in values:
         total += row
@@ -142,7 +142,7 @@ def merge(
     templates: Sequence[Template] | None = None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Adapter:
-    """Returns a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
+    """Return a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
 
     Its B is computed in float64 and rounded to `values`. Adapters on several bases give one on an explicit basis.
 
@@ -183,7 +183,7 @@ def merge(
 
 
 def _parents(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Parent]:
-    """Returns the adapters that count, each once, in an order that does not depend on the caller's."""
+    """Return the adapters that count, each once, in an order that does not depend on the caller's."""
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
     named: dict[tuple[str, str], tuple[Adapter, list[float]]] = {}
@@ -215,7 +215,7 @@ def _having(parents: Sequence[_Parent], module: str) -> list[_Parent]:
 
 
 def _columns(parents: Sequence[_Parent], module: str) -> Columns:
-    """Returns the columns of each basis: as many as the greatest rank on it, for A of a lower rank is its first rows."""
+    """Return the columns of each basis: as many as the greatest rank on it, for A of a lower rank is its first rows."""
     ranks: dict[Basis, int] = {}
     for parent in parents:
         ranks[parent.adapter.basis] = max(ranks.get(parent.adapter.basis, 0), parent.adapter.modules[module].shape[1])
@@ -224,13 +224,13 @@ def _columns(parents: Sequence[_Parent], module: str) -> Columns:
 
 
 def _is_folded(parents: Sequence[_Parent], modules: Iterable[str]) -> bool:
-    """Says whether the adapters' alpha / r must go into B: they differ in some module, or there are several bases."""
+    """Return whether the adapters' alpha / r must go into B: they differ in some module, or there are several bases."""
     scales = (len({parent.adapter.config.scale_of(module) for parent in _having(parents, module)}) for module in modules)
     return len({parent.adapter.basis for parent in parents}) > 1 or max(scales) > 1
 
 
 def _combined(parents: Sequence[_Parent], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
-    """Returns the merged B of `module`, (D, R) float64."""
+    """Return the merged B of `module`, (D, R) float64."""
     having = _having(parents, module)
     rank = sum(map(len, columns.values()))
     deltas = []
@@ -248,7 +248,7 @@ def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:
 
 
 def _basis(parents: Sequence[_Parent], columns: Mapping[str, Columns], shapes: Mapping[str, tuple[int, int]]) -> Basis:
-    """Returns the basis of the merge: the adapters' own, or an explicit one with the A's of all of theirs."""
+    """Return the basis of the merge: the adapters' own, or an explicit one with the A's of all of theirs."""
     bases = dict.fromkeys(parent.adapter.basis for parent in parents)
     if len(bases) == 1:
         return parents[0].adapter.basis
@@ -259,7 +259,7 @@ def _basis(parents: Sequence[_Parent], columns: Mapping[str, Columns], shapes: M
 
 
 def _alpha(parents: Sequence[_Parent], module: str, rank: int, is_folded: bool) -> float:
-    """Returns alpha of `module` in the merge: of an adapter that has its rank, so that alpha / r is the same to a bit."""
+    """Return alpha of `module` in the merge: of an adapter that has its rank, so that alpha / r is the same to a bit."""
     if is_folded:
         return float(rank)
     config = next(t.adapter.config for t in _having(parents, module) if t.adapter.modules[module].shape[1] == rank)
@@ -295,7 +295,7 @@ def _config(
 
 
 def _common_templates(parents: Sequence[_Parent]) -> Sequence[Template]:
-    """Returns the templates that all were trained on, as the first prefers them."""
+    """Return the templates that all were trained on, as the first prefers them."""
     first, *rest = (parent.adapter.config.lori.templates for parent in parents)
     if common := [template for template in first if all(template in other for other in rest)]:
         return common

@@ -41,12 +41,12 @@ class MergeOptions:
 
     @property
     def is_random(self) -> bool:
-        """Says whether the entries that survive are drawn."""
+        """Return whether the entries that survive are drawn."""
         return self.method in ("dare_linear", "dare_ties")
 
     @property
     def elects_sign(self) -> bool:
-        """Says whether values of the lesser sign are left out."""
+        """Return whether values of the lesser sign are left out."""
         return self.method in ("ties", "dare_ties")
 
     @property

@@ -23,12 +23,12 @@ MISSPELT = 0.75
 
 
 def short_name(base: str) -> str:
-    """Returns what a person calls a base model: a folder's last part, or the hub id."""
+    """Return what a person calls a base model: a folder's last part, or the hub id."""
     return Path(base).name if Path(base).is_dir() else base
 
 
 def base_aliases(base: str | None) -> frozenset[str]:
-    """Returns what else names the base model `base`, beside `short_name`: a folder's paths, or the embedded model's hub id."""
+    """Return what else names the base model `base`, beside `short_name`: a folder's paths, or the embedded model's hub id."""
     if base is None:
         return frozenset((EMBEDDED_HUB_ID,))
     folder = Path(base)
@@ -36,7 +36,7 @@ def base_aliases(base: str | None) -> frozenset[str]:
 
 
 def check_name(name: str) -> None:
-    """Raises `AdapterError` where `name` is not one that an adapter may have."""
+    """Raise `AdapterError` where `name` is not one that an adapter may have."""
     if not NAME.fullmatch(name):
         raise AdapterError(f"{name!r} is no adapter's name: it must match {NAME.pattern}")
 
@@ -47,7 +47,7 @@ def name_fault(folder: Path) -> str:
 
 
 def split_reference(reference: str) -> tuple[str, str]:
-    """Returns name and version of `name` or `name@version`; the version may be cut short, or empty.
+    """Return name and version of `name` or `name@version`; the version may be cut short, or empty.
 
     Raises `AdapterError` for what is neither.
     """
@@ -59,7 +59,7 @@ def split_reference(reference: str) -> tuple[str, str]:
 
 
 def unknown_adapter(reference: str, known: Iterable[str]) -> UnknownAdapterError:
-    """Returns the error for an unknown `name` or `name@version`, with the known names that look like it.
+    """Return the error for an unknown `name` or `name@version`, with the known names that look like it.
 
     Of a path or a hub id the last part counts.
     """
@@ -68,6 +68,6 @@ def unknown_adapter(reference: str, known: Iterable[str]) -> UnknownAdapterError
 
 
 def near_names(name: str, known: Sequence[str], cutoff: float = NEAR) -> list[str]:
-    """Returns those of `known` that look like `name`, the nearest first. Takes about 1 ms for 10,000 names."""
+    """Return those of `known` that look like `name`, the nearest first. Takes about 1 ms for 10,000 names."""
     near = process.extract(name, known, scorer=Indel.normalized_similarity, score_cutoff=cutoff, limit=NUM_NEAR)
     return [found for found, *_ in near]

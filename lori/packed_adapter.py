@@ -55,7 +55,7 @@ class PackedAdapter:
 
 
 def pack_adapter(adapter: Adapter, layouts: Layouts) -> PackedAdapter:
-    """Packs an adapter that is in memory. Raises `AdapterError` where a module or a rank of it is not one of `layouts`."""
+    """Pack an adapter that is in memory. Raises `AdapterError` where a module or a rank of it is not one of `layouts`."""
     faults = layout_faults({name: b.shape[1] for name, b in adapter.modules.items()}, layouts)
     if faults:
         raise AdapterError(f"{adapter.name!r} does not fit what is served: {'; '.join(faults)}")
@@ -64,7 +64,7 @@ def pack_adapter(adapter: Adapter, layouts: Layouts) -> PackedAdapter:
 
 
 def layout_faults(ranks: Mapping[str, int], layouts: Layouts) -> list[str]:
-    """Returns which modules of these ranks have no place in `layouts`."""
+    """Return which modules of these ranks have no place in `layouts`."""
     faults = [f"{name}: no adapters of this module are" for name in ranks if name not in layouts]
     too_high = {name: rank for name, rank in ranks.items() if name in layouts and rank > layouts[name].rank}
     return faults + [f"{name}: rank {rank}, expected at most {layouts[name].rank}" for name, rank in too_high.items()]
@@ -88,7 +88,7 @@ class _Plan:
 
     @classmethod
     def of(cls, config: AdapterConfig, base: BaseIdentity, layouts: Layouts) -> "_Plan | None":
-        """Returns the plan for `config`, or None where its adapter is not of `base` or has no place in `layouts`."""
+        """Return the plan for `config`, or None where its adapter is not of `base` or has no place in `layouts`."""
         ranks = {module: config.rank_of(module) for module in base.shapes if config.is_target(module)}
         if not ranks or not all(map(config.shape_of, ranks)) or base_faults(config, base) or layout_faults(ranks, layouts):
             return None
@@ -98,7 +98,7 @@ class _Plan:
         return cls(of, "".join(f"{module}\n" for module in ranks), np.array(rows, dtype=np.int64), factors)
 
     def pack(self, weights: bytes, values: ValueType) -> PackedModules | None:
-        """Packs the content of a weights file; None where it is not sound, or not as `lori.weights` writes it."""
+        """Pack the content of a weights file; None where it is not sound, or not as `lori.weights` writes it."""
         assert MODULE
         packed = MODULE.pack_file(weights, self.names, self.table, self.factors, values)
         if packed is None:
@@ -115,7 +115,7 @@ class PackedReader:
         self._plans: dict[object, _Plan | None] = {}
 
     def read(self, folder: Path) -> PackedAdapter:
-        """Reads, checks and packs the adapter in `folder`: what `pack_adapter` makes of what `lori.format.load_adapter` reads.
+        """Read, checks and packs the adapter in `folder`: what `pack_adapter` makes of what `lori.format.load_adapter` reads.
 
         Raises as these two.
         """
@@ -129,14 +129,14 @@ class PackedReader:
         return pack_adapter(adapter, self.layouts)
 
     def read_entry(self, entry: Entry) -> PackedAdapter:
-        """Reads a version in a store; its name is the entry's. Raises as `read`, and as `Entry.load`."""
+        """Read a version in a store; its name is the entry's. Raises as `read`, and as `Entry.load`."""
         with entry.held() as folder:
             packed = self.read(folder)
         entry.check_version(packed.version)
         return replace(packed, name=entry.name)
 
     def _pack(self, folder: Path, files: Files) -> PackedAdapter | None:
-        """Returns the adapter; None where anything is wrong with it, or it takes the long way."""
+        """Return the adapter; None where anything is wrong with it, or it takes the long way."""
         faults: list[str] = []
         config = parse_config(files[CONFIG_FILE], faults)
         if config is None or faults or config.lori.base_digest != self.base.digest:

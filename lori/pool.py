@@ -39,11 +39,11 @@ class AdapterPool:
         self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
 
     def operands_of(self, names: Sequence[str]) -> list[Operands]:
-        """Returns the operands of modules; none where there is nothing to add to them."""
+        """Return the operands of modules; none where there is nothing to add to them."""
         return [self._operands[name] for name in names if name in self._operands]
 
     def blocks(self, names: Sequence[str]) -> list[list[torch.Tensor]]:
-        """Returns the A (R, N) of every basis, for each of these modules that has operands."""
+        """Return the A (R, N) of every basis, for each of these modules that has operands."""
         return [[basis.draw(n, self.rank, self._shapes[n][1]) for basis in self.bases] for n in names if n in self._operands]
 
     @property
@@ -52,17 +52,17 @@ class AdapterPool:
         return {name: operands.layout for name, operands in self._operands.items()}
 
     def put(self, slot: int, adapter: PackedAdapter) -> None:
-        """Makes `adapter` the one in `slot`, which no step that runs may use. Raises `ValueError` where it does not fit."""
+        """Make `adapter` the one in `slot`, which no step that runs may use. Raises `ValueError` where it does not fit."""
         if adapter.basis not in self.bases:
             raise ValueError(f"{adapter.name!r} is on a basis ({adapter.basis}) that nothing was prepared for")
         put_modules(self._operands, slot, adapter.modules, self.bases.index(adapter.basis))
 
     def clear(self, slot: int) -> None:
-        """Empties a slot, which no step that runs may use."""
+        """Empty a slot, which no step that runs may use."""
         clear_modules(self._operands.values(), slot)
 
     def reserve(self, num_bytes: int) -> None:
-        """Makes room for so many bytes in all modules together, each its part, so that putting seldom moves a pool. At start."""
+        """Make room for so many bytes in all modules together, each its part, so that putting seldom moves a pool. At start."""
         total = sum(d for d, _ in self._shapes.values())
         sizes = [num_bytes * d // total // UNIT * UNIT for d, _ in self._shapes.values()]
         rooms = zeros(sum(sizes)).split(sizes) if self._device.type == "cpu" else None

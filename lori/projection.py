@@ -23,7 +23,7 @@ MOST = 127
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns `weight` (D, N) as int8 (D, N), rounded to the nearest, and a scale (D,) fp32 for each output, so that its largest
+    """Return `weight` (D, N) as int8 (D, N), rounded to the nearest, and a scale (D,) fp32 for each output, so that its largest
     is 127: weight is about scale * int8."""
     wide = weight.float()
     scales = wide.abs().amax(1) / MOST
@@ -38,7 +38,7 @@ class Projection(Protocol):
     """Layers that read one input. Operands may be put into and cleared between steps."""
 
     def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
-        """Returns y (T, sum of D) for x (T, N), contiguous: W x + bias, and the deltas of the route."""
+        """Return y (T, sum of D) for x (T, N), contiguous: W x + bias, and the deltas of the route."""
 
 
 def project(
@@ -47,7 +47,7 @@ def project(
     operands: Sequence[Operands] = (),
     quantization: Quantization | None = None,
 ) -> Projection:
-    """Returns the product that stands for `linears`; without operands no route may be given to it.
+    """Return the product that stands for `linears`; without operands no route may be given to it.
 
     Copies the weights. It is in C++ where `has_native` says so and the number of inputs is even, else torch's, which has none for
     quantized weights: raises `ModelError` then.
@@ -186,7 +186,7 @@ def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
 
 
 def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
-    """Returns the biases of the layers in one, zero where a layer has none; `None` where none has."""
+    """Return the biases of the layers in one, zero where a layer has none; `None` where none has."""
     if all(linear.bias is None for linear in linears):
         return None
     like = linears[0].weight

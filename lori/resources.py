@@ -36,13 +36,13 @@ V2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def free_memory() -> int:
-    """Returns how many bytes this process may still take before the system has none, or kills it."""
+    """Return how many bytes this process may still take before the system has none, or kills it."""
     available: int = psutil.virtual_memory().available
     return max(0, min([available, *_left()]))
 
 
 def _left() -> Iterator[int]:
-    """Yields what each group that limits this process has left."""
+    """Yield what each group that limits this process has left."""
     lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else []
     for controllers, path in (line.split(":", 2)[1:] for line in lines):
         if controllers and "memory" not in controllers.split(","):

@@ -20,7 +20,7 @@ MAX_ENTRIES = 2**26
 
 
 def parameter(num_entries: int, num_kept: int) -> int:
-    """Returns k, the least with 2^k >= 0.4812 (1 / density - 1 / 2): the best for a random mask (Kiely 2004)."""
+    """Return k, the least with 2^k >= 0.4812 (1 / density - 1 / 2): the best for a random mask (Kiely 2004)."""
     k = 0
     while num_kept and (20_000 * num_kept) << k < 4_812 * (2 * num_entries - num_kept):
         k += 1
@@ -28,7 +28,7 @@ def parameter(num_entries: int, num_kept: int) -> int:
 
 
 def encode(indices: Indices, num_entries: int) -> Code:
-    """Returns the code (uint8) of a mask over `num_entries` that keeps `indices` (K,), ascending."""
+    """Return the code (uint8) of a mask over `num_entries` that keeps `indices` (K,), ascending."""
     k = parameter(num_entries, len(indices))
     gaps = np.diff(indices, prepend=np.int32(-1)) - 1
     ends = np.cumsum((gaps >> k) + 1) - 1
@@ -38,7 +38,7 @@ def encode(indices: Indices, num_entries: int) -> Code:
 
 
 def decode(code: Code, num_entries: int, num_kept: int) -> Indices:
-    """Returns the indices (K,) int32 that `encode` was given.
+    """Return the indices (K,) int32 that `encode` was given.
 
     Raises `ValueError` where `code` is not what `encode` gives for a mask over `num_entries` that keeps `num_kept`. Nothing it
     computes exceeds three times `num_entries`, which must be at most `MAX_ENTRIES`.

@@ -28,7 +28,7 @@ class SparseB:
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, mask: torch.Tensor) -> "SparseB":
-        """Keeps the entries of `dense` (D, R) where `mask` (D, R) is true."""
+        """Keep the entries of `dense` (D, R) where `mask` (D, R) is true."""
         assert mask.dtype == torch.bool
         indices = mask.cpu().flatten().nonzero().squeeze(1)
         return cls((dense.shape[0], dense.shape[1]), indices.int(), dense.detach().cpu().flatten()[indices])
@@ -61,7 +61,7 @@ class SparseB:
         return self.indices.nbytes + self.values.nbytes
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Returns B as (D, R) of `dtype`, zero where nothing is kept."""
+        """Return B as (D, R) of `dtype`, zero where nothing is kept."""
         out = torch.zeros(self.num_entries, dtype=dtype)
         out[self.indices.long()] = self.values.to(dtype)
         return out.view(self.shape)
@@ -77,12 +77,12 @@ Rows = npt.NDArray[np.integer]
 
 
 def stored_dtype(value_type: ValueType) -> torch.dtype:
-    """Returns the dtype of the values on disk."""
+    """Return the dtype of the values on disk."""
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[value_type]
 
 
 def rounded(b: SparseB, value_type: ValueType) -> SparseB:
-    """Returns `b` as it will be read after it was stored as `value_type`; int8 is read as fp32.
+    """Return `b` as it will be read after it was stored as `value_type`; int8 is read as fp32.
 
     Rounding what was rounded changes nothing. What the type cannot hold is not finite then; with int8, rows too small for a bf16
     scale are zero.
@@ -94,7 +94,7 @@ def rounded(b: SparseB, value_type: ValueType) -> SparseB:
 
 
 def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns int8 values (K,) and bf16 scales (D,): each row's largest magnitude is 127 times its scale.
+    """Return int8 values (K,) and bf16 scales (D,): each row's largest magnitude is 127 times its scale.
 
     Scales that bf16 holds only as a subnormal are zero, and their rows with them.
     """
@@ -109,7 +109,7 @@ def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> bool:
-    """Says whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same.
+    """Return whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same.
 
     A row has a scale above 0 where it has a value that is not 0, and then it has 127 or -127.
     """
@@ -123,12 +123,12 @@ def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> b
 
 
 def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Returns values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
+    """Return values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
     return quantized.float().mul_(torch.from_numpy(scales.float().numpy()[rows]))
 
 
 def rounding_error(modules: Iterable[SparseB], value_type: ValueType) -> float:
-    """Returns |rounded - B| / |B| in the Frobenius norm over all modules together."""
+    """Return |rounded - B| / |B| in the Frobenius norm over all modules together."""
     error = norm = 0.0
     for b in modules:
         exact = b.values.double()

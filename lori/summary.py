@@ -40,7 +40,7 @@ class Summary:
 
     @classmethod
     def of(cls, name: str, config: AdapterConfig, num_entries: int, num_bytes: int) -> "Summary":
-        """Returns the summary of the adapter called `name`, whose B has `num_entries`, zeros too, and whose files `num_bytes`."""
+        """Return the summary of the adapter called `name`, whose B has `num_entries`, zeros too, and whose files `num_bytes`."""
         section = config.lori
         return cls(
             name=name,
@@ -66,7 +66,7 @@ class Summary:
 
 
 def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Summary]:
-    """Returns the summary of every entry, by the names that they are given under. Raises the faults of all as one error.
+    """Return the summary of every entry, by the names that they are given under. Raises the faults of all as one error.
 
     Raises `AdapterFormatError`; see `summarise_sound`.
     """
@@ -77,7 +77,7 @@ def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Sum
 
 
 def summarise_sound(entries: Mapping[str, Entry], base: BaseIdentity) -> tuple[dict[str, Summary], dict[str, AdapterFormatError]]:
-    """Returns the summaries of the sound entries, and what is wrong with the others, by the names that they are given under.
+    """Return the summaries of the sound entries, and what is wrong with the others, by the names that they are given under.
 
     Reads configs alone, and the headers of weights. Not sound is an adapter that cannot be read, is damaged, has files that are
     links, is not of the version that the folder's name says, or not of `base`.
@@ -102,7 +102,7 @@ class SummaryReader:
         self._entries: dict[object, int] = {}
 
     def read(self, entry: Entry) -> Summary:
-        """Returns the summary of one adapter. Raises `AdapterFormatError` where it is not sound, see `summarise_sound`."""
+        """Return the summary of one adapter. Raises `AdapterFormatError` where it is not sound, see `summarise_sound`."""
         faults = entry.file_faults()
         try:
             config = read_config(entry.folder)

@@ -53,7 +53,7 @@ def common_template(learnt: Sequence[tuple[str, Sequence[Template]]]) -> Templat
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message], template: Template) -> str:
-    """Returns the text that the model continues.
+    """Return the text that the model continues.
 
     A string is one user's message under `chat`, and stands as it is under `plain`; messages under `plain` are joined by
     newlines. Raises `TemplateError` where the chat template refuses the messages or the tokenizer has none.
@@ -74,7 +74,7 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[M
 
 
 def render_completion(prompt: str, completion: str, template: Template) -> str:
-    """Returns the completion as it follows the rendered `prompt` in training.
+    """Return the completion as it follows the rendered `prompt` in training.
 
     The chat template ends in a newline, so leading space goes. A plain prompt that ends in no space, with a completion that
     begins with none, would run two words into one: a newline parts them.
@@ -86,7 +86,7 @@ def render_completion(prompt: str, completion: str, template: Template) -> str:
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> "Encoding":
-    """Returns the token ids and offsets of rendered `text`: no token is added, since a template writes its own."""
+    """Return the token ids and offsets of rendered `text`: no token is added, since a template writes its own."""
     # As a batch of one: meanwhile other threads may run, which `encode` does not let them, for seconds where a text is long.
     encodings: list[Encoding] = tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
     return encodings[0]

@@ -23,7 +23,7 @@ END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,18})\s*\]')
 
 
 def parse_tensors(name: str, content: bytes, faults: list[str]) -> dict[str, torch.Tensor] | None:
-    """Returns the tensors of the file `name` by name, or None and a fault more where it is no safetensors file."""
+    """Return the tensors of the file `name` by name, or None and a fault more where it is no safetensors file."""
     try:
         return load(content)
     except UNREADABLE as error:
@@ -47,7 +47,7 @@ def first_bytes(path: Path) -> bytes:
 
 
 def length_fault(name: str, file: BinaryIO) -> str | None:
-    """Returns what is wrong with how long the file `name` is, which was just opened; None where that is as its header says.
+    """Return what is wrong with how long the file `name` is, which was just opened; None where that is as its header says.
 
     Reads the header alone, and leaves what else may be wrong with it to `parse_tensors`.
     """

@@ -17,7 +17,7 @@ from lori.sparse import SparseB, ValueType, dequantize, is_canonical, quantize, 
 
 
 def weight_bytes(modules: Mapping[str, SparseB], value_type: ValueType) -> bytes:
-    """Returns the content of adapter_model.safetensors: the same modules give the same bytes."""
+    """Return the content of adapter_model.safetensors: the same modules give the same bytes."""
     tensors = {}
     for name, b in modules.items():
         tensors[f"{name}.mask"] = torch.from_numpy(rice.encode(b.indices.numpy(), b.num_entries))
@@ -29,14 +29,14 @@ def weight_bytes(modules: Mapping[str, SparseB], value_type: ValueType) -> bytes
 
 
 def parts(value_type: ValueType) -> tuple[str, ...]:
-    """Returns what follows a module's name in the names of its tensors."""
+    """Return what follows a module's name in the names of its tensors."""
     return ("mask", "values", "scales") if value_type == "int8" else ("mask", "values")
 
 
 def read_modules(
     tensors: Mapping[str, torch.Tensor], config: AdapterConfig, expected: Iterable[str], faults: list[str]
 ) -> dict[str, SparseB]:
-    """Returns the B of every module of `expected` that is sound, in that order; whatever is wrong is added to `faults`."""
+    """Return the B of every module of `expected` that is sound, in that order; whatever is wrong is added to `faults`."""
     expected = list(expected)
     names = {f"{module}.{part}" for module in expected for part in parts(config.lori.values)}
     faults += [f"{name}: missing" for name in sorted(names - tensors.keys())]
@@ -54,7 +54,7 @@ def read_modules(
 
 
 def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tensor], faults: list[str]) -> dict[str, SparseB]:
-    """Returns those of `modules` whose int8 values and scales are canonical, see `lori.sparse.is_canonical`.
+    """Return those of `modules` whose int8 values and scales are canonical, see `lori.sparse.is_canonical`.
 
     Looked at all together, since most files are sound; only where one is not, one by one.
     """

@@ -31,7 +31,7 @@ class Answer:
 
 
 async def collect(service: Service, request: Request) -> list[Answer]:
-    """Returns the answers, one for each choice. Raises `EngineError`."""
+    """Return the answers, one for each choice. Raises `EngineError`."""
     answers = [Answer(DoneEvent("cancelled", 0, 0)) for _ in range(request.num_choices)]
     async with aclosing(service.generate(request)) as events:
         async for event in events:
@@ -47,7 +47,7 @@ async def collect(service: Service, request: Request) -> list[Answer]:
 
 
 async def collect_all(service: Service, requests: Sequence[Request]) -> list[list[Answer]]:
-    """Returns the answers of several requests, which run together. Raises `EngineError`, and ends all, where one fails."""
+    """Return the answers of several requests, which run together. Raises `EngineError`, and ends all, where one fails."""
     answers: list[list[Answer]] = [[] for _ in requests]
 
     async def answer(place: int, request: Request) -> None:
@@ -63,7 +63,7 @@ async def collect_all(service: Service, requests: Sequence[Request]) -> list[lis
 
 
 async def until_disconnect(http: HttpRequest, answering: Awaitable[Found]) -> Found | None:
-    """Returns what is awaited, or None where the client left first: it is cancelled then. Raises `EngineError` as it does."""
+    """Return what is awaited, or None where the client left first: it is cancelled then. Raises `EngineError` as it does."""
     found: Found | None = None
 
     async def answer() -> None:
@@ -86,7 +86,7 @@ async def until_disconnect(http: HttpRequest, answering: Awaitable[Found]) -> Fo
 
 
 async def interleaved(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
-    """Yields the events of several requests as they come, each with the place of its request; closing it aborts them all.
+    """Yield the events of several requests as they come, each with the place of its request; closing it aborts them all.
 
     So does a fault of ours while one is heard, which is raised.
     """

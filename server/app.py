@@ -45,7 +45,7 @@ class State(TypedDict):
 
 
 def create_app(service: Service) -> FastAPI:
-    """Returns the application; its engine runs from startup to shutdown."""
+    """Return the application; its engine runs from startup to shutdown."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:

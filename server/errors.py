@@ -144,7 +144,7 @@ def _answer(
 
 
 def failure_reply(event: ErrorEvent) -> ErrorReply:
-    """Returns what a client is told in the middle of an answer."""
+    """Return what a client is told in the middle of an answer."""
     return ErrorReply.model_validate(error_reply(*TABLE[FAILURES[event.kind]], event.message, None))
 
 
@@ -197,7 +197,7 @@ def _cut(text: str, max_characters: int) -> str:
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:
-    """Answers a body that does not fit its schema, with every fault."""
+    """Answer a body that does not fit its schema, with every fault."""
     assert isinstance(error, RequestValidationError)
     body = _body_type(request)
     faults = list(dict.fromkeys(_say(e, body) for e in error.errors()))
@@ -208,7 +208,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
-    """Answers an unknown route, a wrong method, and what the framework itself refuses."""
+    """Answer an unknown route, a wrong method, and what the framework itself refuses."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         # What is mounted, as files are, is only read; the framework knows no methods of it.
@@ -221,7 +221,7 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_known(_: Request, error: Exception) -> JSONResponse:
-    """Answers what the table knows."""
+    """Answer what the table knows."""
     cause = error.error if isinstance(error, FieldError) else error
     kind = type(cause)
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
@@ -235,18 +235,18 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_disconnect(_: Request, error: Exception) -> Response:
-    """Ends the exchange with a client that has left: it hears nothing, and 499 is what proxies' logs call it."""
+    """End the exchange with a client that has left: it hears nothing, and 499 is what proxies' logs call it."""
     assert isinstance(error, ClientDisconnect)
     return Response(status_code=499)
 
 
 def unknown_reply() -> JSONResponse:
-    """Returns the answer to a request in which we failed; the log has the trace."""
+    """Return the answer to a request in which we failed; the log has the trace."""
     return _answer(500, "InternalServerError", "the server failed; its log says why")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes every error of `app` the same shape."""
+    """Make every error of `app` the same shape."""
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ClientDisconnect, on_disconnect)

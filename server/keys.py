@@ -41,7 +41,7 @@ class Entry:
     """Of its tenant, which the file does not know yet."""
 
     def toml(self) -> str:
-        """Returns the tables to append."""
+        """Return the tables to append."""
         said = {"id": self.name} | ({"tenant": self.tenant} if self.tenant else {"role": self.role})
         said["sha256"] = hashlib.sha256(self.key.encode()).hexdigest()
         lines = [f"[tenants.{self.tenant}]", ""] if self.is_first else []
@@ -61,7 +61,7 @@ def make_key(
         str | None, typer.Option("--id", callback=_word, help="What logs call it; such as acme-1 if absent.", show_default=False)
     ] = None,
 ) -> None:
-    """Makes a key, prints it once, and appends its hash to FILE. A running server reads FILE again when it changes."""
+    """Make a key, prints it once, and appends its hash to FILE. A running server reads FILE again when it changes."""
     if (role == "tenant") != (tenant is not None):
         raise typer.BadParameter("pass --tenant NAME, or else --role admin or --role monitor")
     if file is None:
@@ -76,7 +76,7 @@ def make_key(
 
 
 def append(file: Path, role: Role, tenant: str | None, name: str | None) -> Entry:
-    """Adds a new key to a file, which is whole at any time, and stays its owner's. Raises `KeyFileError` or `OSError`."""
+    """Add a new key to a file, which is whole at any time, and stays its owner's. Raises `KeyFileError` or `OSError`."""
     file = file.resolve()  # a link stays one
     with FileLock(file.with_name(f".{file.name}.lock"), timeout=LOCK_S):
         old = file.stat() if file.exists() else None
@@ -98,7 +98,7 @@ def _entry(keys: Keys, role: Role, tenant: str | None, name: str | None) -> Entr
 
 
 def main() -> int:
-    """Runs the program and returns its exit code: 0, 1 where the file is not sound or cannot be written, 2 for wrong options."""
+    """Run the program and return its exit code: 0, 1 where the file is not sound or cannot be written, 2 for wrong options."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(make_key)
     try:

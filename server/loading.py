@@ -72,7 +72,7 @@ NUM_MERGES = 32
 
 
 def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
-    """Loads everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served.
+    """Load everything. Raises `LoriError` with what is wrong: no model, an unsound adapter, a model that cannot be served.
 
     `num_ingresses` are in front of this process, see `Service`. Raises `KeyFileError` where the key file is not sound.
     """
@@ -188,7 +188,7 @@ def _patience_s(device: torch.device) -> float:
 
 
 def make_registry(entries: Mapping[str, Entry], summaries: Mapping[str, Summary]) -> Registry:
-    """Returns what can be asked for: what names mean now."""
+    """Return what can be asked for: what names mean now."""
     return Registry(Registered(entries[name], summary) for name, summary in summaries.items())
 
 
@@ -204,7 +204,7 @@ def _absence(registry: Registry, reference: str) -> str:
 def make_pool(
     base: BaseModel, registry: Registry, num_slots: int, may_grow: bool = False, max_rank: int | None = None
 ) -> AdapterPool:
-    """Returns a pool for the adapters that are registered: of their bases and their greatest rank.
+    """Return a pool for the adapters that are registered: of their bases and their greatest rank.
 
     With `may_grow` others may come: on these bases or the shared default one, and of rank `max_rank` at most. Raises
     `AdapterError` where adapters of a higher rank are there already.
@@ -221,7 +221,7 @@ def make_pool(
 
 
 def make_grammars(base: BaseModel) -> Grammars | None:
-    """Returns what compiles grammars for a base model; None where its answers cannot follow one, which the log then says."""
+    """Return what compiles grammars for a base model; None where its answers cannot follow one, which the log then says."""
     num_tokens = base.model.config.get_text_config().vocab_size
     try:
         return Grammars(base.tokenizer.backend_tokenizer, num_tokens, _stop_ids(base))

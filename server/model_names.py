@@ -31,24 +31,24 @@ class NamedModel:
 
 
 def model_of(adapters: Sequence[str], weights: Sequence[float]) -> str:
-    """Returns what names these adapters with these weights: none of them where each is 1/n."""
+    """Return what names these adapters with these weights: none of them where each is 1/n."""
     if all(weight == 1 / len(adapters) for weight in weights):
         return "+".join(adapters)
     return "+".join(f"{name}:{_digits(weight)}" for name, weight in zip(adapters, weights, strict=True))
 
 
 def find_parts(model: str) -> list[re.Match[str] | None]:
-    """Returns what stands between the plus signs of `model`; None for what is no reference with or without a weight."""
+    """Return what stands between the plus signs of `model`; None for what is no reference with or without a weight."""
     return [PART.fullmatch(part) for part in model.split("+", MAX_ADAPTERS)]
 
 
 def is_base(model: str, base_names: Collection[str]) -> bool:
-    """Returns whether `model` is one of the base model's names; those of folders may end in a slash."""
+    """Return whether `model` is one of the base model's names; those of folders may end in a slash."""
     return model in base_names or model.strip().rstrip("/") in base_names
 
 
 def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
-    """Returns what `model` names. Raises `ModelWeightsError` where weights are missing or too large.
+    """Return what `model` names. Raises `ModelWeightsError` where weights are missing or too large.
 
     What cannot be a reference is one all the same, alone: no adapter is called so, as who looks it up says with names that are.
     """

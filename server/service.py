@@ -85,7 +85,7 @@ class Service:
     async def admitted(
         self, asks: Sequence[Ask], caller: Caller, *, is_whole: bool = True, has_left: HasLeft | None = None
     ) -> AsyncGenerator[list[Request], None]:
-        """Gives the caller's requests, which have their places until the block ends, or raises what the error table knows.
+        """Give the caller's requests, which have their places until the block ends, or raises what the error table knows.
 
         All are admitted or none; `is_whole` says that no answer is streamed. Where all places are taken, a tenant that has none
         is given one more. Long prompts are encoded off the event loop, when the places are taken already. `has_left` says whether
@@ -138,18 +138,18 @@ class Service:
         self.num_requests -= num_requests
 
     def check_ready(self) -> None:
-        """Raises `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
+        """Raise `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
         self.check_alive()
         if self.is_draining:
             raise DrainingError("the server is about to end")
 
     def check_alive(self) -> None:
-        """Raises `EngineDeadError` where the engine has ended."""
+        """Raise `EngineDeadError` where the engine has ended."""
         if not self.engine.is_alive:
             raise EngineDeadError("the engine is not running")
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yields the request's events and counts them; closing it aborts the request."""
+        """Yield the request's events and counts them; closing it aborts the request."""
         account = Account(request, self.metrics, self.settings.log_prompts)
         if exchange := current.get():
             exchange.accounts.append(account)

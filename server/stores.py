@@ -17,7 +17,7 @@ NUM_DIGITS = 16
 
 
 def open_stores(settings: Settings) -> tuple[AdapterStore | None, AdapterStore | None]:
-    """Returns the server's own store, and the one of demo adapters. Raises `AdapterError` where the own cannot be looked at."""
+    """Return the server's own store, and the one of demo adapters. Raises `AdapterError` where the own cannot be looked at."""
     has_demo = settings.demo_adapters and settings.model is None
     return _own(settings), AdapterStore(DEMO_ADAPTERS) if has_demo else None
 

@@ -34,13 +34,13 @@ def token_ids(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Returns the text of each token."""
+    """Return the text of each token."""
     texts = {token: text_of(tokenizer, [token]) for token in set(ids)}
     return [texts[token] for token in ids]
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Returns the text of tokens, special ones too; those that the tokenizer does not know have none."""
+    """Return the text of tokens, special ones too; those that the tokenizer does not know have none."""
     [text] = tokenizer.backend_tokenizer.decode_batch([list(ids)], skip_special_tokens=False)
     assert isinstance(text, str)
     return text

@@ -67,7 +67,7 @@ class AnswerConfig(CommandLine):
 
 
 def chosen_rows(config: AnswerConfig) -> list[Row]:
-    """Returns the rows to answer. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
+    """Return the rows to answer. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
     rows: list[Row] = []
     faults = Faults(config.on_bad)
     for source in config.data:
@@ -82,7 +82,7 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
 
 
 def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
-    """Returns each row with the base model's own completion, without those that were cut before they said anything.
+    """Return each row with the base model's own completion, without those that were cut before they said anything.
 
     Raises `TemplateError` where a prompt cannot be written, `DataError` where some are empty or too long, unless that is to be
     skipped.
@@ -115,7 +115,7 @@ def _with_room(who: LocalAnswerer, rows: list[Row], config: AnswerConfig) -> lis
 
 
 def write_answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> int:
-    """Writes the answers to `config.output`, all or nothing, and returns how many there are. Raises as `answers`."""
+    """Write the answers to `config.output`, all or nothing, and return how many there are. Raises as `answers`."""
     lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, rows, config)]
     config.output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(config.output, "".join(line + "\n" for line in lines).encode())
@@ -123,7 +123,7 @@ def write_answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> int
 
 
 def main() -> int:
-    """Runs the program and returns its exit code."""
+    """Run the program and return its exit code."""
     config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

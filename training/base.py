@@ -8,7 +8,7 @@ from training.processes import processes
 def load_base(
     name: str | None, dtype: str = "auto", threads: int = 0, attention: str = "sdpa", is_spread: bool = False
 ) -> BaseModel:
-    """Returns the base called `name`, see `lori.base_model.load_base_model`, on this process's device.
+    """Return the base called `name`, see `lori.base_model.load_base_model`, on this process's device.
 
     `threads` of the CPU are used from now on, or as many as there are CPUs that other processes leave free where that is 0. With
     `is_spread` the weights are spread over the processes of `torchrun`.

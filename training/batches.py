@@ -19,7 +19,7 @@ class BatchSize:
     num_tokens: int
 
     def is_reached(self, step: Step) -> bool:
-        """Says whether `step` is full."""
+        """Return whether `step` is full."""
         if self.num_items:
             return len(step) == self.num_items
         return sum(map(len, step)) >= self.num_tokens
@@ -47,7 +47,7 @@ def plan_steps(
     length: tuple[int, float],
     seed: int,
 ) -> list[Step]:
-    """Returns the steps of a phase of `length`: so many steps, or where that is 0 so many passes over `data`.
+    """Return the steps of a phase of `length`: so many steps, or where that is 0 so many passes over `data`.
 
     Each item comes from `mix` with probability `mix_fraction`. Every item of a set is seen once before any is seen again.
     None is dropped: the last step may be short.
@@ -84,7 +84,7 @@ def draw_weights(num_steps: int, low: float, high: float, seed: int) -> list[flo
 
 
 def split(step: Step, num_parts: int, weight: float = 1.0) -> list[Part]:
-    """Returns `step` in parts of about as many tokens: the longest item first, each to the part that has least.
+    """Return `step` in parts of about as many tokens: the longest item first, each to the part that has least.
 
     A part that would be empty has one item of no weight, since each process must have something to compute.
     """
@@ -112,13 +112,13 @@ def parts_of(
 
 
 def held_out_parts(items: Sequence[Item], num_tokens: int) -> list[Part]:
-    """Returns `items` in parts of about `num_tokens`, like lengths together; their shares add up to 1."""
+    """Return `items` in parts of about `num_tokens`, like lengths together; their shares add up to 1."""
     places = like_lengths([len(item) for item in items], num_tokens)
     return [Part(tuple(items[i] for i in some), 1 / len(items)) for some in places]
 
 
 def like_lengths(lengths: Sequence[int], num_tokens: int) -> Iterator[list[int]]:
-    """Yields places in `lengths`, longest first, so many that, each padded to the longest, they have `num_tokens` at most."""
+    """Yield places in `lengths`, longest first, so many that, each padded to the longest, they have `num_tokens` at most."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         count = max(1, num_tokens // lengths[order[0]])

@@ -47,7 +47,7 @@ class MarkWhole(TrainerCallback):
 
 
 def last_whole(folder: Path) -> Path | None:
-    """Returns the newest whole checkpoint of a phase's folder, or None. Says which are not whole any more."""
+    """Return the newest whole checkpoint of a phase's folder, or None. Says which are not whole any more."""
     marked = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")]
     for checkpoint in sorted(marked, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         if not (damaged := _damaged(checkpoint)):

@@ -26,7 +26,7 @@ class RecipeError(LoriError):
 
 
 def read_recipe(name: str, known: Collection[str], folder: Path | None = None) -> dict[str, Any]:
-    """Returns the options of a shipped recipe, or of a file where `name` ends in .yaml, from the working directory or `folder`.
+    """Return the options of a shipped recipe, or of a file where `name` ends in .yaml, from the working directory or `folder`.
 
     Raises `RecipeError` where it is not there, is no YAML mapping, extends itself, or has keys that are not `known`.
     """
@@ -34,7 +34,7 @@ def read_recipe(name: str, known: Collection[str], folder: Path | None = None) -
 
 
 def files_of(name: str, known: Collection[str]) -> dict[str, Path]:
-    """Returns the file that says each option of a recipe. Raises as `read_recipe`."""
+    """Return the file that says each option of a recipe. Raises as `read_recipe`."""
     return {option: path for option, (path, _) in _read(_find(name, Path()), known, ()).items()}
 
 
@@ -76,7 +76,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def ended(program: Callable[[], str], interrupted: str = "interrupted") -> int:
-    """Runs `program`, prints what it returns, and returns the exit code.
+    """Run `program`, prints what it returns, and return the exit code.
 
     Of processes of `torchrun` the first one speaks; the others say errors alone, which may be theirs alone, and which they are.
     """
@@ -118,17 +118,17 @@ class CommandLine(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Returns what was given in code, and the recipe; pydantic-settings puts the command line before them where asked to."""
+        """Return what was given in code, and the recipe; pydantic-settings puts the command line before them where asked to."""
         return init_settings, _Recipe(settings_cls)
 
     @classmethod
     def overruled(cls, given: Mapping[str, Any], told: Mapping[str, Any]) -> set[str]:  # noqa: ARG003  # for those with recipes
-        """Returns which of the options that a recipe has `told` mean nothing beside those `given` as flags."""
+        """Return which of the options that a recipe has `told` mean nothing beside those `given` as flags."""
         return set()
 
     @classmethod
     def from_arguments(cls) -> Self:
-        """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
+        """Read the command line; ends the program with 2 and the flag's name where one is wrong."""
         try:
             with refusing_flags(cls.model_fields, lambda: cls._files(flags())):
                 flags = _Flags(cls, cli_parse_args=True, add_argument_method=add_argument)
@@ -139,7 +139,7 @@ class CommandLine(BaseSettings):
 
     @classmethod
     def _files(cls, given: Mapping[str, Any]) -> dict[str, Path]:
-        """Returns the recipe's file of each option that was not `given` as a flag."""
+        """Return the recipe's file of each option that was not `given` as a flag."""
         if not (name := given.get("recipe")):
             return {}
         return {option: file for option, file in files_of(name, cls.model_fields).items() if option not in given}
@@ -166,7 +166,7 @@ class _Flags(CliSettingsSource[Any]):
     """The command line, whose JSON objects mean what they say."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
-        """Decodes a list's items, which were joined as JSON."""
+        """Decode a list's items, which were joined as JSON."""
         # pydantic-settings doubles every backslash of an item, for Windows' paths: a prompt's "\n" would be a backslash and an n,
         # and a quote in a string would end it.
         if isinstance(value, str):

@@ -39,7 +39,7 @@ class Subject:
 
 
 def served(config: EvaluateConfig) -> Subject:
-    """Returns the server as an answerer, with the adapters that `config` names."""
+    """Return the server as an answerer, with the adapters that `config` names."""
     choice: dict[str, Any] = {"adapter": config.adapter} if config.adapter else {}
     choice |= {"weights": config.weights} if config.weights else {}
     if config.adapter:
@@ -55,7 +55,7 @@ def served(config: EvaluateConfig) -> Subject:
 
 @contextmanager
 def loaded(config: EvaluateConfig) -> Iterator[Subject]:
-    """Gives a model of our own as an answerer, with the adapters that `config` names applied to it."""
+    """Give a model of our own as an answerer, with the adapters that `config` names applied to it."""
     base = load_base(config.model, config.dtype, config.threads)
     adapters = [find_adapter(reference, config.adapters, base.identity) for reference in config.adapter]
     learnt = {reference: adapter.config.lori.templates for reference, adapter in zip(config.adapter, adapters, strict=True)}
@@ -67,7 +67,7 @@ def loaded(config: EvaluateConfig) -> Iterator[Subject]:
 
 
 def _template(config: EvaluateConfig, learnt: Mapping[str, Sequence[Template]]) -> Template:
-    """Returns how prompts are written for adapters, by name, that were trained on these; says where that is new to one."""
+    """Return how prompts are written for adapters, by name, that were trained on these; says where that is new to one."""
     if config.form == "messages":
         return common_template(list(learnt.items()))
     for name, templates in learnt.items():
@@ -78,7 +78,7 @@ def _template(config: EvaluateConfig, learnt: Mapping[str, Sequence[Template]]) 
 
 
 def evaluate(config: EvaluateConfig) -> Measurement:
-    """Measures, and returns what was found. Raises `LoriError` where a row, an adapter or the server does not play along."""
+    """Measure, and returns what was found. Raises `LoriError` where a row, an adapter or the server does not play along."""
     rows = read_measured(config.source, config.metric, config.num_rows, config.seed)
     with loaded(config) if config.local else nullcontext(served(config)) as subject:
         if config.record:
@@ -104,7 +104,7 @@ def _check_record(folder: Path, subject: Subject) -> None:
 
 
 def main() -> int:
-    """Runs the program and returns its exit code."""
+    """Run the program and return its exit code."""
     config = EvaluateConfig.from_arguments()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 

@@ -50,7 +50,7 @@ class Rows:
 
 
 def read_all(config: FitConfig) -> Rows:
-    """Returns the rows of all sources. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
+    """Return the rows of all sources. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
     faults = Faults(config.on_bad)
     needs: Needs = "preference" if config.loss == "dpo" else "text"
     data, held_out = (
@@ -68,7 +68,7 @@ def read_all(config: FitConfig) -> Rows:
 
 
 def as_examples(rows: Rows, base: BaseModel, config: FitConfig) -> Examples:
-    """Returns `rows` as tokens. Raises as `read_all` does, and `ModelError` for layers that `check_layers` does not know."""
+    """Return `rows` as tokens. Raises as `read_all` does, and `ModelError` for layers that `check_layers` does not know."""
     layers = base.model.config.get_text_config()
     check_layers(layers)
     max_length = min(config.max_length, max_example(layers) or config.max_length)
@@ -86,7 +86,7 @@ def as_examples(rows: Rows, base: BaseModel, config: FitConfig) -> Examples:
 
 
 def fit(config: FitConfig, command: str) -> Path:
-    """Trains and saves; returns the adapter's folder. Raises `LoriError`."""
+    """Train and saves; returns the adapter's folder. Raises `LoriError`."""
     started = time.monotonic()
     check_replaceable(config.output)
     if config.fsdp and processes().num_processes == 1:
@@ -116,7 +116,7 @@ def fit(config: FitConfig, command: str) -> Path:
 
 
 def shown_rows(rows: Rows, examples: Examples) -> list[Row]:
-    """Returns the rows that a report may show answers to: held-out ones where there are, without those that were left out."""
+    """Return the rows that a report may show answers to: held-out ones where there are, without those that were left out."""
     items, some = (examples.held_out, rows.held_out) if rows.held_out else (examples.data, rows.data)
     used = {example.origin for item in items for example in item.examples}
     return [row for row in some if row.origin in used]
@@ -125,7 +125,7 @@ def shown_rows(rows: Rows, examples: Examples) -> list[Row]:
 def save(
     config: FitConfig, base: BaseIdentity, method: TrainingMethod, outcomes: Mapping[str, Outcome], told: Mapping[str, Any]
 ) -> Adapter:
-    """Writes what was trained, with its record and card, and returns it as it is read."""
+    """Write what was trained, with its record and card, and return it as it is read."""
     trained = method.trained()
     record = config_of(config, base, trained, outcomes, told)
     adapter = AdapterStore(config.output.parent).save(Adapter(config.output.name, record, *trained))
@@ -134,7 +134,7 @@ def save(
 
 
 def report_writer() -> ReportWriter:
-    """Returns what writes a report. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
+    """Return what writes a report. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
     try:
         from training.report import write_report  # noqa: PLC0415  # an extra
     except ImportError as error:
@@ -143,7 +143,7 @@ def report_writer() -> ReportWriter:
 
 
 def command_of(flags: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Returns the command line that does again what `flags` do, with the processes that torchrun told the `environment` of."""
+    """Return the command line that does again what `flags` do, with the processes that torchrun told the `environment` of."""
     start = ["python"]
     if int(environment.get("WORLD_SIZE", "1")) > 1:
         num_nodes, num_processes = environment.get("GROUP_WORLD_SIZE", "1"), environment.get("LOCAL_WORLD_SIZE", "1")
@@ -153,7 +153,7 @@ def command_of(flags: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def main() -> int:
-    """Runs the program and returns its exit code."""
+    """Run the program and return its exit code."""
     config = FitConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = command_of(sys.argv[1:], os.environ)

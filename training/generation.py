@@ -29,14 +29,14 @@ class Generation:
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns the tokens that end an answer: the tokenizer's own first, then those that the model's config names."""
+    """Return the tokens that end an answer: the tokenizer's own first, then those that the model's config names."""
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(dict.fromkeys(i for i in (tokenizer.eos_token_id, *ids) if i is not None))
 
 
 def until_end(ids: Sequence[int], how: Generation) -> tuple[list[int], bool]:
-    """Returns the tokens before the first that ends an answer, and whether there is one."""
+    """Return the tokens before the first that ends an answer, and whether there is one."""
     place = next((i for i, token in enumerate(ids) if token in how.end_ids), None)
     return list(ids[:place]), place is not None
 
@@ -51,7 +51,7 @@ class StopTexts(StoppingCriteria):
         self._num_tail = max(len(text.encode()) for text in stop)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' own
-        """Returns (B,) bool for the tokens (B, L)."""
+        """Return (B,) bool for the tokens (B, L)."""
         tails = input_ids[:, max(self._num_prompt, input_ids.shape[1] - self._num_tail) :].tolist()
         texts = self._tokenizer.decode_batch(tails, skip_special_tokens=True)
         return torch.tensor([any(stop in text for stop in self._stop) for text in texts], device=input_ids.device)
@@ -59,7 +59,7 @@ class StopTexts(StoppingCriteria):
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Generation) -> list[list[int]]:
-    """Returns the tokens that follow each of `prompts`, padded on their left to one width; see `until_end`.
+    """Return the tokens that follow each of `prompts`, padded on their left to one width; see `until_end`.
 
     The attention of a model in training is restored; its mode is the caller's.
     """

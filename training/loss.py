@@ -19,7 +19,7 @@ BaseAlone = Callable[[], AbstractContextManager[None]]
 
 
 def completion_logits(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Returns the logits (P, V) fp32 that predict the completions' tokens; others are not computed."""
+    """Return the logits (P, V) fp32 that predict the completions' tokens; others are not computed."""
     logits: torch.Tensor = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -37,7 +37,7 @@ class CompletionLoss:
     base_alone: BaseAlone
 
     def __call__(self, model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-        """Returns the share of `batch` in its step's loss."""
+        """Return the share of `batch` in its step's loss."""
         scores = completion_logits(model, batch).log_softmax(-1)
         learnt, kept = scores.split([batch.num_learnt, len(scores) - batch.num_learnt])
         losses = F.nll_loss(learnt, batch.targets[: batch.num_learnt], reduction="none")
@@ -58,7 +58,7 @@ class PreferenceLoss:
     beta: float
 
     def __call__(self, model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-        """Returns the share of `batch`, whose items are pairs, in its step's loss."""
+        """Return the share of `batch`, whose items are pairs, in its step's loss."""
         assert batch.base
         with torch.no_grad(), self.base_alone():
             reference = log_probabilities(model, batch.base)
@@ -67,6 +67,6 @@ class PreferenceLoss:
 
 
 def log_probabilities(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Returns the log-probability (E,) of each example's completion."""
+    """Return the log-probability (E,) of each example's completion."""
     scores = -F.cross_entropy(completion_logits(model, batch), batch.targets, reduction="none")
     return batch.by_example(scores)

@@ -41,17 +41,17 @@ class TrainingMethod(Protocol):
         """The digests of the adapters that it builds on."""
 
     def begin(self, phase: Phase) -> None:
-        """Makes the model ready for `phase`, after the one before it."""
+        """Make the model ready for `phase`, after the one before it."""
 
     def base_alone(self) -> AbstractContextManager[None]:
         """Inside, the model is the base as it was."""
 
     def trained(self) -> Trained:
-        """Returns what the last phase left."""
+        """Return what the last phase left."""
 
 
 def method_of(config: FitConfig, base: BaseModel) -> TrainingMethod:
-    """Returns the method that `config` asks for, `base` wrapped. Raises `LoriError` where that cannot be."""
+    """Return the method that `config` asks for, `base` wrapped. Raises `LoriError` where that cannot be."""
     return Lora(config, base) if config.method == "lora" else Lori(config, base)
 
 
@@ -80,7 +80,7 @@ class Lori:
         return parent
 
     def begin(self, phase: Phase) -> None:
-        """Puts a mask's entries in the place of all before LoRI-S."""
+        """Put a mask's entries in the place of all before LoRI-S."""
         if phase.name != "LoRI-S":
             return
         masks = self.masks()
@@ -88,7 +88,7 @@ class Lori:
             layer.put(MaskedB(masks[name], self.start[name] if self.start else None))
 
     def masks(self) -> Mapping[str, torch.Tensor]:
-        """Returns the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where there is too little to choose."""
+        """Return the mask, (D, R) bool, of each layer after LoRI-D. Raises `MaskError` where there is too little to choose."""
         changes = {name: self._change(name, layer.b) for name, layer in self.layers.items()}
         masks = top_k_mask(changes, self.config.sparsity, self.config.granularity, self.avoided)
         if self.config.sparsity and (num_idle := sum(int((changes[name][mask] == 0).sum()) for name, mask in masks.items())):
@@ -106,7 +106,7 @@ class Lori:
         return base_alone(self.base.model)
 
     def trained(self) -> Trained:
-        """Returns B as it is now, and the basis."""
+        """Return B as it is now, and the basis."""
         return {name: layer.b.sparse() for name, layer in self.layers.items()}, self.basis
 
 
@@ -143,7 +143,7 @@ class Lora:
             b.copy_(parent.modules[name].dense())
 
     def begin(self, phase: Phase) -> None:
-        """Does nothing: there is one phase."""
+        """Do nothing: there is one phase."""
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -157,7 +157,7 @@ class Lora:
                 layer.enable_adapters(True)
 
     def trained(self) -> Trained:
-        """Returns B, every entry kept, and A as the adapter's own basis."""
+        """Return B, every entry kept, and A as the adapter's own basis."""
         b = {name: values_of(layer.lora_B["default"].weight) for name, layer in self.layers.items()}  # (D, R)
         a = {name: values_of(layer.lora_A["default"].weight) for name, layer in self.layers.items()}  # (R, N)
         return {name: SparseB.from_dense(v, torch.ones_like(v, dtype=torch.bool)) for name, v in b.items()}, Explicit.of(a)

@@ -51,19 +51,19 @@ class PackedBatch:
     weight: float = 1.0
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Returns the batch on `device`."""
+        """Return the batch on `device`."""
         names = ("input_ids", "position_ids", "predicting", "targets", "owners")
         moved = {name: getattr(self, name).to(device) for name in names}
         groups = tuple(places.to(device) for places in self.groups)
         return replace(self, **moved, groups=groups, base=self.base and self.base.to(device))
 
     def by_example(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of `values` (P,), one of each target, over the targets of each example."""
+        """Return the sum of `values` (P,), one of each target, over the targets of each example."""
         return values.new_zeros(self.num_examples).index_add(0, self.owners, values)
 
 
 def pack(part: Part) -> PackedBatch:
-    """Lays the examples of `part` one behind the other, those that keep the base last."""
+    """Lay the examples of `part` one behind the other, those that keep the base last."""
     learnt = [example for item in part.items for example in item.examples if not example.keeps_base]
     kept = [example for item in part.items for example in item.examples if example.keeps_base]
     batch = replace(_lay([*learnt, *kept], part.share), weight=part.weight)
@@ -102,13 +102,13 @@ def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
 
 
 def check_layers(config: PretrainedConfig) -> None:
-    """Raises `ModelError` where a model has layers in which packed examples would read each other, as recurrent ones."""
+    """Raise `ModelError` where a model has layers in which packed examples would read each other, as recurrent ones."""
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS):
         raise ModelError(f"training a model with layers of the kind {', '.join(others)} is not supported: attention alone is")
 
 
 def max_example(config: PretrainedConfig) -> int | None:
-    """Returns how many tokens an example may have where attention slides over a window; None where it does not."""
+    """Return how many tokens an example may have where attention slides over a window; None where it does not."""
     kinds = getattr(config, "layer_types", None)
     return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
 

@@ -22,7 +22,7 @@ class ParentError(LoriError):
 
 
 def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, modules: Sequence[str]) -> Adapter:
-    """Returns the adapter in `folder`, which `flag` names, to be gone on with in `modules`.
+    """Return the adapter in `folder`, which `flag` names, to be gone on with in `modules`.
 
     Raises `ParentError` with all that differs from what `config` asks for, `AdapterFormatError` where it is no sound adapter.
     """
@@ -45,7 +45,7 @@ def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, 
 def load_avoided(
     config: FitConfig, base: BaseIdentity, shapes: Mapping[str, tuple[int, int]], start: Adapter | None
 ) -> list[Adapter]:
-    """Returns the adapters `config.avoid`, for one that goes on from `start` and has a B (D, R) of each of `shapes`.
+    """Return the adapters `config.avoid`, for one that goes on from `start` and has a B (D, R) of each of `shapes`.
 
     Raises `ParentError` with all for which a sum would not keep the values of both, `AdapterFormatError` where one is unsound.
     """
@@ -62,7 +62,7 @@ def load_avoided(
 
 
 def entries_of(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Returns which entries of each B, (D, R) of `shapes`, any of `adapters` keeps, as a bool (D, R).
+    """Return which entries of each B, (D, R) of `shapes`, any of `adapters` keeps, as a bool (D, R).
 
     A of a lower rank is the first rows of A, so ranks may differ.
     """

@@ -28,23 +28,23 @@ class Outcome:
 
 
 def outcome_of(state: TrainerState, step_tokens: list[int]) -> Outcome:
-    """Returns what `state` says of a phase that is over, whose steps had so many tokens."""
+    """Return what `state` says of a phase that is over, whose steps had so many tokens."""
     best_step = state.best_global_step or state.global_step
     return Outcome(losses_of(state), held_out_losses_of(state), sum(step_tokens[: state.global_step]), best_step)
 
 
 def losses_of(state: TrainerState) -> list[float]:
-    """Returns the loss of each step so far."""
+    """Return the loss of each step so far."""
     return [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
 def held_out_losses_of(state: TrainerState) -> list[list[float]]:
-    """Returns [step, loss] of each measurement so far."""
+    """Return [step, loss] of each measurement so far."""
     return [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry]
 
 
 def recent_loss(losses: list[float]) -> float:
-    """Returns the mean of the last of `losses`."""
+    """Return the mean of the last of `losses`."""
     last = losses[-NUM_RECENT:]
     return sum(last) / len(last)
 
@@ -61,7 +61,7 @@ class Phase:
 
 
 def phases_of(config: FitConfig) -> tuple[Phase, ...]:
-    """Returns the phases of a run, in order.
+    """Return the phases of a run, in order.
 
     The LoRI-D that a mask is drawn from is as long as what follows, where nothing else is said. LoRI-S sees the data in another
     order than it.

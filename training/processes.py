@@ -5,5 +5,5 @@ from accelerate import PartialState
 
 
 def processes() -> PartialState:
-    """Returns which of how many this process is; joins the others the first time."""
+    """Return which of how many this process is; joins the others the first time."""
     return PartialState(cpu=not torch.cuda.is_available())

@@ -27,7 +27,7 @@ class Progress(TrainerCallback):
         self._started = (0.0, 0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
-        """Opens the bar, where this process is the first."""
+        """Open the bar, where this process is the first."""
         self.losses = losses_of(state)
         self._started = (time.monotonic(), state.global_step)
         if state.is_world_process_zero:
@@ -41,7 +41,7 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: object,
     ) -> None:
-        """Raises `TrainingError` for a loss that is not finite; else moves the bar."""
+        """Raise `TrainingError` for a loss that is not finite; else moves the bar."""
         loss = (logs or {}).get("loss")
         if loss is None:
             return
@@ -55,7 +55,7 @@ class Progress(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_train_end(self, *_: object, **__: object) -> None:
-        """Closes the bar."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
 
@@ -67,7 +67,7 @@ class Patience(TrainerCallback):
         self.num_measurements = num_measurements
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
-        """Looks at once: what was cut off may have been about to end."""
+        """Look at once: what was cut off may have been about to end."""
         losses = [loss for _, loss in held_out_losses_of(state)]
         if losses and len(losses) - 1 - losses.index(min(losses)) >= self.num_measurements:
             control.should_training_stop = True
@@ -76,7 +76,7 @@ class Patience(TrainerCallback):
 
 
 def check_tensorboard() -> None:
-    """Raises `LoriError` where TensorBoard is not installed: before anything is begun."""
+    """Raise `LoriError` where TensorBoard is not installed: before anything is begun."""
     try:
         importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
@@ -84,7 +84,7 @@ def check_tensorboard() -> None:
 
 
 def tensorboard(folder: Path) -> TrainerCallback:
-    """Returns what writes logs for TensorBoard, which is installed, to `folder`."""
+    """Return what writes logs for TensorBoard, which is installed, to `folder`."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
 
     return TensorBoardCallback(SummaryWriter(str(folder)))

@@ -19,7 +19,7 @@ from training.processes import processes
 
 
 def render_card(name: str, config: AdapterConfig) -> str:
-    """Returns the card of the adapter `name` in Markdown, with the hub's front matter."""
+    """Return the card of the adapter `name` in Markdown, with the hub's front matter."""
     lori = config.lori
     training = lori.training
     lines = [
@@ -52,7 +52,7 @@ def render_card(name: str, config: AdapterConfig) -> str:
 
 
 def method_of(training: Mapping[str, Any]) -> str:
-    """Returns what a person calls the method of a training's record."""
+    """Return what a person calls the method of a training's record."""
     names = {"lori-d": "LoRI-D (arXiv 2504.07448, all of B)", "lora": "LoRA (PEFT's)"}
     return names.get(training.get("method", "lori"), "LoRI (arXiv 2504.07448)")
 
@@ -74,7 +74,7 @@ def _phases(training: dict[str, object]) -> list[str]:
 
 
 def _measured(lori: LoriSection) -> list[str]:
-    """Returns a table of the figures; how they were measured is shown where it is known of any."""
+    """Return a table of the figures; how they were measured is shown where it is known of any."""
     if not lori.measured:
         head, said = ["who", "what", "figure"], []
     else:
@@ -103,7 +103,7 @@ def _order(key: str) -> tuple[str, bool, str]:
 def config_of(
     config: FitConfig, base: BaseIdentity, trained: Trained, outcomes: Mapping[str, Outcome], told: Mapping[str, Any]
 ) -> AdapterConfig:
-    """Returns the config of an adapter; `told` goes into its record as it is. `lori.format.seal` fills in its digests."""
+    """Return the config of an adapter; `told` goes into its record as it is. `lori.format.seal` fills in its digests."""
     modules, basis = trained
     record = config.model_dump(mode="json", exclude={"output", "resume", "save_every"}) | {"lr": config.peak_lr}
     phases = {

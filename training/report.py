@@ -25,7 +25,7 @@ SMOOTHED = 0.1
 
 
 def plot_losses(outcomes: Mapping[str, Outcome]) -> Figure:
-    """Returns the loss of each phase by step: as it was, its running mean, and what was measured on held-out rows."""
+    """Return the loss of each phase by step: as it was, its running mean, and what was measured on held-out rows."""
     figure = new_figure(WIDTH * len(outcomes), HEIGHT)
     for axes, (phase, outcome) in zip(figure.subplots(1, len(outcomes), squeeze=False)[0], outcomes.items(), strict=True):
         steps = np.arange(1, len(outcome.losses) + 1)
@@ -42,13 +42,13 @@ def plot_losses(outcomes: Mapping[str, Outcome]) -> Figure:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Returns the mean of each value with those before it, `SMOOTHED` of them all."""
+    """Return the mean of each value with those before it, `SMOOTHED` of them all."""
     width = max(1, round(SMOOTHED * len(values)))
     return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
 def as_svg(figure: Figure) -> str:
-    """Returns a figure as an element of an HTML page."""
+    """Return a figure as an element of an HTML page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -56,7 +56,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], samples: Sequence[Sample]) -> None:
-    """Writes the page of a run that made `adapter`."""
+    """Write the page of a run that made `adapter`."""
     modules = statistics(adapter)
     record = adapter.config.lori.training
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)

@@ -70,7 +70,7 @@ def has_ended(config: FitConfig) -> bool:
 
 
 def begin(config: FitConfig) -> None:
-    """Makes the run's folder, before what may take long: an adapter that is there from before is not the result any more."""
+    """Make the run's folder, before what may take long: an adapter that is there from before is not the result any more."""
     if processes().is_main_process:
         config.checkpoints.mkdir(parents=True, exist_ok=True)
 
@@ -87,7 +87,7 @@ class Run:
         self._lock = FileLock(self.folder / LOCK)
 
     def train(self, method: TrainingMethod) -> None:
-        """Runs each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
+        """Run each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
         with processes().main_process_first():
             if processes().is_main_process:
                 self._open(method)
@@ -119,7 +119,7 @@ class Run:
         replace_file(self.folder / SECONDS, json.dumps(self.seconds).encode())
 
     def close(self) -> None:
-        """Removes the folder: the adapter is saved."""
+        """Remove the folder: the adapter is saved."""
         self._lock.release()  # first: a shared file system keeps an open file, and with it the folder
         remove_folder(self.folder)
 

@@ -24,7 +24,7 @@ class Sample:
 
 
 def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template) -> list[Sample]:
-    """Returns greedy answers to the first of `rows` that are written in `template` and leave room for an answer.
+    """Return greedy answers to the first of `rows` that are written in `template` and leave room for an answer.
 
     All processes must ask, since a model may be spread over them.
     """

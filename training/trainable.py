@@ -31,7 +31,7 @@ class SparseEntries(nn.Module):
         self.values = nn.Parameter(values.float(), requires_grad=is_trained)
 
     def added(self, flat: torch.Tensor, scale: float) -> torch.Tensor:
-        """Returns `flat` (D R) with scale times the values added at their positions."""
+        """Return `flat` (D R) with scale times the values added at their positions."""
         return flat.index_add(0, self.positions, (scale * self.values).to(flat.dtype))
 
 
@@ -44,13 +44,13 @@ class DenseB(nn.Module):
         self.start = SparseEntries(start.indices, start.values, is_trained=False) if start else None
 
     def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        """Returns scale * B, (D, R) of `dtype`."""
+        """Return scale * B, (D, R) of `dtype`."""
         flat = (scale * self.change).to(dtype).flatten()
         flat = self.start.added(flat, scale) if self.start else flat
         return flat.view(self.change.shape)
 
     def sparse(self) -> SparseB:
-        """Returns B as an adapter holds it, every entry kept."""
+        """Return B as an adapter holds it, every entry kept."""
         dense = values_of(self.change)
         flat = self.start.added(dense.flatten(), 1.0) if self.start else dense
         return SparseB.from_dense(flat.view(dense.shape), torch.ones_like(dense, dtype=torch.bool))
@@ -69,14 +69,14 @@ class MaskedB(nn.Module):
         self.outside = SparseEntries(outside.indices, outside.values, is_trained=False) if outside else None
 
     def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        """Returns scale * B, (D, R) of `dtype`."""
+        """Return scale * B, (D, R) of `dtype`."""
         flat = torch.zeros(self.shape.numel(), dtype=dtype, device=self.trained.values.device)
         for entries in (self.trained, self.outside):
             flat = entries.added(flat, scale) if entries else flat
         return flat.view(self.shape)
 
     def sparse(self) -> SparseB:
-        """Returns B as an adapter holds it: the entries of the mask, and those that stayed."""
+        """Return B as an adapter holds it: the entries of the mask, and those that stayed."""
         mask, dense = torch.zeros(self.shape, dtype=torch.bool), torch.zeros(self.shape)
         for entries in (self.trained, self.outside):
             if entries:
@@ -86,7 +86,7 @@ class MaskedB(nn.Module):
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a parameter's values as a tensor of its own on the CPU."""
+    """Return a parameter's values as a tensor of its own on the CPU."""
     return tensor.detach().cpu().clone()
 
 
@@ -110,11 +110,11 @@ class TrainableLinear(nn.Module):
         self.put(DenseB(linear.out_features, a.shape[0], start))
 
     def put(self, b: DenseB | MaskedB) -> None:
-        """Puts `b` in the place of the one before, on the device of W."""
+        """Put `b` in the place of the one before, on the device of W."""
         self.b = b.to(self.linear.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Maps (…, N) to (…, D)."""
+        """Map (…, N) to (…, D)."""
         weight, bias = self.linear.weight, self.linear.bias
         if not self.weight:
             return F.linear(x, weight[: self.num_outputs], bias)
@@ -149,7 +149,7 @@ def base_alone(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def target_layers(model: PreTrainedModel, targets: Iterable[str]) -> dict[str, nn.Linear]:
-    """Returns every linear layer of `model` whose name ends in one of `targets`, by full name, in model order.
+    """Return every linear layer of `model` whose name ends in one of `targets`, by full name, in model order.
 
     Raises `ModelError` naming each target that is not there.
     """
@@ -173,7 +173,7 @@ def wrap(
     alpha: float,
     start: Mapping[str, SparseB] | None = None,
 ) -> dict[str, TrainableLinear]:
-    """Puts a trainable layer in place of each of `target_layers`, B from `start` or zero; returns them by full name."""
+    """Put a trainable layer in place of each of `target_layers`, B from `start` or zero; returns them by full name."""
     wrapped = {}
     for name, linear in target_layers(model, targets).items():
         a = basis.draw(name, rank, linear.in_features)

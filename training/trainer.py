@@ -25,7 +25,7 @@ from training.trainable import at_weight, values_of
 
 
 def training_arguments(config: FitConfig, folder: Path, lr: float, num_steps: int, is_autocast: bool) -> TrainingArguments:
-    """Returns Trainer's arguments for a phase of `num_steps` whose checkpoints go to `folder`.
+    """Return Trainer's arguments for a phase of `num_steps` whose checkpoints go to `folder`.
 
     `is_autocast`: products are in bfloat16 whatever the parameters are in.
     """
@@ -102,7 +102,7 @@ class PhaseTrainer(Trainer):
         self.parts = parts_of(steps, num_parts, args.process_index, args.world_size, weights)
 
     def get_train_dataloader(self) -> DataLoader[Part]:
-        """Returns this process's parts, in order."""
+        """Return this process's parts, in order."""
         return DataLoader(self.parts, batch_size=1, shuffle=False, collate_fn=_pack_one)  # type: ignore[arg-type]  # a list will do
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -116,7 +116,7 @@ class PhaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,  # noqa: ARG002  # Trainer's signature
     ) -> torch.Tensor:
-        """Returns the part's share of the step's loss, times the processes: DDP and FSDP average over them."""
+        """Return the part's share of the step's loss, times the processes: DDP and FSDP average over them."""
         assert not return_outputs
         batch: PackedBatch = inputs["batch"]
         model.eval()  # dropout would make the base another one at each look; gradients do not need the mode
@@ -129,7 +129,7 @@ class PhaseTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
-        """Returns the held-out loss, each example weighing the same; every process computes its share of the parts."""
+        """Return the held-out loss, each example weighing the same; every process computes its share of the parts."""
         total = torch.zeros((), device=self.args.device)
         model = self.model_wrapped
         # Each process makes as many forward passes, as FSDP needs.
@@ -147,11 +147,11 @@ class PhaseTrainer(Trainer):
         return metrics
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """Returns the trained parameters by name, on the CPU. All processes must ask."""
+        """Return the trained parameters by name, on the CPU. All processes must ask."""
         return {name: values_of(p) for name, p in self.network.named_parameters() if p.requires_grad}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the trained parameters; the frozen ones are the base's."""
+        """Write the trained parameters; the frozen ones are the base's."""
         tensors = self.trained()
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
@@ -167,7 +167,7 @@ class PhaseTrainer(Trainer):
 
 
 def load_parameters(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Puts `tensors` into the parameters of these names."""
+    """Put `tensors` into the parameters of these names."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -24,12 +24,12 @@ WIDTH = 200
 
 
 def print_json(document: Any) -> None:
-    """Prints one JSON document."""
+    """Print one JSON document."""
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Prints a table; columns whose cells are numbers are set to the right."""
+    """Print a table; columns whose cells are numbers are set to the right."""
     rows = list(rows)
     table = Table(
         title=Text(printable(title)) if title else None,
@@ -48,7 +48,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Prints names and values, one pair a line."""
+    """Print names and values, one pair a line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in fields:
         grid.add_row(Text(printable(name), style="bold"), Text(printable(value)))
@@ -75,17 +75,17 @@ def warn(message: str) -> None:
 
 
 def percent(share: float | None) -> str:
-    """Returns a share as a percentage, or a dash."""
+    """Return a share as a percentage, or a dash."""
     return "–" if share is None else f"{100 * share:.1f}%"
 
 
 def number(value: float | None) -> str:
-    """Returns a number to three digits, or a dash."""
+    """Return a number to three digits, or a dash."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def size(num_bytes: float) -> str:
-    """Returns a size in bytes in the unit that suits it."""
+    """Return a size in bytes in the unit that suits it."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -94,7 +94,7 @@ def size(num_bytes: float) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Returns what the files of an adapter's folder hold, in bytes."""
+    """Return what the files of an adapter's folder hold, in bytes."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 

@@ -58,7 +58,7 @@ def _row(entry: Entry, brief: bool) -> dict[str, Any]:
 
 
 def _aliases(store: AdapterStore) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the aliases of each folder, and what is wrong with the others."""
+    """Return the aliases of each folder, and what is wrong with the others."""
     by_folder, faults = defaultdict(list), []
     for alias in store.alias_names():
         try:

@@ -55,7 +55,7 @@ class Duplicate:
 
 
 def near_duplicates(entries: Mapping[str, Callable[[], Adapter]], threshold: float = 0.95) -> list[Duplicate]:
-    """Returns the pairs of `entries` of one base model whose deltas' cosine is at least `threshold`, in order of the entries.
+    """Return the pairs of `entries` of one base model whose deltas' cosine is at least `threshold`, in order of the entries.
 
     Each entry is loaded once for its sketch, and again for each adapter that it may be a duplicate of; few are in memory at a
     time. A pair is missed where its sketches err by more than
@@ -76,14 +76,14 @@ def near_duplicates(entries: Mapping[str, Callable[[], Adapter]], threshold: flo
 
 
 def frame_of(basis: Basis, module: str, rank: int, num_inputs: int) -> Frame:
-    """Returns the frame of the first `rank` rows of A of `module`, (R, N)."""
+    """Return the frame of the first `rank` rows of A of `module`, (R, N)."""
     a = basis.draw(module, rank, num_inputs)
     digest = hashlib.sha256(f"{module}|".encode() + a[0].numpy().astype("<f4", copy=False).tobytes()).digest()
     return Frame(int.from_bytes(digest[:8], "little"), torch.linalg.qr(a.double().T, mode="r").R.T)
 
 
 def sketch(adapter: Adapter, frame: Callable[[Basis, str, int, int], Frame] = frame_of) -> NDArray[np.float64]:
-    """Returns the count sketch (W,) fp64 of an adapter's delta; `frame` may remember what `frame_of` returned.
+    """Return the count sketch (W,) fp64 of an adapter's delta; `frame` may remember what `frame_of` returned.
 
     On one A the inner product of two sketches estimates <ΔW_a, ΔW_b>; on two it is about zero.
     """
@@ -96,7 +96,7 @@ def sketch(adapter: Adapter, frame: Callable[[Basis, str, int, int], Frame] = fr
 
 
 def _count_sketch(matrix: NDArray[np.float64], key: int) -> NDArray[np.float64]:
-    """Returns the count sketch (W,) of a matrix (D, C); bucket and sign are those of (key, row, column)."""
+    """Return the count sketch (W,) of a matrix (D, C); bucket and sign are those of (key, row, column)."""
     rows, columns = np.ogrid[: matrix.shape[0], : matrix.shape[1]]
     hashed = _mixed((rows.astype(np.uint64) << np.uint64(32) | columns.astype(np.uint64)) ^ np.uint64(key))
     buckets = (hashed % np.uint64(NUM_BUCKETS)).astype(np.int64)
@@ -105,14 +105,14 @@ def _count_sketch(matrix: NDArray[np.float64], key: int) -> NDArray[np.float64]:
 
 
 def _mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Returns uint64 of which every bit depends on every bit of `words` (the finalizer of MurmurHash3, Appleby 2011)."""
+    """Return uint64 of which every bit depends on every bit of `words` (the finalizer of MurmurHash3, Appleby 2011)."""
     words = (words ^ words >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
     words = (words ^ words >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
     return words ^ words >> np.uint64(33)
 
 
 def _sketches(entries: Mapping[str, Callable[[], Adapter]]) -> tuple[NDArray[np.float32], Sequence[str]]:
-    """Returns the sketches (n, W) at length 1, or 0 where the delta is zero, and the digest of each one's base model."""
+    """Return the sketches (n, W) at length 1, or 0 where the delta is zero, and the digest of each one's base model."""
     frame = functools.lru_cache(NUM_FRAMES)(frame_of)
     out = np.zeros((len(entries), NUM_BUCKETS), np.float32)
     digests = []
@@ -126,7 +126,7 @@ def _sketches(entries: Mapping[str, Callable[[], Adapter]]) -> tuple[NDArray[np.
 
 
 def _candidates(sketches: NDArray[np.float32], digests: Sequence[str], least: float) -> dict[int, list[int]]:
-    """Returns for each adapter the later ones of its base model whose sketches' cosine is at least `least`."""
+    """Return for each adapter the later ones of its base model whose sketches' cosine is at least `least`."""
     out: defaultdict[int, list[int]] = defaultdict(list)
     for start in range(0, len(sketches), BLOCK):
         cosines = sketches[start : start + BLOCK] @ sketches[start:].T

@@ -20,7 +20,7 @@ from lori.sparse import SparseB
 
 
 def inner_products(adapters: Sequence[Adapter], module: str) -> NDArray[np.float64]:
-    """Returns <ΔW_i, ΔW_j> (n, n) fp64 in one module, zero for an adapter without it.
+    """Return <ΔW_i, ΔW_j> (n, n) fp64 in one module, zero for an adapter without it.
 
     Each basis draws A once, at its largest rank. The adapters must be of one base model.
     """
@@ -40,7 +40,7 @@ def inner_products(adapters: Sequence[Adapter], module: str) -> NDArray[np.float
 
 
 def module_order(adapters: Iterable[Adapter]) -> list[str]:
-    """Returns every module that one of `adapters` changes: by layer, then in the order of `target_modules`.
+    """Return every module that one of `adapters` changes: by layer, then in the order of `target_modules`.
 
     An adapter read from a file has no order of its own.
     """
@@ -56,7 +56,7 @@ def module_order(adapters: Iterable[Adapter]) -> list[str]:
 
 
 def _factors(adapters: Sequence[Adapter], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (alpha/r) B (n, D, R) and the A (R, N) of adapters on one basis, fp64; a smaller rank has columns of zeros."""
+    """Return (alpha/r) B (n, D, R) and the A (R, N) of adapters on one basis, fp64; a smaller rank has columns of zeros."""
     scaled = [adapter.config.scale_of(module) * adapter.modules[module].dense(torch.float64) for adapter in adapters]
     rank = max(b.shape[1] for b in scaled)
     padded = [torch.nn.functional.pad(b, (0, rank - b.shape[1])) for b in scaled]
@@ -78,7 +78,7 @@ class CommonEntries:
 
     @classmethod
     def total(cls, parts: Sequence["CommonEntries"]) -> "CommonEntries":
-        """Returns what several modules share together."""
+        """Return what several modules share together."""
         return cls(
             num_both=sum(part.num_both for part in parts),
             num_expected=math.fsum(part.num_expected for part in parts),
@@ -157,7 +157,7 @@ class Comparison:
 
 
 def compare(a: Adapter, b: Adapter, weights: tuple[float, float] = (1.0, 1.0)) -> Comparison:
-    """Compares two adapters of one base model; `weights` are those of their sum.
+    """Compare two adapters of one base model; `weights` are those of their sum.
 
     On one basis the masks and signs are compared too. On two bases an entry of one B says nothing of the same entry in the
     other, so overlap and sign conflict are None; cosine and norms are exact on any bases. Raises `AdapterError` where the base
@@ -169,7 +169,7 @@ def compare(a: Adapter, b: Adapter, weights: tuple[float, float] = (1.0, 1.0)) -
 
 
 def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
-    """Returns the cosines (n, n) fp64 of the whole deltas of `adapters`, on any bases; NaN where a delta is zero.
+    """Return the cosines (n, n) fp64 of the whole deltas of `adapters`, on any bases; NaN where a delta is zero.
 
     Each A is drawn once. Raises as `compare`.
     """
@@ -184,7 +184,7 @@ def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
 
 
 def common_entries(a: Adapter, b: Adapter, module: str) -> CommonEntries | None:
-    """Returns what the masks of two adapters share in one module; None on two bases."""
+    """Return what the masks of two adapters share in one module; None on two bases."""
     return _common(a.modules.get(module), b.modules.get(module)) if a.basis == b.basis else None
 
 
@@ -218,7 +218,7 @@ def _common(a: SparseB | None, b: SparseB | None) -> CommonEntries:
 
 
 def _places(b: SparseB, other_rank: int) -> NDArray[np.int64]:
-    """Returns positions (K,) that mean the same row and column in a B of `other_rank`."""
+    """Return positions (K,) that mean the same row and column in a B of `other_rank`."""
     places = b.rows * max(b.shape[1], other_rank) + b.indices.long() % b.shape[1]
     return np.asarray(places.numpy(), np.int64)
 
@@ -244,7 +244,7 @@ def _share(part: float, whole: float) -> float | None:
 def compare_pairs(
     adapters: Sequence[Adapter], pairs: Sequence[tuple[int, int]], rest: Callable[[], None] = lambda: None
 ) -> list[ModuleComparison]:
-    """Returns the total of each of `pairs`, which are places in `adapters`; `square_sum` is at weights 1 and 1.
+    """Return the total of each of `pairs`, which are places in `adapters`; `square_sum` is at weights 1 and 1.
 
     `rest` is called after each module: whoever shares the machine with others may pause there. Raises as `compare`.
     """

@@ -29,7 +29,7 @@ NO_LAYER = "–"
 
 
 def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure:
-    """Returns heat maps, layer x projection, of the norm of the delta and, where a part of B is left out, of its density.
+    """Return heat maps, layer x projection, of the norm of the delta and, where a part of B is left out, of its density.
 
     A row is a layer, a column the last part of a module's name; modules that share both (experts) are taken together.
     """
@@ -55,7 +55,7 @@ def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure
 
 
 def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
-    """Returns a heat map of the cosines `matrix` (n, n) of the adapters `names` (n,), zero in the middle of its colours."""
+    """Return a heat map of the cosines `matrix` (n, n) of the adapters `names` (n,), zero in the middle of its colours."""
     assert matrix.shape == (len(names), len(names))
     side = CELL_WIDTH * len(names) + 0.7 + LETTER * max(map(len, names))
     figure = new_figure(side + 0.8, side)
@@ -66,7 +66,7 @@ def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as what the suffix of `path` says, one of `FORMATS`.
+    """Write a figure as what the suffix of `path` says, one of `FORMATS`.
 
     Raises `AdapterError` for another suffix, or where the file cannot be written.
     """
@@ -79,14 +79,14 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Returns a figure of so many inches that is nobody's current one."""
+    """Return a figure of so many inches that is nobody's current one."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _heat_map(axes: Axes, grid: NDArray[np.float64], title: str, colours: str, spec: str, norm: Normalize | None = None) -> None:
-    """Draws `grid` (rows, columns) with its numbers, a colour bar and a title; NaN stays blank."""
+    """Draw `grid` (rows, columns) with its numbers, a colour bar and a title; NaN stays blank."""
     largest = float(np.nanmax(grid, initial=0.0))
     norm = norm or Normalize(0.0, largest or 1.0)
     image = axes.imshow(grid, cmap=colours, norm=norm, aspect="auto")
@@ -100,7 +100,7 @@ def _heat_map(axes: Axes, grid: NDArray[np.float64], title: str, colours: str, s
 
 
 def _ink(position: float, colours: str) -> str:
-    """Returns the colour of text that is seen on the colour at `position`, 0 to 1, by its relative luminance (ITU-R BT.709)."""
+    """Return the colour of text that is seen on the colour at `position`, 0 to 1, by its relative luminance (ITU-R BT.709)."""
     red, green, blue, _ = colormaps[colours](position)
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"
 
@@ -112,7 +112,7 @@ def _label(axes: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
 
 
 def _layer_labels(layers: Sequence[str]) -> list[str]:
-    """Returns the number of each layer, or its whole name where two have one number."""
+    """Return the number of each layer, or its whole name where two have one number."""
     counts = Counter(layer.rpartition(".")[2] for layer in layers)
     short = [layer.rpartition(".")[2] for layer in layers]
     return [(number if counts[number] == 1 else layer) or NO_LAYER for layer, number in zip(layers, short, strict=True)]

@@ -44,7 +44,7 @@ class ModuleStatistics:
 
 
 def statistics(adapter: Adapter, rest: Callable[[], None] = lambda: None) -> list[ModuleStatistics]:
-    """Returns the statistics of every module, by layer, then in the order of `target_modules`.
+    """Return the statistics of every module, by layer, then in the order of `target_modules`.
 
     `rest` is called after each: whoever shares the machine with others may pause there.
     """
@@ -56,7 +56,7 @@ def statistics(adapter: Adapter, rest: Callable[[], None] = lambda: None) -> lis
 
 
 def total(modules: Sequence[ModuleStatistics]) -> ModuleStatistics:
-    """Returns the statistics of `modules`, at least one, together."""
+    """Return the statistics of `modules`, at least one, together."""
     return ModuleStatistics(
         module="",
         num_rows=sum(row.num_rows for row in modules),

@@ -47,7 +47,7 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
 
 
 def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
-    """Returns the numbers of the segments for which a product with the dense B is faster.
+    """Return the numbers of the segments for which a product with the dense B is faster.
 
     None of several terms is among them: each product would be rounded by itself.
     """
@@ -55,7 +55,7 @@ def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
 
 
 def packed_tokens(operands: Operands, slot: int) -> float:
-    """Returns the tokens of a segment of one term up to which the packed B of `slot` takes less time than to unpack it and one
+    """Return the tokens of a segment of one term up to which the packed B of `slot` takes less time than to unpack it and one
     matrix product; remembered until the slot changes."""
     found = operands.packed_tokens.get(slot)
     if found is None:
@@ -74,7 +74,7 @@ def _crossover(operands: Operands, num_bytes: int) -> float:
 
 
 def unpack(operands: Operands, slot: int) -> torch.Tensor:
-    """Returns the dense B of a slot, (D, R) of the operands' dtype."""
+    """Return the dense B of a slot, (D, R) of the operands' dtype."""
     layout = operands.layout
     b = torch.empty(layout.num_outputs, layout.rank, dtype=layout.dtype)
     bound_operands(operands).unpack(slot, b.data_ptr())
@@ -82,14 +82,14 @@ def unpack(operands: Operands, slot: int) -> torch.Tensor:
 
 
 def bound_operands(operands: Operands) -> Any:
-    """Returns the module's view of operands, made again when their pool has moved."""
+    """Return the module's view of operands, made again when their pool has moved."""
     if operands.bound is None:
         operands.bound = bind(operands)
     return operands.bound
 
 
 def bound_route(route: Route) -> Any:
-    """Returns the module's view of a route on the CPU, made once."""
+    """Return the module's view of a route on the CPU, made once."""
     if route.cpu is None:
         arrays = (route.segments.numpy(), route.slots.numpy(), route.weights.numpy())
         route.cpu = module().Route(*arrays, route.num_tokens)
@@ -97,7 +97,7 @@ def bound_route(route: Route) -> Any:
 
 
 def bind(operands: Operands, instruction_set: str | None = None) -> Any:
-    """Returns the module's view of operands, valid until their pool moves.
+    """Return the module's view of operands, valid until their pool moves.
 
     `instruction_set` is one of `instruction_sets()`, the fastest by default; raises `ValueError` for another.
     """
@@ -107,7 +107,7 @@ def bind(operands: Operands, instruction_set: str | None = None) -> Any:
 
 
 def module() -> Any:
-    """Returns the compiled module. Raises `RuntimeError` where it is not installed."""
+    """Return the compiled module. Raises `RuntimeError` where it is not installed."""
     if MODULE is None:
         raise RuntimeError(MISSING)
     return MODULE

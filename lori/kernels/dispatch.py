@@ -20,7 +20,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, Operands, Route], None]
 
 @cache
 def load_gpu() -> Kernel:
-    """Returns the Triton kernel; triton is read only where it is used. Raises `RuntimeError` where it is not installed."""
+    """Return the Triton kernel; triton is read only where it is used. Raises `RuntimeError` where it is not installed."""
     try:
         kernel: Kernel = importlib.import_module("lori.kernels.gpu").add_delta
     except ImportError as error:
@@ -37,14 +37,14 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 
 
 def default_kernel(device: torch.device) -> str:
-    """Returns the name of the kernel for a device; on a CPU the fastest that is installed."""
+    """Return the name of the kernel for a device; on a CPU the fastest that is installed."""
     if device.type == "cuda":
         return "gpu"
     return "cpu" if MODULE else "stacked"
 
 
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, kernel: str | None = None) -> None:
-    """Adds the step's deltas to y in place, see the package. `kernel` is one of `KERNELS`, by default that of y's device.
+    """Add the step's deltas to y in place, see the package. `kernel` is one of `KERNELS`, by default that of y's device.
 
     Raises `ValueError` where there is no such kernel, `RuntimeError` where it is not installed; `cpu` and `gpu` raise
     `ValueError` where shapes or dtypes are not those of the operands and the route.

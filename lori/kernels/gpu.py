@@ -82,7 +82,7 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
 
 
 def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
-    """Returns the plan of a route. Where a segment may be long and no graph is captured, asks for the segments (`Route.rows`)."""
+    """Return the plan of a route. Where a segment may be long and no graph is captured, asks for the segments (`Route.rows`)."""
     device = route.segments.device
     if route.is_by_token:
         by_token = torch.stack([route.segments[:, column] for column in (0, 2, 3)], 1)
@@ -102,7 +102,7 @@ def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
 
 
 def dense_sizes(layout: Layout) -> tuple[int, int]:
-    """Returns the width and the rows of B that a program of `dense` writes out: powers of two from 16, as a matrix product wants.
+    """Return the width and the rows of B that a program of `dense` writes out: powers of two from 16, as a matrix product wants.
 
     Chosen so that a thread needs at most 128 registers and spills none (ranks 32, 64 and 128, Triton 3.9, sm_80 and sm_90).
     """

@@ -93,12 +93,12 @@ class Packed:
 
 
 def place_of(position: Ints) -> Ints:
-    """Returns the place of the rows that come at a position in their window's order."""
+    """Return the place of the rows that come at a position in their window's order."""
     return 32 * (position // 32) + 2 * (position % LANES) + position // LANES % 2
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Packs scale * B, of rank R at most. `lori.kernels.native.pack` gives the same bytes, faster."""
+    """Pack scale * B, of rank R at most. `lori.kernels.native.pack` gives the same bytes, faster."""
     indices = b.indices.numpy().astype(np.int64)
     rows, columns = indices // b.shape[1], indices % b.shape[1]
     values = (b.values.float() * scale).to(layout.dtype)
@@ -114,7 +114,7 @@ def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
 
 
 def unpack(layout: Layout, pool: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Returns B as (D, R) fp32 from its windows in `pool`."""
+    """Return B as (D, R) fp32 from its windows in `pool`."""
     data = pool.cpu().numpy()
     dense = np.zeros((layout.num_windows * WINDOW, layout.rank), dtype=np.float32)
     for window, start in enumerate(starts.tolist()):

@@ -73,7 +73,7 @@ def has_amx() -> bool:
 
 
 def description() -> str:
-    """Returns what `add_delta` runs on a CPU, for a log."""
+    """Return what `add_delta` runs on a CPU, for a log."""
     if not MODULE:
         return "torch alone"
     limit = "" if choose() == MODULE.instruction_sets()[0] else f" by {MAX_ISA_VARIABLE}"
@@ -81,7 +81,7 @@ def description() -> str:
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Packs scale * B, of rank R at most: the bytes of `lori.kernels.layout.pack`."""
+    """Pack scale * B, of rank R at most: the bytes of `lori.kernels.layout.pack`."""
     if MODULE is None:
         return pack_in_numpy(layout, b, scale)
     num_outputs, rank = b.shape
@@ -92,6 +92,6 @@ def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
 
 
 def decode_mask(code: rice.Code, num_entries: int, num_kept: int) -> rice.Indices:
-    """Returns what `lori.rice.decode` does, faster, and raises as it does."""
+    """Return what `lori.rice.decode` does, faster, and raises as it does."""
     indices: rice.Indices | None = MODULE.decode_mask(code, num_entries, num_kept) if MODULE else None
     return rice.decode(code, num_entries, num_kept) if indices is None else indices

@@ -27,7 +27,7 @@ class Extents:
         return sum(length for _, length in self._free)
 
     def take(self, length: int) -> int | None:
-        """Takes the first stretch of `length` units that is free and returns its start, or `None` where there is none."""
+        """Take the first stretch of `length` units that is free and return its start, or `None` where there is none."""
         for i, (start, free) in enumerate(self._free):
             if free >= length:
                 self._free[i : i + 1] = [(start + length, free - length)] if free > length else []
@@ -35,7 +35,7 @@ class Extents:
         return None
 
     def give(self, start: int, length: int) -> None:
-        """Makes a stretch that was taken free again."""
+        """Make a stretch that was taken free again."""
         at = bisect_left(self._free, (start, 0))
         stop, first, last = start + length, at, at
         assert 0 <= start < stop <= self.size
@@ -48,7 +48,7 @@ class Extents:
         self._free[first:last] = [(start, stop - start)]
 
     def grow(self, length: int) -> None:
-        """Adds `length` free units at the end."""
+        """Add `length` free units at the end."""
         if length > 0:
             self.size += length
             self.give(self.size - length, length)
@@ -91,20 +91,20 @@ class Operands:
     def over(
         cls, layout: Layout, pool: torch.Tensor, starts: torch.Tensor, basis_of: torch.Tensor, num_bases: int = 1
     ) -> "Operands":
-        """Returns operands over arrays that others own, to be read only; no slot of theirs is taken for long segments."""
+        """Return operands over arrays that others own, to be read only; no slot of theirs is taken for long segments."""
         operands = cls(0, layout.rank, layout.num_outputs, layout.dtype, pool.device)
         operands.pool, operands.starts, operands.basis_of, operands.num_bases = pool, starts, basis_of, num_bases
         operands._dense = None
         return operands
 
     def pack(self, b: SparseB, scale: float = 1.0) -> Packed:
-        """Packs scale * B (D, r), r <= R, for `put`. Touches nothing of these operands, so any thread may."""
+        """Pack scale * B (D, r), r <= R, for `put`. Touches nothing of these operands, so any thread may."""
         assert b.shape[0] == self.layout.num_outputs
         assert b.shape[1] <= self.layout.rank
         return pack(self.layout, b, scale)
 
     def put(self, slot: int, packed: Packed, basis: int) -> None:
-        """Makes `packed` the B of `slot`, on the block `basis` of s. Raises `ValueError` where there is no such slot or basis, or
+        """Make `packed` the B of `slot`, on the block `basis` of s. Raises `ValueError` where there is no such slot or basis, or
         `packed` is of another layout."""
         if packed.layout != self.layout or not 0 <= slot < len(self.starts) or basis < 0:
             found = f"{packed.layout} for slot {slot} of {len(self.starts)} on basis {basis}"
@@ -122,7 +122,7 @@ class Operands:
             self._dense[slot] = self._unpack(slot)
 
     def take(self, slot: int, length: int) -> int | None:
-        """Takes `length` units of room in one piece for `slot`, in place of what it had, and returns where it begins.
+        """Take `length` units of room in one piece for `slot`, in place of what it had, and return where it begins.
 
         The pool grows where it has less room than that; `None` where it has as much, in pieces. Who asks writes the blocks,
         `starts` and `basis_of`.
@@ -142,7 +142,7 @@ class Operands:
         return self.is_cpu and self._dense is None
 
     def addresses(self, slot: int) -> tuple[int, int, int, int]:
-        """Returns the address of the pool, its size in units, and the addresses of what `slot` has in `starts` and `basis_of`.
+        """Return the address of the pool, its size in units, and the addresses of what `slot` has in `starts` and `basis_of`.
 
         They are valid until the pool moves.
         """
@@ -150,7 +150,7 @@ class Operands:
         return self.pool.data_ptr(), self._extents.size, starts, self.basis_of.data_ptr() + slot * 4
 
     def clear(self, slot: int) -> None:
-        """Makes the delta of `slot` zero and frees its room in the pool."""
+        """Make the delta of `slot` zero and frees its room in the pool."""
         self._forget(slot)
         # Past torch's dispatcher where that can be, since an adapter has hundreds of modules.
         (self.starts.numpy() if self.is_cpu else self.starts)[slot] = -1
@@ -164,11 +164,11 @@ class Operands:
             self._extents.give(start, length)
 
     def reserve(self, num_bytes: int) -> None:
-        """Makes room for `num_bytes` of blocks in all, so that putting them moves the pool no more."""
+        """Make room for `num_bytes` of blocks in all, so that putting them moves the pool no more."""
         self._grow(-(-num_bytes // UNIT) - self._extents.size)
 
     def settle(self, room: torch.Tensor) -> None:
-        """Makes `room` (bytes,) uint8, zeros of the caller's that start at a multiple of 16, the pool, which must be empty."""
+        """Make `room` (bytes,) uint8, zeros of the caller's that start at a multiple of 16, the pool, which must be empty."""
         assert not self._extents.size
         assert not len(room) % UNIT
         self._extents.grow(len(room) // UNIT)

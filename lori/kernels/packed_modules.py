@@ -31,7 +31,7 @@ class PackedModules:
 
     @classmethod
     def of(cls, packed: Mapping[str, Packed]) -> "PackedModules":
-        """Returns `packed`, by module, in one piece."""
+        """Return `packed`, by module, in one piece."""
         ends = np.cumsum([len(of.blocks) // UNIT for of in packed.values()]).tolist()
         blocks, starts = ([getattr(of, part) for of in packed.values()] for part in ("blocks", "starts"))
         if not packed:
@@ -55,7 +55,7 @@ class PackedModules:
 
 
 def put_modules(operands: Mapping[str, Operands], slot: int, packed: PackedModules, basis: int) -> None:
-    """Makes `packed` the B of `slot` in `operands`, by module, on the block `basis` of s; modules that it lacks are cleared.
+    """Make `packed` the B of `slot` in `operands`, by module, on the block `basis` of s; modules that it lacks are cleared.
 
     The same as `Operands.put` and `Operands.clear` of each, and for the same thread. Raises `ValueError`, and has changed nothing
     then, where there is no such slot or basis, or a module is not among the operands or of another layout.
@@ -73,13 +73,13 @@ def put_modules(operands: Mapping[str, Operands], slot: int, packed: PackedModul
 
 
 def clear_modules(operands: Iterable[Operands], slot: int) -> None:
-    """Makes the delta of `slot` zero in all `operands`, and frees its room there."""
+    """Make the delta of `slot` zero in all `operands`, and frees its room there."""
     for of in operands:
         of.clear(slot)
 
 
 def _check(operands: Mapping[str, Operands], slot: int, packed: PackedModules, basis: int) -> None:
-    """Raises `ValueError` where `packed` does not fit `slot` of `operands` on `basis`."""
+    """Raise `ValueError` where `packed` does not fit `slot` of `operands` on `basis`."""
     faults = [f"{name}: no operands" for name in packed.layouts if name not in operands]
     for name, layout in packed.layouts.items():
         of = operands.get(name)

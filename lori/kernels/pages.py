@@ -9,7 +9,7 @@ from lori.resources import free_memory
 
 
 def zeros(num_bytes: int) -> torch.Tensor:
-    """Returns zeros (num_bytes,) uint8 on the CPU. They have their room at once: no step waits until the system clears a page.
+    """Return zeros (num_bytes,) uint8 on the CPU. They have their room at once: no step waits until the system clears a page.
 
     Raises `MemoryError` where the machine, or the container, has not so much.
     """

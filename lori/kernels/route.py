@@ -48,7 +48,7 @@ class Route:
 
     @classmethod
     def of(cls, terms: Iterable[Term], num_tokens: int, device: torch.device | str = "cpu") -> "Route":
-        """Builds the route of `terms`, each within the step's tokens."""
+        """Build the route of `terms`, each within the step's tokens."""
         segments: list[tuple[int, int, int, int]] = []
         slots: list[int] = []
         weights: list[float] = []
@@ -75,7 +75,7 @@ class Route:
 
     @classmethod
     def by_token(cls, segments: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor) -> "Route":
-        """Returns the route of one segment for each token, with no terms (`first` = `last`) where it has none.
+        """Return the route of one segment for each token, with no terms (`first` = `last`) where it has none.
 
         So the shapes do not depend on the terms: what a kernel launches stays right as the arrays change. For kernels that take
         segments without terms: `gpu` and `reference`.
@@ -85,7 +85,7 @@ class Route:
         return route
 
     def without(self, left_out: tuple[int, ...]) -> "Route":
-        """Returns the route without the segments of these numbers; the same one for every layer."""
+        """Return the route without the segments of these numbers; the same one for every layer."""
         if left_out not in self._without:
             kept = [i for i in range(len(self.segments)) if i not in left_out]
             self._without[left_out] = Route(self.segments[kept], self.slots, self.weights, self.num_tokens)

@@ -29,7 +29,7 @@ def fits(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> 
 
 
 def mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> ValueError:
-    """Returns the error that says what y and s are, and what the operands and the route make expected."""
+    """Return the error that says what y and s are, and what the operands and the route make expected."""
     layout, num_tokens = operands.layout, route.num_tokens
     return ValueError(
         f"y is {tuple(y.shape)} {y.dtype} with strides {y.stride()} on {y.device}, s {tuple(s.shape)} {s.dtype} with strides "

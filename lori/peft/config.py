@@ -112,17 +112,17 @@ class PeftConfig(BaseModel):
     inference_mode: bool = True
 
     def rank_of(self, module: str) -> int:
-        """Returns r of `module`, its full name in the base."""
+        """Return r of `module`, its full name in the base."""
         return matched(self.rank_pattern or {}, module, self.r)
 
     def alpha_of(self, module: str) -> float:
-        """Returns the alpha of `module` whose alpha / r is PEFT's scale, with rsLoRA too."""
+        """Return the alpha of `module` whose alpha / r is PEFT's scale, with rsLoRA too."""
         alpha = matched(self.alpha_pattern or {}, module, self.lora_alpha)
         return alpha * math.sqrt(self.rank_of(module)) if self.use_rslora else alpha
 
 
 def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
-    """Returns the value of the first key that matches `module`, else `default`.
+    """Return the value of the first key that matches `module`, else `default`.
 
     A key is a regular expression for the whole name, or for all of it after some dot (PEFT, `get_pattern_key` in
     peft/utils/other.py); failing those, the name itself. The order of the file decides, not how much a key matches.
@@ -134,7 +134,7 @@ def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
 
 
 def exact(module: str) -> str:
-    """Returns the pattern that matches `module`, a full name, and nothing else."""
+    """Return the pattern that matches `module`, a full name, and nothing else."""
     return "^" + re.escape(module)
 
 

@@ -21,7 +21,7 @@ PREFIX = "base_model.model."
 
 
 def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes `adapter` to the new `folder` as PEFT does, and returns it: A (R, N) drawn again, B (D, R) dense, both in `dtype`.
+    """Write `adapter` to the new `folder` as PEFT does, and return it: A (R, N) drawn again, B (D, R) dense, both in `dtype`.
 
     fp32 is exact; fp16 and bf16 are half the size and round A and B. Raises `AdapterError` where `folder` is there already, or
     where `dtype` cannot hold a value.
@@ -39,7 +39,7 @@ def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float
 
 
 def _config(config: AdapterConfig) -> PeftConfig:
-    """Returns the config that PEFT reads for an adapter of `config`; its patterns match one module each."""
+    """Return the config that PEFT reads for an adapter of `config`; its patterns match one module each."""
     return PeftConfig(
         peft_type="LORA",
         base_model_name_or_path=config.base_model_name_or_path,

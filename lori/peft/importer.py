@@ -80,7 +80,7 @@ def import_peft(
     values: ValueType | None = None,
     templates: Sequence[Template] | None = None,
 ) -> Imported:
-    """Reads the PEFT LoRA adapter in `folder`, made for `base`, and calls it `name`.
+    """Read the PEFT LoRA adapter in `folder`, made for `base`, and calls it `name`.
 
     Every nonzero entry of B is kept, which is exact; with `sparsity` at most 1 - `sparsity` of all entries, the largest ones (see
     `_sizes`), and never a zero. `values` is how B will be stored, None for its dtype in the file. `templates` are how its prompts
@@ -119,7 +119,7 @@ def import_peft(
 
 
 def module_of(path: str, modules: Collection[str]) -> str | None:
-    """Returns which of `modules`, full names in the base, `path` means: the longest that it ends with, after wrappers only."""
+    """Return which of `modules`, full names in the base, `path` means: the longest that it ends with, after wrappers only."""
     parts = path.split(".")
     for i, part in enumerate(parts):
         if (name := ".".join(parts[i:])) in modules:
@@ -130,7 +130,7 @@ def module_of(path: str, modules: Collection[str]) -> str | None:
 
 
 def _read(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair], tuple[str, ...]]:
-    """Returns config, A and B by module in the base's order, and the names of the tensors that were ignored."""
+    """Return config, A and B by module in the base's order, and the names of the tensors that were ignored."""
     faults: list[str] = []
     config = read_peft_config(folder, faults)
     if any(fault.endswith(NO_LORA) for fault in faults):  # whatever else it has is not to be that of a LoRA
@@ -174,7 +174,7 @@ def _other_base(config: PeftConfig, base: BaseIdentity) -> list[str]:
 def _read_tensors(
     folder: Path, base: BaseIdentity, faults: list[str]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], tuple[str, ...]]:
-    """Returns {module: {"A": …, "B": …}}, as far as they are there, and the names of the tensors that were ignored."""
+    """Return {module: {"A": …, "B": …}}, as far as they are there, and the names of the tensors that were ignored."""
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     ignored: list[str] = []
     features: dict[str, list[str]] = defaultdict(list)
@@ -238,7 +238,7 @@ def _tensor_faults(name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> I
 
 
 def _value_type(tensors: Iterable[torch.Tensor]) -> ValueType:
-    """Returns the dtype of `tensors`, or fp32, which holds them all, where they differ."""
+    """Return the dtype of `tensors`, or fp32, which holds them all, where they differ."""
     dtypes = {b.dtype for b in tensors}
     return DTYPES[dtypes.pop()] if len(dtypes) == 1 else "float32"
 
@@ -270,14 +270,14 @@ def _templates(folder: Path) -> Sequence[Template]:
 
 
 def _basis(tensors: Mapping[str, torch.Tensor]) -> Basis:
-    """Returns the shared default basis where `tensors` are exactly its A, as in an export of ours, else an explicit one."""
+    """Return the shared default basis where `tensors` are exactly its A, as in an export of ours, else an explicit one."""
     default = Seeded()
     is_default = all(a.dtype == torch.float32 and torch.equal(a, default.draw(module, *a.shape)) for module, a in tensors.items())
     return default if is_default else Explicit.of(tensors)
 
 
 def _sizes(pairs: Mapping[str, Pair], scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Returns what each entry of B adds to the delta, (D, R) by module: scale |B[d, j]| |A[j]|, its Frobenius norm.
+    """Return what each entry of B adds to the delta, (D, R) by module: scale |B[d, j]| |A[j]|, its Frobenius norm.
 
     The paper ranks |B| alone, over one scale and rows of A that are about as long as each other; here neither need be. Where the
     rows of A are orthogonal, as random ones nearly are, no other choice of as many entries is nearer to the delta.
@@ -286,7 +286,7 @@ def _sizes(pairs: Mapping[str, Pair], scales: Mapping[str, float]) -> dict[str, 
 
 
 def _error(pairs: Mapping[str, Pair], scales: Mapping[str, float], masks: Mapping[str, torch.Tensor]) -> float:
-    """Returns |delta - masked delta| / |delta| in the Frobenius norm over all modules together."""
+    """Return |delta - masked delta| / |delta| in the Frobenius norm over all modules together."""
     lost = total = 0.0
     for module, (a, b) in pairs.items():
         total += scales[module] ** 2 * _squared_norm(a, b)
@@ -295,13 +295,13 @@ def _error(pairs: Mapping[str, Pair], scales: Mapping[str, float], masks: Mappin
 
 
 def _squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Returns |B A|² = sum((BᵀB) ∘ (A Aᵀ)), in fp64 and without the (D, N) product."""
+    """Return |B A|² = sum((BᵀB) ∘ (A Aᵀ)), in fp64 and without the (D, N) product."""
     a, b = a.double(), b.double()
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
 def is_peft(files: Files) -> bool:
-    """Says whether the config of `files` is one that PEFT writes for LoRA."""
+    """Return whether the config of `files` is one that PEFT writes for LoRA."""
     try:
         document = from_json(files.get(CONFIG_FILE, b""))
     except ValueError:
@@ -310,7 +310,7 @@ def is_peft(files: Files) -> bool:
 
 
 def parse_incoming(name: str, files: Files, basis_of: BasisOf, base: BaseIdentity) -> Sealed:
-    """Returns the adapter that `files` are, called `name`, and the files to keep: those of ours as they are.
+    """Return the adapter that `files` are, called `name`, and the files to keep: those of ours as they are.
 
     A PEFT adapter becomes one of ours, exactly. Raises `AdapterFormatError` with every fault, `AdapterError` as `import_peft`.
     """

@@ -20,11 +20,11 @@ class Aliases:
         self.folder = root / ALIASES_FOLDER
 
     def all(self) -> dict[str, str]:
-        """Returns what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
+        """Return what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
         return {name: meant for name in self.names() if (meant := self.get(name)) is not None}
 
     def readable(self) -> dict[str, str]:
-        """Returns `all` but for those that cannot be read."""
+        """Return `all` but for those that cannot be read."""
         found = {}
         for name in self.names():
             with suppress(AdapterError):
@@ -33,12 +33,12 @@ class Aliases:
         return found
 
     def names(self) -> list[str]:
-        """Returns the names of the aliases, in order. Raises `AdapterError` where their folder is a link."""
+        """Return the names of the aliases, in order. Raises `AdapterError` where their folder is a link."""
         no_link(self.folder)
         return [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
 
     def get(self, name: str) -> str | None:
-        """Returns what the alias `name` means, or None where there is none. Raises `AliasError` where it cannot be read."""
+        """Return what the alias `name` means, or None where there is none. Raises `AliasError` where it cannot be read."""
         file = self.folder / name
         try:
             meant = read_stored(self.folder, name, MAX_BYTES).decode().strip()
@@ -53,16 +53,16 @@ class Aliases:
         return meant
 
     def stamp(self, name: str) -> FileStamp | None:
-        """Returns what is another each time that the alias `name` is set; None where there is none."""
+        """Return what is another each time that the alias `name` is set; None where there is none."""
         return file_stamp(self.folder / name)
 
     def set(self, name: str, meant: str) -> None:
-        """Makes the alias `name` mean `meant`, `name@version`."""
+        """Make the alias `name` mean `meant`, `name@version`."""
         no_link(self.folder).mkdir(exist_ok=True)
         replace_file(self.folder / name, f"{meant}\n".encode())
 
     def remove(self, name: str) -> None:
-        """Removes the alias `name`, where there is one."""
+        """Remove the alias `name`, where there is one."""
         with suppress(FileNotFoundError):
             (no_link(self.folder) / name).unlink()
             sync_folder(self.folder)

@@ -34,7 +34,7 @@ OLDEST = (1980, 1, 1, 0, 0, 0)
 
 
 def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -> Adapter:
-    """Writes the adapter in `folder` to `file`, as `name`, and returns it; `values` stores its B otherwise: another version.
+    """Write the adapter in `folder` to `file`, as `name`, and return it; `values` stores its B otherwise: another version.
 
     The same adapter gives the same bytes. Raises `AdapterFormatError` where it is not sound, `AdapterError` where `name` is none
     or `file` no regular file, and `OSError` where it cannot be written.
@@ -61,7 +61,7 @@ def pack(folder: Path, file: Path, name: str, values: ValueType | None = None) -
 
 
 def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
-    """Publishes what `file` holds in `store`, under its own name or `name`.
+    """Publish what `file` holds in `store`, under its own name or `name`.
 
     Raises `AdapterFormatError` where it is no archive that `pack` wrote, or holds an adapter that is not sound; as
     `AdapterStore.put`; and `OSError` where it cannot be read.
@@ -85,7 +85,7 @@ def unpack(file: Path, store: AdapterStore, name: str | None = None) -> Entry:
 
 
 def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) -> str:
-    """Returns the adapter's name. Raises where a member is one that `pack` does not write: none leads out of the folder."""
+    """Return the adapter's name. Raises where a member is one that `pack` does not write: none leads out of the folder."""
     if len(members) > MAX_MEMBERS:
         raise AdapterFormatError(str(file), [f"it has {len(members)} members, expected {MAX_MEMBERS} at most"])
     names = [member.filename for member in members]
@@ -110,6 +110,6 @@ def _checked_name(file: Path, members: list[zipfile.ZipInfo], num_bytes: int) ->
 
 
 def _is_special(member: zipfile.ZipInfo) -> bool:
-    """Says whether a member is a link, a folder or a device, as programs of Unix note it; `pack` and others note nothing."""
+    """Return whether a member is a link, a folder or a device, as programs of Unix note it; `pack` and others note nothing."""
     kind = stat.S_IFMT(member.external_attr >> 16)
     return kind not in (0, stat.S_IFREG)

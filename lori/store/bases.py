@@ -20,12 +20,12 @@ _loaded: WeakValueDictionary[Path, Explicit] = WeakValueDictionary()
 
 
 def basis_file(store: Path, digest: str) -> Path:
-    """Returns where `store` keeps the basis of this digest."""
+    """Return where `store` keeps the basis of this digest."""
     return store / BASES_FOLDER / f"{digest}.safetensors"
 
 
 def save_basis(store: Path, basis: Explicit) -> Path:
-    """Puts a basis in `store`, where it is not there yet or is damaged, and returns its file."""
+    """Put a basis in `store`, where it is not there yet or is damaged, and return its file."""
     file, content = basis_file(store, basis.content_digest), basis_bytes(basis)
     if not _holds(file, content):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +34,12 @@ def save_basis(store: Path, basis: Explicit) -> Path:
 
 
 def basis_bytes(basis: Explicit) -> bytes:
-    """Returns the content of a basis's file."""
+    """Return the content of a basis's file."""
     return save({module: a.contiguous() for module, a in basis.tensors.items()})
 
 
 def load_basis(store: Path, digest: str) -> Explicit:
-    """Returns the basis of this digest, read from `store` and checked; the adapters on it share one in memory.
+    """Return the basis of this digest, read from `store` and checked; the adapters on it share one in memory.
 
     Raises `AdapterFormatError` where it is not there or not sound.
     """
@@ -58,7 +58,7 @@ def load_basis(store: Path, digest: str) -> Explicit:
 
 
 def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
-    """Returns the basis that `content` is. Raises `AdapterFormatError`, with `source`, where it is not the one of this digest."""
+    """Return the basis that `content` is. Raises `AdapterFormatError`, with `source`, where it is not the one of this digest."""
     faults: list[str] = []
     tensors = parse_tensors("its basis", content, faults) or {}
     faults += [f"{module}: not a matrix of finite floats" for module, a in tensors.items() if not _is_matrix(a)]

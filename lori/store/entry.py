@@ -47,11 +47,11 @@ class Entry:
 
     @contextmanager
     def held(self) -> Iterator[Path]:
-        """Yields the folder with all its files, which nothing takes away before the block ends but who deletes the adapter."""
+        """Yield the folder with all its files, which nothing takes away before the block ends but who deletes the adapter."""
         yield self.folder
 
     def card(self) -> bytes:
-        """Returns its card; nothing where it has none. Raises `AdapterFormatError` where it cannot be read."""
+        """Return its card; nothing where it has none. Raises `AdapterFormatError` where it cannot be read."""
         if not os.path.lexists(self.folder / CARD_FILE):
             return b""
         faults: list[str] = []
@@ -61,22 +61,22 @@ class Entry:
         return card
 
     def file_faults(self) -> list[str]:
-        """Returns what is wrong with its files as far as that is seen without reading them whole."""
+        """Return what is wrong with its files as far as that is seen without reading them whole."""
         return file_faults(self.folder)
 
     def basis(self, digest: str) -> Explicit:
-        """Returns the explicit basis of this digest. Raises as `load_basis`."""
+        """Return the explicit basis of this digest. Raises as `load_basis`."""
         return load_basis(self.folder.parent, digest)
 
     def load(self, base: BaseIdentity | None = None) -> Adapter:
-        """Reads and checks it, see `lori.format.load_adapter`; its name is this entry's."""
+        """Read and checks it, see `lori.format.load_adapter`; its name is this entry's."""
         with self.held() as folder:
             adapter = load_adapter(folder, base)
         self.check_version(adapter.version)
         return replace(adapter, name=self.name)
 
     def check_version(self, found: str) -> None:
-        """Raises `AdapterFormatError` where the folder's name has a version, and it is not the one that was `found` inside."""
+        """Raise `AdapterFormatError` where the folder's name has a version, and it is not the one that was `found` inside."""
         in_name = self.folder.name.partition("@")[2]
         if in_name and in_name != found:
             raise AdapterFormatError(str(self.folder), [f"its version is {found}, expected {in_name}"])
@@ -93,7 +93,7 @@ class Scan:
 
 
 def scan(root: Path, name: str | None = None) -> Scan:
-    """Returns which folders of the store `root` hold an adapter, or one that is called `name`. Opens none.
+    """Return which folders of the store `root` hold an adapter, or one that is called `name`. Opens none.
 
     Raises `AdapterError` where `root` cannot be read.
     """
@@ -112,12 +112,12 @@ def scan(root: Path, name: str | None = None) -> Scan:
 
 
 def has_adapter(folder: str) -> bool:
-    """Says whether a folder holds an adapter, be it damaged: without a config it has weights. Follows a link to the folder."""
+    """Return whether a folder holds an adapter, be it damaged: without a config it has weights. Follows a link to the folder."""
     return any(_exists(os.path.join(folder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE))  # a path costs more, of thousands
 
 
 def is_version(folder: str) -> bool:
-    """Says whether this is the name of a version's folder, `name@version`."""
+    """Return whether this is the name of a version's folder, `name@version`."""
     name, _, version = folder.partition("@")
     return bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
 
@@ -161,19 +161,19 @@ class Source(Protocol):
     """Has the files of the folders in a store."""
 
     def held(self, folder: str) -> AbstractContextManager[Path]:
-        """Gives the folder of that name with all its files, until the block ends."""
+        """Give the folder of that name with all its files, until the block ends."""
 
     def num_bytes(self, folder: str) -> int:
-        """Returns what its files hold."""
+        """Return what its files hold."""
 
     def card(self, folder: str) -> bytes:
-        """Returns its card."""
+        """Return its card."""
 
     def file_faults(self, folder: str) -> list[str]:
-        """Returns what is wrong with its files, as far as the store says so."""
+        """Return what is wrong with its files, as far as the store says so."""
 
     def basis(self, digest: str) -> Explicit:
-        """Returns an explicit basis."""
+        """Return an explicit basis."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes and syncs a file. It is not whole before this returns: for files of a folder that nobody reads yet."""
+    """Write and syncs a file. It is not whole before this returns: for files of a folder that nobody reads yet."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -189,13 +189,13 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Syncs a file that another one wrote."""
+    """Sync a file that another one wrote."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int, int] | None = None) -> None:
-    """Writes a file aside, syncs it, and puts it in place: a reader sees the old content or the new.
+    """Write a file aside, syncs it, and puts it in place: a reader sees the old content or the new.
 
     `owner`: its user and group, where they are not to be those of the process.
     """
@@ -214,7 +214,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a hidden folder beside `folder` to write in, and puts it in place, over an old one, unless the block raises.
+    """Yield a hidden folder beside `folder` to write in, and puts it in place, over an old one, unless the block raises.
 
     A reader finds the old folder or the new one, after a crash too. (Where the file system cannot exchange two names in one step,
     there is a moment between two renames: a crash in it leaves the old folder beside, hidden, its name ending in `.old`.)
@@ -247,7 +247,7 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchanges two names in one step; returns False where the system or the file system cannot."""
+    """Exchange two names in one step; returns False where the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -260,7 +260,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Removes a file, a link or a folder, as far as that can be done."""
+    """Remove a file, a link or a folder, as far as that can be done."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -268,7 +268,7 @@ def discard(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder: it is gone at once, under its name, and its files follow. Of a link the link alone goes."""
+    """Remove a folder: it is gone at once, under its name, and its files follow. Of a link the link alone goes."""
     if folder.is_symlink():
         folder.unlink()
         sync_folder(folder.parent)
@@ -282,7 +282,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs the names that `folder` holds."""
+    """Sync the names that `folder` holds."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -32,7 +32,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATES_FILE)
 
 
 def resolve(source: str) -> Path:
-    """Returns the folder that `source` means: a path, or `hf://owner/name` with maybe `@revision`, which is fetched.
+    """Return the folder that `source` means: a path, or `hf://owner/name` with maybe `@revision`, which is fetched.
 
     What was fetched before is not fetched again. (One of ours with an A of its own cannot come so: its A lies in a store.) Raises
     `AdapterError` where there is none, saying what to do; `UnreachableError` where that is to wait.
@@ -46,13 +46,13 @@ def resolve(source: str) -> Path:
 
 
 def name_in(source: str) -> str:
-    """Returns what an adapter from `source` is called where nobody says otherwise: the last part of the path or the hub id."""
+    """Return what an adapter from `source` is called where nobody says otherwise: the last part of the path or the hub id."""
     path = source.removeprefix(SCHEME).partition("@")[0] if source.startswith(SCHEME) else Path(source).absolute().name
     return path.rpartition("/")[2].partition("@")[0].lower()
 
 
 def check_model(name: str) -> None:
-    """Asks the hub, once, for a base model that was never fetched: a loader asks often, for a minute, and prints each failure.
+    """Ask the hub, once, for a base model that was never fetched: a loader asks often, for a minute, and prints each failure.
 
     Raises `ModelError` where there is no such model, or the hub cannot be reached.
     """

@@ -17,7 +17,7 @@ LOCK_S = 60.0
 
 @contextmanager
 def locked(root: Path, *names: str) -> Iterator[None]:
-    """Holds the locks of `names` in the store `root`, which is made, and cleans up after writers of them that were killed.
+    """Hold the locks of `names` in the store `root`, which is made, and cleans up after writers of them that were killed.
 
     Raises `AdapterError` where another process does not let go of one, or the folder of the locks or aliases is a link.
     """

@@ -49,7 +49,7 @@ class WeightCache:
 
     @contextmanager
     def held(self, folder: str) -> Iterator[None]:
-        """Lets nothing of `folder` go before the block ends."""
+        """Let nothing of `folder` go before the block ends."""
         with self._lock:
             self._held[folder] += 1
         try:
@@ -62,7 +62,7 @@ class WeightCache:
                 self._make_room()
 
     def use(self, folder: str) -> None:
-        """Notes that what is in `folder` came, or is used: it goes last."""
+        """Note that what is in `folder` came, or is used: it goes last."""
         os.utime(self._root / folder / WEIGHTS_FILE)  # for the next process
         with self._lock:
             self._sizes[folder] = self._size(folder)
@@ -70,7 +70,7 @@ class WeightCache:
             self._make_room()
 
     def drop(self, folder: str) -> None:
-        """Lets the weights and the card of `folder` go; who reads them already has them open."""
+        """Let the weights and the card of `folder` go; who reads them already has them open."""
         with self._lock:
             self._drop(folder)
 
@@ -94,7 +94,7 @@ class WeightCache:
 
 
 def take_place(root: Path) -> tuple[Path, FileLock]:
-    """Returns the first folder in `root` that no other process has, and the lock that keeps others out as long as it lives.
+    """Return the first folder in `root` that no other process has, and the lock that keeps others out as long as it lives.
 
     What a process that was killed left half done in it is gone. Raises `OSError` where `root` cannot be written.
     """
@@ -122,7 +122,7 @@ MAX_SYNCED = 16
 
 
 def alias_path(name: str) -> str:
-    """Returns where a store keeps the alias `name`."""
+    """Return where a store keeps the alias `name`."""
     return f"{ALIASES_FOLDER}/{name}"
 
 
@@ -142,7 +142,7 @@ class Mirror:
         """Folders with a config whose name no adapter may have, when all was looked at last."""
 
     def look_at_all(self) -> None:
-        """Looks at the whole store, and forgets copies of what it does not hold.
+        """Look at the whole store, and forgets copies of what it does not hold.
 
         Raises `AdapterError` where it is an adapter itself, or keeps its aliases behind a link.
         """
@@ -164,7 +164,7 @@ class Mirror:
         replace_file(self._root / MARKS_FILE, json.dumps(self._marks).encode())
 
     def look_at(self, names: Iterable[str]) -> None:
-        """Looks at what these names mean as aliases, and at all versions of adapters that are called so."""
+        """Look at what these names mean as aliases, and at all versions of adapters that are called so."""
         for name in names:
             # First the alias: what it means was there before it.
             path = alias_path(name)
@@ -177,14 +177,14 @@ class Mirror:
             self._take_over({of: file for of, file in _ours(found).items() if _owner(of) == name}, kept)
 
     def look_at_aliases(self) -> None:
-        """Looks at all aliases."""
+        """Look at all aliases."""
         found = self._remote.files_in(ALIASES_FOLDER)
         kept = {path: file for path, file in self.files.items() if not path.startswith(f"{ALIASES_FOLDER}/")}
         self._take_over(_ours(found), kept)
         self._drop_gone(ALIASES_FOLDER)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Has files fetched again, when they are looked at: their copies are about to be changed."""
+        """Have files fetched again, when they are looked at: their copies are about to be changed."""
         for path in paths:
             self._marks.pop(path, None)
 
@@ -288,7 +288,7 @@ def _replace_unsynced(file: Path, content: bytes) -> None:
 
 
 def _guessed(paths: Iterable[str], found: Mapping[str, RemoteFile], folders: Mapping[str, Sequence[str]]) -> dict[str, bytes]:
-    """Returns what aliases hold that mean a version of their own name, as most do, where the listing has the md5 of it.
+    """Return what aliases hold that mean a version of their own name, as most do, where the listing has the md5 of it.
 
     So half of what a first start has to read need not be read.
     """

@@ -40,7 +40,7 @@ class RemoteStore(AdapterStore):
     """
 
     def __init__(self, remote: RemoteFolder, cache: Path, max_bytes: int, grace_s: float = 0) -> None:
-        """Raises `AdapterError` as `pull`, and where `cache` cannot be written."""
+        """Raise `AdapterError` as `pull`, and where `cache` cannot be written."""
         self.grace_s = grace_s
         self._remote = remote
         self._lock, self._fetching_lock = threading.RLock(), threading.Lock()
@@ -56,7 +56,7 @@ class RemoteStore(AdapterStore):
             raise AdapterError(f"its cache {cache} cannot be written: {error.strerror}") from error
 
     def pull(self, *names: str) -> None:
-        """Looks at what there is of these names now, and of what they mean; or of all where none is given."""
+        """Look at what there is of these names now, and of what they mean; or of all where none is given."""
         with self._lock:
             if not names:
                 for _ in range(NUM_LOOKS):
@@ -96,7 +96,7 @@ class RemoteStore(AdapterStore):
         return entry
 
     def save(self, adapter: Adapter) -> NoReturn:
-        """Raises `AdapterError`: what a maker leaves is replaced in place, and `add` is what publishes at an address."""
+        """Raise `AdapterError`: what a maker leaves is replaced in place, and `add` is what publishes at an address."""
         raise AdapterError(f"{adapter.name!r} cannot be saved in {self._remote.name} as its maker leaves it: publish it")
 
     def alias(self, alias: str, reference: str) -> Entry:
@@ -124,7 +124,7 @@ class RemoteStore(AdapterStore):
             return self._doomed(name, version)[0]
 
     def withdraw(self, reference: str, versions: Sequence[str] = ()) -> None:
-        """Removes aliases and configs: nobody finds it any more. Who has its config can fetch the rest until it is removed."""
+        """Remove aliases and configs: nobody finds it any more. Who has its config can fetch the rest until it is removed."""
         name, version = split_reference(reference)
         with self._lock:
             withdrawn = self._withdrawn.setdefault(name, set()) if versions else self._withdrawn.get(name, set())
@@ -156,7 +156,7 @@ class RemoteStore(AdapterStore):
 
     @contextmanager
     def held(self, folder: str) -> Iterator[Path]:
-        """Gives the folder of that name with all its files, until the block ends.
+        """Give the folder of that name with all its files, until the block ends.
 
         Where the block finds it damaged, it is fetched again for the next who asks. Raises `AdapterFormatError` where its files
         are gone, `UnreachableError` where they do not come.
@@ -176,24 +176,24 @@ class RemoteStore(AdapterStore):
                 raise
 
     def num_bytes(self, folder: str) -> int:
-        """Returns what the files of the folder of that name hold, as the store says."""
+        """Return what the files of the folder of that name hold, as the store says."""
         files = self._mirror.files
         return sum(file.num_bytes for name in ADAPTER_FILES if (file := files.get(f"{folder}/{name}")))
 
     def card(self, folder: str) -> bytes:
-        """Returns the card in the folder of that name, as it is in the store now; nothing where there is none."""
+        """Return the card in the folder of that name, as it is in the store now; nothing where there is none."""
         path = f"{folder}/{CARD_FILE}"
         return self._remote.read([path]).get(path, b"")
 
     def file_faults(self, folder: str) -> list[str]:
-        """Returns what is wrong with the files in the folder of that name, as far as the store says so."""
+        """Return what is wrong with the files in the folder of that name, as far as the store says so."""
         names = self._mirror.links.get(folder, ())
         if names or f"{folder}/{WEIGHTS_FILE}" in self._mirror.files:
             return [f"{name} cannot be read: {LINK}" if name else LINKED_FOLDER for name in names]
         return [f"{WEIGHTS_FILE} is not there"]
 
     def basis(self, digest: str) -> Explicit:
-        """Returns an explicit basis, which is fetched where it is not here. Raises as `load_basis`."""
+        """Return an explicit basis, which is fetched where it is not here. Raises as `load_basis`."""
         file = basis_file(self.root, digest)
         with self._alone(file.name):
             if not file.is_file():
@@ -233,7 +233,7 @@ class RemoteStore(AdapterStore):
             self._withdrawn[name] = left
 
     def _record(self, folder: str) -> Files:
-        """Returns the config and the card of a version that is there, as they are now."""
+        """Return the config and the card of a version that is there, as they are now."""
         config, card = self.root / folder / CONFIG_FILE, f"{folder}/{CARD_FILE}"
         found = self._remote.read([card])
         return {CONFIG_FILE: read_stored(config.parent, CONFIG_FILE, MAX_TEXT_BYTES)} | (
@@ -241,7 +241,7 @@ class RemoteStore(AdapterStore):
         )
 
     def _prepare(self, folder: str, files: Files, known: Files) -> None:
-        """Makes the copy of a version what its original is, the weights too, which `files` have: the version is the same.
+        """Make the copy of a version what its original is, the weights too, which `files` have: the version is the same.
 
         Where it is gone the copy, which a request under way may read, becomes what `files` are.
         """
@@ -298,7 +298,7 @@ class RemoteStore(AdapterStore):
             raise AdapterFormatError(folder, [GONE]) from error
 
     def _bring(self, path: str) -> None:
-        """Fetches a file whole, and puts it in place. Raises `FileNotFoundError` where it is not there."""
+        """Fetch a file whole, and puts it in place. Raises `FileNotFoundError` where it is not there."""
         file = self.root / path
         with TemporaryDirectory(dir=self.root, prefix=".fetching-", ignore_cleanup_errors=True) as scratch:
             aside = Path(scratch) / file.name

@@ -32,12 +32,12 @@ QUERY = re.compile(r"\?\S*")
 
 
 def is_url(place: str) -> bool:
-    """Says whether `place` is an address, such as s3://bucket/adapters, and no path of this machine."""
+    """Return whether `place` is an address, such as s3://bucket/adapters, and no path of this machine."""
     return bool(URL.match(place))
 
 
 def redacted(text: str) -> str:
-    """Returns `text` without what stands before the host and after the question mark of the addresses in it."""
+    """Return `text` without what stands before the host and after the question mark of the addresses in it."""
     return QUERY.sub("?…", USER_INFO.sub("…@", text)) if "://" in text else text
 
 
@@ -45,7 +45,7 @@ Found = TypeVar("Found")
 
 
 def within(seconds: float, act: Callable[[], Found]) -> Found:
-    """Returns what `act` returns, or raises what it raises. Raises `TimeoutError` where it takes longer.
+    """Return what `act` returns, or raises what it raises. Raises `TimeoutError` where it takes longer.
 
     Then it is left to itself, in a thread that keeps no process alive.
     """
@@ -92,7 +92,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        """Raises `AdapterError` where no file system is known for `url`, or it needs a package that is not there."""
+        """Raise `AdapterError` where no file system is known for `url`, or it needs a package that is not there."""
         self.name = redacted(url)
         self._timeout_s = timeout_s
         try:
@@ -106,29 +106,29 @@ class RemoteFolder:
         self._is_flat = "prefix" in inspect.signature(getattr(self._fs, "_find", self._fs.find)).parameters
 
     def files(self) -> dict[str, RemoteFile]:
-        """Returns all files of the folder and of the folders in it, by path. Raises `AdapterError` where there is no folder."""
+        """Return all files of the folder and of the folders in it, by path. Raises `AdapterError` where there is no folder."""
         found = self._do("listing", lambda: self._settled(lambda: self._below(self._root)))
         if [*found] == [""] and found[""].num_bytes:  # an empty one can stand for an empty folder, in an object store
             raise AdapterError("it is a file, expected a folder")
         return found
 
     def files_of(self, name: str) -> dict[str, RemoteFile]:
-        """Returns those in folders that are called `name`, or `name@` and more."""
+        """Return those in folders that are called `name`, or `name@` and more."""
         return self._do("listing", lambda: self._settled(lambda: self._named(name)))
 
     def files_in(self, folder: str) -> dict[str, RemoteFile]:
-        """Returns those in one folder in it; none where there is no such folder."""
+        """Return those in one folder in it; none where there is no such folder."""
         return self._do("listing", lambda: self._in(folder))
 
     def file(self, path: str) -> RemoteFile | None:
-        """Returns what is said of one file; None where it is not there."""
+        """Return what is said of one file; None where it is not there."""
         try:
             return _said(self._do("listing", lambda: self._info(self._path(path))))
         except FileNotFoundError:
             return None
 
     def read(self, paths: Sequence[str]) -> dict[str, bytes]:
-        """Returns the content of files, but of those that are not there."""
+        """Return the content of files, but of those that are not there."""
         found: dict[str, bytes] = {}
         for start in range(0, len(paths), BATCH):
             some = {self._path(path): path for path in paths[start : start + BATCH]}
@@ -137,15 +137,15 @@ class RemoteFolder:
         return found
 
     def fetch(self, path: str, to: Path) -> None:
-        """Copies a file to this machine. Raises `FileNotFoundError` where it is not there."""
+        """Copy a file to this machine. Raises `FileNotFoundError` where it is not there."""
         self._do("fetching", lambda: self._fetch(self._path(path), to))
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes a file whole: a reader sees the old content or the new, where the file system keeps whole objects."""
+        """Write a file whole: a reader sees the old content or the new, where the file system keeps whole objects."""
         self._do("writing", lambda: self._write(self._path(path), content))
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Removes files one after the other; what is not there is no fault. Folders that are left empty may go, too."""
+        """Remove files one after the other; what is not there is no fault. Folders that are left empty may go, too."""
         for path in paths:
             self._do("removing", lambda path=path: self._remove(self._path(path)))  # type: ignore[misc]
 

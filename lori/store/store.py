@@ -83,7 +83,7 @@ class AdapterStore:
         """Of names that were withdrawn, their alias's stamp, and the versions that are to go."""
 
     def list(self) -> Sequence[Entry]:
-        """Returns every version of every adapter, in order of name. Opens none.
+        """Return every version of every adapter, in order of name. Opens none.
 
         One that is a link is among them, and cannot be read. Raises `AdapterError` where `root` cannot be read.
         """
@@ -91,37 +91,37 @@ class AdapterStore:
         return self._scan().entries
 
     def versions(self, name: str) -> Sequence[Entry]:
-        """Returns every version of the adapter called `name`; none where there is none. Raises as `list`."""
+        """Return every version of the adapter called `name`; none where there is none. Raises as `list`."""
         return self._scan(name).entries if self.root.is_dir() else []
 
     def misnamed(self) -> Sequence[str]:
-        """Returns the folders that hold an adapter, and whose name no adapter may have. Raises as `list`."""
+        """Return the folders that hold an adapter, and whose name no adapter may have. Raises as `list`."""
         return self._scan().misnamed
 
     def pull(self, *names: str) -> None:
-        """Looks at what there is of these names now, or of all where none is given: a folder says so whenever it is asked."""
+        """Look at what there is of these names now, or of all where none is given: a folder says so whenever it is asked."""
 
     def may_write(self) -> bool:
-        """Says whether anything could be published, as far as that is known beforehand."""
+        """Return whether anything could be published, as far as that is known beforehand."""
         return os.access(self.root, os.W_OK)
 
     def alias_names(self) -> Sequence[str]:
-        """Returns the names of the aliases, whether they mean anything or not."""
+        """Return the names of the aliases, whether they mean anything or not."""
         return self._aliases.names()
 
     def aliases(self) -> dict[str, str]:
-        """Returns what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
+        """Return what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
         return self._aliases.all()
 
     def current(self) -> dict[str, Entry]:
-        """Returns what each name and alias means now. Raises `AdapterError` where one means nothing, or two things."""
+        """Return what each name and alias means now. Raises `AdapterError` where one means nothing, or two things."""
         contents = self.contents()
         if contents.faults:
             raise AdapterError("; ".join(contents.faults.values()))
         return dict(contents.current)
 
     def contents(self) -> Contents:
-        """Returns what each name and alias means now, and what is wrong with those that mean nothing.
+        """Return what each name and alias means now, and what is wrong with those that mean nothing.
 
         Raises `AdapterError` where `root` cannot be read, is an adapter itself, or keeps its aliases behind a link.
         """
@@ -131,7 +131,7 @@ class AdapterStore:
         return self._contents()
 
     def find(self, reference: str) -> Entry:
-        """Returns the adapter called `reference`: a name, an alias, or `name@version`, where the version's first digits will do.
+        """Return the adapter called `reference`: a name, an alias, or `name@version`, where the version's first digits will do.
 
         Raises `UnknownAdapterError` where there is none, `AdapterError` where it could be several, or no adapter is called so.
         """
@@ -183,7 +183,7 @@ class AdapterStore:
         return found[0]
 
     def publish(self, source: Path, name: str | None = None) -> Entry:
-        """Checks the adapter in `source`, copies it as a version of `name` (`source`'s own if None), and makes `name` mean it.
+        """Check the adapter in `source`, copies it as a version of `name` (`source`'s own if None), and makes `name` mean it.
 
         Links in `source` are followed as `lori.store.files.source_file` says.
 
@@ -195,12 +195,12 @@ class AdapterStore:
         return self.put(parse_adapter(name, files, partial(load_basis, source.parent), source=str(source), faults=faults), files)
 
     def add(self, adapter: Adapter) -> Entry:
-        """Publishes an adapter that was just made, see `lori.format.seal`, under its name. Raises as `seal` and `put`."""
+        """Publish an adapter that was just made, see `lori.format.seal`, under its name. Raises as `seal` and `put`."""
         sealed = seal(adapter)
         return self.put(sealed.adapter, sealed.files)
 
     def put(self, adapter: Adapter, files: Files) -> Entry:
-        """Publishes `adapter`, which `files` were read as, under its name.
+        """Publish `adapter`, which `files` were read as, under its name.
 
         Where the store has the version already, its record and card are replaced, unless it was made in another way: it keeps its
         own then. Raises `AdapterError` for a name that is none, or another adapter's alias, and where the store cannot be
@@ -237,7 +237,7 @@ class AdapterStore:
                 replace_file(folder / name, content)
 
     def alias(self, alias: str, reference: str) -> Entry:
-        """Makes `alias` mean what `reference` means now, and returns that.
+        """Make `alias` mean what `reference` means now, and return that.
 
         Raises as `find`, and `AdapterError` where `alias` is another adapter.
         """
@@ -254,11 +254,11 @@ class AdapterStore:
         return entry
 
     def doomed(self, reference: str) -> Sequence[Entry]:
-        """Returns the versions that `remove` would remove now, none for an alias. Raises as that."""
+        """Return the versions that `remove` would remove now, none for an alias. Raises as that."""
         return self._doomed(*split_reference(reference))[0]
 
     def withdraw(self, reference: str, versions: Sequence[str] = ()) -> None:
-        """Does what has to be done before the requests that use it have ended, when `remove` is called.
+        """Do what has to be done before the requests that use it have ended, when `remove` is called.
 
         `versions` are those of it, as `name@version`, that the caller knows of: another process may have withdrawn them first.
         Of a folder, what a name means now is noted: if it is published again meanwhile, `remove` leaves what was not there yet.
@@ -268,7 +268,7 @@ class AdapterStore:
             self._noted[name] = (self._aliases.stamp(name), frozenset(versions))
 
     def remove(self, reference: str) -> Sequence[str]:
-        """Removes a version (`name@version`), a name with all its versions, or an alias alone; returns what is gone.
+        """Remove a version (`name@version`), a name with all its versions, or an alias alone; returns what is gone.
 
         An explicit basis that no other adapter needs goes with them.
 
@@ -297,7 +297,7 @@ class AdapterStore:
         return sorted(gone) or [name]
 
     def save(self, adapter: Adapter) -> Adapter:
-        """Saves an adapter as its maker leaves it, see `lori.format.save_adapter`, and returns it as it is read.
+        """Save an adapter as its maker leaves it, see `lori.format.save_adapter`, and return it as it is read.
 
         The explicit basis of what was there before goes, where no other adapter needs it.
         """
@@ -309,14 +309,14 @@ class AdapterStore:
         return saved
 
     def _drop(self, bases: AbstractSet[Path]) -> None:
-        """Removes those of `bases` that no adapter needs; none where something cannot be read, which may need them."""
+        """Remove those of `bases` that no adapter needs; none where something cannot be read, which may need them."""
         if bases and not self.contents().faults:
             with locked(self.root, BASES_FOLDER):
                 for file in bases - {self._basis_file(entry) for entry in self.list()}:
                     file.unlink(missing_ok=True)
 
     def _doomed(self, name: str, version: str) -> tuple[Sequence[Entry], str | None]:
-        """Returns what goes with `name`, or with its version alone, and what the alias `name` means. Raises as `remove`."""
+        """Return what goes with `name`, or with its version alone, and what the alias `name` means. Raises as `remove`."""
         self._check_is_folder()
         reference = f"{name}@{version}" if version else name
         doomed = [self.find(reference)] if version else self.versions(name)
@@ -341,7 +341,7 @@ class AdapterStore:
             raise AdapterError(f"{self.root} is no folder of adapters")
 
     def _basis_file(self, entry: Entry) -> Path | None:
-        """Returns the file of an adapter's explicit basis; None where it has none, or cannot be read."""
+        """Return the file of an adapter's explicit basis; None where it has none, or cannot be read."""
         try:
             basis = read_config(entry.folder).lori.basis
         except AdapterFormatError:  # it cannot be loaded either: it needs no basis
@@ -407,7 +407,7 @@ class AdapterStore:
         self._aliases.set(name, kept.folder.name)
 
     def _merge_into(self, kept: Path, plain: Path) -> None:
-        """Keeps the files of `plain`, which are newer, in `kept`, which is the same version, and removes it."""
+        """Keep the files of `plain`, which are newer, in `kept`, which is the same version, and removes it."""
         faults: list[str] = []
         files = read_files(plain, faults)
         others = sorted(path.name for path in plain.iterdir() if path.name not in files)
@@ -421,7 +421,7 @@ class AdapterStore:
 
 
 def _settled(look: Callable[[], Found]) -> Found:
-    """Returns what `look` returns. A name that is being removed can look as if it were broken: it is looked at again."""
+    """Return what `look` returns. A name that is being removed can look as if it were broken: it is looked at again."""
     for _ in range(NUM_LOOKS - 1):
         with suppress(AdapterError):
             return look()
@@ -434,7 +434,7 @@ def _peft_fault(folder: Path, read: Read = read_stored) -> str | None:
 
 
 def _known_as(entry: Entry) -> str:
-    """Returns `name@version`; the folder's name where the version cannot be read."""
+    """Return `name@version`; the folder's name where the version cannot be read."""
     try:
         return entry.reference
     except AdapterFormatError:  # it is to be removed, sound or not
@@ -442,7 +442,7 @@ def _known_as(entry: Entry) -> str:
 
 
 def _is_made_otherwise(folder: Path, files: Files) -> bool:
-    """Says whether a sound adapter in `folder` was made in another way than its equal, `files`: then its record is kept."""
+    """Return whether a sound adapter in `folder` was made in another way than its equal, `files`: then its record is kept."""
     try:
         before = load_adapter(folder).config
     except AdapterFormatError:  # it is damaged: what is published mends it

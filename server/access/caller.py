@@ -46,5 +46,5 @@ class Caller:
         object.__setattr__(self, "_allowed", re.compile("|".join(map(translate, self.allowed)) or "(?!)"))
 
     def may_use(self, name: str) -> bool:
-        """Says whether it may use, and see, the adapter of this name."""
+        """Return whether it may use, and see, the adapter of this name."""
         return self._allowed.match(name) is not None

@@ -14,7 +14,7 @@ class ExposedError(Exception):
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raises `ExposedError`, and `OSError` where the host is no address and no name."""
+    """Raise `ExposedError`, and `OSError` where the host is no address and no name."""
     if not (settings.keys or settings.open or is_local_only(settings.host)):
         raise ExposedError(
             f"--host: {settings.host!r} lets other machines in, and there are no keys; pass --keys FILE "
@@ -37,7 +37,7 @@ def log_exposure(settings: Settings) -> None:
 
 
 def is_local_only(host: str) -> bool:
-    """Says whether only this machine reaches `host`. Raises `OSError` where that is no address and no name."""
+    """Return whether only this machine reaches `host`. Raises `OSError` where that is no address and no name."""
     if not host:  # all addresses, to what listens; but not to who looks it up
         return False
     found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}

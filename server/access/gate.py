@@ -39,7 +39,7 @@ class Gate:
         self._app, self._ring, self._rate, self._opens_metrics = app, ring, rate, opens_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request pass, or not."""
+        """Let a request pass, or not."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
@@ -57,7 +57,7 @@ class Gate:
 
 
 def caller_of(scope: Scope, ring: KeyRing | None, *, opens_metrics: bool = False) -> Caller | JSONResponse:
-    """Returns who sends a request, or what he is answered who may not."""
+    """Return who sends a request, or what he is answered who may not."""
     if ring is None:
         return ANYBODY
     if is_open(scope["path"]):
@@ -102,7 +102,7 @@ def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def is_open(path: str) -> bool:
-    """Says whether a route needs no key."""
+    """Return whether a route needs no key."""
     return path in OPEN or path.startswith(STATIC)
 
 

@@ -32,14 +32,14 @@ class KeyRing:
         self.keys = read_keys(path)
 
     def require(self, find_faults: Callable[[Keys], Sequence[str]]) -> None:
-        """Has the keys, those of now and those to come, looked at by what knows more than the file: for faults, the keys are not
+        """Have the keys, those of now and those to come, looked at by what knows more than the file: for faults, the keys are not
         taken. Raises `KeyFileError` where those of now have any.
         """
         self._find_faults.append(find_faults)
         self._check(self.keys)
 
     def find(self, key: bytes) -> Caller | None:
-        """Returns who sends `key`, or None."""
+        """Return who sends `key`, or None."""
         return self.keys.find(key)
 
     def look(self) -> None:
@@ -62,7 +62,7 @@ class KeyRing:
         self._take_over(content)
 
     async def watch(self) -> None:
-        """Looks now and then, for ever."""
+        """Look now and then, for ever."""
         while True:
             await anyio.sleep(LOOK_S)
             await run_sync(self.look)

@@ -39,7 +39,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_word(value: str) -> str:
-    """Returns the name of a tenant or a key. Raises `ValueError` for what cannot be one."""
+    """Return the name of a tenant or a key. Raises `ValueError` for what cannot be one."""
     # It is not quoted, and neither is a hash: somebody may have put the key there, and this goes to a log.
     if not WORD.fullmatch(value):
         raise ValueError("expected up to 64 letters, digits, - and _, and no key")
@@ -131,7 +131,7 @@ class Keys:
     """Every tenant, as a caller without a key."""
 
     def find(self, key: bytes) -> Caller | None:
-        """Returns who sends `key`, or None."""
+        """Return who sends `key`, or None."""
         return self.callers.get(hashlib.sha256(key).hexdigest())
 
     def __str__(self) -> str:
@@ -173,7 +173,7 @@ def whole_keys(content: bytes, source: str) -> Keys:
 
 
 def parse_keys(content: bytes, source: str) -> Keys:
-    """Returns what the content of a key file says. Raises `KeyFileError` with everything that is wrong with it."""
+    """Return what the content of a key file says. Raises `KeyFileError` with everything that is wrong with it."""
     try:
         document = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML; lists in lists without end

@@ -97,7 +97,7 @@ class Limiter:
 
     @contextmanager
     def places(self, caller: Caller, num_answers: int = 1) -> Iterator[None]:
-        """Holds places of the caller's tenant until the block ends. Raises `RateLimitedError` where there are not so many.
+        """Hold places of the caller's tenant until the block ends. Raises `RateLimitedError` where there are not so many.
 
         What is under way are answers, of which a request may want several.
         """
@@ -113,5 +113,5 @@ class Limiter:
             self._under_way += Counter()  # forgets those that have none
 
     def num_under_way(self, caller: Caller) -> int:
-        """Returns how many places the caller's tenant holds."""
+        """Return how many places the caller's tenant holds."""
         return self._under_way[caller.tenant]

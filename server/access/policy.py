@@ -20,7 +20,7 @@ Find = Callable[[str], Summary | None]
 def check_policies(
     keys: Keys, find: Find, names: Iterable[str], absence: Callable[[str], str] = "there is no adapter {!r}".format
 ) -> list[str]:
-    """Returns the faults of policies: adapters that are not there, or are there twice. The log hears of patterns without effect.
+    """Return the faults of policies: adapters that are not there, or are there twice. The log hears of patterns without effect.
 
     `absence` says why `find` returns None for a reference. For `KeyRing.require`.
     """

@@ -81,13 +81,13 @@ class AdapterAdmin:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Runs until the block ends, when the engine must have ended."""
+        """Run until the block ends, when the engine must have ended."""
         async with self._departures.running():
             yield
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:
-        """Lets an adapter be received, in memory, until the block ends. Raises where none can be kept, or many are received."""
+        """Let an adapter be received, in memory, until the block ends. Raises where none can be kept, or many are received."""
         self._files.check_keeps()
         if self._num_received == MAX_RECEIVED:
             raise BusyError(f"{MAX_RECEIVED} adapters are being received, which is the limit; try again")
@@ -98,7 +98,7 @@ class AdapterAdmin:
             self._num_received -= 1
 
     async def details(self, of: Registered) -> Details:
-        """Reads the whole of an adapter, for a person; one at a time, so that admission finds threads."""
+        """Read the whole of an adapter, for a person; one at a time, so that admission finds threads."""
         files = self._files
         if self._num_detailed > MAX_WAITING:
             raise BusyError(f"{MAX_WAITING} requests wait for adapters to be read, which is the limit; try again")
@@ -111,11 +111,11 @@ class AdapterAdmin:
             self._num_detailed -= 1
 
     async def listed(self, write: Callable[[], bytes]) -> bytes:
-        """Writes a list of adapters, which may be long, likewise."""
+        """Write a list of adapters, which may be long, likewise."""
         return await run_sync(write, limiter=self._listing)
 
     async def publish(self, name: str, content: Files, may_replace: bool = True) -> Registered:
-        """Puts an adapter in the store, as a new version, and makes `name` mean it."""
+        """Put an adapter in the store, as a new version, and makes `name` mean it."""
         files = self._files
         async with self._turns.of(name):
             self._check_new(name, may_replace)
@@ -133,7 +133,7 @@ class AdapterAdmin:
             return await self.publish(name, await run_sync(files.fetch, source), may_replace)
 
     async def load(self, reference: str, name: str | None = None, may_replace: bool = True) -> Registered:
-        """Reads what `reference` means in the store now, and makes `name`, or its own name, mean it."""
+        """Read what `reference` means in the store now, and makes `name`, or its own name, mean it."""
         files = self._files
         owner, _ = split_reference(reference)
         async with self._turns.of(name or owner, owner):
@@ -148,7 +148,7 @@ class AdapterAdmin:
         return adapter
 
     async def alias(self, alias: str, reference: str) -> Registered:
-        """Makes `alias` mean what `reference` means now, in the store too."""
+        """Make `alias` mean what `reference` means now, in the store too."""
         files = self._files
         owner, version = await run_sync(files.meaning, reference)
         async with self._turns.of(alias, owner):
@@ -156,7 +156,7 @@ class AdapterAdmin:
             return await self._register(await self._read(lambda: files.alias(alias, f"{owner}@{version}")))
 
     async def unload(self, reference: str) -> Withdrawn:
-        """Withdraws a name with its versions, or a version that its name does not mean. Its files stay."""
+        """Withdraw a name with its versions, or a version that its name does not mean. Its files stay."""
         name, version = split_reference(reference)
         async with self._turns.of(name):
             gone = await self._withdraw(name, version)
@@ -164,7 +164,7 @@ class AdapterAdmin:
             return self._withdrawn(name, [of.summary.version for of in gone])
 
     async def delete(self, reference: str) -> Withdrawn:
-        """Withdraws a name with its versions, a version or an alias, and deletes its files when no request uses them."""
+        """Withdraw a name with its versions, a version or an alias, and deletes its files when no request uses them."""
         name, version = split_reference(reference)
         async with self._turns.of(name):
             doomed = await self._doomed(reference)
@@ -176,7 +176,7 @@ class AdapterAdmin:
             return self._withdrawn(name, doomed)
 
     async def pin(self, name: str) -> Registered:
-        """Makes what a name means resident, and keeps it so whatever it means later, until it is unpinned."""
+        """Make what a name means resident, and keeps it so whatever it means later, until it is unpinned."""
         files = self._files
         async with self._turns.of(name):
             of = await self._registered(name)
@@ -192,7 +192,7 @@ class AdapterAdmin:
             return of
 
     async def unpin(self, name: str) -> Registered:
-        """Lets what a name means make room for others again."""
+        """Let what a name means make room for others again."""
         async with self._turns.of(name):
             of = await self._registered(name)
             await self._release(name)
@@ -280,7 +280,7 @@ class AdapterAdmin:
             raise LoadedError(f"{name!r} is there already")
 
     def _check_free(self, name: str, version: str) -> None:
-        """Raises `ConflictError` where a name, or one version of it, is not to be withdrawn."""
+        """Raise `ConflictError` where a name, or one version of it, is not to be withdrawn."""
         for reference in self._required():
             of, _, of_version = reference.partition("@")
             if of == name and (not version or (of_version and version.startswith(of_version))):
@@ -291,7 +291,7 @@ class AdapterAdmin:
             raise ConflictError(f"{name!r} is pinned: unpin it first")
 
     def _check_unaliased(self, name: str, versions: Collection[str]) -> None:
-        """Raises `ConflictError` where another name means one of these versions, be it in the store or only here."""
+        """Raise `ConflictError` where another name means one of these versions, be it in the store or only here."""
         others = [of for of in self._registry.by_name.values() if of.owner == name and of.summary.name != name]
         if held := [of for of in others if of.summary.version in versions]:
             said = ", ".join(f"{of.summary.name!r} means {name}@{of.summary.version}" for of in held)
@@ -337,7 +337,7 @@ REFUSALS = (LoriError, BusyError, ConflictError)
 
 
 async def catch_up(admin: AdapterAdmin, files: AdapterFiles, registry: Registry, pins: Collection[str]) -> None:
-    """Lets names mean what they mean in the store now, and pins those of `pins`. What cannot be so is said in the log.
+    """Let names mean what they mean in the store now, and pins those of `pins`. What cannot be so is said in the log.
 
     Raises `StoreError` where the store fails.
     """

@@ -35,7 +35,7 @@ class Comparer:
         """By digests, the smaller one first; those asked for last are last."""
 
     def compare(self, asked: Sequence[Registered]) -> list[list[ModuleComparison]]:
-        """Returns the comparison of each with each, itself too, both ways round the same but for what is of a and b.
+        """Return the comparison of each with each, itself too, both ways round the same but for what is of a and b.
 
         Raises `AdapterError` where one cannot be read, or was changed since the server read its summary.
         """

@@ -32,7 +32,7 @@ class Turns:
 
     @asynccontextmanager
     async def of(self, *names: str) -> AsyncIterator[None]:
-        """Waits until nobody else changes one of these names, and lets nobody else before the block ends."""
+        """Wait until nobody else changes one of these names, and lets nobody else before the block ends."""
         async with AsyncExitStack() as held:
             for name in sorted(set(names)):  # in one order everywhere, or two could wait for each other
                 await held.enter_async_context(self._locks.setdefault(name, anyio.Lock()))
@@ -46,10 +46,10 @@ class Remover(Protocol):
     """Removes files."""
 
     def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
-        """Does at once what has not to wait for requests to end. `versions` are all that are meant, as `name@version`."""
+        """Do at once what has not to wait for requests to end. `versions` are all that are meant, as `name@version`."""
 
     def remove(self, references: Sequence[str]) -> None:
-        """Removes versions, names with all their versions, or aliases; what is gone already is no fault."""
+        """Remove versions, names with all their versions, or aliases; what is gone already is no fault."""
 
 
 @dataclass(slots=True)
@@ -83,7 +83,7 @@ class Departures:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Lets go of things until the block ends, when the engine must have ended; then deletes what was to be deleted."""
+        """Let go of things until the block ends, when the engine must have ended; then deletes what was to be deleted."""
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
@@ -95,7 +95,7 @@ class Departures:
                     await self._try_to_remove(name)
 
     def num_using(self, name: str) -> int:
-        """Returns how many requests use what of `name` is leaving."""
+        """Return how many requests use what of `name` is leaving."""
         return sum(self._uses.of(name, digest).num_using for of_name, digest in self._leaving if of_name == name)
 
     def is_doomed(self, of: Registered) -> bool:
@@ -103,12 +103,12 @@ class Departures:
         return self._is_doomed(of.owner, of.summary.version)
 
     def check_stays(self, name: str, version: str) -> None:
-        """Raises `ConflictError` where the files of a version of `name` are about to go."""
+        """Raise `ConflictError` where the files of a version of `name` are about to go."""
         if self._is_doomed(name, version):
             raise ConflictError(f"{name}@{version} is being deleted, when its last requests have ended")
 
     async def begin(self, gone: Iterable[Registered]) -> None:
-        """Frees what was withdrawn, now or as soon as no request uses it."""
+        """Free what was withdrawn, now or as soon as no request uses it."""
         for of in gone:
             self._leaving[of.summary.name, of.summary.digest] = of
             if self._uses.of(of.summary.name, of.summary.digest).num_using:
@@ -117,14 +117,14 @@ class Departures:
                 await self._free(of)
 
     def take_back(self, of: Registered) -> None:
-        """Lets an adapter stay, which is registered again."""
+        """Let an adapter stay, which is registered again."""
         self._leaving.pop((of.summary.name, of.summary.digest), None)
         if doomed := self._doomed.get(of.summary.name):
             doomed.is_whole = False
             doomed.versions.discard(of.summary.version)
 
     async def delete(self, name: str, versions: Collection[str], is_whole: bool) -> None:
-        """Deletes the files of versions that were withdrawn, now or as soon as no request uses them. In the turn of `name`.
+        """Delete the files of versions that were withdrawn, now or as soon as no request uses them. In the turn of `name`.
 
         Raises as `AdapterFiles.withdraw`, and as `AdapterFiles.remove` where it is now.
         """

@@ -46,7 +46,7 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 @contextmanager
 def told(*stores: AdapterStore | None) -> Iterator[None]:
-    """Raises `ConflictError` or `StoreError` for what the block raises of stores; what a caller can mend stays as it is."""
+    """Raise `ConflictError` or `StoreError` for what the block raises of stores; what a caller can mend stays as it is."""
     try:
         yield
     except UnknownAdapterError:
@@ -96,7 +96,7 @@ class AdapterDetails:
         self._known: OrderedDict[str, Sequence[ModuleStatistics]] = OrderedDict()  # those asked for last are last
 
     def read(self, of: Registered) -> Details:
-        """Returns the details. Raises `AdapterFormatError`, `ConflictError` or `StoreError` where it cannot be read any more."""
+        """Return the details. Raises `AdapterFormatError`, `ConflictError` or `StoreError` where it cannot be read any more."""
         *_, entry = of.entries()
         with told():
             _check_same(read_config(entry.folder).lori.content_digest, entry, of.summary.digest)
@@ -170,7 +170,7 @@ class AdapterFiles:
         return self._own.grace_s if self._own else 0
 
     def read(self, reference: str, name: str | None = None) -> Ready:
-        """Reads and checks what `reference` means in the store now, to be asked for as `name`, or as it is called there."""
+        """Read and checks what `reference` means in the store now, to be asked for as `name`, or as it is called there."""
         with told(self._own, self._demo):
             if self._own:
                 self._own.pull(*{split_reference(reference)[0], name or split_reference(reference)[0]})
@@ -182,7 +182,7 @@ class AdapterFiles:
             return self._ready(entry)
 
     def publish(self, name: str, files: Files) -> Ready:
-        """Checks the adapter that `files` are, puts it in the store as a version of `name`, and makes the name mean it."""
+        """Check the adapter that `files` are, puts it in the store as a version of `name`, and makes the name mean it."""
         store = self._writable()
         with told(store):
             # First what it is said to be: A is drawn to check the rest, which takes long at a rank that nobody can serve.
@@ -194,7 +194,7 @@ class AdapterFiles:
             return self._ready(store.put(found.adapter, found.files))
 
     def fetch(self, source: str) -> Files:
-        """Returns the files of an adapter on the hub, `hf://owner/name` with maybe `@revision`."""
+        """Return the files of an adapter on the hub, `hf://owner/name` with maybe `@revision`."""
         if not source.startswith(SCHEME):
             raise RefusedError("hub_id", f"is {source!r}, expected {SCHEME}owner/name[@revision]")
         try:
@@ -214,14 +214,14 @@ class AdapterFiles:
         return files
 
     def alias(self, alias: str, reference: str) -> Ready:
-        """Makes `alias` mean what `reference` means now, in the store too; a name can go back to one of its versions so."""
+        """Make `alias` mean what `reference` means now, in the store too; a name can go back to one of its versions so."""
         store = self._writable()
         with told(store):
             self._check_own(reference)
             return self._ready(replace(store.alias(alias, reference), name=alias))
 
     def meaning(self, reference: str) -> tuple[str, str]:
-        """Returns the adapter and the version that `reference` means in the store now, for an alias to mean it."""
+        """Return the adapter and the version that `reference` means in the store now, for an alias to mean it."""
         store = self._writable()
         with told(store):
             store.pull(split_reference(reference)[0])
@@ -230,12 +230,12 @@ class AdapterFiles:
             return entry.folder.name.partition("@")[0], entry.version
 
     def check_keeps(self) -> None:
-        """Raises `ConflictError` where no adapter can be put anywhere."""
+        """Raise `ConflictError` where no adapter can be put anywhere."""
         if not self._writable().may_write():
             raise ConflictError(f"the server may not write its adapters' folder: {PUT_THERE}")
 
     def doomed(self, reference: str) -> list[str]:
-        """Returns the versions that `remove` would remove; none for an alias. Raises what that would raise now."""
+        """Return the versions that `remove` would remove; none for an alias. Raises what that would raise now."""
         if self._is_demo(reference):
             raise ConflictError(f"{reference!r} is a demo adapter, which is never deleted: it can be unloaded")
         self.check_keeps()
@@ -243,27 +243,27 @@ class AdapterFiles:
             return [known for entry in self._writable().doomed(reference) if (known := _version(entry))]
 
     def pack(self, of: Registered) -> PackedAdapter:
-        """Reads and checks what is registered already."""
+        """Read and checks what is registered already."""
         with told(self._own, self._demo):
             *_, entry = of.entries()
             return self._packed(entry, of.summary.digest)
 
     def remove(self, references: Sequence[str]) -> None:
-        """Removes versions, names with all their versions, or aliases; what is gone already is no fault."""
+        """Remove versions, names with all their versions, or aliases; what is gone already is no fault."""
         with told(self._own):
             for reference in references:
                 with suppress(UnknownAdapterError):
                     self._writable().remove(reference)
 
     def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
-        """Does what has to be done at once of what `remove` will do; what is gone already is no fault."""
+        """Do what has to be done at once of what `remove` will do; what is gone already is no fault."""
         with told(self._own):
             for reference in references:
                 with suppress(UnknownAdapterError):
                     self._writable().withdraw(reference, versions)
 
     def others(self, current: Collection[Registered], faulty: Collection[Faulty] = ()) -> tuple[list[Registered], list[Faulty]]:
-        """Returns the versions in the store that `current` has not, as far as they can be served, and those that are damaged.
+        """Return the versions in the store that `current` has not, as far as they can be served, and those that are damaged.
 
         But for those that are known as `faulty`.
         """
@@ -274,7 +274,7 @@ class AdapterFiles:
         return [of for of in found if (of.summary.name, of.summary.digest) not in known], damaged
 
     def changes(self, by_name: Mapping[str, Registered]) -> tuple[list[str], list[str]]:
-        """Returns the names that mean something else in the store now than in `by_name`, and those of it that mean nothing there.
+        """Return the names that mean something else in the store now than in `by_name`, and those of it that mean nothing there.
 
         A folder as its maker left it is taken for what it was.
         """

@@ -17,11 +17,11 @@ class Fit:
 
     @classmethod
     def of(cls, pool: AdapterPool) -> "Fit":
-        """Returns what `pool` was made for."""
+        """Return what `pool` was made for."""
         return cls(tuple(map(basis_config, pool.bases)), pool.rank)
 
     def check(self, name: str, of: Summary | AdapterConfig) -> None:
-        """Raises `ConflictError`, with what was found, what was expected, and what helps, where an adapter cannot be served."""
+        """Raise `ConflictError`, with what was found, what was expected, and what helps, where an adapter cannot be served."""
         basis, rank = (
             (of.basis, of.max_rank) if isinstance(of, Summary) else (of.lori.basis, max(of.r, *of.rank_pattern.values(), 0))
         )

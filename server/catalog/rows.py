@@ -23,7 +23,7 @@ NOWHERE = Place()
 
 
 def describe(service: Service, of: Registered, place: Place, *, is_use_told: bool) -> AdapterInfo:
-    """Returns what a client is told of an adapter in a list."""
+    """Return what a client is told of an adapter in a list."""
     summary, use = of.summary, service.uses.of(of.summary.name, of.summary.digest)
     return AdapterInfo(
         name=summary.name,
@@ -52,7 +52,7 @@ def describe_one(service: Service, of: Registered, *, is_use_told: bool = True) 
 
 
 def describe_whole(service: Service, of: Registered, details: Details, caller: Caller) -> AdapterDetail:
-    """Returns what a client is told of an adapter that it asks for."""
+    """Return what a client is told of an adapter that it asks for."""
     registry, summary = service.registry, of.summary
     versions = [version.summary.version for version in registry.versions(summary.name)]
     others = (other for other in registry.find(summary.digest, ()) if other.entry.folder == of.entry.folder)
@@ -70,7 +70,7 @@ def describe_whole(service: Service, of: Registered, details: Details, caller: C
 
 
 def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit: int | None) -> bytes:
-    """Returns the reply of GET /adapters as JSON: of names that may be used, those that begin with `prefix`, after `after`."""
+    """Return the reply of GET /adapters as JSON: of names that may be used, those that begin with `prefix`, after `after`."""
     by_name, places = service.registry.by_name, service.engine.places()
     names = sorted(name for name in by_name if name.startswith(prefix) and name > after and caller.may_use(name))
     shown = names if limit is None else names[:limit]

@@ -24,7 +24,7 @@ class Use:
     """While it is used."""
 
     def begin(self) -> None:
-        """Notes that a request begins."""
+        """Note that a request begins."""
         if not self.num_using:
             self._is_unused = anyio.Event()
         self.num_using += 1
@@ -32,14 +32,14 @@ class Use:
         self.last_used = time.time()
 
     def end(self) -> None:
-        """Notes that a request ends."""
+        """Note that a request ends."""
         self.num_using -= 1
         self.last_used = time.time()
         if self._is_unused and not self.num_using:
             self._is_unused.set()
 
     async def unused(self) -> None:
-        """Waits until no request is under way."""
+        """Wait until no request is under way."""
         while self._is_unused and self.num_using:
             await self._is_unused.wait()
 
@@ -51,12 +51,12 @@ class AdapterUses:
         self._uses: dict[tuple[str, str], Use] = {}
 
     def of(self, name: str, digest: str) -> Use:
-        """Returns what is known of an adapter's use."""
+        """Return what is known of an adapter's use."""
         return self._uses.get((name, digest)) or Use()
 
     @contextmanager
     def held(self, terms: Sequence[AdapterTerm]) -> Iterator[None]:
-        """Counts a request with these terms until the block ends."""
+        """Count a request with these terms until the block ends."""
         uses = [self._uses.setdefault((term.name, term.digest), Use()) for term in terms]
         for use in uses:
             use.begin()
@@ -67,10 +67,10 @@ class AdapterUses:
                 use.end()
 
     async def unused(self, name: str, digest: str) -> None:
-        """Waits until no request under way uses an adapter."""
+        """Wait until no request under way uses an adapter."""
         await self.of(name, digest).unused()
 
     def forget(self, name: str, digest: str) -> None:
-        """Forgets an adapter that nobody uses, nor can ask for any more."""
+        """Forget an adapter that nobody uses, nor can ask for any more."""
         assert not self.of(name, digest).num_using
         self._uses.pop((name, digest), None)

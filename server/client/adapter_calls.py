@@ -26,69 +26,69 @@ class AdapterFiles:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Returns those of an adapter's folder, which may have no card. Raises `OSError`, also for a link out of the folder."""
+        """Return those of an adapter's folder, which may have no card. Raises `OSError`, also for a link out of the folder."""
         names = (CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(Path(folder) / CARD_FILE) else ()))
         return cls(*(read_source(Path(folder), name, MAX_BYTES) for name in names))
 
 
 def adapters(prefix: str, after: str, limit: int | None) -> Call[AdapterList]:
-    """Asks which adapters there are."""
+    """Ask which adapters there are."""
     params = {"prefix": prefix, "after": after, "limit": "" if limit is None else str(limit)}
     return Call("GET", "/adapters", AdapterList, params={name: value for name, value in params.items() if value})
 
 
 def adapter(name: str) -> Call[AdapterDetail]:
-    """Asks for all of one."""
+    """Ask for all of one."""
     return Call("GET", path(name), AdapterDetail)
 
 
 def compare(names: Sequence[str]) -> Call[AdapterComparison]:
-    """Asks how adapters relate, each with each."""
+    """Ask how adapters relate, each with each."""
     return Call("GET", "/adapters/compare", AdapterComparison, params={"names": ",".join(names)})
 
 
 def upload(name: str, files: AdapterFiles) -> Call[AdapterInfo]:
-    """Sends an adapter."""
+    """Send an adapter."""
     sent = {"config": files.config, "weights": files.weights} | ({} if files.card is None else {"card": files.card})
     return Call("POST", "/adapters", AdapterInfo, {"name": name}, files=sent, is_repeatable=False)
 
 
 def fetch(hub_id: str, name: str | None, revision: str | None) -> Call[AdapterInfo]:
-    """Has the server load one from the hub."""
+    """Have the server load one from the hub."""
     body = {"hub_id": hub_id, "name": name, "revision": revision}
     return Call("POST", "/adapters", AdapterInfo, body, is_repeatable=False)
 
 
 def delete(name: str) -> Call[WithdrawnReply]:
-    """Has one deleted."""
+    """Have one deleted."""
     return Call("DELETE", path(name), WithdrawnReply, is_repeatable=False)
 
 
 def unload(name: str) -> Call[WithdrawnReply]:
-    """Has one withdrawn."""
+    """Have one withdrawn."""
     return Call("POST", f"{path(name)}/unload", WithdrawnReply, is_repeatable=False)
 
 
 def load(name: str) -> Call[AdapterInfo]:
-    """Has one read from the store."""
+    """Have one read from the store."""
     return Call("POST", f"{path(name)}/load", AdapterInfo)
 
 
 def pin(name: str) -> Call[AdapterInfo]:
-    """Has one kept resident."""
+    """Have one kept resident."""
     return Call("POST", f"{path(name)}/pin", AdapterInfo)
 
 
 def unpin(name: str) -> Call[AdapterInfo]:
-    """Has one make room for others."""
+    """Have one make room for others."""
     return Call("POST", f"{path(name)}/unpin", AdapterInfo)
 
 
 def alias(name: str, meant: str) -> Call[AdapterInfo]:
-    """Has a name mean another one."""
+    """Have a name mean another one."""
     return Call("PUT", f"{path(name)}/alias", AdapterInfo, {"adapter": meant})
 
 
 def path(name: str) -> str:
-    """Returns the path of an adapter, whatever it is called."""
+    """Return the path of an adapter, whatever it is called."""
     return f"/adapters/{quote(name, safe='@')}"

@@ -49,15 +49,15 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends all connections."""
+        """End all connections."""
         await self._http.aclose()
 
     async def generate(self, **fields: Unpack[GenerateFields]) -> GenerateReply:
-        """Continues a prompt or answers messages."""
+        """Continue a prompt or answers messages."""
         return await self._ask(calls.generate(fields, self._affinity_header))
 
     async def stream(self, **fields: Unpack[GenerateFields]) -> AsyncGenerator[StreamEvent, None]:
-        """Yields the answer as it comes, as `Client.stream` does; leave it early under `contextlib.aclosing`."""
+        """Yield the answer as it comes, as `Client.stream` does; leave it early under `contextlib.aclosing`."""
         call = calls.stream(fields, self._affinity_header)
         attempts = Attempts(self._retries, call.is_repeatable)
         while True:
@@ -74,11 +74,11 @@ class AsyncClient:
             await sleep(wait)
 
     async def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
-        """Lists the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
+        """List the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
         return await self._ask(adapter_calls.adapters(prefix, after, limit))
 
     async def adapter(self, name: str) -> AdapterDetail:
-        """Shows an adapter, `name` or `name@version`, with its card and each of its modules."""
+        """Show an adapter, `name` or `name@version`, with its card and each of its modules."""
         return await self._ask(adapter_calls.adapter(name))
 
     async def compare(self, names: Sequence[str]) -> AdapterComparison:
@@ -86,54 +86,54 @@ class AsyncClient:
         return await self._ask(adapter_calls.compare(names))
 
     async def upload(self, name: str, adapter: str | Path | AdapterFiles) -> AdapterInfo:
-        """Publishes an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
+        """Publish an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
         files = adapter if isinstance(adapter, AdapterFiles) else await run_sync(AdapterFiles.read, adapter)
         return await self._ask(adapter_calls.upload(name, files))
 
     async def fetch(self, hub_id: str, *, name: str | None = None, revision: str | None = None) -> AdapterInfo:
-        """Has the server publish an adapter from the hub, where it was started with --hub."""
+        """Have the server publish an adapter from the hub, where it was started with --hub."""
         return await self._ask(adapter_calls.fetch(hub_id, name, revision))
 
     async def alias(self, name: str, meant: str) -> AdapterInfo:
-        """Makes a name mean another adapter, or one of its own versions."""
+        """Make a name mean another adapter, or one of its own versions."""
         return await self._ask(adapter_calls.alias(name, meant))
 
     async def delete(self, name: str) -> WithdrawnReply:
-        """Deletes an adapter with its versions, one of them or an alias; requests under way end on it."""
+        """Delete an adapter with its versions, one of them or an alias; requests under way end on it."""
         return await self._ask(adapter_calls.delete(name))
 
     async def unload(self, name: str) -> WithdrawnReply:
-        """Withdraws an adapter or a version until it is loaded; requests under way end on it."""
+        """Withdraw an adapter or a version until it is loaded; requests under way end on it."""
         return await self._ask(adapter_calls.unload(name))
 
     async def load(self, name: str) -> AdapterInfo:
-        """Reads what the name means in the server's store now."""
+        """Read what the name means in the server's store now."""
         return await self._ask(adapter_calls.load(name))
 
     async def pin(self, name: str) -> AdapterInfo:
-        """Keeps an adapter resident."""
+        """Keep an adapter resident."""
         return await self._ask(adapter_calls.pin(name))
 
     async def unpin(self, name: str) -> AdapterInfo:
-        """Lets an adapter make room for others again."""
+        """Let an adapter make room for others again."""
         return await self._ask(adapter_calls.unpin(name))
 
     async def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False
     ) -> TokenizeReply:
-        """Returns the tokens of a text, or of a conversation in the base model's chat template."""
+        """Return the tokens of a text, or of a conversation in the base model's chat template."""
         return await self._ask(calls.tokenize(given, add_special_tokens=add_special_tokens, return_token_strs=return_token_strs))
 
     async def detokenize(self, tokens: Sequence[int]) -> DetokenizeReply:
-        """Returns the text of tokens."""
+        """Return the text of tokens."""
         return await self._ask(calls.detokenize(tokens))
 
     async def health(self) -> Health:
-        """Answers as long as the process does."""
+        """Answer as long as the process does."""
         return await self._ask(calls.health())
 
     async def ready(self) -> Health:
-        """Answers while requests can be answered; else raises `UnavailableError`."""
+        """Answer while requests can be answered; else raises `UnavailableError`."""
         return await self._ask(calls.ready())
 
     async def _ask(self, call: Call[Reply]) -> Reply:

@@ -34,18 +34,18 @@ class Call(Generic[Reply]):
     """Made twice, it does no more than once: it may be made again where nobody knows whether it arrived."""
 
     def to_request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """Returns it as `http` sends it."""
+        """Return it as `http` sends it."""
         if self.files is None:
             return http.build_request(self.method, self.path, json=self.body, params=self.params, headers=self.headers)
         return http.build_request(self.method, self.path, data={**(self.body or {})}, files={**self.files})
 
     def read(self, content: bytes) -> Reply:
-        """Returns the reply. Raises `UnexpectedReplyError`."""
+        """Return the reply. Raises `UnexpectedReplyError`."""
         return parsed(self.reply, content)
 
 
 def parsed(kind: type[Reply], content: bytes) -> Reply:
-    """Returns what is JSON of `kind`. Raises `UnexpectedReplyError` where it is something else."""
+    """Return what is JSON of `kind`. Raises `UnexpectedReplyError` where it is something else."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -53,24 +53,24 @@ def parsed(kind: type[Reply], content: bytes) -> Reply:
 
 
 def generate(fields: GenerateFields, affinity_header: str | None) -> Call[GenerateReply]:
-    """Asks for a whole answer."""
+    """Ask for a whole answer."""
     return Call("POST", "/generate", GenerateReply, {**fields}, headers=affinity(fields, affinity_header))
 
 
 def stream(fields: GenerateFields, affinity_header: str | None) -> Call[GenerateReply]:
-    """Asks for an answer as it comes."""
+    """Ask for an answer as it comes."""
     body = {**fields, "stream": True}
     return Call("POST", "/generate", GenerateReply, body, headers=affinity(fields, affinity_header))
 
 
 def affinity(fields: GenerateFields, header: str | None) -> Mapping[str, str] | None:
-    """Returns the header of a request that names adapters: their names, sorted, as `math+safety`."""
+    """Return the header of a request that names adapters: their names, sorted, as `math+safety`."""
     key = key_of(named_in(fields, ""))
     return {header: quote(key, safe="+")} if header and key != ANY else None
 
 
 def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool) -> Call[TokenizeReply]:
-    """Asks for the tokens of a text, or of a conversation."""
+    """Ask for the tokens of a text, or of a conversation."""
     body = {
         "prompt" if isinstance(given, str) else "messages": given,
         "add_special_tokens": add_special_tokens,
@@ -80,15 +80,15 @@ def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, 
 
 
 def detokenize(tokens: Sequence[int]) -> Call[DetokenizeReply]:
-    """Asks for the text of tokens."""
+    """Ask for the text of tokens."""
     return Call("POST", "/detokenize", DetokenizeReply, {"tokens": tokens})
 
 
 def health() -> Call[Health]:
-    """Asks whether the process answers."""
+    """Ask whether the process answers."""
     return Call("GET", "/health", Health)
 
 
 def ready() -> Call[Health]:
-    """Asks whether requests can be answered."""
+    """Ask whether requests can be answered."""
     return Call("GET", "/ready", Health)

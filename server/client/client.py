@@ -53,15 +53,15 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends all connections."""
+        """End all connections."""
         self._http.close()
 
     def generate(self, **fields: Unpack[GenerateFields]) -> GenerateReply:
-        """Continues a prompt or answers messages."""
+        """Continue a prompt or answers messages."""
         return self._ask(calls.generate(fields, self._affinity_header))
 
     def stream(self, **fields: Unpack[GenerateFields]) -> Generator[StreamEvent, None, None]:
-        """Yields the answer as it comes: pieces of text, then what is known at the end of each answer.
+        """Yield the answer as it comes: pieces of text, then what is known at the end of each answer.
 
         Asking for the first event sends the request; one whose stream breaks off before that event is sent again, as any that was
         not answered. Closing the generator, as `contextlib.closing` does, ends the request at the server.
@@ -81,11 +81,11 @@ class Client:
             sleep(wait)
 
     def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
-        """Lists the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
+        """List the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
         return self._ask(adapter_calls.adapters(prefix, after, limit))
 
     def adapter(self, name: str) -> AdapterDetail:
-        """Shows an adapter, `name` or `name@version`, with its card and each of its modules."""
+        """Show an adapter, `name` or `name@version`, with its card and each of its modules."""
         return self._ask(adapter_calls.adapter(name))
 
     def compare(self, names: Sequence[str]) -> AdapterComparison:
@@ -93,54 +93,54 @@ class Client:
         return self._ask(adapter_calls.compare(names))
 
     def upload(self, name: str, adapter: str | Path | AdapterFiles) -> AdapterInfo:
-        """Publishes an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
+        """Publish an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
         files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles.read(adapter)
         return self._ask(adapter_calls.upload(name, files))
 
     def fetch(self, hub_id: str, *, name: str | None = None, revision: str | None = None) -> AdapterInfo:
-        """Has the server publish an adapter from the hub, where it was started with --hub."""
+        """Have the server publish an adapter from the hub, where it was started with --hub."""
         return self._ask(adapter_calls.fetch(hub_id, name, revision))
 
     def alias(self, name: str, meant: str) -> AdapterInfo:
-        """Makes a name mean another adapter, or one of its own versions."""
+        """Make a name mean another adapter, or one of its own versions."""
         return self._ask(adapter_calls.alias(name, meant))
 
     def delete(self, name: str) -> WithdrawnReply:
-        """Deletes an adapter with its versions, one of them or an alias; requests under way end on it."""
+        """Delete an adapter with its versions, one of them or an alias; requests under way end on it."""
         return self._ask(adapter_calls.delete(name))
 
     def unload(self, name: str) -> WithdrawnReply:
-        """Withdraws an adapter or a version until it is loaded; requests under way end on it."""
+        """Withdraw an adapter or a version until it is loaded; requests under way end on it."""
         return self._ask(adapter_calls.unload(name))
 
     def load(self, name: str) -> AdapterInfo:
-        """Reads what the name means in the server's store now."""
+        """Read what the name means in the server's store now."""
         return self._ask(adapter_calls.load(name))
 
     def pin(self, name: str) -> AdapterInfo:
-        """Keeps an adapter resident."""
+        """Keep an adapter resident."""
         return self._ask(adapter_calls.pin(name))
 
     def unpin(self, name: str) -> AdapterInfo:
-        """Lets an adapter make room for others again."""
+        """Let an adapter make room for others again."""
         return self._ask(adapter_calls.unpin(name))
 
     def tokenize(
         self, given: str | Sequence[MessageFields], *, add_special_tokens: bool = False, return_token_strs: bool = False
     ) -> TokenizeReply:
-        """Returns the tokens of a text, or of a conversation in the base model's chat template."""
+        """Return the tokens of a text, or of a conversation in the base model's chat template."""
         return self._ask(calls.tokenize(given, add_special_tokens=add_special_tokens, return_token_strs=return_token_strs))
 
     def detokenize(self, tokens: Sequence[int]) -> DetokenizeReply:
-        """Returns the text of tokens."""
+        """Return the text of tokens."""
         return self._ask(calls.detokenize(tokens))
 
     def health(self) -> Health:
-        """Answers as long as the process does."""
+        """Answer as long as the process does."""
         return self._ask(calls.health())
 
     def ready(self) -> Health:
-        """Answers while requests can be answered; else raises `UnavailableError`."""
+        """Answer while requests can be answered; else raises `UnavailableError`."""
         return self._ask(calls.ready())
 
     def _ask(self, call: Call[Reply]) -> Reply:

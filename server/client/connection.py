@@ -26,7 +26,7 @@ class Options(TypedDict):
 
 
 def options(url: str, api_key: str | None, timeout_s: float | None) -> Options:
-    """Returns how to reach `url` with a key; `timeout_s` is how long the server may be silent."""
+    """Return how to reach `url` with a key; `timeout_s` is how long the server may be silent."""
     return Options(
         base_url=url,
         headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},

@@ -105,7 +105,7 @@ MAX_QUOTED = 200
 
 
 def refused(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
-    """Returns the error of a reply that is no success, be it this server's or that of a gateway before it."""
+    """Return the error of a reply that is no success, be it this server's or that of a gateway before it."""
     try:
         detail = ErrorReply.model_validate_json(body).error
     except ValidationError:
@@ -115,7 +115,7 @@ def refused(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
 
 
 def failed(detail: ErrorDetail, retry_after: float | None = None) -> ApiError:
-    """Returns the error that the server speaks of."""
+    """Return the error that the server speaks of."""
     usual = ServerError if detail.code >= 500 else ApiError
     return BY_STATUS.get(detail.code, usual)(detail, retry_after)
 

@@ -28,7 +28,7 @@ class EventReader:
         self._data: list[bytes] = []
 
     def read(self, chunk: bytes) -> Iterator[StreamEvent]:
-        """Yields the events that `chunk` completes. Raises `ApiError` at an `error`."""
+        """Yield the events that `chunk` completes. Raises `ApiError` at an `error`."""
         *lines, self._unread = (self._unread + chunk).split(b"\n")
         for line in lines:
             if not line.rstrip(b"\r"):
@@ -37,7 +37,7 @@ class EventReader:
                 self._take(line.rstrip(b"\r"))
 
     def check_end(self) -> None:
-        """Raises httpx's error of a connection that ended too early where the stream did, which a gateway may end as if it were
+        """Raise httpx's error of a connection that ended too early where the stream did, which a gateway may end as if it were
         whole."""
         if self._num_open > 0:
             raise httpx.RemoteProtocolError(f"the stream ended, and {self._num_open} answers had not")

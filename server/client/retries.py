@@ -40,14 +40,14 @@ class Attempts:
     num_failed: int = 0
 
     def wait_after_failure(self, error: httpx.RequestError) -> float:
-        """Returns how long to wait for the next attempt, in seconds. Raises what `error` means, where there is none."""
+        """Return how long to wait for the next attempt, in seconds. Raises what `error` means, where there is none."""
         is_safe = isinstance(error, NOT_SENT) or (self.is_repeatable and isinstance(error, NOT_ANSWERED))
         if not is_safe or not self._has_more():
             raise lost(error) from error
         return self._wait()
 
     def wait_after_break(self, error: httpx.RequestError, *, has_begun: bool) -> float:
-        """Returns how long to wait for the next attempt at a stream that broke off after its head, in seconds.
+        """Return how long to wait for the next attempt at a stream that broke off after its head, in seconds.
 
         Raises what `error` means, where there is none, or where an event had come.
         """
@@ -56,7 +56,7 @@ class Attempts:
         return self.wait_after_failure(error)
 
     def wait_after_refusal(self, error: ApiError) -> float:
-        """Returns how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
+        """Return how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
         is_told = error.status in (COME_AGAIN if self.is_repeatable else NOT_DONE) and error.retry_after is not None
         is_unanswered = error.type == UNKNOWN and error.status in NOBODY_BEHIND and self.is_repeatable
         asked = error.retry_after or 0.0
@@ -75,7 +75,7 @@ class Attempts:
 
 
 def lost(error: httpx.RequestError) -> ClientError:
-    """Returns what the end of a connection, or what was wrong with it, means to a caller."""
+    """Return what the end of a connection, or what was wrong with it, means to a caller."""
     return (SilenceError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError)(_said(error))
 
 

@@ -23,23 +23,23 @@ class LoadBound:
     """So many in any case: with few requests the mean says little, and a batch of them takes hardly longer than one."""
 
     def limit(self, loads: Iterable[int]) -> int:
-        """Returns the bound for one more request, given how many each replica has."""
+        """Return the bound for one more request, given how many each replica has."""
         loads = list(loads)
         return max(self.floor, math.ceil(self.share * (sum(loads) + 1) / len(loads)))
 
 
 def key_of(names: Iterable[str]) -> str:
-    """Returns the key of a set of adapter names, whatever their order; `ANY` of none."""
+    """Return the key of a set of adapter names, whatever their order; `ANY` of none."""
     return "+".join(sorted(set(names)))
 
 
 def ranked(key: str, replicas: Iterable[str]) -> Sequence[str]:
-    """Returns the replicas in the order in which they should have the adapters of `key`, the same in every process."""
+    """Return the replicas in the order in which they should have the adapters of `key`, the same in every process."""
     return sorted(replicas, key=lambda replica: _weight(key, replica), reverse=True)
 
 
 def preferred(key: str, loads: Mapping[str, int], bound: LoadBound) -> Sequence[str]:
-    """Returns the replicas in the order in which a request of `key` should try them: those within the bound come first.
+    """Return the replicas in the order in which a request of `key` should try them: those within the bound come first.
 
     `loads` has the requests that each has under way. Of `ANY`, and beyond the bound, the least loaded comes first.
     """

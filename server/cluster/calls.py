@@ -20,7 +20,7 @@ class Trouble:
         self._meaning, self._known = meaning, ""
 
     def begins(self, error: BaseException) -> None:
-        """Takes what has gone wrong at this turn."""
+        """Take what has gone wrong at this turn."""
         reason = error.cause if isinstance(error, RayTaskError) else error  # without its trace
         found = str(reason) or type(reason).__name__
         if found != self._known:
@@ -37,7 +37,7 @@ Heard = tuple[list[Any], list[BaseException]]
 
 
 async def ask_each(handle: DeploymentHandle[Any], method: str, *arguments: object, timeout_s: float | None = None) -> Heard:
-    """Calls each replica; of those that are lost there is nothing.
+    """Call each replica; of those that are lost there is nothing.
 
     Raises `RayServeException` where no replica is there, and `TimeoutError` where Ray does not say which are.
     """
@@ -56,7 +56,7 @@ async def ask_each(handle: DeploymentHandle[Any], method: str, *arguments: objec
 
 
 def _is_lost(found: object) -> bool:
-    """Says whether this is what becomes of a call to a replica that has died, or ends."""
+    """Return whether this is what becomes of a call to a replica that has died, or ends."""
     if isinstance(found, AioRpcError):
         code: StatusCode = found.code()
         return code is StatusCode.CANCELLED  # by the replica's server; of one that cannot be reached Ray makes its own error

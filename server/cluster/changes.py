@@ -27,7 +27,7 @@ class Changes:
         self._under_way = set[Task[Any]]()
 
     async def make(self, change: Callable[[], Awaitable[Made]]) -> Made:
-        """Returns what `change` does, in its turn; it goes on when the caller is cancelled."""
+        """Return what `change` does, in its turn; it goes on when the caller is cancelled."""
 
         async def run() -> Made:
             async with self.running():

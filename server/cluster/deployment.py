@@ -47,7 +47,7 @@ LONGEST_LOOK_BACK_S = 30.0
 
 
 def deployed(settings: ClusterSettings) -> Application:
-    """Returns the application, to be run by `serve.run` or `serve deploy`."""
+    """Return the application, to be run by `serve.run` or `serve deploy`."""
     replica = serve.deployment(
         name=REPLICA,
         max_ongoing_requests=settings.max_requests + SPARE_REQUESTS,
@@ -77,7 +77,7 @@ def deployed(settings: ClusterSettings) -> Application:
 
 
 def from_config(options: dict[str, Any]) -> Application:
-    """Returns the application for a Serve config file, whose `args` are the flags by their names in Python: `replicas: 2`.
+    """Return the application for a Serve config file, whose `args` are the flags by their names in Python: `replicas: 2`.
 
     Raises `ValueError` where one is wrong, or the cluster's.
     """
@@ -90,7 +90,7 @@ class _After:
     """What Ray wants beside an ASGI application: a class, which has the replicas start before it."""
 
     def __init__(self, replicas: DeploymentHandle[Replica]) -> None:
-        """Takes what it is bound to."""
+        """Take what it is bound to."""
 
     def check_health(self) -> None:
         """Raise where a task of the ingress, such as the one that watches the key file, has died: Ray then replaces it."""

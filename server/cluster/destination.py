@@ -48,19 +48,19 @@ BATCH = re.compile(rb"\s*\[\s*[\[\"]")
 
 
 def is_for_all(method: str, path: str) -> bool:
-    """Says whether a request changes what each replica has, or asks for what only all know together."""
+    """Return whether a request changes what each replica has, or asks for what only all know together."""
     if method == "GET":
         return path == METRICS or is_of_adapters(path)
     return is_change(method, path)
 
 
 def is_change(method: str, path: str) -> bool:
-    """Says whether a request changes what each replica has, which admins alone may."""
+    """Return whether a request changes what each replica has, which admins alone may."""
     return method in {"POST", "PUT", "DELETE"} and path.startswith(MANAGED)
 
 
 def is_of_adapters(path: str) -> bool:
-    """Says whether a GET of this path asks for adapters, or for one, with where they are and how much they are used."""
+    """Return whether a GET of this path asks for adapters, or for one, with where they are and how much they are used."""
     return bool(SHOWN.fullmatch(path)) and path != COMPARED
 
 
@@ -73,7 +73,7 @@ def read_fields(body: bytes) -> Fields:
 
 
 def key_in(fields: Fields, base_model: str) -> str:
-    """Returns the key of the adapters that a request's body names, in any of the forms that the routes take."""
+    """Return the key of the adapters that a request's body names, in any of the forms that the routes take."""
     raws = {"adapter": fields.adapter, "adapters": fields.adapters, "model": fields.model}
     try:
         values = {name: msgspec.json.decode(raw) for name, raw in raws.items() if 0 < len(raw) <= MAX_NAMING_BYTES}
@@ -95,7 +95,7 @@ def num_prompts(fields: Fields) -> int:
 
 
 def named_in(body: Mapping[str, object], base_model: str) -> Iterator[str]:
-    """Yields the names of the adapters that a body's fields name, without versions; nothing that cannot be an adapter's name.
+    """Yield the names of the adapters that a body's fields name, without versions; nothing that cannot be an adapter's name.
 
     A field that names more than `MAX_ADAPTERS` is not read: no replica takes it, and other requests would wait meanwhile.
     """

@@ -17,7 +17,7 @@ CLIENT_TIMEOUT = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 
 
 def client_timeout(settings: Settings) -> str:
-    """Returns how long HAProxy waits for a client that has to send or to read, in seconds: for a head, nothing else would end it.
+    """Return how long HAProxy waits for a client that has to send or to read, in seconds: for a head, nothing else would end it.
 
     It has one limit for all. What a client waits for does not count.
     """

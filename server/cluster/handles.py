@@ -39,7 +39,7 @@ class ReplicaHandles:
         self._absence, self._open = Absence(), set[ReplicaStream]()
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> "ReplicaStream":
-        """Returns the answer of the replica that `AdapterRouter` chooses for `key`; where there is none it waits for one.
+        """Return the answer of the replica that `AdapterRouter` chooses for `key`; where there is none it waits for one.
 
         Raises `NoReplicaError` where none has been there for too long.
         """
@@ -50,7 +50,7 @@ class ReplicaHandles:
         return ReplicaStream(responses, scope["path"], self._open)
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        """Returns the answer of each replica that runs and has joined; of a change, when all of them know of it.
+        """Return the answer of each replica that runs and has joined; of a change, when all of them know of it.
 
         What is only shown is shown without those that do not answer; the log says so. Raises `ReplicaLostError` where none does.
         """
@@ -88,7 +88,7 @@ class ReplicaHandles:
         return found
 
     async def watch(self) -> None:
-        """Calls every replica again and again, until it is cancelled, and lets those join that have not.
+        """Call every replica again and again, until it is cancelled, and lets those join that have not.
 
         Where none is there it gives up the requests that have waited too long.
 
@@ -143,7 +143,7 @@ class ReplicaStream:
         self._is_given_up = False
 
     async def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yields what there is of it. Raises `ReplicaLostError` where the replica died, or could not be reached."""
+        """Yield what there is of it. Raises `ReplicaLostError` where the replica died, or could not be reached."""
         self._among.add(self)
         try:
             async for messages in self._responses:
@@ -155,7 +155,7 @@ class ReplicaStream:
             self._among.discard(self)
 
     def give_up(self) -> None:
-        """Has it raise `NoReplicaError`, where no replica has taken the request; one that has may do it though it is to end."""
+        """Have it raise `NoReplicaError`, where no replica has taken the request; one that has may do it though it is to end."""
         if not self._responses._replica_result_future.done():
             self._is_given_up = True
             self._responses.cancel()  # Ray raises an error of its own then, and no `CancelledError`

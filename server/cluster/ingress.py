@@ -48,7 +48,7 @@ class Stream(Protocol):
     """An answer, as it comes."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yields what there is of it. Raises `ReplicaLostError`; `NoReplicaError` where it has waited for one too long."""
+        """Yield what there is of it. Raises `ReplicaLostError`; `NoReplicaError` where it has waited for one too long."""
 
     def cancel(self) -> None:
         """Says that nobody hears it any more."""
@@ -58,14 +58,14 @@ class Replicas(Protocol):
     """Those that answer."""
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> Stream:
-        """Returns the answer of the replica that has the adapters of `key`. Raises `NoReplicaError`."""
+        """Return the answer of the replica that has the adapters of `key`. Raises `NoReplicaError`."""
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        """Returns the whole answer of each replica, by its name, but of those that are lost or have not joined; of one at
+        """Return the whole answer of each replica, by its name, but of those that are lost or have not joined; of one at
         least. Raises `ReplicaLostError`."""
 
     async def watch(self) -> None:
-        """Sees to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`,
+        """See to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`,
         that requests do not wait for one for ever, and that new ones know of what was changed before they came."""
 
 
@@ -80,7 +80,7 @@ class Ingress:
     def __init__(
         self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str, num_ingresses: int = 1
     ) -> None:
-        """Takes what one server has, and how many ingresses share the rate of each tenant."""
+        """Take what one server has, and how many ingresses share the rate of each tenant."""
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
         self._hosts = None if keys else AllowedHosts.of(settings)
         self._rate = RateLimiter(num_ingresses)
@@ -91,7 +91,7 @@ class Ingress:
         self._app: ASGIApp = Cors(self._let_in, settings.cors_origins) if settings.cors_origins else self._let_in
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request, or runs until it is told to end."""
+        """Answer a request, or runs until it is told to end."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
         elif scope["type"] != "http":

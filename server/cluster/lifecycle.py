@@ -31,7 +31,7 @@ class Lifespan(Generic[Given]):
         self._is_to_end = asyncio.Event()
 
     async def start(self) -> Given:
-        """Returns what the context gives. Raises what it raises."""
+        """Return what the context gives. Raises what it raises."""
         started: asyncio.Future[Given] = asyncio.get_running_loop().create_future()
         self._running = asyncio.create_task(self._run(started))
         either: set[asyncio.Future[Any]] = {started, self._running}
@@ -46,7 +46,7 @@ class Lifespan(Generic[Given]):
             self._running.result()
 
     async def end(self) -> None:
-        """Leaves the context. Raises what it raises, or has raised since it was entered."""
+        """Leave the context. Raises what it raises, or has raised since it was entered."""
         self._is_to_end.set()
         await self._running
 
@@ -81,7 +81,7 @@ class Lifecycle:
         self.joined, self.is_closed = anyio.Event(), False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request."""
+        """Answer a request."""
         app = self._app if scope["path"] in PROBED else await self._chosen()
         await app(scope, receive, send)
 
@@ -111,7 +111,7 @@ class Absence:
         self._since: float | None = None
 
     def note(self, *, is_there: bool) -> None:
-        """Takes whether a replica is there at the moment."""
+        """Take whether a replica is there at the moment."""
         if is_there:
             self._is_begun, self._since = True, None
         elif self._is_begun and self._since is None:
@@ -119,5 +119,5 @@ class Absence:
             logger.warning("no replica is there; requests wait for %g s, others are told to come again", WAIT_S)
 
     def is_too_long(self, path: str) -> bool:
-        """Says whether a request of this path waits no more."""
+        """Return whether a request of this path waits no more."""
         return self._since is not None and (path in PROBED or anyio.current_time() - self._since >= WAIT_S)

@@ -13,7 +13,7 @@ LABEL = "replica"
 
 
 def merged_metrics(texts: Mapping[str, str]) -> bytes:
-    """Returns the samples of `texts`, which are in Prometheus's format, by the name of the replica that each is of."""
+    """Return the samples of `texts`, which are in Prometheus's format, by the name of the replica that each is of."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Texts(texts))
     return generate_latest(registry)
@@ -41,7 +41,7 @@ TIERS = ("disk", "loaded", "resident")
 
 
 def merged_adapters(answers: Sequence[bytes]) -> bytes:
-    """Returns the replicas' replies to `GET /adapters`, or of one adapter, as one: the first, with the figures of all.
+    """Return the replicas' replies to `GET /adapters`, or of one adapter, as one: the first, with the figures of all.
 
     Uses are summed; an adapter is where it is nearest, with the bytes that it has there, and pinned where one has it so. What is
     damaged for one of them is listed as faulty.

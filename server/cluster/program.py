@@ -55,7 +55,7 @@ def run() -> int:
 
 
 def _checked() -> ClusterSettings:
-    """Returns the settings, when all was checked that each process of Ray's would say after a minute, on many lines."""
+    """Return the settings, when all was checked that each process of Ray's would say after a minute, on many lines."""
     settings = read_arguments(ClusterSettings, GROUPS)
     configure_start(settings.log_format)
     check_start(settings)

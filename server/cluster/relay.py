@@ -19,12 +19,12 @@ Answers = AsyncIterable[Sequence[Message]]
 
 
 def portable(scope: Scope) -> Mapping[str, Any]:
-    """Returns what of `scope` is sent with a request."""
+    """Return what of `scope` is sent with a request."""
     return {key: scope[key] for key in PORTABLE if key in scope}
 
 
 async def whole_body(receive: Receive) -> bytes | None:
-    """Returns the request's body; None where the client left before it was whole."""
+    """Return the request's body; None where the client left before it was whole."""
     parts = []
     while True:
         message = await receive()
@@ -36,7 +36,7 @@ async def whole_body(receive: Receive) -> bytes | None:
 
 
 async def pass_on(answers: Answers, receive: Receive, send: Send, cancel: Callable[[], None]) -> None:
-    """Sends what `answers` brings to the client; where that leaves before the end, calls `cancel` and returns.
+    """Send what `answers` brings to the client; where that leaves before the end, calls `cancel` and returns.
 
     Raises what `answers` raises.
     """
@@ -66,7 +66,7 @@ async def _until_left(receive: Receive) -> None:
 
 
 async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequence[Message], None]:
-    """Yields what `app` answers to a relayed request, all messages that are there at a time; the head with what follows it.
+    """Yield what `app` answers to a relayed request, all messages that are there at a time; the head with what follows it.
 
     Closing it tells `app` that the client has left, and waits until it is done. Raises what `app` raises.
     """

@@ -24,7 +24,7 @@ class Replica:
     """Answers relayed requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
 
     async def __init__(self, settings: Settings, num_ingresses: int) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Loads everything, to answer what so many ingresses send. Raises as `load_service` and `start_tracing`."""
+        """Load everything, to answer what so many ingresses send. Raises as `load_service` and `start_tracing`."""
         from server.app import create_app  # noqa: PLC0415  # who only starts replicas, or sends them requests, needs no torch
         from server.loading import load_service  # noqa: PLC0415
 
@@ -47,13 +47,13 @@ class Replica:
         body: bytes,
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
-        """Yields the answer to a request, see `relay.answer` and `Lifecycle`."""
+        """Yield the answer to a request, see `relay.answer` and `Lifecycle`."""
         async with aclosing(self._answered(scope, body)) as answers:
             async for messages in answers:
                 yield messages
 
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
-        """Returns the replica's name, and its whole answer to a request that all replicas hear.
+        """Return the replica's name, and its whole answer to a request that all replicas hear.
 
         That of one that has not joined yet is empty, but to what asks how it is.
         """
@@ -63,11 +63,11 @@ class Replica:
         return _own_name(), messages
 
     async def beat(self) -> tuple[bool, Collection[str]]:
-        """Says whether this replica has joined, and what is pinned here; or the caller learns that it cannot be reached."""
+        """Return whether this replica has joined, and what is pinned here; or the caller learns that it cannot be reached."""
         return self._lifecycle.joined.is_set(), [*self._service.admin.pins]
 
     async def join(self, pins: Collection[str]) -> None:
-        """Makes good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'.
+        """Make good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'.
 
         Raises `StoreError` where the store fails: it has not joined then.
         """
@@ -79,17 +79,17 @@ class Replica:
             self._lifecycle.joined.set()
 
     def retire(self) -> None:
-        """Has /ready say that it is not; requests are answered as before."""
+        """Have /ready say that it is not; requests are answered as before."""
         self._service.is_draining = True
 
     def close(self) -> int:
-        """Has new requests refused, too; returns how many are under way."""
+        """Have new requests refused, too; returns how many are under way."""
         self.retire()
         self._lifecycle.is_closed = True
         return self._num_asked
 
     def check_health(self) -> None:
-        """Raises where the engine, or a task beside the requests, has ended: Ray then puts another replica in this one's place.
+        """Raise where the engine, or a task beside the requests, has ended: Ray then puts another replica in this one's place.
 
         One that is to end is sound.
         """
@@ -97,7 +97,7 @@ class Replica:
         self._running.check()
 
     async def __del__(self) -> None:
-        """Ends the engine, and sends the traces that are left."""
+        """End the engine, and sends the traces that are left."""
         try:
             await self._running.end()
         finally:

@@ -25,12 +25,12 @@ class AdapterRouter(RequestRouter):
     queue_len_response_deadline_s = max_queue_len_response_deadline_s = PATIENCE_S
 
     def initialize_state(self, share: float, floor: int) -> None:  # type: ignore[override]  # Ray passes what is configured
-        """Takes what the deployment is configured with."""
+        """Take what the deployment is configured with."""
         self._bound = LoadBound(share, floor)
         self._silent = dict[ReplicaID, float]()
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
-        """Notes that a replica cannot be reached, of which Ray knows no load then: it would be the first to be tried."""
+        """Note that a replica cannot be reached, of which Ray knows no load then: it would be the first to be tried."""
         super().on_replica_actor_unavailable(replica_id)
         self._silent[replica_id] = time.monotonic()
 
@@ -44,7 +44,7 @@ class AdapterRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Returns the replicas one by one, in the order in which they should be tried."""
+        """Return the replicas one by one, in the order in which they should be tried."""
         by_id = {str(replica.replica_id.unique_id): replica for replica in candidate_replicas}
         key = ANY
         if pending_request is not None:

@@ -39,7 +39,7 @@ OURS = r"^(?:lori|server)\.[\w.]+: "
 
 @contextmanager
 def serving(settings: ClusterSettings) -> Iterator[str]:
-    """Serves until the block ends, and gives the address. Raises `StartError` where Ray or a replica cannot start.
+    """Serve until the block ends, and gives the address. Raises `StartError` where Ray or a replica cannot start.
 
     The block's end breaks what runs; `end_gently` does not.
     """
@@ -64,7 +64,7 @@ def serving(settings: ClusterSettings) -> Iterator[str]:
 
 
 async def end_gently(notice_s: float | None, drain_s: float) -> None:
-    """Ends what is served, after a notice if there is one, in which requests are taken; they have `drain_s` after it to end."""
+    """End what is served, after a notice if there is one, in which requests are taken; they have `drain_s` after it to end."""
     if notice_s is not None:
         await _give_notice(notice_s)
     await _drain(drain_s)
@@ -91,7 +91,7 @@ def _run(application: Application) -> None:
 
 
 def _reason(message: str) -> str:
-    """Returns our own error's words at the end of a traceback, or all of it where the error is not ours."""
+    """Return our own error's words at the end of a traceback, or all of it where the error is not ours."""
     return re.split(OURS, message, flags=re.MULTILINE)[-1].strip()
 
 
@@ -107,7 +107,7 @@ async def _drain(drain_s: float) -> None:
 
 
 async def _ask_each(method: str) -> list[Any]:
-    """Returns what each replica says, None of one that does not answer: it may have requests under way."""
+    """Return what each replica says, None of one that does not answer: it may have requests under way."""
     try:
         said, faults = await ask_each(serve.get_deployment_handle(REPLICA, APPLICATION), method, timeout_s=ANSWER_S)
     except (RayServeException, KeyError):  # no replica is there, or not even the application, as after `serve delete`

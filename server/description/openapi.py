@@ -23,7 +23,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Returns the methods of the request's path. The framework knows those of one route alone, and a path can have several."""
+    """Return the methods of the request's path. The framework knows those of one route alone, and a path can have several."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     return [method for method, scope in scopes.items() if any(of.matches(scope)[0] is Match.FULL for of in request.app.routes)]
 
@@ -83,7 +83,7 @@ class Api(FastAPI):
         self.described += [(method, route.path_format) for route in routes for method in sorted(route.methods or ())]
 
     def openapi(self) -> dict[str, Any]:
-        """Returns the description."""
+        """Return the description."""
         if self._document is None:
             self._document = _exact(super().openapi())
             _complete(self._document, self._has_keys)

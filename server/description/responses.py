@@ -58,7 +58,7 @@ ADMINISTERING = (400, 403, 404, 408, 409, 413, 429, 503)
 
 
 def refusals(*statuses: int) -> Responses:
-    """Returns what is said of statuses whose body is an error."""
+    """Return what is said of statuses whose body is an error."""
     return {status: _refusal(status) for status in statuses}
 
 
@@ -69,18 +69,18 @@ def _refusal(status: int) -> dict[str, Any]:
 
 
 def refusal_example(status: int) -> dict[str, Any]:
-    """Returns an error of this status."""
+    """Return an error of this status."""
     _, kind, message, param = REFUSALS[status]
     return error_reply(status, kind, message, param)
 
 
 def reference(of: type[BaseModel]) -> str:
-    """Returns where the description has a schema."""
+    """Return where the description has a schema."""
     return f"#/components/schemas/{of.__name__}"
 
 
 def streams(example: str, *events: tuple[str, type[BaseModel]]) -> Responses:
-    """Returns what is said of a stream of `events`, each a name and its data; without a name they are OpenAI's, after which comes
+    """Return what is said of a stream of `events`, each a name and its data; without a name they are OpenAI's, after which comes
     `[DONE]`."""
     items = [_event(name, of) for name, of in events]
     if not events[0][0]:

@@ -43,7 +43,7 @@ def size_of(prompt: Prompt) -> int:
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """Returns the text of tokens, special ones left out, and where in it each of them begins, in characters."""
+    """Return the text of tokens, special ones left out, and where in it each of them begins, in characters."""
     stream, offsets, pieces = TextStream(tokenizer, ()), [], []
     for token in ids:
         offsets.append(stream.num_characters)
@@ -168,7 +168,7 @@ class Admission:
         return True
 
     def admit(self, ask: Ask) -> Request:
-        """Returns the request; whether its grammar can be followed is for `check_grammar` to say.
+        """Return the request; whether its grammar can be followed is for `check_grammar` to say.
 
         Raises `RefusedError`, `TemplateError`, what `resolve` does, or `PolicyError`.
         """
@@ -320,7 +320,7 @@ class Admission:
 
 
 def check_scores(requests: Sequence[Request], *, is_whole: bool) -> None:
-    """Raises `RefusedError` where what is answered in one reply may have more log-probabilities than one can hold.
+    """Raise `RefusedError` where what is answered in one reply may have more log-probabilities than one can hold.
 
     Those of echoed prompts; and `is_whole`, where nothing is streamed, those of the longest answers, too.
     """

@@ -41,7 +41,7 @@ class Engine:
         self._by_id: dict[str, list[Sequence]] = {}
 
     def submit(self, request: Request, emit: Emit) -> None:
-        """Queues a request."""
+        """Queue a request."""
         deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.num_choices)]
         self._by_id[request.id] = sequences
@@ -51,7 +51,7 @@ class Engine:
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Marks a request: the next step frees all that it owns. One that has ended is none of our business."""
+        """Mark a request: the next step frees all that it owns. One that has ended is none of our business."""
         for sequence in self._by_id.get(request_id, ()):
             self.scheduler.abort(sequence)
 
@@ -61,16 +61,16 @@ class Engine:
         return self.scheduler.can_step
 
     def time_left(self) -> float | None:
-        """Returns the seconds until a deadline makes a step do something; None where no request has one."""
+        """Return the seconds until a deadline makes a step do something; None where no request has one."""
         deadline = self.scheduler.next_deadline
         return None if deadline is None else max(0.0, deadline - self.clock())
 
     def wake(self) -> None:
-        """Makes the next step look again: an adapter was read."""
+        """Make the next step look again: an adapter was read."""
         self.scheduler.wake()
 
     def step(self) -> None:
-        """Frees what was aborted or is too late, then computes one batch and sends its events."""
+        """Free what was aborted or is too late, then computes one batch and sends its events."""
         self._drop()
         chunks = self.scheduler.plan()
         self._fail_unservable()

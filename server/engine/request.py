@@ -245,7 +245,7 @@ class Sequence:
         return len(self.request.prompt_ids) + self.request.max_tokens
 
     def ids(self, start: int, stop: int) -> list[int]:
-        """Returns the tokens from `start` to `stop`."""
+        """Return the tokens from `start` to `stop`."""
         num_prompt = len(self.request.prompt_ids)
         if start >= num_prompt:
             return self.output_ids[start - num_prompt : stop - num_prompt]

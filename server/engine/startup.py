@@ -27,7 +27,7 @@ FAR, NUM_FAR = 1024, 8
 def measure_step_cost(
     turn: Turn, *, num_ids: int, max_tokens: int, max_sequences: int, max_context: int, num_blocks: int, block_size: int
 ) -> StepCost:
-    """Returns what steps of up to `max_tokens` and `max_sequences` cost here, sampling and all.
+    """Return what steps of up to `max_tokens` and `max_sequences` cost here, sampling and all.
 
     A few steps of several sizes are timed, at the start of a context and far into one. `num_ids`: tokens below it are known.
     """
@@ -97,7 +97,7 @@ MAX_ERROR = 0.1
 
 
 def own_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Returns the logits (P, V) fp32 of the probe that `model` gives by itself, for `check`."""
+    """Return the logits (P, V) fp32 of the probe that `model` gives by itself, for `check`."""
     model.set_attn_implementation("eager")  # others leave out what a family does to its scores
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([_ids(model, NUM_TOKENS)], device=model.device)).logits[0].float()
@@ -105,7 +105,7 @@ def own_logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def check(runner: Runner, model: PreTrainedModel, expected: torch.Tensor, max_context: int, block_size: int) -> None:
-    """Raises `ModelError` unless the runner gives the `expected` logits of the probe, or of as much of it as the context holds.
+    """Raise `ModelError` unless the runner gives the `expected` logits of the probe, or of as much of it as the context holds.
 
     It runs as a prompt, as a later chunk of it, and as a decoding step.
     """

@@ -29,17 +29,17 @@ class Stopwatch:
         self._first: float | None = None
 
     def begin(self) -> None:
-        """Notes that the sequence is in a step; the first counts."""
+        """Note that the sequence is in a step; the first counts."""
         if self._begun is None:
             self._begun = self._clock()
 
     def note_token(self) -> None:
-        """Notes that the sequence has a token; the first counts."""
+        """Note that the sequence has a token; the first counts."""
         if self._first is None:
             self._first = self._clock()
 
     def stop(self) -> Timings:
-        """Returns where the time went until now."""
+        """Return where the time went until now."""
         now = self._clock()
         begun = now if self._begun is None else self._begun
         first = now if self._first is None else self._first
@@ -76,7 +76,7 @@ class Reply:
         )
 
     def prompt_logprobs(self, start: int, scores: Items[Score]) -> list[TokenLogprob]:
-        """Returns what is told of the prompt's tokens from `start` on, but of those that were noted before."""
+        """Return what is told of the prompt's tokens from `start` on, but of those that were noted before."""
         request = self.sequence.request
         found: list[tuple[int, float | None, Mapping[int, float]]] = [(0, None, {})]  # which nothing predicts
         found += [(place, value, top) for place, (value, top) in enumerate(scores, start)]
@@ -84,19 +84,19 @@ class Reply:
         return [self._logprob(ids[place], offsets[place], value, top) for place, value, top in found if place >= num_known]
 
     def note_prompt(self, logprobs: Items[TokenLogprob]) -> None:
-        """Notes what comes next of the prompt's tokens; all choices of a request share it."""
+        """Note what comes next of the prompt's tokens; all choices of a request share it."""
         self._logprobs += logprobs
         self._num_scored += len(logprobs)
 
     def begin(self) -> None:
-        """Tells the prompt, where it is to be echoed, and the scores of what was computed of it; the prompt once."""
+        """Tell the prompt, where it is to be echoed, and the scores of what was computed of it; the prompt once."""
         text = self.sequence.request.prompt_text if self.sequence.request.echo and not self._has_begun else ""
         self._has_begun = True
         if text or self._logprobs:
             self._tell(text, is_prompt=True)
 
     def take(self, token: int, score: Score | None) -> FinishReason | None:
-        """Tells the text that the sequence's next token, already among its own, makes sure; returns why it is over, if it is."""
+        """Tell the text that the sequence's next token, already among its own, makes sure; returns why it is over, if it is."""
         request = self.sequence.request
         self.stopwatch.note_token()
         if score is not None:
@@ -112,7 +112,7 @@ class Reply:
         return "length" if len(self.sequence.output_ids) == request.max_tokens else None
 
     def end(self, reason: FinishReason) -> None:
-        """Tells what is left, and that the answer is over."""
+        """Tell what is left, and that the answer is over."""
         sequence = self.sequence
         text = "" if reason == "cancelled" else self.text.flush()
         if text or self._logprobs:
@@ -133,7 +133,7 @@ class Reply:
 
 
 def read_back(tensors: Items[torch.Tensor]) -> list[list[list[float]]]:
-    """Returns the rows of each of these (P, N) tensors of one device; integers up to 2**53 are exact.
+    """Return the rows of each of these (P, N) tensors of one device; integers up to 2**53 are exact.
 
     It waits for the device once, and not at all where there is nothing in them.
     """
@@ -148,12 +148,12 @@ def read_back(tensors: Items[torch.Tensor]) -> list[list[list[float]]]:
 
 
 def are_sound(logits: torch.Tensor) -> torch.Tensor:
-    """Returns (P,) bool: whether a row of `logits` (P, V) holds neither NaN nor plus infinity, and a token that is possible."""
+    """Return (P,) bool: whether a row of `logits` (P, V) holds neither NaN nor plus infinity, and a token that is possible."""
     return logits.amax(-1).isfinite()
 
 
 def score(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Tensor:
-    """Returns (P, 1 + 2 N) fp64 for `logits` (P, V) and `tokens` (P,) int64, and does not wait for their device.
+    """Return (P, 1 + 2 N) fp64 for `logits` (P, V) and `tokens` (P,) int64, and does not wait for their device.
 
     A row is its token's log-probability, those of the `num_top` likeliest tokens, and these tokens.
     """
@@ -166,7 +166,7 @@ def score(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Ten
 
 
 def to_scores(rows: Items[Items[float]]) -> list[Score]:
-    """Returns what the rows of `score` say, once they are plain numbers."""
+    """Return what the rows of `score` say, once they are plain numbers."""
     half = len(rows[0]) // 2 if rows else 0
     return [(row[0], dict(zip(map(int, row[1 + half :]), row[1 : 1 + half], strict=True))) for row in rows]
 
@@ -195,7 +195,7 @@ class Turn:
         self.runner, self._sampler = runner, sampler
 
     def compute(self, chunks: Items[Chunk]) -> list[Outcome]:
-        """Returns the outcome of every chunk. It waits for the device once, at the end."""
+        """Return the outcome of every chunk. It waits for the device once, at the end."""
         spans = [_wanted(chunk) for chunk in chunks]
         starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
         positions = [start + row for start, span in zip(starts, spans, strict=False) for row in span]

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 
 def beginning(text: str, stop: str, start: int) -> int:
-    """Returns the first place from `start` on where `text` has all of `stop`, or ends inside it; else the text's length."""
+    """Return the first place from `start` on where `text` has all of `stop`, or ends inside it; else the text's length."""
     while 0 <= start < len(text):
         if stop.startswith(text[start : start + len(stop)]):
             return start
@@ -39,7 +39,7 @@ class StopStrings:
         self.is_met = False
 
     def push(self, piece: str, can_stop: bool = True) -> str:
-        """Takes the next piece and returns the text that is now sure: up to the first stop string that ends in the piece.
+        """Take the next piece and return the text that is now sure: up to the first stop string that ends in the piece.
 
         Without `can_stop`, what ends in this piece is text like any other.
         """
@@ -56,7 +56,7 @@ class StopStrings:
         return text[:sure]
 
     def flush(self) -> str:
-        """Returns the text that waited, at the end."""
+        """Return the text that waited, at the end."""
         text, self._waiting = self._waiting, ""
         self._starts = [0] * len(self._stops)
         return text
@@ -79,13 +79,13 @@ many for tokenizers that decode bytes in a row all or none."""
 
 @lru_cache(maxsize=8)
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Returns the tokens that are no text."""
+    """Return the tokens that are no text."""
     return frozenset(token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special)
 
 
 @lru_cache(maxsize=1 << 16)
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Returns the text of a token by itself, also of one that is no text."""
+    """Return the text of a token by itself, also of one that is no text."""
     return tokenizer.decode([token], skip_special_tokens=False)
 
 
@@ -120,14 +120,14 @@ class TextStream:
         return self._stops.is_met
 
     def push(self, token: int) -> str:
-        """Takes the next token and returns the text that is now sure."""
+        """Take the next token and return the text that is now sure."""
         self._num_missing -= 1
         piece = self._decode(token)
         self.num_characters += len(piece)
         return self._stops.push(piece, can_stop=self._num_missing <= 0)
 
     def flush(self) -> str:
-        """Returns the text that waited for a stop string, at the end."""
+        """Return the text that waited for a stop string, at the end."""
         return self._stops.flush()
 
     def _decode(self, token: int) -> str:

@@ -89,17 +89,17 @@ class EngineThread:
         self.is_alive = self.has_died = False
 
     def start(self) -> None:
-        """Starts the thread; events will be heard on the running event loop."""
+        """Start the thread; events will be heard on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self.is_alive = True
         self._thread.start()
 
     def request_stop(self) -> None:
-        """Lets the current step end, then ends the thread and tells whoever still waits. Returns at once."""
+        """Let the current step end, then ends the thread and tells whoever still waits. Returns at once."""
         self._commands.put(None)
 
     async def stop(self) -> None:
-        """Stops the engine and waits until it has ended."""
+        """Stop the engine and waits until it has ended."""
         self.request_stop()
         await asyncio.to_thread(self._thread.join)
 
@@ -109,11 +109,11 @@ class EngineThread:
         return len(self._events)
 
     def places(self) -> Mapping[str, Place]:
-        """Returns where the adapters are that are not on disk alone, by digest. Any thread may ask; it waits for no step."""
+        """Return where the adapters are that are not on disk alone, by digest. Any thread may ask; it waits for no step."""
         return self._engine.tiers.places()
 
     async def call(self, command: Callable[[Engine], T]) -> T:
-        """Returns what `command` does between two steps, on the engine's thread; what it raises is raised here.
+        """Return what `command` does between two steps, on the engine's thread; what it raises is raised here.
 
         It is done also where nobody waits for it any more. Raises `EngineDeadError` where the engine is not running, or ends
         before it is done.
@@ -129,7 +129,7 @@ class EngineThread:
             self._calls.discard(answer)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yields the events of a request as they come; closing the generator aborts the request."""
+        """Yield the events of a request as they come; closing the generator aborts the request."""
         if not self.is_alive:
             # It was alive when the request was admitted: a stream may have begun.
             yield ErrorEvent("the engine is not running")

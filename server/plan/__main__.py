@@ -40,7 +40,7 @@ def run(config: PlanConfig) -> None:
 
 
 def _drawer() -> Draw:
-    """Returns what draws. Raises `LoriError` where matplotlib is not installed: before the simulation, not after."""
+    """Return what draws. Raises `LoriError` where matplotlib is not installed: before the simulation, not after."""
     try:
         from lori.compare.plots import save_figure  # noqa: PLC0415  # an extra
         from server.plan.plots import plot_outcomes  # noqa: PLC0415
@@ -90,7 +90,7 @@ def _outcomes(config: PlanConfig, plan: Plan, load_s: float) -> list[Outcome]:
 
 
 def main() -> int:
-    """Runs the program and returns its exit code: 0, 1 where there is no such plan, 2 for wrong flags."""
+    """Run the program and return its exit code: 0, 1 where there is no such plan, 2 for wrong flags."""
     config = PlanConfig.from_arguments()
     try:
         run(config)

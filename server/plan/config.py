@@ -111,12 +111,12 @@ class PlanConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Returns the flags alone: RANK or SEED in the environment means something else, and LORI_ADAPTERS is a folder."""
+        """Return the flags alone: RANK or SEED in the environment means something else, and LORI_ADAPTERS is a folder."""
         return (init_settings,)
 
     @classmethod
     def from_arguments(cls) -> Self:
-        """Reads the command line; ends the program with 2 and the flag's name where one is wrong."""
+        """Read the command line; ends the program with 2 and the flag's name where one is wrong."""
         return read_arguments(cls)
 
     @model_validator(mode="after")

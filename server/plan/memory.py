@@ -61,7 +61,7 @@ class AdapterSizes:
 
 
 def model_sizes(name: str | None, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelSizes:
-    """Returns what the base called `name` takes (a local folder or a hub id; `None` is the embedded model).
+    """Return what the base called `name` takes (a local folder or a hub id; `None` is the embedded model).
 
     Raises `ModelError` where there is no such model, or the server does not serve it.
     """
@@ -80,14 +80,14 @@ def model_sizes(name: str | None, dtype: torch.dtype, quantization: Quantization
 
 
 def basis_bytes(shapes: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype, num_bases: int = 1) -> int:
-    """Returns what the rows of A take that lie below the weights of all `shapes`, which adapters change or not."""
+    """Return what the rows of A take that lie below the weights of all `shapes`, which adapters change or not."""
     return num_bases * rank * sum(n for _, n in shapes.values()) * dtype.itemsize
 
 
 def adapter_sizes(
     shapes: Mapping[str, tuple[int, int]], rank: int, sparsity: float, dtype: torch.dtype, targets: Collection[str] = ()
 ) -> AdapterSizes:
-    """Returns what an adapter takes that changes the modules of `shapes` whose names end as `targets` say, all if none do.
+    """Return what an adapter takes that changes the modules of `shapes` whose names end as `targets` say, all if none do.
 
     Raises `ModelError` where a target is none of the model's modules.
     """
@@ -118,7 +118,7 @@ def _empty_model(name: str | None, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _weight_bytes(model: PreTrainedModel, quantized: Collection[str]) -> int:
-    """Returns what the server makes of the weights: vectors in fp32, the output's matrix beside the embeddings where these are
+    """Return what the server makes of the weights: vectors in fp32, the output's matrix beside the embeddings where these are
     tied, and of the layers that are `quantized` int8 and a scale in fp32 for each output."""
     head = model.get_output_embeddings().weight
     own = dict(model.named_parameters())
@@ -142,5 +142,5 @@ def _drawn(num_outputs: int, rank: int, sparsity: float) -> SparseB:
 
 
 def gib(num_bytes: float) -> float:
-    """Returns bytes in GiB, to hundredths and not less: as a flag says it."""
+    """Return bytes in GiB, to hundredths and not less: as a flag says it."""
     return math.ceil(num_bytes / GIB * 100) / 100

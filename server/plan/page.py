@@ -12,7 +12,7 @@ from server.plan.simulation import WARM_UP, Outcome
 
 
 def print_plan(config: PlanConfig, plan: Plan) -> None:
-    """Prints a plan, with what it assumes."""
+    """Print a plan, with what it assumes."""
     _print_memory(config, plan)
     _print_adapters(config, plan)
     served = plan.requests_per_s * config.completion_tokens
@@ -81,7 +81,7 @@ COLUMNS = [
 
 
 def print_outcomes(config: PlanConfig, plan: Plan, load_s: float, outcomes: Sequence[Outcome]) -> None:
-    """Prints what was simulated, with what that assumes."""
+    """Print what was simulated, with what that assumes."""
     rows = [_outcome_cells(of, config.rps / plan.requests_per_s) for of in outcomes]
     title = f"{config.requests:,} requests at {config.rps:g} a second for {config.adapters:,} adapters, zipf {config.zipf:g}"
     print()
@@ -108,7 +108,7 @@ def _outcome_cells(of: Outcome, num_busy: float) -> list[str]:
 
 
 def as_document(config: PlanConfig, plan: Plan, load_s: float | None, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Returns all of it for a script: bytes, seconds, and the settings that led to them."""
+    """Return all of it for a script: bytes, seconds, and the settings that led to them."""
     document = dataclasses.asdict(plan)
     del document["model"]["shapes"]
     document["memory"]["total"] = plan.memory.total

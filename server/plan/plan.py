@@ -69,7 +69,7 @@ class Plan:
 
 
 def sizes(config: PlanConfig) -> tuple[ModelSizes, AdapterSizes]:
-    """Returns what the model and an adapter take. Raises `ModelError`, or `PlanError` where requests are too long."""
+    """Return what the model and an adapter take. Raises `ModelError`, or `PlanError` where requests are too long."""
     dtype = getattr(torch, config.dtype)
     model = model_sizes(config.model, dtype, config.quantization)
     if config.prompt_tokens + config.completion_tokens > model.max_context:
@@ -79,7 +79,7 @@ def sizes(config: PlanConfig) -> tuple[ModelSizes, AdapterSizes]:
 
 
 def make_plan(config: PlanConfig, model: ModelSizes, adapter: AdapterSizes, speed: Speed) -> Plan:
-    """Returns the plan. Raises `PlanError` where a replica's memory is too small."""
+    """Return the plan. Raises `PlanError` where a replica's memory is too small."""
     num_kv_tokens = config.max_batch * _rounded(config.prompt_tokens + config.completion_tokens)
     fixed = Memory(
         weights=model.weights,
@@ -155,7 +155,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
 
 
 def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
-    """Returns what the plan takes for true, each as a sentence."""
+    """Return what the plan takes for true, each as a sentence."""
     told = f"measured now at {config.server}" if config.server else "as --tokens-per-s says"
     told = f"README, How fast: {MODEL}" if config.is_measured else told
     generated = f"{plan.speed.together:g} tokens/s without adapters for {plan.speed.users} users ({told})"

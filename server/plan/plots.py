@@ -12,7 +12,7 @@ WIDTH, HEIGHT = 3.4, 2.8
 
 
 def plot_outcomes(outcomes: Sequence[Outcome]) -> Figure:
-    """Returns hits, cold loads and waits by the number of replicas, a line for each way to route."""
+    """Return hits, cold loads and waits by the number of replicas, a line for each way to route."""
     parts = {
         "resident adapters hit (%)": [100 * of.hit_rate for of in outcomes],
         "cold loads/s": [of.loads_per_s for of in outcomes],

@@ -60,7 +60,7 @@ class Outcome:
 
 
 def draw_traffic(*, num_adapters: int, num_requests: int, rps: float, zipf: float, mean_tokens: float, seed: int) -> Traffic:
-    """Returns requests for adapters 0, the most popular, to `num_adapters` - 1."""
+    """Return requests for adapters 0, the most popular, to `num_adapters` - 1."""
     g = np.random.default_rng(seed)
     shares = np.arange(1, num_adapters + 1, dtype=np.float64) ** -zipf
     return Traffic(
@@ -73,7 +73,7 @@ def draw_traffic(*, num_adapters: int, num_requests: int, rps: float, zipf: floa
 def simulate(
     traffic: Traffic, policy: Policy, num_replicas: int, sizes: ReplicaSizes, seed: int, tell: Callable[[], object] = bool
 ) -> Outcome:
-    """Runs all requests to their ends. `tell` is called whenever one has ended."""
+    """Run all requests to their ends. `tell` is called whenever one has ended."""
     replicas = {f"replica-{i}": Replica(sizes) for i in range(num_replicas)}
     loads = dict.fromkeys(replicas, 0)
     route, asked, chosen, num_loads = _route(policy, [*replicas], seed), _asked(traffic), list[str](), list[int]()
@@ -109,7 +109,7 @@ def _next_at(item: tuple[str, Replica]) -> float:
 def _outcome(
     policy: Policy, asked: Sequence[Asked], chosen: Sequence[str], num_loads: Sequence[int], replicas: Mapping[str, Replica]
 ) -> Outcome:
-    """Sums up: `chosen` is where each request went, `num_loads` how many adapters had been read when each came."""
+    """Sum up: `chosen` is where each request went, `num_loads` how many adapters had been read when each came."""
     first_of = cache(lambda adapter: ranked(key_of([adapter]), replicas)[0])
     start = int(WARM_UP * len(asked))
     counted, where = asked[start:], chosen[start:]

@@ -59,7 +59,7 @@ BY_TERMS = {2: _of(0.78, "32 merges of 2"), 4: _of(0.72, "32 merges of 4")}
 
 
 def measured_ratio(num_adapters: int, num_terms: int, kept_a_row: float, rows_of_a: int) -> Ratio | None:
-    """Returns the ratio of the measured case that is nearest and no easier; `None` where none was.
+    """Return the ratio of the measured case that is nearest and no easier; `None` where none was.
 
     `rows_of_a` are those of all A's together.
     """
@@ -84,7 +84,7 @@ class Speed:
     users: int
 
     def seconds_per_token(self, num_running: int) -> float:
-        """Returns how long each of so many requests waits for a token: a line from one user to `users`, and beyond them no more
+        """Return how long each of so many requests waits for a token: a line from one user to `users`, and beyond them no more
         tokens a second than theirs. What one user gets must be known."""
         assert self.single is not None
         if num_running >= self.users:
@@ -93,17 +93,17 @@ class Speed:
         return first + (last - first) * (num_running - 1) / (self.users - 1)
 
     def at_most(self, num_running: int) -> float:
-        """Returns the tokens a second where no more than so many run together. If that is fewer than `users`, what one user gets
+        """Return the tokens a second where no more than so many run together. If that is fewer than `users`, what one user gets
         must be known."""
         return self.together if num_running >= self.users else num_running / self.seconds_per_token(num_running)
 
     def times(self, ratio: float) -> "Speed":
-        """Returns the speed at `ratio` times the tokens a second."""
+        """Return the speed at `ratio` times the tokens a second."""
         return Speed(self.single and self.single * ratio, self.together * ratio, self.users)
 
 
 def measure(url: str, *, users: int, prompt_tokens: int, completion_tokens: int, num_ids: int) -> Speed:
-    """Returns the speed of the server at `url`, which should have nothing else to do; `num_ids` tokens are known there.
+    """Return the speed of the server at `url`, which should have nothing else to do; `num_ids` tokens are known there.
 
     Every prompt is another one, and names no adapter. Raises `server.client.ClientError`.
     """

@@ -48,14 +48,14 @@ async def list_adapters(
     after: str = "",
     limit: Annotated[int | None, Query(ge=1)] = None,
 ) -> Response:
-    """Lists the adapters that the caller may name, all of them unless there is a `limit`; `after` goes on where that ended."""
+    """List the adapters that the caller may name, all of them unless there is a `limit`; `after` goes on where that ended."""
     content = await service.admin.listed(lambda: encode_list(service, caller, prefix, after, limit))
     return Response(content, media_type="application/json")
 
 
 @router.get("/adapters/{name}", responses=refusals(404))
 async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
-    """Shows an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
+    """Show an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
     with service.limiter.places(caller):
         [of] = await find(service, caller, [name], "name")
         details = await service.admin.details(of)
@@ -70,7 +70,7 @@ async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf
     openapi_extra={"requestBody": REQUEST_BODY},
 )
 async def publish(http: Request, service: ServiceOf, response: Response) -> AdapterInfo | Response:
-    """Puts an adapter in the server's store, as a new version of its name, which means it from then on.
+    """Put an adapter in the server's store, as a new version of its name, which means it from then on.
 
     A form has the files of an adapter's folder, or of a PEFT LoRA's whose A the server was started for; JSON names one on the
     hub, where the server has --hub. An adapter that is not sound is refused whole, with its faults. Requests under way end on the
@@ -106,7 +106,7 @@ KINDS = {"multipart/form-data": _publish_form, "application/json": _publish_from
 
 @admin.delete("/adapters/{name}", response_model=WithdrawnReply, responses=WITHDRAWN)
 async def delete(name: ReferencePath, service: ServiceOf) -> Response:
-    """Deletes a name with all its versions, a version (`name@version`) or an alias, in the store too.
+    """Delete a name with all its versions, a version (`name@version`) or an alias, in the store too.
 
     Who asks for it from then on hears 404. Requests under way end on it, and its files are there until then.
     """
@@ -115,20 +115,20 @@ async def delete(name: ReferencePath, service: ServiceOf) -> Response:
 
 @admin.put("/adapters/{name}/alias")
 async def set_alias(name: NamePath, body: AliasBody, service: ServiceOf) -> AdapterInfo:
-    """Makes a name mean what another one means now, or goes back to one of its own versions, in the store too."""
+    """Make a name mean what another one means now, or goes back to one of its own versions, in the store too."""
     reference = checked_reference(body.adapter, "adapter")
     return describe_one(service, await service.admin.alias(checked_name(name), reference))
 
 
 @admin.post("/adapters/{name}/load")
 async def load(name: NamePath, service: ServiceOf) -> AdapterInfo:
-    """Reads what the name means in the store now: what was unloaded, or was put there since."""
+    """Read what the name means in the store now: what was unloaded, or was put there since."""
     return describe_one(service, await service.admin.load(checked_name(name)))
 
 
 @admin.post("/adapters/{name}/unload", response_model=WithdrawnReply, responses=WITHDRAWN)
 async def unload(name: ReferencePath, service: ServiceOf) -> Response:
-    """Withdraws a name with its versions, or a version that is not what its name means; `load` brings it back.
+    """Withdraw a name with its versions, or a version that is not what its name means; `load` brings it back.
 
     Who asks for it from then on hears 404. Requests under way end on it, then its memory is freed.
     """
@@ -137,13 +137,13 @@ async def unload(name: ReferencePath, service: ServiceOf) -> Response:
 
 @admin.post("/adapters/{name}/pin")
 async def pin(name: NamePath, service: ServiceOf) -> AdapterInfo:
-    """Keeps what the name means resident, also when that changes, until it is unpinned or the server ends."""
+    """Keep what the name means resident, also when that changes, until it is unpinned or the server ends."""
     return describe_one(service, await service.admin.pin(checked_name(name)))
 
 
 @admin.post("/adapters/{name}/unpin")
 async def unpin(name: NamePath, service: ServiceOf) -> AdapterInfo:
-    """Lets an adapter make room for others again."""
+    """Let an adapter make room for others again."""
     return describe_one(service, await service.admin.unpin(checked_name(name)))
 
 

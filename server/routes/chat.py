@@ -45,7 +45,7 @@ STREAM = streams(
 
 @router.post("/v1/chat/completions", response_model=ChatReply, responses=STREAM)
 async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
-    """Answers a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
+    """Answer a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
         with in_fields_of(body, service, caller):
             asks = [_to_ask(body, service.base_names)]
@@ -79,7 +79,7 @@ class _Writer:
         self._has_usage = body.stream_options is not None and body.stream_options.include_usage
 
     def whole(self, answers: Sequence[Answer]) -> ChatReply:
-        """Returns the reply."""
+        """Return the reply."""
         return ChatReply(
             id=self._id,
             created=self._created,
@@ -98,7 +98,7 @@ class _Writer:
         )
 
     async def stream(self, service: Service) -> AsyncGenerator[bytes, None]:
-        """Yields the reply as server-sent events."""
+        """Yield the reply as server-sent events."""
         for index in range(self._request.num_choices):
             yield self._sse(self._chunk(ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))))
         done: list[DoneEvent] = []

@@ -34,7 +34,7 @@ Names = Annotated[
 
 @router.get("/adapters/compare", response_model=AdapterComparison)
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
-    """Compares up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
+    """Compare up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
     asked_for = split(names)
     comparer, turn, places = http.state.comparer, http.state.comparing, http.state.comparisons
     assert isinstance(comparer, Comparer)
@@ -52,7 +52,7 @@ async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Na
 
 
 def split(text: str) -> list[str]:
-    """Returns the names in a query. Raises `RefusedError` for too many, none, or one twice."""
+    """Return the names in a query. Raises `RefusedError` for too many, none, or one twice."""
     names = text.split(",") if text else []
     if not 1 <= len(names) <= MAX_NAMES:
         raise RefusedError("names", f"has {len(names)} names, expected 1 to {MAX_NAMES}, with commas between")
@@ -63,7 +63,7 @@ def split(text: str) -> list[str]:
 
 
 def answer(comparer: Comparer, names: Sequence[str], asked: Sequence[Registered]) -> AdapterComparison:
-    """Returns the reply. Raises `AdapterFailedError` where an adapter cannot be read."""
+    """Return the reply. Raises `AdapterFailedError` where an adapter cannot be read."""
     try:
         table = comparer.compare(asked)
     except AdapterError as error:

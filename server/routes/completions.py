@@ -36,7 +36,7 @@ STREAM = streams(
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAM)
 async def completions(body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
-    """Continues prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
+    """Continue prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as places:
         with in_fields_of(body, service, caller):
             asks = to_asks(body, service.base_names)
@@ -50,7 +50,7 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
 
 
 def to_asks(body: CompletionBody, base_names: Collection[str]) -> list[Ask]:
-    """Returns what a body asks for, prompt by prompt."""
+    """Return what a body asks for, prompt by prompt."""
     # The reply names one. A seed draws the same for each prompt, and equal prompts are sent to have different answers.
     seed = secrets.randbits(31) if body.seed is None else body.seed
     return [
@@ -84,7 +84,7 @@ class _Writer:
         self._has_usage = body.stream_options is not None and body.stream_options.include_usage
 
     def whole(self, answers: Sequence[Sequence[Answer]]) -> CompletionReply:
-        """Returns the reply."""
+        """Return the reply."""
         every = [(request, answer) for request, of in zip(self._requests, answers, strict=True) for answer in of]
         choices = [
             CompletionChoice(
@@ -101,7 +101,7 @@ class _Writer:
         return reply
 
     async def stream(self, service: Service) -> AsyncGenerator[bytes, None]:
-        """Yields the reply as server-sent events."""
+        """Yield the reply as server-sent events."""
         done: list[list[DoneEvent]] = [[] for _ in self._requests]
         async with aclosing(interleaved(service, self._requests)) as events:
             async for place, event in events:

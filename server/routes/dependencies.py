@@ -9,14 +9,14 @@ from server.service import Service
 
 
 def get_service(request: Request) -> Service:
-    """Returns the app's service."""
+    """Return the app's service."""
     service = request.state.service
     assert isinstance(service, Service)
     return service
 
 
 def get_caller(request: Request) -> Caller:
-    """Returns who sends the request."""
+    """Return who sends the request."""
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller
@@ -27,7 +27,7 @@ CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
-    """Returns who sends the request. Raises `ForbiddenError` where he may not change adapters."""
+    """Return who sends the request. Raises `ForbiddenError` where he may not change adapters."""
     if caller.is_admin:
         return caller
     if service.keys is None:
@@ -36,7 +36,7 @@ def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
 
 
 def require_monitor(caller: CallerOf, service: ServiceOf) -> Caller:
-    """Returns who sends the request. Raises `ForbiddenError` where he may not read the metrics; without keys anybody may."""
+    """Return who sends the request. Raises `ForbiddenError` where he may not read the metrics; without keys anybody may."""
     if service.keys is None or caller.is_monitor or caller.is_admin:
         return caller
     said = f"this route needs a key of the role 'monitor' or 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"

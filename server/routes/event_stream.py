@@ -39,7 +39,7 @@ class EventStream(EventSourceResponse):
         """None until the first was sent, and while one is being sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as ASGI has it."""
+        """Answer as ASGI has it."""
 
         async def send_in_time(message: Message) -> None:
             self._quiet_since = None

@@ -47,7 +47,7 @@ STREAM = streams(
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
 async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> Response:
-    """Continues a prompt or answers messages, with any adapters of the server added together."""
+    """Continue a prompt or answers messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
         admitted = service.admitted([to_ask(body)], caller, is_whole=not body.stream, has_left=http.is_disconnected)
         try:
@@ -62,7 +62,7 @@ async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller
 
 
 def to_ask(body: GenerateBody) -> Ask:
-    """Returns what a body asks for."""
+    """Return what a body asks for."""
     names, weights = body.to_adapters(body.adapter)
     return Ask(
         prompt=_to_prompt(body),
@@ -94,7 +94,7 @@ def _to_prompt(body: GenerateBody) -> Prompt:
 
 
 def to_reply(request: EngineRequest, answers: Sequence[Answer]) -> GenerateReply:
-    """Returns the whole reply."""
+    """Return the whole reply."""
     choices = [
         ChoiceReply(
             index=index,
@@ -121,7 +121,7 @@ def to_reply(request: EngineRequest, answers: Sequence[Answer]) -> GenerateReply
 
 
 async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[bytes, None]:
-    """Yields the reply as server-sent events."""
+    """Yield the reply as server-sent events."""
     async with aclosing(service.generate(request)) as events:
         async for event in events:
             match event:
@@ -135,12 +135,12 @@ async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[byt
 
 
 def sse(name: str, data: BaseModel) -> bytes:
-    """Returns one server-sent event."""
+    """Return one server-sent event."""
     return format_sse_event(event=name, data_str=data.model_dump_json())
 
 
 def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
-    """Returns what is known at the end."""
+    """Return what is known at the end."""
     return DoneData(
         id=request.id,
         index=event.choice,
@@ -155,7 +155,7 @@ def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
 
 
 def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
-    """Returns the adapters of a request, and what the operator adds."""
+    """Return the adapters of a request, and what the operator adds."""
     own, fixed = ((request.terms, False), (request.policy, True))
     return [
         ResolvedAdapter(name=term.name, version=term.version, weight=term.weight, policy=is_policy)
@@ -165,12 +165,12 @@ def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
 
 
 def to_merge(request: EngineRequest) -> MergeReply | None:
-    """Returns how the adapters of a request are merged."""
+    """Return how the adapters of a request are merged."""
     return MergeReply.model_validate({**request.merge.used}) if request.terms or request.policy else None
 
 
 def to_usage(done: Sequence[DoneEvent]) -> Usage:
-    """Returns what the choices of one request cost, which have one prompt."""
+    """Return what the choices of one request cost, which have one prompt."""
     num_prompt, num_completion = done[0].num_prompt_tokens, sum(event.num_completion_tokens for event in done)
     return Usage(
         prompt_tokens=num_prompt,
@@ -181,7 +181,7 @@ def to_usage(done: Sequence[DoneEvent]) -> Usage:
 
 
 def to_timings(timings: Timings) -> TimingsReply:
-    """Returns where the time went, as it is on the wire."""
+    """Return where the time went, as it is on the wire."""
     return TimingsReply(
         queue_s=timings.queue,
         prefill_s=timings.prefill,
@@ -192,7 +192,7 @@ def to_timings(timings: Timings) -> TimingsReply:
 
 
 def to_logprobs(request: EngineRequest, found: Sequence[TokenLogprob]) -> Logprobs | None:
-    """Returns log-probabilities as they are on the wire, where the request asked for them."""
+    """Return log-probabilities as they are on the wire, where the request asked for them."""
     if request.num_logprobs is None:
         return None
     return Logprobs(

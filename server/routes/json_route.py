@@ -22,7 +22,7 @@ from server.transport.strict_json import MAX_VALUES, JsonError, read_json
 
 
 async def json_reply(make: Callable[[], BaseModel]) -> Response:
-    """Returns what `make` returns, in JSON. Raises what `make` raises."""
+    """Return what `make` returns, in JSON. Raises what `make` raises."""
     return Response(await run_sync(lambda: make().model_dump_json()), media_type="application/json")
 
 
@@ -39,7 +39,7 @@ class JsonRequest(Request):
     """A request whose body is strict JSON, with no list longer than a prompt can be."""
 
     async def json(self) -> Any:
-        """Returns the body's value, or refuses it."""
+        """Return the body's value, or refuses it."""
         service, body = self.state.service, await self.body()
         assert isinstance(service, Service)
         if len(body) <= SHORT_BODY:
@@ -69,7 +69,7 @@ class JsonRoute(APIRoute):
     """A route of such requests."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Returns what answers a request."""
+        """Return what answers a request."""
         handle = super().get_route_handler()
 
         async def read(request: Request) -> Response:

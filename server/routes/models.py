@@ -20,14 +20,14 @@ STARTED = int(time.time())
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(service: ServiceOf, caller: CallerOf) -> Response:
-    """Lists the models that `model` can name; adapters that are added, as `math+safety`, are not listed."""
+    """List the models that `model` can name; adapters that are added, as `math+safety`, are not listed."""
     content = await service.admin.listed(lambda: _encode(service, caller.may_use))
     return Response(content, media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}", responses=refusals(400, 404))
 async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
-    """Returns one of them, or what `model` means where it names several adapters, or a version."""
+    """Return one of them, or what `model` means where it names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
     found = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)

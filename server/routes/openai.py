@@ -24,7 +24,7 @@ DONE = format_sse_event(data_str="[DONE]")
 
 
 def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask:
-    """Returns what a body asks for with one of its prompts; how long the answer may be is the route's to add.
+    """Return what a body asks for with one of its prompts; how long the answer may be is the route's to add.
 
     Raises what the error table knows, for weights that are not sound.
     """
@@ -53,7 +53,7 @@ def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask
 
 @contextmanager
 def in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> Iterator[None]:
-    """Raises what is wrong with adapters as what is wrong with the field of `body` that names them."""
+    """Raise what is wrong with adapters as what is wrong with the field of `body` that names them."""
     is_model = body.adapters is None and body.model is not None
     try:
         yield
@@ -70,12 +70,12 @@ def in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> Iterator
 
 
 def finish_reason(done: DoneEvent) -> FinishReason:
-    """Returns why an answer ended, as OpenAI says it."""
+    """Return why an answer ended, as OpenAI says it."""
     return "length" if done.finish_reason == "length" else "stop"
 
 
 def to_usage(done: Sequence[Sequence[DoneEvent]]) -> OpenAIUsage:
-    """Returns what several requests cost, each with its choices, which have one prompt."""
+    """Return what several requests cost, each with its choices, which have one prompt."""
     num_prompt = sum(of_request[0].num_prompt_tokens for of_request in done)
     num_completion = sum(event.num_completion_tokens for of_request in done for event in of_request)
     return OpenAIUsage(
@@ -87,7 +87,7 @@ def to_usage(done: Sequence[Sequence[DoneEvent]]) -> OpenAIUsage:
 
 
 def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
-    """Returns what OpenAI's replies do not say."""
+    """Return what OpenAI's replies do not say."""
     return LoriReply(
         adapter=to_adapters(request),
         merge=to_merge(request),
@@ -98,6 +98,6 @@ def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
 
 
 def sse(part: ChatChunk | CompletionReply, *, has_usage: bool) -> bytes:
-    """Returns the server-sent event of a part of an answer; `usage` is in each or in none, as OpenAI has it."""
+    """Return the server-sent event of a part of an answer; `usage` is in each or in none, as OpenAI has it."""
     left_out = {name for name, value in (("usage", has_usage), ("lori", part.lori)) if not value}
     return format_sse_event(data_str=part.model_dump_json(exclude=left_out))

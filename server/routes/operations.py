@@ -18,7 +18,7 @@ METRICS: Responses = {
 
 @router.get("/health", responses=refusals(503))
 async def health(service: ServiceOf) -> Health:
-    """Answers 200 as long as the engine runs, also while the server is about to end; else it is to be started again."""
+    """Answer 200 as long as the engine runs, also while the server is about to end; else it is to be started again."""
     service.check_alive()
     return Health(status="ok")
 
@@ -37,7 +37,7 @@ async def version() -> Version:
 
 @router.get("/ready", responses=refusals(503))
 async def ready(service: ServiceOf) -> Health:
-    """Answers 200 while requests can be answered, and the server is not about to end."""
+    """Answer 200 while requests can be answered, and the server is not about to end."""
     service.check_ready()
     return Health(status="ready")
 

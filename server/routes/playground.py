@@ -15,7 +15,7 @@ class WholeFiles(StaticFiles):
     """Files of one folder, to be mounted."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Answers with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
+        """Answer with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
         scope["headers"] = [each for each in scope["headers"] if each[0] != b"range"]
         reply = await super().get_response(path, scope)
         reply.headers["Accept-Ranges"] = "none"
@@ -39,7 +39,7 @@ class PlaygroundFiles(WholeFiles):
     """Files of one folder, under the page's own rules."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Answers with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
+        """Answer with the file, or that it has not changed. Raises starlette's `HTTPException` where there is none."""
         reply = await super().get_response(path, scope)
         reply.headers.update(HEADERS)
         return reply

@@ -14,7 +14,7 @@ from server.service import Service
 
 
 async def find(service: Service, caller: Caller, references: Sequence[str], field: str) -> list[Registered]:
-    """Returns what references mean, each a name or `name@version`. Raises `FieldError` where they are not of one adapter each."""
+    """Return what references mean, each a name or `name@version`. Raises `FieldError` where they are not of one adapter each."""
     try:
         return await run_in_threadpool(lambda: [resolve(service.registry, of, caller.may_use) for of in references])
     except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:
@@ -22,7 +22,7 @@ async def find(service: Service, caller: Caller, references: Sequence[str], fiel
 
 
 async def find_model(service: Service, caller: Caller, model: str, references: Sequence[str]) -> list[Registered]:
-    """Returns what `references` mean, which `model` names. Raises `UnknownModelError`, or `FieldError` as `find` does."""
+    """Return what `references` mean, which `model` names. Raises `UnknownModelError`, or `FieldError` as `find` does."""
     try:
         return await find(service, caller, references, "model")
     except FieldError as error:
@@ -32,12 +32,12 @@ async def find_model(service: Service, caller: Caller, model: str, references: S
 
 
 def explained_model(service: Service, caller: Caller, model: str, error: UnknownAdapterError) -> UnknownModelError:
-    """Returns the error for a `model` that names what is no adapter, with what the caller may have meant."""
+    """Return the error for a `model` that names what is no adapter, with what the caller may have meant."""
     return unknown_model(model, error, service.base_model, _known_to(service, caller))
 
 
 def explained(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:
-    """Returns the error for what `field` names and is no adapter, with what the caller may have meant."""
+    """Return the error for what `field` names and is no adapter, with what the caller may have meant."""
     is_of_base = is_base(error.name, service.base_names)
     return unknown_adapter(error, field, service.base_model, _known_to(service, caller), is_of_base=is_of_base)
 

@@ -29,7 +29,7 @@ from server.transport.strict_json import JsonError, read_json
 
 
 async def read_form(content_type: str, chunks: AsyncIterator[bytes], limits: Mapping[str, int]) -> dict[str, bytes]:
-    """Returns the fields of a form by name; what files are called in it is of no consequence.
+    """Return the fields of a form by name; what files are called in it is of no consequence.
 
     Only the names in `limits` may be there, once each, with so many bytes. Raises `RefusedError`.
     """
@@ -137,12 +137,12 @@ class Upload:
 
 
 def checked_name(name: str, field: str = "name") -> str:
-    """Returns an adapter's name. Raises `RefusedError` for what is none, which may be a path."""
+    """Return an adapter's name. Raises `RefusedError` for what is none, which may be a path."""
     return _checked(check_name, name, field)
 
 
 def checked_reference(reference: str, field: str = "name") -> str:
-    """Returns `name` or `name@version`. Raises `RefusedError` for what is neither, which may be a path."""
+    """Return `name` or `name@version`. Raises `RefusedError` for what is neither, which may be a path."""
     return _checked(split_reference, reference, field)
 
 
@@ -157,7 +157,7 @@ def _checked(check: Callable[[str], object], value: str, field: str) -> str:
 
 
 async def read_upload(http: Request) -> Upload:
-    """Returns the adapter that a form holds. Raises `RefusedError` for a form that holds none."""
+    """Return the adapter that a form holds. Raises `RefusedError` for a form that holds none."""
     fields = await read_form(http.headers["content-type"], http.stream(), LIMITS)
     for field in REQUIRED:
         if field not in fields:
@@ -167,7 +167,7 @@ async def read_upload(http: Request) -> Upload:
 
 
 async def hub_body(http: Request, max_bytes: int) -> HubBody:
-    """Returns what a JSON body asks for. Raises `RequestValidationError`, `HTTPException`."""
+    """Return what a JSON body asks for. Raises `RequestValidationError`, `HTTPException`."""
     content = b""
     async for chunk in http.stream():
         content += chunk

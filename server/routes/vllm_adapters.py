@@ -23,7 +23,7 @@ ON_HUB = re.compile(f"({SCHEME})?(?P<id>{HUB_ID[1:-1]})(@(?P<revision>{REVISION[
 
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 async def load_lora_adapter(body: LoadLoraBody, service: ServiceOf) -> Response:
-    """Lets requests name an adapter of the server's store, until the server ends; or one on the hub, which is stored."""
+    """Let requests name an adapter of the server's store, until the server ends; or one on the hub, which is stored."""
     name = body.lora_name
     if not name or not body.lora_path:
         return _refusal("Both 'lora_name' and 'lora_path' must be provided.")
@@ -41,7 +41,7 @@ async def load_lora_adapter(body: LoadLoraBody, service: ServiceOf) -> Response:
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload_lora_adapter(body: UnloadLoraBody, service: ServiceOf) -> Response:
-    """Lets no more requests name an adapter; its files stay."""
+    """Let no more requests name an adapter; its files stay."""
     name = body.lora_name
     if not name:
         return _refusal("'lora_name' needs to be provided to unload a LoRA adapter.")

@@ -48,7 +48,7 @@ class ChatMessage(Body):
     """Not known here: must be absent, null or empty."""
 
     def to_message(self) -> Message:
-        """Returns it as the chat template has it; parts are joined by newlines."""
+        """Return it as the chat template has it; parts are joined by newlines."""
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return Message(role="system" if self.role == "developer" else self.role, content=text)
 

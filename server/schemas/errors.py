@@ -35,7 +35,7 @@ class ErrorReply(BaseModel):
 
 
 def error_reply(status: int, kind: str, message: str, param: str | None, faults: Sequence[str] | None = None) -> dict[str, Any]:
-    """Returns the body of an error. A message may quote what the client sent, be it text or not."""
+    """Return the body of an error. A message may quote what the client sent, be it text or not."""
     found = None if faults is None else list(map(_sound, faults))
     detail = ErrorDetail(message=_sound(message[:MAX_MESSAGE]), type=kind, param=param, code=status, faults=found)
     return ErrorReply(error=detail).model_dump(exclude={} if found else {"error": {"faults"}})

@@ -33,7 +33,7 @@ BODY = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 def check_num_fields(value: Any) -> Any:
-    """Returns `value`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
+    """Return `value`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
         raise ValueError(f"too many fields: {len(value)}, expected at most {MAX_FIELDS}")
     return value
@@ -86,7 +86,7 @@ def _is_not_empty(value: str) -> str:
 
 
 def forms(form_of: Callable[[Any], str | None], expected: str) -> Discriminator:
-    """Returns what picks the form of a value among those that its field may have; `form_of` returns None for none of them.
+    """Return what picks the form of a value among those that its field may have; `form_of` returns None for none of them.
 
     What is wrong is then said of that form alone, or that something of another kind was expected.
     """
@@ -94,7 +94,7 @@ def forms(form_of: Callable[[Any], str | None], expected: str) -> Discriminator:
 
 
 def one_or_many(value: Any) -> str | None:
-    """Returns the form of a text or of a list."""
+    """Return the form of a text or of a list."""
     return "one" if isinstance(value, str) else "many" if isinstance(value, list) else None
 
 

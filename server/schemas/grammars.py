@@ -70,7 +70,7 @@ ResponseFormat = Annotated[AnyText | AnyJson | SchemaFormat, Field(discriminator
 
 
 def to_grammar(found: AnyGrammar | ResponseFormat | None, field: str) -> Grammar | None:
-    """Returns what a body asks for in `field`, as the engine has it."""
+    """Return what a body asks for in `field`, as the engine has it."""
     match found:
         case AnyJson():
             return Grammar("json_object", field=field)

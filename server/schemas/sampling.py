@@ -87,7 +87,7 @@ class SamplingFields(Body):
     """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
 
     def to_sampling(self) -> Sampling:
-        """Returns it as the engine has it, but for the seed."""
+        """Return it as the engine has it, but for the seed."""
         return Sampling(
             # -100 forbids a token, as OpenAI's does in effect.
             logit_bias=tuple((int(token), value) for token, value in (self.logit_bias or {}).items()),
@@ -102,7 +102,7 @@ class SamplingFields(Body):
         )
 
     def stops(self) -> tuple[str, ...]:
-        """Returns the stop strings."""
+        """Return the stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -127,12 +127,12 @@ class MergeFields(Body):
         return self
 
     def check_weights(self, asked: Adapters | None) -> None:
-        """Raises `ValueError` where there are `weights` for adapters that have theirs with them."""
+        """Raise `ValueError` where there are `weights` for adapters that have theirs with them."""
         if self.weights is not None and isinstance(asked, list) and any(not isinstance(of, str) for of in asked):
             raise ValueError("'weights' is for names; these adapters have their weights with them")
 
     def to_merge(self) -> MergeOptions:
-        """Returns it as `lori.merge` has it."""
+        """Return it as `lori.merge` has it."""
         defaults = MergeOptions()
         return MergeOptions(
             self.merge,
@@ -142,7 +142,7 @@ class MergeFields(Body):
         )
 
     def to_adapters(self, asked: Adapters | None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-        """Returns the references and the weights of what is asked for in one of its forms; no weights are each 1/n."""
+        """Return the references and the weights of what is asked for in one of its forms; no weights are each 1/n."""
         several = [asked] if isinstance(asked, str) else asked or []
         names = tuple(of if isinstance(of, str) else of.name for of in several)
         if own := tuple(of.weight for of in several if not isinstance(of, str)):

@@ -41,7 +41,7 @@ class Account:
         return [term.name for term in (*self.request.terms, *self.request.policy)]
 
     def hear(self, event: Event) -> None:
-        """Takes in what the engine said."""
+        """Take in what the engine said."""
         match event:
             case TextEvent():
                 if self.keeps_text:
@@ -54,7 +54,7 @@ class Account:
                 self.reason = "error"
 
     def close(self) -> None:
-        """Tells the metrics; of choices that did not end, the tokens that came."""
+        """Tell the metrics; of choices that did not end, the tokens that came."""
         self.total_s = time.monotonic() - self._started
         if self._choices:
             self.num_prompt_tokens = len(self.request.prompt_ids)

@@ -11,7 +11,7 @@ from server.telemetry.metrics import Metrics
 
 
 def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: AdapterTiers) -> Metrics:
-    """Returns the metrics of a server of `model`."""
+    """Return the metrics of a server of `model`."""
     metrics, cache, residents = Metrics(model), scheduler.cache, tiers.residents
     for name, help_text, read in (
         ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),

@@ -34,17 +34,17 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Returns a record, with its traceback if it has one."""
+        """Return a record, with its traceback if it has one."""
         return printable_lines(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        """Returns the line of a record."""
+        """Return the line of a record."""
         said = [f"{key}={value!r}" for key, value in record.__dict__.items() if key not in TOLD]
         return " ".join([super().formatMessage(record), *said])
 
 
 def configure_log(log_format: LogFormat, stream: TextIO | None = None, replica: str | None = None) -> None:
-    """Makes all loggers, uvicorn's too, write so to `stream`, or the standard error; each line names the `replica`, if any."""
+    """Make all loggers, uvicorn's too, write so to `stream`, or the standard error; each line names the `replica`, if any."""
     handler = logging.StreamHandler(stream or sys.stderr)
     if replica:
         handler.addFilter(_named(replica))

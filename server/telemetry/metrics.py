@@ -55,19 +55,19 @@ class AdapterCounts:
         self._changed: dict[str, _AdapterCount] = {}
 
     def admit(self, names: Iterable[str]) -> None:
-        """Counts a request for these adapters."""
+        """Count a request for these adapters."""
         for name in names:
             self._count(name).num_requests += 1
 
     def add_tokens(self, names: Iterable[str], num_prompt: int, num_generated: int) -> None:
-        """Counts what a request for these adapters took and gave."""
+        """Count what a request for these adapters took and gave."""
         for name in names:
             count = self._count(name)
             count.num_prompt_tokens += num_prompt
             count.num_generated_tokens += num_generated
 
     def lines(self, registered: Collection[str], resident: Collection[str]) -> list[bytes]:
-        """Returns all in Prometheus's format; only the lines that have changed are written again.
+        """Return all in Prometheus's format; only the lines that have changed are written again.
 
         Names that are registered no more are forgotten, also where they come again: to Prometheus that is a counter's new start.
         """
@@ -91,7 +91,7 @@ class AdapterCounts:
 
 
 def label(name: str) -> str:
-    """Returns the label of an adapter as Prometheus's text has it."""
+    """Return the label of an adapter as Prometheus's text has it."""
     escaped = name.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
     return f'adapter="{escaped}"'
 
@@ -131,45 +131,45 @@ class Metrics:
         self._http = Counter("lori:http_requests", "Answers by route and status.", ("route", "status"), registry=self.registry)
 
     def count_admitted(self, names: Sequence[str]) -> None:
-        """Counts an admitted request for the adapters of these names, which are registered."""
+        """Count an admitted request for the adapters of these names, which are registered."""
         self.merge_terms.observe(len(names))
         self.adapters.admit(names)
 
     def count_ended(self, reason: str, seconds: float) -> None:
-        """Counts a request that was admitted and is over."""
+        """Count a request that was admitted and is over."""
         self._ended[reason].inc()
         self.latency.observe(seconds)
 
     def count_tokens(self, names: Sequence[str], num_prompt: int, num_generated: int) -> None:
-        """Counts what a request took and gave."""
+        """Count what a request took and gave."""
         self.prompt_tokens.inc(num_prompt)
         self.generation_tokens.inc(num_generated)
         self.adapters.add_tokens(names, num_prompt, num_generated)
 
     def observe_timings(self, timings: Timings) -> None:
-        """Notes where a choice's time went."""
+        """Note where a choice's time went."""
         self.queue.observe(timings.queue)
         self.prefill.observe(timings.prefill)
         self.decode.observe(timings.decode)
 
     def count_answer(self, route: str, status: int) -> None:
-        """Counts an HTTP answer; `route` is a route's template, not a path."""
+        """Count an HTTP answer; `route` is a route's template, not a path."""
         self._http.labels(route, str(status)).inc()
 
     def watch_count(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Adds a counter, `name` with `_total` after it, that is read whenever the metrics are."""
+        """Add a counter, `name` with `_total` after it, that is read whenever the metrics are."""
         self.registry.register(_Count(name, help_text, self.base_model, read))
 
     def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Adds a gauge that is read whenever the metrics are."""
+        """Add a gauge that is read whenever the metrics are."""
         Gauge(name, help_text, LABELS, registry=self.registry).labels(self.base_model, ENGINE).set_function(read)
 
     def watch_adapters(self, registered: Names, resident: Names) -> None:
-        """Adds which of the registered adapters are resident, by name."""
+        """Add which of the registered adapters are resident, by name."""
         self._registered, self._resident = registered, resident
 
     def tell_cache(self, block_size: int, num_blocks: int) -> None:
-        """Adds how the KV memory is cut, by which gateways know what a server may still have of a prompt."""
+        """Add how the KV memory is cut, by which gateways know what a server may still have of a prompt."""
         labels = (*LABELS, "block_size", "num_gpu_blocks")
         info = Gauge(
             "vllm:cache_config_info", "Blocks of KV memory, wherever it is, and their tokens.", labels, registry=self.registry
@@ -177,11 +177,11 @@ class Metrics:
         info.labels(self.base_model, ENGINE, str(block_size), str(num_blocks)).set(1)
 
     def watch_requests(self, running: Names, waiting: Names, max_resident: int) -> None:
-        """Adds what the requests name that run, and those that wait, as `model` would."""
+        """Add what the requests name that run, and those that wait, as `model` would."""
         self.registry.register(_LoraRequests(running, waiting, max_resident))
 
     def text(self) -> bytes:
-        """Returns all of it in Prometheus's text format."""
+        """Return all of it in Prometheus's text format."""
         return b"".join([generate_latest(self.registry), *self.adapters.lines(self._registered(), self._resident())])
 
     def _counter(self, name: str, help_text: str) -> Counter:

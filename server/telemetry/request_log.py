@@ -36,7 +36,7 @@ class RequestLog:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, and watches what becomes of it."""
+        """Pass the request on, and watches what becomes of it."""
         if scope["type"] == "http":
             await _Watched(self._service, scope, receive, send).run(self._app)
         else:
@@ -50,7 +50,7 @@ class ScopeNote:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on."""
+        """Pass the request on."""
         if exchange := current.get():
             exchange.scope = scope
         await self._app(scope, receive, send)

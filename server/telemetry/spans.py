@@ -31,7 +31,7 @@ class Spans:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint and _whole(endpoint))))
 
     def instrument(self, app: FastAPI) -> None:
-        """Has each request be a span that goes on from the client's `traceparent`; it is `state["span"]` of the scope."""
+        """Have each request be a span that goes on from the client's `traceparent`; it is `state["span"]` of the scope."""
         FastAPIInstrumentor.instrument_app(
             app,
             server_request_hook=_keep,
@@ -41,7 +41,7 @@ class Spans:
         )
 
     def stop(self) -> None:
-        """Sends what is left; a collector that does not answer is waited for no longer than `STOP_S`."""
+        """Send what is left; a collector that does not answer is waited for no longer than `STOP_S`."""
         last = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
         last.start()
         last.join(STOP_S)

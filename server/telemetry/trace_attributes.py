@@ -18,14 +18,14 @@ class Span(Protocol):
         """Its place in the trace: `trace_id` is a number."""
 
     def record_exception(self, exception: BaseException) -> None:
-        """Adds what went wrong."""
+        """Add what went wrong."""
 
     def set_attributes(self, attributes: Mapping[str, Value]) -> None:
-        """Adds to what it tells."""
+        """Add to what it tells."""
 
 
 def attributes(exchange: Exchange, base_model: str) -> dict[str, Value]:
-    """Returns what is known of an exchange by now."""
+    """Return what is known of an exchange by now."""
     told: dict[str, Value] = {"lori.request_id": exchange.id}
     if not exchange.accounts:
         return told

@@ -24,14 +24,14 @@ class Tracing(Protocol):
     """Sends spans in the background."""
 
     def instrument(self, app: "FastAPI") -> None:
-        """Has each request of an app be a span."""
+        """Have each request of an app be a span."""
 
     def stop(self) -> None:
-        """Sends what is left."""
+        """Send what is left."""
 
 
 def start_tracing(endpoint: str | None, environment: Mapping[str, str] = os.environ) -> Tracing | None:
-    """Returns what sends traces to `endpoint`, or where the environment says; None where neither asks. Raises `TracingError`."""
+    """Return what sends traces to `endpoint`, or where the environment says; None where neither asks. Raises `TracingError`."""
     asked = [name for name in ENDPOINTS if environment.get(name)]
     if not endpoint and (not asked or environment.get("OTEL_TRACES_EXPORTER") == "none"):
         return None

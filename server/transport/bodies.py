@@ -152,7 +152,7 @@ class BodyLimit:
         self._uploads, self._bodies = uploads, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, counting what it sends."""
+        """Pass the request on, counting what it sends."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

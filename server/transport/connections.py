@@ -48,7 +48,7 @@ class Connection(Protocol):
     """Less than that of every connection which was made later."""
 
     def shutdown(self) -> None:
-        """Closes the connection, now where it waits."""
+        """Close the connection, now where it waits."""
 
 
 class HasFileno(Protocol):
@@ -68,7 +68,7 @@ class Waiting:
         """Those of the last look that were not closed for others, the longest first; None where nobody has asked since."""
 
     def look(self) -> None:
-        """Notes who waits now."""
+        """Note who waits now."""
         now, before = self._clock(), self._since
         self._since, self._by_age = {}, None
         for each in self._connections():
@@ -77,7 +77,7 @@ class Waiting:
                 self._since[each] = known if known and known[0] is each.cycle else (each.cycle, now)
 
     def close(self, seconds: float) -> None:
-        """Closes those that have waited so long; where a request may be just coming, a little later."""
+        """Close those that have waited so long; where a request may be just coming, a little later."""
         now = self._clock()
         for connection, (_, since) in self._since.items():
             left = since + seconds - now

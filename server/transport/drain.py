@@ -60,7 +60,7 @@ class DrainingServer(uvicorn.Server):
         logger.info("ready on %s: %s", self._url(), self._service.outline)
 
     async def on_tick(self, counter: int) -> bool:
-        """Closes, about once a second, connections that send no request; returns whether to end."""
+        """Close, about once a second, connections that send no request; returns whether to end."""
         self.should_exit = self.should_exit or self.has_failed
         if counter % 10 == 0:
             self._waiting.look()
@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  # uvicorn's signature
-        """Begins to end, or ends."""
+        """Begin to end, or ends."""
         if self._has_signal:
             logger.warning("ended at once by a second signal")
             os._exit(1)
@@ -82,7 +82,7 @@ class DrainingServer(uvicorn.Server):
         return self._service.engine.has_died or self.lifespan.error_occurred
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends as the module says."""
+        """End as the module says."""
         self._service.is_draining = True
         if self._service.engine.has_died:
             await self._give_up()

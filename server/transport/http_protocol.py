@@ -144,7 +144,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Hears a part of a body."""
+        """Hear a part of a body."""
         self._num_held = 0
         super().on_body(body)
 
@@ -157,7 +157,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Hears the end of an answer."""
+        """Hear the end of an answer."""
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and self._is_in_body and self.expect_100_continue:

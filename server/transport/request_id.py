@@ -10,7 +10,7 @@ SOUND = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Returns the id of a request with these headers."""
+    """Return the id of a request with these headers."""
     for name, value in headers:
         if name == HEADER and SOUND.fullmatch(value):
             return value.decode()

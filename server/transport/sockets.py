@@ -37,14 +37,14 @@ class ListenError(Exception):
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises `OSError` where nothing can listen there: loading takes seconds, and a port that is taken is better said before."""
+    """Raise `OSError` where nothing can listen there: loading takes seconds, and a port that is taken is better said before."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
 
 
 def free_port() -> int:
-    """Returns a port that nothing listens on now, and no connection will have meanwhile. Raises `OSError` where there is none."""
+    """Return a port that nothing listens on now, and no connection will have meanwhile. Raises `OSError` where there is none."""
     for port in random.sample(OWN, len(OWN)):
         try:
             check_port("", port)
@@ -74,7 +74,7 @@ def connection_room(num_wanted: int) -> int:
 
 
 def raise_descriptor_limit() -> None:
-    """Raises the soft limit to the hard one: 1024, which is common, is less than the idle connections of many clients."""
+    """Raise the soft limit to the hard one: 1024, which is common, is less than the idle connections of many clients."""
     if sys.platform == "win32":  # it has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -95,7 +95,7 @@ PROGRAM = (
 
 
 def refuse_connections(listening: socket.socket) -> None:
-    """Takes no new connections; those whose handshake has begun are still made."""
+    """Take no new connections; those whose handshake has begun are still made."""
     if sys.platform != "linux":
         return
     code = b"".join(struct.pack("HBBI", *each) for each in PROGRAM)

@@ -64,7 +64,7 @@ def tokenize(
     keeps_base: bool = False,
     faults: Faults | None = None,
 ) -> list[Example]:
-    """Returns each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
+    """Return each row as tokens: rendered prompt, completion, end-of-text (but for a truncated completion).
 
     A row that names no template of its own gives an example under each of `templates`, or none where one fails. The prompt is
     encoded by itself, as the server encodes it, and the completion as what follows it. Nothing is cut: rows longer than
@@ -86,7 +86,7 @@ def tokenize_pairs(
     max_length: int,
     faults: Faults | None = None,
 ) -> list[Pair]:
-    """Returns each row's better and worse answer after its prompt, as `tokenize` writes them; where one fails, the pair does."""
+    """Return each row's better and worse answer after its prompt, as `tokenize` writes them; where one fails, the pair does."""
     with settled(faults) as found:
         writer = _Writer(tokenizer, max_length, False, found)
         written = ((writer.write_pair(row, template) for template in _templates(row, templates)) for row in rows)
@@ -100,7 +100,7 @@ def _templates(row: Row, templates: Sequence[Template]) -> Sequence[Template]:
 
 
 def _whole(of_row: Iterable[Written | None]) -> list[Written]:
-    """Returns what is written of a row, or nothing where some of it is None: a row is left out whole, at its first fault."""
+    """Return what is written of a row, or nothing where some of it is None: a row is left out whole, at its first fault."""
     written = []
     for one in of_row:
         if one is None:
@@ -123,7 +123,7 @@ class _Writer:
     faults: Faults
 
     def write(self, row: Row, answer: str | None, template: Template) -> Example | None:
-        """Returns `answer` after the row's prompt; None where that is a fault, which is noted."""
+        """Return `answer` after the row's prompt; None where that is a fault, which is noted."""
         assert answer is not None
         text = self._prompt(row, template)
         if text is None:
@@ -151,7 +151,7 @@ class _Writer:
         return list(encode(self.tokenizer, completion).ids)
 
     def write_pair(self, row: Row, template: Template) -> Pair | None:
-        """Returns the row's better and worse answer after its prompt; None where one is a fault, which is noted."""
+        """Return the row's better and worse answer after its prompt; None where one is a fault, which is noted."""
         chosen = self.write(row, row.chosen, template)
         rejected = self.write(row, row.rejected, template) if chosen else None
         return Pair(chosen, rejected) if chosen and rejected else None

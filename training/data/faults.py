@@ -63,7 +63,7 @@ class Faults:
         return self._on_bad == "refuse" and bool(self._unsaid)
 
     def add(self, kind: Kind, origin: str, detail: str = "") -> None:
-        """Notes a fault of the row at `origin`, such as "data.jsonl line 3"."""
+        """Note a fault of the row at `origin`, such as "data.jsonl line 3"."""
         self._counts[kind] += 1
         places = self._unsaid.setdefault(kind, _Places())
         places.count += 1
@@ -71,7 +71,7 @@ class Faults:
             places.shown.append((origin, detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 1] + "…"))
 
     def hint(self, text: str) -> None:
-        """Notes what is said of the form of rows, once, where they are refused."""
+        """Note what is said of the form of rows, once, where they are refused."""
         if text not in self._hints:
             self._hints.append(text)
 
@@ -98,7 +98,7 @@ class Faults:
 
 @contextmanager
 def settled(faults: Faults | None) -> Iterator[Faults]:
-    """Gives the caller's own `faults`, who settles them; or new ones that refuse, settled at the end."""
+    """Give the caller's own `faults`, who settles them; or new ones that refuse, settled at the end."""
     own = Faults(can_skip=False) if faults is None else faults
     yield own
     if faults is None:

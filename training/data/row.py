@@ -64,7 +64,7 @@ class Row(BaseModel):
         return self._origin
 
     def at(self, origin: str) -> "Row":
-        """Notes where the row was read, and returns it."""
+        """Note where the row was read, and return it."""
         self._origin = origin
         return self
 
@@ -80,7 +80,7 @@ class Row(BaseModel):
         return prompt, self.completion, self.chosen, self.rejected
 
     def lack(self, needs: Needs) -> tuple[Kind, str] | None:
-        """Returns which fault the row has where `needs` is asked of it, if any; whitespace alone is no answer."""
+        """Return which fault the row has where `needs` is asked of it, if any; whitespace alone is no answer."""
         if needs == "preference":
             if self.chosen is None or self.rejected is None:
                 return "missing field", "has no 'chosen' and 'rejected'"
@@ -91,7 +91,7 @@ class Row(BaseModel):
         return ("empty completion", "") if needs == "text" and not (self.completion or "").strip() else None
 
     def answered(self, completion: str, template: Template | None, truncated: bool) -> dict[str, Any]:
-        """Returns this row as a JSON object with another completion, right under `template`, or under any."""
+        """Return this row as a JSON object with another completion, right under `template`, or under any."""
         prompt = self.prompt if isinstance(self.prompt, str) else [m.model_dump() for m in self.prompt]
         return {"prompt": prompt, "completion": completion, "template": template, "truncated": truncated}
 
@@ -101,7 +101,7 @@ def _fault(kind: Kind, message: str) -> PydanticCustomError:
 
 
 def fault_of(error: ValidationError) -> tuple[Kind, str]:
-    """Returns the kind of a row's first fault, and all of them in words."""
+    """Return the kind of a row's first fault, and all of them in words."""
     first, *_ = found = error.errors()
     kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)} | {"missing": "missing field"}
     kind = kinds.get(first["type"]) or ("wrong type" if first["type"].endswith("_type") else "wrong value")

@@ -92,7 +92,7 @@ class Source(BaseModel):
         return {key: text for key in TEMPLATED if (text := getattr(self, key)) is not None}
 
     def fields(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns a row's fields from its columns; raises `jinja2.TemplateError`, or what else a template runs into.
+        """Return a row's fields from its columns; raises `jinja2.TemplateError`, or what else a template runs into.
 
         Columns that a template may have read are kept, for whoever measures; those with the name of a row's field are not.
         """
@@ -126,7 +126,7 @@ def _compiled(text: str) -> Template:
 
 
 def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None = None, form: type[Row] = Row) -> list[Row]:
-    """Reads a JSONL file, or a data set where no such file exists; `needs` is what a row must have beside its prompt.
+    """Read a JSONL file, or a data set where no such file exists; `needs` is what a row must have beside its prompt.
 
     Rows that cannot be used, or are not of `form`, go into `faults`, which the caller settles; without it, they are refused
     together with `DataError`. Raises `DataError`, too, where the source cannot be read, or has no usable row. Rows that repeat

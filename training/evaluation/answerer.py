@@ -44,10 +44,10 @@ class Answerer(Protocol):
         """How prompts and completions are written."""
 
     def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
-        """Returns the answers to each prompt. The same seed gives the same ones to the same prompts, from the same answerer."""
+        """Return the answers to each prompt. The same seed gives the same ones to the same prompts, from the same answerer."""
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
-        """Returns how likely each completion is after its prompt, which must not be empty, written as in training.
+        """Return how likely each completion is after its prompt, which must not be empty, written as in training.
 
         The tokens that end in the completion count: those of the text as a whole, which may differ from the completion's own. One
         may begin in the prompt, where that ends in a space.

@@ -15,13 +15,13 @@ ROWS = "rows"
 
 
 def mean(name: str, values: Sequence[float]) -> Figures:
-    """Returns the mean of `values`."""
+    """Return the mean of `values`."""
     figures = {name: statistics.fmean(values)}
     return figures | ({name + STDERR: statistics.stdev(values) / math.sqrt(len(values))} if len(values) > 1 else {})
 
 
 def ratio(name: str, tops: Sequence[float], bottoms: Sequence[float]) -> Figures:
-    """Returns sum(tops) / sum(bottoms) of rows that have one of each.
+    """Return sum(tops) / sum(bottoms) of rows that have one of each.
 
     Its error is that of a ratio estimator, by linearisation (Cochran 1977, Sampling Techniques, chapter 6).
     """
@@ -35,7 +35,7 @@ def ratio(name: str, tops: Sequence[float], bottoms: Sequence[float]) -> Figures
 
 
 def mean_of_groups(name: str, groups: Mapping[str, Sequence[float]]) -> Figures:
-    """Returns the mean of each group as `name/GROUP`, and the mean of those means as `name`."""
+    """Return the mean of each group as `name/GROUP`, and the mean of those means as `name`."""
     figures: Figures = {}
     for group, values in sorted(groups.items()):
         figures |= mean(f"{name}/{group}", values) | {f"{ROWS}/{group}": len(values)}
@@ -47,17 +47,17 @@ def mean_of_groups(name: str, groups: Mapping[str, Sequence[float]]) -> Figures:
 
 
 def num_rows(figures: Figures, name: str) -> int:
-    """Returns the rows that the figure `name` is of."""
+    """Return the rows that the figure `name` is of."""
     return int(figures.get(f"{ROWS}/{name.partition('/')[2]}", figures[ROWS]))
 
 
 def names(figures: Figures) -> list[str]:
-    """Returns the names of the figures themselves, without their errors and rows."""
+    """Return the names of the figures themselves, without their errors and rows."""
     return [name for name in figures if not name.endswith(STDERR) and name.partition("/")[0] != ROWS]
 
 
 def pass_at(k: int, num_answers: int, num_right: int) -> float:
-    """Returns the chance that one of `k` answers is right, drawn from `num_answers` of which `num_right` are.
+    """Return the chance that one of `k` answers is right, drawn from `num_answers` of which `num_right` are.
 
     1 - C(n - c, k) / C(n, k): the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """

@@ -25,7 +25,7 @@ READ_ONLY = (ctypes.c_uint64 * 4)(1, 0, 0, 0)
 
 
 def shut_off() -> None:
-    """Takes the network, other processes and writable files away, where the system permits it."""
+    """Take the network, other processes and writable files away, where the system permits it."""
     system = ctypes.CDLL(None)
     if os.geteuid() == 0:
         # The number of root's processes is never limited; whose they are is said by the real user.
@@ -36,7 +36,7 @@ def shut_off() -> None:
 
 
 def limit(cpu_s: int, memory_bytes: int) -> None:
-    """Bounds what this process can take; it can start no other. Raises `OSError` where it still can."""
+    """Bound what this process can take; it can start no other. Raises `OSError` where it still can."""
     limits = {
         resource.RLIMIT_CPU: cpu_s,
         resource.RLIMIT_AS: memory_bytes,
@@ -59,14 +59,14 @@ def end_with_parent() -> None:
 
 
 def await_end(child: int, seconds: float) -> None:
-    """Waits for `child`, and kills it after `seconds`. What it may have started in its process namespace goes, too."""
+    """Wait for `child`, and kills it after `seconds`. What it may have started in its process namespace goes, too."""
     signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     os.waitpid(child, 0)
 
 
 def run(size: int, seconds: float, cpu_s: int, memory_bytes: int) -> None:
-    """Runs the program and, if it comes to its end, tells the secret. Never returns."""
+    """Run the program and, if it comes to its end, tells the secret. Never returns."""
     program, secret_from, told = os.pread(0, size, 0), os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):

@@ -37,14 +37,14 @@ class Choice:
     options: MergeOptions = DEFAULTS
 
     def template(self) -> Template:
-        """Returns how their prompts are written: as the first prefers of what all were trained on; `chat` is the base's own.
+        """Return how their prompts are written: as the first prefers of what all were trained on; `chat` is the base's own.
 
         Raises `TemplateError` where they were trained on no common template.
         """
         return common_template([(adapter.name, adapter.config.lori.templates) for adapter in self.adapters])
 
     def merged(self) -> Adapter | None:
-        """Returns one adapter that adds what all of them do; None where there is none. Raises as `lori.merge.merge`."""
+        """Return one adapter that adds what all of them do; None where there is none. Raises as `lori.merge.merge`."""
         if not self.adapters:
             return None
         weights = self.weights or [1 / len(self.adapters)] * len(self.adapters)
@@ -61,7 +61,7 @@ class Choice:
 
 
 def find_adapter(reference: str, store: Path | None, base: BaseIdentity) -> Adapter:
-    """Returns the adapter of `base` called `reference` in `store`, or without one, in the folder `reference`.
+    """Return the adapter of `base` called `reference` in `store`, or without one, in the folder `reference`.
 
     Raises `AdapterError` where there is none, or it is not sound or of another base.
     """

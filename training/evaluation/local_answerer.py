@@ -57,7 +57,7 @@ class LocalAnswerer:
         return [texts[i : i + how.num_answers] for i in range(0, len(texts), how.num_answers)]
 
     def answers(self, prompts: Sequence[Prompt], how: Generation, seed: int = 0) -> list[Answer]:
-        """Returns an answer to each prompt."""
+        """Return an answer to each prompt."""
         encoded = [self._encode(prompt) for prompt in prompts]
 
         def answered(batch: Sequence[list[int]]) -> list[Answer]:
@@ -70,7 +70,7 @@ class LocalAnswerer:
             return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
 
     def has_room(self, prompt: Prompt, max_tokens: int) -> bool:
-        """Says whether the model's context holds `prompt` with an answer of so many tokens."""
+        """Return whether the model's context holds `prompt` with an answer of so many tokens."""
         return self._limit is None or len(self._encode(prompt)) + max_tokens <= self._limit
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
@@ -116,7 +116,7 @@ class LocalAnswerer:
     def _by_batch(
         self, compute: Callable[[Sequence[Asked]], list[Found]], items: Sequence[Asked], lengths: Sequence[int], num_tokens: int
     ) -> list[Found]:
-        """Returns what `compute` finds for each of `items`, `num_tokens` of like `lengths` at a time."""
+        """Return what `compute` finds for each of `items`, `num_tokens` of like `lengths` at a time."""
         found: dict[int, Found] = {}
         with tqdm(total=len(items), unit="text", disable=None) as bar:
             for places in like_lengths(lengths, num_tokens):

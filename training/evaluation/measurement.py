@@ -66,7 +66,7 @@ class Measurement:
 
 
 def record(folder: Path, found: Measurement) -> None:
-    """Writes what was found, and how, into the adapter in `folder`. Raises as `read_config` and `write_record`."""
+    """Write what was found, and how, into the adapter in `folder`. Raises as `read_config` and `write_record`."""
     adapter = read_config(folder)
     form = " (chat)" if found.template == "chat" else ""  # both forms stand in a card, beside each other
     keys = {name: f"{found.who}: {name}{form}" for name in names(found.figures)}

@@ -40,7 +40,7 @@ REFUSAL_SPAN = 120
 
 
 def number_in(text: str) -> Decimal | None:
-    """Returns the first number after `####`, or the last one of a text without it; None where there is none.
+    """Return the first number after `####`, or the last one of a text without it; None where there is none.
 
     Commas and a dollar sign are no part of a number, nor is a dot that ends a sentence: "$1,080." is 1080.
     """
@@ -54,7 +54,7 @@ def number_in(text: str) -> Decimal | None:
 
 
 def is_refusal(text: str) -> bool:
-    """Says whether an answer begins as a refusal does, in English."""
+    """Return whether an answer begins as a refusal does, in English."""
     return bool(REFUSAL.search(" ".join(text.replace("’", "'").split())[:REFUSAL_SPAN]))
 
 
@@ -139,13 +139,13 @@ class Options:
 
 
 def measure_loss(answerer: Answerer, rows: Sequence[Row], _: Options) -> Figures:
-    """Returns the mean negative log-likelihood of the completions' tokens, in nats."""
+    """Return the mean negative log-likelihood of the completions' tokens, in nats."""
     found = _scored(answerer, [_text(row, row.completion or "") for row in rows])
     return ratio("loss", [-one.total for one in found], [one.num_tokens for one in found])
 
 
 def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> Figures:
-    """Returns the share of rows whose greedy answer, as many lines as the completion has, is the completion.
+    """Return the share of rows whose greedy answer, as many lines as the completion has, is the completion.
 
     An answer may be as long as the longest completion, if nothing else is said: a token has a byte or more.
     """
@@ -158,7 +158,7 @@ def measure_exact(answerer: Answerer, rows: Sequence[Row], options: Options) -> 
 
 
 def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) -> Figures:
-    """Returns the share of rows whose right choice is the likeliest, as a whole and by character."""
+    """Return the share of rows whose right choice is the likeliest, as a whole and by character."""
     found = iter(_scored(answerer, [_text(row, choice) for row in rows for choice in row.choices]))
     whole, by_character = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for row in rows:
@@ -170,7 +170,7 @@ def measure_choice(answerer: Answerer, rows: Sequence[ChoiceRow], _: Options) ->
 
 
 def measure_number(answerer: Answerer, rows: Sequence[NumberRow], options: Options) -> Figures:
-    """Returns the share of rows whose greedy answer comes to the number that `answer` is."""
+    """Return the share of rows whose greedy answer comes to the number that `answer` is."""
     answers = _answers(answerer, rows, options, stop=(NEXT_QUESTION,))
     found: list[tuple[Decimal | None, Decimal | None]] = [
         (number_in(text), number_in(row.answer)) for text, row in zip(answers, rows, strict=True)
@@ -179,7 +179,7 @@ def measure_number(answerer: Answerer, rows: Sequence[NumberRow], options: Optio
 
 
 def measure_refusal(answerer: Answerer, rows: Sequence[RefusalRow], options: Options) -> Figures:
-    """Returns the share of rows that are refused, of the harmful and of the benign ones."""
+    """Return the share of rows that are refused, of the harmful and of the benign ones."""
     refused = defaultdict[str, list[float]](list)
     for text, row in zip(_answers(answerer, rows, options), rows, strict=True):
         refused["harmful" if row.harmful else "benign"].append(is_refusal(text))
@@ -190,7 +190,7 @@ def measure_refusal(answerer: Answerer, rows: Sequence[RefusalRow], options: Opt
 
 
 def measure_pass(answerer: Answerer, rows: Sequence[ProgramRow], options: Options) -> Figures:
-    """Returns pass@k: the share of problems that one of k answers solves. Runs programs that the model wrote."""
+    """Return pass@k: the share of problems that one of k answers solves. Runs programs that the model wrote."""
     how = Sampling(options.max_tokens, END_OF_FUNCTION, options.num_answers, options.temperature, options.seed)
     answers = answerer.complete([row.prompt for row in rows], how)
     programs = [
@@ -228,7 +228,7 @@ METRICS: Mapping[MetricName, Metric] = {
 
 
 def read_measured(source: str | Source, name: MetricName, num_rows: int = 0, seed: int = 0) -> list[Row]:
-    """Reads the rows that a metric is measured on: `num_rows` of them, drawn by `seed`, or all where that is 0.
+    """Read the rows that a metric is measured on: `num_rows` of them, drawn by `seed`, or all where that is 0.
 
     Raises `DataError` with the numbers of lines that lack what the metric needs, see `Faults`.
     """
@@ -237,7 +237,7 @@ def read_measured(source: str | Source, name: MetricName, num_rows: int = 0, see
 
 
 def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: Options | None = None) -> Figures:
-    """Measures on `rows`, which `read_measured` gave for the same metric, and returns the figures with the number of `rows`.
+    """Measure on `rows`, which `read_measured` gave for the same metric, and returns the figures with the number of `rows`.
 
     Raises `AnswerError` and, for `pass`, `SandboxError`.
     """
@@ -247,7 +247,7 @@ def measure(name: MetricName, answerer: Answerer, rows: Sequence[Row], options: 
 
 
 def is_exact(answer: str, expected: str) -> bool:
-    """Says whether `answer` begins as `expected`, a completion as training writes it: a newline may part it from its prompt."""
+    """Return whether `answer` begins as `expected`, a completion as training writes it: a newline may part it from its prompt."""
     text = expected.strip()
     begins_below = "\n" in expected.partition(text)[0]
     lines = (answer.lstrip() if begins_below else answer).split("\n")

@@ -53,7 +53,7 @@ DEFAULT_LIMITS = Limits()
 
 
 def runs_to_end(program: str, limits: Limits) -> bool:
-    """Runs `program`; says whether its last line was reached: not where it raised, exited before, or met a limit."""
+    """Run `program`; says whether its last line was reached: not where it raised, exited before, or met a limit."""
     secret, text = secrets.token_bytes(32), program.encode()
     with TemporaryFile() as given, TemporaryFile() as told, TemporaryDirectory() as folder:
         given.write(text + secret)
@@ -74,7 +74,7 @@ def runs_to_end(program: str, limits: Limits) -> bool:
 
 
 def _await_end(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    """Waits for the end of `process`, which kills its program after `seconds`; where it does not, its whole session is killed."""
+    """Wait for the end of `process`, which kills its program after `seconds`; where it does not, its whole session is killed."""
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds + SPARE_S)
@@ -86,7 +86,7 @@ def _await_end(process: "subprocess.Popen[bytes]", seconds: float) -> None:
 
 
 def run_all(programs: Sequence[str], limits: Limits) -> list[bool]:
-    """Runs `programs`, as many together as there are CPUs, and says of each whether it came to its end.
+    """Run `programs`, as many together as there are CPUs, and says of each whether it came to its end.
 
     Raises `SandboxError` where nothing can be run within such limits.
     """

@@ -38,7 +38,7 @@ class Server:
     api_key: str | None = None
 
     def adapter(self, name: str) -> Served:
-        """Returns what the server says of the adapter called `name`. Raises `AnswerError`."""
+        """Return what the server says of the adapter called `name`. Raises `AnswerError`."""
 
         async def asked() -> dict[str, Any]:
             async with self._client() as http:
@@ -48,7 +48,7 @@ class Server:
         return Served(found["version"], found["templates"])
 
     def ask_all(self, measure: Callable[[Ask, Asked], Awaitable[Found]], asked: Sequence[Asked]) -> list[Found]:
-        """Returns what `measure` finds for each of `asked`. The first that fails ends all others: raises its `AnswerError`."""
+        """Return what `measure` finds for each of `asked`. The first that fails ends all others: raises its `AnswerError`."""
         return asyncio.run(self._ask_all(measure, asked))
 
     async def _ask_all(self, measure: Callable[[Ask, Asked], Awaitable[Found]], asked: Sequence[Asked]) -> list[Found]:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Found]]]], Path]:
-    """Returns what writes the page. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
+    """Return what writes the page. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
     try:
         from training.study.page import write_page  # noqa: PLC0415  # an extra
     except ImportError as error:
@@ -28,7 +28,7 @@ def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Fou
 
 
 def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
-    """Trains and measures what is not there yet; returns what each claim found, by seed. Raises `LoriError`."""
+    """Train and measures what is not there yet; returns what each claim found, by seed. Raises `LoriError`."""
     _open(config)
     base = load_base(config.model, config.dtype, config.threads)
     labs = [Lab(config, base, seed) for seed in config.seeds]
@@ -36,7 +36,7 @@ def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
 
 
 def _found(lab: Lab, claim: Claim) -> list[Found]:
-    """Returns what a claim finds with one seed. Written down whole, so that its adapters need not be kept, or moved, with it."""
+    """Return what a claim finds with one seed. Written down whole, so that its adapters need not be kept, or moved, with it."""
     file = lab.folder / f"{claim}.json"
     options = lab.config.options_of(claim)
     if file.is_file():
@@ -50,7 +50,7 @@ def _found(lab: Lab, claim: Claim) -> list[Found]:
 
 
 def _open(config: StudyConfig) -> None:
-    """Writes down the options of a new output; raises `StudyError` where what is there was made with others."""
+    """Write down the options of a new output; raises `StudyError` where what is there was made with others."""
     config.output.mkdir(parents=True, exist_ok=True)
     file = config.output / "options.json"
     if not file.is_file():
@@ -60,7 +60,7 @@ def _open(config: StudyConfig) -> None:
 
 
 def main() -> int:
-    """Runs the program and returns its exit code."""
+    """Run the program and return its exit code."""
     config = StudyConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

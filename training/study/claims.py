@@ -32,40 +32,40 @@ class Found:
 
 
 def lora(lab: Lab, task: str) -> Path:
-    """Returns LoRA's adapter of `task`."""
+    """Return LoRA's adapter of `task`."""
     return lab.adapter(f"{task}-lora", task, method="lora", lr=lab.config.lora_lr)
 
 
 def lori_d(lab: Lab, task: str) -> Path:
-    """Returns LoRI-D's, its values as they were trained, since masks are drawn from them."""
+    """Return LoRI-D's, its values as they were trained, since masks are drawn from them."""
     return lab.adapter(f"{task}-lori-d", task, method="lori-d", values="float32", calibration_lr=lab.config.calibration_lr)
 
 
 def lori_s(lab: Lab, task: str) -> Path:
-    """Returns LoRI-S's, on the mask of LoRI-D's."""
+    """Return LoRI-S's, on the mask of LoRI-D's."""
     return lab.adapter(f"{task}-lori-s", task, mask_from=lori_d(lab, task), lr=lab.config.lr)
 
 
 def lori_all_in(lab: Lab, task: str) -> Path:
-    """Returns LoRI-S's whose mask and training together had the steps of one phase."""
+    """Return LoRI-S's whose mask and training together had the steps of one phase."""
     calibration = lab.config.steps // 3
     length: dict[str, Any] = {"calibration_steps": calibration, "steps": lab.config.steps - calibration}
     return lab.adapter(f"{task}-lori-all-in", task, **length, **lab.rates)
 
 
 def lori_own(lab: Lab, task: str) -> Path:
-    """Returns LoRI-S's on a basis of the task's own, as the paper draws them."""
+    """Return LoRI-S's on a basis of the task's own, as the paper draws them."""
     return lab.adapter(f"{task}-lori-own", task, stream=1 + list(lab.config.tasks).index(task), **lab.rates)
 
 
 def lori_others(lab: Lab, task: str) -> Path:
-    """Returns LoRI-S's, on the same mask, that is held to the base's own answers on the other tasks' prompts."""
+    """Return LoRI-S's, on the same mask, that is held to the base's own answers on the other tasks' prompts."""
     others = [other for other in lab.config.tasks if other != task]
     return lab.adapter(f"{task}-lori-others", task, kept=others, mask_from=lori_d(lab, task), lr=lab.config.lr)
 
 
 def lori_instructed(lab: Lab, task: str) -> Path:
-    """Returns LoRI-S's, on the same mask, that is held to the base's own answers on ordinary instructions."""
+    """Return LoRI-S's, on the same mask, that is held to the base's own answers on ordinary instructions."""
     if lab.instructing == [task]:  # it is anyway
         return lori_s(lab, task)
     return lab.adapter(f"{task}-lori-instructed", task, instructed=True, mask_from=lori_d(lab, task), lr=lab.config.lr)
@@ -90,7 +90,7 @@ def single(lab: Lab) -> Iterator[Found]:
 
 
 def merges(lab: Lab) -> Iterator[Found]:
-    """Merges of 2, 3 and 4 adapters over a grid of weights, by sum and, on one basis, by the other methods; each alone, too."""
+    """Merge of 2, 3 and 4 adapters over a grid of weights, by sum and, on one basis, by the other methods; each alone, too."""
     merged = {what: train for what, train in MERGED.items() if train is not lori_instructed or lab.instructing}
     for task in lab.config.tasks:
         yield Found(BASE, ALONE, task, lab.measured("base", task, [], num_rows=lab.config.num_merge_rows))

@@ -157,7 +157,7 @@ class StudyConfig(CommandLine):
         return self.model_dump_json(exclude=ANY_OUTPUT | {"merges", "swept", "weights"})
 
     def options_of(self, claim: Claim) -> dict[str, Any]:
-        """Returns what decides what a claim finds with a seed, the data apart: they may lie elsewhere."""
+        """Return what decides what a claim finds with a seed, the data apart: they may lie elsewhere."""
         of_others = {"merges": {"swept"}, "single": {"swept", "merges", "weights"}}.get(claim, {"merges", "weights"})
         return self.model_dump(mode="json", exclude=ANY_OUTPUT | {"data"} | of_others)
 

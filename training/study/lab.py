@@ -52,7 +52,7 @@ class Lab:
         return [task for task in tasks if chosen_rows(self._asked(task, 0))]
 
     def adapter(self, name: str, task: str, kept: Iterable[str] = (), *, instructed: bool = False, **options: Any) -> Path:
-        """Returns the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there.
+        """Return the folder of the adapter called `name`, trained on `task` with these `options` of `fit` if it is not there.
 
         It is held to the base's own answers to prompts of the tasks in `kept` and, if `instructed`, to ordinary instructions.
         """
@@ -80,7 +80,7 @@ class Lab:
         options: MergeOptions = DEFAULTS,
         num_rows: int | None = None,
     ) -> Figures:
-        """Returns the figures of `task` with `adapters` applied at `weights`, measured if `name` was not yet."""
+        """Return the figures of `task` with `adapters` applied at `weights`, measured if `name` was not yet."""
         num_rows = num_rows or self.config.num_rows
         file = self.folder / "results" / f"{name}.{task}.{num_rows}.json"
         if not file.is_file():
@@ -115,7 +115,7 @@ class Lab:
         return source.model_copy(update={"path": str(file)}) if file.exists() else source
 
     def _answered(self, task: str, num_rows: int) -> Path:
-        """Returns a file of the base's own answers: to `num_rows` of the task's prompts, or to those without a completion."""
+        """Return a file of the base's own answers: to `num_rows` of the task's prompts, or to those without a completion."""
         asked = self._asked(task, num_rows)
         if not asked.output.is_file():
             write_answers(self.base, chosen_rows(asked), asked)

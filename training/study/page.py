@@ -22,7 +22,7 @@ LETTER = 0.055
 
 
 def plot_bars(scores: Scores, columns: Sequence[str]) -> Figure:
-    """Returns a bar for each what and setting, with its spread; a set of axes for each of `columns`."""
+    """Return a bar for each what and setting, with its spread; a set of axes for each of `columns`."""
     labels = list(dict.fromkeys((what, setting) for what, setting, _ in scores))
     texts = [", ".join(filter(None, label)) for label in labels]
     figure = new_figure(WIDTH * len(columns), HEIGHT + LETTER * max(map(len, texts)))
@@ -36,7 +36,7 @@ def plot_bars(scores: Scores, columns: Sequence[str]) -> Figure:
 
 
 def plot_lines(scores: Scores, columns: Sequence[str], xlabel: str) -> Figure:
-    """Returns a line over the settings, which are numbers, for each what; a set of axes for each of `columns`."""
+    """Return a line over the settings, which are numbers, for each what; a set of axes for each of `columns`."""
     figure = new_figure(WIDTH * len(columns), HEIGHT)
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for what in whats_of(scores):
@@ -48,7 +48,7 @@ def plot_lines(scores: Scores, columns: Sequence[str], xlabel: str) -> Figure:
 
 
 def plot_gains(kept: Scores) -> Figure:
-    """Returns, for each set of merged tasks, the mean share of their gains that is kept, by weight; other methods as marks.
+    """Return, for each set of merged tasks, the mean share of their gains that is kept, by weight; other methods as marks.
 
     Tasks whose adapters gained nothing alone are not in the mean, and what lies below -0.6 or above 1.15 is not seen. `kept` must
     not be empty.
@@ -73,7 +73,7 @@ def plot_gains(kept: Scores) -> Figure:
 
 
 def _by_weight(kept: Scores, tasks: str) -> dict[str, list[tuple[float, list[float]]]]:
-    """Returns what is drawn for one set of tasks: by label, (weight, mean over tasks of each seed)."""
+    """Return what is drawn for one set of tasks: by label, (weight, mean over tasks of each seed)."""
     groups: dict[tuple[str, str], list[list[float]]] = {}
     for (what, setting, _), values in kept.items():
         if setting.split(", ")[0] == tasks:
@@ -107,7 +107,7 @@ TITLES: Mapping[Claim, str] = {
 
 
 def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Found]]]) -> Path:
-    """Writes study.md, its plots, and all figures in study.json into the output, and returns the first."""
+    """Write study.md, its plots, and all figures in study.json into the output, and return the first."""
     parts = [f"# {title(len(config.seeds))}", _setting(config)]
     for claim, seeds in found.items():
         scores = scores_of(seeds, config.tasks)
@@ -124,7 +124,7 @@ def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Foun
 
 
 def title(num_seeds: int) -> str:
-    """Returns what the figures of a page are."""
+    """Return what the figures of a page are."""
     return "Mean ± spread (standard deviation) over the seeds" if num_seeds > 1 else "Figures of one seed, without a spread"
 
 
@@ -139,7 +139,7 @@ def _setting(config: StudyConfig) -> str:
 
 
 def draw(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> Figure | None:
-    """Returns the picture of a claim, where there is something to be drawn."""
+    """Return the picture of a claim, where there is something to be drawn."""
     if claim == "merges":
         kept = gains_kept(scores, tasks)
         return plot_gains(kept) if kept else None
@@ -148,7 +148,7 @@ def draw(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> Figur
 
 
 def tables(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """Returns a claim's tables; of merges, what is kept of the gains stands before the scores."""
+    """Return a claim's tables; of merges, what is kept of the gains stands before the scores."""
     if claim != "merges":
         return [table(scores)]
     kept = gains_kept(scores, tasks)
@@ -160,7 +160,7 @@ def tables(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> lis
 
 
 def table(scores: Scores) -> str:
-    """Returns a Markdown table: a row for what and setting, a column for each figure."""
+    """Return a Markdown table: a row for what and setting, a column for each figure."""
     columns = columns_of(scores)
     lines = [f"| | | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for what, setting in dict.fromkeys((what, setting) for what, setting, _ in scores):

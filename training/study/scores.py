@@ -18,12 +18,12 @@ LEAST_GAIN = 0.02
 
 
 def column_of(task: str, figure: str) -> str:
-    """Returns what a task's figure is called."""
+    """Return what a task's figure is called."""
     return f"{task}: {figure.replace('_', ' ').replace('/', ' ')}"
 
 
 def scores_of(seeds: Sequence[Sequence[Found]], tasks: Mapping[str, TaskConfig]) -> Scores:
-    """Returns each task's score and what is told beside it."""
+    """Return each task's score and what is told beside it."""
     scores: Scores = {}
     for found in (one for seed in seeds for one in seed):
         task = tasks[found.task]
@@ -33,7 +33,7 @@ def scores_of(seeds: Sequence[Sequence[Found]], tasks: Mapping[str, TaskConfig])
 
 
 def gains_kept(scores: Scores, tasks: Mapping[str, TaskConfig]) -> Scores:
-    """Returns, for each merge and task, (merged - base) / (alone - base): the share of what an adapter gained alone.
+    """Return, for each merge and task, (merged - base) / (alone - base): the share of what an adapter gained alone.
 
     An adapter that gained less than `LEAST_GAIN` alone, with any seed, is left out: a share of about nothing says nothing.
     """
@@ -53,22 +53,22 @@ def gains_kept(scores: Scores, tasks: Mapping[str, TaskConfig]) -> Scores:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Returns the standard deviation over seeds; NaN of one, which has none and is drawn without."""
+    """Return the standard deviation over seeds; NaN of one, which has none and is drawn without."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def shown(values: Sequence[float]) -> str:
-    """Returns mean and spread as a cell of a table, empty where there is none."""
+    """Return mean and spread as a cell of a table, empty where there is none."""
     if not values:
         return ""
     return f"{statistics.fmean(values):.3f}" + (f" ± {spread(values):.3f}" if len(values) > 1 else "")
 
 
 def whats_of(scores: Scores) -> list[str]:
-    """Returns what was measured, in order."""
+    """Return what was measured, in order."""
     return list(dict.fromkeys(what for what, _, _ in scores))
 
 
 def columns_of(scores: Scores) -> list[str]:
-    """Returns the columns of `scores`, in order."""
+    """Return the columns of `scores`, in order."""
     return list(dict.fromkeys(column for _, _, column in scores))

@@ -132,11 +132,11 @@ class AdapterTiers:
         return len(self._loaded)
 
     def on_arrival(self, notify: Callable[[], None]) -> None:
-        """Has `notify` called, from the loader's thread, whenever `collect` has something."""
+        """Have `notify` called, from the loader's thread, whenever `collect` has something."""
         self._loader.notify = notify
 
     def prefetch(self, request: Request) -> None:
-        """Has the adapters of a request read that is on its way to the engine, while a step runs and the loader is idle.
+        """Have the adapters of a request read that is on its way to the engine, while a step runs and the loader is idle.
 
         Any thread may: it looks up keys alone, and what it finds may be out of date, which costs a reading at most.
         """
@@ -216,7 +216,7 @@ class AdapterTiers:
             self._purge(digest)
 
     def collect(self) -> bool:
-        """Takes in what was read, and what is just being read where that is waited for; returns whether anything was, so that the
+        """Take in what was read, and what is just being read where that is waited for; returns whether anything was, so that the
         scheduler is to ask again."""
         if self._patience_s and self._loader.num_reading:
             self._loader.wait(self._patience_s)
@@ -242,18 +242,18 @@ class AdapterTiers:
         return bool(arrived)
 
     def take_failed(self) -> dict[Sequence, str]:
-        """Returns the sequences whose adapters cannot be served, each with the reason, once."""
+        """Return the sequences whose adapters cannot be served, each with the reason, once."""
         failed, self._failed = self._failed, {}
         return failed
 
     def places(self) -> Mapping[str, Place]:
-        """Returns where the adapters are that are not on disk alone. Any thread may ask: what it hears was so a moment ago."""
+        """Return where the adapters are that are not on disk alone. Any thread may ask: what it hears was so a moment ago."""
         loaded, resident = dict.copy(self._loaded), self.residents.sizes()  # copied without Python's loop
         sizes = {digest: packed.num_bytes for digest, packed in loaded.items()}
         return {digest: Place(sizes.get(digest, 0), resident.get(digest, 0)) for digest in sizes | resident}
 
     def take_in(self, digest: str, packed: PackedAdapter) -> bool:
-        """Takes in an adapter that was read elsewhere, and makes it resident where there is room; returns whether it is."""
+        """Take in an adapter that was read elsewhere, and makes it resident where there is room; returns whether it is."""
         self._dropped.discard(digest)
         self._add(digest, packed)
         try:
@@ -265,7 +265,7 @@ class AdapterTiers:
             self._trim()
 
     def keep(self, digest: str, packed: PackedAdapter) -> bool:
-        """Takes an adapter in and keeps it resident until it is released; returns False where all room is used just now.
+        """Take an adapter in and keeps it resident until it is released; returns False where all room is used just now.
 
         Raises `NoRoomError` where too little would be left for others.
         """
@@ -280,21 +280,21 @@ class AdapterTiers:
         return is_resident
 
     def drop(self, digest: str) -> None:
-        """Frees what an adapter takes, and what was merged of it, as soon as no sequence uses it or waits for it."""
+        """Free what an adapter takes, and what was merged of it, as soon as no sequence uses it or waits for it."""
         self.residents.release(digest)
         for one in (digest, *(merged for merged, parts in self._made_of.items() if digest in parts)):
             self._dropped.add(one)
             self._purge(one)
 
     def check_integrity(self, running: Items[Sequence]) -> None:
-        """Asserts that pins are those of the running sequences, and bytes those of what is there."""
+        """Assert that pins are those of the running sequences, and bytes those of what is there."""
         self.residents.check_integrity(sum(len(s.residents) for s in running))
         assert self.num_loaded_bytes == sum(of.num_bytes for of in self._loaded.values())
         assert self._merging.keys() <= self._wanted.keys()
         assert len(self._merging) >= self._max_merging or not self._merge_queue
 
     def close(self) -> None:
-        """Ends the loader's thread."""
+        """End the loader's thread."""
         self._loader.close()
 
     def _is_awaited(self, digest: str, sequence: Sequence) -> bool:

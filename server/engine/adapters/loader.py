@@ -64,7 +64,7 @@ class Loader:
         return digest in self._reading
 
     def start(self, digest: str, request: Request) -> None:
-        """Begins to read the resident `digest` of `request`, if it is not being read and this is not closed. Any thread may."""
+        """Begin to read the resident `digest` of `request`, if it is not being read and this is not closed. Any thread may."""
         with self._lock:
             if digest in self._reading or self._is_closed:
                 return
@@ -89,7 +89,7 @@ class Loader:
         future.cancel()
 
     def wait(self, timeout_s: float) -> None:
-        """Waits, no longer than that and once for each, until the one that is being read now is there."""
+        """Wait, no longer than that and once for each, until the one that is being read now is there."""
         with self._lock:
             reading = next((of for of in self._reading.values() if of.running() and of not in self._awaited), None)
             if reading:
@@ -98,7 +98,7 @@ class Loader:
             wait([reading], timeout_s)
 
     def collect(self) -> list[Loaded]:
-        """Returns what was read since the last call."""
+        """Return what was read since the last call."""
         with self._lock:
             ended = [digest for digest, future in self._reading.items() if future.done()]
             self._awaited = {future for future in self._awaited if not future.done()}
@@ -107,7 +107,7 @@ class Loader:
             return [self._reading.pop(digest).result() for digest in ended if not self._reading[digest].cancelled()]
 
     def close(self) -> None:
-        """Ends the threads; what is not begun is never read, and merges are given up."""
+        """End the threads; what is not begun is never read, and merges are given up."""
         with self._lock:
             self._is_closed = True
             for cancellation in self._cancellations.values():
@@ -181,7 +181,7 @@ def _checked(found: Read, expected: str) -> Read:
 
 
 def named(digest: str, request: Request) -> str:
-    """Returns what a request calls a resident of its own: the one adapter, or all that are merged."""
+    """Return what a request calls a resident of its own: the one adapter, or all that are merged."""
     own = [repr(term.name) for term in (*request.terms, *request.policy) if term.digest == digest][:1]
     return " + ".join(own or [repr(term.name) for term in request.terms])
 

@@ -32,7 +32,7 @@ class Registered:
         return self.entry.folder.name.partition("@")[0]
 
     def entries(self) -> Iterator[Entry]:
-        """Yields where its files may be: a folder as its maker left it is renamed when a version of its name is published."""
+        """Yield where its files may be: a folder as its maker left it is renamed when a version of its name is published."""
         yield self.entry
         kept = replace(self.entry, folder=self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
         if kept.folder != self.entry.folder and kept.folder.is_dir():
@@ -128,11 +128,11 @@ class Registry:
         }
 
     def versions(self, name: str) -> Sequence[Registered]:
-        """Returns the versions of `name`; none where the name is not known."""
+        """Return the versions of `name`; none where the name is not known."""
         return self._tables.versions.get(name, ())
 
     def find(self, digest: str, names: Collection[str]) -> Sequence[Registered]:
-        """Returns the adapters of this content, first those of `names`; none where all are forgotten."""
+        """Return the adapters of this content, first those of `names`; none where all are forgotten."""
         return sorted(self._tables.by_digest.get(digest, ()), key=lambda of: of.summary.name not in names)
 
     def has(self, name: str, digest: str) -> bool:
@@ -140,7 +140,7 @@ class Registry:
         return any(of.summary.digest == digest for of in self.versions(name))
 
     def put(self, adapter: Registered, others: Sequence[Registered] = ()) -> Sequence[Registered]:
-        """Makes the adapter's name mean it, and `others`, of the same name, what can be asked for by version beside it.
+        """Make the adapter's name mean it, and `others`, of the same name, what can be asked for by version beside it.
 
         Returns what of the name can be asked for no more; it is found by digest until it is forgotten.
         """
@@ -155,7 +155,7 @@ class Registry:
         return [of for of in tables.versions.get(name, ()) if of.summary.digest not in kept]
 
     def add(self, others: Iterable[Registered]) -> None:
-        """Lets versions be asked for by version that are not what their names mean."""
+        """Let versions be asked for by version that are not what their names mean."""
         tables, added = self._tables, [of for of in others if not self.has(of.summary.name, of.summary.digest)]
         versions = {**tables.versions}
         for of in added:
@@ -163,21 +163,21 @@ class Registry:
         self._tables = _Tables(tables.by_name, versions, _with(tables.by_digest, added))
 
     def withdraw(self, name: str) -> Sequence[Registered]:
-        """Lets a name and its versions be asked for no more, and returns them. They are found by digest until forgotten."""
+        """Let a name and its versions be asked for no more, and returns them. They are found by digest until forgotten."""
         tables, gone = self._tables, self.versions(name)
         by_name = {key: of for key, of in tables.by_name.items() if key != name}
         self._tables = _Tables(by_name, {key: of for key, of in tables.versions.items() if key != name}, tables.by_digest)
         return gone
 
     def withdraw_version(self, gone: Registered) -> None:
-        """Lets a version that is not what its name means be asked for no more. It is found by digest until forgotten."""
+        """Let a version that is not what its name means be asked for no more. It is found by digest until forgotten."""
         tables, name = self._tables, gone.summary.name
         assert gone.summary.digest != tables.by_name[name].summary.digest
         left = tuple(of for of in self.versions(name) if of.summary.digest != gone.summary.digest)
         self._tables = _Tables(tables.by_name, {**tables.versions, name: left}, tables.by_digest)
 
     def forget(self, gone: Registered) -> None:
-        """Lets what was withdrawn be found no more, unless it was put back: no request that names it is under way."""
+        """Let what was withdrawn be found no more, unless it was put back: no request that names it is under way."""
         tables, digest = self._tables, gone.summary.digest
         if self.has(gone.summary.name, digest):
             return
@@ -232,7 +232,7 @@ class PolicyError(Exception):
 
 
 def meanings(registry: Registry, reference: str) -> Sequence[Registered]:
-    """Returns what `name` or `name@version` may mean: one, none, or several whose version begins so."""
+    """Return what `name` or `name@version` may mean: one, none, or several whose version begins so."""
     name, at, _ = reference.partition("@")
     if not at:
         return [found] if (found := registry.by_name.get(name)) else []
@@ -244,7 +244,7 @@ def meanings(registry: Registry, reference: str) -> Sequence[Registered]:
 
 
 def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
-    """Returns what `name` or `name@version` means; the version's first digits will do.
+    """Return what `name` or `name@version` means; the version's first digits will do.
 
     What the caller may not use is as unknown as what there is not: the same error, the same work. Raises `UnknownAdapterError`,
     `FaultyAdapterError`, `AmbiguousVersionError`.
@@ -269,7 +269,7 @@ def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapt
 
 
 def check_registered(registry: Registry, request: Request, may_use: MayUse) -> None:
-    """Raises `UnknownAdapterError` where an adapter was withdrawn since the request was admitted; `PolicyError` for a policy."""
+    """Raise `UnknownAdapterError` where an adapter was withdrawn since the request was admitted; `PolicyError` for a policy."""
     if not all(registry.has(term.name, term.digest) for term in request.policy):
         raise PolicyError
     for term in request.terms:

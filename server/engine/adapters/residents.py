@@ -47,18 +47,18 @@ class Residents:
         return frozenset([*self._by_digest])
 
     def get(self, digest: str) -> Resident:
-        """Returns what is known of a resident adapter."""
+        """Return what is known of a resident adapter."""
         return self._by_digest[digest]
 
     def pin(self, digest: str) -> None:
-        """Keeps a resident adapter in its slot for one more sequence."""
+        """Keep a resident adapter in its slot for one more sequence."""
         of = self._by_digest[digest]
         self.num_pinned += not of.num_pins
         of.num_pins += 1
         self._by_digest.move_to_end(digest)
 
     def unpin(self, digest: str) -> None:
-        """Takes a pin back."""
+        """Take a pin back."""
         of = self._by_digest[digest]
         of.num_pins -= 1
         assert of.num_pins >= 0
@@ -76,14 +76,14 @@ class Residents:
         return digest in self and self._by_digest[digest].is_kept
 
     def keep(self, digest: str) -> None:
-        """Keeps a resident adapter in its slot until it is released."""
+        """Keep a resident adapter in its slot until it is released."""
         of = self._by_digest[digest]
         self.num_kept += not of.is_kept
         self.num_kept_bytes += of.num_bytes * (not of.is_kept)
         of.is_kept = True
 
     def release(self, digest: str) -> None:
-        """Lets an adapter that may have been kept make room for others."""
+        """Let an adapter that may have been kept make room for others."""
         of = self._by_digest.get(digest)
         if of and of.is_kept:
             of.is_kept = False
@@ -91,11 +91,11 @@ class Residents:
             self.num_kept_bytes -= of.num_bytes
 
     def sizes(self) -> dict[str, int]:
-        """Returns what each resident adapter takes, in bytes. Any thread may ask: what it hears was so a moment ago."""
+        """Return what each resident adapter takes, in bytes. Any thread may ask: what it hears was so a moment ago."""
         return {digest: of.num_bytes for digest, of in dict.copy(self._by_digest).items()}  # copied without Python's loop
 
     def make_room(self, num_bytes: int) -> list[int] | None:
-        """Evicts what must go so that an adapter of `num_bytes` fits, and returns the slots that are empty now.
+        """Evict what must go so that an adapter of `num_bytes` fits, and returns the slots that are empty now.
 
         `None`, and nothing is evicted, where it could not fit beside what is pinned or kept.
         """
@@ -112,7 +112,7 @@ class Residents:
         return [self._evict(digest) for digest in victims]
 
     def add(self, digest: str, num_bytes: int, scale: float) -> int:
-        """Gives an adapter a slot; there must be room."""
+        """Give an adapter a slot; there must be room."""
         assert digest not in self._by_digest
         slot = self._free.pop()
         self._by_digest[digest] = Resident(slot, num_bytes, scale)
@@ -120,7 +120,7 @@ class Residents:
         return slot
 
     def check_integrity(self, num_pins: int) -> None:
-        """Asserts that slots and bytes add up, and that there are `num_pins` pins."""
+        """Assert that slots and bytes add up, and that there are `num_pins` pins."""
         slots = [of.slot for of in self._by_digest.values()]
         assert sorted([*slots, *self._free]) == list(range(self.num_slots))
         assert self.num_bytes == sum(of.num_bytes for of in self._by_digest.values()) <= self.max_bytes
@@ -130,7 +130,7 @@ class Residents:
         assert (self.num_kept, self.num_kept_bytes) == (len(kept), sum(kept))
 
     def remove(self, digest: str) -> int:
-        """Takes out an adapter that may go, and returns its slot."""
+        """Take out an adapter that may go, and return its slot."""
         of = self._by_digest.pop(digest)
         assert of.can_go
         self._free.append(of.slot)

@@ -42,7 +42,7 @@ class Decoding:
 
 
 def sizes_up_to(most: int) -> list[int]:
-    """Returns the sizes of steps up to the first that holds `most`: 1, 2, 4, 8, from there in eights, from 64 on in quarters."""
+    """Return the sizes of steps up to the first that holds `most`: 1, 2, 4, 8, from there in eights, from 64 on in quarters."""
     sizes = [1]
     while sizes[-1] < most:
         last = sizes[-1]
@@ -78,14 +78,14 @@ class DecodingInputs:
         self._known: dict[int, list[int]] = {}  # the blocks of each row that are in the table
 
     def size_for(self, spans: Sequence[Span], terms: Sequence[Terms]) -> int | None:
-        """Returns the size that these rows run as, `None` where there is none."""
+        """Return the size that these rows run as, `None` where there is none."""
         if any(span.num_tokens > 1 for span in spans):
             return None
         size = next((size for size in self.sizes if size >= len(spans)), None)
         return size if size and sum(map(len, terms)) <= TERMS * size else None
 
     def fill(self, size: int, ids: Sequence[int], spans: Sequence[Span], terms: Sequence[Terms]) -> None:
-        """Writes the inputs of a step of `size` rows and takes them to the device, without waiting for it."""
+        """Write the inputs of a step of `size` rows and takes them to the device, without waiting for it."""
         num_spare = size - len(spans)
         spans = [*spans, *[self._spare] * num_spare]
         self._part("ids")[:size] = [*ids, *[0] * num_spare]
@@ -98,16 +98,16 @@ class DecodingInputs:
         copy_to_device(torch.from_numpy(self._host[:used]), self._device[:used])
 
     def decoding(self, size: int) -> Decoding:
-        """Returns where the keys of a step of this size lie; it reads the places of the device when it is called."""
+        """Return where the keys of a step of this size lie; it reads the places of the device when it is called."""
         write, starts, lengths = (self._there(name)[:size] for name in ("write", "starts", "lengths"))
         return Decoding(write.long(), starts, lengths, self._device[self._table_at :])
 
     def tokens(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the ids and positions (B,) int64 of a step of this size, as they are when it is called."""
+        """Return the ids and positions (B,) int64 of a step of this size, as they are when it is called."""
         return self._there("ids")[:size].long(), self._there("positions")[:size].long()
 
     def route(self, size: int) -> Route:
-        """Returns a new route over the terms of a step of this size."""
+        """Return a new route over the terms of a step of this size."""
         segments = self._there("segments")[: 4 * size].view(size, 4)
         return Route.by_token(segments, self._there("slots"), self._there("weights").view(torch.float32))
 
@@ -162,7 +162,7 @@ class CudaGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Runs `function` a few times, records it, and returns its replay. It must not wait for the device."""
+        """Run `function` a few times, records it, and return its replay. It must not wait for the device."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -189,7 +189,7 @@ class ReplayableOps(Ops, Protocol):
     spare_block: int
 
     def step_of(self, decoding: Decoding) -> object:
-        """Returns the step of tokens of which each decodes, for `attend`."""
+        """Return the step of tokens of which each decodes, for `attend`."""
 
 
 class Replays:
@@ -217,14 +217,14 @@ class Replays:
         return len(self._recorded)
 
     def prepare(self) -> None:
-        """Records every size, with adapters where there can be any, so that no request waits for it."""
+        """Record every size, with adapters where there can be any, so that no request waits for it."""
         for size in reversed(self._inputs.sizes):  # the memory of the greatest has room for the others
             self._inputs.fill(size, [], [], [])
             for has_terms in {False, self._pool.has_operands}:
                 self._replay(size, has_terms)
 
     def forward(self, ids: Sequence[int], spans: Sequence[Span], terms: Sequence[Terms]) -> torch.Tensor | None:
-        """Returns the logits (B, V) fp32 of a step, or `None` where it is none that can be replayed: not all of its spans are of
+        """Return the logits (B, V) fp32 of a step, or `None` where it is none that can be replayed: not all of its spans are of
         one token, there are more of them than any size holds, or more of their terms than the size for so many holds.
 
         They are valid until the next call. Nothing waits for the device, but where a step is recorded.

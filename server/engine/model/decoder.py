@@ -76,27 +76,27 @@ class Ops(Protocol):
     num_bytes: int
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Returns the step of `spans`, those of one token first, for `attend`."""
+        """Return the step of `spans`, those of one token first, for `attend`."""
 
     def norm(self, stream: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
-        """Returns the norm of `stream` (T, D), to which `added` (T, D) is added before, in place."""
+        """Return the norm of `stream` (T, D), to which `added` (T, D) is added before, in place."""
 
     def gate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """Returns activation(x[:, :I]) * x[:, I:] (T, I) for x (T, 2 I)."""
+        """Return activation(x[:, :I]) * x[:, I:] (T, I) for x (T, 2 I)."""
 
     def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
-        """Writes the step's keys and values and returns what its tokens attend to, (T, H E); qkv (T, (H + 2 G) E) is used up."""
+        """Write the step's keys and values and return what its tokens attend to, (T, H E); qkv (T, (H + 2 G) E) is used up."""
 
     def run(
         self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
     ) -> torch.Tensor:
-        """Adds to `stream` (T, D) what all layers give but the last MLP, and returns that (T, D): `run_layers`, or as it does."""
+        """Add to `stream` (T, D) what all layers give but the last MLP, and return that (T, D): `run_layers`, or as it does."""
 
 
 def run_layers(
     ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
 ) -> torch.Tensor:
-    """Runs the layers by the operations of `ops`, as its `run` says."""
+    """Run the layers by the operations of `ops`, as its `run` says."""
     added: torch.Tensor | None = None
     for number, layer in enumerate(layers):
         qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
@@ -126,7 +126,7 @@ class Decoder:
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, ops: Ops, step: object, route: Route | None
     ) -> torch.Tensor:
-        """Returns the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,)."""
+        """Return the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,)."""
         stream = self.embed(ids)
         added = ops.run(self.layers, stream, self.turns(positions), step, route)
         logits = self.head(ops.norm(stream[rows], added[rows], self.norm), None).float()

@@ -21,7 +21,7 @@ DYNAMIC_ROPE = ("dynamic", "longrope")
 
 
 def check_family(model: PreTrainedModel) -> None:
-    """Raises `ModelError` with the reason where `model` is not served."""
+    """Raise `ModelError` with the reason where `model` is not served."""
     config = model.config
     if config.model_type not in FAMILIES:
         raise ModelError(f"models of type {config.model_type!r} are not served, expected one of {', '.join(FAMILIES)}")
@@ -40,7 +40,7 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 def read_decoder(model: PreTrainedModel, pool: AdapterPool, quantization: Quantization | None = None) -> Decoder:
-    """Returns the decoder of a `model` that `check_family` lets pass. Its layers' weights are taken out of it, one by one.
+    """Return the decoder of a `model` that `check_family` lets pass. Its layers' weights are taken out of it, one by one.
 
     They are quantized where that is asked for, its embeddings and the output's are not. Raises `ModelError` where they cannot be.
     """
@@ -63,7 +63,7 @@ def read_decoder(model: PreTrainedModel, pool: AdapterPool, quantization: Quanti
 
 
 def head_size(model: PreTrainedModel) -> int:
-    """Returns the size of a head of attention."""
+    """Return the size of a head of attention."""
     config = model.config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 

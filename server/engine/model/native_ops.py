@@ -39,7 +39,7 @@ class NativeOps:
         self.num_bytes = sum(sizes)
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Returns the step of `spans`, for `attend`."""
+        """Return the step of `spans`, for `attend`."""
         rows: list[tuple[int, int, int, int]] = []
         table: list[int] = []
         for span in spans:
@@ -148,7 +148,7 @@ class NativeStack(NativeOps):
 
 
 def products(layer: Layer) -> list[NativeProjection]:
-    """Returns the products of a layer in their order, those that are native."""
+    """Return the products of a layer in their order, those that are native."""
     return [of for of in (layer.qkv, layer.output, layer.gate_up, layer.down) if isinstance(of, NativeProjection)]
 
 

@@ -93,7 +93,7 @@ class Runner:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Records the steps that are replayed, if any. Raises `ModelError` where there is no room for them."""
+        """Record the steps that are replayed, if any. Raises `ModelError` where there is no room for them."""
         if self._replays is None:
             return
         try:
@@ -105,7 +105,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, chunks: Items[Chunk], positions: Items[int]) -> torch.Tensor:
-        """Computes the chunks and returns the logits (P, V) fp32 at `positions`, rows of the step's tokens.
+        """Compute the chunks and returns the logits (P, V) fp32 at `positions`, rows of the step's tokens.
 
         The decoding chunks, those of one token, must come first.
         """
@@ -159,24 +159,24 @@ class Runner:
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Returns how many bytes of KV memory a token of `model` takes, over all layers."""
+    """Return how many bytes of KV memory a token of `model` takes, over all layers."""
     config = model.config.get_text_config()
     return 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * head_size(model) * model.dtype.itemsize
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a GPU the thread's own for a while: Triton launches on that one."""
+    """Make a GPU the thread's own for a while: Triton launches on that one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def make_inputs(ops: ReplayableOps, model: PreTrainedModel, num_blocks: int, max_batch: int) -> DecodingInputs:
-    """Returns room for the inputs of steps of `max_batch` sequences, each as long as the model or the memory allows."""
+    """Return room for the inputs of steps of `max_batch` sequences, each as long as the model or the memory allows."""
     longest = -(-model.config.get_text_config().max_position_embeddings // ops.block_size)
     return DecodingInputs(max_batch, min(num_blocks, longest), ops.block_size, ops.spare_block, model.device)
 
 
 def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:
-    """Returns the operations beside the products: a GPU's, the compiled ones where they know the sizes, or torch's."""
+    """Return the operations beside the products: a GPU's, the compiled ones where they know the sizes, or torch's."""
     heads = [layer.heads for layer in decoder.layers]
     if device.type == "cuda":  # read here alone: elsewhere triton may be missing
         of_gpu: Ops = import_module("server.engine.model.triton_ops").GpuOps(heads, num_blocks, block_size, dtype, device)

@@ -61,7 +61,7 @@ class TorchOps:
         self.num_bytes = self._memory.nbytes
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Returns the step of `spans`, those of one token first, for `attend`."""
+        """Return the step of `spans`, those of one token first, for `attend`."""
         keys = [self._places(span) for span in spans]
         num_decoding = next((i for i, span in enumerate(spans) if span.num_tokens > 1), len(spans))
         return Step(

@@ -30,7 +30,7 @@ OPTIONS = {"num_warps": 4}
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: Decoding, heads: Heads, block_size: int
 ) -> torch.Tensor:
-    """Returns softmax(scale * query keys^T) values (B, H, E), summed in fp32, for query (B, H, E), keys and values (P, G, E).
+    """Return softmax(scale * query keys^T) values (B, H, E), summed in fp32, for query (B, H, E), keys and values (P, G, E).
 
     All contiguous and of one dtype. A key is a token's where it lies within `heads.window`; scores are capped by `heads.softcap`.
     """
@@ -55,7 +55,7 @@ def attend(
 
 
 def splits_of(num_programs: int) -> int:
-    """Returns S for so many sequences times key-value heads: a power of two."""
+    """Return S for so many sequences times key-value heads: a power of two."""
     return int(min(MAX_SPLITS, triton.next_power_of_2(max(1, PROGRAMS // num_programs))))
 
 
@@ -153,7 +153,7 @@ class GpuOps(TorchOps):
         self.spare_block = num_blocks
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Returns the step of `spans`, those of one token first, for `attend`."""
+        """Return the step of `spans`, those of one token first, for `attend`."""
         num_decoding = next((i for i, span in enumerate(spans) if span.num_tokens > 1), len(spans))
         decoding, chunks = spans[:num_decoding], spans[num_decoding:]
         firsts = [*accumulate((len(span.blocks) for span in decoding), initial=0)]

@@ -48,7 +48,7 @@ class GrammarCompiler:
             raise GrammarError(f"the base model's tokenizer is none that llguidance knows: {error}") from error
 
     def compile(self, grammar: Grammar) -> LLMatcher:
-        """Returns what follows the grammar from its beginning. Raises `GrammarError`; hostile ones take very long."""
+        """Return what follows the grammar from its beginning. Raises `GrammarError`; hostile ones take very long."""
         matcher = LLMatcher(self._tokens, _source(grammar), limits=LIMITS, log_level=0)
         if said := fault(matcher):
             raise GrammarError(said)
@@ -56,7 +56,7 @@ class GrammarCompiler:
 
 
 def fault(matcher: LLMatcher) -> str:
-    """Returns what is wrong with the grammar, as far as it was followed; nothing where nothing is."""
+    """Return what is wrong with the grammar, as far as it was followed; nothing where nothing is."""
     if not matcher.is_error():
         return ""
     said = matcher.get_error()
@@ -109,7 +109,7 @@ NUM_STEPS = 8
 
 
 def try_out(compiler: GrammarCompiler, grammar: Grammar) -> str:
-    """Returns what is wrong with a grammar, or nothing."""
+    """Return what is wrong with a grammar, or nothing."""
     try:
         matcher = compiler.compile(grammar)
     except GrammarError as error:
@@ -129,7 +129,7 @@ def _allowed_near(mask: bytes, start: int) -> int:
 
 
 def answer(compiler: GrammarCompiler, grammar: Grammar, seconds: float) -> str | None:
-    """Returns what a fork finds wrong with a grammar; None where it was ended, for time or memory.
+    """Return what a fork finds wrong with a grammar; None where it was ended, for time or memory.
 
     `seconds` are of computing.
     """
@@ -158,7 +158,7 @@ def _try_here(compiler: GrammarCompiler, grammar: Grammar, writer: int, seconds:
 
 
 def main() -> None:
-    """Tries what comes, until nothing comes."""
+    """Try what comes, until nothing comes."""
     os.nice(5)  # Steps go first.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     compiler = GrammarCompiler(**json.loads(sys.stdin.readline()))

@@ -32,7 +32,7 @@ MASK_SECONDS, MASK_SECONDS_PER_TOKEN = 0.1, 0.002
 
 
 def words(tokens: Iterable[int], num_tokens: int) -> Words:
-    """Returns (W,): the bits of `tokens`, of `num_tokens` that there are."""
+    """Return (W,): the bits of `tokens`, of `num_tokens` that there are."""
     bits = np.zeros(-(-num_tokens // 32) * 32, dtype=bool)
     bits[[token for token in tokens if token < num_tokens]] = True
     return np.packbits(bits, bitorder="little").view(np.int32)
@@ -53,7 +53,7 @@ class GrammarState:
         """Why it can be followed no further; then nothing is allowed."""
 
     def follow(self, output_ids: Items[int]) -> None:
-        """Reads what the output has more than at the last call, and finds what may come next."""
+        """Read what the output has more than at the last call, and finds what may come next."""
         if self.fault or len(output_ids) == self._num_read:
             return
         started = time.thread_time()
@@ -91,7 +91,7 @@ class GrammarMasks:
 
     @contextmanager
     def confined(self, logits: torch.Tensor, allowed: Mapping[int, Words]) -> Iterator[None]:
-        """Forbids all but the tokens `allowed` in those rows of `logits` (P, V), in place; at the end all is as it was.
+        """Forbid all but the tokens `allowed` in those rows of `logits` (P, V), in place; at the end all is as it was.
 
         It does not wait for the device.
         """
@@ -154,7 +154,7 @@ class GrammarTrials:
         self._finalize: Callable[[], object] = lambda: None
 
     def fault(self, grammar: Grammar) -> str | None:
-        """Returns what is wrong with a grammar, or nothing; None where its time or memory did not suffice. One at a time."""
+        """Return what is wrong with a grammar, or nothing; None where its time or memory did not suffice. One at a time."""
         with self._turn:
             return self._ask(json.dumps({"grammar": asdict(grammar), "seconds": self._seconds}))
 
@@ -241,7 +241,7 @@ class Grammars:
             raise GrammarError(f"takes more than {TRIAL_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile")
 
     def start(self, grammar: Grammar) -> GrammarState:
-        """Returns the state before the first token of one that was checked."""
+        """Return the state before the first token of one that was checked."""
         return GrammarState((self._found(grammar) or self._compile(grammar)).deep_copy(), self._stops)
 
     def _take(self, grammar: Grammar, said: str | None) -> bool:

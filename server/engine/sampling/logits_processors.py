@@ -27,7 +27,7 @@ class TokenCounts:
         self._num_counted = 0
 
     def update(self, output_ids: Items[int]) -> None:
-        """Counts what the output has more than at the last call."""
+        """Count what the output has more than at the last call."""
         for token in output_ids[self._num_counted :]:
             place = self._places.setdefault(token, len(self._places))
             if place == len(self._ids):
@@ -85,7 +85,7 @@ class LogitEdits:
         self.counts = _counts(request.prompt_ids, sampling)
 
     def update(self, output_ids: Items[int], can_only_end: bool = False) -> None:
-        """Notes what the output has more than at the last call, and whether a grammar leaves nothing but stop tokens."""
+        """Note what the output has more than at the last call, and whether a grammar leaves nothing but stop tokens."""
         self._num_outputs, self._can_only_end = len(output_ids), can_only_end
         if self.counts:
             self.counts.update(output_ids)
@@ -118,7 +118,7 @@ def _counts(prompt_ids: tuple[int, ...], sampling: Sampling) -> TokenCounts | No
 
 @contextmanager
 def edited(logits: torch.Tensor, edits: Mapping[int, LogitEdits]) -> Iterator[None]:
-    """Changes the rows of `logits` (P, V), contiguous, that `edits` names, in place; at the end all is as it was.
+    """Change the rows of `logits` (P, V), contiguous, that `edits` names, in place; at the end all is as it was.
 
     Nothing becomes NaN or plus infinity that was not.
     """

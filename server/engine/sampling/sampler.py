@@ -26,7 +26,7 @@ WIDTH = 128
 
 
 def draw(probabilities: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Returns the tokens (R,) that `levels` (R,) fp64, in [0, 1), draw from `probabilities` (R, V), which need not sum to one.
+    """Return the tokens (R,) that `levels` (R,) fp64, in [0, 1), draw from `probabilities` (R, V), which need not sum to one.
 
     A token without probability is never drawn. What a row that holds no numbers gives is any token.
     """
@@ -54,7 +54,7 @@ NUM_AHEAD = 64
 
 
 def uniforms(seed: int, choice: int, position: int, count: int) -> list[float]:
-    """Returns the `count` numbers in [0, 1) that decide the tokens from `position` on."""
+    """Return the `count` numbers in [0, 1) that decide the tokens from `position` on."""
     words = np.random.Philox(key=seed | choice << 64, counter=position).random_raw(4 * count)
     firsts = words[::4]  # of the four that each counter gives
     numbers: list[float] = ((firsts >> np.uint64(11)) * 2.0**-53).tolist()
@@ -69,7 +69,7 @@ class RandomStream:
         self._first, self._ahead = 0, list[float]()
 
     def at(self, position: int) -> float:
-        """Returns the number that decides token `position` of the output."""
+        """Return the number that decides token `position` of the output."""
         if not self._first <= position < self._first + len(self._ahead):
             self._first, self._ahead = position, uniforms(self._seed, self._choice, position, NUM_AHEAD)
         return self._ahead[position - self._first]
@@ -111,7 +111,7 @@ class SamplingBatch:
         self.coldness = to_device(torch.tensor(coldness, dtype=torch.float32), device)[:, None]  # (R, 1)
 
     def levels(self, device: torch.device) -> torch.Tensor:
-        """Returns the random numbers (R,) fp64 that decide the next tokens."""
+        """Return the random numbers (R,) fp64 that decide the next tokens."""
         numbers = [self.states[row].stream.at(len(self.sequences[row].output_ids)) for row in self.drawn]
         return to_device(torch.tensor(numbers, dtype=torch.float64), device)
 
@@ -131,7 +131,7 @@ class Sampler:
 
     @torch.inference_mode()
     def pick(self, logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
-        """Picks the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous, which stay the same.
+        """Pick the next token of each sequence from its row of `logits` (P, V), fp32 and contiguous, which stay the same.
 
         Returns the tokens, and 1 for the sound rows, as a tensor (2, P) int64 on the logits' device, and does not wait for it.
         A row is not sound with NaN or infinity among its logits (0), or with every token forbidden (-1): its token means nothing.
@@ -152,7 +152,7 @@ class Sampler:
         return torch.stack([tokens, is_sound[:, 0]])
 
     def fault(self, sequence: Sequence) -> str:
-        """Returns why the sequence's grammar can be followed no further, or nothing."""
+        """Return why the sequence's grammar can be followed no further, or nothing."""
         state = self._states.get(sequence)
         return state.grammar.fault if state and state.grammar else ""
 
@@ -186,7 +186,7 @@ class Sampler:
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """Returns the likeliest token (P,) of each row of `logits` (P, V), the first of equals; NaN is the likeliest of all."""
+    """Return the likeliest token (P,) of each row of `logits` (P, V), the first of equals; NaN is the likeliest of all."""
     if logits.device.type != "cpu":
         return logits.argmax(-1)
     return torch.from_numpy(logits.numpy().argmax(-1))  # Nine times as fast as torch's.

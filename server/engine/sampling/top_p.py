@@ -35,7 +35,7 @@ class Cutoff:
 
     @classmethod
     def of(cls, sampling: Sampling) -> Self:
-        """Returns that of a request."""
+        """Return that of a request."""
         return cls(sampling.top_k, sampling.top_p, sampling.min_p)
 
     @property
@@ -45,7 +45,7 @@ class Cutoff:
 
 
 def cut(probabilities: torch.Tensor, cutoffs: Items[Cutoff]) -> torch.Tensor:
-    """Returns `probabilities` (R, V) with zeros in place of what is left out."""
+    """Return `probabilities` (R, V) with zeros in place of what is left out."""
     num_tokens, device = probabilities.shape[1], probabilities.device
     fields = [[c.top_k or num_tokens, c.top_p if c.top_p < 1 else 2.0, c.min_p, c.top_k > 0] for c in cutoffs]
     top_k, top_p, min_p, is_within = to_device(torch.tensor(fields, dtype=torch.float64), device).split(1, dim=1)  # each (R, 1)
@@ -60,7 +60,7 @@ def cut(probabilities: torch.Tensor, cutoffs: Items[Cutoff]) -> torch.Tensor:
 
 
 def draw_few(probabilities: Floats, cutoffs: Items[Cutoff], levels: Items[float]) -> list[int]:
-    """Returns the token that `levels`, in [0, 1), draw from what is left of each row of `probabilities` (R, V)."""
+    """Return the token that `levels`, in [0, 1), draw from what is left of each row of `probabilities` (R, V)."""
     return [_draw(row, cutoff, level) for row, cutoff, level in zip(probabilities, cutoffs, levels, strict=True)]
 
 

@@ -20,7 +20,7 @@ from server.engine.request import Sequence
 
 
 def owed_to(sequence: Sequence, running: Collection[Sequence]) -> list[Sequence]:
-    """Returns who would give up their places for a sequence that waits, one after the other; `running` in order of joining.
+    """Return who would give up their places for a sequence that waits, one after the other; `running` in order of joining.
 
     It is the last of the tenant that has most then, which keeps one. Nobody where one of the sequence's own tenant runs, and none
     that is more urgent.
@@ -98,7 +98,7 @@ class Share:
         return self.num_waiting > 0 or self.num_running > 0
 
     def serve(self, num_tokens: int) -> None:
-        """Counts what it got."""
+        """Count what it got."""
         self.num_tokens += num_tokens
         self.counter += num_tokens
 
@@ -118,7 +118,7 @@ class Contest(Generic[S]):
         self._debts: OrderedDict[Hashable, int] = OrderedDict()
 
     def member(self, key: Hashable, make: Callable[[], S]) -> S:
-        """Returns the share of this key, made anew if it was idle."""
+        """Return the share of this key, made anew if it was idle."""
         share = self.members.get(key)
         if share is None:
             share = self.members[key] = make()
@@ -126,7 +126,7 @@ class Contest(Generic[S]):
         return share
 
     def add_waiting(self, share: S) -> None:
-        """Notes that one more of this share waits."""
+        """Note that one more of this share waits."""
         if not share.num_waiting:
             share.counter = max(share.counter, self._floor())
             share.serial = next(self._serials)
@@ -136,13 +136,13 @@ class Contest(Generic[S]):
             share.num_waiting += 1
 
     def remove_waiting(self, share: S) -> None:
-        """Notes that one less of this share waits."""
+        """Note that one less of this share waits."""
         share.num_waiting -= 1
         if not share.num_waiting:
             self._last_waited = share
 
     def first(self) -> S | None:
-        """Returns the least served of the shares that wait and are not aside; of equals the one that waits longest."""
+        """Return the least served of the shares that wait and are not aside; of equals the one that waits longest."""
         while self._heap:
             counter, serial, share = self._heap[0]
             if not share.num_waiting or share.is_aside:
@@ -155,17 +155,17 @@ class Contest(Generic[S]):
         return None
 
     def put_aside(self, share: S) -> None:
-        """Passes over a share until `bring_back`."""
+        """Pass over a share until `bring_back`."""
         share.is_aside = True
 
     def bring_back(self, share: S) -> None:
-        """Ends `put_aside`."""
+        """End `put_aside`."""
         share.is_aside = False
         if share.num_waiting:
             self._enter(share)
 
     def drop_idle(self, key: Hashable) -> None:
-        """Forgets the share of this key if it is idle, but what it owes to those that wait."""
+        """Forget the share of this key if it is idle, but what it owes to those that wait."""
         if self.members[key].is_active:
             return
         counter = self.members.pop(key).counter
@@ -236,12 +236,12 @@ class FairQueue:
         self._aside: list[_Place] = []
 
     def add(self, sequence: Sequence, *, is_first: bool = False) -> None:
-        """Queues a new sequence, at the end of its flow or before all others of it."""
+        """Queue a new sequence, at the end of its flow or before all others of it."""
         self._places[sequence] = place = self._place(sequence)
         self._wait(sequence, place, is_first)
 
     def first(self) -> Sequence | None:
-        """Returns the sequence whose turn it is, of those that are not passed over."""
+        """Return the sequence whose turn it is, of those that are not passed over."""
         for priority in sorted(self._levels):
             level = self._levels[priority]
             while tenant := level.first():
@@ -264,40 +264,40 @@ class FairQueue:
         return bool(lower)
 
     def pass_over(self, sequence: Sequence) -> None:
-        """Leaves out the whole flow of a sequence until `bring_back`."""
+        """Leave out the whole flow of a sequence until `bring_back`."""
         place = self._places[sequence]
         self._aside.append(place)
         place.tenant.flows.put_aside(place.flow)
 
     def bring_back(self) -> None:
-        """Ends `pass_over` for all."""
+        """End `pass_over` for all."""
         for place in self._aside:
             place.tenant.flows.bring_back(place.flow)
             place.level.bring_back(place.tenant)
         self._aside.clear()
 
     def take(self, sequence: Sequence) -> None:
-        """Notes that a sequence that waited runs."""
+        """Note that a sequence that waited runs."""
         place = self._places[sequence]
         for share in (place.tenant, place.flow):
             share.num_running += 1
         self._wait_no_more(sequence, place)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Notes that a sequence that ran waits again, before all others of its flow."""
+        """Note that a sequence that ran waits again, before all others of its flow."""
         place = self._places[sequence]
         self._wait(sequence, place, is_first=True)
         for share in (place.tenant, place.flow):
             share.num_running -= 1
 
     def serve(self, sequence: Sequence, num_tokens: int) -> None:
-        """Counts tokens that a sequence got."""
+        """Count tokens that a sequence got."""
         place = self._places[sequence]
         place.tenant.serve(num_tokens)
         place.flow.serve(num_tokens)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes out a sequence that waits or runs."""
+        """Take out a sequence that waits or runs."""
         place = self._places.pop(sequence)
         if sequence in place.flow.queue:
             self._wait_no_more(sequence, place)
@@ -307,7 +307,7 @@ class FairQueue:
         self._drop_idle(place)
 
     def tokens_served(self) -> dict[tuple[str, tuple[str, ...]], int]:
-        """Returns, by tenant and digests of adapters, the tokens that each active flow was served since it became active."""
+        """Return, by tenant and digests of adapters, the tokens that each active flow was served since it became active."""
         served: dict[tuple[str, tuple[str, ...]], int] = {}
         for level in self._levels.values():
             for tenant in level.members.values():
@@ -317,7 +317,7 @@ class FairQueue:
         return served
 
     def check_integrity(self, waiting: set[Sequence], running: set[Sequence]) -> None:
-        """Asserts that these are the sequences that wait and run, and that nothing idle is kept."""
+        """Assert that these are the sequences that wait and run, and that nothing idle is kept."""
         assert self._places.keys() == waiting | running
         assert not self._aside
         for level in self._levels.values():

@@ -36,7 +36,7 @@ class BlockPool:
         return len(self._cached)
 
     def allocate(self, count: int) -> list[int]:
-        """Returns `count` blocks of one new owner; there must be as many available."""
+        """Return `count` blocks of one new owner; there must be as many available."""
         assert count <= self.num_available
         blocks = []
         for _ in range(count):
@@ -46,7 +46,7 @@ class BlockPool:
         return blocks
 
     def find(self, key: bytes) -> int | None:
-        """Returns the block that was published under `key`; its caller owns it only after `share`."""
+        """Return the block that was published under `key`; its caller owns it only after `share`."""
         return self._by_key.get(key)
 
     def is_cached(self, block: int) -> bool:
@@ -58,21 +58,21 @@ class BlockPool:
         return self._num_owners[block]
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Adds an owner to blocks that were found."""
+        """Add an owner to blocks that were found."""
         for block in blocks:
             if not self._num_owners[block]:
                 del self._cached[block]
             self._num_owners[block] += 1
 
     def publish(self, block: int, key: bytes) -> None:
-        """Makes an owned block findable; where another already is under this key, that one stays."""
+        """Make an owned block findable; where another already is under this key, that one stays."""
         assert self._num_owners[block]
         assert self._keys[block] is None
         if self._by_key.setdefault(key, block) == block:
             self._keys[block] = key
 
     def release(self, blocks: list[int]) -> None:
-        """Takes an owner's blocks back and empties the list. Its last block will be given away first, its first one last."""
+        """Take an owner's blocks back and empties the list. Its last block will be given away first, its first one last."""
         while blocks:
             block = blocks.pop()
             self._num_owners[block] -= 1
@@ -84,7 +84,7 @@ class BlockPool:
             assert self._num_owners[block] >= 0
 
     def check_integrity(self, owners: Iterable[Iterable[int]]) -> None:
-        """Asserts that `owners` are all that own blocks, and that every block is free, cached or owned, once."""
+        """Assert that `owners` are all that own blocks, and that every block is free, cached or owned, once."""
         owned = Counter(block for blocks in owners for block in blocks)
         assert [owned[block] for block in range(self.num_blocks)] == self._num_owners, "owners are counted"
         assert sorted((*self._free, *self._cached, *owned)) == list(range(self.num_blocks)), "each block is there once"
@@ -136,7 +136,7 @@ class KvCache:
         return -(-num_tokens // self.block_size)
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Returns the blocks of the longest computed beginning of a sequence without blocks; at least its last token is left.
+        """Return the blocks of the longest computed beginning of a sequence without blocks; at least its last token is left.
 
         A sequence finds nothing while the logits of its whole prompt are wanted.
         """
@@ -176,7 +176,7 @@ class KvCache:
         return None
 
     def open(self, sequence: Sequence, found: Items[int]) -> None:
-        """Gives a sequence that has room all blocks of its tokens, and counts what was `found` as computed."""
+        """Give a sequence that has room all blocks of its tokens, and counts what was `found` as computed."""
         assert not sequence.blocks
         self._pool.share(found)
         num_new = self.num_needed(sequence.num_tokens) - len(found)
@@ -192,19 +192,19 @@ class KvCache:
         return len(sequence.blocks) * self.block_size < sequence.num_tokens
 
     def grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence that lacks a block one more; returns whether there was one."""
+        """Give a sequence that lacks a block one more; returns whether there was one."""
         if not self.num_available:
             return False
         sequence.blocks += self._pool.allocate(1)
         return True
 
     def publish(self, sequence: Sequence, start: int, stop: int) -> None:
-        """Makes the blocks findable that became full as the tokens from `start` to `stop` were computed."""
+        """Make the blocks findable that became full as the tokens from `start` to `stop` were computed."""
         for index in range(start // self.block_size, stop // self.block_size):
             self._pool.publish(sequence.blocks[index], self._key(sequence, index))
 
     def close(self, sequence: Sequence) -> None:
-        """Takes a sequence's blocks back; those that were published can still be found."""
+        """Take a sequence's blocks back; those that were published can still be found."""
         self._pool.release(sequence.blocks)
         sequence.num_computed = 0
 
@@ -213,7 +213,7 @@ class KvCache:
         other.keys[:] = sequence.keys[: len(sequence.request.prompt_ids) // self.block_size]
 
     def check_integrity(self, owners: Iterable[Sequence]) -> None:
-        """Asserts that `owners` are all that have blocks, and that every block is free, cached or owned, once."""
+        """Assert that `owners` are all that have blocks, and that every block is free, cached or owned, once."""
         self._pool.check_integrity(sequence.blocks for sequence in owners)
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
@@ -232,7 +232,7 @@ def must_score(sequence: Sequence) -> bool:
 
 
 def root_key(base: str, request: Request) -> bytes:
-    """Returns the parent of a first block's key: what its tokens are computed with, and whose they are.
+    """Return the parent of a first block's key: what its tokens are computed with, and whose they are.
 
     A tenant that found what another one asked would learn it from how soon it is answered.
     """
@@ -240,5 +240,5 @@ def root_key(base: str, request: Request) -> bytes:
 
 
 def block_key(parent: bytes, ids: Items[int]) -> bytes:
-    """Returns the key of the block of tokens `ids` that follows the block of key `parent`."""
+    """Return the key of the block of tokens `ids` that follows the block of key `parent`."""
     return hashlib.blake2b(parent + array("I", ids).tobytes(), digest_size=DIGEST_SIZE).digest()

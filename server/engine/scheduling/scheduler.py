@@ -29,7 +29,7 @@ class ResidencyGate(Protocol):
     """
 
     def pin(self, sequence: Sequence) -> Residency:
-        """Says whether a sequence's adapters (`request.residents`) are there. Returns at once.
+        """Return whether a sequence's adapters (`request.residents`) are there. Returns at once.
 
         "ready": they are, and stay until `unpin`; the sequence runs now. "loading": they are being read; the sequence waits
         alone, others pass. "full": there is no room, for what is resident is held for others: nobody may pass, but those that
@@ -43,7 +43,7 @@ class ResidencyGate(Protocol):
         ...
 
     def unpin(self, sequence: Sequence) -> None:
-        """Lets go of what is held for a sequence.
+        """Let go of what is held for a sequence.
 
         Called once after "ready", when the sequence ends or is preempted (then `pin` asks anew, later), and once after
         "loading", if the sequence is dropped before it hears anything else. Never after "full", and never twice.
@@ -59,7 +59,7 @@ class Choices:
         self._groups: dict[int, list[Sequence]] = {}
 
     def join(self, sequence: Sequence) -> bool:
-        """Takes in a new sequence; returns whether it has to wait for another one to compute its prompt."""
+        """Take in a new sequence; returns whether it has to wait for another one to compute its prompt."""
         if sequence.request.num_choices == 1:
             return False
         group = self._groups.setdefault(id(sequence.request), [])
@@ -72,11 +72,11 @@ class Choices:
         return group is not None and sequence in group[1:]
 
     def disband(self, sequence: Sequence) -> list[Sequence]:
-        """Returns those that waited for this sequence, which has computed the prompt."""
+        """Return those that waited for this sequence, which has computed the prompt."""
         return self._groups.pop(id(sequence.request), [])[1:]
 
     def leave(self, sequence: Sequence) -> Sequence | None:
-        """Takes out a sequence that ends; if others waited for it, returns the one that computes the prompt instead."""
+        """Take out a sequence that ends; if others waited for it, returns the one that computes the prompt instead."""
         group = self._groups.get(id(sequence.request), [])
         if sequence not in group:
             return None
@@ -100,7 +100,7 @@ class Deadlines:
         self._serials = count()
 
     def add(self, sequence: Sequence) -> None:
-        """Takes in a sequence, if it has a deadline."""
+        """Take in a sequence, if it has a deadline."""
         if sequence.deadline is None:
             return
         if len(self._heap) > 2 * len(self._sequences) + MIN_COMPACT:
@@ -110,7 +110,7 @@ class Deadlines:
         heapq.heappush(self._heap, (sequence.deadline, next(self._serials), sequence))
 
     def discard(self, sequence: Sequence) -> None:
-        """Forgets a sequence that has ended."""
+        """Forget a sequence that has ended."""
         self._sequences.discard(sequence)
 
     @property
@@ -121,7 +121,7 @@ class Deadlines:
         return self._heap[0][0] if self._heap else None
 
     def expired(self, now: float) -> list[Sequence]:
-        """Forgets and returns the sequences whose time is up."""
+        """Forget and returns the sequences whose time is up."""
         found: list[Sequence] = []
         while (earliest := self.earliest) is not None and earliest <= now:
             sequence = heapq.heappop(self._heap)[2]
@@ -181,7 +181,7 @@ class Scheduler:
         return self._queue.tokens_served()
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence; the choices of a request one after the other, before the next plan."""
+        """Queue a sequence; the choices of a request one after the other, before the next plan."""
         assert self.cache.num_needed(sequence.max_num_tokens) <= self.cache.num_blocks, "admission refuses what can never run"
         self.waiting[sequence] = None
         self._ageing.begin(sequence)
@@ -195,12 +195,12 @@ class Scheduler:
         self._can_step = True
 
     def abort(self, sequence: Sequence) -> None:
-        """Marks a sequence that waits or runs, so that it is dropped."""
+        """Mark a sequence that waits or runs, so that it is dropped."""
         self._aborted[sequence] = None
         self.wake()
 
     def drop_aborted(self) -> list[Sequence]:
-        """Takes out the sequences that were aborted and have not ended since, frees what they own, and returns them."""
+        """Take out the sequences that were aborted and have not ended since, frees what they own, and return them."""
         dropped = [s for s in self._aborted if s in self.waiting or s in self.running]
         self._aborted.clear()
         for sequence in dropped:
@@ -208,7 +208,7 @@ class Scheduler:
         return dropped
 
     def drop_expired(self, now: float) -> list[Sequence]:
-        """Takes out the sequences whose deadline has come, frees what they own, and returns them."""
+        """Take out the sequences whose deadline has come, frees what they own, and return them."""
         expired = self._deadlines.expired(now)
         for sequence in expired:
             self.finish(sequence)
@@ -221,7 +221,7 @@ class Scheduler:
             self.wake()
 
     def plan(self) -> list[Chunk]:
-        """Returns the chunks of the next step, those of one token first. All are to be committed, or their sequences finished."""
+        """Return the chunks of the next step, those of one token first. All are to be committed, or their sequences finished."""
         num_preemptions = self.num_preemptions
         self._grow()
         # Who has just given up its blocks must not have them back before another has grown.
@@ -232,7 +232,7 @@ class Scheduler:
         return chunks
 
     def commit(self, chunk: Chunk, token: int | None) -> None:
-        """Records that a chunk is computed, and the token sampled after it."""
+        """Record that a chunk is computed, and the token sampled after it."""
         sequence = chunk.sequence
         assert sequence in self.running
         sequence.num_computed = chunk.stop
@@ -246,7 +246,7 @@ class Scheduler:
                 self._queue.add(other, is_first=True)
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees what it owns; what was not committed of it is never found."""
+        """Take a sequence out, wherever it is, and frees what it owns; what was not committed of it is never found."""
         is_queued = not self._choices.is_following(sequence)
         if next_one := self._choices.leave(sequence):
             self._queue.add(next_one, is_first=True)
@@ -264,7 +264,7 @@ class Scheduler:
         self.wake()
 
     def check_integrity(self) -> None:
-        """Asserts that every block is free, cached or owned, once, and that whoever waits owns nothing."""
+        """Assert that every block is free, cached or owned, once, and that whoever waits owns nothing."""
         self.cache.check_integrity(self.running)
         assert len(self.running) <= self.limits.max_sequences
         assert not self.running.keys() & self.waiting.keys()

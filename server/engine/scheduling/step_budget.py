@@ -30,7 +30,7 @@ class Curve:
         assert all(before <= after for before, after in pairwise(self.seconds))
 
     def __call__(self, count: int) -> float:
-        """Returns what `count` cost; no less than the first point."""
+        """Return what `count` cost; no less than the first point."""
         if len(self.counts) == 1:
             return self.seconds[0]
         place = min(max(1, bisect(self.counts, count)), len(self.counts) - 1)
@@ -52,11 +52,11 @@ class StepCost:
     """Of a token that attends to a key."""
 
     def usual(self, positions: Items[int]) -> float:
-        """Returns the seconds of a step of one token of a sequence at each of `positions`."""
+        """Return the seconds of a step of one token of a sequence at each of `positions`."""
         return self.decoding(len(positions)) + (self.per_key + self.per_pair) * sum(positions)
 
     def added(self, num_tokens: int, start: int, count: int) -> float:
-        """Returns the seconds that the tokens `start` to `start + count` of a prompt add to a step of `num_tokens`."""
+        """Return the seconds that the tokens `start` to `start + count` of a prompt add to a step of `num_tokens`."""
         in_products = self.prompt(num_tokens + count) - (self.prompt(num_tokens) if num_tokens else 0.0)
         return in_products + (self.per_key + self.per_pair * count) * (start + count / 2)
 
@@ -99,7 +99,7 @@ class Room:
             self._for_short = max(limits.short_step_s - usual, self._for_long)
 
     def take(self, start: int, stop: int, *, first: int, may_exceed: bool = True) -> int:
-        """Takes room for the tokens `start` to `stop` of a prompt, and returns for how many from `start` on there was.
+        """Take room for the tokens `start` to `stop` of a prompt, and return for how many from `start` on there was.
 
         `first`: where its computing began. Whether it is short is seen by all from there on, not by what is left: else the end of
         a long one would stall others more than what came before. `may_exceed`: a short one may use what only short ones may. The
@@ -144,7 +144,7 @@ class PromptTurns:
         self._is_least_first = True
 
     def next_order(self, prompts: Iterable[Sequence]) -> list[Sequence]:
-        """Returns `prompts`, which are in the order in which they joined, in that of their turns in the next step."""
+        """Return `prompts`, which are in the order in which they joined, in that of their turns in the next step."""
         ordered = sorted(prompts, key=_priority)
         if len(ordered) < 2:
             self._is_least_first = True
