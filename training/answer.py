@@ -152,6 +152,7 @@ def main() -> int:
     """Runs the program and returns its exit code."""
     config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
 
     def program() -> str:
         if config.output.exists():

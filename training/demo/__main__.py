@@ -260,6 +260,7 @@ def main() -> int:
     """Run the program and return its exit code."""
     config = DemoConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
 
     def program() -> str:
         files = Files(config)
