@@ -5,9 +5,9 @@ from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether `host`, as a URL has it, is this machine: localhost, a name below it, a loopback address, or that of none.
+    """Say whether `host`, as a URL has it, is this machine: localhost, a subdomain of it, a loopback or an unspecified address.
 
-    Who connects to 0.0.0.0 or ::, as servers print what they listen on, reaches this machine.
+    Servers print the unspecified ones, 0.0.0.0 and ::, and a connection to them reaches this machine.
     """
     host = host.removesuffix(".")
     if host == "localhost" or host.endswith(".localhost"):

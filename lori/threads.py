@@ -38,7 +38,7 @@ class BackgroundLoad:
         return min(max(others / elapsed, 0.0), len(self._cpus)) if elapsed else 0.0
 
     def num_free(self) -> int:
-        """Return how many CPUs are left, at least 1: others may keep a third of one busy that counts as free."""
+        """Return how many CPUs are free, at least 1. Load of up to a third of a CPU is ignored."""
         return max(1, math.ceil(len(self._cpus) - self.num_busy() - 1 / 3))
 
     def _busy_s(self) -> float:
