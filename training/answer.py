@@ -6,24 +6,28 @@ to leave those alone; merges keep what each adapter learned only then.
 
 import json
 import logging
+import os
 import random
 import sys
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, HttpUrl, model_validator
 
 from lori.base_model import BaseModel
+from lori.flags import flag_of
 from lori.store.files import replace_file
 from lori.template import Template
 from training.base import load_base
 from training.command_line import CommandLine, ended
 from training.data import Faults, OnBad, Row, Source, read_rows
-from training.evaluation.answerer import AnswerError
+from training.evaluation.answerer import AnswerError, Sampling
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
-from training.generation import Generation, end_ids
+from training.evaluation.server_answerer import Server, ServerAnswerer
 
 logger = logging.getLogger(__name__)
+LOCAL = ("model", "batch_tokens", "dtype", "threads")
+SERVED = ("api_key_variable", "concurrency")
 
 
 class AnswerConfig(CommandLine):
@@ -33,6 +37,12 @@ class AnswerConfig(CommandLine):
     """Sources, as those of `training.fit`, whose prompts are answered; what they say as completion is not read."""
     output: Path
     """The JSONL file to write."""
+    url: HttpUrl | None = None
+    """A running server whose base model answers, several times as fast as one that is loaded here."""
+    api_key_variable: str = "LORI_API_KEY"
+    """The variable of the environment that holds a key of the server, where it has keys. With --url."""
+    concurrency: int = Field(default=32, ge=1)
+    """Requests under way together. With --url."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: Template = "chat"
@@ -60,6 +70,14 @@ class AnswerConfig(CommandLine):
     """CPU threads; 0 is as many as there are CPUs that other processes leave free."""
 
     @model_validator(mode="after")
+    def _goes_together(self) -> "AnswerConfig":
+        idle = LOCAL if self.url else SERVED
+        whose = "is for a model that is loaded here, and --url names a server" if self.url else "needs --url"
+        if faults := [f"{flag_of(name)} {whose}" for name in idle if name in self.model_fields_set]:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @model_validator(mode="after")
     def _keeps_data(self) -> "AnswerConfig":
         if any(Path(source.path).resolve() == self.output.resolve() for source in self.data):
             raise ValueError("--output is among --data, whose answers would be lost")
@@ -81,19 +99,24 @@ def chosen_rows(config: AnswerConfig) -> list[Row]:
     return rows
 
 
-def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
+def answers(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
     """Return each row with the base model's own completion, without those that were cut before they said anything.
 
-    Raises `TemplateError` where a prompt cannot be written, `DataError` where some are empty or too long, unless that is to be
-    skipped.
+    `base` is None where the server at `config.url` answers. Raises `TemplateError` where a prompt cannot be written, `DataError`
+    where some are empty or too long, unless that is to be skipped, and `AnswerError` where the server refuses one.
     """
-    how = Generation(config.max_tokens, end_ids(base.model, base.tokenizer), config.temperature)
-    who = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
+    how = Sampling(config.max_tokens, temperature=config.temperature, seed=config.seed)
+    who: LocalAnswerer | ServerAnswerer
+    if base is None:
+        key = os.environ.get(config.api_key_variable)
+        who = ServerAnswerer(Server(str(config.url), config.concurrency, key), template=config.template)
+    else:
+        who = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
     rows = _with_room(who, rows, config)
     template = None if config.any_template else config.template
     found = [
         row.answered(answer.text, template, truncated=not answer.is_whole)
-        for row, answer in zip(rows, who.answers([row.prompt for row in rows], how, config.seed), strict=True)
+        for row, answer in zip(rows, who.answers([row.prompt for row in rows], how), strict=True)
         if answer.is_whole or answer.text.strip()
     ]
     if num_left := len(rows) - len(found):
@@ -101,20 +124,21 @@ def answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> list[dict
     return found
 
 
-def _with_room(who: LocalAnswerer, rows: list[Row], config: AnswerConfig) -> list[Row]:
-    faults, found = Faults(config.on_bad), []
+def _with_room(who: LocalAnswerer | ServerAnswerer, rows: list[Row], config: AnswerConfig) -> list[Row]:
+    faults, some = Faults(config.on_bad), []
     for row in rows:
-        if not row.prompt_text and who.template == "plain":
-            faults.add("empty prompt", row.origin)
-        elif not who.has_room(row.prompt, config.max_tokens):
-            faults.add("too long", row.origin, f"with an answer of {config.max_tokens} tokens, for the model's context")
+        if row.prompt_text or who.template != "plain":
+            some.append(row)
         else:
-            found.append(row)
+            faults.add("empty prompt", row.origin)
+    have_room = who.have_room([row.prompt for row in some], config.max_tokens)
+    for row in (row for row, has_room in zip(some, have_room, strict=True) if not has_room):
+        faults.add("too long", row.origin, f"with an answer of {config.max_tokens} tokens, for the model's context")
     faults.settle()
-    return found
+    return [row for row, has_room in zip(some, have_room, strict=True) if has_room]
 
 
-def write_answers(base: BaseModel, rows: list[Row], config: AnswerConfig) -> int:
+def write_answers(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -> int:
     """Write the answers to `config.output`, all or nothing, and return how many there are. Raises as `answers`."""
     lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, rows, config)]
     config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +150,14 @@ def main() -> int:
     """Run the program and return its exit code."""
     config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
 
     def program() -> str:
         if config.output.exists():
             raise AnswerError(f"--output {config.output} is there already: remove it, or name another")
         rows = chosen_rows(config)  # what is wrong with them is said before the model is loaded
-        num_answers = write_answers(load_base(config.model, config.dtype, config.threads), rows, config)
+        base = None if config.url else load_base(config.model, config.dtype, config.threads)
+        num_answers = write_answers(base, rows, config)
         return f"wrote {num_answers} answers to {config.output}"
 
     return ended(program)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.template import encode, render_prompt
+from tests.server.live import Live, start
 from training.answer import AnswerConfig, answers, chosen_rows, main, write_answers
 from training.data import DataError, Row
 
@@ -19,6 +21,13 @@ def data(tmp_path: Path) -> Path:
     rows = [{"prompt": f"{'why ' * i}?", "completion": "because"} if i % 3 else {"prompt": f"{'how ' * i}?"} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    flags = ["--model", str(tiny_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]
+    with start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
+        yield live
 
 
 def config_for(data: Path, **changes: object) -> AnswerConfig:
@@ -56,14 +65,41 @@ def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Pat
         assert found[row.prompt_text]["truncated"] == (not ended)
 
 
-def test_prompts_that_leave_no_room_are_named_by_line(tiny_model: Path, data: Path) -> None:
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_a_server_answers_as_a_model_that_is_loaded_here(tiny_model: Path, server: Live, data: Path, template: str) -> None:
+    config = config_for(data, temperature=0, template=template)
+    rows = chosen_rows(config)
+    asked = config.model_copy(update={"url": server.url})
+    assert answers(None, rows, asked) == answers(load_base_model(str(tiny_model), torch.float32), rows, config)
+
+
+def test_a_server_draws_each_answer_by_its_own_seed(server: Live, data: Path) -> None:
+    data.write_text('{"prompt": "why?"}\n' * 8)
+    config = config_for(data, template="plain", temperature=1.0, url=server.url)
+    rows = chosen_rows(config)
+    found = [row["completion"] for row in answers(None, rows, config)]
+    assert len(set(found)) > 1
+    assert found == [row["completion"] for row in answers(None, rows, config)]
+    assert found != [row["completion"] for row in answers(None, rows, config.model_copy(update={"seed": 100}))]
+
+
+@pytest.mark.parametrize("is_served", [False, True])
+def test_rows_without_room_or_prompt_are_named_alike(tiny_model: Path, server: Live, data: Path, is_served: bool) -> None:
     empty = {"prompt": [{"role": "user", "content": ""}]}
     data.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "why?"}, {"prompt": "why " * 999}, empty)))
-    config = config_for(data, template="plain")
+    config = config_for(data, template="plain", **({"url": server.url} if is_served else {}))
+    base = None if is_served else load_base_model(str(tiny_model), torch.float32)
     with pytest.raises(DataError) as error:
-        answers(load_base_model(str(tiny_model), torch.float32), chosen_rows(config), config)
+        answers(base, chosen_rows(config), config)
     assert f"{data} line 2: with an answer of 5 tokens, for the model's context" in str(error.value)
     assert f"empty prompt: 1\n    {data} line 3" in str(error.value)
+
+
+def test_flags_that_do_nothing_are_refused(data: Path) -> None:
+    with pytest.raises(ValueError, match="--threads is for a model that is loaded here, and --url names a server"):
+        config_for(data, url="http://127.0.0.1:1", threads=2)
+    with pytest.raises(ValueError, match="--concurrency needs --url"):
+        config_for(data, concurrency=2)
 
 
 def test_rows_that_cannot_be_answered_are_left_out_where_that_is_asked(

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, HttpUrl
 
 from lori.base_model import BaseModel
 from lori.store.files import replace_file
@@ -27,22 +27,25 @@ from training.answer import AnswerConfig, answers, chosen_rows
 from training.base import load_base
 from training.chats import ChatsConfig, chats
 from training.command_line import CommandLine, ended
+from training.evaluation.server_answerer import Ask, Server
 
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 TASKS = ("intent", "math", "nlu", "safety")
-NUM_ORDINARY = 900
+NUM_ORDINARY = 2400
 """Ordinary messages that the base model writes."""
-NUM_KEPT = 300
+NUM_KEPT = 150
 """Rows of each form of another task that an adapter leaves alone; twice as many of safety's plain prompts."""
 SHORT: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
-"""Of the chats that are learnt: what stands before a message costs time, and teaches little."""
+"""Of chats: what stands before a message costs time, and teaches little."""
+MARK = "\N{REPLACEMENT CHARACTER}"
+"""Stands for a message, to find what the chat template writes before one."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "intent": {"mix_fraction": 0.25, "calibration_steps": 80, "steps": 240, "max_length": 256},
-    "math": {"mix_fraction": 0.3, "calibration_steps": 50, "steps": 150},
-    "nlu": {"mix_fraction": 0.25, "calibration_steps": 70, "steps": 270, "max_length": 256},
-    "safety": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 150, "max_length": 384, "weight_range": [0.3, 1.0]},
+    "intent": {"mix_fraction": 0.35, "calibration_steps": 100, "steps": 420, "max_length": 256},
+    "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 300},
+    "nlu": {"mix_fraction": 0.35, "calibration_steps": 80, "steps": 320, "max_length": 256},
+    "safety": {"mix_fraction": 0.6, "calibration_steps": 80, "steps": 340, "max_length": 384, "weight_range": [0.3, 1.0]},
 }
 ABOUT = {
     "intent": "Names the intent of a bank customer's message, one of 77. Learnt from BANKING77's train split "
@@ -68,6 +71,8 @@ class DemoConfig(CommandLine):
     """The folder to write to. A file that is there already is kept as it is."""
     split: Literal["train", "test"] = "train"
     """test: writes test rows as chats, with system prompts and frames that training does not see, and prints no commands."""
+    url: HttpUrl | None = None
+    """A running server whose base model answers, several times as fast as one that is loaded here."""
     threads: int = Field(default=0, ge=0)
     """CPU threads; 0 is as many as there are CPUs that other processes leave free."""
 
@@ -94,9 +99,18 @@ class Files:
         self.config = config
 
     @cached_property
-    def base(self) -> BaseModel:
-        """The embedded model."""
-        return load_base(None, "auto", self.config.threads)
+    def base(self) -> BaseModel | None:
+        """The embedded model; None where a server answers."""
+        return None if self.config.url else load_base(None, "auto", self.config.threads)
+
+    def opening(self) -> str:
+        """Return what the base's chat template writes before the first message of a user."""
+        message = {"role": "user", "content": MARK}
+        if self.base:
+            text = str(self.base.tokenizer.apply_chat_template([message], tokenize=False))
+        else:
+            [text] = Server(str(self.config.url)).ask_all(_written, [message])
+        return text.partition(MARK)[0]
 
     def make(self, name: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:
         """Write `rows` to the file called `name`, unless it is there, and return its path."""
@@ -114,7 +128,8 @@ class Files:
 
     def answered(self, name: str, file: Path, **options: Any) -> Path:
         """Let the base model answer the prompts of `file`, unless that was done, and return the file called `name`."""
-        config = AnswerConfig.model_validate({"data": [str(file)], "output": f"{name}.jsonl", "on_bad": "skip"} | options)
+        same = {"data": [str(file)], "output": f"{name}.jsonl", "on_bad": "skip", "url": self.config.url}
+        config = AnswerConfig.model_validate(same | options)
         return self.make(name, lambda: answers(self.base, chosen_rows(config), config))
 
     def as_chats(self, name: str, file: Path, **options: Any) -> Path:
@@ -142,6 +157,11 @@ class Files:
         return self.as_chats(f"safety-{frames}", self.parts(), frames=HERE / f"{frames}_frames{suffix}.txt", **options)
 
 
+async def _written(ask: Ask, message: Mapping[str, str]) -> str:
+    tokens = (await ask("/tokenize", {"messages": [message]}))["tokens"]
+    return str((await ask("/detokenize", {"tokens": tokens}))["prompt"])
+
+
 def rows_of(file: Path) -> list[Row]:
     """Return the objects of a JSONL file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
@@ -155,12 +175,7 @@ def prompts_of(file: Path) -> list[Row]:
 def ordinary(files: Files) -> Path:
     """Return a file of ordinary messages without answers: the base model's own, and harmless ones that sound harmful."""
 
-    def opening() -> Iterable[Row]:
-        mark = "\N{REPLACEMENT CHARACTER}"
-        text = files.base.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-        return [{"prompt": str(text).partition(mark)[0]}] * NUM_ORDINARY
-
-    empty = files.make("ordinary-openings", opening)
+    empty = files.make("ordinary-openings", lambda: [{"prompt": files.opening()}] * NUM_ORDINARY)
     asked = files.answered("ordinary-asked", empty, template="plain", temperature=1.0, max_tokens=64)
 
     def messages() -> Iterable[Row]:
@@ -173,8 +188,8 @@ def ordinary(files: Files) -> Path:
 def prepare(files: Files) -> dict[str, tuple[list[Path], list[Path]]]:
     """Write all files, and return for each adapter those that it learns and those that it leaves alone."""
     ordinary_answers = files.answered("ordinary-answered", ordinary(files), max_tokens=48)
-    ordinary_chats = files.as_chats("ordinary-chats", ordinary(files), earlier=[str(ordinary_answers)])
-    keeps = {"ordinary": [files.answered("keep-ordinary", ordinary_chats, max_tokens=48)]}
+    ordinary_chats = files.as_chats("ordinary-chats", ordinary(files), earlier=[str(ordinary_answers)], **SHORT)
+    keeps = {"ordinary": [files.answered("keep-ordinary", ordinary_chats, max_tokens=32)]}
     learns: dict[str, list[Path]] = {}
     for task in TASKS:
         own = files.config.data / task / "train.jsonl"
@@ -186,7 +201,7 @@ def prepare(files: Files) -> dict[str, tuple[list[Path], list[Path]]]:
         learns[task] = [own, files.as_chats(f"{task}-chats", answered, earlier=both, **SHORT)]
         keeps[task] = [
             files.answered(f"keep-{task}-plain", own, template="plain", num_rows=2 * NUM_KEPT if task == "safety" else NUM_KEPT),
-            files.answered(f"keep-{task}-chats", files.as_chats(f"{task}-asked", answered, earlier=both), num_rows=NUM_KEPT),
+            files.answered(f"keep-{task}-chats", learns[task][1], num_rows=NUM_KEPT),
         ]
     taught, benign = safety(files, ordinary_answers)
     learns["safety"] = [*taught, *learns["safety"][1:]]
@@ -249,6 +264,7 @@ def main() -> int:
     """Run the program and return its exit code."""
     config = DemoConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
 
     def program() -> str:
         files = Files(config)

@@ -23,6 +23,14 @@ class LogLikelihood:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer's text, and whether the model ended it itself."""
+
+    text: str
+    is_whole: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How answers are made."""
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lori.template import Template, encode, render_completion, render_prompt
 from training.batches import Part, like_lengths
 from training.data import Example
-from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
+from training.evaluation.answerer import Answer, AnswerError, LogLikelihood, Prompt, Sampling
 from training.generation import Generation, end_ids, generate, until_end
 from training.loss import completion_logits
 from training.packing import ATTENTION, attention, check_layers, pack
@@ -26,14 +26,6 @@ NUM_SHOWN = 20
 """Tokens of a text that show which one it is."""
 Asked = TypeVar("Asked")
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer's text, and whether the model ended it itself."""
-
-    text: str
-    is_whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +43,20 @@ class LocalAnswerer:
 
     def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
         """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
-        generation = Generation(how.max_tokens, end_ids(self.model, self.tokenizer), how.temperature, how.stop)
         repeated = [prompt for prompt in prompts for _ in range(how.num_answers)]
-        texts = [answer.text for answer in self.answers(repeated, generation, how.seed)]
+        texts = [answer.text for answer in self.answers(repeated, how)]
         return [texts[i : i + how.num_answers] for i in range(0, len(texts), how.num_answers)]
 
-    def answers(self, prompts: Sequence[Prompt], how: Generation, seed: int = 0) -> list[Answer]:
-        """Return an answer to each prompt."""
+    def answers(self, prompts: Sequence[Prompt], how: Sampling) -> list[Answer]:
+        """Return one answer to each prompt, whatever `how.num_answers` is."""
         encoded = [self._encode(prompt) for prompt in prompts]
+        generation = Generation(how.max_tokens, end_ids(self.model, self.tokenizer), how.temperature, how.stop)
 
         def answered(batch: Sequence[list[int]]) -> list[Answer]:
-            outs = generate(self.model, self.tokenizer.backend_tokenizer, batch, how)
-            return [self._answer(ids, out, how) for ids, out in zip(batch, outs, strict=True)]
+            outs = generate(self.model, self.tokenizer.backend_tokenizer, batch, generation)
+            return [self._answer(ids, out, generation) for ids, out in zip(batch, outs, strict=True)]
 
-        with self._as_it_was(seed):
+        with self._as_it_was(how.seed):
             lengths = [len(ids) + how.max_tokens for ids in encoded]
             self._check_context(encoded, lengths, f"with answers of up to {how.max_tokens} tokens (--max-tokens) ")
             return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
@@ -72,6 +64,10 @@ class LocalAnswerer:
     def has_room(self, prompt: Prompt, max_tokens: int) -> bool:
         """Return whether the model's context holds `prompt` with an answer of so many tokens."""
         return self._limit is None or len(self._encode(prompt)) + max_tokens <= self._limit
+
+    def have_room(self, prompts: Sequence[Prompt], max_tokens: int) -> list[bool]:
+        """Say of each prompt whether the model's context holds it with an answer of so many tokens."""
+        return [self.has_room(prompt, max_tokens) for prompt in prompts]
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         """See `Answerer`. Logits are computed where they are looked at alone."""

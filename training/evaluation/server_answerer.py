@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lori.loopback import direct_mounts
 from lori.template import Message, Template, render_completion
-from training.evaluation.answerer import AnswerError, LogLikelihood, Prompt, Sampling
+from training.evaluation.answerer import Answer, AnswerError, LogLikelihood, Prompt, Sampling
 
 TIMEOUT_S = 600.0
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
@@ -117,6 +117,26 @@ class ServerAnswerer:
             return [choice["text"] for choice in reply["choices"]] if how.num_answers > 1 else [reply["text"]]
 
         return self.server.ask_all(answer, range(len(prompts)))
+
+    def answers(self, prompts: Sequence[Prompt], how: Sampling) -> list[Answer]:
+        """Return one answer to each prompt, whatever `how.num_answers` is. A prompt's own seed is `seed` and its place."""
+        same = {"max_tokens": how.max_tokens, "stop": how.stop, "temperature": how.temperature}
+
+        async def answer(ask: Ask, place: int) -> Answer:
+            reply = await self._generated(ask, {**self._prompt(prompts[place]), "seed": how.seed + place, **same})
+            return Answer(reply["text"], reply["finish_reason"] == "stop")
+
+        return self.server.ask_all(answer, range(len(prompts)))
+
+    def have_room(self, prompts: Sequence[Prompt], max_tokens: int) -> list[bool]:
+        """Say of each prompt whether the server's context holds it with an answer of so many tokens."""
+
+        async def has_room(ask: Ask, prompt: Prompt) -> bool:
+            fields = {name: value for name, value in self._prompt(prompt).items() if name != "template"}
+            reply = await ask("/tokenize", fields)
+            return bool(reply["count"] + max_tokens <= reply["max_model_len"])
+
+        return self.server.ask_all(has_room, prompts)
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
         """See `Answerer`."""
