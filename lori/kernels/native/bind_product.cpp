@@ -50,16 +50,20 @@ void pack_weights(Array<Weight, 2> weight, nb::ndarray<Weight, nb::ndim<1>, nb::
 }  // namespace
 
 void bind_product(nb::module_& m) {
-  m.def("part_size", &part_size);
-  m.def("pack_weights", &pack_weights<uint16_t>);
-  m.def("pack_weights", &pack_weights<int8_t>);
+  m.def("part_size", &part_size, nb::arg("num_outputs"), nb::arg("num_inputs"));
+  m.def("pack_weights", &pack_weights<uint16_t>, nb::arg("weight"), nb::arg("panels"));
+  m.def("pack_weights", &pack_weights<int8_t>, nb::arg("weight"), nb::arg("panels"));
   nb::class_<Projection>(m, "Projection")
       .def(nb::init<Array<uint16_t, 1>, const std::vector<int>&, const std::vector<int>&, int, std::optional<Array<float, 1> >,
                     std::optional<Array<int8_t, 1> >, std::optional<Array<float, 1> > >(),
-           nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none())
-      .def("multiply", &multiply)
-      .def("reduce", &reduce)
-      .def("project", &project);
+           nb::arg("panels"), nb::arg("sizes"), nb::arg("reduced"), nb::arg("num_inputs"), nb::arg("bias").none(),
+           nb::arg("narrow").none(), nb::arg("scales").none())
+      .def("multiply", &multiply, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"),
+           nb::arg("y_stride"), nb::arg("num_threads"))
+      .def("reduce", &reduce, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("s"), nb::arg("s_stride"),
+           nb::arg("num_threads"))
+      .def("project", &project, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),
+           nb::arg("s"), nb::arg("s_stride"), nb::arg("operands"), nb::arg("route"), nb::arg("num_threads"));
 }
 
 #endif

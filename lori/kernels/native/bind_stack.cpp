@@ -26,7 +26,7 @@ using MaybeNorm = std::optional<Array<float, 1> >;
 // A decoder's layer: attention, then the MLP, each on a norm of the stream, to which what it gives is added.
 class Layer {
  public:
-  Layer(Array<float, 1> attention_norm, const Projection* qkv, const BoundHeads* heads, int turn, const Projection* output,
+  Layer(Array<float, 1> attention_norm, const Projection* qkv, const BoundHeads* heads, int rope, const Projection* output,
         MaybeNorm attention_output_norm, Array<float, 1> mlp_norm, const Projection* gate_up, int activation,
         const Projection* down, MaybeNorm mlp_output_norm, float epsilon, uintptr_t memory)
       : attention_norm(attention_norm),
@@ -38,7 +38,7 @@ class Layer {
         gate_up(*gate_up),
         down(*down),
         heads(heads->heads()),
-        turn(turn),
+        rope(rope),
         activation(static_cast<Activation>(activation)),
         epsilon(epsilon),
         memory(reinterpret_cast<uint8_t*>(memory)) {
@@ -58,7 +58,7 @@ class Layer {
   const MaybeNorm attention_output_norm, mlp_output_norm;
   const Projection &qkv, &output, &gate_up, &down;
   const Heads heads;
-  const int turn;
+  const int rope;
   const Activation activation;
   const float epsilon;
   uint8_t* const memory;
@@ -69,7 +69,7 @@ struct Pass {
   const BoundLayers& functions;
   const BoundSpans& spans;
   const BoundRoute* route;  // or null
-  const std::vector<std::pair<uintptr_t, uintptr_t> >& turns;
+  const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes;
   int num_tokens, num_threads;
   const BoundOperands* const* operands;  // of the next product
   uint16_t* reduced;
@@ -88,11 +88,11 @@ struct Pass {
   }
 
   void attend(const Layer& layer, uint16_t* qkv, uint16_t* out) const {
-    const auto& turn = turns[layer.turn];
+    const auto& rope = ropes[layer.rope];
     const Attention attention{rows(qkv, layer.qkv.num_outputs()),
                               rows(out, layer.output.num_inputs()),
-                              reinterpret_cast<const float*>(turn.first),
-                              reinterpret_cast<const float*>(turn.second),
+                              reinterpret_cast<const float*>(rope.first),
+                              reinterpret_cast<const float*>(rope.second),
                               layer.memory,
                               spans.spans().data(),
                               spans.table()};
@@ -143,9 +143,9 @@ class Stack {
   // Adds to `stream` (T, D) what all layers give but the last MLP, which goes to `added` (T, D). `operands` are those of all
   // products in their order, where there is a route.
   void forward(uintptr_t stream, uintptr_t added, const BoundSpans& spans,
-               const std::vector<std::pair<uintptr_t, uintptr_t> >& turns, const BoundRoute* route,
+               const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
                const std::vector<const BoundOperands*>& operands, int num_threads) {
-    check(spans, turns, route, operands);
+    check(spans, ropes, route, operands);
     const nb::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
     const int64_t num_tokens = spans.num_tokens();
@@ -154,7 +154,7 @@ class Stack {
     Pass pass{functions_,
               spans,
               route,
-              turns,
+              ropes,
               static_cast<int>(num_tokens),
               num_threads,
               operands.data(),
@@ -175,14 +175,14 @@ class Stack {
   }
 
  private:
-  void check(const BoundSpans& spans, const std::vector<std::pair<uintptr_t, uintptr_t> >& turns, const BoundRoute* route,
+  void check(const BoundSpans& spans, const std::vector<std::pair<uintptr_t, uintptr_t> >& ropes, const BoundRoute* route,
              const std::vector<const BoundOperands*>& operands) const {
     if (operands.size() != (route ? num_operands_ : 0))
       throw nb::value_error("operands of all products, or none without a route, expected");
     const BoundOperands* const* of = operands.data();
     for (const Layer* layer : layers_) {
       spans.check(layer->heads, num_blocks_);
-      if (layer->turn < 0 || layer->turn >= static_cast<int>(turns.size())) throw nb::value_error("a layer's turns are missing");
+      if (layer->rope < 0 || layer->rope >= static_cast<int>(ropes.size())) throw nb::value_error("a layer's RoPE is missing");
       if (!route) continue;
       for (const Projection* product : layer->products()) {
         product->check(of, product->num_layers(), *route, spans.num_tokens());
@@ -207,12 +207,14 @@ void bind_stack(nb::module_& m) {
       .def(nb::init<Array<float, 1>, const Projection*, const BoundHeads*, int, const Projection*, MaybeNorm, Array<float, 1>,
                     const Projection*, int, const Projection*, MaybeNorm, float, uintptr_t>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 9>(),
-           nb::keep_alive<1, 11>(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+           nb::keep_alive<1, 11>(), nb::arg("attention_norm"), nb::arg("qkv"), nb::arg("heads"), nb::arg("rope"),
+           nb::arg("output"), nb::arg("attention_output_norm").none(), nb::arg("mlp_norm"), nb::arg("gate_up"),
+           nb::arg("activation"), nb::arg("down"), nb::arg("mlp_output_norm").none(), nb::arg("epsilon"), nb::arg("memory"));
   nb::class_<Stack>(m, "Stack")
       .def(nb::init<const BoundLayers*, const std::vector<const Layer*>&, int64_t>(), nb::keep_alive<1, 2>(),
-           nb::keep_alive<1, 3>())
-      .def("forward", &Stack::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+           nb::keep_alive<1, 3>(), nb::arg("functions"), nb::arg("layers"), nb::arg("num_blocks"))
+      .def("forward", &Stack::forward, nb::arg("stream"), nb::arg("added"), nb::arg("spans"), nb::arg("ropes"),
+           nb::arg("route").none(), nb::arg("operands"), nb::arg("num_threads"));
 }
 
 #endif

@@ -165,15 +165,21 @@ NB_MODULE(_lori_cpu, m) {
   m.attr("HAS_THREADS") = false;
 #endif
   m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
-  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
+  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"),
+        nb::arg("dtype"),
         nb::arg("column_bytes"));
   bind_adapter(m);
   nb::class_<BoundOperands>(m, "Operands")
-      .def(nb::init<Array<uint8_t, 1>, Array<int32_t, 2>, Array<int32_t, 1>, int, int, const std::string&, const std::string&>())
-      .def("add_delta", &add_delta)
-      .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(),
-           "Writes the B of a slot, (num_outputs, rank), to an address.");
-  nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>());
+      .def(nb::init<Array<uint8_t, 1>, Array<int32_t, 2>, Array<int32_t, 1>, int, int, const std::string&, const std::string&>(),
+           nb::arg("pool"), nb::arg("starts"), nb::arg("basis_of"), nb::arg("num_outputs"), nb::arg("rank"),
+           nb::arg("dtype"), nb::arg("instruction_set"))
+      .def("add_delta", &add_delta, nb::arg("route"), nb::arg("y"), nb::arg("y_shape"), nb::arg("y_strides"), nb::arg("s"),
+           nb::arg("s_shape"), nb::arg("s_strides"), nb::arg("num_threads"),
+           "Return false, having done nothing, where a shape or a stride is wrong. y and s are addresses.")
+      .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(), nb::arg("slot"), nb::arg("out"),
+           "Write the B of a slot, (num_outputs, rank), to the address `out`.");
+  nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>(),
+           nb::arg("segments"), nb::arg("slots"), nb::arg("weights"), nb::arg("num_tokens"));
   bind_layers(m);
   bind_product(m);
   bind_stack(m);
