@@ -1,4 +1,4 @@
-"""`python -m lori`: the adapters on this machine. Exits with 0, with 1 where something is wrong, or 2 where the options are."""
+"""`python -m lori`: commands for the adapters on this machine. Exit codes: 0 fine, 1 something is wrong, 2 bad options."""
 
 import sys
 

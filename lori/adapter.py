@@ -12,7 +12,7 @@ from lori.sparse import SparseB
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter: `modules` maps a module's full name in the base model to its B, trained on the frozen A of `basis`."""
+    """One adapter. `modules` maps a module's full name in the base model to its B; `basis` gives the frozen A of each."""
 
     name: str
     config: AdapterConfig
@@ -21,40 +21,40 @@ class Adapter:
 
     @property
     def version(self) -> str:
-        """The first digits of the content's digest: another content is another version."""
+        """The first digits of the content digest: different content gives a different version."""
         return self.config.lori.content_digest[:NUM_VERSION_DIGITS]
 
     def shape_of(self, module: str) -> tuple[int, int]:
-        """Return (outputs, inputs) of `module`, which must be one that it changes."""
+        """Return (outputs, inputs) of `module`, which the adapter must change."""
         shape = self.config.shape_of(module)
         assert shape is not None
         return shape
 
     @property
-    def num_kept(self) -> int:
-        """Entries of B that exist, over all modules."""
+    def nnz(self) -> int:
+        """Number of stored (nonzero) entries of B, over all modules."""
         return sum(b.values.numel() for b in self.modules.values())
 
     @property
     def num_entries(self) -> int:
-        """Entries that B would have without a mask, over all modules."""
+        """Number of entries of B without a mask, over all modules."""
         return sum(b.num_entries for b in self.modules.values())
 
     @property
     def density(self) -> float:
-        """The share of B's entries that exist, over all modules."""
-        return self.num_kept / self.num_entries
+        """Share of B's entries that are stored, over all modules."""
+        return self.nnz / self.num_entries
 
     @property
     def num_bytes(self) -> int:
-        """What its B holds in memory, in bytes."""
+        """Bytes that B takes in memory, over all modules."""
         return sum(b.num_bytes for b in self.modules.values())
 
 
 def common_shapes(adapters: Sequence[Adapter]) -> dict[str, tuple[int, int]]:
     """Return (outputs, inputs) of every module that any of `adapters` changes, by full name.
 
-    Raises `AdapterError` with every fault where they are not of one base model, or differ in a module's shape.
+    Raises `AdapterError` with every fault if the adapters have different base models, or disagree on a module's shape.
     """
     shapes: dict[str, tuple[int, int]] = {}
     first = adapters[0]

@@ -1,7 +1,7 @@
-"""The digest of a base model: of its architecture and of samples of its weights, loaded or in files.
+"""The digest of a base model, over its architecture and samples of its weights. The model may be loaded or on disk.
 
-Weights are compared in bf16, so a base in fp32 and in bf16 is the same. Only a few values of each tensor are read, from files,
-too: this is quick for the largest models.
+Samples are rounded to bf16, so the fp32 and the bf16 copy of a base have one digest. Only a few values of each tensor are read,
+also from files, so this is fast for the largest models.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]  # httpx's, some of which pass through
+from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]  # httpx's errors, some of which huggingface_hub lets through
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -30,7 +30,7 @@ from lori.tensor_file import UNREADABLE
 def module_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return (outputs, inputs) of every linear layer of `model` that can take a delta, by full name in model order.
 
-    The output embeddings are not among them.
+    The output embeddings are left out.
     """
     return {
         name: (module.out_features, module.in_features)
@@ -52,21 +52,21 @@ ROPE = (
     "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "partial_rotary_factor", "mscale",
     "mscale_all_dim",
 )  # fmt: skip
-"""What of a config, and of its `rope_parameters`, changes what a base computes; the names are transformers'. Not the whole of
-it: a field that a later version adds would make every adapter one of another base."""
+"""Fields of a config, and keys of its `rope_parameters`, that change what a base computes; the names are transformers'. A digest
+over the whole config would not do: a field that a later transformers adds would change the digest of every base."""
 
 Samples = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""Returns the sampled values of the parameter of this name and shape, see `positions`, in any dtype."""
+"""Function of a parameter's name and shape that returns its sampled values (see `positions`), in any dtype."""
 
 
 def positions(num_values: int) -> torch.Tensor:
-    """Return which values of a flat tensor are sampled, (n,) int64: `SAMPLED_PER_TENSOR` at most, evenly spread."""
+    """Return the positions of the sampled values in a flat tensor, (n,) int64: at most `SAMPLED_PER_TENSOR`, evenly spread."""
     step = max(1, num_values // SAMPLED_PER_TENSOR)
     return torch.arange(0, num_values, step)[:SAMPLED_PER_TENSOR]
 
 
 def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
-    """Return the identity of a loaded `model`, called `name`, whose layers must still be its own."""
+    """Return the identity of a loaded `model`, called `name`. Its layers must not have been replaced yet."""
     parameters = dict(model.named_parameters())
 
     def samples(parameter: str, _: tuple[int, ...]) -> torch.Tensor:
@@ -77,10 +77,10 @@ def identify(model: PreTrainedModel, name: str) -> BaseIdentity:
 
 
 def identify_files(name: str | None) -> BaseIdentity:
-    """Return the identity of the base called `name` (a local folder or a hub id; `None` is the embedded model), not loading it.
+    """Return the identity of the base `name` (a local folder or a hub id; `None` is the embedded model) without loading it.
 
-    A hub id's weights are fetched whole. Raises `ModelError` where it is not there, or where its files do not hold its parameters
-    one by one, by their names.
+    The weights of a hub id are downloaded whole. Raises `ModelError` if the base is missing, or if its files do not hold each
+    parameter under its name.
     """
     source = str(embedded_model()) if name is None else name
     if not (source.startswith((".", "/")) or Path(source).exists()):
@@ -104,11 +104,11 @@ def identify_files(name: str | None) -> BaseIdentity:
 
 
 def _digest(model: PreTrainedModel, samples: Samples) -> str:
-    """Return a sha256 (hex) over the architecture, and every parameter's name, shape and samples in bf16."""
+    """Return the sha256 (hex) over the architecture and every parameter's name, shape and samples in bf16."""
     config = model.config.get_text_config()
-    said = {key: _said(getattr(config, key, None)) for key in ARCHITECTURE}
-    known = {key: value for key, value in said.items() if value is not None}
-    sha = hashlib.sha256(f"{model.config.model_type}|{json.dumps(known, sort_keys=True)}".encode())
+    fields = {key: _digested_value(getattr(config, key, None)) for key in ARCHITECTURE}
+    present = {key: value for key, value in fields.items() if value is not None}
+    sha = hashlib.sha256(f"{model.config.model_type}|{json.dumps(present, sort_keys=True)}".encode())
     for name, parameter in sorted(model.named_parameters()):
         shape = tuple(parameter.shape)
         sha.update(f"|{name}|{shape}|".encode())
@@ -116,26 +116,29 @@ def _digest(model: PreTrainedModel, samples: Samples) -> str:
     return sha.hexdigest()
 
 
-def _said(value: Any) -> Any:
-    """Return a config's value; of a dict, which `rope_parameters` is, maybe for each type of layer, what `ROPE` names."""
+def _digested_value(value: Any) -> Any:
+    """Return a config field as it enters the digest.
+
+    A dict is reduced to the keys in `ROPE`. `rope_parameters` is one, or holds one for each type of layer.
+    """
     if not isinstance(value, dict):
         return value
-    return {k: _said(v) for k, v in value.items() if v is not None and (k in ROPE or isinstance(v, dict))}
+    return {k: _digested_value(v) for k, v in value.items() if v is not None and (k in ROPE or isinstance(v, dict))}
 
 
 def _check_tied(model: PreTrainedModel, samples: Samples) -> None:
-    """Raise `ValueError` where the files hold a tied parameter of its own value: loading would not tie it."""
-    own = dict(model.named_parameters())
-    name_of = {id(parameter): name for name, parameter in own.items()}
+    """Raise `ValueError` if the files hold a separate value for a tied parameter: loading would then not tie it."""
+    parameters = dict(model.named_parameters())
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in own:
+        if name in parameters:
             continue
         shape = tuple(parameter.shape)
         try:
-            found = samples(name, shape)
-        except UNREADABLE:  # the files have it once, under its other name
+            values = samples(name, shape)
+        except UNREADABLE:  # the files hold the tied parameter only once, under its other name
             continue
-        if not torch.equal(found, samples(name_of[id(parameter)], shape)):
+        if not torch.equal(values, samples(name_of[id(parameter)], shape)):
             raise ValueError(f"{name} is said to be tied to {name_of[id(parameter)]}, and has values of its own")
 
 
@@ -155,7 +158,7 @@ def _file_samples(folder: Path) -> Samples:
 
 
 def _corner(position: int, shape: Iterable[int]) -> tuple[slice, ...]:
-    """Return the slice of a tensor of `shape` that holds its value at a flat `position` alone."""
+    """Return the slices that select the single value at a flat `position` in a tensor of `shape`."""
     out = []
     for length in reversed(list(shape)):
         out.append(slice(position % length, position % length + 1))

@@ -1,4 +1,4 @@
-"""The frozen base model: found by name and loaded. Both the server and the training start here."""
+"""The frozen base model: look-up by name, and loading. Both the server and the training start here."""
 
 import sys
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from lori.store.hub import check_model
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A loaded base: which one it is, the model, and its tokenizer."""
+    """A loaded base: its identity, the model and the tokenizer."""
 
     identity: BaseIdentity
     model: PreTrainedModel
@@ -32,19 +32,19 @@ class BaseModel:
 
     @property
     def name(self) -> str:
-        """As a person would say it."""
+        """The base's name for people."""
         return self.identity.name
 
 
 CPU = torch.device("cpu")
 UNLOADABLE = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers raises for files that it cannot load."""
+"""Errors that transformers raises for files it cannot load."""
 
 
 def default_dtype(device: torch.device = CPU) -> torch.dtype:
-    """Return bf16 where the device has instructions for it that may be used, as every GPU that serves does, else fp32.
+    """Return bf16 if the device has bf16 instructions that may be used (every supported GPU has), else fp32.
 
-    Without them oneDNN's bf16 products are there, too, and take several times as long as those in fp32.
+    oneDNN multiplies in bf16 without such instructions too, but several times slower than in fp32.
     """
     if device.type == "cuda":
         return torch.bfloat16
@@ -63,16 +63,16 @@ def load_base_model(
 ) -> BaseModel:
     """Load the base called `name` (a local folder or a hub id; `None` is the embedded model) on `device`, for inference.
 
-    `attention` is the name of an attention function that transformers knows. With `num_processes`, those of `torchrun`, the
-    weights are spread over them, and each reads its share (FSDP). Raises `ModelError` where there is no such base, or no room
-    for it.
+    `attention` is the name of an attention function registered with transformers. `num_processes` is the number of `torchrun`
+    processes: with more than one, the weights are sharded over them and each process reads its shard (FSDP). Raises
+    `ModelError` if there is no such base, or the device has no memory for it.
     """
     folder = str(embedded_model()) if name is None else name
     if not (folder.startswith((".", "/")) or Path(folder).exists()):
         check_model(folder)
     elif fault := folder_fault(Path(folder)):
         raise ModelError(f"cannot load the base model {folder!r}: {fault}")
-    if not sys.stderr.isatty():  # a terminal shows bars while files come from the hub and weights are read
+    if not sys.stderr.isatty():  # a terminal shows progress bars for the download and the reading of weights
         disable_progress_bar()
     spread = {"distributed_config": DistributedConfig(fsdp_size=num_processes)} if num_processes > 1 else {}
     tokenizer = _load_tokenizer(folder)
@@ -82,7 +82,7 @@ def load_base_model(
         )
     except UNLOADABLE as error:
         raise ModelError(f"cannot load the base model {folder!r}: {' '.join(str(error).split())}") from error
-    disable_progress_bar()  # what comes from the hub later, while a server runs, is no matter of a terminal
+    disable_progress_bar()  # later downloads, while a server runs, show no bar
     model: PreTrainedModel = loaded[0]
     if missing := loaded[1]["missing_keys"]:
         raise ModelError(f"cannot load the base model {folder!r}: its files lack {', '.join(sorted(missing))}")
@@ -102,13 +102,13 @@ def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except UNLOADABLE as error:
-        said = fault or " ".join(str(error).split())
-        raise ModelError(f"cannot load the base model {folder!r}: {said}") from error
+        reason = fault or " ".join(str(error).split())
+        raise ModelError(f"cannot load the base model {folder!r}: {reason}") from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ModelError(f"the tokenizer of {folder!r} has no fast form (tokenizer.json)")
-    if fault:  # transformers has made one of no words
+    if fault:  # transformers made a tokenizer with an empty vocabulary
         raise ModelError(f"cannot load the base model {folder!r}: {fault}")
-    # Some tokenizer files say to cut or pad every text.
+    # Some tokenizer files turn truncation or padding on for every text.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

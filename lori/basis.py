@@ -1,7 +1,7 @@
-"""The frozen A of LoRI (arXiv 2504.07448, section 3.1): drawn from a seed and never stored, or an explicit one that came along.
+"""The frozen A of LoRI (arXiv 2504.07448, section 3.1): drawn from a seed and never stored, or stored (explicit) for an import.
 
-The bit stream is NumPy's Philox, which NumPy promises not to change; the mapping from bits to floats is written here, so no
-library's change of distribution code can move a basis. Knows nothing of B, files or models.
+The bit stream is NumPy's Philox, which NumPy promises not to change. The mapping from bits to floats is written here, so a change
+in a library's distribution code cannot change a basis. This module knows nothing of B, files or models.
 
 Shapes: R rank, N inputs of a module.
 """
@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 GENERATOR = "philox-u24-1"
-"""Names the bit stream and the mapping below; another mapping would be another name."""
+"""Name of the bit stream and the mapping below. A different mapping needs a different name."""
 PIECE = 2**20
-"""Entries of A that are drawn together; even, since a word of the stream gives two."""
+"""Number of entries of A that are drawn at once; even, since one word of the stream gives two entries."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seeded:
-    """One frozen A for every module of any model, named by what it is drawn from."""
+    """A frozen A for every module of any model, defined by seed, stream and generator."""
 
     seed: int = 0
     stream: int = 0
@@ -43,12 +43,12 @@ class Seeded:
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
         """Return A of `module`, (R, N) fp32 on the CPU, uniform in ±1/sqrt(N) (PEFT's Kaiming-uniform bound).
 
-        Row-major from one stream, so A of a smaller rank is the first rows of A of a larger one.
+        The entries come row-major from one stream, so A of a smaller rank is the first rows of A of a larger rank.
         """
         count = rank * num_inputs
         key = hashlib.sha256(f"{self.generator}|{self.seed}|{self.stream}|{module}".encode()).digest()[:16]
         bits, drawn = np.random.Philox(key=int.from_bytes(key, "little")), np.empty(count, np.float32)
-        for begin in range(0, count, PIECE):  # drawn at once it would take seven times the memory of A
+        for begin in range(0, count, PIECE):  # a draw of all entries at once would take seven times the memory of A
             piece = drawn[begin : begin + PIECE]
             halves = bits.random_raw((len(piece) + 1) // 2).astype("<u8").view("<u4")[: len(piece)]
             # 24 bits are exact in fp32; the half step makes the values symmetric about zero.
@@ -57,33 +57,33 @@ class Seeded:
         return torch.from_numpy(drawn.reshape(rank, num_inputs))
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Return the sha256 (hex) of A over `shapes`, module name -> (R, N): proves that a basis was drawn again right.
+        """Return the sha256 (hex) of A over `shapes`, module name -> (R, N). Equal digests prove that A was redrawn correctly.
 
-        Remembered: adapters on one basis ask for the same one.
+        Cached, since adapters on one basis ask for the same digest.
         """
         return _drawn_digest(self, tuple(sorted(shapes.items())))
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Explicit:
-    """An A that nothing draws again: `tensors` maps a module to its (R, N). Two of one digest are one basis."""
+    """A stored A. `tensors` maps a module to its A, (R, N). Bases with equal digests are equal."""
 
     content_digest: str
     """`tensors_digest` of `tensors`."""
     tensors: Mapping[str, torch.Tensor] = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Explicit":
-        """Return the basis that holds `tensors`, (R, N) each, named by their content in fp32."""
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Explicit":
+        """Return the basis that holds `tensors`, (R, N) each, identified by their content in fp32."""
         return cls(tensors_digest(tensors), tensors)
 
     def __str__(self) -> str:
         return explicit_name(self.content_digest)
 
     def draw(self, module: str, rank: int, num_inputs: int) -> torch.Tensor:
-        """Return the first `rank` rows of A of `module`, (rank, N) fp32; rows and modules that it lacks are zero.
+        """Return the first `rank` rows of A of `module`, (rank, N) fp32. Missing rows and modules are zero.
 
-        `num_inputs` must be the A's own N, where it has one.
+        `num_inputs` must equal N of the stored A if the module has one.
         """
         out = torch.zeros(rank, num_inputs)
         if (a := self.tensors.get(module)) is not None:
@@ -92,12 +92,12 @@ class Explicit:
         return out
 
     def digest(self, shapes: Mapping[str, tuple[int, int]]) -> str:
-        """Return the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does. Remembered as there."""
+        """Return the sha256 (hex) of A over `shapes`, module name -> (R, N), as `Seeded.digest` does. Cached, too."""
         key = tuple(sorted(shapes.items()))
-        remembered = _explicit_digests.setdefault(self, {})
-        if key not in remembered:
-            remembered[key] = tensors_digest({module: self.draw(module, *shape) for module, shape in shapes.items()})
-        return remembered[key]
+        digests = _explicit_digests.setdefault(self, {})
+        if key not in digests:
+            digests[key] = tensors_digest({module: self.draw(module, *shape) for module, shape in shapes.items()})
+        return digests[key]
 
 
 _explicit_digests: "WeakKeyDictionary[Explicit, dict[tuple[tuple[str, tuple[int, int]], ...], str]]" = WeakKeyDictionary()
@@ -106,7 +106,7 @@ Basis = Seeded | Explicit
 
 
 def explicit_name(digest: str) -> str:
-    """Return what a person calls the explicit basis of this digest."""
+    """Return the name, for people, of the explicit basis with this digest."""
     return f"its own A, {digest[:12]}"
 
 

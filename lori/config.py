@@ -1,7 +1,7 @@
 """`adapter_config.json`: PEFT's field names where PEFT has the field, ours under `lori`.
 
-It is written with a digest of itself, and read with every fault in one error. For an adapter that training, an import or a merge
-just made, the fields that follow from its B are computed here.
+The file is written with a digest of itself, and read with every fault in one error. For an adapter that training, an import or a
+merge has just made, this module computes the fields that follow from its B.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lori.basis import Basis, Explicit, Seeded, explicit_name
 from lori.errors import AdapterFormatError
-from lori.identity import BaseIdentity, last
+from lori.identity import BaseIdentity, projection_of
 from lori.names import NUM_VERSION_DIGITS
 from lori.rice import MAX_ENTRIES
 from lori.sparse import SparseB, ValueType
@@ -23,17 +23,17 @@ from lori.template import Template
 
 MAX_RANK = 2**12
 MAX_SIZE = 2**24
-"""Outputs or inputs of a module, far beyond any model's: a hostile file cannot ask for more memory."""
+"""Maximum number of outputs or inputs of a module, far beyond any model's. Limits the memory that a hostile file can ask for."""
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
-"""Within these bounds alpha / r, and the quotient of two, is a sound number in float32."""
+"""Within these bounds alpha / r, and the quotient of two such values, is a normal number in float32."""
 
 
 class SeededConfig(BaseModel):
-    """What A is drawn from, see `lori.basis.Seeded`."""
+    """The seed that A is drawn from, see `lori.basis.Seeded`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,12 +45,12 @@ class SeededConfig(BaseModel):
         return str(self.basis())
 
     def basis(self) -> Seeded:
-        """Return the basis itself."""
+        """Return the basis that this config names."""
         return Seeded(self.seed, self.stream, self.generator)
 
 
 class ExplicitConfig(BaseModel):
-    """An A that came along: a file of the store, named by its content, see `lori.basis.Explicit`."""
+    """A stored A: a file of the store, named by its content, see `lori.basis.Explicit`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,78 +62,78 @@ class ExplicitConfig(BaseModel):
 
 
 def basis_config(basis: Basis) -> SeededConfig | ExplicitConfig:
-    """Return what a config says of `basis`."""
+    """Return the config section for `basis`."""
     if isinstance(basis, Explicit):
         return ExplicitConfig(digest=basis.content_digest)
     return SeededConfig(generator=basis.generator, seed=basis.seed, stream=basis.stream)
 
 
-def _is_finite(value: Any) -> Any:
+def _check_finite(value: Any) -> Any:
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        _is_finite(part)
+        _check_finite(part)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"it has the number {value}, which JSON has not")
     return value
 
 
-def _is_read(version: object) -> object:
+def _check_version(version: object) -> object:
     if version == 1:
         raise ValueError("format 1 is not read any more: train again")
     return version
 
 
 class Measured(BaseModel):
-    """How a figure came about."""
+    """The measurement behind a figure in `metrics`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     num_rows: int = Field(ge=1)
-    """The rows that it is a figure of."""
+    """Number of rows that were measured."""
     stderr: FiniteFloat | None = None
-    """Its standard error, where it has one."""
+    """Standard error of the figure, if it has one."""
     data: str
-    """The file or data set of the rows."""
+    """File or data set that the rows came from."""
     template: Template
-    """How prompts were written."""
+    """Template of the prompts."""
     versions: dict[str, str] = {}
-    """The version of each adapter that was measured, by name; none of the base."""
+    """Version of each adapter that was measured, by name; empty for the base."""
 
 
 class LoriSection(BaseModel):
-    """What PEFT has no field for."""
+    """The fields that PEFT does not have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    format_version: Annotated[Literal[2], BeforeValidator(_is_read)] = 2
+    format_version: Annotated[Literal[2], BeforeValidator(_check_version)] = 2
     basis: SeededConfig | ExplicitConfig = Field(discriminator="generator")
     basis_digest: Digest
-    """sha256 of A over all modules: loading draws A again and compares."""
+    """sha256 of A over all modules. Loading draws A again and compares the digest."""
     base_digest: Digest
     """sha256 that identifies the base model, see `lori.base_identity`."""
     content_digest: Digest
-    """sha256 over all that decides what the adapter does, see `lori.format.content_digest`; it begins the version."""
+    """sha256 over everything that decides what the adapter does, see `lori.format.content_digest`. Begins with the version."""
     config_digest: Digest
     """sha256 over everything else in this file, see `lori.format.config_digest`."""
     shapes: dict[str, tuple[Size, Size]] = Field(min_length=1)
-    """(outputs, inputs) of the modules: by the last part of their names, or by full name where it differs from its like."""
+    """(outputs, inputs) of the modules, by projection name (`q_proj`); by full name for a module whose shape is an exception."""
     values: ValueType = "bfloat16"
-    """How the values of B are stored."""
+    """Storage type of B's values."""
     sparsity: float = Field(ge=0, le=1)
-    """The share of B's entries that are left out."""
+    """Share of B's entries that the mask leaves out."""
     templates: tuple[Template, ...] = Field(min_length=1)
-    """The templates that the adapter was trained on, the preferred one first."""
+    """Templates that the adapter was trained on, the preferred one first."""
     merge_weights: dict[str, tuple[FiniteFloat, FiniteFloat]] = {}
-    """For a partner's name: the weights (own, partner's) that a merge with it was measured at."""
-    training: Annotated[dict[str, Any], AfterValidator(_is_finite)] = {}
-    """The record of the command that made it: data, seed, steps, time; or an import's source, a merge's parents."""
+    """Weights (this adapter's, the partner's) at which a merge with a partner was measured, by the partner's name."""
+    training: Annotated[dict[str, Any], AfterValidator(_check_finite)] = {}
+    """Record of the command that made the adapter: data, seed, steps, time; or an import's source, or a merge's parents."""
     metrics: dict[str, FiniteFloat] = {}
-    """Measured on held-out rows, base and adapter."""
+    """Figures measured on held-out rows, of the base and of the adapter."""
     measured: dict[str, Measured] = {}
-    """How each of `metrics` was measured, where that is known."""
+    """The measurement behind each of `metrics`, if it was recorded."""
 
 
 class AdapterConfig(BaseModel):
-    """One adapter's `adapter_config.json`."""
+    """The `adapter_config.json` of one adapter."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -143,18 +143,18 @@ class AdapterConfig(BaseModel):
     r: Rank
     lora_alpha: Alpha
     rank_pattern: dict[str, Rank] = {}
-    """The rank of a module whose rank is not `r`, by full name."""
+    """Ranks of the modules whose rank is not `r`, by full name."""
     alpha_pattern: dict[str, Alpha] = {}
-    """The alpha of a module whose alpha is not `lora_alpha`, by full name."""
+    """Alphas of the modules whose alpha is not `lora_alpha`, by full name."""
     target_modules: tuple[str, ...] = Field(min_length=1)
-    """The last parts of the modules' names where every such module of the base is one, else full names."""
+    """Projection names (`q_proj`) if the adapter changes all such modules of the base, else full names."""
     lora_dropout: FiniteFloat = 0.0
     bias: Literal["none"] = "none"
     inference_mode: bool = True
     lori: LoriSection
 
     @model_validator(mode="after")
-    def _masks_can_be_read(self) -> Self:
+    def _check_mask_sizes(self) -> Self:
         rank = max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
         for name, (num_outputs, num_inputs) in self.lori.shapes.items():
             if max(num_outputs, num_inputs) * rank > MAX_ENTRIES:
@@ -168,7 +168,7 @@ class AdapterConfig(BaseModel):
 
     @property
     def scale(self) -> float:
-        """alpha / r of most modules."""
+        """alpha / r of the modules that are in neither `rank_pattern` nor `alpha_pattern`."""
         return self.lora_alpha / self.r
 
     def rank_of(self, module: str) -> int:
@@ -180,37 +180,37 @@ class AdapterConfig(BaseModel):
         return self.alpha_pattern.get(module, self.lora_alpha) / self.rank_of(module)
 
     def shape_of(self, module: str) -> tuple[int, int] | None:
-        """Return (outputs, inputs) of `module`, or None where the config has none."""
-        return self.lori.shapes.get(module) or self.lori.shapes.get(last(module))
+        """Return (outputs, inputs) of `module`, or None if the config has no shape for the module."""
+        return self.lori.shapes.get(module) or self.lori.shapes.get(projection_of(module))
 
     def is_target(self, module: str) -> bool:
         """Return whether the adapter changes `module`."""
-        return module in self.target_modules or last(module) in self.target_modules
+        return module in self.target_modules or projection_of(module) in self.target_modules
 
 
-def compact(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Return `shapes`, by full name, as `LoriSection.shapes` has them: what most modules of one last part share, said once."""
-    by_last: dict[str, Counter[tuple[int, int]]] = {}
+def compact_shapes(shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Return `shapes` (by full name) as `LoriSection.shapes` has them: each projection's most common shape, then exceptions."""
+    by_projection: dict[str, Counter[tuple[int, int]]] = {}
     for module, shape in shapes.items():
-        by_last.setdefault(last(module), Counter())[shape] += 1
-    common = {name: counts.most_common(1)[0][0] for name, counts in by_last.items() if name not in shapes}
-    return common | {module: shape for module, shape in shapes.items() if common.get(last(module)) != shape}
+        by_projection.setdefault(projection_of(module), Counter())[shape] += 1
+    common = {name: counts.most_common(1)[0][0] for name, counts in by_projection.items() if name not in shapes}
+    return common | {module: shape for module, shape in shapes.items() if common.get(projection_of(module)) != shape}
 
 
 def target_names(modules: Mapping[str, object], base: Mapping[str, object]) -> tuple[str, ...]:
-    """Return `target_modules` of an adapter that changes `modules` of a `base`, both by full name."""
-    lasts = dict.fromkeys(last(module) for module in modules)
-    whole = all(module in modules for module in base if last(module) in lasts)
-    return tuple(lasts if whole else modules)
+    """Return `target_modules` of an adapter that changes `modules` of a `base`, both given by full name."""
+    projections = dict.fromkeys(projection_of(module) for module in modules)
+    is_complete = all(module in modules for module in base if projection_of(module) in projections)
+    return tuple(projections if is_complete else modules)
 
 
 CONFIG_FILE = "adapter_config.json"
 
 
 def config_digest(content: bytes) -> str:
-    """Return the sha256 (hex) of a config's JSON, its own digest left out: however it is spaced and ordered.
+    """Return the sha256 (hex) of a config's JSON without its own digest. White space and the order of keys do not matter.
 
-    Raises `ValueError` for what Python's parser does not read.
+    Raises `ValueError` if Python's parser rejects the JSON.
     """
     document = json.loads(content)
     del document["lori"]["config_digest"]
@@ -218,9 +218,10 @@ def config_digest(content: bytes) -> str:
 
 
 def seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, bytes]:
-    """Return `config` with its own digest, and its JSON, which is read again: a copy with changes was never checked.
+    """Return `config` with its own digest filled in, and its JSON.
 
-    Raises `AdapterFormatError`, with `source`, where it is not sound.
+    The JSON is parsed again, since pydantic does not validate a copy with updated fields. Raises `AdapterFormatError` about
+    `source` if the config is not sound.
     """
     digest = config_digest(config.model_dump_json().encode())
     section = config.lori.model_copy(update={"config_digest": digest})
@@ -233,25 +234,25 @@ def seal_config(source: str, config: AdapterConfig) -> tuple[AdapterConfig, byte
 
 
 def parse_config(content: bytes, faults: list[str]) -> AdapterConfig | None:
-    """Return the config that `content` is, if it is one; whatever is wrong with it is added to `faults`."""
+    """Return the config in `content`, or None if it cannot be parsed. Adds every fault to `faults`."""
     try:
         config = AdapterConfig.model_validate_json(content)
-        found = config_digest(content)
+        digest = config_digest(content)
     except ValidationError as error:
         faults += [f"{CONFIG_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
         return None
-    except ValueError as error:  # what pydantic's parser takes and Python's does not: a number of 5,000 digits
+    except ValueError as error:  # pydantic's parser accepts JSON that Python's rejects, such as a number of 5,000 digits
         faults.append(f"{CONFIG_FILE}: JSON: {error}")
         return None
-    if found != config.lori.config_digest:
+    if digest != config.lori.config_digest:
         faults.append(
-            f"{CONFIG_FILE}: its digest is {found}, expected {config.lori.config_digest}: it was changed, or is damaged"
+            f"{CONFIG_FILE}: its digest is {digest}, expected {config.lori.config_digest}: it was changed, or is damaged"
         )
     return config
 
 
 UNSEALED = "0" * 64
-"""Stands where `lori.format.seal` puts a digest."""
+"""Placeholder for a digest that `lori.format.seal` fills in."""
 
 
 def new_config(
@@ -265,10 +266,10 @@ def new_config(
     templates: Sequence[Template],
     training: Mapping[str, Any],
 ) -> AdapterConfig:
-    """Return the config of an adapter with these `modules`, and `alphas`, on `basis`; `lori.format.seal` fills in its digests.
+    """Return the config of an adapter with these `modules` and `alphas` on `basis`; `lori.format.seal` fills in its digests.
 
-    `modules` must not be empty; `base` needs the shapes of these modules only. Raises pydantic's `ValidationError` where the
-    adapter would not be one that can be read.
+    `modules` must not be empty; `base` needs the shapes of these modules only. Raises pydantic's `ValidationError` if the
+    adapter could not be loaded again.
     """
     rank = Counter(b.shape[1] for b in modules.values()).most_common(1)[0][0]
     alpha = Counter(alphas[module] for module in modules).most_common(1)[0][0]
@@ -287,7 +288,7 @@ def new_config(
             base_digest=base.digest,
             content_digest=UNSEALED,
             config_digest=UNSEALED,
-            shapes=compact(shapes),
+            shapes=compact_shapes(shapes),
             values=values,
             sparsity=1 - sum(b.values.numel() for b in modules.values()) / num_entries,
             templates=tuple(templates),

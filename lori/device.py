@@ -1,4 +1,4 @@
-"""Which device is meant, and how small tensors get there without waiting for it."""
+"""Choice of the device by name, and copies of small tensors to a device without a synchronization."""
 
 import logging
 import re
@@ -10,15 +10,14 @@ from lori.errors import DeviceError
 
 logger = logging.getLogger(__name__)
 MIN_CAPABILITY = (8, 0)
-"""Of a GPU: what Triton compiles for, and the first that computes in bf16."""
+"""Lowest compute capability of a GPU: the first that Triton supports and that computes in bf16."""
 NAME = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device called `name`: "cpu", "cuda" (the first GPU), "cuda:N", or "auto": the first GPU that can serve, else
-    the CPU.
+    """Return the device called `name`: "cpu", "cuda" (the first GPU), "cuda:N", or "auto".
 
-    Raises `DeviceError` where it is not there or cannot serve.
+    "auto" is the first GPU that can serve, else the CPU. Raises `DeviceError` if the device is missing or cannot serve.
     """
     if not NAME.fullmatch(name):
         raise DeviceError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
@@ -37,17 +36,17 @@ def resolve_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a person would call it, for a log."""
+    """Return the device's name for a log, with the GPU's model."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a CPU tensor on `device`, without waiting for what runs there."""
+    """Copy a CPU tensor to `device` and return the copy, without waiting for work that runs there."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def copy_to_device(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy a CPU tensor to `target`, without waiting for what runs on its device. `source` may be changed at once."""
+    """Copy a CPU tensor to `target`, without waiting for work on its device. The caller may change `source` right after."""
     target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 
 
@@ -56,14 +55,14 @@ def _num_gpus() -> int:
 
 
 def _fault(index: int) -> str | None:
-    # Why this GPU cannot serve.
+    """Return the reason why this GPU cannot serve; None if it can."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"this torch ({torch.__version__}) is built for CPUs alone"
     if index >= _num_gpus():
         return f"torch sees {_num_gpus() or 'no'} GPU{'s' * (_num_gpus() > 1)}"
-    if (found := torch.cuda.get_device_capability(index)) < MIN_CAPABILITY:
-        least = ".".join(map(str, MIN_CAPABILITY))
-        return f"{torch.cuda.get_device_name(index)} is of compute capability {found[0]}.{found[1]}, expected {least} or more"
+    if (capability := torch.cuda.get_device_capability(index)) < MIN_CAPABILITY:
+        version, minimum = (".".join(map(str, number)) for number in (capability, MIN_CAPABILITY))
+        return f"{torch.cuda.get_device_name(index)} is of compute capability {version}, expected {minimum} or more"
     if not find_spec("triton"):
         return "its kernels need triton: pip install '.[gpu]'"
     return None

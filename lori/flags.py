@@ -1,4 +1,4 @@
-"""What all programs share of their flags: `--version`, and how they say what is wrong."""
+"""Command-line flags that all programs share: `--version`, and the messages for wrong flags."""
 
 import re
 import sys
@@ -15,17 +15,17 @@ from pydantic_settings import SettingsError
 from lori.names import MISSPELT, near_names
 
 REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
-"""What pydantic-settings puts before argparse's words, and those that argparse has for what it does not know."""
+"""Prefix that pydantic-settings puts before argparse's message, and argparse's message for unknown arguments."""
 FLAG = re.compile(r"--?[A-Za-z]")
 STRAY = ""
-"""The key of the hint for a value without a flag."""
+"""Key of the hint for a value without a flag."""
 
 
 PACKAGE = "lori-server"
 
 
 def package_version() -> str:
-    """Return the version of this package as pip knows it; "unknown" where it was not installed."""
+    """Return the version of this package as pip knows it; "unknown" if it is not installed."""
     try:
         return version(PACKAGE)
     except PackageNotFoundError:
@@ -33,7 +33,7 @@ def package_version() -> str:
 
 
 def add_argument(parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
-    """Add an argument to `parser` as argparse does, and `--version` after `--help`; pydantic-settings adds all of them so."""
+    """Add an argument to `parser`, and `--version` after `--help`. pydantic-settings calls this for every argument."""
     action = parser.add_argument(*names, **kwargs)
     if "--help" in names:
         text = f"{PACKAGE} {package_version()}"
@@ -45,9 +45,9 @@ def add_argument(parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
 def refusing_flags(
     fields: Iterable[str], files: Callable[[], Mapping[str, Path]] = dict, hints: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """End the program with 2, and a line that names the flag, or the key of one of `files`, where the block finds one wrong.
+    """End the program with exit code 2 if the block raises for wrong settings; print one line that names the flag.
 
-    `hints` are what to do instead of flags that other programs have.
+    For a setting from one of `files` the line names the key in that file. `hints` maps flags of other programs to advice.
     """
     try:
         yield
@@ -65,7 +65,7 @@ def flag_of(field: str) -> str:
 
 
 def flag_faults(error: ValidationError, files: Mapping[str, Path] | None = None) -> str:
-    """Return every fault of a settings class as its flags' faults, or those of a key of one of `files`, in one line."""
+    """Return every fault of a settings class in one line, each under its flag, or under its key in one of `files`."""
     faults = [(e["loc"], e["msg"].removeprefix("Value error, ")) for e in error.errors()]
     files = files or {}
     return "; ".join(f"{_place(loc, files)}: {message}" if loc else message + _sources(message, files) for loc, message in faults)
@@ -78,30 +78,30 @@ def _place(loc: Sequence[int | str], files: Mapping[str, Path]) -> str:
 
 
 def _sources(message: str, files: Mapping[str, Path]) -> str:
-    """Says which of the flags that `message` names stand in one of `files`, as which key."""
+    """Return a note on the flags named in `message` that came from one of `files`, with key and file; empty if none did."""
     named = re.findall(r"--[a-z][a-z-]*", message)
     keys = [f"{key} of {file}" for key, file in files.items() if flag_of(key) in named]
     return f" (these are {', '.join(keys)})" if keys else ""
 
 
 def refused_arguments(error: Exception, fields: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
-    """Return in one line why the command line was refused.
+    """Return the reason why the command line was refused, in one line.
 
-    An unknown flag is told with its hint, or else with that of `fields` which looks most like it.
+    For an unknown flag the line gives its hint in `hints`, or else the most similar flag of `fields`.
     """
-    said, hints = str(error).removeprefix(REFUSED), hints or {}
-    if not said.startswith(UNKNOWN):
-        return said
-    known = [flag_of(field).removeprefix("--") for field in fields]
-    unknown = [word.partition("=")[0] for word in said.removeprefix(UNKNOWN).split() if FLAG.match(word)]
+    message, hints = str(error).removeprefix(REFUSED), hints or {}
+    if not message.startswith(UNKNOWN):
+        return message
+    known_flags = [flag_of(field).removeprefix("--") for field in fields]
+    unknown = [word.partition("=")[0] for word in message.removeprefix(UNKNOWN).split() if FLAG.match(word)]
     if not unknown:
-        return f"{said}: {hints[STRAY]}" if STRAY in hints else said
-    return "; ".join(f"there is no flag {flag}: {_hint(flag, known, hints)}" for flag in unknown)
+        return f"{message}: {hints[STRAY]}" if STRAY in hints else message
+    return "; ".join(f"there is no flag {flag}: {_hint(flag, known_flags, hints)}" for flag in unknown)
 
 
-def _hint(flag: str, known: Sequence[str], hints: Mapping[str, str]) -> str:
-    written = flag.replace("_", "-")  # argparse and vLLM know both
-    if hint := hints.get(written):
+def _hint(flag: str, known_flags: Sequence[str], hints: Mapping[str, str]) -> str:
+    dashed = flag.replace("_", "-")  # argparse and vLLM accept both spellings
+    if hint := hints.get(dashed):
         return hint
-    near = near_names(written.lstrip("-"), known, MISSPELT)
+    near = near_names(dashed.lstrip("-"), known_flags, MISSPELT)
     return f"did you mean --{near[0]}?" if near else "--help lists them"

@@ -1,6 +1,6 @@
-"""An adapter as a folder: `adapter_config.json` and `adapter_model.safetensors`, and whatever else its maker put there (a card).
+"""An adapter as a folder: `adapter_config.json`, `adapter_model.safetensors`, and any other file its author adds (a card).
 
-The folder verifies itself: one digest covers all that decides what the adapter does, another the rest of the config.
+The folder verifies itself: one digest covers everything that decides what the adapter does, another the rest of the config.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from lori.adapter import Adapter
 from lori.basis import Basis, Explicit
 from lori.config import CONFIG_FILE, AdapterConfig, ExplicitConfig, basis_config, parse_config, seal_config
 from lori.errors import AdapterError, AdapterFormatError
-from lori.identity import BaseIdentity, last, natural
+from lori.identity import BaseIdentity, natural_key, projection_of
 from lori.names import NUM_VERSION_DIGITS
 from lori.peft.config import HUB_ID, peft_fault
 from lori.sparse import ValueType
@@ -39,22 +39,24 @@ ONLY_PICKLE = (
 DIGESTED: dict[str, Any] = {"lori": {"basis", "base_digest", "shapes", "templates"}} | dict.fromkeys(
     ("r", "lora_alpha", "rank_pattern", "alpha_pattern"), True
 )
-"""The fields of the config that decide what an adapter does."""
+"""Fields of the config that decide what an adapter does."""
 
 MAX_TEXT_BYTES, MAX_WEIGHTS_BYTES = 2**24, 2**34
-"""Of a config or a card, and of weights."""
+"""Maximum size of a config or a card, and of the weights."""
 MAX_BASIS_ENTRIES = 2**30
-"""Entries of A over all modules, five times a 70B model's at rank 32: what a file alone may make us draw."""
+"""Maximum number of entries of A, over all modules, that are drawn if only the file gives their shapes. Five times the entries
+of a 70B model at rank 32."""
 
 Files = Mapping[str, bytes]
+"""Contents of an adapter's files, by name."""
 Read = Callable[[Path, str, int], bytes]
-"""Returns the content of a file in a folder, of so many bytes at most: `read_stored`, or `read_source` for what is imported."""
+"""Function of a folder, a file name and a maximum size that returns the content: `read_stored`, or `read_source` for imports."""
 BasisOf = Callable[[str], Explicit]
-"""Returns the explicit basis of a digest. Raises `AdapterFormatError` where it has none."""
+"""Function of a digest that returns the explicit basis. Raises `AdapterFormatError` if there is none."""
 
 
 def content_digest(weights: bytes, config: AdapterConfig) -> str:
-    """Return the sha256 (hex) of all that decides what an adapter does: the weights, and the fields `DIGESTED` of its config."""
+    """Return the sha256 (hex) of everything that decides what an adapter does: weights, and the config's `DIGESTED` fields."""
     sha = hashlib.sha256(weights)
     sha.update(json.dumps(config.model_dump(mode="json", include=DIGESTED), sort_keys=True).encode())
     return sha.hexdigest()
@@ -62,17 +64,17 @@ def content_digest(weights: bytes, config: AdapterConfig) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """An adapter as it is read, its digests filled in and its values rounded, and the files it is read from."""
+    """An adapter with digests filled in and values rounded, exactly as a reader will load it, and its files."""
 
     adapter: Adapter
     files: Files
 
 
 def seal(adapter: Adapter) -> Sealed:
-    """Return what `adapter` is on disk. The digests in its config do not matter; its values are rounded to `config.lori.values`.
+    """Return `adapter` in its on-disk form. Computes the config's digests, and rounds the values to `config.lori.values`.
 
-    The files are read again, so what is sealed can be loaded. Raises `AdapterFormatError` with every fault of what could not:
-    values that are not finite, a config that is not sound or not this adapter's, no modules.
+    The files are parsed again, so a sealed adapter can be loaded. Raises `AdapterFormatError` with every fault of an adapter that
+    could not: values that are not finite, a config that is not sound or belongs to another adapter, no modules.
     """
     if faults := [f"{name}: values that are not finite" for name, b in adapter.modules.items() if not b.values.isfinite().all()]:
         raise AdapterFormatError(adapter.name, faults)
@@ -83,36 +85,39 @@ def seal(adapter: Adapter) -> Sealed:
     section = config.lori.model_copy(update={"content_digest": content_digest(weights, config)})
     _, content = seal_config(adapter.name, config.model_copy(update={"lori": section}))
     files = {CONFIG_FILE: content, WEIGHTS_FILE: weights}
-    kept = parse_adapter(adapter.name, files, lambda _: _explicit(adapter.basis))
-    if faults := [f"{name}: rank {b.shape[1]}" for name, b in adapter.modules.items() if kept.modules[name].shape != b.shape]:
+    parsed = parse_adapter(adapter.name, files, lambda _: _explicit(adapter.basis))
+    if faults := [f"{name}: rank {b.shape[1]}" for name, b in adapter.modules.items() if parsed.modules[name].shape != b.shape]:
         raise AdapterFormatError(adapter.name, [f"{fault}, and not so in its config" for fault in faults])
-    in_order = {name: kept.modules[name] for name in adapter.modules}
-    return Sealed(replace(kept, modules=in_order), files)
+    in_order = {name: parsed.modules[name] for name in adapter.modules}
+    return Sealed(replace(parsed, modules=in_order), files)
 
 
 def stored_as(adapter: Adapter, values: ValueType) -> Sealed:
-    """Return `adapter` with B's values stored as `values`, without metrics: others were measured. Raises as `seal`."""
+    """Return `adapter` sealed with B's values stored as `values`. Drops its metrics, which were measured with other values.
+
+    Raises as `seal`.
+    """
     section = adapter.config.lori.model_copy(update={"values": values, "metrics": {}, "measured": {}})
     return seal(replace(adapter, config=adapter.config.model_copy(update={"lori": section})))
 
 
 def save_adapter(adapter: Adapter, folder: Path) -> Adapter:
-    """Write an adapter, see `seal`, and its basis where it is an explicit one, and return it as it is read.
+    """Write an adapter, and its basis if that is explicit. Return the adapter as a reader will load it, see `seal`.
 
-    Written aside, synced and put in place, see `lori.store.files.new_folder`. Raises `AdapterFormatError` as `seal`,
-    `AdapterError` as `check_replaceable`.
+    The files are written to a scratch folder, synced and moved into place, see `lori.store.files.new_folder`. Raises
+    `AdapterFormatError` as `seal`, `AdapterError` as `check_replaceable`.
     """
     check_replaceable(folder)
     sealed = seal(replace(adapter, name=name_of(folder)))
-    with basis_kept(folder.parent, adapter.basis), new_folder(folder) as scratch:
+    with stored_basis(folder.parent, adapter.basis), new_folder(folder) as scratch:
         for name, content in sealed.files.items():
             write_file(scratch / name, content)
     return sealed.adapter
 
 
 @contextmanager
-def basis_kept(store: Path, basis: Basis) -> Iterator[None]:
-    """Inside, an explicit basis is in `store`, and no removal takes it for one that nobody needs."""
+def stored_basis(store: Path, basis: Basis) -> Iterator[None]:
+    """Put an explicit basis into `store`. Inside the block no removal deletes the basis as unused."""
     if not isinstance(basis, Explicit):
         yield
         return
@@ -122,15 +127,15 @@ def basis_kept(store: Path, basis: Basis) -> Iterator[None]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise `AdapterError` where `folder` is there, and is neither an adapter nor empty: an adapter is not saved over it."""
+    """Raise `AdapterError` if `folder` exists and is neither an adapter nor empty: nothing is saved over such a folder."""
     if folder.exists() and not (folder / CONFIG_FILE).exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise AdapterError(f"{folder} is there and is no adapter: nothing is saved over it")
 
 
 def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
-    """Replace the config of a saved adapter, what was measured since, and its card. What the adapter does stays as it is.
+    """Replace the config of a saved adapter, with new metrics, and its card. The weights stay as they are.
 
-    Raises `AdapterFormatError` where the config is not sound, or says that the adapter does something else.
+    Raises `AdapterFormatError` if the config is not sound or has another content digest than the weights.
     """
     _, content = seal_config(str(folder), config)
     faults: list[str] = []
@@ -144,7 +149,7 @@ def write_record(folder: Path, config: AdapterConfig, card: str) -> None:
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """Read an adapter's config alone. Raises `AdapterFormatError` with everything that is wrong with it."""
+    """Read an adapter's config and no other file. Raises `AdapterFormatError` with every fault of the config."""
     faults: list[str] = []
     content = read_file(folder, CONFIG_FILE, faults)
     config = None if content is None else _parse(content, faults, is_pickled=_is_pickled(folder))
@@ -154,12 +159,12 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def _parse(content: bytes, faults: list[str], *, is_pickled: bool) -> AdapterConfig | None:
-    """Return the config in `content`. Adds its faults; that of a PEFT adapter has one, which says what to do with it."""
-    found: list[str] = []
-    config = parse_config(content, found)
+    """Return the config in `content`, or None. Adds its faults; a PEFT config gives a single fault that says how to import it."""
+    config_faults: list[str] = []
+    config = parse_config(content, config_faults)
     if config is None and (peft := peft_fault(content)):
-        found = [ONLY_PICKLE if is_pickled else peft]
-    faults += [fault for fault in found if fault not in faults]
+        config_faults = [ONLY_PICKLE if is_pickled else peft]
+    faults += [fault for fault in config_faults if fault not in faults]
     return config
 
 
@@ -168,14 +173,14 @@ def _is_pickled(folder: Path) -> bool:
 
 
 def read_files(folder: Path, faults: list[str], read: Read = read_stored) -> Files:
-    """Return the content of an adapter's files by name, its card's too; what cannot be read is added to `faults`."""
+    """Return the contents of an adapter's files by name, with the card. Adds a fault for each file that cannot be read."""
     names = [CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])]
-    found = {name: read_file(folder, name, faults, read) for name in names}
-    return {name: content for name, content in found.items() if content is not None}
+    contents = {name: read_file(folder, name, faults, read) for name in names}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def read_file(folder: Path, name: str, faults: list[str], read: Read = read_stored) -> bytes | None:
-    """Return the content of a regular file; where it cannot be read, as a link in a store, that is added to `faults`."""
+    """Return the content of a regular file. Adds a fault and returns None if it cannot be read, such as a link in a store."""
     try:
         return read(folder, name, MAX_WEIGHTS_BYTES if name == WEIGHTS_FILE else MAX_TEXT_BYTES)
     except OSError as error:
@@ -190,9 +195,9 @@ def _unreadable(folder: Path, name: str, error: OSError) -> str:
 
 
 def file_faults(folder: Path) -> list[str]:
-    """Return what is wrong with an adapter's files as far as that is seen at once: none is read whole, nor the config at all.
+    """Return the faults of an adapter's weights and card that show without reading them whole. Does not read the config.
 
-    Files that are not there or are links, and weights that are not as long as they say.
+    These are missing files, links, and weights whose length is not the one in their header.
     """
     faults: list[str] = []
     for name in (WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])):
@@ -206,16 +211,16 @@ def file_faults(folder: Path) -> list[str]:
 
 
 def name_of(folder: Path) -> str:
-    """Return the name of the adapter in `folder`, which may be called `name@version`."""
+    """Return the name of the adapter in `folder`. The folder may be called `name@version`."""
     return folder.name.partition("@")[0]
 
 
 def load_adapter(folder: Path, base: BaseIdentity | None = None) -> Adapter:
-    """Read an adapter and checks it, against `base` too where that is given.
+    """Read and check an adapter, against `base` too if it is given.
 
     Raises `AdapterFormatError` with every fault: files that cannot be read, missing, unknown and misshapen tensors, wrong dtypes,
-    counts that differ, values that are not finite, content that is not what the digests say, another base, another A (which is
-    drawn, where there is no `base`, only if the digests are right).
+    counts that differ, values that are not finite, wrong digests, another base, another A. Without a `base`, A is drawn and
+    compared only if there is no other fault.
     """
     faults: list[str] = []
     files = read_files(folder, faults)
@@ -231,9 +236,9 @@ def parse_adapter(
     source: str | None = None,
     faults: Iterable[str] = (),
 ) -> Adapter:
-    """Return the adapter that `files` are, called `name`, checked as `load_adapter` does; `faults` are those of reading them.
+    """Return the adapter in `files`, called `name`, with the checks of `load_adapter`. `faults` are those of reading the files.
 
-    Raises `AdapterFormatError` with every fault, of `source`, or of `name`.
+    Raises `AdapterFormatError` with every fault, about `source`, by default `name`.
     """
     faults = list(faults)
     config = _parse(files[CONFIG_FILE], faults, is_pickled=ONLY_PICKLE in faults) if CONFIG_FILE in files else None
@@ -243,17 +248,17 @@ def parse_adapter(
     if config and base:
         faults += base_faults(config, base)
     if config and weights is not None and tensors is not None:
-        if (found := content_digest(weights, config)) != config.lori.content_digest:
-            faults.append(f"content digest is {found}, expected {config.lori.content_digest}")
-        # Of another base whose layers have other shapes nothing that is missing or unknown says more.
+        if (digest := content_digest(weights, config)) != config.lori.content_digest:
+            faults.append(f"content digest is {digest}, expected {config.lori.content_digest}")
+        # For an adapter of another base with other shapes, faults about missing or unknown tensors would add nothing.
         is_other = base and config.lori.base_digest != base.digest and _shape_faults(config, base)
-        adapter = _assembled(name, config, tensors, basis_of, None if is_other else base, faults)
+        adapter = _assemble(name, config, tensors, basis_of, None if is_other else base, faults)
     if faults or adapter is None:
         raise AdapterFormatError(source or name, faults)
     return adapter
 
 
-def _assembled(
+def _assemble(
     name: str,
     config: AdapterConfig,
     tensors: Mapping[str, torch.Tensor],
@@ -261,13 +266,13 @@ def _assembled(
     base: BaseIdentity | None,
     faults: list[str],
 ) -> Adapter | None:
-    # A of shapes that nothing bears out is not drawn: it could take all memory, or hours.
+    # A is drawn only for trusted shapes: for others the draw could take all memory, or hours.
     may_draw = not faults
     if base:
         may_draw = not _shape_faults(config, base)
         expected = [module for module in base.shapes if config.is_target(module)]
     else:
-        expected = sorted({tensor.rpartition(".")[0] for tensor in tensors}, key=natural)
+        expected = sorted({tensor.rpartition(".")[0] for tensor in tensors}, key=natural_key)
         faults += [f"{module}: not among target_modules" for module in expected if not config.is_target(module)]
         if (num_entries := _basis_entries(config, expected)) > MAX_BASIS_ENTRIES:
             may_draw = False
@@ -280,22 +285,22 @@ def _assembled(
 
 
 def checked_basis(config: AdapterConfig, modules: Iterable[str], basis_of: BasisOf, faults: list[str]) -> Basis | None:
-    """Return the basis of `config`; where it is none, or another one, that is added to `faults`."""
-    said = config.lori.basis
+    """Return the basis that `config` names, or None if it cannot be used. Adds a fault if it is missing or its A differs."""
+    named = config.lori.basis
     try:
-        basis = basis_of(said.digest) if isinstance(said, ExplicitConfig) else said.basis()
+        basis = basis_of(named.digest) if isinstance(named, ExplicitConfig) else named.basis()
     except AdapterFormatError as error:
         faults += error.faults
         return None
     shapes = {module: shape for module in modules if (shape := config.shape_of(module))}
     if isinstance(basis, Explicit):
-        if lacking := [module for module in shapes if module not in basis.tensors]:
-            faults += [f"{module}: its basis has no A for it" for module in lacking]
+        if missing := [module for module in shapes if module not in basis.tensors]:
+            faults += [f"{module}: its basis has no A for it" for module in missing]
             return None
-        found = {module: basis.tensors[module].shape[1] for module in shapes}
-        wrong = [module for module, num_inputs in found.items() if num_inputs != shapes[module][1]]
-        if wrong:
-            faults += [f"{module}: its A has {found[module]} inputs, expected {shapes[module][1]}" for module in wrong]
+        widths = {module: basis.tensors[module].shape[1] for module in shapes}
+        misshapen = [module for module, num_inputs in widths.items() if num_inputs != shapes[module][1]]
+        if misshapen:
+            faults += [f"{module}: its A has {widths[module]} inputs, expected {shapes[module][1]}" for module in misshapen]
             return None
     drawn = basis.digest({module: (config.rank_of(module), num_inputs) for module, (_, num_inputs) in shapes.items()})
     if drawn != config.lori.basis_digest:
@@ -309,27 +314,27 @@ def _basis_entries(config: AdapterConfig, modules: Iterable[str]) -> int:
 
 
 def base_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
-    """Return what is wrong with `config` where its adapter is to be of `base`."""
+    """Return the faults of an adapter's `config` that keep the adapter from working on `base`."""
     if config.lori.base_digest != base.digest:
-        found, expected = config.base_name, f"{base.name} ({base.digest[:NUM_VERSION_DIGITS]})"
-        return [f"trained on the base {found}, expected {expected}: {_other_base(config.base_model_name_or_path)}"]
+        expected = f"{base.name} ({base.digest[:NUM_VERSION_DIGITS]})"
+        return [f"trained on the base {config.base_name}, expected {expected}: {_base_advice(config.base_model_name_or_path)}"]
     faults = []
     targets = {module for module in base.shapes if config.is_target(module)}
-    known = targets | {last(module) for module in targets}
-    faults += [f"target_modules: the base has no linear layer called {t!r}" for t in config.target_modules if t not in known]
+    names = targets | {projection_of(module) for module in targets}
+    faults += [f"target_modules: the base has no linear layer called {t!r}" for t in config.target_modules if t not in names]
     return faults + _shape_faults(config, base)
 
 
-def _other_base(name: str) -> str:
+def _base_advice(name: str) -> str:
     flag = f"--model {name}" if HUB_ID.fullmatch(name) else f"--model with the folder of {name}"
     return f"pass {flag}, or train or import an adapter for the base that is loaded"
 
 
 def _shape_faults(config: AdapterConfig, base: BaseIdentity) -> list[str]:
-    found = {module: config.shape_of(module) for module in base.shapes if config.is_target(module)}
+    shapes = {module: config.shape_of(module) for module in base.shapes if config.is_target(module)}
     return [
         f"{module}: lori.shapes has {shape}, expected {base.shapes[module]}"
-        for module, shape in found.items()
+        for module, shape in shapes.items()
         if shape not in (None, base.shapes[module])
     ]
 

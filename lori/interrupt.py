@@ -1,7 +1,7 @@
 """Ctrl+C during start-up: SIGINT ends the process at once, without a traceback.
 
-Python's own handler runs between two of its instructions only. An import of torch, or the reading of a model, is one for seconds,
-and the KeyboardInterrupt that comes then is a traceback through the innards of what was imported.
+Python's own handler runs only between two bytecode instructions. An import of torch, or the loading of a model, can be one
+instruction for seconds, and the late KeyboardInterrupt then prints a traceback through the internals of the imported package.
 """
 
 import os
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 
 def end_by_interrupt() -> None:
-    """Have SIGINT end this process as the system does, until another handler is set. Call it in the main thread."""
-    if os.getpid() == 1:  # from the first process of a container the system keeps signals without a handler
+    """Make SIGINT end this process by the system's default action, until another handler is set. Call from the main thread."""
+    if os.getpid() == 1:  # the kernel does not deliver signals without a handler to the first process of a container
         signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -21,9 +21,9 @@ def end_by_interrupt() -> None:
 
 @contextmanager
 def cleaning_up_on_interrupt() -> Iterator[None]:
-    """Have SIGINT raise `KeyboardInterrupt` in the block, so that it removes what it has half made; then end by SIGINT.
+    """Make SIGINT raise `KeyboardInterrupt` in the block, so that the block can clean up; then end the process by SIGINT.
 
-    Does nothing outside the main thread, nor where SIGINT has a Python handler, as it has in process 1.
+    Does nothing outside the main thread, or if SIGINT has a Python handler already (as in process 1).
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
         yield

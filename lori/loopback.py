@@ -1,13 +1,13 @@
-"""Addresses of this machine, which are never asked through a proxy: a proxy elsewhere would take them for its own."""
+"""Loopback addresses, which are always reached directly: a proxy on another machine would take them for its own loopback."""
 
 import ipaddress
 from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether `host`, as a URL has it, is this machine: localhost, a subdomain of it, a loopback or an unspecified address.
+    """Return whether the `host` of a URL is this machine: localhost, a subdomain of localhost, a loopback or unspecified address.
 
-    Servers print the unspecified ones, 0.0.0.0 and ::, and a connection to them reaches this machine.
+    Servers print the unspecified addresses, 0.0.0.0 and ::, and a connection to them reaches this machine.
     """
     host = host.removesuffix(".")
     if host == "localhost" or host.endswith(".localhost"):
@@ -21,7 +21,7 @@ def is_loopback(host: str) -> bool:
 
 
 def direct_mounts(url: str) -> dict[str, None]:
-    """Return the `mounts` with which httpx asks `url` directly, whatever HTTP_PROXY says; none where it is another machine."""
+    """Return the `mounts` for httpx that bypass any HTTP_PROXY for `url`. Empty if `url` is on another machine."""
     host = (urlsplit(url).hostname or "").lower()
     if not is_loopback(host):
         return {}

@@ -1,11 +1,11 @@
-"""Merges: several weighted adapters as one adapter that adds the same to a base. In memory, in float64.
+"""Merges: several weighted adapters combined into one adapter. Computed in memory, in float64.
 
-T_i = (alpha_i / r_i) B_i is what adapter i adds on its basis. On one basis the T_i add, at the greatest of the ranks. On
-several, `linear` stacks the A's and sets the B's side by side: every A is drawn, and the rank is the sum. The other methods
-prune each T_i first or not, then sum, or average where the signs agree. A server that applies several adapters in one request
-needs none of this for `linear`: the terms add as they are.
+Adapter i adds T_i A with T_i = (alpha_i / r_i) B_i. On one basis the T_i are summed, at the largest of the ranks. On several
+bases, `linear` stacks the A's and concatenates the B's: every A is drawn, and the rank is the sum of the ranks. The other methods
+prune each T_i or leave it whole, then sum, or average the values whose signs agree. A server that applies several adapters in one
+request needs no merge for `linear`, since the kernel sums the terms.
 
-Shapes: D outputs, N inputs, R rank, K entries in row-major order, n adapters, U positions of an entry in any of them.
+Shapes: D outputs, N inputs, R rank, K nonzero entries in row-major order, n adapters, U positions in the union of their masks.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from lori.template import Template
 
 
 def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
-    """Return those entries of `b` that the method combines; `drawn_from` names the adapter and the module to a random one."""
+    """Return the entries of `b` that the method combines. `drawn_from` (adapter and module) is the key of a random draw."""
     if options.method == "linear":
         return b
     if options.is_random:
@@ -41,64 +41,64 @@ def prune(b: SparseB, options: MergeOptions, drawn_from: str) -> SparseB:
 
 
 def combine(deltas: Sequence[SparseB], weights: Sequence[float], options: MergeOptions) -> SparseB:
-    """Return the combination of `deltas`, (D, R) each, where any of them keeps an entry; it may hold zeros."""
+    """Return the combination of `deltas`, (D, R) each, on the union of their masks. The result may hold explicit zeros."""
     if options.elects_sign:
         return disjoint_merge(deltas, weights, options.sign)
     return weighted_sum(deltas, weights)
 
 
-def placed(b: SparseB, rank: int, first: int) -> SparseB:
-    """Return `b` (D, r) as the columns from `first` on of a (D, rank) that keeps nothing else."""
+def pad_columns(b: SparseB, rank: int, first: int) -> SparseB:
+    """Return `b` (D, r) padded with zero columns to (D, rank); the columns of `b` begin at column `first`."""
     indices = b.rows * rank + first + b.indices.long() % b.shape[1]
     return SparseB((b.shape[0], rank), indices.int(), b.values)
 
 
-def nonzero(b: SparseB) -> SparseB:
-    """Return `b` without the entries that are kept and zero."""
-    kept = b.values != 0
-    return SparseB(b.shape, b.indices[kept], b.values[kept])
+def drop_zeros(b: SparseB) -> SparseB:
+    """Return `b` without its explicit zeros."""
+    is_nonzero = b.values != 0
+    return SparseB(b.shape, b.indices[is_nonzero], b.values[is_nonzero])
 
 
 def keep_largest(b: SparseB, density: float) -> SparseB:
-    """Return the round(density K) largest entries of `b`, at least one of any; the first win where some are equal."""
+    """Return the round(density K) largest entries of `b`, at least one if there are any. Of equal magnitudes the first wins."""
     count = max(1, round(density * b.values.numel()))
     positions = largest(b.values.abs(), count).sort().values
     return SparseB(b.shape, b.indices[positions], b.values[positions])
 
 
 def drop_and_rescale(b: SparseB, density: float, key: str) -> SparseB:
-    """Return `b` with each entry kept with probability `density` and divided by it (DARE, arXiv 2311.03099, section 3.2).
+    """Return `b` with each entry kept with probability `density` and divided by `density` (DARE, arXiv 2311.03099, section 3.2).
 
-    The draw is Philox's raw words, mapped to [0, 1) here: it depends on `key` and K, on no library's version and no order.
+    The draw uses Philox's raw words, mapped to [0, 1) here. It depends on `key` and K only, not on a library's version.
     """
     philox = np.random.Philox(key=int.from_bytes(hashlib.sha256(f"dare|{key}".encode()).digest()[:16], "little"))
     uniform = (philox.random_raw(b.values.numel()) >> np.uint64(11)) * 2.0**-53
-    kept = torch.from_numpy(uniform < density)
-    return SparseB(b.shape, b.indices[kept], b.values[kept] / density)
+    survives = torch.from_numpy(uniform < density)
+    return SparseB(b.shape, b.indices[survives], b.values[survives] / density)
 
 
 def weighted_sum(deltas: Sequence[SparseB], weights: Sequence[float]) -> SparseB:
-    """Return sum_i weights_i deltas_i over the union of the masks, added in the order given."""
-    indices, values = _aligned(deltas)
-    return SparseB(deltas[0].shape, indices, _in_order(values * _column(weights)))
+    """Return sum_i weights_i deltas_i on the union of the masks, added in the order given."""
+    indices, values = _align(deltas)
+    return SparseB(deltas[0].shape, indices, _ordered_sum(values * _column(weights)))
 
 
 def disjoint_merge(deltas: Sequence[SparseB], weights: Sequence[float], sign: SignMethod) -> SparseB:
-    """Return, at each position, the sum of the weighted values that have the elected sign, divided by their number.
+    """Return, at each position, the sum of the weighted values with the elected sign, divided by their number.
 
-    TIES (arXiv 2306.01708, algorithm 1). As in PEFT (`peft/utils/merge_utils.py`) the election does not see the weights, a draw
-    elects plus, and an entry that is zero or pruned has no sign.
+    TIES (arXiv 2306.01708, algorithm 1). As in PEFT (`peft/utils/merge_utils.py`), the election ignores the weights, a tie elects
+    plus, and an entry that is zero or pruned has no sign.
     """
-    indices, values = _aligned(deltas)
+    indices, values = _align(deltas)
     signs = values.sign()
-    votes = _in_order(values if sign == "total" else signs)
+    votes = _ordered_sum(values if sign == "total" else signs)
     agree = signs == torch.where(votes >= 0, 1.0, -1.0)
-    total = _in_order(values * agree * _column(weights))
+    total = _ordered_sum(values * agree * _column(weights))
     return SparseB(deltas[0].shape, indices, total / agree.sum(0).clamp(min=1))
 
 
-def _aligned(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the positions (U,) that any of `deltas` keeps, ascending, and everyone's values there, (n, U) float64."""
+def _align(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the union (U,) of the indices of `deltas`, ascending, and the values of each delta there, (n, U) float64."""
     indices = torch.cat([b.indices for b in deltas]).unique()
     values = torch.zeros(len(deltas), len(indices), dtype=torch.float64)
     for row, b in zip(values, deltas, strict=True):
@@ -106,8 +106,8 @@ def _aligned(deltas: Sequence[SparseB]) -> tuple[torch.Tensor, torch.Tensor]:
     return indices, values
 
 
-def _in_order(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum (U,) of the rows of `values` (n, U), one after another: torch's own order is not promised."""
+def _ordered_sum(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum (U,) of the rows of `values` (n, U), added in order. torch's `sum` does not promise an order."""
     total = torch.zeros_like(values[0])
     for row in values:
         total += row
@@ -119,7 +119,7 @@ def _column(weights: Sequence[float]) -> torch.Tensor:
 
 
 Columns = Mapping[Basis, range]
-"""Which columns of a merged B stand on the A of which basis."""
+"""The columns of a merged B that belong to each basis's A."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,38 +142,38 @@ def merge(
     templates: Sequence[Template] | None = None,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> Adapter:
-    """Return a new adapter that adds the combination of `adapters` at `weights`, in memory; see `MergeOptions` for the options.
+    """Return a new adapter, in memory, that combines `adapters` with `weights`; see `MergeOptions` for the options.
 
-    Its B is computed in float64 and rounded to `values`. Adapters on several bases give one on an explicit basis.
+    The merged B is computed in float64 and rounded to `values`. A merge of adapters on several bases has an explicit basis.
 
-    The order of the adapters makes no difference to a bit. The weights of an adapter that is named twice add; one of weight 0
-    counts for nothing but that it must be of the same base: not its modules, nor its basis, nor its vote. Where all weights are 0
-    the result has the modules of one of them and keeps no entry. What comes out zero is left out, except that one adapter of
-    weight 1 gives itself in `linear`. Where the adapters agree on alpha / r in all modules they share, the result has it too;
-    else its alpha / r is 1.
+    The result does not depend on the order of the adapters, bit for bit. Weights of an adapter that is named twice are added. An
+    adapter of weight 0 must have the same base model, but contributes no modules, no basis and no vote. If all weights are 0, the
+    result has the modules of one of the adapters and no nonzero entry. Entries that come out zero are dropped, except when
+    `linear` has a single adapter of weight 1, whose entries stay as they are. If the adapters agree on alpha / r in all modules
+    they share, the result has the same alpha / r; else its alpha / r is 1.
 
-    `templates` are how its prompts are written: None is what all the adapters were trained on.
+    `templates` are the prompt templates of the result; None takes those that all adapters were trained on.
 
-    `is_cancelled` is called in this thread before each module and before the result is sealed; once it returns True the merge
-    is given up.
+    `is_cancelled` is called in this thread before each module and before the result is sealed. The merge stops as soon as it
+    returns True.
 
-    Raises `AdapterError` for options, weights and adapters that do not go together, and values that `values` cannot hold;
-    `MergeCancelledError` where it was given up.
+    Raises `AdapterError` for options, weights and adapters that do not go together, and for results that `values` cannot hold;
+    `MergeCancelledError` if the merge was cancelled.
     """
     options = MergeOptions(method, density, sign, seed)
     parents = _parents(adapters, weights)
     _check_one_basis(parents, options)
     shapes = common_shapes([parent.adapter for parent in parents])
-    columns = {module: _columns(_having(parents, module), module) for module in shapes}
+    columns = {module: _columns(_parents_with(parents, module), module) for module in shapes}
     is_folded = _is_folded(parents, shapes)
     if options.method == "linear" and [parent.weight for parent in parents] == [1.0]:
         modules = {module: rounded(b, values) for module, b in parents[0].adapter.modules.items()}
     else:
         modules = {}
         for module in shapes:
-            _check_wanted(is_cancelled)
-            modules[module] = nonzero(rounded(_combined(parents, module, columns[module], is_folded, options), values))
-    _check_wanted(is_cancelled)
+            _check_cancelled(is_cancelled)
+            modules[module] = drop_zeros(rounded(_combine_module(parents, module, columns[module], is_folded, options), values))
+    _check_cancelled(is_cancelled)
     _check_finite(modules, values)
     basis = _basis(parents, columns, shapes)
     alphas = {module: _alpha(parents, module, b.shape[1], is_folded) for module, b in modules.items()}
@@ -183,7 +183,7 @@ def merge(
 
 
 def _parents(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[_Parent]:
-    """Return the adapters that count, each once, in an order that does not depend on the caller's."""
+    """Return the adapters that contribute, each once, in an order that does not depend on the caller's order."""
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(weights)} weights for {len(adapters)} adapters, expected one for each of at least one adapter")
     named: dict[tuple[str, str], tuple[Adapter, list[float]]] = {}
@@ -201,21 +201,21 @@ def _check_one_basis(parents: Sequence[_Parent], options: MergeOptions) -> None:
     for parent in parents:
         names.setdefault(parent.adapter.basis, []).append(parent.adapter.name)
     if options.method != "linear" and len(names) > 1:
-        found = "; ".join(f"{basis} of {', '.join(map(repr, of))}" for basis, of in names.items())
-        raise AdapterError(f"{options.method} merges adapters on one basis, found {found}: only linear merges these")
+        bases = "; ".join(f"{basis} of {', '.join(map(repr, adapters))}" for basis, adapters in names.items())
+        raise AdapterError(f"{options.method} merges adapters on one basis, found {bases}: only linear merges these")
 
 
-def _check_wanted(is_cancelled: Callable[[], bool]) -> None:
+def _check_cancelled(is_cancelled: Callable[[], bool]) -> None:
     if is_cancelled():
         raise MergeCancelledError("the merge was given up before it was done")
 
 
-def _having(parents: Sequence[_Parent], module: str) -> list[_Parent]:
+def _parents_with(parents: Sequence[_Parent], module: str) -> list[_Parent]:
     return [parent for parent in parents if module in parent.adapter.modules]
 
 
 def _columns(parents: Sequence[_Parent], module: str) -> Columns:
-    """Return the columns of each basis: as many as the greatest rank on it, for A of a lower rank is its first rows."""
+    """Return the columns of each basis: as many as its largest rank, since A of a lower rank is the first rows of that A."""
     ranks: dict[Basis, int] = {}
     for parent in parents:
         ranks[parent.adapter.basis] = max(ranks.get(parent.adapter.basis, 0), parent.adapter.modules[module].shape[1])
@@ -224,45 +224,47 @@ def _columns(parents: Sequence[_Parent], module: str) -> Columns:
 
 
 def _is_folded(parents: Sequence[_Parent], modules: Iterable[str]) -> bool:
-    """Return whether the adapters' alpha / r must go into B: they differ in some module, or there are several bases."""
-    scales = (len({parent.adapter.config.scale_of(module) for parent in _having(parents, module)}) for module in modules)
+    """Return whether alpha / r must be folded into B: the adapters differ in alpha / r in some module, or in their bases."""
+    scales = (len({parent.adapter.config.scale_of(module) for parent in _parents_with(parents, module)}) for module in modules)
     return len({parent.adapter.basis for parent in parents}) > 1 or max(scales) > 1
 
 
-def _combined(parents: Sequence[_Parent], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
+def _combine_module(parents: Sequence[_Parent], module: str, columns: Columns, is_folded: bool, options: MergeOptions) -> SparseB:
     """Return the merged B of `module`, (D, R) float64."""
-    having = _having(parents, module)
+    parents = _parents_with(parents, module)
     rank = sum(map(len, columns.values()))
     deltas = []
-    for parent in having:
+    for parent in parents:
         b = parent.adapter.modules[module]
         scale = parent.adapter.config.scale_of(module) if is_folded else 1.0
         delta = prune(SparseB(b.shape, b.indices, b.values.double() * scale), options, f"{parent.digest}|{module}")
-        deltas.append(placed(delta, rank, columns[parent.adapter.basis].start))
-    return combine(deltas, [parent.weight for parent in having], options)
+        deltas.append(pad_columns(delta, rank, columns[parent.adapter.basis].start))
+    return combine(deltas, [parent.weight for parent in parents], options)
 
 
 def _check_finite(modules: Mapping[str, SparseB], values: ValueType) -> None:
-    if bad := [module for module, b in modules.items() if not b.values.isfinite().all()]:
-        raise AdapterError(f"the merge has values that are not finite in {values}, in {', '.join(bad)}: expected lower weights")
+    if overflowed := [module for module, b in modules.items() if not b.values.isfinite().all()]:
+        names = ", ".join(overflowed)
+        raise AdapterError(f"the merge has values that are not finite in {values}, in {names}: expected lower weights")
 
 
 def _basis(parents: Sequence[_Parent], columns: Mapping[str, Columns], shapes: Mapping[str, tuple[int, int]]) -> Basis:
-    """Return the basis of the merge: the adapters' own, or an explicit one with the A's of all of theirs."""
+    """Return the basis of the merge: the common basis of the adapters, or an explicit basis with the A's of all their bases."""
     bases = dict.fromkeys(parent.adapter.basis for parent in parents)
     if len(bases) == 1:
         return parents[0].adapter.basis
     drawn = {
-        module: [basis.draw(module, len(own), shapes[module][1]) for basis, own in columns[module].items()] for module in shapes
+        module: [basis.draw(module, len(ranks), shapes[module][1]) for basis, ranks in columns[module].items()]
+        for module in shapes
     }
-    return Explicit.of({module: torch.cat(parts) for module, parts in drawn.items()})
+    return Explicit.from_tensors({module: torch.cat(parts) for module, parts in drawn.items()})
 
 
 def _alpha(parents: Sequence[_Parent], module: str, rank: int, is_folded: bool) -> float:
-    """Return alpha of `module` in the merge: of an adapter that has its rank, so that alpha / r is the same to a bit."""
+    """Return alpha of `module` in the merge: that of an adapter with the merged rank, so that alpha / r is bitwise the same."""
     if is_folded:
         return float(rank)
-    config = next(t.adapter.config for t in _having(parents, module) if t.adapter.modules[module].shape[1] == rank)
+    config = next(t.adapter.config for t in _parents_with(parents, module) if t.adapter.modules[module].shape[1] == rank)
     return config.alpha_pattern.get(module, config.lora_alpha)
 
 
@@ -295,9 +297,9 @@ def _config(
 
 
 def _common_templates(parents: Sequence[_Parent]) -> Sequence[Template]:
-    """Return the templates that all were trained on, as the first prefers them."""
-    first, *rest = (parent.adapter.config.lori.templates for parent in parents)
-    if common := [template for template in first if all(template in other for other in rest)]:
+    """Return the templates that all adapters were trained on, in the first adapter's order of preference."""
+    first, *others = (parent.adapter.config.lori.templates for parent in parents)
+    if common := [template for template in first if all(template in other for other in others)]:
         return common
-    found = "; ".join(f"{parent.adapter.name}: {', '.join(parent.adapter.config.lori.templates)}" for parent in parents)
-    raise AdapterError(f"these adapters were trained on no common template ({found}): say which the merge is for")
+    listing = "; ".join(f"{parent.adapter.name}: {', '.join(parent.adapter.config.lori.templates)}" for parent in parents)
+    raise AdapterError(f"these adapters were trained on no common template ({listing}): say which the merge is for")

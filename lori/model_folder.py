@@ -1,4 +1,4 @@
-"""A base model's folder: what it lacks, by the files' names. Opens no weights."""
+"""Checks of a base model's folder for missing files, by their names. Opens no weights."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,13 @@ TOKENIZERS = (
     ("tekken.json",),
     ("*.tiktoken",),
 )
-"""A tokenizer's files: all of one of these. Without any, transformers silently makes a tokenizer with an empty vocabulary."""
+"""Sets of files; a tokenizer needs one set. Without any, transformers silently makes a tokenizer with an empty vocabulary."""
 MAX_NAMED = 3
+"""Maximum number of missing files that a fault names."""
 
 
 def folder_fault(folder: Path) -> str | None:
-    """Return what the folder of a base model lacks, but for its tokenizer, and how to get it; None where it lacks nothing."""
+    """Return a fault that names a base model's missing files (except the tokenizer's) and the remedy; None if none is missing."""
     if not folder.is_dir():
         return "there is no such folder: pass one, or a hub id, owner/name"
     if not (folder / MODEL_CONFIG).is_file():
@@ -35,7 +36,10 @@ def folder_fault(folder: Path) -> str | None:
 
 
 def tokenizer_fault(folder: Path) -> str | None:
-    """Return which files of a tokenizer the folder of a base model lacks, likewise. A few tokenizers need none."""
+    """Return a fault that names the missing files of the tokenizer, and the remedy. None if no file is missing.
+
+    A few tokenizers need none of these files, so transformers may still load the tokenizer of a folder with a fault.
+    """
     for files in TOKENIZERS:
         if all(any(True for _ in folder.glob(file)) for file in files):
             return None
@@ -49,9 +53,9 @@ def tokenizer_fault(folder: Path) -> str | None:
 def _weights_fault(folder: Path) -> str | None:
     if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
         parts = _parts(folder / INDEX_FILE)
-        absent = [part for part in parts if not (folder / part).is_file()]
-        more = f" and {len(absent) - MAX_NAMED} more" if absent[MAX_NAMED:] else ""
-        return f"weight files are missing: {', '.join(absent[:MAX_NAMED])}{more}" if absent else None
+        missing = [part for part in parts if not (folder / part).is_file()]
+        num_more = f" and {len(missing) - MAX_NAMED} more" if missing[MAX_NAMED:] else ""
+        return f"weight files are missing: {', '.join(missing[:MAX_NAMED])}{num_more}" if missing else None
     if any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
         return None
     return f"there are no weights: no {WEIGHTS_FILE}, and no {INDEX_FILE} with its parts"
@@ -60,7 +64,7 @@ def _weights_fault(folder: Path) -> str | None:
 def _parts(index: Path) -> list[str]:
     try:
         return sorted({str(part) for part in json.loads(index.read_bytes())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # what is wrong with it the loader says
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # the loader reports a broken index
         return []
 
 

@@ -1,7 +1,7 @@
-"""An adapter as it is served: packed as the kernels' operands want it, straight from its file.
+"""Adapters packed for serving: B in the layout of the kernels' operands, read straight from an adapter's files.
 
-A sound file as `lori.format` writes it goes through the compiled module in one piece, without Python's lock, in a third of the
-time that reading and packing take. Whatever else a file is, `lori.format` reads it, and says what is wrong with it.
+The compiled module packs a sound file, as `lori.format` writes it, in one call and without the GIL. This takes a third of the
+time of reading and packing separately. Any other file goes through `lori.format`, which reports every fault.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,18 @@ from lori.store.bases import load_basis
 from lori.store.entry import Entry
 
 MAX_PLANS = 256
-"""Recipes that a reader remembers; the adapters of a store share a few."""
+"""Maximum number of plans that a reader caches; the adapters of a store share a few."""
 
 Layouts = Mapping[str, Layout]
-"""Of the operands of every module that can take a delta, by full name."""
+"""Layout of the operands of every module that can take a delta, by full name."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """One adapter, ready to be put in a slot: scale * B of its modules, where a term's weight has `config.scale` in it."""
+    """One adapter, ready for a slot. Each module's B is multiplied by (its alpha / r) / `config.scale`.
+
+    A term's weight includes `config.scale`.
+    """
 
     name: str
     config: AdapterConfig
@@ -45,60 +48,61 @@ class PackedAdapter:
 
     @property
     def version(self) -> str:
-        """As `Adapter.version`."""
+        """The version, as `Adapter.version`."""
         return self.config.lori.content_digest[:NUM_VERSION_DIGITS]
 
     @property
     def num_bytes(self) -> int:
-        """What its B holds in memory, in bytes."""
+        """Bytes that the packed B takes in memory."""
         return self.modules.num_bytes
 
 
 def pack_adapter(adapter: Adapter, layouts: Layouts) -> PackedAdapter:
-    """Pack an adapter that is in memory. Raises `AdapterError` where a module or a rank of it is not one of `layouts`."""
+    """Pack an adapter that is in memory. Raises `AdapterError` if `layouts` has no place for one of its modules or ranks."""
     faults = layout_faults({name: b.shape[1] for name, b in adapter.modules.items()}, layouts)
     if faults:
         raise AdapterError(f"{adapter.name!r} does not fit what is served: {'; '.join(faults)}")
     packed = {name: pack(layouts[name], b, _factor(adapter.config, name)) for name, b in adapter.modules.items()}
-    return PackedAdapter(adapter.name, adapter.config, adapter.basis, PackedModules.of(packed))
+    return PackedAdapter(adapter.name, adapter.config, adapter.basis, PackedModules.from_modules(packed))
 
 
 def layout_faults(ranks: Mapping[str, int], layouts: Layouts) -> list[str]:
-    """Return which modules of these ranks have no place in `layouts`."""
+    """Return a fault for each module in `ranks` that is missing in `layouts`, or whose rank is too high there."""
     faults = [f"{name}: no adapters of this module are" for name in ranks if name not in layouts]
     too_high = {name: rank for name, rank in ranks.items() if name in layouts and rank > layouts[name].rank}
     return faults + [f"{name}: rank {rank}, expected at most {layouts[name].rank}" for name, rank in too_high.items()]
 
 
 def _factor(config: AdapterConfig, module: str) -> float:
-    # A term's weight has alpha / r of most modules in it; where a module's own differs, its B makes up for it.
+    # A term's weight includes `config.scale` for all modules, so B makes up for a module with another alpha / r.
     return config.scale_of(module) / config.scale
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How the weights of one recipe are read: adapters of the same ranks, alphas, targets and shapes share it."""
+    """Arguments of the compiled packer, shared by adapters with the same ranks, alphas, targets and shapes."""
 
     layouts: Layouts
     names: str
-    """A newline after each."""
+    """Names of the modules, each followed by a newline."""
     table: npt.NDArray[np.int64]
-    """(modules, 4): outputs, rank, whether values are fp32, bytes of a column."""
+    """One row for each module, (modules, 4): outputs, rank, whether values are fp32, bytes of a column index."""
     factors: npt.NDArray[np.float32]
+    """Factor of each module's B, (modules,), see `_factor`."""
 
     @classmethod
-    def of(cls, config: AdapterConfig, base: BaseIdentity, layouts: Layouts) -> "_Plan | None":
-        """Return the plan for `config`, or None where its adapter is not of `base` or has no place in `layouts`."""
+    def from_config(cls, config: AdapterConfig, base: BaseIdentity, layouts: Layouts) -> "_Plan | None":
+        """Return the plan for `config`, or None if its adapter belongs to another base or does not fit `layouts`."""
         ranks = {module: config.rank_of(module) for module in base.shapes if config.is_target(module)}
         if not ranks or not all(map(config.shape_of, ranks)) or base_faults(config, base) or layout_faults(ranks, layouts):
             return None
-        of = {module: layouts[module] for module in ranks}
-        rows = [(at.num_outputs, ranks[m], at.dtype is torch.float32, at.column_dtype().itemsize) for m, at in of.items()]
+        targets = {module: layouts[module] for module in ranks}
+        rows = [(at.num_outputs, ranks[m], at.dtype is torch.float32, at.column_dtype().itemsize) for m, at in targets.items()]
         factors = np.array([_factor(config, module) for module in ranks], dtype=np.float32)
-        return cls(of, "".join(f"{module}\n" for module in ranks), np.array(rows, dtype=np.int64), factors)
+        return cls(targets, "".join(f"{module}\n" for module in ranks), np.array(rows, dtype=np.int64), factors)
 
     def pack(self, weights: bytes, values: ValueType) -> PackedModules | None:
-        """Pack the content of a weights file; None where it is not sound, or not as `lori.weights` writes it."""
+        """Pack the content of a weights file. Returns None if it is not sound, or not in the form that `lori.weights` writes."""
         assert MODULE
         packed = MODULE.pack_file(weights, self.names, self.table, self.factors, values)
         if packed is None:
@@ -108,14 +112,14 @@ class _Plan:
 
 
 class PackedReader:
-    """Reads adapters of `base` for operands of `layouts`. Any threads may, at once."""
+    """Reader of adapters of `base` for operands of `layouts`. Thread-safe."""
 
     def __init__(self, base: BaseIdentity, layouts: Layouts) -> None:
         self.base, self.layouts = base, layouts
         self._plans: dict[object, _Plan | None] = {}
 
     def read(self, folder: Path) -> PackedAdapter:
-        """Read, checks and packs the adapter in `folder`: what `pack_adapter` makes of what `lori.format.load_adapter` reads.
+        """Read, check and pack the adapter in `folder`. Equal to `pack_adapter(lori.format.load_adapter(folder))`, but faster.
 
         Raises as these two.
         """
@@ -129,14 +133,14 @@ class PackedReader:
         return pack_adapter(adapter, self.layouts)
 
     def read_entry(self, entry: Entry) -> PackedAdapter:
-        """Read a version in a store; its name is the entry's. Raises as `read`, and as `Entry.load`."""
-        with entry.held() as folder:
+        """Read the version of a store's `entry`, under the entry's name. Raises as `read` and as `Entry.load`."""
+        with entry.acquire() as folder:
             packed = self.read(folder)
         entry.check_version(packed.version)
         return replace(packed, name=entry.name)
 
     def _pack(self, folder: Path, files: Files) -> PackedAdapter | None:
-        """Return the adapter; None where anything is wrong with it, or it takes the long way."""
+        """Return the adapter packed by the compiled module; None if it has any fault or the module cannot pack it."""
         faults: list[str] = []
         config = parse_config(files[CONFIG_FILE], faults)
         if config is None or faults or config.lori.base_digest != self.base.digest:
@@ -152,10 +156,10 @@ class PackedReader:
 
     def _plan(self, config: AdapterConfig) -> _Plan | None:
         patterns = (config.rank_pattern, config.alpha_pattern, config.lori.shapes)
-        recipe = (config.r, config.lora_alpha, config.target_modules, *(tuple(of.items()) for of in patterns))
-        if recipe in (plans := self._plans):
-            return plans[recipe]
-        plan = _Plan.of(config, self.base, self.layouts)
-        # Another table, not this one cleared: another thread may be looking something up.
-        self._plans = {recipe: plan} if len(plans) >= MAX_PLANS else plans | {recipe: plan}
+        key = (config.r, config.lora_alpha, config.target_modules, *(tuple(pattern.items()) for pattern in patterns))
+        if key in (plans := self._plans):
+            return plans[key]
+        plan = _Plan.from_config(config, self.base, self.layouts)
+        # The dict is replaced and never changed, since other threads may be reading it.
+        self._plans = {key: plan} if len(plans) >= MAX_PLANS else plans | {key: plan}
         return plan

@@ -1,6 +1,6 @@
 """The operands of a served base: the B of every resident adapter in every layer, and the A of every basis.
 
-Which adapter lies in which slot is for others to say.
+The caller decides which adapter is in which slot.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from lori.packed_adapter import Layouts, PackedAdapter
 
 
 class AdapterPool:
-    """Slots for adapters in the operands of the modules `shapes`, (D, N) each, by full name.
+    """Slots for adapters in the operands of the modules in `shapes`, (D, N) each, by full name.
 
-    Adapters are of rank `rank` at most, on one of `bases`. Raises `AdapterError` where the kernels know no such rank.
+    Adapters have at most rank `rank` and are on one of `bases`. Raises `AdapterError` if the kernels do not support the rank.
     """
 
     def __init__(
@@ -39,30 +39,33 @@ class AdapterPool:
         self._operands = {name: Operands(num_slots, rank, d, dtype, device) for name, (d, _) in self._shapes.items()}
 
     def operands_of(self, names: Sequence[str]) -> list[Operands]:
-        """Return the operands of modules; none where there is nothing to add to them."""
+        """Return the operands of the modules `names`; modules without operands are left out."""
         return [self._operands[name] for name in names if name in self._operands]
 
     def blocks(self, names: Sequence[str]) -> list[list[torch.Tensor]]:
-        """Return the A (R, N) of every basis, for each of these modules that has operands."""
+        """Return the A (R, N) of every basis, for each of the modules `names` that has operands."""
         return [[basis.draw(n, self.rank, self._shapes[n][1]) for basis in self.bases] for n in names if n in self._operands]
 
     @property
     def layouts(self) -> Layouts:
-        """Of the operands of every module, by full name: what adapters are packed for."""
+        """Layout of the operands of every module, by full name. Adapters are packed for these layouts."""
         return {name: operands.layout for name, operands in self._operands.items()}
 
     def put(self, slot: int, adapter: PackedAdapter) -> None:
-        """Make `adapter` the one in `slot`, which no step that runs may use. Raises `ValueError` where it does not fit."""
+        """Put `adapter` into `slot`, which no running step may use. Raises `ValueError` if the adapter does not fit."""
         if adapter.basis not in self.bases:
             raise ValueError(f"{adapter.name!r} is on a basis ({adapter.basis}) that nothing was prepared for")
         put_modules(self._operands, slot, adapter.modules, self.bases.index(adapter.basis))
 
     def clear(self, slot: int) -> None:
-        """Empty a slot, which no step that runs may use."""
+        """Empty a slot, which no running step may use."""
         clear_modules(self._operands.values(), slot)
 
     def reserve(self, num_bytes: int) -> None:
-        """Make room for so many bytes in all modules together, each its part, so that putting seldom moves a pool. At start."""
+        """Reserve `num_bytes` for all modules together, shared by their outputs, so that `put` seldom moves a pool.
+
+        Call at start, before the first `put`.
+        """
         total = sum(d for d, _ in self._shapes.values())
         sizes = [num_bytes * d // total // UNIT * UNIT for d, _ in self._shapes.values()]
         rooms = zeros(sum(sizes)).split(sizes) if self._device.type == "cpu" else None
@@ -70,19 +73,19 @@ class AdapterPool:
             if rooms is None or len(operands.pool):
                 operands.reserve(sizes[number])
             else:
-                operands.settle(rooms[number])
+                operands.adopt_pool(rooms[number])
 
     @property
     def has_operands(self) -> bool:
-        """Whether there is anything that could be added."""
+        """Whether any module has operands."""
         return bool(self._operands)
 
     @property
     def num_moves(self) -> int:
-        """How often operands have moved, see `Operands.num_moves`."""
+        """Number of times that operands have moved, see `Operands.num_moves`."""
         return sum(operands.num_moves for operands in self._operands.values())
 
     @property
     def num_bytes(self) -> int:
-        """What the operands of all slots hold, in bytes."""
+        """Bytes that the operands of all slots hold."""
         return sum(operands.num_bytes for operands in self._operands.values())

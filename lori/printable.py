@@ -1,18 +1,18 @@
-"""Text from files and clients as a terminal and a log may show it: nothing in it moves the cursor or begins a line."""
+"""Escaping of text from files and clients for terminals and logs: the text cannot move the cursor or forge a log line."""
 
 MARGIN = "    "
-"""Before every line of a message but the first: no text can pass for a line of its own."""
+"""Indent of every line of a message but the first, so that no text can pass for a log line."""
 
 
 def printable(text: str) -> str:
-    """Return `text` in one line, with everything in it that is not printed escaped."""
+    """Return `text` in one line, with all non-printable characters escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def printable_lines(text: str) -> str:
-    """Return `text` with its lines as they are, those after the first set in, and everything else escaped as `printable` does."""
+    """Return `text` with all lines after the first indented, and each line escaped as `printable` does."""
     if text.isprintable():
         return text
     return f"\n{MARGIN}".join(map(printable, text.split("\n")))

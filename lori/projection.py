@@ -1,7 +1,7 @@
-"""Frozen linear layers that read one input: one product with the rows of every basis's A, `[y; s] = [W; A] x`, then the deltas.
+"""Frozen linear layers that share an input, as one matrix product with every basis's A, `[y; s] = [W; A] x`; then the deltas.
 
 `[y_q; y_k; y_v; s_q; s_k; s_v] = [W_q; W_k; W_v; A_q; A_k; A_v] x`. A step without adapters leaves A out. The weights are in the
-model's dtype or in 8 bits: half the bytes of bf16 to read for each token, and reading them takes the time. Shapes: T tokens, N
+model's dtype or in 8 bits. 8 bits halve the bytes of bf16, and decoding is bound by reading the weights. Shapes: T tokens, N
 inputs, D outputs of a layer, A bases, R rank.
 """
 
@@ -19,26 +19,28 @@ from lori.kernels.native import MAX_ISA_VARIABLE, MODULE, has_amx, instruction_s
 from lori.kernels.pages import zeros
 
 Quantization = Literal["int8"]
-MOST = 127
+INT8_MAX = 127
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `weight` (D, N) as int8 (D, N), rounded to the nearest, and a scale (D,) fp32 for each output, so that its largest
-    is 127: weight is about scale * int8."""
+    """Return `weight` (D, N) as int8 (D, N), rounded to nearest, and a scale (D,) fp32 for each output: weight ~ scale * int8.
+
+    The largest magnitude of each row is 127.
+    """
     wide = weight.float()
-    scales = wide.abs().amax(1) / MOST
+    scales = wide.abs().amax(1) / INT8_MAX
     return (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8), scales
 
 
 Blocks = Sequence[Sequence[torch.Tensor]]
-"""The A (R, N) of every basis, of each layer."""
+"""For each layer, the A (R, N) of every basis."""
 
 
 class Projection(Protocol):
-    """Layers that read one input. Operands may be put into and cleared between steps."""
+    """Linear layers that share an input. Adapters may be put into and cleared from the operands between steps."""
 
     def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:
-        """Return y (T, sum of D) for x (T, N), contiguous: W x + bias, and the deltas of the route."""
+        """Return y (T, sum of D), contiguous, for x (T, N): W x + bias plus the deltas of the route."""
 
 
 def project(
@@ -47,26 +49,26 @@ def project(
     operands: Sequence[Operands] = (),
     quantization: Quantization | None = None,
 ) -> Projection:
-    """Return the product that stands for `linears`; without operands no route may be given to it.
+    """Return the projection that replaces `linears`. A projection without operands must not be called with a route.
 
-    Copies the weights. It is in C++ where `has_native` says so and the number of inputs is even, else torch's, which has none for
-    quantized weights: raises `ModelError` then.
+    Copies the weights. The projection is in C++ if `has_native` holds and the number of inputs is even, else in torch. torch's
+    has no quantized weights: raises `ModelError` if `quantization` is given then.
     """
     if _is_native(linears):
         return NativeProjection(linears, blocks, operands, quantization)
     if quantization:
         weight = linears[0].weight
-        found = f"{quantization} of {weight.shape[1]} inputs in {weight.dtype} on {weight.device}"
+        product = f"{quantization} of {weight.shape[1]} inputs in {weight.dtype} on {weight.device}"
         cpu = f"a CPU with AVX-512 for bfloat16 and without AMX (or {MAX_ISA_VARIABLE}=avx512_bf16)"
         needs = f"{cpu}, the compiled module, and an even number of inputs in bfloat16"
-        raise ModelError(f"there are no products in {found} here: they need {needs}")
+        raise ModelError(f"there are no products in {product} here: they need {needs}")
     return TorchProjection(linears, blocks, operands)
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of this dtype are computed by the compiled module: in bf16 on a CPU with its instructions and no tiles.
+    """Return whether the compiled module computes products of this dtype: bf16 on a CPU with AVX-512 BF16 and without AMX.
 
-    A process that LORI_MAX_CPU_ISA forbids AMX has no tiles.
+    LORI_MAX_CPU_ISA can forbid AMX to a process.
     """
     return device.type == "cpu" and dtype is torch.bfloat16 and "avx512_bf16" in instruction_sets() and not has_amx()
 
@@ -77,14 +79,14 @@ def _is_native(linears: Sequence[nn.Linear]) -> bool:
 
 
 class TorchProjection:
-    """The product in torch."""
+    """A projection in torch."""
 
     def __init__(self, linears: Sequence[nn.Linear], blocks: Blocks, operands: Sequence[Operands]) -> None:
         self._outputs = [linear.out_features for linear in linears]
-        self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
+        self._reduced = [sum(len(a) for a in layer) for layer in blocks]
         self._operands = operands
-        like = linears[0].weight.detach()
-        rows = [a.to(like) for of_layer in blocks for a in of_layer]
+        weight = linears[0].weight.detach()
+        rows = [a.to(weight) for layer in blocks for a in layer]
         self._weight = torch.cat([*(linear.weight.detach() for linear in linears), *rows])  # (sum of D + sum of A R, N)
         bias = joint_bias(linears)
         self._bias = None if bias is None else F.pad(bias, (0, sum(self._reduced)))
@@ -97,18 +99,18 @@ class TorchProjection:
             return F.linear(x, self._weight[: self._num_outputs], bias)
         if len(self._operands) != len(self._outputs):
             raise ValueError("the route has terms, and these layers have no operands")
-        both = F.linear(x, self._weight, self._bias)
-        parts = both.split_with_sizes([*self._outputs, *self._reduced], 1)
-        for y, s, of in zip(parts, parts[len(self._outputs) :], self._operands, strict=False):
-            add_delta(y, s.view(len(x), s.shape[1] // of.layout.rank, of.layout.rank), of, route)
-        return both[:, : self._num_outputs].contiguous()
+        joint = F.linear(x, self._weight, self._bias)  # (T, sum of D + sum of A R)
+        parts = joint.split_with_sizes([*self._outputs, *self._reduced], 1)
+        for y, s, operands in zip(parts, parts[len(self._outputs) :], self._operands, strict=False):
+            rank = operands.layout.rank
+            add_delta(y, s.view(len(x), s.shape[1] // rank, rank), operands, route)
+        return joint[:, : self._num_outputs].contiguous()
 
 
 class NativeProjection:
-    """The product in C++, bf16: the weights in panels, the adapters' bytes asked for while it computes.
+    """A projection in C++, bf16. The weights are packed in panels; the adapters' bytes are prefetched during the product.
 
-    The weights, not the rows of A, are quantized where that is asked for. `bound` is the module's view, `operands` are those
-    of its layers.
+    `quantization` applies to the weights, not to the rows of A. `bound` is the C++ object; `operands` are those of the layers.
     """
 
     def __init__(
@@ -120,17 +122,17 @@ class NativeProjection:
     ) -> None:
         module: Any = MODULE
         self._outputs = [linear.out_features for linear in linears]
-        self._reduced = [sum(len(a) for a in of_layer) for of_layer in blocks]
+        self._reduced = [sum(len(a) for a in layer) for layer in blocks]
         self.operands = operands
         self._num_outputs, self._num_reduced = sum(self._outputs), sum(self._reduced)
         num_inputs = self._num_inputs = linears[0].in_features
         weights = [linear.weight.detach() for linear in linears]
-        # The A of all layers in one: a panel of few rows takes as long as a whole one.
-        rows = [torch.cat([a.to(weights[0]) for of_layer in blocks for a in of_layer])] if blocks else []
-        narrow, scales = None, None
+        # The A of all layers are packed together, since a panel of a few rows takes as long as a full one.
+        rows = [torch.cat([a.to(weights[0]) for layer in blocks for a in layer])] if blocks else []
+        int8_panels, scales = None, None
         if quantization:
-            quantized, of_outputs = zip(*map(quantize, weights), strict=True)
-            narrow, scales, weights = _panels(quantized, torch.int8).numpy(), torch.cat(of_outputs).numpy(), []
+            quantized, layer_scales = zip(*map(quantize, weights), strict=True)
+            int8_panels, scales, weights = _panels(quantized, torch.int8).numpy(), torch.cat(layer_scales).numpy(), []
         panels = _panels([weight.view(torch.uint16) for weight in [*weights, *rows]], torch.uint16)
         bias = joint_bias(linears)
         self.bound: Any = module.Projection(
@@ -139,7 +141,7 @@ class NativeProjection:
             self._reduced,
             num_inputs,
             None if bias is None else bias.float().numpy(),
-            narrow,
+            int8_panels,
             scales,
         )
 
@@ -160,23 +162,23 @@ class NativeProjection:
         else:
             self.bound.project(
                 x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, s.data_ptr(), self._num_reduced,
-                [bound_operands(of) for of in self.operands], bound_route(route), threads,
+                [bound_operands(operands) for operands in self.operands], bound_route(route), threads,
             )  # fmt: skip
         return y
 
     def has_dense(self, route: Route) -> bool:
-        """Whether the route has segments so long that B is unpacked for them."""
-        return bool(route.runs) and any(dense_segments(of, route) for of in self.operands)
+        """Return whether the route has segments so long that B is unpacked for them."""
+        return bool(route.long_segments) and any(dense_segments(operands, route) for operands in self.operands)
 
     def _add_deltas(self, y: torch.Tensor, s: torch.Tensor, route: Route) -> None:
         parts = zip(y.split(self._outputs, 1), s.split(self._reduced, 1), self.operands, strict=True)
-        for of_layer, reduced, of in parts:
-            rank = of.layout.rank
-            add_delta(of_layer, reduced.view(len(y), reduced.shape[1] // rank, rank), of, route)
+        for layer_y, layer_s, operands in parts:
+            rank = operands.layout.rank
+            add_delta(layer_y, layer_s.view(len(y), layer_s.shape[1] // rank, rank), operands, route)
 
 
 def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    # Laid out for the module, one after the other.
+    """Return `weights` (D, N) packed in panels for the compiled module, one after the other."""
     module: Any = MODULE
     sizes = [module.part_size(*weight.shape) for weight in weights]
     panels = zeros(dtype.itemsize * sum(sizes)).view(dtype)
@@ -186,8 +188,8 @@ def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor
 
 
 def joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
-    """Return the biases of the layers in one, zero where a layer has none; `None` where none has."""
+    """Return the concatenated biases of the layers, zeros for a layer without bias; `None` if no layer has one."""
     if all(linear.bias is None for linear in linears):
         return None
-    like = linears[0].weight
-    return torch.cat([like.new_zeros(li.out_features) if li.bias is None else li.bias.detach() for li in linears])
+    weight = linears[0].weight
+    return torch.cat([weight.new_zeros(li.out_features) if li.bias is None else li.bias.detach() for li in linears])

@@ -1,6 +1,7 @@
-"""The sparse B of one module: positions and values of its entries, and how values are stored: bf16, fp16, fp32 or int8.
+"""The sparse B of one module: positions and values of its nonzero entries, and the storage types of values.
 
-int8 has one bf16 scale per output row. Shapes: D outputs, R rank, K entries in row-major order.
+Values are stored as bf16, fp16, fp32 or int8; int8 has one bf16 scale per output row. Shapes: D outputs, R rank, K nonzero
+entries in row-major order.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class SparseB:
-    """A sparse B of `shape` (D, R): `indices` (K,) int32 are positions in row-major order, ascending, of `values` (K,)."""
+    """A sparse B of `shape` (D, R). `indices` (K,) int32 are the row-major positions, ascending, of `values` (K,)."""
 
     shape: tuple[int, int]
     indices: torch.Tensor
@@ -28,21 +29,21 @@ class SparseB:
 
     @classmethod
     def from_dense(cls, dense: torch.Tensor, mask: torch.Tensor) -> "SparseB":
-        """Keep the entries of `dense` (D, R) where `mask` (D, R) is true."""
+        """Return the entries of `dense` (D, R) where the bool `mask` (D, R) is true, on the CPU."""
         assert mask.dtype == torch.bool
         indices = mask.cpu().flatten().nonzero().squeeze(1)
         return cls((dense.shape[0], dense.shape[1]), indices.int(), dense.detach().cpu().flatten()[indices])
 
     @property
     def mask(self) -> torch.Tensor:
-        """Which entries are kept, (D, R) bool."""
+        """The positions of the nonzero entries as a mask, (D, R) bool."""
         out = torch.zeros(self.num_entries, dtype=torch.bool)
         out[self.indices.long()] = True
         return out.view(self.shape)
 
     @property
     def rows(self) -> torch.Tensor:
-        """The output that each kept entry adds to, (K,) int64."""
+        """The row (output) of each nonzero entry, (K,) int64."""
         return self.indices.long() // self.shape[1]
 
     @property
@@ -57,11 +58,11 @@ class SparseB:
 
     @property
     def num_bytes(self) -> int:
-        """What it holds in memory, in bytes."""
+        """Bytes that indices and values take in memory."""
         return self.indices.nbytes + self.values.nbytes
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Return B as (D, R) of `dtype`, zero where nothing is kept."""
+        """Return B as a dense (D, R) of `dtype`."""
         out = torch.zeros(self.num_entries, dtype=dtype)
         out[self.indices.long()] = self.values.to(dtype)
         return out.view(self.shape)
@@ -71,9 +72,9 @@ ValueType = Literal["bfloat16", "float16", "float32", "int8"]
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 INT8_MAX = 127
 SMALLEST_NORMAL = 0x80
-"""The bits of the smallest positive bf16 that is no subnormal: larger ones have larger bits."""
+"""Bits of the smallest positive normal bf16. The bits of larger numbers are larger integers."""
 Rows = npt.NDArray[np.integer]
-"""The output of each kept entry, (K,) ascending."""
+"""The row (output) of each nonzero entry, (K,) ascending."""
 
 
 def stored_dtype(value_type: ValueType) -> torch.dtype:
@@ -82,10 +83,10 @@ def stored_dtype(value_type: ValueType) -> torch.dtype:
 
 
 def rounded(b: SparseB, value_type: ValueType) -> SparseB:
-    """Return `b` as it will be read after it was stored as `value_type`; int8 is read as fp32.
+    """Return `b` with its values as a reader will load them after storage as `value_type`; int8 loads as fp32.
 
-    Rounding what was rounded changes nothing. What the type cannot hold is not finite then; with int8, rows too small for a bf16
-    scale are zero.
+    Rounding twice equals rounding once. Values that the type cannot hold become infinite; with int8, rows too small for a bf16
+    scale become zero.
     """
     if value_type != "int8":
         return SparseB(b.shape, b.indices, b.values.to(stored_dtype(value_type)))
@@ -94,9 +95,9 @@ def rounded(b: SparseB, value_type: ValueType) -> SparseB:
 
 
 def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int8 values (K,) and bf16 scales (D,): each row's largest magnitude is 127 times its scale.
+    """Return int8 values (K,) and bf16 scales (D,). Each row's largest magnitude is 127 times its scale.
 
-    Scales that bf16 holds only as a subnormal are zero, and their rows with them.
+    A scale that would be subnormal in bf16 becomes zero, and so does its row.
     """
     values, rows = b.values.float(), b.rows
     peaks = torch.zeros(b.shape[0]).scatter_reduce(0, rows, values.abs(), "amax")
@@ -104,26 +105,26 @@ def quantize(b: SparseB) -> tuple[torch.Tensor, torch.Tensor]:
     scales[scales < torch.finfo(torch.bfloat16).smallest_normal] = 0.0
     steps = scales.float()[rows]
     quantized = torch.where(steps > 0, values / steps, 0.0).round().clamp(-INT8_MAX, INT8_MAX)
-    # Infinities and NaN are for the caller to refuse: no int8 holds them.
+    # int8 cannot hold infinities and NaN, so they become 0. The caller must refuse them.
     return quantized.nan_to_num(0.0).to(torch.int8), scales
 
 
 def is_canonical(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> bool:
-    """Return whether values (K,) int8 and scales (D,) are what `quantize` returns: another pair could mean the same.
+    """Return whether values (K,) int8 and scales (D,) are a pair that `quantize` returns. Other pairs could mean the same B.
 
-    A row has a scale above 0 where it has a value that is not 0, and then it has 127 or -127.
+    In a canonical pair, a row with a nonzero value has a scale above 0 and a value of 127 or -127. Other rows have the scale 0.
     """
     values, bits = quantized.numpy(), scales.view(torch.int16).numpy()
     has_value, has_peak = np.zeros((2, len(scales)), np.bool_)
     has_value[rows[values != 0]] = True
     has_peak[rows[np.abs(values) == INT8_MAX]] = True
     has_scale = bits >= SMALLEST_NORMAL
-    is_one_form = (has_value == has_peak).all() and (has_peak == has_scale).all() and (has_scale == (bits != 0)).all()
-    return bool(is_one_form and (values > -128).all())
+    is_scaled = (has_value == has_peak).all() and (has_peak == has_scale).all() and (has_scale == (bits != 0)).all()
+    return bool(is_scaled and (values > -128).all())
 
 
 def dequantize(quantized: torch.Tensor, scales: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Return values (K,) fp32, exactly `quantized` (K,) int8 times the scale (D,) of its row; `rows` (K,) says which."""
+    """Return values (K,) fp32: exactly `quantized` (K,) int8 times the scale of its row, from `scales` (D,) by `rows` (K,)."""
     return quantized.float().mul_(torch.from_numpy(scales.float().numpy()[rows]))
 
 

@@ -1,4 +1,4 @@
-"""What is known of adapters before their weights are read: a server with thousands reads their configs at start, no more."""
+"""Summaries of adapters, read from configs without weights. A server with thousands of adapters reads only these at start."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,33 +14,33 @@ from lori.template import Template
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One adapter's config, cut down to what requests are admitted by and clients are told."""
+    """The fields of one adapter's config that admission checks and the adapter list need."""
 
     name: str
     digest: str
-    """Of its content: what it does."""
+    """Content digest."""
     basis: SeededConfig | ExplicitConfig
     rank: int
-    """Of most modules."""
+    """Rank of most modules."""
     max_rank: int
-    """Of any module."""
+    """Largest rank of any module."""
     alpha: float
     scale: float
     """alpha / r of most modules."""
     targets: tuple[str, ...]
-    """As `AdapterConfig.target_modules`."""
+    """Target modules, as `AdapterConfig.target_modules`."""
     sparsity: float
-    num_kept: int
-    """Entries of B that are kept, over all modules, by what the config says of its sparsity."""
+    nnz: int
+    """Number of nonzero entries of B, over all modules, computed from the config's sparsity."""
     templates: tuple[Template, ...]
     merge_weights: Mapping[str, tuple[float, float]] = field(hash=False)
     metrics: Mapping[str, float] = field(hash=False)
     num_bytes: int = field(compare=False)
-    """What its files hold."""
+    """Size of the adapter's files."""
 
     @classmethod
-    def of(cls, name: str, config: AdapterConfig, num_entries: int, num_bytes: int) -> "Summary":
-        """Return the summary of the adapter called `name`, whose B has `num_entries`, zeros too, and whose files `num_bytes`."""
+    def from_config(cls, name: str, config: AdapterConfig, num_entries: int, num_bytes: int) -> "Summary":
+        """Return the summary of the adapter `name`, whose dense B has `num_entries` entries and whose files have `num_bytes`."""
         section = config.lori
         return cls(
             name=name,
@@ -52,7 +52,7 @@ class Summary:
             scale=config.scale,
             targets=config.target_modules,
             sparsity=section.sparsity,
-            num_kept=round((1 - section.sparsity) * num_entries),
+            nnz=round((1 - section.sparsity) * num_entries),
             templates=section.templates,
             merge_weights=section.merge_weights,
             metrics=section.metrics,
@@ -61,40 +61,40 @@ class Summary:
 
     @property
     def version(self) -> str:
-        """As `Adapter.version`."""
+        """The version, as `Adapter.version`."""
         return self.digest[:NUM_VERSION_DIGITS]
 
 
 def summarise(entries: Mapping[str, Entry], base: BaseIdentity) -> dict[str, Summary]:
-    """Return the summary of every entry, by the names that they are given under. Raises the faults of all as one error.
+    """Return the summary of every entry, by the keys of `entries`.
 
-    Raises `AdapterFormatError`; see `summarise_sound`.
+    Raises `AdapterFormatError` with the faults of all entries; see `summarise_sound`.
     """
-    found, faulty = summarise_sound(entries, base)
-    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.placed]:
+    summaries, faulty = summarise_sound(entries, base)
+    if faults := [f"{error.source}: {fault}" for error in faulty.values() for fault in error.faults_with_path]:
         raise AdapterFormatError("what is to be served", faults)
-    return found
+    return summaries
 
 
 def summarise_sound(entries: Mapping[str, Entry], base: BaseIdentity) -> tuple[dict[str, Summary], dict[str, AdapterFormatError]]:
-    """Return the summaries of the sound entries, and what is wrong with the others, by the names that they are given under.
+    """Return the summaries of the sound entries, and the errors of the others, by the keys of `entries`.
 
-    Reads configs alone, and the headers of weights. Not sound is an adapter that cannot be read, is damaged, has files that are
-    links, is not of the version that the folder's name says, or not of `base`.
+    Reads only configs and the headers of weights. An adapter is not sound if it cannot be read, is damaged, has links for files,
+    has another version than its folder's name, or belongs to another base.
     """
     reader = SummaryReader(base)
-    found: dict[str, Summary] = {}
+    summaries: dict[str, Summary] = {}
     faulty: dict[str, AdapterFormatError] = {}
     for name, entry in entries.items():
         try:
-            found[name] = reader.read(entry)
+            summaries[name] = reader.read(entry)
         except AdapterFormatError as error:
             faulty[name] = error
-    return found, faulty
+    return summaries, faulty
 
 
 class SummaryReader:
-    """Reads the summaries of adapters of `base`; what many configs say of their base is checked once."""
+    """Reader of summaries of adapters of `base`. Caches the checks against the base that many configs share."""
 
     def __init__(self, base: BaseIdentity) -> None:
         self._base = base
@@ -102,7 +102,7 @@ class SummaryReader:
         self._entries: dict[object, int] = {}
 
     def read(self, entry: Entry) -> Summary:
-        """Return the summary of one adapter. Raises `AdapterFormatError` where it is not sound, see `summarise_sound`."""
+        """Return the summary of one adapter. Raises `AdapterFormatError` if it is not sound, see `summarise_sound`."""
         faults = entry.file_faults()
         try:
             config = read_config(entry.folder)
@@ -111,17 +111,17 @@ class SummaryReader:
         entry.check_version(config.lori.content_digest[:NUM_VERSION_DIGITS])
         if faults := [*self._faults(config), *faults]:
             raise AdapterFormatError(str(entry.folder), faults)
-        return Summary.of(entry.name, config, self._num_entries(config), entry.num_bytes)
+        return Summary.from_config(entry.name, config, self._num_entries(config), entry.num_bytes)
 
     def _num_entries(self, config: AdapterConfig) -> int:
-        recipe = (config.r, tuple(config.rank_pattern.items()), config.target_modules)
-        if recipe not in self._entries:
+        key = (config.r, tuple(config.rank_pattern.items()), config.target_modules)
+        if key not in self._entries:
             shapes = {name: shape for name, shape in self._base.shapes.items() if config.is_target(name)}
-            self._entries[recipe] = sum(num_outputs * config.rank_of(name) for name, (num_outputs, _) in shapes.items())
-        return self._entries[recipe]
+            self._entries[key] = sum(num_outputs * config.rank_of(name) for name, (num_outputs, _) in shapes.items())
+        return self._entries[key]
 
     def _faults(self, config: AdapterConfig) -> list[str]:
-        recipe = (config.base_name, config.lori.base_digest, config.target_modules, tuple(config.lori.shapes.items()))
-        if recipe not in self._base_faults:
-            self._base_faults[recipe] = base_faults(config, self._base)
-        return self._base_faults[recipe]
+        key = (config.base_name, config.lori.base_digest, config.target_modules, tuple(config.lori.shapes.items()))
+        if key not in self._base_faults:
+            self._base_faults[key] = base_faults(config, self._base)
+        return self._base_faults[key]

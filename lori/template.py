@@ -1,4 +1,4 @@
-"""How a prompt is written: one function for training, evaluation and serving, so that they cannot differ.
+"""Rendering of prompts: one function for training, evaluation and serving, so that their prompts cannot differ.
 
 `chat` is the base model's own chat template; `plain` is the text as it stands.
 """
@@ -11,14 +11,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from lori.errors import TemplateError
 
-if TYPE_CHECKING:  # what reads adapters alone need not wait for transformers
+if TYPE_CHECKING:  # programs that only read adapters need not wait for the import of transformers
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 Template = Literal["chat", "plain"]
 
 
-def _is_text(value: str) -> str:
+def _check_text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -26,8 +26,8 @@ def _is_text(value: str) -> str:
     return value
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
-"""Text that a tokenizer can read: JSON can hold half a surrogate pair, UTF-8 cannot."""
+Text = Annotated[str, AfterValidator(_check_text)]
+"""Text that UTF-8 can encode. JSON can hold half a surrogate pair, which a tokenizer cannot read."""
 
 
 class Message(BaseModel):
@@ -39,24 +39,24 @@ class Message(BaseModel):
     content: Text
 
 
-def common_template(learnt: Sequence[tuple[str, Sequence[Template]]]) -> Template:
-    """Return the template in which messages are written for adapters: the name of each, and the templates it was trained on.
+def common_template(trained_on: Sequence[tuple[str, Sequence[Template]]]) -> Template:
+    """Return the template for messages to several adapters. `trained_on` holds each adapter's name and its templates.
 
-    `chat`, the base's own, where all of them know it, and `plain` where they have only that in common. Raises `TemplateError`
-    where they have none.
+    This is `chat` if all adapters were trained on it, else `plain` if all were trained on that. Raises `TemplateError` if the
+    adapters have no template in common.
     """
     for template in get_args(Template):
-        if all(template in templates for _, templates in learnt):
+        if all(template in templates for _, templates in trained_on):
             return cast(Template, template)
-    found = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in learnt)
-    raise TemplateError(f"these adapters were trained on no common template ({found})")
+    listing = "; ".join(f"{name}: {', '.join(templates)}" for name, templates in trained_on)
+    raise TemplateError(f"these adapters were trained on no common template ({listing})")
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[Message], template: Template) -> str:
     """Return the text that the model continues.
 
-    A string is one user's message under `chat`, and stands as it is under `plain`; messages under `plain` are joined by
-    newlines. Raises `TemplateError` where the chat template refuses the messages or the tokenizer has none.
+    With `chat`, a string becomes one user message. With `plain`, a string stays as it is and messages are joined by newlines.
+    Raises `TemplateError` if the chat template refuses the messages or the tokenizer has no chat template.
     """
     if template == "plain":
         return prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
@@ -76,17 +76,17 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str | Sequence[M
 def render_completion(prompt: str, completion: str, template: Template) -> str:
     """Return the completion as it follows the rendered `prompt` in training.
 
-    The chat template ends in a newline, so leading space goes. A plain prompt that ends in no space, with a completion that
-    begins with none, would run two words into one: a newline parts them.
+    With `chat`, leading white space is removed, since the template ends in a newline. With `plain`, a newline is inserted if
+    neither the prompt's end nor the completion's start is white space: two words would run together otherwise.
     """
     if template == "chat":
         return completion.lstrip()
-    glued = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
-    return "\n" + completion if glued else completion
+    needs_newline = prompt and completion and not prompt[-1].isspace() and not completion[0].isspace()
+    return "\n" + completion if needs_newline else completion
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> "Encoding":
-    """Return the token ids and offsets of rendered `text`: no token is added, since a template writes its own."""
-    # As a batch of one: meanwhile other threads may run, which `encode` does not let them, for seconds where a text is long.
+    """Return the token ids and offsets of rendered `text`. Adds no special tokens, since a template writes its own."""
+    # `encode_batch` releases the GIL, `encode` does not: a long text would block other threads for seconds.
     encodings: list[Encoding] = tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
     return encodings[0]

@@ -1,7 +1,7 @@
-"""`adapter_model.safetensors`: the sparse B of every module as tensors, and back.
+"""`adapter_model.safetensors`: conversion between the sparse B of every module and the file's tensors.
 
 Per module: `<module>.mask`, uint8, see `lori.rice`; `<module>.values`, (K,); with int8 values also `<module>.scales`, (D,) bf16.
-safetensors only, never a pickle. Shapes: D outputs, R rank, N inputs, K kept entries.
+safetensors only, never a pickle. Shapes: D outputs, R rank, N inputs, K nonzero entries.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ from lori.sparse import SparseB, ValueType, dequantize, is_canonical, quantize, 
 
 
 def weight_bytes(modules: Mapping[str, SparseB], value_type: ValueType) -> bytes:
-    """Return the content of adapter_model.safetensors: the same modules give the same bytes."""
+    """Return the content of adapter_model.safetensors. Equal modules give equal bytes."""
     tensors = {}
     for name, b in modules.items():
         tensors[f"{name}.mask"] = torch.from_numpy(rice.encode(b.indices.numpy(), b.num_entries))
@@ -29,34 +29,34 @@ def weight_bytes(modules: Mapping[str, SparseB], value_type: ValueType) -> bytes
 
 
 def parts(value_type: ValueType) -> tuple[str, ...]:
-    """Return what follows a module's name in the names of its tensors."""
+    """Return the suffixes of the names of a module's tensors."""
     return ("mask", "values", "scales") if value_type == "int8" else ("mask", "values")
 
 
 def read_modules(
     tensors: Mapping[str, torch.Tensor], config: AdapterConfig, expected: Iterable[str], faults: list[str]
 ) -> dict[str, SparseB]:
-    """Return the B of every module of `expected` that is sound, in that order; whatever is wrong is added to `faults`."""
+    """Return the B of every sound module in `expected`, in that order. Adds a fault for everything that is wrong."""
     expected = list(expected)
     names = {f"{module}.{part}" for module in expected for part in parts(config.lori.values)}
     faults += [f"{name}: missing" for name in sorted(names - tensors.keys())]
     faults += [f"{name}: unknown tensor" for name in sorted(tensors.keys() - names)]
     modules: dict[str, SparseB] = {}
     for module in expected:
-        wanted = [f"{module}.{part}" for part in parts(config.lori.values)]
+        tensor_names = [f"{module}.{part}" for part in parts(config.lori.values)]
         if (shape := config.shape_of(module)) is None:
             faults.append(f"{module}: lori.shapes has nothing for it")
-        elif all(name in tensors for name in wanted):
-            mask, values, *scales = (tensors[name] for name in wanted)
+        elif all(name in tensors for name in tensor_names):
+            mask, values, *scales = (tensors[name] for name in tensor_names)
             b = _read_module(module, (shape[0], config.rank_of(module)), mask, values, scales, config.lori.values, faults)
             modules |= {module: b} if b else {}
     return modules if config.lori.values != "int8" else _canonical(modules, tensors, faults)
 
 
 def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tensor], faults: list[str]) -> dict[str, SparseB]:
-    """Return those of `modules` whose int8 values and scales are canonical, see `lori.sparse.is_canonical`.
+    """Return the `modules` whose int8 values and scales are canonical (`lori.sparse.is_canonical`). Adds faults for the others.
 
-    Looked at all together, since most files are sound; only where one is not, one by one.
+    Checks all modules at once, since most files are sound. Only if that check fails, checks them one by one.
     """
 
     def are_canonical(names: Iterable[str]) -> bool:
@@ -69,9 +69,11 @@ def _canonical(modules: Mapping[str, SparseB], tensors: Mapping[str, torch.Tenso
 
     if not modules or are_canonical(modules):
         return dict(modules)
-    bad = [name for name in modules if not are_canonical([name])]
-    faults += [f"{name}.scales: not those of its values, whose largest in a row is 127, or 0 where the scale is" for name in bad]
-    return {name: b for name, b in modules.items() if name not in bad}
+    faulty = [name for name in modules if not are_canonical([name])]
+    faults += [
+        f"{name}.scales: not those of its values, whose largest in a row is 127, or 0 where the scale is" for name in faulty
+    ]
+    return {name: b for name, b in modules.items() if name not in faulty}
 
 
 def _read_module(
@@ -83,14 +85,14 @@ def _read_module(
     value_type: ValueType,
     faults: list[str],
 ) -> SparseB | None:
-    wanted = {"mask": torch.uint8, "values": stored_dtype(value_type), "scales": torch.bfloat16}
-    before = len(faults)
-    for part, tensor in zip(wanted, (mask, values, *scales), strict=False):
-        if tensor.dtype != wanted[part] or tensor.dim() != 1:
-            faults.append(f"{module}.{part}: {tensor.dtype} of {tensor.dim()} dimensions, expected {wanted[part]} of 1")
+    dtypes = {"mask": torch.uint8, "values": stored_dtype(value_type), "scales": torch.bfloat16}
+    num_faults = len(faults)
+    for part, tensor in zip(dtypes, (mask, values, *scales), strict=False):
+        if tensor.dtype != dtypes[part] or tensor.dim() != 1:
+            faults.append(f"{module}.{part}: {tensor.dtype} of {tensor.dim()} dimensions, expected {dtypes[part]} of 1")
         elif part == "scales" and len(tensor) != shape[0]:
             faults.append(f"{module}.scales: {len(tensor)} of them, expected {shape[0]}")
-    if len(faults) > before:
+    if len(faults) > num_faults:
         return None
     try:
         indices = decode_mask(mask.numpy(), shape[0] * shape[1], values.numel())

@@ -1,4 +1,4 @@
-"""Whole answers, from the events of requests; and whether their client is still there to hear them."""
+"""Whole answers, collected from the events of requests, and cancellation when a client disconnects."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Sequence
@@ -13,12 +13,12 @@ from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEve
 from server.errors import FAILURES, EngineError
 from server.service import Service
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
 class Answer:
-    """One choice of a request, whole."""
+    """One whole choice of a request."""
 
     done: DoneEvent
     texts: list[str] = field(default_factory=list)
@@ -26,12 +26,12 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All of it, the prompt first where it is echoed."""
+        """The text of the choice, with the prompt first if the request echoes it."""
         return "".join(self.texts)
 
 
 async def collect(service: Service, request: Request) -> list[Answer]:
-    """Return the answers, one for each choice. Raises `EngineError`."""
+    """Return the answers of a request, one for each choice. Raises `EngineError`."""
     answers = [Answer(DoneEvent("cancelled", 0, 0)) for _ in range(request.num_choices)]
     async with aclosing(service.generate(request)) as events:
         async for event in events:
@@ -47,28 +47,28 @@ async def collect(service: Service, request: Request) -> list[Answer]:
 
 
 async def collect_all(service: Service, requests: Sequence[Request]) -> list[list[Answer]]:
-    """Return the answers of several requests, which run together. Raises `EngineError`, and ends all, where one fails."""
+    """Return the answers of several requests, which run together. If one fails, ends all of them and raises its `EngineError`."""
     answers: list[list[Answer]] = [[] for _ in requests]
 
-    async def answer(place: int, request: Request) -> None:
-        answers[place] = await collect(service, request)
+    async def answer(index: int, request: Request) -> None:
+        answers[index] = await collect(service, request)
 
     try:
         async with anyio.create_task_group() as group:
-            for place, request in enumerate(requests):
-                group.start_soon(answer, place, request)
+            for index, request in enumerate(requests):
+                group.start_soon(answer, index, request)
     except* EngineError as errors:
         raise errors.exceptions[0] from errors
     return answers
 
 
-async def until_disconnect(http: HttpRequest, answering: Awaitable[Found]) -> Found | None:
-    """Return what is awaited, or None where the client left first: it is cancelled then. Raises `EngineError` as it does."""
-    found: Found | None = None
+async def until_disconnect(http: HttpRequest, answering: Awaitable[Result]) -> Result | None:
+    """Return the result of `answering`, or None if the client disconnects first, which cancels it. Raises its `EngineError`."""
+    result: Result | None = None
 
     async def answer() -> None:
-        nonlocal found
-        found = await answering
+        nonlocal result
+        result = await answering
         group.cancel_scope.cancel()
 
     async def watch() -> None:
@@ -82,34 +82,34 @@ async def until_disconnect(http: HttpRequest, answering: Awaitable[Found]) -> Fo
             group.start_soon(watch)
     except* EngineError as errors:
         raise errors.exceptions[0] from errors
-    return found
+    return result
 
 
 async def interleaved(service: Service, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Event], None]:
-    """Yield the events of several requests as they come, each with the place of its request; closing it aborts them all.
+    """Yield the events of several requests as they come, each with the index of its request. Closing it aborts all of them.
 
-    So does a fault of ours while one is heard, which is raised.
+    An exception while a request runs, which is a fault of the server, aborts all of them, too, and is raised.
     """
-    heard: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Event | None]] = asyncio.Queue()
 
-    async def listen(place: int, request: Request) -> None:
+    async def listen(index: int, request: Request) -> None:
         try:
             async with aclosing(service.generate(request)) as events:
                 async for event in events:
-                    heard.put_nowait((place, event))
+                    queue.put_nowait((index, event))
         finally:
-            heard.put_nowait((place, None))
+            queue.put_nowait((index, None))
 
-    tasks = [asyncio.create_task(listen(place, request)) for place, request in enumerate(requests)]
+    tasks = [asyncio.create_task(listen(index, request)) for index, request in enumerate(requests)]
     try:
         num_open = len(tasks)
         while num_open:
-            place, event = await heard.get()
+            index, event = await queue.get()
             if event is None:
-                await tasks[place]  # raises what ended it, if it was no event
+                await tasks[index]  # raises what ended the request, if no event did
                 num_open -= 1
             else:
-                yield place, event
+                yield index, event
     finally:
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""The HTTP application: a value built from a service."""
+"""The HTTP application, built from a service."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -34,18 +34,18 @@ from server.transport.cors import Cors
 
 
 class State(TypedDict):
-    """What routes find in `request.state`."""
+    """The values that routes find in `request.state`."""
 
     service: Service
     comparer: Comparer
     comparing: anyio.Lock
-    """Held by the one request that compares adapters."""
+    """Lock of the one request that compares adapters."""
     comparisons: TenantPlaces
     """Comparisons that run or wait, by tenant."""
 
 
 def create_app(service: Service) -> FastAPI:
-    """Return the application; its engine runs from startup to shutdown."""
+    """Return the application. Its engine runs from startup to shutdown."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
@@ -58,7 +58,8 @@ def create_app(service: Service) -> FastAPI:
             group.cancel_scope.cancel()
 
     app = Api(lifespan, has_keys=service.keys is not None)
-    # The last is asked first: a browser asks without a key whether it may send one, and whatever is answered is logged.
+    # Middleware that is added last runs first. CORS preflights carry no key, so CORS comes before authentication. The request log
+    # comes before all, so that every answer is logged.
     app.add_middleware(ScopeNote)
     uploads = {("POST", "/adapters"): service.settings.max_upload_bytes}
     app.add_middleware(
@@ -70,12 +71,12 @@ def create_app(service: Service) -> FastAPI:
     )
     rate = None if service.num_ingresses else service.rate
     app.add_middleware(Gate, ring=service.keys, rate=rate, opens_metrics=service.settings.open_metrics)
-    if service.keys is None:  # inside of what lets pages of other origins in: they may read why they are refused
-        app.add_middleware(HostCheck, hosts=AllowedHosts.of(service.settings))
+    if service.keys is None:  # inside CORS, so that pages of other origins may read why they are refused
+        app.add_middleware(HostCheck, hosts=AllowedHosts.from_settings(service.settings))
     if service.settings.cors_origins:
         app.add_middleware(Cors, origins=service.settings.cors_origins)
     app.add_middleware(RequestLog, service=service)
-    # The comparison comes before what takes any name for an adapter's.
+    # /adapters/compare must come before /adapters/{name}, which would match it.
     for routes, tag, statuses in (
         (generate, "generate", GENERATING),
         (completions, "openai", GENERATING),

@@ -1,4 +1,4 @@
-"""The command line of the server's programs, and the groups of flags in `--help`."""
+"""Command lines of the server's programs, and the groups of flags in `--help`."""
 
 from argparse import Action, ArgumentParser, HelpFormatter
 from collections.abc import Mapping, Sequence
@@ -77,21 +77,21 @@ GROUPS: Mapping[str, Sequence[str]] = {
     "shutdown": ("drain_notice_s", "drain_s"),
     "log and traces": ("log_format", "log_prompts", "otlp_traces_endpoint"),
 }
-"""Within a heading flags are in the order of the settings' fields."""
+"""Fields under each heading. Within a heading, flags are in the order of the settings' fields."""
 
 
-Read = TypeVar("Read", bound=BaseSettings)
+Config = TypeVar("Config", bound=BaseSettings)
 NUM_COLUMNS = 80
 UNSET = (" (default: null)", " (default: False)", " (default: [])")
-"""Defaults that say no more than that a flag is absent."""
+"""Defaults that say only that a flag is absent, and are left out of `--help`."""
 
 
-def read_arguments(settings: type[Read], groups: Mapping[str, Sequence[str]] | None = None) -> Read:
-    """Read the command line; end the program with 2, and a line that names the flag, where one is wrong.
+def read_arguments(settings: type[Config], groups: Mapping[str, Sequence[str]] | None = None) -> Config:
+    """Read the command line. If a flag is wrong, end the program with exit code 2 and a line that names the flag.
 
-    `groups` are the fields under each heading of `--help`, in order.
+    `groups` has the fields under each heading of `--help`, in order.
     """
-    # Of programs that serve: what others are told differs too much.
+    # Only for programs that serve: the flags of other programs differ too much from those of other servers.
     hints = FLAGS if issubclass(settings, Settings) else None
     with refusing_flags(settings.model_fields, hints=hints):
         flags: CliSettingsSource[ArgumentParser] = CliSettingsSource(
@@ -101,21 +101,21 @@ def read_arguments(settings: type[Read], groups: Mapping[str, Sequence[str]] | N
             add_argument_method=partial(_add, _Headings(groups or {})),
             formatter_class=partial(HelpFormatter, width=NUM_COLUMNS),
         )
-        if groups:  # all flags by their names alone would fill a page
+        if groups:  # otherwise the usage line would list all flags, and fill a page
             flags.root_parser.usage = "%(prog)s [--FLAG VALUE ...]"
         return settings(_cli_settings_source=flags(args=True))
 
 
 class _Headings:
-    """Which heading of `--help` a flag is under."""
+    """Headings of `--help`, and the argparse group of each flag."""
 
     def __init__(self, fields: Mapping[str, Sequence[str]]) -> None:
         self._fields = fields
         self._groups: dict[str, Any] = {}
 
     def group(self, parser: ArgumentParser, field: str) -> Any:
-        """Return the argparse group for `field`, or `parser` itself where no heading names it."""
-        if not self._groups:  # in this order, whichever flag comes first
+        """Return the argparse group for `field`, or `parser` itself if no heading names it."""
+        if not self._groups:  # all groups at once, so that their order does not depend on the flags
             self._groups = {heading: parser.add_argument_group(heading) for heading in self._fields}
         return next((self._groups[heading] for heading, fields in self._fields.items() if field in fields), parser)
 

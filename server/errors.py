@@ -1,4 +1,4 @@
-"""What a request can be refused for, and the one table that makes a status of it."""
+"""Errors that refuse a request, and the one table that maps them to statuses."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -30,12 +30,16 @@ from server.schemas.fields import Body
 
 MAX_FAULTS = 10
 MAX_NAME = 64
-MAX_WORDS = 300
-"""Characters of what pydantic says, which may quote all that was sent."""
+MAX_PYDANTIC_MESSAGE = 300
+"""Characters of a pydantic message, which may quote all that was sent."""
 SHORT = Repr()
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict, SHORT.maxstring = 2, 3, 3, 60
-WORDS = {"model_attributes_type": "expected an object", "model_type": "expected an object", "dict_type": "expected an object"}
-"""Where pydantic's own are of Python."""
+PYDANTIC_MESSAGES = {
+    "model_attributes_type": "expected an object",
+    "model_type": "expected an object",
+    "dict_type": "expected an object",
+}
+"""Replacements for pydantic messages that speak of Python."""
 
 
 class BusyError(Exception):
@@ -43,11 +47,11 @@ class BusyError(Exception):
 
 
 class DrainingError(Exception):
-    """The server is about to end: it answers, but is not ready."""
+    """The server is about to end. It still answers, but is not ready."""
 
 
 class FieldError(Exception):
-    """Another error, of what a route calls `field`."""
+    """Another error, which concerns the field that a route calls `field`."""
 
     def __init__(self, field: str, error: Exception) -> None:
         self.field, self.error = field, error
@@ -55,7 +59,7 @@ class FieldError(Exception):
 
 
 class BodyError(HTTPException):
-    """A body that is not read; `field` names the field with too much in it, where that is known."""
+    """A body that is not parsed. `field` names the field that holds too much, if it is known."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         self.field = field
@@ -63,11 +67,11 @@ class BodyError(HTTPException):
 
 
 class ConflictError(Exception):
-    """What is asked for cannot be as things stand: another request, or a setting, has to come first."""
+    """The request conflicts with the present state: another request, or a setting, has to come first."""
 
 
 class StoreError(Exception):
-    """The disk, the hub or the store of the adapters failed: what is asked for may do later."""
+    """The disk, the hub or the adapters' store failed. The same request may succeed later."""
 
 
 class EngineError(Exception):
@@ -75,15 +79,15 @@ class EngineError(Exception):
 
 
 class AdapterFailedError(EngineError):
-    """An adapter that the request named cannot be served."""
+    """An adapter that the request names cannot be served."""
 
 
 class GrammarFailedError(EngineError):
-    """The grammar that the request gave could be followed no further."""
+    """The answer cannot follow the request's grammar any further."""
 
 
 class OutOfTimeError(EngineError):
-    """The request was not done in its time."""
+    """The request did not finish within its timeout."""
 
 
 class StoppedError(EngineError):
@@ -97,7 +101,7 @@ FAILURES: dict[ErrorKind, type[EngineError]] = {
     "timeout": OutOfTimeError,
     "stop": StoppedError,
 }
-"""By what the engine says of a failure."""
+"""Errors by the engine's kind of failure."""
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RefusedError: (400, "BadRequestError"),
     TemplateError: (400, "BadRequestError"),
@@ -144,45 +148,45 @@ def _answer(
 
 
 def failure_reply(event: ErrorEvent) -> ErrorReply:
-    """Return what a client is told in the middle of an answer."""
+    """Return the error event of a stream for a failure of the engine."""
     return ErrorReply.model_validate(error_reply(*TABLE[FAILURES[event.kind]], event.message, None))
 
 
 @cache
 def _fields() -> frozenset[str]:
-    # Of all bodies there are: by the first error, the routes and so their schemas have been imported.
+    # Fields of all bodies. By the first error, all routes and so all schemas have been imported.
     bodies: tuple[type[BaseModel], ...] = (Message, *_bodies(Body))
-    return frozenset(said.alias or field for body in bodies for field, said in body.model_fields.items())
+    return frozenset(info.alias or field for body in bodies for field, info in body.model_fields.items())
 
 
-def _bodies(of: type[Body]) -> Iterator[type[Body]]:
-    for body in of.__subclasses__():
+def _bodies(parent: type[Body]) -> Iterator[type[Body]]:
+    for body in parent.__subclasses__():
         yield body
         yield from _bodies(body)
 
 
-def _say(error: dict[str, Any], body: Any) -> tuple[str, str]:
-    # The field as a client would name it, and what is wrong. pydantic's places hold branches of unions too: not our fields.
+def _fault(error: dict[str, Any], body: Any) -> tuple[str, str]:
+    # The field as a client names it, and the fault. pydantic's locations also hold branches of unions, which are not fields.
     *places, last = error["loc"]
-    known = [p for p in places[1:] if isinstance(p, int) or p in _fields()]
-    message = _cut(WORDS.get(error["type"], str(error["msg"]).removeprefix("Value error, ")), MAX_WORDS)
+    path = [p for p in places[1:] if isinstance(p, int) or p in _fields()]
+    message = _cut(PYDANTIC_MESSAGES.get(error["type"], str(error["msg"]).removeprefix("Value error, ")), MAX_PYDANTIC_MESSAGE)
     if places and places[0] in ("query", "path", "header"):
         return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
-        return _join([*known, last]), unknown_field(str(last), fields_at(body, places[1:]))
-    field = _join([*known, last] if isinstance(last, int) or last in _fields() else known)
+        return _join([*path, last]), unknown_field(str(last), fields_at(body, places[1:]))
+    field = _join([*path, last] if isinstance(last, int) or last in _fields() else path)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"
     if error["type"] == "missing":
         return field, message if field else "the body is empty, a JSON object is required"
     if error["type"] == "value_error":
         return field, message
-    name = next((place for place in (last, *reversed(known)) if isinstance(place, str)), "")
+    name = next((place for place in (last, *reversed(path)) if isinstance(place, str)), "")
     return field, f"{message}, found {SHORT.repr(error['input'])}{value_hint(name, error['input'], body)}"
 
 
 def _body_type(request: Request) -> Any:
-    # None where a route reads its body itself.
+    # None if the route reads its body itself.
     route = request.scope.get("route")
     field = route.body_field if isinstance(route, APIRoute) else None
     return field.field_info.annotation if field else None
@@ -200,18 +204,18 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     """Answer a body that does not fit its schema, with every fault."""
     assert isinstance(error, RequestValidationError)
     body = _body_type(request)
-    faults = list(dict.fromkeys(_say(e, body) for e in error.errors()))
-    said = "; ".join(f"{field}: {message}" if field else message for field, message in faults[:MAX_FAULTS])
+    faults = list(dict.fromkeys(_fault(e, body) for e in error.errors()))
+    text = "; ".join(f"{field}: {message}" if field else message for field, message in faults[:MAX_FAULTS])
     if len(faults) > MAX_FAULTS:
-        said += f"; and {len(faults) - MAX_FAULTS} more"
-    return _answer(400, "BadRequestError", said, faults[0][0] or None)
+        text += f"; and {len(faults) - MAX_FAULTS} more"
+    return _answer(400, "BadRequestError", text, faults[0][0] or None)
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
-    """Answer an unknown route, a wrong method, and what the framework itself refuses."""
+    """Answer an unknown route, a wrong method, and every other refusal of the framework."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        # What is mounted, as files are, is only read; the framework knows no methods of it.
+        # Mounted files are only read; the framework knows no methods for them.
         allowed = ", ".join(allowed_methods(request)) or "GET, HEAD"
         return _answer(405, "BadRequestError", f"the method is {request.method}, expected {allowed}", headers={"Allow": allowed})
     field, message = error.field if isinstance(error, BodyError) else None, str(error.detail)
@@ -220,8 +224,8 @@ async def on_http(request: Request, error: Exception) -> JSONResponse:
     return _answer(error.status_code, kind_of(error.status_code), message, field, error.headers)
 
 
-async def on_known(_: Request, error: Exception) -> JSONResponse:
-    """Answer what the table knows."""
+async def on_table_error(_: Request, error: Exception) -> JSONResponse:
+    """Answer an error of `TABLE`."""
     cause = error.error if isinstance(error, FieldError) else error
     kind = type(cause)
     field = error.field if isinstance(error, RefusedError | FieldError) else FIELDS.get(kind)
@@ -235,20 +239,20 @@ async def on_known(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_disconnect(_: Request, error: Exception) -> Response:
-    """End the exchange with a client that has left: it hears nothing, and 499 is what proxies' logs call it."""
+    """End the exchange with a client that disconnected. It reads no answer; 499 is the status that proxies log."""
     assert isinstance(error, ClientDisconnect)
     return Response(status_code=499)
 
 
 def unknown_reply() -> JSONResponse:
-    """Return the answer to a request in which we failed; the log has the trace."""
+    """Return the answer to a request on which the server failed. The log has the traceback."""
     return _answer(500, "InternalServerError", "the server failed; its log says why")
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make every error of `app` the same shape."""
+    """Give every error of `app` the same shape."""
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ClientDisconnect, on_disconnect)
     for kind in (*TABLE, FieldError):
-        app.add_exception_handler(kind, on_known)
+        app.add_exception_handler(kind, on_table_error)

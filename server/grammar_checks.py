@@ -1,4 +1,4 @@
-"""Checks of the grammars that requests bring: in turns, so that one client's slow grammars cost the others little."""
+"""Checks of requests' grammars, one at a time, so that one client's slow grammars delay the others little."""
 
 from collections.abc import Awaitable, Callable
 
@@ -11,26 +11,27 @@ from server.engine.admission import Admission
 from server.engine.grammar import CrowdedError, Grammar
 
 MAX_PER_TENANT = 8
-"""Grammars of one tenant that are checked or wait for it. Clients without a key are no tenant, and have no such limit."""
+"""Grammars of one tenant that are checked or wait for a check. Clients without a key are no tenant and have no such limit."""
 
 
 class GrammarChecks:
-    """Checks one grammar at a time, first come, first served; use from the event loop alone.
+    """Queue of grammar checks: one runs at a time, first come, first served. Use from the event loop alone.
 
-    Those that take long wait in a line of their own once that is seen: another client's usual grammar waits for a short trial of
-    each that came before it.
+    Each grammar first gets a short trial. One that takes longer moves to a second queue, so a usual grammar of another client
+    waits only for the short trials before it.
     """
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._places = TenantPlaces()
-        self._first, self._slow = Lock(), Lock()
+        self._quick_lock, self._slow_lock = Lock(), Lock()
 
     async def check(self, grammar: Grammar, tenant: str, has_left: Callable[[], Awaitable[bool]]) -> None:
-        """Make sure that an answer can follow the grammar of an admitted request; one that was checked before waits for nothing.
+        """Check that an answer can follow the grammar of an admitted request.
 
-        `has_left` is asked when its turn comes: nothing is checked for a client that has left. Raises `RefusedError`,
-        `ClientDisconnect`, or `CrowdedError` where the tenant has as many as it may have in here.
+        Returns at once for a grammar that was checked before. `has_left` is called before each check: nothing is checked for a
+        client that has disconnected. Raises `RefusedError`, `ClientDisconnect`, or `CrowdedError` if the tenant has
+        `MAX_PER_TENANT` grammars in here.
         """
         if self._admission.knows_grammar(grammar):
             return
@@ -39,11 +40,11 @@ class GrammarChecks:
                 f"{MAX_PER_TENANT} grammars of tenant {tenant!r} are being compiled, which is the limit; try again"
             )
         with self._places.place(tenant):
-            async with self._first:
+            async with self._quick_lock:
                 await _check_present(has_left)
                 if await run_sync(lambda: self._admission.check_grammar(grammar, is_quick=True)):
                     return
-            async with self._slow:
+            async with self._slow_lock:
                 await _check_present(has_left)
                 await run_sync(lambda: self._admission.check_grammar(grammar))
 

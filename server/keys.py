@@ -14,38 +14,38 @@ from filelock import FileLock
 
 from lori.printable import printable_lines
 from lori.store.files import read_regular, replace_file
-from server.access.keys import KEY_PREFIX, MAX_BYTES, KeyFileError, Keys, check_word, parse_keys
+from server.access.keys import KEY_PREFIX, MAX_BYTES, KeyFileError, Keys, check_identifier, parse_keys
 
 NUM_BYTES = 32
-"""Of randomness: nobody guesses it, so that a fast hash of it may be kept."""
+"""Random bytes of a key. Nobody guesses so many, so a fast hash of the key is safe to store."""
 LOCK_S = 60
 Role = Literal["tenant", "admin", "monitor"]
 
 
-def _word(value: str | None) -> str | None:
+def _identifier(value: str | None) -> str | None:
     try:
-        return value and check_word(value)
+        return value and check_identifier(value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is written of a key."""
+    """A new key, and its entry in the key file."""
 
     key: str
     name: str
     role: Role
     tenant: str | None
     is_first: bool
-    """Of its tenant, which the file does not know yet."""
+    """Whether the key is the first of a tenant that the file does not have yet."""
 
     def toml(self) -> str:
-        """Return the tables to append."""
-        said = {"id": self.name} | ({"tenant": self.tenant} if self.tenant else {"role": self.role})
-        said["sha256"] = hashlib.sha256(self.key.encode()).hexdigest()
+        """Return the tables to append to the file."""
+        fields = {"id": self.name} | ({"tenant": self.tenant} if self.tenant else {"role": self.role})
+        fields["sha256"] = hashlib.sha256(self.key.encode()).hexdigest()
         lines = [f"[tenants.{self.tenant}]", ""] if self.is_first else []
-        return "\n".join([*lines, "[[keys]]", *(f'{name} = "{value}"' for name, value in said.items()), ""])
+        return "\n".join([*lines, "[[keys]]", *(f'{name} = "{value}"' for name, value in fields.items()), ""])
 
 
 def make_key(
@@ -53,15 +53,18 @@ def make_key(
         Path | None,
         typer.Argument(help="The key file: made if absent. Without one the entry is printed, too.", show_default=False),
     ] = None,
-    tenant: Annotated[str | None, typer.Option(callback=_word, help="Who sends requests with it.", show_default=False)] = None,
+    tenant: Annotated[
+        str | None, typer.Option(callback=_identifier, help="Who sends requests with it.", show_default=False)
+    ] = None,
     role: Annotated[
         Role, typer.Option(help="tenant: sends requests; admin: changes adapters, too; monitor: reads /metrics alone.")
     ] = "tenant",
     name: Annotated[
-        str | None, typer.Option("--id", callback=_word, help="What logs call it; such as acme-1 if absent.", show_default=False)
+        str | None,
+        typer.Option("--id", callback=_identifier, help="What logs call it; such as acme-1 if absent.", show_default=False),
     ] = None,
 ) -> None:
-    """Make a key, prints it once, and appends its hash to FILE. A running server reads FILE again when it changes."""
+    """Make a key, print it once, and append its hash to FILE. A running server reads FILE again when it changes."""
     if (role == "tenant") != (tenant is not None):
         raise typer.BadParameter("pass --tenant NAME, or else --role admin or --role monitor")
     if file is None:
@@ -76,8 +79,8 @@ def make_key(
 
 
 def append(file: Path, role: Role, tenant: str | None, name: str | None) -> Entry:
-    """Add a new key to a file, which is whole at any time, and stays its owner's. Raises `KeyFileError` or `OSError`."""
-    file = file.resolve()  # a link stays one
+    """Append a new key to a file, which is whole at any time and keeps its owner. Raises `KeyFileError` or `OSError`."""
+    file = file.resolve()  # replaces the link's target, not the link
     with FileLock(file.with_name(f".{file.name}.lock"), timeout=LOCK_S):
         old = file.stat() if file.exists() else None
         content = read_regular(file, MAX_BYTES) if old else b""
@@ -91,14 +94,14 @@ def append(file: Path, role: Role, tenant: str | None, name: str | None) -> Entr
 
 
 def _entry(keys: Keys, role: Role, tenant: str | None, name: str | None) -> Entry:
-    used = {of.key_id for of in keys.callers.values()}
+    used = {caller.key_id for caller in keys.callers.values()}
     name = name or next(free for i in count(1) if (free := f"{tenant or role}-{i}") not in used)
     key = KEY_PREFIX + secrets.token_urlsafe(NUM_BYTES)
     return Entry(key, name, role, tenant, is_first=tenant is not None and tenant not in keys.tenants)
 
 
 def main() -> int:
-    """Run the program and return its exit code: 0, 1 where the file is not sound or cannot be written, 2 for wrong options."""
+    """Run the program and return its exit code: 0, 1 if the file is not sound or cannot be written, 2 for wrong options."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(make_key)
     try:

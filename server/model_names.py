@@ -1,4 +1,4 @@
-"""What `model` names in OpenAI's routes: the base model, an adapter, or adapters that are added, as `math:0.7+safety:0.3`."""
+"""Names in OpenAI's `model` field: the base model, an adapter, or a sum of adapters such as `math:0.7+safety:0.3`."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -12,7 +12,10 @@ PART = re.compile(rf"\s*(?P<reference>[a-z0-9][a-z0-9._-]{{0,63}}(@[0-9a-f]{{1,1
 
 
 class UnknownModelError(Exception):
-    """No model is called so. The first sentence is vLLM's, by which clients know it; `hint` says what there is."""
+    """No model has this name.
+
+    The first sentence is vLLM's, by which clients recognise the error; `hint` says which models exist.
+    """
 
     def __init__(self, model: str, hint: str) -> None:
         super().__init__(f"The model `{model}` does not exist. {hint}")
@@ -24,42 +27,46 @@ class ModelWeightsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NamedModel:
-    """References of adapters, and their weights; None: each 1/n."""
+    """References of adapters, and their weights. None means 1/n for each."""
 
     adapters: tuple[str, ...] = ()
     weights: tuple[float, ...] | None = None
 
 
 def model_of(adapters: Sequence[str], weights: Sequence[float]) -> str:
-    """Return what names these adapters with these weights: none of them where each is 1/n."""
+    """Return the model name for these adapters and weights. It has no weights if each is 1/n."""
     if all(weight == 1 / len(adapters) for weight in weights):
         return "+".join(adapters)
     return "+".join(f"{name}:{_digits(weight)}" for name, weight in zip(adapters, weights, strict=True))
 
 
 def find_parts(model: str) -> list[re.Match[str] | None]:
-    """Return what stands between the plus signs of `model`; None for what is no reference with or without a weight."""
+    """Return a match for each part between the plus signs of `model`.
+
+    A part that is no reference with an optional weight gives None.
+    """
     return [PART.fullmatch(part) for part in model.split("+", MAX_ADAPTERS)]
 
 
 def is_base(model: str, base_names: Collection[str]) -> bool:
-    """Return whether `model` is one of the base model's names; those of folders may end in a slash."""
+    """Return whether `model` is one of the base model's names. Names of folders may end in a slash."""
     return model in base_names or model.strip().rstrip("/") in base_names
 
 
 def parse_model(model: str, base_names: Collection[str]) -> NamedModel:
-    """Return what `model` names. Raises `ModelWeightsError` where weights are missing or too large.
+    """Return the adapters that `model` names. Raises `ModelWeightsError` if weights are missing or too large.
 
-    What cannot be a reference is one all the same, alone: no adapter is called so, as who looks it up says with names that are.
+    A name that cannot be a reference is returned as a single reference. The lookup then raises the error for an unknown adapter,
+    with the names that exist.
     """
     if is_base(model, base_names):
         return NamedModel()
     parts = find_parts(model)
     if None in parts:
         return NamedModel((model.split("+", MAX_ADAPTERS)[parts.index(None)].strip(),))
-    found = [part for part in parts if part]
-    names = tuple(part["reference"] for part in found)
-    weights = tuple(float(part["weight"]) for part in found if part["weight"])
+    matches = [part for part in parts if part]
+    names = tuple(part["reference"] for part in matches)
+    weights = tuple(float(part["weight"]) for part in matches if part["weight"])
     if len(weights) not in (0, len(names)):
         raise ModelWeightsError(f"{model!r} has {len(weights)} weights for {len(names)} adapters, expected one for each, or none")
     if large := [weight for weight in weights if abs(weight) > MAX_WEIGHT]:

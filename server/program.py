@@ -1,4 +1,4 @@
-"""The program `python -m server`: reads its flags, says that it starts, and only then imports torch, which takes seconds."""
+"""The program `python -m server`: reads its flags, logs that it starts, and only then imports torch, which takes seconds."""
 
 import logging
 import signal
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def run() -> int:
-    """Run the server until SIGTERM or SIGINT; running requests may end first. Return the exit code.
+    """Run the server until SIGTERM or SIGINT, after which running requests may end. Return the exit code.
 
-    It also ends, with exit code 1, where the engine dies.
+    The server also ends, with exit code 1, if the engine dies.
     """
     configure_log("text")
-    signal.signal(signal.SIGTERM, _end)  # while the server loads; afterwards it drains
+    signal.signal(signal.SIGTERM, _exit)  # while the server loads; later it drains
     settings = read_arguments(Settings, GROUPS)
     configure_start(settings.log_format)
     try:
@@ -47,10 +47,10 @@ def _serve(settings: Settings) -> int:
     tracing = start_tracing(settings.otlp_traces_endpoint)
     logger.info("%s %s starts: importing torch and transformers …", PACKAGE, package_version())
     raise_descriptor_limit()
-    from server.serving import serve  # noqa: PLC0415  # takes seconds: a person hears first that the server starts
+    from server.serving import serve  # noqa: PLC0415  # takes seconds, so the server first logs that it starts
 
     return serve(settings, tracing)
 
 
-def _end(_: int, __: FrameType | None) -> None:
+def _exit(_: int, __: FrameType | None) -> None:
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""What the routes work with: admitted requests in, their events out, and the server's own facts."""
+"""The service behind the routes: admits requests, runs them, and holds the state of the server."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
@@ -13,7 +13,7 @@ from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry, check_registered
-from server.engine.admission import Admission, Ask, Caps, RefusedError, check_scores, size_of
+from server.engine.admission import Admission, Ask, Caps, RefusedError, check_num_logprobs, prompt_size
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
@@ -21,8 +21,8 @@ from server.grammar_checks import GrammarChecks
 from server.settings import MIB, Settings
 from server.telemetry.account import Account
 from server.telemetry.metrics import Metrics
-from server.text_threads import TenantTurns, TextThreads
-from server.transport.bodies import Bodies, most_held
+from server.text_threads import TenantSemaphores, TextThreads
+from server.transport.bodies import Bodies, max_counted_bytes
 from server.transport.exchange import current
 
 HasLeft = Callable[[], Awaitable[bool]]
@@ -30,7 +30,7 @@ HasLeft = Callable[[], Awaitable[bool]]
 
 @dataclass(slots=True)
 class Service:
-    """One served base model."""
+    """One served base model, with its engine, adapters and limits."""
 
     settings: Settings
     base_model: str
@@ -39,37 +39,37 @@ class Service:
     engine: EngineThread
     metrics: Metrics
     keys: KeyRing | None = None
-    """Whose requests are answered; None: anybody's."""
+    """Keys of the callers; None on a server without keys, which answers anybody."""
     limiter: Limiter = field(default_factory=Limiter)
     num_ingresses: int = 0
-    """Ingresses in front of this replica, which count the requests of tenants; 0: this process counts them."""
+    """Number of ingresses in front of this replica, which count the tenants' requests. 0 if this process counts them."""
     files: AdapterFiles | None = None
-    """Where adapters come from while the server runs; None: none come."""
+    """Source of adapters that come while the server runs; None if none can come."""
     required: Callable[[], Collection[str]] = tuple
-    """Gives the references of adapters that tenants cannot do without."""
+    """Function that returns the references of adapters that tenants' policies need."""
     outline: str = ""
-    """What is served, and how much fits, for the log."""
+    """Summary of the model and the capacity, for the log."""
     texts: TextThreads = field(default_factory=TextThreads)
-    parsing: Lock = field(default_factory=Lock)
-    """Held by the one long body that is parsed."""
-    parsing_turns: TenantTurns = field(default_factory=lambda: TenantTurns(1))
-    """For a client's long bodies: one of each waits for `parsing`."""
+    parse_lock: Lock = field(default_factory=Lock)
+    """Lock of the one long body that is parsed."""
+    parse_semaphores: TenantSemaphores = field(default_factory=lambda: TenantSemaphores(1))
+    """Semaphores of a client's long bodies: at most one of each client waits for `parse_lock`."""
     bodies: Bodies = field(init=False)
-    """The bytes of the bodies of requests under way."""
+    """Bytes of the request bodies under way."""
     caps: Caps = field(init=False)
-    """What any request may cost; a tenant's may be less."""
+    """Limits on the cost of any request. A tenant's may be lower."""
     uses: AdapterUses = field(default_factory=AdapterUses)
     rate: RateLimiter = field(init=False)
     admin: AdapterAdmin = field(init=False)
     grammar_checks: GrammarChecks = field(init=False)
     base_aliases: frozenset[str] = frozenset()
-    """Other names by which requests may ask for the base model; no reply says them."""
+    """Other names by which requests may ask for the base model. Replies never use them."""
     base_names: frozenset[str] = field(init=False)
-    """All of them."""
+    """All names of the base model."""
     num_requests: int = field(default=0, init=False)
-    """That are being admitted, wait, run, or whose answer is being sent."""
+    """Requests that are being admitted, wait, run, or whose answer is being sent."""
     is_draining: bool = field(default=False, init=False)
-    """Whether the server is about to end: it is not ready any more, and answers on no connection twice."""
+    """Whether the server is about to end. It is then not ready, and closes each connection after its answer."""
 
     def __post_init__(self) -> None:
         help_text = "Requests, from their first check to the last byte of their answers."
@@ -77,7 +77,7 @@ class Service:
         self.base_names = self.base_aliases | {self.base_model}
         self.rate = RateLimiter(self.num_ingresses or 1)
         self.grammar_checks = GrammarChecks(self.admission)
-        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, most_held(self.settings.max_body_bytes))
+        self.bodies = Bodies(self.settings.max_bodies_mib * MIB, max_counted_bytes(self.settings.max_body_bytes))
         self.caps = Caps(self.settings.max_request_s, self.settings.max_request_tokens)
         self.admin = AdapterAdmin(self.registry, self.uses, self.engine, self.files, lambda: self.required())
 
@@ -85,11 +85,11 @@ class Service:
     async def admitted(
         self, asks: Sequence[Ask], caller: Caller, *, is_whole: bool = True, has_left: HasLeft | None = None
     ) -> AsyncGenerator[list[Request], None]:
-        """Give the caller's requests, which have their places until the block ends, or raises what the error table knows.
+        """Yield the caller's requests, which hold their places until the block ends. Raises errors of the error table.
 
-        All are admitted or none; `is_whole` says that no answer is streamed. Where all places are taken, a tenant that has none
-        is given one more. Long prompts are encoded off the event loop, when the places are taken already. `has_left` says whether
-        the client is gone: then a grammar whose turn comes is not checked, and `ClientDisconnect` is raised.
+        Admits all of them or none. `is_whole` says that no answer is streamed. If all places are taken, a tenant that holds none
+        gets one more. Long prompts are encoded off the event loop, after the places were taken. `has_left` returns whether the
+        client has disconnected: its grammars are then not checked, and `ClientDisconnect` is raised.
         """
         self.check_alive()
         num_answers = sum(ask.num_choices for ask in asks)
@@ -99,75 +99,78 @@ class Service:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
-        with ExitStack() as held:
-            held.enter_context(self.limiter.places(caller, num_answers))
+        with ExitStack() as stack:
+            stack.enter_context(self.limiter.places(caller, num_answers))
             if not self.num_ingresses:
-                self.rate.count(caller, len(asks) - 1)  # one was counted at the gate
+                self.rate.count(caller, len(asks) - 1)  # the gate has counted one
             self.num_requests += len(asks)
-            held.callback(self._give_back, len(asks))
+            stack.callback(self._release, len(asks))
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
             requests = await self.texts.run(
-                lambda: [self.admission.admit(_by(caller, ask, caps)) for ask in asks],
+                lambda: [self.admission.admit(_with_caller(caller, ask, caps)) for ask in asks],
                 caller.tenant,
-                sum(size_of(ask.prompt) for ask in asks),
+                sum(prompt_size(ask.prompt) for ask in asks),
             )
-            check_scores(requests, is_whole=is_whole)
-            for grammar in dict.fromkeys(request.grammar for request in requests if request.grammar):  # last: it may take long
-                await self.grammar_checks.check(grammar, caller.tenant, has_left or _stays)
+            check_num_logprobs(requests, is_whole=is_whole)
+            # Last, because it may take long.
+            for grammar in dict.fromkeys(request.grammar for request in requests if request.grammar):
+                await self.grammar_checks.check(grammar, caller.tenant, has_left or _never_leaves)
             self.check_alive()
             for request in requests:
                 check_registered(self.registry, request, caller.may_use)
             for request in requests:
                 terms = (*request.terms, *request.policy)
-                held.enter_context(self.uses.held(terms))
+                stack.enter_context(self.uses.counted(terms))
                 self.metrics.count_admitted([term.name for term in terms])
             yield requests
 
     def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:
-        # What could never be, however often it is tried.
+        # Requests that could never be admitted, however often they are tried.
         limits = (self.settings.max_requests, caller.max_requests, self.rate.limit(caller))
         if num_requests > (most := min(limit for limit in limits if limit is not None)):
             raise RefusedError(
                 "prompt", f"has {num_requests} texts, expected {most} at most: no more may ever be under way at once"
             )
         if caller.max_requests is not None and num_answers > caller.max_requests:
-            said = f"asks for {num_answers} answers, expected {caller.max_requests} at most: the tenant may have no more at once"
-            raise RefusedError("n", said)
+            message = (
+                f"asks for {num_answers} answers, expected {caller.max_requests} at most: the tenant may have no more at once"
+            )
+            raise RefusedError("n", message)
 
-    def _give_back(self, num_requests: int) -> None:
+    def _release(self, num_requests: int) -> None:
         self.num_requests -= num_requests
 
     def check_ready(self) -> None:
-        """Raise `EngineDeadError` or `DrainingError` where no more requests should be sent here."""
+        """Raise `EngineDeadError` or `DrainingError` if no more requests should be sent here."""
         self.check_alive()
         if self.is_draining:
             raise DrainingError("the server is about to end")
 
     def check_alive(self) -> None:
-        """Raise `EngineDeadError` where the engine has ended."""
+        """Raise `EngineDeadError` if the engine has ended."""
         if not self.engine.is_alive:
             raise EngineDeadError("the engine is not running")
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yield the request's events and counts them; closing it aborts the request."""
+        """Yield a request's events and count them. Closing it aborts the request."""
         account = Account(request, self.metrics, self.settings.log_prompts)
         if exchange := current.get():
             exchange.accounts.append(account)
         try:
             async with aclosing(self.engine.generate(request)) as events:
                 async for event in events:
-                    account.hear(event)
+                    account.record(event)
                     yield event
         finally:
             account.close()
 
 
-async def _stays() -> bool:
+async def _never_leaves() -> bool:
     return False
 
 
-def _by(caller: Caller, ask: Ask, caps: Caps) -> Ask:
-    # No route can forget whose request it is, or what it may cost.
+def _with_caller(caller: Caller, ask: Ask, caps: Caps) -> Ask:
+    # Set here, so that no route can forget the caller's rights and limits.
     priority = ask.priority
     if caller.tenant:
         priority = caller.priority if priority is None else max(priority, caller.priority)

@@ -1,4 +1,4 @@
-"""One server from its settings to its end: loads the service, listens, drains."""
+"""The life of one server: loads the service, listens, drains."""
 
 from server.access.exposure import log_exposure
 from server.app import create_app
@@ -10,9 +10,9 @@ from server.transport.http_config import http_config
 
 
 def serve(settings: Settings, tracing: Tracing | None) -> int:
-    """Serve until SIGTERM or SIGINT, or until the engine dies; return the exit code. Raises as `load_service`.
+    """Serve until SIGTERM or SIGINT, or until the engine dies. Return the exit code. Raises as `load_service`.
 
-    `tracing` is stopped at the end, also where something is raised.
+    Stops `tracing` at the end, also after an error.
     """
     try:
         return _serve(settings, tracing)

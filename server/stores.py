@@ -1,4 +1,4 @@
-"""The stores of adapters that the settings name: the server's own, a folder or an address, and the demo adapters."""
+"""The adapter stores that the settings name: the server's own store (a folder or an address), and the demo adapters."""
 
 import hashlib
 from pathlib import Path
@@ -13,27 +13,27 @@ from server.settings import Settings
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"
 GIB = 2**30
 NUM_DIGITS = 16
-"""Of a digest of an address, which names the cache of what lies there."""
+"""Hexadecimal digits of the digest of an address, which names its cache folder."""
 
 
 def open_stores(settings: Settings) -> tuple[AdapterStore | None, AdapterStore | None]:
-    """Return the server's own store, and the one of demo adapters. Raises `AdapterError` where the own cannot be looked at."""
+    """Return the server's own store and the store of demo adapters. Raises `AdapterError` if the own store cannot be read."""
     has_demo = settings.demo_adapters and settings.model is None
-    return _own(settings), AdapterStore(DEMO_ADAPTERS) if has_demo else None
+    return _own_store(settings), AdapterStore(DEMO_ADAPTERS) if has_demo else None
 
 
-def _own(settings: Settings) -> AdapterStore | None:
-    place = settings.adapters
-    if place is None:
+def _own_store(settings: Settings) -> AdapterStore | None:
+    address = settings.adapters
+    if address is None:
         return None
-    if not is_url(place):
-        return AdapterStore(Path(place))
-    cache = (settings.adapter_cache or cache_dir() / "adapters") / hashlib.sha256(place.encode()).hexdigest()[:NUM_DIGITS]
+    if not is_url(address):
+        return AdapterStore(Path(address))
+    cache = (settings.adapter_cache or cache_dir() / "adapters") / hashlib.sha256(address.encode()).hexdigest()[:NUM_DIGITS]
     try:
-        remote = RemoteFolder(place, settings.adapter_timeout_s)
+        remote = RemoteFolder(address, settings.adapter_timeout_s)
         return RemoteStore(remote, cache, int(settings.adapter_cache_gib * GIB), settings.delete_grace_s)
     except AdapterError as error:
-        said = str(error)
+        message = str(error)
         if isinstance(error, UnreachableError) and str(error.__cause__):
-            said = f"{said}: {redacted(' '.join(str(error.__cause__).split()))}"
-        raise AdapterError(f"--adapters {redacted(place)}: {said}") from error
+            message = f"{message}: {redacted(' '.join(str(error.__cause__).split()))}"
+        raise AdapterError(f"--adapters {redacted(address)}: {message}") from error

@@ -16,72 +16,72 @@ SHORT = 2048
 """Characters or tokens. A text of up to this length tokenizes in less than the interpreter's thread switch interval."""
 LONG = 16384
 """Characters or tokens. Longer texts take more than about 10 ms to tokenize."""
-MAX_THREADS = 4
-"""For the long texts of all tenants together: a core that tokenizes is one less for the engine."""
-MAX_SHORTER = 8
-"""Threads of the short lane, and of the medium one."""
-MAX_OF_TENANT = 4
-"""Of these, for one tenant."""
-REST = 3.0
-"""After a text that is refused, its tenant's next one waits for this many times what it took."""
+MAX_LONG_THREADS = 4
+"""Threads for the long texts of all tenants. A core that tokenizes is one less for the engine."""
+MAX_SHORTER_THREADS = 8
+"""Threads of the short lane, and of the medium lane."""
+MAX_TENANT_THREADS = 4
+"""Threads of the short lane, and of the medium lane, that one tenant may use."""
+BACKOFF = 3.0
+"""After a text is refused, its tenant's next one waits for this many times the time that the text took."""
 Result = TypeVar("Result")
 
 
-class TenantTurns:
-    """A few turns at a time for each tenant: its others wait for them, in order. Use from one event loop."""
+class TenantSemaphores:
+    """A semaphore for each tenant. Tasks that wait are served in order. Use from one event loop."""
 
-    def __init__(self, num_turns: int) -> None:
-        """Take how many turns one tenant may have at a time."""
-        self._num_turns = num_turns
+    def __init__(self, num_permits: int) -> None:
+        """`num_permits` is the number of tasks of one tenant that may hold the semaphore at a time."""
+        self._num_permits = num_permits
         self._by_tenant: WeakValueDictionary[str, Semaphore] = WeakValueDictionary()
 
     @asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncIterator[None]:
-        """Give a turn until the block ends; at once where one is free."""
-        turns = self._by_tenant.get(tenant)
-        if turns is None:
-            turns = self._by_tenant[tenant] = Semaphore(self._num_turns, fast_acquire=True)
-        async with turns:
+    async def acquire(self, tenant: str) -> AsyncIterator[None]:
+        """Hold the tenant's semaphore until the block ends."""
+        semaphore = self._by_tenant.get(tenant)
+        if semaphore is None:
+            semaphore = self._by_tenant[tenant] = Semaphore(self._num_permits, fast_acquire=True)
+        async with semaphore:
             yield
 
 
 class _Lane:
-    """Threads of its own for texts of about one size."""
+    """A lane with threads of its own, for texts of about one size."""
 
-    def __init__(self, num_of_tenant: int, num_threads: int) -> None:
-        self._turns, self._threads = TenantTurns(num_of_tenant), CapacityLimiter(num_threads)
+    def __init__(self, num_tenant_threads: int, num_threads: int) -> None:
+        self._semaphores, self._threads = TenantSemaphores(num_tenant_threads), CapacityLimiter(num_threads)
 
     async def run(self, work: Callable[[], Result], tenant: str) -> Result:
-        took = 0.0
+        duration = 0.0
 
         def timed() -> Result:
-            nonlocal took
+            nonlocal duration
             began = perf_counter()
             try:
                 return work()
             finally:
-                took = perf_counter() - began
+                duration = perf_counter() - began
 
-        async with self._turns.turn(tenant):
+        async with self._semaphores.acquire(tenant):
             try:
                 return await run_sync(timed, limiter=self._threads)
             except Exception:
-                await sleep(REST * took)  # refused: whoever sends many such texts leaves the core to others
+                await sleep(BACKOFF * duration)  # refused: a tenant that sends many such texts must leave the core to others
                 raise
 
 
 class TextThreads:
-    """Runs what is done with whole texts, off the event loop that calls it."""
+    """Thread pools for work on whole texts, off the event loop."""
 
     def __init__(self) -> None:
-        self._short, self._medium = (_Lane(MAX_OF_TENANT, MAX_SHORTER) for _ in range(2))
-        self._long = _Lane(1, MAX_THREADS)
+        self._short, self._medium = (_Lane(MAX_TENANT_THREADS, MAX_SHORTER_THREADS) for _ in range(2))
+        self._long = _Lane(1, MAX_LONG_THREADS)
 
     async def run(self, work: Callable[[], Result], tenant: str, size: int) -> Result:
-        """Return what `work` returns for texts of `size` characters or tokens in all; raises what it raises.
+        """Return the result of `work` for texts of `size` characters or tokens in all. Raises what `work` raises.
 
-        It waits until one of its tenant's threads is free, of which there is one for long texts and `MAX_OF_TENANT` for others,
-        and then, in turn with the few of other tenants, for one of all. Short texts wait for no longer ones.
+        Waits for one of the tenant's threads (one for long texts, `MAX_TENANT_THREADS` for others), then for one of the lane's
+        threads. Short texts never wait for longer ones.
         """
         lane = self._short if size <= SHORT else self._medium if size <= LONG else self._long
         return await lane.run(work, tenant)

@@ -1,6 +1,6 @@
-"""Texts to tokens and back, as routes that generate read them. Called off the event loop: long texts take a while.
+"""Conversions between texts and tokens, for the routes. Call them off the event loop: long texts take a while.
 
-In batches of one: a tokenizer lets other threads run meanwhile, which it does not with what is no batch.
+The tokenizer is called with batches of one, because it releases Python's lock for batches only.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ def token_ids(
     *,
     add_special_tokens: bool,
 ) -> list[int]:
-    """Return the tokens of a text, or of messages under `template`, which has special tokens of its own.
+    """Return the token ids of a text, or of messages under `template`, which adds special tokens of its own.
 
-    Raises `TemplateError`, and `RefusedError` for a text of more tokens than `bound`.
+    Raises `TemplateError`, and `RefusedError` if the text has more tokens than `bound` allows.
     """
     is_text = isinstance(prompt, str)
     text = render_prompt(tokenizer, prompt, template or "plain")
@@ -40,7 +40,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Return the text of tokens, special ones too; those that the tokenizer does not know have none."""
+    """Return the text of tokens, with special tokens. Unknown token ids have no text."""
     [text] = tokenizer.backend_tokenizer.decode_batch([list(ids)], skip_special_tokens=False)
     assert isinstance(text, str)
     return text

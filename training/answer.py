@@ -1,7 +1,7 @@
-"""`python -m training.answer`: lets the base model answer prompts itself, in the form that `training.fit --mix` reads.
+"""`python -m training.answer`: the base model's own answers to prompts, as rows for `training.fit --mix`.
 
-An adapter trained on its own task alone acts on every input. Mixing in the base model's own answers to other inputs teaches it
-to leave those alone; merges keep what each adapter learned only then.
+An adapter that is trained on its own task alone changes the output for every input. Mixing in the base model's answers to other
+inputs teaches the adapter to leave those inputs alone. Only then does a merge keep what each of its adapters learned.
 """
 
 import json
@@ -19,128 +19,128 @@ from lori.flags import flag_of
 from lori.store.files import replace_file
 from lori.template import Template
 from training.base import load_base
-from training.command_line import CommandLine, ended
+from training.command_line import CommandLine, run_program
 from training.data import Faults, OnBad, Row, Source, read_rows
 from training.evaluation.answerer import AnswerError, Sampling
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS, LocalAnswerer
 from training.evaluation.server_answerer import Server, ServerAnswerer
 
 logger = logging.getLogger(__name__)
-LOCAL = ("model", "batch_tokens", "dtype", "threads")
-SERVED = ("api_key_variable", "concurrency")
+LOCAL_OPTIONS = ("model", "batch_tokens", "dtype", "threads")
+SERVER_OPTIONS = ("api_key_variable", "concurrency")
 
 
 class AnswerConfig(CommandLine):
-    """Lets the base model answer prompts itself, in the form that `training.fit --mix` reads."""
+    """Answer prompts with the base model itself and write the answers as rows for `training.fit --mix`."""
 
     data: list[Source]
-    """Sources, as those of `training.fit`, whose prompts are answered; what they say as completion is not read."""
+    """Sources of the prompts to answer, as in `training.fit`. Their completions are ignored."""
     output: Path
     """The JSONL file to write."""
     url: HttpUrl | None = None
-    """A running server whose base model answers, several times as fast as one that is loaded here."""
+    """A running server whose base model answers. This is several times as fast as loading the model here."""
     api_key_variable: str = "LORI_API_KEY"
-    """The variable of the environment that holds a key of the server, where it has keys. With --url."""
+    """The environment variable with an API key of the server, if the server uses keys. With --url."""
     concurrency: int = Field(default=32, ge=1)
-    """Requests under way together. With --url."""
+    """Number of concurrent requests. With --url."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: Template = "chat"
-    """How prompts are written; recorded in each row, since an answer is right under its own template only."""
+    """The template that formats the prompts. Each row records it, since an answer is valid under its own template only."""
     on_bad: OnBad = "refuse"
-    """refuse: where a row cannot be used, or its prompt leaves no room for an answer, nothing is written. skip: they are left
-    out. Either way they are counted, and ten of each kind named, with their lines."""
+    """refuse: write nothing if a row cannot be used or its prompt leaves no room for an answer. skip: leave such rows out. Either
+    way bad rows are counted, and the first ten of each kind are listed with their lines."""
     only_unanswered: bool = False
-    """Answers only rows that have no completion of their own."""
+    """Answers only the rows without a completion."""
     any_template: bool = False
-    """Leaves the template out of the rows, so that training writes the answer under each of its own templates."""
+    """Records no template in the rows, so that training uses each answer with all of its own templates."""
     num_rows: int = Field(default=0, ge=0)
-    """How many prompts of each file are answered, drawn at random; 0 is all."""
+    """Number of prompts of each source to answer, drawn at random; 0 means all."""
     max_tokens: int = Field(default=24, ge=1)
-    """Longest answer; one cut here is marked `truncated`, and no end-of-text is trained after it."""
+    """Maximum tokens of an answer. A longer answer is cut and marked `truncated`; training adds no end-of-text to it."""
     temperature: float = Field(default=0.7, ge=0)
-    """1 draws from the base model as it is, 0 is greedy."""
+    """1 samples from the base model's own distribution, 0 is greedy."""
     batch_tokens: int = Field(default=DEFAULT_BATCH_TOKENS, ge=1)
-    """Tokens, answers included, that are computed together."""
+    """Tokens of a batch, answers included."""
     seed: int = Field(default=0, ge=0)
-    """Draws the rows and the answers."""
+    """Seed for drawing the rows and sampling the answers."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights and products: auto, bfloat16 or float32."""
+    """Dtype of weights and matrix products: auto, bfloat16 or float32."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is as many as there are CPUs that other processes leave free."""
+    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
 
     @model_validator(mode="after")
-    def _goes_together(self) -> "AnswerConfig":
-        idle = LOCAL if self.url else SERVED
-        whose = "is for a model that is loaded here, and --url names a server" if self.url else "needs --url"
-        if faults := [f"{flag_of(name)} {whose}" for name in idle if name in self.model_fields_set]:
+    def _check_combinations(self) -> "AnswerConfig":
+        unused_options = LOCAL_OPTIONS if self.url else SERVER_OPTIONS
+        reason = "is for a model that is loaded here, and --url names a server" if self.url else "needs --url"
+        if faults := [f"{flag_of(name)} {reason}" for name in unused_options if name in self.model_fields_set]:
             raise ValueError("; ".join(faults))
         return self
 
     @model_validator(mode="after")
-    def _keeps_data(self) -> "AnswerConfig":
+    def _check_output(self) -> "AnswerConfig":
         if any(Path(source.path).resolve() == self.output.resolve() for source in self.data):
             raise ValueError("--output is among --data, whose answers would be lost")
         return self
 
 
-def chosen_rows(config: AnswerConfig) -> list[Row]:
-    """Return the rows to answer. Raises `DataError` for what is wrong with them, unless that is to be skipped."""
+def select_rows(config: AnswerConfig) -> list[Row]:
+    """Return the rows to answer. Raises `DataError` for bad rows, unless `config.on_bad` is "skip"."""
     rows: list[Row] = []
     faults = Faults(config.on_bad)
     for source in config.data:
-        found = read_rows(source, needs="prompt", faults=faults)
+        source_rows = read_rows(source, needs="prompt", faults=faults)
         if config.only_unanswered:
-            found = [row for row in found if not row.completion]
-        if 0 < config.num_rows < len(found):
-            found = random.Random(config.seed).sample(found, config.num_rows)
-        rows += found
-    faults.settle()
+            source_rows = [row for row in source_rows if not row.completion]
+        if 0 < config.num_rows < len(source_rows):
+            source_rows = random.Random(config.seed).sample(source_rows, config.num_rows)
+        rows += source_rows
+    faults.raise_or_warn()
     return rows
 
 
-def answers(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
-    """Return each row with the base model's own completion, without those that were cut before they said anything.
+def answer_rows(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
+    """Return each row with the base model's own completion. Answers that were cut while still empty are left out.
 
-    `base` is None where the server at `config.url` answers. Raises `TemplateError` where a prompt cannot be written, `DataError`
-    where some are empty or too long, unless that is to be skipped, and `AnswerError` where the server refuses one.
+    `base` is None if the server at `config.url` answers. Raises `TemplateError` if a prompt cannot be formatted, `DataError` if
+    prompts are empty or too long (unless `config.on_bad` is "skip"), and `AnswerError` if the server refuses a request.
     """
-    how = Sampling(config.max_tokens, temperature=config.temperature, seed=config.seed)
-    who: LocalAnswerer | ServerAnswerer
+    sampling = Sampling(config.max_tokens, temperature=config.temperature, seed=config.seed)
+    answerer: LocalAnswerer | ServerAnswerer
     if base is None:
         key = os.environ.get(config.api_key_variable)
-        who = ServerAnswerer(Server(str(config.url), config.concurrency, key), template=config.template)
+        answerer = ServerAnswerer(Server(str(config.url), config.concurrency, key), template=config.template)
     else:
-        who = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
-    rows = _with_room(who, rows, config)
+        answerer = LocalAnswerer(base.model, base.tokenizer, config.template, config.batch_tokens)
+    rows = _rows_with_room(answerer, rows, config)
     template = None if config.any_template else config.template
-    found = [
-        row.answered(answer.text, template, truncated=not answer.is_whole)
-        for row, answer in zip(rows, who.answers([row.prompt for row in rows], how), strict=True)
+    answered_rows = [
+        row.with_completion(answer.text, template, truncated=not answer.is_whole)
+        for row, answer in zip(rows, answerer.answers([row.prompt for row in rows], sampling), strict=True)
         if answer.is_whole or answer.text.strip()
     ]
-    if num_left := len(rows) - len(found):
-        logger.info("answers left out, which --max-tokens cut before they said anything: %d", num_left)
-    return found
+    if num_empty := len(rows) - len(answered_rows):
+        logger.info("answers left out, which --max-tokens cut before they said anything: %d", num_empty)
+    return answered_rows
 
 
-def _with_room(who: LocalAnswerer | ServerAnswerer, rows: list[Row], config: AnswerConfig) -> list[Row]:
-    faults, some = Faults(config.on_bad), []
+def _rows_with_room(answerer: LocalAnswerer | ServerAnswerer, rows: list[Row], config: AnswerConfig) -> list[Row]:
+    faults, prompted = Faults(config.on_bad), []
     for row in rows:
-        if row.prompt_text or who.template != "plain":
-            some.append(row)
+        if row.prompt_text or answerer.template != "plain":
+            prompted.append(row)
         else:
             faults.add("empty prompt", row.origin)
-    have_room = who.have_room([row.prompt for row in some], config.max_tokens)
-    for row in (row for row, has_room in zip(some, have_room, strict=True) if not has_room):
+    have_room = answerer.have_room([row.prompt for row in prompted], config.max_tokens)
+    for row in (row for row, has_room in zip(prompted, have_room, strict=True) if not has_room):
         faults.add("too long", row.origin, f"with an answer of {config.max_tokens} tokens, for the model's context")
-    faults.settle()
-    return [row for row, has_room in zip(some, have_room, strict=True) if has_room]
+    faults.raise_or_warn()
+    return [row for row, has_room in zip(prompted, have_room, strict=True) if has_room]
 
 
 def write_answers(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -> int:
-    """Write the answers to `config.output`, all or nothing, and return how many there are. Raises as `answers`."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in answers(base, rows, config)]
+    """Write the answers to `config.output` atomically and return their number. Raises as `answer_rows`."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in answer_rows(base, rows, config)]
     config.output.parent.mkdir(parents=True, exist_ok=True)
     replace_file(config.output, "".join(line + "\n" for line in lines).encode())
     return len(lines)
@@ -150,17 +150,17 @@ def main() -> int:
     """Run the program and return its exit code."""
     config = AnswerConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs each request at INFO
 
     def program() -> str:
         if config.output.exists():
             raise AnswerError(f"--output {config.output} is there already: remove it, or name another")
-        rows = chosen_rows(config)  # what is wrong with them is said before the model is loaded
+        rows = select_rows(config)  # before the model is loaded, so that bad rows are reported at once
         base = None if config.url else load_base(config.model, config.dtype, config.threads)
         num_answers = write_answers(base, rows, config)
         return f"wrote {num_answers} answers to {config.output}"
 
-    return ended(program)
+    return run_program(program)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Which examples make which step, and which part of a step: decided at once from the seed, so that a resumed run, and one of more
-processes, see the same ones."""
+"""The plan of a phase: the examples of each step, and the micro-batches of a step.
+
+All of it is decided in advance from the seed. So a resumed run, and a run with more processes, sees the same steps.
+"""
 
 import itertools
 import random
@@ -13,7 +15,7 @@ Step = list[Item]
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
-    """When a step has enough: `num_items` of them, or where that is 0 as many as hold `num_tokens`."""
+    """The size of a step: `num_items` items, or if that is 0 items until they have `num_tokens` tokens."""
 
     num_items: int
     num_tokens: int
@@ -26,17 +28,18 @@ class BatchSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one process computes at once of a step: some of its items, each of which is `share` of the loss.
+class MicroBatch:
+    """The items of a step that one process computes at once. Each item contributes `share` times its own loss to the step's loss.
 
-    `asks_base`: some example of the step keeps the base. All processes then ask it, since they pass through the model together.
+    `needs_reference`: an example of the step has a KL loss. Then every process computes the base's logits for each micro-batch,
+    since FSDP needs the same number of forward passes in all processes.
     """
 
     items: tuple[Item, ...]
     share: float
-    asks_base: bool = False
-    weight: float = 1.0
-    """At which the adapter is applied."""
+    needs_reference: bool = False
+    adapter_weight: float = 1.0
+    """The weight at which the adapter is applied."""
 
 
 def plan_steps(
@@ -47,25 +50,25 @@ def plan_steps(
     length: tuple[int, float],
     seed: int,
 ) -> list[Step]:
-    """Return the steps of a phase of `length`: so many steps, or where that is 0 so many passes over `data`.
+    """Return the steps of a phase. `length` is (number of steps, passes over `data`); the passes count if the steps are 0.
 
-    Each item comes from `mix` with probability `mix_fraction`. Every item of a set is seen once before any is seen again.
-    None is dropped: the last step may be short.
+    Each item comes from `mix` with probability `mix_fraction`. Every item of `data` (and of `mix`) is seen once before any is
+    seen again. No item is dropped, so the last step may be short.
     """
     assert data
     num_steps, num_passes = length
     num_items = max(1, round(num_passes * len(data)))
     rng = random.Random(seed)
-    own, other = _shuffled_forever(len(data), rng), _shuffled_forever(len(mix), rng)
+    data_order, mix_order = _shuffled_forever(len(data), rng), _shuffled_forever(len(mix), rng)
     steps: list[Step] = []
     step: Step = []
-    num_own = 0
-    while len(steps) < num_steps if num_steps else num_own < num_items:
+    num_drawn = 0
+    while len(steps) < num_steps if num_steps else num_drawn < num_items:
         if mix and rng.random() < mix_fraction:
-            step.append(mix[next(other)])
+            step.append(mix[next(mix_order)])
         else:
-            step.append(data[next(own)])
-            num_own += 1
+            step.append(data[next(data_order)])
+            num_drawn += 1
         if size.is_reached(step):
             steps.append(step)
             step = []
@@ -78,47 +81,51 @@ def _shuffled_forever(count: int, rng: random.Random) -> Iterator[int]:
 
 
 def draw_weights(num_steps: int, low: float, high: float, seed: int) -> list[float]:
-    """Return the weight at which each step applies the adapter, drawn evenly between two."""
+    """Return the weight at which each step applies the adapter, drawn uniformly from [low, high]."""
     rng = random.Random(seed)
     return [rng.uniform(low, high) for _ in range(num_steps)]
 
 
-def split(step: Step, num_parts: int, weight: float = 1.0) -> list[Part]:
-    """Return `step` in parts of about as many tokens: the longest item first, each to the part that has least.
+def split_step(step: Step, num_micro_batches: int, adapter_weight: float = 1.0) -> list[MicroBatch]:
+    """Return `step` in micro-batches of about equal numbers of tokens.
 
-    A part that would be empty has one item of no weight, since each process must have something to compute.
+    Items are assigned greedily: the longest first, each to the micro-batch with the fewest tokens. A micro-batch that would be
+    empty gets one item of share 0, since each process must have something to compute.
     """
-    parts: list[list[Item]] = [[] for _ in range(num_parts)]
-    lengths = [0] * num_parts
+    groups: list[list[Item]] = [[] for _ in range(num_micro_batches)]
+    lengths = [0] * num_micro_batches
     for item in sorted(step, key=len, reverse=True):
         least = lengths.index(min(lengths))
-        parts[least].append(item)
+        groups[least].append(item)
         lengths[least] += len(item)
-    shortest, asks_base = min(step, key=len), any(example.keeps_base for item in step for example in item.examples)
-    return [Part(tuple(part or [shortest]), 1 / len(step) if part else 0.0, asks_base, weight) for part in parts]
+    shortest, needs_reference = min(step, key=len), any(example.uses_kl for item in step for example in item.examples)
+    return [
+        MicroBatch(tuple(group or [shortest]), 1 / len(step) if group else 0.0, needs_reference, adapter_weight)
+        for group in groups
+    ]
 
 
-def parts_of(
-    steps: Sequence[Step], num_parts: int, process: int = 0, num_processes: int = 1, weights: Iterable[float] = ()
-) -> list[Part]:
-    """Return the parts that one of `num_processes` computes, in order: every step has `num_parts` of them in all.
+def micro_batches(
+    steps: Sequence[Step], num_micro_batches: int, process: int = 0, num_processes: int = 1, weights: Iterable[float] = ()
+) -> list[MicroBatch]:
+    """Return the micro-batches that `process` computes, in order. Each step has `num_micro_batches` over all processes.
 
-    `weights`: at which each step applies the adapter; 1 where there is none.
+    `weights`: the weight at which each step applies the adapter; 1 if absent.
     """
-    assert num_parts % num_processes == 0
+    assert num_micro_batches % num_processes == 0
     weighted = zip(steps, itertools.chain(weights, itertools.repeat(1.0)), strict=False)
-    every = itertools.chain.from_iterable(split(step, num_parts, weight) for step, weight in weighted)
-    return list(itertools.islice(every, process, None, num_processes))
+    batches = itertools.chain.from_iterable(split_step(step, num_micro_batches, weight) for step, weight in weighted)
+    return list(itertools.islice(batches, process, None, num_processes))
 
 
-def held_out_parts(items: Sequence[Item], num_tokens: int) -> list[Part]:
-    """Return `items` in parts of about `num_tokens`, like lengths together; their shares add up to 1."""
-    places = like_lengths([len(item) for item in items], num_tokens)
-    return [Part(tuple(items[i] for i in some), 1 / len(items)) for some in places]
+def held_out_batches(items: Sequence[Item], num_tokens: int) -> list[MicroBatch]:
+    """Return `items` in batches of about `num_tokens`, sorted by length. The shares of all items add up to 1."""
+    batches = group_by_length([len(item) for item in items], num_tokens)
+    return [MicroBatch(tuple(items[i] for i in indices), 1 / len(items)) for indices in batches]
 
 
-def like_lengths(lengths: Sequence[int], num_tokens: int) -> Iterator[list[int]]:
-    """Yield places in `lengths`, longest first, so many that, each padded to the longest, they have `num_tokens` at most."""
+def group_by_length(lengths: Sequence[int], num_tokens: int) -> Iterator[list[int]]:
+    """Yield groups of indices into `lengths`, longest first. Padded to its longest, a group has at most `num_tokens` tokens."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while order:
         count = max(1, num_tokens // lengths[order[0]])

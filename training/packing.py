@@ -1,7 +1,7 @@
-"""Batches without padding: the examples of a batch lie one behind the other, and attention alone keeps them apart.
+"""Batches without padding: the examples of a batch are concatenated to one row, and attention keeps them apart.
 
-Shapes: T tokens of a batch, P of them predicted, B examples of a group, L the longest of them, H heads, G key-value heads, E head
-size.
+Shapes: T tokens of a batch, P predicted tokens, B examples of a group, L tokens of the group's longest example, H heads, G
+key-value heads, E head size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,103 +14,114 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from lori.errors import ModelError
-from training.batches import Part
+from training.batches import MicroBatch
 from training.data import Example, Pair
 
 ATTENTION = "lori_packed"
 """The name under which transformers finds `packed_attention`."""
 
-KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
-"""Kinds of layers, as transformers calls them, that keep the examples of a batch apart."""
+SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Layer types, by transformers' names, in which the examples of a batch cannot read each other."""
 
 MAX_PLAIN = 128
-"""Tokens up to which plain products are faster on a CPU than its fused attention, which takes four times as long backwards."""
+"""Maximum tokens of an example for plain matrix products on a CPU. Up to this length they are faster than torch's fused
+attention, whose backward pass takes four times as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Some examples as one row of tokens.
+    """Examples as one row of tokens.
 
-    `groups`: for examples of like length, the places of their tokens in the row, (B, L), -1 where an example is shorter.
-    `owners`: which example a target is of, in the order of the row. `share`: what each item is of the loss.
-    `weight`: at which the adapter is applied.
-    The targets of the examples that keep the base come last, behind `num_learnt` others. `base`: the examples on which the base
-    is asked: those that keep it, all of pairs, or where a process has none and others have, another.
+    The targets of examples with a cross-entropy loss come first; there are `num_ce_targets` of them. The targets of examples with
+    a KL loss follow.
+
+    `groups`: for each group of examples of similar length, the positions of their tokens in the row: (B, L), padded with -1.
+    `example_indices`: the example of each target.
+    `share`: the factor of each item's loss in the step's loss.
+    `reference`: the examples on which the base's logits are computed. These are the examples with a KL loss, or all examples of
+    pairs. A process without such examples computes one other example if another process has some.
+    `adapter_weight`: the weight at which the adapter is applied.
     """
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T)
     groups: tuple[torch.Tensor, ...]
-    predicting: torch.Tensor  # (P,) places whose next token is a target
+    predicting_positions: torch.Tensor  # (P,) positions whose next token is a target
     targets: torch.Tensor  # (P,)
-    owners: torch.Tensor  # (P,)
+    example_indices: torch.Tensor  # (P,)
     num_examples: int
-    num_learnt: int
+    num_ce_targets: int
     share: float
-    base: "PackedBatch | None" = None
-    weight: float = 1.0
+    reference: "PackedBatch | None" = None
+    adapter_weight: float = 1.0
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on `device`."""
-        names = ("input_ids", "position_ids", "predicting", "targets", "owners")
+        names = ("input_ids", "position_ids", "predicting_positions", "targets", "example_indices")
         moved = {name: getattr(self, name).to(device) for name in names}
-        groups = tuple(places.to(device) for places in self.groups)
-        return replace(self, **moved, groups=groups, base=self.base and self.base.to(device))
+        groups = tuple(positions.to(device) for positions in self.groups)
+        return replace(self, **moved, groups=groups, reference=self.reference and self.reference.to(device))
 
-    def by_example(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `values` (P,), one of each target, over the targets of each example."""
-        return values.new_zeros(self.num_examples).index_add(0, self.owners, values)
-
-
-def pack(part: Part) -> PackedBatch:
-    """Lay the examples of `part` one behind the other, those that keep the base last."""
-    learnt = [example for item in part.items for example in item.examples if not example.keeps_base]
-    kept = [example for item in part.items for example in item.examples if example.keeps_base]
-    batch = replace(_lay([*learnt, *kept], part.share), weight=part.weight)
-    if any(isinstance(item, Pair) for item in part.items):
-        return replace(batch, base=batch)
-    asked = kept or (learnt[:1] if part.asks_base else [])
-    num_learnt = sum(len(example) - example.num_prompt for example in learnt)
-    return replace(batch, num_learnt=num_learnt, base=_lay(asked, part.share) if asked else None)
+    def sum_by_example(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum (E,) of `values` (P,), one for each target, over the targets of each of the E examples."""
+        return values.new_zeros(self.num_examples).index_add(0, self.example_indices, values)
 
 
-def _lay(examples: Sequence[Example], share: float) -> PackedBatch:
+def pack(micro_batch: MicroBatch) -> PackedBatch:
+    """Return the examples of `micro_batch` concatenated, those with a KL loss last."""
+    ce_examples = [example for item in micro_batch.items for example in item.examples if not example.uses_kl]
+    kl_examples = [example for item in micro_batch.items for example in item.examples if example.uses_kl]
+    batch = replace(_concatenate([*ce_examples, *kl_examples], micro_batch.share), adapter_weight=micro_batch.adapter_weight)
+    if any(isinstance(item, Pair) for item in micro_batch.items):
+        return replace(batch, reference=batch)
+    reference = kl_examples or (ce_examples[:1] if micro_batch.needs_reference else [])
+    num_ce_targets = sum(len(example) - example.num_prompt for example in ce_examples)
+    return replace(
+        batch,
+        num_ce_targets=num_ce_targets,
+        reference=_concatenate(reference, micro_batch.share) if reference else None,
+    )
+
+
+def _concatenate(examples: Sequence[Example], share: float) -> PackedBatch:
     start = 0
-    places: dict[int, list[torch.Tensor]] = {}
-    predicting: list[int] = []
+    groups: dict[int, list[torch.Tensor]] = {}
+    predicting_positions: list[int] = []
     targets: list[int] = []
-    owners: list[int] = []
-    for number, example in enumerate(examples):
+    example_indices: list[int] = []
+    for index, example in enumerate(examples):
         end = start + len(example)
-        places.setdefault(len(example).bit_length(), []).append(torch.arange(start, end))
-        predicting += range(start + example.num_prompt - 1, end - 1)
+        groups.setdefault(len(example).bit_length(), []).append(torch.arange(start, end))
+        predicting_positions += range(start + example.num_prompt - 1, end - 1)
         completion = example.ids[example.num_prompt :]
         targets += completion
-        owners += [number] * len(completion)
+        example_indices += [index] * len(completion)
         start = end
     return PackedBatch(
         input_ids=torch.tensor([[i for example in examples for i in example.ids]]),
         position_ids=torch.cat([torch.arange(len(example)) for example in examples])[None],
-        groups=tuple(torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=-1) for group in places.values()),
-        predicting=torch.tensor(predicting),
+        groups=tuple(torch.nn.utils.rnn.pad_sequence(group, batch_first=True, padding_value=-1) for group in groups.values()),
+        predicting_positions=torch.tensor(predicting_positions),
         targets=torch.tensor(targets),
-        owners=torch.tensor(owners),
+        example_indices=torch.tensor(example_indices),
         num_examples=len(examples),
-        num_learnt=len(targets),
+        num_ce_targets=len(targets),
         share=share,
     )
 
 
 def check_layers(config: PretrainedConfig) -> None:
-    """Raise `ModelError` where a model has layers in which packed examples would read each other, as recurrent ones."""
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS):
-        raise ModelError(f"training a model with layers of the kind {', '.join(others)} is not supported: attention alone is")
+    """Raise `ModelError` if a model has layers in which packed examples would read each other, such as recurrent layers."""
+    if unsupported := sorted(set(getattr(config, "layer_types", None) or ()) - SUPPORTED_LAYERS):
+        raise ModelError(
+            f"training a model with layers of the kind {', '.join(unsupported)} is not supported: attention alone is"
+        )
 
 
-def max_example(config: PretrainedConfig) -> int | None:
-    """Return how many tokens an example may have where attention slides over a window; None where it does not."""
-    kinds = getattr(config, "layer_types", None)
-    return None if kinds and "sliding_attention" not in kinds else getattr(config, "sliding_window", None)
+def max_example_length(config: PretrainedConfig) -> int | None:
+    """Return the maximum tokens of an example for a model with sliding-window attention: its window. None for other models."""
+    layer_types = getattr(config, "layer_types", None)
+    return None if layer_types and "sliding_attention" not in layer_types else getattr(config, "sliding_window", None)
 
 
 def packed_attention(
@@ -127,23 +138,23 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each example: (1, H, T, E) and (1, G, T, E) give (1, T, H, E).
+    """Return causal attention inside each example: (1, T, H, E), from `query` (1, H, T, E), `key` and `value` (1, G, T, E).
 
-    Padding stands behind the tokens of an example, where a causal mask hides it. Raises `ModelError` for what it does not do:
-    scores with a soft cap, attention sinks, and examples that outgrow a sliding window.
+    Padding follows the tokens of an example, where the causal mask hides it. Raises `ModelError` for capped scores, for attention
+    sinks, and for examples longer than a sliding window; none of these is supported.
     """
     if s_aux is not None:
         raise ModelError("training a model with attention sinks is not supported")
     if softcap is not None:
         raise ModelError("training a model that caps its attention scores is not supported")
-    if sliding_window is not None and any(places.shape[1] > sliding_window for places in groups):
+    if sliding_window is not None and any(positions.shape[1] > sliding_window for positions in groups):
         raise ModelError(f"an example is longer than the model's sliding window: pass --max-length {sliding_window}")
     out = torch.empty_like(query[0].transpose(0, 1))  # (T, H, E)
-    for places in groups:
-        real = places >= 0
-        q, k, v = (x[0][:, places.clamp(min=0)].transpose(0, 1) for x in (query, key, value))  # (B, H|G, L, E)
+    for positions in groups:
+        is_token = positions >= 0
+        q, k, v = (x[0][:, positions.clamp(min=0)].transpose(0, 1) for x in (query, key, value))  # (B, H|G, L, E)
         attend = _plain_attention if q.shape[2] <= MAX_PLAIN and q.device.type == "cpu" else _fused_attention
-        out = out.index_put((places[real],), attend(q, k, v, scaling).transpose(1, 2)[real])
+        out = out.index_put((positions[is_token],), attend(q, k, v, scaling).transpose(1, 2)[is_token])
     return out[None], None
 
 
@@ -164,11 +175,11 @@ AttentionInterface.register(ATTENTION, packed_attention)
 
 
 @contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, `model` attends by the function that transformers knows as `name`; afterwards as before."""
-    before = model.config._attn_implementation
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Context manager: `model` uses the attention function that is registered in transformers as `name`; restored afterwards."""
+    previous = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(previous)

@@ -1,4 +1,4 @@
-"""The adapters that a run builds on: one to go on from, others whose entries it leaves alone.
+"""Parent adapters of a run: one to start from, one to take the mask from, and others whose entries are avoided.
 
 Shapes: D outputs, R rank.
 """
@@ -18,18 +18,21 @@ from training.config import FitConfig
 
 
 class ParentError(LoriError):
-    """An adapter cannot be built on: says what was found and what was expected."""
+    """An adapter that a run cannot build on. The message says what was found and what was expected."""
 
 
 def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, modules: Sequence[str]) -> Adapter:
-    """Return the adapter in `folder`, which `flag` names, to be gone on with in `modules`.
+    """Return the adapter in `folder`, for a run that builds on it in `modules`. `flag` is the flag that names the folder.
 
-    Raises `ParentError` with all that differs from what `config` asks for, `AdapterFormatError` where it is no sound adapter.
+    Raises `ParentError` with all differences from `config`, and `AdapterFormatError` if the adapter is unsound.
     """
     adapter = load_adapter(folder, base)
     faults = _basis_faults(adapter, config)
-    if odd := sorted(set(adapter.modules) ^ set(modules)):
-        faults.append(f"differs from --target-modules in {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if odd[5:] else ""))
+    if differing := sorted(set(adapter.modules) ^ set(modules)):
+        faults.append(
+            f"differs from --target-modules in {', '.join(differing[:5])}"
+            + (f" and {len(differing) - 5} more" if differing[5:] else "")
+        )
     if ranks := {b.shape[1] for b in adapter.modules.values()} - {config.rank}:
         faults.append(f"has rank {min(ranks)}, expected --rank {config.rank}")
     faults += _scale_faults(adapter, adapter.modules, config)
@@ -45,34 +48,35 @@ def load_parent(flag: str, folder: Path, config: FitConfig, base: BaseIdentity, 
 def load_avoided(
     config: FitConfig, base: BaseIdentity, shapes: Mapping[str, tuple[int, int]], start: Adapter | None
 ) -> list[Adapter]:
-    """Return the adapters `config.avoid`, for one that goes on from `start` and has a B (D, R) of each of `shapes`.
+    """Return the adapters `config.avoid`, for a new adapter that starts from `start` and has a B (D, R) of each of `shapes`.
 
-    Raises `ParentError` with all for which a sum would not keep the values of both, `AdapterFormatError` where one is unsound.
+    Raises `ParentError` if the sum of the new adapter and an avoided one would not keep the values of both, and
+    `AdapterFormatError` if one is unsound.
     """
     adapters = [load_adapter(folder, base) for folder in config.avoid]
-    said = []
+    messages = []
     for folder, adapter in zip(config.avoid, adapters, strict=True):
         faults = _basis_faults(adapter, config)
         faults += _scale_faults(adapter, adapter.modules.keys() & shapes, config)
-        faults += _shared_faults(adapter, start, config)
-        said += [f"--avoid {folder}: it " + "; it ".join(faults)] if faults else []
-    if said:
-        raise ParentError("; ".join(said))
+        faults += _overlap_faults(adapter, start, config)
+        messages += [f"--avoid {folder}: it " + "; it ".join(faults)] if faults else []
+    if messages:
+        raise ParentError("; ".join(messages))
     return adapters
 
 
-def entries_of(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Return which entries of each B, (D, R) of `shapes`, any of `adapters` keeps, as a bool (D, R).
+def nonzero_entries(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Return, for each B (D, R) of `shapes`, a bool (D, R): the entries that the mask of any of `adapters` keeps.
 
-    A of a lower rank is the first rows of A, so ranks may differ.
+    Ranks may differ, since A of a lower rank is the first rows of A of a higher one.
     """
-    taken = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    nonzero = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
     for adapter in adapters:
-        for name in taken.keys() & adapter.modules.keys():
-            found = adapter.modules[name].mask
-            columns = min(found.shape[1], taken[name].shape[1])
-            taken[name][:, :columns] |= found[:, :columns]
-    return taken
+        for name in nonzero.keys() & adapter.modules.keys():
+            mask = adapter.modules[name].mask
+            columns = min(mask.shape[1], nonzero[name].shape[1])
+            nonzero[name][:, :columns] |= mask[:, :columns]
+    return nonzero
 
 
 def _basis_faults(adapter: Adapter, config: FitConfig) -> list[str]:
@@ -83,25 +87,32 @@ def _basis_faults(adapter: Adapter, config: FitConfig) -> list[str]:
 
 
 def _scale_faults(adapter: Adapter, modules: Iterable[str], config: FitConfig) -> list[str]:
-    """Where scales differ, a merge puts them into B, and rounds it."""
+    """Return a fault if scales differ: a merge would then multiply B by the scale, and round it."""
     scale = config.alpha / config.rank
     scales = {adapter.config.scale_of(name) for name in modules} - {scale}
     return [f"has alpha/r = {min(scales):g}, expected --alpha / --rank = {scale:g}"] if scales else []
 
 
 def _rounding_faults(adapter: Adapter, config: FitConfig) -> list[str]:
-    """What a mask leaves out would not stay as it is; in int8 a row's values share a scale, with those that are new."""
-    held = adapter.config.lori.values
-    exact: list[ValueType] = ["float32"] if held in ("int8", "float32") else [held, "float32"]
-    found = f"holds {held} values, which --values {config.values} would round again, expected --values {' or '.join(exact)}"
-    return [] if config.values in exact else [found]
+    """Return a fault if storing would change entries outside of the mask, which must stay as they are.
+
+    An int8 row has one scale for all of its values, so new values in a row would round its old ones again.
+    """
+    stored = adapter.config.lori.values
+    exact: list[ValueType] = ["float32"] if stored in ("int8", "float32") else [stored, "float32"]
+    fault = f"holds {stored} values, which --values {config.values} would round again, expected --values {' or '.join(exact)}"
+    return [] if config.values in exact else [fault]
 
 
-def _shared_faults(adapter: Adapter, start: Adapter | None, config: FitConfig) -> list[str]:
-    """What is gone on from stays, and a sum would add to it; what is avoided may be `start` itself, whose entries stay so."""
+def _overlap_faults(adapter: Adapter, start: Adapter | None, config: FitConfig) -> list[str]:
+    """Return a fault if the avoided `adapter` shares entries with `start`.
+
+    The entries of `start` stay in the new adapter, so a sum would add the avoided adapter's values to them. `adapter` may be
+    `start` itself: all of its entries then stay unchanged.
+    """
     if start is None or adapter.config.lori.content_digest == start.config.lori.content_digest:
         return []
-    taken = entries_of([adapter], {name: b.shape for name, b in start.modules.items()})
-    num_shared = sum(int((b.mask & taken[name]).sum()) for name, b in start.modules.items())
-    told = f"keeps {num_shared} entries that --init-from {config.init_from} keeps, too, and which would stay"
-    return [f"{told}: expected none, or that adapter itself"] if num_shared else []
+    avoided = nonzero_entries([adapter], {name: b.shape for name, b in start.modules.items()})
+    num_shared = sum(int((b.mask & avoided[name]).sum()) for name, b in start.modules.items())
+    fault = f"keeps {num_shared} entries that --init-from {config.init_from} keeps, too, and which would stay"
+    return [f"{fault}: expected none, or that adapter itself"] if num_shared else []

@@ -1,4 +1,4 @@
-"""A phase of a run: its name, length and learning rate, and its outcome as reports and records have it."""
+"""A phase of a run: its name, length and learning rate, and its outcome for reports and records."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,28 @@ from transformers import TrainerState
 from training.config import FitConfig
 
 NUM_RECENT = 20
-"""Steps over which a loss is averaged where one number is to stand for it."""
+"""Number of last steps over which a loss is averaged when it is given as one number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A phase's loss at each step, the held-out loss after some, and how much it saw."""
+    """The outcome of a phase: its loss at each step, its held-out losses, and the number of tokens it saw."""
 
     losses: list[float]
     held_out: list[list[float]]
-    """[step, loss] of each measurement."""
+    """[step, loss] of each evaluation."""
     num_tokens: int
     best_step: int
-    """The step whose parameters are kept: the best where something is held out, else the last."""
+    """The step whose parameters the adapter gets: the best by held-out loss, or the last if nothing is held out."""
 
     @property
     def recent_loss(self) -> float:
-        """The mean loss of the last steps."""
+        """Mean loss of the last steps."""
         return recent_loss(self.losses)
 
 
 def outcome_of(state: TrainerState, step_tokens: list[int]) -> Outcome:
-    """Return what `state` says of a phase that is over, whose steps had so many tokens."""
+    """Return the outcome of a finished phase from Trainer's `state`. `step_tokens` are the numbers of tokens of its steps."""
     best_step = state.best_global_step or state.global_step
     return Outcome(losses_of(state), held_out_losses_of(state), sum(step_tokens[: state.global_step]), best_step)
 
@@ -39,19 +39,19 @@ def losses_of(state: TrainerState) -> list[float]:
 
 
 def held_out_losses_of(state: TrainerState) -> list[list[float]]:
-    """Return [step, loss] of each measurement so far."""
+    """Return [step, loss] of each evaluation so far."""
     return [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry]
 
 
 def recent_loss(losses: list[float]) -> float:
-    """Return the mean of the last of `losses`."""
-    last = losses[-NUM_RECENT:]
-    return sum(last) / len(last)
+    """Return the mean of the last `NUM_RECENT` losses."""
+    recent = losses[-NUM_RECENT:]
+    return sum(recent) / len(recent)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Some steps, or where they are 0 some passes over the data, in an order of their own."""
+    """A phase of training: `num_steps` steps, or if that is 0 `num_passes` passes over the data, in an order drawn by `seed`."""
 
     name: str
     lr: float
@@ -63,8 +63,7 @@ class Phase:
 def phases_of(config: FitConfig) -> tuple[Phase, ...]:
     """Return the phases of a run, in order.
 
-    The LoRI-D that a mask is drawn from is as long as what follows, where nothing else is said. LoRI-S sees the data in another
-    order than it.
+    The LoRI-D that finds the mask is as long as LoRI-S, unless `config` gives its length. LoRI-S sees the data in another order.
     """
     length = config.steps, config.epochs
     if config.method == "lora":
@@ -74,5 +73,5 @@ def phases_of(config: FitConfig) -> tuple[Phase, ...]:
     main = Phase("LoRI-S", config.peak_lr, *length, config.seed + 1)
     if config.mask_from:
         return (main,)
-    own = config.calibration_steps, config.calibration_epochs
-    return Phase("LoRI-D", config.calibration_lr, *(own if any(own) else length), config.seed), main
+    calibration_length = config.calibration_steps, config.calibration_epochs
+    return Phase("LoRI-D", config.calibration_lr, *(calibration_length if any(calibration_length) else length), config.seed), main

@@ -1,9 +1,9 @@
-"""The processes that `torchrun` starts for one run; one alone without it."""
+"""The processes that `torchrun` starts for one run; without `torchrun` there is one process."""
 
 import torch
 from accelerate import PartialState
 
 
 def processes() -> PartialState:
-    """Return which of how many this process is; joins the others the first time."""
+    """Return this process's rank and the number of processes. The first call joins the process group."""
     return PartialState(cpu=not torch.cuda.is_available())

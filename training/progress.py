@@ -1,4 +1,4 @@
-"""What a person sees of a phase while it runs, and what ends it early."""
+"""Callbacks of a phase: its progress bar, TensorBoard logs and early stopping."""
 
 import importlib
 import math
@@ -14,11 +14,11 @@ from training.phase import held_out_losses_of, losses_of, recent_loss
 
 
 class TrainingError(LoriError):
-    """Training cannot go on: says at which step, and what might help."""
+    """A failure during training. The message says at which step, and what may help."""
 
 
 class Progress(TrainerCallback):
-    """A bar of loss, tokens/s and time left. Ends the run where the loss is no number any more."""
+    """A progress bar with loss, tokens/s and time left. Ends the run if the loss is not finite."""
 
     def __init__(self, name: str, step_tokens: list[int]) -> None:
         self.name, self.step_tokens = name, step_tokens
@@ -27,7 +27,7 @@ class Progress(TrainerCallback):
         self._started = (0.0, 0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
-        """Open the bar, where this process is the first."""
+        """Open the bar, if this process is the first."""
         self.losses = losses_of(state)
         self._started = (time.monotonic(), state.global_step)
         if state.is_world_process_zero:
@@ -41,7 +41,7 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: object,
     ) -> None:
-        """Raise `TrainingError` for a loss that is not finite; else moves the bar."""
+        """Update the bar. Raises `TrainingError` if the loss is not finite."""
         loss = (logs or {}).get("loss")
         if loss is None:
             return
@@ -49,8 +49,8 @@ class Progress(TrainerCallback):
             raise TrainingError(f"the loss of {self.name} is {loss} at step {state.global_step}: a lower learning rate may help")
         self.losses.append(loss)
         if self._bar is not None:
-            at, first = self._started
-            rate = sum(self.step_tokens[first : state.global_step]) / (time.monotonic() - at)
+            started_at, first_step = self._started
+            rate = sum(self.step_tokens[first_step : state.global_step]) / (time.monotonic() - started_at)
             self._bar.set_postfix(loss=f"{recent_loss(self.losses):.3f}", tokens_per_s=f"{rate:.0f}", refresh=False)
             self._bar.update(state.global_step - self._bar.n)
 
@@ -60,31 +60,31 @@ class Progress(TrainerCallback):
             self._bar.close()
 
 
-class Patience(TrainerCallback):
-    """Ends a phase once `num_measurements` in a row were no better than the best before them, those before a resume included."""
+class EarlyStopping(TrainerCallback):
+    """Stops a phase after `patience` evaluations in a row without an improvement. Evaluations before a resume count, too."""
 
-    def __init__(self, num_measurements: int) -> None:
-        self.num_measurements = num_measurements
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:  # noqa: ARG002
-        """Look at once: what was cut off may have been about to end."""
+        """Stop a phase that has lost its patience already: a resumed run may have been cut off just before it stopped."""
         losses = [loss for _, loss in held_out_losses_of(state)]
-        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.num_measurements:
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= self.patience:
             control.should_training_stop = True
 
     on_evaluate = on_train_begin
 
 
 def check_tensorboard() -> None:
-    """Raise `LoriError` where TensorBoard is not installed: before anything is begun."""
+    """Raise `LoriError` if TensorBoard is not installed. Call this before the run begins."""
     try:
         importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise LoriError("--tensorboard needs: pip install '.[train]'") from error
 
 
-def tensorboard(folder: Path) -> TrainerCallback:
-    """Return what writes logs for TensorBoard, which is installed, to `folder`."""
+def tensorboard_callback(folder: Path) -> TrainerCallback:
+    """Return a callback that writes TensorBoard logs to `folder`. Needs TensorBoard, see `check_tensorboard`."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  # an extra
 
     return TensorBoardCallback(SummaryWriter(str(folder)))

@@ -1,4 +1,4 @@
-"""The report of a run: loss curves, the mask's density by module, answers before and after. One HTML file that loads nothing."""
+"""The report of a run: loss curves, the mask's density by module, answers before and after. One self-contained HTML file."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,17 @@ from lori.compare.statistics import statistics, total
 from lori.names import NUM_VERSION_DIGITS
 from lori.store.files import replace_file
 from training.phase import Outcome
-from training.record import method_of
+from training.record import method_name
 from training.samples import Sample
 
 WIDTH, HEIGHT = 4.2, 3.0
-"""Of one set of axes, in inches."""
-SMOOTHED = 0.1
-"""The share of a phase's steps over which its curve is a running mean."""
+"""Size of one set of axes, in inches."""
+SMOOTHING = 0.1
+"""Window of the loss curve's running mean, as a fraction of the phase's steps."""
 
 
 def plot_losses(outcomes: Mapping[str, Outcome]) -> Figure:
-    """Return the loss of each phase by step: as it was, its running mean, and what was measured on held-out rows."""
+    """Return the loss curves of each phase: the loss of each step, its running mean, and the held-out loss."""
     figure = new_figure(WIDTH * len(outcomes), HEIGHT)
     for axes, (phase, outcome) in zip(figure.subplots(1, len(outcomes), squeeze=False)[0], outcomes.items(), strict=True):
         steps = np.arange(1, len(outcome.losses) + 1)
@@ -42,13 +42,13 @@ def plot_losses(outcomes: Mapping[str, Outcome]) -> Figure:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the mean of each value with those before it, `SMOOTHED` of them all."""
-    width = max(1, round(SMOOTHED * len(values)))
+    """Return the running mean of `values` over a window of the fraction `SMOOTHING` of all values."""
+    width = max(1, round(SMOOTHING * len(values)))
     return [float(np.mean(values[max(0, i - width + 1) : i + 1])) for i in range(len(values))]
 
 
 def as_svg(figure: Figure) -> str:
-    """Return a figure as an element of an HTML page."""
+    """Return a figure as an SVG element for an HTML page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -56,14 +56,14 @@ def as_svg(figure: Figure) -> str:
 
 
 def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], samples: Sequence[Sample]) -> None:
-    """Write the page of a run that made `adapter`."""
+    """Write the report of the run that trained `adapter` to `path`."""
     modules = statistics(adapter)
     record = adapter.config.lori.training
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
     text = environment.get_template("report.html").render(
         name=adapter.name,
         about=record["about"],
-        method=method_of(record),
+        method=method_name(record),
         base=adapter.config.base_model_name_or_path,
         rank=adapter.config.r,
         num_kept=total(modules).num_kept,
@@ -71,7 +71,7 @@ def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], 
         version=adapter.config.lori.content_digest[:NUM_VERSION_DIGITS],
         command=record["command"],
         losses=Markup(as_svg(plot_losses(outcomes))),
-        phases=[_phase(name, outcome) for name, outcome in outcomes.items()],
+        phases=[_phase_row(name, outcome) for name, outcome in outcomes.items()],
         has_held_out=any(outcome.held_out for outcome in outcomes.values()),
         mix_fraction=record["mix_fraction"] if record["mix"] else 0,
         skipped=record["skipped"],
@@ -83,7 +83,7 @@ def write_report(path: Path, adapter: Adapter, outcomes: Mapping[str, Outcome], 
     replace_file(path, text.encode())
 
 
-def _phase(name: str, outcome: Outcome) -> dict[str, object]:
-    best = next((found for found in outcome.held_out if found[0] == outcome.best_step), None)
+def _phase_row(name: str, outcome: Outcome) -> dict[str, object]:
+    best = next((evaluation for evaluation in outcome.held_out if evaluation[0] == outcome.best_step), None)
     steps, loss = len(outcome.losses), outcome.recent_loss
     return {"name": name, "steps": steps, "tokens": outcome.num_tokens, "loss": loss, "best": best}

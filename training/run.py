@@ -1,4 +1,4 @@
-"""A training run: its phases one after another, each from where a killed run left it. Knows nothing of masks and adapters."""
+"""A training run: its phases in order, each resumed from its last checkpoint. Knows nothing of masks and adapters."""
 
 import hashlib
 import json
@@ -20,26 +20,26 @@ from lori.config import CONFIG_FILE
 from lori.flags import flag_of
 from lori.resources import use_threads
 from lori.store.files import discard, remove_folder, replace_file
-from training.batches import BatchSize, draw_weights, held_out_parts, plan_steps
-from training.checkpoints import MarkWhole, last_whole
+from training.batches import BatchSize, draw_weights, held_out_batches, plan_steps
+from training.checkpoints import MarkComplete, last_complete_checkpoint
 from training.config import FitConfig
 from training.data import DataError, Item
 from training.loss import CompletionLoss, Loss, PreferenceLoss
 from training.methods import TrainingMethod
 from training.phase import Outcome, Phase, outcome_of, phases_of
 from training.processes import processes
-from training.progress import Patience, Progress, tensorboard
+from training.progress import EarlyStopping, Progress, tensorboard_callback
 from training.trainer import PhaseTrainer, load_parameters, training_arguments
 
 logger = logging.getLogger(__name__)
 
-LOCK, RUN, SECONDS, THREADS = "lock", "run.json", "seconds.json", "threads.json"
-TRAINED, OUTCOME = "trained.safetensors", "outcome.json"
-"""What a phase that is over leaves in its folder, the second last."""
+LOCK_FILE, RUN_FILE, SECONDS_FILE, THREADS_FILE = "lock", "run.json", "seconds.json", "threads.json"
+TRAINED_FILE, OUTCOME_FILE = "trained.safetensors", "outcome.json"
+"""Files of a finished phase in its folder. `OUTCOME_FILE` is written last."""
 
 
-class ThreadsNote(BaseModel):
-    """How many processes a run began with, and how many CPU threads each had."""
+class Parallelism(BaseModel):
+    """Content of `THREADS_FILE`: the number of processes a run began with, and the CPU threads of each."""
 
     processes: int = Field(ge=1)
     threads: int = Field(ge=1, le=1024)
@@ -47,7 +47,7 @@ class ThreadsNote(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What a run is given: what to learn, to leave as it is, and to measure on."""
+    """The examples of a run: training data, examples to mix in, and held-out examples."""
 
     data: Sequence[Item]
     mix: Sequence[Item] = ()
@@ -55,7 +55,7 @@ class Examples:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of all of them: a run goes on only with the same ones."""
+        """sha256 (hex) of all examples. A run is resumed only with the same examples."""
         sha = hashlib.sha256()
         for items in (self.data, self.mix, self.held_out):
             for example in (example for item in items for example in item.examples):
@@ -64,128 +64,134 @@ class Examples:
         return sha.hexdigest()
 
 
-def has_ended(config: FitConfig) -> bool:
-    """Whether the adapter is there, and no run that has begun since."""
+def is_finished(config: FitConfig) -> bool:
+    """Return whether the adapter exists and no newer run of it has begun."""
     return (config.output / CONFIG_FILE).is_file() and not config.checkpoints.exists()
 
 
-def begin(config: FitConfig) -> None:
-    """Make the run's folder, before what may take long: an adapter that is there from before is not the result any more."""
+def create_run_folder(config: FitConfig) -> None:
+    """Create the run's folder. Call this before anything slow, so that an older adapter is not taken for the run's result."""
     if processes().is_main_process:
         config.checkpoints.mkdir(parents=True, exist_ok=True)
 
 
 class Run:
-    """The phases of one method, and the folder in which they are written down."""
+    """A run of one method: its phases, and the folder with their checkpoints and outcomes."""
 
     def __init__(self, config: FitConfig, examples: Examples, started: float) -> None:
-        """`started`: the monotonic time at which this part of the run began."""
+        """Create a run. `started` is the monotonic time at which this program began to work on it."""
         self.config, self.examples = config, examples
         self._started, self._seconds = started, 0.0
         self.folder = config.checkpoints
         self.outcomes: dict[str, Outcome] = {}
-        self._lock = FileLock(self.folder / LOCK)
+        self._lock = FileLock(self.folder / LOCK_FILE)
 
     def train(self, method: TrainingMethod) -> None:
-        """Run each phase that is not over yet. Raises `DataError` for a run of other options or data, `TrainingError`."""
+        """Run each phase that is not finished yet.
+
+        Raises `DataError` if the folder holds a run with other options or data, or is damaged, and `TrainingError` if training
+        fails.
+        """
         with processes().main_process_first():
             if processes().is_main_process:
                 self._open(method)
-        self._use_noted_threads()
+        self._restore_threads()
         try:
-            self._train_all(method)
+            self._train_phases(method)
         finally:
             if processes().is_main_process:
-                self._note_time()
+                self._save_seconds()
 
-    def _train_all(self, method: TrainingMethod) -> None:
+    def _train_phases(self, method: TrainingMethod) -> None:
         for phase in phases_of(self.config):
-            method.begin(phase)
+            method.begin_phase(phase)
             folder = self.folder / phase.name.lower()
-            if not (folder / OUTCOME).is_file():
-                self._train(method, phase, folder)
+            if not (folder / OUTCOME_FILE).is_file():
+                self._train_phase(method, phase, folder)
             try:
-                load_parameters(method.base.model, load_file(folder / TRAINED))
-                self.outcomes[phase.name] = Outcome(**json.loads((folder / OUTCOME).read_text()))
+                load_parameters(method.base.model, load_file(folder / TRAINED_FILE))
+                self.outcomes[phase.name] = Outcome(**json.loads((folder / OUTCOME_FILE).read_text()))
             except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
                 raise DataError(f"{folder} is damaged ({error}): remove it, and resume") from error
 
     @property
     def seconds(self) -> float:
-        """What the run has taken, with the parts of it that were cut off: those of a kill count to their last checkpoint."""
+        """Seconds of the whole run, interrupted programs included. A killed program counts up to its last checkpoint."""
         return self._seconds + time.monotonic() - self._started
 
-    def _note_time(self) -> None:
-        replace_file(self.folder / SECONDS, json.dumps(self.seconds).encode())
+    def _save_seconds(self) -> None:
+        replace_file(self.folder / SECONDS_FILE, json.dumps(self.seconds).encode())
 
     def close(self) -> None:
-        """Remove the folder: the adapter is saved."""
-        self._lock.release()  # first: a shared file system keeps an open file, and with it the folder
+        """Remove the run's folder. Call this once the adapter is saved."""
+        self._lock.release()  # first: a shared file system keeps an open file, and so the folder
         remove_folder(self.folder)
 
     def _open(self, method: TrainingMethod) -> None:
-        file = self.folder / RUN
+        """Lock the folder and check that it fits this run, or start a new run in it."""
+        file = self.folder / RUN_FILE
         identity = self._identity(method)
-        if self.folder.exists() and not file.is_file() and not all(map(_is_of_a_start, self.folder.iterdir())):
+        if self.folder.exists() and not file.is_file() and not all(map(_is_of_unfinished_start, self.folder.iterdir())):
             raise DataError(f"{self.folder} is there and is of no run: checkpoints are not put in it")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self._acquire_lock()
         if self.config.resume and file.is_file():
-            if others := _differences(identity, _read(file)):
-                said = "; ".join(others)
+            if differences := _differences(identity, _read_json(file)):
+                listed = "; ".join(differences)
                 raise DataError(
-                    f"{self.folder} is of a run with other options, data or base: {said}: resume with those, or remove it"
+                    f"{self.folder} is of a run with other options, data or base: {listed}: resume with those, or remove it"
                 )
-            noted = self.folder / SECONDS
-            self._seconds = _read(noted) if noted.is_file() else 0.0
+            seconds_file = self.folder / SECONDS_FILE
+            self._seconds = _read_json(seconds_file) if seconds_file.is_file() else 0.0
             return
         if self.config.resume:
             logger.warning("%s has nothing to go on from: starting from the beginning", self.folder)
         elif file.is_file():
             raise DataError(f"{self.folder} is of a run that did not end: --resume goes on with it; to start anew, remove it")
         for path in self.folder.iterdir():
-            if path.name != LOCK:
+            if path.name != LOCK_FILE:
                 discard(path)
-        note = {"processes": int(processes().num_processes), "threads": torch.get_num_threads()}
-        replace_file(self.folder / THREADS, json.dumps(note).encode())
+        parallelism = {"processes": int(processes().num_processes), "threads": torch.get_num_threads()}
+        replace_file(self.folder / THREADS_FILE, json.dumps(parallelism).encode())
         replace_file(file, json.dumps(identity).encode())
 
     def _identity(self, method: TrainingMethod) -> dict[str, Any]:
-        """What a resumed run must have in common with the one that it goes on with: the options by flag, and what they led to."""
+        """Return what a resumed run must share with the run it continues: options by flag, data, base and parents."""
         return {flag_of(name): value for name, value in self.config.identity.items()} | {
-            "processes times --accumulation": self._num_parts,
+            "processes times --accumulation": self._num_micro_batches,
             "the rows, as tokens,": self.examples.digest,
             "the base": method.base.identity.digest,
             "the adapters that it builds on": list(method.parents),
         }
 
-    def _use_noted_threads(self) -> None:
-        """Compute with as many threads as the run began with: the order of sums depends on it.
+    def _restore_threads(self) -> None:
+        """Set the number of CPU threads that the run began with, since the order of sums depends on the number of threads.
 
-        Not where the options name a number, nor where more or fewer processes share the machine now. Raises `DataError`.
+        Does nothing if the options give a number of threads, or if the number of processes has changed. Raises `DataError` if the
+        file with the number is damaged.
         """
-        noted = self.folder / THREADS
-        if self.config.threads or not noted.is_file():
+        file = self.folder / THREADS_FILE
+        if self.config.threads or not file.is_file():
             return
         try:
-            note = ThreadsNote.model_validate(_read(noted))
+            parallelism = Parallelism.model_validate(_read_json(file))
         except ValidationError as error:
-            raise DataError(f"{noted} is damaged: remove it, and resume") from error
-        if note.processes == processes().num_processes and note.threads != torch.get_num_threads():
-            logger.info("computing with %d CPU threads, as the run began", note.threads)
-            use_threads(note.threads)
+            raise DataError(f"{file} is damaged: remove it, and resume") from error
+        if parallelism.processes == processes().num_processes and parallelism.threads != torch.get_num_threads():
+            logger.info("computing with %d CPU threads, as the run began", parallelism.threads)
+            use_threads(parallelism.threads)
 
-    def _take(self) -> None:
+    def _acquire_lock(self) -> None:
         try:
             self._lock.acquire(blocking=False)
         except Timeout as error:
             raise DataError(f"another run is writing to {self.folder}") from error
 
     @property
-    def _num_parts(self) -> int:
+    def _num_micro_batches(self) -> int:
         return int(processes().num_processes) * self.config.accumulation
 
-    def _train(self, method: TrainingMethod, phase: Phase, folder: Path) -> None:
+    def _train_phase(self, method: TrainingMethod, phase: Phase, folder: Path) -> None:
         config, examples = self.config, self.examples
         size = BatchSize(config.batch_size, config.batch_tokens)
         steps = plan_steps(
@@ -193,51 +199,51 @@ class Run:
         )
         step_tokens = [sum(map(len, step)) for step in steps]
         arguments = training_arguments(config, folder, phase.lr, len(steps), method.is_autocast)
-        held_out = held_out_parts(examples.held_out, config.batch_tokens)
+        held_out = held_out_batches(examples.held_out, config.batch_tokens)
         weights: list[float] = []
         if config.weight_range:
             low, high = config.weight_range
             weights = draw_weights(len(steps), low, high, phase.seed)
         callbacks = self._callbacks(phase.name, step_tokens)
         trainer = PhaseTrainer(method.base.model, self._loss(method), arguments, steps, held_out, weights, callbacks)
-        checkpoint = last_whole(folder) if config.resume else None
+        checkpoint = last_complete_checkpoint(folder) if config.resume else None
         trainer.train(str(checkpoint) if checkpoint else None)
         if arguments.should_save:
-            replace_file(folder / TRAINED, save(trainer.trained()))
-            replace_file(folder / OUTCOME, json.dumps(asdict(outcome_of(trainer.state, step_tokens))).encode())
-            self._note_time()
+            replace_file(folder / TRAINED_FILE, save(trainer.trained_parameters()))
+            replace_file(folder / OUTCOME_FILE, json.dumps(asdict(outcome_of(trainer.state, step_tokens))).encode())
+            self._save_seconds()
         processes().wait_for_everyone()
 
     def _loss(self, method: TrainingMethod) -> Loss:
         if self.config.loss == "dpo":
-            return PreferenceLoss(method.base_alone, self.config.beta)
-        return CompletionLoss(method.base_alone)
+            return PreferenceLoss(method.adapter_disabled, self.config.beta)
+        return CompletionLoss(method.adapter_disabled)
 
     def _callbacks(self, phase: str, step_tokens: list[int]) -> list[TrainerCallback]:
-        callbacks: list[TrainerCallback] = [MarkWhole(self._note_time), Progress(phase, step_tokens)]
+        callbacks: list[TrainerCallback] = [MarkComplete(self._save_seconds), Progress(phase, step_tokens)]
         if self.config.patience:
-            callbacks.append(Patience(self.config.patience))
+            callbacks.append(EarlyStopping(self.config.patience))
         if self.config.tensorboard:
-            callbacks.append(tensorboard(self.config.tensorboard / self.config.output.name / phase.lower()))
+            callbacks.append(tensorboard_callback(self.config.tensorboard / self.config.output.name / phase.lower()))
         return callbacks
 
 
-def _is_of_a_start(path: Path) -> bool:
-    """Say whether `path` is what a start leaves that was cut off before it had written `RUN`."""
-    return path.name in (LOCK, THREADS) or path.name.startswith((f".{RUN}@", f".{THREADS}@"))
+def _is_of_unfinished_start(path: Path) -> bool:
+    """Return whether a start that was cut off before it wrote `RUN_FILE` may have left `path`."""
+    return path.name in (LOCK_FILE, THREADS_FILE) or path.name.startswith((f".{RUN_FILE}@", f".{THREADS_FILE}@"))
 
 
-def _read(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
         raise DataError(f"{file} is damaged ({error}): remove {file.parent}") from error
 
 
-def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    names = [name for name in found | expected if found.get(name) != expected.get(name)]
-    return [f"{name} is {_shown(found.get(name))}, expected {_shown(expected.get(name))}" for name in names]
+def _differences(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    names = [name for name in actual | expected if actual.get(name) != expected.get(name)]
+    return [f"{name} is {_as_text(actual.get(name))}, expected {_as_text(expected.get(name))}" for name in names]
 
 
-def _shown(value: object) -> str:
+def _as_text(value: object) -> str:
     return "absent" if value is None else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a model answers before and after training, to a few prompts."""
+"""Samples: a model's answers to a few prompts before and after training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ NUM_SAMPLES, MAX_TOKENS = 4, 64
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt, what the data says, and what the base and the trained model answer."""
+    """A prompt, the answer in the data, and the answers of the base (`before`) and the trained model (`after`)."""
 
     prompt: str
     expected: str
@@ -24,17 +24,17 @@ class Sample:
 
 
 def take_samples(method: TrainingMethod, rows: Sequence[Row], template: Template) -> list[Sample]:
-    """Return greedy answers to the first of `rows` that are written in `template` and leave room for an answer.
+    """Return greedy answers to the first `NUM_SAMPLES` of `rows` that are valid under `template` and leave room for an answer.
 
-    All processes must ask, since a model may be spread over them.
+    All processes must call this, since the model may be sharded over them.
     """
     answerer = LocalAnswerer(method.base.model, method.base.tokenizer, template)
     fitting = (row for row in rows if row.template in (None, template) and answerer.has_room(row.prompt, MAX_TOKENS))
     rows = list(islice(fitting, NUM_SAMPLES))
     prompts = [row.prompt for row in rows]
     after = answerer.complete(prompts, Sampling(MAX_TOKENS))
-    with method.base_alone():
+    with method.adapter_disabled():
         before = answerer.complete(prompts, Sampling(MAX_TOKENS))
     expected = [row.completion or row.chosen or "" for row in rows]
-    found = zip(rows, expected, before, after, strict=True)
-    return [Sample(row.prompt_text, text, one, other) for row, text, [one], [other] in found]
+    answers = zip(rows, expected, before, after, strict=True)
+    return [Sample(row.prompt_text, text, base_answer, answer) for row, text, [base_answer], [answer] in answers]

@@ -1,8 +1,9 @@
 """The trainable delta of LoRI on a frozen linear layer: y = W x + (alpha / r) B (A x), arXiv 2504.07448, section 3.
 
-LoRI-D trains all of B. LoRI-S trains only the entries that a mask keeps: they alone exist as parameters, so gradients and the
-optimizer's state are theirs alone.
-Shapes: T tokens, N inputs, D outputs, R rank, K kept entries.
+LoRI-D trains all of B. LoRI-S trains only the entries of a mask. Only those entries exist as parameters, so there are gradients
+and optimizer state for no other entries.
+
+Shapes: T tokens, N inputs, D outputs, R rank, K entries of the mask.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ from lori.sparse import SparseB
 
 
 class SparseEntries(nn.Module):
-    """Some entries of a B (D, R): where they are, and their values."""
+    """Entries of a B (D, R): their positions in the flattened B, and their values."""
 
     positions: torch.Tensor
 
@@ -30,13 +31,13 @@ class SparseEntries(nn.Module):
         self.register_buffer("positions", indices.int(), persistent=False)  # (K,)
         self.values = nn.Parameter(values.float(), requires_grad=is_trained)
 
-    def added(self, flat: torch.Tensor, scale: float) -> torch.Tensor:
-        """Return `flat` (D R) with scale times the values added at their positions."""
+    def added_to(self, flat: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return a copy of `flat` (D R,) with scale times the values added at their positions."""
         return flat.index_add(0, self.positions, (scale * self.values).to(flat.dtype))
 
 
 class DenseB(nn.Module):
-    """LoRI-D: a change of every entry of B (D, R), from zero, on top of what B starts from. Masks rank the change."""
+    """B of LoRI-D: a trained change of every entry of B (D, R), added to the B it starts from. The mask ranks the change."""
 
     def __init__(self, num_outputs: int, rank: int, start: SparseB | None = None) -> None:
         super().__init__()
@@ -46,18 +47,21 @@ class DenseB(nn.Module):
     def scaled(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
         """Return scale * B, (D, R) of `dtype`."""
         flat = (scale * self.change).to(dtype).flatten()
-        flat = self.start.added(flat, scale) if self.start else flat
+        flat = self.start.added_to(flat, scale) if self.start else flat
         return flat.view(self.change.shape)
 
     def sparse(self) -> SparseB:
-        """Return B as an adapter holds it, every entry kept."""
+        """Return B for an adapter, with a mask of all entries."""
         dense = values_of(self.change)
-        flat = self.start.added(dense.flatten(), 1.0) if self.start else dense
+        flat = self.start.added_to(dense.flatten(), 1.0) if self.start else dense
         return SparseB.from_dense(flat.view(dense.shape), torch.ones_like(dense, dtype=torch.bool))
 
 
 class MaskedB(nn.Module):
-    """LoRI-S: the entries of B (D, R) where a mask is true, from `start` or zero. Those of `start` elsewhere stay as they are."""
+    """B of LoRI-S: the entries of B (D, R) where `mask` is true are trained, from `start` or zero.
+
+    The entries of `start` outside of the mask stay unchanged.
+    """
 
     def __init__(self, mask: torch.Tensor, start: SparseB | None = None) -> None:
         super().__init__()
@@ -72,11 +76,11 @@ class MaskedB(nn.Module):
         """Return scale * B, (D, R) of `dtype`."""
         flat = torch.zeros(self.shape.numel(), dtype=dtype, device=self.trained.values.device)
         for entries in (self.trained, self.outside):
-            flat = entries.added(flat, scale) if entries else flat
+            flat = entries.added_to(flat, scale) if entries else flat
         return flat.view(self.shape)
 
     def sparse(self) -> SparseB:
-        """Return B as an adapter holds it: the entries of the mask, and those that stayed."""
+        """Return B for an adapter: the entries of the mask, and the unchanged ones of `start` outside of the mask."""
         mask, dense = torch.zeros(self.shape, dtype=torch.bool), torch.zeros(self.shape)
         for entries in (self.trained, self.outside):
             if entries:
@@ -86,20 +90,20 @@ class MaskedB(nn.Module):
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter's values as a tensor of its own on the CPU."""
+    """Return a copy of a parameter's values on the CPU, without gradient."""
     return tensor.detach().cpu().clone()
 
 
 class TrainableLinear(nn.Module):
-    """A frozen linear layer and a trainable delta. A's rows lie below W's, so that W x and A x are one product.
+    """A frozen linear layer with a trainable delta. A's rows are appended to W's, so that W x and A x are one matrix product.
 
-    A layer whose W is spread over processes keeps it as it is, and A beside it.
+    If W is sharded over processes, A is a parameter of its own, and A x a product of its own.
     """
 
     def __init__(self, linear: nn.Linear, a: torch.Tensor, scale: float, start: SparseB | None = None) -> None:
         super().__init__()
         self.num_outputs, self.scale, self.linear = linear.out_features, scale, linear
-        self.weight = 1.0  # at 0 the layer is the base's own
+        self.adapter_weight = 1.0  # at 0 the layer computes as the base's layer
         self.a: nn.Parameter | None = None
         a = a.to(linear.weight.device, linear.weight.dtype)
         if isinstance(linear.weight, DTensor):
@@ -107,51 +111,51 @@ class TrainableLinear(nn.Module):
         else:
             linear.weight = nn.Parameter(torch.cat([linear.weight.detach(), a]), requires_grad=False)  # (D + R, N)
         self.b: DenseB | MaskedB
-        self.put(DenseB(linear.out_features, a.shape[0], start))
+        self.set_b(DenseB(linear.out_features, a.shape[0], start))
 
-    def put(self, b: DenseB | MaskedB) -> None:
-        """Put `b` in the place of the one before, on the device of W."""
+    def set_b(self, b: DenseB | MaskedB) -> None:
+        """Replace B by `b`, moved to the device of W."""
         self.b = b.to(self.linear.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (…, N) to (…, D)."""
+        """Return the output (…, D) for the input `x` (…, N)."""
         weight, bias = self.linear.weight, self.linear.bias
-        if not self.weight:
+        if not self.adapter_weight:
             return F.linear(x, weight[: self.num_outputs], bias)
         tokens = x.flatten(0, -2)
         y = F.linear(tokens, weight)
         if self.a is None:
             y, s = y.split([self.num_outputs, y.shape[-1] - self.num_outputs], dim=-1)  # (T, D), (T, R)
-            s = s.clone()  # it waits for the backward pass, and as a part of y would keep all of that
+            s = s.clone()  # autograd saves s for the backward pass; as a view it would keep the whole product alive
         else:
             s = F.linear(tokens, self.a)
-        out = torch.addmm(y, s, self.b.scaled(self.weight * self.scale, s.dtype).T)
+        out = torch.addmm(y, s, self.b.scaled(self.adapter_weight * self.scale, s.dtype).T)
         return (out if bias is None else out + bias).view(*x.shape[:-1], self.num_outputs)
 
 
 @contextmanager
-def at_weight(model: nn.Module, weight: float) -> Iterator[None]:
-    """Inside, the deltas of `model` have this weight, as in a merge; afterwards the one that they had before."""
+def at_adapter_weight(model: nn.Module, weight: float) -> Iterator[None]:
+    """Context manager: the deltas of `model` have this weight, as in a merge. Restores their previous weights afterwards."""
     layers = [module for module in model.modules() if isinstance(module, TrainableLinear)]
-    weights = [layer.weight for layer in layers]
+    weights = [layer.adapter_weight for layer in layers]
     for layer in layers:
-        layer.weight = weight
+        layer.adapter_weight = weight
     try:
         yield
     finally:
-        for layer, before in zip(layers, weights, strict=True):
-            layer.weight = before
+        for layer, previous in zip(layers, weights, strict=True):
+            layer.adapter_weight = previous
 
 
-def base_alone(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the wrapped layers of `model` give what the base's own gave."""
-    return at_weight(model, 0.0)
+def adapter_disabled(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager: the wrapped layers of `model` compute as the base's layers, without the deltas."""
+    return at_adapter_weight(model, 0.0)
 
 
 def target_layers(model: PreTrainedModel, targets: Iterable[str]) -> dict[str, nn.Linear]:
-    """Return every linear layer of `model` whose name ends in one of `targets`, by full name, in model order.
+    """Return the linear layers of `model` whose last name part is one of `targets`, by full name, in model order.
 
-    Raises `ModelError` naming each target that is not there.
+    Raises `ModelError` with each target that the model does not have.
     """
     targets = list(targets)
     names = [name for name in module_shapes(model) if name.rpartition(".")[2] in targets]
@@ -173,7 +177,7 @@ def wrap(
     alpha: float,
     start: Mapping[str, SparseB] | None = None,
 ) -> dict[str, TrainableLinear]:
-    """Put a trainable layer in place of each of `target_layers`, B from `start` or zero; returns them by full name."""
+    """Replace each of `target_layers` by a trainable layer, with B from `start` or zero. Returns the new layers by full name."""
     wrapped = {}
     for name, linear in target_layers(model, targets).items():
         a = basis.draw(name, rank, linear.in_features)

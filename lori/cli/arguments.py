@@ -1,4 +1,4 @@
-"""The arguments that several commands have, and which adapter, store or base model one means."""
+"""Arguments that several commands share, and the look-up of the adapter, store or base model that an argument names."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,7 @@ ValuesOption = Annotated[
 
 
 def find_entry(path: Path) -> Entry:
-    """Return the adapter at `path`. Raises `AdapterError` where there is none."""
+    """Return the adapter at `path`. Raises `AdapterError` if there is none."""
     path = path.absolute()
     if NAME.fullmatch(path.name) and path.parent.is_dir() and ((path / CONFIG_FILE).is_file() or not path.is_dir()):
         return AdapterStore(path.parent).find(path.name)
@@ -48,14 +48,14 @@ def find_entry(path: Path) -> Entry:
 
 
 def check_output(path: Path) -> None:
-    """Raise `AdapterError` where `path` is not store/name, of an adapter that is to be made."""
+    """Raise `AdapterError` if `path` is not the store/name of an adapter that can be made."""
     check_name(path.name)
     if path.parent == Path() or (path.is_dir() and not (path / CONFIG_FILE).is_file()):
         raise AdapterError(f"the output is {path}, expected store/name, such as adapters/{path.name}")
 
 
 def find_entries(path: Path) -> list[Entry]:
-    """Return the adapter at `path`, or all that a store there holds. Raises `AdapterError` where there is none."""
+    """Return the adapter at `path`, or all adapters of the store at `path`. Raises `AdapterError` if there are none."""
     if not path.is_dir() or (path / CONFIG_FILE).is_file():
         return [find_entry(path)]
     store = AdapterStore(path.absolute())
@@ -68,7 +68,10 @@ def find_entries(path: Path) -> list[Entry]:
 
 
 def identify_base(name: str | None) -> BaseIdentity:
-    """Return which base model `name` is; `None`, or its own name, is the embedded one. Raises `ModelError`."""
+    """Return the identity of the base model `name`. `None` and the embedded model's name mean the embedded model.
+
+    Raises `ModelError`.
+    """
     # transformers takes seconds to import, and few commands need it.
     from lori.base_identity import identify_files  # noqa: PLC0415
     from lori.names import EMBEDDED_NAME  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""The commands that look at adapters: inspect, verify, compare, duplicates."""
+"""The read-only commands on adapters: inspect, verify, compare, duplicates."""
 
 import dataclasses
 from itertools import combinations
@@ -29,7 +29,7 @@ from lori.printable import printable
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def _is_drawable(path: Path | None) -> Path | None:
+def _check_plot_format(path: Path | None) -> Path | None:
     if path and path.suffix.lower() not in FORMATS:
         raise typer.BadParameter(f"{path} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     return path
@@ -37,7 +37,13 @@ def _is_drawable(path: Path | None) -> Path | None:
 
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", help="Draw it: a .png, .svg or .pdf file.", show_default=False, callback=_is_drawable, dir_okay=False),
+    typer.Option(
+        "--plot",
+        help="Draw it: a .png, .svg or .pdf file.",
+        show_default=False,
+        callback=_check_plot_format,
+        dir_okay=False,
+    ),
 ]
 
 
@@ -74,13 +80,13 @@ def _fields(adapter: Adapter, num_bytes: int) -> list[tuple[str, str]]:
         ("basis", str(section.basis)),
         ("size", f"{size(num_bytes)} on disk, values in {section.values}; {size(adapter.num_bytes)} in memory"),
         ("templates", ", ".join(section.templates)),
-        *([("made", made)] if (made := _made(section.training)) else []),
+        *([("made", origin)] if (origin := _origin(section.training)) else []),
     ]
-    fields += [(f"merge with {name}", f"weights {own:g} and {other:g}") for name, (own, other) in section.merge_weights.items()]
+    fields += [(f"merge with {name}", f"weights {a:g} and {b:g}") for name, (a, b) in section.merge_weights.items()]
     return fields + [(name, f"{value:.3f}") for name, value in section.metrics.items()]
 
 
-def _made(record: dict[str, Any]) -> str:
+def _origin(record: dict[str, Any]) -> str:
     match record:
         case {"merge": {"method": method, "adapters": list(parents)}}:
             return f"merged by {method}: " + ", ".join(f"{p['weight']:g} {p['name']}@{p['version']}" for p in parents)
@@ -92,8 +98,8 @@ def _made(record: dict[str, Any]) -> str:
 
 
 def _cells(row: ModuleStatistics) -> list[str]:
-    kept = [str(row.num_kept), percent(row.density), percent(row.empty_rows)]
-    return kept + [f"{value:.3g}" for value in (row.max_abs, row.norm_b, row.norm_delta)]
+    counts = [str(row.num_kept), percent(row.density), percent(row.empty_rows)]
+    return counts + [f"{value:.3g}" for value in (row.max_abs, row.norm_b, row.norm_delta)]
 
 
 def _values(row: ModuleStatistics) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def verify(adapters: StoresArgument, model: ModelOption = None, json: JsonOption
         try:
             entry.load(base)
         except AdapterFormatError as error:
-            row["faults"] = list(error.placed)
+            row["faults"] = list(error.faults_with_path)
         rows.append(row)
     if json:
         print_json(rows)
@@ -149,7 +155,7 @@ def compare(
         plots = _plots()
         plots.save_figure(plots.plot_matrix(labels, similarity_matrix(loaded)), plot)
     if json:
-        print_json([_compared(*pair) for pair in pairs])
+        print_json([_comparison_values(*pair) for pair in pairs])
         return
     columns = ["overlap", "by chance", "sign conflict", "cosine", "|ΔW a|", "|ΔW b|", "|sum|"]
     if len(pairs) == 1:
@@ -167,7 +173,7 @@ def _comparison_cells(row: ModuleComparison) -> list[str]:
     return [*shares, *(number(value) for value in (row.cosine, row.norm_a, row.norm_b, row.norm_sum))]
 
 
-def _compared(a: str, b: str, comparison: Comparison) -> dict[str, Any]:
+def _comparison_values(a: str, b: str, comparison: Comparison) -> dict[str, Any]:
     fields = ("overlap", "chance_overlap", "sign_conflict", "cosine", "norm_a", "norm_b", "norm_sum")
 
     def values(row: ModuleComparison) -> dict[str, Any]:
@@ -183,11 +189,11 @@ def duplicates(
 ) -> None:
     """Find near duplicates among adapters, or in stores."""
     entries = [entry for path in stores for entry in find_entries(path)]
-    found = near_duplicates({str(entry.folder): entry.load for entry in entries}, threshold)
+    pairs = near_duplicates({str(entry.folder): entry.load for entry in entries}, threshold)
     if json:
-        print_json([dataclasses.asdict(pair) for pair in found])
-    elif found:
-        print_table(["a", "b", "cosine"], [[_short(pair.a), _short(pair.b), f"{pair.cosine:.4f}"] for pair in found])
+        print_json([dataclasses.asdict(pair) for pair in pairs])
+    elif pairs:
+        print_table(["a", "b", "cosine"], [[_short(pair.a), _short(pair.b), f"{pair.cosine:.4f}"] for pair in pairs])
     else:
         print(f"of {len(entries)} adapters, no two have a cosine of {threshold:g} or more")
 

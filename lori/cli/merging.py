@@ -1,4 +1,4 @@
-"""The command that makes an adapter of others: merge."""
+"""The command that combines adapters into a new one: merge."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,12 +49,12 @@ def merge(
 ) -> None:
     """Merge adapters into a new one. A server merges `linear` in every request, at no cost: this keeps or ships a mixture."""
     check_output(output)
-    asked = (("density", density), ("sign", sign), ("seed", seed))
-    given: dict[str, Any] = {option: value for option, value in asked if value is not None}
-    if unused := given.keys() - MergeOptions(method).used.keys():
+    optional = (("density", density), ("sign", sign), ("seed", seed))
+    arguments: dict[str, Any] = {option: value for option, value in optional if value is not None}
+    if unused := arguments.keys() - MergeOptions(method).used.keys():
         raise typer.BadParameter(f"{method} has no {' and no '.join(sorted(unused))}")
     try:
-        options = MergeOptions(method, **given)
+        options = MergeOptions(method, **arguments)
     except AdapterError as error:
         raise typer.BadParameter(str(error)) from error
     loaded = [find_entry(path).load() for path in adapters]
@@ -62,21 +62,21 @@ def merge(
     if len(weights) != len(loaded):
         raise typer.BadParameter(f"{len(weights)} of them, expected {len(loaded)}, one for each adapter", param_hint="--weight")
 
-    def made(stored: ValueType) -> Adapter:
+    def merge_as(value_type: ValueType) -> Adapter:
         return merge_adapters(
             loaded,
             weights,
             method,
             name=output.name,
-            values=stored,
+            values=value_type,
             density=options.density,
             sign=options.sign,
             seed=options.seed,
             templates=None if template is None else (template,),
         )
 
-    merged = made(values)
-    exact = merged if values == EXACT else made(EXACT)
+    merged = merge_as(values)
+    exact = merged if values == EXACT else merge_as(EXACT)
     entry = AdapterStore(output.parent).add(merged)
     print_made(entry, merged, {"rounding_error": rounding_error(exact.modules.values(), values)}, json)
 

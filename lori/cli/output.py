@@ -1,4 +1,4 @@
-"""What the commands print: tables for people, JSON for scripts."""
+"""Output of the commands: tables for people, JSON for scripts."""
 
 import json
 import re
@@ -18,9 +18,9 @@ from lori.store.entry import Entry
 
 NUMBER = re.compile(r"|–|-?[\d.e+-]+( ?(%|B|kB|MB|GB|TB))?")
 UNBROKEN = ("name", "version", "bytes", "density", "rank")
-"""Columns that keep their width where a terminal is narrow."""
+"""Columns that keep their width on a narrow terminal."""
 WIDTH = 200
-"""Columns of a table that no terminal shows: a file or a pipe cuts nothing."""
+"""Width, in characters, of a table that goes to a file or a pipe."""
 
 
 def print_json(document: Any) -> None:
@@ -29,7 +29,7 @@ def print_json(document: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Print a table; columns whose cells are numbers are set to the right."""
+    """Print a table. Columns of numbers are aligned right."""
     rows = list(rows)
     table = Table(
         title=Text(printable(title)) if title else None,
@@ -48,7 +48,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print names and values, one pair a line."""
+    """Print names and values, one pair per line."""
     grid = Table.grid(padding=(0, 2))
     for name, value in fields:
         grid.add_row(Text(printable(name), style="bold"), Text(printable(value)))
@@ -56,21 +56,21 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
 
 
 def print_made(entry: Entry, adapter: Adapter, notes: dict[str, float | list[str]], as_json: bool) -> None:
-    """Says what a command published: its name, its size, and what else there is to know of it by name."""
+    """Print the adapter that a command published: its reference, its size, and `notes`, which are named errors or lists."""
     num_bytes = folder_bytes(entry.folder)
     if as_json:
-        found = {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "bytes": num_bytes}
-        print_json(found | {"density": adapter.density} | notes)
+        document = {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "bytes": num_bytes}
+        print_json(document | {"density": adapter.density} | notes)
         return
-    for what, value in notes.items():
+    for name, value in notes.items():
         if value:
-            said = f"{100 * value:.2g}%" if isinstance(value, float) else ", ".join(value)
-            print(f"{what.replace('_', ' ')}: {printable(said)}")
+            text = f"{100 * value:.2g}%" if isinstance(value, float) else ", ".join(value)
+            print(f"{name.replace('_', ' ')}: {printable(text)}")
     print(f"published {entry.reference}: {percent(adapter.density)} of B kept, {size(num_bytes)}")
 
 
 def warn(message: str) -> None:
-    """Says on stderr what the user should know."""
+    """Print a warning to stderr."""
     print(f"warning: {printable(message)}", file=sys.stderr)
 
 
@@ -80,12 +80,12 @@ def percent(share: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a number to three digits, or a dash."""
+    """Return a number with three decimals, or a dash."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def size(num_bytes: float) -> str:
-    """Return a size in bytes in the unit that suits it."""
+    """Return a size in the largest fitting unit from B to TB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -94,7 +94,7 @@ def size(num_bytes: float) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return what the files of an adapter's folder hold, in bytes."""
+    """Return the total size of the files in an adapter's folder."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 

@@ -1,4 +1,4 @@
-"""The program `python -m lori`: its commands, and how each of them ends."""
+"""The program `python -m lori`: its commands, exit codes and error messages."""
 
 import io
 import sys
@@ -46,7 +46,7 @@ def main() -> int:
     """Run the program and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a table has characters that not every terminal has
+            stream.reconfigure(errors="replace")  # tables use characters that some terminals cannot encode
     try:
         app(prog_name=PROGRAM)
     except AdapterFormatError as error:

@@ -1,4 +1,4 @@
-"""The commands that keep a store: list, alias, remove."""
+"""The commands that manage a store: list, alias, remove."""
 
 from collections import defaultdict
 from typing import Annotated, Any
@@ -20,10 +20,10 @@ def list_(
     json: JsonOption = False,
 ) -> None:
     """List the adapters of a store, every version of each, and what its aliases mean (`verify` reads them whole)."""
-    found = AdapterStore(store)
-    rows = [_row(entry, brief) for entry in found.list()]
-    aliases, faults = _aliases(found)
-    faults += [name_fault(store / folder) for folder in found.misnamed()]
+    adapter_store = AdapterStore(store)
+    rows = [_row(entry, brief) for entry in adapter_store.list()]
+    aliases, faults = _aliases(adapter_store)
+    faults += [name_fault(store / folder) for folder in adapter_store.misnamed()]
     for row in rows:
         row["aliases"] = aliases[row.pop("folder")]
     if json:
@@ -53,20 +53,20 @@ def _row(entry: Entry, brief: bool) -> dict[str, Any]:
             if not (entry.folder / WEIGHTS_FILE).is_file():
                 row["fault"] = f"{WEIGHTS_FILE} is missing"
     except AdapterFormatError as error:
-        row["fault"] = "; ".join(dict.fromkeys([*error.placed, *([] if brief else entry.file_faults())]))
+        row["fault"] = "; ".join(dict.fromkeys([*error.faults_with_path, *([] if brief else entry.file_faults())]))
     return row
 
 
 def _aliases(store: AdapterStore) -> tuple[dict[str, list[str]], list[str]]:
-    """Return the aliases of each folder, and what is wrong with the others."""
+    """Return the aliases of each folder, and the faults of aliases that cannot be followed."""
     by_folder, faults = defaultdict(list), []
     for alias in store.alias_names():
         try:
-            meant = store.find(alias).folder.name
+            folder = store.find(alias).folder.name
         except AdapterError as error:
             faults.append(str(error))
         else:
-            by_folder[meant].append(alias)
+            by_folder[folder].append(alias)
     return by_folder, faults
 
 

@@ -56,7 +56,7 @@ def import_(
     check_name(name)
     is_in_store = not source.startswith(SCHEME) and not Path(source).is_dir() and Path(source).parent.is_dir()
     folder = find_entry(Path(source)).folder if is_in_store else resolve(source)
-    if _is_ours(folder):
+    if _is_lori(folder):
         if any(option is not None for option in (model, sparsity, values, template)):
             raise typer.BadParameter(
                 "--model, --sparsity, --values and --template are for PEFT's format, and this is ours already (see pack --values)"
@@ -71,21 +71,21 @@ def import_(
             f"{folder} is a PEFT LoRA, and stays where it is: pass another STORE, or another --name", param_hint="STORE"
         )
     base = identify_base(model)
-    found = import_peft(
+    imported = import_peft(
         folder, base, name=name, sparsity=sparsity, values=values, templates=None if template is None else (template,)
     )
-    if found.ignored:
-        warn(f"left out, since no LoRI adapter can hold them: {', '.join(found.ignored)}")
-    if sparsity is None and found.adapter.density > 0.5:
-        warn(f"{percent(found.adapter.density)} of its B is kept, slow to serve: --sparsity prunes, and says what it costs")
-    entry = AdapterStore(store).add(found.adapter)
+    if imported.ignored:
+        warn(f"left out, since no LoRI adapter can hold them: {', '.join(imported.ignored)}")
+    if sparsity is None and imported.adapter.density > 0.5:
+        warn(f"{percent(imported.adapter.density)} of its B is kept, slow to serve: --sparsity prunes, and says what it costs")
+    entry = AdapterStore(store).add(imported.adapter)
     notes: dict[str, float | list[str]] = {
-        "pruning_error": found.pruning_error,
-        "rounding_error": found.rounding_error,
-        "ignored": list(found.ignored),
-        "templates": list(found.adapter.config.lori.templates),
+        "pruning_error": imported.pruning_error,
+        "rounding_error": imported.rounding_error,
+        "ignored": list(imported.ignored),
+        "templates": list(imported.adapter.config.lori.templates),
     }
-    print_made(entry, found.adapter, notes, json)
+    print_made(entry, imported.adapter, notes, json)
 
 
 def _checked_name(name: str) -> str:
@@ -94,7 +94,7 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_lori(folder: Path) -> bool:
     faults: list[str] = []
     content = read_file(folder, CONFIG_FILE, faults, read_source)
     try:

@@ -1,7 +1,8 @@
-"""Comparison of two adapters, or of many pair by pair: shared entries, opposed signs, cosines of their deltas. Merges nothing.
+"""Comparison of adapters in pairs: common entries, sign conflicts, cosines of their deltas.
 
-A delta is (alpha/r) B A. Inner products of deltas need no (D, N) matrix: <B_a A_a, B_b A_b> = sum((B_a G) * B_b) with G = A_a
-A_bᵀ. They are exact on any bases. For many adapters each A is drawn once. Shapes: D outputs, N inputs, R rank of a module.
+A delta is (alpha/r) B A. Inner products of deltas need no (D, N) matrix: <B_a A_a, B_b A_b> = sum((B_a G) * B_b) with
+G = A_a A_bᵀ. The products are exact on any bases. For many adapters each A is drawn once. Shapes: D outputs, N inputs, R rank of
+a module.
 """
 
 import math
@@ -15,14 +16,14 @@ from numpy.typing import NDArray
 
 from lori.adapter import Adapter, common_shapes
 from lori.basis import Basis
-from lori.identity import last, layer, natural
+from lori.identity import layer_of, natural_key, projection_of
 from lori.sparse import SparseB
 
 
 def inner_products(adapters: Sequence[Adapter], module: str) -> NDArray[np.float64]:
-    """Return <ΔW_i, ΔW_j> (n, n) fp64 in one module, zero for an adapter without it.
+    """Return <ΔW_i, ΔW_j> (n, n) fp64 in one module; zero for an adapter without the module.
 
-    Each basis draws A once, at its largest rank. The adapters must be of one base model.
+    A is drawn once for each basis, at its largest rank. The adapters must have the same base model.
     """
     members: defaultdict[Basis, list[int]] = defaultdict(list)
     for i, adapter in enumerate(adapters):
@@ -35,28 +36,28 @@ def inner_products(adapters: Sequence[Adapter], module: str) -> NDArray[np.float
             products = (b_i @ (a_i @ a_j.T)).flatten(1) @ b_j.flatten(1).T
             out[np.ix_(members[basis_i], members[basis_j])] = products.numpy()
     out = (out + out.T) / 2
-    np.fill_diagonal(out, out.diagonal().clip(0.0))  # a product that cancels may round below zero
+    np.fill_diagonal(out, out.diagonal().clip(0.0))  # rounding can make a squared norm negative
     return out
 
 
 def module_order(adapters: Iterable[Adapter]) -> list[str]:
-    """Return every module that one of `adapters` changes: by layer, then in the order of `target_modules`.
+    """Return all modules that `adapters` change, sorted by layer, then in the order of `target_modules`.
 
-    An adapter read from a file has no order of its own.
+    The modules of an adapter from a file have no order themselves.
     """
     adapters = list(adapters)
     targets = dict.fromkeys(target for adapter in adapters for target in adapter.config.target_modules)
     places = {target: i for i, target in enumerate(targets)}
 
     def key(module: str) -> tuple[object, ...]:
-        place = places.get(module, places.get(last(module), len(places)))
-        return natural(layer(module)), place, natural(module)
+        place = places.get(module, places.get(projection_of(module), len(places)))
+        return natural_key(layer_of(module)), place, natural_key(module)
 
     return sorted({module for adapter in adapters for module in adapter.modules}, key=key)
 
 
 def _factors(adapters: Sequence[Adapter], module: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (alpha/r) B (n, D, R) and the A (R, N) of adapters on one basis, fp64; a smaller rank has columns of zeros."""
+    """Return (alpha/r) B (n, D, R) and A (R, N) of adapters on one basis, fp64. B's of a smaller rank are padded with zeros."""
     scaled = [adapter.config.scale_of(module) * adapter.modules[module].dense(torch.float64) for adapter in adapters]
     rank = max(b.shape[1] for b in scaled)
     padded = [torch.nn.functional.pad(b, (0, rank - b.shape[1])) for b in scaled]
@@ -65,20 +66,20 @@ def _factors(adapters: Sequence[Adapter], module: str) -> tuple[torch.Tensor, to
 
 @dataclass(frozen=True, slots=True)
 class CommonEntries:
-    """What two masks share, entry by entry: by (row, column), as a smaller rank has the first columns of a larger one."""
+    """Common entries of two masks, matched by (row, column). A B of smaller rank has the first columns of one of larger rank."""
 
     num_both: int
-    """Entries that both keep."""
+    """Number of entries in both masks."""
     num_expected: float
-    """Entries that both would keep if each mask were spread at random over its B."""
+    """Expected number of entries in both masks if each mask were random."""
     num_signed: int
-    """Entries that both keep, neither at zero."""
+    """Number of entries in both masks whose values are both nonzero."""
     num_conflicts: int
-    """Those of `num_signed` whose signs differ."""
+    """Number of those entries whose signs differ."""
 
     @classmethod
     def total(cls, parts: Sequence["CommonEntries"]) -> "CommonEntries":
-        """Return what several modules share together."""
+        """Return the sum over several modules."""
         return cls(
             num_both=sum(part.num_both for part in parts),
             num_expected=math.fsum(part.num_expected for part in parts),
@@ -89,18 +90,20 @@ class CommonEntries:
 
 @dataclass(frozen=True, slots=True)
 class ModuleComparison:
-    """Two adapters, a and b, in one module, or in all together. What only one of them has is zero in the other."""
+    """Comparison of two adapters, a and b, in one module or in total. A module that an adapter lacks counts as zero."""
 
     module: str
-    """Empty where it is the total."""
+    """Full name; empty for the total."""
     num_a: int
-    """Entries that a keeps."""
+    """Number of nonzero entries of a's B."""
     num_b: int
+    """Number of nonzero entries of b's B."""
     common: CommonEntries | None
-    """None where the bases are two: an entry of B then means another direction in each."""
+    """None on two bases, since an entry of B means different directions there."""
     square_a: float
     """|ΔW_a|², Frobenius."""
     square_b: float
+    """|ΔW_b|², Frobenius."""
     inner: float
     """<ΔW_a, ΔW_b>."""
     square_sum: float
@@ -108,27 +111,27 @@ class ModuleComparison:
 
     @property
     def num_both(self) -> int | None:
-        """Entries that both keep; None on two bases."""
+        """Number of entries in both masks; None on two bases."""
         return self.common.num_both if self.common else None
 
     @property
     def overlap(self) -> float | None:
-        """The share of the smaller mask that the other one has too; None on two bases, or where one keeps nothing."""
+        """Share of the smaller mask that is also in the other mask; None on two bases, or if a mask is empty."""
         return _share(self.common.num_both, min(self.num_a, self.num_b)) if self.common else None
 
     @property
     def chance_overlap(self) -> float | None:
-        """What `overlap` would be if each mask were spread at random over each B; None as there."""
+        """Expected `overlap` of random masks with the same number of entries; None in the same cases."""
         return _share(self.common.num_expected, min(self.num_a, self.num_b)) if self.common else None
 
     @property
     def sign_conflict(self) -> float | None:
-        """The share of common entries, both not zero, whose signs differ; None on two bases, or where there are none."""
+        """Share of the common entries with two nonzero values whose signs differ; None on two bases, or without such entries."""
         return _share(self.common.num_conflicts, self.common.num_signed) if self.common else None
 
     @property
     def cosine(self) -> float | None:
-        """<ΔW_a, ΔW_b> / (|ΔW_a| |ΔW_b|), on any bases; None where a delta is zero."""
+        """<ΔW_a, ΔW_b> / (|ΔW_a| |ΔW_b|), on any bases; None if a delta is zero."""
         cosine = _share(self.inner, self.norm_a * self.norm_b)
         return None if cosine is None else min(1.0, max(-1.0, cosine))
 
@@ -150,30 +153,29 @@ class ModuleComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two adapters, a and b: module by module, see `module_order`, and in all."""
+    """Comparison of two adapters, a and b: for each module, in the order of `module_order`, and in total."""
 
     modules: tuple[ModuleComparison, ...]
     total: ModuleComparison
 
 
 def compare(a: Adapter, b: Adapter, weights: tuple[float, float] = (1.0, 1.0)) -> Comparison:
-    """Compare two adapters of one base model; `weights` are those of their sum.
+    """Compare two adapters of one base model. `weights` are those of their sum in `square_sum`.
 
-    On one basis the masks and signs are compared too. On two bases an entry of one B says nothing of the same entry in the
-    other, so overlap and sign conflict are None; cosine and norms are exact on any bases. Raises `AdapterError` where the base
-    models, or the shapes of a module, differ.
+    On one basis masks and signs are compared, too. On two bases the entries of B are not comparable, so overlap and sign conflict
+    are None. Cosines and norms are exact on any bases. Raises `AdapterError` if the base models or the shapes of a module differ.
     """
-    common_shapes((a, b))  # or it makes no sense
+    common_shapes((a, b))  # raises if the adapters are not comparable
     rows = tuple(_compare_module(a, b, module, weights) for module in module_order((a, b)))
     return Comparison(rows, _total(rows))
 
 
 def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
-    """Return the cosines (n, n) fp64 of the whole deltas of `adapters`, on any bases; NaN where a delta is zero.
+    """Return the cosines (n, n) fp64 of the deltas of `adapters` over all modules, on any bases; NaN for a zero delta.
 
     Each A is drawn once. Raises as `compare`.
     """
-    common_shapes(adapters)  # or it makes no sense
+    common_shapes(adapters)  # raises if the adapters are not comparable
     inner = np.zeros((len(adapters), len(adapters)))
     for module in module_order(adapters):
         inner += inner_products(adapters, module)
@@ -184,7 +186,7 @@ def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
 
 
 def common_entries(a: Adapter, b: Adapter, module: str) -> CommonEntries | None:
-    """Return what the masks of two adapters share in one module; None on two bases."""
+    """Return the common entries of two adapters' masks in one module; None on two bases."""
     return _common(a.modules.get(module), b.modules.get(module)) if a.basis == b.basis else None
 
 
@@ -206,8 +208,8 @@ def _compare_module(a: Adapter, b: Adapter, module: str, weights: tuple[float, f
 def _common(a: SparseB | None, b: SparseB | None) -> CommonEntries:
     if a is None or b is None:
         return CommonEntries(0, 0.0, 0, 0)
-    places_a, places_b = _places(a, b.shape[1]), _places(b, a.shape[1])
-    both, in_a, in_b = np.intersect1d(places_a, places_b, assume_unique=True, return_indices=True)
+    positions_a, positions_b = _positions(a, b.shape[1]), _positions(b, a.shape[1])
+    both, in_a, in_b = np.intersect1d(positions_a, positions_b, assume_unique=True, return_indices=True)
     signs = a.values[torch.from_numpy(in_a)].sign().double() * b.values[torch.from_numpy(in_b)].sign().double()
     return CommonEntries(
         num_both=len(both),
@@ -217,10 +219,10 @@ def _common(a: SparseB | None, b: SparseB | None) -> CommonEntries:
     )
 
 
-def _places(b: SparseB, other_rank: int) -> NDArray[np.int64]:
-    """Return positions (K,) that mean the same row and column in a B of `other_rank`."""
-    places = b.rows * max(b.shape[1], other_rank) + b.indices.long() % b.shape[1]
-    return np.asarray(places.numpy(), np.int64)
+def _positions(b: SparseB, other_rank: int) -> NDArray[np.int64]:
+    """Return positions (K,) of the nonzero entries that are comparable with those of a B of `other_rank`."""
+    positions = b.rows * max(b.shape[1], other_rank) + b.indices.long() % b.shape[1]
+    return np.asarray(positions.numpy(), np.int64)
 
 
 def _total(rows: Sequence[ModuleComparison]) -> ModuleComparison:
@@ -237,18 +239,18 @@ def _total(rows: Sequence[ModuleComparison]) -> ModuleComparison:
     )
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _share(part: float, total: float) -> float | None:
+    return part / total if total else None
 
 
 def compare_pairs(
-    adapters: Sequence[Adapter], pairs: Sequence[tuple[int, int]], rest: Callable[[], None] = lambda: None
+    adapters: Sequence[Adapter], pairs: Sequence[tuple[int, int]], pause: Callable[[], None] = lambda: None
 ) -> list[ModuleComparison]:
-    """Return the total of each of `pairs`, which are places in `adapters`; `square_sum` is at weights 1 and 1.
+    """Return the total comparison of each of `pairs`, which are indices into `adapters`; `square_sum` is at weights 1 and 1.
 
-    `rest` is called after each module: whoever shares the machine with others may pause there. Raises as `compare`.
+    `pause` is called after each module, so that the caller can yield the CPU to other work. Raises as `compare`.
     """
-    common_shapes(adapters)  # or it makes no sense
+    common_shapes(adapters)  # raises if the adapters are not comparable
     inner = np.zeros((len(adapters), len(adapters)))
     common: list[list[CommonEntries]] = [[] for _ in pairs]
     for module in module_order(adapters):
@@ -256,12 +258,12 @@ def compare_pairs(
         for parts, (i, j) in zip(common, pairs, strict=True):
             if part := common_entries(adapters[i], adapters[j], module):
                 parts.append(part)
-        rest()
+        pause()
     return [
         ModuleComparison(
             module="",
-            num_a=adapters[i].num_kept,
-            num_b=adapters[j].num_kept,
+            num_a=adapters[i].nnz,
+            num_b=adapters[j].nnz,
             common=CommonEntries.total(parts) if parts else None,
             square_a=float(inner[i, i]),
             square_b=float(inner[j, j]),

@@ -1,4 +1,4 @@
-"""Pictures of adapters, with matplotlib (the extra `plot`): figures that are nobody's current one, drawn without a display."""
+"""Plots of adapters with matplotlib (the extra `plot`). Needs no display and does not change pyplot's current figure."""
 
 import math
 from collections import Counter, defaultdict
@@ -20,18 +20,18 @@ from lori.mask import group_of
 FORMATS = ("png", "svg", "pdf")
 DPI = 150
 CELL_WIDTH, CELL_HEIGHT = 0.55, 0.26
-"""Of a heat map that holds numbers, in inches."""
+"""Size of a cell of a heat map with numbers, in inches."""
 FONT_SIZE, NUMBER_SIZE = 9, 7
 LETTER = 0.08
-"""What a letter of a label takes, in inches."""
+"""Width of a letter of a label, in inches."""
 NO_LAYER = "–"
-"""Labels the row of modules that are in no layer."""
+"""Label of the row for modules that are in no layer."""
 
 
 def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure:
-    """Return heat maps, layer x projection, of the norm of the delta and, where a part of B is left out, of its density.
+    """Return heat maps, layer x projection, of the norm of the delta and, for a sparse adapter, of B's density.
 
-    A row is a layer, a column the last part of a module's name; modules that share both (experts) are taken together.
+    A row is a layer, a column a projection. Modules with the same layer and projection (experts) share a cell.
     """
     cells: defaultdict[tuple[str, str], list[ModuleStatistics]] = defaultdict(list)
     for row in statistics:
@@ -55,7 +55,7 @@ def plot_statistics(name: str, statistics: Sequence[ModuleStatistics]) -> Figure
 
 
 def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
-    """Return a heat map of the cosines `matrix` (n, n) of the adapters `names` (n,), zero in the middle of its colours."""
+    """Return a heat map of the cosines `matrix` (n, n) of the adapters `names` (n,). The colour scale is centred on zero."""
     assert matrix.shape == (len(names), len(names))
     side = CELL_WIDTH * len(names) + 0.7 + LETTER * max(map(len, names))
     figure = new_figure(side + 0.8, side)
@@ -66,12 +66,12 @@ def plot_matrix(names: Sequence[str], matrix: NDArray[np.float64]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as what the suffix of `path` says, one of `FORMATS`.
+    """Write a figure in the format of `path`'s suffix, one of `FORMATS`.
 
-    Raises `AdapterError` for another suffix, or where the file cannot be written.
+    Raises `AdapterError` for another suffix, or if the file cannot be written.
     """
     if (suffix := path.suffix.lower().removeprefix(".")) not in FORMATS:
-        raise AdapterError(f"{path} ends in {path.suffix!r}, expected {' or '.join('.' + known for known in FORMATS)}")
+        raise AdapterError(f"{path} ends in {path.suffix!r}, expected {' or '.join('.' + name for name in FORMATS)}")
     try:
         figure.savefig(path, format=suffix, dpi=DPI)
     except OSError as error:
@@ -79,7 +79,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of so many inches that is nobody's current one."""
+    """Return a new figure of this size in inches, independent of pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -100,7 +100,7 @@ def _heat_map(axes: Axes, grid: NDArray[np.float64], title: str, colours: str, s
 
 
 def _ink(position: float, colours: str) -> str:
-    """Return the colour of text that is seen on the colour at `position`, 0 to 1, by its relative luminance (ITU-R BT.709)."""
+    """Return a text colour that is readable on the colour at `position` (0 to 1), by relative luminance (ITU-R BT.709)."""
     red, green, blue, _ = colormaps[colours](position)
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"
 
@@ -112,7 +112,7 @@ def _label(axes: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
 
 
 def _layer_labels(layers: Sequence[str]) -> list[str]:
-    """Return the number of each layer, or its whole name where two have one number."""
+    """Return the number of each layer, or its full name if two layers have the same number."""
     counts = Counter(layer.rpartition(".")[2] for layer in layers)
     short = [layer.rpartition(".")[2] for layer in layers]
     return [(number if counts[number] == 1 else layer) or NO_LAYER for layer, number in zip(layers, short, strict=True)]

@@ -1,4 +1,4 @@
-"""What one adapter is like, module by module: how much of B is kept and where, and how strong the delta is.
+"""Statistics of an adapter by module: the density of B, its empty rows, and the norm of the delta.
 
 Shapes: D outputs, R rank, N inputs of a module. Norms are Frobenius norms, in fp64, of an adapter at weight 1.
 """
@@ -13,20 +13,20 @@ from lori.compare.pairs import inner_products, module_order
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatistics:
-    """One module of an adapter, or all of them together."""
+    """Statistics of one module of an adapter, or of all modules together. The fields' names are JSON keys."""
 
     module: str
-    """Empty where it is the total."""
+    """Full name; empty for the total."""
     num_rows: int
-    """D: outputs."""
+    """Number of outputs, D."""
     num_entries: int
-    """D R."""
+    """Number of entries of the dense B, D R."""
     num_kept: int
-    """Entries of B that the mask keeps."""
+    """Number of nonzero entries of B."""
     num_empty_rows: int
-    """Outputs that get no delta."""
+    """Number of outputs without a nonzero entry of B."""
     max_abs: float
-    """The largest |(alpha/r) B|; zero where nothing is kept."""
+    """Largest |(alpha/r) B|; zero if B has no nonzero entry."""
     norm_b: float
     """|(alpha/r) B|."""
     norm_delta: float
@@ -34,29 +34,29 @@ class ModuleStatistics:
 
     @property
     def density(self) -> float:
-        """The share of B's entries that is kept."""
+        """Share of B's entries that are nonzero."""
         return self.num_kept / self.num_entries
 
     @property
     def empty_rows(self) -> float:
-        """The share of outputs that get no delta."""
+        """Share of outputs without a nonzero entry of B."""
         return self.num_empty_rows / self.num_rows
 
 
-def statistics(adapter: Adapter, rest: Callable[[], None] = lambda: None) -> list[ModuleStatistics]:
+def statistics(adapter: Adapter, pause: Callable[[], None] = lambda: None) -> list[ModuleStatistics]:
     """Return the statistics of every module, by layer, then in the order of `target_modules`.
 
-    `rest` is called after each: whoever shares the machine with others may pause there.
+    `pause` is called after each module, so that the caller can yield the CPU to other work.
     """
     rows = []
     for module in module_order([adapter]):
         rows.append(_module_statistics(adapter, module))
-        rest()
+        pause()
     return rows
 
 
 def total(modules: Sequence[ModuleStatistics]) -> ModuleStatistics:
-    """Return the statistics of `modules`, at least one, together."""
+    """Return the total of the statistics of `modules`, at least one."""
     return ModuleStatistics(
         module="",
         num_rows=sum(row.num_rows for row in modules),

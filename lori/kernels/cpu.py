@@ -1,7 +1,7 @@
-"""`add_delta` in C++ (`native/`): one window of one token is an item, and the items are divided between torch's threads.
+"""`add_delta` in C++ (`native/`): a work item is one window of one token, and the items are divided between torch's threads.
 
-A window's sums stay in registers (AVX-512), and s is looked up by a permutation of registers up to rank 64 in bf16, 32 in fp32.
-Called past torch's dispatcher, which would take as long as the kernel itself.
+A window's sums stay in registers (AVX-512). Up to rank 64 in bf16 and 32 in fp32, s is looked up by register permutes.
+The kernel is called without torch's dispatcher, whose overhead is as long as the kernel itself.
 """
 
 from math import inf
@@ -16,25 +16,26 @@ from lori.kernels.route import Route
 from lori.kernels.shapes import mismatch
 
 PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081)}
-"""What a token takes for each slice of 16 rows and for each byte of a slot, in ns on one core (`tests/bench/crossover.py`)."""
+"""Time of the packed kernel for each token: ns per slice of 16 rows, and ns per byte of a slot. On one core, measured by
+`tests/bench/crossover.py`."""
 PRODUCT_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}
-"""What a token takes for each entry of the dense B in torch's product, where there is AVX-512."""
+"""Time of torch's product for each token: ns per entry of the dense B, with AVX-512."""
 UNPACK_NS, PRODUCT_START_NS = 0.6, 12_000.0
-"""What unpacking takes for each entry of B, on one core whatever the threads, and what a product takes before its first token."""
+"""Time to unpack B: ns per entry, on one core for any number of threads. And fixed time of a product, in ns."""
 
 
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, instruction_set: str | None = None) -> None:
     """y[t] += sum over the terms of weight * B_slot s[t]; shapes as in `lori.kernels.add_delta`.
 
-    bf16 below 2**-126 counts as zero where the processor has bf16 instructions. No gradient passes. `instruction_set` is one of
-    `instruction_sets()`, the fastest by default. Raises `ValueError` where shapes, strides or
-    dtypes are not those of the operands and the route, `RuntimeError` where the kernel is not installed.
+    With the processor's bf16 instructions, bf16 values below 2**-126 count as zero. Not differentiable. `instruction_set` is one
+    of `instruction_sets()`, the fastest by default. Raises `ValueError` if shapes, strides or dtypes do not match the operands
+    and the route, `RuntimeError` if the kernel is not installed.
     """
     dtype = operands.layout.dtype
     if not (y.dtype is s.dtype is dtype and y.is_cpu and s.is_cpu and operands.is_cpu):
         raise mismatch(y, s, operands, route)
     bound = bound_operands(operands) if instruction_set is None else bind(operands, instruction_set)
-    dense = dense_segments(operands, route) if route.runs and instruction_set is None else ()
+    dense = dense_segments(operands, route) if route.long_segments and instruction_set is None else ()
     packed = route.without(dense) if dense else route
     num_threads = torch.get_num_threads()
     if not bound.add_delta(
@@ -47,34 +48,36 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
 
 
 def dense_segments(operands: Operands, route: Route) -> tuple[int, ...]:
-    """Return the numbers of the segments for which a product with the dense B is faster.
+    """Return the indices of the segments for which a product with the dense B is faster.
 
-    None of several terms is among them: each product would be rounded by itself.
+    Leaves out segments with several terms, since each product would be rounded separately.
     """
-    return tuple(i for i, num_tokens, slot in route.runs if num_tokens > packed_tokens(operands, slot))
+    return tuple(i for i, num_tokens, slot in route.long_segments if num_tokens > max_packed_tokens(operands, slot))
 
 
-def packed_tokens(operands: Operands, slot: int) -> float:
-    """Return the tokens of a segment of one term up to which the packed B of `slot` takes less time than to unpack it and one
-    matrix product; remembered until the slot changes."""
-    found = operands.packed_tokens.get(slot)
-    if found is None:
-        found = operands.packed_tokens[slot] = _crossover(operands, operands.num_slot_bytes(slot))
-    return found
+def max_packed_tokens(operands: Operands, slot: int) -> float:
+    """Return the longest segment, in tokens, for which the packed kernel is faster than unpacking `slot` and one matrix product.
+
+    For segments of one term. Cached until the slot changes.
+    """
+    num_tokens = operands.max_packed_tokens.get(slot)
+    if num_tokens is None:
+        num_tokens = operands.max_packed_tokens[slot] = _crossover(operands, operands.num_slot_bytes(slot))
+    return num_tokens
 
 
 def _crossover(operands: Operands, num_bytes: int) -> float:
-    if not num_bytes or choose() not in PACKED_NS:  # torch's product has not been measured on others
+    if not num_bytes or choose() not in PACKED_NS:  # torch's product was not measured with other instruction sets
         return inf
     per_slice, per_byte = PACKED_NS[choose()]
     num_outputs, rank, dtype = operands.layout.num_outputs, operands.layout.rank, operands.layout.dtype
-    packed = per_slice * num_outputs / LANES + per_byte * num_bytes  # a token
-    gained = (packed - PRODUCT_NS[dtype] * num_outputs * rank) / torch.get_num_threads()
-    return (PRODUCT_START_NS + UNPACK_NS * num_outputs * rank) / gained if gained > 0 else inf
+    packed = per_slice * num_outputs / LANES + per_byte * num_bytes  # ns per token
+    gain = (packed - PRODUCT_NS[dtype] * num_outputs * rank) / torch.get_num_threads()  # ns per token
+    return (PRODUCT_START_NS + UNPACK_NS * num_outputs * rank) / gain if gain > 0 else inf
 
 
 def unpack(operands: Operands, slot: int) -> torch.Tensor:
-    """Return the dense B of a slot, (D, R) of the operands' dtype."""
+    """Return the dense B of a slot, (D, R), in the operands' dtype."""
     layout = operands.layout
     b = torch.empty(layout.num_outputs, layout.rank, dtype=layout.dtype)
     bound_operands(operands).unpack(slot, b.data_ptr())
@@ -82,14 +85,14 @@ def unpack(operands: Operands, slot: int) -> torch.Tensor:
 
 
 def bound_operands(operands: Operands) -> Any:
-    """Return the module's view of operands, made again when their pool has moved."""
+    """Return the C++ view of operands. Made again after their pool has moved."""
     if operands.bound is None:
         operands.bound = bind(operands)
     return operands.bound
 
 
 def bound_route(route: Route) -> Any:
-    """Return the module's view of a route on the CPU, made once."""
+    """Return the C++ view of a route on the CPU. Made once."""
     if route.cpu is None:
         arrays = (route.segments.numpy(), route.slots.numpy(), route.weights.numpy())
         route.cpu = module().Route(*arrays, route.num_tokens)
@@ -97,17 +100,17 @@ def bound_route(route: Route) -> Any:
 
 
 def bind(operands: Operands, instruction_set: str | None = None) -> Any:
-    """Return the module's view of operands, valid until their pool moves.
+    """Return a C++ view of operands, valid until their pool moves.
 
-    `instruction_set` is one of `instruction_sets()`, the fastest by default; raises `ValueError` for another.
+    `instruction_set` is one of `instruction_sets()`, the fastest by default. Raises `ValueError` for another one.
     """
-    of = module().Operands
+    native_class = module().Operands
     layout, arrays = operands.layout, (operands.pool.numpy(), operands.starts.numpy(), operands.basis_of.numpy())
-    return of(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, choose(instruction_set))
+    return native_class(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, choose(instruction_set))
 
 
 def module() -> Any:
-    """Return the compiled module. Raises `RuntimeError` where it is not installed."""
+    """Return the compiled module. Raises `RuntimeError` if it is not installed."""
     if MODULE is None:
         raise RuntimeError(MISSING)
     return MODULE

@@ -1,4 +1,4 @@
-"""Which kernel adds the deltas, and `lori::add_delta`, the torch operator that stands for it inside of `torch.compile`."""
+"""Dispatch of `add_delta` to a kernel, and `lori::add_delta`, the custom torch operator for `torch.compile`."""
 
 import importlib
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, Operands, Route], None]
 
 @cache
 def load_gpu() -> Kernel:
-    """Return the Triton kernel; triton is read only where it is used. Raises `RuntimeError` where it is not installed."""
+    """Return the Triton kernel. Imports triton on first use. Raises `RuntimeError` if triton is not installed."""
     try:
         kernel: Kernel = importlib.import_module("lori.kernels.gpu").add_delta
     except ImportError as error:
@@ -37,24 +37,24 @@ KERNELS: dict[str, Callable[[], Kernel]] = {
 
 
 def default_kernel(device: torch.device) -> str:
-    """Return the name of the kernel for a device; on a CPU the fastest that is installed."""
+    """Return the name of the kernel for a device: on a CPU the fastest that is installed."""
     if device.type == "cuda":
         return "gpu"
     return "cpu" if MODULE else "stacked"
 
 
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, kernel: str | None = None) -> None:
-    """Add the step's deltas to y in place, see the package. `kernel` is one of `KERNELS`, by default that of y's device.
+    """Add the step's deltas to y in place, see the package. `kernel` is a key of `KERNELS`, by default the one for y's device.
 
-    Raises `ValueError` where there is no such kernel, `RuntimeError` where it is not installed; `cpu` and `gpu` raise
-    `ValueError` where shapes or dtypes are not those of the operands and the route.
+    Raises `ValueError` for an unknown kernel, `RuntimeError` if the kernel is not installed. `cpu` and `gpu` also raise
+    `ValueError` if shapes or dtypes do not match the operands and the route.
     """
     if torch.compiler.is_compiling():
         if not fits(y, s, operands, route):
             raise mismatch(y, s, operands, route)
         arrays = (operands.pool, operands.starts, operands.basis_of)
         torch.ops.lori.add_delta(y, s, *arrays, operands.num_bases, route.segments, route.slots, route.weights, kernel)
-    elif kernel is None and y.is_cpu and MODULE:  # before all others, which take longer to find
+    elif kernel is None and y.is_cpu and MODULE:  # a shortcut: the look-up below takes longer
         cpu_add_delta(y, s, operands, route)
     else:
         _kernel(default_kernel(y.device) if kernel is None else kernel)(y, s, operands, route)
@@ -79,7 +79,7 @@ def _op(
     weights: torch.Tensor,
     kernel: str | None,
 ) -> None:
-    operands = Operands.over(Layout(y.shape[1], s.shape[2], y.dtype), pool, starts, basis_of, num_bases)
+    operands = Operands.from_arrays(Layout(y.shape[1], s.shape[2], y.dtype), pool, starts, basis_of, num_bases)
     _kernel(default_kernel(y.device) if kernel is None else kernel)(y, s, operands, Route(segments, slots, weights, len(y)))
 
 

@@ -1,15 +1,15 @@
-"""`add_delta` in Triton: a gather for tokens that share their adapters with few others, a matrix product for long runs of tokens.
+"""`add_delta` in Triton: a gather for tokens in short segments, a matrix product for long segments.
 
-*Gather*: a program is one window of one token. The window's 256 positions, in its order, walk down their slices side by side, so
-that what a step reads lies together; then each row takes the sum of its position by its place.
-*Dense*: a program is 64 tokens of one segment and some rows of a window. It writes these rows of B out in registers, by comparing
-the column of each entry with every column, and multiplies. That costs two instructions a column where the gather takes some seven
-a token, so it begins to pay at a third as many tokens as the rank.
+*Gather*: a program is one window of one token. The 256 positions of the window walk down their slices in parallel, so that the
+bytes of a step are read together. Then each row takes the sum at its position, found by its place.
+*Dense*: a program is 64 tokens of one segment and some rows of a window. It expands these rows of B in registers, by comparing
+the column of each entry with every column, and multiplies. The expansion costs two instructions per column, the gather some seven
+per token, so the dense form pays from about a third as many tokens as the rank.
 
-Launches go to the current stream of the current device, and nothing waits for it but the plan of a route that `Route.of` did not
-make. The gather's grid comes from the shapes alone, so a step may be captured in a CUDA graph: captured with a `Route` not used
-before, it takes the gather throughout, and a replay reads what the route's arrays hold then. `Route.by_token` gives every token a
-segment, whatever the terms. The pool must not move in between (`Operands.num_moves`).
+Launches go to the current stream of the current device without a synchronization. The one exception is the plan of a route that
+was not made by `Route.from_terms`. The gather's grid depends on shapes only, so a step can be captured in a CUDA graph. A capture
+with a new `Route` uses the gather for all tokens, and a replay reads the current content of the route's arrays. `Route.by_token`
+gives every token a segment for any terms. The pool must not move between capture and replay (`Operands.num_moves`).
 
 Prefixes: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block. Shapes: T tokens, A bases, R rank, D outputs,
 W windows, N programs along the tokens.
@@ -28,38 +28,40 @@ from lori.kernels.route import Route
 from lori.kernels.shapes import fits, mismatch
 
 DENSE_TOKENS = 32
-"""A segment of so many tokens is multiplied as a dense matrix: half of a tile. By a count of instructions 11 pay at rank 32."""
+"""Lowest number of tokens in a segment for the dense form: half a tile. By instruction count, 11 tokens pay at rank 32."""
 DENSE_RANK = 64
-"""The largest rank that is: by the same count some 20 tokens pay there."""
+"""Highest rank for the dense form. By the same count, some 20 tokens pay at this rank."""
 TILE = 64
-"""Tokens of a tile: the rows of a matrix instruction of Hopper's."""
+"""Tokens of a tile: the rows of one matrix instruction on Hopper."""
 UNROLL = tl.constexpr(4)
-"""Steps of a slice whose loads are on their way together: at rank 32 a tenth kept makes three a row, nine in the longest."""
+"""Number of steps of a slice whose loads are in flight together. At rank 32 and density 0.1 a row has three entries on average,
+the longest nine."""
 GATHER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 DENSE_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-"""How Triton compiles each form: 4 warps with two rows a thread for the gather."""
+"""Triton's compile options for each form. The gather's 4 warps give each thread two rows."""
 
 _LANES, _SLICES, _UNIT, _WINDOW, _HEADER = (tl.constexpr(size) for size in (LANES, SLICES, UNIT, WINDOW, HEADER))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the kernels make of a route.
+    """Work list of the kernels for one route.
 
-    `tokens` (T, 3) int32 is each token with the `first` and `last` of its terms, equal where it has none. `tiles` (N, 4) int32 is
-    the `start, stop, first, last` of the tiles of long segments, `rest` (N, 3) the tokens that are in none of these.
+    `tokens` (T, 3) int32 holds each token with the `first` and `last` of its terms; both are equal for a token without terms.
+    `tiles` (N, 4) int32 holds `start, stop, first, last` for each tile of the long segments. `gather_tokens` (N, 3) int32 holds
+    the rows of `tokens` that are in no tile.
     """
 
     tokens: torch.Tensor
     tiles: torch.Tensor
-    rest: torch.Tensor
+    gather_tokens: torch.Tensor
 
 
 def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route, dense_tokens: int | None = None) -> None:
     """y[t] += sum over the terms of weight * B_slot s[t]; shapes as in `lori.kernels.add_delta`.
 
-    Up to rank `DENSE_RANK`, segments of `dense_tokens` or more are multiplied as dense matrices, `DENSE_TOKENS` by default.
-    Raises `ValueError` where shapes, strides, dtypes or devices are not those of the operands and the route.
+    Up to rank `DENSE_RANK`, segments of at least `dense_tokens` tokens (by default `DENSE_TOKENS`) are multiplied with a dense B.
+    Raises `ValueError` if shapes, strides, dtypes or devices do not match the operands and the route.
     """
     if not fits(y, s, operands, route):
         raise mismatch(y, s, operands, route)
@@ -76,13 +78,16 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
         width, rows = dense_sizes(layout)
         grid = (len(plan.tiles), triton.cdiv(layout.num_outputs, rows))
         dense[grid](y, s, *arrays, plan.tiles, *shapes, width, rows, TILE, **DENSE_OPTIONS)
-        tokens = plan.rest
+        tokens = plan.gather_tokens
     if len(tokens):
         gather[len(tokens), layout.num_windows](y, s, *arrays, tokens, *shapes, **GATHER_OPTIONS)
 
 
 def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
-    """Return the plan of a route. Where a segment may be long and no graph is captured, asks for the segments (`Route.rows`)."""
+    """Return the plan of a route.
+
+    Reads the segments on the CPU (`Route.segment_list`) if one may be long and no CUDA graph is being captured.
+    """
     device = route.segments.device
     if route.is_by_token:
         by_token = torch.stack([route.segments[:, column] for column in (0, 2, 3)], 1)
@@ -91,18 +96,18 @@ def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
     if route.num_tokens < dense_tokens or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return Plan(tokens, route.segments[:0], tokens)
     tiles: list[tuple[int, int, int, int]] = []
-    rest: list[int] = []
-    for start, stop, first, last in route.rows:
+    in_no_tile: list[int] = []
+    for start, stop, first, last in route.segment_list:
         if stop - start < dense_tokens:
-            rest += range(start, stop)
+            in_no_tile += range(start, stop)
         else:
             tiles += ((tile, min(tile + TILE, stop), first, last) for tile in range(start, stop, TILE))
-    rest_tokens = to_device(torch.tensor(rest, dtype=torch.int32), device)
-    return Plan(tokens, to_device(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), device), _with_terms(route, rest_tokens))
+    gather_tokens = _with_terms(route, to_device(torch.tensor(in_no_tile, dtype=torch.int32), device))
+    return Plan(tokens, to_device(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), device), gather_tokens)
 
 
 def dense_sizes(layout: Layout) -> tuple[int, int]:
-    """Return the width and the rows of B that a program of `dense` writes out: powers of two from 16, as a matrix product wants.
+    """Return the width and the number of rows of B that a program of `dense` expands: powers of two from 16, for `tl.dot`.
 
     Chosen so that a thread needs at most 128 registers and spills none (ranks 32, 64 and 128, Triton 3.9, sm_80 and sm_90).
     """
@@ -111,7 +116,7 @@ def dense_sizes(layout: Layout) -> tuple[int, int]:
 
 
 def _with_terms(route: Route, tokens: torch.Tensor) -> torch.Tensor:
-    # Each token and the first and the last of its terms, (N, 3) int32: without waiting for the device.
+    """Return (N, 3) int32: each of `tokens` with the first and last of its terms. Does not wait for the device."""
     starts = route.segments[:, 0].contiguous()
     segment = torch.searchsorted(starts, tokens, right=True) - 1
     _, stop, first, last = route.segments[segment.clamp(min=0)].unbind(1)
@@ -181,7 +186,7 @@ def dense(
 ) -> None:
     """Semantics: as `gather`, for the tokens start <= t < stop and `rows` rows of B; grid (N, D / rows).
 
-    tiles: (N, 4) of `Plan`, with stop - start <= tokens. `rows` divides 256. `width`: R up to what a matrix product takes.
+    tiles: (N, 4) of `Plan`, with stop - start <= tokens. `rows` divides 256. `width`: R rounded up to a size for `tl.dot`.
     """
     i_n, i_d = tl.program_id(0), tl.program_id(1)
     i_w = i_d * rows // _WINDOW
@@ -216,16 +221,16 @@ def _window_times_s(
     rank: tl.constexpr,
     step_bytes: tl.constexpr,
 ) -> tl.tensor:
-    # The products of one window with s, (256,) fp32, in the order of its rows.
+    # Returns one window of B times s, (256,) fp32, in the order of the rows.
     o_p = tl.arange(0, _WINDOW)
     lane = o_p % _LANES
     begin, num_steps = _steps(p_block, o_p // _LANES)
     position = _position(p_block, o_p, o_p < num_rows, step_bytes)
-    most = tl.load(p_block.to(tl.pointer_type(tl.uint16))).to(tl.int32)  # the first slice is the longest
+    max_steps = tl.load(p_block.to(tl.pointer_type(tl.uint16))).to(tl.int32)  # the first slice is the longest
     b_sum = tl.zeros((_WINDOW,), tl.float32)
     if p_s.dtype.element_ty == tl.bfloat16:
         bits: tl.constexpr = 8 if rank <= 256 else 16
-        for i_first in range(0, most // 2, UNROLL):
+        for i_first in range(0, max_steps // 2, UNROLL):
             for i_next in tl.static_range(UNROLL):
                 i_pair = i_first + i_next
                 m_pair = i_pair < num_steps // 2
@@ -241,7 +246,7 @@ def _window_times_s(
         value, column = _entries(p_block, begin, num_steps, lane, num_steps - 1, m_last, rank, step_bytes, tl.bfloat16)
         b_sum += value.to(tl.float32) * tl.load(p_s + column, mask=m_last, other=0.0).to(tl.float32)
     else:
-        for i_first in range(0, most, UNROLL):
+        for i_first in range(0, max_steps, UNROLL):
             for i_next in tl.static_range(UNROLL):
                 i_k = i_first + i_next
                 m_entry = i_k < num_steps
@@ -260,7 +265,7 @@ def _dense_rows(
     width: tl.constexpr,
     dtype: tl.constexpr,
 ) -> tl.tensor:
-    # Some rows of a window, transposed: (width, rows).
+    # Returns the given rows of a window as a dense matrix, transposed: (width, rows).
     position = _position(p_block, o_row, m_row, step_bytes)
     lane = position % _LANES
     begin, num_steps = _steps(p_block, position // _LANES)
@@ -268,7 +273,7 @@ def _dense_rows(
     for i_k in range(tl.max(tl.where(m_row, num_steps, 0))):
         m_entry = m_row & (i_k < num_steps)
         value, column = _entries(p_block, begin, num_steps, lane, i_k, m_entry, rank, step_bytes, dtype)
-        column = tl.where(value == 0.0, -1, column)  # padding has column 0, whose entry it must not overwrite
+        column = tl.where(value == 0.0, -1, column)  # padding has column 0 and must not overwrite that column's entry
         b_b = tl.where(column[None, :] == tl.arange(0, width)[:, None], value[None, :], b_b)
     return b_b
 
@@ -285,7 +290,7 @@ def _entries(
     step_bytes: tl.constexpr,
     dtype: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    # The value and the column of the k-th entry of some lanes, each of a slice that begins at step `begin`.
+    # Returns value and column of entry i_k in each of the given lanes. The slice of a lane begins at step `begin`.
     per_lane: tl.constexpr = 2 if dtype == tl.bfloat16 else 1
     is_together = i_k < num_steps // per_lane * per_lane
     together = tl.where(is_together, per_lane, 1)
@@ -298,7 +303,7 @@ def _entries(
 
 @triton.jit
 def _steps(p_block: tl.tensor, i_slice: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    # The step that each of these slices begins at, and how many it has.
+    # Returns the first step and the number of steps of each of the given slices.
     p_ends = p_block.to(tl.pointer_type(tl.uint16))
     begin = tl.load(p_ends + i_slice - 1, mask=i_slice > 0, other=0).to(tl.int32)
     return begin, tl.load(p_ends + i_slice).to(tl.int32) - begin
@@ -306,7 +311,7 @@ def _steps(p_block: tl.tensor, i_slice: tl.tensor) -> tuple[tl.tensor, tl.tensor
 
 @triton.jit
 def _position(p_block: tl.tensor, o_row: tl.tensor, m_row: tl.tensor, step_bytes: tl.constexpr) -> tl.tensor:
-    # The position of each of these rows of a window: the inverse of `lori.kernels.layout.place_of`.
+    # Returns the position of each of the given rows of a window: the inverse of `lori.kernels.layout.place_of`.
     num_steps = tl.load(p_block.to(tl.pointer_type(tl.uint16)) + _SLICES - 1).to(tl.int32)
     place = tl.load(p_block + _HEADER + num_steps * step_bytes + o_row, mask=m_row, other=0).to(tl.int32)
     return place // 32 * 32 + place % 2 * 16 + place % 32 // 2

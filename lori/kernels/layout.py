@@ -1,22 +1,22 @@
 """The run-time layout of B: sliced ELLPACK with rows sorted in windows (SELL-C-sigma, Kreutzer et al. 2014), C = 16, sigma = 256.
 
-The D rows of B are cut in windows of 256. In a window the rows are ordered by how many entries they have, most first, and 16
+The D rows of B are cut in windows of 256. In a window the rows are ordered by their number of entries, most first, and 16
 neighbours in that order are a slice. A slice has as many steps as its first row has entries; step k holds the k-th entry of each
-of its rows, one a lane, and zeros where a row has fewer. A window is one block of bytes, read from its first to its last:
+of its rows, one a lane, and zeros for rows with fewer. A window is one block of bytes, read from its first to its last:
 
-    ends     (16,) uint16       where each of its slices ends, in steps of the window
-    values   (16,)              of a step, bf16 or fp32 as the model's; of two bf16 steps together, lane by lane, where there are
-    columns  (16,)              as many: uint8 up to rank 256, uint16 beyond
+    ends     (16,) uint16       end of each slice, in steps of the window
+    values   (16,)              values of a step, in the model's bf16 or fp32; bf16 steps come in pairs, interleaved lane by lane
+    columns  (16,)              columns of the same step or pair: uint8 up to rank 256, uint16 beyond
     …                           the other steps
-    places   (rows,) uint8      for each row, up to a multiple of 16, its place: 32 (slice // 2) + 2 lane + slice % 2
+    places   (rows,) uint8      place of each row, rows rounded up to a multiple of 16: 32 (slice // 2) + 2 lane + slice % 2
 
-So a lane of values is 4 bytes wide but in the last of an odd number of bf16 steps. Blocks start at multiples of 16 bytes. An
-empty window has no block.
+So a lane of values is 4 bytes wide, except in the last step of a slice with an odd number of bf16 steps. Blocks start at
+multiples of 16 bytes. An empty window has no block.
 
-Values and columns apart, each in one piece, took 3 times as long where no cache holds them: a processor foresees one stream.
-Sorting within 256 rows was measured against other windows, on adapters at r = 32 that keep a tenth (bytes an entry, of which 3
+Values and columns in two separate arrays took 3 times as long outside the cache, since the prefetcher follows one stream.
+Sorting within 256 rows was measured against other windows, on adapters at r = 32 and density 0.1 (bytes an entry, of which 3
 are value and column): not sorted 8.4, 64 rows 5.1, 128 rows 4.4, 256 rows 3.9, 512 rows (two bytes a place) 4.0. Time is least at
-128, and at 256 within a tenth of that. Shapes: D outputs, R rank, K kept entries, W windows.
+128, and at 256 within a tenth of that. Shapes: D outputs, R rank, K nonzero entries, W windows.
 """
 
 from dataclasses import dataclass
@@ -37,9 +37,9 @@ MAX_RANK = 2048
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the blocks of one module look like: B is (D, R), with values of `dtype`.
+    """Layout of the blocks of one module: B is (D, R), with values of `dtype`.
 
-    Raises `ValueError` where the kernels know no such rank or dtype.
+    Raises `ValueError` if the kernels do not support the rank or the dtype.
     """
 
     num_outputs: int
@@ -54,38 +54,41 @@ class Layout:
 
     @property
     def dtype_name(self) -> str:
-        """Such as "bfloat16"."""
+        """The dtype's name, such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def num_windows(self) -> int:
-        """W."""
+        """Number of windows, W."""
         return -(-self.num_outputs // WINDOW)
 
     @property
     def column_dtype(self) -> type[np.unsignedinteger]:
-        """The type of a column."""
+        """NumPy dtype of a column."""
         return np.uint8 if self.rank <= 256 else np.uint16
 
     @property
     def value_dtype(self) -> type[np.unsignedinteger]:
-        """The type of a value's bits."""
+        """NumPy dtype of a value's bits."""
         return np.uint16 if self.dtype is torch.bfloat16 else np.uint32
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of a step, values and columns."""
+        """Bytes of a step: values and columns."""
         return LANES * (self.dtype.itemsize + np.dtype(self.column_dtype).itemsize)
 
     def num_slices(self, window: int) -> int:
-        """Slices of a window: 16, or fewer in the last."""
+        """Return the number of slices of a window: 16, or fewer in the last window."""
         return min(SLICES, -(-(self.num_outputs - window * WINDOW) // LANES))
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One adapter's B of one module: `blocks` (bytes,) uint8 are its windows one after the other, `starts` (W,) int32 where each
-    begins, in units of 16 bytes; -1 where it is empty."""
+    """One adapter's packed B of one module.
+
+    `blocks` (bytes,) uint8 holds the windows one after the other. `starts` (W,) int32 holds the start of each window in `blocks`,
+    in units of 16 bytes; -1 for an empty window.
+    """
 
     layout: Layout
     blocks: torch.Tensor
@@ -93,12 +96,12 @@ class Packed:
 
 
 def place_of(position: Ints) -> Ints:
-    """Return the place of the rows that come at a position in their window's order."""
+    """Return the places of rows from their positions in the window's order."""
     return 32 * (position // 32) + 2 * (position % LANES) + position // LANES % 2
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Pack scale * B, of rank R at most. `lori.kernels.native.pack` gives the same bytes, faster."""
+    """Pack scale * B, of rank R at most. `lori.kernels.native.pack` returns the same bytes, faster."""
     indices = b.indices.numpy().astype(np.int64)
     rows, columns = indices // b.shape[1], indices % b.shape[1]
     values = (b.values.float() * scale).to(layout.dtype)
@@ -132,7 +135,7 @@ def _pack_window(layout: Layout, window: int, rows: Ints, columns: Ints, bits: n
     position = np.empty_like(order)
     position[order] = np.arange(len(order))
     ends = np.zeros(SLICES, dtype=np.int64)
-    ends[: layout.num_slices(window)] = lengths[order][::LANES]  # the steps of each slice: its first row is its longest
+    ends[: layout.num_slices(window)] = lengths[order][::LANES]  # steps of each slice, whose first row is its longest
     ends = ends.cumsum()
     entry = np.arange(len(rows)) - (lengths.cumsum() - lengths)[rows]
     steps = np.zeros(layout.step_bytes * ends[-1], dtype=np.uint8)
@@ -146,7 +149,7 @@ def _pack_window(layout: Layout, window: int, rows: Ints, columns: Ints, bits: n
 
 
 def _unpack_window(layout: Layout, window: int, block: npt.NDArray[np.uint8]) -> tuple[Ints, Ints, npt.NDArray[np.float32]]:
-    # The row in the window, the column and the value of each entry, padding included.
+    """Return the row in the window, the column and the value of each entry, padding included."""
     ends = block[:HEADER].view(np.uint16).astype(np.int64)
     num_rows = LANES * layout.num_slices(window)
     steps, places = np.split(block[HEADER:][: layout.step_bytes * ends[-1] + num_rows], [layout.step_bytes * ends[-1]])
@@ -157,13 +160,16 @@ def _unpack_window(layout: Layout, window: int, block: npt.NDArray[np.uint8]) ->
     values = torch.from_numpy(steps.view(layout.value_dtype)[values_at].view(np.uint8)).view(layout.dtype).float().numpy()
     columns = steps.view(layout.column_dtype)[columns_at].astype(np.int64)
     row_at = np.zeros(WINDOW, dtype=np.int64)
-    real = min(num_rows, layout.num_outputs - window * WINDOW)
-    row_at[places[:real]] = np.arange(real)
+    num_real_rows = min(num_rows, layout.num_outputs - window * WINDOW)
+    row_at[places[:num_real_rows]] = np.arange(num_real_rows)
     return row_at[place_of(position)], columns, values
 
 
 def _addresses(layout: Layout, ends: Ints, position: Ints, entry: Ints) -> tuple[Ints, Ints]:
-    # Where the value and the column of the k-th entry of the row at a position lie among the steps, each counted in its own size.
+    """Return the offsets among the steps of the value and the column of entry `entry` of the row at `position`.
+
+    Offsets count in units of a value's and of a column's size.
+    """
     begin = (ends - np.diff(ends, prepend=0))[position // LANES]
     steps, per_lane = ends[position // LANES] - begin, 4 // layout.dtype.itemsize
     together = np.where(entry < steps // per_lane * per_lane, per_lane, 1)

@@ -1,4 +1,7 @@
-"""The compiled module `_lori_cpu`, which is built at install where there is a C++ compiler, and what it says of itself."""
+"""The compiled module `_lori_cpu`, its capabilities, and functions that fall back to NumPy without it.
+
+The module is built at install if there is a C++ compiler.
+"""
 
 import importlib
 import os
@@ -13,11 +16,11 @@ from lori.kernels.layout import pack as pack_in_numpy
 from lori.sparse import SparseB
 
 VERSION = 5
-"""Of the layout and the module's functions; CMakeLists.txt has the same."""
+"""Version of the layout and of the module's functions; must equal the one in CMakeLists.txt."""
 MAX_ISA_VARIABLE = "LORI_MAX_CPU_ISA"
-"""The environment variable that names the highest instruction set a process may use; all are allowed where it is not set."""
+"""Environment variable for the highest instruction set that a process may use. If it is not set, all are allowed."""
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-"""Its values: CPU instruction sets, in ascending order. Everything that chooses code by the CPU asks `is_allowed`."""
+"""Values of the variable: CPU instruction sets, ascending. All code that depends on the instruction set must use `is_allowed`."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -28,18 +31,18 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the CPU kernel was not built at install ({error}): it needs {needs}, then install lori-server again"
     except ImportError as error:
         return None, f"the CPU kernel cannot be loaded ({error}): install the library it misses (apt install libgomp1)"
-    found = getattr(module, "VERSION", None)
-    if found != VERSION:
-        return None, f"the CPU kernel is of another version ({found}, expected {VERSION}): install lori-server again"
+    version = getattr(module, "VERSION", None)
+    if version != VERSION:
+        return None, f"the CPU kernel is of another version ({version}, expected {VERSION}): install lori-server again"
     return module, ""
 
 
 MODULE, MISSING = _load()
-"""The module, or `None` and why it is not there."""
+"""The compiled module, or `None` and the reason why it is missing."""
 
 
 def max_isa() -> str:
-    """Return the highest instruction set that this process may use. Raises `LoriError` where it is unknown."""
+    """Return the highest instruction set that this process may use. Raises `LoriError` if the variable names an unknown one."""
     name = os.environ.get(MAX_ISA_VARIABLE) or ISAS[-1]
     if name not in ISAS:
         raise LoriError(f"{MAX_ISA_VARIABLE}={name} is not an instruction set, expected one of {', '.join(ISAS)}")
@@ -47,20 +50,20 @@ def max_isa() -> str:
 
 
 def is_allowed(isa: str) -> bool:
-    """Return whether this process may use an instruction set of `ISAS`. Raises as `max_isa` does."""
+    """Return whether this process may use the instruction set `isa`, one of `ISAS`. Raises as `max_isa`."""
     return ISAS.index(isa) <= ISAS.index(max_isa())
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Return the instruction sets that the module has, this processor runs and `max_isa` allows, the fastest first.
+    """Return the instruction sets that the module supports, this processor has and `max_isa` allows, the fastest first.
 
-    Empty without the module. Raises as `max_isa` does.
+    Empty without the module. Raises as `max_isa`.
     """
     return tuple(name for name in MODULE.instruction_sets() if is_allowed(name)) if MODULE else ()
 
 
 def choose(isa: str | None = None) -> str:
-    """Return `isa`, or the fastest of `instruction_sets()`. Raises `ValueError` where `isa` is not one of them."""
+    """Return `isa`, by default the fastest of `instruction_sets()`. Raises `ValueError` if `isa` is not one of them."""
     names = instruction_sets()
     if isa and isa not in names:
         raise ValueError(f"this process does not run {isa}, expected one of {', '.join(names)}")
@@ -68,12 +71,12 @@ def choose(isa: str | None = None) -> str:
 
 
 def has_amx() -> bool:
-    """Return whether this processor has AMX tiles and `max_isa` allows them: torch's bf16 products are the fastest then."""
-    return is_allowed("amx") and torch.cpu._is_amx_tile_supported()  # no public function says it
+    """Return whether this processor has AMX and `max_isa` allows AMX. If so, torch's bf16 products are the fastest."""
+    return is_allowed("amx") and torch.cpu._is_amx_tile_supported()  # torch has no public function for this
 
 
 def description() -> str:
-    """Return what `add_delta` runs on a CPU, for a log."""
+    """Return a description of the code that `add_delta` runs on a CPU, for a log."""
     if not MODULE:
         return "torch alone"
     limit = "" if choose() == MODULE.instruction_sets()[0] else f" by {MAX_ISA_VARIABLE}"
@@ -81,7 +84,7 @@ def description() -> str:
 
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
-    """Pack scale * B, of rank R at most: the bytes of `lori.kernels.layout.pack`."""
+    """Pack scale * B, of rank R at most. Returns the same bytes as `lori.kernels.layout.pack`."""
     if MODULE is None:
         return pack_in_numpy(layout, b, scale)
     num_outputs, rank = b.shape
@@ -91,7 +94,7 @@ def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
     return Packed(layout, torch.from_numpy(blocks), torch.from_numpy(starts))
 
 
-def decode_mask(code: rice.Code, num_entries: int, num_kept: int) -> rice.Indices:
-    """Return what `lori.rice.decode` does, faster, and raises as it does."""
-    indices: rice.Indices | None = MODULE.decode_mask(code, num_entries, num_kept) if MODULE else None
-    return rice.decode(code, num_entries, num_kept) if indices is None else indices
+def decode_mask(code: rice.Code, num_entries: int, nnz: int) -> rice.Indices:
+    """Return the same as `lori.rice.decode`, faster. Raises as `lori.rice.decode`."""
+    indices: rice.Indices | None = MODULE.decode_mask(code, num_entries, nnz) if MODULE else None
+    return rice.decode(code, num_entries, nnz) if indices is None else indices

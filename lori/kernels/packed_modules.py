@@ -1,6 +1,6 @@
-"""One adapter's packed B of all its modules in one piece, and how it is put in a slot of their operands at once.
+"""One adapter's packed B of all modules in one piece, and functions that put it into a slot of all operands at once.
 
-Module by module, torch's dispatcher alone would take several times as long as copying the bytes. Shapes: W windows of a module.
+Putting module by module, torch's dispatcher alone takes several times as long as the copy. Shapes: W windows of a module.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,73 +18,74 @@ from lori.kernels.operands import Operands
 
 @dataclass(frozen=True, slots=True)
 class PackedModules:
-    """The `Packed` of several modules, one after the other."""
+    """The `Packed` of several modules, concatenated."""
 
     layouts: Mapping[str, Layout]
-    """Of each module, by full name, in order."""
+    """Layout of each module, by full name, in order."""
     blocks: torch.Tensor
-    """(bytes,) uint8."""
+    """Blocks of all modules, (bytes,) uint8."""
     starts: torch.Tensor
-    """(sum of W,) int32, each as in `Packed`: from the first block of its module."""
+    """`Packed.starts` of all modules, (sum of W,) int32: relative to the first block of their module."""
     ends: tuple[int, ...]
-    """Where the blocks of each module end, in units of 16 bytes."""
+    """End of each module's blocks in `blocks`, in units of 16 bytes."""
 
     @classmethod
-    def of(cls, packed: Mapping[str, Packed]) -> "PackedModules":
-        """Return `packed`, by module, in one piece."""
-        ends = np.cumsum([len(of.blocks) // UNIT for of in packed.values()]).tolist()
-        blocks, starts = ([getattr(of, part) for of in packed.values()] for part in ("blocks", "starts"))
+    def from_modules(cls, packed: Mapping[str, Packed]) -> "PackedModules":
+        """Concatenate `packed`, by module name."""
+        ends = np.cumsum([len(module.blocks) // UNIT for module in packed.values()]).tolist()
+        blocks, starts = ([getattr(module, part) for module in packed.values()] for part in ("blocks", "starts"))
         if not packed:
             return cls({}, torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int32), ())
-        return cls({name: of.layout for name, of in packed.items()}, torch.cat(blocks), torch.cat(starts), tuple(ends))
+        return cls({name: module.layout for name, module in packed.items()}, torch.cat(blocks), torch.cat(starts), tuple(ends))
 
     @property
     def by_module(self) -> dict[str, Packed]:
-        """The `Packed` of each module: views of the arrays here."""
-        starts = self.starts.split([layout.num_windows for layout in self.layouts.values()])
+        """The `Packed` of each module, by name. Its arrays are views."""
+        starts_by_module = self.starts.split([layout.num_windows for layout in self.layouts.values()])
         spans = pairwise((0, *self.ends))
         return {
-            name: Packed(layout, self.blocks[first * UNIT : last * UNIT], of)
-            for (name, layout), of, (first, last) in zip(self.layouts.items(), starts, spans, strict=True)
+            name: Packed(layout, self.blocks[first * UNIT : last * UNIT], starts)
+            for (name, layout), starts, (first, last) in zip(self.layouts.items(), starts_by_module, spans, strict=True)
         }
 
     @property
     def num_bytes(self) -> int:
-        """What it holds in memory, in bytes."""
+        """Bytes that the arrays take in memory."""
         return self.blocks.nbytes + self.starts.nbytes
 
 
 def put_modules(operands: Mapping[str, Operands], slot: int, packed: PackedModules, basis: int) -> None:
-    """Make `packed` the B of `slot` in `operands`, by module, on the block `basis` of s; modules that it lacks are cleared.
+    """Make `packed` the B of `slot` in `operands` (by module name), on the basis with index `basis` in s.
 
-    The same as `Operands.put` and `Operands.clear` of each, and for the same thread. Raises `ValueError`, and has changed nothing
-    then, where there is no such slot or basis, or a module is not among the operands or of another layout.
+    Modules that are not in `packed` are cleared. Equivalent to `Operands.put` or `Operands.clear` for each module, with the same
+    rules for threads. Raises `ValueError`, without any change, if there is no such slot or basis, or a module has no operands or
+    another layout.
     """
     _check(operands, slot, packed, basis)
-    clear_modules((of for name, of in operands.items() if name not in packed.layouts), slot)
-    if MODULE and all(of.is_plain for of in operands.values()):
+    clear_modules((target for name, target in operands.items() if name not in packed.layouts), slot)
+    if MODULE and all(target.is_packed_on_cpu for target in operands.values()):
         _put_at_once(operands, slot, packed, basis)
         return
-    device = next((of.pool.device for of in operands.values()), packed.blocks.device)
-    blocks, starts = (to_device(of, device) for of in (packed.blocks, packed.starts))  # one transfer of each
-    there = PackedModules(packed.layouts, blocks, starts, packed.ends)
-    for name, of in there.by_module.items():
-        operands[name].put(slot, of, basis)
+    device = next((target.pool.device for target in operands.values()), packed.blocks.device)
+    blocks, starts = (to_device(tensor, device) for tensor in (packed.blocks, packed.starts))  # one transfer for each tensor
+    on_device = PackedModules(packed.layouts, blocks, starts, packed.ends)
+    for name, module in on_device.by_module.items():
+        operands[name].put(slot, module, basis)
 
 
 def clear_modules(operands: Iterable[Operands], slot: int) -> None:
-    """Make the delta of `slot` zero in all `operands`, and frees its room there."""
-    for of in operands:
-        of.clear(slot)
+    """Make the delta of `slot` zero in all `operands` and free its extents there."""
+    for target in operands:
+        target.clear(slot)
 
 
 def _check(operands: Mapping[str, Operands], slot: int, packed: PackedModules, basis: int) -> None:
-    """Raise `ValueError` where `packed` does not fit `slot` of `operands` on `basis`."""
+    """Raise `ValueError` if `packed` does not fit `slot` of `operands` on `basis`."""
     faults = [f"{name}: no operands" for name in packed.layouts if name not in operands]
     for name, layout in packed.layouts.items():
-        of = operands.get(name)
-        if of and ((layout is not of.layout and layout != of.layout) or not 0 <= slot < len(of.starts)):
-            faults.append(f"{name}: {layout} for slot {slot} of {len(of.starts)}, expected {of.layout}")
+        target = operands.get(name)
+        if target and ((layout is not target.layout and layout != target.layout) or not 0 <= slot < len(target.starts)):
+            faults.append(f"{name}: {layout} for slot {slot} of {len(target.starts)}, expected {target.layout}")
     if basis < 0:
         faults.append(f"basis {basis}, expected one from 0")
     if faults:
@@ -96,14 +97,14 @@ def _put_at_once(operands: Mapping[str, Operands], slot: int, packed: PackedModu
     rows, in_pieces = [], []
     first_unit = first_window = 0
     for (name, layout), end in zip(packed.layouts.items(), packed.ends, strict=True):
-        of, length, num_windows = operands[name], end - first_unit, layout.num_windows
-        place = of.take(slot, length)
+        target, length, num_windows = operands[name], end - first_unit, layout.num_windows
+        place = target.allocate(slot, length)
         if place is None:
             in_pieces.append(name)
         else:
-            pool, num_units, starts, basis_of = of.addresses(slot)
+            pool, num_units, starts, basis_of = target.addresses(slot)
             rows.append((first_unit, length, first_window, num_windows, pool, num_units, place, starts, basis_of))
-            of.num_bases = max(of.num_bases, basis + 1)
+            target.num_bases = max(target.num_bases, basis + 1)
         first_unit, first_window = end, first_window + num_windows
     if rows:
         MODULE.put_adapter(packed.blocks.numpy(), packed.starts.numpy(), np.array(rows, dtype=np.int64), basis)

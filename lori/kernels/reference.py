@@ -1,4 +1,4 @@
-"""`add_delta` as a loop over segments and their terms in fp32, to be checked by eye."""
+"""Reference `add_delta`: a loop over segments and their terms in fp32, simple enough to check by eye."""
 
 import torch
 

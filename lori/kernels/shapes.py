@@ -1,4 +1,4 @@
-"""Whether the arrays of a step are what a kernel expects, and what is wrong with them."""
+"""Checks of a step's arrays against the operands and the route."""
 
 import torch
 
@@ -7,7 +7,7 @@ from lori.kernels.route import Route
 
 
 def fits(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> bool:
-    """Whether y (T, D) and s (T, A, R) are what the operands and the route expect, rows contiguous and apart."""
+    """Return whether y (T, D) and s (T, A, R) match the operands and the route. Rows must be contiguous and must not overlap."""
     layout = operands.layout
     if y.dim() != 2 or s.dim() != 3:
         return False
@@ -29,7 +29,7 @@ def fits(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> 
 
 
 def mismatch(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route) -> ValueError:
-    """Return the error that says what y and s are, and what the operands and the route make expected."""
+    """Return the error for y and s that do not match, with actual and expected shapes, dtypes and devices."""
     layout, num_tokens = operands.layout, route.num_tokens
     return ValueError(
         f"y is {tuple(y.shape)} {y.dtype} with strides {y.stride()} on {y.device}, s {tuple(s.shape)} {s.dtype} with strides "

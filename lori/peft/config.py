@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: what of it decides what a LoRA adapter does. Knows no tensors.
+"""PEFT's `adapter_config.json`: the fields that decide what a LoRA adapter does. Knows no tensors.
 
 Names and meanings are those of PEFT's `LoraConfig` (peft/tuners/lora/config.py, 0.21).
 """
@@ -20,10 +20,10 @@ from lori.names import EMBEDDED_NAME
 Value = TypeVar("Value")
 
 TEMPLATES_FILE = "lori.json"
-"""Beside PEFT's files in an export of ours: how prompts are written, which PEFT has no field for."""
+"""File that our export adds to PEFT's files: the prompt templates, for which PEFT has no field."""
 
 HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
-"""How A and B may have begun; every other named way also changed the weights of the base."""
+"""Accepted initializations of A and B. Every other named initialization also changes the weights of the base."""
 
 INERT = frozenset(
     (
@@ -32,27 +32,27 @@ INERT = frozenset(
         "runtime_config",
     )
 )  # fmt: skip
-"""Fields that change nothing once the weights are there: they chose the modules, or began the training."""
+"""Fields that do not matter once the weights are trained: they select modules, or initialize the training."""
 
 SAFE_PATTERN = re.compile(r"(?!.*\)[*+?{])[\w.*+?|^$()\[\]\\-]{1,512}")
-"""Module patterns without a repeated group."""
+"""Accepted module patterns: those without a repeated group."""
 CHOICE = re.compile(r"[*+?(]")
-"""What may match a text in several ways: repetitions, and groups, of whose alternatives several may fit."""
+"""Parts of a pattern that can match a text in several ways: repetitions, and groups with alternatives."""
 MAX_CHOICES, MAX_ALTERNATIVES, MAX_PATTERNS, MAX_ALL_CHOICES = 4, 64, 4096, 256
-"""Choices and alternatives of a pattern; patterns of a config, and their choices together. Python's `re` tries all ways, and
-holds the interpreter's lock meanwhile: (.|.) thirty times would stop the server."""
+"""Maximum number of choices and of alternatives in a pattern, of patterns in a config, and of choices in all its patterns.
+Python's `re` backtracks through all choices while it holds the GIL: thirty times (.|.) would stop the server."""
 
 PEFT_TYPE = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-"""A base model's name that may be part of a command."""
+"""Base model names that are safe to print as part of a command."""
 
 NO_LORA = "it cannot be imported, since only plain LoRA adds B A x to a layer's output, as LoRI does"
-"""Ends the fault of a PEFT adapter of another type."""
+"""End of the fault of a PEFT adapter of another type."""
 SWITCHES = frozenset(("arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "velora_config"))
-"""Fields whose mere presence turns a PEFT variant on, even if empty."""
+"""Fields that turn a PEFT variant on by their mere presence, even if empty."""
 
 
-def _known_init(value: bool | str | None) -> bool | str | None:
+def _check_init(value: bool | str | None) -> bool | str | None:
     if isinstance(value, str) and value.lower() not in HARMLESS_INITS:
         raise ValueError(
             "it may have changed the base's weights: only an adapter that PEFT converted to plain LoRA can be imported"
@@ -64,7 +64,7 @@ def _num_choices(key: str) -> int:
     return len(CHOICE.findall(key))
 
 
-def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
+def _check_patterns(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
     num_patterns, num_choices = len(pattern or {}), sum(map(_num_choices, pattern or {}))
     if num_patterns > MAX_PATTERNS or num_choices > MAX_ALL_CHOICES:
         raise ValueError(
@@ -75,23 +75,23 @@ def _regexes(pattern: dict[str, Value] | None) -> dict[str, Value] | None:
         if not SAFE_PATTERN.fullmatch(key) or _num_choices(key) > MAX_CHOICES or key.count("|") >= MAX_ALTERNATIVES:
             raise ValueError(f"{reprlib.repr(key)} is not an accepted pattern of module names: matching it could take forever")
         try:
-            _compiled(key)
+            _compile(key)
         except re.error as error:
             raise ValueError(f"{key!r} is no regular expression: {error}") from error
     return pattern
 
 
 @lru_cache(maxsize=2 * MAX_PATTERNS)
-def _compiled(key: str) -> re.Pattern[str]:
+def _compile(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
 PeftAlpha = Annotated[Alpha, PlainSerializer(lambda alpha: int(alpha) if alpha.is_integer() else alpha, return_type=int | float)]
-"""Written as PEFT writes it: an integer where it is one."""
+"""Alpha in PEFT's JSON form: an integer if the value is whole."""
 
 
 class PeftConfig(BaseModel):
-    """The fields that matter of a LoRA adapter's config. Modules are named by PEFT's patterns, see `matched`."""
+    """The fields of a LoRA adapter's config that matter here. Keys of patterns follow PEFT's rules, see `match_pattern`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
@@ -101,47 +101,48 @@ class PeftConfig(BaseModel):
     peft_version: str | None = None
     r: Rank
     lora_alpha: PeftAlpha
-    rank_pattern: Annotated[dict[str, Rank] | None, AfterValidator(_regexes)] = None
-    alpha_pattern: Annotated[dict[str, PeftAlpha] | None, AfterValidator(_regexes)] = None
+    rank_pattern: Annotated[dict[str, Rank] | None, AfterValidator(_check_patterns)] = None
+    alpha_pattern: Annotated[dict[str, PeftAlpha] | None, AfterValidator(_check_patterns)] = None
     use_rslora: bool = False
-    """The scale is alpha / sqrt(r), not alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
+    """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
     target_modules: tuple[str, ...] | str | None = None
     bias: Literal["none"] = "none"
     lora_dropout: float = 0.0
-    init_lora_weights: Annotated[bool | str | None, AfterValidator(_known_init)] = True
+    init_lora_weights: Annotated[bool | str | None, AfterValidator(_check_init)] = True
     inference_mode: bool = True
 
     def rank_of(self, module: str) -> int:
-        """Return r of `module`, its full name in the base."""
-        return matched(self.rank_pattern or {}, module, self.r)
+        """Return r of `module`, a full name in the base."""
+        return match_pattern(self.rank_pattern or {}, module, self.r)
 
     def alpha_of(self, module: str) -> float:
-        """Return the alpha of `module` whose alpha / r is PEFT's scale, with rsLoRA too."""
-        alpha = matched(self.alpha_pattern or {}, module, self.lora_alpha)
+        """Return the alpha of `module` for which alpha / r equals PEFT's scale, also with rsLoRA."""
+        alpha = match_pattern(self.alpha_pattern or {}, module, self.lora_alpha)
         return alpha * math.sqrt(self.rank_of(module)) if self.use_rslora else alpha
 
 
-def matched(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
-    """Return the value of the first key that matches `module`, else `default`.
+def match_pattern(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
+    """Return the value of the first key of `pattern` that matches `module`, else `default`.
 
-    A key is a regular expression for the whole name, or for all of it after some dot (PEFT, `get_pattern_key` in
-    peft/utils/other.py); failing those, the name itself. The order of the file decides, not how much a key matches.
+    A key is a regular expression for the full name, or for the part of the name after any dot (PEFT, `get_pattern_key` in
+    peft/utils/other.py). If none matches, a key equal to the name counts. The first match in the file's order wins, not the
+    longest.
     """
     for key, value in pattern.items():
-        if _compiled(key).match(module):
+        if _compile(key).match(module):
             return value
     return pattern.get(module, default)
 
 
-def exact(module: str) -> str:
-    """Return the pattern that matches `module`, a full name, and nothing else."""
+def exact_pattern(module: str) -> str:
+    """Return the pattern that matches only `module`, a full name."""
     return "^" + re.escape(module)
 
 
 def parse_peft_config(content: bytes, faults: list[str]) -> PeftConfig | None:
-    """Return the config of a PEFT adapter. Adds to `faults` whatever is wrong with it.
+    """Return the config of a PEFT adapter, or None. Adds every fault to `faults`.
 
-    A field that is unknown and set, or that would change what the adapter does, is a fault.
+    Faults are also unknown fields that are set, and fields that select a variant other than plain LoRA.
     """
     try:
         return _config(from_json(content), faults)
@@ -151,7 +152,7 @@ def parse_peft_config(content: bytes, faults: list[str]) -> PeftConfig | None:
 
 
 def peft_fault(content: bytes) -> str | None:
-    """Return the fault of a PEFT adapter's config where one of ours is expected: what to type next, or why nothing helps.
+    """Return the fault of a PEFT adapter's config in place of a LoRI config: the command to import it, or why that is impossible.
 
     None for any other content. The fault is one line, names no path and quotes little of the config.
     """
@@ -166,8 +167,9 @@ def peft_fault(content: bytes) -> str | None:
     if faults and kind != "LORA":
         return faults[0]
     if faults:
-        more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
-        return f"{CONFIG_FILE}: it is a PEFT LoRA that cannot be imported: {faults[0].removeprefix(f'{CONFIG_FILE}: ')}{more}"
+        num_more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
+        first = faults[0].removeprefix(f"{CONFIG_FILE}: ")
+        return f"{CONFIG_FILE}: it is a PEFT LoRA that cannot be imported: {first}{num_more}"
     command = f"python -m lori import {FOLDER} STORE{_model_flag(document.get('base_model_name_or_path'))}"
     return f"{CONFIG_FILE}: it is a PEFT LoRA: `{command}` makes an adapter of it in STORE, another folder, which can be served"
 
@@ -186,7 +188,7 @@ def _config(document: Any, faults: list[str]) -> PeftConfig | None:
 
 
 def _peft_type(document: Any) -> str | None:
-    # The adapter's type where the document is a config of PEFT's, and none of ours.
+    """Return `peft_type` of a PEFT config; None for a LoRI config and for any other document."""
     if not isinstance(document, dict) or "lori" in document:
         return None
     kind = document.get("peft_type")

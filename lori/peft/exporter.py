@@ -1,4 +1,4 @@
-"""One of our adapters as a PEFT LoRA folder, for PEFT and for servers that read its format. Does not import PEFT.
+"""Export of a LoRI adapter as a PEFT LoRA folder, for PEFT and servers that read its format. Does not import PEFT.
 
 Shapes: D outputs, R rank, N inputs of a module.
 """
@@ -13,18 +13,18 @@ from lori.adapter import Adapter
 from lori.config import CONFIG_FILE, AdapterConfig
 from lori.errors import AdapterError
 from lori.format import WEIGHTS_FILE
-from lori.peft.config import TEMPLATES_FILE, PeftConfig, exact
+from lori.peft.config import TEMPLATES_FILE, PeftConfig, exact_pattern
 from lori.store.files import new_folder, write_file
 
 PREFIX = "base_model.model."
-"""What PEFT puts before a module's name."""
+"""Prefix of a module's name in PEFT's files."""
 
 
 def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write `adapter` to the new `folder` as PEFT does, and return it: A (R, N) drawn again, B (D, R) dense, both in `dtype`.
+    """Write `adapter` to a new `folder` in PEFT's format and return the folder. Writes A (R, N) and a dense B (D, R) in `dtype`.
 
-    fp32 is exact; fp16 and bf16 are half the size and round A and B. Raises `AdapterError` where `folder` is there already, or
-    where `dtype` cannot hold a value.
+    fp32 is exact; fp16 and bf16 are half the size and round A and B. Raises `AdapterError` if `folder` exists, or if `dtype`
+    cannot hold a value.
     """
     if folder.exists() or folder.is_symlink():
         raise AdapterError(f"{folder} is there already: an export goes to a new folder")
@@ -39,14 +39,14 @@ def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float
 
 
 def _config(config: AdapterConfig) -> PeftConfig:
-    """Return the config that PEFT reads for an adapter of `config`; its patterns match one module each."""
+    """Return PEFT's config for an adapter with `config`. Each of its patterns matches one module."""
     return PeftConfig(
         peft_type="LORA",
         base_model_name_or_path=config.base_model_name_or_path,
         r=config.r,
         lora_alpha=config.lora_alpha,
-        rank_pattern={exact(module): rank for module, rank in config.rank_pattern.items()},
-        alpha_pattern={exact(module): alpha for module, alpha in config.alpha_pattern.items()},
+        rank_pattern={exact_pattern(module): rank for module, rank in config.rank_pattern.items()},
+        alpha_pattern={exact_pattern(module): alpha for module, alpha in config.alpha_pattern.items()},
         target_modules=config.target_modules,
     )
 

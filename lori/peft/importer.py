@@ -1,6 +1,6 @@
-"""The import of adapters from outside: a PEFT LoRA, as the paper's authors publish, or one of ours as the bytes of its files.
+"""Import of adapters from outside: a PEFT LoRA, as the paper's authors publish, or the file contents of a LoRI adapter.
 
-A PEFT LoRA becomes an explicit basis, and a B of its nonzero entries. An adapter is checked whole before any of it is kept.
+A PEFT LoRA becomes an explicit basis and a sparse B of its nonzero entries. All checks come before anything is stored.
 Reads safetensors only, never a pickle. Does not import PEFT. Shapes: D outputs, R rank, N inputs of a module.
 """
 
@@ -33,20 +33,20 @@ from lori.template import Template
 from lori.tensor_file import UNREADABLE, first_bytes, unreadable_fault
 
 TENSOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])(\.[^.]+)?\.weight")
-"""`<path>.lora_A.weight`, or with the name that the adapter had in PEFT, `<path>.lora_A.default.weight`."""
+"""Names of LoRA tensors: `<path>.lora_A.weight`, or with the adapter's name in PEFT, `<path>.lora_A.default.weight`."""
 EMBEDDING = re.compile(r"(.+\.)?(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)(\.base_layer)?\.(weight|bias)")
-"""What PEFT saves by itself where the vocabulary was resized."""
+"""Names of embeddings, which PEFT saves on its own if the vocabulary was resized."""
 WRAPPERS = frozenset(("base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module"))
-"""What PEFT, `torch.compile` and data parallelism put before a module's name, in any number."""
+"""Prefixes that PEFT, `torch.compile` and data parallelism put before a module's name, any number of them."""
 FEATURES = {
     "lora_magnitude_vector": "DoRA",
     "lora_embedding_": "LoRA of embeddings",
     "lora_B.bias": "a bias of lora_B",
     "modules_to_save": "a module that was trained whole",
 }
-"""Parts of the names of tensors that plain LoRA has not."""
+"""Parts of tensor names that plain LoRA does not have, and their meaning."""
 NO_LAYER, WRONG_SHAPE = ": the base has no linear layer called ", ": shape is "
-"""In faults of tensors that are not for this base."""
+"""Parts of the faults of tensors that belong to another base."""
 DTYPES: dict[torch.dtype, ValueType] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -59,16 +59,16 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """An adapter in memory, not saved yet, and what its reader should be told."""
+    """An imported adapter in memory, not saved yet, and notes for the user."""
 
     adapter: Adapter
-    """On the shared default basis where its A is exactly that, else on an explicit one."""
+    """The adapter, on the shared default basis if its A equals that basis exactly, else on an explicit basis."""
     ignored: tuple[str, ...]
-    """Tensors of the file that were left out: embeddings that PEFT saved by itself."""
+    """Names of tensors that were left out: embeddings that PEFT saved on its own."""
     pruning_error: float
-    """|delta - pruned delta| / |delta| in the Frobenius norm over all modules; 0 where nothing was pruned."""
+    """|delta - pruned delta| / |delta| in the Frobenius norm over all modules; 0 without pruning."""
     rounding_error: float
-    """|rounded B - B| / |B| likewise, where the values are stored in another type than they had; see `lori.sparse`."""
+    """|rounded B - B| / |B| in the same norm, for storage in another type than the file's; see `lori.sparse`."""
 
 
 def import_peft(
@@ -80,24 +80,24 @@ def import_peft(
     values: ValueType | None = None,
     templates: Sequence[Template] | None = None,
 ) -> Imported:
-    """Read the PEFT LoRA adapter in `folder`, made for `base`, and calls it `name`.
+    """Read the PEFT LoRA adapter in `folder`, trained on `base`, as an adapter called `name`.
 
-    Every nonzero entry of B is kept, which is exact; with `sparsity` at most 1 - `sparsity` of all entries, the largest ones (see
-    `_sizes`), and never a zero. `values` is how B will be stored, None for its dtype in the file. `templates` are how its prompts
-    are written, None for what an export of ours says, else `chat`. Raises `AdapterFormatError` with every fault of the folder,
-    `AdapterError` for a `name` or a `sparsity` that cannot be.
+    Without `sparsity`, all nonzero entries of B stay, which is exact. With `sparsity`, the largest entries stay (see
+    `_contributions`): at most a share 1 - `sparsity` of all entries, and no zeros. `values` is the storage type of B, by default
+    its dtype in the file. `templates` are the prompt templates, by default those noted by our export, else `chat`. Raises
+    `AdapterFormatError` with every fault of the folder, `AdapterError` for an invalid `name` or `sparsity`.
     """
     check_name(name)
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
         raise AdapterError(f"sparsity is {sparsity}, expected 0 <= sparsity < 1")
-    peft, pairs, ignored = _read(folder, base)
+    peft, pairs, ignored = _read_folder(folder, base)
     alphas = {module: peft.alpha_of(module) for module in pairs}
     scales = {module: alphas[module] / peft.rank_of(module) for module in pairs}
     masks = {module: b != 0 for module, (_, b) in pairs.items()}
     if sparsity is not None:
-        largest = top_k_mask(_sizes(pairs, scales), sparsity)
+        largest = top_k_mask(_contributions(pairs, scales), sparsity)
         masks = {module: mask & largest[module] for module, mask in masks.items()}
-    error = _error(pairs, scales, masks)
+    error = _pruning_error(pairs, scales, masks)
     modules = {module: SparseB.from_dense(b, masks[module]) for module, (_, b) in pairs.items()}
     basis = _basis({module: a for module, (a, _) in pairs.items()})
     pruning = {} if sparsity is None else {"sparsity": sparsity, "error": error}
@@ -119,7 +119,10 @@ def import_peft(
 
 
 def module_of(path: str, modules: Collection[str]) -> str | None:
-    """Return which of `modules`, full names in the base, `path` means: the longest that it ends with, after wrappers only."""
+    """Return the module among `modules` (full names in the base) that `path` names, or None.
+
+    This is the longest name that `path` ends with; only wrappers may come before it.
+    """
     parts = path.split(".")
     for i, part in enumerate(parts):
         if (name := ".".join(parts[i:])) in modules:
@@ -129,19 +132,19 @@ def module_of(path: str, modules: Collection[str]) -> str | None:
     return None
 
 
-def _read(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair], tuple[str, ...]]:
-    """Return config, A and B by module in the base's order, and the names of the tensors that were ignored."""
+def _read_folder(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair], tuple[str, ...]]:
+    """Return the config, A and B by module in the base's order, and the names of the tensors that were ignored."""
     faults: list[str] = []
     config = read_peft_config(folder, faults)
-    if any(fault.endswith(NO_LORA) for fault in faults):  # whatever else it has is not to be that of a LoRA
+    if any(fault.endswith(NO_LORA) for fault in faults):  # checks of LoRA tensors make no sense for another type
         raise AdapterFormatError(str(folder), faults)
     tensors, ignored = _read_tensors(folder, base, faults)
     pairs: dict[str, Pair] = {}
     for module in base.shapes:
         if module not in tensors:
             continue
-        if absent := [part for part in "AB" if part not in tensors[module]]:
-            faults.append(f"{module}: it has no lora_{absent[0]}")
+        if missing := [part for part in "AB" if part not in tensors[module]]:
+            faults.append(f"{module}: it has no lora_{missing[0]}")
             continue
         a, b = tensors[module]["A"], tensors[module]["B"]
         rank = config.rank_of(module) if config else a.shape[0] if a.dim() else 0
@@ -150,20 +153,20 @@ def _read(folder: Path, base: BaseIdentity) -> tuple[PeftConfig, dict[str, Pair]
         faults += _tensor_faults(f"{module}.lora_B", b, (num_outputs, rank))
         pairs[module] = (a, b)
     if config and any(misfit in fault for fault in faults for misfit in (NO_LAYER, WRONG_SHAPE)):
-        faults = _other_base(config, base) or faults
+        faults = _base_faults(config, base) or faults
     if faults or config is None:
         raise AdapterFormatError(str(folder), faults)
     return config, pairs, ignored
 
 
 def read_peft_config(folder: Path, faults: list[str]) -> PeftConfig | None:
-    """Return the config of the PEFT adapter in `folder`. Adds to `faults` as `parse_peft_config`."""
+    """Return the config of the PEFT adapter in `folder`, or None. Adds every fault to `faults`, as `parse_peft_config`."""
     content = read_file(folder, CONFIG_FILE, faults, read_source)
     return None if content is None else parse_peft_config(content, faults)
 
 
-def _other_base(config: PeftConfig, base: BaseIdentity) -> list[str]:
-    """Return the one fault of an adapter whose config names another base than `base`; none where it names this one, or none."""
+def _base_faults(config: PeftConfig, base: BaseIdentity) -> list[str]:
+    """Return the fault of an adapter whose config names another base than `base`. Empty if it names `base`, or no base."""
     name = config.base_model_name_or_path
     if not name or name.rstrip("/").rpartition("/")[2].lower() == base.name.rpartition("/")[2].lower():
         return []
@@ -174,7 +177,7 @@ def _other_base(config: PeftConfig, base: BaseIdentity) -> list[str]:
 def _read_tensors(
     folder: Path, base: BaseIdentity, faults: list[str]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], tuple[str, ...]]:
-    """Return {module: {"A": …, "B": …}}, as far as they are there, and the names of the tensors that were ignored."""
+    """Return {module: {"A": …, "B": …}} for the tensors in the file, and the names of the tensors that were ignored."""
     tensors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     ignored: list[str] = []
     features: dict[str, list[str]] = defaultdict(list)
@@ -187,26 +190,26 @@ def _read_tensors(
         faults.append(f"{WEIGHTS_FILE} cannot be read: {error.strerror}")
         return tensors, ()
     try:
-        # Opened, not read: saved embeddings can be most of the file.
+        # The file is mapped and not read as a whole, since saved embeddings can be most of it.
         with safe_open(weights, framework="pt") as file:
             keys = sorted(file.keys())
             for key in keys:
-                found = TENSOR.fullmatch(key)
-                module = module_of(found["path"], base.shapes) if found else None
-                if found and module and found["part"] not in tensors[module]:
-                    tensors[module][found["part"]] = file.get_tensor(key).clone()  # the file is only mapped
+                match = TENSOR.fullmatch(key)
+                module = module_of(match["path"], base.shapes) if match else None
+                if match and module and match["part"] not in tensors[module]:
+                    tensors[module][match["part"]] = file.get_tensor(key).clone()  # a copy, since the file is only mapped
                 elif EMBEDDING.fullmatch(key):
                     ignored.append(key)
                 elif feature := next((part for part in FEATURES if part in key), None):
                     features[feature].append(key)
                 else:
-                    faults.append(_unknown(key, module, found))
+                    faults.append(_tensor_name_fault(key, module, match))
     except (OSError, *UNREADABLE) as error:
         faults.append(unreadable_fault(WEIGHTS_FILE, first_bytes(weights), error))
         return tensors, ()
-    for feature, found_in in features.items():
-        more = f" and {len(found_in) - 1} more" if len(found_in) > 1 else ""
-        faults.append(f"{found_in[0]}{more}: {FEATURES[feature]}, and only plain LoRA can be imported")
+    for feature, names in features.items():
+        num_more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        faults.append(f"{names[0]}{num_more}: {FEATURES[feature]}, and only plain LoRA can be imported")
     if not any(TENSOR.fullmatch(key) for key in keys):
         faults.append(f"{WEIGHTS_FILE}: it has no lora_A and no lora_B")
     return tensors, tuple(ignored)
@@ -220,11 +223,11 @@ def _no_weights(folder: Path) -> str:
     return f"there is no {WEIGHTS_FILE}"
 
 
-def _unknown(key: str, module: str | None, found: re.Match[str] | None) -> str:
-    if module and found:
-        return f"{key}: a second lora_{found['part']} of {module}"
-    if found:
-        return f"{key}{NO_LAYER}{found['path']!r}"
+def _tensor_name_fault(key: str, module: str | None, match: re.Match[str] | None) -> str:
+    if module and match:
+        return f"{key}: a second lora_{match['part']} of {module}"
+    if match:
+        return f"{key}{NO_LAYER}{match['path']!r}"
     return f"{key}: unknown tensor"
 
 
@@ -238,7 +241,7 @@ def _tensor_faults(name: str, tensor: torch.Tensor, shape: tuple[int, int]) -> I
 
 
 def _value_type(tensors: Iterable[torch.Tensor]) -> ValueType:
-    """Return the dtype of `tensors`, or fp32, which holds them all, where they differ."""
+    """Return the common dtype of `tensors`; fp32, which can hold all values, if their dtypes differ."""
     dtypes = {b.dtype for b in tensors}
     return DTYPES[dtypes.pop()] if len(dtypes) == 1 else "float32"
 
@@ -248,8 +251,8 @@ def _source(config: PeftConfig) -> dict[str, Any]:
     return {key: value for key, value in source.items() if value}
 
 
-class Exported(BaseModel):
-    """What an export of ours says beside PEFT's files."""
+class TemplatesFile(BaseModel):
+    """Content of the file that our export adds to PEFT's files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -263,29 +266,30 @@ def _templates(folder: Path) -> Sequence[Template]:
     content = read_file(folder, TEMPLATES_FILE, faults, read_source)
     try:
         if content is not None:
-            return Exported.model_validate_json(content).templates
+            return TemplatesFile.model_validate_json(content).templates
     except ValidationError as error:
         faults += [f"{TEMPLATES_FILE}: {'.'.join(map(str, e['loc'])) or 'JSON'}: {e['msg']}" for e in error.errors()]
     raise AdapterFormatError(str(folder), faults)
 
 
 def _basis(tensors: Mapping[str, torch.Tensor]) -> Basis:
-    """Return the shared default basis where `tensors` are exactly its A, as in an export of ours, else an explicit one."""
+    """Return the shared default basis if `tensors` equal its A exactly, as in our exports, else an explicit basis."""
     default = Seeded()
     is_default = all(a.dtype == torch.float32 and torch.equal(a, default.draw(module, *a.shape)) for module, a in tensors.items())
-    return default if is_default else Explicit.of(tensors)
+    return default if is_default else Explicit.from_tensors(tensors)
 
 
-def _sizes(pairs: Mapping[str, Pair], scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    """Return what each entry of B adds to the delta, (D, R) by module: scale |B[d, j]| |A[j]|, its Frobenius norm.
+def _contributions(pairs: Mapping[str, Pair], scales: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Return the Frobenius norm of each entry's part of the delta, (D, R) by module: scale |B[d, j]| |A[j]|.
 
-    The paper ranks |B| alone, over one scale and rows of A that are about as long as each other; here neither need be. Where the
-    rows of A are orthogonal, as random ones nearly are, no other choice of as many entries is nearer to the delta.
+    The paper ranks by |B|, since its scale is the same everywhere and its rows of A have about the same norm. Neither must hold
+    for an import. If the rows of A are orthogonal, as random rows nearly are, the largest contributions give the best
+    approximation of the delta with this number of entries.
     """
     return {module: scales[module] * b.float().abs() * a.float().norm(dim=1) for module, (a, b) in pairs.items()}
 
 
-def _error(pairs: Mapping[str, Pair], scales: Mapping[str, float], masks: Mapping[str, torch.Tensor]) -> float:
+def _pruning_error(pairs: Mapping[str, Pair], scales: Mapping[str, float], masks: Mapping[str, torch.Tensor]) -> float:
     """Return |delta - masked delta| / |delta| in the Frobenius norm over all modules together."""
     lost = total = 0.0
     for module, (a, b) in pairs.items():
@@ -295,13 +299,13 @@ def _error(pairs: Mapping[str, Pair], scales: Mapping[str, float], masks: Mappin
 
 
 def _squared_norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return |B A|² = sum((BᵀB) ∘ (A Aᵀ)), in fp64 and without the (D, N) product."""
+    """Return |B A|² = sum((BᵀB) ∘ (A Aᵀ)), in fp64, without the (D, N) product."""
     a, b = a.double(), b.double()
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
 def is_peft(files: Files) -> bool:
-    """Return whether the config of `files` is one that PEFT writes for LoRA."""
+    """Return whether the config in `files` is PEFT's for LoRA."""
     try:
         document = from_json(files.get(CONFIG_FILE, b""))
     except ValueError:
@@ -310,16 +314,17 @@ def is_peft(files: Files) -> bool:
 
 
 def parse_incoming(name: str, files: Files, basis_of: BasisOf, base: BaseIdentity) -> Sealed:
-    """Return the adapter that `files` are, called `name`, and the files to keep: those of ours as they are.
+    """Return the adapter in `files`, called `name`, and the files to store. The files of a LoRI adapter stay as they are.
 
-    A PEFT adapter becomes one of ours, exactly. Raises `AdapterFormatError` with every fault, `AdapterError` as `import_peft`.
+    A PEFT adapter is converted to a LoRI adapter, exactly. Raises `AdapterFormatError` with every fault, `AdapterError` as
+    `import_peft`.
     """
     if not is_peft(files):
         return Sealed(parse_adapter(name, files, basis_of, base), files)
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as folder:
         for file, content in files.items():
-            (Path(place) / file).write_bytes(content)
+            (Path(folder) / file).write_bytes(content)
         try:
-            return seal(import_peft(Path(place), base, name=name).adapter)
+            return seal(import_peft(Path(folder), base, name=name).adapter)
         except AdapterFormatError as error:
             raise AdapterFormatError(name, error.faults) from error

@@ -1,4 +1,4 @@
-"""The aliases of a store: `.aliases/math` holds `math@1765747cce63`, the version that `math` means."""
+"""The aliases of a store: the file `.aliases/math` holds `math@1765747cce63`, the version that `math` means."""
 
 import os
 from contextlib import suppress
@@ -14,55 +14,55 @@ UNREADABLE = "the alias cannot be read"
 
 
 class Aliases:
-    """What the aliases of the store at `root` mean, as its files say now. One moves by a rename: readers need no lock."""
+    """The aliases of the store at `root`, read from its files on each call. A rename moves an alias, so readers need no lock."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / ALIASES_FOLDER
 
     def all(self) -> dict[str, str]:
-        """Return what each alias means, `name@version`. Raises `AdapterError` where one cannot be read."""
-        return {name: meant for name in self.names() if (meant := self.get(name)) is not None}
+        """Return the target `name@version` of each alias. Raises `AdapterError` if one cannot be read."""
+        return {name: target for name in self.names() if (target := self.get(name)) is not None}
 
     def readable(self) -> dict[str, str]:
-        """Return `all` but for those that cannot be read."""
-        found = {}
+        """Return the target of each alias that can be read."""
+        targets = {}
         for name in self.names():
             with suppress(AdapterError):
-                if (meant := self.get(name)) is not None:
-                    found[name] = meant
-        return found
+                if (target := self.get(name)) is not None:
+                    targets[name] = target
+        return targets
 
     def names(self) -> list[str]:
-        """Return the names of the aliases, in order. Raises `AdapterError` where their folder is a link."""
+        """Return the names of the aliases, sorted. Raises `AdapterError` if their folder is a link."""
         no_link(self.folder)
         return [name for name in sorted(os.listdir(self.folder)) if NAME.fullmatch(name)] if self.folder.is_dir() else []
 
     def get(self, name: str) -> str | None:
-        """Return what the alias `name` means, or None where there is none. Raises `AliasError` where it cannot be read."""
+        """Return the target of the alias `name`, or None if there is no such alias. Raises `AliasError` if it cannot be read."""
         file = self.folder / name
         try:
-            meant = read_stored(self.folder, name, MAX_BYTES).decode().strip()
+            target = read_stored(self.folder, name, MAX_BYTES).decode().strip()
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise AliasError(f"the alias {file} cannot be read: {reason}", UNREADABLE) from error
-        target, _, version = meant.partition("@")
-        if not (NAME.fullmatch(target) and VERSION.fullmatch(version)):
-            raise AliasError(f"the alias {file} holds {meant[:80]!r}, expected name@version", UNREADABLE)
-        return meant
+        owner, _, version = target.partition("@")
+        if not (NAME.fullmatch(owner) and VERSION.fullmatch(version)):
+            raise AliasError(f"the alias {file} holds {target[:80]!r}, expected name@version", UNREADABLE)
+        return target
 
     def stamp(self, name: str) -> FileStamp | None:
-        """Return what is another each time that the alias `name` is set; None where there is none."""
+        """Return the stamp of the alias `name`, which changes each time the alias is set; None if there is no such alias."""
         return file_stamp(self.folder / name)
 
-    def set(self, name: str, meant: str) -> None:
-        """Make the alias `name` mean `meant`, `name@version`."""
+    def set(self, name: str, target: str) -> None:
+        """Make the alias `name` mean `target`, a `name@version`."""
         no_link(self.folder).mkdir(exist_ok=True)
-        replace_file(self.folder / name, f"{meant}\n".encode())
+        replace_file(self.folder / name, f"{target}\n".encode())
 
     def remove(self, name: str) -> None:
-        """Remove the alias `name`, where there is one."""
+        """Remove the alias `name` if it exists."""
         with suppress(FileNotFoundError):
             (no_link(self.folder) / name).unlink()
             sync_folder(self.folder)

@@ -1,4 +1,4 @@
-"""The explicit bases of a store: `.bases/<digest>.safetensors` beside its adapters, each kept once by content."""
+"""The explicit bases of a store: `.bases/<digest>.safetensors` beside its adapters, each stored once by content."""
 
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -13,19 +13,19 @@ from lori.tensor_file import parse_tensors
 
 BASES_FOLDER = ".bases"
 MAX_BYTES = 2**34
-"""Of the file of a basis."""
+"""Maximum size of a basis's file."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-_loaded: WeakValueDictionary[Path, Explicit] = WeakValueDictionary()
+_cache: WeakValueDictionary[Path, Explicit] = WeakValueDictionary()
 
 
 def basis_file(store: Path, digest: str) -> Path:
-    """Return where `store` keeps the basis of this digest."""
+    """Return the path of the basis with this digest in `store`."""
     return store / BASES_FOLDER / f"{digest}.safetensors"
 
 
 def save_basis(store: Path, basis: Explicit) -> Path:
-    """Put a basis in `store`, where it is not there yet or is damaged, and return its file."""
+    """Put a basis into `store` if it is missing there or damaged, and return its file."""
     file, content = basis_file(store, basis.content_digest), basis_bytes(basis)
     if not _holds(file, content):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -39,32 +39,32 @@ def basis_bytes(basis: Explicit) -> bytes:
 
 
 def load_basis(store: Path, digest: str) -> Explicit:
-    """Return the basis of this digest, read from `store` and checked; the adapters on it share one in memory.
+    """Return the basis with this digest, read from `store` and checked. All adapters on the basis share it in memory.
 
-    Raises `AdapterFormatError` where it is not there or not sound.
+    Raises `AdapterFormatError` if the basis is missing or not sound.
     """
     file = basis_file(store.absolute(), digest)
-    known = _loaded.get(file)
-    if known is not None and file.is_file():
-        return known
+    cached = _cache.get(file)
+    if cached is not None and file.is_file():
+        return cached
     try:
         content = read_stored(file.parent, file.name, MAX_BYTES)
     except OSError as error:
         fault = f"its basis cannot be read: {error.strerror} (an adapter with an A of its own is moved with it: pack and unpack)"
         raise AdapterFormatError(str(file), [fault]) from error
     basis = parse_basis(str(file), content, digest)
-    _loaded[file] = basis
+    _cache[file] = basis
     return basis
 
 
 def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
-    """Return the basis that `content` is. Raises `AdapterFormatError`, with `source`, where it is not the one of this digest."""
+    """Return the basis in `content`. Raises `AdapterFormatError` about `source` if it is not sound or has another digest."""
     faults: list[str] = []
     tensors = parse_tensors("its basis", content, faults) or {}
     faults += [f"{module}: not a matrix of finite floats" for module, a in tensors.items() if not _is_matrix(a)]
     if faults:
         raise AdapterFormatError(source, faults)
-    basis = Explicit.of(tensors)
+    basis = Explicit.from_tensors(tensors)
     if basis.content_digest != digest:
         raise AdapterFormatError(source, [f"its basis has the digest {basis.content_digest}, expected {digest}"])
     return basis
@@ -73,7 +73,7 @@ def parse_basis(source: str, content: bytes, digest: str) -> Explicit:
 def _holds(file: Path, content: bytes) -> bool:
     try:
         return read_stored(file.parent, file.name, MAX_BYTES) == content
-    except OSError:  # it is not there, or is a link: it is replaced
+    except OSError:  # a missing file or a link is replaced
         return False
 
 

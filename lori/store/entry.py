@@ -1,4 +1,4 @@
-"""An entry of a store: one version of an adapter, in a folder here or in a store elsewhere whose files are fetched on demand."""
+"""Entries of a store: one version of an adapter each, in a local folder or in a remote store that is read on demand."""
 
 import os
 import stat
@@ -20,14 +20,14 @@ from lori.store.bases import load_basis
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of an adapter in a store, not opened yet. `folder` is `name@version`, or `name` as its maker left it."""
+    """One version of an adapter in a store, not opened yet. `folder` is `name@version`, or `name` for an unversioned folder."""
 
     name: str
     folder: Path
 
     @property
     def version(self) -> str:
-        """Its version; the config of a folder without one in its name is read. Raises `AdapterFormatError` as `read_config`."""
+        """The version from the folder's name, else from its config. Raises `AdapterFormatError` as `read_config`."""
         in_name = self.folder.name.partition("@")[2]
         return in_name or read_config(self.folder).lori.content_digest[:NUM_VERSION_DIGITS]
 
@@ -38,7 +38,7 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """What its files hold, in bytes; 0 where there are none any more."""
+        """Total size of the files; 0 if the folder is gone."""
         try:
             with os.scandir(self.folder) as items:
                 return sum(item.stat(follow_symlinks=False).st_size for item in items if item.is_file(follow_symlinks=False))
@@ -46,12 +46,12 @@ class Entry:
             return 0
 
     @contextmanager
-    def held(self) -> Iterator[Path]:
-        """Yield the folder with all its files, which nothing takes away before the block ends but who deletes the adapter."""
+    def acquire(self) -> Iterator[Path]:
+        """Yield the folder with all its files. Nothing but a deletion of the adapter removes the files before the block ends."""
         yield self.folder
 
     def card(self) -> bytes:
-        """Return its card; nothing where it has none. Raises `AdapterFormatError` where it cannot be read."""
+        """Return the content of the card; empty if there is none. Raises `AdapterFormatError` if it cannot be read."""
         if not os.path.lexists(self.folder / CARD_FILE):
             return b""
         faults: list[str] = []
@@ -61,25 +61,25 @@ class Entry:
         return card
 
     def file_faults(self) -> list[str]:
-        """Return what is wrong with its files as far as that is seen without reading them whole."""
+        """Return the faults of the files that show without reading them whole, see `lori.format.file_faults`."""
         return file_faults(self.folder)
 
     def basis(self, digest: str) -> Explicit:
-        """Return the explicit basis of this digest. Raises as `load_basis`."""
+        """Return the explicit basis with this digest. Raises as `load_basis`."""
         return load_basis(self.folder.parent, digest)
 
     def load(self, base: BaseIdentity | None = None) -> Adapter:
-        """Read and checks it, see `lori.format.load_adapter`; its name is this entry's."""
-        with self.held() as folder:
+        """Read and check the adapter, see `lori.format.load_adapter`. The adapter gets this entry's name."""
+        with self.acquire() as folder:
             adapter = load_adapter(folder, base)
         self.check_version(adapter.version)
         return replace(adapter, name=self.name)
 
-    def check_version(self, found: str) -> None:
-        """Raise `AdapterFormatError` where the folder's name has a version, and it is not the one that was `found` inside."""
+    def check_version(self, version: str) -> None:
+        """Raise `AdapterFormatError` if the folder's name has another version than `version`, that of its content."""
         in_name = self.folder.name.partition("@")[2]
-        if in_name and in_name != found:
-            raise AdapterFormatError(str(self.folder), [f"its version is {found}, expected {in_name}"])
+        if in_name and in_name != version:
+            raise AdapterFormatError(str(self.folder), [f"its version is {version}, expected {in_name}"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +87,22 @@ class Scan:
     """The folders of a store that hold an adapter."""
 
     entries: Sequence[Entry]
-    """Every version of every adapter, in order of name. A link is among them: to read it fails."""
+    """Every version of every adapter, sorted by name. Includes links, which cannot be read."""
     misnamed: Sequence[str]
-    """Folders whose name no adapter may have."""
+    """Folders whose names no adapter may have."""
 
 
 def scan(root: Path, name: str | None = None) -> Scan:
-    """Return which folders of the store `root` hold an adapter, or one that is called `name`. Opens none.
+    """Return the folders of the store `root` that hold an adapter; with `name`, only those of this adapter. Opens no file.
 
-    Raises `AdapterError` where `root` cannot be read.
+    Raises `AdapterError` if `root` cannot be read.
     """
     entries, misnamed = [], []
     try:
         with os.scandir(root) as items:
-            asked = (item for item in items if name is None or item.name.partition("@")[0] == name)
-            for item in filter(_is_adapter, asked):
-                if _is_sound(item.name):
+            matching = (item for item in items if name is None or item.name.partition("@")[0] == name)
+            for item in filter(_is_adapter, matching):
+                if _is_valid_name(item.name):
                     entries.append(Entry(item.name.partition("@")[0], root / item.name))
                 else:
                     misnamed.append(item.name)
@@ -112,17 +112,17 @@ def scan(root: Path, name: str | None = None) -> Scan:
 
 
 def has_adapter(folder: str) -> bool:
-    """Return whether a folder holds an adapter, be it damaged: without a config it has weights. Follows a link to the folder."""
-    return any(_exists(os.path.join(folder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE))  # a path costs more, of thousands
+    """Return whether a folder holds an adapter, sound or damaged: it has a config or weights. Follows a link to the folder."""
+    return any(_exists(os.path.join(folder, name)) for name in (CONFIG_FILE, WEIGHTS_FILE))  # faster than a `Path`
 
 
 def is_version(folder: str) -> bool:
-    """Return whether this is the name of a version's folder, `name@version`."""
+    """Return whether `folder` is the name of a version's folder, `name@version`."""
     name, _, version = folder.partition("@")
     return bool(NAME.fullmatch(name) and VERSION.fullmatch(version))
 
 
-def _is_sound(folder: str) -> bool:
+def _is_valid_name(folder: str) -> bool:
     return bool(NAME.fullmatch(folder)) or is_version(folder)
 
 
@@ -133,18 +133,18 @@ def _is_adapter(item: "os.DirEntry[str]") -> bool:
         return _may_be_adapter(item)
     if not item.is_dir(follow_symlinks=False):
         return False
-    if not _is_sound(item.name):
+    if not _is_valid_name(item.name):
         return os.path.lexists(os.path.join(item.path, CONFIG_FILE))
     return is_version(item.name) or has_adapter(item.path)
 
 
 def _may_be_adapter(link: "os.DirEntry[str]") -> bool:
-    # To be told, not to be read: a link to a note is no damaged adapter, one that leads nowhere may be.
+    # A link is never read, but reported as a fault if it may be an adapter. A dangling link may be one; a link to a file is not.
     try:
-        found = os.stat(link.path)
+        status = os.stat(link.path)
     except OSError:
-        return _is_sound(link.name)
-    return stat.S_ISDIR(found.st_mode) and (is_version(link.name) or has_adapter(link.path))
+        return _is_valid_name(link.name)
+    return stat.S_ISDIR(status.st_mode) and (is_version(link.name) or has_adapter(link.path))
 
 
 def _exists(path: str) -> bool:
@@ -152,25 +152,25 @@ def _exists(path: str) -> bool:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # a folder that may not be looked into: whether it is sound is seen when it is read
+    except OSError:  # no permission to look into the folder; reading it will report the fault
         return True
     return True
 
 
 class Source(Protocol):
-    """Has the files of the folders in a store."""
+    """Provider of the files in a store's folders."""
 
-    def held(self, folder: str) -> AbstractContextManager[Path]:
-        """Give the folder of that name with all its files, until the block ends."""
+    def acquire(self, folder: str) -> AbstractContextManager[Path]:
+        """Provide the folder of that name with all its files until the block ends."""
 
     def num_bytes(self, folder: str) -> int:
-        """Return what its files hold."""
+        """Return the total size of the folder's files."""
 
     def card(self, folder: str) -> bytes:
-        """Return its card."""
+        """Return the content of the folder's card."""
 
     def file_faults(self, folder: str) -> list[str]:
-        """Return what is wrong with its files, as far as the store says so."""
+        """Return the faults of the folder's files that show in the store's listing."""
 
     def basis(self, digest: str) -> Explicit:
         """Return an explicit basis."""
@@ -178,29 +178,29 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CachedEntry(Entry):
-    """An `Entry` whose folder holds its config; the rest comes from `source` while it is held."""
+    """An `Entry` whose local folder has only the config. `source` provides the other files while the entry is acquired."""
 
     source: Source = field(kw_only=True, compare=False, repr=False)
 
     @property
     def num_bytes(self) -> int:
-        """As `Entry.num_bytes`, of the files in the store."""
+        """Total size of the files in the store."""
         return self.source.num_bytes(self.folder.name)
 
     @contextmanager
-    def held(self) -> Iterator[Path]:
-        """As `Entry.held`. Raises `AdapterFormatError` where its files are gone, `UnreachableError` where they do not come."""
-        with self.source.held(self.folder.name) as folder:
+    def acquire(self) -> Iterator[Path]:
+        """Do as `Entry.acquire`. Raises `AdapterFormatError` if the files are gone, `UnreachableError` if the download fails."""
+        with self.source.acquire(self.folder.name) as folder:
             yield folder
 
     def card(self) -> bytes:
-        """As `Entry.card`, as it is in the store now. Raises `UnreachableError` where it does not come."""
+        """Return the card that the store has now. Raises `UnreachableError` if the store cannot be reached."""
         return self.source.card(self.folder.name)
 
     def file_faults(self) -> list[str]:
-        """As `Entry.file_faults`, of what the store says of its files; no weights are fetched to be looked at."""
+        """Return the faults that show in the store's listing. Downloads no weights."""
         return self.source.file_faults(self.folder.name)
 
     def basis(self, digest: str) -> Explicit:
-        """As `Entry.basis`. Raises as `held`, too."""
+        """Return the explicit basis with this digest. Raises as `Entry.basis` and as `acquire`."""
         return self.source.basis(digest)

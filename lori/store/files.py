@@ -1,8 +1,8 @@
-"""Files of a store: opened without following a link, written whole, and stamped.
+"""Files of a store: opened without following links, written atomically, and stamped.
 
-The operator names a store's folder, and the path to it may have links. What lies in it may come from anyone: a link there would
-show a file from elsewhere, and a pipe would block its reader. After a crash there is the old file or folder, or the new one. A
-stamp differs once a file was written again, whatever its size and time of change are.
+The operator names a store's folder, and the path to the folder may have links. The files in it may come from anyone: a link there
+would expose a file from elsewhere, and a pipe would block its reader. After a crash the old file or folder is there, or the new
+one. The stamp of a file changes whenever the file is written, even if size and modification time stay the same.
 """
 
 import ctypes
@@ -22,21 +22,21 @@ FileStamp = tuple[int, int, int, int, int]
 
 
 def file_stamp(path: Path) -> FileStamp | None:
-    """Return the stamp of the file at `path`, or of what it links to; None where there is none that can be looked at.
+    """Return the stamp of the file at `path`, following links; None if the file cannot be examined.
 
-    Its time of change (ctime) is the system's own: no program can set it back, as it can the time of modification.
+    The stamp includes the ctime, which the kernel sets: unlike the modification time, no program can set it back.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 LINK = "it is a link, and a store follows none"
 LINKED_FOLDER = "its folder is a link, and a store follows none"
 REFUSED = (errno.ELOOP, errno.EINVAL, errno.EFBIG)
-"""The `errno` of what is refused here, and not by the system."""
+"""`errno` values of the refusals in this module, as opposed to those of the system."""
 HAS_OPENAT = {os.open, os.stat} <= os.supports_dir_fd and hasattr(os, "O_NOFOLLOW") and hasattr(os, "O_DIRECTORY")
 FILE_FLAGS = os.O_RDONLY
 for _name in ("O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"):
@@ -45,10 +45,10 @@ FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0
 
 
 def read_stored(folder: Path, name: str, max_bytes: int) -> bytes:
-    """Return the content of the file `name` in `folder`, an entry of a store. Neither of the two is followed where it is a link.
+    """Return the content of the file `name` in `folder`, an entry of a store. Follows neither if it is a link.
 
-    Raises `OSError` where it cannot be read; its `strerror` says so where it is a link or no regular file, or has more than
-    `max_bytes`.
+    Raises `OSError` if the file cannot be read, including links, other files than regular ones, and files of more than
+    `max_bytes`; `strerror` gives the reason.
     """
     with open_stored(folder, name) as file:
         return read_whole(file, max_bytes)
@@ -56,7 +56,7 @@ def read_stored(folder: Path, name: str, max_bytes: int) -> bytes:
 
 @contextmanager
 def open_stored(folder: Path, name: str) -> Iterator[BinaryIO]:
-    """Open a file as `read_stored` does, for reading, until the block ends."""
+    """Open a file for reading until the block ends, with the checks of `read_stored`."""
     handle = _open_at(folder, name) if HAS_OPENAT else _open_by_path(folder, name)
     with os.fdopen(handle, "rb") as file:
         check_regular(os.fstat(handle))
@@ -64,16 +64,16 @@ def open_stored(folder: Path, name: str) -> Iterator[BinaryIO]:
 
 
 def read_source(folder: Path, name: str, max_bytes: int) -> bytes:
-    """Return the content of a file in a folder outside the store, to be imported. Raises as `source_file` and `read_stored`."""
+    """Return the content of a file in a folder outside the store, for an import. Raises as `source_file` and `read_stored`."""
     file = source_file(folder, name)
     return read_stored(file.parent, file.name, max_bytes)
 
 
 def source_file(folder: Path, name: str) -> Path:
-    """Return the path without links of the file `name` in `folder`, which the operator or a download names.
+    """Return the real path of the file `name` in `folder`, which comes from the operator or a download.
 
-    A link may lead to another file in the folder, as in a mounted volume; in a snapshot of the Hugging Face cache also to one of
-    its blobs. Raises `OSError` for any other link.
+    A link may lead to another file in the folder, as in a mounted volume. In a snapshot of the Hugging Face cache a link may also
+    lead to one of its blobs. Raises `OSError` for any other link.
     """
     root, file = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
     blobs = root.parent.parent / "blobs"
@@ -85,7 +85,7 @@ def source_file(folder: Path, name: str) -> Path:
 def read_whole(file: BinaryIO, max_bytes: int | None, path: Path | None = None) -> bytes:
     """Return the content of a regular file that was just opened.
 
-    Raises `OSError` where it has more than `max_bytes`, or grows meanwhile.
+    Raises `OSError` if the file has more than `max_bytes` or grows during the read.
     """
     num_bytes = os.fstat(file.fileno()).st_size
     if max_bytes is not None and num_bytes > max_bytes:
@@ -97,34 +97,34 @@ def read_whole(file: BinaryIO, max_bytes: int | None, path: Path | None = None) 
 
 
 def no_link(folder: Path) -> Path:
-    """Return `folder`. Raises `AdapterError` where it is a link."""
+    """Return `folder`. Raises `AdapterError` if it is a link."""
     if folder.is_symlink():
         raise AdapterError(f"{folder} is a link: a store follows none")
     return folder
 
 
-def check_regular(found: os.stat_result, path: Path | None = None) -> None:
-    """Raise `OSError` where this is not a regular file: a link, a folder, a pipe, a device."""
-    if stat.S_ISLNK(found.st_mode) or getattr(found, "st_file_attributes", 0) & stat.FILE_ATTRIBUTE_REPARSE_POINT:
+def check_regular(status: os.stat_result, path: Path | None = None) -> None:
+    """Raise `OSError` unless `status` is that of a regular file. Refuses links, folders, pipes and devices."""
+    if stat.S_ISLNK(status.st_mode) or getattr(status, "st_file_attributes", 0) & stat.FILE_ATTRIBUTE_REPARSE_POINT:
         raise OSError(errno.ELOOP, LINK, path and str(path))
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", path and str(path))
 
 
 def _open_at(folder: Path, name: str) -> int:
-    place = _open_folder(folder)
+    handle = _open_folder(folder)
     try:
-        check_regular(os.stat(name, dir_fd=place, follow_symlinks=False))  # even to open a device can have an effect
-        return _open(name, place)
+        check_regular(os.stat(name, dir_fd=handle, follow_symlinks=False))  # before the open, which has side effects on a device
+        return _open(name, handle)
     finally:
-        os.close(place)
+        os.close(handle)
 
 
 def _open(path: str, dir_fd: int | None = None) -> int:
     try:
         return os.open(path, FILE_FLAGS, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link that was put there since it was looked at
+        if error.errno == errno.ELOOP:  # the file was replaced by a link after the check
             raise OSError(errno.ELOOP, LINK, path) from None
         raise
 
@@ -143,14 +143,14 @@ def _open_folder(folder: Path) -> int:
 
 
 def _open_by_path(folder: Path, name: str) -> int:
-    # Where a folder cannot be held open: what was opened must be what lay there before, in a folder that still is none.
+    # For systems without openat: the opened file must be the one that was checked, and the folder must still be no link.
     _check_folder(folder)
-    before = os.lstat(folder / name)
-    check_regular(before)
+    checked = os.lstat(folder / name)
+    check_regular(checked)
     handle = _open(str(folder / name))
     try:
         _check_folder(folder)
-        if not os.path.samestat(os.fstat(handle), before):
+        if not os.path.samestat(os.fstat(handle), checked):
             raise OSError(errno.ELOOP, LINK, str(folder / name))
     except OSError:
         os.close(handle)
@@ -159,29 +159,29 @@ def _open_by_path(folder: Path, name: str) -> int:
 
 
 def _check_folder(folder: Path) -> None:
-    found = os.lstat(folder)
-    if stat.S_ISLNK(found.st_mode) or getattr(found, "st_file_attributes", 0) & stat.FILE_ATTRIBUTE_REPARSE_POINT:
+    status = os.lstat(folder)
+    if stat.S_ISLNK(status.st_mode) or getattr(status, "st_file_attributes", 0) & stat.FILE_ATTRIBUTE_REPARSE_POINT:
         raise OSError(errno.ELOOP, LINKED_FOLDER, str(folder))
 
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of Linux's renameat2(2), which Python does not wrap."""
+"""Constants of Linux's renameat2(2), which Python does not wrap."""
 
 
 def read_regular(path: Path, max_bytes: int | None = None) -> bytes:
-    """Return the content of a file that the operator names; a link is followed, as mounted secrets are. See `lori.store.files`.
+    """Return the content of a file that the operator names. Follows links, since mounted secrets are links.
 
-    Raises `OSError` where it cannot be read, has more than `max_bytes`, or may never end.
+    Raises `OSError` if the file cannot be read, has more than `max_bytes`, or is no regular file and so may never end.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    check_regular(path.stat(), path)  # even to open a device can have an effect
+    check_regular(path.stat(), path)  # before the open, which has side effects on a device
     with os.fdopen(os.open(path, flags), "rb") as file:
         check_regular(os.fstat(file.fileno()), path)
         return read_whole(file, max_bytes, path)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write and syncs a file. It is not whole before this returns: for files of a folder that nobody reads yet."""
+    """Write and sync a file. Not atomic: only for files in a folder that nobody reads yet."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -189,15 +189,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Sync a file that another one wrote."""
+    """Sync a file that other code wrote."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int, int] | None = None) -> None:
-    """Write a file aside, syncs it, and puts it in place: a reader sees the old content or the new.
+    """Replace a file atomically and sync it: a reader sees the old content or the new.
 
-    `owner`: its user and group, where they are not to be those of the process.
+    `owner` is the user and group of the file, by default those of the process.
     """
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}@")
     os.close(handle)
@@ -214,10 +214,10 @@ def replace_file(path: Path, content: bytes, mode: int = 0o644, owner: tuple[int
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden folder beside `folder` to write in, and puts it in place, over an old one, unless the block raises.
+    """Yield a hidden scratch folder, and move it to `folder` after the block, in place of an old one, unless the block raises.
 
-    A reader finds the old folder or the new one, after a crash too. (Where the file system cannot exchange two names in one step,
-    there is a moment between two renames: a crash in it leaves the old folder beside, hidden, its name ending in `.old`.)
+    A reader finds the old folder or the new one, also after a crash. If the file system cannot exchange two names atomically, a
+    crash between two renames leaves the old folder hidden beside `folder`, with a name that ends in `.old`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -227,14 +227,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync_folder(scratch)
         _put_in_place(scratch, folder)
     finally:
-        discard(scratch)  # what was written, or after an exchange what was there before
+        discard(scratch)  # the unfinished folder or, after an exchange, the old one
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
     if not (folder.exists() or folder.is_symlink()):
         scratch.rename(folder)
     elif not _exchange(scratch, folder):
-        # A folder cannot be renamed over one that is not empty: the old one steps aside first.
+        # A folder cannot be renamed over a folder that is not empty, so the old one is renamed first.
         aside = scratch.with_name(scratch.name + ".old")
         folder.rename(aside)
         try:
@@ -247,7 +247,7 @@ def _put_in_place(scratch: Path, folder: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two names in one step; returns False where the system or the file system cannot."""
+    """Exchange two names atomically. Returns False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False
@@ -260,7 +260,7 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as that can be done."""
+    """Remove a file, a link or a folder. Ignores errors in a folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -268,7 +268,7 @@ def discard(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder: it is gone at once, under its name, and its files follow. Of a link the link alone goes."""
+    """Remove a folder: first its name, atomically, then its files. Of a link, only the link is removed."""
     if folder.is_symlink():
         folder.unlink()
         sync_folder(folder.parent)
@@ -282,7 +282,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names that `folder` holds."""
+    """Sync the directory entries of `folder`."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,13 +1,13 @@
-"""Where an adapter's folder is: on this machine, or on the Hugging Face hub, from which it is fetched.
+"""Adapters from a local folder or the Hugging Face hub, and checks for base models on the hub.
 
-Also asks the hub for base models, which transformers fetches.
+transformers downloads the base models.
 """
 
 import re
 from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, some of which pass through
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, some of which huggingface_hub lets through
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -28,60 +28,60 @@ SCHEME = "hf://"
 SOURCE = re.compile(SCHEME + r"(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[\w][\w./-]*))?")
 MODEL_CONFIG = "config.json"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, TEMPLATES_FILE)
-"""All that is fetched: never a pickle."""
+"""The only files that are downloaded; never a pickle."""
 
 
 def resolve(source: str) -> Path:
-    """Return the folder that `source` means: a path, or `hf://owner/name` with maybe `@revision`, which is fetched.
+    """Return the folder of `source`: a path, or `hf://owner/name[@revision]`, which is downloaded unless it is cached.
 
-    What was fetched before is not fetched again. (One of ours with an A of its own cannot come so: its A lies in a store.) Raises
-    `AdapterError` where there is none, saying what to do; `UnreachableError` where that is to wait.
+    A LoRI adapter on an explicit basis cannot come from the hub, since its A is in a store. Raises `AdapterError`, with a remedy,
+    if there is no such adapter; `UnreachableError` if the hub cannot be reached just now.
     """
     if source.startswith(SCHEME):
         return _fetch(source)
     folder = Path(source).expanduser()
-    if not source or not folder.is_dir():  # "" would be the folder that one is in
+    if not source or not folder.is_dir():  # "" would be the current folder
         raise AdapterError(f"there is no folder {source!r}: expected one, or {SCHEME}owner/name[@revision]")
     return folder
 
 
 def name_in(source: str) -> str:
-    """Return what an adapter from `source` is called where nobody says otherwise: the last part of the path or the hub id."""
+    """Return the default name of an adapter from `source`: the last part of the path or of the hub id."""
     path = source.removeprefix(SCHEME).partition("@")[0] if source.startswith(SCHEME) else Path(source).absolute().name
     return path.rpartition("/")[2].partition("@")[0].lower()
 
 
 def check_model(name: str) -> None:
-    """Ask the hub, once, for a base model that was never fetched: a loader asks often, for a minute, and prints each failure.
+    """Ask the hub once for a base model that is not cached. A loader would retry for a minute and print each failure.
 
-    Raises `ModelError` where there is no such model, or the hub cannot be reached.
+    Raises `ModelError` if there is no such model, or the hub cannot be reached.
     """
-    said = f"cannot load the base model {name!r}: "
+    prefix = f"cannot load the base model {name!r}: "
     try:
         if try_to_load_from_cache(name, MODEL_CONFIG) is None:
             get_hf_file_metadata(hf_hub_url(name, MODEL_CONFIG))
     except HFValidationError as error:
-        raise ModelError(f"{said}there is no such folder, and it is no hub id, owner/name") from error
+        raise ModelError(f"{prefix}there is no such folder, and it is no hub id, owner/name") from error
     except GatedRepoError as error:
-        raise ModelError(f"{said}it is gated: ask for access on the hub, then log in with `hf auth login`") from error
+        raise ModelError(f"{prefix}it is gated: ask for access on the hub, then log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         login = "if it is yours and private, log in with `hf auth login`"
-        raise ModelError(f"{said}there is no such folder, and the hub has no such model: {login}") from error
+        raise ModelError(f"{prefix}there is no such folder, and the hub has no such model: {login}") from error
     except EntryNotFoundError as error:
-        raise ModelError(f"{said}the hub's has no {MODEL_CONFIG}") from error
-    except HfHubHTTPError:  # the hub is there and busy: a loader waits for it
+        raise ModelError(f"{prefix}the hub's has no {MODEL_CONFIG}") from error
+    except HfHubHTTPError:  # the hub is busy, and the loader will retry
         return
     except (OfflineModeIsEnabled, HTTPError) as error:
-        found = f"there is no such folder, it was not fetched before, and the hub cannot be reached ({_text(error)})"
-        how = "connect (HF_HUB_OFFLINE must not be set), or download it elsewhere and pass the folder as --model"
-        raise ModelError(f"{said}{found}: {how}") from error
+        reason = f"there is no such folder, it was not fetched before, and the hub cannot be reached ({_text(error)})"
+        remedy = "connect (HF_HUB_OFFLINE must not be set), or download it elsewhere and pass the folder as --model"
+        raise ModelError(f"{prefix}{reason}: {remedy}") from error
 
 
 def _fetch(source: str) -> Path:
-    found = SOURCE.fullmatch(source)
-    if found is None or ".." in source:
+    match = SOURCE.fullmatch(source)
+    if match is None or ".." in source:
         raise AdapterError(f"{source!r} is malformed, expected {SCHEME}owner/name[@revision]")
-    repo, revision = found["id"], found["revision"]
+    repo, revision = match["id"], match["revision"]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
     except HFValidationError as error:
@@ -96,16 +96,16 @@ def _fetch(source: str) -> Path:
         raise _unreachable(repo, error) from error
     except HfHubHTTPError as error:
         raise AdapterError(f"{source} cannot be fetched: {_text(error)}") from error
-    except OSError as error:  # without the path of this machine that it names
-        said = f"cannot be kept here: {error.strerror}" if error.strerror else "could not be fetched whole"
-        raise UnreachableError(f"{source} {said}") from error
+    except OSError as error:  # the message leaves out the local path in the error
+        reason = f"cannot be kept here: {error.strerror}" if error.strerror else "could not be fetched whole"
+        raise UnreachableError(f"{source} {reason}") from error
     except HTTPError as error:
         raise _unreachable(repo, error) from error
     if not (folder / CONFIG_FILE).is_file():
         raise AdapterError(f"{source} is not an adapter: it has no {CONFIG_FILE}")
     if not (folder / WEIGHTS_FILE).is_file():
-        said = f"{PICKLE_FILE}, which it may have, is a pickle, which can run any code and is never read"
-        raise AdapterError(f"{source} cannot be imported: it has no {WEIGHTS_FILE}; {said}")
+        note = f"{PICKLE_FILE}, which it may have, is a pickle, which can run any code and is never read"
+        raise AdapterError(f"{source} cannot be imported: it has no {WEIGHTS_FILE}; {note}")
     return folder
 
 

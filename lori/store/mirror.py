@@ -1,8 +1,7 @@
-"""A mirror of a store that lies elsewhere: its last listing, copies of its configs and aliases, and weights within a budget of
-bytes.
+"""A local mirror of a remote store: its last listing, copies of its configs and aliases, and a bounded cache of weights.
 
-A copy is fetched again where the listing says another thing of the file than when it was fetched. Configs and aliases are never
-evicted: they are small.
+A copy is downloaded again if the file's entry in the listing has changed since the last download. Configs and aliases are small
+and are never evicted.
 """
 
 import hashlib
@@ -29,58 +28,58 @@ from lori.store.remote_folder import RemoteFile, RemoteFolder
 
 
 class WeightCache:
-    """The weights and cards in the folders of `root`, those used longest ago first. Any threads may use it.
+    """LRU cache of the weights and cards in the folders of `root`. Thread-safe.
 
-    More than `max_bytes` are there only while they are read: who is held does not go.
+    Folders in use are never evicted, so the cache can exceed `max_bytes` while they are in use.
     """
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root, self._max_bytes = root, max_bytes
         self._lock = threading.Lock()
-        self._held: Counter[str] = Counter()
-        found = sorted((file.stat().st_mtime, file.parent.name) for file in root.glob(f"[!.]*/{WEIGHTS_FILE}"))
-        self._sizes = OrderedDict((folder, self._size(folder)) for _, folder in found)
-        self._make_room()
+        self._num_users: Counter[str] = Counter()  # by folder
+        folders = sorted((file.stat().st_mtime, file.parent.name) for file in root.glob(f"[!.]*/{WEIGHTS_FILE}"))
+        self._sizes = OrderedDict((folder, self._size(folder)) for _, folder in folders)  # the least recently used first
+        self._evict()
 
     @property
     def num_bytes(self) -> int:
-        """What is here, in bytes."""
+        """Total size of the cached files."""
         return sum([*self._sizes.values()])
 
     @contextmanager
-    def held(self, folder: str) -> Iterator[None]:
-        """Let nothing of `folder` go before the block ends."""
+    def acquire(self, folder: str) -> Iterator[None]:
+        """Protect the files of `folder` from eviction until the block ends."""
         with self._lock:
-            self._held[folder] += 1
+            self._num_users[folder] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._held[folder] -= 1
-                if not self._held[folder]:
-                    del self._held[folder]
-                self._make_room()
+                self._num_users[folder] -= 1
+                if not self._num_users[folder]:
+                    del self._num_users[folder]
+                self._evict()
 
     def use(self, folder: str) -> None:
-        """Note that what is in `folder` came, or is used: it goes last."""
-        os.utime(self._root / folder / WEIGHTS_FILE)  # for the next process
+        """Mark `folder` as the most recently used, and count its current size."""
+        os.utime(self._root / folder / WEIGHTS_FILE)  # keeps the order for the next process
         with self._lock:
             self._sizes[folder] = self._size(folder)
             self._sizes.move_to_end(folder)
-            self._make_room()
+            self._evict()
 
     def drop(self, folder: str) -> None:
-        """Let the weights and the card of `folder` go; who reads them already has them open."""
+        """Remove the weights and the card of `folder`, also if in use. Readers that have the files open are not affected."""
         with self._lock:
             self._drop(folder)
 
-    def _make_room(self) -> None:
-        left = self.num_bytes
+    def _evict(self) -> None:
+        num_bytes = self.num_bytes
         for folder in [*self._sizes]:
-            if left <= self._max_bytes:
+            if num_bytes <= self._max_bytes:
                 return
-            if folder not in self._held:
-                left -= self._sizes[folder]
+            if folder not in self._num_users:
+                num_bytes -= self._sizes[folder]
                 self._drop(folder)
 
     def _drop(self, folder: str) -> None:
@@ -93,10 +92,11 @@ class WeightCache:
         return sum(file.stat().st_size for file in files if file.exists())
 
 
-def take_place(root: Path) -> tuple[Path, FileLock]:
-    """Return the first folder in `root` that no other process has, and the lock that keeps others out as long as it lives.
+def claim_folder(root: Path) -> tuple[Path, FileLock]:
+    """Return the first numbered folder in `root` that no other process uses, and the lock that keeps other processes out.
 
-    What a process that was killed left half done in it is gone. Raises `OSError` where `root` cannot be written.
+    The caller must keep the lock alive. Removes unfinished downloads of killed processes from the folder. Raises `OSError` if
+    `root` cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
     for number in count():
@@ -105,11 +105,11 @@ def take_place(root: Path) -> tuple[Path, FileLock]:
             lock.acquire()
         except Timeout:
             continue
-        place = root / str(number)
-        place.mkdir(exist_ok=True)
-        for left in place.glob(".fetching-*"):
-            discard(left)
-        return place, lock
+        folder = root / str(number)
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".fetching-*"):
+            discard(leftover)
+        return folder, lock
     raise AssertionError("numbers do not end")
 
 
@@ -118,97 +118,98 @@ FOLDER = re.compile(rf"{NAME.pattern}(@{VERSION.pattern})?")
 BASIS = re.compile(r"[0-9a-f]{64}\.safetensors")
 MARKS_FILE = ".marks.json"
 MAX_SYNCED = 16
-"""Copies that are synced one by one: thousands would take minutes, and are synced together."""
+"""Maximum number of copies that are synced one by one. More are synced together, since thousands of syncs would take minutes."""
 
 
 def alias_path(name: str) -> str:
-    """Return where a store keeps the alias `name`."""
+    """Return the path of the alias `name` in a store."""
     return f"{ALIASES_FOLDER}/{name}"
 
 
 class Mirror:
-    """The store in `remote`, in the folder `root`. For one thread at a time, but for what says so."""
+    """A mirror of the store in `remote`, in the folder `root`. Not thread-safe, except for the attributes that say so."""
 
     def __init__(self, remote: RemoteFolder, root: Path, weights: WeightCache) -> None:
         self._remote, self._root, self._weights = remote, root, weights
         self._marks = _read_marks(root / MARKS_FILE)
         self.files: Mapping[str, RemoteFile] = {}
-        """By path. Any thread may look: it is never changed, but replaced."""
+        """Last listing: files by path. Any thread may read the mapping, which is replaced and never changed."""
         self.folders: Mapping[str, Sequence[str]] = {}
-        """The folders of adapters, which have a config or are links, by the adapter's name; likewise."""
+        """Folders of adapters (with a config, or links) by the adapter's name. Threads as for `files`."""
         self.links: Mapping[str, Sequence[str]] = {}
-        """By the folder of an adapter, the names of its files that are links, or "" where it is one itself; likewise."""
+        """Names of an adapter's files that are links, by its folder; "" stands for the folder itself. Threads as for `files`."""
         self.misnamed: Sequence[str] = ()
-        """Folders with a config whose name no adapter may have, when all was looked at last."""
+        """Folders with a config whose name no adapter may have, at the last `refresh_all`."""
 
-    def look_at_all(self) -> None:
-        """Look at the whole store, and forgets copies of what it does not hold.
+    def refresh_all(self) -> None:
+        """List the whole store, update all copies, and remove copies of files that are gone.
 
-        Raises `AdapterError` where it is an adapter itself, or keeps its aliases behind a link.
+        Raises `AdapterError` if the store is an adapter itself, or its folder of aliases is a link.
         """
-        found = self._remote.files()
-        if CONFIG_FILE in found:
+        listing = self._remote.files()
+        if CONFIG_FILE in listing:
             raise AdapterError("it is an adapter, expected a folder of adapters: pass the folder that holds it")
-        if ALIASES_FOLDER in found:
+        if ALIASES_FOLDER in listing:
             raise AdapterError(f"{ALIASES_FOLDER} is a link: a store follows none")
-        configs = [path.partition("/")[0] for path in found if path.partition("/")[2] == CONFIG_FILE]
-        self.misnamed = sorted(of for of in configs if not of.startswith(".") and not FOLDER.fullmatch(of))
-        self._take_over(_ours(found), {})
-        there = {folder for folders in self.folders.values() for folder in folders}
-        for left in self._root.iterdir():
-            if FOLDER.fullmatch(left.name) and left.name not in there:
-                self._weights.drop(left.name)
-                discard(left)
-        self._drop_gone(ALIASES_FOLDER)
-        self._drop_gone(BASES_FOLDER)
+        folders = [path.partition("/")[0] for path in listing if path.partition("/")[2] == CONFIG_FILE]
+        self.misnamed = sorted(folder for folder in folders if not folder.startswith(".") and not FOLDER.fullmatch(folder))
+        self._apply(_store_files(listing), {})
+        current = {folder for folders in self.folders.values() for folder in folders}
+        for copy in self._root.iterdir():
+            if FOLDER.fullmatch(copy.name) and copy.name not in current:
+                self._weights.drop(copy.name)
+                discard(copy)
+        self._discard_missing(ALIASES_FOLDER)
+        self._discard_missing(BASES_FOLDER)
         replace_file(self._root / MARKS_FILE, json.dumps(self._marks).encode())
 
-    def look_at(self, names: Iterable[str]) -> None:
-        """Look at what these names mean as aliases, and at all versions of adapters that are called so."""
+    def refresh(self, names: Iterable[str]) -> None:
+        """Update the aliases called `names`, and all versions of the adapters called `names`."""
         for name in names:
-            # First the alias: what it means was there before it.
+            # The alias comes first: its target was written before it, so the later listing has the target.
             path = alias_path(name)
             alias = self._remote.file(path)
-            self._take_over({path: alias} if alias else {}, {of: file for of, file in self.files.items() if of != path})
+            self._apply({path: alias} if alias else {}, {other: file for other, file in self.files.items() if other != path})
             if path not in self.files:
                 (self._root / path).unlink(missing_ok=True)
-            found = self._remote.files_of(name)
-            kept = {of: file for of, file in self.files.items() if of == path or _owner(of) != name}
-            self._take_over({of: file for of, file in _ours(found).items() if _owner(of) == name}, kept)
+            listing = _store_files(self._remote.files_of(name))
+            unchanged = {other: file for other, file in self.files.items() if other == path or _owner(other) != name}
+            self._apply({path: file for path, file in listing.items() if _owner(path) == name}, unchanged)
 
-    def look_at_aliases(self) -> None:
-        """Look at all aliases."""
-        found = self._remote.files_in(ALIASES_FOLDER)
-        kept = {path: file for path, file in self.files.items() if not path.startswith(f"{ALIASES_FOLDER}/")}
-        self._take_over(_ours(found), kept)
-        self._drop_gone(ALIASES_FOLDER)
+    def refresh_aliases(self) -> None:
+        """Update all aliases."""
+        listing = self._remote.files_in(ALIASES_FOLDER)
+        unchanged = {path: file for path, file in self.files.items() if not path.startswith(f"{ALIASES_FOLDER}/")}
+        self._apply(_store_files(listing), unchanged)
+        self._discard_missing(ALIASES_FOLDER)
 
-    def forget(self, paths: Iterable[str]) -> None:
-        """Have files fetched again, when they are looked at: their copies are about to be changed."""
+    def invalidate(self, paths: Iterable[str]) -> None:
+        """Mark copies as stale, so that the next refresh downloads them again. Call before a change of the copies."""
         for path in paths:
             self._marks.pop(path, None)
 
-    def _take_over(self, found: dict[str, RemoteFile], kept: Mapping[str, RemoteFile]) -> None:
-        small = [path for path in found if path.endswith(f"/{CONFIG_FILE}") or path.startswith(f"{ALIASES_FOLDER}/")]
-        linked = [path for path in found if found[path].is_link and "/" in path]
+    def _apply(self, listed: dict[str, RemoteFile], unchanged: Mapping[str, RemoteFile]) -> None:
+        """Make `listed` and `unchanged` together the current listing, and update the copies of `listed`."""
+        small = [path for path in listed if path.endswith(f"/{CONFIG_FILE}") or path.startswith(f"{ALIASES_FOLDER}/")]
+        linked = [path for path in listed if listed[path].is_link and "/" in path]
         for path in linked:
             self._drop_linked(path)
-        stale = [path for path in small if path not in linked and not self._is_copied(path, found[path])]
-        contents = _guessed(stale, found, _by_name({**kept, **found}))
+        stale = [path for path in small if path not in linked and not self._is_copied(path, listed[path])]
+        contents = _guess_aliases(stale, listed, _by_name({**unchanged, **listed}))
         contents |= self._remote.read([path for path in stale if path not in contents])
         write = replace_file if len(contents) <= MAX_SYNCED else _replace_unsynced
         for path in stale:
             if path in contents:
                 self._prepare(path)
                 write(self._root / path, contents[path])
-                self._note(path, found[path])
-            else:  # it went between the two looks
-                del found[path]
+                self._set_mark(path, listed[path])
+            else:  # the file was deleted after the listing
+                del listed[path]
         if len(contents) > MAX_SYNCED:
             os.sync()
-        # Configs stay, though their adapters are no more: requests under way may need them.
-        self.forget(self.files.keys() - found.keys() - kept.keys())
-        self.files = {**kept, **found}
+        # Configs of deleted adapters stay, since requests in flight may need them.
+        self.invalidate(self.files.keys() - listed.keys() - unchanged.keys())
+        self.files = {**unchanged, **listed}
         self.folders = _by_name(self.files)
         self.links = _links(self.files)
 
@@ -217,9 +218,9 @@ class Mirror:
 
     def _drop_linked(self, path: str) -> None:
         folder, _, name = path.partition("/")
-        self.forget([path])
+        self.invalidate([path])
         (self._root / path).unlink(missing_ok=True)
-        if folder == ALIASES_FOLDER:  # its name is not to mean what it would without an alias
+        if folder == ALIASES_FOLDER:  # the name must stay an alias that cannot be read; without one it could mean a folder
             (self._root / folder).mkdir(exist_ok=True)
             replace_file(self._root / path, f"{LINK}\n".encode())
         elif name == WEIGHTS_FILE:
@@ -228,26 +229,26 @@ class Mirror:
     def _prepare(self, path: str) -> None:
         folder, _, name = path.partition("/")
         (self._root / folder).mkdir(exist_ok=True)
-        # A version's weights are what its name says. Of a folder as its maker left it they change with the config.
+        # The weights of a version never change. Those of an unversioned folder change with the config.
         if name == CONFIG_FILE and "@" not in folder:
             self._weights.drop(folder)
 
-    def _note(self, path: str, file: RemoteFile) -> None:
+    def _set_mark(self, path: str, file: RemoteFile) -> None:
         if file.mark is not None:
             self._marks[path] = file.mark
 
-    def _drop_gone(self, folder: str) -> None:
+    def _discard_missing(self, folder: str) -> None:
         for copy in (self._root / folder).glob("*"):
             if f"{folder}/{copy.name}" not in self.files:
                 discard(copy)
 
 
-def _ours(found: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:
-    return {path: file for path, file in found.items() if _is_ours(path, file)}
+def _store_files(listing: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:
+    return {path: file for path, file in listing.items() if _is_store_file(path, file)}
 
 
-def _is_ours(path: str, file: RemoteFile) -> bool:
-    # What a listing says becomes a path here: nothing but what a store is made of may.
+def _is_store_file(path: str, file: RemoteFile) -> bool:
+    # Paths of a listing become local paths, so only the known files of a store may pass.
     folder, _, name = path.partition("/")
     if file.is_link and not name:
         return bool(FOLDER.fullmatch(folder))
@@ -264,21 +265,21 @@ def _owner(path: str) -> str:
 
 
 def _by_name(files: Iterable[str]) -> Mapping[str, Sequence[str]]:
-    found = defaultdict(list)
+    folders = defaultdict(list)
     for path in sorted(files):
         folder, _, name = path.partition("/")
         if name in (CONFIG_FILE, "") and FOLDER.fullmatch(folder):
-            found[folder.partition("@")[0]].append(folder)
-    return dict(found)
+            folders[folder.partition("@")[0]].append(folder)
+    return dict(folders)
 
 
 def _links(files: Mapping[str, RemoteFile]) -> Mapping[str, Sequence[str]]:
-    found = defaultdict(list)
+    links = defaultdict(list)
     for path, file in files.items():
         if file.is_link:
             folder, _, name = path.partition("/")
-            found[folder].append(name)
-    return dict(found)
+            links[folder].append(name)
+    return dict(links)
 
 
 def _replace_unsynced(file: Path, content: bytes) -> None:
@@ -287,23 +288,25 @@ def _replace_unsynced(file: Path, content: bytes) -> None:
     scratch.replace(file)
 
 
-def _guessed(paths: Iterable[str], found: Mapping[str, RemoteFile], folders: Mapping[str, Sequence[str]]) -> dict[str, bytes]:
-    """Return what aliases hold that mean a version of their own name, as most do, where the listing has the md5 of it.
+def _guess_aliases(
+    paths: Iterable[str], listed: Mapping[str, RemoteFile], folders: Mapping[str, Sequence[str]]
+) -> dict[str, bytes]:
+    """Return the contents of aliases among `paths`, found by the md5 in the listing without a download.
 
-    So half of what a first start has to read need not be read.
+    Most aliases mean a version of their own name, so all such versions are tried. Saves half of the reads at a first start.
     """
-    guessed = {}
+    contents = {}
     for path in paths:
         for folder in folders.get(_owner(path), ()) if path.startswith(f"{ALIASES_FOLDER}/") else ():
             content = f"{folder}\n".encode()
-            if hashlib.md5(content, usedforsecurity=False).hexdigest() == found[path].md5:
-                guessed[path] = content
-    return guessed
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() == listed[path].md5:
+                contents[path] = content
+    return contents
 
 
 def _read_marks(file: Path) -> dict[str, str]:
     try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # it is the first time, or the file is damaged: everything is fetched
+        marks = json.loads(file.read_bytes())
+    except (OSError, ValueError):  # at the first start, or if the file is damaged, everything is downloaded
         return {}
-    return {str(path): str(mark) for path, mark in found.items()} if isinstance(found, dict) else {}
+    return {str(path): str(mark) for path, mark in marks.items()} if isinstance(marks, dict) else {}

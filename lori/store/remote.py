@@ -1,10 +1,10 @@
-"""A store of adapters that lies elsewhere, at any address of fsspec's, as a store here: `lori.store.mirror` says what there is.
+"""A store of adapters at any fsspec address, with the interface of a local store. `lori.store.mirror` keeps the listing.
 
-    s3://bucket/adapters/math@1765747cce63/   laid out as `lori.store.store` says; of a version its config is written last
-    s3://bucket/adapters/.aliases/math        written after that; what goes, goes in the reverse order
+    s3://bucket/adapters/math@1765747cce63/   laid out as in `lori.store.store`; a version's config is written last
+    s3://bucket/adapters/.aliases/math        written after the version; a removal has the reverse order
 
-There are no locks: whatever several processes do to it, each step may have been done by another one already, and the alias
-that is written last counts. A reader finds what a name meant, or means.
+There are no locks. Several processes may write at the same time: any step may already have been done by another process, and the
+last written alias counts. A reader finds the old or the new target of a name.
 """
 
 import threading
@@ -24,147 +24,151 @@ from lori.names import check_name, split_reference
 from lori.store.bases import basis_bytes, basis_file, load_basis
 from lori.store.entry import CachedEntry, Entry, Scan
 from lori.store.files import LINK, LINKED_FOLDER, discard, read_stored, replace_file, sync_file
-from lori.store.mirror import ADAPTER_FILES, Mirror, WeightCache, alias_path, take_place
+from lori.store.mirror import ADAPTER_FILES, Mirror, WeightCache, alias_path, claim_folder
 from lori.store.remote_folder import RemoteFolder
-from lori.store.store import NUM_LOOKS, AdapterStore
+from lori.store.store import NUM_ATTEMPTS, AdapterStore
 
 GONE = "its files are in the store no more: it was deleted there"
 
 
 class RemoteStore(AdapterStore):
-    """The store in `remote`. What it holds comes to a folder in `cache`, which is this process's own as long as it lives.
+    """The store in `remote`, mirrored in a folder in `cache`. The folder belongs to this process as long as it lives.
 
-    Weights come when an entry is held, in any thread, and stay within `max_bytes`. What this says there is was so when `pull` was
-    called last, for all or for a name; what changes anything calls it first. A folder as its maker left it can be read, and
-    not be pinned or published over: that takes a rename, which object stores have not. Raises what `RemoteFolder` raises, too.
+    Weights are downloaded when an entry is acquired, in any thread, and the cache of weights is limited to `max_bytes`. Reads
+    show the state at the last `pull`, of all names or of one; writes call `pull` first. An unversioned folder can be read, but
+    not be made a version or published over, since that needs a rename, which object stores do not have. All methods also raise
+    what `RemoteFolder` raises.
     """
 
     def __init__(self, remote: RemoteFolder, cache: Path, max_bytes: int, grace_s: float = 0) -> None:
-        """Raise `AdapterError` as `pull`, and where `cache` cannot be written."""
+        """Claim a cache folder and pull everything. Raises `AdapterError` as `pull`, and if `cache` cannot be written."""
         self.grace_s = grace_s
         self._remote = remote
-        self._lock, self._fetching_lock = threading.RLock(), threading.Lock()
-        self._fetching: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # of what somebody fetches, or waits for
-        self._withdrawn: dict[str, set[str]] = {}
+        self._lock, self._fetch_locks_lock = threading.RLock(), threading.Lock()
+        self._fetch_locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # for files that are being fetched
+        self._withdrawn: dict[str, set[str]] = {}  # folders, by the adapter's name
         try:
-            place, self._place_lock = take_place(cache)
-            super().__init__(place)
-            self._weights = WeightCache(place, max_bytes)
-            self._mirror = Mirror(remote, place, self._weights)
+            folder, self._folder_lock = claim_folder(cache)
+            super().__init__(folder)
+            self._weights = WeightCache(folder, max_bytes)
+            self._mirror = Mirror(remote, folder, self._weights)
             self.pull()
         except OSError as error:
             raise AdapterError(f"its cache {cache} cannot be written: {error.strerror}") from error
 
     def pull(self, *names: str) -> None:
-        """Look at what there is of these names now, and of what they mean; or of all where none is given."""
+        """Refresh the mirror for these names and the targets of these aliases; without names, for the whole store."""
         with self._lock:
             if not names:
-                for _ in range(NUM_LOOKS):
-                    self._mirror.look_at_all()
-                    if all(map(self._has, self._aliases.readable().values())):
-                        return  # else a version may have come when the versions were listed already
+                for _ in range(NUM_ATTEMPTS):
+                    self._mirror.refresh_all()
+                    if all(map(self._has_folder, self._aliases.readable().values())):
+                        return  # else an alias's target may have been published after the versions were listed
                 return
-            self._mirror.look_at(names)
-            owners = {meant.partition("@")[0] for name in names if (meant := self._aliases.get(name))}
-            self._mirror.look_at(sorted(owners.difference(names)))
+            self._mirror.refresh(names)
+            owners = {target.partition("@")[0] for name in names if (target := self._aliases.get(name))}
+            self._mirror.refresh(sorted(owners.difference(names)))
 
     def may_write(self) -> bool:
-        """Says yes: a file system tells only when it is written to."""
+        """Return True: a remote file system reports missing permissions only on a write."""
         return True
 
     def put(self, adapter: Adapter, files: Files) -> Entry:
-        """As `AdapterStore.put`."""
+        """Publish `adapter`, as `AdapterStore.put`."""
         check_name(adapter.name)
         name, folder = adapter.name, f"{adapter.name}@{adapter.version}"
-        with self._lock, self._weights.held(folder):
+        with self._lock, self._weights.acquire(folder):
             self.pull(name)
-            self._check_not_plain(name)
-            self._take_back(name, folder)
-            before, others = self._aliases.get(name), [other.folder.name for other in self.versions(name)]
-            known = self._record(folder) if self._has(folder) else {}
-            self._prepare(folder, files, known)
-            self._mirror.forget([alias_path(name), f"{folder}/{CONFIG_FILE}"])
+            self._check_versioned(name)
+            self._cancel_withdrawal(name, folder)
+            target, versions = self._aliases.get(name), [entry.folder.name for entry in self.versions(name)]
+            published = self._read_record(folder) if self._has_folder(folder) else {}
+            self._prepare_copy(folder, files, published)
+            self._mirror.invalidate([alias_path(name), f"{folder}/{CONFIG_FILE}"])
             entry = super().put(adapter, files)
-            if before is None and len(others) == 1 and others != [folder]:
-                self._write_alias(name, others[0])  # until the new version is there, the name means what it meant
+            if target is None and len(versions) == 1 and versions != [folder]:
+                self._write_alias(name, versions[0])  # keeps the name's meaning until the new version is complete
             self._write_basis(adapter)
-            self._write_files(folder, {file: content for file, content in files.items() if known.get(file) != content})
+            self._write_files(folder, {file: content for file, content in files.items() if published.get(file) != content})
             self._write_alias(name, folder)
             self.pull(name)
-            if not self._has(folder):
+            if not self._has_folder(folder):
                 raise AdapterError(f"{folder} was deleted by another process while it was published")
         return entry
 
     def save(self, adapter: Adapter) -> NoReturn:
-        """Raise `AdapterError`: what a maker leaves is replaced in place, and `add` is what publishes at an address."""
+        """Raise `AdapterError`: a remote store cannot replace an unversioned folder. Use `add`, which publishes a version."""
         raise AdapterError(f"{adapter.name!r} cannot be saved in {self._remote.name} as its maker leaves it: publish it")
 
     def alias(self, alias: str, reference: str) -> Entry:
-        """As `AdapterStore.alias`."""
+        """Set `alias`, as `AdapterStore.alias`."""
         check_name(alias)
         with self._lock:
             self.pull(alias, split_reference(reference)[0])
             owner = self.find(reference).folder.name.partition("@")[0]
-            self._check_not_plain(owner)
+            self._check_versioned(owner)
             self.pull(owner)
-            before = {name: self._aliases.get(name) for name in (owner, alias)}
-            self._mirror.forget(map(alias_path, before))
+            old_targets = {name: self._aliases.get(name) for name in (owner, alias)}
+            self._mirror.invalidate(map(alias_path, old_targets))
             entry = super().alias(alias, reference)
-            for name, meant in before.items():
-                if (means := self._aliases.get(name)) and means != meant:
-                    self._write_alias(name, means)
+            for name, old_target in old_targets.items():
+                if (target := self._aliases.get(name)) and target != old_target:
+                    self._write_alias(name, target)
         return entry
 
-    def doomed(self, reference: str) -> Sequence[Entry]:
-        """As `AdapterStore.doomed`."""
+    def removable(self, reference: str) -> Sequence[Entry]:
+        """Return the versions that `remove` would remove, as `AdapterStore.removable`."""
         name, version = split_reference(reference)
         with self._lock:
             self.pull(name)
-            self._mirror.look_at_aliases()
-            return self._doomed(name, version)[0]
+            self._mirror.refresh_aliases()
+            return self._removable(name, version)[0]
 
     def withdraw(self, reference: str, versions: Sequence[str] = ()) -> None:
-        """Remove aliases and configs: nobody finds it any more. Who has its config can fetch the rest until it is removed."""
+        """Remove aliases and configs, so that no reader finds the versions any more.
+
+        A process that has the config can still download the other files until `remove`.
+        """
         name, version = split_reference(reference)
         with self._lock:
             withdrawn = self._withdrawn.setdefault(name, set()) if versions else self._withdrawn.get(name, set())
             withdrawn |= {*versions}
-            doomed = [entry.folder.name for entry in self.doomed(reference)]
-            self._withdrawn[name] = withdrawn | {*doomed}
-            # What the name means goes last: a crash leaves the name with fewer versions.
-            meant = None if version else self._meant(name)
-            self._mirror.forget([alias_path(name)])
-            self._remote.remove(f"{folder}/{CONFIG_FILE}" for folder in doomed if folder != meant)
+            folders = [entry.folder.name for entry in self.removable(reference)]
+            self._withdrawn[name] = withdrawn | {*folders}
+            # The alias's target is removed last: after a crash the name has fewer versions and still works.
+            target = None if version else self._alias_target(name)
+            self._mirror.invalidate([alias_path(name)])
+            self._remote.remove(f"{folder}/{CONFIG_FILE}" for folder in folders if folder != target)
             if not version:
                 self._remote.remove([alias_path(name)])
-            self._remote.remove(f"{folder}/{CONFIG_FILE}" for folder in doomed if folder == meant)
+            self._remote.remove(f"{folder}/{CONFIG_FILE}" for folder in folders if folder == target)
             self.pull(name)
 
     def remove(self, reference: str) -> Sequence[str]:
-        """As `AdapterStore.remove`; where it was withdrawn before, removes the rest alone. An explicit basis stays."""
+        """Remove versions, as `AdapterStore.remove`, or after `withdraw` the remaining files. An explicit basis stays."""
         name, version = split_reference(reference)
         with self._lock:
             if name not in self._withdrawn:
                 self.withdraw(reference)
             withdrawn = self._withdrawn.pop(name)
-            gone = {folder for folder in withdrawn if folder.startswith(f"{name}@{version}") or not version}
-            if left := withdrawn - gone:
-                self._withdrawn[name] = left
-            for folder in gone:
-                self._sweep(folder)
-        return sorted(gone) or [name]
+            removed = {folder for folder in withdrawn if folder.startswith(f"{name}@{version}") or not version}
+            if remaining := withdrawn - removed:
+                self._withdrawn[name] = remaining
+            for folder in removed:
+                self._remove_files(folder)
+        return sorted(removed) or [name]
 
     @contextmanager
-    def held(self, folder: str) -> Iterator[Path]:
-        """Give the folder of that name with all its files, until the block ends.
+    def acquire(self, folder: str) -> Iterator[Path]:
+        """Provide the folder of that name with all its files until the block ends.
 
-        Where the block finds it damaged, it is fetched again for the next who asks. Raises `AdapterFormatError` where its files
-        are gone, `UnreachableError` where they do not come.
+        If the block raises `AdapterFormatError`, the weights are dropped and downloaded again at the next call. Raises
+        `AdapterFormatError` if the files are gone, `UnreachableError` if the download fails.
         """
-        with self._weights.held(folder):
-            with self._alone(folder):
+        with self._weights.acquire(folder):
+            with self._fetch_lock(folder):
                 if not (self.root / folder / WEIGHTS_FILE).is_file():
-                    self._fetch(folder)
+                    self._fetch_weights(folder)
                 try:
                     self._weights.use(folder)
                 except FileNotFoundError as error:  # another thread has just removed it
@@ -176,78 +180,78 @@ class RemoteStore(AdapterStore):
                 raise
 
     def num_bytes(self, folder: str) -> int:
-        """Return what the files of the folder of that name hold, as the store says."""
+        """Return the total size of the folder's files, from the listing."""
         files = self._mirror.files
         return sum(file.num_bytes for name in ADAPTER_FILES if (file := files.get(f"{folder}/{name}")))
 
     def card(self, folder: str) -> bytes:
-        """Return the card in the folder of that name, as it is in the store now; nothing where there is none."""
+        """Return the folder's card as it is in the store now; empty if there is none."""
         path = f"{folder}/{CARD_FILE}"
         return self._remote.read([path]).get(path, b"")
 
     def file_faults(self, folder: str) -> list[str]:
-        """Return what is wrong with the files in the folder of that name, as far as the store says so."""
+        """Return the faults of the folder's files that show in the listing."""
         names = self._mirror.links.get(folder, ())
         if names or f"{folder}/{WEIGHTS_FILE}" in self._mirror.files:
             return [f"{name} cannot be read: {LINK}" if name else LINKED_FOLDER for name in names]
         return [f"{WEIGHTS_FILE} is not there"]
 
     def basis(self, digest: str) -> Explicit:
-        """Return an explicit basis, which is fetched where it is not here. Raises as `load_basis`."""
+        """Return an explicit basis. Downloads it if there is no local copy. Raises as `load_basis`."""
         file = basis_file(self.root, digest)
-        with self._alone(file.name):
+        with self._fetch_lock(file.name):
             if not file.is_file():
-                with suppress(FileNotFoundError):  # which is said below
-                    self._bring(_in_store(self.root, file))
+                with suppress(FileNotFoundError):  # `load_basis` reports the missing file
+                    self._download(_in_store(self.root, file))
         return load_basis(self.root, digest)
 
     def _scan(self, name: str | None = None) -> Scan:
         folders = self._mirror.folders
-        names = sorted(folders) if name is None else [name]
-        entries = [self._entry(of, folder) for of in names for folder in folders.get(of, ())]
+        owners = sorted(folders) if name is None else [name]
+        entries = [self._entry(owner, folder) for owner in owners for folder in folders.get(owner, ())]
         return Scan(entries, self._mirror.misnamed if name is None else ())
 
     def _entry(self, name: str, folder: str) -> Entry:
         return CachedEntry(name, self.root / folder, source=self)
 
-    def _has(self, folder: str) -> bool:
+    def _has_folder(self, folder: str) -> bool:
         return folder in self._mirror.folders.get(folder.partition("@")[0], ())
 
-    def _is_plain(self, name: str) -> bool:
-        return self._has(name)
+    def _is_unversioned(self, name: str) -> bool:
+        return self._has_folder(name)
 
-    def _meant(self, name: str) -> str | None:
+    def _alias_target(self, name: str) -> str | None:
         with suppress(AdapterError):  # an alias that cannot be read can be removed
             return self._aliases.get(name)
         return None
 
-    def _check_not_plain(self, name: str) -> None:
-        if self._is_plain(name):
+    def _check_versioned(self, name: str) -> None:
+        if self._is_unversioned(name):
             raise AdapterError(
                 f"{name!r} is a folder of its own in {self._remote.name}, as its maker left it: rename it to {name}@ and the "
                 f"version ({self.find(name).version}) first, or take another name"
             )
 
-    def _take_back(self, name: str, folder: str) -> None:
-        if left := self._withdrawn.pop(name, set()) - {folder}:
-            self._withdrawn[name] = left
+    def _cancel_withdrawal(self, name: str, folder: str) -> None:
+        if remaining := self._withdrawn.pop(name, set()) - {folder}:
+            self._withdrawn[name] = remaining
 
-    def _record(self, folder: str) -> Files:
-        """Return the config and the card of a version that is there, as they are now."""
+    def _read_record(self, folder: str) -> Files:
+        """Return the current config and card of a published version."""
         config, card = self.root / folder / CONFIG_FILE, f"{folder}/{CARD_FILE}"
-        found = self._remote.read([card])
+        contents = self._remote.read([card])
         return {CONFIG_FILE: read_stored(config.parent, CONFIG_FILE, MAX_TEXT_BYTES)} | (
-            {CARD_FILE: found[card]} if card in found else {}
+            {CARD_FILE: contents[card]} if card in contents else {}
         )
 
-    def _prepare(self, folder: str, files: Files, known: Files) -> None:
-        """Make the copy of a version what its original is, the weights too, which `files` have: the version is the same.
+    def _prepare_copy(self, folder: str, files: Files, published: Files) -> None:
+        """Make an existing local copy of a version equal to the published version, or to `files` if it is not published.
 
-        Where it is gone the copy, which a request under way may read, becomes what `files` are.
+        The weights come from `files`, since equal versions have equal weights. A request in flight may be reading the copy.
         """
         if (self.root / folder).is_dir():
             (self.root / folder / CARD_FILE).unlink(missing_ok=True)
-            for name, content in ({WEIGHTS_FILE: files[WEIGHTS_FILE], **known} if known else files).items():
+            for name, content in ({WEIGHTS_FILE: files[WEIGHTS_FILE], **published} if published else files).items():
                 replace_file(self.root / folder / name, content)
 
     def _write_basis(self, adapter: Adapter) -> None:
@@ -257,55 +261,55 @@ class RemoteStore(AdapterStore):
                 self._remote.write(path, basis_bytes(adapter.basis))
 
     def _write_files(self, folder: str, files: Files) -> None:
-        is_there = self._has(folder)
+        is_published = self._has_folder(folder)
         for name in (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE):
             if name not in files or read_file(self.root / folder, name, []) != files[name]:
-                continue  # what was there stays
-            there = self._mirror.files.get(f"{folder}/{name}")
-            if name == WEIGHTS_FILE and is_there and there and there.num_bytes == len(files[name]):
+                continue  # the published file stays
+            remote_file = self._mirror.files.get(f"{folder}/{name}")
+            if name == WEIGHTS_FILE and is_published and remote_file and remote_file.num_bytes == len(files[name]):
                 continue
             self._remote.write(f"{folder}/{name}", files[name])
-        # One who removes an older copy may not have seen the config in time.
+        # Another process that removes an older copy may have removed the weights before it saw the new config.
         if WEIGHTS_FILE in files and self._remote.file(f"{folder}/{WEIGHTS_FILE}") is None:
             self._remote.write(f"{folder}/{WEIGHTS_FILE}", files[WEIGHTS_FILE])
         self._weights.use(folder)
 
-    def _write_alias(self, name: str, meant: str) -> None:
-        self._remote.write(alias_path(name), f"{meant}\n".encode())
+    def _write_alias(self, name: str, target: str) -> None:
+        self._remote.write(alias_path(name), f"{target}\n".encode())
 
-    def _sweep(self, folder: str) -> None:
-        found = self._remote.files_in(folder)
-        if f"{folder}/{CONFIG_FILE}" in found:
-            return  # it was published again
-        self._remote.remove(found)
-        if not self._has(folder):
+    def _remove_files(self, folder: str) -> None:
+        listing = self._remote.files_in(folder)
+        if f"{folder}/{CONFIG_FILE}" in listing:
+            return  # published again since the withdrawal
+        self._remote.remove(listing)
+        if not self._has_folder(folder):
             self._weights.drop(folder)
             discard(self.root / folder)
 
-    def _alone(self, name: str) -> threading.Lock:
-        with self._fetching_lock:
-            return self._fetching.setdefault(name, threading.Lock())
+    def _fetch_lock(self, name: str) -> threading.Lock:
+        with self._fetch_locks_lock:
+            return self._fetch_locks.setdefault(name, threading.Lock())
 
-    def _fetch(self, folder: str) -> None:
+    def _fetch_weights(self, folder: str) -> None:
         if not (self.root / folder / CONFIG_FILE).is_file():
             raise AdapterFormatError(folder, [GONE])
         basis = read_config(self.root / folder).lori.basis
         if isinstance(basis, ExplicitConfig):
             self.basis(basis.digest)
         try:
-            self._bring(f"{folder}/{WEIGHTS_FILE}")
+            self._download(f"{folder}/{WEIGHTS_FILE}")
         except FileNotFoundError as error:
             raise AdapterFormatError(folder, [GONE]) from error
 
-    def _bring(self, path: str) -> None:
-        """Fetch a file whole, and puts it in place. Raises `FileNotFoundError` where it is not there."""
+    def _download(self, path: str) -> None:
+        """Download a file atomically: to a scratch folder, then into place. Raises `FileNotFoundError` if it is missing."""
         file = self.root / path
         with TemporaryDirectory(dir=self.root, prefix=".fetching-", ignore_cleanup_errors=True) as scratch:
-            aside = Path(scratch) / file.name
-            self._remote.fetch(path, aside)
-            sync_file(aside)
+            partial_file = Path(scratch) / file.name
+            self._remote.fetch(path, partial_file)
+            sync_file(partial_file)
             file.parent.mkdir(exist_ok=True)
-            aside.replace(file)
+            partial_file.replace(file)
 
 
 def _in_store(root: Path, file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Who can reach the server, and what that means: nobody serves a whole network by mistake."""
+"""The exposure of the server to other machines, and the check that nobody exposes it by mistake."""
 
 import ipaddress
 import logging
@@ -10,11 +10,14 @@ logger = logging.getLogger(__name__)
 
 
 class ExposedError(Exception):
-    """Whoever reaches the port could use the server, and nobody said that this is meant."""
+    """Other machines could use the server without a key, and the operator did not say that this is meant."""
 
 
 def check_exposure(settings: Settings) -> None:
-    """Raise `ExposedError`, and `OSError` where the host is no address and no name."""
+    """Raise `ExposedError` if other machines reach the server, it has no keys and --open was not given.
+
+    Raises `OSError` if the host is neither an address nor a name.
+    """
     if not (settings.keys or settings.open or is_local_only(settings.host)):
         raise ExposedError(
             f"--host: {settings.host!r} lets other machines in, and there are no keys; pass --keys FILE "
@@ -23,7 +26,7 @@ def check_exposure(settings: Settings) -> None:
 
 
 def log_exposure(settings: Settings) -> None:
-    """Says in the log who may use the server."""
+    """Log who may use the server."""
     if settings.keys:
         logger.info("served on %s to whoever has a key of %s", settings.host, settings.keys)
     elif is_local_only(settings.host):
@@ -37,8 +40,8 @@ def log_exposure(settings: Settings) -> None:
 
 
 def is_local_only(host: str) -> bool:
-    """Return whether only this machine reaches `host`. Raises `OSError` where that is no address and no name."""
-    if not host:  # all addresses, to what listens; but not to who looks it up
+    """Return whether only this machine reaches `host`. Raises `OSError` if `host` is neither an address nor a name."""
+    if not host:  # a listener takes "" for all addresses, but getaddrinfo does not
         return False
-    found = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
-    return all(ipaddress.ip_address(address).is_loopback for address in found)
+    addresses = {str(address[0]) for *_, address in socket.getaddrinfo(host, None)}
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)

@@ -1,6 +1,6 @@
-"""Authentication: every request is matched to a caller before its body is read, or refused. Keys are never logged or quoted.
+"""Authentication middleware: match every request to a caller, or refuse it, before its body is read.
 
-Each request of a tenant is counted here, by its head, whatever becomes of it.
+Keys are never logged or quoted. Each request of a tenant is counted here by its headers, whatever its outcome.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,23 +14,24 @@ from server.access.limits import RateLimitedError, RateLimiter
 from server.schemas.errors import error_reply
 from server.transport.bodies import CLOSE
 
-OPEN = frozenset({"/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"})
-STATIC = "/static/"
-MONITORED = "/metrics"
-HEADER = b"authorization"
-NOBODY = Caller(allowed=())
-"""Who asks for an open route: no matter who."""
-ANYBODY = Caller()
-"""Who sends a request to a server without keys."""
-SCRAPER = Caller(allowed=(), is_monitor=True)
-"""Who reads the metrics without a key, where that is allowed."""
-ASKED = "send a key with the header 'Authorization: Bearer KEY'"
+OPEN_PATHS = frozenset({"/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"})
+STATIC_PREFIX = "/static/"
+METRICS_PATH = "/metrics"
+AUTHORIZATION = b"authorization"
+OPEN_ROUTE_CALLER = Caller(allowed=())
+"""The caller of a route that needs no key."""
+KEYLESS_CALLER = Caller()
+"""The caller of any route on a server without keys."""
+SCRAPER_CALLER = Caller(allowed=(), is_monitor=True)
+"""The caller of /metrics without a key, with --open-metrics."""
+KEY_HINT = "send a key with the header 'Authorization: Bearer KEY'"
 
 
 class Gate:
-    """Puts the caller into the request's state, or answers 401, or 429 to a tenant that has used up its rate.
+    """Authentication middleware: puts the caller into the request's state, or answers 401, or 429 if its tenant exceeds its rate.
 
-    Without a key ring everybody may pass, with no rights. Without `rate` requests are not counted: an ingress has done it.
+    Without a key ring every request passes, with no rights. Without `rate` requests are not counted, because an ingress has
+    counted them.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Gate:
         self._app, self._ring, self._rate, self._opens_metrics = app, ring, rate, opens_metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request pass, or not."""
+        """Pass the request on, or refuse it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
@@ -51,38 +52,38 @@ class Gate:
             await refusal(scope, receive, send)
         else:
             state = {**scope.get("state", {}), "caller": caller}
-            # The key has done its work.
-            headers = [(name, value) for name, value in scope["headers"] if name != HEADER]
+            # The application needs the key no more.
+            headers = [(name, value) for name, value in scope["headers"] if name != AUTHORIZATION]
             await self._app({**scope, "headers": headers, "state": state}, receive, send)
 
 
 def caller_of(scope: Scope, ring: KeyRing | None, *, opens_metrics: bool = False) -> Caller | JSONResponse:
-    """Return who sends a request, or what he is answered who may not."""
+    """Return the caller of a request, or the response that refuses it."""
     if ring is None:
-        return ANYBODY
+        return KEYLESS_CALLER
     if is_open(scope["path"]):
-        return NOBODY
-    found = [value for name, value in scope["headers"] if name == HEADER]
-    if not found and opens_metrics and scope["path"] == MONITORED:
-        return SCRAPER
-    if not found:
-        return _unknown(f"no key was sent: {ASKED}")
-    scheme, _, key = found[0].strip().partition(b" ")
-    if len(found) > 1 or scheme.lower() != b"bearer" or not key.strip():
-        return _unknown(f"the Authorization header is no key's: {ASKED}")
+        return OPEN_ROUTE_CALLER
+    values = [value for name, value in scope["headers"] if name == AUTHORIZATION]
+    if not values and opens_metrics and scope["path"] == METRICS_PATH:
+        return SCRAPER_CALLER
+    if not values:
+        return _unauthorized(f"no key was sent: {KEY_HINT}")
+    scheme, _, key = values[0].strip().partition(b" ")
+    if len(values) > 1 or scheme.lower() != b"bearer" or not key.strip():
+        return _unauthorized(f"the Authorization header is no key's: {KEY_HINT}")
     caller = ring.find(key.strip())
     if caller is None:
-        return _unknown("the key is not known")
-    if caller.is_monitor and not caller.is_admin and scope["path"] != MONITORED:
-        said = f"the key {caller.key_id!r} is of the role 'monitor', which reads {MONITORED} alone"
-        return JSONResponse(error_reply(403, "PermissionDeniedError", said, None), 403)
+        return _unauthorized("the key is not known")
+    if caller.is_monitor and not caller.is_admin and scope["path"] != METRICS_PATH:
+        message = f"the key {caller.key_id!r} is of the role 'monitor', which reads {METRICS_PATH} alone"
+        return JSONResponse(error_reply(403, "PermissionDeniedError", message, None), 403)
     return caller
 
 
 def rate_refusal(scope: Scope, caller: Caller, rate: RateLimiter) -> JSONResponse | None:
-    """Count a request by its head. Return the answer to one that exceeds its tenant's rate, which is not counted; else None.
+    """Count a request by its headers. Return the 429 response if it exceeds its tenant's rate, else None.
 
-    Its body is not read: where one was announced, the connection ends.
+    A refused request is not counted. Its body is not read, so the connection ends if a body was announced.
     """
     try:
         rate.count(caller)
@@ -92,7 +93,7 @@ def rate_refusal(scope: Scope, caller: Caller, rate: RateLimiter) -> JSONRespons
 
 
 def rate_limited_reply(error: RateLimitedError, headers: Mapping[str, str]) -> JSONResponse:
-    """Return the answer to a request that exceeds its tenant's rate, with more `headers`."""
+    """Return the 429 response for a request that exceeds its tenant's rate, with `headers` added."""
     content = error_reply(429, "RateLimitError", str(error), None)
     return JSONResponse(content, 429, {"Retry-After": str(error.retry_after_s), **headers})
 
@@ -102,9 +103,9 @@ def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def is_open(path: str) -> bool:
-    """Return whether a route needs no key."""
-    return path in OPEN or path.startswith(STATIC)
+    """Return whether the route at `path` needs no key."""
+    return path in OPEN_PATHS or path.startswith(STATIC_PREFIX)
 
 
-def _unknown(message: str) -> JSONResponse:
+def _unauthorized(message: str) -> JSONResponse:
     return JSONResponse(error_reply(401, "AuthenticationError", message, None), 401, {"WWW-Authenticate": "Bearer"})

@@ -1,8 +1,8 @@
-"""The names by which a server without keys is reached: others are refused, before a byte of the body is read.
+"""Host names of a server without keys. Requests for other names are refused before a byte of the body is read.
 
-A web page can have its own name mean this machine's address (DNS rebinding): then a browser takes the server for the page's, and
-lets the page read all answers. Such requests have the page's name as their Host. Addresses pass, for no name looks like one. With
-keys no such check is needed, for a page has no key.
+A web page can make its own name resolve to this machine's address (DNS rebinding). A browser then takes the server for a part of
+that page, and lets the page read all answers. Such requests carry the page's name in their Host header. IP addresses pass,
+because no such name looks like one. A server with keys needs no such check, because a page has no key.
 """
 
 import re
@@ -17,14 +17,14 @@ from server.settings import Settings
 
 ANY = "*"
 LOCAL = ("localhost", "*.localhost")
-"""What browsers never look up (RFC 6761, section 6.3)."""
+"""Names that browsers never look up in DNS (RFC 6761, section 6.3)."""
 AUTHORITY = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(?::\d*)?")
-"""A name or an address, and maybe a port."""
+"""A name or an address, with an optional port."""
 MAX_SHOWN = 64
 
 
 class AllowedHosts:
-    """Names, `*.NAME` for those below one, or `*` for all."""
+    """Allowed host names: plain names, `*.NAME` for all names below NAME, or `*` for all names."""
 
     def __init__(self, names: Iterable[str]) -> None:
         plain = [_plain(name) for name in (*LOCAL, *names)]
@@ -33,12 +33,12 @@ class AllowedHosts:
         self._endings = tuple(name[1:] for name in plain if name.startswith("*."))
 
     @classmethod
-    def of(cls, settings: Settings) -> "AllowedHosts":
-        """Return the names that the operator gives: those that are allowed, and the one that is listened on."""
+    def from_settings(cls, settings: Settings) -> "AllowedHosts":
+        """Return the names that the operator gives: --allow-host, and the --host that the server listens on."""
         return cls([*settings.allow_host, settings.host])
 
     def includes(self, host: str) -> bool:
-        """Return whether a Host header may say so: an allowed name or an address, with any port, or nothing."""
+        """Return whether a Host header may have this value: an allowed name or any IP address, with any port, or nothing."""
         if self._allows_any or not host:
             return True
         parts = AUTHORITY.fullmatch(host)
@@ -48,7 +48,10 @@ class AllowedHosts:
         return name in self._names or name.endswith(self._endings) or _is_address(name)
 
     def refusal(self, scope: Scope) -> JSONResponse | None:
-        """Return the answer to a request for another name, or None. One that names nothing, as HTTP/1.0 may, is no browser's."""
+        """Return the 421 response to a request for a name that is not allowed, or None.
+
+        A request without a Host header, as HTTP/1.0 allows, passes: no browser sends one.
+        """
         hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
         wrong = next((host for host in hosts if not self.includes(host)), None)
         if wrong is None:
@@ -61,7 +64,10 @@ class AllowedHosts:
 
 
 class HostCheck:
-    """Answers 421 to requests for names that are not allowed. The connection ends, for the body is not read."""
+    """Middleware that answers 421 to requests for host names that are not allowed.
+
+    The connection ends, because the body is not read.
+    """
 
     def __init__(self, app: ASGIApp, hosts: AllowedHosts) -> None:
         self._app, self._hosts = app, hosts
@@ -73,7 +79,7 @@ class HostCheck:
 
 
 def _plain(name: str) -> str:
-    # DNS knows no case, and a name may end with the root's dot.
+    # DNS ignores case, and a name may end with the root's dot.
     return name.lower().removesuffix(".")
 
 

@@ -1,4 +1,4 @@
-"""The keys that count now: operators change the key file while the server runs."""
+"""The keys that are valid now. Operators change the key file while the server runs."""
 
 import hashlib
 import logging
@@ -10,62 +10,64 @@ from anyio.to_thread import run_sync
 
 from lori.store.files import FileStamp, file_stamp
 from server.access.caller import Caller
-from server.access.keys import KeyFileError, Keys, read_key_file, read_keys, whole_keys
+from server.access.keys import KeyFileError, Keys, parse_complete_keys, read_key_file, read_keys
 
 logger = logging.getLogger(__name__)
-LOOK_S = 1.0
-"""Between two looks, in seconds. After a key was taken out it counts for two to three of them."""
+POLL_S = 1.0
+"""Seconds between two polls of the key file. A removed key stays valid for two to three polls."""
 MAX_UNSETTLED = 10
-"""Looks at a file that is another each time before the log says so."""
+"""Number of polls in a row that find the file changed again before the log says so."""
 
 
 class KeyRing:
-    """What the key file said when it was last sound. Raises `KeyFileError` where it is not from the start."""
+    """Keys of the last sound version of the key file. Raises `KeyFileError` if the file is not sound at the start."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._find_faults: list[Callable[[Keys], Sequence[str]]] = []
+        self._checks: list[Callable[[Keys], Sequence[str]]] = []
         self._seen = file_stamp(path)
-        self._last_look: tuple[FileStamp | None, str] | None = None
-        """The stamp and the digest that the last look found, of a file that changed and has not settled."""
+        self._last_poll: tuple[FileStamp | None, str] | None = None
+        """Stamp and digest of a changed file at the last poll; None unless a change has yet to settle."""
         self._num_unsettled = 0
         self.keys = read_keys(path)
 
-    def require(self, find_faults: Callable[[Keys], Sequence[str]]) -> None:
-        """Have the keys, those of now and those to come, looked at by what knows more than the file: for faults, the keys are not
-        taken. Raises `KeyFileError` where those of now have any.
+    def add_check(self, check: Callable[[Keys], Sequence[str]]) -> None:
+        """Add a check of the keys, which returns faults that the file alone does not show. Runs on the present keys and on later
+        ones.
+
+        Keys with faults are not accepted. Raises `KeyFileError` if the present keys have faults.
         """
-        self._find_faults.append(find_faults)
+        self._checks.append(check)
         self._check(self.keys)
 
     def find(self, key: bytes) -> Caller | None:
-        """Return who sends `key`, or None."""
+        """Return the caller of `key`, or None."""
         return self.keys.find(key)
 
-    def look(self) -> None:
-        """Read the file again where it changed, and take its keys over once two looks have found the same.
+    def poll(self) -> None:
+        """Read the file again if it changed. Accept its keys once two polls found the same content.
 
-        One that is being written, by an editor or a copy, may be sound and lack keys. One that is not sound changes nothing, and
+        A file that an editor or a copy is still writing may be sound and lack keys. A file that is not sound changes nothing, and
         the log says so.
         """
-        stamp = file_stamp(self.path)  # before it is read: what is written meanwhile is another change
+        stamp = file_stamp(self.path)  # before the read: a later write counts as another change
         if stamp == self._seen:
-            self._last_look, self._num_unsettled = None, 0
+            self._last_poll, self._num_unsettled = None, 0
             return
         content = self._read()
-        found = stamp, hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else str(content)
-        if found != self._last_look:
-            self._last_look = found
+        seen = stamp, hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else str(content)
+        if seen != self._last_poll:
+            self._last_poll = seen
             self._note_unsettled()
             return
-        self._seen, self._last_look, self._num_unsettled = stamp, None, 0
-        self._take_over(content)
+        self._seen, self._last_poll, self._num_unsettled = stamp, None, 0
+        self._accept(content)
 
     async def watch(self) -> None:
-        """Look now and then, for ever."""
+        """Poll the file for ever."""
         while True:
-            await anyio.sleep(LOOK_S)
-            await run_sync(self.look)
+            await anyio.sleep(POLL_S)
+            await run_sync(self.poll)
 
     def _read(self) -> bytes | KeyFileError:
         try:
@@ -78,11 +80,11 @@ class KeyRing:
         if self._num_unsettled == MAX_UNSETTLED:
             logger.error("THE KEYS FROM BEFORE STAY, REVOKED ONES TOO: %s changes all the time", self.path)
 
-    def _take_over(self, content: bytes | KeyFileError) -> None:
+    def _accept(self, content: bytes | KeyFileError) -> None:
         try:
             if isinstance(content, KeyFileError):
                 raise content
-            keys = whole_keys(content, str(self.path))
+            keys = parse_complete_keys(content, str(self.path))
             self._check(keys)
         except KeyFileError as error:
             logger.error("THE KEYS FROM BEFORE STAY, REVOKED ONES TOO: %s", "\n".join(error.lines))
@@ -91,6 +93,6 @@ class KeyRing:
         logger.info("%s was read again: %s", self.path, keys)
 
     def _check(self, keys: Keys) -> None:
-        faults = [fault for find in self._find_faults for fault in find(keys)]
+        faults = [fault for check in self._checks for fault in check(keys)]
         if faults:
             raise KeyFileError(str(self.path), faults)

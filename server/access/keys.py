@@ -1,4 +1,4 @@
-"""The key file: tenants, and the keys that speak for them. It holds hashes of keys, no key.
+"""The key file: tenants and their keys. It holds hashes of keys, never a key.
 
 [tenants.acme]
 adapters = ["math", "acme-*"]
@@ -30,18 +30,18 @@ from server.access.caller import Caller
 from server.schemas.fields import MAX_INT, Weight
 
 KEY_PREFIX = "lori_"
-"""Of keys, so that one is known where it should not be."""
+"""Prefix of every key, so that a leaked key is recognised."""
 MAX_PER_MINUTE = 100_000
-"""Each of a minute's requests is remembered."""
-WORD = re.compile(rf"(?!{KEY_PREFIX})[A-Za-z0-9][A-Za-z0-9_-]{{0,63}}")
+"""The highest rate limit: the rate limiter remembers each request of the last minute."""
+IDENTIFIER = re.compile(rf"(?!{KEY_PREFIX})[A-Za-z0-9][A-Za-z0-9_-]{{0,63}}")
 PATTERN = re.compile(r"[a-z0-9._*?\[\]!-]{1,128}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def check_word(value: str) -> str:
-    """Return the name of a tenant or a key. Raises `ValueError` for what cannot be one."""
-    # It is not quoted, and neither is a hash: somebody may have put the key there, and this goes to a log.
-    if not WORD.fullmatch(value):
+def check_identifier(value: str) -> str:
+    """Return `value` if it can be the name of a tenant or of a key. Raises `ValueError` otherwise."""
+    # Neither the value nor a hash is quoted: an operator may have put the key there by mistake, and the message goes to a log.
+    if not IDENTIFIER.fullmatch(value):
         raise ValueError("expected up to 64 letters, digits, - and _, and no key")
     return value
 
@@ -69,22 +69,22 @@ def _policy(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
-Word = Annotated[str, AfterValidator(check_word)]
+Identifier = Annotated[str, AfterValidator(check_identifier)]
 
 
 class Table(BaseModel):
-    """A table of a key file: nothing that is not known, and no value of another type."""
+    """A table of a key file. Unknown fields and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class TenantTable(Table):
-    """`[tenants.NAME]`."""
+    """The table `[tenants.NAME]`."""
 
     adapters: list[Annotated[str, AfterValidator(_pattern)]] = ["*"]
-    """Patterns of the names of adapters that it may use."""
+    """Patterns of the adapter names that the tenant may use."""
     policy: Annotated[dict[str, Weight], Field(max_length=16), AfterValidator(_policy)] = {}
-    """Adapters that are added to all its requests, and their weights."""
+    """Adapters that are added to all of the tenant's requests, and their weights."""
     priority: int = Field(default=0, ge=-1000, le=1000)
     requests_per_minute: int | None = Field(default=None, ge=1, le=MAX_PER_MINUTE)
     max_requests: int | None = Field(default=None, ge=1)
@@ -93,12 +93,12 @@ class TenantTable(Table):
 
 
 class KeyTable(Table):
-    """`[[keys]]`."""
+    """The table `[[keys]]`."""
 
-    id: Word
+    id: Identifier
     role: Literal["tenant", "admin", "monitor"] = "tenant"
-    """Who sends requests; who changes adapters, too; who reads /metrics alone."""
-    tenant: Word | None = None
+    """A tenant sends requests, an admin also changes adapters, and a monitor only reads /metrics."""
+    tenant: Identifier | None = None
     sha256: Annotated[str, AfterValidator(_sha256)]
 
     @model_validator(mode="after")
@@ -110,11 +110,11 @@ class KeyTable(Table):
 
 MAX_BYTES = 1 << 22
 NUM_READS, PAUSE_S = 5, 0.1
-"""How often a file that changes while it is read is read in all, and the seconds between."""
+"""The number of attempts to read a file that changes meanwhile, and the pause between them in seconds."""
 
 
 class KeyFileError(Exception):
-    """A key file is not sound: `lines` say everything that was found."""
+    """A key file is not sound. `lines` has every fault."""
 
     def __init__(self, source: str, faults: Sequence[str]) -> None:
         self.lines = [printable(line) for line in (f"{source} is not a sound key file:", *(f"  {fault}" for fault in faults))]
@@ -123,46 +123,49 @@ class KeyFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What a sound key file says."""
+    """The content of a sound key file."""
 
     callers: Mapping[str, Caller]
-    """By the sha256 of their keys: these are random, so that how long a hash is looked up tells nothing of them."""
+    """Callers by the sha256 of their keys. Keys are random, so the time that the lookup of a hash takes tells nothing about
+    them."""
     tenants: Mapping[str, Caller]
     """Every tenant, as a caller without a key."""
 
     def find(self, key: bytes) -> Caller | None:
-        """Return who sends `key`, or None."""
+        """Return the caller of `key`, or None."""
         return self.callers.get(hashlib.sha256(key).hexdigest())
 
     def __str__(self) -> str:
-        roles = Counter("admin" if of.is_admin else "monitor" if of.is_monitor else "tenant" for of in self.callers.values())
-        said = ", ".join(f"{roles[role]} {role}" for role in ("tenant", "admin", "monitor"))
-        return f"tenants: {len(self.tenants)}; keys by role: {said}"
+        roles = Counter(
+            "admin" if caller.is_admin else "monitor" if caller.is_monitor else "tenant" for caller in self.callers.values()
+        )
+        counts = ", ".join(f"{roles[role]} {role}" for role in ("tenant", "admin", "monitor"))
+        return f"tenants: {len(self.tenants)}; keys by role: {counts}"
 
 
 def read_keys(path: Path) -> Keys:
-    """Return what a key file says, read while nobody wrote it. Raises `KeyFileError` with everything that is wrong with it."""
+    """Read a key file while nothing writes it, and return its content. Raises `KeyFileError` with every fault."""
     for attempt in range(NUM_READS):
         if attempt:
             time.sleep(PAUSE_S)
         stamp, content = file_stamp(path), read_key_file(path)
         if file_stamp(path) == stamp:
-            return whole_keys(content, str(path))
+            return parse_complete_keys(content, str(path))
     raise KeyFileError(str(path), [f"it was changed each of the {NUM_READS} times that it was read"])
 
 
 def read_key_file(path: Path) -> bytes:
-    """Return the content of a key file. Raises `KeyFileError` where it cannot be read."""
+    """Return the bytes of a key file. Raises `KeyFileError` if it cannot be read."""
     try:
         return read_regular(path, MAX_BYTES)
     except OSError as error:
         raise KeyFileError(str(path), [f"it cannot be read: {error.strerror}"]) from error
 
 
-def whole_keys(content: bytes, source: str) -> Keys:
-    """Return what the content of a whole key file says: it has keys, and its last line ends.
+def parse_complete_keys(content: bytes, source: str) -> Keys:
+    """Return the content of a complete key file: it has keys, and its last line ends with a newline.
 
-    Half a file that was cut at the end of a line has both, too. Raises `KeyFileError` with everything that is wrong with it.
+    A file that was cut at the end of a line passes this check, too. Raises `KeyFileError` with every fault.
     """
     keys = parse_keys(content, source)
     if not keys.callers:
@@ -173,18 +176,18 @@ def whole_keys(content: bytes, source: str) -> Keys:
 
 
 def parse_keys(content: bytes, source: str) -> Keys:
-    """Return what the content of a key file says. Raises `KeyFileError` with everything that is wrong with it."""
+    """Return the content of a key file. Raises `KeyFileError` with every fault."""
     try:
         document = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not TOML; lists in lists without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or lists nested too deeply
         raise KeyFileError(source, [f"it is not TOML: {error}"]) from error
     named, listed = document.get("tenants", {}), document.get("keys", [])
     faults = [f"{name}: unknown, expected tenants and keys" for name in document if name not in ("tenants", "keys")]
     if not isinstance(named, dict) or not isinstance(listed, list):
         raise KeyFileError(source, [*faults, "expected tables [tenants.NAME] and [[keys]]"])
     tenants = {name: table for name, raw in named.items() if (table := _read(TenantTable, raw, f"tenants.{name}", faults))}
-    keys = [key for number, raw in enumerate(listed, 1) if (key := _read(KeyTable, raw, _place(number, raw), faults))]
-    faults += [*_names(named), *_crossed(keys, named)]
+    keys = [key for number, raw in enumerate(listed, 1) if (key := _read(KeyTable, raw, _position(number, raw), faults))]
+    faults += [*_name_faults(named), *_cross_faults(keys, named)]
     if faults:
         raise KeyFileError(source, faults)
     return _keys(tenants, keys)
@@ -197,25 +200,25 @@ def _read(kind: type[T], raw: Any, place: str, faults: list[str]) -> T | None:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        for found in error.errors():
-            said = "unknown field" if found["type"] == "extra_forbidden" else found["msg"].removeprefix("Value error, ")
-            faults.append(f"{'.'.join([place, *map(str, found['loc'])])}: {said}")
+        for detail in error.errors():
+            message = "unknown field" if detail["type"] == "extra_forbidden" else detail["msg"].removeprefix("Value error, ")
+            faults.append(f"{'.'.join([place, *map(str, detail['loc'])])}: {message}")
         return None
 
 
-def _place(number: int, raw: Any) -> str:
-    # Its place in the file, and its name where that is one.
+def _position(number: int, raw: Any) -> str:
+    # The position in the file, and the id if it is a valid one.
     name = raw.get("id") if isinstance(raw, dict) else None
-    return f"keys.{number} ({name})" if isinstance(name, str) and WORD.fullmatch(name) else f"keys.{number}"
+    return f"keys.{number} ({name})" if isinstance(name, str) and IDENTIFIER.fullmatch(name) else f"keys.{number}"
 
 
-def _names(tenants: Mapping[str, Any]) -> Iterator[str]:
+def _name_faults(tenants: Mapping[str, Any]) -> Iterator[str]:
     for name in tenants:
-        if not WORD.fullmatch(name):
+        if not IDENTIFIER.fullmatch(name):
             yield f"tenants: {name!r} is no name, expected up to 64 letters, digits, - and _"
 
 
-def _crossed(keys: Sequence[KeyTable], tenants: Mapping[str, Any]) -> Iterator[str]:
+def _cross_faults(keys: Sequence[KeyTable], tenants: Mapping[str, Any]) -> Iterator[str]:
     yield from (
         f"keys ({key.id}): there is no [tenants.{key.tenant}]" for key in keys if key.tenant and key.tenant not in tenants
     )

@@ -1,7 +1,7 @@
 """Changes of adapters while requests run: upload, load, unload, delete, pin, alias. Files are read in threads.
 
-A name's new meaning holds at once for new requests; requests under way end on what they began with. A server that shares its
-store with others catches up on changes that it did not hear of.
+A change of a name holds at once for new requests. Requests under way end on the version that they began with. A server that
+shares its store with others catches up on changes that it missed.
 """
 
 import logging
@@ -17,11 +17,11 @@ from lori.errors import AdapterFormatError, LoriError, UnknownAdapterError
 from lori.format import Files
 from lori.names import split_reference
 from lori.packed_adapter import PackedAdapter
-from server.catalog.departures import Departures, Turns
-from server.catalog.files import NO_STORE, AdapterFiles, Details, Ready
+from server.catalog.departures import Departures, NameLocks
+from server.catalog.files import NO_STORE, AdapterFiles, Details, PreparedAdapter
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.cache import NoRoomError
-from server.engine.adapters.registry import Faulty, FaultyAdapterError, Registered, Registry, unknown
+from server.engine.adapters.registry import Faulty, FaultyAdapterError, Registered, Registry, unknown_error
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, BusyError, ConflictError, StoreError
@@ -30,21 +30,21 @@ from server.settings import MAX_RECEIVED
 logger = logging.getLogger(__name__)
 
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 PIN_S = 10.0
-"""How long a pin waits for running requests to make room."""
-LOOK_S = 0.05
+"""Seconds that a pin waits for running requests to make room."""
+POLL_S = 0.05
 MAX_WAITING = 16
-"""Requests for the whole of an adapter that wait for another one."""
+"""Requests for the details of an adapter that wait for another one."""
 
 
-class LoadedError(ConflictError):
-    """The name means something already, and is not to mean another thing."""
+class AlreadyLoadedError(ConflictError):
+    """The name already refers to an adapter, and the request may not replace it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """What can be asked for no more, and how many requests under way still use it."""
+class Withdrawal:
+    """Versions that requests can name no more, and the number of requests under way that still use them."""
 
     name: str
     versions: Sequence[str]
@@ -52,10 +52,10 @@ class Withdrawn:
 
 
 class AdapterAdmin:
-    """Changes which adapters there are, for the event loop alone. No change waits for a request to end.
+    """Changes of the adapters that are served. Use from the event loop alone. No change waits for a request to end.
 
-    `required` gives the references of adapters that tenants cannot do without: these are not withdrawn. Raises what the table of
-    errors knows.
+    `required` returns the references of adapters that tenants' policies need; these are not withdrawn. The methods raise errors
+    of the error table.
     """
 
     def __init__(
@@ -67,28 +67,31 @@ class AdapterAdmin:
         required: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._registry, self._uses, self._engine, self._maybe_files, self._required = registry, uses, engine, files, required
-        self._turns = Turns()
-        self._departures = Departures(registry, uses, engine, self._turns, files, files.grace_s if files else 0)
-        self._reading = anyio.Semaphore(1)  # one adapter at a time takes a core, and memory
-        self._detailing, self._listing = anyio.CapacityLimiter(1), anyio.CapacityLimiter(2)
-        self._num_received = self._num_detailed = 0
+        self._locks = NameLocks()
+        self._departures = Departures(registry, uses, engine, self._locks, files, files.grace_s if files else 0)
+        self._read_semaphore = anyio.Semaphore(1)  # an adapter that is read takes a core, and memory
+        self._detail_limiter, self._list_limiter = anyio.CapacityLimiter(1), anyio.CapacityLimiter(2)
+        self._num_received = self._num_details = 0
         self._pins: dict[str, str] = {}
 
     @property
     def pins(self) -> Mapping[str, str]:
-        """The pinned names, with the digest of what each means."""
+        """The pinned names, with the digests of their adapters."""
         return self._pins
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Run until the block ends, when the engine must have ended."""
+        """Run the deletions of adapters until the block ends, by when the engine must have ended."""
         async with self._departures.running():
             yield
 
     @asynccontextmanager
     async def receiving(self) -> AsyncIterator[None]:
-        """Let an adapter be received, in memory, until the block ends. Raises where none can be kept, or many are received."""
-        self._files.check_keeps()
+        """Count an adapter that is received in memory until the block ends.
+
+        Raises if none can be stored, or too many are received.
+        """
+        self._files.check_writable()
         if self._num_received == MAX_RECEIVED:
             raise BusyError(f"{MAX_RECEIVED} adapters are being received, which is the limit; try again")
         self._num_received += 1
@@ -97,106 +100,106 @@ class AdapterAdmin:
         finally:
             self._num_received -= 1
 
-    async def details(self, of: Registered) -> Details:
-        """Read the whole of an adapter, for a person; one at a time, so that admission finds threads."""
+    async def details(self, adapter: Registered) -> Details:
+        """Read all details of an adapter for a client. One at a time, so that admission finds free threads."""
         files = self._files
-        if self._num_detailed > MAX_WAITING:
+        if self._num_details > MAX_WAITING:
             raise BusyError(f"{MAX_WAITING} requests wait for adapters to be read, which is the limit; try again")
-        self._num_detailed += 1
+        self._num_details += 1
         try:
-            return await run_sync(files.details.read, of, limiter=self._detailing)
-        except AdapterFormatError as error:  # by the name that was asked for, not by its folder's
-            raise AdapterFailedError(f"adapter {of.summary.name!r} cannot be read: {'; '.join(error.shown)}") from error
+            return await run_sync(files.details.read, adapter, limiter=self._detail_limiter)
+        except AdapterFormatError as error:  # names the adapter as the request does, not by its folder
+            raise AdapterFailedError(f"adapter {adapter.summary.name!r} cannot be read: {'; '.join(error.shown)}") from error
         finally:
-            self._num_detailed -= 1
+            self._num_details -= 1
 
-    async def listed(self, write: Callable[[], bytes]) -> bytes:
-        """Write a list of adapters, which may be long, likewise."""
-        return await run_sync(write, limiter=self._listing)
+    async def write_list(self, write: Callable[[], bytes]) -> bytes:
+        """Run `write` for a list of adapters, which may be long, in a thread. At most two at a time."""
+        return await run_sync(write, limiter=self._list_limiter)
 
     async def publish(self, name: str, content: Files, may_replace: bool = True) -> Registered:
-        """Put an adapter in the store, as a new version, and makes `name` mean it."""
+        """Put an adapter in the store as a new version, and make `name` refer to it."""
         files = self._files
-        async with self._turns.of(name):
-            self._check_new(name, may_replace)
+        async with self._locks.hold(name):
+            self._check_replaceable(name, may_replace)
             ready = await self._read(lambda: files.publish(name, content))
-            self._departures.take_back(ready.adapter)
+            self._departures.restore(ready.adapter)
             adapter = await self._register(ready)
-        await self._load_mended(adapter)
+        await self._reload_mended(adapter)
         return adapter
 
     async def publish_from_hub(self, name: str, source: str, may_replace: bool = True) -> Registered:
-        """The same with an adapter on the hub, which is fetched."""
+        """Fetch an adapter from the hub and publish it as `publish` does."""
         files = self._files
         async with self.receiving():
-            self._check_new(name, may_replace)
+            self._check_replaceable(name, may_replace)
             return await self.publish(name, await run_sync(files.fetch, source), may_replace)
 
     async def load(self, reference: str, name: str | None = None, may_replace: bool = True) -> Registered:
-        """Read what `reference` means in the store now, and makes `name`, or its own name, mean it."""
+        """Read the adapter of `reference` from the store, and make `name`, or the adapter's own name, refer to it."""
         files = self._files
         owner, _ = split_reference(reference)
-        async with self._turns.of(name or owner, owner):
-            self._check_new(name or owner, may_replace)
+        async with self._locks.hold(name or owner, owner):
+            self._check_replaceable(name or owner, may_replace)
             try:
                 ready = await self._read(lambda: files.read(reference, name))
             except AdapterFormatError as error:
                 self._note_faults(name or reference, error)
                 raise
             adapter = await self._register(ready)
-        await self._load_mended(adapter)
+        await self._reload_mended(adapter)
         return adapter
 
     async def alias(self, alias: str, reference: str) -> Registered:
-        """Make `alias` mean what `reference` means now, in the store too."""
+        """Make `alias` refer to the present version of `reference`, in the store, too."""
         files = self._files
         owner, version = await run_sync(files.meaning, reference)
-        async with self._turns.of(alias, owner):
-            self._departures.check_stays(owner, version)  # before anything is written
+        async with self._locks.hold(alias, owner):
+            self._departures.check_not_deleted(owner, version)  # before any write
             return await self._register(await self._read(lambda: files.alias(alias, f"{owner}@{version}")))
 
-    async def unload(self, reference: str) -> Withdrawn:
-        """Withdraw a name with its versions, or a version that its name does not mean. Its files stay."""
+    async def unload(self, reference: str) -> Withdrawal:
+        """Withdraw a name with its versions, or a version that is not the name's current one. The files stay."""
         name, version = split_reference(reference)
-        async with self._turns.of(name):
-            gone = await self._withdraw(name, version)
-            await self._departures.begin(gone)
-            return self._withdrawn(name, [of.summary.version for of in gone])
+        async with self._locks.hold(name):
+            withdrawn = await self._withdraw(name, version)
+            await self._departures.begin(withdrawn)
+            return self._withdrawn(name, [adapter.summary.version for adapter in withdrawn])
 
-    async def delete(self, reference: str) -> Withdrawn:
-        """Withdraw a name with its versions, a version or an alias, and deletes its files when no request uses them."""
+    async def delete(self, reference: str) -> Withdrawal:
+        """Withdraw a name with its versions, a version or an alias. Deletes the files when no request uses them."""
         name, version = split_reference(reference)
-        async with self._turns.of(name):
-            doomed = await self._doomed(reference)
-            self._check_unaliased(name, doomed)
-            if any(of.summary.version.startswith(version) for of in self._registry.versions(name)):
+        async with self._locks.hold(name):
+            versions = await self._versions_to_delete(reference)
+            self._check_unaliased(name, versions)
+            if any(adapter.summary.version.startswith(version) for adapter in self._registry.versions(name)):
                 await self._departures.begin(await self._withdraw(name, version, may_be_meant=True))
-            await self._departures.delete(name, doomed, is_whole=not version)
-            self._registry.clear_faults([f"{name}@{one}" for one in doomed] if version else [name])
-            return self._withdrawn(name, doomed)
+            await self._departures.delete(name, versions, is_whole=not version)
+            self._registry.remove_faulty([f"{name}@{removed}" for removed in versions] if version else [name])
+            return self._withdrawn(name, versions)
 
     async def pin(self, name: str) -> Registered:
-        """Make what a name means resident, and keeps it so whatever it means later, until it is unpinned."""
+        """Make a name's adapter resident and keep it so, also when the name changes, until it is unpinned."""
         files = self._files
-        async with self._turns.of(name):
-            of = await self._registered(name)
-            packed = await self._read(lambda: files.pack(of))
+        async with self._locks.hold(name):
+            adapter = await self._registered(name)
+            packed = await self._read(lambda: files.pack(adapter))
             end = anyio.current_time() + PIN_S
-            # Never left while the engine acts: it would keep what nobody knows of.
-            while not await self._keep(of.summary.digest, packed):
+            # Never cancelled while the engine pins the adapter: the pin would be lost track of.
+            while not await self._pin(adapter.summary.digest, packed):
                 if anyio.current_time() >= end:
-                    said = f"all room is used by running requests for {PIN_S:g} s, none of it for {name!r}; try again"
-                    raise BusyError(said)
-                await anyio.sleep(LOOK_S)
-            self._pins[name] = of.summary.digest
-            return of
+                    message = f"all room is used by running requests for {PIN_S:g} s, none of it for {name!r}; try again"
+                    raise BusyError(message)
+                await anyio.sleep(POLL_S)
+            self._pins[name] = adapter.summary.digest
+            return adapter
 
     async def unpin(self, name: str) -> Registered:
-        """Let what a name means make room for others again."""
-        async with self._turns.of(name):
-            of = await self._registered(name)
-            await self._release(name)
-            return of
+        """Unpin a name's adapter, so that it can be evicted again."""
+        async with self._locks.hold(name):
+            adapter = await self._registered(name)
+            await self._unpin(name)
+            return adapter
 
     @property
     def _files(self) -> AdapterFiles:
@@ -204,22 +207,22 @@ class AdapterAdmin:
             raise ConflictError(NO_STORE)
         return self._maybe_files
 
-    async def _read(self, read: Callable[[], Found]) -> Found:
-        async with self._reading:
+    async def _read(self, read: Callable[[], Result]) -> Result:
+        async with self._read_semaphore:
             return await run_sync(read)
 
     async def _registered(self, name: str) -> Registered:
-        of = self._registry.by_name.get(name)
-        if of is None:
+        adapter = self._registry.by_name.get(name)
+        if adapter is None:
             raise await self._unknown(name)
-        return of
+        return adapter
 
     def _note_faults(self, name: str, error: AdapterFormatError) -> None:
-        # Of what is damaged as it was at start, perhaps in another way.
-        if known := self._registry.faulty.get(name):
-            self._registry.note_faulty([Faulty.of(name, known.folder, error.faults)])
+        # Updates the faults of an adapter that was damaged at start; they may have changed.
+        if faulty := self._registry.faulty.get(name):
+            self._registry.add_faulty([Faulty.from_faults(name, faulty.folder, error.faults)])
 
-    async def _load_mended(self, adapter: Registered) -> None:
+    async def _reload_mended(self, adapter: Registered) -> None:
         """Load the aliases that were faulty because of the files of `adapter`, which are sound now."""
         folder = adapter.entry.folder.name
         for faulty in [*self._registry.faulty.values()]:
@@ -230,60 +233,61 @@ class AdapterAdmin:
                     logger.warning("%r is damaged still: %s", faulty.name, error)
 
     async def _unknown(self, reference: str) -> UnknownAdapterError | FaultyAdapterError:
-        return await run_sync(unknown, self._registry, reference, lambda _: True)  # it looks for near names among all
+        return await run_sync(unknown_error, self._registry, reference, lambda _: True)  # searches all names for near ones
 
-    async def _register(self, ready: Ready) -> Registered:
+    async def _register(self, ready: PreparedAdapter) -> Registered:
         adapter, departures = ready.adapter, self._departures
         name, digest = adapter.summary.name, adapter.summary.digest
-        departures.check_stays(adapter.owner, adapter.summary.version)
-        await self._engine.call(lambda engine: _take_in(engine, digest, ready.packed))
-        stale = self._registry.put(adapter, [of for of in ready.others if not departures.is_doomed(of)])
-        for of in self._registry.versions(name):
-            departures.take_back(of)
+        departures.check_not_deleted(adapter.owner, adapter.summary.version)
+        await self._engine.call(lambda engine: _cache_packed(engine, digest, ready.packed))
+        stale = self._registry.put(adapter, [other for other in ready.others if not departures.is_being_deleted(other)])
+        for other in self._registry.versions(name):
+            departures.restore(other)
         await self._move_pin(adapter, ready.packed)
         await departures.begin(stale)
         logger.info("%s means %s@%s", name, adapter.owner, adapter.summary.version)
         return adapter
 
     async def _withdraw(self, name: str, version: str, may_be_meant: bool = False) -> Sequence[Registered]:
-        found = [of for of in self._registry.versions(name) if of.summary.version.startswith(version)]
-        if not found:
+        adapters = [adapter for adapter in self._registry.versions(name) if adapter.summary.version.startswith(version)]
+        if not adapters:
             raise await self._unknown(f"{name}@{version}" if version else name)
-        if not version or found == [self._registry.by_name.get(name)]:
+        if not version or adapters == [self._registry.by_name.get(name)]:
             if version and not may_be_meant:
                 raise ConflictError(f"{name}@{version} is what {name!r} means: unload {name!r}, or let it mean another version")
-            self._check_free(name, "")
+            self._check_withdrawable(name, "")
             return self._registry.withdraw(name)
-        if len(found) > 1:
-            said = " or ".join(f"{name}@{of.summary.version}" for of in found)
-            raise ConflictError(f"{name}@{version} could be {said}")
-        self._check_free(name, found[0].summary.version)
-        self._registry.withdraw_version(found[0])
-        return found
+        if len(adapters) > 1:
+            choices = " or ".join(f"{name}@{adapter.summary.version}" for adapter in adapters)
+            raise ConflictError(f"{name}@{version} could be {choices}")
+        self._check_withdrawable(name, adapters[0].summary.version)
+        self._registry.withdraw_version(adapters[0])
+        return adapters
 
-    def _withdrawn(self, name: str, versions: Sequence[str]) -> Withdrawn:
-        return Withdrawn(name, versions, self._departures.num_using(name))
+    def _withdrawn(self, name: str, versions: Sequence[str]) -> Withdrawal:
+        return Withdrawal(name, versions, self._departures.num_using(name))
 
-    async def _doomed(self, reference: str) -> Sequence[str]:
+    async def _versions_to_delete(self, reference: str) -> Sequence[str]:
         name, version = split_reference(reference)
         try:
-            return await run_sync(self._files.doomed, reference)
+            return await run_sync(self._files.versions_to_remove, reference)
         except UnknownAdapterError:
-            # Another process that serves this store was asked first, and has deleted the files: what is left is here.
-            found = [of for of in self._registry.versions(name) if of.summary.version.startswith(version)]
-            if not found:
+            # Another process that serves this store got the request first and has deleted the files. The versions are still
+            # registered here.
+            adapters = [adapter for adapter in self._registry.versions(name) if adapter.summary.version.startswith(version)]
+            if not adapters:
                 raise
-            return [of.summary.version for of in found if of.owner == name]
+            return [adapter.summary.version for adapter in adapters if adapter.owner == name]
 
-    def _check_new(self, name: str, may_replace: bool) -> None:
+    def _check_replaceable(self, name: str, may_replace: bool) -> None:
         if not may_replace and name in self._registry.by_name:
-            raise LoadedError(f"{name!r} is there already")
+            raise AlreadyLoadedError(f"{name!r} is there already")
 
-    def _check_free(self, name: str, version: str) -> None:
-        """Raise `ConflictError` where a name, or one version of it, is not to be withdrawn."""
+    def _check_withdrawable(self, name: str, version: str) -> None:
+        """Raise `ConflictError` if a name, or one version of it, may not be withdrawn: it is pinned, or a policy needs it."""
         for reference in self._required():
-            of, _, of_version = reference.partition("@")
-            if of == name and (not version or (of_version and version.startswith(of_version))):
+            required_name, _, required_version = reference.partition("@")
+            if required_name == name and (not version or (required_version and version.startswith(required_version))):
                 raise ConflictError(
                     f"{reference!r} is added to all requests of a tenant: take it out of the tenant's policy first"
                 )
@@ -291,55 +295,57 @@ class AdapterAdmin:
             raise ConflictError(f"{name!r} is pinned: unpin it first")
 
     def _check_unaliased(self, name: str, versions: Collection[str]) -> None:
-        """Raise `ConflictError` where another name means one of these versions, be it in the store or only here."""
-        others = [of for of in self._registry.by_name.values() if of.owner == name and of.summary.name != name]
-        if held := [of for of in others if of.summary.version in versions]:
-            said = ", ".join(f"{of.summary.name!r} means {name}@{of.summary.version}" for of in held)
-            raise ConflictError(f"{said}: let it mean something else, or delete or unload it first")
+        """Raise `ConflictError` if another name refers to one of these versions, in the store or only in this process."""
+        others = [
+            adapter for adapter in self._registry.by_name.values() if adapter.owner == name and adapter.summary.name != name
+        ]
+        if aliases := [adapter for adapter in others if adapter.summary.version in versions]:
+            meanings = ", ".join(f"{adapter.summary.name!r} means {name}@{adapter.summary.version}" for adapter in aliases)
+            raise ConflictError(f"{meanings}: let it mean something else, or delete or unload it first")
 
-    async def _keep(self, digest: str, packed: PackedAdapter) -> bool:
+    async def _pin(self, digest: str, packed: PackedAdapter) -> bool:
         try:
-            return await self._engine.call(lambda engine: _keep(engine, digest, packed))
+            return await self._engine.call(lambda engine: _pin(engine, digest, packed))
         except NoRoomError as error:
             raise ConflictError(str(error)) from error
 
-    async def _release(self, name: str) -> None:
+    async def _unpin(self, name: str) -> None:
         digest = self._pins.pop(name, None)
         if digest and digest not in self._pins.values():
-            await self._engine.call(lambda engine: engine.tiers.residents.release(digest))
+            await self._engine.call(lambda engine: engine.tiers.residents.unpin(digest))
 
     async def _move_pin(self, adapter: Registered, packed: PackedAdapter) -> None:
         name, digest = adapter.summary.name, adapter.summary.digest
         if self._pins.get(name, digest) == digest:
             return
-        await self._release(name)
+        await self._unpin(name)
         try:
-            is_kept = await self._keep(digest, packed)
+            is_pinned = await self._pin(digest, packed)
         except ConflictError:
-            is_kept = False
-        if is_kept:
+            is_pinned = False
+        if is_pinned:
             self._pins[name] = digest
         else:
             logger.warning("%r is pinned no more: there is no room for what it means now, %s", name, adapter.summary.version)
 
 
-def _take_in(engine: Engine, digest: str, packed: PackedAdapter) -> None:
-    engine.tiers.take_in(digest, packed)
+def _cache_packed(engine: Engine, digest: str, packed: PackedAdapter) -> None:
+    engine.tiers.insert(digest, packed)
     engine.wake()
 
 
-def _keep(engine: Engine, digest: str, packed: PackedAdapter) -> bool:
+def _pin(engine: Engine, digest: str, packed: PackedAdapter) -> bool:
     engine.wake()
-    return engine.tiers.keep(digest, packed)
+    return engine.tiers.pin(digest, packed)
 
 
 REFUSALS = (LoriError, BusyError, ConflictError)
 
 
 async def catch_up(admin: AdapterAdmin, files: AdapterFiles, registry: Registry, pins: Collection[str]) -> None:
-    """Let names mean what they mean in the store now, and pins those of `pins`. What cannot be so is said in the log.
+    """Make all names refer to their present versions in the store, and pin those of `pins`. Logs each change that fails.
 
-    Raises `StoreError` where the store fails.
+    Raises `StoreError` if the store fails.
     """
     try:
         changed, gone = await run_sync(files.changes, registry.by_name)
@@ -347,18 +353,18 @@ async def catch_up(admin: AdapterAdmin, files: AdapterFiles, registry: Registry,
         logger.warning("what was changed meanwhile is not known here: %s", error)
         changed, gone = [], []
     for name in gone:
-        await _try(admin.unload, name)
+        await _attempt(admin.unload, name)
     for name in changed:
-        await _try(admin.load, name, is_known=name in registry.faulty)
+        await _attempt(admin.load, name, is_known=name in registry.faulty)
     for name in sorted(set(pins) - admin.pins.keys()):
-        await _try(admin.pin, name)
+        await _attempt(admin.pin, name)
 
 
-async def _try(change: Callable[[str], Awaitable[object]], name: str, *, is_known: bool = False) -> None:
+async def _attempt(change: Callable[[str], Awaitable[object]], name: str, *, is_known: bool = False) -> None:
     try:
         await change(name)
     except REFUSALS as error:
-        if is_known:  # it was damaged at start, and the log says how
+        if is_known:  # it was damaged at start, and the log has the faults
             logger.info("%r is damaged still", name)
             return
         logger.warning("%r is not as on the other replicas: %s", name, error)

@@ -1,6 +1,6 @@
-"""How adapters of the server relate, pair by pair: read from disk, compared beside the engine, and remembered.
+"""Comparison of the server's adapters, pair by pair: read from disk, computed beside the engine, and cached.
 
-Knows nothing of HTTP. Runs in whatever thread calls it, one at a time.
+Knows nothing of HTTP. Runs in the calling thread, one comparison at a time.
 """
 
 import time
@@ -14,14 +14,14 @@ from lori.errors import AdapterError, AdapterFormatError, LoriError
 from server.engine.adapters.registry import Registered
 
 MAX_PAIRS = 8192
-"""That are remembered: a few numbers each."""
+"""Pairs that are cached. Each is a few numbers."""
 
 
 class Comparer:
-    """Compares adapters, each pair of contents once as long as it is remembered.
+    """Cache of comparisons by pairs of adapter contents.
 
-    Between two modules it rests as long as the last one took, so it asks for half a core: requests that are being answered come
-    first. Holds the weights of all that it compares, not those of pairs that it remembers. No two threads may call it at once.
+    Between two modules it sleeps as long as the last one took, so it uses half a core: requests that are being answered come
+    first. A comparison holds the weights of the adapters that it reads, but not those of cached pairs. Not thread-safe.
     """
 
     def __init__(
@@ -31,26 +31,26 @@ class Comparer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._max_pairs, self._rest, self._clock = max_pairs, rest, clock
-        self._known: OrderedDict[tuple[str, str], ModuleComparison] = OrderedDict()
-        """By digests, the smaller one first; those asked for last are last."""
+        self._cache: OrderedDict[tuple[str, str], ModuleComparison] = OrderedDict()
+        """Comparisons by digests, the smaller one first. The most recently used are last."""
 
-    def compare(self, asked: Sequence[Registered]) -> list[list[ModuleComparison]]:
-        """Return the comparison of each with each, itself too, both ways round the same but for what is of a and b.
+    def compare(self, adapters: Sequence[Registered]) -> list[list[ModuleComparison]]:
+        """Return the comparison of each adapter with each, itself too. Both ways round are the same but for figures of a and b.
 
-        Raises `AdapterError` where one cannot be read, or was changed since the server read its summary.
+        Raises `AdapterError` if an adapter cannot be read, or has changed since the server read its summary.
         """
-        by_digest = {of.summary.digest: of for of in asked}
+        by_digest = {adapter.summary.digest: adapter for adapter in adapters}
         pairs = list(combinations_with_replacement(sorted(by_digest), 2))
-        self._learn([pair for pair in pairs if pair not in self._known], by_digest)
+        self._compute([pair for pair in pairs if pair not in self._cache], by_digest)
         for pair in pairs:
-            self._known.move_to_end(pair)
-        digests = [of.summary.digest for of in asked]
-        table = [[self._known[min(a, b), max(a, b)] for b in digests] for a in digests]
-        while len(self._known) > self._max_pairs:
-            self._known.popitem(last=False)
+            self._cache.move_to_end(pair)
+        digests = [adapter.summary.digest for adapter in adapters]
+        table = [[self._cache[min(a, b), max(a, b)] for b in digests] for a in digests]
+        while len(self._cache) > self._max_pairs:
+            self._cache.popitem(last=False)
         return table
 
-    def _learn(self, pairs: Sequence[tuple[str, str]], by_digest: dict[str, Registered]) -> None:
+    def _compute(self, pairs: Sequence[tuple[str, str]], by_digest: dict[str, Registered]) -> None:
         if not pairs:
             return
         digests = sorted({digest for pair in pairs for digest in pair})
@@ -63,24 +63,24 @@ class Comparer:
             self._rest(self._clock() - started)
             started = self._clock()
 
-        self._known.update(zip(pairs, compare_pairs(adapters, places, rest), strict=True))
+        self._cache.update(zip(pairs, compare_pairs(adapters, places, rest), strict=True))
 
 
-def _read(of: Registered) -> Adapter:
-    name, expected = of.summary.name, of.summary.digest
-    *_, entry = of.entries()
+def _read(adapter: Registered) -> Adapter:
+    name, expected = adapter.summary.name, adapter.summary.digest
+    *_, entry = adapter.entries()
     try:
-        adapter = entry.load()
-    except (LoriError, OSError, ValueError) as error:  # whatever a file holds
-        raise AdapterError(f"adapter {name!r} cannot be read: {_said(error)}") from error
-    found = adapter.config.lori.content_digest
-    if found != expected:
-        raise AdapterError(f"adapter {name!r} was changed on disk: its digest is {found}, expected {expected}")
-    return adapter
+        loaded = entry.load()
+    except (LoriError, OSError, ValueError) as error:  # a damaged file may raise any of these
+        raise AdapterError(f"adapter {name!r} cannot be read: {_fault(error)}") from error
+    digest = loaded.config.lori.content_digest
+    if digest != expected:
+        raise AdapterError(f"adapter {name!r} was changed on disk: its digest is {digest}, expected {expected}")
+    return loaded
 
 
-def _said(error: Exception) -> str:
-    # A client is told the faults, not where the file lies.
+def _fault(error: Exception) -> str:
+    # A client sees the faults, but not the path of the file.
     if isinstance(error, AdapterFormatError):
         return "; ".join(error.shown)
     return error.strerror or "the system refuses" if isinstance(error, OSError) else str(error)

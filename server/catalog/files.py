@@ -1,6 +1,6 @@
-"""Adapters in the server's stores: read, described, written and deleted. Runs in any thread.
+"""Adapters in the server's stores: read, described, written and deleted. Callable from any thread.
 
-Errors of stores and file systems are raised without a path of this machine.
+Errors of stores and file systems are raised without paths of this machine.
 """
 
 import errno
@@ -37,7 +37,7 @@ from server.errors import ConflictError, StoreError
 logger = logging.getLogger(__name__)
 
 
-MOUNT = (
+MOUNT_HINT = (
     "mount it to be written, such as by LORI_ADAPTERS_MODE=rw for docker/compose.yaml, and let it belong to the server's user, "
     "10001 there"
 )
@@ -45,8 +45,11 @@ FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
-def told(*stores: AdapterStore | None) -> Iterator[None]:
-    """Raise `ConflictError` or `StoreError` for what the block raises of stores; what a caller can mend stays as it is."""
+def translated_errors(*stores: AdapterStore | None) -> Iterator[None]:
+    """Translate errors of stores in the block to `ConflictError` or `StoreError`.
+
+    Errors that a caller can fix stay as they are.
+    """
     try:
         yield
     except UnknownAdapterError:
@@ -58,61 +61,64 @@ def told(*stores: AdapterStore | None) -> Iterator[None]:
     except AdapterError as error:
         raise ConflictError(without_paths(str(error), *stores)) from error
     except OSError as error:
-        said = error.strerror or type(error).__name__
+        reason = error.strerror or type(error).__name__
         if error.errno in FORBIDDEN:
-            hint = f": {MOUNT}" if error.errno == errno.EROFS else ""
-            raise ConflictError(f"the server may not write or read its adapters' folder: {said}{hint}") from error
-        raise StoreError(f"the adapters' folder failed: {said}") from error
+            hint = f": {MOUNT_HINT}" if error.errno == errno.EROFS else ""
+            raise ConflictError(f"the server may not write or read its adapters' folder: {reason}{hint}") from error
+        raise StoreError(f"the adapters' folder failed: {reason}") from error
 
 
 def without_paths(message: str, *stores: AdapterStore | None) -> str:
-    """Return `message` without the folders of `stores` in it."""
+    """Return `message` without the folders of `stores`."""
     for root in (str(store.root) for store in stores if store):
         message = message.replace(f"{root}/", "").replace(root, "the store")
     return message
 
 
-MAX_REMEMBERED = 64
-"""Adapters whose statistics are remembered."""
+MAX_CACHED = 64
+"""Adapters whose statistics are cached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What is read of an adapter for a person."""
+    """Details of an adapter, as clients see them."""
 
     card: str
-    """Markdown; empty where there is none."""
+    """Markdown; empty if there is no card."""
     modules: Sequence[ModuleStatistics]
 
 
 class AdapterDetails:
-    """Reads adapters of `base` and remembers what it computed of them; for one thread at a time.
+    """Reader of adapters of `base`, with a cache of their statistics. Use from one thread at a time.
 
-    Between two modules it rests as long as the last one took: requests that are being answered come first.
+    Between two modules it sleeps as long as the last one took: requests that are being answered come first.
     """
 
     def __init__(self, base: BaseIdentity, rest: Callable[[float], None] = time.sleep) -> None:
         self._base, self._rest = base, rest
-        self._known: OrderedDict[str, Sequence[ModuleStatistics]] = OrderedDict()  # those asked for last are last
+        self._cache: OrderedDict[str, Sequence[ModuleStatistics]] = OrderedDict()  # the most recently used are last
 
-    def read(self, of: Registered) -> Details:
-        """Return the details. Raises `AdapterFormatError`, `ConflictError` or `StoreError` where it cannot be read any more."""
-        *_, entry = of.entries()
-        with told():
-            _check_same(read_config(entry.folder).lori.content_digest, entry, of.summary.digest)
-            return Details(entry.card().decode(errors="replace"), self._statistics(entry, of.summary.digest))
+    def read(self, adapter: Registered) -> Details:
+        """Return an adapter's details.
+
+        Raises `AdapterFormatError`, `ConflictError` or `StoreError` if it can no longer be read.
+        """
+        *_, entry = adapter.entries()
+        with translated_errors():
+            _check_unchanged(read_config(entry.folder).lori.content_digest, entry, adapter.summary.digest)
+            return Details(entry.card().decode(errors="replace"), self._statistics(entry, adapter.summary.digest))
 
     def _statistics(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
-        if digest not in self._known:
-            self._known[digest] = self._compute(entry, digest)
-        self._known.move_to_end(digest)
-        while len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
-        return self._known[digest]
+        if digest not in self._cache:
+            self._cache[digest] = self._compute(entry, digest)
+        self._cache.move_to_end(digest)
+        while len(self._cache) > MAX_CACHED:
+            self._cache.popitem(last=False)
+        return self._cache[digest]
 
     def _compute(self, entry: Entry, digest: str) -> Sequence[ModuleStatistics]:
         adapter = entry.load(self._base)
-        _check_same(adapter.config.lori.content_digest, entry, digest)
+        _check_unchanged(adapter.config.lori.content_digest, entry, digest)
         since = time.perf_counter()
 
         def rest() -> None:
@@ -123,18 +129,18 @@ class AdapterDetails:
         return statistics(adapter, rest)
 
 
-def _check_same(found: str, entry: Entry, expected: str) -> None:
-    if found != expected:
+def _check_unchanged(digest: str, entry: Entry, expected: str) -> None:
+    if digest != expected:
         raise AdapterFormatError(entry.name, [f"it was changed on disk since the server read of it: {REMEDY}"])
 
 
 NO_STORE = "this server keeps no adapters: start it with --adapters FOLDER"
 
-PUT_THERE = f"{MOUNT}; or put the adapter's folder there yourself and POST /adapters/NAME/load"
+STORE_HINT = f"{MOUNT_HINT}; or put the adapter's folder there yourself and POST /adapters/NAME/load"
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class PreparedAdapter:
     """An adapter that was read and checked, and is not registered yet."""
 
     adapter: Registered
@@ -146,55 +152,55 @@ class Ready:
 class AdapterFiles:
     """The server's own store, which may be written, and the demo adapters, which may not.
 
-    Raises `AdapterFormatError`, `UnknownAdapterError`, `RefusedError`, `ConflictError` or `StoreError`.
+    The methods raise `AdapterFormatError`, `UnknownAdapterError`, `RefusedError`, `ConflictError` or `StoreError`.
     """
 
     def __init__(
         self,
-        own: AdapterStore | None,
-        demo: AdapterStore | None,
+        own_store: AdapterStore | None,
+        demo_store: AdapterStore | None,
         reader: PackedReader,
         fit: Fit,
         max_bytes: int,
         fetch: Callable[[str], Path] = resolve,
     ) -> None:
-        """`max_bytes` are those that an adapter from the hub may have."""
-        self._own, self._demo, self._reader, self._fit = own, demo, reader, fit
+        """`max_bytes` is the limit on the size of an adapter from the hub."""
+        self._own_store, self._demo_store, self._reader, self._fit = own_store, demo_store, reader, fit
         self._max_bytes, self._fetch = max_bytes, fetch
         self._summaries = SummaryReader(reader.base)
         self.details = AdapterDetails(reader.base)
 
     @property
     def grace_s(self) -> float:
-        """How long after `withdraw` the files should stay, in seconds."""
-        return self._own.grace_s if self._own else 0
+        """Seconds that the files should stay after `withdraw`."""
+        return self._own_store.grace_s if self._own_store else 0
 
-    def read(self, reference: str, name: str | None = None) -> Ready:
-        """Read and checks what `reference` means in the store now, to be asked for as `name`, or as it is called there."""
-        with told(self._own, self._demo):
-            if self._own:
-                self._own.pull(*{split_reference(reference)[0], name or split_reference(reference)[0]})
+    def read(self, reference: str, name: str | None = None) -> PreparedAdapter:
+        """Read and check the adapter of `reference` in the store, to be registered as `name` or as the store calls it."""
+        with translated_errors(self._own_store, self._demo_store):
+            if self._own_store:
+                self._own_store.pull(*{split_reference(reference)[0], name or split_reference(reference)[0]})
             entry = self._find(reference)
             if name and name != entry.name:
-                if self._own and self._own.versions(name):
+                if self._own_store and self._own_store.versions(name):
                     raise ConflictError(f"{name!r} is another adapter: it can only mean one of its own versions")
                 entry = replace(entry, name=name)
-            return self._ready(entry)
+            return self._prepare(entry)
 
-    def publish(self, name: str, files: Files) -> Ready:
-        """Check the adapter that `files` are, puts it in the store as a version of `name`, and makes the name mean it."""
+    def publish(self, name: str, files: Files) -> PreparedAdapter:
+        """Check the adapter that `files` hold, put it in the store as a version of `name`, and make the name refer to it."""
         store = self._writable()
-        with told(store):
-            # First what it is said to be: A is drawn to check the rest, which takes long at a rank that nobody can serve.
+        with translated_errors(store):
+            # The config first: the other checks draw A, which takes long for a rank that is too high to serve.
             config = parse_config(files.get(CONFIG_FILE, b""), [])
             if config and config.lori.base_digest == self._reader.base.digest:
                 self._fit.check(name, config)
-            found = parse_incoming(name, files, partial(load_basis, store.root), self._reader.base)
-            self._fit.check(name, found.adapter.config)
-            return self._ready(store.put(found.adapter, found.files))
+            incoming = parse_incoming(name, files, partial(load_basis, store.root), self._reader.base)
+            self._fit.check(name, incoming.adapter.config)
+            return self._prepare(store.put(incoming.adapter, incoming.files))
 
     def fetch(self, source: str) -> Files:
-        """Return the files of an adapter on the hub, `hf://owner/name` with maybe `@revision`."""
+        """Return the files of an adapter on the hub, `hf://owner/name` with an optional `@revision`."""
         if not source.startswith(SCHEME):
             raise RefusedError("hub_id", f"is {source!r}, expected {SCHEME}owner/name[@revision]")
         try:
@@ -213,86 +219,96 @@ class AdapterFiles:
             raise RefusedError("hub_id", f"{source} has {num_bytes} bytes, expected {self._max_bytes} at most")
         return files
 
-    def alias(self, alias: str, reference: str) -> Ready:
-        """Make `alias` mean what `reference` means now, in the store too; a name can go back to one of its versions so."""
+    def alias(self, alias: str, reference: str) -> PreparedAdapter:
+        """Make `alias` refer to the present version of `reference`, in the store, too.
+
+        A name can go back to an older version so.
+        """
         store = self._writable()
-        with told(store):
+        with translated_errors(store):
             self._check_own(reference)
-            return self._ready(replace(store.alias(alias, reference), name=alias))
+            return self._prepare(replace(store.alias(alias, reference), name=alias))
 
     def meaning(self, reference: str) -> tuple[str, str]:
-        """Return the adapter and the version that `reference` means in the store now, for an alias to mean it."""
+        """Return the name and the version of `reference` in the store now, as the target of an alias."""
         store = self._writable()
-        with told(store):
+        with translated_errors(store):
             store.pull(split_reference(reference)[0])
             self._check_own(reference)
             entry = store.find(reference)
             return entry.folder.name.partition("@")[0], entry.version
 
-    def check_keeps(self) -> None:
-        """Raise `ConflictError` where no adapter can be put anywhere."""
+    def check_writable(self) -> None:
+        """Raise `ConflictError` if adapters cannot be stored."""
         if not self._writable().may_write():
-            raise ConflictError(f"the server may not write its adapters' folder: {PUT_THERE}")
+            raise ConflictError(f"the server may not write its adapters' folder: {STORE_HINT}")
 
-    def doomed(self, reference: str) -> list[str]:
-        """Return the versions that `remove` would remove; none for an alias. Raises what that would raise now."""
+    def versions_to_remove(self, reference: str) -> list[str]:
+        """Return the versions that `remove` would remove; none for an alias. Raises the errors that `remove` would raise now."""
         if self._is_demo(reference):
             raise ConflictError(f"{reference!r} is a demo adapter, which is never deleted: it can be unloaded")
-        self.check_keeps()
-        with told(self._own):
-            return [known for entry in self._writable().doomed(reference) if (known := _version(entry))]
+        self.check_writable()
+        with translated_errors(self._own_store):
+            return [removed for entry in self._writable().removable(reference) if (removed := _version(entry))]
 
-    def pack(self, of: Registered) -> PackedAdapter:
-        """Read and checks what is registered already."""
-        with told(self._own, self._demo):
-            *_, entry = of.entries()
-            return self._packed(entry, of.summary.digest)
+    def pack(self, adapter: Registered) -> PackedAdapter:
+        """Read and check an adapter that is already registered."""
+        with translated_errors(self._own_store, self._demo_store):
+            *_, entry = adapter.entries()
+            return self._packed(entry, adapter.summary.digest)
 
     def remove(self, references: Sequence[str]) -> None:
-        """Remove versions, names with all their versions, or aliases; what is gone already is no fault."""
-        with told(self._own):
+        """Remove versions, names with all their versions, or aliases. A missing one is no fault."""
+        with translated_errors(self._own_store):
             for reference in references:
                 with suppress(UnknownAdapterError):
                     self._writable().remove(reference)
 
     def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
-        """Do what has to be done at once of what `remove` will do; what is gone already is no fault."""
-        with told(self._own):
+        """Do the part of `remove` that need not wait for requests to end. A missing adapter is no fault."""
+        with translated_errors(self._own_store):
             for reference in references:
                 with suppress(UnknownAdapterError):
                     self._writable().withdraw(reference, versions)
 
     def others(self, current: Collection[Registered], faulty: Collection[Faulty] = ()) -> tuple[list[Registered], list[Faulty]]:
-        """Return the versions in the store that `current` has not, as far as they can be served, and those that are damaged.
+        """Return the store's versions that are not in `current`, as far as they can be served, and the damaged versions.
 
-        But for those that are known as `faulty`.
+        Leaves out the damaged versions that are in `faulty`.
         """
-        known, faulty_folders = {(of.summary.name, of.summary.digest) for of in current}, {one.folder for one in faulty}
-        entries = [entry for entry in (self._own.list() if self._own else ()) if "@" in entry.folder.name]
+        keys, faulty_folders = (
+            {(registered.summary.name, registered.summary.digest) for registered in current},
+            {adapter.folder for adapter in faulty},
+        )
+        entries = [entry for entry in (self._own_store.list() if self._own_store else ()) if "@" in entry.folder.name]
         damaged: list[Faulty] = []
-        found = [of for entry in entries if entry.folder.name not in faulty_folders and (of := self._summarised(entry, damaged))]
-        return [of for of in found if (of.summary.name, of.summary.digest) not in known], damaged
+        adapters = [
+            registered
+            for entry in entries
+            if entry.folder.name not in faulty_folders and (registered := self._summarised(entry, damaged))
+        ]
+        return [adapter for adapter in adapters if (adapter.summary.name, adapter.summary.digest) not in keys], damaged
 
     def changes(self, by_name: Mapping[str, Registered]) -> tuple[list[str], list[str]]:
-        """Return the names that mean something else in the store now than in `by_name`, and those of it that mean nothing there.
+        """Return the names that refer to another version in the store than in `by_name`, and those that the store lost.
 
-        A folder as its maker left it is taken for what it was.
+        A folder without versions, as its author left it, counts as unchanged.
         """
-        if self._own is None:
+        if self._own_store is None:
             return [], []
-        with told(self._own):
-            self._own.pull()
-            contents = self._own.contents()
+        with translated_errors(self._own_store):
+            self._own_store.pull()
+            contents = self._own_store.contents()
         current = contents.current
         for name, fault in contents.faults.items():
             logger.warning("%r is damaged in the store, and means here what it meant: %s", name, fault)
         changed = [name for name, entry in current.items() if not _is_same(by_name.get(name), entry)]
-        root = self._own.root
+        root = self._own_store.root
         gone = by_name.keys() - current.keys() - contents.faults.keys()
         return changed, [name for name in by_name if name in gone and by_name[name].entry.folder.parent == root]
 
     def _find(self, reference: str) -> Entry:
-        stores = [store for store in (self._own, self._demo) if store]
+        stores = [store for store in (self._own_store, self._demo_store) if store]
         if not stores:
             raise ConflictError(NO_STORE)
         for store in stores[:-1]:
@@ -301,9 +317,9 @@ class AdapterFiles:
         return stores[-1].find(reference)
 
     def _writable(self) -> AdapterStore:
-        if self._own is None:
+        if self._own_store is None:
             raise ConflictError(NO_STORE)
-        return self._own
+        return self._own_store
 
     def _check_own(self, reference: str) -> None:
         if self._is_demo(reference):
@@ -311,20 +327,20 @@ class AdapterFiles:
 
     def _is_demo(self, reference: str) -> bool:
         name, _ = split_reference(reference)
-        is_own = self._own and (self._own.versions(name) or name in self._own.alias_names())
-        return bool(self._demo and self._demo.versions(name)) and not is_own
+        is_own = self._own_store and (self._own_store.versions(name) or name in self._own_store.alias_names())
+        return bool(self._demo_store and self._demo_store.versions(name)) and not is_own
 
-    def _ready(self, entry: Entry) -> Ready:
+    def _prepare(self, entry: Entry) -> PreparedAdapter:
         try:
             summary = self._summaries.read(entry)
         except AdapterFormatError:
-            entry.load(self._reader.base)  # says what is wrong with the rest of it, too
+            entry.load(self._reader.base)  # reports the faults of its other files, too
             raise
         self._fit.check(entry.name, summary)
         packed = self._packed(entry, summary.digest)
-        versions = self._own.versions(entry.name) if self._own else ()
-        others = [of for other in versions if other.folder != entry.folder and (of := self._summarised(other))]
-        return Ready(Registered(entry, summary), packed, others)
+        versions = self._own_store.versions(entry.name) if self._own_store else ()
+        others = [adapter for other in versions if other.folder != entry.folder and (adapter := self._summarised(other))]
+        return PreparedAdapter(Registered(entry, summary), packed, others)
 
     def _packed(self, entry: Entry, digest: str) -> PackedAdapter:
         packed = self._reader.read_entry(entry)
@@ -338,14 +354,14 @@ class AdapterFiles:
             self._fit.check(entry.name, summary)
         except (AdapterFormatError, ConflictError) as error:
             if damaged is not None and isinstance(error, AdapterFormatError):
-                damaged.append(Faulty.of(entry.folder.name, entry.folder.name, error.faults))
+                damaged.append(Faulty.from_faults(entry.folder.name, entry.folder.name, error.faults))
             logger.warning("%s cannot be asked for: %s", entry.folder.name, error)
             return None
         return Registered(entry, summary)
 
 
-def _is_same(of: Registered | None, entry: Entry) -> bool:
-    return of is not None and (of.entry.folder == entry.folder or of.summary.version == _version(entry))
+def _is_same(adapter: Registered | None, entry: Entry) -> bool:
+    return adapter is not None and (adapter.entry.folder == entry.folder or adapter.summary.version == _version(entry))
 
 
 def _version(entry: Entry) -> str:

@@ -1,4 +1,4 @@
-"""Which adapters can be served by what was prepared at start: A is in the model's products, and the operands have a rank."""
+"""Checks that an adapter can be served with what was prepared at start: the bases in the model's products, the operands' rank."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,26 @@ from server.errors import ConflictError
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The bases and the greatest rank that the server was started for."""
+    """The bases and the highest rank that the server was started for."""
 
     bases: tuple[SeededConfig | ExplicitConfig, ...]
     max_rank: int
 
     @classmethod
-    def of(cls, pool: AdapterPool) -> "Fit":
-        """Return what `pool` was made for."""
+    def from_pool(cls, pool: AdapterPool) -> "Fit":
+        """Return the bases and the rank of `pool`."""
         return cls(tuple(map(basis_config, pool.bases)), pool.rank)
 
-    def check(self, name: str, of: Summary | AdapterConfig) -> None:
-        """Raise `ConflictError`, with what was found, what was expected, and what helps, where an adapter cannot be served."""
+    def check(self, name: str, adapter: Summary | AdapterConfig) -> None:
+        """Raise `ConflictError` if an adapter cannot be served. The message has the faults, the expected values and a remedy."""
         basis, rank = (
-            (of.basis, of.max_rank) if isinstance(of, Summary) else (of.lori.basis, max(of.r, *of.rank_pattern.values(), 0))
+            (adapter.basis, adapter.max_rank)
+            if isinstance(adapter, Summary)
+            else (adapter.lori.basis, max(adapter.r, *adapter.rank_pattern.values(), 0))
         )
         faults = []
         if basis not in self.bases:
-            expected = " or ".join(f"({known})" for known in self.bases) or "none"
+            expected = " or ".join(f"({config})" for config in self.bases) or "none"
             faults.append(
                 f"it is on the basis ({basis}), expected {expected}: bases are prepared at start, for the adapters that are "
                 "in --adapters then: put it there (`python -m lori import` does), and start the server again"

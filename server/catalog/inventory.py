@@ -1,4 +1,4 @@
-"""What the stores hold at start: the adapters that can be served, and those that are damaged."""
+"""The content of the stores at start: the adapters that can be served, and the damaged ones."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from lori.basis import Explicit
 from lori.config import ExplicitConfig
-from lori.errors import AdapterFormatError, placed, shortened
+from lori.errors import AdapterFormatError, shortened, with_path
 from lori.identity import BaseIdentity
 from lori.printable import printable
 from lori.store.entry import CachedEntry, Entry
@@ -17,62 +17,72 @@ from server.catalog.files import without_paths
 from server.engine.adapters.registry import Faulty
 
 logger = logging.getLogger(__name__)
-Shown = TypeVar("Shown")
+Item = TypeVar("Item")
 NOTHING = Contents({}, {})
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What names mean at start. A name is among the sound or the faulty, never among both."""
+    """Adapters by name at start. A name is either sound or faulty."""
 
     entries: Mapping[str, Entry]
     summaries: Mapping[str, Summary]
-    """Of the sound ones, by name."""
+    """Summaries of the sound adapters, by name."""
     faulty: Sequence[Faulty]
     bases: Sequence[Explicit]
-    """The explicit bases of the sound ones; as long as they are kept here, none is read again."""
+    """The explicit bases of the sound adapters. As long as they are referenced here, no basis is read again."""
 
 
-def take_inventory(own: AdapterStore | None, demo: AdapterStore | None, base: BaseIdentity, *, is_strict: bool) -> Inventory:
-    """Return what the server's own store and the demo adapters hold, for `base`; the log has a line for each that is damaged.
+def take_inventory(
+    own_store: AdapterStore | None, demo_store: AdapterStore | None, base: BaseIdentity, *, is_strict: bool
+) -> Inventory:
+    """Return the content of the server's own store and of the demo adapters, for `base`. Logs each damaged adapter.
 
-    An own name comes before a demo adapter's, also where what it means is damaged. Raises `AdapterFormatError` with the faults of
-    all where `is_strict` and some are damaged; `AdapterError` where a store cannot be read as a whole, `UnreachableError` where
-    the basis of an adapter does not come.
+    A name in the own store takes precedence over a demo adapter's name, even if its adapter is damaged. Raises
+    `AdapterFormatError` with all faults if `is_strict` and an adapter is damaged, `AdapterError` if a store cannot be read as a
+    whole, and `UnreachableError` if the basis of an adapter cannot be fetched.
     """
-    ours, shown = (store.contents() if store else NOTHING for store in (own, demo))
-    entries = dict(sorted((_shadowed(shown.current, ours) | dict(ours.current)).items()))
+    own_contents, demo_contents = (store.contents() if store else NOTHING for store in (own_store, demo_store))
+    entries = dict(sorted((_unshadowed(demo_contents.current, own_contents) | dict(own_contents.current)).items()))
     summaries, errors = summarise_sound(entries, base)
     bases = _bases(entries, summaries, errors)
     summaries = {name: summary for name, summary in summaries.items() if name not in errors}
-    nameless = _shadowed(shown.faults, ours) | dict(ours.faults)
-    if is_strict and (errors or nameless):
-        faults = [f"{error.source}: {fault}" for name, error in errors.items() for fault in _typed(entries[name], error.faults)]
-        raise AdapterFormatError("what is to be served", [*faults, *nameless.values()])
-    _log(entries, errors, nameless)
-    faulty = [Faulty.of(name, entries[name].folder.name, error.faults) for name, error in errors.items()]
-    brief = {**shown.brief, **ours.brief}
-    faulty += [Faulty.of(name, "", [brief.get(name) or without_paths(fault, own, demo)]) for name, fault in nameless.items()]
+    broken = _unshadowed(demo_contents.faults, own_contents) | dict(own_contents.faults)
+    if is_strict and (errors or broken):
+        faults = [
+            f"{error.source}: {fault}" for name, error in errors.items() for fault in _with_paths(entries[name], error.faults)
+        ]
+        raise AdapterFormatError("what is to be served", [*faults, *broken.values()])
+    _log(entries, errors, broken)
+    faulty = [Faulty.from_faults(name, entries[name].folder.name, error.faults) for name, error in errors.items()]
+    brief = {**demo_contents.brief, **own_contents.brief}
+    faulty += [
+        Faulty.from_faults(name, "", [brief.get(name) or without_paths(fault, own_store, demo_store)])
+        for name, fault in broken.items()
+    ]
     return Inventory(entries, summaries, faulty, bases)
 
 
-def _typed(entry: Entry, faults: Sequence[str]) -> Sequence[str]:
-    """Return faults as the operator may type what they say: of an adapter at an address only a copy of its config is here."""
-    return faults if isinstance(entry, CachedEntry) else [placed(fault, str(entry.folder)) for fault in faults]
+def _with_paths(entry: Entry, faults: Sequence[str]) -> Sequence[str]:
+    """Return faults with commands that the operator can type.
+
+    Without paths for an adapter at an address: only its config is on this machine.
+    """
+    return faults if isinstance(entry, CachedEntry) else [with_path(fault, str(entry.folder)) for fault in faults]
 
 
-def _shadowed(shown: Mapping[str, Shown], ours: Contents) -> dict[str, Shown]:
-    """Return what is `shown` of demo adapters, but for the names that the server's own store has, sound or not."""
-    taken = ours.current.keys() | ours.faults.keys()
-    for name in sorted(shown.keys() & taken):
+def _unshadowed(demo_items: Mapping[str, Item], own_contents: Contents) -> dict[str, Item]:
+    """Return the items of demo adapters whose names the server's own store does not have, sound or damaged."""
+    taken = own_contents.current.keys() | own_contents.faults.keys()
+    for name in sorted(demo_items.keys() & taken):
         logger.info("the demo adapter %r is not served: --adapters has one of this name", name)
-    return {name: one for name, one in shown.items() if name not in taken}
+    return {name: item for name, item in demo_items.items() if name not in taken}
 
 
 def _bases(
     entries: Mapping[str, Entry], summaries: Mapping[str, Summary], errors: dict[str, AdapterFormatError]
 ) -> list[Explicit]:
-    """Return the explicit bases of adapters; of an adapter whose basis is damaged or missing, that is added to `errors`."""
+    """Return the explicit bases of adapters. A damaged or missing basis is added to `errors` for its adapter."""
     bases: dict[str, Explicit] = {}
     for name, summary in summaries.items():
         if isinstance(summary.basis, ExplicitConfig) and summary.basis.digest not in bases:
@@ -83,12 +93,12 @@ def _bases(
     return [*bases.values()]
 
 
-def _log(entries: Mapping[str, Entry], errors: Mapping[str, AdapterFormatError], nameless: Mapping[str, str]) -> None:
+def _log(entries: Mapping[str, Entry], errors: Mapping[str, AdapterFormatError], broken: Mapping[str, str]) -> None:
     for name, error in errors.items():
-        _log_one(name, f"{error.source}: {'; '.join(_typed(entries[name], error.shown))}")
-    for name, fault in nameless.items():
+        _log_one(name, f"{error.source}: {'; '.join(_with_paths(entries[name], error.shown))}")
+    for name, fault in broken.items():
         _log_one(name, shortened(printable(fault)))
-    if num_faulty := len(errors) + len(nameless):
+    if num_faulty := len(errors) + len(broken):
         logger.error(
             "%d of the adapters are damaged: GET /adapters lists them as faulty; --strict would end the start", num_faulty
         )

@@ -1,4 +1,7 @@
-"""What clients are told of adapters. In any thread: thousands take a while."""
+"""Rows of the adapter list and details of single adapters, as clients see them.
+
+Thread-safe. Building thousands of rows takes a while, so call it off the event loop.
+"""
 
 import time
 from collections.abc import Iterator
@@ -10,21 +13,21 @@ from pydantic_core import to_json
 from lori.compare.statistics import ModuleStatistics, total
 from server.access.caller import Caller
 from server.catalog.files import Details
-from server.engine.adapters.cache import Place
+from server.engine.adapters.cache import TierUsage
 from server.engine.adapters.registry import Registered
 from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo
 from server.service import Service
 
 NUM_AT_ONCE = 32
-"""Rows that are written before other threads may go on: about half a millisecond."""
+"""Rows that are written before other threads may run: about half a millisecond."""
 ROWS = TypeAdapter(list[AdapterInfo])
 FAULTY = TypeAdapter(list[FaultyAdapter])
-NOWHERE = Place()
+NO_USAGE = TierUsage()
 
 
-def describe(service: Service, of: Registered, place: Place, *, is_use_told: bool) -> AdapterInfo:
-    """Return what a client is told of an adapter in a list."""
-    summary, use = of.summary, service.uses.of(of.summary.name, of.summary.digest)
+def describe(service: Service, adapter: Registered, usage: TierUsage, *, shows_usage: bool) -> AdapterInfo:
+    """Return the row of an adapter in a list."""
+    summary, use = adapter.summary, service.uses.get(adapter.summary.name, adapter.summary.digest)
     return AdapterInfo(
         name=summary.name,
         version=summary.version,
@@ -36,29 +39,29 @@ def describe(service: Service, of: Registered, place: Place, *, is_use_told: boo
         merge_weights=dict(summary.merge_weights),
         metrics=dict(summary.metrics),
         bytes_on_disk=summary.num_bytes,
-        bytes_loaded=place.bytes_loaded,
-        bytes_resident=place.bytes_resident,
-        tier=place.tier,
+        bytes_loaded=usage.bytes_loaded,
+        bytes_resident=usage.bytes_resident,
+        tier=usage.tier,
         is_pinned=service.admin.pins.get(summary.name) == summary.digest,
-        num_using=use.num_using if is_use_told else None,
-        last_used=use.last_used if is_use_told else None,
-        num_requests=use.num_requests if is_use_told else None,
+        num_using=use.num_using if shows_usage else None,
+        last_used=use.last_used if shows_usage else None,
+        num_requests=use.num_requests if shows_usage else None,
     )
 
 
-def describe_one(service: Service, of: Registered, *, is_use_told: bool = True) -> AdapterInfo:
-    """The same, of a single one."""
-    return describe(service, of, service.engine.places().get(of.summary.digest, NOWHERE), is_use_told=is_use_told)
+def describe_one(service: Service, adapter: Registered, *, shows_usage: bool = True) -> AdapterInfo:
+    """Return the row of a single adapter."""
+    return describe(service, adapter, service.engine.tier_usage().get(adapter.summary.digest, NO_USAGE), shows_usage=shows_usage)
 
 
-def describe_whole(service: Service, of: Registered, details: Details, caller: Caller) -> AdapterDetail:
-    """Return what a client is told of an adapter that it asks for."""
-    registry, summary = service.registry, of.summary
+def describe_details(service: Service, adapter: Registered, details: Details, caller: Caller) -> AdapterDetail:
+    """Return the details of an adapter."""
+    registry, summary = service.registry, adapter.summary
     versions = [version.summary.version for version in registry.versions(summary.name)]
-    others = (other for other in registry.find(summary.digest, ()) if other.entry.folder == of.entry.folder)
+    others = (other for other in registry.find(summary.digest, ()) if other.entry.folder == adapter.entry.folder)
     aliases = {other.summary.name for other in others if registry.by_name.get(other.summary.name) == other} - {summary.name}
     return AdapterDetail(
-        **describe_one(service, of, is_use_told=_is_use_told(service, caller)).model_dump(),
+        **describe_one(service, adapter, shows_usage=_shows_usage(service, caller)).model_dump(),
         versions=versions,
         aliases=sorted(filter(caller.may_use, aliases)),
         card=details.card,
@@ -70,14 +73,14 @@ def describe_whole(service: Service, of: Registered, details: Details, caller: C
 
 
 def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit: int | None) -> bytes:
-    """Return the reply of GET /adapters as JSON: of names that may be used, those that begin with `prefix`, after `after`."""
-    by_name, places = service.registry.by_name, service.engine.places()
+    """Return the JSON reply of GET /adapters: the names that the caller may use, begin with `prefix` and come after `after`."""
+    by_name, usages = service.registry.by_name, service.engine.tier_usage()
     names = sorted(name for name in by_name if name.startswith(prefix) and name > after and caller.may_use(name))
     shown = names if limit is None else names[:limit]
     last = to_json(shown[-1] if len(shown) < len(names) else None)
-    is_told = _is_use_told(service, caller)
-    found = ((of, places.get(of.summary.digest, NOWHERE)) for of in map(by_name.__getitem__, shown))
-    rows = (describe(service, of, place, is_use_told=is_told) for of, place in found)
+    shows_usage = _shows_usage(service, caller)
+    pairs = ((adapter, usages.get(adapter.summary.digest, NO_USAGE)) for adapter in map(by_name.__getitem__, shown))
+    rows = (describe(service, adapter, usage, shows_usage=shows_usage) for adapter, usage in pairs)
     written = b",".join(_write(rows))
     end = shown[-1] if len(shown) < len(names) else ""
     faulty = FAULTY.dump_json(_faulty(service, caller, prefix, after, end))
@@ -85,10 +88,10 @@ def encode_list(service: Service, caller: Caller, prefix: str, after: str, limit
 
 
 def _faulty(service: Service, caller: Caller, prefix: str, after: str, end: str) -> list[FaultyAdapter]:
-    found = sorted(service.registry.faulty.values(), key=lambda faulty: faulty.reference)
+    faulty_adapters = sorted(service.registry.faulty.values(), key=lambda faulty: faulty.reference)
     return [
         FaultyAdapter(name=faulty.reference, faults=list(faulty.faults))
-        for faulty in found
+        for faulty in faulty_adapters
         if faulty.reference.startswith(prefix)
         and faulty.reference > after
         and (not end or faulty.reference <= end)
@@ -96,14 +99,14 @@ def _faulty(service: Service, caller: Caller, prefix: str, after: str, end: str)
     ]
 
 
-def _is_use_told(service: Service, caller: Caller) -> bool:
+def _shows_usage(service: Service, caller: Caller) -> bool:
     return service.keys is None or caller.is_admin
 
 
 def _write(rows: Iterator[AdapterInfo]) -> Iterator[bytes]:
-    while some := list(islice(rows, NUM_AT_ONCE)):
-        yield ROWS.dump_json(some)[1:-1]
-        time.sleep(0)  # else the event loop would wait for Python's lock again and again
+    while batch := list(islice(rows, NUM_AT_ONCE)):
+        yield ROWS.dump_json(batch)[1:-1]
+        time.sleep(0)  # otherwise the event loop would wait for the GIL again and again
 
 
 def _module(row: ModuleStatistics) -> ModuleInfo:

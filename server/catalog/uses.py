@@ -1,4 +1,4 @@
-"""Who uses which adapter: how many requests under way, how many so far, when last. For the event loop alone."""
+"""Use of adapters by requests: the number under way, the number so far, and the last time. For the event loop alone."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from server.engine.request import AdapterTerm
 
 @dataclass(slots=True)
 class Use:
-    """Of one content under one name."""
+    """Use of one adapter content under one name."""
 
     num_using: int = 0
     """Requests under way."""
     num_requests: int = 0
     """Requests so far."""
     last_used: float | None = None
-    """When the last of them was admitted or ended, in seconds since 1970."""
+    """Time when the last request was admitted or ended, in seconds since 1970."""
     _is_unused: anyio.Event | None = None
-    """While it is used."""
+    """Set when no request is under way; None before the first request."""
 
     def begin(self) -> None:
-        """Note that a request begins."""
+        """Count a request that begins."""
         if not self.num_using:
             self._is_unused = anyio.Event()
         self.num_using += 1
@@ -32,7 +32,7 @@ class Use:
         self.last_used = time.time()
 
     def end(self) -> None:
-        """Note that a request ends."""
+        """Count a request that ends."""
         self.num_using -= 1
         self.last_used = time.time()
         if self._is_unused and not self.num_using:
@@ -45,17 +45,17 @@ class Use:
 
 
 class AdapterUses:
-    """Counts the requests that use an adapter, by its name and the digest of its content."""
+    """Counts of the requests that use an adapter, by its name and the digest of its content."""
 
     def __init__(self) -> None:
         self._uses: dict[tuple[str, str], Use] = {}
 
-    def of(self, name: str, digest: str) -> Use:
-        """Return what is known of an adapter's use."""
+    def get(self, name: str, digest: str) -> Use:
+        """Return the use of an adapter."""
         return self._uses.get((name, digest)) or Use()
 
     @contextmanager
-    def held(self, terms: Sequence[AdapterTerm]) -> Iterator[None]:
+    def counted(self, terms: Sequence[AdapterTerm]) -> Iterator[None]:
         """Count a request with these terms until the block ends."""
         uses = [self._uses.setdefault((term.name, term.digest), Use()) for term in terms]
         for use in uses:
@@ -67,10 +67,10 @@ class AdapterUses:
                 use.end()
 
     async def unused(self, name: str, digest: str) -> None:
-        """Wait until no request under way uses an adapter."""
-        await self.of(name, digest).unused()
+        """Wait until no request under way uses the adapter."""
+        await self.get(name, digest).unused()
 
     def forget(self, name: str, digest: str) -> None:
-        """Forget an adapter that nobody uses, nor can ask for any more."""
-        assert not self.of(name, digest).num_using
+        """Forget an adapter that no request uses or can name any more."""
+        assert not self.get(name, digest).num_using
         self._uses.pop((name, digest), None)

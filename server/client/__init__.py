@@ -1,4 +1,4 @@
-"""A client of this server for Python: `Client`, and `AsyncClient` for asyncio. Needs httpx and pydantic, and no torch."""
+"""Python client of this server: `Client`, and `AsyncClient` for asyncio. Needs httpx and pydantic, but no torch."""
 
 from server.client.adapter_calls import AdapterFiles
 from server.client.async_client import AsyncClient

@@ -1,4 +1,4 @@
-"""What both clients send about adapters, which an admin's key alone may change. Knows no connection."""
+"""Requests about adapters, which both clients send. Only an admin's key may change adapters. Knows no connection."""
 
 import os
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from server.schemas.adapters import AdapterComparison, AdapterDetail, AdapterInf
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 MAX_BYTES = 2**34
-"""Of a file that is sent."""
+"""Maximum number of bytes of a file that is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """An adapter's files, as bytes: this server's, or a PEFT LoRA's."""
+    """An adapter's files, as bytes: in this server's format, or of a PEFT LoRA."""
 
     config: bytes
     weights: bytes
@@ -26,69 +26,72 @@ class AdapterFiles:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Return those of an adapter's folder, which may have no card. Raises `OSError`, also for a link out of the folder."""
+        """Return the files of an adapter's folder, which may have no card.
+
+        Raises `OSError`, also for a link out of the folder.
+        """
         names = (CONFIG_FILE, WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(Path(folder) / CARD_FILE) else ()))
         return cls(*(read_source(Path(folder), name, MAX_BYTES) for name in names))
 
 
 def adapters(prefix: str, after: str, limit: int | None) -> Call[AdapterList]:
-    """Ask which adapters there are."""
+    """List the adapters."""
     params = {"prefix": prefix, "after": after, "limit": "" if limit is None else str(limit)}
     return Call("GET", "/adapters", AdapterList, params={name: value for name, value in params.items() if value})
 
 
 def adapter(name: str) -> Call[AdapterDetail]:
-    """Ask for all of one."""
+    """Show the details of an adapter."""
     return Call("GET", path(name), AdapterDetail)
 
 
 def compare(names: Sequence[str]) -> Call[AdapterComparison]:
-    """Ask how adapters relate, each with each."""
+    """Compare adapters, each with each."""
     return Call("GET", "/adapters/compare", AdapterComparison, params={"names": ",".join(names)})
 
 
 def upload(name: str, files: AdapterFiles) -> Call[AdapterInfo]:
-    """Send an adapter."""
+    """Upload an adapter."""
     sent = {"config": files.config, "weights": files.weights} | ({} if files.card is None else {"card": files.card})
     return Call("POST", "/adapters", AdapterInfo, {"name": name}, files=sent, is_repeatable=False)
 
 
 def fetch(hub_id: str, name: str | None, revision: str | None) -> Call[AdapterInfo]:
-    """Have the server load one from the hub."""
+    """Load an adapter from the hub into the server's store."""
     body = {"hub_id": hub_id, "name": name, "revision": revision}
     return Call("POST", "/adapters", AdapterInfo, body, is_repeatable=False)
 
 
 def delete(name: str) -> Call[WithdrawnReply]:
-    """Have one deleted."""
+    """Delete an adapter."""
     return Call("DELETE", path(name), WithdrawnReply, is_repeatable=False)
 
 
 def unload(name: str) -> Call[WithdrawnReply]:
-    """Have one withdrawn."""
+    """Withdraw an adapter."""
     return Call("POST", f"{path(name)}/unload", WithdrawnReply, is_repeatable=False)
 
 
 def load(name: str) -> Call[AdapterInfo]:
-    """Have one read from the store."""
+    """Read an adapter from the server's store."""
     return Call("POST", f"{path(name)}/load", AdapterInfo)
 
 
 def pin(name: str) -> Call[AdapterInfo]:
-    """Have one kept resident."""
+    """Keep an adapter resident."""
     return Call("POST", f"{path(name)}/pin", AdapterInfo)
 
 
 def unpin(name: str) -> Call[AdapterInfo]:
-    """Have one make room for others."""
+    """Let an adapter be evicted again."""
     return Call("POST", f"{path(name)}/unpin", AdapterInfo)
 
 
-def alias(name: str, meant: str) -> Call[AdapterInfo]:
-    """Have a name mean another one."""
-    return Call("PUT", f"{path(name)}/alias", AdapterInfo, {"adapter": meant})
+def alias(name: str, target: str) -> Call[AdapterInfo]:
+    """Make a name refer to another adapter."""
+    return Call("PUT", f"{path(name)}/alias", AdapterInfo, {"adapter": target})
 
 
 def path(name: str) -> str:
-    """Return the path of an adapter, whatever it is called."""
+    """Return the URL path of an adapter, whatever its name."""
     return f"/adapters/{quote(name, safe='@')}"

@@ -1,4 +1,4 @@
-"""The client for asyncio and trio: asks and reads as `server.client.client` does, and awaits."""
+"""The client for asyncio and trio: the methods of `server.client.client`, to be awaited."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -27,7 +27,7 @@ Reply = TypeVar("Reply", bound=BaseModel)
 
 
 class AsyncClient:
-    """What `Client` is, awaited."""
+    """The asynchronous client: the methods of `Client`, to be awaited."""
 
     def __init__(
         self,
@@ -49,15 +49,15 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         await self._http.aclose()
 
     async def generate(self, **fields: Unpack[GenerateFields]) -> GenerateReply:
-        """Continue a prompt or answers messages."""
+        """Continue a prompt or answer messages."""
         return await self._ask(calls.generate(fields, self._affinity_header))
 
     async def stream(self, **fields: Unpack[GenerateFields]) -> AsyncGenerator[StreamEvent, None]:
-        """Yield the answer as it comes, as `Client.stream` does; leave it early under `contextlib.aclosing`."""
+        """Yield the answer as it comes, as `Client.stream` does. To leave it early, use `contextlib.aclosing`."""
         call = calls.stream(fields, self._affinity_header)
         attempts = Attempts(self._retries, call.is_repeatable)
         while True:
@@ -74,7 +74,7 @@ class AsyncClient:
             await sleep(wait)
 
     async def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
-        """List the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
+        """List the adapters that a request can name. With `limit`, at most so many; continue `after` the list's `next`."""
         return await self._ask(adapter_calls.adapters(prefix, after, limit))
 
     async def adapter(self, name: str) -> AdapterDetail:
@@ -82,32 +82,32 @@ class AsyncClient:
         return await self._ask(adapter_calls.adapter(name))
 
     async def compare(self, names: Sequence[str]) -> AdapterComparison:
-        """Says how adapters relate, each with each."""
+        """Compare adapters, each with each."""
         return await self._ask(adapter_calls.compare(names))
 
     async def upload(self, name: str, adapter: str | Path | AdapterFiles) -> AdapterInfo:
-        """Publish an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
+        """Publish an adapter, a folder or its files, as a new version of `name`, which then refers to it."""
         files = adapter if isinstance(adapter, AdapterFiles) else await run_sync(AdapterFiles.read, adapter)
         return await self._ask(adapter_calls.upload(name, files))
 
     async def fetch(self, hub_id: str, *, name: str | None = None, revision: str | None = None) -> AdapterInfo:
-        """Have the server publish an adapter from the hub, where it was started with --hub."""
+        """Let the server publish an adapter from the hub. The server needs --hub."""
         return await self._ask(adapter_calls.fetch(hub_id, name, revision))
 
     async def alias(self, name: str, meant: str) -> AdapterInfo:
-        """Make a name mean another adapter, or one of its own versions."""
+        """Make a name refer to another adapter, or to one of its own versions."""
         return await self._ask(adapter_calls.alias(name, meant))
 
     async def delete(self, name: str) -> WithdrawnReply:
-        """Delete an adapter with its versions, one of them or an alias; requests under way end on it."""
+        """Delete an adapter with its versions, a version or an alias. Requests under way end on it."""
         return await self._ask(adapter_calls.delete(name))
 
     async def unload(self, name: str) -> WithdrawnReply:
-        """Withdraw an adapter or a version until it is loaded; requests under way end on it."""
+        """Withdraw an adapter or a version until it is loaded again. Requests under way end on it."""
         return await self._ask(adapter_calls.unload(name))
 
     async def load(self, name: str) -> AdapterInfo:
-        """Read what the name means in the server's store now."""
+        """Load the name's adapter from the server's store, as it is now."""
         return await self._ask(adapter_calls.load(name))
 
     async def pin(self, name: str) -> AdapterInfo:
@@ -115,7 +115,7 @@ class AsyncClient:
         return await self._ask(adapter_calls.pin(name))
 
     async def unpin(self, name: str) -> AdapterInfo:
-        """Let an adapter make room for others again."""
+        """Let an adapter be evicted again."""
         return await self._ask(adapter_calls.unpin(name))
 
     async def tokenize(
@@ -129,18 +129,18 @@ class AsyncClient:
         return await self._ask(calls.detokenize(tokens))
 
     async def health(self) -> Health:
-        """Answer as long as the process does."""
+        """Return as long as the server's process answers."""
         return await self._ask(calls.health())
 
     async def ready(self) -> Health:
-        """Answer while requests can be answered; else raises `UnavailableError`."""
+        """Return while the server can answer requests. Raises `UnavailableError` otherwise."""
         return await self._ask(calls.ready())
 
     async def _ask(self, call: Call[Reply]) -> Reply:
         return call.read((await self._send(call, Attempts(self._retries, call.is_repeatable), stream=False)).content)
 
     async def _send(self, call: Call[Any], attempts: Attempts, *, stream: bool) -> httpx.Response:
-        # Returns a good reply; of a stream only the head was read.
+        # Returns a successful response. For a stream, only the headers have been read.
         while True:
             try:
                 response = await self._http.send(call.to_request(self._http), stream=stream)

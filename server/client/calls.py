@@ -1,4 +1,4 @@
-"""What the methods of both clients send, and what their replies are read as. Knows no connection."""
+"""Requests of both clients, and the types of their replies. Knows no connection."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from server.client.errors import UnexpectedReplyError
 from server.client.fields import GenerateFields, MessageFields
 from server.cluster.affinity import ANY, key_of
-from server.cluster.destination import named_in
+from server.cluster.destination import adapter_names
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 
@@ -20,21 +20,22 @@ Reply = TypeVar("Reply", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Reply]):
-    """One request."""
+    """One request of the client."""
 
     method: str
     path: str
     reply: type[Reply]
     body: Mapping[str, object] | None = None
-    """JSON; beside `files`, a form's fields."""
+    """The JSON body; with `files`, the fields of the form."""
     params: Mapping[str, str] | None = None
     files: Mapping[str, bytes] | None = None
     headers: Mapping[str, str] | None = None
     is_repeatable: bool = True
-    """Made twice, it does no more than once: it may be made again where nobody knows whether it arrived."""
+    """Whether the call has the same effect if it is made twice. It may then be repeated if the client does not know whether it
+    arrived."""
 
     def to_request(self, http: httpx.Client | httpx.AsyncClient) -> httpx.Request:
-        """Return it as `http` sends it."""
+        """Return the request for the client `http`."""
         if self.files is None:
             return http.build_request(self.method, self.path, json=self.body, params=self.params, headers=self.headers)
         return http.build_request(self.method, self.path, data={**(self.body or {})}, files={**self.files})
@@ -45,7 +46,7 @@ class Call(Generic[Reply]):
 
 
 def parsed(kind: type[Reply], content: bytes) -> Reply:
-    """Return what is JSON of `kind`. Raises `UnexpectedReplyError` where it is something else."""
+    """Return the reply of type `kind` from JSON. Raises `UnexpectedReplyError` if it is something else."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -53,26 +54,28 @@ def parsed(kind: type[Reply], content: bytes) -> Reply:
 
 
 def generate(fields: GenerateFields, affinity_header: str | None) -> Call[GenerateReply]:
-    """Ask for a whole answer."""
+    """Request a whole answer."""
     return Call("POST", "/generate", GenerateReply, {**fields}, headers=affinity(fields, affinity_header))
 
 
 def stream(fields: GenerateFields, affinity_header: str | None) -> Call[GenerateReply]:
-    """Ask for an answer as it comes."""
+    """Request an answer as a stream."""
     body = {**fields, "stream": True}
     return Call("POST", "/generate", GenerateReply, body, headers=affinity(fields, affinity_header))
 
 
 def affinity(fields: GenerateFields, header: str | None) -> Mapping[str, str] | None:
-    """Return the header of a request that names adapters: their names, sorted, as `math+safety`."""
-    key = key_of(named_in(fields, ""))
+    """Return the affinity header of a request that names adapters: their names, sorted, as `math+safety`."""
+    key = key_of(adapter_names(fields, ""))
     return {header: quote(key, safe="+")} if header and key != ANY else None
 
 
-def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool) -> Call[TokenizeReply]:
-    """Ask for the tokens of a text, or of a conversation."""
+def tokenize(
+    text_or_messages: str | Sequence[MessageFields], *, add_special_tokens: bool, return_token_strs: bool
+) -> Call[TokenizeReply]:
+    """Request the tokens of a text, or of a conversation."""
     body = {
-        "prompt" if isinstance(given, str) else "messages": given,
+        "prompt" if isinstance(text_or_messages, str) else "messages": text_or_messages,
         "add_special_tokens": add_special_tokens,
         "return_token_strs": return_token_strs,
     }
@@ -80,15 +83,15 @@ def tokenize(given: str | Sequence[MessageFields], *, add_special_tokens: bool, 
 
 
 def detokenize(tokens: Sequence[int]) -> Call[DetokenizeReply]:
-    """Ask for the text of tokens."""
+    """Request the text of tokens."""
     return Call("POST", "/detokenize", DetokenizeReply, {"tokens": tokens})
 
 
 def health() -> Call[Health]:
-    """Ask whether the process answers."""
+    """Request whether the process answers."""
     return Call("GET", "/health", Health)
 
 
 def ready() -> Call[Health]:
-    """Ask whether requests can be answered."""
+    """Request whether the server can answer requests."""
     return Call("GET", "/ready", Health)

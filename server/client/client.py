@@ -1,4 +1,4 @@
-"""The client that waits for its answers."""
+"""The synchronous client."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -26,11 +26,11 @@ Reply = TypeVar("Reply", bound=BaseModel)
 
 
 class Client:
-    """Asks one server, and waits. All methods raise `server.client.errors.ClientError`.
+    """A synchronous client of one server. All methods raise `server.client.errors.ClientError`.
 
-    The server may be silent for `timeout_s`. What failed and can be repeated safely is repeated, up to `num_retries` times; where
-    the server says when to come again, only if that is within `longest_wait_s`. `affinity_header` is one that a gateway hashes to
-    pick a server: answers are then asked for with the adapters' names in it.
+    The server may be silent for `timeout_s`. Failures that can be repeated safely are retried up to `num_retries` times. If the
+    server says when to retry, the client does so only within `longest_wait_s`. `affinity_header` is a header that a gateway
+    hashes to pick a server: requests for answers carry the adapters' names in it.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         self._http.close()
 
     def generate(self, **fields: Unpack[GenerateFields]) -> GenerateReply:
-        """Continue a prompt or answers messages."""
+        """Continue a prompt or answer messages."""
         return self._ask(calls.generate(fields, self._affinity_header))
 
     def stream(self, **fields: Unpack[GenerateFields]) -> Generator[StreamEvent, None, None]:
-        """Yield the answer as it comes: pieces of text, then what is known at the end of each answer.
+        """Yield the answer as it comes: pieces of text, then the metadata at the end of each answer.
 
-        Asking for the first event sends the request; one whose stream breaks off before that event is sent again, as any that was
-        not answered. Closing the generator, as `contextlib.closing` does, ends the request at the server.
+        The first `next` sends the request. If the stream breaks before its first event, the request is sent again, as any
+        unanswered request. Closing the generator, for example by `contextlib.closing`, aborts the request on the server.
         """
         call = calls.stream(fields, self._affinity_header)
         attempts = Attempts(self._retries, call.is_repeatable)
@@ -81,7 +81,7 @@ class Client:
             sleep(wait)
 
     def adapters(self, *, prefix: str = "", after: str = "", limit: int | None = None) -> AdapterList:
-        """List the adapters that a request can name; at most `limit`, then those `after` the list's `next`."""
+        """List the adapters that a request can name. With `limit`, at most so many; continue `after` the list's `next`."""
         return self._ask(adapter_calls.adapters(prefix, after, limit))
 
     def adapter(self, name: str) -> AdapterDetail:
@@ -89,32 +89,32 @@ class Client:
         return self._ask(adapter_calls.adapter(name))
 
     def compare(self, names: Sequence[str]) -> AdapterComparison:
-        """Says how adapters relate, each with each."""
+        """Compare adapters, each with each."""
         return self._ask(adapter_calls.compare(names))
 
     def upload(self, name: str, adapter: str | Path | AdapterFiles) -> AdapterInfo:
-        """Publish an adapter, a folder or its files, as a new version of `name`, which means it from then on."""
+        """Publish an adapter, a folder or its files, as a new version of `name`, which then refers to it."""
         files = adapter if isinstance(adapter, AdapterFiles) else AdapterFiles.read(adapter)
         return self._ask(adapter_calls.upload(name, files))
 
     def fetch(self, hub_id: str, *, name: str | None = None, revision: str | None = None) -> AdapterInfo:
-        """Have the server publish an adapter from the hub, where it was started with --hub."""
+        """Let the server publish an adapter from the hub. The server needs --hub."""
         return self._ask(adapter_calls.fetch(hub_id, name, revision))
 
     def alias(self, name: str, meant: str) -> AdapterInfo:
-        """Make a name mean another adapter, or one of its own versions."""
+        """Make a name refer to another adapter, or to one of its own versions."""
         return self._ask(adapter_calls.alias(name, meant))
 
     def delete(self, name: str) -> WithdrawnReply:
-        """Delete an adapter with its versions, one of them or an alias; requests under way end on it."""
+        """Delete an adapter with its versions, a version or an alias. Requests under way end on it."""
         return self._ask(adapter_calls.delete(name))
 
     def unload(self, name: str) -> WithdrawnReply:
-        """Withdraw an adapter or a version until it is loaded; requests under way end on it."""
+        """Withdraw an adapter or a version until it is loaded again. Requests under way end on it."""
         return self._ask(adapter_calls.unload(name))
 
     def load(self, name: str) -> AdapterInfo:
-        """Read what the name means in the server's store now."""
+        """Load the name's adapter from the server's store, as it is now."""
         return self._ask(adapter_calls.load(name))
 
     def pin(self, name: str) -> AdapterInfo:
@@ -122,7 +122,7 @@ class Client:
         return self._ask(adapter_calls.pin(name))
 
     def unpin(self, name: str) -> AdapterInfo:
-        """Let an adapter make room for others again."""
+        """Let an adapter be evicted again."""
         return self._ask(adapter_calls.unpin(name))
 
     def tokenize(
@@ -136,18 +136,18 @@ class Client:
         return self._ask(calls.detokenize(tokens))
 
     def health(self) -> Health:
-        """Answer as long as the process does."""
+        """Return as long as the server's process answers."""
         return self._ask(calls.health())
 
     def ready(self) -> Health:
-        """Answer while requests can be answered; else raises `UnavailableError`."""
+        """Return while the server can answer requests. Raises `UnavailableError` otherwise."""
         return self._ask(calls.ready())
 
     def _ask(self, call: Call[Reply]) -> Reply:
         return call.read(self._send(call, Attempts(self._retries, call.is_repeatable), stream=False).content)
 
     def _send(self, call: Call[Any], attempts: Attempts, *, stream: bool) -> httpx.Response:
-        # Returns a good reply; of a stream only the head was read.
+        # Returns a successful response. For a stream, only the headers have been read.
         while True:
             try:
                 response = self._http.send(call.to_request(self._http), stream=stream)

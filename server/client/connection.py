@@ -1,4 +1,4 @@
-"""How both clients connect."""
+"""Connection options of both clients."""
 
 from typing import TypedDict
 
@@ -12,11 +12,12 @@ CONNECT_S = 10.0
 NUM_RETRIES = 2
 LONGEST_WAIT_S = 60.0
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=4.0)
-"""Servers and gateways end connections that were idle for a while, at least 5 s: who used one just then would not be answered."""
+"""Limits of the connection pool. Servers and gateways close connections that were idle for a while, at least 5 s; a request on
+such a connection would get no answer."""
 
 
 class Options(TypedDict):
-    """What httpx is told."""
+    """The arguments of an httpx client."""
 
     base_url: str
     headers: dict[str, str]
@@ -26,7 +27,7 @@ class Options(TypedDict):
 
 
 def options(url: str, api_key: str | None, timeout_s: float | None) -> Options:
-    """Return how to reach `url` with a key; `timeout_s` is how long the server may be silent."""
+    """Return the options to reach `url` with a key. `timeout_s` is how long the server may be silent."""
     return Options(
         base_url=url,
         headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},

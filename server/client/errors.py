@@ -1,11 +1,11 @@
-"""What a client raises.
+"""The errors of the clients.
 
 ClientError
-├── ConnectionFailedError     nobody answered, or the connection ended before the reply did, or before a stream's first event
-│   └── BrokenStreamError     it ended between the first event of a stream and the last
-├── SilenceError              the server said nothing for as long as the client waits
-├── UnexpectedReplyError      what answered is not this server, or speaks of what this client does not know
-└── ApiError                  the server refused, or failed, and said why
+├── ConnectionFailedError     no answer, or the connection ended before the reply did, or before a stream's first event
+│   └── BrokenStreamError     the connection ended between the first event of a stream and the last
+├── SilenceError              the server sent nothing for as long as the client waits
+├── UnexpectedReplyError      the reply is not this server's, or of a kind that this client does not know
+└── ApiError                  the server refused, or failed, and sent the reason
     ├── BadRequestError       400
     ├── UnauthenticatedError  401
     ├── ForbiddenError        403
@@ -24,11 +24,11 @@ from server.schemas.errors import ErrorDetail, ErrorReply
 
 
 class ClientError(Exception):
-    """Anything that a client raises."""
+    """Root of the tree of errors that a client raises."""
 
 
 class ConnectionFailedError(ClientError):
-    """Nobody answered, or the connection ended before the reply did."""
+    """There was no answer, or the connection ended before the reply did."""
 
 
 class BrokenStreamError(ConnectionFailedError):
@@ -36,17 +36,17 @@ class BrokenStreamError(ConnectionFailedError):
 
 
 class SilenceError(ClientError, TimeoutError):
-    """The server said nothing for as long as the client waits."""
+    """The server sent nothing for as long as the client waits."""
 
 
 class UnexpectedReplyError(ClientError):
-    """The reply is none of this server's."""
+    """The reply is not one of this server."""
 
 
 class ApiError(ClientError):
-    """The server's own words: `detail` is all of them.
+    """An error that the server sent. `detail` has all its fields.
 
-    `param` is the field that is wrong, where one is; `retry_after` says after how many seconds to come again.
+    `param` is the field at fault, if there is one. `retry_after` is the number of seconds after which to retry.
     """
 
     def __init__(self, detail: ErrorDetail, retry_after: float | None = None) -> None:
@@ -63,11 +63,11 @@ class BadRequestError(ApiError):
 
 
 class UnauthenticatedError(ApiError):
-    """There is no key, or an unknown one."""
+    """The key is missing or unknown."""
 
 
 class ForbiddenError(ApiError):
-    """The key is not good for this."""
+    """The key does not allow the request."""
 
 
 class NotFoundError(ApiError):
@@ -75,11 +75,11 @@ class NotFoundError(ApiError):
 
 
 class ConflictError(ApiError):
-    """What is there already, or in use, forbids it."""
+    """The request conflicts with the present state, such as a name that is in use."""
 
 
 class RateLimitError(ApiError):
-    """Too many requests for the server, or for the key."""
+    """The server, or the key's tenant, has too many requests."""
 
 
 class ServerError(ApiError):
@@ -100,12 +100,12 @@ BY_STATUS: dict[int, type[ApiError]] = {
     503: UnavailableError,
 }
 UNKNOWN = "UnknownError"
-"""The type of what this server did not say: a gateway did."""
+"""The type of an error that this server did not send, but a gateway."""
 MAX_QUOTED = 200
 
 
 def refused(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
-    """Return the error of a reply that is no success, be it this server's or that of a gateway before it."""
+    """Return the error of an unsuccessful response, from this server or from a gateway before it."""
     try:
         detail = ErrorReply.model_validate_json(body).error
     except ValidationError:
@@ -115,11 +115,11 @@ def refused(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
 
 
 def failed(detail: ErrorDetail, retry_after: float | None = None) -> ApiError:
-    """Return the error that the server speaks of."""
-    usual = ServerError if detail.code >= 500 else ApiError
-    return BY_STATUS.get(detail.code, usual)(detail, retry_after)
+    """Return the error for the server's `detail`."""
+    default = ServerError if detail.code >= 500 else ApiError
+    return BY_STATUS.get(detail.code, default)(detail, retry_after)
 
 
 def _seconds(value: str | None) -> float | None:
-    # A date, which is allowed too, is not this server's form.
+    # HTTP also allows a date, which this server never sends.
     return float(value) if value and value.isascii() and value.isdigit() else None

@@ -1,6 +1,6 @@
-"""What POST /generate can be asked for, as keyword arguments. `server.schemas.generation.GenerateBody` says what each means.
+"""Keyword arguments for the fields of POST /generate, which `server.schemas.generation.GenerateBody` documents.
 
-Absent fields are not sent: the server has the defaults, and refuses what is wrong.
+Absent fields are not sent: the server has the defaults, and refuses wrong values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from lori.template import Template
 
 
 class MessageFields(TypedDict):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -25,40 +25,40 @@ class WeightedAdapterFields(TypedDict):
 
 
 class AnyJsonFields(TypedDict):
-    """Any JSON object."""
+    """Grammar of any JSON object."""
 
     type: Literal["json_object"]
 
 
 class SchemaFields(TypedDict):
-    """JSON of a schema."""
+    """Grammar of JSON that fits a schema."""
 
     type: Literal["json_schema"]
     schema: Mapping[str, Any] | bool
 
 
 class RegexFields(TypedDict):
-    """Text that a regular expression matches, whole."""
+    """Grammar of text that a regular expression matches as a whole."""
 
     type: Literal["regex"]
     pattern: str
 
 
 class LarkFields(TypedDict):
-    """Text of a context-free grammar."""
+    """Grammar of text in a context-free grammar."""
 
     type: Literal["lark"]
     text: str
 
 
 class GenerateFields(TypedDict, total=False):
-    """All of them but `stream`, of which the client has a method."""
+    """All fields but `stream`, which is a method of the client."""
 
     prompt: str | Sequence[int]
     messages: Sequence[MessageFields]
     template: Template
     adapter: str | Sequence[str | WeightedAdapterFields] | None
-    """All of one form: the server refuses a mixture, which a type cannot say in a way that checkers infer."""
+    """All of one form: the server refuses a mixture, which no type can express in a way that checkers infer."""
     weights: Sequence[float]
     merge: MergeMethod
     density: float

@@ -1,7 +1,7 @@
-"""Which failures of a call are followed by another attempt, and when.
+"""Retries: whether a failed call is repeated, and when.
 
-Only what is safe: nothing was sent, or the call may be made twice and the server did not answer, or the server says when to come
-again. A stream has begun with its first event: the head of a good reply comes while the request still waits for its turn.
+Only safe retries: nothing was sent, or the call is repeatable and the server did not answer, or the server says when to retry. A
+stream begins with its first event, not with its headers: these come while the request still waits.
 """
 
 import random
@@ -16,54 +16,55 @@ MAX_WAIT_S = 8.0
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout)
 NOT_ANSWERED = (httpx.NetworkError, httpx.RemoteProtocolError)
 NOT_DONE, COME_AGAIN = (429,), (429, 503)
-"""What says when to come again. Of several replicas one may say 503 after another has done what was asked; 429 comes before."""
-NOBODY_BEHIND = (500, 502, 503, 504)
-"""What a gateway says, in its own words, where the server behind it did not answer: 500 if it is Ray's, which has no other."""
+"""Statuses whose reply says when to retry. With several replicas, a 503 may come after another replica has done the call; a 429
+comes before."""
+GATEWAY_FAILED = (500, 502, 503, 504)
+"""Statuses of a gateway whose server did not answer, in the gateway's own words. Ray's gateway always sends 500."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often, and how long a client waits for it."""
+    """The limits on a client's retries."""
 
     number: int
     longest_s: float
-    """A server that asks for more patience is not asked again."""
+    """The longest wait in seconds. A server that asks for a longer one is not asked again."""
 
 
 @dataclass(slots=True)
 class Attempts:
-    """Those of one call."""
+    """The attempts of one call."""
 
     retries: Retries
     is_repeatable: bool
-    """The call may be made twice: the second time changes nothing more."""
+    """Whether the call may be made twice: the second time changes nothing more."""
     num_failed: int = 0
 
     def wait_after_failure(self, error: httpx.RequestError) -> float:
-        """Return how long to wait for the next attempt, in seconds. Raises what `error` means, where there is none."""
+        """Return the wait before the next attempt, in seconds. Raises the client error for `error` if there is none."""
         is_safe = isinstance(error, NOT_SENT) or (self.is_repeatable and isinstance(error, NOT_ANSWERED))
         if not is_safe or not self._has_more():
             raise lost(error) from error
         return self._wait()
 
     def wait_after_break(self, error: httpx.RequestError, *, has_begun: bool) -> float:
-        """Return how long to wait for the next attempt at a stream that broke off after its head, in seconds.
+        """Return the wait before the next attempt at a stream that broke after its headers, in seconds.
 
-        Raises what `error` means, where there is none, or where an event had come.
+        Raises the client error for `error` if there is no next attempt, or if an event had come.
         """
         if has_begun:
-            raise (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_said(error)) from error
+            raise (SilenceError if isinstance(error, httpx.TimeoutException) else BrokenStreamError)(_message(error)) from error
         return self.wait_after_failure(error)
 
     def wait_after_refusal(self, error: ApiError) -> float:
-        """Return how long to wait for the next attempt, in seconds. Raises `error`, where there is none."""
-        is_told = error.status in (COME_AGAIN if self.is_repeatable else NOT_DONE) and error.retry_after is not None
-        is_unanswered = error.type == UNKNOWN and error.status in NOBODY_BEHIND and self.is_repeatable
-        asked = error.retry_after or 0.0
-        if not (is_told or is_unanswered) or asked > self.retries.longest_s or not self._has_more():
+        """Return the wait before the next attempt, in seconds. Raises `error` if there is none."""
+        is_announced = error.status in (COME_AGAIN if self.is_repeatable else NOT_DONE) and error.retry_after is not None
+        is_unanswered = error.type == UNKNOWN and error.status in GATEWAY_FAILED and self.is_repeatable
+        retry_after_s = error.retry_after or 0.0
+        if not (is_announced or is_unanswered) or retry_after_s > self.retries.longest_s or not self._has_more():
             raise error
-        # All who were refused at once shall not come back at once.
-        return asked + self._wait()
+        # Jitter, so that clients that were refused at the same time do not return at the same time.
+        return retry_after_s + self._wait()
 
     def _has_more(self) -> bool:
         return self.num_failed < self.retries.number
@@ -75,9 +76,9 @@ class Attempts:
 
 
 def lost(error: httpx.RequestError) -> ClientError:
-    """Return what the end of a connection, or what was wrong with it, means to a caller."""
-    return (SilenceError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError)(_said(error))
+    """Return the client error for a failed connection."""
+    return (SilenceError if isinstance(error, httpx.TimeoutException) else ConnectionFailedError)(_message(error))
 
 
-def _said(error: httpx.RequestError) -> str:
+def _message(error: httpx.RequestError) -> str:
     return str(error) or type(error).__name__

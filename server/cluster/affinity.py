@@ -1,7 +1,8 @@
-"""Which replica a request should go to: the one that has its adapters already, unless that has much more to do than the others.
+"""Affinity routing: a request goes to the replica that has its adapters, unless that has far more load than the others.
 
-Rendezvous hashing (Thaler and Ravishankar 1998) ranks the replicas for each set of adapters, so that one that comes or goes moves
-its own share alone. The load is bounded as in Mirrokni, Thorup and Zadimoghaddam 2016 (arXiv 1608.01350). Knows no Ray, no HTTP.
+Rendezvous hashing (Thaler and Ravishankar 1998) ranks the replicas for each set of adapters, so a replica that comes or goes only
+moves its own share. The load is bounded as in Mirrokni, Thorup and Zadimoghaddam 2016 (arXiv 1608.01350). Knows no Ray and no
+HTTP.
 """
 
 import hashlib
@@ -10,38 +11,41 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 ANY = ""
-"""The key of a request that names no adapter: whichever replica has least to do."""
+"""The key of a request that names no adapter, for the least loaded replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadBound:
-    """How many requests a replica may have under way before those of its adapters go to their next replica."""
+    """The bound on the requests under way at a replica. Above it, requests for its adapters go to their next replica."""
 
     share: float = 1.5
-    """Times the mean over the replicas."""
+    """The bound as a multiple of the mean over the replicas."""
     floor: int = 8
-    """So many in any case: with few requests the mean says little, and a batch of them takes hardly longer than one."""
+    """The least bound: with few requests the mean says little, and a batch of this size takes hardly longer than one request."""
 
     def limit(self, loads: Iterable[int]) -> int:
-        """Return the bound for one more request, given how many each replica has."""
+        """Return the bound for one more request, given the requests under way at each replica."""
         loads = list(loads)
         return max(self.floor, math.ceil(self.share * (sum(loads) + 1) / len(loads)))
 
 
 def key_of(names: Iterable[str]) -> str:
-    """Return the key of a set of adapter names, whatever their order; `ANY` of none."""
+    """Return the key of a set of adapter names, independent of their order; `ANY` for none."""
     return "+".join(sorted(set(names)))
 
 
 def ranked(key: str, replicas: Iterable[str]) -> Sequence[str]:
-    """Return the replicas in the order in which they should have the adapters of `key`, the same in every process."""
+    """Return the replicas in the order in which they should have the adapters of `key`.
+
+    The order is the same in every process.
+    """
     return sorted(replicas, key=lambda replica: _weight(key, replica), reverse=True)
 
 
 def preferred(key: str, loads: Mapping[str, int], bound: LoadBound) -> Sequence[str]:
     """Return the replicas in the order in which a request of `key` should try them: those within the bound come first.
 
-    `loads` has the requests that each has under way. Of `ANY`, and beyond the bound, the least loaded comes first.
+    `loads` has the requests under way at each replica. For `ANY`, and above the bound, the least loaded replica comes first.
     """
     if not loads:
         return []

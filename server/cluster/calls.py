@@ -1,4 +1,4 @@
-"""Calls to every replica: their answers, their errors, and a log that repeats no error. Knows Ray's handles alone."""
+"""Calls to every replica: their replies, their errors, and a log that repeats no error. Knows only Ray's handles."""
 
 import logging
 from asyncio import CancelledError, gather, wait_for
@@ -13,51 +13,51 @@ from ray.serve.handle import DeploymentHandle
 logger = logging.getLogger(__name__)
 
 
-class Trouble:
-    """Says what is wrong when it begins, and when it is another thing than before; not at each turn."""
+class FaultLog:
+    """Log of a repeated step that may fail: logs an error when it begins or changes, not at each step."""
 
     def __init__(self, meaning: str) -> None:
-        self._meaning, self._known = meaning, ""
+        self._meaning, self._last = meaning, ""
 
-    def begins(self, error: BaseException) -> None:
-        """Take what has gone wrong at this turn."""
-        reason = error.cause if isinstance(error, RayTaskError) else error  # without its trace
-        found = str(reason) or type(reason).__name__
-        if found != self._known:
-            logger.warning("%s: %s", self._meaning, found)
-        self._known = found
+    def report(self, error: BaseException) -> None:
+        """Report the error of this step."""
+        reason = error.cause if isinstance(error, RayTaskError) else error  # without its traceback
+        reason_text = str(reason) or type(reason).__name__
+        if reason_text != self._last:
+            logger.warning("%s: %s", self._meaning, reason_text)
+        self._last = reason_text
 
-    def ends(self) -> None:
-        """At this turn all went well."""
-        self._known = ""
-
-
-Heard = tuple[list[Any], list[BaseException]]
-"""What replicas say, and what became of the call to each other one."""
+    def clear(self) -> None:
+        """Report that this step succeeded."""
+        self._last = ""
 
 
-async def ask_each(handle: DeploymentHandle[Any], method: str, *arguments: object, timeout_s: float | None = None) -> Heard:
-    """Call each replica; of those that are lost there is nothing.
+Replies = tuple[list[Any], list[BaseException]]
+"""The replies of replicas, and the error of each other call."""
 
-    Raises `RayServeException` where no replica is there, and `TimeoutError` where Ray does not say which are.
+
+async def ask_each(handle: DeploymentHandle[Any], method: str, *arguments: object, timeout_s: float | None = None) -> Replies:
+    """Call each replica. Returns nothing for replicas that are lost.
+
+    Raises `RayServeException` if there is no replica, and `TimeoutError` if Ray does not say which replicas there are.
     """
 
-    async def answer(call: ReplicaResult) -> Any:
+    async def reply(call: ReplicaResult) -> Any:
         return await wait_for(call.get_async(), timeout_s)
 
-    # Ray's own `results_async` has one timeout for all: who is silent would silence the others.
+    # Ray's own `results_async` has one timeout for all: one silent replica would hide the others' replies.
     calls = await wait_for(handle.broadcast(method, *arguments)._fetch_replica_results_async(), timeout_s)
-    found = await gather(*map(answer, calls), return_exceptions=True)
-    known = [one for one in found if not _is_lost(one)]
+    results = await gather(*map(reply, calls), return_exceptions=True)
+    present = [result for result in results if not _is_lost(result)]
     return (
-        [one for one in known if not isinstance(one, BaseException)],
-        [one for one in known if isinstance(one, BaseException)],
+        [result for result in present if not isinstance(result, BaseException)],
+        [result for result in present if isinstance(result, BaseException)],
     )
 
 
-def _is_lost(found: object) -> bool:
-    """Return whether this is what becomes of a call to a replica that has died, or ends."""
-    if isinstance(found, AioRpcError):
-        code: StatusCode = found.code()
-        return code is StatusCode.CANCELLED  # by the replica's server; of one that cannot be reached Ray makes its own error
-    return isinstance(found, RayActorError | CancelledError)
+def _is_lost(result: object) -> bool:
+    """Return whether this is the result of a call to a replica that has died, or ends."""
+    if isinstance(result, AioRpcError):
+        code: StatusCode = result.code()
+        return code is StatusCode.CANCELLED  # by the replica's server; for an unreachable one Ray has its own error
+    return isinstance(result, RayActorError | CancelledError)

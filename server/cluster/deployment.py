@@ -1,4 +1,4 @@
-"""The application on Ray Serve: ingresses that take requests, and replicas that answer them. Runs nothing itself."""
+"""The application on Ray Serve: ingresses that accept requests, and replicas that answer them. Runs nothing itself."""
 
 import sys
 from collections.abc import Callable
@@ -24,30 +24,31 @@ from server.transport.http_protocol import make_default_protocol
 
 APPLICATION, REPLICA = "lori-server", "Replica"
 SPARE_REQUESTS = 64
-"""That a replica hears beside those that it admits: it refuses these itself, and answers probes."""
+"""Requests that a replica gets beside those that it admits: it refuses these itself, and answers probes."""
 QUIET = LoggingConfig(enable_access_log=False)
-"""The replicas log their requests themselves."""
+"""No access log: the replicas log their requests themselves."""
 HEALTH_CHECK_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 """A replica that computes a long step on a busy machine is not dead."""
 
 ON_HEAD = {"node:__internal_head__": 0.001}
-"""Beside HAProxy, on the machine without which the cluster ends: what another machine's loss cuts off is replicas alone."""
+"""Resource of Ray's head node. Ingresses run there, beside HAProxy: without the head the cluster ends anyway, so the loss of
+another machine only cuts off replicas."""
 
-IMPATIENT = {"RAY_grpc_client_keepalive_timeout_ms": "10000"}
-"""An ingress ends a connection whose bytes the other machine has not acknowledged for so long; `ReplicaHandles.watch` sends some.
+KEEPALIVE_ENVIRONMENT = {"RAY_grpc_client_keepalive_timeout_ms": "10000"}
+"""Environment of an ingress: it ends a connection whose bytes the other machine has not acknowledged for so long.
 
-Ray's 120 s remain elsewhere: else it would replace a replica that was cut off for a moment. (More of keepalive's own pings would
-end good connections: a server that has nothing to say for minutes takes them for abuse.)
-"""
-OUTSIDE = ("host", "port", "ray_address")
-"""What is no matter of an application that Ray is told to run."""
+`ReplicaHandles.watch` sends such bytes. Elsewhere Ray's 120 s remain: otherwise Ray would replace a replica that was cut off for
+a moment. More of keepalive's own pings would end good connections, because a server that is silent for minutes takes them for
+abuse."""
+CLUSTER_SETTINGS = ("host", "port", "ray_address")
+"""Settings of the cluster, which `args` of an application in a Serve config file cannot have."""
 LONGEST_LOOK_BACK_S = 30.0
-"""Ray takes the mean of the requests under way over so long, or over the delay where that is shorter."""
+"""Ray averages the requests under way over so many seconds, or over the delay if that is shorter."""
 
 
 def deployed(settings: ClusterSettings) -> Application:
-    """Return the application, to be run by `serve.run` or `serve deploy`."""
+    """Return the application, for `serve.run` or `serve deploy`."""
     replica = serve.deployment(
         name=REPLICA,
         max_ongoing_requests=settings.max_requests + SPARE_REQUESTS,
@@ -68,40 +69,40 @@ def deployed(settings: ClusterSettings) -> Application:
     ingress = serve.deployment(
         name="Ingress",
         num_replicas=settings.ingresses,
-        max_ongoing_requests=2**16,  # the replicas say when it is too much
-        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD, "runtime_env": {"env_vars": IMPATIENT}},
+        max_ongoing_requests=2**16,  # the replicas refuse when it is too much
+        ray_actor_options={"num_cpus": 0, "resources": ON_HEAD, "runtime_env": {"env_vars": KEEPALIVE_ENVIRONMENT}},
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
-    )(serve.ingress(_application(settings))(_After))
-    return ingress.bind(replica.bind(settings.each, settings.ingresses))
+    )(serve.ingress(_ingress_factory(settings))(_IngressDeployment))
+    return ingress.bind(replica.bind(settings.replica_settings, settings.ingresses))
 
 
 def from_config(options: dict[str, Any]) -> Application:
     """Return the application for a Serve config file, whose `args` are the flags by their names in Python: `replicas: 2`.
 
-    Raises `ValueError` where one is wrong, or the cluster's.
+    Raises `ValueError` if one is wrong, or is a setting of the cluster.
     """
-    if outside := [name for name in OUTSIDE if name in options]:
+    if outside := [name for name in CLUSTER_SETTINGS if name in options]:
         raise ValueError(f"args: {', '.join(outside)}: the file's http_options, and the cluster that it is deployed to, say that")
     return deployed(ClusterSettings(**options))
 
 
-class _After:
-    """What Ray wants beside an ASGI application: a class, which has the replicas start before it."""
+class _IngressDeployment:
+    """The class that Ray requires beside an ASGI application. Its argument makes the replicas start first."""
 
     def __init__(self, replicas: DeploymentHandle[Replica]) -> None:
-        """Take what it is bound to."""
+        """Accept the handle of the replicas."""
 
     def check_health(self) -> None:
-        """Raise where a task of the ingress, such as the one that watches the key file, has died: Ray then replaces it."""
+        """Raise if a background task of the ingress, such as the watch of the key file, has died: Ray then replaces it."""
         lifespan: LifespanOn = self._serve_asgi_lifespan  # type: ignore[attr-defined]  # `serve.ingress` adds it
         if lifespan.error_occurred:
             raise RuntimeError("a task of the ingress died; its log says why")
 
 
-def _application(settings: ClusterSettings) -> Callable[[], ASGIApp]:
+def _ingress_factory(settings: ClusterSettings) -> Callable[[], ASGIApp]:
     def build() -> ASGIApp:
-        # In the ingress's own process, before Ray starts uvicorn there.
+        # Runs in the ingress's own process, before Ray starts uvicorn there.
         make_default_protocol()
         configure_log(settings.log_format, sys.__stderr__)
         keys = KeyRing(settings.keys) if settings.keys else None

@@ -1,7 +1,7 @@
 """Routing facts of a request: the adapters that it names, its number of prompts, and whether all replicas must get it.
 
-Knows no Ray. Nothing is checked here: a replica refuses what is wrong. A body is read on the event loop, where no value of it is
-built but the few that are asked for: a mebibyte takes 3 ms at most, and a batch of prompts as much again.
+Knows no Ray. Checks nothing: a replica refuses wrong requests. A body is parsed on the event loop, where only the few values
+needed are built: a mebibyte takes at most 3 ms, and a batch of prompts as much again.
 """
 
 import re
@@ -18,21 +18,22 @@ from server.model_names import find_parts
 from server.schemas.completions import MAX_PROMPTS
 from server.schemas.fields import MAX_ADAPTERS
 
-MANAGED = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-METRICS, ADAPTERS = "/metrics", "/adapters"
-"""What is asked of all together; below the second each adapter alone is."""
-COMPLETIONS = "/v1/completions"
-"""The one route that takes several prompts."""
-SHOWN, COMPARED = re.compile(r"/adapters(/[^/]+)?"), "/adapters/compare"
+ADMIN_PREFIXES = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+METRICS_PATH, ADAPTERS_PATH = "/metrics", "/adapters"
+"""GET requests that all replicas answer together. Below the second are those for one adapter."""
+COMPLETIONS_PATH = "/v1/completions"
+"""The only route that accepts several prompts."""
+ADAPTER_PATH, COMPARE_PATH = re.compile(r"/adapters(/[^/]+)?"), "/adapters/compare"
 MAX_NAMING_BYTES = 32 * 1024
-"""Of a field that names adapters: what a replica takes is three times shorter, and a longer one would hold up other requests."""
+"""Maximum number of bytes of a field that names adapters: three times what a replica accepts. Parsing a longer one would delay
+other requests."""
 ABSENT = Raw()
 INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""Raised for what is no JSON, or not of the type that is asked for."""
+"""Exceptions for text that is no JSON, or not of the required type."""
 
 
 class Fields(msgspec.Struct):
-    """The fields of a body that an ingress reads, as JSON; the others are passed over."""
+    """The fields of a body that an ingress reads, as JSON. The others are skipped."""
 
     model: Raw = ABSENT
     adapter: Raw = ABSENT
@@ -41,49 +42,49 @@ class Fields(msgspec.Struct):
 
 
 Prompts = msgspec.defstruct("Prompts", [(f"prompt_{number}", Raw, ABSENT) for number in range(MAX_PROMPTS + 1)], array_like=True)
-"""A list's elements; it passes over those beyond, of which a list of type `Raw` would build an object each."""
+"""The first elements of a list. Later ones are skipped; a list of type `Raw` would build an object for each of them."""
 BODY, PROMPTS = msgspec.json.Decoder(Fields), msgspec.json.Decoder(Prompts)
 BATCH = re.compile(rb"\s*\[\s*[\[\"]")
-"""How several prompts begin, unlike one that is a text or a list of token ids."""
+"""The beginning of several prompts, unlike one that is a text or a list of token ids."""
 
 
-def is_for_all(method: str, path: str) -> bool:
-    """Return whether a request changes what each replica has, or asks for what only all know together."""
+def is_for_all_replicas(method: str, path: str) -> bool:
+    """Return whether a request changes all replicas, or needs the replies of all of them."""
     if method == "GET":
-        return path == METRICS or is_of_adapters(path)
+        return path == METRICS_PATH or is_adapter_query(path)
     return is_change(method, path)
 
 
 def is_change(method: str, path: str) -> bool:
-    """Return whether a request changes what each replica has, which admins alone may."""
-    return method in {"POST", "PUT", "DELETE"} and path.startswith(MANAGED)
+    """Return whether a request changes the adapters of each replica, for which it needs an admin's key."""
+    return method in {"POST", "PUT", "DELETE"} and path.startswith(ADMIN_PREFIXES)
 
 
-def is_of_adapters(path: str) -> bool:
-    """Return whether a GET of this path asks for adapters, or for one, with where they are and how much they are used."""
-    return bool(SHOWN.fullmatch(path)) and path != COMPARED
+def is_adapter_query(path: str) -> bool:
+    """Return whether GET of this path shows adapters, or one adapter, with their tiers and use."""
+    return bool(ADAPTER_PATH.fullmatch(path)) and path != COMPARE_PATH
 
 
 def read_fields(body: bytes) -> Fields:
-    """Return the fields of a request's body; none where it is no JSON object: a replica says what is wrong with it."""
+    """Return the fields of a request's body; empty if it is no JSON object, which a replica then refuses."""
     try:
         return BODY.decode(body.removeprefix(BOM_UTF8))
     except INVALID:
         return Fields()
 
 
-def key_in(fields: Fields, base_model: str) -> str:
-    """Return the key of the adapters that a request's body names, in any of the forms that the routes take."""
+def affinity_key(fields: Fields, base_model: str) -> str:
+    """Return the key of the adapters that a request's body names, in any form that the routes accept."""
     raws = {"adapter": fields.adapter, "adapters": fields.adapters, "model": fields.model}
     try:
         values = {name: msgspec.json.decode(raw) for name, raw in raws.items() if 0 < len(raw) <= MAX_NAMING_BYTES}
     except INVALID:
         return ANY
-    return key_of(named_in(values, base_model))
+    return key_of(adapter_names(values, base_model))
 
 
 def num_prompts(fields: Fields) -> int:
-    """Return how many prompts a completion's body has; 1 where they are more than a replica takes, or none."""
+    """Return the number of prompts in a completion's body; 1 if there are none, or more than a replica accepts."""
     if not BATCH.match(fields.prompt):
         return 1
     try:
@@ -94,16 +95,16 @@ def num_prompts(fields: Fields) -> int:
     return number if number <= MAX_PROMPTS else 1
 
 
-def named_in(body: Mapping[str, object], base_model: str) -> Iterator[str]:
-    """Yield the names of the adapters that a body's fields name, without versions; nothing that cannot be an adapter's name.
+def adapter_names(body: Mapping[str, object], base_model: str) -> Iterator[str]:
+    """Yield the names of the adapters in a body's fields, without versions. Skips everything that cannot be an adapter's name.
 
-    A field that names more than `MAX_ADAPTERS` is not read: no replica takes it, and other requests would wait meanwhile.
+    A field with more than `MAX_ADAPTERS` names is not parsed: no replica accepts it, and other requests would wait meanwhile.
     """
     for field in ("adapter", "adapters"):
-        named = body.get(field)
-        listed = named if isinstance(named, (list, tuple)) else [named]
-        for one in listed if len(listed) <= MAX_ADAPTERS else ():
-            reference = one.get("name") if isinstance(one, dict) else one
+        value = body.get(field)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        for item in items if len(items) <= MAX_ADAPTERS else ():
+            reference = item.get("name") if isinstance(item, dict) else item
             if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
                 yield name
     if isinstance(model := body.get("model"), str) and model != base_model and model.count("+") < MAX_ADAPTERS:

@@ -1,7 +1,7 @@
 """`lori-server-haproxy`: Ray's HAProxy, with a configuration that is safe in front of other people's requests.
 
-- No splicing: with it HAProxy 2.8 does not notice when a client leaves while it waits for an answer, and the answer would be
-  computed to the end for nobody.
+- No splicing: with splicing, HAProxy 2.8 does not notice when a client leaves while it waits for an answer, and the answer would
+  be computed to the end for nobody.
 - No Upgrade header and no CONNECT reaches an ingress, and connections to an ingress are never shared between clients. If the two
   ends disagreed on where a request ends, one client would get another's answer.
 """
@@ -22,19 +22,19 @@ RULES = r"""    http-request return status 405 content-type application/json str
     http-request del-header Upgrade
     http-request del-header HTTP2-Settings
 """  # noqa: E501
-SHARED, OWN = "http-reuse always", "http-reuse never"
+REUSE_SHARED, REUSE_NEVER = "http-reuse always", "http-reuse never"
 SERVER = re.compile(r"^ *server ", re.MULTILINE)
 REUSE = re.compile(r"^ *(http-reuse .*?) *$", re.MULTILINE)
 
 
 class ConfigurationError(Exception):
-    """Ray wrote a configuration that this program does not know how to make safe."""
+    """Ray wrote a configuration that this program cannot make safe."""
 
 
 def hardened(configuration: str) -> str:
-    """Return Ray's configuration with `RULES` in its frontend and a client's connections of its own; the same if it has them.
+    """Return Ray's configuration with `RULES` in its frontend and separate connections for each client. Idempotent.
 
-    Raises `ConfigurationError` where there is no such frontend, or connections are shared in a way that is not known.
+    Raises `ConfigurationError` if there is no such frontend, or if connections are shared in an unknown way.
     """
     if RULES not in configuration:
         configuration, num_frontends = FRONTEND.subn(lambda match: match[0] + RULES, configuration)
@@ -42,18 +42,18 @@ def hardened(configuration: str) -> str:
             raise ConfigurationError(
                 f"the configuration has {num_frontends} frontends 'http_frontend', expected one: is Ray newer?"
             )
-    configuration = configuration.replace(SHARED, OWN)
+    configuration = configuration.replace(REUSE_SHARED, REUSE_NEVER)
     modes = set(REUSE.findall(configuration))
-    # At first Ray has no application to send requests to, and so no mode.
-    if modes - {OWN} or (SERVER.search(configuration) and not modes):
-        raise ConfigurationError(f"the configuration has {sorted(modes)}, expected {SHARED!r} alone: is Ray newer?")
+    # At first Ray has no application to send requests to, and so there is no mode.
+    if modes - {REUSE_NEVER} or (SERVER.search(configuration) and not modes):
+        raise ConfigurationError(f"the configuration has {sorted(modes)}, expected {REUSE_SHARED!r} alone: is Ray newer?")
     return configuration
 
 
 def harden(arguments: Sequence[str]) -> None:
-    """Rewrite the configuration files that HAProxy's arguments name. Raises `ConfigurationError`, `OSError`.
+    """Rewrite the configuration files in HAProxy's arguments. Raises `ConfigurationError`, `OSError`.
 
-    In place, since Ray knows its HAProxy by the file's name in the process's arguments.
+    In place, because Ray recognises its HAProxy by the file's name in the process's arguments.
     """
     for option, value in pairwise(arguments):
         if option == "-f":
@@ -65,7 +65,7 @@ def harden(arguments: Sequence[str]) -> None:
 
 def main() -> None:
     """Become HAProxy, with the same arguments and one more."""
-    os.environ.pop(PATH, None)  # it is this program's
+    os.environ.pop(PATH, None)  # its value is this program
     binary = get_haproxy_binary()
     try:
         harden(sys.argv[1:])

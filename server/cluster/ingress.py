@@ -1,4 +1,7 @@
-"""Takes HTTP requests, and sends each to the replica that has its adapters, or to all. Knows no engine, no model and no Ray."""
+"""The ingress: accepts HTTP requests, and sends each to the replica that has its adapters, or to all.
+
+Knows no engine, model or Ray.
+"""
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,7 +18,7 @@ from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
 from server.cluster.affinity import ANY
-from server.cluster.destination import METRICS, is_for_all, key_in, read_fields
+from server.cluster.destination import METRICS_PATH, affinity_key, is_for_all_replicas, read_fields
 from server.cluster.merged_replies import merged_adapters, merged_metrics
 from server.cluster.refusal import batch_refusal, checked_caller
 from server.cluster.relay import pass_on, portable, whole_body
@@ -28,8 +31,8 @@ from server.transport.request_id import request_id
 
 logger = logging.getLogger(__name__)
 MAX_TRIES = 3
-"""Replicas that a request is sent to, one after the other, where they die before they begin to answer."""
-COME_AGAIN = {"Retry-After": "1"}
+"""Replicas that a request is sent to, one after the other, if they die before they begin to answer."""
+RETRY = {"Retry-After": "1"}
 UPLOAD = ("POST", "/adapters")
 
 
@@ -38,7 +41,7 @@ class ReplicaLostError(Exception):
 
 
 class NoReplicaError(ReplicaLostError):
-    """There is none, nor has been for a while: to ask again at once is no use."""
+    """There is no replica, and has been none for a while. An immediate retry is of no use."""
 
     def __init__(self) -> None:
         super().__init__("no replica is there")
@@ -48,58 +51,66 @@ class Stream(Protocol):
     """An answer, as it comes."""
 
     def __aiter__(self) -> AsyncIterator[Sequence[Message]]:
-        """Yield what there is of it. Raises `ReplicaLostError`; `NoReplicaError` where it has waited for one too long."""
+        """Yield the messages that are there.
+
+        Raises `ReplicaLostError`; `NoReplicaError` if it has waited for a replica too long.
+        """
 
     def cancel(self) -> None:
-        """Says that nobody hears it any more."""
+        """Cancel the request: the client has left."""
 
 
 class Replicas(Protocol):
-    """Those that answer."""
+    """Interface of the replicas that answer."""
 
     def ask(self, scope: Mapping[str, Any], body: bytes, key: str) -> Stream:
         """Return the answer of the replica that has the adapters of `key`. Raises `NoReplicaError`."""
 
     async def ask_all(self, scope: Mapping[str, Any], body: bytes) -> Mapping[str, Sequence[Message]]:
-        """Return the whole answer of each replica, by its name, but of those that are lost or have not joined; of one at
-        least. Raises `ReplicaLostError`."""
+        """Return the whole answer of each replica, by its name, without those that are lost or have not joined.
+
+        There is at least one. Raises `ReplicaLostError`.
+        """
 
     async def watch(self) -> None:
-        """See to it, until it is cancelled, that answers of a replica that can be reached no more raise `ReplicaLostError`,
-        that requests do not wait for one for ever, and that new ones know of what was changed before they came."""
+        """Watch the replicas until cancelled.
+
+        Answers of a replica that can no longer be reached raise `ReplicaLostError`, requests do not wait for a replica for ever,
+        and new replicas learn of the changes before them.
+        """
 
 
 class Ingress:
     """The ASGI application before the replicas.
 
-    Without a key that counts, or for a change an admin's, a request is refused here, as is one that exceeds its tenant's rate:
-    its body is not read, and no replica hears of it. A request that its replica did not begin to answer before it died goes to
-    another one: nobody heard anything of it.
+    A request without a valid key, a change without an admin's key, and a request above its tenant's rate are refused here: their
+    bodies are not read, and no replica gets them. If a replica dies before it begins to answer, the request goes to another one,
+    because the client has seen nothing of it.
     """
 
     def __init__(
         self, replicas: Replicas, keys: KeyRing | None, settings: Settings, base_model: str, num_ingresses: int = 1
     ) -> None:
-        """Take what one server has, and how many ingresses share the rate of each tenant."""
+        """`settings` are those of one server. `num_ingresses` share the rate of each tenant."""
         self._replicas, self._keys, self._base_model = replicas, keys, base_model
-        self._hosts = None if keys else AllowedHosts.of(settings)
+        self._hosts = None if keys else AllowedHosts.from_settings(settings)
         self._rate = RateLimiter(num_ingresses)
         self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
         bodies = Bodies(settings.max_bodies_mib * MIB, settings.max_body_bytes)
         self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads, bodies)
-        self._app: ASGIApp = Cors(self._let_in, settings.cors_origins) if settings.cors_origins else self._let_in
+        self._app: ASGIApp = Cors(self._authorize, settings.cors_origins) if settings.cors_origins else self._authorize
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or runs until it is told to end."""
+        """Answer a request, or run the lifespan."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await self._run_lifespan(receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         else:
             await self._app(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
+    async def _run_lifespan(self, receive: Receive, send: Send) -> None:
         async with anyio.create_task_group() as group:
             if self._keys:
                 group.start_soon(self._keys.watch)
@@ -109,7 +120,7 @@ class Ingress:
                 await send({"type": answer})
             group.cancel_scope.cancel()
 
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _authorize(self, scope: Scope, receive: Receive, send: Send) -> None:
         caller = checked_caller(scope, self._keys, self._rate, opens_metrics=self._opens_metrics, hosts=self._hosts)
         if isinstance(caller, JSONResponse):
             await caller(scope, receive, send)
@@ -120,8 +131,8 @@ class Ingress:
         if (scope["method"], scope["path"]) != UPLOAD:
             await self._read(scope, receive, send)
         elif self._num_received == MAX_RECEIVED:
-            said = f"{MAX_RECEIVED} adapters are being received, which is the limit; try again"
-            await JSONResponse(error_reply(429, "RateLimitError", said, None), 429, COME_AGAIN)(scope, receive, send)
+            message = f"{MAX_RECEIVED} adapters are being received, which is the limit; try again"
+            await JSONResponse(error_reply(429, "RateLimitError", message, None), 429, RETRY)(scope, receive, send)
         else:
             self._num_received += 1
             try:
@@ -140,7 +151,7 @@ class Ingress:
             await self._ask(scope, body, receive, send)
 
     async def _ask(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        if is_for_all(scope["method"], scope["path"]):
+        if is_for_all_replicas(scope["method"], scope["path"]):
             await self._ask_all(portable(scope), body, receive, send)
             return
         key = ANY
@@ -149,13 +160,13 @@ class Ingress:
             if refusal := batch_refusal(scope, scope["state"]["caller"], self._rate, fields):
                 await refusal(scope, receive, send)
                 return
-            key = key_in(fields, self._base_model)
+            key = affinity_key(fields, self._base_model)
         await self._ask_one(portable(scope), body, key, receive, send)
 
     async def _ask_one(self, scope: Mapping[str, Any], body: bytes, key: str, receive: Receive, send: Send) -> None:
         has_begun = False
 
-        async def noted(message: Message) -> None:
+        async def tracked(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
             await send(_without_id(message))
@@ -163,16 +174,16 @@ class Ingress:
         for num_tries in range(1, MAX_TRIES + 1):
             try:
                 answers = self._replicas.ask(scope, body, key)
-                await pass_on(answers, receive, noted, answers.cancel)
+                await pass_on(answers, receive, tracked, answers.cancel)
                 return
             except ReplicaLostError as error:
                 if has_begun:
-                    logger.warning("%s broke off: %s", _said(scope), error)
+                    logger.warning("%s broke off: %s", _request_line(scope), error)
                     raise
                 if num_tries == MAX_TRIES or isinstance(error, NoReplicaError):
-                    await _lost(error, COME_AGAIN)(dict(scope), receive, send)
+                    await _lost(error, RETRY)(dict(scope), receive, send)
                     return
-                logger.warning("%s is sent again: %s", _said(scope), error)
+                logger.warning("%s is sent again: %s", _request_line(scope), error)
             except Exception:  # Ray's are of many kinds
                 if has_begun:
                     raise
@@ -183,38 +194,38 @@ class Ingress:
         try:
             answers = await self._replicas.ask_all(scope, body)
         except ReplicaLostError as error:
-            # Nobody knows what came of a change: a client is not told to make it once more.
-            await _lost(error, COME_AGAIN if scope["method"] == "GET" else {})(dict(scope), receive, send)
+            # The outcome of a change is unknown, so the client is not told to retry.
+            await _lost(error, RETRY if scope["method"] == "GET" else {})(dict(scope), receive, send)
             return
         except Exception:  # noqa: BLE001  # Ray's are of many kinds; the log has it
             await _fail(scope, receive, send)
             return
         if scope["method"] == "GET" and all(_status(answer) == 200 for answer in answers.values()):
-            whole = {name: _body(answer) for name, answer in answers.items()}
-            if scope["path"] == METRICS:
-                texts = {name: body.decode() for name, body in whole.items()}
+            bodies = {name: _body(answer) for name, answer in answers.items()}
+            if scope["path"] == METRICS_PATH:
+                texts = {name: body.decode() for name, body in bodies.items()}
                 reply = Response(await run_in_threadpool(merged_metrics, texts), media_type=CONTENT_TYPE_LATEST)
             else:
-                reply = Response(await run_in_threadpool(merged_adapters, [*whole.values()]), media_type="application/json")
+                reply = Response(await run_in_threadpool(merged_adapters, [*bodies.values()]), media_type="application/json")
             await reply(dict(scope), receive, send)
             return
-        # One that refuses says why; where all agree any will do.
+        # A refusal has the reason; if all replicas agree, any answer will do.
         for message in max(answers.values(), key=_status):
             await send(_without_id(message))
 
 
 async def _fail(scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-    logger.exception("%s failed", _said(scope))
+    logger.exception("%s failed", _request_line(scope))
     reply = error_reply(500, "InternalServerError", "the server failed; its log says why", None)
     await JSONResponse(reply, 500)(dict(scope), receive, send)
 
 
-def _said(scope: Mapping[str, Any]) -> str:
+def _request_line(scope: Mapping[str, Any]) -> str:
     return f"{scope['method']} {scope['path']} request_id={request_id(scope['headers'])!r}"
 
 
 def _without_id(message: Message) -> Message:
-    # Ray puts the request's id into the answer, too.
+    # Ray also puts the request's id into the answer.
     if message["type"] != "http.response.start":
         return message
     return {**message, "headers": [(name, value) for name, value in message["headers"] if name != ID_HEADER]}

@@ -1,8 +1,7 @@
-"""The life of a replica: its start and end, its replies before it has joined and once it is closing, and the absence of all
-replicas.
+"""The life of a replica: its start and end, its replies before it has joined and while it closes, and outages of all replicas.
 
-Ray starts a replica in one of its tasks and ends it in another, and what anyio runs ends only in the task that began it: so an
-application's lifespan has a task of its own. Before a replica has all changes, and while none is there, requests wait, but not
+Ray starts a replica in one of its tasks and ends it in another, but anyio's contexts must end in the task that began them. So an
+application's lifespan has a task of its own. Requests wait while a replica lacks changes, and while there is no replica, but not
 for ever. Knows no Ray.
 """
 
@@ -20,19 +19,19 @@ from server.schemas.errors import error_reply
 logger = logging.getLogger(__name__)
 
 
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 
 
-class Lifespan(Generic[Given]):
-    """Runs `context` from `start` to `end`, which any tasks may call, each once."""
+class Lifespan(Generic[Value]):
+    """The life of `context`, from `start` to `end`. Any task may call each of them, once."""
 
-    def __init__(self, context: AbstractAsyncContextManager[Given]) -> None:
+    def __init__(self, context: AbstractAsyncContextManager[Value]) -> None:
         self._context = context
-        self._is_to_end = asyncio.Event()
+        self._should_end = asyncio.Event()
 
-    async def start(self) -> Given:
-        """Return what the context gives. Raises what it raises."""
-        started: asyncio.Future[Given] = asyncio.get_running_loop().create_future()
+    async def start(self) -> Value:
+        """Return the context's value. Raises what the context raises."""
+        started: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
         self._running = asyncio.create_task(self._run(started))
         either: set[asyncio.Future[Any]] = {started, self._running}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -41,24 +40,24 @@ class Lifespan(Generic[Given]):
         return await started
 
     def check(self) -> None:
-        """Raise what the context has raised since it was entered, if anything."""
+        """Raise the error that the context has raised since it was entered, if any."""
         if self._running.done():
             self._running.result()
 
     async def end(self) -> None:
-        """Leave the context. Raises what it raises, or has raised since it was entered."""
-        self._is_to_end.set()
+        """Leave the context. Raises what the context raises, or has raised since it was entered."""
+        self._should_end.set()
         await self._running
 
-    async def _run(self, started: asyncio.Future[Given]) -> None:
-        async with self._context as given:
-            started.set_result(given)
-            await self._is_to_end.wait()
+    async def _run(self, started: asyncio.Future[Value]) -> None:
+        async with self._context as value:
+            started.set_result(value)
+            await self._should_end.wait()
 
 
 PROBED = ("/health", "/ping", "/ready", "/metrics")
 JOIN_S = 10.0
-"""How long a request waits for its replica to join."""
+"""Seconds that a request waits for its replica to join."""
 
 
 def _refusal(message: str) -> JSONResponse:
@@ -70,10 +69,10 @@ BEHIND = _refusal("the replica does not know yet which adapters were changed whi
 
 
 class Lifecycle:
-    """An ASGI application before another one: requests wait until the replica has joined, and are refused once it is closed.
+    """ASGI middleware: requests wait until the replica has joined, and are refused once it is closed.
 
-    What asks how the replica is, `PROBED`, is answered at any time. No more than `max_waiting` requests wait; others are told to
-    come again: each has one of Ray's places, and who lets the replica join needs one.
+    The probes of `PROBED` are answered at any time. At most `max_waiting` requests wait; others are told to retry. Each has one
+    of Ray's places, and the call that lets the replica join needs one, too.
     """
 
     def __init__(self, app: ASGIApp, max_waiting: int) -> None:
@@ -82,11 +81,11 @@ class Lifecycle:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        app = self._app if scope["path"] in PROBED else await self._chosen()
+        app = self._app if scope["path"] in PROBED else await self._choose_app()
         await app(scope, receive, send)
 
-    async def _chosen(self) -> ASGIApp:
-        # It may not have heard of an adapter that is there, or have one that is not.
+    async def _choose_app(self) -> ASGIApp:
+        # Before it has joined, a replica may lack an adapter, or have one that was deleted.
         if not (self.joined.is_set() or self.is_closed) and self._num_waiting < self._max_waiting:
             self._num_waiting += 1
             try:
@@ -100,24 +99,24 @@ class Lifecycle:
 
 
 WAIT_S = 30.0
-"""Of an absence, how long requests wait for its end. What asks how the server is does not wait: who asks wants to know it."""
+"""Seconds of an outage for which requests wait for its end. Probes do not wait: they must show the outage."""
 
 
-class Absence:
-    """The time in which no replica is there; before the first one came there is none: that is the start."""
+class Outage:
+    """An outage: the time without any replica. The time before the first replica, the start, is none."""
 
     def __init__(self) -> None:
-        self._is_begun = False
+        self._has_begun = False
         self._since: float | None = None
 
-    def note(self, *, is_there: bool) -> None:
-        """Take whether a replica is there at the moment."""
-        if is_there:
-            self._is_begun, self._since = True, None
-        elif self._is_begun and self._since is None:
+    def update(self, *, has_replica: bool) -> None:
+        """Update whether there is a replica now."""
+        if has_replica:
+            self._has_begun, self._since = True, None
+        elif self._has_begun and self._since is None:
             self._since = anyio.current_time()
             logger.warning("no replica is there; requests wait for %g s, others are told to come again", WAIT_S)
 
     def is_too_long(self, path: str) -> bool:
-        """Return whether a request of this path waits no more."""
+        """Return whether a request of this path no longer waits."""
         return self._since is not None and (path in PROBED or anyio.current_time() - self._since >= WAIT_S)

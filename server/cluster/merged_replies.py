@@ -1,4 +1,4 @@
-"""Replies of several replicas merged into one server's: metrics labelled by replica, and adapters with the figures of all."""
+"""Replies of several replicas merged into one: metrics labelled by replica, and adapters with the totals of all."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ LABEL = "replica"
 
 
 def merged_metrics(texts: Mapping[str, str]) -> bytes:
-    """Return the samples of `texts`, which are in Prometheus's format, by the name of the replica that each is of."""
+    """Return the samples of `texts`, in Prometheus's format, labelled with the names of their replicas."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Texts(texts))
     return generate_latest(registry)
@@ -29,40 +29,40 @@ class _Texts(Collector):
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
         for replica, text in self._texts.items():
-            for found in text_string_to_metric_families(text):
-                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
-                for sample in found.samples:
+            for parsed in text_string_to_metric_families(text):
+                family = families.setdefault(parsed.name, Metric(parsed.name, parsed.documentation, parsed.type))
+                for sample in parsed.samples:
                     family.add_sample(sample.name, {**sample.labels, LABEL: replica}, sample.value)
         yield from families.values()
 
 
 TIERS = ("disk", "loaded", "resident")
-"""From far to near."""
+"""From the slowest to the fastest."""
 
 
 def merged_adapters(answers: Sequence[bytes]) -> bytes:
-    """Return the replicas' replies to `GET /adapters`, or of one adapter, as one: the first, with the figures of all.
+    """Return the replicas' replies to `GET /adapters`, or for one adapter, as one: the first, with the totals of all.
 
-    Uses are summed; an adapter is where it is nearest, with the bytes that it has there, and pinned where one has it so. What is
-    damaged for one of them is listed as faulty.
+    Uses are summed. An adapter has the fastest tier of all, its bytes there, and is pinned if one replica has pinned it. An
+    adapter that is damaged for one replica is listed as faulty.
     """
     first, *others = map(json.loads, answers)
-    of_others = {(row["name"], row["version"]): list[dict[str, Any]]() for row in _rows(first)}
+    other_rows = {(row["name"], row["version"]): list[dict[str, Any]]() for row in _rows(first)}
     for document in others:
         for row in _rows(document):
-            of_others.get((row["name"], row["version"]), []).append(row)
+            other_rows.get((row["name"], row["version"]), []).append(row)
     for row in _rows(first):
-        _merge(row, [row, *of_others[row["name"], row["version"]]])
+        _merge(row, [row, *other_rows[row["name"], row["version"]]])
     if "faulty" in first:
         first["faulty"] = _faulty([first, *others])
     return json.dumps(first, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _faulty(documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    faults: dict[str, dict[str, None]] = {}  # as a set, in order
+    faults: dict[str, dict[str, None]] = {}  # as an ordered set
     for row in (row for document in documents for row in document.get("faulty", ())):
         faults.setdefault(row["name"], {}).update(dict.fromkeys(row["faults"]))
-    return [{"name": name, "faults": [*found]} for name, found in sorted(faults.items())]
+    return [{"name": name, "faults": [*row_faults]} for name, row_faults in sorted(faults.items())]
 
 
 def _rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -70,10 +70,10 @@ def _rows(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _merge(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    row["tier"] = max((of["tier"] for of in rows), key=TIERS.index)
-    row["is_pinned"] = any(of["is_pinned"] for of in rows)
+    row["tier"] = max((other["tier"] for other in rows), key=TIERS.index)
+    row["is_pinned"] = any(other["is_pinned"] for other in rows)
     for name in ("bytes_loaded", "bytes_resident"):
-        row[name] = max(of[name] for of in rows)
+        row[name] = max(other[name] for other in rows)
     for name, together in (("num_using", sum), ("num_requests", sum), ("last_used", max)):
-        known = [of[name] for of in rows if of[name] is not None]  # of some callers' none is
-        row[name] = together(known) if known else None
+        values = [other[name] for other in rows if other[name] is not None]  # None for some callers
+        row[name] = together(values) if values else None

@@ -1,4 +1,4 @@
-"""The program `python -m server.cluster`: reads its flags, says that it starts, and only then imports Ray and starts it."""
+"""The program `python -m server.cluster`: reads its flags, logs that it starts, and only then imports Ray and starts it."""
 
 import logging
 import signal
@@ -27,7 +27,7 @@ OnSignal = Callable[[int, FrameType | None], None]
 
 
 def run() -> int:
-    """Serve until SIGTERM or SIGINT; running requests may end first. Return the exit code."""
+    """Serve until SIGTERM or SIGINT, after which running requests may end. Return the exit code."""
     configure_log("text")
     signals = SimpleQueue[int]()
 
@@ -35,13 +35,13 @@ def run() -> int:
         signals.put(number)
         sys.exit(0)
 
-    signal.signal(signal.SIGTERM, end)  # until it is ready
+    signal.signal(signal.SIGTERM, end)  # until the cluster is ready
     try:
         _serve(_checked(), signals, end)
     except SystemExit:
         if signals.empty():
             raise
-        return 0  # Ray makes another code of it
+        return 0  # Ray would change the exit code
     except ExposedError as error:
         print(printable_lines(f"error: {error}"), file=sys.stderr)
         return 2
@@ -55,7 +55,7 @@ def run() -> int:
 
 
 def _checked() -> ClusterSettings:
-    """Return the settings, when all was checked that each process of Ray's would say after a minute, on many lines."""
+    """Return the settings, after the checks whose errors each of Ray's processes would report after a minute, on many lines."""
     settings = read_arguments(ClusterSettings, GROUPS)
     configure_start(settings.log_format)
     check_start(settings)

@@ -1,6 +1,6 @@
-"""An ASGI request and its answer, relayed from one process to another: the one that was asked, and the one that answers.
+"""Relay of an ASGI request and its answer between the process that accepted it and the process that answers.
 
-The body goes whole; the answer comes as it is made, a list of messages at a time. Knows no Ray.
+The body is sent as a whole; the answer comes as it is made, in lists of messages. Knows no Ray.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ PORTABLE = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers", "client",
     "server",
 )  # fmt: skip
-"""What of a scope means anything in another process."""
-HEAD = "http.response.start"
+"""Keys of a scope that are meaningful in another process."""
+RESPONSE_START = "http.response.start"
 Answers = AsyncIterable[Sequence[Message]]
 
 
 def portable(scope: Scope) -> Mapping[str, Any]:
-    """Return what of `scope` is sent with a request."""
+    """Return the part of `scope` that is sent with a request."""
     return {key: scope[key] for key in PORTABLE if key in scope}
 
 
 async def whole_body(receive: Receive) -> bytes | None:
-    """Return the request's body; None where the client left before it was whole."""
+    """Return the request's body; None if the client leaves before it is complete."""
     parts = []
     while True:
         message = await receive()
@@ -36,22 +36,22 @@ async def whole_body(receive: Receive) -> bytes | None:
 
 
 async def pass_on(answers: Answers, receive: Receive, send: Send, cancel: Callable[[], None]) -> None:
-    """Send what `answers` brings to the client; where that leaves before the end, calls `cancel` and returns.
+    """Send the messages of `answers` to the client. If the client leaves before the end, call `cancel` and return.
 
     Raises what `answers` raises.
     """
-    left = asyncio.ensure_future(_until_left(receive))
+    disconnected = asyncio.ensure_future(_until_disconnect(receive))
     sending = asyncio.ensure_future(_send_all(answers, send))
     try:
-        await asyncio.wait({left, sending}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({disconnected, sending}, return_when=asyncio.FIRST_COMPLETED)
         if sending.done():
             sending.result()
     finally:
         if not sending.done():
             cancel()
-        for task in (left, sending):
+        for task in (disconnected, sending):
             task.cancel()
-        await asyncio.gather(left, sending, return_exceptions=True)
+        await asyncio.gather(disconnected, sending, return_exceptions=True)
 
 
 async def _send_all(answers: Answers, send: Send) -> None:
@@ -60,15 +60,16 @@ async def _send_all(answers: Answers, send: Send) -> None:
             await send(message)
 
 
-async def _until_left(receive: Receive) -> None:
+async def _until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequence[Message], None]:
-    """Yield what `app` answers to a relayed request, all messages that are there at a time; the head with what follows it.
+    """Yield the answer of `app` to a relayed request, as lists of the messages that are there. The headers come with the next
+    message.
 
-    Closing it tells `app` that the client has left, and waits until it is done. Raises what `app` raises.
+    Closing the generator tells `app` that the client has left, and waits until `app` is done. Raises what `app` raises.
     """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     is_read, has_left = False, asyncio.Event()
@@ -82,7 +83,7 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequ
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        if not has_left.is_set():  # what nobody hears is dropped, as servers do
+        if not has_left.is_set():  # messages for a client that has left are dropped, as servers do
             sent.put_nowait(message)
 
     async def run() -> None:
@@ -95,7 +96,7 @@ async def answer(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[Sequ
     try:
         while (message := await sent.get()) is not None:
             messages = [message]
-            while message and (message["type"] == HEAD or not sent.empty()):
+            while message and (message["type"] == RESPONSE_START or not sent.empty()):
                 if message := await sent.get():
                     messages.append(message)
             yield messages

@@ -1,4 +1,4 @@
-"""One engine with the whole HTTP application before it, in an actor of Ray's: it answers requests that others took."""
+"""A replica: one engine with the whole HTTP application, in a Ray actor. It answers relayed requests."""
 
 import logging
 import sys
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """Answers relayed requests. Ray makes it, asks after its health, and ends it when its requests have ended."""
+    """The actor that answers relayed requests. Ray creates it, checks its health, and ends it when its requests have ended."""
 
     async def __init__(self, settings: Settings, num_ingresses: int) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Load everything, to answer what so many ingresses send. Raises as `load_service` and `start_tracing`."""
-        from server.app import create_app  # noqa: PLC0415  # who only starts replicas, or sends them requests, needs no torch
+        """Load everything. `num_ingresses` send requests to the replica. Raises as `load_service` and `start_tracing`."""
+        from server.app import create_app  # noqa: PLC0415  # processes that only start or use replicas need no torch
         from server.loading import load_service  # noqa: PLC0415
 
-        # Ray's own place for it loses lines.
+        # Ray's own redirection of standard error loses lines.
         configure_log(settings.log_format, sys.__stderr__, replica=_own_name())
         self._tracing = start_tracing(settings.otlp_traces_endpoint)
         self._service = await run_in_threadpool(load_service, settings, num_ingresses)
@@ -39,7 +39,7 @@ class Replica:
         self._running = Lifespan(self._app.router.lifespan_context(self._app))
         self._state = await self._running.start()
         self._lifecycle, self._joining = Lifecycle(self._app, settings.max_requests), anyio.Lock()
-        self._num_asked = 0
+        self._num_under_way = 0
 
     async def asgi(
         self,
@@ -48,28 +48,28 @@ class Replica:
         key: str = "",  # noqa: ARG002  # the router reads it
     ) -> AsyncGenerator[Sequence[Message], None]:
         """Yield the answer to a request, see `relay.answer` and `Lifecycle`."""
-        async with aclosing(self._answered(scope, body)) as answers:
+        async with aclosing(self._relayed(scope, body)) as answers:
             async for messages in answers:
                 yield messages
 
     async def whole(self, scope: Mapping[str, Any], body: bytes) -> tuple[str, Sequence[Message]]:
-        """Return the replica's name, and its whole answer to a request that all replicas hear.
+        """Return the replica's name, and its whole answer to a request that all replicas get.
 
-        That of one that has not joined yet is empty, but to what asks how it is.
+        Before the replica has joined, the answer is empty, except to probes.
         """
         if scope["path"] not in PROBED and not self._lifecycle.joined.is_set():
             return _own_name(), []
-        messages = [message async for some in self._answered(scope, body) for message in some]
+        messages = [message async for batch in self._relayed(scope, body) for message in batch]
         return _own_name(), messages
 
     async def beat(self) -> tuple[bool, Collection[str]]:
-        """Return whether this replica has joined, and what is pinned here; or the caller learns that it cannot be reached."""
+        """Return whether this replica has joined, and its pinned names. The call itself shows whether it can be reached."""
         return self._lifecycle.joined.is_set(), [*self._service.admin.pins]
 
     async def join(self, pins: Collection[str]) -> None:
-        """Make good what was changed since this replica read the store; from now on it hears of changes. `pins`: the others'.
+        """Catch up with the changes since this replica read the store. From now on it gets changes itself.
 
-        Raises `StoreError` where the store fails: it has not joined then.
+        `pins` are those of the other replicas. Raises `StoreError` if the store fails; the replica has then not joined.
         """
         from server.catalog.admin import catch_up  # noqa: PLC0415  # see `__init__`
 
@@ -79,39 +79,39 @@ class Replica:
             self._lifecycle.joined.set()
 
     def retire(self) -> None:
-        """Have /ready say that it is not; requests are answered as before."""
+        """Make /ready report that the replica is not ready. Requests are answered as before."""
         self._service.is_draining = True
 
     def close(self) -> int:
-        """Have new requests refused, too; returns how many are under way."""
+        """Refuse new requests, too. Return the number of requests under way."""
         self.retire()
         self._lifecycle.is_closed = True
-        return self._num_asked
+        return self._num_under_way
 
     def check_health(self) -> None:
-        """Raise where the engine, or a task beside the requests, has ended: Ray then puts another replica in this one's place.
+        """Raise if the engine, or a background task, has ended: Ray then replaces this replica.
 
-        One that is to end is sound.
+        A replica that is about to end is healthy.
         """
         self._service.check_alive()
         self._running.check()
 
     async def __del__(self) -> None:
-        """End the engine, and sends the traces that are left."""
+        """End the engine, and send the traces that are left."""
         try:
             await self._running.end()
         finally:
             if self._tracing:
                 await run_in_threadpool(self._tracing.stop)
 
-    async def _answered(self, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Sequence[Message], None]:
-        self._num_asked += 1
+    async def _relayed(self, scope: Mapping[str, Any], body: bytes) -> AsyncGenerator[Sequence[Message], None]:
+        self._num_under_way += 1
         try:
             async with aclosing(answer(self._lifecycle, {**scope, "state": dict(self._state or {})}, body)) as answers:
                 async for messages in answers:
                     yield messages
         finally:
-            self._num_asked -= 1
+            self._num_under_way -= 1
 
 
 def _own_name() -> str:

@@ -1,4 +1,4 @@
-"""Replies as examples, by the route's name: what the API's description shows of them."""
+"""Example replies of the API's description, by the name of the route."""
 
 from typing import Any
 

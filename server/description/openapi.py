@@ -1,5 +1,6 @@
-"""The API's description at /openapi.json, and the methods of a path (RFC 9110, section 15.5.6). Knows the wire, not how it is
-answered.
+"""The API's description at /openapi.json, and the methods of a path (RFC 9110, section 15.5.6).
+
+Knows the wire, but no handler.
 """
 
 import re
@@ -23,9 +24,14 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def allowed_methods(request: Request) -> list[str]:
-    """Return the methods of the request's path. The framework knows those of one route alone, and a path can have several."""
+    """Return the methods of the request's path.
+
+    The framework only knows those of one route, and a path can have several routes.
+    """
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
-    return [method for method, scope in scopes.items() if any(of.matches(scope)[0] is Match.FULL for of in request.app.routes)]
+    return [
+        method for method, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    ]
 
 
 DESCRIPTION = """
@@ -46,16 +52,16 @@ TAGS = (
 )
 REQUEST_ID = {"description": "The request's own X-Request-ID, or a new one: the log has it, too", "schema": {"type": "string"}}
 EVENTS = (TokenData, DoneData, ChatChunk, ErrorReply)
-"""What streams hold: FastAPI does not see them."""
+"""Events of streams, which FastAPI does not see."""
 KEY = "key"
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 CODE = re.compile("`([^`]+)`")
-FASTAPIS = "HTTPValidationError"
-"""Its own answer to a body that is not sound, which is 400 here."""
+FASTAPI_ERROR = "HTTPValidationError"
+"""FastAPI's answer to a body that is not sound, which is 400 here."""
 
 
 class Api(FastAPI):
-    """The application, with its description."""
+    """The FastAPI application, with its description."""
 
     def __init__(self, lifespan: Lifespan[Any], *, has_keys: bool) -> None:
         super().__init__(
@@ -64,7 +70,7 @@ class Api(FastAPI):
             summary="One base model, many LoRI adapters, merged in every request.",
             description=DESCRIPTION.strip(),
             license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            openapi_tags=[{"name": name, "description": said} for name, said in TAGS],
+            openapi_tags=[{"name": name, "description": text} for name, text in TAGS],
             generate_unique_id_function=_operation_id,
             docs_url=None,  # routes/docs.py has a viewer that loads nothing from elsewhere
             redoc_url=None,
@@ -73,7 +79,7 @@ class Api(FastAPI):
         )
         self._has_keys = has_keys
         self.described: list[tuple[str, str]] = []
-        """Method and path of each route that clients may ask."""
+        """Method and path of each route in the description."""
         self._document: dict[str, Any] | None = None
 
     def include(self, router: APIRouter, tag: str, responses: Responses) -> None:
@@ -83,7 +89,7 @@ class Api(FastAPI):
         self.described += [(method, route.path_format) for route in routes for method in sorted(route.methods or ())]
 
     def openapi(self) -> dict[str, Any]:
-        """Return the description."""
+        """Return the OpenAPI document."""
         if self._document is None:
             self._document = _exact(super().openapi())
             _complete(self._document, self._has_keys)
@@ -95,45 +101,45 @@ def _operation_id(route: APIRoute) -> str:
 
 
 def _exact(part: Any) -> Any:
-    # FastAPI writes bounds as floats: 2**63 as 9.223372036854776e18, which is more.
+    # FastAPI writes bounds as floats: 2**63 becomes 9.223372036854776e18, which is larger.
     if isinstance(part, dict):
         return {key: int(value) if key in BOUNDS and value == int(value) else _exact(value) for key, value in part.items()}
-    return [_exact(of) for of in part] if isinstance(part, list) else part
+    return [_exact(item) for item in part] if isinstance(part, list) else part
 
 
 def _complete(document: dict[str, Any], has_keys: bool) -> None:
     components = document["components"]
-    _, events = models_json_schema([(of, "serialization") for of in EVENTS], ref_template="#/components/schemas/{model}")
+    _, events = models_json_schema([(event, "serialization") for event in EVENTS], ref_template="#/components/schemas/{model}")
     components["schemas"] |= events["$defs"]
-    for unused in (FASTAPIS, "ValidationError"):
+    for unused in (FASTAPI_ERROR, "ValidationError"):
         components["schemas"].pop(unused, None)
     components["headers"] = {"X-Request-ID": REQUEST_ID}
     if has_keys:
-        said = "A key that the operator made with `python -m server.keys`."
-        components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer", "description": said}}
+        text = "A key that the operator made with `python -m server.keys`."
+        components["securitySchemes"] = {KEY: {"type": "http", "scheme": "bearer", "description": text}}
     for path, operations in document["paths"].items():
         for operation in operations.values():
             _complete_operation(operation, has_keys=has_keys, is_public=is_open(path))
 
 
 def _complete_operation(operation: dict[str, Any], *, has_keys: bool, is_public: bool) -> None:
-    # The first paragraph of a route's docstring is its summary, which OpenAPI has as plain text, unlike the description.
+    # The first paragraph of a route's docstring is its summary. OpenAPI's summaries are plain text, unlike its descriptions.
     summary, _, rest = operation.pop("description", "").partition("\n\n")
     operation["summary"] = CODE.sub(r"“\1”", summary).rstrip(".")
     if rest:
         operation["description"] = rest
     responses = operation["responses"]
-    if "422" in responses and FASTAPIS in str(responses["422"]):
+    if "422" in responses and FASTAPI_ERROR in str(responses["422"]):
         del responses["422"]
     if not has_keys:
-        responses |= {str(status): said for status, said in refusals(421).items()}
+        responses |= {str(status): refusal for status, refusal in refusals(421).items()}
     elif not is_public:
         operation["security"] = [{KEY: []}]
-        responses |= {str(status): said for status, said in refusals(401, 403, 429).items()}
+        responses |= {str(status): refusal for status, refusal in refusals(401, 403, 429).items()}
     operation["responses"] = dict(sorted(responses.items()))
     for status, response in responses.items():
         is_reply = status.startswith("2")
-        # Only now: FastAPI takes the nulls out of what it is told.
+        # Only now, because FastAPI removes nulls from examples.
         for content in [*response.get("content", {}).values()][:1]:
             content.setdefault("example", REPLIES.get(operation["operationId"]) if is_reply else refusal_example(int(status)))
         response["headers"] = {"X-Request-ID": {"$ref": "#/components/headers/X-Request-ID"}} | response.get("headers", {})

@@ -1,4 +1,4 @@
-"""What routes answer beside their replies, as the API's description has it: refusals, failures, streams."""
+"""Responses of routes besides their replies, for the API's description: refusals, failures, streams."""
 
 from typing import Any
 
@@ -50,46 +50,51 @@ REFUSALS: dict[int, tuple[str, str, str, str | None]] = {
     503: ("The engine is not running", "ServiceUnavailableError", "the engine is not running", None),
     504: ("The answer was not done within `timeout_s`", "TimeoutError", "not done within 30 s", None),
 }
-"""What a status says, with the type, the message and the field of an example."""
+"""By status: its description, and the type, the message and the field of an example."""
 GENERATING = (400, 404, 408, 413, 422, 429, 503, 504)
-"""What a route that generates may answer."""
+"""Statuses of routes that generate."""
 ADMINISTERING = (400, 403, 404, 408, 409, 413, 429, 503)
-"""What a route that changes adapters may answer."""
+"""Statuses of routes that change adapters."""
 
 
 def refusals(*statuses: int) -> Responses:
-    """Return what is said of statuses whose body is an error."""
+    """Return the descriptions of statuses whose body is an error."""
     return {status: _refusal(status) for status in statuses}
 
 
 def _refusal(status: int) -> dict[str, Any]:
-    said, *_ = REFUSALS[status]
-    found: dict[str, Any] = {"description": said, "content": {"application/json": {"schema": {"$ref": reference(ErrorReply)}}}}
-    return found | {"headers": RETRY_AFTER} if status in (429, 503) else found
+    description, *_ = REFUSALS[status]
+    response: dict[str, Any] = {
+        "description": description,
+        "content": {"application/json": {"schema": {"$ref": reference(ErrorReply)}}},
+    }
+    return response | {"headers": RETRY_AFTER} if status in (429, 503) else response
 
 
 def refusal_example(status: int) -> dict[str, Any]:
-    """Return an error of this status."""
+    """Return an example of an error with this status."""
     _, kind, message, param = REFUSALS[status]
     return error_reply(status, kind, message, param)
 
 
-def reference(of: type[BaseModel]) -> str:
-    """Return where the description has a schema."""
-    return f"#/components/schemas/{of.__name__}"
+def reference(model: type[BaseModel]) -> str:
+    """Return the reference to a schema in the description."""
+    return f"#/components/schemas/{model.__name__}"
 
 
 def streams(example: str, *events: tuple[str, type[BaseModel]]) -> Responses:
-    """Return what is said of a stream of `events`, each a name and its data; without a name they are OpenAI's, after which comes
-    `[DONE]`."""
-    items = [_event(name, of) for name, of in events]
+    """Return the description of a stream of `events`, each a name and its data.
+
+    Without names, the events are OpenAI's, and `[DONE]` comes at the end.
+    """
+    items = [_event(name, model) for name, model in events]
     if not events[0][0]:
         items.append({"type": "object", "required": ["data"], "properties": {"data": {"const": "[DONE]"}}})
-    said = {"itemSchema": {"oneOf": items}, "example": example}
-    return {200: {"description": "The whole reply, or with `stream` its events", "content": {"text/event-stream": said}}}
+    content = {"itemSchema": {"oneOf": items}, "example": example}
+    return {200: {"description": "The whole reply, or with `stream` its events", "content": {"text/event-stream": content}}}
 
 
-def _event(name: str, of: type[BaseModel]) -> dict[str, Any]:
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": reference(of)}}
+def _event(name: str, model: type[BaseModel]) -> dict[str, Any]:
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"$ref": reference(model)}}
     named = {"event": {"const": name}} if name else {}
     return {"type": "object", "required": [*named, "data"], "properties": {**named, "data": data}}

@@ -1,4 +1,7 @@
-"""One turn of the loop: plan, forward, sample, commit. Synchronous; one thread owns it and everything below it."""
+"""The engine loop's step: plan, forward, sample, commit.
+
+Synchronous. One thread owns the engine and everything below it.
+"""
 
 import logging
 import time
@@ -12,16 +15,16 @@ from server.engine.model.runner import Runner
 from server.engine.request import Chunk, ErrorEvent, ErrorKind, FinishReason, Request, Sequence
 from server.engine.sampling.grammars import Grammars
 from server.engine.sampling.sampler import Sampler
-from server.engine.scheduling.kv_cache import must_score
+from server.engine.scheduling.kv_cache import needs_prompt_logprobs
 from server.engine.scheduling.scheduler import Scheduler
-from server.engine.step import Emit, Outcome, Reply, Stopwatch, Turn
+from server.engine.step import ChunkOutput, Emit, Reply, StepExecutor, Stopwatch
 
 logger = logging.getLogger(__name__)
 OVERFLOW = "the model's numbers overflow under these adapters and weights"
 
 
 class Engine:
-    """Runs requests together; each hears its own events through the `emit` it came with."""
+    """An engine that runs requests together. Each request's events go to the `emit` that it was submitted with."""
 
     def __init__(
         self,
@@ -36,57 +39,57 @@ class Engine:
         self.scheduler, self.tiers, self.clock = scheduler, tiers, clock
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
-        self._turn = Turn(runner, Sampler(self._stop_ids, grammars))
+        self._executor = StepExecutor(runner, Sampler(self._stop_ids, grammars))
         self._replies: dict[Sequence, Reply] = {}
         self._by_id: dict[str, list[Sequence]] = {}
 
     def submit(self, request: Request, emit: Emit) -> None:
-        """Queue a request."""
+        """Queue a request. Its timeout begins now."""
         deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.num_choices)]
         self._by_id[request.id] = sequences
-        self.tiers.expect(request)
+        self.tiers.add_request(request)
         for sequence in sequences:
             self._replies[sequence] = Reply(sequence, emit, self._tokenizer, self._stop_ids, Stopwatch(self.clock))
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Mark a request: the next step frees all that it owns. One that has ended is none of our business."""
+        """Mark a request as aborted; the next step frees its blocks and adapters. Does nothing if the request has ended."""
         for sequence in self._by_id.get(request_id, ()):
             self.scheduler.abort(sequence)
 
     @property
     def can_step(self) -> bool:
-        """Whether a step would do anything now; if not, a command, a deadline or the arrival of an adapter will change it."""
+        """Whether a step would do anything now. If not, a command, a deadline or the arrival of an adapter changes that."""
         return self.scheduler.can_step
 
     def time_left(self) -> float | None:
-        """Return the seconds until a deadline makes a step do something; None where no request has one."""
+        """Return the seconds until the next deadline, at least 0; None if no request has a deadline."""
         deadline = self.scheduler.next_deadline
         return None if deadline is None else max(0.0, deadline - self.clock())
 
     def wake(self) -> None:
-        """Make the next step look again: an adapter was read."""
+        """Make the next step check the waiting sequences again, because an adapter was loaded."""
         self.scheduler.wake()
 
     def step(self) -> None:
-        """Free what was aborted or is too late, then computes one batch and sends its events."""
-        self._drop()
+        """Drop aborted and expired requests, compute one batch, and send its events."""
+        self._drop_ended()
         chunks = self.scheduler.plan()
         self._fail_unservable()
         chunks = [chunk for chunk in chunks if chunk.sequence in self._replies]
         if chunks:
             for chunk in chunks:
                 self._replies[chunk.sequence].stopwatch.begin()
-            for outcome in self._compute(chunks):
-                self._commit_alone(outcome)
+            for output in self._compute(chunks):
+                self._commit_safely(output)
 
-    def _drop(self) -> None:
+    def _drop_ended(self) -> None:
         if self.tiers.collect():
             self.scheduler.wake()
         self._fail_unservable()
         for sequence in self.scheduler.drop_aborted():
-            self._end(sequence, "cancelled")
+            self._finish(sequence, "cancelled")
         now = self.clock()
         self.scheduler.raise_overdue(now)
         for sequence in self.scheduler.drop_expired(now):
@@ -98,67 +101,67 @@ class Engine:
             if sequence in self._replies:
                 self._fail(sequence, reason, "adapter")
 
-    def _compute(self, chunks: Items[Chunk]) -> list[Outcome]:
-        # What one request's data breaks fails that request: each is tried alone.
+    def _compute(self, chunks: Items[Chunk]) -> list[ChunkOutput]:
+        # An error in a batch may come from one request's data. Each chunk is tried alone, so that only its request fails.
         try:
-            return self._turn.compute(chunks)
+            return self._executor.compute(chunks)
         except Exception as error:
-            if self._turn.runner.is_broken(error):
+            if self._executor.runner.is_broken(error):
                 raise
             logger.exception("a step of %d requests failed", len(chunks))
             if len(chunks) == 1:
                 self._fail(chunks[0].sequence, f"the step failed: {error!r}", "engine")
                 return []
-            return [outcome for chunk in chunks if chunk.sequence in self._replies for outcome in self._compute([chunk])]
+            return [output for chunk in chunks if chunk.sequence in self._replies for output in self._compute([chunk])]
 
-    def _commit_alone(self, outcome: Outcome) -> None:
+    def _commit_safely(self, output: ChunkOutput) -> None:
         try:
-            self._commit(outcome)
-        except Exception as error:  # the words of one request are no reason to end the others
+            self._commit(output)
+        except Exception as error:  # an error in one reply must not end the other requests
             logger.exception("what a step said to a request failed")
-            if outcome.chunk.sequence in self._replies:
-                self._fail(outcome.chunk.sequence, f"the step failed: {error!r}", "engine")
+            if output.chunk.sequence in self._replies:
+                self._fail(output.chunk.sequence, f"the step failed: {error!r}", "engine")
 
-    def _commit(self, outcome: Outcome) -> None:
-        chunk, token = outcome.chunk, outcome.token
+    def _commit(self, output: ChunkOutput) -> None:
+        chunk, token = output.chunk, output.token
         sequence = chunk.sequence
         if sequence not in self._replies:
-            return  # another choice of its request has failed
-        if not outcome.is_sound:
-            self._fail(sequence, outcome.fault or OVERFLOW, "grammar" if outcome.fault and sequence.request.grammar else "engine")
+            return  # another choice of the same request has failed
+        if not output.is_valid:
+            self._fail(sequence, output.fault or OVERFLOW, "grammar" if output.fault and sequence.request.grammar else "engine")
             return
-        if must_score(sequence):
-            logprobs = self._replies[sequence].prompt_logprobs(chunk.start + 1, outcome.prompt_scores)
+        if needs_prompt_logprobs(sequence):
+            logprobs = self._replies[sequence].prompt_logprobs(chunk.start + 1, output.prompt_logprobs)
             for other in self._by_id[sequence.request.id]:
-                self._replies[other].note_prompt(logprobs)
+                self._replies[other].add_prompt_logprobs(logprobs)
         self.scheduler.commit(chunk, token)
         reply = self._replies[sequence]
-        reply.begin()
+        reply.emit_prompt()
         reason: FinishReason | None = None
         if token is not None:
-            reason = reply.take(token, outcome.score)
+            reason = reply.add_token(token, output.logprobs)
         elif sequence.request.max_tokens == 0 and chunk.stop == sequence.num_tokens:
             reason = "length"
         if reason:
             self.scheduler.finish(sequence)
-            self._end(sequence, reason)
+            self._finish(sequence, reason)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._replies[sequence].end(reason)
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._replies[sequence].finish(reason)
         del self._replies[sequence]
-        left = self._by_id[sequence.request.id]
-        left.remove(sequence)
-        if not left:
+        remaining = self._by_id[sequence.request.id]
+        remaining.remove(sequence)
+        if not remaining:
             del self._by_id[sequence.request.id]
-            self.tiers.release(sequence.request)
+            self.tiers.finish_request(sequence.request)
 
     def _fail(self, sequence: Sequence, message: str, kind: ErrorKind) -> None:
-        # With one choice the whole request fails.
+        # If one choice fails, the whole request fails.
         choices = self._by_id.pop(sequence.request.id)
         emit = self._replies[sequence].emit
         for other in choices:
             del self._replies[other]
             if other in self.scheduler.running or other in self.scheduler.waiting:
                 self.scheduler.finish(other)
-        self.tiers.release(sequence.request)
+        self.tiers.finish_request(sequence.request)
         emit(ErrorEvent(message, kind))

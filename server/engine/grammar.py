@@ -1,4 +1,4 @@
-"""Grammars as plain values. A file of its own: the process that tries grammars imports this and little else."""
+"""Grammars as plain values. A file of its own, because the process that tries grammars imports little else."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ MAX_CHARACTERS = 65_536
 
 
 class GrammarError(Exception):
-    """A grammar that cannot be followed: says why."""
+    """A grammar that cannot be followed, with the reason."""
 
 
 class CrowdedError(Exception):
-    """A tenant has so many grammars that wait to be tried that one more is not taken."""
+    """A tenant already has the maximum number of grammars waiting to be tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """All that an answer may be, from its first character to its last."""
+    """The set of texts that an answer may be, from its first character to its last."""
 
     kind: GrammarKind
     text: str = ""
-    """A JSON schema, a regular expression, or a grammar in llguidance's variant of Lark; nothing for `json_object`."""
+    """A JSON schema, a regular expression, or a grammar in llguidance's variant of Lark; empty for `json_object`."""
     field: str = dataclasses.field(default="grammar", compare=False)
-    """What the client called it, and a refusal does."""
+    """Name of the client's field, used in error messages."""

@@ -1,7 +1,7 @@
-"""The engine's requests, sequences, chunks of work and events. Plain values: no tensor, no HTTP.
+"""The engine's requests, sequences, chunks and events. Plain values: no tensor, no HTTP.
 
-A request is fixed when it is admitted. A sequence is the state of one of its choices inside the engine. A chunk is the part of a
-sequence that one step computes. Events are sent to the client.
+A request never changes after admission. A sequence is the state of one choice of a request inside the engine. A chunk is the part
+of a sequence that one step computes. Events are sent to the client.
 """
 
 import hashlib
@@ -17,21 +17,21 @@ from server.engine.grammar import Grammar
 
 FinishReason = Literal["stop", "stop_sequence", "length", "cancelled"]
 ErrorKind = Literal["engine", "adapter", "grammar", "timeout", "stop"]
-"""Whose fault it was: the engine's own, an adapter's, the request's grammar's, or nobody's: time was up, or the server stops."""
+"""The cause of a failure: the engine, an adapter, the request's grammar, the timeout, or the server's shutdown."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTerm:
-    """One adapter of a request, as resolved: `weight` is what the client asked for."""
+    """One resolved adapter of a request, with the `weight` that the client asked for."""
 
     name: str
     digest: str
-    """Of its content: what the adapter is, whatever its name."""
+    """Digest of the adapter's content. It identifies the adapter, whatever its name is."""
     weight: float
 
     @property
     def version(self) -> str:
-        """The digits of the digest that a client sees."""
+        """The digits of the digest that clients see."""
         return self.digest[:NUM_VERSION_DIGITS]
 
     @property
@@ -42,94 +42,95 @@ class AdapterTerm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is picked; the defaults change nothing. Applied in the order of the fields, `temperature` last but one.
+    """Sampling parameters. The defaults change nothing. They apply in the order of the fields.
 
-    Bias, `min_tokens` and the penalties change the logits; `min_p`, `top_k` and `top_p` leave out what is unlikely at this
-    temperature. At temperature 0 the likeliest token is taken.
+    Bias, `min_tokens` and the penalties change the logits. `top_k`, `top_p` and `min_p` drop unlikely tokens at this temperature.
+    At temperature 0 the most likely token is taken.
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Added to the logits of these tokens; minus infinity forbids one."""
+    """Values added to the logits of these tokens; minus infinity forbids a token."""
     min_tokens: int = 0
-    """Before so many output tokens no stop token is picked, and no stop string ends the answer, but where a grammar's end is."""
+    """Number of output tokens before which no stop token is sampled and no stop string ends the answer. The end of a grammar
+    still ends it."""
     repetition_penalty: float = 1.0
-    """Divides positive logits, and multiplies negative ones, of tokens in the prompt or the output (arXiv 1909.05858)."""
+    """Divides positive logits and multiplies negative logits of tokens in the prompt or the output (arXiv 1909.05858)."""
     presence_penalty: float = 0.0
-    """Taken off the logits of tokens in the output."""
+    """Subtracted from the logits of tokens in the output."""
     frequency_penalty: float = 0.0
-    """Taken off the logits of tokens in the output, as often as they are there."""
+    """Subtracted from the logits of tokens in the output, once for each occurrence."""
     temperature: float = 0.0
     top_k: int = 0
-    """Leaves this many likeliest tokens; 0: all."""
+    """Number of most likely tokens to keep; 0 keeps all."""
     top_p: float = 1.0
-    """Leaves the likeliest tokens that together reach this probability."""
+    """Keeps the most likely tokens that together reach this probability."""
     min_p: float = 0.0
-    """Leaves tokens of at least this share of the likeliest one's probability."""
+    """Keeps tokens whose probability is at least this fraction of the most likely token's."""
     seed: int = 0
-    """With the choice it names the request's random stream."""
+    """Seed of the request's random stream, together with the choice's number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """An admitted request: the engine can run it."""
+    """An admitted request, which the engine can run."""
 
     id: str
     prompt_text: str
     prompt_ids: tuple[int, ...]
     prompt_offsets: tuple[int, ...]
-    """Where each prompt token begins in `prompt_text`, in characters; none without `echo`: they take much memory."""
+    """Start of each prompt token in `prompt_text`, in characters. Empty without `echo`, since offsets take much memory."""
     max_tokens: int
     template: Template | None = None
-    """How the messages of its client were written; None where it sent a prompt."""
+    """Template of the conversation; None if the client sent a prompt."""
     terms: tuple[AdapterTerm, ...] = ()
     merge: MergeOptions = LINEAR
-    """How the adapters of `terms` are combined; anything but `linear` is built once and kept as a resident adapter."""
+    """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
     policy: tuple[AdapterTerm, ...] = ()
-    """What the operator adds to every request of this tenant, at these weights, whatever `merge` is."""
+    """Adapters that the operator adds to every request of this tenant, at these weights, whatever `merge` is."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     include_stop: bool = False
-    """The text ends after the stop string, not before it."""
+    """Whether the text ends after the stop string, not before it."""
     grammar: Grammar | None = None
-    """What the answer has to be; cut at `max_tokens` it is the beginning of that."""
+    """Grammar of the answer. An answer cut at `max_tokens` is a prefix of a text that follows the grammar."""
     ignore_eos: bool = False
-    """Stop tokens do not end the answer."""
+    """Whether stop tokens do not end the answer."""
     num_logprobs: int | None = None
-    """None: no log-probabilities; else how many alternatives beside the token itself."""
+    """Number of alternatives to report beside each token's own log-probability; None reports no log-probabilities."""
     echo: bool = False
     num_choices: int = 1
-    """Answers to the prompt, which is computed once; each has a random stream of its own."""
+    """Number of answers to the prompt. The prompt is computed once; each answer has its own random stream."""
     priority: int = 0
-    """Lower runs earlier."""
+    """Lower values run earlier."""
     tenant: str = ""
-    """Whose share of the engine it uses."""
+    """Tenant that the request's tokens are charged to."""
     timeout_s: float | None = None
-    """From its submission to its end."""
+    """Seconds from submission to the end of the request; None is no limit."""
 
     @property
     def residents(self) -> tuple[tuple[str, float], ...]:
-        """What must be resident while it runs, digest and weight of each, in order of digest.
+        """Adapters that must be resident while the request runs: digest and weight of each, sorted by digest.
 
-        Adapters that are summed are there one by one; any other merge is one, of its own digest and of weight 1.
+        Summed adapters are listed one by one. Any other merge is one entry, with its own digest and weight 1.
         """
         merged = self.merged_digest
         summed = self.policy if merged else (*self.terms, *self.policy)
-        wanted = [(term.digest, term.weight) for term in summed if term.weight]
-        return tuple(sorted([*wanted, (merged, 1.0)] if merged else wanted))
+        pairs = [(term.digest, term.weight) for term in summed if term.weight]
+        return tuple(sorted([*pairs, (merged, 1.0)] if merged else pairs))
 
     @property
     def merged_digest(self) -> str | None:
-        """The digest of what is built of `terms`; None where they are summed, or count for nothing."""
-        wanted = sorted((term.digest, term.weight) for term in self.terms if term.weight)
-        if self.merge.method == "linear" or not wanted:
+        """Digest of the merged adapter built from `terms`; None if the terms are summed or all have weight 0."""
+        pairs = sorted((term.digest, term.weight) for term in self.terms if term.weight)
+        if self.merge.method == "linear" or not pairs:
             return None
-        said = json.dumps([dict(self.merge.used), wanted], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()
+        content = json.dumps([dict(self.merge.used), pairs], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of one token; `value` is None for the first token of a text, which nothing predicts."""
+    """The log-probability of one token. `value` is None for the first token of a text, which nothing predicts."""
 
     token: str
     text_offset: int
@@ -139,9 +140,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TextEvent:
-    """More text, and the log-probabilities of tokens since the last event. Text may be empty: half a character waits.
+    """More text, and the log-probabilities of the tokens since the last event.
 
-    `is_prompt`: no token was generated yet, this is the echo.
+    The text may be empty, for example while a character is incomplete. With `is_prompt` the text is the echoed prompt and no
+    token was generated yet.
     """
 
     text: str
@@ -152,29 +154,29 @@ class TextEvent:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where a choice's time went, in seconds; 0 where it did not come so far."""
+    """The time that a choice spent in each phase, in seconds; 0 for a phase that it did not reach."""
 
     queue: float = 0.0
-    """From its submission to its first step."""
+    """From submission to the first step."""
     prefill: float = 0.0
-    """From there to its first token."""
+    """From the first step to the first token."""
     decode: float = 0.0
-    """From there to its end."""
+    """From the first token to the end."""
 
     @property
     def first_token(self) -> float:
-        """From its submission to its first token."""
+        """Time from submission to the first token."""
         return self.queue + self.prefill
 
     @property
     def total(self) -> float:
-        """From its submission to its end."""
+        """Time from submission to the end."""
         return self.queue + self.prefill + self.decode
 
 
 @dataclass(frozen=True, slots=True)
 class DoneEvent:
-    """The last event of a choice that ended well. `num_cached_tokens` of its prompt were not computed again."""
+    """The last event of a choice that ended well. `num_cached_tokens` of its prompt came from the prefix cache."""
 
     finish_reason: FinishReason
     num_prompt_tokens: int
@@ -186,7 +188,7 @@ class DoneEvent:
 
 @dataclass(frozen=True, slots=True)
 class ErrorEvent:
-    """The last event of a request that failed inside the engine, with all its choices."""
+    """The last event of a request that failed inside the engine, for all its choices."""
 
     message: str
     kind: ErrorKind = "engine"
@@ -197,7 +199,7 @@ Event = TextEvent | DoneEvent | ErrorEvent
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
-    """One choice of a request inside the engine. `num_computed` of its tokens have their keys and values in `blocks`."""
+    """One choice of a request inside the engine. The keys and values of its first `num_computed` tokens are in `blocks`."""
 
     request: Request
     choice: int = 0
@@ -205,25 +207,27 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
-    """Tokens of the prompt that were found in the prefix cache when it first ran."""
-    num_found: int = 0
-    """Tokens that were found computed when it last joined."""
+    """Prompt tokens found in the prefix cache when the sequence first ran."""
+    num_prefix_tokens: int = 0
+    """Tokens found in the prefix cache when the sequence last started to run."""
     num_preemptions: int = 0
-    """How often it gave up its blocks for others and had to be computed again."""
-    keys: list[bytes] = field(default_factory=list, repr=False)
-    """What its full blocks are found by in the prefix cache, as far as they were asked for."""
+    """Number of times the sequence lost its blocks to others and had to be computed again."""
+    block_keys: list[bytes] = field(default_factory=list, repr=False)
+    """Keys of the sequence's full blocks in the prefix cache, as far as they were needed yet."""
     deadline: float | None = None
-    """When its time is up, in monotonic seconds."""
+    """Time at which the sequence expires, in monotonic seconds."""
     residents: tuple[tuple[str, float], ...] = field(init=False)
-    """As its request's: what must be resident while it runs."""
+    """Same as `request.residents`: the adapters that must be resident while the sequence runs."""
     merged_digest: str | None = field(init=False)
-    """As its request's: the one of `residents` that is a merge."""
+    """Same as `request.merged_digest`: the entry of `residents` that is a merge."""
     priority: int = field(init=False)
-    """Its request's; once it is overdue, the highest there was while it waited. All scheduling goes by this one."""
+    """Priority that all scheduling uses. It is the request's, or for an overdue sequence the highest that was present while it
+    waited."""
     is_overdue: bool = False
-    """Whether it has waited longer than its priority may make it."""
+    """Whether the sequence has waited longer than a lower priority may make it wait."""
     terms: list[tuple[int, float]] | None = None
-    """While it is pinned: the slot of each resident, and the weight with the adapter's alpha / r in it."""
+    """Slot of each resident adapter, and its weight times the adapter's alpha / r. Set while the sequence has acquired its
+    adapters."""
 
     def __post_init__(self) -> None:
         self.residents, self.merged_digest = self.request.residents, self.request.merged_digest
@@ -231,7 +235,7 @@ class Sequence:
 
     @property
     def is_raised(self) -> bool:
-        """Whether it was given a higher priority than its request's."""
+        """Whether the sequence has a higher priority than its request."""
         return self.priority < self.request.priority
 
     @property
@@ -241,7 +245,7 @@ class Sequence:
 
     @property
     def max_num_tokens(self) -> int:
-        """What `num_tokens` can grow to."""
+        """Number of tokens that the sequence can grow to."""
         return len(self.request.prompt_ids) + self.request.max_tokens
 
     def ids(self, start: int, stop: int) -> list[int]:
@@ -254,7 +258,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The tokens `start` to `stop` of a sequence, to be computed in one step."""
+    """The tokens from `start` to `stop` of a sequence, which one step computes."""
 
     sequence: Sequence
     start: int
@@ -262,5 +266,5 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether the token after this chunk is to be sampled."""
+        """Whether a token is sampled after this chunk."""
         return self.stop == self.sequence.num_tokens and self.sequence.request.max_tokens > 0

@@ -1,7 +1,7 @@
 """One step's tensors and output: logits, sampled tokens, log-probabilities, and the replies made of them.
 
-Log-probabilities are the model's own: before bias, penalties, temperature and top-p. Shapes: P positions whose logits are
-wanted, V vocabulary, N alternatives.
+Log-probabilities are those of the unmodified logits: before bias, penalties, temperature and top-p. Shapes: P positions whose
+logits are needed, V vocabulary, N alternatives.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,44 +16,44 @@ from lori.device import to_device
 from server.engine.model.runner import Runner
 from server.engine.request import Chunk, DoneEvent, Event, FinishReason, Sequence, TextEvent, Timings, TokenLogprob
 from server.engine.sampling.sampler import Sampler
-from server.engine.scheduling.kv_cache import must_score
+from server.engine.scheduling.kv_cache import needs_prompt_logprobs
 from server.engine.text import TextStream, token_text
 
 
 class Stopwatch:
-    """Runs from when a sequence is submitted; hears when it first runs, and when it has tokens."""
+    """A stopwatch that starts when a sequence is submitted and records its first step and its first token."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._submitted = clock, clock()
-        self._begun: float | None = None
-        self._first: float | None = None
+        self._started: float | None = None
+        self._first_token: float | None = None
 
     def begin(self) -> None:
-        """Note that the sequence is in a step; the first counts."""
-        if self._begun is None:
-            self._begun = self._clock()
+        """Note that the sequence is in a step. Only the first call counts."""
+        if self._started is None:
+            self._started = self._clock()
 
     def note_token(self) -> None:
-        """Note that the sequence has a token; the first counts."""
-        if self._first is None:
-            self._first = self._clock()
+        """Note that the sequence has a new token. Only the first call counts."""
+        if self._first_token is None:
+            self._first_token = self._clock()
 
     def stop(self) -> Timings:
-        """Return where the time went until now."""
+        """Return the time spent in the queue, in prefill and in decode until now."""
         now = self._clock()
-        begun = now if self._begun is None else self._begun
-        first = now if self._first is None else self._first
-        return Timings(queue=begun - self._submitted, prefill=first - begun, decode=now - first)
+        started = now if self._started is None else self._started
+        first_token = now if self._first_token is None else self._first_token
+        return Timings(queue=started - self._submitted, prefill=first_token - started, decode=now - first_token)
 
 
 Emit = Callable[[Event], None]
-Score = tuple[float, Mapping[int, float]]
-"""A token's log-probability, and those of the likeliest ones."""
+Logprobs = tuple[float, Mapping[int, float]]
+"""A token's log-probability, and those of the most likely tokens by id."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """One sequence's answer as it comes. It hears of every token and says what to tell."""
+    """One sequence's reply while it is generated. Turns tokens into text events and sends them with `emit`."""
 
     sequence: Sequence
     emit: Emit
@@ -62,8 +62,8 @@ class Reply:
     stopwatch: Stopwatch
     text: TextStream = field(init=False)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
-    _num_scored: int = 0
-    _has_begun: bool = False
+    _num_prompt_logprobs: int = 0
+    _has_emitted_prompt: bool = False
 
     def __post_init__(self) -> None:
         request = self.sequence.request
@@ -75,98 +75,103 @@ class Reply:
             include_stop=request.include_stop,
         )
 
-    def prompt_logprobs(self, start: int, scores: Items[Score]) -> list[TokenLogprob]:
-        """Return what is told of the prompt's tokens from `start` on, but of those that were noted before."""
+    def prompt_logprobs(self, start: int, logprobs: Items[Logprobs]) -> list[TokenLogprob]:
+        """Return the log-probabilities of the prompt's tokens from `start` on, without the tokens that were added before."""
         request = self.sequence.request
-        found: list[tuple[int, float | None, Mapping[int, float]]] = [(0, None, {})]  # which nothing predicts
-        found += [(place, value, top) for place, (value, top) in enumerate(scores, start)]
-        ids, offsets, num_known = request.prompt_ids, request.prompt_offsets, self._num_scored
-        return [self._logprob(ids[place], offsets[place], value, top) for place, value, top in found if place >= num_known]
+        rows: list[tuple[int, float | None, Mapping[int, float]]] = [(0, None, {})]  # nothing predicts the first token
+        rows += [(position, value, top) for position, (value, top) in enumerate(logprobs, start)]
+        ids, offsets, num_noted = request.prompt_ids, request.prompt_offsets, self._num_prompt_logprobs
+        return [
+            self._logprob(ids[position], offsets[position], value, top) for position, value, top in rows if position >= num_noted
+        ]
 
-    def note_prompt(self, logprobs: Items[TokenLogprob]) -> None:
-        """Note what comes next of the prompt's tokens; all choices of a request share it."""
+    def add_prompt_logprobs(self, logprobs: Items[TokenLogprob]) -> None:
+        """Add log-probabilities of the prompt's next tokens to the reply. All choices of a request share them."""
         self._logprobs += logprobs
-        self._num_scored += len(logprobs)
+        self._num_prompt_logprobs += len(logprobs)
 
-    def begin(self) -> None:
-        """Tell the prompt, where it is to be echoed, and the scores of what was computed of it; the prompt once."""
-        text = self.sequence.request.prompt_text if self.sequence.request.echo and not self._has_begun else ""
-        self._has_begun = True
+    def emit_prompt(self) -> None:
+        """Emit the prompt's text, if it is to be echoed, and the log-probabilities computed so far. The text is emitted once."""
+        text = self.sequence.request.prompt_text if self.sequence.request.echo and not self._has_emitted_prompt else ""
+        self._has_emitted_prompt = True
         if text or self._logprobs:
-            self._tell(text, is_prompt=True)
+            self._emit_text(text, is_prompt=True)
 
-    def take(self, token: int, score: Score | None) -> FinishReason | None:
-        """Tell the text that the sequence's next token, already among its own, makes sure; returns why it is over, if it is."""
+    def add_token(self, token: int, logprobs: Logprobs | None) -> FinishReason | None:
+        """Emit the text that the sequence's newest token completes. Return the finish reason, or None if the reply goes on.
+
+        The token must already be in `sequence.output_ids`.
+        """
         request = self.sequence.request
         self.stopwatch.note_token()
-        if score is not None:
+        if logprobs is not None:
             offset = (len(request.prompt_text) if request.echo else 0) + self.text.num_characters
-            few = dict([*score[1].items()][: request.num_logprobs])
-            self._logprobs.append(self._logprob(token, offset, score[0], few))
+            alternatives = dict([*logprobs[1].items()][: request.num_logprobs])
+            self._logprobs.append(self._logprob(token, offset, logprobs[0], alternatives))
         if token in self.stop_ids and not request.ignore_eos:
             return "stop"
-        # Told even where no text is sure yet: a client sees that it goes on.
-        self._tell(self.text.push(token), is_prompt=False)
+        # Emitted even if the text is empty, so that a client sees progress.
+        self._emit_text(self.text.push(token), is_prompt=False)
         if self.text.is_stopped:
             return "stop_sequence"
         return "length" if len(self.sequence.output_ids) == request.max_tokens else None
 
-    def end(self, reason: FinishReason) -> None:
-        """Tell what is left, and that the answer is over."""
+    def finish(self, reason: FinishReason) -> None:
+        """Emit the remaining text and the event that ends the reply."""
         sequence = self.sequence
         text = "" if reason == "cancelled" else self.text.flush()
         if text or self._logprobs:
-            self._tell(text, is_prompt=not sequence.output_ids)
+            self._emit_text(text, is_prompt=not sequence.output_ids)
         num_prompt = len(sequence.request.prompt_ids)
         num_output, timings = len(sequence.output_ids), self.stopwatch.stop()
         self.emit(DoneEvent(reason, num_prompt, num_output, sequence.choice, sequence.num_cached, timings))
 
-    def _tell(self, text: str, is_prompt: bool) -> None:
+    def _emit_text(self, text: str, is_prompt: bool) -> None:
         self.emit(TextEvent(text, tuple(self._logprobs), is_prompt, self.sequence.choice))
         self._logprobs.clear()
 
     def _logprob(self, token: int, offset: int, value: float | None, top: Mapping[int, float]) -> TokenLogprob:
-        alike: dict[str, float] = {}
-        for other, score in top.items():  # the likeliest first: of tokens that look the same it stays
-            alike.setdefault(token_text(self.tokenizer, other), score)
-        return TokenLogprob(token_text(self.tokenizer, token), offset, value, alike)
+        alternatives: dict[str, float] = {}
+        for other, other_value in top.items():  # the most likely first: it stays if several tokens have the same text
+            alternatives.setdefault(token_text(self.tokenizer, other), other_value)
+        return TokenLogprob(token_text(self.tokenizer, token), offset, value, alternatives)
 
 
 def read_back(tensors: Items[torch.Tensor]) -> list[list[list[float]]]:
-    """Return the rows of each of these (P, N) tensors of one device; integers up to 2**53 are exact.
+    """Return the rows of each of these (P, N) tensors, all on one device, as lists. Integers are exact up to 2**53.
 
-    It waits for the device once, and not at all where there is nothing in them.
+    Waits for the device once, or not at all if every tensor is empty.
     """
     parts = [tensor.reshape(-1).double() for tensor in tensors if tensor.numel()]
     numbers: list[float] = torch.cat(parts).tolist() if parts else []
-    found, at = [], 0
+    results, offset = [], 0
     for tensor in tensors:
         num_rows, width = tensor.shape
-        found.append([numbers[at + row * width : at + (row + 1) * width] for row in range(num_rows)])
-        at += num_rows * width
-    return found
+        results.append([numbers[offset + row * width : offset + (row + 1) * width] for row in range(num_rows)])
+        offset += num_rows * width
+    return results
 
 
-def are_sound(logits: torch.Tensor) -> torch.Tensor:
-    """Return (P,) bool: whether a row of `logits` (P, V) holds neither NaN nor plus infinity, and a token that is possible."""
+def are_valid(logits: torch.Tensor) -> torch.Tensor:
+    """Return (P,) bool: whether a row of `logits` (P, V) has no NaN, no plus infinity, and at least one possible token."""
     return logits.amax(-1).isfinite()
 
 
-def score(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Tensor:
-    """Return (P, 1 + 2 N) fp64 for `logits` (P, V) and `tokens` (P,) int64, and does not wait for their device.
+def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Tensor:
+    """Return the log-probabilities (P, 1 + 2 N) fp64 for `logits` (P, V) and `tokens` (P,) int64, without waiting for the device.
 
-    A row is its token's log-probability, those of the `num_top` likeliest tokens, and these tokens.
+    A row is the token's log-probability, those of the `num_top` most likely tokens, and the ids of these tokens.
     """
-    scores = logits.log_softmax(-1)
-    own = scores.gather(1, tokens[:, None])
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[:, None])
     if not num_top:
-        return own.double()
-    values, ids = scores.topk(num_top, dim=-1)
-    return torch.cat([own.double(), values.double(), ids.double()], 1)
+        return chosen.double()
+    values, ids = logprobs.topk(num_top, dim=-1)
+    return torch.cat([chosen.double(), values.double(), ids.double()], 1)
 
 
-def to_scores(rows: Items[Items[float]]) -> list[Score]:
-    """Return what the rows of `score` say, once they are plain numbers."""
+def to_logprobs(rows: Items[Items[float]]) -> list[Logprobs]:
+    """Return the rows of `gather_logprobs`, already read back from the device, as log-probabilities."""
     half = len(rows[0]) // 2 if rows else 0
     return [(row[0], dict(zip(map(int, row[1 + half :]), row[1 : 1 + half], strict=True))) for row in rows]
 
@@ -175,80 +180,84 @@ NOTHING_LEFT = "what the request forbids leaves no token"
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step made of a chunk: the next token where it is the last, and the scores that were asked for."""
+class ChunkOutput:
+    """The output of one chunk: the next token if the chunk is its sequence's last, and the log-probabilities asked for."""
 
     chunk: Chunk
     token: int | None
-    is_sound: bool
-    """False where the model's numbers overflow, or what the request asks for leaves no token: then only `fault` has a meaning."""
-    prompt_scores: Items[Score]
-    score: Score | None
+    is_valid: bool
+    """False if the logits overflow, or if the request's constraints leave no token. Then only `fault` has a meaning."""
+    prompt_logprobs: Items[Logprobs]
+    logprobs: Logprobs | None
     fault: str = ""
-    """Why the request leaves no token, where that is it."""
+    """The reason why the request's constraints leave no token; empty otherwise."""
 
 
-class Turn:
-    """Computes steps. It changes no sequence, so a step that fails may be tried again, in parts."""
+class StepExecutor:
+    """The computation of steps. It changes no sequence, so a step that fails may be tried again in parts."""
 
     def __init__(self, runner: Runner, sampler: Sampler) -> None:
         self.runner, self._sampler = runner, sampler
 
-    def compute(self, chunks: Items[Chunk]) -> list[Outcome]:
-        """Return the outcome of every chunk. It waits for the device once, at the end."""
-        spans = [_wanted(chunk) for chunk in chunks]
+    def compute(self, chunks: Items[Chunk]) -> list[ChunkOutput]:
+        """Return the output of every chunk. Waits for the device once, at the end."""
+        spans = [_logit_rows(chunk) for chunk in chunks]
         starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
         positions = [start + row for start, span in zip(starts, spans, strict=False) for row in span]
         logits = self.runner.forward(chunks, positions)
         parts = dict(zip(chunks, logits.split([len(span) for span in spans]), strict=True))
         last = [chunk for chunk in chunks if chunk.is_last]
-        # Most steps want one row of each chunk: then the logits are the rows to sample from.
+        # Most steps need one row of each chunk. Then the logits are the rows to sample from.
         rows = logits if len(last) == len(positions) else torch.stack([parts[c][-1] for c in last]) if last else logits[:0]
-        picked = self._sampler.pick(rows, [chunk.sequence for chunk in last])
-        asked = [row for row, chunk in enumerate(last) if chunk.sequence.request.num_logprobs is not None]
-        scored = [chunk for chunk in chunks if must_score(chunk.sequence)]
-        of_prompts = [_score_prompt(chunk, parts[chunk]) for chunk in scored]
-        picks, of_outputs, *of_scored = read_back([picked, _score_outputs(rows, picked[0], last, asked), *of_prompts])
-        tokens = {c: (int(token), int(is_sound)) for c, token, is_sound in zip(last, *picks, strict=True)}
-        faults = {c: self._sampler.fault(c.sequence) or NOTHING_LEFT for c, (_, is_sound) in tokens.items() if is_sound < 0}
-        scores = dict(zip((last[row] for row in asked), to_scores(of_outputs), strict=True))
-        prompts = dict(zip(scored, of_scored, strict=True))
-        outcomes = [_outcome(c, tokens.get(c, (None, 1)), prompts.get(c, ()), scores.get(c)) for c in chunks]
-        return [replace(o, fault=faults[o.chunk]) if o.chunk in faults else o for o in outcomes]
+        sampled = self._sampler.sample(rows, [chunk.sequence for chunk in last])
+        logprob_rows = [row for row, chunk in enumerate(last) if chunk.sequence.request.num_logprobs is not None]
+        prompt_chunks = [chunk for chunk in chunks if needs_prompt_logprobs(chunk.sequence)]
+        prompt_tensors = [_prompt_logprobs(chunk, parts[chunk]) for chunk in prompt_chunks]
+        samples, output_rows, *prompt_rows = read_back(
+            [sampled, _output_logprobs(rows, sampled[0], last, logprob_rows), *prompt_tensors]
+        )
+        tokens = {c: (int(token), int(is_valid)) for c, token, is_valid in zip(last, *samples, strict=True)}
+        faults = {c: self._sampler.fault(c.sequence) or NOTHING_LEFT for c, (_, is_valid) in tokens.items() if is_valid < 0}
+        output_logprobs = dict(zip((last[row] for row in logprob_rows), to_logprobs(output_rows), strict=True))
+        prompt_logprobs = dict(zip(prompt_chunks, prompt_rows, strict=True))
+        outputs = [_chunk_output(c, tokens.get(c, (None, 1)), prompt_logprobs.get(c, ()), output_logprobs.get(c)) for c in chunks]
+        return [replace(o, fault=faults[o.chunk]) if o.chunk in faults else o for o in outputs]
 
 
-def _outcome(chunk: Chunk, picked: tuple[int | None, int], of_prompt: Items[Items[float]], score: Score | None) -> Outcome:
-    # Rows of the prompt begin with whether they are sound.
-    token, sound = picked
-    is_sound = sound > 0 and all(row[0] for row in of_prompt)
-    return Outcome(chunk, token, is_sound, to_scores([row[1:] for row in of_prompt]) if is_sound else (), score)
+def _chunk_output(
+    chunk: Chunk, sampled: tuple[int | None, int], prompt_rows: Items[Items[float]], logprobs: Logprobs | None
+) -> ChunkOutput:
+    # The first value of a prompt row says whether the row is valid.
+    token, validity = sampled
+    is_valid = validity > 0 and all(row[0] for row in prompt_rows)
+    return ChunkOutput(chunk, token, is_valid, to_logprobs([row[1:] for row in prompt_rows]) if is_valid else (), logprobs)
 
 
-def _wanted(chunk: Chunk) -> range:
-    # Rows of the chunk whose logits are needed: those that predict a prompt token to be scored, and the one to sample from.
+def _logit_rows(chunk: Chunk) -> range:
+    # The rows of the chunk whose logits are needed: those that predict a prompt token, and the row to sample from.
     last = chunk.stop - chunk.start - 1
-    if not must_score(chunk.sequence):
+    if not needs_prompt_logprobs(chunk.sequence):
         return range(last, last + 1) if chunk.is_last else range(0)
-    num_scored = min(chunk.stop, len(chunk.sequence.request.prompt_ids) - 1) - chunk.start
-    return range(last + 1 if chunk.is_last else num_scored)
+    num_prompt_rows = min(chunk.stop, len(chunk.sequence.request.prompt_ids) - 1) - chunk.start
+    return range(last + 1 if chunk.is_last else num_prompt_rows)
 
 
-def _score_prompt(chunk: Chunk, logits: torch.Tensor) -> torch.Tensor:
-    # For each prompt token that the chunk's logits predict: whether they are sound, and its `score`.
+def _prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> torch.Tensor:
+    # For each prompt token that the chunk's logits predict: whether the row is valid, and its `gather_logprobs`.
     request = chunk.sequence.request
     targets = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
     assert request.num_logprobs is not None
     rows = logits[: len(targets)]
     tokens = to_device(torch.tensor(targets, dtype=torch.int64), logits.device)
-    return torch.cat([are_sound(rows)[:, None].double(), score(rows, tokens, request.num_logprobs)], 1)
+    return torch.cat([are_valid(rows)[:, None].double(), gather_logprobs(rows, tokens, request.num_logprobs)], 1)
 
 
-def _score_outputs(logits: torch.Tensor, tokens: torch.Tensor, chunks: Items[Chunk], asked: Items[int]) -> torch.Tensor:
-    # Of the rows that are asked for.
-    if not asked:
+def _output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, chunks: Items[Chunk], wanted_rows: Items[int]) -> torch.Tensor:
+    # Only `wanted_rows` get log-probabilities.
+    if not wanted_rows:
         return logits[:0]
-    most = max(chunks[row].sequence.request.num_logprobs or 0 for row in asked)
-    if len(asked) == len(chunks):
-        return score(logits, tokens, most)
-    rows = to_device(torch.tensor(asked, dtype=torch.int64), logits.device)
-    return score(logits[rows], tokens[rows], most)
+    num_top = max(chunks[row].sequence.request.num_logprobs or 0 for row in wanted_rows)
+    if len(wanted_rows) == len(chunks):
+        return gather_logprobs(logits, tokens, num_top)
+    rows = to_device(torch.tensor(wanted_rows, dtype=torch.int64), logits.device)
+    return gather_logprobs(logits[rows], tokens[rows], num_top)

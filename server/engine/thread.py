@@ -1,9 +1,11 @@
 """The engine's thread, its watchdog, and the one bridge between asyncio and the engine.
 
-Commands enter by a queue; events leave on the event loop. If the engine dies, every request gets an error, `is_alive` turns
-false and `has_died` true. The watchdog is one timer a process: it ends the process when a step, or the shutdown, takes too long.
-It is Python's `faulthandler`, whose thread needs no Python lock (a kernel that never returns may hold them). It writes the
-stacks of all threads to standard error as plain text, and the process exits with 1.
+Commands enter by a queue; events leave on the event loop. If the engine dies, every request gets an error, `is_alive` becomes
+false and `has_died` true.
+
+There is one watchdog timer per process. It ends the process if a step, or the shutdown, takes too long. The timer is Python's
+`faulthandler`, whose thread does not need the GIL: a kernel that never returns may hold the GIL. It writes the stacks of all
+threads to standard error as plain text, and the process exits with 1.
 """
 
 import asyncio
@@ -17,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from server.engine.adapters.cache import Place
+from server.engine.adapters.cache import TierUsage
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request
 
@@ -26,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 STDERR = 2
 REARM_S = 1.0
-"""Setting the timer starts a thread: 50 us, and on a machine that is busy some milliseconds. So not at each step."""
+"""How often the timer is set at most. Setting it starts a thread, which takes 50 us, and milliseconds on a busy machine."""
 
 
 class Watchdog:
-    """Ends the process when a step takes longer than `limit_s`, or up to `REARM_S` more; never where that is 0.
+    """A watchdog that ends the process if a step takes longer than `limit_s`, plus up to `REARM_S`. 0 disables it.
 
-    For the engine's thread alone.
+    Only the engine's thread may use it.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -41,7 +43,7 @@ class Watchdog:
 
     @property
     def slack_s(self) -> float:
-        """Seconds in which the engine may still rest without `disarm`; 0 where it has to be called, or was."""
+        """Seconds for which the engine may still rest without calling `disarm`; 0 if the timer is not set or must be disarmed."""
         return 0.0 if self._armed_at is None else max(0.0, self._armed_at + REARM_S - time.monotonic())
 
     def begin_step(self) -> None:
@@ -51,14 +53,14 @@ class Watchdog:
             end_process_after(self._limit_s + REARM_S)
 
     def disarm(self) -> None:
-        """Let the engine rest for as long as it likes."""
+        """Stop the timer, so that the engine may rest for any time."""
         if self._armed_at is not None:
             self._armed_at = None
             faulthandler.cancel_dump_traceback_later()
 
 
 def end_process_after(seconds: float) -> None:
-    """End the process in `seconds`, unless it has ended by then, or the timer is set anew."""
+    """End the process in `seconds`, unless it ends before or the timer is set again."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
 
@@ -68,13 +70,14 @@ S = TypeVar("S")
 
 
 class EngineDeadError(Exception):
-    """The engine is not running; nothing can be answered any more."""
+    """The engine is not running, so it can answer no request."""
 
 
 class EngineThread:
-    """Runs an engine; use from the event loop alone.
+    """The thread that runs an engine. Use it from the event loop only.
 
-    Where a step, or a command between two, takes longer than `max_step_s`, the whole process ends (`Watchdog`); 0 is no limit.
+    If a step, or a command between two steps, takes longer than `max_step_s`, the whole process ends (`Watchdog`). 0 means no
+    limit.
     """
 
     def __init__(self, engine: Engine, max_step_s: float = 0) -> None:
@@ -82,108 +85,108 @@ class EngineThread:
         self._watchdog = Watchdog(max_step_s)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._events: dict[str, asyncio.Queue[Event]] = {}
-        self._told: list[tuple[str, Event]] = []
-        self._calls: set[asyncio.Future[Any]] = set()
+        self._pending_events: list[tuple[str, Event]] = []
+        self._pending_calls: set[asyncio.Future[Any]] = set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self.is_alive = self.has_died = False
 
     def start(self) -> None:
-        """Start the thread; events will be heard on the running event loop."""
+        """Start the thread. Events are delivered on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self.is_alive = True
         self._thread.start()
 
     def request_stop(self) -> None:
-        """Let the current step end, then ends the thread and tells whoever still waits. Returns at once."""
+        """Ask the thread to end after the current step. Requests that still run get an error. Returns at once."""
         self._commands.put(None)
 
     async def stop(self) -> None:
-        """Stop the engine and waits until it has ended."""
+        """Stop the engine and wait until its thread has ended."""
         self.request_stop()
         await asyncio.to_thread(self._thread.join)
 
     @property
     def num_requests(self) -> int:
-        """Requests that are waiting or running."""
+        """Number of requests that wait or run."""
         return len(self._events)
 
-    def places(self) -> Mapping[str, Place]:
-        """Return where the adapters are that are not on disk alone, by digest. Any thread may ask; it waits for no step."""
-        return self._engine.tiers.places()
+    def tier_usage(self) -> Mapping[str, TierUsage]:
+        """Return the bytes in each tier of every adapter that is in RAM or in a slot, by digest. Thread-safe; does not wait."""
+        return self._engine.tiers.tier_usage()
 
     async def call(self, command: Callable[[Engine], T]) -> T:
-        """Return what `command` does between two steps, on the engine's thread; what it raises is raised here.
+        """Run `command` between two steps on the engine's thread and return its result. Its exceptions are raised here.
 
-        It is done also where nobody waits for it any more. Raises `EngineDeadError` where the engine is not running, or ends
-        before it is done.
+        The command runs even if the caller is cancelled. Raises `EngineDeadError` if the engine is not running, or ends before
+        the command is done.
         """
         if not self.is_alive:
             raise EngineDeadError("the engine is not running")
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._calls.add(answer)
-        self._commands.put(partial(self._answer, command, answer))
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._pending_calls.add(future)
+        self._commands.put(partial(self._run_command, command, future))
         try:
-            return await answer
+            return await future
         finally:
-            self._calls.discard(answer)
+            self._pending_calls.discard(future)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Yield the events of a request as they come; closing the generator aborts the request."""
+        """Yield the events of a request as they come. Closing the generator aborts the request."""
         if not self.is_alive:
-            # It was alive when the request was admitted: a stream may have begun.
+            # The engine was alive when the request was admitted; the response may have begun, so this must be an event.
             yield ErrorEvent("the engine is not running")
             return
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._events[request.id] = events
-        num_running = request.num_choices
+        num_unfinished = request.num_choices
         try:
             self._engine.tiers.prefetch(request)
             self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
-            while num_running:
+            while num_unfinished:
                 event = await events.get()
                 yield event
-                num_running = 0 if isinstance(event, ErrorEvent) else num_running - isinstance(event, DoneEvent)
+                num_unfinished = 0 if isinstance(event, ErrorEvent) else num_unfinished - isinstance(event, DoneEvent)
         finally:
             del self._events[request.id]
             self._commands.put(lambda engine: engine.abort(request.id))
 
-    def _answer(self, command: Callable[[Engine], T], answer: asyncio.Future[T], engine: Engine) -> None:
+    def _run_command(self, command: Callable[[Engine], T], future: asyncio.Future[T], engine: Engine) -> None:
         assert self._loop is not None
         try:
             result = command(engine)
-        except Exception as error:  # noqa: BLE001 - it is the caller's, and no reason to end the engine
-            self._loop.call_soon_threadsafe(_settle, answer, answer.set_exception, error)
+        except Exception as error:  # noqa: BLE001 - the caller gets it; it must not end the engine
+            self._loop.call_soon_threadsafe(_settle, future, future.set_exception, error)
         else:
-            self._loop.call_soon_threadsafe(_settle, answer, answer.set_result, result)
+            self._loop.call_soon_threadsafe(_settle, future, future.set_result, result)
 
     def _emit(self, request_id: str, event: Event) -> None:
-        self._told.append((request_id, event))
+        self._pending_events.append((request_id, event))
 
-    def _tell(self) -> None:
-        # All events of a step at once: waking the event loop takes longer than hearing them.
-        if self._told:
+    def _flush_events(self) -> None:
+        # All events of a step in one call: waking the event loop takes longer than delivering an event.
+        if self._pending_events:
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._hear, self._told)
-            self._told = []
+            self._loop.call_soon_threadsafe(self._deliver, self._pending_events)
+            self._pending_events = []
 
-    def _hear(self, told: list[tuple[str, Event]]) -> None:
-        for request_id, event in told:
+    def _deliver(self, events: list[tuple[str, Event]]) -> None:
+        for request_id, event in events:
             if request_id in self._events:
                 self._events[request_id].put_nowait(event)
 
     def _run(self) -> None:
-        last = ErrorEvent("the server is stopping", "stop")
+        last_event = ErrorEvent("the server is stopping", "stop")
         try:
             self._serve()
-        except BaseException as error:  # whatever it was, every request and /health hear of it
-            last = ErrorEvent(f"the engine died: {error!r}")
+        except BaseException as error:  # whatever it was, every request and /health must report it
+            last_event = ErrorEvent(f"the engine died: {error!r}")
             logger.critical("the engine died; every request fails, and the server has to be started again", exc_info=error)
         finally:
             self._watchdog.disarm()
-            self._tell()
+            self._flush_events()
             assert self._loop is not None
-            self._loop.call_soon_threadsafe(self._die, last)
+            self._loop.call_soon_threadsafe(self._die, last_event)
             self._engine.tiers.close()
 
     def _serve(self) -> None:
@@ -194,7 +197,7 @@ class EngineThread:
             except queue.Empty:
                 self._watchdog.begin_step()
                 self._engine.step()
-                self._tell()
+                self._flush_events()
                 continue
             if command is None:
                 return
@@ -202,28 +205,28 @@ class EngineThread:
             command(self._engine)
 
     def _next_command(self) -> Command:
-        """Return the next command. Raises `queue.Empty` where the engine is to step first."""
+        """Return the next command. Raises `queue.Empty` if the engine should step first."""
         if self._engine.can_step:
             return self._commands.get_nowait()
-        if slack_s := self._watchdog.slack_s:  # idle, but maybe not for long
-            patience_s = self._patience()
+        if slack_s := self._watchdog.slack_s:  # idle, but perhaps not for long
+            max_wait_s = self._max_wait_s()
             with suppress(queue.Empty):
-                return self._commands.get(timeout=slack_s if patience_s is None else min(slack_s, patience_s))
+                return self._commands.get(timeout=slack_s if max_wait_s is None else min(slack_s, max_wait_s))
         self._watchdog.disarm()
-        return self._commands.get(timeout=self._patience())
+        return self._commands.get(timeout=self._max_wait_s())
 
-    def _patience(self) -> float | None:
-        left = self._engine.time_left()
-        return None if left is None else min(left, threading.TIMEOUT_MAX)
+    def _max_wait_s(self) -> float | None:
+        seconds = self._engine.time_left()
+        return None if seconds is None else min(seconds, threading.TIMEOUT_MAX)
 
-    def _die(self, last: ErrorEvent) -> None:
-        self.is_alive, self.has_died = False, last.kind != "stop"
+    def _die(self, last_event: ErrorEvent) -> None:
+        self.is_alive, self.has_died = False, last_event.kind != "stop"
         for events in self._events.values():
-            events.put_nowait(last)
-        for answer in self._calls:
-            _settle(answer, answer.set_exception, EngineDeadError(last.message))
+            events.put_nowait(last_event)
+        for future in self._pending_calls:
+            _settle(future, future.set_exception, EngineDeadError(last_event.message))
 
 
-def _settle(answer: asyncio.Future[T], settle: Callable[[S], None], outcome: S) -> None:
-    if not answer.done():  # nobody waits any more
-        settle(outcome)
+def _settle(future: asyncio.Future[T], setter: Callable[[S], None], value: S) -> None:
+    if not future.done():  # done if the caller was cancelled
+        setter(value)

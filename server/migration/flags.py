@@ -1,6 +1,6 @@
-"""Flags of vLLM, TGI, LoRAX, SGLang and llama.cpp's server, and what to type here instead.
+"""Flags of vLLM, TGI, LoRAX, SGLang and llama.cpp's server, and their replacements here.
 
-A flag that this server has is not listed. Every flag that a text names exists: tests/server/migration/test_tables.py.
+Flags that this server has, too, are not listed. tests/server/migration/test_tables.py checks that every flag in a text exists.
 """
 
 from lori.flags import STRAY
@@ -26,7 +26,7 @@ NOTHING = "it is not supported: leave it out"
 
 FLAGS: dict[str, str] = {
     STRAY: "the base model is given as --model NAME",
-    # which model, and what it is called
+    # the model and its names
     **dict.fromkeys(("-m", "-hf", "-hfr", "--hf-repo", "--model-id", "--model-path", "--model-name", "--source"), MODEL),
     **dict.fromkeys(("--base-model", "--checkpoint"), MODEL),
     **dict.fromkeys(("-mu", "--model-url"), f"{MODEL}: no address is fetched"),
@@ -113,4 +113,4 @@ FLAGS: dict[str, str] = {
     **dict.fromkeys(("--metrics", "--enable-metrics", "--slots", "--props"), "GET /metrics is always there: leave it out"),
     "--config": "each flag is an environment variable, too: LORI_PORT=8000",
 }
-"""By the flag as it is written there, with dashes; llama.cpp's short ones, too."""
+"""Hints by the other server's flag, with dashes; also llama.cpp's short flags."""

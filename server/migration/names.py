@@ -1,4 +1,4 @@
-"""What is said of a name that is none of an adapter, nor of the base model. Knows only what its caller may see."""
+"""Hints for a name that is neither an adapter nor the base model. They only use what the caller may see."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from server.model_names import UnknownModelError, find_parts
 
 SEPARATORS = re.compile(r"[\s+,;|&]+")
 IsKnown = Callable[[str], bool]
-"""Whether there is an adapter of this name that the caller may use."""
+"""Function that returns whether there is an adapter of this name that the caller may use."""
 
 
 def unknown_model(model: str, error: UnknownAdapterError, base_model: str, is_known: IsKnown) -> UnknownModelError:
@@ -32,7 +32,7 @@ def unknown_model(model: str, error: UnknownAdapterError, base_model: str, is_kn
 def unknown_adapter(
     error: UnknownAdapterError, field: str, base_model: str, is_known: IsKnown, *, is_of_base: bool
 ) -> UnknownAdapterError:
-    """Return the error for what `field` calls an adapter: as it is, or with what else its name may mean."""
+    """Return the error for an unknown adapter in `field`: `error` itself, or one with a hint about its name."""
     reference = error.name
     if is_of_base or _looks_like(reference, base_model):
         return UnknownAdapterError(reference, (), (), f"leave {field!r} out for the base model, {base_model!r}")
@@ -46,11 +46,11 @@ def unknown_adapter(
 
 
 def _names_in(reference: str, is_known: IsKnown) -> list[str]:
-    # The adapters that are named, however they are set apart; none where there is something else.
+    # The adapters in `reference`, whatever separates them. Empty if it names anything else.
     pieces = [piece.partition(":")[0] for piece in SEPARATORS.split(reference.strip())]
     return pieces if all(map(is_known, pieces)) else []
 
 
 def _looks_like(name: str, base_model: str) -> bool:
-    asked, base = name.strip().lower(), base_model.lower()
-    return bool(near_names(asked, [base], MISSPELT)) or asked.rpartition("/")[2] == base.rpartition("/")[2]
+    requested, base = name.strip().lower(), base_model.lower()
+    return bool(near_names(requested, [base], MISSPELT)) or requested.rpartition("/")[2] == base.rpartition("/")[2]

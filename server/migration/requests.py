@@ -1,8 +1,8 @@
-"""Fields and routes of OpenAI, vLLM, TGI, LoRAX, SGLang, Ollama, llama.cpp and transformers, and what to send here instead.
+"""Fields and routes of OpenAI, vLLM, TGI, LoRAX, SGLang, Ollama, llama.cpp and transformers, and their replacements here.
 
-None of their fields is taken as another spelling of ours: a value is spelled once, and the refusal says how. What our routes take
-as it is, such as vLLM's `min_tokens`, is not listed. Every field and route that a text names exists:
-tests/server/migration/test_tables.py.
+None of these fields is accepted as another spelling of ours: each value has one spelling, which the refusal names. Fields that
+our routes accept, such as vLLM's `min_tokens`, are not listed. tests/server/migration/test_tables.py checks that every field and
+route in a text exists.
 """
 
 NOT_HERE = "leave it out: it is not supported"
@@ -27,10 +27,10 @@ MERGED = """use 'adapter': ["math", "safety"] with 'weights', 'merge' and 'densi
 MERGED_MODEL = """use 'adapters': ["math", "safety"] with 'weights', 'merge' and 'density'"""
 NO_SOURCE = "leave it out: adapters are those of the server's store, by name"
 NO_CACHE_CHOICE = "leave it out: the prefix cache is always on, and private to each tenant"
-ALWAYS_TOLD = "leave it out: the reply has it"
+IN_REPLY = "leave it out: the reply has it"
 
 Hints = tuple[tuple[str, str], ...]
-"""Fields of ours with what to say of each; the first of them that the body knows counts. No field: any body."""
+"""Our fields, each with a hint. The first field that the body has counts. An empty field name stands for any body."""
 
 RENAMED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("max_new_tokens", "num_predict", "n_predict", "max_output_tokens"), ("max_tokens",)),
@@ -52,27 +52,27 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "top_logprobs": ("logprobs",),
     **dict.fromkeys(("timeout", "max_time"), ("timeout_s",)),
     "sampling_seed": ("seed",),
-    # of adapters, in lists of them
+    # fields of adapters in lists
     **dict.fromkeys(("scale", "strength"), ("weight",)),
     **dict.fromkeys(("lora_id", "lora_int_id"), ("name",)),
     "lora_weights": ("weights",),
     "merge_strategy": ("merge",),
     "merge_method": ("merge",),
     "combination_type": ("merge",),
-    # of bodies that change adapters
+    # fields of bodies that change adapters
     **dict.fromkeys(("repo_id", "model_id"), ("hub_id",)),
     "path": ("lora_path",),
     "add_special": ("add_special_tokens",),
     "with_pieces": ("return_token_strs",),
 }
-"""What means the same here by another name: the first of ours that the body knows."""
+"""Fields that have another name here: the first of our names that the body has counts."""
 
 EXPLAINED: dict[str, Hints] = {
-    # how long an answer is, and how many there are
+    # length and number of answers
     "max_length": (("max_tokens", "use 'max_tokens', which counts the answer alone"),),
     "min_length": (("min_tokens", "use 'min_tokens', which counts the answer alone"),),
     "best_of": (("n", "use 'n': every answer is returned, none is chosen"),),
-    # what an answer has to be
+    # form of the answer
     **dict.fromkeys(("guided_json", "json_schema", "output_schema"), (("grammar", SCHEMA),)),
     "schema": (("json_schema", """use 'json_schema': {"schema": …}"""), ("grammar", SCHEMA)),
     "guided_regex": (("grammar", REGEX),),
@@ -85,7 +85,7 @@ EXPLAINED: dict[str, Hints] = {
     "response_format": (("grammar", ANY_GRAMMAR),),
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern"), (("", NOT_HERE),)),
     "value": (("pattern", "use 'schema', 'pattern' or 'text', as 'type' has it"),),
-    # adapters, and which model
+    # adapters and models
     **dict.fromkeys(
         ("adapter_id", "adapter_name", "lora_name", "lora"),
         (("name", "use 'name'"), ("adapter", NAMED_ADAPTER), ("model", NAMED_MODEL)),
@@ -103,7 +103,7 @@ EXPLAINED: dict[str, Hints] = {
     "id": (("role", "leave it out: messages have no ids here"), ("weight", "use 'name'")),
     # TGI's, LoRAX's, Ollama's and SGLang's envelopes
     **dict.fromkeys(("parameters", "options", "sampling_params", "generation_config", "extra_body"), (("", IN_BODY),)),
-    # how tokens are drawn
+    # sampling
     "do_sample": (("temperature", "use 'temperature': above 0 draws, 0 takes the likeliest token"),),
     **dict.fromkeys(("use_beam_search", "num_beams", "length_penalty", "early_stopping", "beam_width"), (("n", NO_BEAMS),)),
     **dict.fromkeys(
@@ -133,11 +133,11 @@ EXPLAINED: dict[str, Hints] = {
         ("truncate", "truncate_prompt_tokens", "truncation"),
         (("", "leave it out: no prompt is cut; one that is too long is refused"),),
     ),
-    # what is said of the answer
+    # data about the answer
     **dict.fromkeys(
         ("prompt_logprobs", "decoder_input_details", "logprob_start_len"), (("echo", "use 'echo': true with 'logprobs'"),)
     ),
-    **dict.fromkeys(("return_timings", "timings_per_token", "verbose"), (("", ALWAYS_TOLD),)),
+    **dict.fromkeys(("return_timings", "timings_per_token", "verbose"), (("", IN_REPLY),)),
     **dict.fromkeys(
         ("return_token_ids", "return_tokens", "return_tokens_as_token_ids"),
         (("", "leave it out: POST /tokenize gives a text's tokens"),),
@@ -162,7 +162,7 @@ EXPLAINED: dict[str, Hints] = {
         (("", NOT_HERE),),
     ),
     "input_prefix": (("", NOT_HERE),),
-    # how it is run
+    # execution
     **dict.fromkeys(("cache_prompt", "id_slot", "slot_id", "cache_salt", "prompt_cache_retention"), (("", NO_CACHE_CHOICE),)),
     **dict.fromkeys(
         ("keep_alive", "num_gpu", "main_gpu", "num_thread", "num_batch", "use_mmap", "low_vram", "kv_transfer_params"),
@@ -173,7 +173,7 @@ EXPLAINED: dict[str, Hints] = {
     ),
     "background": (("", NOT_HERE),),
 }
-"""What is said otherwise here, or not at all."""
+"""Fields that are expressed in another way here, or not supported."""
 
 VALUES: dict[tuple[str, type], Hints] = {
     ("logprobs", bool): (("", "say how many alternatives each token has, such as 'logprobs': 0 for none"),),
@@ -198,7 +198,7 @@ VALUES: dict[tuple[str, type], Hints] = {
     ("template", str): (("", "leave it out for the one that the adapter was trained with"),),
     ("continue_final_message", bool): (("", "to continue a text as it stands, send it to POST /v1/completions"),),
 }
-"""Fields whose name we share with other servers, but not the form of the value; keyed by field and Python type."""
+"""Fields that have the same name in other servers, but another form of value. Keyed by field and Python type."""
 
 ROUTES: dict[str, str] = {
     # OpenAI's
@@ -241,7 +241,7 @@ ROUTES: dict[str, str] = {
     "/load": "GET /metrics",
     **dict.fromkeys(("/redoc", "/swagger", "/api", "/v1"), "GET /docs"),
 }
-"""By a path in lower case, without a slash at its end."""
+"""Hints by path, in lower case and without a slash at its end."""
 
 ABSENT_ROUTES: dict[str, str] = {
     **dict.fromkeys(
@@ -255,4 +255,4 @@ ABSENT_ROUTES: dict[str, str] = {
     **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/speech", "/v1/images/generations"), "only text is supported"),
     **dict.fromkeys(("/v1/files", "/v1/batches", "/v1/fine_tuning/jobs", "/v1/assistants", "/v1/threads"), "it is not supported"),
 }
-"""What nothing here does."""
+"""Routes that have no counterpart here."""

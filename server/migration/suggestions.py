@@ -1,4 +1,4 @@
-"""What to send instead of a field or to a route that is not here. Asked only when a request is refused."""
+"""Suggestions for unknown fields and routes. Only computed when a request is refused."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -12,24 +12,24 @@ from lori.names import MISSPELT, near_names
 from server.migration.requests import ABSENT_ROUTES, EXPLAINED, RENAMED, ROUTES, VALUES, Hints
 
 MAX_NAME = 64
-"""Characters of a field's name that is looked up: longer ones are nobody's typo."""
+"""Maximum number of characters of a field name that is looked up. A longer name is no typo."""
 MAX_PATH = 200
-"""Characters of a path that are shown and looked up."""
+"""Maximum number of characters of a path that are shown and looked up."""
 MAX_LISTED = 8
-"""Fields of a body with so few that they are all told."""
+"""A body with at most this many fields has all of them listed."""
 NAMED_ROUTE = re.compile(r"\b(GET|POST|PUT|DELETE) (/[^\s,;]*)")
 SEPARATORS = re.compile(r"[\s-]+|(?<=[a-z])(?=[A-Z])")
-"""Between the words of `max-tokens` and `maxTokens`."""
+"""Boundaries between the words of `max-tokens` and `maxTokens`."""
 Place = str | int
 Route = tuple[str, str]
 """A method and a path."""
 
 
 def fields_at(body: Any, places: Sequence[Place]) -> frozenset[str]:
-    """Return the names of the fields that an object may have which is at `places` of a body of the type `body`."""
+    """Return the names of the fields of an object at `places` in a body of the type `body`."""
     models = frozenset(_models(body))
     for place in places:
-        # Places hold the branches of unions and the numbers of elements, too.
+        # Places also hold branches of unions and indices of elements.
         if inner := [annotation for model in models for name, annotation in _fields(model).items() if name == place]:
             models = frozenset(model for annotation in inner for model in _models(annotation))
     return frozenset(name for model in models for name in _fields(model))
@@ -47,34 +47,34 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
-def unknown_field(name: str, known: frozenset[str]) -> str:
-    """Return what is wrong with a field `name` where `known` may be, and what to send instead."""
-    return f"unknown field{_separated(_field_hint(name, known))}"
+def unknown_field(name: str, fields: frozenset[str]) -> str:
+    """Return the fault of an unknown field `name` where the fields `known` are allowed, with a suggestion."""
+    return f"unknown field{_separated(_field_hint(name, fields))}"
 
 
-def _field_hint(name: str, known: frozenset[str]) -> str:
-    if not known or len(name) > MAX_NAME:
+def _field_hint(name: str, fields: frozenset[str]) -> str:
+    if not fields or len(name) > MAX_NAME:
         return ""
-    if name in known:
+    if name in fields:
         return "it does not go with this 'type'"
-    if ours := next((field for field in RENAMED.get(name, ()) if field in known), None):
+    if ours := next((field for field in RENAMED.get(name, ()) if field in fields), None):
         return f"use {ours!r}"
-    if hint := _first(EXPLAINED.get(name, ()), known):
+    if hint := _first(EXPLAINED.get(name, ()), fields):
         return hint
     written = SEPARATORS.sub("_", name).lower()
-    if near := [written] if written in known else near_names(written, sorted(known), MISSPELT):
+    if near := [written] if written in fields else near_names(written, sorted(fields), MISSPELT):
         return f"did you mean {near[0]!r}?"
-    return f"expected {', '.join(sorted(known))}" if len(known) <= MAX_LISTED else "/docs lists those that there are"
+    return f"expected {', '.join(sorted(fields))}" if len(fields) <= MAX_LISTED else "/docs lists those that there are"
 
 
 def value_hint(field: str, value: object, body: Any) -> str:
-    """Return what to send in `field` of a body of the type `body` instead of `value`, after a colon; often nothing."""
+    """Return a suggestion for the value of `field` in a body of the type `body`, after a colon. Often empty."""
     hints = VALUES.get((field, type(value)))
     return _separated(_first(hints, fields_at(body, ()))) if hints else ""
 
 
-def _first(hints: Hints, known: frozenset[str]) -> str:
-    return next((text for field, text in hints if not field or field in known), "")
+def _first(hints: Hints, fields: frozenset[str]) -> str:
+    return next((text for field, text in hints if not field or field in fields), "")
 
 
 def _separated(hint: str) -> str:
@@ -82,7 +82,7 @@ def _separated(hint: str) -> str:
 
 
 def unknown_route(method: str, path: str, routes: Sequence[Route]) -> str:
-    """Return that there is no route at `path`, and which of `routes`, all that there are, may be meant."""
+    """Return the fault of an unknown `path`, with the route of `routes` that may be meant."""
     shown = path if len(path) <= MAX_PATH else f"{path[: MAX_PATH - 1]}…"
     return f"there is no route {method} {shown}: {_route_hint(method, path[:MAX_PATH].lower().rstrip('/'), routes)}"
 
@@ -93,7 +93,7 @@ def _route_hint(method: str, path: str, routes: Sequence[Route]) -> str:
     if hint := ROUTES.get(path):
         return f"did you mean {hint}?"
     paths = sorted({route_path for _, route_path in routes}, key=len, reverse=True)
-    # A base URL with a part too many, or too few.
+    # A base URL with one part too many, or too few.
     near = [route_path for route_path in paths if path.endswith(route_path) or route_path.endswith(path or "/")][:1]
     near = near or near_names(path, paths, MISSPELT)[:1]
     if not near:

@@ -1,4 +1,4 @@
-"""`python -m server.plan`: what serving very many adapters takes, and with --simulate how requests fare."""
+"""`python -m server.plan`: plans the resources for serving very many adapters, and with --simulate simulates the requests."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from server.plan.replica import ReplicaSizes
 from server.plan.simulation import POLICIES, Outcome, draw_traffic, simulate
 from server.plan.speed import LOAD_S_PER_BYTE, SINGLE_TOKENS_PER_S, TOKENS_PER_S, Speed, measure
 
-MOST_REPLICAS = 1024
-"""To simulate: each request looks at all of them."""
+MAX_REPLICAS = 1024
+"""Maximum number of replicas in a simulation: each request looks at all of them."""
 Draw = Callable[[Sequence[Outcome], Path], None]
 
 
 def run(config: PlanConfig) -> None:
-    """Plans, simulates where that is asked for, and prints. Raises `LoriError` or `OSError`."""
+    """Plan, simulate if requested, and print. Raises `LoriError` or `OSError`."""
     draw = _drawer() if config.plot else None
     model, adapter = sizes(config)
     plan = make_plan(config, model, adapter, _speed(config, model))
@@ -40,7 +40,7 @@ def run(config: PlanConfig) -> None:
 
 
 def _drawer() -> Draw:
-    """Return what draws. Raises `LoriError` where matplotlib is not installed: before the simulation, not after."""
+    """Return the function that draws. Raises `LoriError` if matplotlib is not installed, before the simulation."""
     try:
         from lori.compare.plots import save_figure  # noqa: PLC0415  # an extra
         from server.plan.plots import plot_outcomes  # noqa: PLC0415
@@ -72,10 +72,10 @@ def _outcomes(config: PlanConfig, plan: Plan, load_s: float) -> list[Outcome]:
     least = config.rps / plan.requests_per_s
     if min(replicas) <= least:
         raise PlanError(f"--replicas {min(replicas)} cannot answer {config.rps:g} requests/s: expected more than {least:.2f}")
-    if max(replicas) > MOST_REPLICAS:
-        raise PlanError(f"--replicas: {max(replicas)} are too many to simulate: expected {MOST_REPLICAS} at most")
-    slots = max(plan.num_resident, config.max_batch)  # where there are fewer adapters than that, nothing is ever evicted
-    like = ReplicaSizes(plan.speed.times(plan.ratio.value), config.max_batch, slots, load_s)
+    if max(replicas) > MAX_REPLICAS:
+        raise PlanError(f"--replicas: {max(replicas)} are too many to simulate: expected {MAX_REPLICAS} at most")
+    slots = max(plan.num_resident, config.max_batch)  # with fewer adapters than that, nothing is ever evicted
+    replica_sizes = ReplicaSizes(plan.speed.times(plan.ratio.value), config.max_batch, slots, load_s)
     traffic = draw_traffic(
         num_adapters=config.adapters,
         num_requests=config.requests,
@@ -86,11 +86,15 @@ def _outcomes(config: PlanConfig, plan: Plan, load_s: float) -> list[Outcome]:
     )
     total = len(replicas) * len(POLICIES) * config.requests
     with tqdm(total=total, desc="simulated", unit="request", unit_scale=True, disable=None, leave=False) as bar:
-        return [simulate(traffic, policy, number, like, config.seed, bar.update) for number in replicas for policy in POLICIES]
+        return [
+            simulate(traffic, policy, number, replica_sizes, config.seed, bar.update)
+            for number in replicas
+            for policy in POLICIES
+        ]
 
 
 def main() -> int:
-    """Run the program and return its exit code: 0, 1 where there is no such plan, 2 for wrong flags."""
+    """Run the program and return its exit code: 0, 1 if there is no such plan, 2 for wrong flags."""
     config = PlanConfig.from_arguments()
     try:
         run(config)

@@ -1,4 +1,4 @@
-"""Everything that `python -m server.plan` can be told, each default written once."""
+"""Settings of `python -m server.plan`. Each default is written once, here."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -13,14 +13,14 @@ from server.plan.speed import MEASURED, OVERHEAD_GIB, Ratio, measured_ratio
 from server.settings import Settings
 
 BENCH = "python -m tests.bench.serve --cases off"
-SIMULATED = ("zipf", "requests", "replicas", "disk_mb_per_s", "seed", "plot")
-"""Flags that mean nothing without --simulate."""
+SIMULATION_FLAGS = ("zipf", "requests", "replicas", "disk_mb_per_s", "seed", "plot")
+"""Flags that need --simulate."""
 
 
 class PlanConfig(BaseSettings):
-    """Says what serving very many adapters takes: memory, flags, replicas, tokens a second. No weights are loaded.
+    """Plan the resources for serving very many adapters: memory, flags, replicas, tokens a second. Loads no weights.
 
-    With --simulate, also how requests fare that are routed by their adapters, and by chance.
+    With --simulate, also simulate requests that are routed by their adapters, and at random.
     """
 
     model_config = SettingsConfigDict(
@@ -34,73 +34,73 @@ class PlanConfig(BaseSettings):
     )
 
     model: str | None = None
-    """The base model: a local folder or a hub id; the embedded SmolLM2-135M-Instruct if absent. Its config alone is read."""
+    """The base model: a local folder or a hub id. The embedded SmolLM2-135M-Instruct if absent. Only its config is read."""
     adapters: int = Field(ge=1, le=10**8)
-    """How many adapters there are."""
+    """The number of adapters."""
     rank: int = Field(default=32, ge=1, le=2048)
-    """Their rank."""
+    """The rank of the adapters."""
     sparsity: float = Field(default=0.9, ge=0, lt=1)
-    """The share of B's entries that they leave out."""
+    """The share of B's entries that the adapters leave out."""
     targets: list[str] = []
-    """The last parts of the names of the modules that they change, such as q_proj; all linear layers if absent."""
+    """The last parts of the names of the modules that the adapters change, such as q_proj. All linear layers if absent."""
     bases: int = Field(default=1, ge=1, le=65536)
-    """How many different A's they are on."""
+    """The number of different bases (A)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Weights and products of the servers."""
+    """The dtype of the servers' weights and products."""
     quantization: Literal["int8"] | None = None
     """As `python -m server --quantization`."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where a replica runs. On a GPU this project has measured nothing yet: --ratio and --overhead-gib say it."""
+    """The device of a replica. This project has no measurements on a GPU yet: --ratio and --overhead-gib give them."""
     rps: float = Field(gt=0, le=1e9)
     """Requests a second, over all replicas."""
     prompt_tokens: int = Field(default=100, ge=1, le=10**9)
-    """Of a request, on average."""
+    """Tokens of a prompt, on average."""
     completion_tokens: int = Field(default=64, ge=1, le=10**9)
-    """Of an answer, on average."""
+    """Tokens of an answer, on average."""
     terms: int = Field(default=1, ge=1, le=65536)
-    """Adapters that a request names, at most."""
+    """The most adapters that a request names."""
     tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
-    """What one replica generates without adapters, of such requests, with --users at once; of the embedded model on a CPU, with
-    flags of requests that are not changed, what this project measured on one core if absent."""
+    """Tokens a second that one replica generates without adapters, for such requests with --users at once. Absent: this project's
+    measurement on one core, for the embedded model on a CPU with default flags for requests."""
     single_tokens_per_s: float | None = Field(default=None, ge=1e-3, le=1e12)
     """The same with one user."""
     users: int = Field(default=32, ge=2, le=4096)
-    """How many asked at once when --tokens-per-s was measured."""
+    """Concurrent users in the measurement of --tokens-per-s."""
     server: str | None = Field(default=None, pattern=r"^https?://[^/]")
-    """Measures both now, on a server of that base that runs there and has nothing else to do; its key is in LORI_API_KEY."""
+    """Measures both now, on a server of that base that runs there and has nothing else to do. Its key is in LORI_API_KEY."""
     ratio: float | None = Field(default=None, ge=0.001, le=1.5)
-    """Tokens a second with adapters to those without; if absent, what this project measured."""
+    """The ratio of the tokens a second with adapters to those without. This project's measurement if absent."""
     utilisation: float = Field(default=0.7, ge=0.001, le=1)
-    """The share of its tokens a second that a replica is to give: the rest is for peaks."""
+    """The share of its tokens a second that a replica should generate. The rest is for peaks."""
     spare: int = Field(default=1, ge=0, le=10**6)
     """Replicas that may fail while the others carry the load."""
     max_batch: int = Field(
         default=Settings.model_fields["max_batch"].default, ge=1, lt=Settings.model_fields["max_step_tokens"].default
     )
-    """As `python -m server --max-batch`, which wants fewer than the tokens of a step."""
+    """As `python -m server --max-batch`, which must be less than the tokens of a step."""
     max_resident: int | None = Field(default=None, ge=1, le=65536)
-    """Adapters that a replica can use at once, at most; as many as --memory-gib holds if absent, or the server's default."""
+    """The most adapters that a replica can use at once. As many as --memory-gib holds if absent, or the server's default."""
     memory_gib: float | None = Field(default=None, gt=0, le=65536)
-    """What one replica may use: of RAM, or of its GPU's memory."""
+    """The memory that one replica may use: RAM, or its GPU's memory."""
     overhead_gib: float | None = Field(default=None, ge=0, le=65536)
-    """What a replica's process takes beside all that is counted; on a CPU what this project measured if absent."""
+    """The memory of a replica's process beside all that is counted. On a CPU, this project's measurement if absent."""
     as_json: bool = Field(default=False, alias="json")
     """Prints one JSON document."""
 
     simulate: bool = False
-    """Simulates the replicas, with adapters read from disk when requests name them."""
+    """Simulates the replicas, with adapters that are read from disk when requests name them."""
     zipf: float = Field(default=1.0, ge=0, le=10)
-    """How unlike in popularity the adapters are: the k-th has a share that goes with 1 / k to this power; 0: all alike."""
+    """The skew of the adapters' popularity: the share of the k-th is proportional to 1 / k to this power. 0: all alike."""
     requests: int = Field(default=200_000, ge=100, le=10**6)
-    """How many are simulated; the first fifth, while the replicas are cold, is not counted."""
+    """The number of simulated requests. The first fifth, while the replicas are cold, is not counted."""
     replicas: list[int] = []
-    """How many to simulate, maybe several; the planned ones without the spare if absent."""
+    """The numbers of replicas to simulate. The planned number without the spare ones if absent."""
     disk_mb_per_s: float | None = Field(default=None, gt=0)
-    """How fast a replica reads adapters from where they lie, in MB a second."""
+    """The speed at which a replica reads adapters from their store, in MB a second."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """Of the arrivals and of what they ask for."""
+    """The seed of the arrivals and of the requests."""
     plot: Path | None = None
-    """Draws what was simulated: a .png, .svg or .pdf file. Needs the extra plot."""
+    """Draws the simulation: a .png, .svg or .pdf file. Needs the extra plot."""
 
     @classmethod
     def settings_customise_sources(
@@ -116,11 +116,11 @@ class PlanConfig(BaseSettings):
 
     @classmethod
     def from_arguments(cls) -> Self:
-        """Read the command line; ends the program with 2 and the flag's name where one is wrong."""
+        """Read the command line. If a flag is wrong, end the program with exit code 2 and the flag's name."""
         return read_arguments(cls)
 
     @model_validator(mode="after")
-    def _has_what_nobody_knows(self) -> Self:
+    def _has_required_measurements(self) -> Self:
         faults = [*self._speed_faults(), *self._simulation_faults()]
         if self.device == "cuda" and self.overhead_gib is None:
             faults.append("--overhead-gib is missing: nothing was measured on a GPU; nvidia-smi says what a server takes there")
@@ -139,7 +139,7 @@ class PlanConfig(BaseSettings):
 
     @property
     def known_ratio(self) -> Ratio | None:
-        """Tokens a second with adapters to those without, as told or as measured."""
+        """Tokens a second with adapters to those without, as given or as measured."""
         if self.ratio is not None:
             return Ratio(self.ratio, "--ratio")
         if self.device == "cuda":
@@ -148,13 +148,13 @@ class PlanConfig(BaseSettings):
 
     @property
     def is_measured(self) -> bool:
-        """Whether the tokens a second are those that this project measured."""
-        told = self.server or self.tokens_per_s or self.single_tokens_per_s
-        return not told and all(getattr(self, name) == value for name, value in MEASURED.items())
+        """Whether the tokens a second are this project's measurement."""
+        is_given = self.server or self.tokens_per_s or self.single_tokens_per_s
+        return not is_given and all(getattr(self, name) == value for name, value in MEASURED.items())
 
     @property
     def process_gib(self) -> float:
-        """What a replica's process takes beside all that is counted."""
+        """Memory of a replica's process beside all that is counted, in GiB."""
         return OVERHEAD_GIB if self.overhead_gib is None else self.overhead_gib
 
     def _speed_faults(self) -> list[str]:
@@ -176,7 +176,7 @@ class PlanConfig(BaseSettings):
 
     def _simulation_faults(self) -> list[str]:
         if not self.simulate:
-            unused = [flag_of(name) for name in SIMULATED if name in self.model_fields_set]
+            unused = [flag_of(name) for name in SIMULATION_FLAGS if name in self.model_fields_set]
             return [f"{', '.join(unused)}: pass --simulate, too"] if unused else []
         faults = []
         if not self.server and not self.is_measured and self.single_tokens_per_s is None:

@@ -1,7 +1,7 @@
-"""What a base model, its keys and values, and its adapters take, in bytes: from the model's config alone, no weight is read.
+"""Sizes of a base model, its keys and values, and its adapters, in bytes: from the model's config, without reading weights.
 
-An adapter's size depends on where its mask has its entries. So a B is drawn for each size of module, packed as the server packs
-it and written as training writes it, and what that takes is counted. Shapes: D outputs, N inputs, R rank.
+An adapter's size depends on the positions of its mask's entries. So a B is drawn for each size of module, packed as the server
+packs it and written as training writes it, and the result is measured. Shapes: D outputs, N inputs, R rank.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lori.base_identity import module_shapes
 from lori.embedded import embedded_model
 from lori.errors import ModelError
-from lori.identity import last
+from lori.identity import projection_of
 from lori.kernels.layout import Layout
 from lori.kernels.native import pack
 from lori.names import EMBEDDED_NAME, short_name
@@ -28,20 +28,20 @@ from server.engine.model.runner import bytes_per_token
 
 GIB = 2**30
 ROW_SPREAD = 0.4
-"""How unlike in size the rows of a drawn B are (of a lognormal): it takes a few percent more than the demo adapters' do."""
+"""Spread of the row sizes of a drawn B (sigma of a lognormal): it takes a few percent more than those of the demo adapters."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """A base model: what it takes in a server, in bytes, beside its adapters."""
+    """A base model: its sizes in a server, in bytes, without adapters."""
 
     name: str
     weights: int
     kv_token: int
-    """Of the keys and values of a token."""
+    """Bytes of the keys and values of a token."""
     max_context: int
     num_ids: int
-    """Tokens that it knows."""
+    """Size of the vocabulary."""
     shapes: Mapping[str, tuple[int, int]]
     """(D, N) of each linear layer that an adapter may change, by full name."""
 
@@ -51,19 +51,19 @@ class AdapterSizes:
     """One adapter of a model, in bytes."""
 
     num_kept: int
-    """Entries of its B, not bytes."""
+    """Nonzero entries of its B, not bytes."""
     resident: int
-    """In the kernels' memory, or loaded."""
+    """Bytes in the kernels' memory, or loaded."""
     on_disk: int
-    """Its weights file, values in bf16."""
+    """Bytes of its weights file, with values in bf16."""
     dense: int
-    """A LoRA of the same rank with A and B in bf16, on disk or in memory."""
+    """Bytes of a LoRA of the same rank with A and B in bf16, on disk or in memory."""
 
 
 def model_sizes(name: str | None, dtype: torch.dtype, quantization: Quantization | None = None) -> ModelSizes:
-    """Return what the base called `name` takes (a local folder or a hub id; `None` is the embedded model).
+    """Return the sizes of the base called `name` (a local folder or a hub id; `None` is the embedded model).
 
-    Raises `ModelError` where there is no such model, or the server does not serve it.
+    Raises `ModelError` if there is no such model, or the server does not support it.
     """
     model = _empty_model(name, dtype)
     check_family(model)
@@ -80,22 +80,23 @@ def model_sizes(name: str | None, dtype: torch.dtype, quantization: Quantization
 
 
 def basis_bytes(shapes: Mapping[str, tuple[int, int]], rank: int, dtype: torch.dtype, num_bases: int = 1) -> int:
-    """Return what the rows of A take that lie below the weights of all `shapes`, which adapters change or not."""
+    """Return the bytes of the rows of A below the weights of all `shapes`, whether adapters change them or not."""
     return num_bases * rank * sum(n for _, n in shapes.values()) * dtype.itemsize
 
 
 def adapter_sizes(
     shapes: Mapping[str, tuple[int, int]], rank: int, sparsity: float, dtype: torch.dtype, targets: Collection[str] = ()
 ) -> AdapterSizes:
-    """Return what an adapter takes that changes the modules of `shapes` whose names end as `targets` say, all if none do.
+    """Return the sizes of an adapter that changes the modules of `shapes` whose names end with one of `targets`, or all without
+    targets.
 
-    Raises `ModelError` where a target is none of the model's modules.
+    Raises `ModelError` if a target is none of the model's modules.
     """
-    known = {last(name) for name in shapes}
-    if unknown := sorted(set(targets) - known):
-        raise ModelError(f"--targets: the model has no {', '.join(unknown)}: known are {', '.join(sorted(known))}")
-    changed = {name: shape for name, shape in shapes.items() if not targets or last(name) in targets}
-    drawn = {d: _drawn(d, rank, sparsity) for d in sorted({d for d, _ in changed.values()})}
+    names = {projection_of(name) for name in shapes}
+    if unknown := sorted(set(targets) - names):
+        raise ModelError(f"--targets: the model has no {', '.join(unknown)}: known are {', '.join(sorted(names))}")
+    changed = {name: shape for name, shape in shapes.items() if not targets or projection_of(name) in targets}
+    drawn = {d: _drawn_b(d, rank, sparsity) for d in sorted({d for d, _ in changed.values()})}
     packed = {d: pack(Layout(d, rank, dtype), b) for d, b in drawn.items()}
     return AdapterSizes(
         num_kept=sum(len(drawn[d].values) for d, _ in changed.values()),
@@ -118,13 +119,16 @@ def _empty_model(name: str | None, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _weight_bytes(model: PreTrainedModel, quantized: Collection[str]) -> int:
-    """Return what the server makes of the weights: vectors in fp32, the output's matrix beside the embeddings where these are
-    tied, and of the layers that are `quantized` int8 and a scale in fp32 for each output."""
+    """Return the bytes of the weights in the server.
+
+    Vectors are in fp32, tied embeddings are stored twice, and layers in `quantized` are int8 with a scale in fp32 for each
+    output.
+    """
     head = model.get_output_embeddings().weight
-    own = dict(model.named_parameters())
-    is_tied = not any(parameter is head for name, parameter in own.items() if "embed" not in name)
+    parameters = dict(model.named_parameters())
+    is_tied = not any(parameter is head for name, parameter in parameters.items() if "embed" not in name)
     total = head.numel() * head.dtype.itemsize if is_tied else 0
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         if name.removesuffix(".weight") in quantized:
             total += parameter.numel() + 4 * len(parameter)
         else:
@@ -132,15 +136,15 @@ def _weight_bytes(model: PreTrainedModel, quantized: Collection[str]) -> int:
     return total
 
 
-def _drawn(num_outputs: int, rank: int, sparsity: float) -> SparseB:
+def _drawn_b(num_outputs: int, rank: int, sparsity: float) -> SparseB:
     g = torch.Generator().manual_seed(num_outputs)
     b = (ROW_SPREAD * torch.randn(num_outputs, 1, generator=g)).exp() * torch.randn(num_outputs, rank, generator=g)
-    num_kept = max(1, round((1 - sparsity) * b.numel()))
+    nnz = max(1, round((1 - sparsity) * b.numel()))
     mask = torch.zeros(b.numel(), dtype=torch.bool)
-    mask[b.flatten().abs().topk(num_kept).indices] = True
+    mask[b.flatten().abs().topk(nnz).indices] = True
     return SparseB.from_dense(b.bfloat16(), mask.view_as(b))
 
 
 def gib(num_bytes: float) -> float:
-    """Return bytes in GiB, to hundredths and not less: as a flag says it."""
+    """Return bytes in GiB, rounded up to hundredths, as in a flag."""
     return math.ceil(num_bytes / GIB * 100) / 100

@@ -1,4 +1,4 @@
-"""What the planner prints: tables for people, or one JSON document."""
+"""Output of the planner: tables for people, or one JSON document."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from server.plan.simulation import WARM_UP, Outcome
 
 
 def print_plan(config: PlanConfig, plan: Plan) -> None:
-    """Print a plan, with what it assumes."""
+    """Print a plan, with its assumptions."""
     _print_memory(config, plan)
     _print_adapters(config, plan)
     served = plan.requests_per_s * config.completion_tokens
@@ -28,8 +28,8 @@ def print_plan(config: PlanConfig, plan: Plan) -> None:
     )
     print()
     print("This assumes:")
-    for said in assumptions(config, plan):
-        print(f"- {said}")
+    for assumption in assumptions(config, plan):
+        print(f"- {assumption}")
 
 
 def _print_memory(config: PlanConfig, plan: Plan) -> None:
@@ -44,24 +44,24 @@ def _print_memory(config: PlanConfig, plan: Plan) -> None:
         ("all", memory.total),
     ]
     title = f"A replica of {plan.model.name}"
-    print_table([title, "GiB"], [(what, f"{num_bytes / GIB:.2f}") for what, num_bytes in rows])
+    print_table([title, "GiB"], [(label, f"{num_bytes / GIB:.2f}") for label, num_bytes in rows])
 
 
 def _print_adapters(config: PlanConfig, plan: Plan) -> None:
-    of = plan.adapter
+    adapter = plan.adapter
     room = plan.memory.total - plan.memory.fixed
 
-    def row(what: str, lori: int, dense: int) -> tuple[str, ...]:
-        return what, size(lori), size(dense), f"{dense / lori:.1f}"
+    def row(label: str, lori: int, dense: int) -> tuple[str, ...]:
+        return label, size(lori), size(dense), f"{dense / lori:.1f}"
 
     print_table(
         [f"An adapter, rank {config.rank}", "LoRI", "dense LoRA", "times"],
         [
-            row("in memory", of.resident, of.dense),
-            row("on disk", of.on_disk, of.dense),
-            row(f"all {config.adapters:,} on disk", config.adapters * of.on_disk, config.adapters * of.dense),
-            ("resident in a GiB", str(GIB * plan.num_resident // room), str(GIB // of.dense), ""),
-            (f"resident in {room / GIB:.2f} GiB", str(plan.num_resident), str(room // of.dense), ""),
+            row("in memory", adapter.resident, adapter.dense),
+            row("on disk", adapter.on_disk, adapter.dense),
+            row(f"all {config.adapters:,} on disk", config.adapters * adapter.on_disk, config.adapters * adapter.dense),
+            ("resident in a GiB", str(GIB * plan.num_resident // room), str(GIB // adapter.dense), ""),
+            (f"resident in {room / GIB:.2f} GiB", str(plan.num_resident), str(room // adapter.dense), ""),
         ],
     )
 
@@ -81,8 +81,8 @@ COLUMNS = [
 
 
 def print_outcomes(config: PlanConfig, plan: Plan, load_s: float, outcomes: Sequence[Outcome]) -> None:
-    """Print what was simulated, with what that assumes."""
-    rows = [_outcome_cells(of, config.rps / plan.requests_per_s) for of in outcomes]
+    """Print the simulation, with its assumptions."""
+    rows = [_outcome_cells(outcome, config.rps / plan.requests_per_s) for outcome in outcomes]
     title = f"{config.requests:,} requests at {config.rps:g} a second for {config.adapters:,} adapters, zipf {config.zipf:g}"
     print()
     print_table(COLUMNS, rows, title)
@@ -93,27 +93,27 @@ def print_outcomes(config: PlanConfig, plan: Plan, load_s: float, outcomes: Sequ
     )
 
 
-def _outcome_cells(of: Outcome, num_busy: float) -> list[str]:
-    shares = [percent(num_busy / of.num_replicas), percent(of.hit_rate)]
-    seconds = [f"{1e3 * of.p99_wait_s:.0f}", f"{of.p50_s:.2f}", f"{of.p99_s:.2f}"]
+def _outcome_cells(outcome: Outcome, num_busy: float) -> list[str]:
+    shares = [percent(num_busy / outcome.num_replicas), percent(outcome.hit_rate)]
+    seconds = [f"{1e3 * outcome.p99_wait_s:.0f}", f"{outcome.p50_s:.2f}", f"{outcome.p99_s:.2f}"]
     return [
-        str(of.num_replicas),
-        of.policy,
+        str(outcome.num_replicas),
+        outcome.policy,
         *shares,
-        f"{of.loads_per_s:.1f}",
+        f"{outcome.loads_per_s:.1f}",
         *seconds,
-        f"{of.imbalance:.2f}",
-        percent(of.first_share),
+        f"{outcome.imbalance:.2f}",
+        percent(outcome.first_share),
     ]
 
 
 def as_document(config: PlanConfig, plan: Plan, load_s: float | None, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return all of it for a script: bytes, seconds, and the settings that led to them."""
+    """Return all results for a script: bytes, seconds, and the settings that led to them."""
     document = dataclasses.asdict(plan)
     del document["model"]["shapes"]
     document["memory"]["total"] = plan.memory.total
     settings = config.model_dump(mode="json", exclude={"as_json"})
     document |= {"settings": settings, "assumptions": assumptions(config, plan)}
     if outcomes:
-        document["simulation"] = {"load_s": load_s, "outcomes": [dataclasses.asdict(of) for of in outcomes]}
+        document["simulation"] = {"load_s": load_s, "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]}
     return document

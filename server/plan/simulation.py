@@ -1,7 +1,7 @@
-"""Simulates replicas that serve very many adapters, some popular and most not, under one way to route requests or another.
+"""Simulation of replicas that serve very many adapters, some popular and most not, under a routing policy.
 
-Arrivals are a Poisson process, popularity is Zipf's, answers' lengths are geometric. The same seed gives the same requests to
-each way. Routing by affinity is what the cluster does: `server.cluster.affinity`.
+Arrivals are a Poisson process, popularity is Zipf's, and the lengths of answers are geometric. The same seed gives the same
+requests to each policy. The policy "affinity" is that of the cluster: `server.cluster.affinity`.
 """
 
 import math
@@ -15,19 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from server.cluster.affinity import ANY, LoadBound, key_of, preferred, ranked
-from server.plan.replica import Asked, Replica, ReplicaSizes
+from server.plan.replica import Replica, ReplicaSizes, SimulatedRequest
 
 Policy = Literal["affinity", "least loaded", "random"]
 POLICIES: tuple[Policy, ...] = ("affinity", "least loaded", "random")
 Route = Callable[[str, Mapping[str, int]], str]
-"""Returns the replica for a request of an adapter, given how many requests each has under way."""
+"""Function that returns the replica for a request of an adapter, given the requests under way at each replica."""
 WARM_UP = 0.2
-"""The share of the requests that is not counted, for adapters are not where they will be yet."""
+"""The share of the requests that is not counted, because the adapters have not found their replicas yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Requests in the order of their arrival, (requests,) each: when, for which adapter, how many tokens."""
+    """Requests in the order of their arrival, (requests,) each: times, adapters, numbers of tokens."""
 
     arrivals: npt.NDArray[np.float64]
     adapters: npt.NDArray[np.int64]
@@ -36,27 +36,27 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How requests fared, those after the warm-up."""
+    """The outcome of a simulation, over the requests after the warm-up."""
 
     policy: Policy
     num_replicas: int
     num_requests: int
-    """All that were answered, the warm-up's too."""
+    """All requests that were answered, with those of the warm-up."""
     num_loads: int
-    """Of all of them."""
+    """Adapters read from disk, with those of the warm-up."""
     hit_rate: float
-    """The share whose adapter was resident where they came."""
+    """The share of requests whose adapter was resident at their replica."""
     loads_per_s: float
     """Adapters read from disk a second, over all replicas."""
     p99_wait_s: float
-    """Until a request's first step: for its adapter, and for a place. 99 of 100 wait less."""
+    """Seconds until a request's first step, for its adapter and for a place. 99 of 100 requests wait less."""
     p50_s: float
     p99_s: float
-    """Until the answers' ends."""
+    """Seconds until the end of the answer."""
     imbalance: float
-    """Requests of the replica that had most, to the mean."""
+    """Requests of the busiest replica, relative to the mean."""
     first_share: float
-    """The share that came to the replica that ranks first for their adapter."""
+    """The share of requests that went to the replica that ranks first for their adapter."""
 
 
 def draw_traffic(*, num_adapters: int, num_requests: int, rps: float, zipf: float, mean_tokens: float, seed: int) -> Traffic:
@@ -71,35 +71,37 @@ def draw_traffic(*, num_adapters: int, num_requests: int, rps: float, zipf: floa
 
 
 def simulate(
-    traffic: Traffic, policy: Policy, num_replicas: int, sizes: ReplicaSizes, seed: int, tell: Callable[[], object] = bool
+    traffic: Traffic, policy: Policy, num_replicas: int, sizes: ReplicaSizes, seed: int, on_end: Callable[[], object] = bool
 ) -> Outcome:
-    """Run all requests to their ends. `tell` is called whenever one has ended."""
+    """Run all requests to their ends. Calls `on_end` after each."""
     replicas = {f"replica-{i}": Replica(sizes) for i in range(num_replicas)}
     loads = dict.fromkeys(replicas, 0)
-    route, asked, chosen, num_loads = _route(policy, [*replicas], seed), _asked(traffic), list[str](), list[int]()
+    route, requests, chosen, num_loads = _route(policy, [*replicas], seed), _requests(traffic), list[str](), list[int]()
 
     def run_until(now: float) -> None:
         while (soonest := min(replicas.items(), key=_next_at))[1].next_at < now:
             name, replica = soonest
             if replica.step():
                 loads[name] -= 1
-                tell()
+                on_end()
 
-    for one in asked:
-        run_until(one.arrived)
-        num_loads.append(sum(of.num_loads for of in replicas.values()))
-        name = route(one.adapter, loads)
+    for request in requests:
+        run_until(request.arrived)
+        num_loads.append(sum(replica.num_loads for replica in replicas.values()))
+        name = route(request.adapter, loads)
         chosen.append(name)
         loads[name] += 1
-        replicas[name].arrive(one, one.arrived)
+        replicas[name].arrive(request, request.arrived)
     run_until(math.inf)
     assert not any(loads.values())
-    return _outcome(policy, asked, chosen, num_loads, replicas)
+    return _outcome(policy, requests, chosen, num_loads, replicas)
 
 
-def _asked(traffic: Traffic) -> list[Asked]:
-    columns = (of.tolist() for of in (traffic.adapters, traffic.num_tokens, traffic.arrivals))
-    return [Asked(f"adapter-{adapter}", num_tokens, arrived) for adapter, num_tokens, arrived in zip(*columns, strict=True)]
+def _requests(traffic: Traffic) -> list[SimulatedRequest]:
+    columns = (column.tolist() for column in (traffic.adapters, traffic.num_tokens, traffic.arrivals))
+    return [
+        SimulatedRequest(f"adapter-{adapter}", num_tokens, arrived) for adapter, num_tokens, arrived in zip(*columns, strict=True)
+    ]
 
 
 def _next_at(item: tuple[str, Replica]) -> float:
@@ -107,25 +109,31 @@ def _next_at(item: tuple[str, Replica]) -> float:
 
 
 def _outcome(
-    policy: Policy, asked: Sequence[Asked], chosen: Sequence[str], num_loads: Sequence[int], replicas: Mapping[str, Replica]
+    policy: Policy,
+    requests: Sequence[SimulatedRequest],
+    chosen: Sequence[str],
+    num_loads: Sequence[int],
+    replicas: Mapping[str, Replica],
 ) -> Outcome:
-    """Sum up: `chosen` is where each request went, `num_loads` how many adapters had been read when each came."""
+    """Return the outcome. `chosen` has the replica of each request, `num_loads` the adapters read before each came."""
     first_of = cache(lambda adapter: ranked(key_of([adapter]), replicas)[0])
-    start = int(WARM_UP * len(asked))
-    counted, where = asked[start:], chosen[start:]
-    p50, p99 = np.quantile([one.ended - one.arrived for one in counted], [0.5, 0.99]).tolist()
+    start = int(WARM_UP * len(requests))
+    counted, counted_replicas = requests[start:], chosen[start:]
+    p50, p99 = np.quantile([request.ended - request.arrived for request in counted], [0.5, 0.99]).tolist()
     return Outcome(
         policy=policy,
         num_replicas=len(replicas),
-        num_requests=sum(math.isfinite(one.ended) for one in asked),
-        num_loads=sum(of.num_loads for of in replicas.values()),
-        hit_rate=float(np.mean([one.is_hit for one in counted])),
+        num_requests=sum(math.isfinite(request.ended) for request in requests),
+        num_loads=sum(replica.num_loads for replica in replicas.values()),
+        hit_rate=float(np.mean([request.is_hit for request in counted])),
         loads_per_s=(num_loads[-1] - num_loads[start]) / (counted[-1].arrived - counted[0].arrived),
-        p99_wait_s=float(np.quantile([one.started - one.arrived for one in counted], 0.99)),
+        p99_wait_s=float(np.quantile([request.started - request.arrived for request in counted], 0.99)),
         p50_s=p50,
         p99_s=p99,
-        imbalance=max(Counter(where).values()) * len(replicas) / len(where),
-        first_share=float(np.mean([name == first_of(one.adapter) for name, one in zip(where, counted, strict=True)])),
+        imbalance=max(Counter(counted_replicas).values()) * len(replicas) / len(counted_replicas),
+        first_share=float(
+            np.mean([name == first_of(request.adapter) for name, request in zip(counted_replicas, counted, strict=True)])
+        ),
     )
 
 

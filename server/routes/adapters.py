@@ -1,4 +1,4 @@
-"""Which adapters there are, and how admins change that while requests run. Translates only."""
+"""Routes that list, show and change adapters. They only translate."""
 
 from collections.abc import Awaitable
 from typing import Annotated, Any
@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect
 
 from lori.names import NAME, VERSION
 from lori.store.hub import SCHEME, name_in
-from server.catalog.admin import Withdrawn
-from server.catalog.rows import describe_one, describe_whole, encode_list
+from server.catalog.admin import Withdrawal
+from server.catalog.rows import describe_details, describe_one, encode_list
 from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
@@ -33,7 +33,7 @@ ReferencePath = Annotated[
         json_schema_extra={"pattern": f"^{NAME.pattern}(@{VERSION.pattern})?$"},
     ),
 ]
-"""Described alone: what a name is, is checked elsewhere."""
+"""Only for the description. Names are checked elsewhere."""
 WITHDRAWN: dict[int | str, dict[str, Any]] = {
     200: {"description": "Nothing of it is left in memory"},
     202: {"model": WithdrawnReply, "description": "Requests under way still use it: the rest follows when the last has ended"},
@@ -48,18 +48,18 @@ async def list_adapters(
     after: str = "",
     limit: Annotated[int | None, Query(ge=1)] = None,
 ) -> Response:
-    """List the adapters that the caller may name, all of them unless there is a `limit`; `after` goes on where that ended."""
-    content = await service.admin.listed(lambda: encode_list(service, caller, prefix, after, limit))
+    """List the adapters that the caller may use. `limit` bounds their number; `after` continues after that name."""
+    content = await service.admin.write_list(lambda: encode_list(service, caller, prefix, after, limit))
     return Response(content, media_type="application/json")
 
 
 @router.get("/adapters/{name}", responses=refusals(404))
 async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf) -> AdapterDetail:
-    """Show an adapter, `name` or `name@version`, with its card and each of its modules, which takes a while the first time."""
+    """Show an adapter, `name` or `name@version`, with its card and each of its modules. The first time takes a while."""
     with service.limiter.places(caller):
-        [of] = await find(service, caller, [name], "name")
-        details = await service.admin.details(of)
-        return await run_in_threadpool(describe_whole, service, of, details, caller)
+        [adapter] = await find(service, caller, [name], "name")
+        details = await service.admin.details(adapter)
+        return await run_in_threadpool(describe_details, service, adapter, details, caller)
 
 
 @admin.post(
@@ -70,21 +70,21 @@ async def show_adapter(name: ReferencePath, service: ServiceOf, caller: CallerOf
     openapi_extra={"requestBody": REQUEST_BODY},
 )
 async def publish(http: Request, service: ServiceOf, response: Response) -> AdapterInfo | Response:
-    """Put an adapter in the server's store, as a new version of its name, which means it from then on.
+    """Put an adapter in the server's store, as a new version of its name, which then refers to it.
 
-    A form has the files of an adapter's folder, or of a PEFT LoRA's whose A the server was started for; JSON names one on the
-    hub, where the server has --hub. An adapter that is not sound is refused whole, with its faults. Requests under way end on the
-    version that they began with.
+    A form has the files of an adapter's folder, or of a PEFT LoRA's whose A the server was started for. JSON names an adapter on
+    the hub, if the server has --hub. An adapter that is not sound is refused as a whole, with its faults. Requests under way end
+    on the version that they began with.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in KINDS:
         raise HTTPException(415, f"Content-Type is {kind!r}, expected {' or '.join(KINDS)}")
     try:
-        of = await KINDS[kind](http, service)
+        adapter = await KINDS[kind](http, service)
     except ClientDisconnect:
         return Response(status_code=499)
-    response.headers["Location"] = f"/adapters/{of.summary.name}"
-    return describe_one(service, of)
+    response.headers["Location"] = f"/adapters/{adapter.summary.name}"
+    return describe_one(service, adapter)
 
 
 async def _publish_form(http: Request, service: Service) -> Registered:
@@ -106,48 +106,48 @@ KINDS = {"multipart/form-data": _publish_form, "application/json": _publish_from
 
 @admin.delete("/adapters/{name}", response_model=WithdrawnReply, responses=WITHDRAWN)
 async def delete(name: ReferencePath, service: ServiceOf) -> Response:
-    """Delete a name with all its versions, a version (`name@version`) or an alias, in the store too.
+    """Delete a name with all its versions, a version (`name@version`) or an alias, in the store, too.
 
-    Who asks for it from then on hears 404. Requests under way end on it, and its files are there until then.
+    New requests for it are answered 404. Requests under way end on it, and its files stay until then.
     """
     return await _withdraw(service.admin.delete(checked_reference(name)))
 
 
 @admin.put("/adapters/{name}/alias")
 async def set_alias(name: NamePath, body: AliasBody, service: ServiceOf) -> AdapterInfo:
-    """Make a name mean what another one means now, or goes back to one of its own versions, in the store too."""
+    """Make a name refer to the present version of another name, or to one of its own versions, in the store, too."""
     reference = checked_reference(body.adapter, "adapter")
     return describe_one(service, await service.admin.alias(checked_name(name), reference))
 
 
 @admin.post("/adapters/{name}/load")
 async def load(name: NamePath, service: ServiceOf) -> AdapterInfo:
-    """Read what the name means in the store now: what was unloaded, or was put there since."""
+    """Load the name's adapter from the store: one that was unloaded, or was put there since."""
     return describe_one(service, await service.admin.load(checked_name(name)))
 
 
 @admin.post("/adapters/{name}/unload", response_model=WithdrawnReply, responses=WITHDRAWN)
 async def unload(name: ReferencePath, service: ServiceOf) -> Response:
-    """Withdraw a name with its versions, or a version that is not what its name means; `load` brings it back.
+    """Withdraw a name with its versions, or a version that is not the name's current one. `load` brings it back.
 
-    Who asks for it from then on hears 404. Requests under way end on it, then its memory is freed.
+    New requests for it are answered 404. Requests under way end on it, then its memory is freed.
     """
     return await _withdraw(service.admin.unload(checked_reference(name)))
 
 
 @admin.post("/adapters/{name}/pin")
 async def pin(name: NamePath, service: ServiceOf) -> AdapterInfo:
-    """Keep what the name means resident, also when that changes, until it is unpinned or the server ends."""
+    """Keep the name's adapter resident, also when the name changes, until it is unpinned or the server ends."""
     return describe_one(service, await service.admin.pin(checked_name(name)))
 
 
 @admin.post("/adapters/{name}/unpin")
 async def unpin(name: NamePath, service: ServiceOf) -> AdapterInfo:
-    """Let an adapter make room for others again."""
+    """Let an adapter be evicted again."""
     return describe_one(service, await service.admin.unpin(checked_name(name)))
 
 
-async def _withdraw(withdrawing: Awaitable[Withdrawn]) -> JSONResponse:
-    gone = await withdrawing
-    reply = WithdrawnReply(name=gone.name, versions=list(gone.versions), num_using=gone.num_using)
-    return JSONResponse(reply.model_dump(), 202 if gone.num_using else 200)
+async def _withdraw(withdrawing: Awaitable[Withdrawal]) -> JSONResponse:
+    withdrawal = await withdrawing
+    reply = WithdrawnReply(name=withdrawal.name, versions=list(withdrawal.versions), num_using=withdrawal.num_using)
+    return JSONResponse(reply.model_dump(), 202 if withdrawal.num_using else 200)

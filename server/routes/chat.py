@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions. Translates only."""
+"""POST /v1/chat/completions. Only translates."""
 
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
@@ -14,12 +14,12 @@ from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
-from server.engine.text import HALF_CHARACTER
+from server.engine.text import REPLACEMENT_CHARACTER
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute, json_reply
-from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
+from server.routes.openai import DONE, errors_in_fields_of, finish_reason, sse, to_ask, to_lori, to_usage
 from server.schemas.chat import (
     AnswerMessage,
     ChatBody,
@@ -47,7 +47,7 @@ STREAM = streams(
 async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Answer a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
-        with in_fields_of(body, service, caller):
+        with errors_in_fields_of(body, service, caller):
             asks = [_to_ask(body, service.base_names)]
             admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
             [request] = await place.enter_async_context(admitted)
@@ -70,7 +70,7 @@ def _to_ask(body: ChatBody, base_names: Collection[str]) -> Ask:
 
 
 class _Writer:
-    """Writes what was answered to one body."""
+    """Writer of the reply to one body."""
 
     def __init__(self, body: ChatBody, base_model: str, request: Request) -> None:
         self._request = request
@@ -106,7 +106,7 @@ class _Writer:
             async for event in events:
                 match event:
                     case TextEvent():
-                        if event.text or event.logprobs:  # else half a character waits
+                        if event.text or event.logprobs:  # otherwise a partial character is held back
                             delta, logprobs = Delta(content=event.text), self._to_logprobs(event.logprobs)
                             yield self._sse(self._chunk(ChatChunkChoice(index=event.choice, delta=delta, logprobs=logprobs)))
                     case DoneEvent():
@@ -130,17 +130,17 @@ class _Writer:
     def _sse(self, chunk: ChatChunk) -> bytes:
         return sse(chunk, has_usage=self._has_usage)
 
-    def _to_logprobs(self, found: Sequence[TokenLogprob]) -> ChatLogprobs | None:
+    def _to_logprobs(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
         if self._request.num_logprobs is None:
             return None
-        return ChatLogprobs(content=[_to_logprob(one) for one in found])
+        return ChatLogprobs(content=[_to_logprob(token) for token in tokens])
 
 
-def _to_logprob(one: TokenLogprob) -> TokenLogprobReply:
-    assert one.value is not None, "an answer's tokens are all predicted"
-    top = [TopLogprob(token=token, logprob=value, bytes=_bytes(token)) for token, value in one.top.items()]
-    return TokenLogprobReply(token=one.token, logprob=one.value, bytes=_bytes(one.token), top_logprobs=top)
+def _to_logprob(token: TokenLogprob) -> TokenLogprobReply:
+    assert token.value is not None, "an answer's tokens are all predicted"
+    top = [TopLogprob(token=text, logprob=value, bytes=_bytes(text)) for text, value in token.top.items()]
+    return TokenLogprobReply(token=token.token, logprob=token.value, bytes=_bytes(token.token), top_logprobs=top)
 
 
 def _bytes(token: str) -> list[int] | None:
-    return None if HALF_CHARACTER in token else list(token.encode())
+    return None if REPLACEMENT_CHARACTER in token else list(token.encode())

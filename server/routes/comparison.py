@@ -1,4 +1,4 @@
-"""GET /adapters/compare: how adapters relate before anyone merges them. Translates only."""
+"""GET /adapters/compare: relations between adapters before a merge. Only translates."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -20,7 +20,7 @@ from server.schemas.adapters import AdapterComparison
 
 MAX_NAMES = 16
 MAX_WAITING = 8
-"""Comparisons of one tenant that wait, beside one of its own that runs or is the next."""
+"""Comparisons of one tenant that wait, besides one that runs or is next."""
 router = APIRouter()
 Names = Annotated[
     str,
@@ -35,24 +35,24 @@ Names = Annotated[
 @router.get("/adapters/compare", response_model=AdapterComparison)
 async def compare(http: Request, service: ServiceOf, caller: CallerOf, names: Names) -> AdapterComparison | Response:
     """Compare up to 16 adapters, `names=math,safety`, each with each. One comparison runs at a time, beside the requests."""
-    asked_for = split(names)
-    comparer, turn, places = http.state.comparer, http.state.comparing, http.state.comparisons
+    references = split(names)
+    comparer, lock, places = http.state.comparer, http.state.comparing, http.state.comparisons
     assert isinstance(comparer, Comparer)
-    assert isinstance(turn, anyio.Lock)
+    assert isinstance(lock, anyio.Lock)
     assert isinstance(places, TenantPlaces)
     with service.limiter.places(caller):
-        asked = await find(service, caller, asked_for, "names")
+        adapters = await find(service, caller, references, "names")
         if places.num_held(caller.tenant) > MAX_WAITING:
             raise BusyError(f"{MAX_WAITING} comparisons wait already, which is the limit; try again")
         with places.place(caller.tenant):
-            async with turn:
+            async with lock:
                 if await http.is_disconnected():
                     return Response(status_code=499)
-                return await run_in_threadpool(answer, comparer, asked_for, asked)
+                return await run_in_threadpool(answer, comparer, references, adapters)
 
 
 def split(text: str) -> list[str]:
-    """Return the names in a query. Raises `RefusedError` for too many, none, or one twice."""
+    """Return the names in a query. Raises `RefusedError` for too many names, none, or a duplicate."""
     names = text.split(",") if text else []
     if not 1 <= len(names) <= MAX_NAMES:
         raise RefusedError("names", f"has {len(names)} names, expected 1 to {MAX_NAMES}, with commas between")
@@ -62,10 +62,10 @@ def split(text: str) -> list[str]:
     return names
 
 
-def answer(comparer: Comparer, names: Sequence[str], asked: Sequence[Registered]) -> AdapterComparison:
-    """Return the reply. Raises `AdapterFailedError` where an adapter cannot be read."""
+def answer(comparer: Comparer, names: Sequence[str], adapters: Sequence[Registered]) -> AdapterComparison:
+    """Return the reply. Raises `AdapterFailedError` if an adapter cannot be read."""
     try:
-        table = comparer.compare(asked)
+        table = comparer.compare(adapters)
     except AdapterError as error:
         raise AdapterFailedError(str(error)) from error
     return AdapterComparison(

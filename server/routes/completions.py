@@ -1,4 +1,4 @@
-"""POST /v1/completions. Translates only."""
+"""POST /v1/completions. Only translates."""
 
 import secrets
 import time
@@ -20,7 +20,7 @@ from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import to_logprobs
 from server.routes.json_route import JsonRoute, json_reply
-from server.routes.openai import DONE, finish_reason, in_fields_of, sse, to_ask, to_lori, to_usage
+from server.routes.openai import DONE, errors_in_fields_of, finish_reason, sse, to_ask, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import Logprobs
@@ -38,7 +38,7 @@ STREAM = streams(
 async def completions(body: CompletionBody, http: HttpRequest, service: ServiceOf, caller: CallerOf) -> Response:
     """Continue prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as places:
-        with in_fields_of(body, service, caller):
+        with errors_in_fields_of(body, service, caller):
             asks = to_asks(body, service.base_names)
             admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
             requests = await places.enter_async_context(admitted)
@@ -50,19 +50,20 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
 
 
 def to_asks(body: CompletionBody, base_names: Collection[str]) -> list[Ask]:
-    """Return what a body asks for, prompt by prompt."""
-    # The reply names one. A seed draws the same for each prompt, and equal prompts are sent to have different answers.
+    """Return the engine's request for each prompt of a body."""
+    # The reply has one seed. Each prompt gets its own, because equal seeds draw alike, and equal prompts are sent to get
+    # different answers.
     seed = secrets.randbits(31) if body.seed is None else body.seed
     return [
         replace(
             to_ask(body, base_names, prompt),
-            seed=(seed + place) % 2**63,
+            seed=(seed + index) % 2**63,
             max_tokens=body.max_tokens if "max_tokens" in body.model_fields_set else None,
             default_max_tokens=body.max_tokens,
             echo=body.echo,
             num_logprobs=body.logprobs,
         )
-        for place, prompt in enumerate(_to_prompts(body))
+        for index, prompt in enumerate(_to_prompts(body))
     ]
 
 
@@ -71,11 +72,13 @@ def _to_prompts(body: CompletionBody) -> list[Prompt]:
         return [body.prompt]
     if ids := [token for token in body.prompt if isinstance(token, int)]:
         return [TokenPrompt(tuple(ids))]
-    return [of if isinstance(of, str) else TokenPrompt(tuple(of)) for of in body.prompt if not isinstance(of, int)]
+    return [
+        prompt if isinstance(prompt, str) else TokenPrompt(tuple(prompt)) for prompt in body.prompt if not isinstance(prompt, int)
+    ]
 
 
 class _Writer:
-    """Writes what was answered to one body. The choices of all its requests are numbered through."""
+    """Writer of the reply to one body. The choices of all its requests are numbered consecutively."""
 
     def __init__(self, body: CompletionBody, base_model: str, requests: Sequence[Request]) -> None:
         self._body, self._requests = body, requests
@@ -85,7 +88,11 @@ class _Writer:
 
     def whole(self, answers: Sequence[Sequence[Answer]]) -> CompletionReply:
         """Return the reply."""
-        every = [(request, answer) for request, of in zip(self._requests, answers, strict=True) for answer in of]
+        pairs = [
+            (request, answer)
+            for request, choice_answers in zip(self._requests, answers, strict=True)
+            for answer in choice_answers
+        ]
         choices = [
             CompletionChoice(
                 index=index,
@@ -93,10 +100,10 @@ class _Writer:
                 logprobs=_to_logprobs(request, answer.logprobs),
                 finish_reason=finish_reason(answer.done),
             )
-            for index, (request, answer) in enumerate(every)
+            for index, (request, answer) in enumerate(pairs)
         ]
         reply = self._part(choices)
-        reply.usage = to_usage([[answer.done for answer in of] for of in answers])
+        reply.usage = to_usage([[answer.done for answer in choice_answers] for choice_answers in answers])
         reply.lori = to_lori(self._requests[0], answers[0][0].done)
         return reply
 
@@ -104,17 +111,19 @@ class _Writer:
         """Yield the reply as server-sent events."""
         done: list[list[DoneEvent]] = [[] for _ in self._requests]
         async with aclosing(interleaved(service, self._requests)) as events:
-            async for place, event in events:
-                request = self._requests[place]
+            async for position, event in events:
+                request = self._requests[position]
                 match event:
                     case TextEvent():
-                        if event.text or event.logprobs:  # else half a character waits
+                        if event.text or event.logprobs:  # otherwise a partial character is held back
                             logprobs = _to_logprobs(request, event.logprobs)
-                            choice = CompletionChoice(index=self._index(place, event.choice), text=event.text, logprobs=logprobs)
+                            choice = CompletionChoice(
+                                index=self._index(position, event.choice), text=event.text, logprobs=logprobs
+                            )
                             yield self._sse(self._part([choice]))
                     case DoneEvent():
-                        done[place].append(event)
-                        index, reason = self._index(place, event.choice), finish_reason(event)
+                        done[position].append(event)
+                        index, reason = self._index(position, event.choice), finish_reason(event)
                         part = self._part([CompletionChoice(index=index, text="", finish_reason=reason)])
                         part.lori = to_lori(request, event)
                         yield self._sse(part)
@@ -127,8 +136,8 @@ class _Writer:
             yield self._sse(last)
         yield DONE
 
-    def _index(self, place: int, choice: int) -> int:
-        return place * self._body.n + choice
+    def _index(self, position: int, choice: int) -> int:
+        return position * self._body.n + choice
 
     def _part(self, choices: list[CompletionChoice]) -> CompletionReply:
         return CompletionReply(id=self._id, created=self._created, model=self._model, choices=choices)
@@ -137,9 +146,11 @@ class _Writer:
         return sse(part, has_usage=self._has_usage)
 
 
-def _to_logprobs(request: Request, found: Sequence[TokenLogprob]) -> Logprobs | None:
-    # As vLLM's, the alternatives hold the token itself, too.
-    logprobs = to_logprobs(request, found)
+def _to_logprobs(request: Request, tokens: Sequence[TokenLogprob]) -> Logprobs | None:
+    # As in vLLM, the alternatives include the token itself.
+    logprobs = to_logprobs(request, tokens)
     if logprobs:
-        logprobs.top_logprobs = [one.top if one.value is None else {**one.top, one.token: one.value} for one in found]
+        logprobs.top_logprobs = [
+            token.top if token.value is None else {**token.top, token.token: token.value} for token in tokens
+        ]
     return logprobs

@@ -1,4 +1,4 @@
-"""Gives the routes the service that the app was made with, and who asks."""
+"""Dependencies of routes: the app's service, the caller, and checks of its role."""
 
 from typing import Annotated
 
@@ -16,7 +16,7 @@ def get_service(request: Request) -> Service:
 
 
 def get_caller(request: Request) -> Caller:
-    """Return who sends the request."""
+    """Return the caller of the request."""
     caller = request.state.caller
     assert isinstance(caller, Caller)
     return caller
@@ -27,7 +27,7 @@ CallerOf = Annotated[Caller, Depends(get_caller)]
 
 
 def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
-    """Return who sends the request. Raises `ForbiddenError` where he may not change adapters."""
+    """Return the caller. Raises `ForbiddenError` if it may not change adapters."""
     if caller.is_admin:
         return caller
     if service.keys is None:
@@ -36,8 +36,8 @@ def require_admin(caller: CallerOf, service: ServiceOf) -> Caller:
 
 
 def require_monitor(caller: CallerOf, service: ServiceOf) -> Caller:
-    """Return who sends the request. Raises `ForbiddenError` where he may not read the metrics; without keys anybody may."""
+    """Return the caller. Raises `ForbiddenError` if it may not read the metrics. Without keys every caller may."""
     if service.keys is None or caller.is_monitor or caller.is_admin:
         return caller
-    said = f"this route needs a key of the role 'monitor' or 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
-    raise ForbiddenError(said)
+    message = f"this route needs a key of the role 'monitor' or 'admin', and {caller.key_id!r} is one of tenant {caller.tenant!r}"
+    raise ForbiddenError(message)

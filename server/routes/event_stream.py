@@ -1,4 +1,4 @@
-"""A response of server-sent events that holds a request's place, and gives it back however it ends."""
+"""A response of server-sent events that holds a request's place, and releases it however it ends."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,18 +12,18 @@ from starlette.types import Message, Receive, Scope, Send
 HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
 KEEP_ALIVE_S = 15.0
 KEEP_ALIVE = b": keep-alive\n\n"
-"""A comment, which clients skip; a proxy that closes what is silent for long hears that it is not."""
+"""A comment, which clients skip. It keeps proxies from closing a connection that is silent for long."""
 
 
 class UnreadError(Exception):
-    """The client takes nothing."""
+    """The client reads nothing."""
 
 
 class EventStream(EventSourceResponse):
-    """Sends `events`, and closes `place` at the end, also where the client has gone before the first.
+    """Response that sends `events` and closes `place` at the end, also if the client disconnects before the first event.
 
-    A client that takes nothing for `max_unread_s` is left: the server ends its connection. One that waits for its next event is
-    sent a comment every `keep_alive_s`.
+    A client that reads nothing for `max_unread_s` is disconnected. A client that waits for its next event is sent a comment every
+    `keep_alive_s`.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class EventStream(EventSourceResponse):
         super().__init__(events, headers=HEADERS)
         self._events, self._place, self._max_unread_s, self._keep_alive_s = events, place, max_unread_s, keep_alive_s
         self._quiet_since: float | None = None
-        """None until the first was sent, and while one is being sent."""
+        """Time of the last message; None before the first, and while one is being sent."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as ASGI has it."""
+        """Send the response, as an ASGI application."""
 
         async def send_in_time(message: Message) -> None:
             self._quiet_since = None
@@ -54,19 +54,19 @@ class EventStream(EventSourceResponse):
             try:
                 await super().__call__(scope, receive, send_in_time)
             except UnreadError:
-                return  # an answer that is not whole: uvicorn ends the connection
+                return  # the answer is incomplete, so uvicorn closes the connection
             finally:
                 keep_alive.cancel()
 
     async def _keep_alive(self, send: Send) -> None:
-        # Each message is an event, whole: a comment between two is between two events.
-        with suppress(OSError):  # the client has gone: who sends events hears it, too
+        # Each message is a whole event, so a comment between two messages is between two events.
+        with suppress(OSError):  # the client has gone, which the sender of events notices, too
             while True:
-                left = self._keep_alive_s
+                remaining_s = self._keep_alive_s
                 if self._quiet_since is not None:
-                    left += self._quiet_since - monotonic()
-                if left > 0:
-                    await asyncio.sleep(left)
+                    remaining_s += self._quiet_since - monotonic()
+                if remaining_s > 0:
+                    await asyncio.sleep(remaining_s)
                     continue
                 self._quiet_since = monotonic()
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})

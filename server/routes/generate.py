@@ -1,4 +1,4 @@
-"""POST /generate: this server's own route. Translates only."""
+"""POST /generate: this server's own route. Only translates."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -18,7 +18,7 @@ from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute, json_reply
-from server.routes.references import explained
+from server.routes.references import explained_adapter
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import (
     ChoiceReply,
@@ -47,22 +47,22 @@ STREAM = streams(
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAM)
 async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> Response:
-    """Continue a prompt or answers messages, with any adapters of the server added together."""
+    """Continue a prompt or answer messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
         admitted = service.admitted([to_ask(body)], caller, is_whole=not body.stream, has_left=http.is_disconnected)
         try:
             [request] = await place.enter_async_context(admitted)
         except UnknownAdapterError as error:
-            raise explained(service, caller, error, "adapter") from error
+            raise explained_adapter(service, caller, error, "adapter") from error
         if body.stream:
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))
-    # A client that has gone hears nothing; 499 is what proxies' logs call it.
+    # The client has gone; 499 is the status that proxies log.
     return Response(status_code=499) if answers is None else await json_reply(lambda: to_reply(request, answers))
 
 
 def to_ask(body: GenerateBody) -> Ask:
-    """Return what a body asks for."""
+    """Return the engine's request for a body."""
     names, weights = body.to_adapters(body.adapter)
     return Ask(
         prompt=_to_prompt(body),
@@ -140,7 +140,7 @@ def sse(name: str, data: BaseModel) -> bytes:
 
 
 def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
-    """Return what is known at the end."""
+    """Return the data of a `done` event."""
     return DoneData(
         id=request.id,
         index=event.choice,
@@ -155,22 +155,22 @@ def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
 
 
 def to_adapters(request: EngineRequest) -> list[ResolvedAdapter]:
-    """Return the adapters of a request, and what the operator adds."""
-    own, fixed = ((request.terms, False), (request.policy, True))
+    """Return the adapters of a request, and those that the operator adds."""
+    requested, fixed = ((request.terms, False), (request.policy, True))
     return [
         ResolvedAdapter(name=term.name, version=term.version, weight=term.weight, policy=is_policy)
-        for terms, is_policy in (own, fixed)
+        for terms, is_policy in (requested, fixed)
         for term in terms
     ]
 
 
 def to_merge(request: EngineRequest) -> MergeReply | None:
-    """Return how the adapters of a request are merged."""
+    """Return the merge of a request's adapters."""
     return MergeReply.model_validate({**request.merge.used}) if request.terms or request.policy else None
 
 
 def to_usage(done: Sequence[DoneEvent]) -> Usage:
-    """Return what the choices of one request cost, which have one prompt."""
+    """Return the usage of one request. Its choices share one prompt."""
     num_prompt, num_completion = done[0].num_prompt_tokens, sum(event.num_completion_tokens for event in done)
     return Usage(
         prompt_tokens=num_prompt,
@@ -181,7 +181,7 @@ def to_usage(done: Sequence[DoneEvent]) -> Usage:
 
 
 def to_timings(timings: Timings) -> TimingsReply:
-    """Return where the time went, as it is on the wire."""
+    """Return the timings in the form of the wire."""
     return TimingsReply(
         queue_s=timings.queue,
         prefill_s=timings.prefill,
@@ -191,13 +191,13 @@ def to_timings(timings: Timings) -> TimingsReply:
     )
 
 
-def to_logprobs(request: EngineRequest, found: Sequence[TokenLogprob]) -> Logprobs | None:
-    """Return log-probabilities as they are on the wire, where the request asked for them."""
+def to_logprobs(request: EngineRequest, tokens: Sequence[TokenLogprob]) -> Logprobs | None:
+    """Return the log-probabilities in the form of the wire; None if the request did not ask for them."""
     if request.num_logprobs is None:
         return None
     return Logprobs(
-        tokens=[one.token for one in found],
-        token_logprobs=[one.value for one in found],
-        top_logprobs=[one.top for one in found] if request.num_logprobs else None,
-        text_offset=[one.text_offset for one in found],
+        tokens=[token.token for token in tokens],
+        token_logprobs=[token.value for token in tokens],
+        top_logprobs=[token.top for token in tokens] if request.num_logprobs else None,
+        text_offset=[token.text_offset for token in tokens],
     )

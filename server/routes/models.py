@@ -1,4 +1,4 @@
-"""GET /v1/models: the base model, and every adapter as a model on it. Translates only."""
+"""GET /v1/models: the base model, and every adapter as a model on it. Only translates."""
 
 import time
 from collections.abc import Sequence
@@ -20,23 +20,23 @@ STARTED = int(time.time())
 
 @router.get("/v1/models", response_model=ModelList)
 async def models(service: ServiceOf, caller: CallerOf) -> Response:
-    """List the models that `model` can name; adapters that are added, as `math+safety`, are not listed."""
-    content = await service.admin.listed(lambda: _encode(service, caller.may_use))
+    """List the models that `model` can name; sums of adapters, such as `math+safety`, are not listed."""
+    content = await service.admin.write_list(lambda: _encode(service, caller.may_use))
     return Response(content, media_type="application/json")
 
 
 @router.get("/v1/models/{model:path}", responses=refusals(400, 404))
 async def model(model: str, service: ServiceOf, caller: CallerOf) -> ModelCard:
-    """Return one of them, or what `model` means where it names several adapters, or a version."""
+    """Return one of these models, or the one for a `model` that names several adapters, or a version."""
     if is_base(model, service.base_names):
         return _base(service)
-    found = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
-    return _card(service, found).model_copy(update={"id": model})
+    adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
+    return _card(service, adapters).model_copy(update={"id": model})
 
 
 def _encode(service: Service, may_use: MayUse) -> bytes:
-    adapters = (of for name, of in service.registry.by_name.items() if may_use(name))
-    return ModelList(data=[_base(service), *(_card(service, [of]) for of in adapters)]).model_dump_json().encode()
+    adapters = (adapter for name, adapter in service.registry.by_name.items() if may_use(name))
+    return ModelList(data=[_base(service), *(_card(service, [adapter]) for adapter in adapters)]).model_dump_json().encode()
 
 
 def _base(service: Service) -> ModelCard:
@@ -46,9 +46,9 @@ def _base(service: Service) -> ModelCard:
 
 def _card(service: Service, adapters: Sequence[Registered]) -> ModelCard:
     return ModelCard(
-        id="+".join(of.summary.name for of in adapters),
+        id="+".join(adapter.summary.name for adapter in adapters),
         created=STARTED,
-        root="+".join(f"{of.summary.name}@{of.summary.version}" for of in adapters),
+        root="+".join(f"{adapter.summary.name}@{adapter.summary.version}" for adapter in adapters),
         parent=service.base_model,
         max_model_len=service.admission.max_context,
     )

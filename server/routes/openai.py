@@ -1,4 +1,4 @@
-"""What OpenAI's routes share: bodies to what is asked for, and what was answered to their words. Translates only."""
+"""Conversions that OpenAI's routes share: bodies to engine requests, and answers to OpenAI's form. Only translates."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from server.engine.request import DoneEvent, Request
 from server.errors import FieldError
 from server.model_names import NamedModel, parse_model
 from server.routes.generate import to_adapters, to_merge, to_timings
-from server.routes.references import explained, explained_model
+from server.routes.references import explained_adapter, explained_model
 from server.schemas.chat import ChatChunk
 from server.schemas.completions import CompletionReply
 from server.schemas.grammars import to_grammar
@@ -24,9 +24,9 @@ DONE = format_sse_event(data_str="[DONE]")
 
 
 def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask:
-    """Return what a body asks for with one of its prompts; how long the answer may be is the route's to add.
+    """Return the engine's request for a body and one of its prompts, without the length of the answer, which the route adds.
 
-    Raises what the error table knows, for weights that are not sound.
+    Raises errors of the error table if the weights are not sound.
     """
     named = NamedModel() if body.model is None else parse_model(body.model, base_names)
     names, weights = body.to_adapters(body.adapters)
@@ -52,15 +52,15 @@ def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask
 
 
 @contextmanager
-def in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> Iterator[None]:
-    """Raise what is wrong with adapters as what is wrong with the field of `body` that names them."""
+def errors_in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> Iterator[None]:
+    """Attribute errors about adapters in the block to the field of `body` that names the adapters."""
     is_model = body.adapters is None and body.model is not None
     try:
         yield
     except UnknownAdapterError as error:
         if is_model:
             raise explained_model(service, caller, body.model or "", error) from error
-        raise FieldError("adapters", explained(service, caller, error, "adapters")) from error
+        raise FieldError("adapters", explained_adapter(service, caller, error, "adapters")) from error
     except (AmbiguousVersionError, FaultyAdapterError) as error:
         raise FieldError("model" if is_model else "adapters", error) from error
     except RefusedError as error:
@@ -70,24 +70,24 @@ def in_fields_of(body: OpenAIBody, service: Service, caller: Caller) -> Iterator
 
 
 def finish_reason(done: DoneEvent) -> FinishReason:
-    """Return why an answer ended, as OpenAI says it."""
+    """Return the reason for the end of an answer, in OpenAI's terms."""
     return "length" if done.finish_reason == "length" else "stop"
 
 
 def to_usage(done: Sequence[Sequence[DoneEvent]]) -> OpenAIUsage:
-    """Return what several requests cost, each with its choices, which have one prompt."""
-    num_prompt = sum(of_request[0].num_prompt_tokens for of_request in done)
-    num_completion = sum(event.num_completion_tokens for of_request in done for event in of_request)
+    """Return the usage of several requests, each with its choices, which share one prompt."""
+    num_prompt = sum(events[0].num_prompt_tokens for events in done)
+    num_completion = sum(event.num_completion_tokens for events in done for event in events)
     return OpenAIUsage(
         prompt_tokens=num_prompt,
         completion_tokens=num_completion,
         total_tokens=num_prompt + num_completion,
-        prompt_tokens_details=CachedTokens(cached_tokens=sum(of_request[0].num_cached_tokens for of_request in done)),
+        prompt_tokens_details=CachedTokens(cached_tokens=sum(events[0].num_cached_tokens for events in done)),
     )
 
 
 def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
-    """Return what OpenAI's replies do not say."""
+    """Return the values that OpenAI's replies lack."""
     return LoriReply(
         adapter=to_adapters(request),
         merge=to_merge(request),
@@ -98,6 +98,6 @@ def to_lori(request: Request, done: DoneEvent | None) -> LoriReply:
 
 
 def sse(part: ChatChunk | CompletionReply, *, has_usage: bool) -> bytes:
-    """Return the server-sent event of a part of an answer; `usage` is in each or in none, as OpenAI has it."""
+    """Return the server-sent event of a part of an answer. As at OpenAI, either all parts have `usage` or none."""
     left_out = {name for name, value in (("usage", has_usage), ("lori", part.lori)) if not value}
     return format_sse_event(data_str=part.model_dump_json(exclude=left_out))

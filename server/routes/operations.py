@@ -1,4 +1,4 @@
-"""GET /health, /ping, /ready, /version and /metrics. Translates only."""
+"""GET /health, /ping, /ready, /version and /metrics. Only translates."""
 
 from importlib.metadata import version as version_of
 
@@ -18,20 +18,20 @@ METRICS: Responses = {
 
 @router.get("/health", responses=refusals(503))
 async def health(service: ServiceOf) -> Health:
-    """Answer 200 as long as the engine runs, also while the server is about to end; else it is to be started again."""
+    """Answer 200 as long as the engine runs, also while the server is about to end; else the server is to be restarted."""
     service.check_alive()
     return Health(status="ok")
 
 
 @router.get("/ping", responses=refusals(503))
 async def ping(service: ServiceOf) -> Health:
-    """The same as GET /health, which hosts of vLLM and SageMaker ask for by this name."""
+    """The same as GET /health, under the name that vLLM and SageMaker hosts use."""
     return await health(service)
 
 
 @router.get("/version")
 async def version() -> Version:
-    """Says which version of lori-server this is."""
+    """Return the version of lori-server."""
     return Version(version=version_of("lori-server"))
 
 
@@ -44,5 +44,5 @@ async def ready(service: ServiceOf) -> Health:
 
 @router.get("/metrics", response_class=Response, responses=METRICS, dependencies=[Depends(require_monitor)])
 async def metrics(service: ServiceOf) -> Response:
-    """Prometheus's text format."""
+    """Return the metrics in Prometheus's text format."""
     return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

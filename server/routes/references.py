@@ -1,4 +1,4 @@
-"""Adapters that a path, a query or `model` names, found for its caller beside the event loop, and errors for unknown ones."""
+"""Lookup of the adapters that a path, a query or `model` names, off the event loop, and errors for unknown ones."""
 
 from collections.abc import Sequence
 
@@ -14,15 +14,18 @@ from server.service import Service
 
 
 async def find(service: Service, caller: Caller, references: Sequence[str], field: str) -> list[Registered]:
-    """Return what references mean, each a name or `name@version`. Raises `FieldError` where they are not of one adapter each."""
+    """Return the adapters of references, each a name or `name@version`.
+
+    Raises `FieldError` if one is unknown, faulty or ambiguous.
+    """
     try:
-        return await run_in_threadpool(lambda: [resolve(service.registry, of, caller.may_use) for of in references])
+        return await run_in_threadpool(lambda: [resolve(service.registry, reference, caller.may_use) for reference in references])
     except (UnknownAdapterError, FaultyAdapterError, AmbiguousVersionError) as error:
         raise FieldError(field, error) from error
 
 
 async def find_model(service: Service, caller: Caller, model: str, references: Sequence[str]) -> list[Registered]:
-    """Return what `references` mean, which `model` names. Raises `UnknownModelError`, or `FieldError` as `find` does."""
+    """Return the adapters of `references`, which `model` names. Raises `UnknownModelError`, or `FieldError` as `find` does."""
     try:
         return await find(service, caller, references, "model")
     except FieldError as error:
@@ -32,12 +35,12 @@ async def find_model(service: Service, caller: Caller, model: str, references: S
 
 
 def explained_model(service: Service, caller: Caller, model: str, error: UnknownAdapterError) -> UnknownModelError:
-    """Return the error for a `model` that names what is no adapter, with what the caller may have meant."""
+    """Return the error for a `model` that names an unknown adapter, with a suggestion."""
     return unknown_model(model, error, service.base_model, _known_to(service, caller))
 
 
-def explained(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:
-    """Return the error for what `field` names and is no adapter, with what the caller may have meant."""
+def explained_adapter(service: Service, caller: Caller, error: UnknownAdapterError, field: str) -> UnknownAdapterError:
+    """Return the error for an unknown adapter in `field`, with a suggestion."""
     is_of_base = is_base(error.name, service.base_names)
     return unknown_adapter(error, field, service.base_model, _known_to(service, caller), is_of_base=is_of_base)
 

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's form. Translates only."""
+"""POST /tokenize and /detokenize, in vLLM's form. Only translates."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from lori.summary import Summary
 from lori.template import Message
 from server.access.caller import Caller
-from server.engine.admission import size_of
+from server.engine.admission import prompt_size
 from server.model_names import parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute
@@ -38,7 +38,7 @@ async def tokenize(body: TokenizeBody, service: ServiceOf, caller: CallerOf) -> 
             token_strs=token_texts(admission.tokenizer, ids) if body.return_token_strs else None,
         )
 
-    return await _answer(body.model, service, caller, reply, size_of(prompt))
+    return await _answer(body.model, service, caller, reply, prompt_size(prompt))
 
 
 @router.post("/detokenize", response_model=DetokenizeReply)
@@ -53,7 +53,7 @@ async def detokenize(body: DetokenizeBody, service: ServiceOf, caller: CallerOf)
 async def _answer(
     model: str | None, service: Service, caller: Caller, reply: Callable[[Sequence[Summary]], BaseModel], size: int
 ) -> Response:
-    # Long texts: each counts as a request of its tenant, and the event loop neither makes the reply nor writes it.
+    # For long texts: each counts as a request of its tenant, and its reply is made and written off the event loop.
     with service.limiter.places(caller):
         adapters = await _adapters_of(model, service, caller)
         content = await service.texts.run(lambda: reply(adapters).model_dump_json(), caller.tenant, size)
@@ -69,5 +69,5 @@ def _prompt(body: TokenizeBody) -> str | Sequence[Message]:
 async def _adapters_of(model: str | None, service: Service, caller: Caller) -> list[Summary]:
     if model is None:
         return []
-    found = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
-    return [registered.summary for registered in found]
+    adapters = await find_model(service, caller, model, parse_model(model, service.base_names).adapters)
+    return [registered.summary for registered in adapters]

@@ -1,4 +1,7 @@
-"""Bodies of POST /adapters: read once the caller may send one, and refused at the first wrong part. No name is a path."""
+"""Bodies of POST /adapters: read once the caller is authorised, and refused at the first wrong part.
+
+No name is used as a path.
+"""
 
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING
@@ -9,7 +12,7 @@ from python_multipart.multipart import parse_options_header
 
 from server.engine.admission import RefusedError
 
-if TYPE_CHECKING:  # it is there for type checkers alone
+if TYPE_CHECKING:  # only type checkers have it
     from python_multipart.multipart import MultipartCallbacks
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,9 +32,9 @@ from server.transport.strict_json import JsonError, read_json
 
 
 async def read_form(content_type: str, chunks: AsyncIterator[bytes], limits: Mapping[str, int]) -> dict[str, bytes]:
-    """Return the fields of a form by name; what files are called in it is of no consequence.
+    """Return the fields of a form by name. File names in the form are ignored.
 
-    Only the names in `limits` may be there, once each, with so many bytes. Raises `RefusedError`.
+    Only the names in `limits` are allowed, once each, with at most so many bytes. Raises `RefusedError`.
     """
     _, options = parse_options_header(content_type)
     form = _Form(limits)
@@ -50,7 +53,7 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes], limits: Map
 
 
 class _Form:
-    """What the parser has found so far."""
+    """State of the form that is being parsed."""
 
     def __init__(self, limits: Mapping[str, int]) -> None:
         self.fields: dict[str, list[bytes]] = {}
@@ -102,11 +105,11 @@ class _Form:
 
 
 FILES = {"config": CONFIG_FILE, "weights": WEIGHTS_FILE, "card": CARD_FILE}
-"""The fields of a form that are files, and what they are called in the store, whatever they are called in the form."""
+"""The form's fields that are files, and their names in the store. File names in the form are ignored."""
 REQUIRED = ("name", "config", "weights")
 MAX_REFERENCE = 256
 LIMITS = {"name": 4 * MAX_REFERENCE, "config": MAX_TEXT_BYTES, "weights": MAX_WEIGHTS_BYTES, "card": MAX_TEXT_BYTES}
-"""Bytes of each field; those of all together are limited as a body is."""
+"""Maximum number of bytes of each field. All fields together are limited as a body."""
 REQUEST_BODY: dict[str, Any] = {
     "required": True,
     "content": {
@@ -130,19 +133,19 @@ REQUEST_BODY: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An adapter that was sent: not looked at yet, but for its name."""
+    """An adapter that was sent. Only its name has been checked."""
 
     name: str
     files: Files
 
 
 def checked_name(name: str, field: str = "name") -> str:
-    """Return an adapter's name. Raises `RefusedError` for what is none, which may be a path."""
+    """Return an adapter's name. Raises `RefusedError` if it is none; it could be a path."""
     return _checked(check_name, name, field)
 
 
 def checked_reference(reference: str, field: str = "name") -> str:
-    """Return `name` or `name@version`. Raises `RefusedError` for what is neither, which may be a path."""
+    """Return `name` or `name@version`. Raises `RefusedError` if it is neither; it could be a path."""
     return _checked(split_reference, reference, field)
 
 
@@ -157,7 +160,7 @@ def _checked(check: Callable[[str], object], value: str, field: str) -> str:
 
 
 async def read_upload(http: Request) -> Upload:
-    """Return the adapter that a form holds. Raises `RefusedError` for a form that holds none."""
+    """Return the adapter in a form. Raises `RefusedError` if the form holds none."""
     fields = await read_form(http.headers["content-type"], http.stream(), LIMITS)
     for field in REQUIRED:
         if field not in fields:
@@ -167,7 +170,7 @@ async def read_upload(http: Request) -> Upload:
 
 
 async def hub_body(http: Request, max_bytes: int) -> HubBody:
-    """Return what a JSON body asks for. Raises `RequestValidationError`, `HTTPException`."""
+    """Return the JSON body. Raises `RequestValidationError`, `HTTPException`."""
     content = b""
     async for chunk in http.stream():
         content += chunk
@@ -178,7 +181,7 @@ async def hub_body(http: Request, max_bytes: int) -> HubBody:
     except JsonError as error:
         raise HTTPException(400, f"the body {error}") from error
     except ValidationError as error:
-        raise RequestValidationError([_in_body(one) for one in error.errors(include_url=False)], body=content) from error
+        raise RequestValidationError([_in_body(fault) for fault in error.errors(include_url=False)], body=content) from error
 
 
 def _in_body(fault: Mapping[str, Any]) -> dict[str, Any]:

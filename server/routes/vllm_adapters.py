@@ -1,4 +1,4 @@
-"""vLLM's routes to load and unload LoRA adapters, with its bodies, texts and statuses. Translates only."""
+"""vLLM's routes to load and unload LoRA adapters, with its bodies, texts and statuses. Only translates."""
 
 import re
 
@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from lori.errors import AdapterError, UnknownAdapterError
 from lori.names import split_reference
 from lori.store.hub import SCHEME
-from server.catalog.admin import LoadedError
+from server.catalog.admin import AlreadyLoadedError
 from server.engine.admission import RefusedError
 from server.routes.dependencies import ServiceOf, require_admin
 from server.routes.json_route import JsonRoute
@@ -31,9 +31,9 @@ async def load_lora_adapter(body: LoadLoraBody, service: ServiceOf) -> Response:
         raise RefusedError("is_3d_lora_weight", "is true, expected false: no adapter here has such weights")
     try:
         await _load(service, checked_name(name, "lora_name"), body)
-    except LoadedError:
-        how = "If you want to load the adapter in place, set 'load_inplace' to True."
-        return _refusal(f"The lora adapter '{name}' has already been loaded. {how}")
+    except AlreadyLoadedError:
+        remedy = "If you want to load the adapter in place, set 'load_inplace' to True."
+        return _refusal(f"The lora adapter '{name}' has already been loaded. {remedy}")
     except UnknownAdapterError:
         return _refusal(f"Loading lora {name} failed: No adapter found for {body.lora_path}", 404, "NotFoundError")
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
@@ -56,14 +56,14 @@ async def _load(service: Service, name: str, body: LoadLoraBody) -> None:
     if _is_reference(source):
         await service.admin.load(source, name, may_replace)
         return
-    found = ON_HUB.fullmatch(source)
-    if found is None or ".." in source:
+    match = ON_HUB.fullmatch(source)
+    if match is None or ".." in source:
         raise RefusedError("lora_path", f"is {source!r}, expected the name of an adapter in the server's store: no path is read")
     if not service.settings.hub:
-        said = "an adapter in the server's store: no path is read, and nothing from the hub where the server has no --hub"
-        raise RefusedError("lora_path", f"is {source!r}, expected {said}")
-    revision = f"@{found['revision']}" if found["revision"] else ""
-    await service.admin.publish_from_hub(name, f"{SCHEME}{found['id']}{revision}", may_replace)
+        expected = "an adapter in the server's store: no path is read, and nothing from the hub where the server has no --hub"
+        raise RefusedError("lora_path", f"is {source!r}, expected {expected}")
+    revision = f"@{match['revision']}" if match["revision"] else ""
+    await service.admin.publish_from_hub(name, f"{SCHEME}{match['id']}{revision}", may_replace)
 
 
 def _is_reference(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""Bodies about adapters: lists, details, changes and comparisons."""
+"""Bodies and replies about adapters: lists, details, changes and comparisons."""
 
 from typing import Annotated
 
@@ -12,19 +12,20 @@ Matrix = list[list[float | None]]
 
 
 class AdapterComparison(BaseModel):
-    """The reply of GET /adapters/compare: every matrix has a row and a column for each of `names`, in their order."""
+    """The reply of GET /adapters/compare. Each matrix has a row and a column for each of `names`, in their order."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     names: list[str]
     cosine: Matrix
-    """<ΔW_a, ΔW_b> / (|ΔW_a| |ΔW_b|) over all modules: 1 is the same direction, -1 the opposite. null where a delta is zero."""
+    """<ΔW_a, ΔW_b> / (|ΔW_a| |ΔW_b|) over all modules: 1 is the same direction, -1 the opposite. null if a delta is zero."""
     overlap: Matrix
-    """The share of the smaller mask that the other one has too. null on two bases, where an entry of B means two things."""
+    """The share of the smaller mask that the other mask has, too. null on two bases, where an entry of B means two things."""
     sign_conflict: Matrix
-    """The share of common entries, both not zero, whose signs differ: half by chance. null as there, or where there are none."""
+    """The share of common entries, both nonzero, whose signs differ: half by chance. null on two bases, or without common
+    entries."""
     chance_overlap: Matrix
-    """What `overlap` would be if each mask were spread at random. null as there."""
+    """The `overlap` of masks that are spread at random. null on two bases."""
 
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
@@ -34,11 +35,11 @@ Pair = Annotated[
     tuple[float, float],
     WithJsonSchema({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}),
 ]
-"""Described so that all tools know what it is."""
+"""With a JSON schema that all tools understand."""
 
 
 class AdapterInfo(BaseModel):
-    """An adapter that can be asked for. Sizes are in bytes."""
+    """An adapter that requests can name. Sizes are in bytes."""
 
     model_config = {"use_attribute_docstrings": True}
 
@@ -54,28 +55,29 @@ class AdapterInfo(BaseModel):
     metrics: dict[str, float]
     bytes_on_disk: int
     bytes_loaded: int
-    """In RAM, ready to be made resident; 0 where it is not there."""
+    """Bytes in RAM, ready to be made resident; 0 if it is not loaded."""
     bytes_resident: int
-    """In the kernels' operands; 0 where it is not there."""
+    """Bytes in the kernels' operands; 0 if it is not resident."""
     tier: Tier
     is_pinned: bool
     num_using: int | None
-    """Requests under way that use this version by this name. They may be others': with keys only an admin is told."""
+    """Requests under way that use this version by this name. With keys, only an admin sees it: the requests may be other
+    tenants'."""
     last_used: float | None
-    """When the last of them began or ended, in seconds since 1970; likewise."""
+    """Time when the last request began or ended, in seconds since 1970. With keys, only an admin sees it."""
     num_requests: int | None
-    """Since the server started; likewise."""
+    """Requests since the server started. With keys, only an admin sees it."""
 
 
 class FaultyAdapter(BaseModel):
-    """An adapter of the store that is damaged, and not served."""
+    """A damaged adapter of the store, which is not served."""
 
     model_config = {"use_attribute_docstrings": True}
 
     name: str
-    """As it is asked for: a name, an alias, or `name@version`."""
+    """The reference by which requests would name it: a name, an alias, or `name@version`."""
     faults: list[str]
-    """What is wrong with it."""
+    """The faults of the adapter."""
 
 
 class AdapterList(BaseModel):
@@ -86,9 +88,9 @@ class AdapterList(BaseModel):
     base_model: str
     adapters: list[AdapterInfo]
     faulty: list[FaultyAdapter] = []
-    """Those that are damaged, in order of name; with `limit`, those up to the last of `adapters`."""
+    """The damaged adapters, in order of name. With `limit`, those up to the last of `adapters`."""
     next: str | None = None
-    """Where there are more than `limit`: what `after` is to be for the next ones."""
+    """The value of `after` for the next page, if there are more than `limit`."""
 
 
 class ModuleInfo(BaseModel):
@@ -109,11 +111,11 @@ class AdapterDetail(AdapterInfo):
     """The reply of GET /adapters/{name}."""
 
     versions: list[str]
-    """That can be asked for, as `name@version`; the first is what the name means."""
+    """Versions that requests can name, as `name@version`. The first is the name's current one."""
     aliases: list[str]
     """Other names of this version."""
     card: str
-    """Markdown; empty where there is none."""
+    """Markdown; empty if there is no card."""
     targets: list[str]
     basis: str
     modules: list[ModuleInfo]
@@ -121,14 +123,14 @@ class AdapterDetail(AdapterInfo):
 
 
 class WithdrawnReply(BaseModel):
-    """What can be asked for no more."""
+    """The versions that requests can name no more."""
 
     model_config = {"use_attribute_docstrings": True}
 
     name: str
     versions: list[str]
     num_using: int
-    """Requests under way that still use it, and end on it: 0 with the status 200."""
+    """Requests under way that still use it, and end on it. 0 with the status 200."""
 
 
 class AliasBody(Body):
@@ -148,31 +150,32 @@ class HubBody(Body):
     hub_id: Annotated[Text, Field(pattern=HUB_ID, max_length=200)]
     """`owner/name`."""
     revision: Annotated[Text, Field(pattern=REVISION, min_length=1, max_length=200)] | None = None
-    """A branch, a tag or a commit; absent: the main branch."""
+    """A branch, a tag or a commit; the main branch if absent."""
     name: AdapterName | None = None
-    """What to call it; absent: as it is called on the hub."""
+    """The adapter's name on this server; its name on the hub if absent."""
 
 
 class LoadLoraBody(Body):
-    """The body of POST /v1/load_lora_adapter, as vLLM has it."""
+    """The body of POST /v1/load_lora_adapter, as in vLLM."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "intent", "lora_path": "intent"}]})
 
     lora_name: AdapterName
-    """What requests call it from then on."""
+    """The name that requests use from then on."""
     lora_path: Annotated[Text, Field(max_length=512)]
-    """No path: an adapter in the server's store, as a name or `name@version`; or `hf://owner/name`, with the server's --hub."""
+    """Not a path: an adapter in the server's store, as a name or `name@version`; or `hf://owner/name`, with the server's
+    --hub."""
     load_inplace: bool = False
-    """Lets a name that is there already mean this one."""
+    """Lets an existing name refer to this adapter."""
     is_3d_lora_weight: bool = False
-    """As vLLM has it: false alone."""
+    """A field of vLLM. Only false is accepted."""
 
 
 class UnloadLoraBody(Body):
-    """The body of POST /v1/unload_lora_adapter, as vLLM has it."""
+    """The body of POST /v1/unload_lora_adapter, as in vLLM."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"lora_name": "intent"}]})
 
     lora_name: AdapterName
     lora_int_id: int | None = None
-    """Of no consequence, there as here."""
+    """Ignored, as in vLLM."""

@@ -1,4 +1,4 @@
-"""What POST /v1/chat/completions takes and gives."""
+"""Bodies and replies of POST /v1/chat/completions."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -21,34 +21,34 @@ Note = Annotated[Text, Field(max_length=1024)]
 
 
 class TextPart(Body):
-    """A part of a message; only text is known here."""
+    """A part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: Text
 
 
 class ChatMessage(Body):
-    """One turn of a conversation; an answer of OpenAI's may be sent back as it came, with what it says is absent."""
+    """One message of a conversation. An answer from OpenAI may be sent back as it came, with its empty fields."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is `system`."""
+    """`developer` means `system`."""
     content: Annotated[
         Annotated[Text, Tag("one")]
         | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("many")],
         forms(one_or_many, "text, or a list of parts"),
     ]
     name: Note | None = None
-    """Who of several it is; it changes nothing, as no template here writes it."""
+    """The name of one of several participants. Ignored, because no template here writes it."""
     refusal: None = None
-    """Not known here: must be absent or null, as the next three."""
+    """Not supported: must be absent or null, like the next three."""
     annotations: Nothing | None = None
     audio: None = None
     function_call: None = None
     tool_calls: Nothing | None = None
-    """Not known here: must be absent, null or empty."""
+    """Not supported: must be absent, null or empty."""
 
     def to_message(self) -> Message:
-        """Return it as the chat template has it; parts are joined by newlines."""
+        """Return the message for the chat template. Parts are joined by newlines."""
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return Message(role="system" if self.role == "developer" else self.role, content=text)
 
@@ -71,32 +71,32 @@ class ChatBody(OpenAIBody):
     )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)]
-    """A conversation to answer, written in the base's chat template where all its adapters know that, else as plain text."""
+    """A conversation to answer. It is written in the base's chat template if all its adapters know that, else as plain text."""
     template: Template | None = None
-    """How `messages` are written, where it is not to be as above."""
+    """The template for `messages`, instead of the default above."""
     max_tokens: Annotated[int, Field(ge=1, lt=MAX_INT)] | None = None
-    """The longest answer; absent: what the context has left."""
+    """The maximum length of the answer; what the context has left if absent."""
     max_completion_tokens: Annotated[int, Field(ge=1, lt=MAX_INT)] | None = None
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name for `max_tokens`."""
     logprobs: bool | None = None
     """Adds log-probabilities."""
     top_logprobs: TopLogprobs | None = None
-    """This many alternatives for each token."""
+    """The number of alternatives for each token."""
     tools: Nothing | None = None
-    """Not known here: must be absent or empty."""
+    """Not supported: must be absent or empty."""
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     store: Literal[False] | None = None
     """Nothing is stored."""
     metadata: Annotated[dict[str, Note], Field(max_length=16)] | None = None
-    """What the client notes of its request, and the next two: it changes nothing."""
+    """A note of the client. Ignored, like the next two."""
     safety_identifier: Note | None = None
     prompt_cache_key: Note | None = None
     service_tier: Literal["auto", "default"] | None = None
     continue_final_message: Literal[False] | None = None
-    """An answer is a turn of its own. vllm-router writes this and the next three into every body."""
+    """An answer is always a new message. vllm-router writes this field and the next three into every body."""
     include_reasoning: bool | None = None
-    """Whether reasoning is told beside the answer: there is none, so either is so."""
+    """Whether reasoning is returned beside the answer. There is none, so both values are accepted."""
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
@@ -116,11 +116,11 @@ class TopLogprob(Reply):
     token: str
     logprob: float
     bytes: list[int] | None
-    """The token's text in UTF-8; null where the token is a part of a character, and has no text alone."""
+    """The token's text in UTF-8; null if the token is a part of a character, and so has no text."""
 
 
 class TokenLogprobReply(TopLogprob):
-    """A token of the answer, its log-probability, and those of the likeliest ones."""
+    """A token of the answer, its log-probability, and the likeliest alternatives."""
 
     top_logprobs: list[TopLogprob]
 
@@ -132,7 +132,7 @@ class ChatLogprobs(Reply):
 
 
 class AnswerMessage(Reply):
-    """The answer as a turn of the conversation."""
+    """The answer as a message of the conversation."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -160,7 +160,7 @@ class ChatReply(Reply):
 
 
 class Delta(Reply):
-    """What is new of an answer."""
+    """The new part of an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -171,7 +171,7 @@ class Delta(Reply):
 
 
 class ChatChunkChoice(Reply):
-    """What is new of one answer."""
+    """The new part of one answer, with its index."""
 
     index: int
     delta: Delta

@@ -1,4 +1,4 @@
-"""What POST /v1/completions takes and gives."""
+"""Bodies and replies of POST /v1/completions."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -41,17 +41,17 @@ class CompletionBody(OpenAIBody):
     )
 
     prompt: Prompts
-    """Text to continue, or its token ids; or several of them, which run together."""
+    """Text to continue, or its token ids; or a list of either, which run together."""
     max_tokens: Count = 16
-    """The longest answer. 0 generates nothing, to score a text with `echo`."""
+    """The maximum length of the answer. 0 generates nothing, to score a text with `echo`."""
     echo: bool = False
     """The reply's text, and its log-probabilities, begin with the prompt."""
     logprobs: TopLogprobs | None = None
     """Adds log-probabilities, with this many alternatives for each token."""
     best_of: Count | None = None
-    """Only as many as `n`: all answers are given."""
+    """Must equal `n`: all answers are returned."""
     suffix: None = None
-    """Not known here: must be absent."""
+    """Not supported: must be absent."""
 
     @model_validator(mode="after")
     def _gives_all(self) -> Self:

@@ -1,4 +1,4 @@
-"""Fields that several bodies have: what they may hold, said once."""
+"""Fields that several bodies share, with their limits."""
 
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -27,20 +27,23 @@ MAX_CHOICES = 64
 MAX_BIASED = 1024
 MAX_INT = 2**31
 MAX_PROMPT_TOKENS = 2**20
-"""Beyond any context: what is longer is refused before it is looked at."""
+"""More than any context. A longer list is refused before its elements are checked."""
 
 BODY = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 def check_num_fields(value: Any) -> Any:
-    """Return `value`. Raises `ValueError` for very many fields: each unknown one is an error of its own, which costs seconds."""
+    """Return `value`.
+
+    Raises `ValueError` for very many fields, each of which could be an error of its own: that would take seconds.
+    """
     if isinstance(value, dict) and len(value) > MAX_FIELDS:
         raise ValueError(f"too many fields: {len(value)}, expected at most {MAX_FIELDS}")
     return value
 
 
 class Body(BaseModel):
-    """What a client sends, or a part of it: nothing is taken for what it is not, and an unknown field is an error."""
+    """A request body, or a part of one. Values are never converted, and an unknown field is an error."""
 
     model_config = BODY
 
@@ -51,13 +54,13 @@ class Body(BaseModel):
 
 
 class Reply(BaseModel):
-    """What a client is answered, or a part of it."""
+    """A reply, or a part of one."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
 def _are_few(bias: Any) -> Any:
-    # As with fields: each of them could be an error of its own.
+    # As with fields: each token could be an error of its own.
     if isinstance(bias, dict) and len(bias) > MAX_BIASED:
         raise ValueError(f"too many tokens: {len(bias)}, expected at most {MAX_BIASED}")
     return bias
@@ -67,15 +70,15 @@ PROMPT_OR_MESSAGES: list[JsonValue] = [
     {"required": ["prompt"], "properties": {"prompt": {"not": {"type": "null"}}, "messages": {"type": "null"}}},
     {"required": ["messages"], "properties": {"messages": {"not": {"type": "null"}}, "prompt": {"type": "null"}}},
 ]
-"""For a body's `oneOf`: which of its fields there may be together."""
+"""For a body's `oneOf`: the combinations of these fields that are allowed."""
 
 
 def check_range(tokens: list[int]) -> list[int]:
-    """Return `tokens`. Raises `ValueError` where one is less than 0, or `MAX_INT` or more."""
+    """Return `tokens`. Raises `ValueError` if one is less than 0, or `MAX_INT` or more."""
     for token in (min(tokens), max(tokens)) if tokens else ():
         if not 0 <= token < MAX_INT:
-            found = token if abs(token) < 2**64 else f"of {token.bit_length()} bits"
-            raise ValueError(f"has the token {found}, expected 0 to {MAX_INT - 1}")
+            shown = token if abs(token) < 2**64 else f"of {token.bit_length()} bits"
+            raise ValueError(f"has the token {shown}, expected 0 to {MAX_INT - 1}")
     return tokens
 
 
@@ -86,9 +89,9 @@ def _is_not_empty(value: str) -> str:
 
 
 def forms(form_of: Callable[[Any], str | None], expected: str) -> Discriminator:
-    """Return what picks the form of a value among those that its field may have; `form_of` returns None for none of them.
+    """Return a discriminator of a field's forms. `form_of` returns the form of a value, or None if it has none of them.
 
-    What is wrong is then said of that form alone, or that something of another kind was expected.
+    Errors then concern that form only, or say that another kind of value was expected.
     """
     return Discriminator(form_of, "no_form", f"expected {expected}")
 
@@ -107,7 +110,7 @@ AdapterName = Annotated[Text, Field(max_length=256)]
 Weight = Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=MAX_INT)]
 TokenId = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_INT})]
-"""Its range is checked of a whole list: pydantic takes 70 ns for that of each."""
+"""The range is checked for a whole list at once: pydantic takes 70 ns to check it for each element."""
 AnyTokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True), AfterValidator(check_range)]
 TokenIds = Annotated[
     list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True), AfterValidator(check_range)
@@ -130,4 +133,4 @@ LogitBias = Annotated[
     Field(max_length=MAX_BIASED, json_schema_extra={"additionalProperties": False}),
     BeforeValidator(_are_few),
 ]
-"""By token id, written as text since JSON's keys are."""
+"""Biases by token id. The ids are text, as all keys in JSON."""

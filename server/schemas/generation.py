@@ -1,4 +1,4 @@
-"""What POST /generate takes and gives."""
+"""Bodies and replies of POST /generate."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,8 +10,8 @@ from server.engine.request import FinishReason
 from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Count, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
-Turn = Annotated[Message, BeforeValidator(check_num_fields)]
-Messages = Annotated[list[Turn], Field(min_length=1, max_length=1000, fail_fast=True)]
+CheckedMessage = Annotated[Message, BeforeValidator(check_num_fields)]
+Messages = Annotated[list[CheckedMessage], Field(min_length=1, max_length=1000, fail_fast=True)]
 
 
 class GenerateBody(SamplingFields, MergeFields):
@@ -33,16 +33,17 @@ class GenerateBody(SamplingFields, MergeFields):
     )
 
     prompt: Prompt | None = None
-    """Text to continue, as it stands, or its token ids. Either this or `messages`."""
+    """Text to continue, as it is, or its token ids. Either this or `messages`."""
     messages: Messages | None = None
-    """A conversation to answer, written in the base's chat template where all its adapters know that, else as plain text."""
+    """A conversation to answer. It is written in the base's chat template if all its adapters know that, else as plain text."""
     template: Template | None = None
-    """How `messages` are written, where it is not to be as above."""
+    """The template for `messages`, instead of the default above."""
     adapter: Adapters | None = None
-    """A name, `name@version`, several of them, or `{name, weight}` several times: their deltas are added. Absent, or an empty
-    list: the base model."""
+    """A name, `name@version`, several of them, or `{name, weight}` several times: their deltas are added. The base model if
+    absent or an empty list."""
     max_tokens: Count | None = None
-    """The longest answer; absent: 128, or what the context has left. 0 generates nothing, to score a text with `echo`."""
+    """The maximum length of the answer; 128, or what the context has left, if absent. 0 generates nothing, to score a text with
+    `echo`."""
     include_stop: bool = False
     """The answer ends after the stop text, not before."""
     echo: bool = False
@@ -80,7 +81,7 @@ class ResolvedAdapter(Reply):
 
 
 class MergeReply(Reply):
-    """How the adapters were merged, with the options that have an effect."""
+    """The merge of the adapters, with the options that have an effect."""
 
     method: MergeMethod
     density: float | None = None
@@ -89,30 +90,30 @@ class MergeReply(Reply):
 
 
 class Usage(Reply):
-    """Tokens that a request cost."""
+    """Tokens that a request used."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     cached_tokens: int = 0
-    """Of the prompt, which were not computed again."""
+    """Tokens of the prompt that were not computed again."""
 
 
 class TimingsReply(Reply):
-    """Where the time went, in seconds."""
+    """Durations of the phases of a request, in seconds."""
 
     queue_s: float
     """Until its first step."""
     prefill_s: float
-    """From there to its first token."""
+    """From the first step to the first token."""
     decode_s: float
-    """From there to its end."""
+    """From the first token to the end."""
     time_to_first_token_s: float
     total_s: float
 
 
 class Logprobs(Reply):
-    """Log-probabilities in the form of OpenAI's completions: one entry for each token, those that end the text included."""
+    """Log-probabilities in the form of OpenAI's completions: one entry for each token, with those that end the text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -125,7 +126,7 @@ class TokenData(Reply):
 
     text: str
     index: int = 0
-    """Of the answer."""
+    """The index of the answer."""
     logprobs: Logprobs | None = None
 
 
@@ -136,9 +137,9 @@ class DoneData(Reply):
     index: int = 0
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
-    """None where there is no adapter."""
+    """None without adapters."""
     template: Template | None = None
-    """How the messages were written; None for a `prompt`."""
+    """The template of the messages; None for a `prompt`."""
     finish_reason: FinishReason
     usage: Usage
     timings: TimingsReply
@@ -162,14 +163,14 @@ class GenerateReply(Reply):
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
     template: Template | None = None
-    """How the messages were written; None for a `prompt`."""
+    """The template of the messages; None for a `prompt`."""
     finish_reason: FinishReason
     usage: Usage
     timings: TimingsReply
     seed: int
     logprobs: Logprobs | None = None
     choices: list[ChoiceReply] | None = None
-    """All answers, where more than one was asked for."""
+    """All answers, if the request asks for more than one."""
 
 
 class Health(Reply):

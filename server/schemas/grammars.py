@@ -1,4 +1,4 @@
-"""What an answer has to be, as bodies say it."""
+"""Grammars of answers, as bodies express them."""
 
 import json
 from typing import Annotated, Any, Literal
@@ -21,21 +21,21 @@ class AnyJson(Body):
 
 
 class BySchema(Body):
-    """JSON of a schema."""
+    """JSON that fits a schema."""
 
     type: Literal["json_schema"]
     json_schema: Schema = Field(alias="schema")
 
 
 class ByRegex(Body):
-    """Text that a regular expression matches, whole."""
+    """Text that a regular expression matches as a whole."""
 
     type: Literal["regex"]
     pattern: Source
 
 
 class ByLark(Body):
-    """Text of a context-free grammar, in llguidance's variant of Lark."""
+    """Text in a context-free grammar, in llguidance's variant of Lark."""
 
     type: Literal["lark"]
     text: Source
@@ -51,7 +51,7 @@ class AnyText(Body):
 
 
 class NamedSchema(Body):
-    """A schema as OpenAI's clients send it. It is followed strictly, whatever they say."""
+    """A schema in the form of OpenAI's clients. It is always followed strictly."""
 
     name: Annotated[Text, Field(max_length=256)] | None = None
     description: Text | None = None
@@ -60,7 +60,7 @@ class NamedSchema(Body):
 
 
 class SchemaFormat(Body):
-    """JSON of a schema."""
+    """JSON that fits a schema."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
@@ -69,18 +69,18 @@ class SchemaFormat(Body):
 ResponseFormat = Annotated[AnyText | AnyJson | SchemaFormat, Field(discriminator="type")]
 
 
-def to_grammar(found: AnyGrammar | ResponseFormat | None, field: str) -> Grammar | None:
-    """Return what a body asks for in `field`, as the engine has it."""
-    match found:
+def to_grammar(spec: AnyGrammar | ResponseFormat | None, field: str) -> Grammar | None:
+    """Return the engine's grammar for `spec`, the value of the body's `field`."""
+    match spec:
         case AnyJson():
             return Grammar("json_object", field=field)
         case BySchema():
-            return Grammar("json_schema", json.dumps(found.json_schema), field)
+            return Grammar("json_schema", json.dumps(spec.json_schema), field)
         case SchemaFormat():
-            return Grammar("json_schema", json.dumps(found.json_schema.json_schema), field)
+            return Grammar("json_schema", json.dumps(spec.json_schema.json_schema), field)
         case ByRegex():
-            return Grammar("regex", found.pattern, field)
+            return Grammar("regex", spec.pattern, field)
         case ByLark():
-            return Grammar("lark", found.text, field)
+            return Grammar("lark", spec.text, field)
         case _:
             return None

@@ -1,4 +1,4 @@
-"""What OpenAI's routes have in common: what is asked for beside the prompt, and what it cost."""
+"""Fields that OpenAI's routes share: all but the prompt, and the usage."""
 
 from collections.abc import Set as AbstractSet
 from typing import Annotated, Any, Literal, Self
@@ -17,12 +17,12 @@ Model = Annotated[Text, Field(min_length=1, max_length=4096)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 FinishReason = Literal["stop", "length"]
 NULL = {"type": "null"}
-ABOUT = ("title", "description", "default")
-"""Of a field in a JSON schema, what is no part of its type."""
+NON_TYPE_KEYS = ("title", "description", "default")
+"""Keys of a field in a JSON schema that are no part of its type."""
 
 
 class NullableBody(Body):
-    """A body whose fields may all be null where they may be absent, which is the same: OpenAI's clients write None so."""
+    """A body whose optional fields may all be null, which means absent: OpenAI's clients send None so."""
 
     @model_validator(mode="before")
     @classmethod
@@ -30,57 +30,57 @@ class NullableBody(Body):
         if not isinstance(value, dict):
             return value
         optional = cls._optional()
-        return {key: of for key, of in value.items() if of is not None or key not in optional}
+        return {key: field for key, field in value.items() if field is not None or key not in optional}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Says so of each field."""
+        """Add null to the types of the optional fields."""
         schema = handler(core_schema)
         fields = handler.resolve_ref_schema(schema)["properties"]
         for name in cls._optional():
             if NULL not in (fields[name], *fields[name].get("anyOf", ())) and fields[name].get("type") != "null":
-                about = {key: fields[name].pop(key) for key in ABOUT if key in fields[name]}
+                about = {key: fields[name].pop(key) for key in NON_TYPE_KEYS if key in fields[name]}
                 fields[name] = {"anyOf": [fields[name], NULL], **about}
         return schema
 
     @classmethod
     def _optional(cls) -> AbstractSet[str]:
-        return {name for name, of in cls.model_fields.items() if not of.is_required()}
+        return {name for name, info in cls.model_fields.items() if not info.is_required()}
 
 
 class StreamOptions(NullableBody):
-    """What a stream says beside its text."""
+    """Options of a stream."""
 
     include_usage: bool = False
-    """A last chunk, without choices, has the usage."""
+    """Adds a last chunk, without choices, that has the usage."""
 
 
 class OpenAIBody(SamplingFields, MergeFields, NullableBody):
-    """What every body of OpenAI's routes can say. Beside OpenAI's fields, vLLM's for sampling, and this server's for adapters."""
+    """Fields of all bodies of OpenAI's routes: OpenAI's own, vLLM's for sampling, and this server's for adapters."""
 
     model: Model | None = None
-    """The base model, an adapter, `math+safety`, or `math:0.7+safety:0.3`; absent: the base model."""
+    """The base model, an adapter, `math+safety`, or `math:0.7+safety:0.3`. The base model if absent."""
     adapters: Adapters | None = None
-    """Adapters, where `model` is the base model: as POST /generate's `adapter`."""
+    """Adapters, if `model` is the base model: as `adapter` of POST /generate."""
     temperature: Temperature = 1.0
     """0 takes the likeliest token each time."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Draws the tokens; absent: a random one, named in the reply."""
+    """Seed of the sampling; random if absent, and given in the reply."""
     include_stop_str_in_output: bool = False
     """The answer ends after the stop text, not before."""
     response_format: ResponseFormat | None = None
-    """JSON, or JSON of a schema; `grammar` has more."""
+    """JSON, or JSON that fits a schema. `grammar` has more forms."""
     stream: bool = False
     """Sends the answer as server-sent events, as OpenAI does."""
     stream_options: StreamOptions | None = None
     user: Annotated[Text, Field(max_length=1024)] | None = None
-    """Whom the request is for, to the client; it changes nothing."""
+    """The client's name for its user. Ignored."""
     skip_special_tokens: Literal[True] | None = None
-    """Special tokens are never text. vllm-router writes this and the next two into every body."""
+    """Special tokens are never text. vllm-router writes this field and the next two into every body."""
     no_stop_trim: Literal[False] | None = None
-    """`include_stop_str_in_output` is what leaves the stop text there."""
+    """Use `include_stop_str_in_output` to keep the stop text."""
     return_hidden_states: Literal[False] | None = None
-    """None are returned."""
+    """No hidden states are returned."""
 
     @model_validator(mode="after")
     def _is_sound(self) -> Self:
@@ -99,7 +99,7 @@ class CachedTokens(Reply):
 
 
 class OpenAIUsage(Reply):
-    """Tokens that a request cost."""
+    """Tokens that a request used."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -108,27 +108,27 @@ class OpenAIUsage(Reply):
 
 
 class LoriReply(Reply):
-    """What OpenAI's replies do not say: the adapters as resolved, what drew the tokens, where the time went."""
+    """Values that OpenAI's replies lack: the resolved adapters, the seed and the timings."""
 
     adapter: list[ResolvedAdapter]
     merge: MergeReply | None
     template: Template | None = None
-    """How the messages were written; None for a `prompt`."""
+    """The template of the messages; None for a `prompt`."""
     seed: int
     timings: TimingsReply | None = None
 
 
 class ModelCard(Reply):
-    """A model that can be asked for: the base model, or an adapter on it."""
+    """A model that requests can name: the base model, or an adapter on it."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["lori-server"] = "lori-server"
     root: str
-    """The base model's name; an adapter's `name@version`."""
+    """The base model's name, or an adapter's `name@version`."""
     parent: str | None
-    """What an adapter is on."""
+    """The base model of an adapter."""
     max_model_len: int
 
 

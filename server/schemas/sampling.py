@@ -1,4 +1,4 @@
-"""What bodies say of how tokens are picked and adapters are merged, in every route that generates."""
+"""Fields for sampling and merging, which all routes that generate share."""
 
 from typing import Annotated, Any, Self
 
@@ -31,9 +31,9 @@ class WeightedAdapter(Body):
     """An adapter with its weight."""
 
     name: AdapterName
-    """Its name, or `name@version`."""
+    """The adapter's name, or `name@version`."""
     weight: Weight
-    """What its delta is multiplied with."""
+    """The factor of the adapter's delta."""
 
 
 def _form(value: Any) -> str | None:
@@ -51,10 +51,10 @@ Adapters = Annotated[
 
 
 class SamplingFields(Body):
-    """How tokens are picked, and how long that may take."""
+    """Parameters of sampling, and the limits on an answer."""
 
     min_tokens: Count = 0
-    """Before so many tokens the answer does not end by itself."""
+    """The answer does not end by itself before it has this many tokens."""
     temperature: Temperature = 0.0
     """0 takes the likeliest token each time."""
     top_p: TopP = 1.0
@@ -62,34 +62,34 @@ class SamplingFields(Body):
     top_k: TopK = 0
     """Draws among this many likeliest tokens; 0 or -1: all."""
     min_p: MinP = 0.0
-    """Draws among tokens of at least this share of the likeliest one's probability."""
+    """Draws among tokens that have at least this share of the likeliest token's probability."""
     repetition_penalty: RepetitionPenalty = 1.0
     """Above 1, tokens of the prompt and the answer become less likely."""
     presence_penalty: Penalty = 0.0
-    """Taken off the logits of tokens that the answer has."""
+    """Subtracted from the logits of tokens that the answer has."""
     frequency_penalty: Penalty = 0.0
-    """Taken off the logits of tokens, as often as the answer has them."""
+    """Subtracted from the logits of tokens, once for each time that the answer has them."""
     logit_bias: LogitBias | None = None
-    """Added to the logits of tokens, by id."""
+    """Added to the logits of tokens, by token id."""
     seed: Seed | None = None
-    """Draws the tokens; absent: a random one, named in the reply."""
+    """Seed of the sampling; random if absent, and given in the reply."""
     n: NumChoices = 1
-    """Answers to the prompt, which is computed once."""
+    """The number of answers. The prompt is computed once."""
     stop: Stops | None = None
-    """The answer ends before any of these."""
+    """The answer ends before any of these texts."""
     grammar: AnyGrammar | None = None
-    """What the whole answer has to be: any JSON object, JSON of a schema, or text of a regular expression or a grammar."""
+    """The form of the whole answer: any JSON object, JSON that fits a schema, or text of a regular expression or a grammar."""
     ignore_eos: bool = False
-    """The end of text does not end the answer: it has `max_tokens` tokens, to measure with."""
+    """The end of text does not end the answer: it has `max_tokens` tokens. For measurements."""
     timeout_s: Annotated[float, Field(gt=0, le=86400)] | None = None
-    """The request is given up, and answered 504, if it takes longer, in seconds."""
+    """The longest that the request may take, in seconds. It is then ended, and answered 504."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    """Lower runs earlier; absent: the key's own, or 0. No request comes before its key's own."""
+    """A lower value runs earlier; the key's own, or 0, if absent. No request comes before its key's own priority."""
 
     def to_sampling(self) -> Sampling:
-        """Return it as the engine has it, but for the seed."""
+        """Return the engine's sampling parameters, without the seed."""
         return Sampling(
-            # -100 forbids a token, as OpenAI's does in effect.
+            # -100 forbids a token, which is also its effect at OpenAI.
             logit_bias=tuple((int(token), value) for token, value in (self.logit_bias or {}).items()),
             min_tokens=self.min_tokens,
             repetition_penalty=self.repetition_penalty,
@@ -107,16 +107,17 @@ class SamplingFields(Body):
 
 
 class MergeFields(Body):
-    """How adapters are merged."""
+    """Parameters of the merge of adapters."""
 
     weights: Annotated[list[Weight], Field(max_length=MAX_ADAPTERS, fail_fast=True)] | None = None
-    """One for each adapter; absent: each 1/n."""
+    """One weight for each adapter; each 1/n if absent."""
     merge: MergeMethod = "linear"
-    """How several adapters become one: the exact sum, or what is built once and kept (TIES, DARE, the largest entries)."""
+    """The method that merges several adapters: the exact sum, or one that is built once and kept (TIES, DARE, the largest
+    entries)."""
     density: Annotated[float, Field(gt=0, le=1)] | None = None
-    """For a merge that is no sum: the share of each adapter's kept entries that survives; absent: 0.5."""
+    """For a merge that is no sum: the share of each adapter's kept entries that survives; 0.5 if absent."""
     merge_seed: Seed | None = None
-    """Of the entries that `dare_linear` and `dare_ties` drop; absent: 0."""
+    """Seed of the entries that `dare_linear` and `dare_ties` drop; 0 if absent."""
 
     @model_validator(mode="after")
     def _sound_merge(self) -> Self:
@@ -126,13 +127,17 @@ class MergeFields(Body):
             raise ValueError(f"'merge_seed' is for 'dare_linear' and 'dare_ties'; 'merge' is {self.merge!r}")
         return self
 
-    def check_weights(self, asked: Adapters | None) -> None:
-        """Raise `ValueError` where there are `weights` for adapters that have theirs with them."""
-        if self.weights is not None and isinstance(asked, list) and any(not isinstance(of, str) for of in asked):
+    def check_weights(self, requested: Adapters | None) -> None:
+        """Raise `ValueError` if there are `weights` for adapters that have weights of their own."""
+        if (
+            self.weights is not None
+            and isinstance(requested, list)
+            and any(not isinstance(adapter, str) for adapter in requested)
+        ):
             raise ValueError("'weights' is for names; these adapters have their weights with them")
 
     def to_merge(self) -> MergeOptions:
-        """Return it as `lori.merge` has it."""
+        """Return the options of `lori.merge`."""
         defaults = MergeOptions()
         return MergeOptions(
             self.merge,
@@ -141,10 +146,10 @@ class MergeFields(Body):
             defaults.seed if self.merge_seed is None else self.merge_seed,
         )
 
-    def to_adapters(self, asked: Adapters | None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-        """Return the references and the weights of what is asked for in one of its forms; no weights are each 1/n."""
-        several = [asked] if isinstance(asked, str) else asked or []
-        names = tuple(of if isinstance(of, str) else of.name for of in several)
-        if own := tuple(of.weight for of in several if not isinstance(of, str)):
-            return names, own
+    def to_adapters(self, requested: Adapters | None) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+        """Return the references and the weights of `requested`, in any of its forms. No weights means 1/n for each."""
+        adapters = [requested] if isinstance(requested, str) else requested or []
+        names = tuple(adapter if isinstance(adapter, str) else adapter.name for adapter in adapters)
+        if own_weights := tuple(adapter.weight for adapter in adapters if not isinstance(adapter, str)):
+            return names, own_weights
         return names, None if self.weights is None else tuple(self.weights)

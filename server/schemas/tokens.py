@@ -1,4 +1,4 @@
-"""What POST /tokenize and /detokenize take and give, in vLLM's form."""
+"""Bodies and replies of POST /tokenize and /detokenize, in vLLM's form."""
 
 from typing import Annotated, Self
 
@@ -16,16 +16,16 @@ class TokenizeBody(Body):
     model_config = ConfigDict(json_schema_extra={"oneOf": PROMPT_OR_MESSAGES, "examples": [{"prompt": "The quick brown fox"}]})
 
     model: Model | None = None
-    """The base model, or what else POST /v1/completions can be asked for. All have one tokenizer; `messages` are written as for
+    """The base model, or any other model name of POST /v1/completions. All have one tokenizer, but `messages` are written as for
     the adapters that it names."""
     prompt: Text | None = None
-    """Text as it stands. Either this or `messages`."""
+    """Text as it is. Either this or `messages`."""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
     """A conversation, written as POST /v1/chat/completions writes it for `model`."""
     template: Template | None = None
-    """How `messages` are written, where it is not to be so."""
+    """The template for `messages`, instead of the default above."""
     add_special_tokens: bool = False
-    """Adds what the tokenizer puts around texts. No route that generates does."""
+    """Adds the tokenizer's special tokens around the text. No route that generates does."""
     return_token_strs: bool = False
     """Adds the tokens' texts."""
 
@@ -45,7 +45,7 @@ class TokenizeReply(Reply):
     max_model_len: int
     tokens: list[int]
     template: Template | None = None
-    """How the messages were written; None for a `prompt`."""
+    """The template of the messages; None for a `prompt`."""
     token_strs: list[str] | None = None
 
 

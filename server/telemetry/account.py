@@ -1,4 +1,4 @@
-"""What one admitted request takes and gives: it hears the request's events, and metrics, log and traces tell of it."""
+"""The account of one admitted request, from its events: the source of its metrics, log line and span."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from server.telemetry.metrics import Metrics
 
 @dataclass(slots=True)
 class _Tokens:
-    # Of one choice: what tells the time from token to token.
+    # Times of one choice's tokens.
     last: float
     count: int = 1
     gap: float | None = None
@@ -17,20 +17,20 @@ class _Tokens:
 
 @dataclass(slots=True)
 class Account:
-    """Begins with the request; `close` ends it, however the request ended."""
+    """The account of one admitted request. It begins with the request; `close` ends it, however the request ended."""
 
     request: Request
     metrics: Metrics
     keeps_text: bool = False
-    """Whether the answer's text is kept, to be logged."""
+    """Whether the answer's text is kept for the log."""
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     reason: str = "cancelled"
-    """Of the last choice that ended, or why none did."""
+    """The finish reason of the last choice that ended, or the reason why none did."""
     first_token_s: float | None = None
     total_s: float = 0.0
     timings: Timings | None = None
-    """Of the first choice that ended."""
+    """The timings of the first choice that ended."""
     texts: list[str] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
     _choices: dict[int, _Tokens] = field(default_factory=dict)
@@ -40,8 +40,8 @@ class Account:
         """The adapters of the request, and those that the operator adds to it."""
         return [term.name for term in (*self.request.terms, *self.request.policy)]
 
-    def hear(self, event: Event) -> None:
-        """Take in what the engine said."""
+    def record(self, event: Event) -> None:
+        """Record an event of the engine."""
         match event:
             case TextEvent():
                 if self.keeps_text:
@@ -54,7 +54,7 @@ class Account:
                 self.reason = "error"
 
     def close(self) -> None:
-        """Tell the metrics; of choices that did not end, the tokens that came."""
+        """Update the metrics. Choices that did not end count with the tokens that came."""
         self.total_s = time.monotonic() - self._started
         if self._choices:
             self.num_prompt_tokens = len(self.request.prompt_ids)
@@ -75,12 +75,12 @@ class Account:
         tokens.last, tokens.count, tokens.gap = now, tokens.count + 1, now - tokens.last
 
     def _end_choice(self, event: DoneEvent) -> None:
-        # The last text may be what was held back, and no token's: so each gap waits for the next.
+        # The last text may be held-back text and no token. So each gap is only observed with the next text.
         tokens = self._choices.pop(event.choice, None)
         if tokens and tokens.gap is not None and tokens.count <= event.num_completion_tokens:
             self.metrics.token_gap.observe(tokens.gap)
         self.reason = event.finish_reason
-        self.num_prompt_tokens = event.num_prompt_tokens  # all choices have one prompt
+        self.num_prompt_tokens = event.num_prompt_tokens  # all choices share one prompt
         self.num_completion_tokens += event.num_completion_tokens
         self.timings = self.timings or event.timings
         self.metrics.observe_timings(event.timings)

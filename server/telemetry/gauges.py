@@ -1,4 +1,4 @@
-"""What /metrics reads of the engine while the engine's thread moves it: numbers, and copies that are made at once."""
+"""Gauges and counters of /metrics that read the engine while its thread runs: numbers, and copies that are made atomically."""
 
 from collections.abc import Collection, Iterable
 
@@ -12,7 +12,7 @@ from server.telemetry.metrics import Metrics
 
 def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: AdapterTiers) -> Metrics:
     """Return the metrics of a server of `model`."""
-    metrics, cache, residents = Metrics(model), scheduler.cache, tiers.residents
+    metrics, cache, residents = Metrics(model), scheduler.kv_cache, tiers.residents
     for name, help_text, read in (
         ("vllm:num_requests_running", "Requests in the batch.", lambda: len(scheduler.running)),
         ("vllm:num_requests_waiting", "Requests that wait for a place.", lambda: scheduler.num_waiting),
@@ -23,36 +23,36 @@ def make_metrics(model: str, registry: Registry, scheduler: Scheduler, tiers: Ad
         ("lori:adapters_loaded_bytes", "What they take.", lambda: tiers.num_loaded_bytes),
         ("lori:adapters_resident", "Adapters in the kernels' operands.", lambda: len(residents)),
         ("lori:adapters_resident_bytes", "What they take.", lambda: residents.num_bytes),
-        ("lori:adapters_in_use", "Resident adapters that a running request uses.", lambda: residents.num_pinned),
-        ("lori:adapters_pinned", "Resident adapters that an admin has pinned.", lambda: residents.num_kept),
+        ("lori:adapters_in_use", "Resident adapters that a running request uses.", lambda: residents.num_in_use),
+        ("lori:adapters_pinned", "Resident adapters that an admin has pinned.", lambda: residents.num_pinned),
     ):
         metrics.watch(name, help_text, read)
     for name, help_text, read in (
         ("vllm:num_preemptions", "Requests that gave up their KV memory.", lambda: scheduler.num_preemptions),
-        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_asked_tokens),
-        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_found_tokens),
+        ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", lambda: cache.num_prefix_query_tokens),
+        ("vllm:prefix_cache_hits", "Prompt tokens found there.", lambda: cache.num_prefix_hit_tokens),
         ("lori:adapter_load_failures", "Adapters that could not be read or made resident.", lambda: tiers.num_failures),
         ("lori:adapter_evictions", "Adapters that made room for others.", lambda: residents.num_evictions),
     ):
         metrics.watch_count(name, help_text, read)
-    metrics.tell_cache(cache.block_size, cache.num_blocks)
-    metrics.watch_requests(lambda: _named(scheduler.running), lambda: _named(scheduler.waiting), residents.num_slots)
+    metrics.add_cache_info(cache.block_size, cache.num_blocks)
+    metrics.watch_requests(lambda: _model_names(scheduler.running), lambda: _model_names(scheduler.waiting), residents.num_slots)
     metrics.watch_adapters(lambda: registry.by_name.keys(), lambda: _resident(registry, residents.digests))
     tiers.observe_load = metrics.load_seconds.observe
     return metrics
 
 
-def _named(sequences: Iterable[Sequence]) -> Collection[str]:
-    # In the sequences' order, each once. The copy of a dict's keys is made at once, by the interpreter itself: a loop over them
-    # could meet a change.
-    return dict.fromkeys(name for sequence in [*sequences] for name in _models(sequence.request))
+def _model_names(sequences: Iterable[Sequence]) -> Collection[str]:
+    # Unique names in the order of the sequences. The interpreter copies a dict's keys atomically; a loop over them could meet a
+    # change.
+    return dict.fromkeys(name for sequence in [*sequences] for name in _request_models(sequence.request))
 
 
-def _models(request: Request) -> Iterable[str]:
+def _request_models(request: Request) -> Iterable[str]:
     yield from (term.name for term in (*request.terms, *request.policy))
     if request.terms:
         yield model_of([term.name for term in request.terms], [term.weight for term in request.terms])
 
 
 def _resident(registry: Registry, digests: frozenset[str]) -> set[str]:
-    return {name for name, of in registry.by_name.items() if of.summary.digest in digests}
+    return {name for name, adapter in registry.by_name.items() if adapter.summary.digest in digests}

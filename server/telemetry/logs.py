@@ -1,4 +1,4 @@
-"""How the log is written: lines for people, or JSON for machines."""
+"""Log formats: lines for people, or JSON for machines."""
 
 import logging
 import os
@@ -12,21 +12,22 @@ from pythonjsonlogger.json import JsonFormatter
 from lori.printable import printable_lines
 
 LogFormat = Literal["text", "json"]
-OF_UVICORN = "color_message"
-"""The message once more, for a terminal."""
-OF_RAY = "_ray_timestamp_ns"
-"""On each record, in a process of Ray's."""
-KNOWN = frozenset([*RESERVED_ATTRS, OF_UVICORN, OF_RAY])
+UVICORN_FIELD = "color_message"
+"""A field of uvicorn's records: the message once more, for a terminal."""
+RAY_FIELD = "_ray_timestamp_ns"
+"""A field of every record in a process of Ray."""
+KNOWN_FIELDS = frozenset([*RESERVED_ATTRS, UVICORN_FIELD, RAY_FIELD])
 NO_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
-"""Environment variables by which huggingface_hub, transformers and `lori.embedded` show no progress, if they are there before
-these are imported. The second is for transformers' reader of GGUF, which hears tqdm alone."""
-TOLD = KNOWN | {"method", "route", "status"}
+"""Environment variables that disable the progress bars of huggingface_hub, transformers and `lori.embedded`.
+
+They must be set before the import. The second is for transformers' GGUF reader, which only knows tqdm's."""
+SHOWN_FIELDS = KNOWN_FIELDS | {"method", "route", "status"}
 
 
 class TextFormatter(logging.Formatter):
-    """Level, name and message, and after them what the record has beside these, but for what a request's message says already.
+    """Formatter of lines for people: level, name, message, and the record's other fields that the message does not contain.
 
-    Every line but the first of a record is set in, and what is not printed is escaped: no text of a file or a client can pass for
+    Further lines of a record are indented, and unprintable characters are escaped: no text from a file or a client can look like
     a record of its own, or move a terminal's cursor.
     """
 
@@ -34,37 +35,37 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return a record, with its traceback if it has one."""
+        """Return a record as text, with its traceback if it has one."""
         return printable_lines(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         """Return the line of a record."""
-        said = [f"{key}={value!r}" for key, value in record.__dict__.items() if key not in TOLD]
-        return " ".join([super().formatMessage(record), *said])
+        fields = [f"{key}={value!r}" for key, value in record.__dict__.items() if key not in SHOWN_FIELDS]
+        return " ".join([super().formatMessage(record), *fields])
 
 
 def configure_log(log_format: LogFormat, stream: TextIO | None = None, replica: str | None = None) -> None:
-    """Make all loggers, uvicorn's too, write so to `stream`, or the standard error; each line names the `replica`, if any."""
+    """Configure all loggers, also uvicorn's, to write to `stream` or standard error. Each line names the `replica`, if any."""
     handler = logging.StreamHandler(stream or sys.stderr)
     if replica:
-        handler.addFilter(_named(replica))
+        handler.addFilter(_replica_filter(replica))
     handler.setFormatter(_json() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    # A warning of Python's would be a line that is no JSON.
+    # Otherwise Python's warnings would be lines that are no JSON.
     logging.captureWarnings(log_format == "json")
 
 
 def configure_start(log_format: LogFormat) -> None:
-    """Make all loggers write so, see `configure_log`; no progress bar comes between but on a terminal, where the lines are text.
+    """Configure all loggers as `configure_log` does. Shows progress bars only for text on a terminal.
 
-    To be called before anything that shows one is imported.
+    Call it before importing anything that shows progress bars.
     """
     configure_log(log_format)
     if log_format == "json" or not sys.stderr.isatty():
         os.environ |= dict.fromkeys(NO_BARS, "1")
 
 
-def _named(replica: str) -> Callable[[logging.LogRecord], bool]:
+def _replica_filter(replica: str) -> Callable[[logging.LogRecord], bool]:
     def name(record: logging.LogRecord) -> bool:
         record.replica = replica
         return True
@@ -77,6 +78,6 @@ def _json() -> logging.Formatter:
         "%(levelname)s %(name)s %(message)s",
         rename_fields={"levelname": "level", "name": "logger"},
         timestamp="time",
-        reserved_attrs=[*KNOWN],
+        reserved_attrs=[*KNOWN_FIELDS],
         json_ensure_ascii=True,
     )

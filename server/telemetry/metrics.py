@@ -1,7 +1,7 @@
 """The metrics of /metrics, under vLLM's names and labels where the meaning is the same.
 
-Counts by adapter are kept as lines of Prometheus's text, so that ten thousand adapters take milliseconds. A label is the name of
-a registered adapter, never what a client sent.
+Counts by adapter are kept as lines of Prometheus's text, so that ten thousand adapters take milliseconds. Labels only have names
+of registered adapters, never text from a client.
 """
 
 import time
@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from server.engine.request import Timings
 
 MAX_LISTED = 1000
-"""Adapters up to which those that are not resident are listed too."""
+"""Number of adapters up to which adapters that are not resident are listed, too."""
 REQUESTS = b"""\
 # HELP lori:adapter_requests_total Admitted requests by adapter; one that names several counts for each.
 # TYPE lori:adapter_requests_total counter
@@ -48,7 +48,7 @@ class _AdapterCount:
 
 
 class AdapterCounts:
-    """Counts requests and tokens by adapter. For the event loop alone."""
+    """Counts of requests and tokens by adapter. For the event loop alone."""
 
     def __init__(self) -> None:
         self._counts: dict[str, _AdapterCount] = {}
@@ -60,16 +60,16 @@ class AdapterCounts:
             self._count(name).num_requests += 1
 
     def add_tokens(self, names: Iterable[str], num_prompt: int, num_generated: int) -> None:
-        """Count what a request for these adapters took and gave."""
+        """Count the tokens of a request for these adapters."""
         for name in names:
             count = self._count(name)
             count.num_prompt_tokens += num_prompt
             count.num_generated_tokens += num_generated
 
     def lines(self, registered: Collection[str], resident: Collection[str]) -> list[bytes]:
-        """Return all in Prometheus's format; only the lines that have changed are written again.
+        """Return all lines in Prometheus's format. Only formats the lines that have changed.
 
-        Names that are registered no more are forgotten, also where they come again: to Prometheus that is a counter's new start.
+        Names that are no longer registered are forgotten. If they come back, Prometheus sees a counter that starts anew.
         """
         for name in [name for name in self._counts if name not in registered]:
             del self._counts[name]
@@ -79,8 +79,15 @@ class AdapterCounts:
         self._changed.clear()
         counts = self._counts.values()
         names = registered if len(registered) <= MAX_LISTED else resident
-        told = [f"lori:adapter_resident{{{label(name)}}} {int(name in resident)}\n".encode() for name in names]
-        return [REQUESTS, *(of.requests for of in counts), TOKENS, *(of.tokens for of in counts), RESIDENT, *told]
+        gauges = [f"lori:adapter_resident{{{label(name)}}} {int(name in resident)}\n".encode() for name in names]
+        return [
+            REQUESTS,
+            *(entry.requests for entry in counts),
+            TOKENS,
+            *(entry.tokens for entry in counts),
+            RESIDENT,
+            *gauges,
+        ]
 
     def _count(self, name: str) -> _AdapterCount:
         count = self._counts.get(name)
@@ -91,7 +98,7 @@ class AdapterCounts:
 
 
 def label(name: str) -> str:
-    """Return the label of an adapter as Prometheus's text has it."""
+    """Return the label of an adapter in Prometheus's text format."""
     escaped = name.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
     return f'adapter="{escaped}"'
 
@@ -102,9 +109,9 @@ NUM_TERMS = (0, 1, 2, 3, 4, 8, 16, 32, 64)
 disable_created_metrics()
 LABELS = ("model_name", "engine")
 ENGINE = "0"
-"""vLLM counts a server's engines; here is one."""
+"""vLLM's index of the engine. There is only one here."""
 REASONS = {"stop": "stop", "stop_sequence": "stop", "length": "length", "cancelled": "abort", "error": "error"}
-"""Our reasons for the end of a request, and what vLLM's metrics call them."""
+"""Finish reasons of requests, and their names in vLLM's metrics."""
 Names = Callable[[], Collection[str]]
 
 
@@ -136,28 +143,28 @@ class Metrics:
         self.adapters.admit(names)
 
     def count_ended(self, reason: str, seconds: float) -> None:
-        """Count a request that was admitted and is over."""
+        """Count an admitted request that has ended."""
         self._ended[reason].inc()
         self.latency.observe(seconds)
 
     def count_tokens(self, names: Sequence[str], num_prompt: int, num_generated: int) -> None:
-        """Count what a request took and gave."""
+        """Count the tokens of a request."""
         self.prompt_tokens.inc(num_prompt)
         self.generation_tokens.inc(num_generated)
         self.adapters.add_tokens(names, num_prompt, num_generated)
 
     def observe_timings(self, timings: Timings) -> None:
-        """Note where a choice's time went."""
+        """Observe the timings of a choice."""
         self.queue.observe(timings.queue)
         self.prefill.observe(timings.prefill)
         self.decode.observe(timings.decode)
 
     def count_answer(self, route: str, status: int) -> None:
-        """Count an HTTP answer; `route` is a route's template, not a path."""
+        """Count an HTTP answer. `route` is a route's template, not a path."""
         self._http.labels(route, str(status)).inc()
 
     def watch_count(self, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """Add a counter, `name` with `_total` after it, that is read whenever the metrics are."""
+        """Add a counter `name`, to which `_total` is appended, that is read whenever the metrics are."""
         self.registry.register(_Count(name, help_text, self.base_model, read))
 
     def watch(self, name: str, help_text: str, read: Callable[[], float]) -> None:
@@ -165,11 +172,11 @@ class Metrics:
         Gauge(name, help_text, LABELS, registry=self.registry).labels(self.base_model, ENGINE).set_function(read)
 
     def watch_adapters(self, registered: Names, resident: Names) -> None:
-        """Add which of the registered adapters are resident, by name."""
+        """Add the gauge of which registered adapters are resident, by name."""
         self._registered, self._resident = registered, resident
 
-    def tell_cache(self, block_size: int, num_blocks: int) -> None:
-        """Add how the KV memory is cut, by which gateways know what a server may still have of a prompt."""
+    def add_cache_info(self, block_size: int, num_blocks: int) -> None:
+        """Add the block layout of KV memory, from which gateways know which part of a prompt a server may still have."""
         labels = (*LABELS, "block_size", "num_gpu_blocks")
         info = Gauge(
             "vllm:cache_config_info", "Blocks of KV memory, wherever it is, and their tokens.", labels, registry=self.registry
@@ -177,11 +184,11 @@ class Metrics:
         info.labels(self.base_model, ENGINE, str(block_size), str(num_blocks)).set(1)
 
     def watch_requests(self, running: Names, waiting: Names, max_resident: int) -> None:
-        """Add what the requests name that run, and those that wait, as `model` would."""
+        """Add the gauge of the names in running and waiting requests, in the form of `model`."""
         self.registry.register(_LoraRequests(running, waiting, max_resident))
 
     def text(self) -> bytes:
-        """Return all of it in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return b"".join([generate_latest(self.registry), *self.adapters.lines(self._registered(), self._resident())])
 
     def _counter(self, name: str, help_text: str) -> Counter:
@@ -193,7 +200,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class _Count(Collector):
-    """A counter that somebody else counts."""
+    """A counter that is read from elsewhere."""
 
     name: str
     help_text: str
@@ -208,10 +215,11 @@ class _Count(Collector):
 
 @dataclass(frozen=True, slots=True)
 class _LoraRequests(Collector):
-    """vLLM's gauge of which adapters are at work, in its labels, and when that was: gateways send requests where theirs is.
+    """vLLM's gauge of the active adapters, which are in its labels, and its time. Gateways send requests to servers that have the
+    adapter.
 
-    There is one sample, the present one; vLLM leaves every combination that ever was. Of those that wait it has no more than
-    could be resident.
+    There is one sample, the present one; vLLM keeps every combination that ever was. At most as many waiting adapters are listed
+    as could be resident.
     """
 
     running: Names

@@ -1,6 +1,6 @@
-"""Says of every HTTP request, at its end, what it was and how it ended: one line of the log. The outermost middleware.
+"""Request log: one line for every HTTP request, at its end. The outermost middleware.
 
-Neither prompts nor answers are told, unless the operator asks for them.
+Neither prompts nor answers are logged, unless the operator asks for them.
 """
 
 import logging
@@ -17,34 +17,34 @@ from server.telemetry.trace_attributes import Span, attributes
 from server.transport.exchange import Exchange, current
 from server.transport.request_id import HEADER, request_id
 
-logger, faults = logging.getLogger("server.request"), logging.getLogger(__name__)
+logger, error_logger = logging.getLogger("server.request"), logging.getLogger(__name__)
 PROBES = ("/health", "/ping", "/ready", "/metrics")
-"""Asked for every few seconds by machines: told of only in a log of DEBUG, or when they fail."""
+"""Routes that machines request every few seconds. They are logged at level DEBUG, or when they fail."""
 NO_ROUTE = "none"
-LEFT = 499
-"""What proxies' logs call a request whose client left before it heard anything."""
+CLIENT_CLOSED = 499
+"""The status that proxies log for a request whose client left before the answer."""
 MAX_PATH = 200
 NO_SNIFF = (b"x-content-type-options", b"nosniff")
-"""Of every answer: none is ever taken for a page or a program that it is not, whatever a client had put into it."""
+"""A header of every answer: browsers never take it for another type of content, whatever a client put into it."""
 MESSAGE = "%s %s %d"
 
 
 class RequestLog:
-    """Gives each request an id, which its answer carries, and logs it when it is over."""
+    """Middleware that gives each request an id, which its answer carries, and logs the request when it is over."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and watches what becomes of it."""
+        """Pass the request on, and watch its outcome."""
         if scope["type"] == "http":
-            await _Watched(self._service, scope, receive, send).run(self._app)
+            await _WatchedRequest(self._service, scope, receive, send).run(self._app)
         else:
             await self._app(scope, receive, send)
 
 
 class ScopeNote:
-    """The innermost: notes the scope that reaches the routes, maybe a copy of the first. It knows the route, and who asks."""
+    """The innermost middleware: notes the scope that reaches the routes, which may be a copy. It has the route and the caller."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -56,8 +56,8 @@ class ScopeNote:
         await self._app(scope, receive, send)
 
 
-class _Watched:
-    # One request: what came of it, as its messages tell.
+class _WatchedRequest:
+    # One request and its outcome, from its messages.
 
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         self._service, self._scope, self._receive, self._send = service, scope, receive, send
@@ -65,17 +65,17 @@ class _Watched:
         self._span: Span | None = scope.setdefault("state", {}).get("span")
         self._started = time.monotonic()
         self._status = 0
-        """Of the answer, where it has begun."""
-        self._is_whole = self._has_left = False
+        """Status of the answer; 0 until it begins."""
+        self._is_whole = self._has_disconnected = False
 
     async def run(self, app: ASGIApp) -> None:
         current.set(self._exchange)
         try:
             await app(self._scope, self.receive, self.send)
-        except Exception as error:  # a fault of ours is logged and answered; where the answer has begun the server does that
+        except Exception as error:  # log and answer a fault of the server; if the answer has begun, uvicorn ends it
             if self._status:
                 raise
-            faults.error("%s failed", self._exchange.id, exc_info=error)
+            error_logger.error("%s failed", self._exchange.id, exc_info=error)
             if self._span:
                 self._span.record_exception(error)
             await unknown_reply()(self._scope, self.receive, self.send)
@@ -85,7 +85,7 @@ class _Watched:
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.disconnect" and not self._is_whole:
-            self._has_left = True
+            self._has_disconnected = True
         return message
 
     async def send(self, message: Message) -> None:
@@ -95,8 +95,8 @@ class _Watched:
             if self._service.is_draining:
                 message["headers"].append((b"connection", b"close"))
         elif not message.get("more_body", False):
-            self._is_whole = not self._has_left
-            self._trace()  # before this is sent: then the span is over
+            self._is_whole = not self._has_disconnected
+            self._trace()  # before the send, which ends the span
         await self._send(message)
 
     def _trace(self) -> None:
@@ -106,7 +106,7 @@ class _Watched:
     def _end(self) -> None:
         self._trace()
         route = getattr((self._exchange.scope or self._scope).get("route"), "path", NO_ROUTE)
-        status = self._status or LEFT
+        status = self._status or CLIENT_CLOSED
         self._service.metrics.count_answer(route, status)
         level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
         if logger.isEnabledFor(level):
@@ -126,26 +126,26 @@ class _Watched:
             "tenant": getattr(caller, "tenant", None) or None,
             "key_id": getattr(caller, "key_id", None) or None,
             "total_s": round(time.monotonic() - self._started, 6),
-            "disconnected": self._has_left or None,
-            "unfinished": True if self._status and not (self._is_whole or self._has_left) else None,
+            "disconnected": self._has_disconnected or None,
+            "unfinished": True if self._status and not (self._is_whole or self._has_disconnected) else None,
         }
         if self._exchange.accounts:
-            fields |= _of_accounts(self._exchange.accounts)
+            fields |= _account_fields(self._exchange.accounts)
         return {key: value for key, value in fields.items() if value is not None}
 
 
-def _of_accounts(accounts: Sequence[Account]) -> dict[str, Any]:
-    # Tokens of all; times and adapters of the first, which are those of the others or near them.
+def _account_fields(accounts: Sequence[Account]) -> dict[str, Any]:
+    # Tokens of all accounts. Times and adapters of the first, which are near those of the others.
     first = accounts[0]
     timings = first.timings
-    texts = [(of.request.prompt_text, "".join(of.texts)) for of in accounts if of.keeps_text]
+    texts = [(account.request.prompt_text, "".join(account.texts)) for account in accounts if account.keeps_text]
     return {
-        "generations": [of.request.id for of in accounts],
+        "generations": [account.request.id for account in accounts],
         "adapters": [term.reference for term in first.request.terms],
         "weights": [term.weight for term in first.request.terms],
         "policy": [term.reference for term in first.request.policy] or None,
-        "prompt_tokens": sum(of.num_prompt_tokens for of in accounts),
-        "completion_tokens": sum(of.num_completion_tokens for of in accounts),
+        "prompt_tokens": sum(account.num_prompt_tokens for account in accounts),
+        "completion_tokens": sum(account.num_completion_tokens for account in accounts),
         "finish_reason": accounts[-1].reason,
         "queue_s": round(timings.queue, 6) if timings else None,
         "first_token_s": None if first.first_token_s is None else round(first.first_token_s, 6),

@@ -1,4 +1,4 @@
-"""A span for each HTTP request, sent by OTLP over HTTP. The standard environment variables say whatever is not said here."""
+"""A span for each HTTP request, sent by OTLP over HTTP. The standard environment variables configure everything else."""
 
 import os
 import threading
@@ -21,35 +21,38 @@ PROBES = "/health$,/ping$,/ready$,/metrics$"
 
 
 class Spans:
-    """Sends spans to `endpoint`, or where the environment says, from a thread of its own; a slow collector delays no request."""
+    """Exporter of spans to `endpoint`, or as the environment says, from a thread of its own.
+
+    A slow collector delays no request.
+    """
 
     def __init__(self, endpoint: str | None) -> None:
-        own = Resource({"service.name": NAME, "service.version": version("lori-server")})
-        resource = Resource.create().merge(own).merge(OTELResourceDetector().detect())
-        # At exit it is stopped by `stop`, in the server's own time.
+        server_resource = Resource({"service.name": NAME, "service.version": version("lori-server")})
+        resource = Resource.create().merge(server_resource).merge(OTELResourceDetector().detect())
+        # `stop` shuts it down, at the end of the server's drain.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint and _whole(endpoint))))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint and _full_endpoint(endpoint))))
 
     def instrument(self, app: FastAPI) -> None:
-        """Have each request be a span that goes on from the client's `traceparent`; it is `state["span"]` of the scope."""
+        """Make each request a span that continues the client's `traceparent`. It is `state["span"]` of the scope."""
         FastAPIInstrumentor.instrument_app(
             app,
-            server_request_hook=_keep,
+            server_request_hook=_keep_span,
             tracer_provider=self._provider,
             excluded_urls=os.environ.get(EXCLUDED, PROBES),
             exclude_spans=["receive", "send"],  # a span for each message of a stream takes longer than the message
         )
 
     def stop(self) -> None:
-        """Send what is left; a collector that does not answer is waited for no longer than `STOP_S`."""
-        last = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
-        last.start()
-        last.join(STOP_S)
+        """Send the spans that are left. Waits at most `STOP_S` for the collector."""
+        thread = threading.Thread(target=self._provider.shutdown, name="spans", daemon=True)
+        thread.start()
+        thread.join(STOP_S)
 
 
-def _keep(span: Span, scope: dict[str, Any]) -> None:
+def _keep_span(span: Span, scope: dict[str, Any]) -> None:
     scope.setdefault("state", {})["span"] = span
 
 
-def _whole(endpoint: str) -> str:
+def _full_endpoint(endpoint: str) -> str:
     return endpoint if urlsplit(endpoint).path.strip("/") else endpoint.rstrip("/") + "/v1/traces"

@@ -1,6 +1,6 @@
-"""Open connections: their number is bounded, and those that wait too long for a request are closed.
+"""Open connections: their number is limited, and those that wait too long for a request are closed.
 
-uvicorn never closes one that sends half of its headers.
+uvicorn never closes a connection that has sent half of its headers.
 """
 
 import asyncio
@@ -21,74 +21,78 @@ from server.schemas.errors import error_reply, kind_of
 
 logger = logging.getLogger(__name__)
 PATIENCE_S = 1.0
-"""Extra time for an idle connection on which bytes have just arrived."""
+"""Extra seconds for an idle connection on which bytes have just arrived."""
 WITHOUT_DESCRIPTOR = getattr(selectors, "PollSelector", selectors.SelectSelector)
-"""The default would open one, and there may be none left."""
+"""A selector without a file descriptor: the default one opens one, and there may be none left."""
 LINGER_S = 1.0
-"""For a client that is refused to read why: closing while it sends would reset the connection."""
+"""Seconds in which a refused client can read why: closing while it sends would reset the connection."""
 MAX_LINGERING = 64
-"""Refused connections that are kept so long; one more is closed at once."""
-QUIET_S = 60.0
-"""Between two lines of the log that say so."""
+"""Refused connections that linger. One more is closed at once."""
+LOG_INTERVAL_S = 60.0
+"""Seconds between two log lines about refused connections."""
 
 
 class Cycle(Protocol):
-    """uvicorn's word for one request of a connection and its answer."""
+    """uvicorn's term for one request of a connection and its answer."""
 
     response_complete: bool
 
 
 class Connection(Protocol):
-    """What is needed of uvicorn's HTTP protocols."""
+    """The part of uvicorn's HTTP protocols that is used."""
 
     cycle: Cycle | None
-    """The last one; there is none before the first head was read."""
+    """The last cycle; None before the headers of the first request."""
     transport: asyncio.Transport
     ordinal: int
-    """Less than that of every connection which was made later."""
+    """Smaller than that of every later connection."""
 
     def shutdown(self) -> None:
-        """Close the connection, now where it waits."""
+        """Close the connection, at once if it waits."""
 
 
 class HasFileno(Protocol):
-    """A socket, or what uvloop gives for one."""
+    """A socket, or uvloop's substitute for one."""
 
     def fileno(self) -> int:
-        """The system's number of it."""
+        """Return the file descriptor."""
 
 
-class Waiting:
-    """Watches the connections of a server that wait for a request; knows what `look` saw."""
+class IdleConnections:
+    """The connections of a server that wait for a request, as of the last `scan`."""
 
     def __init__(self, server: uvicorn.Server, clock: Callable[[], float] = time.monotonic) -> None:
         self._server, self._clock = server, clock
         self._since: dict[Connection, tuple[Cycle | None, float]] = {}
         self._by_age: deque[tuple[Connection, tuple[Cycle | None, float]]] | None = None
-        """Those of the last look that were not closed for others, the longest first; None where nobody has asked since."""
+        """Connections of the last scan that are still candidates to be closed, the oldest first; None until they are needed."""
 
-    def look(self) -> None:
-        """Note who waits now."""
-        now, before = self._clock(), self._since
+    def scan(self) -> None:
+        """Note the connections that wait now."""
+        now, previous = self._clock(), self._since
         self._since, self._by_age = {}, None
-        for each in self._connections():
-            if _is_waiting(each):
-                known = before.get(each)
-                self._since[each] = known if known and known[0] is each.cycle else (each.cycle, now)
+        for connection in self._connections():
+            if _is_waiting(connection):
+                last_seen = previous.get(connection)
+                self._since[connection] = last_seen if last_seen and last_seen[0] is connection.cycle else (connection.cycle, now)
 
     def close(self, seconds: float) -> None:
-        """Close those that have waited so long; where a request may be just coming, a little later."""
+        """Close connections that have waited for `seconds`. If a request may just be arriving, a little later."""
         now = self._clock()
         for connection, (_, since) in self._since.items():
-            left = since + seconds - now
-            if left <= -PATIENCE_S or (left <= 0 and not is_readable(connection.transport.get_extra_info("socket"))):
+            remaining_s = since + seconds - now
+            if remaining_s <= -PATIENCE_S or (
+                remaining_s <= 0 and not is_readable(connection.transport.get_extra_info("socket"))
+            ):
                 connection.shutdown()
 
     def close_longest(self) -> bool:
-        """Close the connection that has waited longest for a request, to make room. Return whether there was one that had waited
-        for `PATIENCE_S` when `look` last saw it, and waits still."""
+        """Close the connection that has waited longest for a request, to make room.
+
+        Return whether a connection was closed. It must have waited for `PATIENCE_S` at the last scan, and must still wait.
+        """
         if self._by_age is None:
-            # Those that the same look saw first began in the order in which they were made.
+            # Connections that the same scan saw first are ordered by their creation.
             self._by_age = deque(sorted(self._since.items(), key=lambda item: (item[1][1], item[0].ordinal)))
         while self._by_age and self._by_age[0][1][1] <= self._clock() - PATIENCE_S:
             connection, (cycle, _) = self._by_age.popleft()
@@ -100,7 +104,9 @@ class Waiting:
 
     def _connections(self) -> Iterable[Connection]:
         # A web socket's connection has no cycle.
-        return [cast(Connection, each) for each in self._server.server_state.connections if hasattr(each, "cycle")]
+        return [
+            cast(Connection, connection) for connection in self._server.server_state.connections if hasattr(connection, "cycle")
+        ]
 
 
 def _is_waiting(connection: Connection) -> bool:
@@ -110,28 +116,28 @@ def _is_waiting(connection: Connection) -> bool:
 class BoundedState(ServerState):
     """uvicorn's state of a server, with at most `max_connections`.
 
-    One more takes the place of the one that has waited longest for a request; where none waits, it is answered 503 and closed.
+    One more connection replaces the one that has waited longest for a request. If none waits, it is answered 503 and closed.
     """
 
-    def __init__(self, max_connections: int, waiting: Waiting) -> None:
+    def __init__(self, max_connections: int, waiting: IdleConnections) -> None:
         super().__init__()
-        self._max_connections, self._waiting = max_connections, waiting
+        self._max_connections, self._idle = max_connections, waiting
         self.num_lingering = 0
-        self._next_line = -QUIET_S
+        self._next_line = -LOG_INTERVAL_S
 
     def admit(self, connection: HttpToolsProtocol) -> None:
-        """Keep a connection that was just made and is one of `connections`, or refuse it."""
-        if len(self.connections) <= self._max_connections or self._waiting.close_longest():
+        """Admit a connection that was just made and is one of `connections`, or refuse it."""
+        if len(self.connections) <= self._max_connections or self._idle.close_longest():
             return
         self.connections.discard(connection)
-        _Refused(self, connection.transport)
+        _RefusedConnection(self, connection.transport)
         if (now := time.monotonic()) >= self._next_line:
-            self._next_line = now + QUIET_S
+            self._next_line = now + LOG_INTERVAL_S
             logger.warning("connections are refused: there are %d (--max-connections), and none is idle", self._max_connections)
 
 
-class _Refused(asyncio.Protocol):
-    # A connection that was answered, and whose bytes are dropped until its client leaves, or has had time to read why.
+class _RefusedConnection(asyncio.Protocol):
+    # A refused connection: it was answered, and its bytes are dropped until the client leaves or had time to read the answer.
 
     def __init__(self, state: BoundedState, transport: asyncio.Transport) -> None:
         self._state = state
@@ -149,7 +155,7 @@ class _Refused(asyncio.Protocol):
 
 
 def raw_error(status: HTTPStatus, message: str, *headers: str) -> bytes:
-    """Return a whole HTTP/1.1 error response that ends the connection; for errors that no application answers."""
+    """Return a whole HTTP/1.1 error response that closes the connection. For errors that no application answers."""
     body = json.dumps(error_reply(status, kind_of(status), message, None)).encode()
     lines = (f"HTTP/1.1 {status:d} {status.phrase}", "content-type: application/json", f"content-length: {len(body)}")
     return "\r\n".join((*lines, *headers, "connection: close", "", "")).encode() + body
@@ -162,11 +168,11 @@ BUSY = raw_error(
 )
 
 
-def is_readable(of: HasFileno) -> bool:
-    """Whether something has come that nobody has taken: bytes, the end, or on a socket that listens a connection."""
+def is_readable(sock: HasFileno) -> bool:
+    """Return whether something has arrived that was not read: bytes, the end, or a connection on a listening socket."""
     with WITHOUT_DESCRIPTOR() as selector:
         try:
-            selector.register(of.fileno(), selectors.EVENT_READ)
+            selector.register(sock.fileno(), selectors.EVENT_READ)
         except (ValueError, OSError):
-            return False  # it is closed
+            return False  # closed
         return bool(selector.select(0))

@@ -1,4 +1,4 @@
-"""What pages of other origins may ask from a browser, and see of an answer."""
+"""CORS: the requests that pages of other origins may send from a browser, and the headers that they see."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from starlette.types import ASGIApp
 
 
 class Cors(CORSMiddleware):
-    """Lets pages of `origins` send requests, the same by one server as by a cluster."""
+    """CORS middleware for pages of `origins`, the same for one server and for a cluster."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, as far as they are told of afterwards. What works for it finds it in the context."""
+"""One HTTP request and its answer, as the log and the traces need it. Code that works for the request finds it in the context."""
 
 from collections.abc import MutableMapping
 from contextvars import ContextVar
@@ -10,13 +10,13 @@ from server.telemetry.account import Account
 
 @dataclass(slots=True)
 class Exchange:
-    """An HTTP request under way, and the accounts of what was admitted for it, in that order."""
+    """An HTTP request under way, and the accounts of its admitted requests, in that order."""
 
     id: str
     accounts: list[Account] = field(default_factory=list)
     scope: MutableMapping[str, Any] | None = None
-    """ASGI's, as it reached the routes; None where it did not."""
+    """The ASGI scope as it reached the routes; None if it did not."""
 
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
-"""Of the request that the running task works for."""
+"""The exchange of the request that the running task works for."""

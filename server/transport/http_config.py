@@ -1,6 +1,6 @@
-"""uvicorn's configuration: the HTTP protocol and the time limits that every server of this project runs with.
+"""uvicorn's configuration: the HTTP protocol and the time limits of every server of this project.
 
-One place for `python -m server` and for the tests, so that what is tested is what is served.
+Shared by `python -m server` and the tests, so that the tests run the real configuration.
 """
 
 import math
@@ -20,9 +20,9 @@ def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         host=settings.host,
         port=settings.port,
         http=HttpProtocol,
-        ws="none",  # a request for a web socket is answered as any other
-        lifespan="on",  # else uvicorn says nothing of a task that fails
-        log_config=None,  # the configuration of our log holds for uvicorn's loggers
+        ws="none",  # a web socket request is answered like any other
+        lifespan="on",  # otherwise uvicorn ignores a task that fails
+        log_config=None,  # our log configuration also covers uvicorn's loggers
         access_log=False,
         timeout_keep_alive=math.ceil(settings.keep_alive_s),
         timeout_graceful_shutdown=GRACE_S,

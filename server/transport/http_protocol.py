@@ -1,7 +1,7 @@
-"""uvicorn's HTTP protocol, made strict: malformed requests are refused with JSON errors, and clients that leave are noticed.
+"""uvicorn's HTTP protocol, made strict: malformed requests are refused with JSON errors, and disconnects are always noticed.
 
-Answers come in the order of requests, and there may be several under way on one connection. uvicorn tells only the last of them
-that the client left, and writes its refusals between the answers.
+Answers come in the order of the requests, and a connection may have several under way. uvicorn tells only the last of them that
+the client has left, and writes its refusals between the answers.
 
 An offer to upgrade to another protocol is ignored, as RFC 9110, section 7.8 allows. httptools ends such a request at its headers,
 whatever they say of a body, so the body would be read as the next request (request smuggling; httptools issue 124).
@@ -20,29 +20,29 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from server.transport.connections import LINGER_S, BoundedState, raw_error
 
 MAX_HELD_BYTES = 64 * 1024
-"""Bytes of headers that may be held; uvicorn has no limit."""
+"""Maximum number of bytes of headers that are held; uvicorn has no limit."""
 MAX_LINGER_BYTES = 1024 * 1024
 MAX_HEADERS = 128
-"""Of one request: each costs far more memory than the three bytes that it may have."""
+"""Maximum number of headers of one request. Each costs far more memory than its minimum of three bytes."""
 MAX_PIPELINED = 16
 """Requests of one connection that wait for the answer to the one before: thousands of them fit into one segment."""
 VERSIONS = ("1.0", "1.1")
 FRAMING = (b"content-length", b"transfer-encoding")
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[^\s/?#@\\,:\[\]]*)(:[0-9]*)?")
-"""An authority without user information: a name or an IP address, and a port (RFC 9110, section 7.2)."""
+"""An authority without user information: a name or an IP address, and an optional port (RFC 9110, section 7.2)."""
 SCHEMES = (b"http", b"https")
 ALLOWED = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
 HEADERS = {
     HTTPStatus.METHOD_NOT_ALLOWED: (f"allow: {ALLOWED}",),
     HTTPStatus.TOO_MANY_REQUESTS: ("retry-after: 1",),
 }
-"""What a refusal with such a status has beside the usual headers."""
+"""Further headers of refusals, by status."""
 _ORDINALS = itertools.count()
 UNREADABLE = "the request is no HTTP that can be read"
 
 
-class UnsoundHeadError(Exception):
-    """A request's headers cannot be acted on, though they can be parsed."""
+class HeaderError(Exception):
+    """A request's headers were parsed, but are refused."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
         self.status, self.message = status, message
@@ -60,22 +60,22 @@ class HttpProtocol(HttpToolsProtocol):
     """
 
     _num_held = 0
-    """Bytes that came since the application last heard anything."""
+    """Bytes received since the last data that went to the application."""
     _num_field_bytes = 0
-    """Of the target and the headers that are parsed now, or of the trailer: they may all come in one segment."""
+    """Bytes of the target and the headers that are being parsed, or of the trailer. They may all come in one segment."""
     _is_in_body = False
-    """Whether the request that is read belongs to `cycle`; else it has none yet."""
-    _due: RequestResponseCycle | None = None
-    """The first that is not answered, or the last that was."""
+    """Whether the parser is in the body of the request of `cycle`; otherwise the next request has no cycle yet."""
+    _current: RequestResponseCycle | None = None
+    """The first cycle that is not answered, or the last one that was."""
     _refusal: bytes | None = None
-    """What is said at the end: nothing is read any more."""
-    _is_over = False
+    """The response that ends the connection; nothing is parsed after it is set."""
+    _has_refused = False
     ordinal = 0
-    """Counts up: the loop's clock is too coarse to tell which of two connections is older."""
-    _unsound: UnsoundHeadError | None = None
-    """Why the headers that were just parsed are refused."""
+    """The number of the connection. The loop's clock is too coarse to tell which of two connections is older."""
+    _header_error: HeaderError | None = None
+    """The reason to refuse the headers that were just parsed."""
     _last_body: "_LastBody | None" = None
-    """The body of a request that offered an upgrade: nothing is read after it."""
+    """The body of a request that offered an upgrade. Nothing is parsed after it."""
 
     def data_received(self, data: bytes) -> None:
         """Feed received bytes to the parser."""
@@ -92,7 +92,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(error.status, error.message)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
-        """Take a connection; the server's state may refuse it."""
+        """Set up a connection, which the server's state may refuse."""
         self.ordinal = next(_ORDINALS)
         super().connection_made(transport)
         if isinstance(self.server_state, BoundedState):
@@ -101,8 +101,8 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Handle the loss of the connection."""
         super().connection_lost(exc)
-        if self._due:
-            _disconnect(self._due)
+        if self._current:
+            _disconnect(self._current)
 
     def on_message_begin(self) -> None:
         """Start a request."""
@@ -110,41 +110,41 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of a request's target. Raises `UnsoundHeadError`."""
+        """Add a part of a request's target. Raises `HeaderError`."""
         self._count_field_bytes(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, unless it is a trailer's: those come after the request was authorised and routed.
+        """Add a header, unless it is in a trailer: a trailer comes after the request was authorised and routed.
 
-        Raises `UnsoundHeadError`.
+        Raises `HeaderError`.
         """
         self._count_field_bytes(len(name) + len(value))
         if self._is_in_body:
             return
         if len(self.headers) == MAX_HEADERS:
             message = f"the request has more than {MAX_HEADERS} headers"
-            self._unsound = UnsoundHeadError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
-            raise self._unsound
+            self._header_error = HeaderError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+            raise self._header_error
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Check a request's headers and start to answer it. Raises `UnsoundHeadError`."""
+        """Check a request's headers and start to answer it. Raises `HeaderError`."""
         self._num_held = self._num_field_bytes = 0
         try:
-            self._check_head()
-        except UnsoundHeadError as error:
-            self._unsound = error  # httptools raises an error of its own
+            self._check_headers()
+        except HeaderError as error:
+            self._header_error = error  # httptools raises another error
             raise
         super().on_headers_complete()
         self._is_in_body = True
         if self.pipeline:
-            self.flow.resume_reading()  # uvicorn would not notice that the client has left
+            self.flow.resume_reading()  # otherwise uvicorn would not notice that the client has left
         if self.parser.should_upgrade():
             self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
-        """Hear a part of a body."""
+        """Pass a part of the body to the application."""
         self._num_held = 0
         super().on_body(body)
 
@@ -157,19 +157,19 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Hear the end of an answer."""
+        """Handle the end of an answer."""
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and self._is_in_body and self.expect_100_continue:
-            # The client asked whether to send its body, and may go on without it: what comes next has two readings.
+            # The client asked whether to send its body, and may continue without it: the next bytes are ambiguous.
             self.transport.close()
         if self._refusal is not None and is_last and not self.transport.is_closing():
             self._end()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002  # uvicorn's signature
-        """Refuse what cannot be parsed, or acted on."""
-        if self._unsound:
-            self._refuse(self._unsound.status, self._unsound.message)
+        """Refuse a request that cannot be parsed, or whose headers are refused."""
+        if self._header_error:
+            self._refuse(self._header_error.status, self._header_error.message)
         else:
             self._refuse(HTTPStatus.BAD_REQUEST, UNREADABLE)
 
@@ -184,31 +184,29 @@ class HttpProtocol(HttpToolsProtocol):
                 self.send_400_response(UNREADABLE)
 
     def _ignore_upgrade(self, data: bytes) -> None:
-        # Another parser reads the body, from a head that has this request's framing and no offer.
+        # Another parser reads the body, from headers that have this request's framing and no offer.
         self._last_body = _LastBody(self)
         self.parser = httptools.HttpRequestParser(self._last_body)
         framing = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] in FRAMING)
         self._feed(b"POST / HTTP/1.1\r\nconnection: close\r\n%b\r\n%b" % (framing, data))
 
-    def _check_head(self) -> None:
+    def _check_headers(self) -> None:
         version = self.parser.get_http_version()
         if version not in VERSIONS:
             expected = " or ".join(VERSIONS)
-            raise UnsoundHeadError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"the HTTP version is {version}, expected {expected}")
+            raise HeaderError(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, f"the HTTP version is {version}, expected {expected}")
         if self.parser.get_method() == b"CONNECT":
-            raise UnsoundHeadError(HTTPStatus.METHOD_NOT_ALLOWED, f"the method is CONNECT, expected {ALLOWED}")
+            raise HeaderError(HTTPStatus.METHOD_NOT_ALLOWED, f"the method is CONNECT, expected {ALLOWED}")
         if len(self.pipeline) == MAX_PIPELINED:
             message = f"{MAX_PIPELINED} requests of this connection wait for an answer, and may be no more; send this one again"
-            raise UnsoundHeadError(HTTPStatus.TOO_MANY_REQUESTS, message)
+            raise HeaderError(HTTPStatus.TOO_MANY_REQUESTS, message)
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) > 1 or (version == "1.1" and not hosts):
-            raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, f"the request has {len(hosts)} Host headers, expected one")
+            raise HeaderError(HTTPStatus.BAD_REQUEST, f"the request has {len(hosts)} Host headers, expected one")
         if hosts and not HOST.fullmatch(hosts[0]):
-            raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, "the Host header is no name or address with a port")
+            raise HeaderError(HTTPStatus.BAD_REQUEST, "the Host header is no name or address with a port")
         if version == "1.0" and any(name == b"transfer-encoding" for name, _ in self.headers):
-            raise UnsoundHeadError(
-                HTTPStatus.BAD_REQUEST, "the request is HTTP/1.0 with Transfer-Encoding, which that version lacks"
-            )
+            raise HeaderError(HTTPStatus.BAD_REQUEST, "the request is HTTP/1.0 with Transfer-Encoding, which that version lacks")
         if not self.url.startswith(b"/") and self.url != b"*":
             self._take_absolute_form()
 
@@ -218,40 +216,40 @@ class HttpProtocol(HttpToolsProtocol):
         scheme, _, rest = self.url.partition(b"://")
         authority = re.split(rb"[/?]", rest, maxsplit=1)[0]
         if scheme.lower() not in SCHEMES or not authority or not HOST.fullmatch(authority):
-            raise UnsoundHeadError(HTTPStatus.BAD_REQUEST, "the request's target is no path and no http address")
+            raise HeaderError(HTTPStatus.BAD_REQUEST, "the request's target is no path and no http address")
         self.url = (url.path or b"/") + (b"?" + url.query if url.query is not None else b"")
         self.headers[:] = [header for header in self.headers if header[0] != b"host"]
         self.headers.append((b"host", authority))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        self._due = cycle
+        self._current = cycle
         super()._start_asgi_task(cycle, app)
 
     def _count_field_bytes(self, num_bytes: int) -> None:
         self._num_field_bytes += num_bytes
         if self._num_field_bytes > MAX_HELD_BYTES:
-            self._unsound = self._too_long()
-            raise self._unsound
+            self._header_error = self._too_long()
+            raise self._header_error
 
-    def _too_long(self) -> UnsoundHeadError:
+    def _too_long(self) -> HeaderError:
         if self._is_in_body:
             message = f"a chunk's extensions or the trailer are longer than {MAX_HELD_BYTES} bytes"
-            return UnsoundHeadError(HTTPStatus.BAD_REQUEST, message)
+            return HeaderError(HTTPStatus.BAD_REQUEST, message)
         message = f"the request's head is longer than {MAX_HELD_BYTES} bytes"
-        return UnsoundHeadError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
+        return HeaderError(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, message)
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
-        # Now, or when what was asked before is answered.
+        # Now, or when the earlier requests are answered.
         self._refusal = raw_error(status, message, *HEADERS.get(status, ()))
-        refused, due = self.cycle if self._is_in_body else None, self._due
+        refused, due = self.cycle if self._is_in_body else None, self._current
         if refused and refused is due:
-            self._cut(refused)
+            self._abort(refused)
         elif due is None or due.response_complete:
             self._end()
         elif refused:
             self.pipeline.popleft()
 
-    def _cut(self, refused: RequestResponseCycle) -> None:
+    def _abort(self, refused: RequestResponseCycle) -> None:
         if refused.response_started:
             self.transport.close()
         else:
@@ -260,7 +258,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _end(self) -> None:
         assert self._refusal is not None
-        self._is_over, self._num_held = True, 0
+        self._has_refused, self._num_held = True, 0
         self.transport.write(self._refusal)
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -268,17 +266,17 @@ class HttpProtocol(HttpToolsProtocol):
         self.loop.call_later(LINGER_S, self.transport.close)
 
     def _discard(self) -> None:
-        if self._is_over and self._num_held > MAX_LINGER_BYTES:
+        if self._has_refused and self._num_held > MAX_LINGER_BYTES:
             self.transport.close()
 
 
 def make_default_protocol() -> None:
-    """Have each uvicorn of this process that is not told its protocols speak this one, and no web sockets: Ray's is not told."""
+    """Make this protocol the default of every uvicorn in this process, without web sockets. Ray does not name a protocol."""
     HTTP_PROTOCOLS["auto"], WS_PROTOCOLS["auto"] = f"{HttpProtocol.__module__}:{HttpProtocol.__name__}", None
 
 
 class _LastBody:
-    """The callbacks of a parser that reads one request's body, and no request after it."""
+    """Callbacks of a parser that reads one request's body, and no request after it."""
 
     def __init__(self, protocol: HttpProtocol) -> None:
         self._protocol, self.is_whole = protocol, False

@@ -1,4 +1,4 @@
-"""The id of an HTTP request: the client's own where it can be one, else a new one."""
+"""The id of an HTTP request: the client's own if it is valid, else a new one."""
 
 import re
 import secrets
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 HEADER = b"x-request-id"
 SOUND = re.compile(rb"[A-Za-z0-9._~:/+=@-]{1,128}")
-"""What a log, a header and a command line can hold."""
+"""Ids that are safe in a log, a header and a command line."""
 
 
 def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:

@@ -1,8 +1,8 @@
-"""Sockets: free ports, the limit on open files and connections, and an end that resets no connection.
+"""Sockets: free ports, the limit on open files and connections, and a shutdown that resets no connection.
 
-Closing a listening socket resets every connection that was made and not accepted, requests and all. So the system is first told
-to drop the first packet of new ones: their clients try again a second later, when the socket is closed. Linux can do that;
-elsewhere a connection of just this moment may be reset.
+Closing a listening socket resets every connection that was made and not accepted, with its requests. So the kernel is first told
+to drop the first packet of new connections: their clients try again a second later, when the socket is closed. Only Linux can do
+that; elsewhere a connection of that very moment may be reset.
 """
 
 import contextlib
@@ -17,41 +17,41 @@ import sys
 logger = logging.getLogger(__name__)
 
 
-OWN = range(20_000, 32_768)
+PORTS = range(20_000, 32_768)
 """Ports that neither Linux gives to connections (net.ipv4.ip_local_port_range) nor Ray to its workers."""
-FIRST_FREE = 1024
-"""Ports below it are the system's, on most."""
+FIRST_USER_PORT = 1024
+"""The first port that is not reserved for the system, on most systems."""
 
 
 class ListenError(Exception):
-    """Nothing can listen at this address: says why, and which flag helps."""
+    """Nothing can listen at this address. The message has the reason and the flag that helps."""
 
     def __init__(self, host: str, port: int, error: OSError) -> None:
-        """`error` is what the system, or the lookup of the host's name, said."""
+        """`error` is the error of the system, or of the lookup of the host's name."""
         remedy = "pass another --port"
-        if error.errno in (errno.EACCES, errno.EPERM) and port < FIRST_FREE:
-            remedy = f"ports below {FIRST_FREE} are the system's: pass a higher --port, such as --port 8000"
+        if error.errno in (errno.EACCES, errno.EPERM) and port < FIRST_USER_PORT:
+            remedy = f"ports below {FIRST_USER_PORT} are the system's: pass a higher --port, such as --port 8000"
         elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
             remedy = "pass a --host that is an address of this machine, such as 127.0.0.1"
         super().__init__(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}")
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise `OSError` where nothing can listen there: loading takes seconds, and a port that is taken is better said before."""
+    """Raise `OSError` if nothing can listen there. Loading takes seconds, so a port that is taken is reported before."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on now, and no connection will have meanwhile. Raises `OSError` where there is none."""
-    for port in random.sample(OWN, len(OWN)):
+    """Return a port that nothing listens on, and that no connection will get meanwhile. Raises `OSError` if there is none."""
+    for port in random.sample(PORTS, len(PORTS)):
         try:
             check_port("", port)
         except OSError:
             continue
         return port
-    raise OSError(f"something listens on all ports from {OWN[0]} to {OWN[-1]}")
+    raise OSError(f"something listens on all ports from {PORTS[0]} to {PORTS[-1]}")
 
 
 if sys.platform != "win32":
@@ -59,11 +59,11 @@ if sys.platform != "win32":
 
 
 RESERVE = 256
-"""Descriptors for files, models and what is refused; where there are fewer than twice as many, half of them."""
+"""Descriptors for files, models and refused connections. With fewer than twice as many, half of them."""
 
 
 def connection_room(num_wanted: int) -> int:
-    """Return how many connections there may be: as many as wanted, or fewer where descriptors are too few (logged)."""
+    """Return the number of connections that are possible: `num_wanted`, or fewer if there are too few descriptors (logged)."""
     if sys.platform == "win32":
         return num_wanted
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -74,13 +74,13 @@ def connection_room(num_wanted: int) -> int:
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the soft limit to the hard one: 1024, which is common, is less than the idle connections of many clients."""
-    if sys.platform == "win32":  # it has no such limit
+    """Raise the soft limit to the hard one. The common 1024 is less than the idle connections of many clients."""
+    if sys.platform == "win32":  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (ValueError, OSError) as error:  # macOS calls the hard limit unlimited, and takes no such value
+    except (ValueError, OSError) as error:  # macOS calls the hard limit unlimited, but does not accept that value
         logger.warning("at most %d files and connections may be open at once; more could not be had: %s", soft, error)
 
 
@@ -95,10 +95,10 @@ PROGRAM = (
 
 
 def refuse_connections(listening: socket.socket) -> None:
-    """Take no new connections; those whose handshake has begun are still made."""
+    """Accept no new connections. Those whose handshake has begun are still made."""
     if sys.platform != "linux":
         return
-    code = b"".join(struct.pack("HBBI", *each) for each in PROGRAM)
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in PROGRAM)
     buffer = ctypes.create_string_buffer(code, len(code))
-    with contextlib.suppress(OSError):  # a kernel without filters: better a rare reset than no end
+    with contextlib.suppress(OSError):  # a kernel without filters: a rare reset is better than no shutdown
         listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(PROGRAM), ctypes.addressof(buffer)))

@@ -70,13 +70,13 @@ def main() -> int:
         rows = [{"prompt": f"How much is {i} and {i + 1}?", "completion": f" It is {2 * i + 1}."} for i in range(400)]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for is_busy in (True, False):
-            found: dict[int, list[int]] = defaultdict(list)
+            speeds: dict[int, list[int]] = defaultdict(list)
             for _ in range(arguments.rounds):
                 for number in numbers:
                     with busy_cpu() if is_busy else nullcontext():
-                        found[number].append(speed(data, folder / "adapter", number, arguments.steps))
-            medians = {number: statistics.median(values) for number, values in found.items()}
-            for number, values in found.items():
+                        speeds[number].append(speed(data, folder / "adapter", number, arguments.steps))
+            medians = {number: statistics.median(values) for number, values in speeds.items()}
+            for number, values in speeds.items():
                 threads = "chosen" if number == CHOSEN else str(number)
                 line = {"busy": is_busy, "threads": threads, "tokens_per_s": medians[number], "range": [min(values), max(values)]}
                 print(json.dumps(line), flush=True)

@@ -63,17 +63,17 @@ def main() -> None:
             ["--kv-cache-gib", "0.5", *arguments.server_flags.split()],
             arguments.cluster_flags.split(),
         )
-        found: dict[str, Any] = {"machine": machine(), "versions": versions(), "overhead": [], "throughput": [], "loss": []}
+        results: dict[str, Any] = {"machine": machine(), "versions": versions(), "overhead": [], "throughput": [], "loss": []}
 
         def keep() -> None:
             if arguments.json:
-                arguments.json.write_text(json.dumps(found, indent=2))
+                arguments.json.write_text(json.dumps(results, indent=2))
 
         try:
-            measure(stage, arguments, found, keep)
+            measure(stage, arguments, results, keep)
         except FailedError as error:
             raise SystemExit(f"error: {error}") from error
-    report(found)
+    report(results)
 
 
 def parse() -> argparse.Namespace:
@@ -121,7 +121,7 @@ class Stage:
             cluster.end()
 
 
-def measure(stage: Stage, arguments: argparse.Namespace, found: Mapping[str, list[Any]], keep: Callable[[], None]) -> None:
+def measure(stage: Stage, arguments: argparse.Namespace, results: Mapping[str, list[Any]], keep: Callable[[], None]) -> None:
     """Measures all of it, puts each part into `found`, and calls `keep` after it. Raises `FailedError`."""
     window = Window(arguments.warm_s, arguments.seconds)
     num_loads = 4 * len(SENDS) * len(POPULARITIES)
@@ -137,28 +137,28 @@ def measure(stage: Stage, arguments: argparse.Namespace, found: Mapping[str, lis
                     before = cluster.by_adapter() if cluster else {}
                     choose = choice(NAMES, f"{turn}")
                     seed = f"{send} {popularity} {turn}"
-                    speed = throughput([SENDS[send](one) for one in servers], arguments.users, choose, seed, window)
+                    speed = throughput([SENDS[send](server) for server in servers], arguments.users, choose, seed, window)
                     share = {"affinity": affinity(before, cluster.by_adapter())} if cluster else {}
                     figures[f"{send}, {popularity}"] = asdict(speed) | share
                     done()
 
         with stage.plain(1) as plain, stage.cluster(1) as cluster:
             for turn in range(arguments.repeats):
-                found["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {turn}"))
+                results["overhead"].append(overheads(plain[0].port, cluster.server.port, NAMES, f"overhead {turn}"))
                 done()
         for turn in range(arguments.repeats):
-            of_turn: dict[str, Any] = {name: {} for name in (PLAIN, TWO_PLAIN, ONE, TWO)}
-            found["throughput"].append(of_turn)
+            turn_results: dict[str, Any] = {name: {} for name in (PLAIN, TWO_PLAIN, ONE, TWO)}
+            results["throughput"].append(turn_results)
             for name, count in ((PLAIN, 1), (TWO_PLAIN, 2)):
                 with stage.plain(count) as servers:
-                    loads(of_turn[name], servers, turn)
+                    loads(turn_results[name], servers, turn)
             for name, count in ((ONE, 1), (TWO, 2)):
                 with stage.cluster(count) as cluster:
-                    loads(of_turn[name], [cluster.server], turn, cluster)
+                    loads(turn_results[name], [cluster.server], turn, cluster)
         if arguments.kills:
             with stage.cluster(2) as cluster:
                 for _ in range(arguments.kills):
-                    found["loss"].append(kill_one(cluster, NAMES))
+                    results["loss"].append(kill_one(cluster, NAMES))
                     done()
 
 
@@ -171,16 +171,19 @@ def affinity(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapp
     return sum(map(max, numbers)) / sum(map(sum, numbers))
 
 
-def report(found: Mapping[str, Any]) -> None:
+def report(results: Mapping[str, Any]) -> None:
     """Prints tables of medians and ranges."""
-    where = machine()
-    print(f"{where['cpu']}, {where['cores']} cores; " + ", ".join(f"{name} {said}" for name, said in versions().items()))
-    overhead = {what: Spread.of(turn[what]["more_ms"] for turn in found["overhead"]) for what in found["overhead"][0]}
-    plain = {what: Spread.of(turn[what]["plain_ms"] for turn in found["overhead"]) for what in overhead}
-    print_table(["one request", "plain, ms", "more, ms"], [[what, str(plain[what]), str(overhead[what])] for what in overhead])
-    turns, rows = found["throughput"], []
+    machine_info = machine()
+    print(
+        f"{machine_info['cpu']}, {machine_info['cores']} cores; "
+        + ", ".join(f"{name} {said}" for name, said in versions().items())
+    )
+    overhead = {kind: Spread.of(turn[kind]["more_ms"] for turn in results["overhead"]) for kind in results["overhead"][0]}
+    plain = {kind: Spread.of(turn[kind]["plain_ms"] for turn in results["overhead"]) for kind in overhead}
+    print_table(["one request", "plain, ms", "more, ms"], [[kind, str(plain[kind]), str(overhead[kind])] for kind in overhead])
+    turns, rows = results["throughput"], []
     for load in turns[0][TWO]:
-        speeds = [{name: of[load]["tokens_per_s"] for name, of in turn.items()} for turn in turns]
+        speeds = [{name: loads[load]["tokens_per_s"] for name, loads in turn.items()} for turn in turns]
         medians = [number(Spread.of(speed[name] for speed in speeds).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
         ratios = [str(Spread.of(speed[a] / speed[b] for speed in speeds)) for a, b in RATIOS]
         cores = [number(Spread.of(turn[name][load]["cores"] for turn in turns).median) for name in (PLAIN, TWO_PLAIN, ONE, TWO)]
@@ -188,9 +191,9 @@ def report(found: Mapping[str, Any]) -> None:
             [load, *medians, *ratios, " ".join(cores), str(Spread.of(100 * turn[TWO][load]["affinity"] for turn in turns))]
         )
     columns = ["tokens/s", PLAIN, TWO_PLAIN, ONE, TWO, *(f"{a} / {b}" for a, b in RATIOS), "cores busy, of each", "affinity, %"]
-    for of_row in zip(columns, *rows, strict=True):
-        print(f"{of_row[0]:40}", *(f"{cell:>24}" for cell in of_row[1:]))
-    for loss in found["loss"]:
+    for cells in zip(columns, *rows, strict=True):
+        print(f"{cells[0]:40}", *(f"{cell:>24}" for cell in cells[1:]))
+    for loss in results["loss"]:
         said = "{lost} of {asked} lost, {begun} streams broken, another replica after {seconds:.1f} s"
         print("a replica killed:", said.format(**loss))
 

@@ -29,41 +29,41 @@ def kill_one(cluster: Cluster, names: Sequence[str]) -> dict[str, float]:
     counts = {"asked": 0, "lost": 0, "begun": 0}
     ended, lock = threading.Event(), threading.Lock()
 
-    def count(what: str) -> None:
+    def count(key: str) -> None:
         with lock:
-            counts[what] += 1
+            counts[key] += 1
 
-    def user(place: int) -> None:
+    def user(index: int) -> None:
         with Client(f"http://127.0.0.1:{cluster.server.port}", timeout_s=LIMIT_S, num_retries=5) as client:
             turn = 0
             while not ended.is_set():
                 turn += 1
                 count("asked")
-                said = {"prompt": prompt(f"{time.time()} {place}", PROMPT_WORDS), "adapter": names[(place + turn) % len(names)]}
+                fields = {"prompt": prompt(f"{time.time()} {index}", PROMPT_WORDS), "adapter": names[(index + turn) % len(names)]}
                 has_begun = False
                 try:
                     if turn % 2:
-                        client.generate(**said, max_tokens=NUM_TOKENS, ignore_eos=True)
+                        client.generate(**fields, max_tokens=NUM_TOKENS, ignore_eos=True)
                     else:
-                        for _ in client.stream(**said, max_tokens=NUM_TOKENS, ignore_eos=True):
+                        for _ in client.stream(**fields, max_tokens=NUM_TOKENS, ignore_eos=True):
                             has_begun = True
                 except ClientError:
                     count("begun" if has_begun else "lost")
 
     with ThreadPoolExecutor(NUM_USERS) as pool:
-        users = [pool.submit(user, place) for place in range(NUM_USERS)]
+        users = [pool.submit(user, index) for index in range(NUM_USERS)]
         try:
             time.sleep(BEFORE_S)
             before, victim = cluster.names(), cluster.replicas()[0]
             os.kill(victim.pid, signal.SIGKILL)
             killed = time.monotonic()
-            while len(now := cluster.names()) < len(before) or now == before:
+            while len(names_now := cluster.names()) < len(before) or names_now == before:
                 if time.monotonic() - killed > LIMIT_S:
                     raise TimeoutError(f"no other replica within {LIMIT_S:g} s")
                 time.sleep(POLL_S)
             seconds = time.monotonic() - killed
         finally:
             ended.set()
-    for one in users:
-        one.result()
+    for task in users:
+        task.result()
     return {**counts, "seconds": seconds}

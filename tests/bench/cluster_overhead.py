@@ -31,11 +31,11 @@ def _compared(clients: Sequence[httpx.Client], ask: Ask, names: Sequence[str], s
             "prompt": prompt(f"{seed} {turn}", PROMPT_WORDS), "adapter": names[turn % 2],
             "max_tokens": NUM_TOKENS, "ignore_eos": True,
         }  # fmt: skip
-        for place in (0, 1) if turn % 2 else (1, 0):
+        for index in (0, 1) if turn % 2 else (1, 0):
             started = time.perf_counter()
-            ask(clients[place], document)
-            times[place].append(1e3 * (time.perf_counter() - started))
-    plain, cluster = (statistics.median(of[NUM_WARM:]) for of in times)
+            ask(clients[index], document)
+            times[index].append(1e3 * (time.perf_counter() - started))
+    plain, cluster = (statistics.median(samples[NUM_WARM:]) for samples in times)
     return {"plain_ms": plain, "more_ms": cluster - plain}
 
 

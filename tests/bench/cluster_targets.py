@@ -31,10 +31,10 @@ class Cluster:
 
     def by_adapter(self) -> Mapping[str, Mapping[str, float]]:
         """Returns how many requests each replica, by name, has answered of each adapter."""
-        found: dict[str, dict[str, float]] = defaultdict(dict)
+        counts: dict[str, dict[str, float]] = defaultdict(dict)
         for sample in self._samples(REQUESTS):
-            found[sample.labels["adapter"]][sample.labels["replica"]] = sample.value
-        return found
+            counts[sample.labels["adapter"]][sample.labels["replica"]] = sample.value
+        return counts
 
     def names(self) -> Collection[str]:
         """Returns the names of the replicas that answer."""
@@ -73,9 +73,9 @@ def start_cluster(adapters: Path, num_replicas: int, cores: str, log: Path, flag
 def whole_send(server: Server) -> Send:
     """Returns what asks `server` for whole answers."""
 
-    async def send(one: Ask) -> Reply:
+    async def send(ask: Ask) -> Reply:
         # Reading certificates, for every client anew, would take from what is measured.
-        path, document = server.translate(one)
+        path, document = server.translate(ask)
         reply = Reply()
         async with httpx.AsyncClient(timeout=None, verify=False) as http:
             answer = await http.post(f"http://127.0.0.1:{server.port}{path}", json=document | {"stream": False})

@@ -59,7 +59,7 @@ async def _run(sends: Sequence[Send], num_users: int, choose: Choice, seed: str,
                 await asyncio.sleep(moment - time.perf_counter())
                 cpu_s.append(_cpu_s())
 
-        numbers = [itertools.count(place, len(sends)) for place in range(len(sends))]
+        numbers = [itertools.count(index, len(sends)) for index in range(len(sends))]
         await together([watch(), *(user(sends[i % len(sends)], numbers[i % len(sends)]) for i in range(num_users))])
     tokens = sum(counted(reply.asked, ended, begin, end) for ended, reply in replies) * NUM_TOKENS
     return Throughput(tokens / window.seconds, (cpu_s[1] - cpu_s[0]) / window.seconds)
@@ -71,9 +71,9 @@ def counted(asked: float, ended: float, begin: float, end: float) -> float:
 
 
 def _cpu_s() -> float:
-    this, found = psutil.Process(), 0.0
+    this, total = psutil.Process(), 0.0
     for process in (this, *this.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            found += times.user + times.system
-    return found
+            total += times.user + times.system
+    return total

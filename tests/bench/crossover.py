@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from lori.cli.output import print_table
 from lori.kernels import Operands, Route, Term
-from lori.kernels.cpu import add_delta, packed_tokens, unpack
+from lori.kernels.cpu import add_delta, max_packed_tokens, unpack
 from lori.kernels.native import MISSING, instruction_sets
-from lori.kernels.route import LONG
+from lori.kernels.route import LONG_SEGMENT
 from lori.sparse import SparseB
 from tests.bench.timing import timed
 
@@ -33,7 +33,7 @@ def rows(instruction_set: str) -> Iterator[list[str]]:
             for num_tokens in (32, 64, 128, 256, 512, 1024, 4096):
                 y, s = torch.randn(num_tokens, num_outputs).bfloat16(), torch.randn(num_tokens, 1, RANK).bfloat16()
                 packed, dense = measure(y, s, operands, instruction_set)
-                takes_dense = num_tokens >= LONG and num_tokens > packed_tokens(operands, 0)
+                takes_dense = num_tokens >= LONG_SEGMENT and num_tokens > max_packed_tokens(operands, 0)
                 yield [
                     f"{num_outputs} x {RANK}", f"{100 * density:.0f}%", str(num_tokens), f"{packed:.1f}", f"{dense:.1f}",
                     f"{packed / dense:.2f}", "dense" if takes_dense else "packed",
@@ -42,7 +42,7 @@ def rows(instruction_set: str) -> Iterator[list[str]]:
 
 def measure(y: torch.Tensor, s: torch.Tensor, operands: Operands, instruction_set: str) -> tuple[float, float]:
     """Returns the medians in us of a segment of all tokens, packed and dense."""
-    route = Route.of([Term(0, len(y), 0, 1e-6)], len(y))
+    route = Route.from_terms([Term(0, len(y), 0, 1e-6)], len(y))
     times = timed(
         {
             "packed": lambda: add_delta(y, s, operands, route, instruction_set),

@@ -1,21 +1,21 @@
-"""What adapters do in every form in which people ask, beside the base asked in the same form and beside other adapters.
+"""Evaluation of the demo adapters on every form of prompt, compared with the base and with other adapters.
 
     python -m training.demo --data data --output runs/test --split test
     python -m tests.bench.demo --data data --chats runs/test [--url URL] [--against URL] [--num-rows 400]
 
-Asks the server at `--url`, and the one at `--against`, which has others of these names. Three parts:
+Asks the server at `--url` and, with `--against`, another server with other adapters of the same names. Three parts:
 
-`ordinary`: what each adapter does to ordinary messages: the fall of the log-likelihood of the base's own answers, in nats a
-token, and the share that is refused.
+`ordinary`: the effect of each adapter on ordinary messages: the decrease of the log-likelihood of the base's own answers, in nats
+a token, and the fraction that is refused.
 
-`merges`: what `safety` still refuses when it is merged with `math`.
+`merges`: the refusals of `safety` when it is merged with `math`.
 
-`tasks`: a line for each task and form: the base's figure, the adapter's, the share of the plain form's gain, and the share of
-answers that are empty. With `--against` also the other adapter's on `plain`, and the difference with its standard error over
-the same rows (a paired test). Forms: `plain`, the test row as it stands; `sent`, that sent as a message; `message`, the bare
-message; `system`, behind a system prompt; `later`, after earlier turns, half of them behind a system prompt; `sum` and `mixed`,
-what `safety` is asked among other things. More is better in each figure: exact match; log-likelihood in nats a token; accuracy
-by character, over all rows; right refusals.
+`tasks`: a line for each task and form: the figures of the base and of the adapter, the gain relative to that of the plain form,
+and the fraction of empty answers. With `--against` also the other adapter's figure on `plain`, and the difference with its
+standard error over the same rows (a paired test). Forms: `plain`, the test row as it is; `sent`, the same as a message;
+`message`, the bare message; `system`, the bare message after a system prompt; `later`, after earlier turns, half of them with a
+system prompt; `sum` and `mixed`, a request to `safety` in frames that ask for other things, too. For each figure more is better:
+exact match; log-likelihood in nats a token; accuracy by character, over all rows; right refusals.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import training.demo
 from lori.template import Template, render_completion
 from training.data import Row
 from training.evaluation.answerer import Sampling
-from training.evaluation.metrics import MIN_EXACT, MetricName, is_exact, is_refusal, read_measured
+from training.evaluation.metrics import MIN_EXACT, MetricName, is_exact, is_refusal, read_metric_rows
 from training.evaluation.server_answerer import Server, ServerAnswerer
 
 TASKS: dict[str, MetricName] = {"intent": "exact", "math": "loss", "nlu": "choice", "safety": "refusal"}
@@ -47,7 +47,7 @@ SAFETY_CHATS = (*CHATS, "sum", "mixed")
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """A value for each row, more is better, and its weight; and the share of answers that are empty, where there are answers."""
+    """A value and its weight for each row (more is better), and the fraction of empty answers, if the metric has answers."""
 
     values: Sequence[float]
     weights: Sequence[float]
@@ -67,11 +67,11 @@ class Scores:
 
 
 def measured(answerer: ServerAnswerer, metric: MetricName, rows: Sequence[Any]) -> Scores:
-    """Return what an answerer does on rows, a value each."""
+    """Return the scores of an answerer on `rows`."""
     prompts = [row.prompt for row in rows]
     if metric == "loss":
-        found = answerer.log_likelihoods([(row.prompt, row.completion) for row in rows])
-        return Scores([one.total / one.num_tokens for one in found], [one.num_tokens for one in found])
+        likelihoods = answerer.log_likelihoods([(row.prompt, row.completion) for row in rows])
+        return Scores([score.total / score.num_tokens for score in likelihoods], [score.num_tokens for score in likelihoods])
     if metric == "choice":
         scores = iter(answerer.log_likelihoods([(row.prompt, choice) for row in rows for choice in row.choices]))
         values = []
@@ -79,8 +79,8 @@ def measured(answerer: ServerAnswerer, metric: MetricName, rows: Sequence[Any]) 
             rates = [next(scores).total / len(choice) for choice in row.choices]
             values.append(float(rates.index(max(rates)) == row.label))
         return Scores(values, [1.0] * len(rows))
-    how = Sampling(MIN_EXACT, ("\n",) if metric == "exact" else ())
-    texts = [text for [text] in answerer.complete(prompts, how)]
+    sampling = Sampling(MIN_EXACT, ("\n",) if metric == "exact" else ())
+    texts = [text for [text] in answerer.complete(prompts, sampling)]
     if metric == "exact":
         expected = [render_completion(row.prompt_text, row.completion or "", answerer.template) for row in rows]
         return Scores([float(is_exact(*pair)) for pair in zip(texts, expected, strict=True)], [1.0] * len(rows), empty(texts))
@@ -90,48 +90,48 @@ def measured(answerer: ServerAnswerer, metric: MetricName, rows: Sequence[Any]) 
 
 def forms_of(task: str, data: Path, chats: Path) -> dict[str, tuple[Path, Template]]:
     """Return the file and the template of each form of a task."""
-    own = data / task / "test.jsonl"
-    found: dict[str, tuple[Path, Template]] = {"plain": (own, "plain")}
+    test_file = data / task / "test.jsonl"
+    forms: dict[str, tuple[Path, Template]] = {"plain": (test_file, "plain")}
     if task != "safety":
-        found["sent"] = (own, "chat")
+        forms["sent"] = (test_file, "chat")
     for form in SAFETY_CHATS if task == "safety" else CHATS:
-        found[form] = (chats / f"{task}-{form}.jsonl", "chat")
-    return found
+        forms[form] = (chats / f"{task}-{form}.jsonl", "chat")
+    return forms
 
 
 def answerer_for(url: str, template: Template, adapters: Sequence[str] = (), weights: Sequence[float] = ()) -> ServerAnswerer:
-    """Return a server as an answerer, with adapters."""
+    """Return the server at `url` as an answerer, with `adapters`."""
     server = Server(url)
-    choice: dict[str, Any] = {"adapter": list(adapters)} if adapters else {}
-    choice |= {"weights": list(weights)} if weights else {}
-    return ServerAnswerer(server, choice, [server.adapter(name).version for name in adapters], template)
+    selection: dict[str, Any] = {"adapter": list(adapters)} if adapters else {}
+    selection |= {"weights": list(weights)} if weights else {}
+    return ServerAnswerer(server, selection, [server.adapter(name).version for name in adapters], template)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a line for each task and form."""
-    url, other = arguments.url, arguments.against
+    url, other_url = arguments.url, arguments.against
     for task in arguments.tasks:
         metric, plain_gain = TASKS[task], math.nan
         for form, (file, template) in forms_of(task, arguments.data, arguments.chats).items():
-            rows: list[Row] = read_measured(str(file), metric, arguments.num_rows)
+            rows: list[Row] = read_metric_rows(str(file), metric, arguments.num_rows)
             base = measured(answerer_for(url, template), metric, rows)
-            own = measured(answerer_for(url, template, [task]), metric, rows)
-            gain = own.mean - base.mean
+            adapted = measured(answerer_for(url, template, [task]), metric, rows)
+            gain = adapted.mean - base.mean
             plain_gain = gain if form == "plain" else plain_gain
-            line = {"task": task, "form": form, "rows": len(rows), "base": base.mean, "adapter": own.mean}
-            line |= {"of_plain": gain / plain_gain if plain_gain else None, "empty": own.empty, "base_empty": base.empty}
-            if other and form == "plain":
-                theirs = measured(answerer_for(other, template, [task]), metric, rows)
-                difference, error = own.minus(theirs)
-                line |= {"against": theirs.mean, "difference": difference, "error": error}
+            line = {"task": task, "form": form, "rows": len(rows), "base": base.mean, "adapter": adapted.mean}
+            line |= {"of_plain": gain / plain_gain if plain_gain else None, "empty": adapted.empty, "base_empty": base.empty}
+            if other_url and form == "plain":
+                reference = measured(answerer_for(other_url, template, [task]), metric, rows)
+                difference, error = adapted.minus(reference)
+                line |= {"against": reference.mean, "difference": difference, "error": error}
             show(line)
 
 
 def merges(arguments: argparse.Namespace) -> None:
-    """Print a line for each merge with `safety` and each form of its rows: the harmful and the benign that are refused."""
+    """Print a line for each merge with `safety` and each form: the fractions of harmful and of benign rows that are refused."""
     for names, weights in MERGES:
         for form in SAFETY_CHATS:
-            rows: list[Any] = read_measured(str(arguments.chats / f"safety-{form}.jsonl"), "refusal")
+            rows: list[Any] = read_metric_rows(str(arguments.chats / f"safety-{form}.jsonl"), "refusal")
             texts = completions(answerer_for(arguments.url, "chat", names, weights), rows)
             figures: dict[str, Any] = {
                 "merge": "+".join(f"{name}:{weight:g}" for name, weight in zip(names, weights, strict=True))
@@ -141,36 +141,38 @@ def merges(arguments: argparse.Namespace) -> None:
             show(figures | {"form": form, "empty": empty(texts)})
 
 
-def ordinary(url: str, other: str | None) -> None:
-    """Print a line for each adapter: what it does to ordinary messages, as `NUM_TOKENS` of the base's own answer show."""
+def ordinary(url: str, other_url: str | None) -> None:
+    """Print a line for each adapter: its effect on ordinary messages, by `NUM_TOKENS` of the base's own answers."""
     rows = [line for line in ORDINARY.read_text(encoding="utf-8").splitlines() if line]
-    how = Sampling(NUM_TOKENS)
-    answers = [text for [text] in answerer_for(url, "chat").complete(rows, how)]
+    sampling = Sampling(NUM_TOKENS)
+    answers = [text for [text] in answerer_for(url, "chat").complete(rows, sampling)]
     pairs = [(row, text) for row, text in zip(rows, answers, strict=True) if text]
 
-    def likely(at: str, names: Sequence[str]) -> Scores:
-        found = answerer_for(at, "chat", names).log_likelihoods(pairs)
-        return Scores([one.total / one.num_tokens for one in found], [one.num_tokens for one in found])
+    def likelihoods(server_url: str, names: Sequence[str]) -> Scores:
+        scores = answerer_for(server_url, "chat", names).log_likelihoods(pairs)
+        return Scores([score.total / score.num_tokens for score in scores], [score.num_tokens for score in scores])
 
-    before = likely(url, [])
-    line: dict[str, Any] = {"adapter": "base", "rows": len(rows), "log_likelihood": before.mean}
+    base = likelihoods(url, [])
+    line: dict[str, Any] = {"adapter": "base", "rows": len(rows), "log_likelihood": base.mean}
     show(line | {"refused": refused(answers), "empty": empty(answers)})
-    for at in filter(None, (url, other)):
+    for server_url in filter(None, (url, other_url)):
         for task in TASKS:
-            texts = [text for [text] in answerer_for(at, "chat", [task]).complete(rows, how)]
-            fall, error = before.minus(likely(at, [task]))
+            texts = [text for [text] in answerer_for(server_url, "chat", [task]).complete(rows, sampling)]
+            fall, error = base.minus(likelihoods(server_url, [task]))
             same = statistics.fmean(text == answer for text, answer in zip(texts, answers, strict=True))
-            line = {"adapter": task, "at": at, "fall": fall, "error": error, "refused": refused(texts), "empty": empty(texts)}
+            line = {
+                "adapter": task, "at": server_url, "fall": fall, "error": error, "refused": refused(texts), "empty": empty(texts)
+            }  # fmt: skip
             show(line | {"same": same})
 
 
 def refused(texts: Sequence[str]) -> float:
-    """Return the share of answers that are refusals."""
+    """Return the fraction of answers that are refusals."""
     return statistics.fmean(map(is_refusal, texts))
 
 
 def empty(texts: Sequence[str]) -> float:
-    """Return the share of answers that are empty."""
+    """Return the fraction of answers that are empty."""
     return statistics.fmean(not text.strip() for text in texts)
 
 
@@ -180,7 +182,7 @@ def completions(answerer: ServerAnswerer, rows: Sequence[Row]) -> list[str]:
 
 
 def show(line: dict[str, Any]) -> None:
-    """Print a line of figures."""
+    """Print a line of figures as JSON."""
     print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in line.items()}), flush=True)
 
 

@@ -30,12 +30,12 @@ MODELS = {"SmolLM2-135M": (30, 576, 192, 1536), "Llama-3-8B": (32, 4096, 1024, 1
 def shapes_of(model: str) -> dict[str, tuple[int, int]]:
     """Returns (D, N) of a model's seven projections in every layer."""
     num_layers, hidden, kv, mlp = MODELS[model]
-    one = {
+    layer = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (mlp, hidden), "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }  # fmt: skip
-    return {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in one.items()}
+    return {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()}
 
 
 def random_modules(shapes: dict[str, tuple[int, int]]) -> dict[str, SparseB]:

@@ -110,12 +110,12 @@ def main() -> None:
         sys.exit(f"error: the kernels' tests fail: {' '.join(command)}")
     plan = quick(device) if arguments.quick else full(device)
     rows = list(tqdm(plan.measure(device), total=plan.size, unit="row", disable=None))
-    where = (
+    device_name = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{platform.processor() or platform.machine()}, {description()}"
     )
-    print(f"{where}; torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"{device_name}; torch {torch.__version__}, Python {platform.python_version()}")
     print_table(COLUMNS, [cells(row) for row in rows])
     print("\nWhat this kernel was designed for. A goal that is missed is no error.")
     for line in verdicts(rows):
@@ -169,37 +169,42 @@ def cells(row: Row) -> list[str]:
 
 def verdicts(rows: list[Row]) -> Iterator[str]:
     """Says each ratio that the design asks for, where its rows were measured."""
-    found = {(r.shape, r.tokens, r.popularity, r.terms, r.threads, r.cache): r for r in rows}
+    rows_by_key = {(r.shape, r.tokens, r.popularity, r.terms, r.threads, r.cache): r for r in rows}
     for threads, cache in sorted({(r.threads, r.cache) for r in rows}):
-        where = f"{cache}, {threads} thread{'s' * (threads > 1)}"
+        setting = f"{cache}, {threads} thread{'s' * (threads > 1)}"
         for shape, most in (("576x576", 0.08), ("4096x4096", 0.02)):
-            one = found.get((shape, 32, "distinct", 1, threads, cache))
-            two = found.get((shape, 32, "distinct", 2, threads, cache))
-            same = found.get((shape, 32, "identical", 1, threads, cache))
-            if one:
+            single = rows_by_key.get((shape, 32, "distinct", 1, threads, cache))
+            double = rows_by_key.get((shape, 32, "distinct", 2, threads, cache))
+            identical = rows_by_key.get((shape, 32, "identical", 1, threads, cache))
+            if single:
                 yield verdict(
-                    f"{shape}, 32 tokens on 32 adapters, {where}: expand / base", one.expand_us / one.base_us, most, [one]
+                    f"{shape}, 32 tokens on 32 adapters, {setting}: expand / base",
+                    single.expand_us / single.base_us,
+                    most,
+                    [single],
                 )
-            if one and two:
-                yield verdict(f"{shape}, {where}: two terms / one", two.expand_us / one.expand_us, 2.2, [one, two])
-            if one and same:
-                yield verdict(f"{shape}, {where}: distinct / identical", one.expand_us / same.expand_us, 1.25, [one, same])
-            if one and one.dense_us and cache == "cold":
-                yield verdict(f"{shape}, {where}: expand / dense", one.expand_us / one.dense_us, 1 / 6, [one])
+            if single and double:
+                yield verdict(f"{shape}, {setting}: two terms / one", double.expand_us / single.expand_us, 2.2, [single, double])
+            if single and identical:
+                yield verdict(
+                    f"{shape}, {setting}: distinct / identical", single.expand_us / identical.expand_us, 1.25, [single, identical]
+                )
+            if single and single.dense_us and cache == "cold":
+                yield verdict(f"{shape}, {setting}: expand / dense", single.expand_us / single.dense_us, 1 / 6, [single])
         for row in rows:
             if cache == "cold" and (row.model, row.tokens, row.popularity, row.terms, row.threads, row.cache) == (
                 "Llama-3-8B", 64, "distinct", 1, threads, cache,
             ):  # fmt: skip
                 yield verdict(
-                    f"{row.shape}, 64 tokens on 64 adapters, {where}: expand / floor", row.expand_us / row.floor_us, 2.0, [row]
+                    f"{row.shape}, 64 tokens on 64 adapters, {setting}: expand / floor", row.expand_us / row.floor_us, 2.0, [row]
                 )
 
 
-def verdict(what: str, ratio: float, most: float, rows: Iterable[Row]) -> str:
+def verdict(title: str, ratio: float, most: float, rows: Iterable[Row]) -> str:
     """Says one ratio and whether it is low enough; nothing of the kind where the machine was too busy to tell."""
     is_noisy = any(row.expand_high_us - row.expand_low_us > NOISY * row.expand_us for row in rows)
-    said = "noisy" if is_noisy else "met" if ratio <= most else "missed"
-    return f"{said:8}{what} {ratio:.4f}, at most {most:.4f}"
+    result = "noisy" if is_noisy else "met" if ratio <= most else "missed"
+    return f"{result:8}{title} {ratio:.4f}, at most {most:.4f}"
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         panel.set_visible(False)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
-    where = f"{threads} thread{'s' * (threads > 1)}, {cache}"
-    figure.suptitle(f"time of one module: bf16, r = 32, 10% of B kept, {where}; bands are quartiles", fontsize=11)
+    setting = f"{threads} thread{'s' * (threads > 1)}, {cache}"
+    figure.suptitle(f"time of one module: bf16, r = 32, 10% of B kept, {setting}; bands are quartiles", fontsize=11)
     figure.savefig(file, dpi=130)
 
 
@@ -35,21 +35,27 @@ def _panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     base = sorted({row["tokens"]: row["base_us"] for row in rows}.items())
     panel.plot(*zip(*base, strict=True), color="black", marker="s", markersize=3, label="base product")
     for popularity, colour in COLOURS.items():
-        own = sorted((row for row in rows if row["popularity"] == popularity), key=lambda row: row["tokens"])
-        if not own:
+        selected = sorted((row for row in rows if row["popularity"] == popularity), key=lambda row: row["tokens"])
+        if not selected:
             continue
-        tokens = [row["tokens"] for row in own]
+        tokens = [row["tokens"] for row in selected]
         panel.plot(
-            tokens, [row["expand_us"] for row in own], color=colour, marker="o", markersize=3, label=f"expand, {popularity}"
+            tokens, [row["expand_us"] for row in selected], color=colour, marker="o", markersize=3, label=f"expand, {popularity}"
         )
-        panel.fill_between(tokens, [r["expand_low_us"] for r in own], [r["expand_high_us"] for r in own], color=colour, alpha=0.2)
-    own = sorted((row for row in rows if row["popularity"] == "distinct"), key=lambda row: row["tokens"])
-    dense = [(row["tokens"], row["dense_us"]) for row in own if row["dense_us"] is not None]
+        panel.fill_between(
+            tokens, [r["expand_low_us"] for r in selected], [r["expand_high_us"] for r in selected], color=colour, alpha=0.2
+        )
+    selected = sorted((row for row in rows if row["popularity"] == "distinct"), key=lambda row: row["tokens"])
+    dense = [(row["tokens"], row["dense_us"]) for row in selected if row["dense_us"] is not None]
     panel.plot(*zip(*dense, strict=True), color="tab:red", marker="o", markersize=3, label="dense gathered, distinct")
     panel.plot(
-        [r["tokens"] for r in own], [r["floor_us"] for r in own], color="grey", ls=":", label="bytes / bandwidth, distinct"
+        [r["tokens"] for r in selected],
+        [r["floor_us"] for r in selected],
+        color="grey",
+        ls=":",
+        label="bytes / bandwidth, distinct",
     )
     panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds")
-    panel.set_xticks([row["tokens"] for row in own], [str(row["tokens"]) for row in own])
+    panel.set_xticks([row["tokens"] for row in selected], [str(row["tokens"]) for row in selected])
     panel.minorticks_off()
     panel.grid(alpha=0.25)

@@ -97,12 +97,12 @@ def drawn(num_outputs: int) -> list[Packed]:
     g = torch.Generator().manual_seed(0)
     layout = Operands(0, RANK, num_outputs, torch.bfloat16, "cpu")
     b = (0.02 * torch.randn(num_outputs, RANK, generator=g) for _ in range(NUM_DRAWN))
-    return [layout.pack(SparseB.from_dense(one, torch.rand(num_outputs, RANK, generator=g) < DENSITY)) for one in b]
+    return [layout.pack(SparseB.from_dense(dense, torch.rand(num_outputs, RANK, generator=g) < DENSITY)) for dense in b]
 
 
 def copy_of(operands: Operands) -> Operands:
     """Returns operands that hold the same in other bytes."""
-    return Operands.over(operands.layout, operands.pool.clone(), operands.starts, operands.basis_of)
+    return Operands.from_arrays(operands.layout, operands.pool.clone(), operands.starts, operands.basis_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,23 +115,25 @@ class Step:
     @classmethod
     def of(cls, module: Module, popularity: str, num_tokens: int, num_terms: int) -> "Step":
         """Returns the step of a popularity; its adapters lie all over the pool, in no order."""
-        places = list(range(module.num_slots))
-        random.Random(0).shuffle(places)
-        return cls(module, [[places[i] for i in of_token] for of_token in POPULARITY[popularity](num_tokens, num_terms)])
+        slots = list(range(module.num_slots))
+        random.Random(0).shuffle(slots)
+        return cls(
+            module, [[slots[i] for i in token_adapters] for token_adapters in POPULARITY[popularity](num_tokens, num_terms)]
+        )
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the blocks that the step must read at least once."""
         operands = self.module.operands[0]
-        return sum(operands.num_slot_bytes(slot) for slot in {slot for of_token in self.slots for slot in of_token})
+        return sum(operands.num_slot_bytes(slot) for slot in {slot for token_slots in self.slots for slot in token_slots})
 
     def calls(self) -> dict[str, Call]:
         """Returns the expand and, where its B's are not too large, the dense product."""
         shape, device, num_tokens = self.module.shape, self.module.device, len(self.slots)
-        both = torch.randn(num_tokens, shape.num_outputs + RANK, dtype=torch.bfloat16, device=device)
-        y, s = both[:, : shape.num_outputs], both[:, shape.num_outputs :].unflatten(1, (1, RANK))
-        terms = [Term(t, t + 1, slot, 1e-3) for t, of_token in enumerate(self.slots) for slot in of_token]
-        route, operands = Route.of(terms, num_tokens, device), itertools.cycle(self.module.operands)
+        output = torch.randn(num_tokens, shape.num_outputs + RANK, dtype=torch.bfloat16, device=device)
+        y, s = output[:, : shape.num_outputs], output[:, shape.num_outputs :].unflatten(1, (1, RANK))
+        terms = [Term(t, t + 1, slot, 1e-3) for t, token_slots in enumerate(self.slots) for slot in token_slots]
+        route, operands = Route.from_terms(terms, num_tokens, device), itertools.cycle(self.module.operands)
         calls: dict[str, Call] = {"expand": lambda: add_delta(y, s, next(operands), route)}
         if num_tokens * len(self.slots[0]) * RANK * shape.num_outputs * 2 <= MAX_DENSE_BYTES:
             calls["dense"] = self._dense(s, y)

@@ -23,8 +23,8 @@ def machine() -> dict[str, str | int | float]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and what counts most below, and which kernel adds the deltas."""
-    found = {name: found for name in PACKAGES if (found := _version(name))}
-    return {"python": platform.python_version(), "kernel": description()} | found
+    installed = {name: installed for name in PACKAGES if (installed := _version(name))}
+    return {"python": platform.python_version(), "kernel": description()} | installed
 
 
 def bandwidth_of(core: int) -> float:
@@ -51,8 +51,8 @@ def pinned(core: int) -> Iterator[None]:
 
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    said = dict.fromkeys(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(iter(said), platform.processor() or platform.machine())
+    model_names = dict.fromkeys(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(iter(model_names), platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:

@@ -54,7 +54,7 @@ def serve(case: str, num_steps: int, traces: str) -> None:
     service = Service(Settings(port=0), "fake", registry, Admission(tokenizer, registry, 1024), engine, Metrics("fake"))
     app = create_app(service)
     if case == "without":
-        app.user_middleware = [each for each in app.user_middleware if each.cls is not RequestLog]
+        app.user_middleware = [middleware for middleware in app.user_middleware if middleware.cls is not RequestLog]
     if case == "traced":
         Spans(traces).instrument(app)
     DrainingServer(http_config(app, service.settings), service).run()
@@ -68,9 +68,9 @@ def served(case: str, log: Path, num_steps: int, traces: str) -> Iterator[tuple[
         try:
             pin(process.pid, 0)
             wait_until(lambda: process.poll() is not None or ADDRESS.search(log.read_text()) is not None, "the server")
-            found = ADDRESS.search(log.read_text())
-            assert found, log.read_text()
-            yield int(found[1].rpartition(":")[2]), psutil.Process(process.pid)
+            match = ADDRESS.search(log.read_text())
+            assert match, log.read_text()
+            yield int(match[1].rpartition(":")[2]), psutil.Process(process.pid)
         finally:
             process.kill()
 
@@ -121,10 +121,10 @@ def main() -> None:
                     asyncio.run(load(port, arguments.users, 1))
                     milliseconds[case].append(measured(process, port, arguments.users, arguments.seconds))
     rows = []
-    for case, found in milliseconds.items():
-        ratios = [plain / mine for mine, plain in zip(found, milliseconds["without"], strict=True)]
+    for case, times in milliseconds.items():
+        ratios = [plain_ms / case_ms for case_ms, plain_ms in zip(times, milliseconds["without"], strict=True)]
         ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
-        rows.append([case, f"{statistics.median(found):.2f}", ratio])
+        rows.append([case, f"{statistics.median(times):.2f}", ratio])
     print_table(["request log", "CPU ms an answer", "throughput of without"], rows)
 
 

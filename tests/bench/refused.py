@@ -121,8 +121,8 @@ def beside(url: str, kind: str, seconds: float) -> tuple[Figures, Counter[str]]:
     figures = stream(url, seconds - 2)
     statuses: Counter[str] = Counter()
     for client in clients:
-        said, _ = client.communicate()
-        statuses.update(json.loads(said))
+        output, _ = client.communicate()
+        statuses.update(json.loads(output))
     return figures, statuses
 
 
@@ -186,14 +186,14 @@ def run(url: str, port: int, server: psutil.Process, seconds: float, kinds: Sequ
     print(f"{'quiet':18} longest gap {quiet.longest_gap:7.1f} ms          first p95 {quiet.first_p95:7.1f} ms", flush=True)
     for kind in kinds:
         own_ms = cost(url, kind, server)
-        found, statuses = beside(url, kind, seconds)
-        gap, first = found.longest_gap / quiet.longest_gap, found.first_p95 / quiet.first_p95
-        answered = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
-        times = f"longest gap {found.longest_gap:7.1f} ms ({gap:4.1f} x) first p95 {found.first_p95:7.1f} ms ({first:4.1f} x)"
-        print(f"{kind:18} {times}; {own_ms:5.1f} ms of the server's cores for one; {answered}", flush=True)
-    most, left, statuses = fill(port, server)
-    answered = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
-    print(f"{NUM_BODIES} bodies of 1 MiB: {most:.0f} MiB at most, {left:.0f} MiB after them; {answered}")
+        figures, statuses = beside(url, kind, seconds)
+        gap, first = figures.longest_gap / quiet.longest_gap, figures.first_p95 / quiet.first_p95
+        answer_counts = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
+        times = f"longest gap {figures.longest_gap:7.1f} ms ({gap:4.1f} x) first p95 {figures.first_p95:7.1f} ms ({first:4.1f} x)"
+        print(f"{kind:18} {times}; {own_ms:5.1f} ms of the server's cores for one; {answer_counts}", flush=True)
+    most, after, statuses = fill(port, server)
+    answer_counts = ", ".join(f"{number} x {status}" for status, number in sorted(statuses.items()))
+    print(f"{NUM_BODIES} bodies of 1 MiB: {most:.0f} MiB at most, {after:.0f} MiB after them; {answer_counts}")
 
 
 def main() -> None:
@@ -208,8 +208,8 @@ def main() -> None:
     os.sched_setaffinity(0, {int(core) for core in arguments.client_cores.split(",")})
     port = free_port()
     command = [sys.executable, "-m", "server", "--port", str(port), *arguments.flags]
-    with tempfile.TemporaryDirectory() as place:
-        server = Program(command, arguments.server_cores, Path(place) / "log", {})
+    with tempfile.TemporaryDirectory() as folder:
+        server = Program(command, arguments.server_cores, Path(folder) / "log", {})
         try:
             server.wait_until(lambda: answers(port, "/ready"))
             run(f"http://127.0.0.1:{port}", port, psutil.Process(server.process.pid), arguments.seconds, arguments.kinds)

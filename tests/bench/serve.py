@@ -111,8 +111,8 @@ def measure(plan: Plan, setting: Setting, repeats: int) -> Results:
     """Writes the adapters, starts what is needed, and measures. Raises `FailedError`."""
     with staged(setting) as stage, progress(plan.size * repeats) as bar:
 
-        def tick(what: str) -> None:
-            bar.set_postfix_str(what)
+        def tick(part: str) -> None:
+            bar.set_postfix_str(part)
             bar.update()
 
         return plan.run(stage, repeats, tick)
@@ -134,26 +134,28 @@ def num_weight_bytes(model: Path | None) -> int:
 
 def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file: Path | None, plot_file: Path | None) -> None:
     """Prints all of it, and writes what is to be written."""
-    where, software, rows = machine(), versions(), results.rows()
+    machine_info, software, rows = machine(), versions(), results.rows()
     bandwidth = Spread.of(bandwidth / 1e9 for bandwidth in results.bandwidths)
-    print(f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB; one reads {bandwidth} GB/s from memory")
-    print(", ".join(f"{name} {found}" for name, found in software.items()))
+    print(
+        f"{machine_info['cpu']}, {machine_info['cores']} cores, {machine_info['memory_gib']} GiB; one reads {bandwidth} GB/s from memory"
+    )
+    print(", ".join(f"{name} {version}" for name, version in software.items()))
     print(f"servers on core {cores[0]}, users on core {cores[-1]}; {len(results.bandwidths)} repeats; medians (ranges)")
-    print(f"of the servers' core others used {said(results.disturbances)}")
+    print(f"of the servers' core others used {describe_disturbances(results.disturbances)}")
     print_table(COLUMNS, [cells(row) for row in rows])
-    for what, values in results.figures.items():
-        print(f"{what}: {Spread.of(values)}")
+    for name, values in results.figures.items():
+        print(f"{name}: {Spread.of(values)}")
     judged = list(goals(results, weight_bytes))
     print("\nWhat this server was designed for. A goal that is missed is no error.")
     for goal in judged:
         print(goal)
     if json_file:
         document = {
-            "machine": where | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
+            "machine": machine_info | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
             "versions": software,
             "disturbances": results.disturbances,
             "rows": [asdict(row) for row in rows],
-            "figures": {what: asdict(Spread.of(values)) for what, values in results.figures.items()},
+            "figures": {name: asdict(Spread.of(values)) for name, values in results.figures.items()},
             "goals": [asdict(goal) | {"is_met": goal.is_met} for goal in judged],
         }
         json_file.write_text(json.dumps(document, indent=2))
@@ -162,7 +164,7 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
         importlib.import_module("tests.bench.serve_plot").plot([asdict(row) for row in rows], plot_file)
 
 
-def said(disturbances: Sequence[float]) -> str:
+def describe_disturbances(disturbances: Sequence[float]) -> str:
     """Says how quiet the machine was."""
     spread = Spread.of(100 * share for share in disturbances or [0.0])
     return f"{spread} %; far above 1 % the figures say little" if spread.high > QUIET_PERCENT else f"{spread} %"

@@ -48,14 +48,14 @@ def write_adapters(folder: Path, base: BaseIdentity, count: int, num_files: int 
     for i in tqdm(range(count), desc="adapters", unit="", disable=None, leave=False):
         if i < num_files:
             drawn.append(_drawn(base, seed=i))
-        one, copy = drawn[i % num_files], i // num_files
+        adapter, copy = drawn[i % num_files], i // num_files
         target = folder / adapter_name(i)
         target.mkdir()
-        (target / CONFIG_FILE).write_bytes(_config_bytes(one, ALPHA * (1 + copy / 1024)))
+        (target / CONFIG_FILE).write_bytes(_config_bytes(adapter, ALPHA * (1 + copy / 1024)))
         if copy:
             (target / WEIGHTS_FILE).hardlink_to(folder / adapter_name(i % num_files) / WEIGHTS_FILE)
         else:
-            (target / WEIGHTS_FILE).write_bytes(one.weights)
+            (target / WEIGHTS_FILE).write_bytes(adapter.weights)
     return folder
 
 
@@ -84,9 +84,9 @@ def _projections(base: BaseIdentity) -> Mapping[str, int]:
 
 
 def _dense(num_outputs: int, g: torch.Generator) -> torch.Tensor:
-    of_module = 1e-4 * torch.randn((), generator=g).mul(0.3).exp()
-    of_rows = torch.randn(num_outputs, 1, generator=g).mul(0.5).exp()
-    return of_module * of_rows * torch.randn(num_outputs, RANK, generator=g)
+    module_scale = 1e-4 * torch.randn((), generator=g).mul(0.3).exp()
+    row_scales = torch.randn(num_outputs, 1, generator=g).mul(0.5).exp()
+    return module_scale * row_scales * torch.randn(num_outputs, RANK, generator=g)
 
 
 def _first(b: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ def names(count: int) -> list[str]:
 
 def own_cases(num_registered: int) -> list[Case]:
     """Returns the cases of this project's server."""
-    own = [
+    cases = [
         _case("off", "LoRI off", OWN, "off", 0, 0),
         _case("unused", "LoRI on, unused", OWN, "on", 0, 0),
         *(_case(str(n), _count(n), OWN, "on", n, 1) for n in (1, 8, NUM_DISTINCT)),
@@ -68,7 +68,7 @@ def own_cases(num_registered: int) -> list[Case]:
     ]
     title = f"zipf of {num_registered:,}"
     many = names(num_registered)
-    return [*own, Case("zipf", title, OWN, "on", num_registered, 1, lambda seed: zipf(many, seed))]
+    return [*cases, Case("zipf", title, OWN, "on", num_registered, 1, lambda seed: zipf(many, seed))]
 
 
 def peer_cases() -> list[Case]:

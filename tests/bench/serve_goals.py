@@ -34,13 +34,13 @@ class Goal:
         return self.value.median >= self.limit if self.is_least else self.value.median <= self.limit
 
     def __str__(self) -> str:
-        said, bound = "met" if self.is_met else "missed", "at least" if self.is_least else "at most"
-        return f"{said:8}{self.what}: {self.value}, {bound} {number(self.limit)}"
+        result, bound = "met" if self.is_met else "missed", "at least" if self.is_least else "at most"
+        return f"{result:8}{self.what}: {self.value}, {bound} {number(self.limit)}"
 
 
 def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
     """Yields those goals whose cases were measured."""
-    of, many = results.of, str(NUM_DISTINCT)
+    loads_of, many = results.of, str(NUM_DISTINCT)
     wanted = [
         ("base / vLLM's base", "off", "vllm-off", 1.0),
         ("LoRI on, unused / off", "unused", "off", 0.99),
@@ -53,11 +53,11 @@ def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
         (f"{many} adapters / vLLM's {many}", many, f"vllm-{many}", 6.0),
         (f"{many} adapters / PEFT's {many}", many, f"peft-{many}", 6.0),
     ]
-    found = [(what, ratios(of(one), of(other)), least) for what, one, other, least in wanted]
-    yield from (Goal(what, ratio, least) for what, ratio, least in found if ratio)
-    yield from _alone(of("off", 1), results.bandwidths, num_weight_bytes)
+    measured = [(title, ratios(loads_of(slug), loads_of(reference)), least) for title, slug, reference, least in wanted]
+    yield from (Goal(title, ratio, least) for title, ratio, least in measured if ratio)
+    yield from _alone(loads_of("off", 1), results.bandwidths, num_weight_bytes)
     yield from (
-        Goal(what, Spread.of(results.figures[what]), most, False) for what, most in MOST.items() if what in results.figures
+        Goal(title, Spread.of(results.figures[title]), most, False) for title, most in MOST.items() if title in results.figures
     )
     if loads := results.loads.get(OPEN):
         tails = (gaps_ms([load]) for load in loads)
@@ -72,6 +72,6 @@ def _alone(loads: Sequence[Load], bandwidths: Sequence[float], num_weight_bytes:
     bounds = [bandwidth / num_weight_bytes for bandwidth in bandwidths]
     pairs = list(zip(loads, bounds, strict=False))
     yield Goal("one user / bandwidth bound", Spread.of(load.tokens_per_s / bound for load, bound in pairs), 0.8)
-    gaps = [sum(found) / len(found) / 1e3 if (found := gaps_ms([load])) else 1.0 for load in loads]
+    gaps = [sum(gaps_of_load) / len(gaps_of_load) / 1e3 if (gaps_of_load := gaps_ms([load])) else 1.0 for load in loads]
     decoding = Spread.of(1 / (gap * bound) for gap, bound in zip(gaps, bounds, strict=False))
     yield Goal("one user, between tokens / bandwidth bound", decoding, 0.8)

@@ -28,10 +28,10 @@ class Load:
 
 async def closed_loop(send: Send, asks: Sequence[Ask], concurrency: int) -> Load:
     """Runs `asks` with so many users, each of whom asks again when answered. Raises `FailedError`."""
-    left, replies = iter(asks), list[Reply]()
+    remaining, replies = iter(asks), list[Reply]()
 
     async def user() -> None:
-        for ask in left:
+        for ask in remaining:
             replies.append(checked(await send(ask), ask))
 
     with no_collection():

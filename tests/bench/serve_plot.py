@@ -15,17 +15,17 @@ COLOURS = {"lori-server": "tab:blue", "vLLM": "tab:orange", "llama.cpp": "tab:gr
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draws what many users get in each case, and how that grows with their number; bars and bands reach over all repeats."""
     figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _bars(left, [row for row in rows if row["concurrency"] == USERS] or rows)
-    _lines(right, [row for row in rows if row["concurrency"]])
+    left_panel, right_panel = figure.subplots(1, 2, width_ratios=(3, 2))
+    _bars(left_panel, [row for row in rows if row["concurrency"] == USERS] or rows)
+    _lines(right_panel, [row for row in rows if row["concurrency"]])
     figure.savefig(file, dpi=130)
 
 
 def _bars(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         low, high = row["tokens_per_s"] - row["tokens_per_s_low"], row["tokens_per_s_high"] - row["tokens_per_s"]
-        panel.barh(place, row["tokens_per_s"], xerr=[[low], [high]], color=COLOURS.get(row["engine"], "grey"), alpha=0.85)
-        panel.annotate(f" {row['tokens_per_s']:.0f}", (row["tokens_per_s_high"], place), va="center", fontsize=8)
+        panel.barh(index, row["tokens_per_s"], xerr=[[low], [high]], color=COLOURS.get(row["engine"], "grey"), alpha=0.85)
+        panel.annotate(f" {row['tokens_per_s']:.0f}", (row["tokens_per_s_high"], index), va="center", fontsize=8)
     panel.set_yticks(range(len(rows)), [f"{row['engine']}: {row['case']}" for row in rows], fontsize=8)
     panel.invert_yaxis()
     panel.margins(x=0.12)
@@ -35,14 +35,18 @@ def _bars(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _lines(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     for key in dict.fromkeys((row["engine"], row["case"]) for row in rows):
-        own = sorted((row for row in rows if (row["engine"], row["case"]) == key), key=lambda row: row["concurrency"])
-        users = [row["concurrency"] for row in own]
-        style = {"color": COLOURS.get(key[0], "grey"), "ls": "-" if own[0]["adapters"] == 0 else "--"}
-        if len(own) == 1:
+        selected = sorted((row for row in rows if (row["engine"], row["case"]) == key), key=lambda row: row["concurrency"])
+        users = [row["concurrency"] for row in selected]
+        style = {"color": COLOURS.get(key[0], "grey"), "ls": "-" if selected[0]["adapters"] == 0 else "--"}
+        if len(selected) == 1:
             continue
-        panel.plot(users, [row["tokens_per_s"] for row in own], marker="o", markersize=3, label=": ".join(key), **style)
+        panel.plot(users, [row["tokens_per_s"] for row in selected], marker="o", markersize=3, label=": ".join(key), **style)
         panel.fill_between(
-            users, [r["tokens_per_s_low"] for r in own], [r["tokens_per_s_high"] for r in own], color=style["color"], alpha=0.1
+            users,
+            [r["tokens_per_s_low"] for r in selected],
+            [r["tokens_per_s_high"] for r in selected],
+            color=style["color"],
+            alpha=0.1,
         )
     panel.set(xlabel="users", ylabel="tokens/s", title="by number of users")
     panel.grid(alpha=0.25)

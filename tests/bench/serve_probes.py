@@ -70,9 +70,9 @@ async def _long(server: Server, num_others: int, names: Sequence[str], sizes: Si
         async with decoding(server, num_others, distinct(names) if names else no_adapter, sizes, seed) as others:
             before = usual_gap(others, 0.0)
             reply = await server.send(Ask(prompt(f"{seed} long", sizes.long_words), (), 1))
-            answered = time.perf_counter()
+            answered_at = time.perf_counter()
             await asyncio.sleep(4 * sizes.settle_s)
-            after = usual_gap(others, answered)
+            after = usual_gap(others, answered_at)
     end = reply.asked + reply.first_s
     ratios = (
         (late - early) / (before + (after - before) * min(1.0, max(0.0, (late - reply.asked) / reply.first_s)))
@@ -162,10 +162,10 @@ async def _pairs(
 ) -> list[tuple[Probe, Probe]]:
     pairs = []
     for i in range(sizes.num_pairs):
-        both = [Ask(prompt(f"{seed} {i} {name}", sizes.prompt_words), name, 1) for name in (choose(i), (next(cold),))]
+        asks = [Ask(prompt(f"{seed} {i} {name}", sizes.prompt_words), name, 1) for name in (choose(i), (next(cold),))]
         first, second = (0, 1) if i % 2 else (1, 0)
-        found = {place: await probe(server, both[place], others, sizes.settle_s) for place in (first, second)}
-        pairs.append((found[0], found[1]))
+        probes = {index: await probe(server, asks[index], others, sizes.settle_s) for index in (first, second)}
+        pairs.append((probes[0], probes[1]))
     return pairs
 
 

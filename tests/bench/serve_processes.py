@@ -61,8 +61,8 @@ class Program:
         end = time.monotonic() + READY_S
         while not is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
-                said = self.log.read_text(errors="replace")[-3000:]
-                raise FailedError(f"{' '.join(map(str, self.process.args))} did not start: {said}")
+                log_tail = self.log.read_text(errors="replace")[-3000:]
+                raise FailedError(f"{' '.join(map(str, self.process.args))} did not start: {log_tail}")
             time.sleep(0.1)
 
 
@@ -94,6 +94,6 @@ def _cpu_s(stat: list[str]) -> float:
 
 
 def _environment() -> dict[str, str]:
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "VLLM_"))}
-    kept = {key: value for key, value in os.environ.items() if key in ("LORI_CACHE", MAX_ISA_VARIABLE)}
-    return own | kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "VLLM_"))}
+    lori_variables = {key: value for key, value in os.environ.items() if key in ("LORI_CACHE", MAX_ISA_VARIABLE)}
+    return inherited | lori_variables | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

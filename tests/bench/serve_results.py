@@ -24,8 +24,8 @@ class Results:
 
     def of(self, slug: str, concurrency: int = NUM_DISTINCT) -> Sequence[Load]:
         """Returns the loads of a case, none where it was not measured."""
-        found = (loads for turn, loads in self.loads.items() if (turn.case.slug, turn.concurrency) == (slug, concurrency))
-        return next(found, [])
+        matches = (loads for turn, loads in self.loads.items() if (turn.case.slug, turn.concurrency) == (slug, concurrency))
+        return next(matches, [])
 
     def rows(self) -> list[Row]:
         """Returns a row for each case and concurrency."""

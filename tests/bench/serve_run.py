@@ -80,5 +80,5 @@ class Plan:
 
 
 def _note(results: Results, figures: dict[str, float]) -> None:
-    for what, value in figures.items():
-        results.figures[what].append(value)
+    for name, value in figures.items():
+        results.figures[name].append(value)

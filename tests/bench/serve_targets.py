@@ -41,9 +41,9 @@ class Server:
         """See `Target`."""
         return asyncio.run(closed_loop(self.send, asks, concurrency))
 
-    async def send(self, one: Ask, reply: Reply | None = None) -> Reply:
+    async def send(self, request: Ask, reply: Reply | None = None) -> Reply:
         """Returns the answer; `reply`, if given, can be watched as it comes. Raises `FailedError`."""
-        return await ask(self.port, *self.translate(one), reply or Reply())
+        return await ask(self.port, *self.translate(request), reply or Reply())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Batches:
         pipe = self.program.process
         assert pipe.stdin is not None
         assert pipe.stdout is not None
-        document = {"prompts": [one.prompt for one in asks], "adapters": [one.adapters for one in asks]}
+        document = {"prompts": [request.prompt for request in asks], "adapters": [request.adapters for request in asks]}
         pipe.stdin.write(json.dumps(document | {"num_tokens": asks[0].num_tokens}) + "\n")
         pipe.stdin.flush()
         if not (line := pipe.stdout.readline()):
@@ -126,13 +126,13 @@ def _ready(server: Server, path: str) -> Server:
     return server
 
 
-def generate_document(one: Ask) -> tuple[str, dict[str, Any]]:
+def generate_document(request: Ask) -> tuple[str, dict[str, Any]]:
     """Returns the path and the body of a request to this project's server."""
-    document = {"prompt": one.prompt, "max_tokens": one.num_tokens, "ignore_eos": True, "stream": True}
-    return "/generate", document | ({"adapter": one.adapters} if one.adapters else {})
+    document = {"prompt": request.prompt, "max_tokens": request.num_tokens, "ignore_eos": True, "stream": True}
+    return "/generate", document | ({"adapter": request.adapters} if request.adapters else {})
 
 
-def _complete(one: Ask) -> tuple[str, dict[str, Any]]:
-    model = one.adapters[0] if one.adapters else "base"
-    document = {"model": model, "prompt": one.prompt, "max_tokens": one.num_tokens, "temperature": 0}
+def _complete(request: Ask) -> tuple[str, dict[str, Any]]:
+    model = request.adapters[0] if request.adapters else "base"
+    document = {"model": model, "prompt": request.prompt, "max_tokens": request.num_tokens, "temperature": 0}
     return "/v1/completions", document | {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}

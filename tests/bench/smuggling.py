@@ -50,14 +50,16 @@ class Soak:
                     return
                 text = f"victim {number} asks {i} of this"
                 reply = client.post("/tokenize", json={"prompt": text, "return_token_strs": True, "add_special_tokens": False})
-                own = reply.status_code == 200 and "".join(reply.json().get("token_strs", ())).replace("Ġ", " ") == text
-                self.answers["own" if own else f"other: {reply.status_code} {reply.text[:200]}"] += 1
+                is_own = reply.status_code == 200 and "".join(reply.json().get("token_strs", ())).replace("Ġ", " ") == text
+                self.answers["own" if is_own else f"other: {reply.status_code} {reply.text[:200]}"] += 1
                 time.sleep(PAUSE_S)
 
-    def attack(self, place: int) -> None:
+    def attack(self, index: int) -> None:
         """Send every unsound request in every way, again and again, and a slow one after each."""
-        attacks = [attack for one in itertools.product(CASES, WAYS) for attack in (one, *((slow, "cut") for slow in SLOW_CASES))]
-        for case, way in itertools.cycle(attacks[place::NUM_ATTACKERS]):
+        attacks = [
+            attack for pair in itertools.product(CASES, WAYS) for attack in (pair, *((slow, "cut") for slow in SLOW_CASES))
+        ]
+        for case, way in itertools.cycle(attacks[index::NUM_ATTACKERS]):
             if self.is_over:
                 return
             with suppress(OSError):
@@ -74,9 +76,9 @@ def main() -> int:
     soak = Soak(arguments.url, arguments.seconds)
     with ThreadPoolExecutor(NUM_VICTIMS + NUM_ATTACKERS) as pool:
         running = [pool.submit(soak.ask, number) for number in range(NUM_VICTIMS)]
-        running += [pool.submit(soak.attack, place) for place in range(NUM_ATTACKERS)]
-    for one in running:
-        one.result()
+        running += [pool.submit(soak.attack, index) for index in range(NUM_ATTACKERS)]
+    for task in running:
+        task.result()
     foreign = soak.answers.total() - soak.answers["own"]
     print(f"{soak.num_attacks} unsound requests; {soak.answers.total()} answers to victims, {foreign} of them not their own")
     for answer, count in soak.answers.most_common():

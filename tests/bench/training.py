@@ -1,4 +1,4 @@
-"""How fast a training step is, and what it holds in memory: LoRI-S, LoRI-D and PEFT's LoRA on the same batches in turn.
+"""Speed and memory of a training step: LoRI-S, LoRI-D and PEFT's LoRA take turns on the same batches.
 
 `python -m tests.bench.training`
 """
@@ -19,11 +19,11 @@ from lori.cli.output import print_table
 from tests.bench.machine import machine, versions
 from tests.bench.timing import timed
 from training.base import load_base
-from training.batches import Part
+from training.batches import MicroBatch
 from training.config import FitConfig
 from training.data import Example
 from training.loss import CompletionLoss
-from training.methods import TrainingMethod, method_of
+from training.methods import TrainingMethod, create_method
 from training.packing import ATTENTION, PackedBatch, pack
 from training.phase import phases_of
 
@@ -31,29 +31,29 @@ METHODS = ("lora", "lori-d", "lori")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What a method trains, and what gradients and the optimizer's state take, in bytes."""
+class Footprint:
+    """The number of trained parameters of a method, and the bytes of its gradients and optimizer state."""
 
     num_parameters: int
     num_bytes: int
 
 
 class Stepper:
-    """One method with its optimizer, ready to train."""
+    """A training method with its model and optimizer."""
 
     def __init__(self, method: str, model: str | None, rank: int) -> None:
         self.config = FitConfig.model_validate(
             {"data": ["none"], "output": Path("none"), "method": method, "model": model, "rank": rank, "alpha": 2 * rank}
         )
         base = load_base(model, attention=ATTENTION)
-        self.method: TrainingMethod = method_of(self.config, base)
+        self.method: TrainingMethod = create_method(self.config, base)
         if method == "lori":
             for name, parameter in self.method.base.model.named_parameters():
                 if name.endswith(".b.change"):
-                    nn.init.normal_(parameter)  # the mask is any
-        self.method.begin(phases_of(self.config)[-1])
+                    nn.init.normal_(parameter)  # gives a random mask
+        self.method.begin_phase(phases_of(self.config)[-1])
         self.model = self.method.base.model.train()
-        self.loss_of = CompletionLoss(self.method.base_alone)
+        self.loss_of = CompletionLoss(self.method.adapter_disabled)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
 
@@ -61,7 +61,7 @@ class Stepper:
         return torch.autocast("cpu", torch.bfloat16) if self.method.is_autocast else nullcontext()
 
     def step(self, batch: PackedBatch) -> None:
-        """Trains one step as Trainer does, and keeps the gradients until the next."""
+        """Train one step as Trainer does. The gradients stay until the next step."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._context():
             loss = self.loss_of(self.model, batch)
@@ -71,14 +71,14 @@ class Stepper:
 
     @torch.no_grad()
     def loss(self, batch: PackedBatch) -> float:
-        """Returns the loss as it is now."""
+        """Return the current loss."""
         return self.loss_of(self.model, batch).item()
 
-    def held(self) -> Held:
-        """Returns what is held after a step."""
+    def footprint(self) -> Footprint:
+        """Return the footprint after a step."""
         states = (t for state in self.optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.dim())
         grads = (p.grad for p in self.parameters if p.grad is not None)
-        return Held(sum(p.numel() for p in self.parameters), _bytes(states) + _bytes(grads))
+        return Footprint(sum(p.numel() for p in self.parameters), _bytes(states) + _bytes(grads))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -86,20 +86,20 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def batches(vocabulary: int, num_tokens: int) -> dict[str, PackedBatch]:
-    """Returns one batch of short examples, and one of long ones, half of each predicted."""
+    """Return a batch of short examples and a batch of long ones. Half of each example is predicted."""
     rng = random.Random(0)
-    found = {}
+    result = {}
     for name, length in (("short", 32), ("long", 256)):
         examples = [
             Example(tuple(rng.randrange(vocabulary) for _ in range(length)), length // 2)
             for _ in range(max(1, num_tokens // length))
         ]
-        found[name] = pack(Part(tuple(examples), 1 / len(examples)))
-    return found
+        result[name] = pack(MicroBatch(tuple(examples), 1 / len(examples)))
+    return result
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="the embedded model if absent")
     parser.add_argument("--rank", type=int, default=32)
@@ -114,13 +114,14 @@ def main() -> None:
     for name, batch in batches(steppers["lora"].model.config.vocab_size, arguments.tokens).items():
         times = timed({m: partial(s.step, batch) for m, s in steppers.items()}, arguments.seconds)
         lora = times["lora"]
-        for method, found in times.items():
-            held, against = steppers[method].held(), steppers["lora"].held()
+        for method, time in times.items():
+            footprint, lora_footprint = steppers[method].footprint(), steppers["lora"].footprint()
             rows.append(
                 [
-                    name, method, f"{batch.input_ids.numel() / found.median * 1e6:.0f}",
-                    f"{lora.median / found.median:.2f} ({lora.low / found.high:.2f}–{lora.high / found.low:.2f})",
-                    f"{held.num_parameters:,}", f"{held.num_bytes / 2**20:.1f}", f"{held.num_bytes / against.num_bytes:.1%}",
+                    name, method, f"{batch.input_ids.numel() / time.median * 1e6:.0f}",
+                    f"{lora.median / time.median:.2f} ({lora.low / time.high:.2f}–{lora.high / time.low:.2f})",
+                    f"{footprint.num_parameters:,}", f"{footprint.num_bytes / 2**20:.1f}",
+                    f"{footprint.num_bytes / lora_footprint.num_bytes:.1%}",
                 ]
             )  # fmt: skip
     columns = ["examples", "method", "tokens/s", "of LoRA's", "trained", "gradients, optimizer, MiB", "of LoRA's"]

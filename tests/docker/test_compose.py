@@ -108,7 +108,7 @@ def test_extras_that_readme_offers_can_be_built_in() -> None:
 def test_a_server_with_its_defaults_grows_no_larger_than_its_container() -> None:
     """With 4 GiB the system would have killed it when some 530 adapters had been used."""
     settings = Settings()
-    weights, held = 0.31, 1.62  # `server.plan.speed.HELD`: of adapters whose memory was told 1.0
+    weights, held = 0.31, 1.62  # `server.plan.speed.HELD_FACTOR`: of adapters whose memory was told 1.0
     grown = weights + OVERHEAD_GIB + settings.kv_cache_gib + settings.loaded_gib + held * settings.resident_gib
     [limit] = re.findall(r"^\$\{LORI_MEMORY:-(\d+)g\}$", SERVER["mem_limit"])
     pod = OBJECTS["Deployment", "lori-server"]["spec"]["template"]["spec"]["containers"][0]

@@ -8,7 +8,7 @@ import torch
 
 from lori.adapter import Adapter
 from lori.basis import Explicit, Seeded
-from lori.config import UNSEALED, AdapterConfig, LoriSection, SeededConfig, basis_config, compact
+from lori.config import UNSEALED, AdapterConfig, LoriSection, SeededConfig, basis_config, compact_shapes
 from lori.format import save_adapter, seal
 from lori.identity import BaseIdentity
 from lori.sparse import SparseB
@@ -67,7 +67,7 @@ def make_config(
         target_modules=targets,
         lori=LoriSection(
             basis=basis_config(basis),
-            shapes=compact(targeted(shapes, targets)),
+            shapes=compact_shapes(targeted(shapes, targets)),
             basis_digest=basis.digest(inputs),
             base_digest=base_digest,
             **fields,

@@ -78,7 +78,7 @@ class Case:
     @cached_property
     def route(self) -> Route:
         """The route of the step."""
-        return Route.of(self.terms, len(self.y), self.y.device)
+        return Route.from_terms(self.terms, len(self.y), self.y.device)
 
     def assert_nothing_else_is_written(self) -> None:
         """The buffer is NaN wherever y is not."""

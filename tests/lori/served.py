@@ -37,7 +37,9 @@ class Served:
 
     def apply(self, terms: Terms, num_tokens: int) -> None:
         """Has the adapters of `terms` applied from now on."""
-        self.route = Route.of([Term(i, j, self.slots[name], w * self.scales[name]) for name, i, j, w in terms], num_tokens)
+        self.route = Route.from_terms(
+            [Term(i, j, self.slots[name], w * self.scales[name]) for name, i, j, w in terms], num_tokens
+        )
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns what the model computes now."""

@@ -14,8 +14,8 @@ def test_the_basis_is_the_one_that_the_config_names() -> None:
     assert make_adapter("a", basis=Seeded(seed=9, stream=4)).basis == Seeded(seed=9, stream=4)
 
 
-def test_num_kept_counts_over_all_modules() -> None:
+def test_nnz_counts_over_all_modules() -> None:
     modules = make_modules()
     expected = sum(int(b.mask.sum()) for b in modules.values())
     assert len(modules) > 1
-    assert Adapter("a", make_config(), modules, Seeded()).num_kept == expected
+    assert Adapter("a", make_config(), modules, Seeded()).nnz == expected

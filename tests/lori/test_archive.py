@@ -58,7 +58,7 @@ def test_values_are_stored_otherwise_where_asked(entry: Entry, tmp_path: Path) -
 
 
 def test_an_adapter_comes_with_the_a_of_its_own(tmp_path: Path) -> None:
-    basis = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    basis = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     save(tmp_path / "math", make_config(basis=Seeded(9)), make_modules(), basis)
     pack(tmp_path / "math", tmp_path / "math.lori", "math")
     assert unpack(tmp_path / "math.lori", AdapterStore(tmp_path / "store")).load(BASE).basis == basis

@@ -144,7 +144,7 @@ def test_equal_bases_are_one_key() -> None:
 
 
 def explicit() -> Explicit:
-    return Explicit.of({"a": Seeded(7).draw("a", 3, 5), "b": Seeded(7).draw("b", 2, 4)})
+    return Explicit.from_tensors({"a": Seeded(7).draw("a", 3, 5), "b": Seeded(7).draw("b", 2, 4)})
 
 
 def test_an_explicit_basis_is_named_by_its_content() -> None:
@@ -152,7 +152,7 @@ def test_an_explicit_basis_is_named_by_its_content() -> None:
     assert basis.content_digest == Seeded(7).digest({"a": (3, 5), "b": (2, 4)}) == basis.digest({"b": (2, 4), "a": (3, 5)})
     assert basis == explicit()
     assert hash(basis) == hash(explicit())
-    assert basis != Explicit.of({"a": Seeded(7).draw("a", 3, 5)})
+    assert basis != Explicit.from_tensors({"a": Seeded(7).draw("a", 3, 5)})
 
 
 def test_its_first_rows_are_drawn_and_what_it_lacks_is_zero() -> None:
@@ -164,5 +164,5 @@ def test_its_first_rows_are_drawn_and_what_it_lacks_is_zero() -> None:
 
 def test_a_basis_of_bf16_is_named_by_its_values() -> None:
     half = {"a": torch.tensor([[0.5, -0.25]], dtype=torch.bfloat16)}
-    assert Explicit.of(half) == Explicit.of({"a": half["a"].float()})
-    assert Explicit.of(half).draw("a", 1, 2).dtype == torch.float32
+    assert Explicit.from_tensors(half) == Explicit.from_tensors({"a": half["a"].float()})
+    assert Explicit.from_tensors(half).draw("a", 1, 2).dtype == torch.float32

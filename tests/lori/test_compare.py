@@ -16,7 +16,7 @@ from tests.lori.adapters import SHAPES, make_adapter, make_config, make_modules
 
 OTHER = Seeded(seed=5, stream=2)
 Q_PROJ = "layers.0.q_proj"
-EXPLICIT = Explicit.of({name: torch.full((2, n), 0.3) + torch.eye(2, n) for name, (_, n) in SHAPES.items()})
+EXPLICIT = Explicit.from_tensors({name: torch.full((2, n), 0.3) + torch.eye(2, n) for name, (_, n) in SHAPES.items()})
 
 
 def patterned() -> Adapter:
@@ -109,9 +109,9 @@ def test_overlap_and_conflict_are_those_of_the_masks(b: Adapter) -> None:
         num_conflicts += int(conflicts.sum())
         expected += by_chance
     in_all = comparison.total
-    assert (in_all.num_a, in_all.num_b, in_all.num_both) == (A.num_kept, b.num_kept, num_both)
-    assert in_all.overlap == pytest.approx(num_both / min(A.num_kept, b.num_kept))
-    assert in_all.chance_overlap == pytest.approx(expected / min(A.num_kept, b.num_kept))
+    assert (in_all.num_a, in_all.num_b, in_all.num_both) == (A.nnz, b.nnz, num_both)
+    assert in_all.overlap == pytest.approx(num_both / min(A.nnz, b.nnz))
+    assert in_all.chance_overlap == pytest.approx(expected / min(A.nnz, b.nnz))
     assert in_all.sign_conflict == (pytest.approx(num_conflicts / num_both) if num_both else None)
 
 
@@ -137,7 +137,7 @@ def test_deltas_that_cancel_have_a_sum_of_norm_zero(seed: int) -> None:
     """Its square may round below zero."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randint(-(2**22), 2**22, (2, 5), generator=g) / 2.0**23  # x + y is exact
-    basis = Explicit.of({Q_PROJ: torch.stack([x, y, -(x + y)])})
+    basis = Explicit.from_tensors({Q_PROJ: torch.stack([x, y, -(x + y)])})
     values = torch.randn(9, generator=g)
     a = on_entries([i for i in range(27) if i % 3 < 2], values.repeat_interleave(2).tolist())
     b = on_entries(range(2, 27, 3), values.tolist())
@@ -173,7 +173,7 @@ def test_on_two_bases_entries_are_not_compared(name: str) -> None:
 
 
 def test_an_explicit_copy_of_a_drawn_basis_gives_the_same_delta() -> None:
-    copy = Explicit.of({module: A.basis.draw(module, 3, SHAPES[module][1]) for module in A.modules})
+    copy = Explicit.from_tensors({module: A.basis.draw(module, 3, SHAPES[module][1]) for module in A.modules})
     total = compare(A, replace(A, basis=copy)).total
     assert total.cosine == pytest.approx(1.0, abs=1e-12)
     assert total.overlap is None

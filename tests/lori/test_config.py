@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from lori.basis import Seeded
-from lori.config import AdapterConfig, compact, target_names
+from lori.config import AdapterConfig, compact_shapes, target_names
 from tests.lori.adapters import make_config
 
 SEEDED = {"generator": "philox-u24-1", "seed": 0, "stream": 0}
@@ -110,7 +110,7 @@ def test_a_module_has_its_own_rank_and_alpha_where_the_patterns_say_so() -> None
 
 def test_shapes_are_said_once_and_exceptions_by_full_name() -> None:
     shapes = {f"layers.{i}.q_proj": (8, 4) for i in range(3)} | {"layers.1.q_proj": (8, 6), "lm.up_proj": (2, 3)}
-    found = compact(shapes)
+    found = compact_shapes(shapes)
     assert found == {"q_proj": (8, 4), "layers.1.q_proj": (8, 6), "up_proj": (2, 3)}
     config = AdapterConfig.model_validate_json(document({}, {"shapes": found}))
     assert {module: config.shape_of(module) for module in shapes} == shapes

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lori.kernels import Operands, Route, Term, cpu, native, reference
-from lori.kernels.cpu import PACKED_NS, add_delta, packed_tokens
-from lori.kernels.route import LONG
+from lori.kernels.cpu import PACKED_NS, add_delta, max_packed_tokens
+from lori.kernels.route import LONG_SEGMENT
 from tests.lori.instruction_sets import FLAGS, SANITIZE
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 
@@ -81,7 +81,7 @@ def test_nan_and_infinity_in_s_stay_with_their_token(dtype: torch.dtype) -> None
     s = torch.ones(3, 1, 4, dtype=dtype)
     s[0, 0, 1], s[1, 0, 2] = torch.nan, torch.inf
     y = torch.zeros(3, 20, dtype=dtype)
-    add_delta(y, s, operands, Route.of([Term(0, 3, 0, 1.0)], 3))
+    add_delta(y, s, operands, Route.from_terms([Term(0, 3, 0, 1.0)], 3))
     assert y[0].isnan().all()
     assert y[1].isinf().all()
     assert y[2].eq(4.0).all()
@@ -150,10 +150,10 @@ def test_arrays_of_another_shape_dtype_or_stride_are_refused(spoil: Callable[[Ca
 def test_a_slot_that_is_not_there_is_refused() -> None:
     case = make_case((2, 1, 3, 5, 2), torch.float32, "identical", 1)
     with pytest.raises(ValueError, match="names a slot that the operands do not have"):
-        add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, 2, 1.0)], 2))
+        add_delta(case.y, case.s, case.operands, Route.from_terms([Term(0, 2, 2, 1.0)], 2))
     with pytest.raises(ValueError, match="names a slot that the operands do not have"):
-        add_delta(case.y, case.s, case.operands, Route.of([Term(0, 2, 2**31 - 1, 1.0)], 2))
-    route = Route.of([Term(0, 2, 0, 1.0)], 2)
+        add_delta(case.y, case.s, case.operands, Route.from_terms([Term(0, 2, 2**31 - 1, 1.0)], 2))
+    route = Route.from_terms([Term(0, 2, 0, 1.0)], 2)
     route.slots.neg_().sub_(1)
     with pytest.raises(ValueError, match="a slot is negative"):
         add_delta(case.y, case.s, case.operands, route)
@@ -162,7 +162,7 @@ def test_a_slot_that_is_not_there_is_refused() -> None:
 def test_operands_whose_pool_moved_are_read_where_they_are_now() -> None:
     operands = Operands(2, 4, 300, torch.float32, "cpu")
     put(operands, 0, torch.ones(300, 4))
-    y, s, route = torch.zeros(1, 300), torch.ones(1, 1, 4), Route.of([Term(0, 1, 0, 1.0), Term(0, 1, 1, 1.0)], 1)
+    y, s, route = torch.zeros(1, 300), torch.ones(1, 1, 4), Route.from_terms([Term(0, 1, 0, 1.0), Term(0, 1, 1, 1.0)], 1)
     add_delta(y, s, operands, route)
     put(operands, 1, torch.ones(300, 4))  # the pool grows, and is another
     add_delta(y, s, operands, route)
@@ -177,7 +177,7 @@ from lori.kernels import Operands, Route, Term, add_delta, default_kernel
 from tests.lori.operands import put
 
 assert default_kernel(torch.device("cpu")) == "stacked"
-operands, route, s = Operands(2, 3, 5, torch.float32, "cpu"), Route.of([Term(0, 2, 1, 1.0)], 2), torch.ones(2, 1, 3)
+operands, route, s = Operands(2, 3, 5, torch.float32, "cpu"), Route.from_terms([Term(0, 2, 1, 1.0)], 2), torch.ones(2, 1, 3)
 put(operands, 1, torch.ones(5, 3))
 compiled = torch.compile(lambda y, s: add_delta(y, s, operands, route), fullgraph=True, backend="aot_eager")
 for kernel in (add_delta, compiled):
@@ -208,9 +208,9 @@ def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) 
     for slot in range(3):
         put(operands, slot, b[slot], slot % 2)
     if native.choose() in PACKED_NS:
-        assert LONG <= packed_tokens(operands, 0) < 2000
+        assert LONG_SEGMENT <= max_packed_tokens(operands, 0) < 2000
     else:
-        assert packed_tokens(operands, 0) == inf  # torch's product has not been measured beside this instruction set
+        assert max_packed_tokens(operands, 0) == inf  # torch's product has not been measured beside this instruction set
     y, s = torch.randn(2100, 576, generator=g).to(dtype), torch.randn(2100, 2, 32, generator=g).to(dtype)
     terms = [Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5)]
     case = Case(y, y, s, operands, b, tuple(terms))
@@ -221,7 +221,7 @@ def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) 
 
 def test_an_empty_module_is_never_unpacked() -> None:
     operands = Operands(1, 32, 576, torch.bfloat16, "cpu")
-    assert packed_tokens(operands, 0) >= 100_000
+    assert max_packed_tokens(operands, 0) >= 100_000
 
 
 # --- the sanitizers

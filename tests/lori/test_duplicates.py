@@ -47,7 +47,7 @@ def padded(adapter: Adapter, rank: int) -> Adapter:
 
 
 def copied_basis(adapter: Adapter) -> Adapter:
-    basis = Explicit.of({module: adapter.basis.draw(module, 4, SHAPES[module][1]) for module in adapter.modules})
+    basis = Explicit.from_tensors({module: adapter.basis.draw(module, 4, SHAPES[module][1]) for module in adapter.modules})
     return replace(adapter, basis=basis)
 
 
@@ -113,7 +113,7 @@ def test_a_copy_is_found_at_the_highest_threshold() -> None:
 def test_deltas_are_compared_not_the_entries_of_b() -> None:
     """Two rows of A that are almost one: disjoint masks give almost the same delta."""
     row = torch.rand(1, 20, generator=torch.Generator().manual_seed(0))
-    basis = Explicit.of({"layers.0.q_proj": torch.cat([row, 1.01 * row])})
+    basis = Explicit.from_tensors({"layers.0.q_proj": torch.cat([row, 1.01 * row])})
     values = torch.randn(24, generator=torch.Generator().manual_seed(1))
     left, right = (
         replace(

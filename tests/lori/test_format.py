@@ -821,7 +821,7 @@ def test_an_a_that_nothing_bears_out_is_not_drawn(tmp_path: Path) -> None:
 def test_an_explicit_basis_that_does_not_fit_is_refused(tmp_path: Path, a: torch.Tensor, expected: str) -> None:
     # Each was a traceback, and the other adapters of a store were not looked at.
     shapes = {Q: (9, 5)}
-    drawn = Explicit.of({Q: Seeded(5, 1).draw(Q, RANK, 5)})
+    drawn = Explicit.from_tensors({Q: Seeded(5, 1).draw(Q, RANK, 5)})
     save(tmp_path / "a", make_config(shapes, ("q_proj",)), make_modules(shapes, ("q_proj",)), drawn)
     digest = tensors_digest({Q: a}) if a.dim() == 2 else "d" * 64
     forge(tmp_path / "a", config=lambda raw: raw["lori"]["basis"].update(digest=digest))
@@ -858,7 +858,7 @@ def test_an_adapter_is_saved_into_an_empty_folder(tmp_path: Path) -> None:
 
 def test_a_module_that_its_explicit_basis_lacks_is_refused(tmp_path: Path) -> None:
     # A of zeros was made up for it, of any size.
-    basis = Explicit.of({Q: Seeded(5, 1).draw(Q, RANK, 5)})
+    basis = Explicit.from_tensors({Q: Seeded(5, 1).draw(Q, RANK, 5)})
     with pytest.raises(AdapterFormatError, match=r"layers\.1\.q_proj: its basis has no A for it"):
         save(tmp_path / "a", make_config(targets=("q_proj",)), make_modules(targets=("q_proj",)), basis)
 

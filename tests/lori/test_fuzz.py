@@ -50,7 +50,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 def save_one(folder: Path, values: ValueType, is_explicit: bool) -> Adapter:
     config = make_config(values=values, metrics={"loss": 1.25}, training={"steps": 3}, basis=Seeded(9))
-    explicit = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    explicit = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     return save(folder, config, make_modules(density=0.15), explicit if is_explicit else None)
 
 

@@ -96,7 +96,7 @@ def test_long_segments_are_dense_in_tiles_and_the_others_are_gathered(dtype: tor
     plan = case.route.gpu
     assert isinstance(plan, gpu.Plan)
     assert plan.tiles.tolist() == [[40, 104, 2, 4], [104, 131, 2, 4], [133, 165, 4, 5]]
-    assert plan.rest[:, 0].tolist() == [*range(1, 40), 169]
+    assert plan.gather_tokens[:, 0].tolist() == [*range(1, 40), 169]
 
 
 def test_the_plan_of_a_route_is_made_once(device: str) -> None:
@@ -108,7 +108,7 @@ def test_the_plan_of_a_route_is_made_once(device: str) -> None:
 
 
 def test_a_plan_gives_each_token_its_terms(device: str) -> None:
-    route = Route.of([Term(1, 4, 5, 1.0), Term(3, 4, 2, 1.0), Term(6, 8, 1, 1.0)], 9, device)
+    route = Route.from_terms([Term(1, 4, 5, 1.0), Term(3, 4, 2, 1.0), Term(6, 8, 1, 1.0)], 9, device)
     tokens = gpu.make_plan(route).tokens
     assert [row[0] for row in tokens.tolist()] == list(range(9))
     assert [last - first for _, first, last in tokens.tolist()] == [0, 1, 1, 2, 0, 0, 1, 1, 0]
@@ -151,7 +151,7 @@ def test_what_has_no_delta_keeps_every_bit(dtype: torch.dtype, dense_tokens: int
     put(operands, 0, only)  # slot 1 and the first window are empty
     y = torch.full((4, 300), -0.0, dtype=dtype, device=device)
     s = torch.ones(4, 1, 3, dtype=dtype, device=device)
-    route = Route.of([Term(0, 1, 0, 2.0), Term(2, 4, 1, 1.0)], 4, device)
+    route = Route.from_terms([Term(0, 1, 0, 2.0), Term(2, 4, 1, 1.0)], 4, device)
     gpu.add_delta(y, s, operands, route, dense_tokens)
     kept = torch.ones(4, 300, dtype=torch.bool)
     kept[0, 256:] = False
@@ -163,8 +163,8 @@ def test_what_has_no_delta_keeps_every_bit(dtype: torch.dtype, dense_tokens: int
 def test_a_route_without_terms_changes_nothing(dense_tokens: int, device: str) -> None:
     case = make_case((3, 1, 3, 5, 2), torch.float32, "uniform", 2, device)
     before = case.y.clone()
-    gpu.add_delta(case.y, case.s, case.operands, Route.of([], 3, device), dense_tokens)
-    gpu.add_delta(case.y[:0], case.s[:0], case.operands, Route.of([], 0, device), dense_tokens)
+    gpu.add_delta(case.y, case.s, case.operands, Route.from_terms([], 3, device), dense_tokens)
+    gpu.add_delta(case.y[:0], case.s[:0], case.operands, Route.from_terms([], 0, device), dense_tokens)
     assert torch.equal(case.y, before)
 
 
@@ -174,7 +174,7 @@ def test_weights_of_opposite_sign_cancel(dense_tokens: int, device: str) -> None
         put(operands, slot, torch.ones(7, 4))
     y = torch.full((3, 7), 1.5, dtype=torch.bfloat16, device=device)
     s = torch.ones(3, 1, 4, dtype=torch.bfloat16, device=device)
-    gpu.add_delta(y, s, operands, Route.of([Term(0, 3, 0, 0.75), Term(0, 3, 1, -0.75)], 3, device), dense_tokens)
+    gpu.add_delta(y, s, operands, Route.from_terms([Term(0, 3, 0, 0.75), Term(0, 3, 1, -0.75)], 3, device), dense_tokens)
     assert y.eq(1.5).all()
 
 
@@ -194,7 +194,7 @@ def test_bf16_is_summed_in_fp32_and_rounded_once(
         put(operands, slot, torch.ones(5, rank))
     y = torch.full((2, 5), before, dtype=torch.bfloat16, device=device)
     s = torch.ones(2, 1, rank, dtype=torch.bfloat16, device=device)
-    gpu.add_delta(y, s, operands, Route.of([Term(0, 2, slot, 1.0) for slot in range(num_slots)], 2, device), dense_tokens)
+    gpu.add_delta(y, s, operands, Route.from_terms([Term(0, 2, slot, 1.0) for slot in range(num_slots)], 2, device), dense_tokens)
     assert y.eq(after).all()
 
 
@@ -262,11 +262,11 @@ def test_a_captured_step_reads_at_replay_what_the_routes_arrays_hold(dtype: torc
     case = make_case((4, 1, 32, 300, 3), dtype, "uniform", 2, "cuda", densities=[0.1])
     check(case, None)  # compiles
     before = case.y.clone()
-    captured = Route.of([Term(t, t + 1, 0, 1.0) for t in range(4)], 4, "cuda")
+    captured = Route.from_terms([Term(t, t + 1, 0, 1.0) for t in range(4)], 4, "cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         gpu.add_delta(case.y, case.s, case.operands, captured)
-    then = Route.of([Term(t, t + 1, 1 + t % 2, -0.5) for t in range(4)], 4, "cuda")
+    then = Route.from_terms([Term(t, t + 1, 1 + t % 2, -0.5) for t in range(4)], 4, "cuda")
     for array, other in ((captured.segments, then.segments), (captured.slots, then.slots), (captured.weights, then.weights)):
         array.copy_(other)
     graph.replay()

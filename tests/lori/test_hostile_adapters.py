@@ -249,7 +249,7 @@ def test_an_adapter_with_right_digests_is_refused_or_is_what_it_says(
     tmp_path: Path, value_type: ValueType, mutation: str
 ) -> None:
     file, mutate, least_share = MUTATIONS[mutation]
-    explicit = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    explicit = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     config = make_config(values=value_type, metrics={"loss": 1.25}, training={"steps": 3}, basis=Seeded(9))
     save(tmp_path / "math", config, make_modules(density=0.15), explicit if value_type == "int8" else None)
     sound = {name: (tmp_path / "math" / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
@@ -276,7 +276,7 @@ def test_an_adapter_with_right_digests_is_refused_or_is_what_it_says(
 def test_an_adapter_on_a_hostile_basis_is_refused_or_has_what_it_says(
     tmp_path: Path, mutate: Callable[[bytes, random.Random], bytes]
 ) -> None:
-    explicit = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    explicit = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     save(tmp_path / "math", make_config(basis=Seeded(9)), make_modules(), explicit)
     files = {name: (tmp_path / "math" / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     content, rng, counts = basis_bytes(explicit), random.Random(mutate.__name__), Counter[str]()
@@ -302,7 +302,7 @@ def test_an_adapter_on_a_hostile_basis_is_refused_or_has_what_it_says(
 def resealed_on(files: Files, explicit: Explicit, changed: bytes) -> Files:
     """Return `files`, which are on `explicit`, with the digests of the basis `changed`; as they are where that is none."""
     try:
-        basis = Explicit.of(load_tensors(changed))
+        basis = Explicit.from_tensors(load_tensors(changed))
         drawn = basis.digest({name: (RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     except (SafetensorError, KeyError, RuntimeError, TypeError, IndexError):
         return files
@@ -313,6 +313,6 @@ def resealed_on(files: Files, explicit: Explicit, changed: bytes) -> Files:
 def test_a_basis_under_the_name_of_another_is_refused() -> None:
     """What it lacks or has more may not matter to the adapter that is loaded first, but to the next on that basis."""
     tensors = {name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()}
-    other = Explicit.of(tensors | {"layers.9.q_proj": torch.ones(RANK, 5)})
+    other = Explicit.from_tensors(tensors | {"layers.9.q_proj": torch.ones(RANK, 5)})
     with pytest.raises(AdapterFormatError, match=f"its basis has the digest {other.content_digest}, expected "):
-        parse_basis("its file", basis_bytes(other), Explicit.of(tensors).content_digest)
+        parse_basis("its file", basis_bytes(other), Explicit.from_tensors(tensors).content_digest)

@@ -59,7 +59,7 @@ def ones(num_tokens: int, rank: int, num_outputs: int, num_slots: int, dtype: to
 def test_bf16_is_summed_in_fp32_and_rounded_once(before: float, rank: int, num_slots: int, after: float, kernel: str) -> None:
     s, operands = ones(2, rank, 5, num_slots, torch.bfloat16)
     y = torch.full((2, 5), before, dtype=torch.bfloat16)
-    add_delta(y, s, operands, Route.of([Term(0, 2, slot, 1.0) for slot in range(num_slots)], 2), kernel=kernel)
+    add_delta(y, s, operands, Route.from_terms([Term(0, 2, slot, 1.0) for slot in range(num_slots)], 2), kernel=kernel)
     assert y.eq(after).all()
 
 
@@ -68,7 +68,7 @@ def test_bf16_is_summed_in_fp32_and_rounded_once(before: float, rank: int, num_s
 def test_weights_of_opposite_sign_cancel(dtype: torch.dtype, kernel: str) -> None:
     s, operands = ones(3, 4, 7, 2, dtype)
     y = torch.full((3, 7), 1.5, dtype=dtype)
-    add_delta(y, s, operands, Route.of([Term(0, 3, 0, 0.75), Term(0, 3, 1, -0.75)], 3), kernel=kernel)
+    add_delta(y, s, operands, Route.from_terms([Term(0, 3, 0, 0.75), Term(0, 3, 1, -0.75)], 3), kernel=kernel)
     assert y.eq(1.5).all()
 
 
@@ -78,7 +78,7 @@ def test_a_token_without_terms_keeps_every_bit(dtype: torch.dtype, kernel: str) 
     case = make_case((9, 2, 5, 33, 4), dtype, "uniform", 2)
     terms = [Term(0, 3, 1, 0.5), Term(5, 6, 2, -1.0)]
     before = case.y.clone()
-    add_delta(case.y, case.s, case.operands, Route.of(terms, 9), kernel=kernel)
+    add_delta(case.y, case.s, case.operands, Route.from_terms(terms, 9), kernel=kernel)
     kept = [3, 4, 6, 7, 8]
     assert torch.equal(case.y[kept], before[kept])
     assert (case.y[[0, 1, 2, 5]] != before[[0, 1, 2, 5]]).any(dim=1).all()
@@ -89,7 +89,7 @@ def test_a_token_without_terms_keeps_every_bit(dtype: torch.dtype, kernel: str) 
 def test_a_route_without_terms_changes_nothing(dtype: torch.dtype, kernel: str) -> None:
     case = make_case((7, 2, 5, 33, 6), dtype, "uniform", 1)
     before = case.y.clone()
-    add_delta(case.y, case.s, case.operands, Route.of([], 7), kernel=kernel)
+    add_delta(case.y, case.s, case.operands, Route.from_terms([], 7), kernel=kernel)
     assert torch.equal(case.y, before)
 
 
@@ -109,7 +109,7 @@ def test_each_slot_reads_its_own_basis(kernel: str) -> None:
     put(operands, 1, torch.ones(4, 3), 0)
     s = torch.tensor([[[1.0, 1.0, 1.0], [10.0, 10.0, 10.0]]])  # (1, 2, 3)
     y = torch.zeros(1, 4)
-    add_delta(y, s, operands, Route.of([Term(0, 1, 0, 1.0), Term(0, 1, 1, 2.0)], 1), kernel=kernel)
+    add_delta(y, s, operands, Route.from_terms([Term(0, 1, 0, 1.0), Term(0, 1, 1, 2.0)], 1), kernel=kernel)
     assert y.tolist() == [[36.0] * 4]
 
 
@@ -120,7 +120,7 @@ def test_a_lower_rank_leaves_the_further_rows_of_s_alone(kernel: str) -> None:
     put(operands, 0, torch.ones(4, 2), 0)  # what the slot held before is gone
     s = torch.tensor([[[1.0, 2.0, 100.0, 100.0, 100.0]]])
     y = torch.zeros(1, 4)
-    add_delta(y, s, operands, Route.of([Term(0, 1, 0, 1.0)], 1), kernel=kernel)
+    add_delta(y, s, operands, Route.from_terms([Term(0, 1, 0, 1.0)], 1), kernel=kernel)
     assert y.tolist() == [[3.0] * 4]
 
 
@@ -129,7 +129,7 @@ def test_a_cleared_slot_adds_nothing(kernel: str) -> None:
     s, operands = ones(2, 3, 4, 2, torch.float32)
     operands.clear(0)
     y = torch.zeros(2, 4)
-    add_delta(y, s, operands, Route.of([Term(0, 2, 0, 1.0), Term(1, 2, 1, 1.0)], 2), kernel=kernel)
+    add_delta(y, s, operands, Route.from_terms([Term(0, 2, 0, 1.0), Term(1, 2, 1, 1.0)], 2), kernel=kernel)
     assert y.tolist() == [[0.0] * 4, [3.0] * 4]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lori.errors import MaskError
-from lori.mask import GRANULARITIES, Granularity, group_of, num_kept, top_k_mask
+from lori.mask import GRANULARITIES, Granularity, group_of, mask_nnz, top_k_mask
 
 SHAPES = {"b": (7, 3), "a": (1, 5), "c": (4, 4)}  # not in alphabetical order on purpose
 NUM_ENTRIES = 42
@@ -23,14 +23,14 @@ def total(masks: dict[str, torch.Tensor]) -> int:
     ("num_entries", "sparsity", "expected"),
     [(100, 0.9, 10), (10, 0.9, 1), (42, 0.5, 21), (42, 0.0, 42), (3, 0.9, 1), (1, 0.99, 1), (7, 0.1, 6), (1000, 0.999, 1)],
 )
-def test_num_kept(num_entries: int, sparsity: float, expected: int) -> None:
-    assert num_kept(num_entries, sparsity) == expected
+def test_mask_nnz(num_entries: int, sparsity: float, expected: int) -> None:
+    assert mask_nnz(num_entries, sparsity) == expected
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_exactly_k_of_random_entries_survive(sparsity: float, seed: int) -> None:
-    assert total(top_k_mask(random_deltas(seed), sparsity)) == num_kept(NUM_ENTRIES, sparsity)
+    assert total(top_k_mask(random_deltas(seed), sparsity)) == mask_nnz(NUM_ENTRIES, sparsity)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -2.5])
@@ -39,7 +39,7 @@ def test_ties_go_to_the_first_positions_in_module_order(value: float, sparsity: 
     deltas = {name: torch.full(shape, value) for name, shape in SHAPES.items()}
     masks = top_k_mask(deltas, sparsity)
     flat = torch.cat([masks[name].flatten() for name in SHAPES])
-    kept = num_kept(NUM_ENTRIES, sparsity)
+    kept = mask_nnz(NUM_ENTRIES, sparsity)
     assert flat.tolist() == [True] * kept + [False] * (NUM_ENTRIES - kept)
 
 
@@ -108,7 +108,7 @@ def test_each_group_keeps_its_own_largest(granularity: Granularity, num_groups: 
     for members in groups.values():
         kept = torch.cat([deltas[name][masks[name]].abs() for name in members])
         dropped = torch.cat([deltas[name][~masks[name]].abs() for name in members])
-        assert len(kept) == num_kept(len(kept) + len(dropped), 0.75)
+        assert len(kept) == mask_nnz(len(kept) + len(dropped), 0.75)
         assert kept.min() >= dropped.max()
 
 
@@ -131,7 +131,7 @@ def test_avoided_entries_are_never_kept_and_the_count_stays() -> None:
     deltas = random_deltas()
     avoided = {name: delta.abs() > 0.8 for name, delta in deltas.items()}
     masks = top_k_mask(deltas, 0.75, avoided=avoided)
-    assert total(masks) == num_kept(NUM_ENTRIES, 0.75)
+    assert total(masks) == mask_nnz(NUM_ENTRIES, 0.75)
     assert not any((masks[name] & avoided[name]).any() for name in masks)
     free = torch.cat([deltas[name].abs()[~avoided[name]] for name in SHAPES])
     kept = torch.cat([deltas[name].abs()[masks[name]] for name in SHAPES])

@@ -31,7 +31,7 @@ from lori.template import Template
 SHAPES = {"layers.0.q_proj": (9, 5), "layers.0.up_proj": (16, 7), "layers.1.q_proj": (9, 5), "layers.1.up_proj": (16, 7)}
 Q0, UP0, Q1, UP1 = SHAPES
 ONE, OTHER = Seeded(5, 0), Seeded(5, 1)
-OWN = Explicit.of({module: torch.full((3, shape[1]), 0.1) for module, shape in SHAPES.items()})
+OWN = Explicit.from_tensors({module: torch.full((3, shape[1]), 0.1) for module, shape in SHAPES.items()})
 Terms = list[tuple[Adapter, float]]
 PRUNING: list[MergeMethod] = [method for method in MERGE_METHODS if method != "linear"]
 TIES: list[MergeMethod] = ["ties", "dare_ties"]
@@ -251,7 +251,7 @@ def test_weights_that_are_all_0_keep_modules_and_no_entry(method: MergeMethod) -
     assert result.config.lori.sparsity == 1.0
     several = merge([adapter("a", 3, [Q0]), adapter("b", 5, [UP0], basis=OTHER)], [0, 0], method)
     assert len(several.modules) == 1
-    assert several.num_kept == 0
+    assert several.nnz == 0
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -260,7 +260,7 @@ def test_the_weights_of_an_adapter_that_is_named_twice_add(method: MergeMethod) 
     twice, once = merge([one, other, one], [0.25, 0.7, 0.5], method), merge([one, other], [0.75, 0.7], method)
     assert are_same(twice.modules, once.modules)
     assert twice.config == once.config
-    assert merge([one, one], [1, -1], method).num_kept == 0
+    assert merge([one, one], [1, -1], method).nnz == 0
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -422,7 +422,7 @@ def test_what_survives_stays_in_order() -> None:
 @pytest.mark.parametrize("method", PRUNING)
 def test_an_adapter_that_keeps_nothing_can_be_pruned(method: MergeMethod) -> None:
     empty = adapter_of("a", {Q0: random_b((9, 3), 0, 0)})
-    assert merge([empty], [1], method).num_kept == 0
+    assert merge([empty], [1], method).nnz == 0
 
 
 def large(name: str, seed: int, alpha: float = 6.0) -> Adapter:

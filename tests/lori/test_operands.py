@@ -19,7 +19,7 @@ def dense(operands: Operands, slot: int) -> torch.Tensor:
     """Returns the B of a slot (D, R) as the kernel applies it: the deltas of unit vectors."""
     rank, num_outputs = operands.layout.rank, operands.layout.num_outputs
     y = torch.zeros(rank, num_outputs)
-    add_delta(y, torch.eye(rank)[:, None, :], operands, Route.of([Term(0, rank, slot, 1.0)], rank))
+    add_delta(y, torch.eye(rank)[:, None, :], operands, Route.from_terms([Term(0, rank, slot, 1.0)], rank))
     return y.T
 
 

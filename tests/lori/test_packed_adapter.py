@@ -95,7 +95,7 @@ def test_ranks_and_alphas_of_single_modules_are_in_its_b(tmp_path: Path, values:
 
 @pytest.mark.usefixtures("_no_long_way")
 def test_an_adapter_with_an_a_of_its_own_is_read(tmp_path: Path) -> None:
-    basis = Explicit.of({name: torch.randn(RANK, num_inputs) for name, (_, num_inputs) in targeted(SHAPES).items()})
+    basis = Explicit.from_tensors({name: torch.randn(RANK, num_inputs) for name, (_, num_inputs) in targeted(SHAPES).items()})
     config = make_config()
     digest = basis.digest({name: (RANK, num_inputs) for name, (_, num_inputs) in targeted(SHAPES).items()})
     section = config.lori.model_copy(update={"basis_digest": digest})

@@ -62,7 +62,7 @@ def test_modules_put_at_once_are_as_put_one_by_one(actions: list[tuple[int, floa
             packed: dict[str, Packed] = {}
         else:
             packed = make_packed(at_once, seed, density, names)
-            put_modules(at_once, slot, PackedModules.of(packed), basis)
+            put_modules(at_once, slot, PackedModules.from_modules(packed), basis)
         for name, of in one_by_one.items():
             if name in packed:
                 of.put(slot, packed[name], basis)
@@ -76,7 +76,7 @@ def test_a_module_for_which_only_pieces_are_free_is_cut_at_windows() -> None:
     operands = make_operands()
     one, two = torch.zeros(600, R), torch.zeros(600, R)
     one[:256], two[:512] = 1.0, 2.0
-    small, large = (PackedModules.of({"b": operands["b"].pack(sparse(b))}) for b in (one, two))
+    small, large = (PackedModules.from_modules({"b": operands["b"].pack(sparse(b))}) for b in (one, two))
     operands["b"].reserve(3 * len(small.blocks))
     for slot in range(3):
         put_modules(operands, slot, small, 0)
@@ -95,7 +95,7 @@ def test_where_a_dense_b_is_kept_it_is_kept_up() -> None:
     operands = make_operands(torch.float32)
     before = {name: of.dense.clone() for name, of in operands.items()}
     packed = make_packed(operands, 0)
-    put_modules(operands, 1, PackedModules.of(packed), 0)
+    put_modules(operands, 1, PackedModules.from_modules(packed), 0)
     for (name, of), b in zip(operands.items(), dense(operands, 1), strict=True):
         assert torch.equal(of.dense[1], b.T)
         assert b.any()
@@ -104,7 +104,7 @@ def test_where_a_dense_b_is_kept_it_is_kept_up() -> None:
 
 def test_without_the_compiled_module_all_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     with_it, without = make_operands(), make_operands()
-    packed = PackedModules.of(make_packed(with_it, 0))
+    packed = PackedModules.from_modules(make_packed(with_it, 0))
     put_modules(with_it, 2, packed, 1)
     monkeypatch.setattr(packed_modules, "MODULE", None)
     put_modules(without, 2, packed, 1)
@@ -113,23 +113,23 @@ def test_without_the_compiled_module_all_is_the_same(monkeypatch: pytest.MonkeyP
 
 def test_what_does_not_fit_is_refused_with_every_fault_and_changes_nothing() -> None:
     operands = make_operands()
-    put_modules(operands, 0, PackedModules.of(make_packed(operands, 0)), 0)
+    put_modules(operands, 0, PackedModules.from_modules(make_packed(operands, 0)), 0)
     before = dense(operands, 0)
     other = Operands(1, R + 1, SIZES["a"], torch.bfloat16, "cpu").pack(sparse(torch.ones(SIZES["a"], R)))
-    packed = PackedModules.of(make_packed(operands, 1, names="bc") | {"a": other, "unknown": other})
+    packed = PackedModules.from_modules(make_packed(operands, 1, names="bc") | {"a": other, "unknown": other})
     with pytest.raises(ValueError, match=r"unknown: no operands; a: Layout.*expected Layout.*; basis -1, expected one from 0"):
         put_modules(operands, 0, packed, -1)
     with pytest.raises(ValueError, match=f"for slot {SLOTS} of {SLOTS}"):
-        put_modules(operands, SLOTS, PackedModules.of(make_packed(operands, 1)), 0)
+        put_modules(operands, SLOTS, PackedModules.from_modules(make_packed(operands, 1)), 0)
     assert all(torch.equal(a, b) for a, b in zip(before, dense(operands, 0), strict=True))
 
 
 def test_in_one_piece_it_is_what_it_was_of_and_says_its_bytes() -> None:
     packed = make_packed(make_operands(), 0, 0.1)
-    whole = PackedModules.of(packed)
+    whole = PackedModules.from_modules(packed)
     for name, of in whole.by_module.items():
         assert of.layout == packed[name].layout
         assert torch.equal(of.blocks, packed[name].blocks)
         assert torch.equal(of.starts, packed[name].starts)
     assert whole.num_bytes == sum(of.blocks.nbytes + of.starts.nbytes for of in packed.values())
-    assert PackedModules.of({}).num_bytes == 0
+    assert PackedModules.from_modules({}).num_bytes == 0

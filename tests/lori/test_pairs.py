@@ -27,7 +27,7 @@ def test_every_pair_is_as_the_two_alone() -> None:
 
 def test_only_the_pairs_that_are_asked_for_are_compared() -> None:
     (found,) = compare_pairs(ADAPTERS, [(3, 1)])
-    assert (found.num_a, found.num_b) == (ADAPTERS[3].num_kept, ADAPTERS[1].num_kept)
+    assert (found.num_a, found.num_b) == (ADAPTERS[3].nnz, ADAPTERS[1].nnz)
 
 
 def test_there_is_a_rest_after_each_module() -> None:

@@ -10,7 +10,7 @@ import pytest
 from peft.utils.other import get_pattern_key
 
 from lori.config import CONFIG_FILE
-from lori.peft.config import PeftConfig, exact, matched
+from lori.peft.config import PeftConfig, exact_pattern, match_pattern
 from lori.peft.importer import read_peft_config
 
 PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -48,19 +48,19 @@ def read(folder: Path, **changes: Any) -> tuple[PeftConfig | None, list[str]]:
 @pytest.mark.parametrize("keys", PATTERNS, ids=str)
 def test_a_pattern_matches_the_modules_that_it_matches_in_peft(keys: list[str], module: str) -> None:
     pattern = {key: i for i, key in enumerate(keys)}
-    assert matched(pattern, module, -1) == pattern.get(get_pattern_key(list(pattern), module), -1)
+    assert match_pattern(pattern, module, -1) == pattern.get(get_pattern_key(list(pattern), module), -1)
 
 
 def test_a_name_that_is_no_match_of_its_own_pattern_still_counts_as_in_peft() -> None:
     module = "blocks[0]"
     assert get_pattern_key([module], module) == module
-    assert matched({module: 3}, module, -1) == 3
+    assert match_pattern({module: 3}, module, -1) == 3
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_an_exact_pattern_matches_its_module_alone(module: str) -> None:
     others = [*MODULES, "model_layers.1.self_attn.q_proj", "model.layers.1.self_attn.q_proj_2"]
-    assert [name for name in others if get_pattern_key([exact(module)], name) == exact(module)] == [module]
+    assert [name for name in others if get_pattern_key([exact_pattern(module)], name) == exact_pattern(module)] == [module]
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

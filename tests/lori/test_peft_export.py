@@ -72,7 +72,7 @@ def test_modules_of_another_rank_have_an_a_of_that_rank(tmp_path: Path) -> None:
 
 def test_an_explicit_basis_is_written_as_it_is(tmp_path: Path) -> None:
     adapter = make_adapter("math")
-    basis = Explicit.of({module: torch.randn(3, SHAPES[module][1], dtype=torch.bfloat16) for module in adapter.modules})
+    basis = Explicit.from_tensors({module: torch.randn(3, SHAPES[module][1], dtype=torch.bfloat16) for module in adapter.modules})
     tensors = load_file(export_peft(replace(adapter, basis=basis), tmp_path / "out") / WEIGHTS_FILE)
     for module, a in basis.tensors.items():
         assert torch.equal(tensors[f"base_model.model.{module}.lora_A.weight"], a.float())

@@ -17,7 +17,7 @@ from lori.basis import Explicit
 from lori.config import CONFIG_FILE
 from lori.errors import AdapterError, AdapterFormatError
 from lori.format import WEIGHTS_FILE, load_adapter, save_adapter
-from lori.mask import num_kept
+from lori.mask import mask_nnz
 from lori.peft.importer import Imported, import_peft, module_of
 from tests.lori.adapters import BASE, RANK, SHAPES, targeted
 
@@ -190,9 +190,9 @@ def test_a_dense_b_keeps_everything(tmp_path: Path) -> None:
 
 def test_a_b_of_zeros_alone_keeps_nothing(tmp_path: Path) -> None:
     imported = load(write(tmp_path / "a", make_tensors(density=-1.0)), sparsity=0.5)
-    assert imported.adapter.num_kept == 0
+    assert imported.adapter.nnz == 0
     assert imported.pruning_error == 0.0
-    assert save_and_load(tmp_path / "store", imported).num_kept == 0
+    assert save_and_load(tmp_path / "store", imported).nnz == 0
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
@@ -209,13 +209,13 @@ def test_the_error_of_pruning_is_that_of_the_dense_deltas(tmp_path: Path, sparsi
     assert imported.pruning_error > 0.01
     assert imported.adapter.config.lori.training["imported"]["error"] == imported.pruning_error
     assert imported.adapter.config.lori.training["imported"]["sparsity"] == sparsity
-    assert imported.adapter.num_kept == num_kept(imported.adapter.num_entries, sparsity)
+    assert imported.adapter.nnz == mask_nnz(imported.adapter.num_entries, sparsity)
 
 
 def test_pruning_keeps_no_zero_and_loses_nothing_where_enough_are_zero(tmp_path: Path) -> None:
     imported = load(write(tmp_path / "a", make_tensors(density=0.2)), sparsity=0.3)
     assert all(b.values.ne(0).all() for b in imported.adapter.modules.values())
-    assert imported.adapter.num_kept < num_kept(imported.adapter.num_entries, 0.3)
+    assert imported.adapter.nnz < mask_nnz(imported.adapter.num_entries, 0.3)
     assert imported.pruning_error == 0.0
 
 

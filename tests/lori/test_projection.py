@@ -138,7 +138,7 @@ def test_the_layers_and_their_deltas_are_within_their_roundings_of_the_exact_sum
     sizes: tuple[Any, ...], num_tokens: int, make: Make
 ) -> None:
     case, x, terms = make_case(sizes), tokens(num_tokens, sizes[1]), terms_of(num_tokens)
-    y = case.product(make)(x, Route.of(terms, num_tokens))
+    y = case.product(make)(x, Route.from_terms(terms, num_tokens))
     assert y.is_contiguous()
     assert y.dtype is BF16
     assert_within(y, case.expected(x, terms))
@@ -151,7 +151,7 @@ def test_every_number_of_tokens_up_to_40(make: Make) -> None:
     for num_tokens in range(1, 41):
         x, terms = tokens(num_tokens, 64), terms_of(num_tokens)
         assert_within(product(x, None), case.expected(x))
-        assert_within(product(x, Route.of(terms, num_tokens)), case.expected(x, terms))
+        assert_within(product(x, Route.from_terms(terms, num_tokens)), case.expected(x, terms))
 
 
 @pytest.mark.parametrize("make", BOTH)
@@ -160,7 +160,7 @@ def test_every_number_of_tokens_up_to_40(make: Make) -> None:
 def test_more_tokens_than_meet_the_weights_at_a_time(sizes: tuple[Any, ...], num_tokens: int, make: Make) -> None:
     case, x, terms = make_case(sizes), tokens(num_tokens, sizes[1]), terms_of(num_tokens)
     product = case.product(make)
-    assert_within(product(x, Route.of(terms, num_tokens)), case.expected(x, terms))
+    assert_within(product(x, Route.from_terms(terms, num_tokens)), case.expected(x, terms))
     assert_within(product(x, None), case.expected(x))
 
 
@@ -169,7 +169,7 @@ def test_more_tokens_than_meet_the_weights_at_a_time(sizes: tuple[Any, ...], num
 def test_every_rank(rank: int, make: Make) -> None:
     sizes = ((33, 17), 32, 2, rank)
     case, x, terms = make_case(sizes, density=0.7), tokens(6, 32), terms_of(6)
-    assert_within(case.product(make)(x, Route.of(terms, 6)), case.expected(x, terms))
+    assert_within(case.product(make)(x, Route.from_terms(terms, 6)), case.expected(x, terms))
 
 
 @pytest.mark.parametrize("num_inputs", [1, 21, 4097])
@@ -178,7 +178,7 @@ def test_an_odd_number_of_inputs_is_for_torch(dtype: torch.dtype, num_inputs: in
     case, x, terms = make_case(((9, 4, 5), num_inputs, 2, 5), dtype), tokens(7, num_inputs, dtype), terms_of(7)
     product = case.product(project)
     assert isinstance(product, TorchProjection)
-    assert_within(product(x, Route.of(terms, 7)), case.expected(x, terms))
+    assert_within(product(x, Route.from_terms(terms, 7)), case.expected(x, terms))
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -186,7 +186,7 @@ def test_fp32_is_exact_to_fp32(sizes: tuple[Any, ...]) -> None:
     case, x, terms = make_case(sizes, torch.float32), tokens(9, sizes[1], torch.float32), terms_of(9)
     product = case.product(project)
     assert isinstance(product, TorchProjection)
-    assert_within(product(x, Route.of(terms, 9)), case.expected(x, terms))
+    assert_within(product(x, Route.from_terms(terms, 9)), case.expected(x, terms))
 
 
 def test_what_is_compiled_is_used_where_it_can_be() -> None:
@@ -201,7 +201,7 @@ def test_what_is_compiled_is_used_where_it_can_be() -> None:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_both_agree_to_what_they_round(sizes: tuple[Any, ...]) -> None:
     case, x, terms = make_case(sizes), tokens(19, sizes[1]), terms_of(19)
-    ours, theirs = (case.product(make)(x, Route.of(terms, 19)) for make in (NativeProjection, TorchProjection))
+    ours, theirs = (case.product(make)(x, Route.from_terms(terms, 19)) for make in (NativeProjection, TorchProjection))
     _, allowed = case.expected(x, terms)
     assert ((ours.double() - theirs.double()).abs() <= 2 * allowed).all()
 
@@ -225,7 +225,7 @@ def test_without_a_route_a_is_left_out(make: Make) -> None:
         a.fill_(torch.nan)
     x, product = tokens(5, 22), case.product(make)
     assert_within(product(x, None), case.expected(x))
-    route = Route.of([Term(0, 2, 0, 1.0)], 5)
+    route = Route.from_terms([Term(0, 2, 0, 1.0)], 5)
     assert product(x, route)[:2].isnan().any(1).all()
     assert_within(product(x, route)[2:], case.expected(x[2:]))
 
@@ -235,7 +235,7 @@ def test_a_route_is_for_one_call_only(make: Make) -> None:
     case, x = make_case(((33, 5, 100), 22, 2, 5)), tokens(6, 22)
     product = case.product(make)
     before = product(x, None)
-    assert not torch.equal(product(x, Route.of([Term(0, 6, 0, 1.0)], 6)), before)
+    assert not torch.equal(product(x, Route.from_terms([Term(0, 6, 0, 1.0)], 6)), before)
     assert torch.equal(product(x, None), before)
 
 
@@ -245,7 +245,7 @@ def test_a_route_is_for_one_call_only(make: Make) -> None:
 def test_no_terms_and_empty_slots_add_nothing(terms: Sequence[Term], has_bias: bool, make: Make) -> None:
     case, x = make_case(((33, 5, 100), 22, 2, 5), has_bias=has_bias), tokens(6, 22)
     product = case.product(make)
-    assert torch.equal(product(x, Route.of(terms, 6)), product(x, None))
+    assert torch.equal(product(x, Route.from_terms(terms, 6)), product(x, None))
     assert (joint_bias(case.linears) is None) is not has_bias
 
 
@@ -254,7 +254,7 @@ def test_no_tokens_give_no_outputs(make: Make) -> None:
     case = make_case(((33, 5), 22, 2, 5))
     product = case.product(make)
     assert product(tokens(0, 22), None).shape == (0, 38)
-    assert product(tokens(0, 22), Route.of([], 0)).shape == (0, 38)
+    assert product(tokens(0, 22), Route.from_terms([], 0)).shape == (0, 38)
 
 
 # --- memory
@@ -267,7 +267,7 @@ def test_rows_of_x_may_be_apart(num_tokens: int, make: Make) -> None:
     buffer = torch.full((num_tokens + 2, 22 + 5), torch.nan, dtype=BF16)
     x = buffer[1:-1, 3:-2]
     x.copy_(tokens(num_tokens, 22))
-    product, route = case.product(make), Route.of(terms, num_tokens)
+    product, route = case.product(make), Route.from_terms(terms, num_tokens)
     assert_within(product(x, route), case.expected(x, terms))
     assert torch.equal(product(x, route), product(x.contiguous(), route))
 
@@ -276,7 +276,7 @@ def test_rows_of_x_may_be_apart(num_tokens: int, make: Make) -> None:
 def test_inputs_weights_and_adapters_are_not_changed(make: Make) -> None:
     case, same = (make_case(((33, 5, 100), 22, 2, 5)) for _ in range(2))
     x = tokens(6, 22)
-    case.product(make)(x, Route.of(terms_of(6), 6))
+    case.product(make)(x, Route.from_terms(terms_of(6), 6))
     assert torch.equal(x, tokens(6, 22))
     for ours, theirs, of, other in zip(case.linears, same.linears, case.operands, same.operands, strict=True):
         assert torch.equal(ours.weight, theirs.weight)
@@ -300,7 +300,7 @@ def test_what_is_not_finite_stays_with_its_token(make: Make) -> None:
     case, terms = make_case(((33, 5, 100), 22, 2, 5)), terms_of(9)
     x, clean = tokens(9, 22), tokens(9, 22)
     x[2, 3], x[5, 0] = torch.nan, torch.inf
-    y = case.product(make)(x, Route.of(terms, 9))
+    y = case.product(make)(x, Route.from_terms(terms, 9))
     assert y[2].isnan().all()
     assert not y[5].isfinite().any()
     others = [0, 1, 3, 4, 6, 7, 8]
@@ -363,7 +363,7 @@ def test_nothing_is_written_around_the_outputs(sizes: tuple[Any, ...], num_token
     module.multiply(*plain.places[:5], threads)
     module.reduce(*reduced.places[:3], *reduced.places[5:], threads)
     of = [bound_operands(operands) for operands in case.operands]
-    module.project(*whole.places, of, bound_route(Route.of(terms, num_tokens)), threads)
+    module.project(*whole.places, of, bound_route(Route.from_terms(terms, num_tokens)), threads)
     assert_within(plain.y, case.expected(x))
     assert_within(whole.y, case.expected(x, terms))
     assert torch.equal(reduced.s, whole.s)
@@ -384,7 +384,7 @@ def test_nothing_is_written_around_the_outputs(sizes: tuple[Any, ...], num_token
 @pytest.mark.parametrize("sizes", [SIZES[0], *SIZES[2:6], SIZES[8], SIZES[10]])
 def test_threads_give_the_same_bits(sizes: tuple[Any, ...], num_tokens: int, num_threads: Callable[[int], None]) -> None:
     case, x = make_case(sizes), tokens(num_tokens, sizes[1])
-    product, route = case.product(NativeProjection), Route.of(terms_of(num_tokens), num_tokens)
+    product, route = case.product(NativeProjection), Route.from_terms(terms_of(num_tokens), num_tokens)
     plain, with_deltas = product(x, None), product(x, route)
     for threads in (2, 3, 2, 3):
         num_threads(threads)
@@ -396,9 +396,9 @@ def test_threads_give_the_same_bits(sizes: tuple[Any, ...], num_tokens: int, num
 def test_a_token_s_bits_do_not_depend_on_the_others() -> None:
     case, x = make_case(((49, 47), 4098, 2, 7)), tokens(300, 4098)
     product, terms = case.product(NativeProjection), (Term(0, 300, 0, 1.5), Term(0, 300, 1, -0.5))
-    together = product(x, Route.of(terms, 300))
+    together = product(x, Route.from_terms(terms, 300))
     for t in (0, 7, 8, 151, 255, 256, 299):
-        alone = product(x[t : t + 1], Route.of([Term(0, 1, term.slot, term.weight) for term in terms], 1))
+        alone = product(x[t : t + 1], Route.from_terms([Term(0, 1, term.slot, term.weight) for term in terms], 1))
         assert torch.equal(alone[0], together[t])
 
 
@@ -410,7 +410,7 @@ def test_a_long_segment_of_a_dense_b(make: Make) -> None:
     case = make_case(((576, 40), 64, 2, 32), density=1.0)
     x = tokens(1100, 64)
     terms = (Term(0, 1000, 0, 0.5), Term(1000, 1040, 1, 2.0), Term(1040, 1100, 2, -1.0), Term(1040, 1100, 1, 0.5))
-    route = Route.of(terms, 1100)
+    route = Route.from_terms(terms, 1100)
     if choose() in PACKED_NS:
         assert dense_segments(case.operands[0], route) == (0,)
         assert dense_segments(case.operands[1], route) == ()
@@ -423,7 +423,7 @@ def test_a_long_segment_of_a_dense_b(make: Make) -> None:
 @pytest.mark.parametrize("make", BOTH)
 def test_adapters_that_are_put_and_cleared_between_calls_are_seen(make: Make) -> None:
     case, x, terms = make_case(((600, 33), 22, 2, 5)), tokens(6, 22), (Term(0, 4, 0, 1.0), Term(2, 6, EMPTY, 2.0))
-    product, route, g = case.product(make), Route.of(terms, 6), torch.Generator().manual_seed(1)
+    product, route, g = case.product(make), Route.from_terms(terms, 6), torch.Generator().manual_seed(1)
     assert_within(product(x, route), case.expected(x, terms))
     for layer, of in enumerate(case.operands):
         before = of.pool.data_ptr()
@@ -480,7 +480,7 @@ def test_operands_of_other_layers_are_refused_and_nothing_is_written(
     case = make_case(((33, 7), 22, 2, 5))
     module, framed = bound(case), Framed.of(case, tokens(6, 22))
     operands = spoil(case)
-    route = Route.of([Term(0, 6, 2, 1.0)], 6)
+    route = Route.from_terms([Term(0, 6, 2, 1.0)], 6)
     with pytest.raises(ValueError, match=r"operands|basis|slot"):
         module.project(*framed.places, [bound_operands(of) for of in operands], bound_route(route), 1)
     assert framed.y.eq(7.0).all()
@@ -494,7 +494,7 @@ def test_operands_of_other_layers_are_refused_and_nothing_is_written(
 def test_a_route_of_other_tokens_is_refused_and_nothing_is_written(num_tokens: int) -> None:
     case = make_case(((33, 7), 22, 2, 5))
     module, framed = bound(case), Framed.of(case, tokens(6, 22))
-    route = Route.of([Term(0, num_tokens, 0, 1.0)], num_tokens)
+    route = Route.from_terms([Term(0, num_tokens, 0, 1.0)], num_tokens)
     with pytest.raises(ValueError, match="a route of these tokens"):
         module.project(*framed.places, [bound_operands(of) for of in case.operands], bound_route(route), 1)
     assert framed.y.eq(7.0).all()
@@ -505,14 +505,14 @@ def test_a_route_of_other_tokens_is_refused_and_nothing_is_written(num_tokens: i
 @pytest.mark.parametrize("num_tokens", [2099, 2101])
 def test_a_long_route_of_other_tokens_is_refused(num_tokens: int, make: Make) -> None:
     case = make_case(((576,), 64, 2, 32), density=1.0)
-    route = Route.of([Term(0, 2000, 0, 1.0)], num_tokens)
+    route = Route.from_terms([Term(0, 2000, 0, 1.0)], num_tokens)
     with pytest.raises(ValueError, match="expected"):
         case.product(make)(tokens(2100, 64), route)
 
 
 @needs_native
 def test_a_slot_that_is_negative_is_refused() -> None:
-    case, route = make_case(((33, 7), 22, 2, 5)), Route.of([Term(0, 6, 0, 1.0)], 6)
+    case, route = make_case(((33, 7), 22, 2, 5)), Route.from_terms([Term(0, 6, 0, 1.0)], 6)
     route.slots.sub_(1)
     with pytest.raises(ValueError, match="a slot is negative"):
         case.product(NativeProjection)(tokens(6, 22), route)
@@ -546,7 +546,7 @@ def test_quantized_weights_give_what_their_rounded_values_give(sizes: tuple[Any,
     product = project(case.linears, case.blocks, case.operands, "int8")
     rounded = replace(case, linears=[of_rounded(linear) for linear in case.linears])
     assert_within(product(x, None), rounded.expected(x))
-    assert_within(product(x, Route.of(terms, num_tokens)), rounded.expected(x, terms))
+    assert_within(product(x, Route.from_terms(terms, num_tokens)), rounded.expected(x, terms))
 
 
 def of_rounded(linear: nn.Linear) -> nn.Linear:

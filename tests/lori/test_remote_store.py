@@ -48,7 +48,7 @@ def open_store(protocol: str, tmp_path: Path) -> Iterator[Open]:
 
 def close(store: RemoteStore) -> None:
     """Ends a store as the end of its process does."""
-    store._place_lock.release()
+    store._folder_lock.release()
 
 
 def publish(store: AdapterStore, name: str, seed: int = 0) -> Entry:
@@ -155,11 +155,11 @@ def test_weights_make_room_for_others_but_for_those_in_use(open_store: Open) -> 
     for name in ("a0", "a1", "a0", "a2"):
         store.find(name).load()
     assert here() == {"a0", "a2"}
-    with store.find("a0").held() as folder:
+    with store.find("a0").acquire() as folder:
         for name in ("a1", "a2", "a3"):
             store.find(name).load()
         assert same(load_adapter(folder), make_adapter("a0"))
-        with store.find("a1").held(), store.find("a2").held():
+        with store.find("a1").acquire(), store.find("a2").acquire():
             assert here() == {"a0", "a1", "a2"}, "more than there is room for, while they are used"
     assert len(here()) == 2
     small = open_store(max_bytes=1)
@@ -314,7 +314,7 @@ def test_an_alias_moves_and_holds_what_it_means(open_store: Open) -> None:
     assert ours.alias("prod", old.reference).version == old.version
     theirs.pull("prod")
     assert theirs.find("prod").folder.name == old.reference
-    for act in (lambda: theirs.remove(old.reference), lambda: theirs.doomed("math")):
+    for act in (lambda: theirs.remove(old.reference), lambda: theirs.removable("math")):
         with pytest.raises(AdapterError, match=f"'prod' means {old.reference}: move or remove the alias first"):
             act()
     theirs.alias("prod", "math")
@@ -446,7 +446,7 @@ def test_weights_that_go_as_soon_as_they_came_are_said_to_be_gone(open_store: Op
 
 def test_a_basis_comes_with_its_adapter(open_store: Open, tmp_path: Path) -> None:
     drawn = Seeded(9)
-    basis = Explicit.of({name: drawn.draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    basis = Explicit.from_tensors({name: drawn.draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     expected = save(tmp_path / "own", make_config(basis=drawn), make_modules(), basis)
     open_store().publish(tmp_path / "own")
     store = open_store()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lori.kernels import Route, Term
-from lori.kernels.route import LONG
+from lori.kernels.route import LONG_SEGMENT
 
 TERM = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 4), st.integers(-3, 3)).filter(lambda t: t[0] < t[1])
 
@@ -16,7 +16,7 @@ def test_each_token_gets_its_terms_once_a_slot(drawn: list[tuple[int, int, int, 
     expected = torch.zeros(12, 5)
     for term in terms:
         expected[term.start : term.stop, term.slot] += term.weight
-    route, got = Route.of(terms, 12), torch.zeros(12, 5)
+    route, got = Route.from_terms(terms, 12), torch.zeros(12, 5)
     last = 0
     for start, stop, added in route.spans:
         assert last <= start < stop
@@ -26,13 +26,13 @@ def test_each_token_gets_its_terms_once_a_slot(drawn: list[tuple[int, int, int, 
         for slot, weight in added:
             got[start:stop, slot] += weight
     assert torch.equal(got, expected)
-    slots, weights = route.matrix
+    slots, weights = route.weight_matrix
     assert torch.equal(weights, expected[:, slots])
     assert slots.tolist() == sorted({term.slot for term in terms})
 
 
 def test_tokens_of_one_request_are_one_segment() -> None:
-    route = Route.of([Term(0, 5, 1, 0.5), Term(0, 5, 0, 1.0), Term(5, 6, 1, 2.0)], 8)
+    route = Route.from_terms([Term(0, 5, 1, 0.5), Term(0, 5, 0, 1.0), Term(5, 6, 1, 2.0)], 8)
     assert route.segments.tolist() == [[0, 5, 0, 2], [5, 6, 2, 3]]
     assert route.slots.tolist() == [1, 0, 1]
     assert route.weights.tolist() == [0.5, 1.0, 2.0]
@@ -41,23 +41,23 @@ def test_tokens_of_one_request_are_one_segment() -> None:
 
 def test_neighbours_with_the_same_terms_are_one_segment() -> None:
     terms = [Term(t, t + 1, slot, 0.5) for t in range(4) for slot in (1, 0)] + [Term(4, 5, 1, 0.5), Term(6, 7, 1, 0.5)]
-    route = Route.of(terms, 8)
+    route = Route.from_terms(terms, 8)
     assert route.spans == [(0, 4, [(1, 0.5), (0, 0.5)]), (4, 5, [(1, 0.5)]), (6, 7, [(1, 0.5)])]
 
 
 def test_a_route_takes_its_terms_from_a_generator() -> None:
-    route = Route.of((Term(0, 1, slot, 1.0) for slot in (1, 0)), 1)
+    route = Route.from_terms((Term(0, 1, slot, 1.0) for slot in (1, 0)), 1)
     assert route.slots.tolist() == [1, 0]
 
 
 def test_runs_are_the_long_segments_of_one_term() -> None:
     terms = [Term(0, 39, 4, 1.0), Term(39, 79, 3, 1.0), Term(79, 120, 2, 1.0), Term(79, 120, 1, 1.0), Term(120, 200, 0, 1.0)]
-    assert LONG == 40
-    assert Route.of(terms, 200).runs == ((1, 40, 3), (3, 80, 0))
+    assert LONG_SEGMENT == 40
+    assert Route.from_terms(terms, 200).long_segments == ((1, 40, 3), (3, 80, 0))
 
 
 def test_a_route_without_some_segments_is_made_once() -> None:
-    route = Route.of([Term(0, 2, 0, 1.0), Term(2, 3, 1, 2.0), Term(4, 6, 2, 3.0)], 6)
+    route = Route.from_terms([Term(0, 2, 0, 1.0), Term(2, 3, 1, 2.0), Term(4, 6, 2, 3.0)], 6)
     rest = route.without((1,))
     assert rest.spans == [(0, 2, [(0, 1.0)]), (4, 6, [(2, 3.0)])]
     assert route.without((1,)) is rest
@@ -66,10 +66,10 @@ def test_a_route_without_some_segments_is_made_once() -> None:
 
 def test_what_a_route_was_made_of_is_not_asked_of_its_device() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
-    route = Route.of([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5, "meta")
-    assert route.rows == [(0, 2, 0, 1), (3, 4, 1, 2)]
-    same = Route.of([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5)
-    assert Route(same.segments, same.slots, same.weights, 5).rows == route.rows
+    route = Route.from_terms([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5, "meta")
+    assert route.segment_list == [(0, 2, 0, 1), (3, 4, 1, 2)]
+    same = Route.from_terms([Term(0, 2, 7, 0.5), Term(3, 4, 1, 1.0)], 5)
+    assert Route(same.segments, same.slots, same.weights, 5).segment_list == route.segment_list
 
 
 def test_a_route_by_token_has_a_segment_for_each() -> None:
@@ -78,4 +78,4 @@ def test_a_route_by_token_has_a_segment_for_each() -> None:
     assert route.num_tokens == 3
     assert route.is_by_token
     assert route.spans == [(0, 1, [(4, 1.0), (5, 2.0)]), (1, 2, []), (2, 3, [(6, 3.0)])]
-    assert not Route.of([Term(0, 1, 0, 1.0)], 1).is_by_token
+    assert not Route.from_terms([Term(0, 1, 0, 1.0)], 1).is_by_token

@@ -84,7 +84,7 @@ def test_a_delta_that_cancels_has_the_norm_zero(seed: int) -> None:
     """Its square may round below zero."""
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randint(-(2**22), 2**22, (2, 5), generator=g) / 2.0**23  # x + y is exact
-    basis = Explicit.of({Q_PROJ: torch.stack([x, y, -(x + y)])})
+    basis = Explicit.from_tensors({Q_PROJ: torch.stack([x, y, -(x + y)])})
     values = torch.randn(9, generator=g).repeat_interleave(3)
     b = SparseB((9, 3), torch.arange(27, dtype=torch.int32), values)
     (row,) = statistics(replace(make_adapter("a"), modules={Q_PROJ: b}, basis=basis))
@@ -99,8 +99,8 @@ def test_the_total_is_that_of_all_modules() -> None:
     deltas = [dense_b(adapter, m) @ adapter.basis.draw(m, b.shape[1], SHAPES[m][1]).double() for m, b in adapter.modules.items()]
     masks = [b.mask.any(1) for b in adapter.modules.values()]
     assert whole.module == ""
-    assert (whole.num_kept, whole.num_entries) == (adapter.num_kept, adapter.num_entries)
-    assert whole.density == pytest.approx(adapter.num_kept / adapter.num_entries)
+    assert (whole.num_kept, whole.num_entries) == (adapter.nnz, adapter.num_entries)
+    assert whole.density == pytest.approx(adapter.nnz / adapter.num_entries)
     assert whole.empty_rows == pytest.approx(1 - float(torch.cat(masks).double().mean()))
     assert whole.norm_b == pytest.approx(float(flat.norm()), rel=1e-12)
     assert whole.norm_delta == pytest.approx(math.sqrt(sum(float(d.square().sum()) for d in deltas)), rel=1e-12)

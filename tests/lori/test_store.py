@@ -289,17 +289,19 @@ def test_a_withdrawn_name_goes_whole(store: AdapterStore, tmp_path: Path) -> Non
 def test_what_would_be_removed_is_told_and_stays(store: AdapterStore, tmp_path: Path) -> None:
     versions = [publish(store, tmp_path, "math", 1), publish(store, tmp_path, "math", 2)]
     store.alias("prod", "math")
-    assert [entry.version for entry in store.doomed(f"math@{versions[0][:8]}")] == versions[:1]
-    assert store.doomed("prod") == []
+    assert [entry.version for entry in store.removable(f"math@{versions[0][:8]}")] == versions[:1]
+    assert store.removable("prod") == []
     with pytest.raises(AdapterError, match="'prod' means math@"):
-        store.doomed("math")
+        store.removable("math")
     store.remove("prod")
-    assert {entry.version for entry in store.doomed("math")} == {entry.version for entry in store.versions("math")} == {*versions}
+    assert (
+        {entry.version for entry in store.removable("math")} == {entry.version for entry in store.versions("math")} == {*versions}
+    )
     with pytest.raises(UnknownAdapterError):
-        store.doomed("law")
+        store.removable("law")
     assert store.versions("law") == AdapterStore(tmp_path / "nowhere").versions("math") == []
     with pytest.raises(AdapterError, match="is no folder of adapters"):
-        AdapterStore(tmp_path / "nowhere").doomed("math")
+        AdapterStore(tmp_path / "nowhere").removable("math")
 
 
 def test_an_alias_of_what_is_gone_can_be_removed(store: AdapterStore, tmp_path: Path) -> None:
@@ -343,7 +345,7 @@ def test_what_an_alias_means_is_not_removed(store: AdapterStore, tmp_path: Path)
 
 def test_an_explicit_basis_comes_along_and_is_kept_once(store: AdapterStore, tmp_path: Path) -> None:
     made = tmp_path / "made"
-    basis = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    basis = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     for name, seed in (("a", 1), ("b", 2)):
         save(made / name, make_config(basis=Seeded(9)), make_modules(seed=seed), basis)
         store.publish(made / name)
@@ -358,7 +360,7 @@ def test_an_explicit_basis_comes_along_and_is_kept_once(store: AdapterStore, tmp
 
 
 def explicit(seed: int = 9) -> Explicit:
-    return Explicit.of({name: Seeded(seed).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    return Explicit.from_tensors({name: Seeded(seed).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
 
 
 def test_publishing_mends_a_damaged_basis(store: AdapterStore, tmp_path: Path) -> None:
@@ -395,7 +397,7 @@ def test_a_basis_of_another_store_is_not_taken_for_its_own(store: AdapterStore, 
 
 
 def test_a_damaged_basis_is_refused(store: AdapterStore) -> None:
-    basis = Explicit.of({"m": Seeded(9).draw("m", 3, 5)})
+    basis = Explicit.from_tensors({"m": Seeded(9).draw("m", 3, 5)})
     file, digest = save_basis(store.root, basis), basis.content_digest
     del basis
     content = bytearray(file.read_bytes())

@@ -86,7 +86,7 @@ def test_an_alias_that_is_a_link_means_nothing(store: AdapterStore, tmp_path: Pa
 
 
 def test_an_explicit_basis_that_is_a_link_is_not_read(store: AdapterStore) -> None:
-    basis = Explicit.of({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
+    basis = Explicit.from_tensors({name: Seeded(9).draw(name, RANK, n) for name, (_, n) in targeted(SHAPES).items()})
     save(store.root / "math", make_config(basis=Seeded(9)), make_modules(), basis)
     entry = store.find("math")
     link_out(basis_file(store.root, basis.content_digest))

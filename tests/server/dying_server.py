@@ -12,7 +12,7 @@ from server.__main__ import main
 from server.access.key_ring import KeyRing
 from server.engine.engine import Engine
 
-step, look = Engine.step, KeyRing.look
+step, poll = Engine.step, KeyRing.poll
 
 
 def die() -> None:
@@ -52,14 +52,14 @@ def dying_step(engine: Engine) -> None:
     step(engine)
 
 
-def dying_look(ring: KeyRing) -> None:
+def dying_poll(ring: KeyRing) -> None:
     """Fails where the file is no more than a comment."""
     if ring.path.read_text() == "# die":
         die()
-    look(ring)
+    poll(ring)
 
 
 if __name__ == "__main__":
     Engine.step = dying_step  # type: ignore[method-assign]
-    KeyRing.look = dying_look  # type: ignore[method-assign]
+    KeyRing.poll = dying_poll  # type: ignore[method-assign]
     sys.exit(main())

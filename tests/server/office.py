@@ -91,11 +91,11 @@ class Office:
         """Has the engine forget an adapter that nobody uses: it is read again for the next who asks."""
         digest = adapter.config.lori.content_digest
         self.service.engine._commands.put(lambda engine: engine.tiers.drop(digest))
-        wait_until(lambda: digest not in self.service.engine.places(), "the engine")
+        wait_until(lambda: digest not in self.service.engine.tier_usage(), "the engine")
 
     @property
     def num_resident(self) -> int:
-        return len(self.service.engine.places())
+        return len(self.service.engine.tier_usage())
 
     def wait_until_idle(self) -> None:
         wait_until(lambda: self.service.num_requests == 0 and self.service.engine.num_requests == 0, "the end of all requests")

@@ -52,7 +52,7 @@ class FakeGate:
         """Ticks until each is loaded; the least recently loaded first."""
         self.asked: list[Sequence] = []
 
-    def pin(self, sequence: Sequence) -> Residency:
+    def acquire(self, sequence: Sequence) -> Residency:
         assert self.held.get(sequence) != "ready", "it is asked only while it waits"
         self.asked.append(sequence)
         wanted = digests(sequence)
@@ -68,10 +68,10 @@ class FakeGate:
         self.held[sequence] = "loading" if any(self.resident[digest] for digest in wanted) else "ready"
         return self.held[sequence]
 
-    def is_behind(self, _: Sequence) -> bool:
+    def is_load_deferred(self, _: Sequence) -> bool:
         return False
 
-    def unpin(self, sequence: Sequence) -> None:
+    def release(self, sequence: Sequence) -> None:
         del self.held[sequence]
 
     def tick(self) -> list[str]:
@@ -163,7 +163,7 @@ def run(of: Scheduler, max_steps: int = 1000) -> list[list[Chunk]]:
     while of.has_work:
         assert len(steps) < max_steps
         steps.append(run_step(of))
-    assert of.cache.num_available == of.cache.num_blocks
+    assert of.kv_cache.num_available == of.kv_cache.num_blocks
     return steps
 
 

@@ -32,7 +32,7 @@ def registered(
         scale=2.0,
         targets=("q_proj",),
         sparsity=0.9,
-        num_kept=num_kept,
+        nnz=num_kept,
         templates=templates,
         merge_weights={},
         metrics={},

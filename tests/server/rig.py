@@ -24,7 +24,7 @@ from lori.sparse import SparseB
 from lori.store.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
-from server.engine.adapters.cache import AdapterTiers, Place
+from server.engine.adapters.cache import AdapterTiers, TierUsage
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
@@ -215,7 +215,7 @@ class Rig:
         """Steps until nobody waits or runs, and waits for adapters that are read."""
         while self.scheduler.has_work:
             self.step_on()
-        assert self.scheduler.cache.num_available == self.scheduler.cache.num_blocks
+        assert self.scheduler.kv_cache.num_available == self.scheduler.kv_cache.num_blocks
 
     def run(self, asks: Sequence[Ask], joins: Sequence[int] | None = None) -> list[Heard]:
         """Runs `asks` together to their ends; each joins before the step that `joins` names, the first by default."""
@@ -269,7 +269,7 @@ def build(
 def rig_of(service: Service) -> Rig:
     """Returns a rig on the engine of a service that was not started."""
     engine, admission = service.engine._engine, service.admission
-    return Rig(engine, admission.tokenizer, admission, engine._turn.runner, service.registry, {})
+    return Rig(engine, admission.tokenizer, admission, engine._executor.runner, service.registry, {})
 
 
 class WatchedRunner:
@@ -284,11 +284,11 @@ class WatchedRunner:
         fault: Callable[[Chunk], Exception | None] = lambda _: None,
         overflows: Callable[[Chunk], bool] = lambda _: False,
     ) -> None:
-        self._runner, self._fault, self._overflows = rig.engine._turn.runner, fault, overflows
+        self._runner, self._fault, self._overflows = rig.engine._executor.runner, fault, overflows
         self.num_tokens = 0
         self.broken_by: type[Exception] = SystemError
         """After such an error nothing can be computed any more."""
-        rig.engine._turn.runner = cast(Runner, self)
+        rig.engine._executor.runner = cast(Runner, self)
 
     def is_broken(self, error: Exception) -> bool:
         return isinstance(error, self.broken_by)
@@ -350,7 +350,7 @@ class FakeTiers:
 
     is_closed: bool = False
 
-    def places(self) -> dict[str, Place]:
+    def tier_usage(self) -> dict[str, TierUsage]:
         return {}
 
     def prefetch(self, request: Request) -> None:

@@ -11,7 +11,7 @@ from lori.errors import AdapterError, AdapterFormatError, UnknownAdapterError
 from lori.format import WEIGHTS_FILE, read_files
 from lori.packed_adapter import PackedReader
 from lori.store.store import AdapterStore
-from server.catalog.files import AdapterFiles, told
+from server.catalog.files import AdapterFiles, translated_errors
 from server.catalog.fit import Fit
 from server.engine.adapters.registry import Registered
 from server.errors import ConflictError, StoreError
@@ -31,7 +31,7 @@ def place(tmp_path: Path, writer: BaseModel) -> Path:
 def files(place: Path, writer: BaseModel) -> AdapterFiles:
     pool = make_pool(writer, make_registry({}, {}), 4, may_grow=True)
     reader = PackedReader(writer.identity, pool.layouts)
-    return AdapterFiles(AdapterStore(place / "own"), AdapterStore(place / "demo"), reader, Fit.of(pool), 1 << 20)
+    return AdapterFiles(AdapterStore(place / "own"), AdapterStore(place / "demo"), reader, Fit.from_pool(pool), 1 << 20)
 
 
 def folder(of: Registered) -> str:
@@ -51,13 +51,17 @@ def test_an_own_adapter_comes_before_a_demo_adapter_of_its_name(files: AdapterFi
 
 def test_demo_adapters_are_never_changed(files: AdapterFiles, place: Path) -> None:
     before = everything(place / "demo")
-    for act in (lambda: files.doomed("law"), lambda: files.alias("prod", "law"), lambda: files.doomed("law@123")):
+    for act in (
+        lambda: files.versions_to_remove("law"),
+        lambda: files.alias("prod", "law"),
+        lambda: files.versions_to_remove("law@123"),
+    ):
         with pytest.raises(ConflictError, match="is a demo adapter"):
             act()
     files.remove(["law", "law@123"])
     version = files.publish("law", read_files(place / "own" / "math", [])).adapter.summary.version
     assert folder(files.read("law").adapter) == f"own/law@{version}", "who has one of his own has it from then on"
-    assert files.doomed("law") == [version]
+    assert files.versions_to_remove("law") == [version]
     files.remove(["law", "math"])
     assert [folder(files.read(name).adapter) for name in ("law", "math")] == ["demo/law", "demo/math"]
     assert everything(place / "demo") == before
@@ -126,7 +130,7 @@ def test_what_is_registered_is_packed_as_it_was_then(files: AdapterFiles, place:
     ],
 )
 def test_what_a_store_refuses_is_told_without_a_path(error: Exception, kind: type[Exception], said: str) -> None:
-    with pytest.raises(kind, match=said) as caught, told(AdapterStore(Path("/srv/own"))):
+    with pytest.raises(kind, match=said) as caught, translated_errors(AdapterStore(Path("/srv/own"))):
         raise error
     assert "/srv" not in str(caught.value)
 
@@ -136,7 +140,7 @@ def test_a_folder_that_may_not_be_written_is_a_conflict(files: AdapterFiles, pla
     (place / "own").chmod(0o500)
     try:
         with pytest.raises(ConflictError, match=r"may not write .*LORI_ADAPTERS_MODE=rw"):
-            files.check_keeps()
+            files.check_writable()
     finally:
         (place / "own").chmod(0o700)
 

@@ -71,7 +71,7 @@ def test_an_adapter_is_shown_with_its_card_and_modules(office: Office) -> None:
         for of in statistics(adapter)
     ]
     assert [{key: of[key] for key in expected[0]} for of in found["modules"]] == expected
-    assert found["total"]["num_kept"] == adapter.num_kept
+    assert found["total"]["num_kept"] == adapter.nnz
     assert found["total"]["norm_delta"] > 0
 
 
@@ -222,20 +222,20 @@ def test_a_pinned_adapter_stays_resident_whatever_it_means(office: Office) -> No
     old = office.have("kept", 22)
     assert office.post("/adapters/kept/pin").json()["is_pinned"] is True
     residents = office.service.engine._engine.tiers.residents
-    assert residents.is_kept(old.config.lori.content_digest)
+    assert residents.is_pinned(old.config.lori.content_digest)
     for request in ("POST /adapters/kept/unload", "DELETE /adapters/kept"):
         error = refusal(office.client.request(*request.split()), 409)
         assert "unpin it first" in error["message"]
     new = office.have("kept", 23)
-    assert residents.is_kept(new.config.lori.content_digest)
-    assert not residents.is_kept(old.config.lori.content_digest)
+    assert residents.is_pinned(new.config.lori.content_digest)
+    assert not residents.is_pinned(old.config.lori.content_digest)
     row = office.row("kept")
     assert row
     assert row["is_pinned"] is True
     assert office.client.get(f"/adapters/kept@{old.version}").json()["is_pinned"] is False
     assert office.post("/adapters/kept/unpin").json()["is_pinned"] is False
     assert office.post("/adapters/kept/unpin").status_code == 200
-    assert residents.num_kept == 0
+    assert residents.num_pinned == 0
     assert office.client.delete("/adapters/kept").status_code == 200
 
 

@@ -216,7 +216,7 @@ def test_a_basis_that_nothing_was_prepared_for_is_told(office: Office) -> None:
 def test_an_adapter_with_an_a_of_its_own_is_told_how_it_moves(office: Office) -> None:
     adapter = AdapterStore(office.draft("own", 8).parent).find("own-8").load()
     tensors = {m: adapter.basis.draw(m, 4, adapter.shape_of(m)[1]) * 2 for m in adapter.modules}
-    basis = Explicit.of(tensors)
+    basis = Explicit.from_tensors(tensors)
     shapes = {m: (4, adapter.shape_of(m)[1]) for m in adapter.modules}
     section = adapter.config.lori.model_copy(update={"basis": basis_config(basis), "basis_digest": basis.digest(shapes)})
     config = adapter.config.model_copy(update={"lori": section})

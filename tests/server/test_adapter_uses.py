@@ -26,23 +26,23 @@ async def settle() -> None:
 
 
 def counts(uses: AdapterUses, term: AdapterTerm) -> tuple[int, int]:
-    use = uses.of(term.name, term.digest)
+    use = uses.get(term.name, term.digest)
     return use.num_using, use.num_requests
 
 
 def test_what_was_never_used_counts_nothing() -> None:
     uses = AdapterUses()
     assert counts(uses, MATH) == (0, 0)
-    assert uses.of("math", ONE).last_used is None
+    assert uses.get("math", ONE).last_used is None
 
 
 def test_requests_are_counted_by_name_and_content() -> None:
     async def test() -> None:
         uses = AdapterUses()
-        with uses.held([MATH, SAFETY]):
-            with uses.held([MATH]):
+        with uses.counted([MATH, SAFETY]):
+            with uses.counted([MATH]):
                 assert [counts(uses, term) for term in (MATH, OLD, SAFETY)] == [(2, 2), (0, 0), (1, 1)]
-            with uses.held([OLD]):
+            with uses.counted([OLD]):
                 assert [counts(uses, term) for term in (MATH, OLD, SAFETY)] == [(1, 2), (1, 1), (1, 1)]
         assert [counts(uses, term) for term in (MATH, OLD, SAFETY)] == [(0, 2), (0, 1), (0, 1)]
 
@@ -51,7 +51,7 @@ def test_requests_are_counted_by_name_and_content() -> None:
 
 def test_a_request_of_no_adapter_counts_nowhere() -> None:
     async def test() -> None:
-        with AdapterUses().held([]):
+        with AdapterUses().counted([]):
             pass
 
     run(test())
@@ -61,11 +61,11 @@ def test_the_last_use_is_when_a_request_began_or_ended(monkeypatch: pytest.Monke
     async def test() -> None:
         uses = AdapterUses()
         monkeypatch.setattr(time, "time", lambda: 100.0)
-        with uses.held([MATH]):
-            assert uses.of("math", ONE).last_used == 100.0
+        with uses.counted([MATH]):
+            assert uses.get("math", ONE).last_used == 100.0
             monkeypatch.setattr(time, "time", lambda: 250.0)
-            assert uses.of("math", ONE).last_used == 100.0
-        assert uses.of("math", ONE).last_used == 250.0
+            assert uses.get("math", ONE).last_used == 100.0
+        assert uses.get("math", ONE).last_used == 250.0
 
     run(test())
 
@@ -73,7 +73,7 @@ def test_the_last_use_is_when_a_request_began_or_ended(monkeypatch: pytest.Monke
 def test_a_request_that_fails_uses_it_no_more() -> None:
     async def test() -> None:
         uses = AdapterUses()
-        with pytest.raises(ValueError, match="out of luck"), uses.held([MATH]):
+        with pytest.raises(ValueError, match="out of luck"), uses.counted([MATH]):
             raise ValueError("out of luck")
         assert counts(uses, MATH) == (0, 1)
 
@@ -84,7 +84,7 @@ def test_what_nobody_uses_is_not_waited_for() -> None:
     async def test() -> None:
         uses = AdapterUses()
         await uses.unused("math", ONE)
-        with uses.held([MATH]), uses.held([SAFETY]):
+        with uses.counted([MATH]), uses.counted([SAFETY]):
             await uses.unused("math", TWO)
         await uses.unused("math", ONE)
 
@@ -95,9 +95,9 @@ def test_it_is_waited_for_until_the_last_request_has_ended() -> None:
     async def test() -> None:
         uses = AdapterUses()
         first, second = ExitStack(), ExitStack()
-        first.enter_context(uses.held([MATH]))
+        first.enter_context(uses.counted([MATH]))
         waiting = [asyncio.create_task(uses.unused("math", ONE)) for _ in range(2)]
-        second.enter_context(uses.held([MATH]))
+        second.enter_context(uses.counted([MATH]))
         first.close()
         await settle()
         assert not any(task.done() for task in waiting)
@@ -112,11 +112,11 @@ def test_a_request_that_comes_before_the_waiting_one_looks_is_waited_for_too() -
     async def test() -> None:
         uses = AdapterUses()
         first, second = ExitStack(), ExitStack()
-        first.enter_context(uses.held([MATH]))
+        first.enter_context(uses.counted([MATH]))
         waiting = asyncio.create_task(uses.unused("math", ONE))
         await settle()
         first.close()
-        second.enter_context(uses.held([MATH]))
+        second.enter_context(uses.counted([MATH]))
         await settle()
         assert not waiting.done()
         second.close()
@@ -128,13 +128,13 @@ def test_a_request_that_comes_before_the_waiting_one_looks_is_waited_for_too() -
 def test_what_is_forgotten_begins_anew() -> None:
     async def test() -> None:
         uses = AdapterUses()
-        with uses.held([MATH]), pytest.raises(AssertionError):
+        with uses.counted([MATH]), pytest.raises(AssertionError):
             uses.forget("math", ONE)
         assert counts(uses, MATH) == (0, 1)
         uses.forget("math", ONE)
         uses.forget("nobody", ONE)
         assert counts(uses, MATH) == (0, 0)
-        with uses.held([MATH]):
+        with uses.counted([MATH]):
             assert counts(uses, MATH) == (1, 1)
 
     run(test())

@@ -118,7 +118,7 @@ class Crowd:
 def check_nothing_is_left(office: Office) -> None:
     """No request, no slot, no memory: everything was freed."""
     office.wait_until_idle()
-    wait_until(lambda: not office.service.engine.places(), "all slots and memory to be free")
+    wait_until(lambda: not office.service.engine.tier_usage(), "all slots and memory to be free")
     families = text_string_to_metric_families(office.client.get("/metrics").text)
     values = {sample.name: sample.value for family in families for sample in family.samples}
     for name in ("lori:adapters_resident", "lori:adapters_loaded", "lori:adapters_resident_bytes", "lori:adapters_loaded_bytes"):
@@ -126,10 +126,10 @@ def check_nothing_is_left(office: Office) -> None:
     tiers = office.service.engine._engine.tiers
     tiers.check_integrity([])
     assert not tiers._dropped
-    assert not tiers._wanted
+    assert not tiers._waiters
     departures = office.service.admin._departures
-    assert not departures._leaving
-    assert not departures._doomed
+    assert not departures._withdrawn
+    assert not departures._deletions
     assert not office.service.uses._uses
     assert not office.service.registry._tables.by_digest
 
@@ -281,6 +281,6 @@ def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office,
         reply = office.client.request(*request.split())
         assert reply.status_code in (200, 202, 404), reply.text
     check_nothing_is_left(office)
-    assert office.service.engine._engine.tiers.residents.num_kept == 0
+    assert office.service.engine._engine.tiers.residents.num_pinned == 0
     office.have("x", 7)
     assert office.generate("x", prompt=PROMPTS[0], max_tokens=MAX_TOKENS)["text"] == expected[(versions[0].version,), PROMPTS[0]]

@@ -234,17 +234,17 @@ def test_more_adapters_than_can_be_resident_together_are_refused(tokenizer: PreT
 def test_what_adapters_keep_is_known_before_they_are_read(writer_model: Path, adapters: Path) -> None:
     rig = build(writer_model, adapters)
     kept = {name: sum(b.values.numel() for b in of.modules.values()) for name, of in rig.adapters.items()}
-    assert {name: of.summary.num_kept for name, of in rig.registry.by_name.items()} == kept
+    assert {name: of.summary.nnz for name, of in rig.registry.by_name.items()} == kept
 
 
 def test_adapters_for_which_there_is_no_memory_together_are_refused(
     tokenizer: PreTrainedTokenizerFast, registry: Registry
 ) -> None:
-    kept = {name: of.summary.num_kept for name, of in registry.by_name.items()}
+    kept = {name: of.summary.nnz for name, of in registry.by_name.items()}
     both = kept["math"] + kept["safety"]
-    exact = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_kept=both)
+    exact = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=both)
     assert len(exact.admit(Ask(prompt="x", adapters=("math", "safety"))).terms) == 2
-    small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_kept=both - 0.5)
+    small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=both - 0.5)
     error = refusal(small, Ask(prompt="x", adapters=("math", "safety")))
     assert error.field == "adapter"
     assert f"names 'math', 'safety', which keep {both} entries of B, expected at most {both - 1}" in str(error)
@@ -254,10 +254,10 @@ def test_adapters_for_which_there_is_no_memory_together_are_refused(
 
 
 def test_what_is_read_to_be_merged_fits_in_memory_or_is_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
-    both = sum(registry.by_name[name].summary.num_kept for name in ("math", "safety"))
+    both = sum(registry.by_name[name].summary.nnz for name in ("math", "safety"))
     ask = Ask(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0), merge=MergeOptions("ties"))
-    assert Admission(tokenizer, registry, CONTEXT, max_merged=both).admit(ask).residents
-    small = Admission(tokenizer, registry, CONTEXT, max_terms=2, max_merged=both - 1)
+    assert Admission(tokenizer, registry, CONTEXT, max_merge_nnz=both).admit(ask).residents
+    small = Admission(tokenizer, registry, CONTEXT, max_terms=2, max_merge_nnz=both - 1)
     error = refusal(small, ask)
     assert error.field == "adapter"
     assert f"names 'math', 'safety', which keep {both} entries of B, expected at most {both - 1} for 'ties'" in str(error)

@@ -152,14 +152,14 @@ def test_it_takes_places_among_the_adapters_that_can_be_resident(tokenizer: PreT
 
 
 def test_it_takes_memory_for_adapters(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
-    small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_kept=149)
+    small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=149)
     ask = replace(GUARDED, adapters=("math",))
     said = refusal(small, ask)
     assert "names 'math', 'guard', which keep 150 entries of B, expected at most 149" in said
     assert small.admit(replace(ask, policy=())).residents
     assert small.admit(replace(ask, weights=(0.0,))).residents == ((GUARD, 0.7),)
     assert len(small.admit(replace(ask, merge=TIES)).residents) == 2, "how many a merge keeps is not known before"
-    tiny = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_kept=49)
+    tiny = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=49)
     assert "names 'guard', which keeps 50 entries" in refusal(tiny, replace(ask, merge=TIES))
 
 

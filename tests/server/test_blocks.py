@@ -49,7 +49,7 @@ def test_a_shared_block_is_available_when_its_last_owner_has_left() -> None:
     pool = BlockPool(2)
     first = published(pool, b"a")
     second = list(first)
-    pool.share(second)
+    pool.acquire(second)
     pool.check_integrity([first, second])
     pool.release(first)
     assert pool.num_available == 1
@@ -64,7 +64,7 @@ def test_a_published_block_is_found_after_its_owner_has_left() -> None:
     assert pool.find(b"a") == block
     assert pool.find(b"b") is None
     assert pool.num_cached == 1
-    pool.share([block])
+    pool.acquire([block])
     assert pool.num_cached == 0
     pool.check_integrity([[block]])
 
@@ -97,7 +97,7 @@ def test_using_a_block_again_keeps_it_longer() -> None:
     (early,), (late,) = published(pool, b"a"), published(pool, b"b")
     pool.release([early])
     pool.release([late])
-    pool.share([early])
+    pool.acquire([early])
     pool.release([early])
     pool.allocate(1)
     assert [block is None for block in found(pool, b"a", b"b")] == [False, True]
@@ -135,7 +135,7 @@ def test_no_block_is_lost_and_none_is_given_to_two(seed: int) -> None:
                 if rng.random() < 0.7:
                     pool.publish(block, bytes([rng.randrange(30)]))
         elif kind < 0.7 and (block := pool.find(bytes([rng.randrange(30)]))) is not None:
-            pool.share([block])
+            pool.acquire([block])
             owners.append([block])
         elif owners:
             pool.release(owners.pop(rng.randrange(len(owners))))

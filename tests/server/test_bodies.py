@@ -17,7 +17,7 @@ from server.access.caller import Caller
 from server.schemas.errors import KINDS
 from server.service import Service
 from server.settings import MIB, Settings
-from server.transport.bodies import FREE_BYTES, PARSED_BYTES, Bodies, Held, client_of, most_held
+from server.transport.bodies import FREE_BYTES, PARSED_BYTES, Bodies, HeldBody, client_of, max_counted_bytes
 from server.transport.strict_json import MAX_VALUES
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, refusal, write_keys
@@ -42,7 +42,7 @@ def test_what_is_taken_is_bounded_for_each_client_and_in_sum() -> None:
         "bodies of 90 bytes are under way, and may have 100 (--max-bodies-mib); try again",
     )
     assert bodies.take("c", 10) is None
-    bodies.give_back("a", 50)
+    bodies.release("a", 50)
     assert bodies.take("c", 40) is None
     assert bodies.num_bytes == 90
 
@@ -55,7 +55,7 @@ def test_one_body_always_fits_a_client_s_share() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 40_000)), max_size=30))
 def test_what_is_given_back_is_what_was_taken(sizes: list[tuple[str, int]]) -> None:
     bodies = Bodies(100_000, 1000)
-    held = [(Held(bodies, client), size) for client, size in sizes]
+    held = [(HeldBody(bodies, client), size) for client, size in sizes]
     num_free = 0
     for body, size in held:
         if body.refusal(size) is None:
@@ -97,7 +97,7 @@ def test_the_flag_leaves_room_for_one_body() -> None:
 def test_a_client_may_always_hold_one_body_with_all_its_values(max_bodies_mib: int, max_body_bytes: int) -> None:
     """A list of 100,000 token ids was told to try again, for ever."""
     settings = Settings(max_bodies_mib=max_bodies_mib, max_body_bytes=max_body_bytes)
-    held = Held(Bodies(settings.max_bodies_mib * MIB, most_held(settings.max_body_bytes)), "tenant acme")
+    held = HeldBody(Bodies(settings.max_bodies_mib * MIB, max_counted_bytes(settings.max_body_bytes)), "tenant acme")
     assert held.grow(max_body_bytes) is None
     assert held.grow(PARSED_BYTES * min(max_body_bytes, MAX_VALUES)) is None
 

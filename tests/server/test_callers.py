@@ -118,7 +118,7 @@ def test_a_policy_of_an_adapter_that_is_not_there_stops_the_start(writer_model: 
     assert service.keys
     write_keys(tmp_path, "policy = { ghost = 1.0 }")
     for _ in range(2):
-        service.keys.look()
+        service.keys.poll()
     found = service.keys.find(ACME.encode())
     assert found
     assert found.policy == (("safety", 1.0),)

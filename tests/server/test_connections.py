@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from server.transport import sockets
-from server.transport.connections import MAX_LINGERING, PATIENCE_S, Waiting
+from server.transport.connections import MAX_LINGERING, PATIENCE_S, IdleConnections
 from server.transport.sockets import RESERVE, connection_room
 from tests.server.live import LIMIT_S, Live, start, wait_until
 
@@ -149,11 +149,11 @@ def test_the_one_that_has_waited_longest_is_closed_and_none_that_does_not_wait()
         FakeConnection(),
     ]
     connections: set[FakeConnection] = set()
-    waiting = Waiting(server_with(connections), lambda: clock[0])
+    waiting = IdleConnections(server_with(connections), lambda: clock[0])
     assert not waiting.close_longest()
     for connection in made:
         connections.add(connection)
-        waiting.look()
+        waiting.scan()
         clock[0] += PATIENCE_S
     first.cycle = SimpleNamespace(response_complete=False)  # it has sent a request since
     assert waiting.close_longest()
@@ -162,7 +162,7 @@ def test_the_one_that_has_waited_longest_is_closed_and_none_that_does_not_wait()
     assert new.is_shut
     assert not waiting.close_longest()
     assert not any(connection.is_shut for connection in (first, busy, coming, gone))
-    waiting.look()
+    waiting.scan()
     for connection in made:
         connection.close()
 
@@ -172,8 +172,8 @@ def test_of_those_that_one_look_saw_first_the_oldest_is_closed() -> None:
     made = [FakeConnection() for _ in range(16)]
     for ordinal, connection in enumerate(made):
         connection.ordinal = ordinal
-    waiting = Waiting(server_with(set(made)), lambda: clock[0])
-    waiting.look()
+    waiting = IdleConnections(server_with(set(made)), lambda: clock[0])
+    waiting.scan()
     clock[0] += PATIENCE_S
     for num_shut in range(1, len(made) + 1):
         assert waiting.close_longest()
@@ -184,8 +184,8 @@ def test_of_those_that_one_look_saw_first_the_oldest_is_closed() -> None:
 
 def test_a_connection_that_was_just_made_is_not_closed_for_another() -> None:
     connection = FakeConnection()
-    waiting = Waiting(server_with({connection}), lambda: 5.0)
-    waiting.look()
+    waiting = IdleConnections(server_with({connection}), lambda: 5.0)
+    waiting.scan()
     assert not waiting.close_longest()
     connection.close()
 

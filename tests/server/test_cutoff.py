@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Sampling
-from server.engine.sampling.sampler import uniforms
-from server.engine.sampling.top_p import NUM_GROUPS, Cutoff, cut, draw_few
+from server.engine.sampling.sampler import uniform_numbers
+from server.engine.sampling.top_p import NUM_GROUPS, Cutoff, apply_cutoffs, draw_candidates
 
 LEVELS = [0.0, 0.1, 0.35, 0.5, 0.77, 0.9, 1 - 2.0**-53]
 
@@ -36,11 +36,11 @@ def drawn(row: np.ndarray, ids: list[int], level: float) -> int:
 
 def check(row: np.ndarray, cutoff: Cutoff) -> None:
     ids = left(row, cutoff)
-    found = cut(torch.from_numpy(row)[None], [cutoff])[0].numpy()
+    found = apply_cutoffs(torch.from_numpy(row)[None], [cutoff])[0].numpy()
     expected = np.where(np.isin(np.arange(len(row)), ids), row, 0)
     assert np.array_equal(found, expected), (np.flatnonzero(found), ids)
     with_probability = [token for token in ids if row[token] > 0]
-    tokens = draw_few(np.tile(row, (len(LEVELS), 1)), [cutoff] * len(LEVELS), LEVELS)
+    tokens = draw_candidates(np.tile(row, (len(LEVELS), 1)), [cutoff] * len(LEVELS), LEVELS)
     assert tokens == [drawn(row, with_probability, level) for level in LEVELS]
 
 
@@ -77,8 +77,8 @@ def test_top_k_leaves_so_many_and_of_equals_the_first() -> None:
 def test_the_likeliest_always_stays(cutoff: Cutoff) -> None:
     row = np.full(3000, 1 / 3000, np.float32)
     row[[5, 9]] *= 2
-    assert draw_few(row[None], [cutoff], [0.99]) == [5]
-    assert np.flatnonzero(cut(torch.from_numpy(row)[None], [cutoff])[0]).tolist() == [5]
+    assert draw_candidates(row[None], [cutoff], [0.99]) == [5]
+    assert np.flatnonzero(apply_cutoffs(torch.from_numpy(row)[None], [cutoff])[0]).tolist() == [5]
 
 
 def test_min_p_of_one_leaves_all_that_are_likeliest() -> None:
@@ -101,24 +101,27 @@ def test_top_p_counts_within_top_k() -> None:
 def test_a_vocabulary_of_a_models_size_is_cut_alike(spread: float, top_p: float) -> None:
     """However flat the distribution: the few candidates must hold all that is left."""
     probabilities = (torch.randn(4, 49_152, generator=torch.Generator().manual_seed(3)) * spread).softmax(-1)
-    cutoffs, numbers = [Cutoff(top_p=top_p), Cutoff(3000, top_p), Cutoff(50, top_p), Cutoff(min_p=0.01)], uniforms(1, 0, 0, 4)
-    kept = cut(probabilities, cutoffs).numpy()
+    cutoffs, numbers = (
+        [Cutoff(top_p=top_p), Cutoff(3000, top_p), Cutoff(50, top_p), Cutoff(min_p=0.01)],
+        uniform_numbers(1, 0, 0, 4),
+    )
+    kept = apply_cutoffs(probabilities, cutoffs).numpy()
     expected = [drawn(row, np.flatnonzero(row).tolist(), number) for row, number in zip(kept, numbers, strict=True)]
-    assert draw_few(probabilities.numpy(), cutoffs, numbers) == expected
+    assert draw_candidates(probabilities.numpy(), cutoffs, numbers) == expected
 
 
 def test_a_row_without_numbers_gives_a_token() -> None:
     row = np.full((1, 1000), np.nan, np.float32)
     for cutoff in (Cutoff(top_k=5), Cutoff(top_p=0.5), Cutoff(min_p=0.1), Cutoff(900, 0.5, 0.1)):
-        assert 0 <= draw_few(row, [cutoff], [0.5])[0] < 1000
+        assert 0 <= draw_candidates(row, [cutoff], [0.5])[0] < 1000
 
 
 def test_a_request_that_asks_for_nothing_is_not_cut() -> None:
-    assert Cutoff.of(Sampling(temperature=1.0)).is_none
-    assert not Cutoff.of(Sampling(top_p=0.9)).is_none
-    assert Cutoff.of(Sampling(top_k=3, top_p=0.5, min_p=0.1)) == Cutoff(3, 0.5, 0.1)
+    assert Cutoff.from_sampling(Sampling(temperature=1.0)).is_none
+    assert not Cutoff.from_sampling(Sampling(top_p=0.9)).is_none
+    assert Cutoff.from_sampling(Sampling(top_k=3, top_p=0.5, min_p=0.1)) == Cutoff(3, 0.5, 0.1)
 
 
 def test_nothing_waits_for_the_device() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
-    assert cut(torch.empty(2, 300, device="meta"), [Cutoff(3, 0.9), Cutoff(min_p=0.1)]).shape == (2, 300)
+    assert apply_cutoffs(torch.empty(2, 300, device="meta"), [Cutoff(3, 0.9), Cutoff(min_p=0.1)]).shape == (2, 300)

@@ -15,11 +15,11 @@ def test_those_expire_whose_time_has_come_the_earliest_first() -> None:
     deadlines = Deadlines()
     late, early, never, middle = (added(deadlines, at) for at in (3.0, 1.0, None, 2.0))
     assert deadlines.earliest == 1.0
-    assert deadlines.expired(0.5) == []
-    assert deadlines.expired(2.0) == [early, middle]
-    assert deadlines.expired(2.0) == []
+    assert deadlines.pop_expired(0.5) == []
+    assert deadlines.pop_expired(2.0) == [early, middle]
+    assert deadlines.pop_expired(2.0) == []
     assert deadlines.earliest == 3.0
-    assert deadlines.expired(9.0) == [late]
+    assert deadlines.pop_expired(9.0) == [late]
     assert deadlines.earliest is None
     assert never.deadline is None
 
@@ -29,7 +29,7 @@ def test_who_has_ended_does_not_expire() -> None:
     first, second = added(deadlines, 1.0), added(deadlines, 2.0)
     deadlines.discard(first)
     assert deadlines.earliest == 2.0
-    assert deadlines.expired(9.0) == [second]
+    assert deadlines.pop_expired(9.0) == [second]
 
 
 def test_those_that_ended_long_before_their_time_are_not_kept() -> None:
@@ -38,4 +38,4 @@ def test_those_that_ended_long_before_their_time_are_not_kept() -> None:
     for _ in range(1000):
         deadlines.discard(added(deadlines, 1000.0))
     assert len(deadlines._heap) <= MIN_COMPACT + 3
-    assert deadlines.expired(2000.0) == [kept]
+    assert deadlines.pop_expired(2000.0) == [kept]

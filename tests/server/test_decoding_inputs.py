@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from server.engine.model.cuda_graphs import MIN_STRIDE, TERMS, DecodingInputs, Terms, sizes_up_to
+from server.engine.model.cuda_graphs import MIN_STRIDE, TERMS, DecodingInputs, Terms, graph_sizes
 from server.engine.model.decoder import Span
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def make(max_rows: int = 9, max_blocks: int = 40, block_size: int = 4) -> Decodi
 
 def blocks_of(inputs: DecodingInputs, size: int, row: int, block_size: int = 4) -> list[int]:
     """Returns the blocks that a row's keys lie in, as a kernel finds them."""
-    of = inputs.decoding(size)
+    of = inputs.decode_keys(size)
     start, num_keys = int(of.starts[row]), int(of.lengths[row])
     return of.table[start : start + -(-num_keys // block_size)].tolist()
 
@@ -31,8 +31,8 @@ def blocks_of(inputs: DecodingInputs, size: int, row: int, block_size: int = 4) 
     ],
 )  # fmt: skip
 def test_sizes(most: int, sizes: list[int]) -> None:
-    assert sizes_up_to(most) == sizes
-    many = sizes_up_to(1000)
+    assert graph_sizes(most) == sizes
+    many = graph_sizes(1000)
     assert many[-1] >= 1000
     assert len(many) < 30
     assert all(next(size for size in many if size >= rows) <= rows * 1.25 + 8 for rows in range(1, 1001))
@@ -57,7 +57,7 @@ def test_rows_are_those_of_the_step_and_the_others_see_one_key_of_the_spare_bloc
     ids, positions = inputs.tokens(4)
     assert ids.tolist() == [11, 12, 13, 0]
     assert positions.tolist() == [6, 0, 8, 0]
-    decoding, route = inputs.decoding(4), inputs.route(4)
+    decoding, route = inputs.decode_keys(4), inputs.route(4)
     assert decoding.write.tolist() == [8 * 4 + 2, 5 * 4, 4 * 4, SPARE * 4]
     assert decoding.lengths.tolist() == [7, 1, 9, 1]
     assert [blocks_of(inputs, 4, row) for row in range(4)] == [[3, 8], [5], [1, 2, 4], [SPARE]]
@@ -69,9 +69,9 @@ def test_rows_are_those_of_the_step_and_the_others_see_one_key_of_the_spare_bloc
 def test_all_is_at_the_same_places_in_every_step() -> None:
     inputs = make()
     inputs.fill(4, [1], [Span(0, 1, 0, [1])], [()])
-    first, route = inputs.decoding(4), inputs.route(4)
+    first, route = inputs.decode_keys(4), inputs.route(4)
     inputs.fill(4, [1], [Span(0, 1, 150, [*range(38)])], [[(1, 2.0)]])
-    then, route_then = inputs.decoding(4), inputs.route(4)
+    then, route_then = inputs.decode_keys(4), inputs.route(4)
     for name in ("starts", "lengths", "table"):
         assert getattr(first, name).data_ptr() == getattr(then, name).data_ptr()
         assert getattr(first, name).data_ptr() % 16 == 0
@@ -103,7 +103,7 @@ def test_whatever_the_steps_before_left_a_step_is_right(seed: int) -> None:
         inputs.fill(size, [*range(len(chosen))], spans, terms)
         assert [blocks_of(inputs, size, row) for row in range(size)] == chosen + [[SPARE]] * (size - len(chosen))
         assert [of for _, _, of in inputs.route(size).spans] == terms + [[]] * (size - len(chosen))
-        assert inputs.decoding(size).write.tolist()[: len(chosen)] == [
+        assert inputs.decode_keys(size).write.tolist()[: len(chosen)] == [
             blocks[span.position // 4] * 4 + span.position % 4 for blocks, span in zip(chosen, spans, strict=True)
         ]
 
@@ -111,8 +111,8 @@ def test_whatever_the_steps_before_left_a_step_is_right(seed: int) -> None:
 def test_what_is_copied_is_what_the_longest_row_needs() -> None:
     inputs = make(max_blocks=1000)
     inputs.fill(1, [1], [Span(0, 1, 0, [1])], [()])
-    assert inputs.decoding(1).starts.tolist() == [0]
+    assert inputs.decode_keys(1).starts.tolist() == [0]
     inputs.fill(2, [1, 1], [Span(0, 1, 0, [1]), Span(1, 1, 0, [1])], [(), ()])
-    assert inputs.decoding(2).starts.tolist() == [0, MIN_STRIDE]
+    assert inputs.decode_keys(2).starts.tolist() == [0, MIN_STRIDE]
     inputs.fill(2, [1, 1], [Span(0, 1, 0, [1]), Span(1, 1, 0, [1] * 999)], [(), ()])
-    assert inputs.decoding(2).starts.tolist() == [0, 1024]
+    assert inputs.decode_keys(2).starts.tolist() == [0, 1024]

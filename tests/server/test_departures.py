@@ -7,7 +7,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from server.catalog.departures import Departures, Turns
+from server.catalog.departures import Departures, NameLocks
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registered, Registry
 from server.engine.request import AdapterTerm
@@ -43,13 +43,13 @@ class Desk:
     """Departures, and all that they touch. What is removed is written down."""
 
     def __init__(self, *adapters: Registered, grace_s: float = 0) -> None:
-        self.registry, self.uses, self.engine, self.turns = Registry(adapters), AdapterUses(), FakeEngine(), Turns()
+        self.registry, self.uses, self.engine, self.locks = Registry(adapters), AdapterUses(), FakeEngine(), NameLocks()
         self.removed: list[str] = []
         self.withdrawn: list[str] = []
         self.fault: Exception | None = None
         self.can_withdraw = True
         thread = cast(EngineThread, self.engine)
-        self.departures = Departures(self.registry, self.uses, thread, self.turns, self, grace_s)
+        self.departures = Departures(self.registry, self.uses, thread, self.locks, self, grace_s)
         self.requests: dict[str, ExitStack] = {}
 
     def withdraw(self, references: Sequence[str], versions: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ class Desk:
     def use(self, request: str, adapter: Registered) -> None:
         """Lets a request begin that uses an adapter."""
         held = self.requests[request] = ExitStack()
-        held.enter_context(self.uses.held([AdapterTerm(adapter.summary.name, adapter.summary.digest, 1.0)]))
+        held.enter_context(self.uses.counted([AdapterTerm(adapter.summary.name, adapter.summary.digest, 1.0)]))
 
     async def end(self, request: str) -> None:
         self.requests.pop(request).close()
@@ -119,7 +119,7 @@ def test_what_comes_back_stays() -> None:
             desk.use("one", OLD)
             await desk.departures.begin(desk.registry.withdraw("math"))
             desk.registry.put(OLD)
-            desk.departures.take_back(OLD)
+            desk.departures.restore(OLD)
             await desk.end("one")
             assert desk.engine.dropped == []
             assert desk.registry.has("math", OLD.summary.digest)
@@ -170,7 +170,7 @@ def test_files_stay_for_the_requests_of_others_though_nobody_finds_them() -> Non
             await desk.end("one")
             assert desk.engine.dropped == ["1"]
             assert desk.removed == []
-            assert desk.departures.is_doomed(OLD)
+            assert desk.departures.is_being_deleted(OLD)
         assert desk.removed == ["math"], "nothing is left when the server ends"
 
     run(test)
@@ -193,7 +193,7 @@ def test_what_comes_back_in_that_time_keeps_its_files() -> None:
         async with Desk(OLD, grace_s=3600).open() as desk:
             await desk.departures.begin(desk.registry.withdraw("math"))
             await desk.departures.delete("math", [OLD.summary.version, NEW.summary.version], is_whole=True)
-            desk.departures.take_back(OLD)
+            desk.departures.restore(OLD)
         assert desk.removed == [f"math@{NEW.summary.version}"]
 
     run(test)
@@ -205,7 +205,7 @@ def test_what_cannot_be_withdrawn_is_not_about_to_go() -> None:
             desk.fault, desk.can_withdraw = StoreError("no answer"), False
             with pytest.raises(StoreError):
                 await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
-            assert not desk.departures.is_doomed(OLD)
+            assert not desk.departures.is_being_deleted(OLD)
         assert desk.removed == []
 
     run(test)
@@ -217,14 +217,14 @@ def test_files_are_there_as_long_as_a_request_reads_them() -> None:
             desk.use("one", OLD)
             await desk.departures.begin(desk.registry.withdraw("math"))
             await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
-            assert desk.departures.is_doomed(OLD)
+            assert desk.departures.is_being_deleted(OLD)
             await anyio.wait_all_tasks_blocked()
             assert desk.removed == []
             desk.requests.pop("one").close()
             while not desk.removed:
                 await anyio.sleep(0.001)
             assert desk.removed == ["math"]
-            assert not desk.departures.is_doomed(OLD)
+            assert not desk.departures.is_being_deleted(OLD)
 
     run(test)
 
@@ -252,7 +252,7 @@ def test_what_is_published_meanwhile_stays() -> None:
             await desk.departures.begin(desk.registry.withdraw("math"))
             await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
             desk.registry.put(NEW)
-            desk.departures.take_back(NEW)
+            desk.departures.restore(NEW)
             desk.requests.pop("one").close()
             while not desk.removed:
                 await anyio.sleep(0.001)
@@ -268,8 +268,8 @@ def test_the_same_that_is_published_meanwhile_stays() -> None:
             await desk.departures.begin(desk.registry.withdraw("math"))
             await desk.departures.delete("math", [OLD.summary.version], is_whole=True)
             desk.registry.put(OLD)
-            desk.departures.take_back(OLD)
-            assert not desk.departures.is_doomed(OLD)
+            desk.departures.restore(OLD)
+            assert not desk.departures.is_being_deleted(OLD)
             await desk.end("one")
         assert desk.removed == []
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.sampling.sampler import WIDTH, draw, uniforms
+from server.engine.sampling.sampler import WIDTH, draw, uniform_numbers
 
 HIGHEST = 1 - 2.0**-53
 
@@ -21,7 +21,7 @@ def levels(*values: float) -> torch.Tensor:
 @pytest.mark.parametrize("spread", [0.0, 3.0, 30.0])
 def test_the_token_is_where_the_cdf_passes_the_level(size: int, spread: float) -> None:
     rows = probabilities(40, size, spread)
-    numbers = uniforms(1, 0, 0, 40)
+    numbers = uniform_numbers(1, 0, 0, 40)
     mass = rows.numpy().astype(np.float64).cumsum(-1)
     for token, level, until in zip(draw(rows, levels(*numbers)).tolist(), numbers, mass, strict=True):
         target, rounding = level * until[-1], 1e-6
@@ -31,7 +31,7 @@ def test_the_token_is_where_the_cdf_passes_the_level(size: int, spread: float) -
 
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
 def test_the_probabilities_need_not_sum_to_one(scale: float) -> None:
-    rows, numbers = probabilities(20, 300), levels(*uniforms(2, 0, 0, 20))
+    rows, numbers = probabilities(20, 300), levels(*uniform_numbers(2, 0, 0, 20))
     assert draw(rows * scale, numbers).tolist() == draw(rows, numbers).tolist()
 
 
@@ -55,7 +55,7 @@ def test_the_last_level_draws_a_token_that_has_a_probability() -> None:
 def test_draws_are_distributed_as_the_probabilities_say(temperature: float) -> None:
     count = 4000
     row = (torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -3.0, 1.5, -30.0]) / temperature).softmax(-1)
-    numbers = [uniforms(seed, 0, 0, 1)[0] for seed in range(count)]
+    numbers = [uniform_numbers(seed, 0, 0, 1)[0] for seed in range(count)]
     found = torch.bincount(draw(row.expand(count, -1), levels(*numbers)), minlength=8)
     expected = row.double() * count
     spread = (expected * (1 - expected / count)).sqrt()
@@ -63,7 +63,7 @@ def test_draws_are_distributed_as_the_probabilities_say(temperature: float) -> N
 
 
 def test_a_row_without_numbers_gives_a_token_and_leaves_the_others_alone() -> None:
-    rows, numbers = probabilities(5, 300), levels(*uniforms(3, 0, 0, 5))
+    rows, numbers = probabilities(5, 300), levels(*uniform_numbers(3, 0, 0, 5))
     expected = draw(rows, numbers).tolist()
     rows[2] = torch.nan
     found = draw(rows, numbers).tolist()

@@ -145,7 +145,7 @@ def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num
     ask = Ask(prompt=FOX, max_tokens=12)
     (expected,) = run(rig, ask)
     request = rig.admission.admit(Ask(prompt=FOX * 2, max_tokens=12, sampling=WARM, num_choices=3))
-    runner = rig.engine._turn.runner
+    runner = rig.engine._executor.runner
     WatchedRunner(rig, lambda chunk: ValueError("no good") if is_it(chunk.sequence) else None)
 
     def is_it(sequence: object) -> bool:
@@ -153,7 +153,7 @@ def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num
 
     heard, other = rig.submit_choices(request), rig.ask(ask)
     rig.finish()
-    rig.engine._turn.runner = runner
+    rig.engine._executor.runner = runner
     for one in heard:
         assert isinstance(one.events[-1], ErrorEvent)
         assert "no good" in one.events[-1].message
@@ -163,11 +163,11 @@ def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num
 
 
 def test_an_overflow_in_one_choice_is_told_once(rig: Rig) -> None:
-    runner = rig.engine._turn.runner
+    runner = rig.engine._executor.runner
     heard = rig.submit_choices(rig.admission.admit(Ask(prompt=FOX, max_tokens=12, sampling=WARM, num_choices=3)))
     WatchedRunner(rig, overflows=lambda chunk: chunk.sequence is heard[1].sequence and len(heard[1].tokens) == 3)
     rig.finish()
-    rig.engine._turn.runner = runner
+    rig.engine._executor.runner = runner
     for one in heard:
         assert isinstance(one.events[-1], ErrorEvent)
         assert "overflow" in one.events[-1].message

@@ -176,7 +176,7 @@ def test_a_step_that_is_tried_again_follows_it_once(rig: Rig) -> None:
     """What one request's data breaks is tried alone, after the masks were found for all."""
     asks = [Ask(prompt=FOX, max_tokens=30, grammar=WORDS, sampling=WARM, seed=seed) for seed in range(3)]
     expected = [heard.tokens for heard in rig.run(asks)]
-    picked = rig.engine._turn._sampler.pick
+    picked = rig.engine._executor._sampler.sample
     num_calls = 0
 
     def pick(*args: Any) -> Any:
@@ -188,7 +188,7 @@ def test_a_step_that_is_tried_again_follows_it_once(rig: Rig) -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rig.engine._turn._sampler, "pick", pick)
+        patch.setattr(rig.engine._executor._sampler, "sample", pick)
         found = rig.run(asks)
     assert num_calls > 10
     assert [heard.tokens for heard in found] == expected
@@ -243,11 +243,11 @@ def test_a_request_that_forbids_what_its_grammar_asks_for_is_told(rig: Rig) -> N
 
 
 def test_numbers_that_overflow_are_not_the_grammar_s_fault(rig: Rig) -> None:
-    runner = rig.engine._turn.runner
+    runner = rig.engine._executor.runner
     heard = rig.ask(Ask(prompt=FOX, max_tokens=9, grammar=HEX))
     WatchedRunner(rig, overflows=lambda _: len(heard.tokens) == 3)
     rig.finish()
-    rig.engine._turn.runner = runner
+    rig.engine._executor.runner = runner
     assert heard.events[-1] == ErrorEvent("the model's numbers overflow under these adapters and weights", "engine")
 
 

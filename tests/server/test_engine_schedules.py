@@ -216,9 +216,9 @@ class Run:
         assert not engine._replies
         assert not engine._by_id
         assert not engine.scheduler.has_work
-        assert engine.scheduler.cache.num_available == engine.scheduler.cache.num_blocks
-        assert engine.tiers.residents.num_pinned == 0
-        assert not engine.tiers._wanted
+        assert engine.scheduler.kv_cache.num_available == engine.scheduler.kv_cache.num_blocks
+        assert engine.tiers.residents.num_in_use == 0
+        assert not engine.tiers._waiters
         assert not engine.tiers._failed
         assert engine.tiers.num_loaded_bytes <= self.of.max_loaded_bytes
         assert engine.time_left() is None

@@ -46,7 +46,7 @@ def test_who_gives_up_its_blocks_for_others_says_the_same(
     assert tight.scheduler.num_preemptions > 2, "or nothing is shown"
     assert sum(heard.sequence.num_preemptions > 0 for heard in found) > 1
     assert_same(found, roomy.run(MANY))
-    assert not tight.engine.tiers.residents.num_pinned
+    assert not tight.engine.tiers.residents.num_in_use
 
 
 def test_choices_that_give_up_their_blocks_say_the_same(writer_model: Path, adapters: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from server.engine.request import Sequence
-from server.engine.scheduling.fair_queue import MAX_DEBTS, Contest, FairQueue, Share
+from server.engine.scheduling.fair_queue import MAX_REMEMBERED, FairQueue, Flow, VirtualTokenQueue
 from tests.server.plans import request
 
 
@@ -19,8 +19,8 @@ def taken(of: FairQueue, num_tokens: int = 0) -> Sequence:
     """Lets the first run and serves it."""
     sequence = of.first()
     assert sequence is not None
-    of.take(sequence)
-    of.serve(sequence, num_tokens)
+    of.start(sequence)
+    of.charge(sequence, num_tokens)
     return sequence
 
 
@@ -87,7 +87,7 @@ def test_the_weights_of_a_merge_make_no_flow_of_its_own() -> None:
     other = added(queue, adapter="c")
     taken(queue, 10)
     assert taken(queue, 10) is other
-    assert queue.tokens_served() == {("", ("a", "b")): 10, ("", ("c",)): 10}
+    assert queue.tokens_charged() == {("", ("a", "b")): 10, ("", ("c",)): 10}
 
 
 def test_idleness_earns_no_credit() -> None:
@@ -128,7 +128,7 @@ def test_a_debt_is_not_shaken_off_by_being_idle() -> None:
         added(queue, tenant="steady")
     burst = added(queue, tenant="burst")
     tenants(queue, 2, 10)
-    queue.serve(burst, 190)
+    queue.charge(burst, 190)
     queue.remove(burst)
     for _ in range(30):
         added(queue, tenant="burst")
@@ -141,22 +141,22 @@ def test_what_is_idle_is_forgotten() -> None:
         added(queue, tenant=f"t{number}", adapter=f"a{number}", priority=number % 3)
         queue.remove(taken(queue, 10))
     assert not queue._levels
-    assert not queue._places
+    assert not queue._placements
 
 
 def test_debts_and_what_has_ceased_to_wait_take_bounded_memory() -> None:
-    contest: Contest[Share] = Contest()
-    steady = contest.member("steady", Share)
+    contest: VirtualTokenQueue[Flow] = VirtualTokenQueue()
+    steady = contest.get_or_add("steady", Flow)
     contest.add_waiting(steady)
     for number in range(3000):
-        share = contest.member(number % 1500, Share)
-        share.serve(1000)
+        share = contest.get_or_add(number % 1500, Flow)
+        share.charge(1000)
         contest.add_waiting(share)
         contest.remove_waiting(share)
         contest.drop_idle(number % 1500)
-    assert len(contest._debts) <= MAX_DEBTS
+    assert len(contest._remembered_counters) <= MAX_REMEMBERED
     assert len(contest._heap) <= 32
-    assert list(contest.members) == ["steady"]
+    assert list(contest.active) == ["steady"]
     assert contest.first() is steady
 
 
@@ -164,8 +164,8 @@ def test_who_is_put_back_is_before_all_others_of_its_flow() -> None:
     queue = FairQueue()
     sequences = [added(queue) for _ in range(4)]
     first, second = taken(queue), taken(queue)
-    queue.put_back(second)
-    queue.put_back(first)
+    queue.requeue(second)
+    queue.requeue(first)
     assert [taken(queue) for _ in range(4)] == sequences
 
 
@@ -176,11 +176,11 @@ def test_a_flow_that_is_passed_over_holds_up_no_other() -> None:
     other = added(queue, tenant="other")
     low = added(queue, priority=1)
     assert queue.first() is cold[0]
-    queue.pass_over(cold[0])
+    queue.skip(cold[0])
     assert {taken(queue, 5), taken(queue, 5)} == {warm, other}
     assert taken(queue) is low
     assert queue.first() is None
-    queue.bring_back()
+    queue.unskip_all()
     assert [taken(queue), taken(queue)] == cold
     queue.check_integrity(set(), {*cold, warm, other, low})
 
@@ -190,10 +190,10 @@ def test_tokens_are_told_of_active_flows() -> None:
     one, two = added(queue, tenant="t", adapter="a"), added(queue, tenant="t", adapter="b")
     taken(queue, 5)
     taken(queue, 7)
-    assert queue.tokens_served() == {("t", ("a",)): 5, ("t", ("b",)): 7}
+    assert queue.tokens_charged() == {("t", ("a",)): 5, ("t", ("b",)): 7}
     queue.remove(one)
-    queue.serve(two, 1)
-    assert queue.tokens_served() == {("t", ("b",)): 8}
+    queue.charge(two, 1)
+    assert queue.tokens_charged() == {("t", ("b",)): 8}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -211,33 +211,33 @@ def test_the_order_is_that_of_the_counters(seed: int) -> None:
             passed = []
             for _ in range(rng.randint(0, 2)):
                 if (sequence := queue.first()) is not None:
-                    queue.pass_over(sequence)
-                    passed.append(queue._places[sequence].flow)
+                    queue.skip(sequence)
+                    passed.append(queue._placements[sequence].flow)
             if (sequence := queue.first()) is not None:
-                open_places = [p for s in waiting if (p := queue._places[s]).flow not in passed]
-                least = min(s.request.priority for s in waiting if queue._places[s].flow not in passed)
+                open_places = [p for s in waiting if (p := queue._placements[s]).flow not in passed]
+                least = min(s.request.priority for s in waiting if queue._placements[s].flow not in passed)
                 level = queue._levels[least]
                 open_places = [p for p in open_places if p.level is level]
-                tenant = queue._places[sequence].tenant
+                tenant = queue._placements[sequence].tenant
                 assert sequence.request.priority == least
                 assert tenant.counter == min(p.tenant.counter for p in open_places)
                 flows = [p.flow for p in open_places if p.tenant is tenant]
-                assert queue._places[sequence].flow.counter == min(flow.counter for flow in flows)
-                queue.take(sequence)
-                queue.serve(sequence, rng.randint(1, 50))
+                assert queue._placements[sequence].flow.counter == min(flow.counter for flow in flows)
+                queue.start(sequence)
+                queue.charge(sequence, rng.randint(1, 50))
                 waiting.remove(sequence)
                 running.add(sequence)
-            queue.bring_back()
+            queue.unskip_all()
         elif kind < 0.8 and running:
             sequence = rng.choice(sorted(running, key=id))
             running.remove(sequence)
             waiting.add(sequence)
-            queue.put_back(sequence)
+            queue.requeue(sequence)
         elif both := sorted(waiting | running, key=id):
             sequence = rng.choice(both)
             queue.remove(sequence)
             waiting.discard(sequence)
             running.discard(sequence)
         for sequence in running:
-            queue.serve(sequence, 1)
+            queue.charge(sequence, 1)
         queue.check_integrity(waiting, running)

@@ -314,7 +314,7 @@ def test_a_missing_basis_is_a_fault_of_its_adapters_alone(writer: BaseModel, tmp
     write_adapter(tmp_path / "store" / "calm", writer, seed=1)
     calm = load_adapter(tmp_path / "store" / "calm")
     a = {name: calm.basis.draw(name, b.shape[1], writer.identity.shapes[name][1]) for name, b in calm.modules.items()}
-    basis = Explicit.of(a)
+    basis = Explicit.from_tensors(a)
     section = calm.config.lori.model_copy(update={"basis": basis_config(basis)})
     save_adapter(replace(calm, config=calm.config.model_copy(update={"lori": section}), basis=basis), tmp_path / "store" / "own")
     service = load_service(Settings(model=str(writer_model), adapters=str(tmp_path / "store"), dtype="float32"))
@@ -336,14 +336,14 @@ def test_a_policy_that_names_a_damaged_adapter_stops_the_start_and_a_reload(
     service = load_service(settings)
     assert isinstance(service.keys, KeyRing)
     write_keys(tmp_path, "policy = { torn = 0.25 }")
-    service.keys.look()
-    service.keys.look()  # the second finds the same, and takes it
+    service.keys.poll()
+    service.keys.poll()  # the second finds the same, and takes it
     assert "THE KEYS FROM BEFORE STAY" in caplog.text
     assert dict(service.keys.keys.tenants["acme"].policy) == {"calm": 0.5}
 
 
 def test_of_many_long_faults_some_are_told_and_none_forges_a_line() -> None:
-    told = Faulty.of("a\nb", "", [f"{number}\n\x1b[2J{'x' * 999}" for number in range(99)])
+    told = Faulty.from_faults("a\nb", "", [f"{number}\n\x1b[2J{'x' * 999}" for number in range(99)])
     assert told.reference == r"a\nb"
     assert len(told.faults) == MAX_SHOWN + 1
     assert told.faults[-1] == f"and {99 - MAX_SHOWN} more"

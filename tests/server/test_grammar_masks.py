@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.sampling.grammars import GrammarMasks, _confined_there, words
+from server.engine.sampling.grammars import GrammarMasks, _masked_on_device, bitmask
 
 
 def logits(num_rows: int, size: int) -> torch.Tensor:
@@ -23,32 +23,32 @@ cases = st.integers(1, 70).flatmap(
 def test_all_but_the_allowed_tokens_are_forbidden_and_then_all_is_as_it_was(cases: list[tuple[int, dict[int, set[int]]]]) -> None:
     masks = GrammarMasks()
     for size, tokens in cases:
-        allowed = {row: words(some, size) for row, some in tokens.items()}
+        allowed = {row: bitmask(some, size) for row, some in tokens.items()}
         rows = logits(5, size)
         before, expected = rows.clone(), rows.clone()
         for row, some in tokens.items():
             expected[row, [token for token in range(size) if token not in some]] = -torch.inf
-        with masks.confined(rows, allowed):
+        with masks.masked(rows, allowed):
             assert torch.equal(rows, expected)
         assert torch.equal(rows, before)
         if allowed:
-            with _confined_there(rows, allowed):
+            with _masked_on_device(rows, allowed):
                 assert torch.equal(rows, expected)
             assert torch.equal(rows, before)
 
 
 def test_a_tokenizer_may_have_more_tokens_than_the_model_logits() -> None:
     rows = logits(1, 40)
-    for confined in (GrammarMasks().confined, _confined_there):
-        with confined(rows, {0: words([3, 39, 90], 100)}):
+    for masked in (GrammarMasks().masked, _masked_on_device):
+        with masked(rows, {0: bitmask([3, 39, 90], 100)}):
             assert rows.isfinite().nonzero().tolist() == [[0, 3], [0, 39]]
 
 
 def test_the_logits_are_put_back_after_an_error_too() -> None:
     rows = logits(2, 40)
     before = rows.clone()
-    for confined in (GrammarMasks().confined, _confined_there):
-        with pytest.raises(ZeroDivisionError), confined(rows, {1: words([3], 40)}):
+    for masked in (GrammarMasks().masked, _masked_on_device):
+        with pytest.raises(ZeroDivisionError), masked(rows, {1: bitmask([3], 40)}):
             raise ZeroDivisionError
         assert torch.equal(rows, before)
 
@@ -56,8 +56,8 @@ def test_the_logits_are_put_back_after_an_error_too() -> None:
 def test_numbers_that_are_none_are_put_back_as_they_were() -> None:
     rows = logits(1, 40)
     rows[0, 3], rows[0, 4], rows[0, 5] = torch.nan, torch.inf, -torch.inf
-    for confined in (GrammarMasks().confined, _confined_there):
-        with confined(rows, {0: words([3, 4, 6], 40)}):
+    for masked in (GrammarMasks().masked, _masked_on_device):
+        with masked(rows, {0: bitmask([3, 4, 6], 40)}):
             assert rows[0, 4:7].isinf().tolist() == [True, True, False]
         assert rows[0, 3].isnan()
         assert rows[0, 4:6].tolist() == [np.inf, -np.inf]
@@ -65,14 +65,14 @@ def test_numbers_that_are_none_are_put_back_as_they_were() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
-    with GrammarMasks().confined(torch.empty(2, 40, device="meta"), {1: words([1], 40)}):
+    with GrammarMasks().masked(torch.empty(2, 40, device="meta"), {1: bitmask([1], 40)}):
         pass
 
 
 @pytest.mark.gpu
 def test_a_gpu_forbids_what_a_cpu_does() -> None:
-    rows, allowed = logits(3, 1000), {2: words(range(0, 1000, 3), 1000), 0: words([999], 1000)}
+    rows, allowed = logits(3, 1000), {2: bitmask(range(0, 1000, 3), 1000), 0: bitmask([999], 1000)}
     there = rows.cuda()
-    with GrammarMasks().confined(rows, allowed), GrammarMasks().confined(there, allowed):
+    with GrammarMasks().masked(rows, allowed), GrammarMasks().masked(there, allowed):
         assert torch.equal(there.cpu(), rows)
     assert torch.equal(there.cpu(), rows)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.template import encode
 from server.engine.grammar import Grammar
 from server.engine.sampling import grammars as grammar_module
-from server.engine.sampling.grammars import Grammars, GrammarState, words
+from server.engine.sampling.grammars import Grammars, GrammarState, bitmask
 from tests.server.rig import EOS
 
 SIZE = EOS + 1
@@ -24,7 +24,7 @@ def grammars(tokenizer: PreTrainedTokenizerFast) -> Grammars:
     return Grammars(tokenizer.backend_tokenizer, SIZE, [EOS])
 
 
-def tokens(packed: grammar_module.Words) -> list[int]:
+def tokens(packed: grammar_module.Bitmask) -> list[int]:
     return np.flatnonzero(np.unpackbits(packed.view(np.uint8), bitorder="little")).tolist()
 
 
@@ -38,8 +38,8 @@ def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def test_words_are_the_bits_of_the_tokens() -> None:
-    assert tokens(words([0, 31, 32, 70], 70)) == [0, 31, 32]
-    assert words([], 33).shape == (2,)
+    assert tokens(bitmask([0, 31, 32, 70], 70)) == [0, 31, 32]
+    assert bitmask([], 33).shape == (2,)
 
 
 def test_a_stop_token_is_allowed_where_the_grammar_may_end_and_alone_where_it_must(
@@ -139,7 +139,7 @@ def test_who_takes_long_for_its_masks_again_and_again_is_ended(
 ) -> None:
     matcher = SlowMatcher(seconds)
     monkeypatch.setattr(grammar_module.time, "thread_time", lambda: matcher.now)
-    state = GrammarState(cast(LLMatcher, matcher), words([EOS], SIZE))
+    state = GrammarState(cast(LLMatcher, matcher), bitmask([EOS], SIZE))
     for length in range(400):
         state.follow([0] * length)
         state.follow([0] * length)  # a step that is tried again computes nothing

@@ -100,7 +100,7 @@ def test_one_that_ends_with_its_time_is_no_fault_of_the_next(trials: GrammarTria
 
 def test_slow_grammars_have_a_process_of_their_own(grammars: Grammars) -> None:
     assert grammars.check_quickly(Grammar("regex", "own"))
-    with grammars._slow._turn:  # as while one is tried
+    with grammars._slow._lock:  # as while one is tried
         assert grammars.check_quickly(Grammar("regex", "another"))
 
 
@@ -115,18 +115,18 @@ def test_a_grammar_is_tried_once(grammars: Grammars, monkeypatch: pytest.MonkeyP
 
 
 def test_those_that_were_used_last_are_kept(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammars_module, "MAX_KEPT", 3)
-    monkeypatch.setattr(grammars_module, "MAX_KEPT_CHARACTERS", 20)
+    monkeypatch.setattr(grammars_module, "MAX_COMPILED", 3)
+    monkeypatch.setattr(grammars_module, "MAX_COMPILED_CHARACTERS", 20)
     grammars = Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
     for text in ("a", "b", "c"):
         grammars.check(Grammar("regex", text))
     grammars.start(Grammar("regex", "a"))
     grammars.check(Grammar("regex", "d"))
-    assert [one.text for one in grammars._kept] == ["c", "a", "d"]
+    assert [one.text for one in grammars._compiled] == ["c", "a", "d"]
     grammars.check(Grammar("regex", "e" * 19))
-    assert [one.text for one in grammars._kept] == ["d", "e" * 19]
+    assert [one.text for one in grammars._compiled] == ["d", "e" * 19]
     grammars.check(Grammar("regex", "f" * 21))
-    assert not grammars._kept
+    assert not grammars._compiled
     state = grammars.start(Grammar("regex", "f" * 21))  # compiled again
     state.follow([])
     assert state.allowed.any()

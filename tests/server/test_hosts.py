@@ -48,7 +48,7 @@ def test_other_names_do_not(host: str) -> None:
 
 
 def test_the_name_that_is_listened_on_passes() -> None:
-    hosts = AllowedHosts.of(Settings(host="box.lan", allow_host=["other.lan"]))
+    hosts = AllowedHosts.from_settings(Settings(host="box.lan", allow_host=["other.lan"]))
     assert [hosts.includes(name) for name in ("box.lan:8000", "other.lan", "page.example")] == [True, True, False]
 
 

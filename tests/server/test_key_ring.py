@@ -29,18 +29,18 @@ def rotate(file: Path, key: str = NEW) -> None:
 def settle(ring: KeyRing) -> None:
     """Looks as often as a file that changed once needs."""
     for _ in range(2):
-        ring.look()
+        ring.poll()
 
 
 def test_a_file_that_changed_counts_from_the_second_look(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     ring = KeyRing(write_keys(tmp_path))
-    ring.look()
+    ring.poll()
     assert not caplog.records
     rotate(ring.path)
-    ring.look()
+    ring.poll()
     assert ring.find(ACME.encode())
-    ring.look()
+    ring.poll()
     assert ring.find(ACME.encode()) is None
     found = ring.find(NEW.encode())
     assert found
@@ -58,7 +58,7 @@ def test_a_file_that_is_not_sound_changes_nothing_and_is_said_once_and_loudly(
     else:
         ring.path.write_text(content)
     for _ in range(4):
-        ring.look()
+        ring.poll()
     assert ring.find(ACME.encode())
     [record] = caplog.records
     assert record.levelno == logging.ERROR
@@ -85,10 +85,10 @@ def test_a_file_that_is_being_written_in_place_is_not_taken_over_half(tmp_path: 
     assert len(parts) == 4
     for number in range(1, len(parts) + 1):
         ring.path.write_bytes(b"".join(parts[:number]))
-        ring.look()
+        ring.poll()
         assert ring.find(ADMIN.encode()), "its key comes third"
     assert not caplog.records
-    ring.look()
+    ring.poll()
     assert "was read again: tenants: 2; keys by role: 2 tenant, 1 admin, 1 monitor" in caplog.text
 
 
@@ -97,7 +97,7 @@ def test_half_a_line_is_not_taken_over_however_long_it_stays(tmp_path: Path, cap
     content = ring.path.read_bytes()
     ring.path.write_bytes(content + b"[tenants.acme_two]\npriority = 10")
     for _ in range(5):
-        ring.look()
+        ring.poll()
     assert "acme_two" not in ring.keys.tenants
     assert "its last line has no end, so this may be half a file" in caplog.text
 
@@ -116,7 +116,7 @@ def test_a_file_that_never_settles_is_said_once_and_loudly(tmp_path: Path, caplo
     ring = KeyRing(write_keys(tmp_path))
     for number in range(2 * MAX_UNSETTLED):
         rotate(ring.path, f"{NEW}-{number}")
-        ring.look()
+        ring.poll()
     [record] = caplog.records
     assert record.getMessage() == f"THE KEYS FROM BEFORE STAY, REVOKED ONES TOO: {ring.path} changes all the time"
     settle(ring)
@@ -128,19 +128,19 @@ def test_what_else_is_required_of_keys_holds_for_new_ones_too(tmp_path: Path, ca
         return ["new"] if keys.find(NEW.encode()) else []
 
     ring = KeyRing(write_keys(tmp_path))
-    ring.require(no_new_key)
+    ring.add_check(no_new_key)
     rotate(ring.path)
     settle(ring)
     assert ring.find(ACME.encode())
     assert "keys.toml is not a sound key file:\n  new" in caplog.text
     with pytest.raises(KeyFileError, match="new"):
-        KeyRing(ring.path).require(no_new_key)
+        KeyRing(ring.path).add_check(no_new_key)
 
 
 def test_a_running_server_takes_new_keys_and_refuses_old_ones(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(key_ring, "LOOK_S", 0.01)
+    monkeypatch.setattr(key_ring, "POLL_S", 0.01)
     service = make_service(tokenizer, write_keys(tmp_path))
     assert service.keys
     with served(service) as client:

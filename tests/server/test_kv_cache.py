@@ -12,13 +12,13 @@ from tests.server.plans import request
 def computed(cache: KvCache, of: Request, num_tokens: int | None = None) -> Sequence:
     """Returns a sequence in `cache` whose prompt, or `num_tokens` of it, is computed."""
     sequence = Sequence(of)
-    cache.open(sequence, cache.find(sequence))
+    cache.allocate(sequence, cache.find_prefix(sequence))
     cache.publish(sequence, sequence.num_computed, len(of.prompt_ids) if num_tokens is None else num_tokens)
     return sequence
 
 
 def num_found(cache: KvCache, of: Request) -> int:
-    return len(cache.find(Sequence(of)))
+    return len(cache.find_prefix(Sequence(of)))
 
 
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(1, 1), (15, 1), (16, 1), (17, 2), (160, 10), (161, 11)])
@@ -34,7 +34,7 @@ def test_usage_is_the_owned_share() -> None:
     assert cache.usage == 0
     sequence = computed(cache, request(17))
     assert cache.usage == 0.75
-    cache.close(sequence)
+    cache.free(sequence)
     assert cache.usage == 0
     assert cache.num_cached == 2
 
@@ -44,9 +44,9 @@ def test_the_longest_run_of_full_blocks_is_found_but_never_the_last_token(num_pr
     cache = KvCache(64, 4, "base")
     first = computed(cache, request(15))
     other = Sequence(request(num_prompt))
-    found = cache.find(other)
+    found = cache.find_prefix(other)
     assert found == first.blocks[:num_blocks]
-    cache.open(other, found)
+    cache.allocate(other, found)
     assert other.num_computed == other.num_cached == 4 * num_blocks
     cache.check_integrity([first, other])
     assert set(first.blocks) & set(other.blocks) == set(first.blocks[:num_blocks])
@@ -95,7 +95,7 @@ def test_another_base_has_other_keys() -> None:
     keys = []
     for base in ("one", "two"):
         cache = KvCache(64, 4, base)
-        keys.append(computed(cache, request(20)).keys)
+        keys.append(computed(cache, request(20)).block_keys)
     assert not set(keys[0]) & set(keys[1])
 
 
@@ -103,9 +103,9 @@ def test_a_key_stands_for_all_tokens_before_it() -> None:
     cache = KvCache(64, 4, "base")
     sequence = computed(cache, request(12))
     again = Sequence(request(12, text=1))
-    cache.find(again)
-    assert block_key(again.keys[0], sequence.ids(4, 8)) != sequence.keys[1]
-    assert len(set(sequence.keys)) == 3
+    cache.find_prefix(again)
+    assert block_key(again.block_keys[0], sequence.ids(4, 8)) != sequence.block_keys[1]
+    assert len(set(sequence.block_keys)) == 3
 
 
 def test_whose_prompt_is_scored_finds_nothing_but_is_found() -> None:
@@ -114,21 +114,21 @@ def test_whose_prompt_is_scored_finds_nothing_but_is_found() -> None:
     scored = computed(cache, request(20, text=1, is_scored=True))
     assert num_found(cache, request(20, is_scored=True)) == 0
     assert num_found(cache, request(20, text=1)) == 4
-    assert len(cache.find(Sequence(request(20, text=1, is_scored=True), choice=1))) == 4, "one choice has the scores"
-    cache.close(scored)
+    assert len(cache.find_prefix(Sequence(request(20, text=1, is_scored=True), choice=1))) == 4, "one choice has the scores"
+    cache.free(scored)
     scored.output_ids.append(7)
-    assert len(cache.find(scored)) == 5, "its prompt is scored already"
+    assert len(cache.find_prefix(scored)) == 5, "its prompt is scored already"
 
 
 def test_of_two_that_computed_the_same_the_first_is_found() -> None:
     cache = KvCache(64, 4, "base")
     first, second = Sequence(request(9)), Sequence(request(9))
     for sequence in (first, second):
-        cache.open(sequence, [])
+        cache.allocate(sequence, [])
     for sequence in (first, second):
         cache.publish(sequence, 0, 9)
-    assert cache.find(Sequence(request(9))) == first.blocks[:2]
-    cache.close(second)
+    assert cache.find_prefix(Sequence(request(9))) == first.blocks[:2]
+    cache.free(second)
     assert cache.num_cached == 0
     cache.check_integrity([first])
 
@@ -137,22 +137,22 @@ def test_room_counts_what_is_shared_once_and_what_is_cached_as_taken() -> None:
     cache = KvCache(6, 4, "base")
     first = computed(cache, request(13))  # 4 blocks, 3 of them full
     other = Sequence(request(17))  # 5 blocks, 3 of them shared
-    assert cache.has_room(other, cache.find(other), headroom=0)
-    assert not cache.has_room(other, cache.find(other), headroom=1)
+    assert cache.has_room(other, cache.find_prefix(other), headroom=0)
+    assert not cache.has_room(other, cache.find_prefix(other), headroom=1)
     assert not cache.has_room(other, [], headroom=0)
-    cache.close(first)
-    assert cache.has_room(other, cache.find(other), headroom=1), "3 cached that it takes, 2 new ones, one left"
-    assert not cache.has_room(other, cache.find(other), headroom=2)
+    cache.free(first)
+    assert cache.has_room(other, cache.find_prefix(other), headroom=1), "3 cached that it takes, 2 new ones, one left"
+    assert not cache.has_room(other, cache.find_prefix(other), headroom=2)
 
 
 def test_a_sequence_grows_while_there_are_blocks() -> None:
     cache = KvCache(2, 4, "base")
     sequence = computed(cache, request(4))
-    assert not cache.lacks_block(sequence)
+    assert not cache.needs_block(sequence)
     sequence.output_ids.append(7)
-    assert cache.lacks_block(sequence)
+    assert cache.needs_block(sequence)
     assert cache.grow(sequence)
-    assert not cache.lacks_block(sequence)
+    assert not cache.needs_block(sequence)
     sequence.output_ids += [7] * 4
     assert not cache.grow(sequence)
 
@@ -160,14 +160,14 @@ def test_a_sequence_grows_while_there_are_blocks() -> None:
 def test_tokens_asked_for_and_found_are_counted_once_a_sequence() -> None:
     cache = KvCache(64, 4, "base")
     computed(cache, request(10))
-    assert (cache.num_asked_tokens, cache.num_found_tokens) == (10, 0)
+    assert (cache.num_prefix_query_tokens, cache.num_prefix_hit_tokens) == (10, 0)
     again = computed(cache, request(11))
-    assert (cache.num_asked_tokens, cache.num_found_tokens) == (21, 8)
+    assert (cache.num_prefix_query_tokens, cache.num_prefix_hit_tokens) == (21, 8)
     computed(cache, request(30, is_scored=True))
-    cache.close(again)
+    cache.free(again)
     again.num_preemptions = 1
-    cache.open(again, cache.find(again))
-    assert (cache.num_asked_tokens, cache.num_found_tokens) == (21, 8)
+    cache.allocate(again, cache.find_prefix(again))
+    assert (cache.num_prefix_query_tokens, cache.num_prefix_hit_tokens) == (21, 8)
     assert again.num_cached == 8
 
 

@@ -19,7 +19,7 @@ from lori.packed_adapter import Layouts, PackedAdapter, PackedReader, pack_adapt
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from lori.summary import summarise
-from server.engine.adapters.loader import Loaded, Loader, named
+from server.engine.adapters.loader import Loaded, Loader, adapter_names
 from server.engine.adapters.registry import Registry
 from server.engine.request import AdapterTerm, Request
 from server.loading import make_registry
@@ -152,7 +152,7 @@ def test_a_fault_is_told_of_the_adapter_that_has_it(desk: Desk) -> None:
     of = desk.request("a", "b", "c")
     faults = {loaded.digest: loaded.fault for loaded in desk.load(of) if loaded.fault}
     assert list(faults) == [of.terms[1].digest]
-    assert named(of.terms[1].digest, of) == "'b'"
+    assert adapter_names(of.terms[1].digest, of) == "'b'"
 
 
 def test_a_merge_that_cannot_be_is_told_of_all_its_adapters(desk: Desk) -> None:
@@ -160,7 +160,7 @@ def test_a_merge_that_cannot_be_is_told_of_all_its_adapters(desk: Desk) -> None:
     fault = desk.fault(of)
     assert fault.startswith("cannot be served: ")
     assert of.merged_digest is not None
-    assert named(of.merged_digest, of) == "'a' + 'b'"
+    assert adapter_names(of.merged_digest, of) == "'a' + 'b'"
     assert "not finite" in fault
 
 
@@ -234,7 +234,7 @@ def test_adapters_are_read_while_others_are_merged_one_merge_after_the_other(tmp
     """Merges held the lock that readers need, and eight of them could have all their parts in memory at once."""
     adapters = [save(tmp_path / name, make_config(), make_modules(seed=seed)) for seed, name in enumerate("abc")]
     reader = SlowMergeReader()
-    desk = Desk(tmp_path, adapters, reader, num_fetched=8)
+    desk = Desk(tmp_path, adapters, reader, max_fetches=8)
     merges = [desk.request("a", "b", merge=MergeOptions(method)) for method in ("ties", "magnitude")]
     for of in merges:
         desk.loader.start(of.residents[0][0], of)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request, Sampling, Sequence
-from server.engine.sampling.logits_processors import LogitEdits, TokenCounts, edited
+from server.engine.sampling.logits_processors import LogitsProcessors, TokenCounts, processed
 
 SIZE = 30
 STOP_IDS = np.array([3, 7], dtype=np.int64)
@@ -30,10 +30,10 @@ def logits(num_rows: int, seed: int = 0) -> torch.Tensor:
 
 
 def apply(rows: torch.Tensor, sequences: dict[int, Sequence]) -> torch.Tensor:
-    edits = {row: LogitEdits(s, STOP_IDS) for row, s in sequences.items()}
+    edits = {row: LogitsProcessors(s, STOP_IDS) for row, s in sequences.items()}
     for row, s in sequences.items():
         edits[row].update(s.output_ids)
-    with edited(rows, {row: e for row, e in edits.items() if e.is_active}):
+    with processed(rows, {row: e for row, e in edits.items() if e.is_active}):
         return rows.clone()
 
 
@@ -95,7 +95,7 @@ def test_a_stop_token_is_forbidden_until_there_are_enough_tokens() -> None:
     found = [apply(logits(1), {0: sequence(sampling, output_ids=(1,) * num)})[0, STOP_IDS].tolist() for num in range(4)]
     assert [row == [-math.inf, -math.inf] for row in found] == [True, True, False, False]
     ignoring = sequence(sampling, ignore_eos=True)
-    assert not LogitEdits(ignoring, STOP_IDS).can_change
+    assert not LogitsProcessors(ignoring, STOP_IDS).can_change
 
 
 @pytest.mark.parametrize("scale", [1e38, 3e38, 1e300])
@@ -121,16 +121,16 @@ def test_huge_values_give_neither_nan_nor_infinity(scale: float, repetition: flo
 def test_the_logits_are_put_back_after_an_error_too() -> None:
     rows = logits(2)
     before = rows.clone()
-    edits = LogitEdits(sequence(Sampling(logit_bias=((1, 9.0),), repetition_penalty=2.0), (1, 2)), STOP_IDS)
-    with pytest.raises(ZeroDivisionError), edited(rows, {1: edits}):
+    edits = LogitsProcessors(sequence(Sampling(logit_bias=((1, 9.0),), repetition_penalty=2.0), (1, 2)), STOP_IDS)
+    with pytest.raises(ZeroDivisionError), processed(rows, {1: edits}):
         raise ZeroDivisionError
     assert torch.equal(rows, before)
 
 
 def test_nothing_waits_for_the_device() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
-    edits = LogitEdits(sequence(Sampling(logit_bias=((1, 9.0),), repetition_penalty=2.0, min_tokens=1), (1, 2)), STOP_IDS)
-    with edited(torch.empty(2, SIZE, device="meta"), {1: edits}):
+    edits = LogitsProcessors(sequence(Sampling(logit_bias=((1, 9.0),), repetition_penalty=2.0, min_tokens=1), (1, 2)), STOP_IDS)
+    with processed(torch.empty(2, SIZE, device="meta"), {1: edits}):
         pass
 
 

@@ -16,7 +16,7 @@ from server.engine.admission import Ask
 from server.engine.request import Request
 from server.routes import json_route
 from server.schemas import generation
-from server.text_threads import LONG, TenantTurns
+from server.text_threads import LONG, TenantSemaphores
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
 from tests.server.live import LIMIT_S
@@ -116,7 +116,7 @@ def test_after_a_long_body_none_is_parsed_for_a_while(
     rests: list[tuple[float, bool]] = []
 
     async def rest(seconds: float) -> None:
-        rests.append((seconds, service.parsing.locked()))
+        rests.append((seconds, service.parse_lock.locked()))
 
     monkeypatch.setattr(json_route, "sleep", rest)
     with served(tokenizer, FakeEngine()) as (client, service):
@@ -127,21 +127,21 @@ def test_after_a_long_body_none_is_parsed_for_a_while(
             client.post("/generate", content=content, headers=JSON)
         assert len(rests) == 2
         assert all(seconds >= json_route.SHORT_BODY / json_route.BYTES_PER_S and is_locked for seconds, is_locked in rests)
-        assert not service.parsing.locked()
+        assert not service.parse_lock.locked()
 
 
 def test_one_long_body_of_each_client_waits_to_be_parsed(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """All of them waited in one line, and those of one tenant before the first of another."""
     entered: list[str] = []
 
-    class Recorded(TenantTurns):
-        def turn(self, tenant: str) -> AbstractAsyncContextManager[None]:
+    class Recorded(TenantSemaphores):
+        def acquire(self, tenant: str) -> AbstractAsyncContextManager[None]:
             entered.append(tenant)
-            return super().turn(tenant)
+            return super().acquire(tenant)
 
     content = b'{"prompt": "x"}' + b" " * json_route.SHORT_BODY
     with served(tokenizer, FakeEngine(), write_keys(tmp_path)) as (client, service):
-        service.parsing_turns = Recorded(1)
+        service.parse_semaphores = Recorded(1)
         for key in (ACME, OTHER):
             client.post("/generate", content=content, headers=JSON | bearer(key)).raise_for_status()
         assert entered == ["tenant acme", "tenant other"]

@@ -199,8 +199,8 @@ def test_no_memory_in_the_container_for_keys_and_values_is_said_as_that(
     for name, said in {"memory.max": 3 << 29, "memory.current": 1 << 30, "memory.stat": "inactive_file 0\nactive_file 0"}.items():
         (tmp_path / name).write_text(str(said))
     (tmp_path / "own").write_text("0::/\n")
-    monkeypatch.setattr("lori.resources.GROUPS", tmp_path)
-    monkeypatch.setattr("lori.resources.OWN", tmp_path / "own")
+    monkeypatch.setattr("lori.resources.CGROUPS", tmp_path)
+    monkeypatch.setattr("lori.resources.MEMBERSHIP", tmp_path / "own")
     with pytest.raises(LoriError, match=r"--kv-cache-gib: there is no room for .*: 1\.0 GiB of 0\.5 that are free"):
         load_service(Settings(model=str(writer_model), dtype="float32", kv_cache_gib=1))
 

@@ -36,7 +36,7 @@ def digest_of(sequence: Sequence) -> str:
 
 def pin_all(tiers: AdapterTiers, sequences: Iterable[Sequence]) -> None:
     for sequence in sequences:
-        assert tiers.pin(sequence) == "loading"
+        assert tiers.acquire(sequence) == "loading"
         tiers.check_integrity([])
 
 
@@ -68,7 +68,7 @@ def test_the_merge_of_another_tenant_is_the_next_to_begin(loader: FakeLoader) ->
     loader.arrive(digest_of(merges[0]))
     tiers.collect()
     assert len(loader.started) == MAX_MERGING, "what is built takes a place until its sequence has it"
-    assert tiers.pin(merges[0]) == "ready"
+    assert tiers.acquire(merges[0]) == "ready"
     assert loader.started[MAX_MERGING:] == [digest_of(other)]
     tiers.check_integrity([merges[0]])
 
@@ -76,11 +76,11 @@ def test_the_merge_of_another_tenant_is_the_next_to_begin(loader: FakeLoader) ->
 def test_queued_merges_are_not_asked_about_until_they_are_begun(loader: FakeLoader) -> None:
     tiers, merges = fake_tiers(loader, num_slots=9), flood(5)
     pin_all(tiers, merges)
-    assert [tiers.is_behind(sequence) for sequence in merges] == [False, False, True, True, True]
+    assert [tiers.is_load_deferred(sequence) for sequence in merges] == [False, False, True, True, True]
     loader.arrive(digest_of(merges[1]))
     tiers.collect()
-    assert tiers.pin(merges[1]) == "ready"
-    assert [tiers.is_behind(sequence) for sequence in merges] == [False, False, False, True, True]
+    assert tiers.acquire(merges[1]) == "ready"
+    assert [tiers.is_load_deferred(sequence) for sequence in merges] == [False, False, False, True, True]
 
 
 def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLoader) -> None:
@@ -88,10 +88,10 @@ def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLo
     tiers, merge = fake_tiers(loader, max_loading=1), merging(1.0, "bob", policy=["policy"])
     pin_all(tiers, [wanting("a"), *flood(3), merge])
     assert "policy" not in loader.started
-    assert tiers.is_behind(merge), "there is no place for either"
+    assert tiers.is_load_deferred(merge), "there is no place for either"
     loader.arrive("a", fault="it is torn")
     tiers.collect()
-    assert not tiers.is_behind(merge)
+    assert not tiers.is_load_deferred(merge)
     pin_all(tiers, [merge])
     assert loader.started[-1] == "policy"
 
@@ -100,17 +100,17 @@ def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLo
 def test_the_place_of_a_merge_that_fails_or_is_given_up_goes_to_the_next(loader: FakeLoader, end: str) -> None:
     tiers, (first, second, third) = fake_tiers(loader, max_merging=1), flood(3)
     for sequence in (first, second, third):
-        tiers.expect(sequence.request)
+        tiers.add_request(sequence.request)
     pin_all(tiers, [first, second, third])
     if end == "leave":  # of the queue: it is never begun
-        tiers.unpin(second)
-        tiers.release(second.request)
+        tiers.release(second)
+        tiers.finish_request(second.request)
     if end == "fault":
         loader.arrive(digest_of(first), fault="they differ")
         tiers.collect()
     else:
-        tiers.unpin(first)
-        tiers.release(first.request)
+        tiers.release(first)
+        tiers.finish_request(first.request)
     assert loader.started == [digest_of(first), digest_of(third if end == "leave" else second)]
     tiers.check_integrity([])
 
@@ -122,10 +122,10 @@ def test_a_queued_merge_that_was_built_meanwhile_is_not_built_again(loader: Fake
     for sequence in (first, second):
         loader.arrive(digest_of(sequence))
         tiers.collect()
-        assert tiers.pin(sequence) == "ready"
+        assert tiers.acquire(sequence) == "ready"
     assert loader.started == [digest_of(sequence) for sequence in (first, second, third)]
-    assert not tiers.is_behind(same)
-    assert tiers.pin(same) == "ready"
+    assert not tiers.is_load_deferred(same)
+    assert tiers.acquire(same) == "ready"
 
 
 def test_merges_and_adapters_that_hold_all_places_do_not_wait_for_each_other(loader: FakeLoader) -> None:
@@ -133,8 +133,8 @@ def test_merges_and_adapters_that_hold_all_places_do_not_wait_for_each_other(loa
     waiting = [merging(weight, tenant, [f"policy of {tenant}"]) for weight in (0.25, 0.5, 1.0) for tenant in ("alice", "bob")]
     for _ in range(20):
         for sequence in [*waiting]:
-            if not tiers.is_behind(sequence) and tiers.pin(sequence) == "ready":
-                tiers.unpin(sequence)
+            if not tiers.is_load_deferred(sequence) and tiers.acquire(sequence) == "ready":
+                tiers.release(sequence)
                 waiting.remove(sequence)
         for digest in [*loader.pending]:
             loader.arrive(digest)
@@ -172,7 +172,7 @@ def test_tenants_take_turns_at_merges() -> None:
     queue, (a, b, c), (d, e), f = MergeQueue(), flood(3, "alice"), flood(2, "bob"), merging(1.0, "carol")
     for sequence in (a, b, c, d, e, f):
         queue.add(sequence)
-    assert [queue.take([]) for _ in range(7)] == [a, d, f, b, e, c, None]
+    assert [queue.pop([]) for _ in range(7)] == [a, d, f, b, e, c, None]
     assert not queue
 
 
@@ -180,7 +180,7 @@ def test_a_tenant_whose_merge_is_under_way_has_its_turn_after_others() -> None:
     queue, (a, b), d = MergeQueue(), flood(2, "alice"), merging(1.0, "bob")
     for sequence in (a, b, d):
         queue.add(sequence)
-    assert [queue.take(["alice"]) for _ in range(4)] == [d, a, b, None]
+    assert [queue.pop(["alice"]) for _ in range(4)] == [d, a, b, None]
 
 
 def test_who_left_the_queue_of_merges_has_no_turn() -> None:
@@ -191,5 +191,5 @@ def test_who_left_the_queue_of_merges_has_no_turn() -> None:
     assert a in queue
     queue.discard(a)
     assert a not in queue
-    assert queue.take([]) is b
+    assert queue.pop([]) is b
     assert not queue

@@ -150,12 +150,12 @@ def test_gaps_are_between_tokens() -> None:
     """Neither the echo of a prompt is a token, nor text that was held back and comes at the end."""
     for held_back in (False, True):
         of = account()
-        of.hear(TextEvent("echo", is_prompt=True))
+        of.record(TextEvent("echo", is_prompt=True))
         for _ in range(4):
-            of.hear(TextEvent("x"))
+            of.record(TextEvent("x"))
         if held_back:
-            of.hear(TextEvent("held back"))
-        of.hear(DoneEvent("length", 5, 4))
+            of.record(TextEvent("held back"))
+        of.record(DoneEvent("length", 5, 4))
         of.close()
         assert value(of.metrics, "vllm:inter_token_latency_seconds_count") == 3
         assert value(of.metrics, "vllm:time_to_first_token_seconds_count") == 1
@@ -165,9 +165,9 @@ def test_gaps_are_between_tokens_of_one_choice() -> None:
     of = account(num_choices=2)
     for _ in range(3):
         for choice in (0, 1):
-            of.hear(TextEvent("x", choice=choice))
+            of.record(TextEvent("x", choice=choice))
     for choice in (0, 1):
-        of.hear(DoneEvent("length", 5, 3, choice))
+        of.record(DoneEvent("length", 5, 3, choice))
     of.close()
     assert value(of.metrics, "vllm:inter_token_latency_seconds_count") == 4
     assert value(of.metrics, "vllm:prompt_tokens_total") == 5
@@ -176,7 +176,7 @@ def test_gaps_are_between_tokens_of_one_choice() -> None:
 
 def test_timings_are_observed_by_choice() -> None:
     of = account()
-    of.hear(DoneEvent("stop", 5, 1, timings=Timings(queue=1, prefill=2, decode=4)))
+    of.record(DoneEvent("stop", 5, 1, timings=Timings(queue=1, prefill=2, decode=4)))
     of.close()
     for part, seconds in (("queue", 1), ("prefill", 2), ("decode", 4)):
         assert value(of.metrics, f"vllm:request_{part}_time_seconds_sum") == seconds
@@ -195,10 +195,10 @@ def test_timings_are_observed_by_choice() -> None:
 def test_ends_are_counted_by_vllm_s_reasons(last: DoneEvent | ErrorEvent | None, reason: str) -> None:
     of = account(names=("math",))
     of.metrics.watch_adapters(lambda: ["math"], tuple)
-    of.hear(TextEvent("x"))
-    of.hear(TextEvent("x"))
+    of.record(TextEvent("x"))
+    of.record(TextEvent("x"))
     if last:
-        of.hear(last)
+        of.record(last)
     of.close()
     assert value(of.metrics, "vllm:request_success_total", finished_reason=reason) == 1
     assert value(of.metrics, "vllm:generation_tokens_total") == 2, "also what came before it was given up"
@@ -248,7 +248,7 @@ def test_scraping_does_not_meet_the_engine_s_changes() -> None:
     sequences = [Sequence(request(name=f"a{i}")) for i in range(64)]
     running: dict[Sequence, None] = {}
     scheduler = SimpleNamespace(
-        cache=SimpleNamespace(usage=0.0, num_asked_tokens=0, num_found_tokens=0, block_size=16, num_blocks=1),
+        kv_cache=SimpleNamespace(usage=0.0, num_prefix_query_tokens=0, num_prefix_hit_tokens=0, block_size=16, num_blocks=1),
         running=running,
         waiting=running,
         num_waiting=0,

@@ -111,7 +111,7 @@ def test_long_segments_of_a_dense_adapter_are_unpacked(tmp_path: Path, monkeypat
     monkeypatch.setattr(NativeOps, "run", lambda *given: (one_by_one.append(1), run(*given))[1])
     monkeypatch.setattr("lori.kernels.cpu._crossover", lambda *_: 50.0)
     for operands in stack_of(runner)._operands:
-        operands.packed_tokens.clear()
+        operands.max_packed_tokens.clear()
     for a, b in zip(logits(runner), expected, strict=True):
         assert (a - b).norm() / b.norm() < 0.02
     assert len(one_by_one) == 1, "in one step of the five is a segment of more than 50 tokens"
@@ -129,7 +129,7 @@ def test_what_is_not_of_these_layers_is_refused(tmp_path: Path) -> None:
     operands = [bound_operands(of) for of in stack._operands]
     with pytest.raises(ValueError, match="or none without a route"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, None, operands, 1)
-    route = bound_route(Route.of([Term(0, 1, 3, 1.0)], 1))
+    route = bound_route(Route.from_terms([Term(0, 1, 3, 1.0)], 1))
     with pytest.raises(ValueError, match="a slot that the operands do not have"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, turns, route, operands, 1)
     with pytest.raises(ValueError, match="not of this layer"):

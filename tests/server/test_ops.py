@@ -17,7 +17,7 @@ import torch
 
 from lori.kernels.native import MODULE, instruction_sets
 from server.engine.model import triton_ops
-from server.engine.model.decoder import Heads, Norm, Ops, Span, Turns
+from server.engine.model.decoder import Heads, Norm, Ops, Rotary, Span
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.torch_ops import TorchOps
 from server.engine.model.triton_ops import GpuOps
@@ -178,7 +178,7 @@ def test_what_is_not_a_number_passes_the_gate_alone(activation: str, dtype: torc
 # --- attention: what a step is, and the loop over tokens that it is held to
 
 
-def turns_at(positions: Sequence[int], size: int) -> Turns:
+def turns_at(positions: Sequence[int], size: int) -> Rotary:
     """Returns turns (T, E) whose halves differ, so that one is not taken for the other."""
     at = torch.tensor(positions, dtype=torch.float64)[:, None] * torch.logspace(0, -2, size, dtype=torch.float64)
     return at.cos().float().contiguous(), at.sin().float().contiguous()
@@ -193,7 +193,7 @@ class Story:
     values: list[torch.Tensor] = field(default_factory=list)
 
 
-def turned(x: torch.Tensor, norm: Norm | None, turns: Turns) -> torch.Tensor:
+def turned(x: torch.Tensor, norm: Norm | None, turns: Rotary) -> torch.Tensor:
     """Returns x (T, H, E) normalised and turned, rounded to its dtype."""
     wide = x.float()
     if norm is not None:
@@ -254,7 +254,7 @@ class Rig:
         free = random.Random(0).sample(range(num_blocks), num_blocks)
         return cls(ops, heads, block_size, dtype, free, implementation)
 
-    def plan(self, work: Sequence[Work]) -> tuple[list[Span], torch.Tensor, Turns]:
+    def plan(self, work: Sequence[Work]) -> tuple[list[Span], torch.Tensor, Rotary]:
         """Returns the spans, qkv (T, (H + 2 G) E) and turns of a step."""
         spans: list[Span] = []
         positions: list[int] = []
@@ -289,7 +289,7 @@ class Rig:
         assert out.dtype is self.dtype
         assert_attended(out, exact, magnitude, self.implementation)
 
-    def remember(self, work: Sequence[Work], spans: Sequence[Span], qkv: torch.Tensor, turns: Turns) -> torch.Tensor:
+    def remember(self, work: Sequence[Work], spans: Sequence[Span], qkv: torch.Tensor, turns: Rotary) -> torch.Tensor:
         """Goes on with the stories by a step and returns its turned queries (T, H, E)."""
         heads, g = self.heads, self.heads.num_kv_heads
         query, key, value = qkv.clone().unflatten(1, (-1, heads.head_size)).split([heads.num_heads, g, g], 1)

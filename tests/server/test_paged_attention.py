@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from server.engine.model import triton_ops
-from server.engine.model.cuda_graphs import Decoding
+from server.engine.model.cuda_graphs import DecodeKeys
 from server.engine.model.decoder import Heads
 from tests.interpreter import mend
 
@@ -44,7 +44,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def case(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Decoding]:
+def case(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, DecodeKeys]:
     """Returns queries (B, H, E), keys and values (P, G, E), and where they lie. What is nobody's is no number."""
     g = torch.Generator().manual_seed(0)
     counts = [-(-length // BLOCK) for length in LENGTHS]
@@ -56,11 +56,11 @@ def case(device: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor,
         places = (table[start:, None] * BLOCK + torch.arange(BLOCK)).flatten()[:length]
         for memory in (keys, values):
             memory[places] = torch.randn(length, *memory.shape[1:], generator=g)
-    decoding = Decoding(torch.zeros(0), *(x.to(device) for x in (starts, torch.tensor(LENGTHS, dtype=torch.int32), table)))
+    decoding = DecodeKeys(torch.zeros(0), *(x.to(device) for x in (starts, torch.tensor(LENGTHS, dtype=torch.int32), table)))
     return query.to(device, dtype), keys.to(device, dtype), values.to(device, dtype), decoding
 
 
-def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: Decoding, heads: Heads) -> torch.Tensor:
+def exact(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: DecodeKeys, heads: Heads) -> torch.Tensor:
     """Returns what each row attends to, in fp64, (B, H, E)."""
     out = []
     for row, start, length in zip(query, decoding.starts, decoding.lengths, strict=True):
@@ -80,7 +80,7 @@ def test_however_keys_are_split_the_sum_is_the_same(
 ) -> None:
     """In 1, 2, 8 and 16 parts, of which a short sequence leaves most without a key."""
     monkeypatch.setattr(triton_ops, "PROGRAMS", num_programs)
-    assert triton_ops.splits_of(len(LENGTHS) * HEADS.num_kv_heads) == {10: 1, 20: 2, 80: 8, 10_000: 16}[num_programs]
+    assert triton_ops.num_splits_for(len(LENGTHS) * HEADS.num_kv_heads) == {10: 1, 20: 2, 80: 8, 10_000: 16}[num_programs]
     heads = replace(HEADS, **changes)
     arrays = case(device)
     out = triton_ops.attend(*arrays, heads, BLOCK)
@@ -96,7 +96,7 @@ def test_in_bf16_what_comes_out_is_rounded_once(device: str, monkeypatch: pytest
 
 
 def test_a_device_is_filled_but_no_sequence_cut_too_small() -> None:
-    splits = [triton_ops.splits_of(count) for count in (1, 8, 24, 64, 128, 129, 256, 4096)]
+    splits = [triton_ops.num_splits_for(count) for count in (1, 8, 24, 64, 128, 129, 256, 4096)]
     assert splits == [16, 16, 16, 4, 2, 1, 1, 1]
 
 

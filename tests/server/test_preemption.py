@@ -89,7 +89,7 @@ def test_tokens_computed_again_are_not_charged_again() -> None:
     second = added(it, request(8, 12, text=1, tenant="b"))
     while not it.num_preemptions or second in it.waiting:
         run_step(it)
-    assert it.tokens_served[("b", ())] == 8 + len(second.output_ids)
+    assert it.tokens_charged[("b", ())] == 8 + len(second.output_ids)
 
 
 def test_the_choice_that_computes_the_prompt_goes_on_after_a_preemption() -> None:

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from lori.embedded import embedded_model
-from server.engine.admission import text_of
-from server.engine.text import HALF_CHARACTER, MAX_WAITING
+from server.engine.admission import decode_with_offsets
+from server.engine.text import MAX_PENDING_TOKENS, REPLACEMENT_CHARACTER
 from tests.tiny import tiny_tokenizer
 
 NAMES = ["embedded", "tiny"]
@@ -30,7 +30,7 @@ def special_ids(backend: Tokenizer) -> list[int]:
 def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
     """Any tokens, and some that the model knows and the tokenizer does not; more halves and special ones than chance gives."""
     num_tokens = backend.get_vocab_size()
-    halves = [token for token in range(num_tokens) if HALF_CHARACTER in backend.decode([token])]
+    halves = [token for token in range(num_tokens) if REPLACEMENT_CHARACTER in backend.decode([token])]
     kinds = [st.integers(0, num_tokens - 1), st.sampled_from(halves), st.sampled_from(special_ids(backend))]
     return st.lists(st.one_of(*kinds, st.integers(num_tokens, num_tokens + 50)), max_size=max_size)
 
@@ -43,7 +43,7 @@ def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[s
     @settings(max_examples=300, deadline=None)
     @given(tokens_of(backend, 90))
     def check(ids: list[int]) -> None:
-        text, offsets = text_of(backend, ids)
+        text, offsets = decode_with_offsets(backend, ids)
         assert text == backend.decode(ids, skip_special_tokens=True)
         assert len(offsets) == len(ids)
         assert [*offsets] == sorted(offsets)
@@ -53,33 +53,33 @@ def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[s
         for place, offset in enumerate(offsets):
             before = backend.decode(ids[:place], skip_special_tokens=True)
             assert before[:offset] == text[:offset]
-            assert not before[offset:].strip(HALF_CHARACTER)
-            assert len(before) - offset <= MAX_WAITING
+            assert not before[offset:].strip(REPLACEMENT_CHARACTER)
+            assert len(before) - offset <= MAX_PENDING_TOKENS
 
     check()
 
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters=HALF_CHARACTER), max_size=40))
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT_CHARACTER), max_size=40))
 def test_the_tokens_of_a_text_are_that_text_and_begin_where_the_text_s_do(
     backends: dict[str, Tokenizer], name: str, text: str
 ) -> None:
     encoding = backends[name].encode(text, add_special_tokens=False)
     assume(backends[name].decode(encoding.ids) == text)  # the embedded one has not all bytes
-    assert text_of(backends[name], encoding.ids) == (text, tuple(start for start, _ in encoding.offsets))
+    assert decode_with_offsets(backends[name], encoding.ids) == (text, tuple(start for start, _ in encoding.offsets))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_tokens_part_the_text_and_special_ones_have_none_of_it(backends: dict[str, Tokenizer], name: str) -> None:
     backend = backends[name]
     special = special_ids(backend)
-    whole = [token for token in range(backend.get_vocab_size()) if HALF_CHARACTER not in backend.decode([token])]
+    whole = [token for token in range(backend.get_vocab_size()) if REPLACEMENT_CHARACTER not in backend.decode([token])]
 
     @settings(max_examples=200, deadline=None)
     @given(st.lists(st.sampled_from(whole) | st.sampled_from(special), min_size=1, max_size=40))
     def check(ids: list[int]) -> None:
-        text, offsets = text_of(backend, ids)
+        text, offsets = decode_with_offsets(backend, ids)
         ends = (*offsets[1:], len(text))
         pieces = [text[start:end] for start, end in zip(offsets, ends, strict=True)]
         assert pieces == ["" if token in special else backend.decode([token]) for token in ids]
@@ -105,7 +105,7 @@ def test_examples(backends: dict[str, Tokenizer], ids: str | list[str | int], te
             found.pop()
         else:
             found += backends["tiny"].encode(part).ids if isinstance(part, str) else [part]
-    assert text_of(backends["tiny"], found) == (text, offsets)
+    assert decode_with_offsets(backends["tiny"], found) == (text, offsets)
 
 
 def test_a_tokenizer_whose_text_changes_as_it_goes_on_is_no_error() -> None:
@@ -118,11 +118,11 @@ def test_a_tokenizer_whose_text_changes_as_it_goes_on_is_no_error() -> None:
     @settings(max_examples=200, deadline=None)
     @given(st.lists(st.sampled_from([newline, half, vocab["<0x82>"], vocab["<0xAC>"], 257]), max_size=20))
     def check(ids: list[int]) -> None:
-        text, offsets = text_of(backend, ids)
+        text, offsets = decode_with_offsets(backend, ids)
         assert text.count("a") == ids.count(257)
         assert len(offsets) == len(ids)
         assert [*offsets] == sorted(offsets)
         assert all(offset <= len(text) for offset in offsets)
 
     check()
-    assert text_of(backend, [257, newline, 257]) == ("a\na", (0, 1, 2))
+    assert decode_with_offsets(backend, [257, newline, 257]) == ("a\na", (0, 1, 2))

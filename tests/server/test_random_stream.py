@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from server.engine.sampling.sampler import NUM_AHEAD, RandomStream, uniforms
+from server.engine.sampling.sampler import NUM_AHEAD, RandomStream, uniform_numbers
 
 SEEDS = (0, 1, 2**31, 2**62, 2**63 - 1)
 
@@ -17,8 +17,8 @@ def test_the_numbers_stay_as_they_are() -> None:
     """A seed in a reply gives the same tokens in every version of this server."""
     found = [RandomStream(0).at(0), RandomStream(0).at(1), RandomStream(2**62).at(5)]
     assert found == [0.011546754286331562, 0.5023796042735054, 0.652083168624115]
-    assert uniforms(0, 0, 0, 4) == [0.011546754286331562, 0.5023796042735054, 0.25382274039248487, 0.5724548284695403]
-    assert uniforms(7, 3, 10, 3) == [0.5981835815158014, 0.7139104988853053, 0.17242244551672536]
+    assert uniform_numbers(0, 0, 0, 4) == [0.011546754286331562, 0.5023796042735054, 0.25382274039248487, 0.5724548284695403]
+    assert uniform_numbers(7, 3, 10, 3) == [0.5981835815158014, 0.7139104988853053, 0.17242244551672536]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -36,7 +36,7 @@ def test_a_number_does_not_depend_on_those_asked_for_before() -> None:
 
 
 def test_seeds_choices_and_positions_have_numbers_of_their_own() -> None:
-    numbers = [x for seed in SEEDS for choice in range(4) for x in uniforms(seed, choice, 0, 50)]
+    numbers = [x for seed in SEEDS for choice in range(4) for x in uniform_numbers(seed, choice, 0, 50)]
     assert len(set(numbers)) == len(SEEDS) * 4 * 50
     assert 0 <= min(numbers) < 0.01
     assert 0.99 < max(numbers) < 1

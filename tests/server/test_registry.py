@@ -15,7 +15,7 @@ def of(name: str, digit: str, folder: str = "") -> Registered:
     """An adapter whose digest is `digit` many times."""
     summary = Summary(
         name=name, digest=digit * 64, basis=BASIS, rank=4, max_rank=4, alpha=8.0, scale=2.0, targets=("q_proj",), sparsity=0.9,
-        num_kept=10, templates=("chat",), merge_weights={}, metrics={}, num_bytes=100,
+        nnz=10, templates=("chat",), merge_weights={}, metrics={}, num_bytes=100,
     )  # fmt: skip
     return Registered(Entry(name, Path(folder or f"{name}@{summary.version}")), summary)
 

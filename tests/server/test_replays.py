@@ -291,8 +291,8 @@ def test_steps_that_are_computed_as_they_come_ask_the_device_for_nothing(
     with Tape():
         found = steps.rig.runner.forward(chunks, [0, 9])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-5)
-    assert isinstance(steps.rig.runner._routed.route, Route)
-    plan = steps.rig.runner._routed.route.gpu
+    assert isinstance(steps.rig.runner._cached_route.route, Route)
+    plan = steps.rig.runner._cached_route.route.gpu
     assert isinstance(plan, gpu.Plan)
     assert len(plan.tiles) == 1
 

@@ -36,8 +36,8 @@ def test_there_is_room_while_slots_and_bytes_last() -> None:
 def test_the_one_unused_longest_makes_room() -> None:
     residents = filled(3, "a", "b", "c")
     slot = residents.get("b").slot
-    residents.pin("a")
-    residents.unpin("a")  # used now, after the others
+    residents.acquire("a")
+    residents.release("a")  # used now, after the others
     assert residents.make_room(1) == [slot]
     assert residents.add("d", 1, 1.0) == slot
     assert [digest in residents for digest in "abcd"] == [True, False, True, True]
@@ -47,10 +47,10 @@ def test_the_one_unused_longest_makes_room() -> None:
 
 def test_the_last_use_is_when_a_sequence_lets_go() -> None:
     residents = filled(2, "a", "b")
-    residents.pin("a")
-    residents.pin("b")
-    residents.unpin("b")
-    residents.unpin("a")
+    residents.acquire("a")
+    residents.acquire("b")
+    residents.release("b")
+    residents.release("a")
     assert len(residents.make_room(1) or ()) == 1
     assert "a" in residents
     assert "b" not in residents
@@ -59,13 +59,13 @@ def test_the_last_use_is_when_a_sequence_lets_go() -> None:
 def test_what_a_sequence_uses_stays() -> None:
     residents = filled(2, "a", "b")
     for digest in ("a", "b", "b"):
-        residents.pin(digest)
-    assert residents.num_pinned == 2
+        residents.acquire(digest)
+    assert residents.num_in_use == 2
     assert residents.make_room(1) is None
-    residents.unpin("b")
+    residents.release("b")
     assert residents.make_room(1) is None, "another one uses it still"
-    residents.unpin("b")
-    assert residents.num_pinned == 1
+    residents.release("b")
+    assert residents.num_in_use == 1
     assert len(residents.make_room(1) or ()) == 1
     assert "a" in residents
     residents.check_integrity(1)
@@ -75,7 +75,7 @@ def test_as_many_go_as_the_bytes_need_and_no_more() -> None:
     residents = Residents(8, 10)
     for digest in "abc":
         residents.add(digest, 3, 1.0)
-    residents.pin("a")
+    residents.acquire("a")
     assert len(residents.make_room(4) or ()) == 1
     assert [digest in residents for digest in "abc"] == [True, False, True]
     assert residents.num_bytes == 6
@@ -85,7 +85,7 @@ def test_where_it_could_not_fit_nobody_goes() -> None:
     residents = Residents(8, 10)
     for digest in "abc":
         residents.add(digest, 3, 1.0)
-    residents.pin("c")
+    residents.acquire("c")
     assert residents.make_room(8) is None
     assert residents.make_room(11) is None
     assert len(residents) == 3
@@ -102,7 +102,7 @@ def test_an_adapter_as_large_as_the_budget_fits_alone() -> None:
 def test_a_pin_too_few_is_noticed() -> None:
     residents = filled(1, "a")
     with pytest.raises(AssertionError):
-        residents.unpin("a")
+        residents.release("a")
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans()), max_size=40))
@@ -114,31 +114,31 @@ def test_any_order_of_use_keeps_the_books(uses: list[tuple[str, bool]]) -> None:
             if residents.make_room(sizes[digest]) is None:
                 assert residents.num_bytes + sizes[digest] > 12 or len(residents) == 3
                 assert pinned
-                residents.unpin(pinned.pop())
+                residents.release(pinned.pop())
                 continue
             assert all(other in residents for other in before)
             residents.add(digest, sizes[digest], 1.0)
-        residents.pin(digest)
+        residents.acquire(digest)
         if is_kept:
             pinned.append(digest)
         else:
-            residents.unpin(digest)
+            residents.release(digest)
         residents.check_integrity(len(pinned))
-        assert residents.num_pinned == len(set(pinned))
+        assert residents.num_in_use == len(set(pinned))
 
 
 def test_one_that_is_kept_makes_no_room_until_it_is_released() -> None:
     residents = filled(2, "a", "b")
-    residents.keep("a")
-    residents.keep("a")
+    residents.pin("a")
+    residents.pin("a")
     slot = residents.get("b").slot
     assert residents.make_room(1) == [slot]
     assert residents.make_room(100) is None
     residents.check_integrity(0)
-    residents.release("a")
-    residents.release("a")
-    residents.release("nobody")
-    assert (residents.num_kept, residents.num_kept_bytes) == (0, 0)
+    residents.unpin("a")
+    residents.unpin("a")
+    residents.unpin("nobody")
+    assert (residents.num_pinned, residents.num_pinned_bytes) == (0, 0)
     assert residents.make_room(100) is not None
     residents.check_integrity(0)
 

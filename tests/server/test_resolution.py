@@ -10,8 +10,8 @@ from server.engine.adapters.registry import (
     MayUse,
     PolicyError,
     Registry,
+    candidates,
     check_registered,
-    meanings,
     resolve,
 )
 from server.engine.request import AdapterTerm
@@ -123,7 +123,7 @@ def test_only_names_that_may_be_used_are_suggested(registry: Registry) -> None:
 
 def test_a_reference_may_mean_several_versions_or_none(registry: Registry) -> None:
     def meant(reference: str) -> list[str]:
-        return [of.summary.digest for of in meanings(registry, reference)]
+        return [of.summary.digest for of in candidates(registry, reference)]
 
     assert meant("math") == [NEW]
     assert meant("math@ab") == [NEW, OLD]

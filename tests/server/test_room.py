@@ -4,18 +4,18 @@ from math import inf
 
 import pytest
 
-from server.engine.scheduling.step_budget import LEAST, MAX_SHORT_STEPS, MULTIPLE, Room
+from server.engine.scheduling.step_budget import CHUNK_MULTIPLE, MAX_SHORT_STEPS, MIN_CHUNK_TOKENS, StepBudget
 from tests.server.plans import MEASURED, step_limits
 
 
-def room(max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8) -> Room:
+def room(max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8) -> StepBudget:
     """Returns the room beside sequences that decode at position 150."""
     limits = step_limits(max_tokens - 1, max_tokens, max_stall, short_step_s, MEASURED)
-    return Room(limits, [150] * num_decoding)
+    return StepBudget(limits, [150] * num_decoding)
 
 
-def take(of: Room, start: int, num_tokens: int, *, first: int = 0, may_exceed: bool = True) -> int:
-    return of.take(start, start + num_tokens, first=first, may_exceed=may_exceed)
+def take(of: StepBudget, start: int, num_tokens: int, *, first: int = 0, may_exceed: bool = True) -> int:
+    return of.take(start, start + num_tokens, prefill_start=first, may_exceed=may_exceed)
 
 
 @pytest.mark.parametrize("max_stall", [1.3, 1.8, 2.0])
@@ -23,11 +23,14 @@ def take(of: Room, start: int, num_tokens: int, *, first: int = 0, may_exceed: b
 @pytest.mark.parametrize("num_decoding", [1, 8, 13, 32])
 def test_a_chunk_is_the_longest_whose_step_takes_no_longer_than_it_may(num_decoding: int, start: int, max_stall: float) -> None:
     count = take(room(max_stall=max_stall, num_decoding=num_decoding), start, 4000)
-    usual = MEASURED.usual([150] * num_decoding)
-    assert count >= LEAST
-    assert (num_decoding + count) % MULTIPLE == 0
-    assert usual + MEASURED.added(num_decoding, start, count + MULTIPLE) > max_stall * usual
-    assert count < LEAST + MULTIPLE or usual + MEASURED.added(num_decoding, start, count) <= max_stall * usual
+    usual = MEASURED.decode_seconds([150] * num_decoding)
+    assert count >= MIN_CHUNK_TOKENS
+    assert (num_decoding + count) % CHUNK_MULTIPLE == 0
+    assert usual + MEASURED.chunk_seconds(num_decoding, start, count + CHUNK_MULTIPLE) > max_stall * usual
+    assert (
+        count < MIN_CHUNK_TOKENS + CHUNK_MULTIPLE
+        or usual + MEASURED.chunk_seconds(num_decoding, start, count) <= max_stall * usual
+    )
 
 
 def test_the_end_of_a_prompt_is_taken_as_it_is() -> None:
@@ -40,8 +43,8 @@ def test_several_prompts_share_the_room_and_none_but_the_first_is_given_what_the
     shared = room()
     assert take(shared, 0, 8) == 8
     second = take(shared, 0, 500)
-    assert LEAST <= second < alone
-    assert 8 + second <= alone + MULTIPLE
+    assert MIN_CHUNK_TOKENS <= second < alone
+    assert 8 + second <= alone + CHUNK_MULTIPLE
     assert take(shared, 0, 500) == 0
 
 
@@ -56,16 +59,16 @@ def test_there_is_never_room_for_more_tokens_than_a_step_may_have(max_stall: flo
 
 
 def seconds_of(count: int) -> float:
-    return MEASURED.usual([150] * 8) + MEASURED.added(8, 0, count)
+    return MEASURED.decode_seconds([150] * 8) + MEASURED.chunk_seconds(8, 0, count)
 
 
 def test_short_prompts_together_fill_a_step_of_the_time_that_it_may_take_for_them() -> None:
     several = room(short_step_s=40.0)
     counts = [take(several, 0, 30), take(several, 0, 30), take(several, 0, 30)]
     assert counts[0] == 30
-    assert LEAST <= counts[1] < 30
+    assert MIN_CHUNK_TOKENS <= counts[1] < 30
     assert counts[2] == 0
-    assert seconds_of(sum(counts)) <= 40.0 < seconds_of(sum(counts) + MULTIPLE)
+    assert seconds_of(sum(counts)) <= 40.0 < seconds_of(sum(counts) + CHUNK_MULTIPLE)
 
 
 def test_long_prompts_have_no_part_in_that_and_short_ones_have_what_these_leave() -> None:
@@ -73,7 +76,7 @@ def test_long_prompts_have_no_part_in_that_and_short_ones_have_what_these_leave(
     both = room(short_step_s=40.0)
     assert take(both, 0, 4000) == count
     beside = take(both, 0, 24)
-    assert LEAST <= beside <= 24
+    assert MIN_CHUNK_TOKENS <= beside <= 24
     assert take(both, 0, 4000) == 0
     assert seconds_of(count + beside) <= 40.0
 
@@ -83,7 +86,7 @@ def test_short_prompts_that_may_not_exceed_have_no_part_in_it_either() -> None:
 
 
 def test_the_end_of_a_long_prompt_is_not_short() -> None:
-    longest = next(count for count in range(1, 4000) if MEASURED.added(0, 0, count + 1) > 40.0 * MAX_SHORT_STEPS)
+    longest = next(count for count in range(1, 4000) if MEASURED.chunk_seconds(0, 0, count + 1) > 40.0 * MAX_SHORT_STEPS)
     limited = take(room(), longest - 30, 4000)
     assert take(room(short_step_s=40.0), longest - 30, 30) == 30
     assert take(room(short_step_s=40.0), longest - 30, 31) == limited < 30
@@ -92,7 +95,7 @@ def test_the_end_of_a_long_prompt_is_not_short() -> None:
 
 @pytest.mark.parametrize("short_step_s", [12.0, 20.0])
 def test_a_step_that_may_be_longer_for_all_is_so_for_short_ones(short_step_s: float) -> None:
-    assert MEASURED.added(0, 0, 40) < MAX_SHORT_STEPS * short_step_s
+    assert MEASURED.chunk_seconds(0, 0, 40) < MAX_SHORT_STEPS * short_step_s
     assert take(room(short_step_s=short_step_s), 0, 40) == take(room(), 0, 40) < 40
 
 
@@ -100,7 +103,7 @@ def test_where_none_decodes_a_long_prompt_lets_a_short_one_wait_no_longer_than_o
     one = room(num_decoding=0, short_step_s=40.0)
     assert take(one, 0, 30) == 30
     beside = take(one, 0, 4000)
-    assert MEASURED.added(0, 0, 30 + beside) <= 40.0
-    assert beside >= LEAST
+    assert MEASURED.chunk_seconds(0, 0, 30 + beside) <= 40.0
+    assert beside >= MIN_CHUNK_TOKENS
     several = room(num_decoding=0, short_step_s=40.0)
     assert [take(several, 0, 60) for _ in range(5)] == [60] * 5

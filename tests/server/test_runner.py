@@ -33,7 +33,7 @@ from server.engine.model.native_ops import NativeOps
 from server.engine.model.torch_ops import TorchOps
 from server.engine.request import Chunk
 from server.engine.request import Sequence as EngineSequence
-from server.engine.startup import check, own_logits
+from server.engine.startup import check_logits, reference_logits
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.rig import EOS, Heard, Rig, build, greedy, request, rig_of
@@ -251,12 +251,12 @@ def test_a_model_whose_own_logits_are_others_is_refused(tmp_path: Path) -> None:
     """Whatever `families` overlooks: the probe compares."""
     save_tiny_model(tmp_path, SERVED["llama"]())
     base = load_base_model(str(tmp_path), torch.float32, attention="eager")
-    expected = own_logits(base.model)
+    expected = reference_logits(base.model)
     runner = build(tmp_path, num_blocks=8).runner
-    check(runner, base.model, expected, 128, 16)
+    check_logits(runner, base.model, expected, 128, 16)
     for wrong in (expected.roll(1, 0), expected + 0.2 * expected.norm() / expected.numel() ** 0.5, expected * torch.nan):
         with pytest.raises(ModelError, match="other logits than the model itself"):
-            check(runner, base.model, wrong, 128, 16)
+            check_logits(runner, base.model, wrong, 128, 16)
 
 
 def test_a_folder_without_a_model_is_a_model_error(tmp_path: Path) -> None:

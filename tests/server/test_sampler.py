@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Request, Sampling, Sequence
-from server.engine.sampling.sampler import Sampler, uniforms
-from server.engine.step import are_sound, read_back, score, to_scores
+from server.engine.sampling.sampler import Sampler, uniform_numbers
+from server.engine.step import are_valid, gather_logprobs, read_back, to_logprobs
 
 STOP_IDS = (3, 7)
 SIZE = 50
@@ -43,7 +43,7 @@ def logits(num_rows: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
 
 def pick(sampler: Sampler, rows: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], list[bool]]:
     """Returns the tokens, and which rows are sound."""
-    tokens, is_sound = sampler.pick(rows, sequences).tolist()
+    tokens, is_sound = sampler.sample(rows, sequences).tolist()
     return tokens, [sound == 1 for sound in is_sound]
 
 
@@ -75,7 +75,7 @@ def expected_token(row: list[float], s: Sequence) -> int:
         if (not kept or mass < ask.top_p * whole) and weight >= ask.min_p:
             kept.append(token)
         mass += weight
-    level = uniforms(ask.seed, s.choice, len(outputs), 1)[0] * sum(weights[token] for token in kept)
+    level = uniform_numbers(ask.seed, s.choice, len(outputs), 1)[0] * sum(weights[token] for token in kept)
     for token in sorted(kept):
         level -= weights[token]
         if level < 0:
@@ -198,7 +198,7 @@ def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(ask: Sampling, 
     expected = sample(rows, [sequence(ask) for ask in asks])
     rows[2, 9] = bad  # What a bias forbids is looked at, too.
     tokens, is_sound = pick(Sampler(STOP_IDS), rows, [sequence(ask) for ask in asks])
-    assert is_sound == are_sound(rows).tolist() == [True, True, False, True, True]
+    assert is_sound == are_valid(rows).tolist() == [True, True, False, True, True]
     assert 0 <= tokens[2] < SIZE
     assert tokens[:2] + tokens[3:] == expected[:2] + expected[3:]
 
@@ -207,7 +207,7 @@ def test_a_model_may_forbid_tokens_but_not_all() -> None:
     rows = logits(3)
     rows[0, 5] = -math.inf
     rows[1] = -math.inf
-    assert are_sound(rows).tolist() == [True, False, True]
+    assert are_valid(rows).tolist() == [True, False, True]
     assert pick(Sampler(()), rows, [heated(1.0) for _ in range(3)])[1] == [True, False, True]
 
 
@@ -220,7 +220,7 @@ def test_a_request_that_forbids_every_token_is_reported(temperature: float) -> N
 def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
     asks = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9)]
-    assert Sampler(STOP_IDS).pick(torch.empty(3, 300, device="meta"), [sequence(ask) for ask in asks]).shape == (2, 3)
+    assert Sampler(STOP_IDS).sample(torch.empty(3, 300, device="meta"), [sequence(ask) for ask in asks]).shape == (2, 3)
 
 
 @pytest.mark.gpu
@@ -235,7 +235,7 @@ def test_log_probabilities_are_torchs() -> None:
     rows = logits(5)
     tokens = [4, 0, 49, 17, 17]
     expected = torch.log_softmax(rows, -1)
-    found = to_scores(score(rows, torch.tensor(tokens), 3).tolist())
+    found = to_logprobs(gather_logprobs(rows, torch.tensor(tokens), 3).tolist())
     for row, (token, (value, top)) in enumerate(zip(tokens, found, strict=True)):
         assert value == pytest.approx(expected[row, token].item(), abs=1e-6)
         best = expected[row].topk(3)
@@ -244,14 +244,14 @@ def test_log_probabilities_are_torchs() -> None:
 
 
 def test_no_alternatives_where_none_are_asked_for() -> None:
-    assert [top for _, top in to_scores(score(logits(2), torch.tensor([1, 2]), 0).tolist())] == [{}, {}]
-    assert to_scores([]) == []
+    assert [top for _, top in to_logprobs(gather_logprobs(logits(2), torch.tensor([1, 2]), 0).tolist())] == [{}, {}]
+    assert to_logprobs([]) == []
 
 
 def test_scores_do_not_wait_for_the_device() -> None:
     tokens = torch.empty(3, dtype=torch.int64, device="meta")
-    assert score(torch.empty(3, 300, device="meta"), tokens, 2).shape == (3, 5)
-    assert are_sound(torch.empty(3, 300, device="meta")).shape == (3,)
+    assert gather_logprobs(torch.empty(3, 300, device="meta"), tokens, 2).shape == (3, 5)
+    assert are_valid(torch.empty(3, 300, device="meta")).shape == (3,)
 
 
 def test_what_is_read_back_together_is_what_was_in_each() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from server.engine.request import Chunk, Sequence
 from server.engine.scheduling.scheduler import Residency, Scheduler
-from server.engine.scheduling.step_budget import LEAST
+from server.engine.scheduling.step_budget import MIN_CHUNK_TOKENS
 from tests.server.plans import (
     FakeGate,
     added,
@@ -120,7 +120,7 @@ def test_chunks_become_shorter_the_more_keys_they_read() -> None:
     sizes = [c.stop - c.start for chunks in run(it) for c in chunks if c.sequence is long]
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
     assert sizes[0] == 41
-    assert sizes[-2] == LEAST + 1, "it comes to its end, whatever it costs"
+    assert sizes[-2] == MIN_CHUNK_TOKENS + 1, "it comes to its end, whatever it costs"
 
 
 def prompts_beside_decoding(*sizes: int) -> tuple[list[Sequence], list[list[Sequence]]]:
@@ -221,7 +221,7 @@ def test_who_joins_leaves_a_block_for_each_that_runs() -> None:
     late = added(it, request(5, 3, text=1))
     run_step(it)
     assert late in it.waiting
-    assert it.cache.num_available == 2
+    assert it.kv_cache.num_available == 2
 
 
 def test_a_sequence_of_all_the_memory_runs() -> None:
@@ -264,7 +264,7 @@ def test_aborting_a_running_sequence_frees_its_blocks() -> None:
     it.abort(one)
     assert it.drop_aborted() == [one]
     it.check_integrity()
-    assert it.cache.num_available == 4
+    assert it.kv_cache.num_available == 4
     assert [c.sequence for c in it.plan()] == [other]
 
 
@@ -413,11 +413,11 @@ class ForgetfulGate(FakeGate):
 
     evicted: tuple[Sequence, ...] = ()
 
-    def pin(self, sequence: Sequence) -> Residency:
+    def acquire(self, sequence: Sequence) -> Residency:
         if sequence in self.evicted:
             self.held.pop(sequence, None)
             return "full"
-        return super().pin(sequence)
+        return super().acquire(sequence)
 
 
 def test_who_loads_passes_another_that_was_loading_and_finds_it_full() -> None:
@@ -437,7 +437,7 @@ class BusyGate(FakeGate):
 
     behind: tuple[Sequence, ...] = ()
 
-    def is_behind(self, sequence: Sequence) -> bool:
+    def is_load_deferred(self, sequence: Sequence) -> bool:
         return sequence in self.behind
 
 
@@ -732,6 +732,6 @@ def test_tokens_served_are_told_by_tenant_and_adapters() -> None:
     added(it, request(10, 5, tenant="t", adapters=["a"]))
     run_step(it)
     run_step(it)
-    assert it.tokens_served == {("t", ("a",)): 12}
+    assert it.tokens_charged == {("t", ("a",)): 12}
     run(it)
-    assert it.tokens_served == {}
+    assert it.tokens_charged == {}

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.engine.request import Chunk, Request, Sequence
-from server.engine.scheduling.kv_cache import must_score
+from server.engine.scheduling.kv_cache import needs_prompt_logprobs
 from server.engine.scheduling.scheduler import Scheduler
-from server.engine.scheduling.step_budget import LEAST, MAX_SHORT_STEPS, StepCost
+from server.engine.scheduling.step_budget import MAX_SHORT_STEPS, MIN_CHUNK_TOKENS, StepCost
 from tests.server.plans import FakeGate, added_choices, digests, is_done, request, scheduler, step_cost
 
 ADAPTERS = ("a", "b", "c", "bad")
@@ -168,26 +168,29 @@ class Run:
         assert len({c.sequence for c in chunks}) == len(chunks)
         if decoding:
             prompts = [c for c in chunks if c.sequence not in decoding]
-            usual = limits.cost.usual([s.num_computed for s in decoding])
+            usual = limits.cost.decode_seconds([s.num_computed for s in decoding])
             seconds, num_tokens = usual, len(decoding)
             most = longest = limits.max_stall * usual
             of_long = usual
             for chunk in prompts:
-                added = limits.cost.added(num_tokens, chunk.start, chunk.stop - chunk.start)
+                added = limits.cost.chunk_seconds(num_tokens, chunk.start, chunk.stop - chunk.start)
                 seconds += added
                 num_tokens += chunk.stop - chunk.start
-                found = chunk.sequence.num_found
-                if limits.cost.added(0, found, chunk.sequence.num_tokens - found) <= MAX_SHORT_STEPS * limits.short_step_s:
+                found = chunk.sequence.num_prefix_tokens
+                if (
+                    limits.cost.chunk_seconds(0, found, chunk.sequence.num_tokens - found)
+                    <= MAX_SHORT_STEPS * limits.short_step_s
+                ):
                     longest = max(most, limits.short_step_s)
                 else:
                     of_long += added
-            is_least = len(prompts) <= 1 and num_tokens - len(decoding) <= LEAST + 1
+            is_least = len(prompts) <= 1 and num_tokens - len(decoding) <= MIN_CHUNK_TOKENS + 1
             assert is_least or (seconds <= longest * (1 + 1e-9) and of_long <= most * (1 + 1e-9))
 
     def commit(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             sequence = chunk.sequence
-            if must_score(sequence) and chunk.start:
+            if needs_prompt_logprobs(sequence) and chunk.start:
                 assert self.scored[sequence] == chunk.start, "no row of a prompt to be scored is left out"
             self.scored[sequence] = chunk.stop
             self.memory.compute(chunk)
@@ -238,7 +241,7 @@ def test_any_schedule_keeps_its_promises(of: Schedule) -> None:
         run.step += 1
     run.check_order()
     assert run.ended == Counter(run.arrived), "all end, once"
-    assert it.cache.num_available == of.num_blocks
+    assert it.kv_cache.num_available == of.num_blocks
     assert not gate.held
     assert not it.has_work
     for sequence in run.arrived:

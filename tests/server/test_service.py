@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import PolicyError, Registry
-from server.engine.admission import MAX_SCORES, Admission, Ask, RefusedError, TokenPrompt
+from server.engine.admission import MAX_LOGPROBS, Admission, Ask, RefusedError, TokenPrompt
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, Request
 from server.engine.thread import EngineThread
@@ -80,7 +80,7 @@ def asked(service: Service, name: str) -> float:
 
 
 def using(service: Service) -> list[tuple[int, int]]:
-    uses = [service.uses.of(name, digest) for name, digest in (("math", ONE), ("guard", TWO))]
+    uses = [service.uses.get(name, digest) for name, digest in (("math", ONE), ("guard", TWO))]
     return [(use.num_using, use.num_requests) for use in uses]
 
 
@@ -168,9 +168,9 @@ def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_not
 
 def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
-    admission = Admission(tokenizer, Registry([]), MAX_SCORES)
+    admission = Admission(tokenizer, Registry([]), MAX_LOGPROBS)
     service = Service(Settings(max_requests=2), "fake", Registry([]), admission, engine, metrics)
-    length = MAX_SCORES // 2**5
+    length = MAX_LOGPROBS // 2**5
     ask = Ask(prompt=TokenPrompt((1,) * length), echo=True, num_logprobs=7, num_choices=2, max_tokens=0)
 
     async def test() -> None:
@@ -181,7 +181,7 @@ def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokeniz
             replace(ask, num_choices=3),
             replace(ask, prompt=TokenPrompt((1,) * (length + 1))),
         ):
-            with pytest.raises(RefusedError, match=f"expected at most {MAX_SCORES} in one reply") as caught:
+            with pytest.raises(RefusedError, match=f"expected at most {MAX_LOGPROBS} in one reply") as caught:
                 async with service.admitted([ask, more], Caller()):
                     pass
             assert caught.value.field == "logprobs"
@@ -195,14 +195,14 @@ def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokeniz
 def test_so_many_log_probabilities_of_answers_are_in_a_whole_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
     """A chat that may fill a long context, 64 times with 20 alternatives a token, is gigabytes."""
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
-    service = Service(Settings(), "fake", Registry([]), Admission(tokenizer, Registry([]), MAX_SCORES), engine, metrics)
-    ask = Ask(prompt="x", num_logprobs=7, num_choices=2, max_tokens=MAX_SCORES // 16)
+    service = Service(Settings(), "fake", Registry([]), Admission(tokenizer, Registry([]), MAX_LOGPROBS), engine, metrics)
+    ask = Ask(prompt="x", num_logprobs=7, num_choices=2, max_tokens=MAX_LOGPROBS // 16)
     more = replace(ask, num_choices=3)
 
     async def test() -> None:
         async with service.admitted([ask], Caller()):
             pass
-        with pytest.raises(RefusedError, match=f"expected at most {MAX_SCORES} in one reply; a stream holds more") as caught:
+        with pytest.raises(RefusedError, match=f"expected at most {MAX_LOGPROBS} in one reply; a stream holds more") as caught:
             async with service.admitted([more], Caller()):
                 pass
         assert caught.value.field == "logprobs"

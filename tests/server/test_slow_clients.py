@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from transformers import PreTrainedTokenizerFast
 
-from server.transport.connections import Waiting
+from server.transport.connections import IdleConnections
 from server.transport.http_protocol import MAX_HELD_BYTES
 from tests.server.fake_service import served
 from tests.server.live import LIMIT_S, Live, events, start
@@ -163,13 +163,13 @@ def test_silence_begins_anew_with_every_request() -> None:
     busy, silent, between = (FakeConnection(clock) for _ in range(3))
     coming = FakeConnection(clock, has_sent=True)
     server = SimpleNamespace(server_state=SimpleNamespace(connections={busy, silent, between, coming}))
-    waiting = Waiting(cast(uvicorn.Server, server), lambda: clock[0])
+    waiting = IdleConnections(cast(uvicorn.Server, server), lambda: clock[0])
     busy.cycle = SimpleNamespace(response_complete=False)
     for second in range(12):
         clock[0] = second
         if second == 6:
             between.cycle = SimpleNamespace(response_complete=True)
-        waiting.look()
+        waiting.scan()
         waiting.close(8)
     assert (busy.closed_at, silent.closed_at, coming.closed_at, between.closed_at) == (None, 8, 9, None)
     for each in (busy, between):

@@ -22,13 +22,13 @@ def test_a_curve_that_goes_down_is_our_own_fault(counts: tuple[int, ...], second
 
 
 def test_a_usual_step_costs_its_sequences_and_the_keys_that_each_reads() -> None:
-    assert MEASURED.usual([100, 300]) == pytest.approx(9.4 + 0.0012 * 400)
+    assert MEASURED.decode_seconds([100, 300]) == pytest.approx(9.4 + 0.0012 * 400)
 
 
 def test_a_chunk_adds_its_tokens_one_reading_of_the_keys_and_a_pair_for_each_token_and_key() -> None:
     # From 8 tokens to 16; the keys are those before the chunk, and half of its own.
-    assert MEASURED.added(8, 2000, 8) == pytest.approx(8 / 15 * 3.0 + 0.001 * 2004 + 0.0002 * 8 * 2004)
+    assert MEASURED.chunk_seconds(8, 2000, 8) == pytest.approx(8 / 15 * 3.0 + 0.001 * 2004 + 0.0002 * 8 * 2004)
 
 
 def test_the_first_chunk_of_a_step_brings_what_any_step_costs() -> None:
-    assert MEASURED.added(0, 0, 16) == pytest.approx(12.0 + 0.001 * 8 + 0.0002 * 16 * 8)
+    assert MEASURED.chunk_seconds(0, 0, 16) == pytest.approx(12.0 + 0.001 * 8 + 0.0002 * 16 * 8)

@@ -8,8 +8,8 @@ import pytest
 from server.engine import startup
 from server.engine.request import Chunk
 from server.engine.scheduling.step_budget import StepCost
-from server.engine.startup import FAR, NUM_TURNS, measure_step_cost
-from server.engine.step import Turn
+from server.engine.startup import FAR, NUM_ROUNDS, measure_step_cost
+from server.engine.step import StepExecutor
 
 
 class FakeTurn:
@@ -33,7 +33,7 @@ class FakeTurn:
 def measure(turn: FakeTurn, monkeypatch: pytest.MonkeyPatch, **limits: int) -> StepCost:
     monkeypatch.setattr(startup, "time", turn)
     sizes = {"max_tokens": 512, "max_sequences": 64, "max_context": 8192, "num_blocks": 4096, "block_size": 16}
-    return measure_step_cost(cast(Turn, turn), num_ids=100, **(sizes | limits))
+    return measure_step_cost(cast(StepExecutor, turn), num_ids=100, **(sizes | limits))
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_slow_steps_are_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two of each size of prompt, to see which are worth it; then turns, of which the first may have to compile.
     num_before = 2 * len(sizes.prompt.counts)
     a_turn = len(sizes.prompt.counts) + len(sizes.decoding.counts) + 2
-    assert len(quick.steps) == num_before + NUM_TURNS * a_turn
+    assert len(quick.steps) == num_before + NUM_ROUNDS * a_turn
     assert len(slow.steps) == num_before + 2 * a_turn
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.text import StopStrings, beginning
+from server.engine.text import StopStrings, find_partial
 
 
 def pieces(stops: tuple[str, ...], *parts: str) -> list[str]:
@@ -41,7 +41,7 @@ def test_as_much_is_held_back_as_could_begin_a_stop(text: str, stops: tuple[str,
     ],
 )
 def test_a_beginning_is_all_of_a_stop_or_reaches_the_end(text: str, stop: str, start: int, place: int) -> None:
-    assert beginning(text, stop, start) == place
+    assert find_partial(text, stop, start) == place
 
 
 def test_what_only_began_like_a_stop_is_given_on_at_once() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lori.embedded import embedded_model
 from lori.template import encode
-from server.engine.text import HALF_CHARACTER, MAX_WAITING, NUM_CONTEXT, TextStream
+from server.engine.text import MAX_PENDING_TOKENS, NUM_CONTEXT, REPLACEMENT_CHARACTER, TextStream
 from tests.tiny import tiny_tokenizer
 
 
@@ -103,7 +103,7 @@ def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]
     """Any tokens, with more special ones and more halves of characters than chance gives."""
     special = [token for token, added in backend.get_added_tokens_decoder().items() if added.special]
     num_tokens = backend.get_vocab_size()
-    halves = [token for token in range(num_tokens) if backend.decode([token]).endswith(HALF_CHARACTER)]
+    halves = [token for token in range(num_tokens) if backend.decode([token]).endswith(REPLACEMENT_CHARACTER)]
     kinds = [st.integers(0, num_tokens - 1), st.sampled_from(halves), st.sampled_from(halves), st.sampled_from(special)]
     return st.lists(st.one_of(*kinds), max_size=max_size)
 
@@ -121,8 +121,8 @@ def test_the_pieces_of_any_tokens_are_the_text_of_all(backends: dict[str, Tokeni
             out += stream.push(token)
         text = backend.decode(tokens, skip_special_tokens=True)
         assert text.startswith(out)
-        assert not text[len(out) :].strip(HALF_CHARACTER)
-        assert len(text) - len(out) <= MAX_WAITING
+        assert not text[len(out) :].strip(REPLACEMENT_CHARACTER)
+        assert len(text) - len(out) <= MAX_PENDING_TOKENS
         assert stream.num_characters == len(out)
 
     check()
@@ -143,14 +143,18 @@ def test_thousands_of_halves_and_special_tokens_are_the_text_of_all(
     out = "".join(map(stream.push, tokens))
     text = backend.decode(tokens, skip_special_tokens=True)
     assert text.startswith(out)
-    assert len(text) - len(out) <= MAX_WAITING
+    assert len(text) - len(out) <= MAX_PENDING_TOKENS
 
 
 def test_what_comes_with_half_a_character_does_not_wait_for_it(backends: dict[str, Tokenizer]) -> None:
     backend = backends["embedded"]
     texts = {token: backend.decode([token]) for token in range(backend.get_vocab_size())}
-    token = next(t for t, text in texts.items() if len(text) > 1 and text.endswith(HALF_CHARACTER) and text[0] != HALF_CHARACTER)
-    assert TextStream(backend, (), ()).push(token) == texts[token].rstrip(HALF_CHARACTER)
+    token = next(
+        t
+        for t, text in texts.items()
+        if len(text) > 1 and text.endswith(REPLACEMENT_CHARACTER) and text[0] != REPLACEMENT_CHARACTER
+    )
+    assert TextStream(backend, (), ()).push(token) == texts[token].rstrip(REPLACEMENT_CHARACTER)
 
 
 class CountingTokenizer:
@@ -177,8 +181,8 @@ def test_a_long_answer_costs_as_much_a_token_as_a_short_one(tokenizer: PreTraine
     out = "".join(stream.push(token) for _ in range(num_tokens))
     expected = tokenizer.decode([token] * num_tokens, skip_special_tokens=True)
     assert expected.startswith(out)
-    assert len(expected) - len(out) <= MAX_WAITING
-    assert counting.num_decoded <= (2 * NUM_CONTEXT + MAX_WAITING) * num_tokens
+    assert len(expected) - len(out) <= MAX_PENDING_TOKENS
+    assert counting.num_decoded <= (2 * NUM_CONTEXT + MAX_PENDING_TOKENS) * num_tokens
 
 
 def test_a_stop_string_is_found_across_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

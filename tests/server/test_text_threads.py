@@ -8,7 +8,15 @@ import anyio.to_thread
 import pytest
 
 from server import text_threads
-from server.text_threads import LONG, MAX_OF_TENANT, MAX_SHORTER, MAX_THREADS, SHORT, TenantTurns, TextThreads
+from server.text_threads import (
+    LONG,
+    MAX_LONG_THREADS,
+    MAX_SHORTER_THREADS,
+    MAX_TENANT_THREADS,
+    SHORT,
+    TenantSemaphores,
+    TextThreads,
+)
 
 LIMIT_S = 60
 
@@ -54,11 +62,11 @@ async def test_a_tenant_s_long_texts_wait_for_one_another_and_no_other_tenant_s_
 
 @pytest.mark.anyio
 async def test_long_texts_take_no_thread_of_the_others_and_few_in_all() -> None:
-    threads, works = TextThreads(), [Work() for _ in range(MAX_THREADS + 1)]
+    threads, works = TextThreads(), [Work() for _ in range(MAX_LONG_THREADS + 1)]
     async with anyio.create_task_group() as group:
         for number, work in enumerate(works):
             group.start_soon(threads.run, work, f"tenant-{number}", LONG + 1)
-        await until(lambda: sum(work.has_begun.is_set() for work in works) == MAX_THREADS)
+        await until(lambda: sum(work.has_begun.is_set() for work in works) == MAX_LONG_THREADS)
         assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
         for work in works:
             work.may_end.set()
@@ -74,18 +82,18 @@ async def test_many_texts_of_one_tenant_do_not_keep_another_s_from_a_thread(size
     async with anyio.create_task_group() as group:
         for work in works:
             group.start_soon(threads.run, work, "acme", size)
-        await until(lambda: sum(work.has_begun.is_set() for work in works) == MAX_OF_TENANT)
+        await until(lambda: sum(work.has_begun.is_set() for work in works) == MAX_TENANT_THREADS)
         assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
         with anyio.fail_after(LIMIT_S):
             assert await threads.run(other, "other", size) == "done"
-        assert sum(work.has_begun.is_set() for work in works) == MAX_OF_TENANT
+        assert sum(work.has_begun.is_set() for work in works) == MAX_TENANT_THREADS
         for work in works:
             work.may_end.set()
 
 
 @pytest.mark.anyio
 async def test_short_texts_do_not_wait_for_longer_ones() -> None:
-    threads, works = TextThreads(), [Work() for _ in range(MAX_SHORTER)]
+    threads, works = TextThreads(), [Work() for _ in range(MAX_SHORTER_THREADS)]
     async with anyio.create_task_group() as group:
         for number, work in enumerate(works):
             group.start_soon(threads.run, work, f"tenant-{number % 2}", LONG)
@@ -96,11 +104,11 @@ async def test_short_texts_do_not_wait_for_longer_ones() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_tenant_s_turns_wait_for_one_another_and_no_other_tenant_s_does() -> None:
-    turns, entered, may_end = TenantTurns(1), list[str](), anyio.Event()
+async def test_a_tenant_s_tasks_wait_for_one_another_and_no_other_tenant_s_does() -> None:
+    semaphores, entered, may_end = TenantSemaphores(1), list[str](), anyio.Event()
 
     async def take(tenant: str) -> None:
-        async with turns.turn(tenant):
+        async with semaphores.acquire(tenant):
             entered.append(tenant)
             await may_end.wait()
 
@@ -118,7 +126,7 @@ async def test_a_tenant_that_has_no_more_long_texts_is_forgotten() -> None:
     threads = TextThreads()
     for number in range(10):
         await threads.run(lambda: None, f"tenant-{number}", LONG + 1)
-    assert len(threads._long._turns._by_tenant) == 0
+    assert len(threads._long._semaphores._by_tenant) == 0
 
 
 @pytest.mark.anyio

@@ -294,7 +294,7 @@ def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
         await until(lambda: not rig.scheduler.has_work)
         await thread.stop()
         rig.scheduler.check_integrity()
-        assert rig.scheduler.cache.num_available == rig.scheduler.cache.num_blocks
+        assert rig.scheduler.kv_cache.num_available == rig.scheduler.kv_cache.num_blocks
 
     run(test())
 

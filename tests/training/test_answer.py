@@ -11,7 +11,7 @@ import torch
 from lori.base_model import load_base_model
 from lori.template import encode, render_prompt
 from tests.server.live import Live, start
-from training.answer import AnswerConfig, answers, chosen_rows, main, write_answers
+from training.answer import AnswerConfig, answer_rows, main, select_rows, write_answers
 from training.data import DataError, Row
 
 
@@ -35,52 +35,52 @@ def config_for(data: Path, **changes: object) -> AnswerConfig:
 
 
 def test_rows_can_be_drawn_and_only_the_unanswered_chosen(data: Path) -> None:
-    assert len(chosen_rows(config_for(data))) == 12
-    unanswered = chosen_rows(config_for(data, only_unanswered=True))
+    assert len(select_rows(config_for(data))) == 12
+    unanswered = select_rows(config_for(data, only_unanswered=True))
     assert len(unanswered) == 4
     assert all("how" in row.prompt_text or row.prompt_text == "?" for row in unanswered)
-    drawn = chosen_rows(config_for(data, num_rows=5))
+    drawn = select_rows(config_for(data, num_rows=5))
     assert len(drawn) == 5
-    assert drawn == chosen_rows(config_for(data, num_rows=5))
-    assert drawn != chosen_rows(config_for(data, num_rows=5, seed=1))
+    assert drawn == select_rows(config_for(data, num_rows=5))
+    assert drawn != select_rows(config_for(data, num_rows=5, seed=1))
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Path, template: str) -> None:
-    # Prompts of a batch are padded to one width; the padding must not show.
+    # Prompts of a batch are padded to one width; the padding must not change the answers.
     config = config_for(data, temperature=0, template=template, batch_tokens=200)
     base = load_base_model(str(tiny_model), torch.float32)
-    rows = chosen_rows(config)
-    found = {str(row["prompt"]): row for row in answers(base, rows, config)}
+    rows = select_rows(config)
+    answers = {str(row["prompt"]): row for row in answer_rows(base, rows, config)}
     for row in rows:
         ids = torch.tensor([encode(base.tokenizer, render_prompt(base.tokenizer, row.prompt, config.template)).ids])
         out = base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
-        ended = base.tokenizer.eos_token_id in out[0, ids.shape[1] :]
+        is_whole = base.tokenizer.eos_token_id in out[0, ids.shape[1] :]
         text = base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
-        if not ended and not text.strip():
-            assert row.prompt_text not in found
+        if not is_whole and not text.strip():
+            assert row.prompt_text not in answers
             continue
-        assert found[row.prompt_text]["completion"] == text
-        assert found[row.prompt_text]["template"] == template
-        assert found[row.prompt_text]["truncated"] == (not ended)
+        assert answers[row.prompt_text]["completion"] == text
+        assert answers[row.prompt_text]["template"] == template
+        assert answers[row.prompt_text]["truncated"] == (not is_whole)
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
 def test_a_server_answers_as_a_model_that_is_loaded_here(tiny_model: Path, server: Live, data: Path, template: str) -> None:
     config = config_for(data, temperature=0, template=template)
-    rows = chosen_rows(config)
-    asked = config.model_copy(update={"url": server.url})
-    assert answers(None, rows, asked) == answers(load_base_model(str(tiny_model), torch.float32), rows, config)
+    rows = select_rows(config)
+    server_config = config.model_copy(update={"url": server.url})
+    assert answer_rows(None, rows, server_config) == answer_rows(load_base_model(str(tiny_model), torch.float32), rows, config)
 
 
 def test_a_server_draws_each_answer_by_its_own_seed(server: Live, data: Path) -> None:
     data.write_text('{"prompt": "why?"}\n' * 8)
     config = config_for(data, template="plain", temperature=1.0, url=server.url)
-    rows = chosen_rows(config)
-    found = [row["completion"] for row in answers(None, rows, config)]
-    assert len(set(found)) > 1
-    assert found == [row["completion"] for row in answers(None, rows, config)]
-    assert found != [row["completion"] for row in answers(None, rows, config.model_copy(update={"seed": 100}))]
+    rows = select_rows(config)
+    texts = [row["completion"] for row in answer_rows(None, rows, config)]
+    assert len(set(texts)) > 1
+    assert texts == [row["completion"] for row in answer_rows(None, rows, config)]
+    assert texts != [row["completion"] for row in answer_rows(None, rows, config.model_copy(update={"seed": 100}))]
 
 
 @pytest.mark.parametrize("is_served", [False, True])
@@ -90,7 +90,7 @@ def test_rows_without_room_or_prompt_are_named_alike(tiny_model: Path, server: L
     config = config_for(data, template="plain", **({"url": server.url} if is_served else {}))
     base = None if is_served else load_base_model(str(tiny_model), torch.float32)
     with pytest.raises(DataError) as error:
-        answers(base, chosen_rows(config), config)
+        answer_rows(base, select_rows(config), config)
     assert f"{data} line 2: with an answer of 5 tokens, for the model's context" in str(error.value)
     assert f"empty prompt: 1\n    {data} line 3" in str(error.value)
 
@@ -107,8 +107,8 @@ def test_rows_that_cannot_be_answered_are_left_out_where_that_is_asked(
 ) -> None:
     data.write_text('{"prompt": "why?"}\n{"prompt": ""}\n{"prompt": "' + "why " * 999 + '"}\nnot JSON\n{"prompt": "how?"}\n')
     config = config_for(data, template="plain", on_bad="skip", temperature=0)
-    found = answers(load_base_model(str(tiny_model), torch.float32), chosen_rows(config), config)
-    assert [row["prompt"] for row in found] == ["why?", "how?"]
+    answers = answer_rows(load_base_model(str(tiny_model), torch.float32), select_rows(config), config)
+    assert [row["prompt"] for row in answers] == ["why?", "how?"]
     for kind, line in (("missing field", 2), ("too long", 3), ("not JSON", 4)):
         assert f"rows left out, {kind}: 1 ({data} line {line}" in caplog.text
 
@@ -117,13 +117,13 @@ def test_answers_that_are_left_out_are_counted(tiny_model: Path, data: Path, cap
     caplog.set_level(logging.INFO)
     base = load_base_model(str(tiny_model), torch.float32)
     config = config_for(data, max_tokens=1, temperature=9.0, batch_tokens=200)
-    num_left = 12 - write_answers(base, chosen_rows(config), config)
+    num_left = 12 - write_answers(base, select_rows(config), config)
     assert num_left > 0
     assert f"cut before they said anything: {num_left}" in caplog.text
 
 
 def test_an_answer_can_be_right_under_any_template() -> None:
-    assert Row(prompt="p").answered("text", None, truncated=False) == {
+    assert Row(prompt="p").with_completion("text", None, truncated=False) == {
         "prompt": "p", "completion": "text", "template": None, "truncated": False
     }  # fmt: skip
 

@@ -1,11 +1,11 @@
-"""Planning the steps of a phase, and their parts."""
+"""Planning of a phase's steps and micro-batches."""
 
 import itertools
 from collections import Counter
 
 import pytest
 
-from training.batches import BatchSize, draw_weights, held_out_parts, parts_of, plan_steps, split
+from training.batches import BatchSize, draw_weights, held_out_batches, micro_batches, plan_steps, split_step
 from training.data import Example, Item, Pair
 
 
@@ -39,27 +39,27 @@ def test_the_mix_has_its_share() -> None:
 
 def test_the_seed_decides_the_order() -> None:
     data = examples(40, 5)
-    first, again, other = (plan_steps(data, data, 0.5, BatchSize(0, 50), (9, 1.0), seed=s) for s in (1, 1, 2))
-    assert first == again
-    assert first != other
+    first, repeated, with_other_seed = (plan_steps(data, data, 0.5, BatchSize(0, 50), (9, 1.0), seed=s) for s in (1, 1, 2))
+    assert first == repeated
+    assert first != with_other_seed
 
 
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
-def test_parts_are_a_step_s_examples_with_shares_that_add_up_to_one(num_parts: int) -> None:
+@pytest.mark.parametrize("num_micro_batches", [1, 2, 3, 8])
+def test_parts_are_a_step_s_examples_with_shares_that_add_up_to_one(num_micro_batches: int) -> None:
     step: list[Item] = [Example((i,) * length, 1) for i, length in enumerate([40, 3, 17, 5, 9])]
-    parts = split(step, num_parts)
-    assert len(parts) == num_parts
-    assert sum(part.share * len(part.items) for part in parts) == pytest.approx(1.0)
-    assert sorted(e.ids[0] for part in parts if part.share for item in part.items for e in item.examples) == [0, 1, 2, 3, 4]
-    if num_parts == 2:
-        assert sorted(sum(map(len, part.items)) for part in parts) == [34, 40]
+    batches = split_step(step, num_micro_batches)
+    assert len(batches) == num_micro_batches
+    assert sum(batch.share * len(batch.items) for batch in batches) == pytest.approx(1.0)
+    assert sorted(e.ids[0] for batch in batches if batch.share for item in batch.items for e in item.examples) == [0, 1, 2, 3, 4]
+    if num_micro_batches == 2:
+        assert sorted(sum(map(len, batch.items)) for batch in batches) == [34, 40]
 
 
 def test_processes_share_what_one_computes_one_after_another() -> None:
     steps = plan_steps(examples(40, 5), [], 0.0, BatchSize(7, 1), (0, 1.0), seed=0)
-    alone = parts_of(steps, 4)
-    first, second = (parts_of(steps, 4, process, 2) for process in (0, 1))
-    assert [*itertools.chain.from_iterable(zip(first, second, strict=True))] == alone
+    one_process = micro_batches(steps, 4)
+    first, second = (micro_batches(steps, 4, process, 2) for process in (0, 1))
+    assert [*itertools.chain.from_iterable(zip(first, second, strict=True))] == one_process
 
 
 def test_all_parts_of_a_step_have_its_weight_in_every_process() -> None:
@@ -68,22 +68,22 @@ def test_all_parts_of_a_step_have_its_weight_in_every_process() -> None:
     assert weights == draw_weights(len(steps), 0.3, 0.9, seed=2)
     assert len(set(weights)) == len(steps)
     assert 0.3 <= min(weights) < max(weights) <= 0.9
-    first, second = (parts_of(steps, 2, process, 2, weights) for process in (0, 1))
-    assert [part.weight for part in first] == [part.weight for part in second] == weights
-    assert {part.weight for part in parts_of(steps, 2)} == {1.0}
+    first, second = (micro_batches(steps, 2, process, 2, weights) for process in (0, 1))
+    assert [batch.adapter_weight for batch in first] == [batch.adapter_weight for batch in second] == weights
+    assert {batch.adapter_weight for batch in micro_batches(steps, 2)} == {1.0}
 
 
 def test_no_held_out_example_is_dropped_and_each_weighs_the_same() -> None:
     data: list[Item] = [Example((i,) * length, 1) for i, length in enumerate([9, 30, 4, 11, 2, 6])]
-    parts = held_out_parts(data, 20)
-    assert sorted(e.ids[0] for part in parts for item in part.items for e in item.examples) == [0, 1, 2, 3, 4, 5]
-    assert {part.share for part in parts} == {1 / 6}
-    assert held_out_parts([], 20) == []
+    batches = held_out_batches(data, 20)
+    assert sorted(e.ids[0] for batch in batches for item in batch.items for e in item.examples) == [0, 1, 2, 3, 4, 5]
+    assert {batch.share for batch in batches} == {1 / 6}
+    assert held_out_batches([], 20) == []
 
 
 def test_a_pair_is_one_item_and_stays_together() -> None:
     pairs: list[Item] = [Pair(Example((i,) * 5, 2), Example((i,) * 9, 2)) for i in range(10)]
     steps = plan_steps(pairs, [], 0.0, BatchSize(0, 40), (0, 1.0), seed=0)
     assert sum(map(len, steps)) == 10
-    for part in parts_of(steps, 2):
-        assert all(isinstance(item, Pair) for item in part.items)
+    for batch in micro_batches(steps, 2):
+        assert all(isinstance(item, Pair) for item in batch.items)

@@ -1,4 +1,4 @@
-"""`training.chats`: rows as people ask in a chat."""
+"""`training.chats`: rows as chats."""
 
 import json
 from pathlib import Path
@@ -67,10 +67,10 @@ def test_prompts_are_written_in_frames(data: Path, tmp_path: Path) -> None:
     frames = tmp_path / "frames.txt"
     frames.write_text('"First:\\n{{ prompt }}"\n\n"{{ prompt }} And then?"\n')
     rows = chats(config_for(data, frames=frames, system_fraction=0, num_rows=40))
-    asked = [row["prompt"][-1]["content"] for row in rows]
-    assert len(asked) == 40
-    assert {text.partition("How")[0] for text in asked} == {"", "First:\n"}
-    assert {text.partition("?")[2] for text in asked} == {"", " And then?"}
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    assert len(prompts) == 40
+    assert {text.partition("How")[0] for text in prompts} == {"", "First:\n"}
+    assert {text.partition("?")[2] for text in prompts} == {"", " And then?"}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_frame_that_fails_on_a_row_names_the_row(tmp_path: Path) -> None:
 
 
 def test_no_row_stands_before_itself(tmp_path: Path) -> None:
-    """It would teach to copy the answer."""
+    """With its own question and answer as an earlier turn, a row would teach copying."""
     data = write(tmp_path / "data.jsonl", [{"prompt": f"How much is {i}?", "completion": f" {i}"} for i in range(4)])
     rows = [row for seed in range(20) for row in chats(config_for(data, earlier=[str(data)], earlier_fraction=1, seed=seed))]
     assert any(len(row["prompt"]) > 3 for row in rows)

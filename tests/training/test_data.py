@@ -1,4 +1,4 @@
-"""Reading training data, and writing it as tokens."""
+"""Reading and tokenizing of training data."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def test_a_fault_in_json_lines_has_no_hint_of_the_form(tmp_path: Path) -> None:
 
 
 def test_a_line_ends_at_a_newline_only(tmp_path: Path) -> None:
-    # U+2028 inside a JSON string once cut the line in two.
+    # Regression: U+2028 inside a JSON string split the line.
     rows = read_rows(write(tmp_path / "d.jsonl", {"prompt": "a\u2028b", "completion": "c"}))
     assert rows[0].prompt == "a\u2028b"
 
@@ -59,7 +59,7 @@ def test_a_byte_order_mark_and_windows_newlines_are_no_fault(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("bad", "kind", "said"),
+    ("bad", "kind", "detail"),
     [
         ("{oops", "not JSON", "line 2: Expecting property name"),
         ('{"prompt": ' + "[" * 10**5, "not JSON", "line 2: maximum recursion"),
@@ -84,11 +84,11 @@ def test_a_byte_order_mark_and_windows_newlines_are_no_fault(tmp_path: Path) -> 
         ('{"prompt": "p", "completion": "\\ud800"}', "wrong value", "line 2: completion: holds half of a surrogate"),
     ],
 )
-def test_a_bad_line_is_named_with_its_kind(tmp_path: Path, bad: object, kind: str, said: str) -> None:
+def test_a_bad_line_is_named_with_its_kind(tmp_path: Path, bad: object, kind: str, detail: str) -> None:
     source = write(tmp_path / "d.jsonl", GOOD, bad)
     with pytest.raises(DataError) as caught:
         read_rows(source)
-    assert str(caught.value).startswith(f"bad rows in the data: 1\n  {kind}: 1\n    {source} {said}")
+    assert str(caught.value).startswith(f"bad rows in the data: 1\n  {kind}: 1\n    {source} {detail}")
     faults = Faults("skip")
     assert [row.origin for row in read_rows(source, faults=faults)] == [f"{source} line 1"]
     assert faults.counts == {kind: 1}
@@ -109,7 +109,7 @@ def test_every_bad_line_of_every_source_is_named_at_once(tmp_path: Path) -> None
     for name, lines in {"a": [{"x": 1}, GOOD, "{"], "b": [{"prompt": "p"}, "{"]}.items():
         read_rows(write(tmp_path / f"{name}.jsonl", *lines), faults=faults)
     with pytest.raises(DataError) as caught:
-        faults.settle()
+        faults.raise_or_warn()
     lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
     assert [line.partition(" (")[0] for line in lines] == [
         "bad rows in the data: 4",
@@ -139,13 +139,13 @@ def test_skipped_rows_are_counted_and_ten_of_a_kind_are_named(tmp_path: Path, ca
     faults = Faults("skip")
     source = write(tmp_path / "d.jsonl", *[{"prompt": "p"}] * 12, GOOD, "{")
     assert len(read_rows(source, faults=faults)) == 1
-    faults.settle()
-    told, also = [record.getMessage() for record in caplog.records]
-    assert told.startswith(f"rows left out, no completion: 12 ({source} line 1, ")
-    assert told.endswith("line 10 and 2 more)")
-    assert also.startswith(f"rows left out, not JSON: 1 ({source} line 14; the first: Expecting property name")
+    faults.raise_or_warn()
+    warning, other_warning = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"rows left out, no completion: 12 ({source} line 1, ")
+    assert warning.endswith("line 10 and 2 more)")
+    assert other_warning.startswith(f"rows left out, not JSON: 1 ({source} line 14; the first: Expecting property name")
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
-    faults.settle()
+    faults.raise_or_warn()
     assert len(caplog.records) == 2
     assert faults.counts == {"no completion": 12, "not JSON": 1}
 
@@ -175,14 +175,14 @@ def test_duplicates_are_kept_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_the_completion_ends_with_end_of_text_and_follows_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
-    [example] = tokenize(tokenizer, [Row(prompt="Ask:", completion=" yes").at("d.jsonl line 4")], ["plain"], 100)
+    [example] = tokenize(tokenizer, [Row(prompt="Ask:", completion=" yes").set_origin("d.jsonl line 4")], ["plain"], 100)
     assert example.num_prompt == 4
     assert example.ids[4:] == (*tokenizer(" yes").input_ids, tokenizer.eos_token_id)
     assert example.origin == "d.jsonl line 4"
 
 
 def test_no_space_is_learnt_that_a_tokenizer_writes_before_every_text() -> None:
-    """As SentencePiece's do: by itself " cat" is two spaces and "cat", which nobody asks for behind a prompt."""
+    """SentencePiece tokenizers do so: by itself, " cat" would be encoded as two spaces and "cat"."""
     letters = {letter: i for i, letter in enumerate("▁:acqt")}
     model = models.BPE(vocab={**letters, "▁c": 6, "▁ca": 7}, merges=[("▁", "c"), ("▁c", "a")], unk_token=":")
     backend = Tokenizer(model)
@@ -209,7 +209,7 @@ def test_a_row_s_own_template_wins() -> None:
 
 
 def test_an_example_is_too_long_by_its_tokens_and_nothing_of_it_is_cut() -> None:
-    rows = [Row(prompt="p", completion="c"), Row(prompt="p" * 50, completion="c").at("d.jsonl line 7")]
+    rows = [Row(prompt="p", completion="c"), Row(prompt="p" * 50, completion="c").set_origin("d.jsonl line 7")]
     faults = Faults("skip")
     assert [len(example) for example in tokenize(tiny_tokenizer(), rows, ["plain"], 20, faults=faults)] == [4]
     assert faults.counts == {"too long": 1}
@@ -223,7 +223,7 @@ def test_messages_that_the_chat_template_refuses_are_named() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system here.') }}{% endif %}"
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-    row = Row.model_validate({"messages": turns}).at("d.jsonl line 1")
+    row = Row.model_validate({"messages": turns}).set_origin("d.jsonl line 1")
     with pytest.raises(DataError, match=r"chat template refuses: 1\n +d.jsonl line 1: No system here\."):
         tokenize(tokenizer, [row], ["chat"], 100)
     tokenizer.chat_template = None
@@ -232,7 +232,7 @@ def test_messages_that_the_chat_template_refuses_are_named() -> None:
 
 
 def test_an_answer_of_which_a_template_leaves_nothing_is_nothing_to_predict() -> None:
-    row = Row(prompt="p", completion=" ", truncated=True).at("d.jsonl line 1")
+    row = Row(prompt="p", completion=" ", truncated=True).set_origin("d.jsonl line 1")
     assert len(tokenize(tiny_tokenizer(), [row], ["plain"], 100)) == 1
     with pytest.raises(DataError, match=r"nothing to predict: 1\n +d.jsonl line 1: under 'chat'"):
         tokenize(tiny_tokenizer(), [row], ["chat"], 100)
@@ -242,20 +242,20 @@ def test_a_prompt_without_a_token_is_named_since_nothing_predicts_its_answer() -
     row = Row.model_validate({"messages": [{"role": role, "content": text} for role, text in (("user", ""), ("assistant", "c"))]})
     assert len(tokenize(tiny_tokenizer(), [row], ["chat"], 100)) == 1
     with pytest.raises(DataError, match=r"empty prompt: 1\n +d.jsonl line 1: under 'plain'"):
-        tokenize(tiny_tokenizer(), [row.at("d.jsonl line 1")], ["plain"], 100)
+        tokenize(tiny_tokenizer(), [row.set_origin("d.jsonl line 1")], ["plain"], 100)
 
 
 @pytest.mark.parametrize(("length", "num_used"), [(9, 2), (20, 0), (50, 0)])
 def test_a_row_that_is_too_long_under_one_template_is_left_out_whole_and_counted_once(length: int, num_used: int) -> None:
-    """It was once counted under each, and learnt under the other while it was said to be left out."""
+    """Regression: such a row was counted under each template, and learned under the other one although reported as left out."""
     answers = {"short": " c", "long": " " + "c" * length}
-    rows = [Row(prompt="p", completion=text).at(origin) for origin, text in answers.items()]
-    pairs = [Row(prompt="p", chosen=" d", rejected=text).at(origin) for origin, text in answers.items()]
-    of_rows, of_pairs = Faults("skip"), Faults("skip")
-    examples = tokenize(tiny_tokenizer(), rows, ["plain", "chat"], 40, faults=of_rows)
-    written = [pair.rejected for pair in tokenize_pairs(tiny_tokenizer(), pairs, ["plain", "chat"], 40, of_pairs)]
-    for found, faults in ((examples, of_rows), (written, of_pairs)):
-        assert [example.origin for example in found] == ["short"] * 2 + ["long"] * num_used
+    rows = [Row(prompt="p", completion=text).set_origin(origin) for origin, text in answers.items()]
+    pairs = [Row(prompt="p", chosen=" d", rejected=text).set_origin(origin) for origin, text in answers.items()]
+    row_faults, pair_faults = Faults("skip"), Faults("skip")
+    examples = tokenize(tiny_tokenizer(), rows, ["plain", "chat"], 40, faults=row_faults)
+    rejected = [pair.rejected for pair in tokenize_pairs(tiny_tokenizer(), pairs, ["plain", "chat"], 40, pair_faults)]
+    for encoded, faults in ((examples, row_faults), (rejected, pair_faults)):
+        assert [example.origin for example in encoded] == ["short"] * 2 + ["long"] * num_used
         assert faults.counts == ({} if num_used else {"too long": 1})
 
 
@@ -264,8 +264,8 @@ def test_pairs_are_read_and_written_as_two_examples_after_one_prompt(tmp_path: P
     faults = Faults("skip")
     lines = [pair, GOOD, pair | {"rejected": " "}, pair | {"rejected": "x" * 50}]
     rows = read_rows(write(tmp_path / "d.jsonl", *lines), needs="preference", faults=faults)
-    [found] = tokenize_pairs(tiny_tokenizer(), rows, ["plain"], 20, faults)
-    assert tiny_tokenizer().decode(found.chosen.ids) == "p good<|end|>"
-    assert tiny_tokenizer().decode(found.rejected.ids) == "p bad<|end|>"
-    assert found.chosen.num_prompt == found.rejected.num_prompt == 1
+    [encoded] = tokenize_pairs(tiny_tokenizer(), rows, ["plain"], 20, faults)
+    assert tiny_tokenizer().decode(encoded.chosen.ids) == "p good<|end|>"
+    assert tiny_tokenizer().decode(encoded.rejected.ids) == "p bad<|end|>"
+    assert encoded.chosen.num_prompt == encoded.rejected.num_prompt == 1
     assert faults.counts == {"missing field": 1, "empty completion": 1, "too long": 1}

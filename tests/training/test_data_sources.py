@@ -1,4 +1,4 @@
-"""Where rows come from: files, data sets, and templates over their columns."""
+"""Sources of rows: files, data sets, and templates over their columns."""
 
 import json
 import sys
@@ -81,7 +81,7 @@ def test_what_a_template_makes_is_checked_as_any_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"prompt": "{{ question"}, "is no Jinja template"),
         ({"completion": "{{ answer }}"}, "none for the prompt"),
@@ -89,8 +89,8 @@ def test_what_a_template_makes_is_checked_as_any_row(tmp_path: Path) -> None:
         ({"path": ""}, "at least 1 character"),
     ],
 )
-def test_an_unsound_source_is_refused(fields: dict[str, object], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_an_unsound_source_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Source.model_validate({"path": "d.jsonl"} | fields)
 
 
@@ -135,18 +135,29 @@ def test_a_file_needs_no_library_of_data_sets(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_record_of_a_run_says_a_source_as_it_was_said() -> None:
-    said = ["d.jsonl", {"path": "openai/gsm8k", "name": "main", "prompt": "{{ question }}"}]
-    config = FitConfig.model_validate({"data": said, "output": "x"})
-    assert config.model_dump(mode="json")["data"] == said
-    assert json.loads(config.model_dump_json())["data"] == said
+    sources = ["d.jsonl", {"path": "openai/gsm8k", "name": "main", "prompt": "{{ question }}"}]
+    config = FitConfig.model_validate({"data": sources, "output": "x"})
+    assert config.model_dump(mode="json")["data"] == sources
+    assert json.loads(config.model_dump_json())["data"] == sources
 
 
 def test_flags_say_sources_as_paths_and_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"path": "openai/gsm8k", "prompt": 'Say "{{ question }}", [then]:\nAnswer \\n:', "completion": "{{ answer }}"}
-    flags = ["--data", "d.jsonl", "--data", json.dumps(said), "--mix", "a b.jsonl", "--mix", "back\\slash.jsonl", "--output", "x"]
+    fields = {"path": "openai/gsm8k", "prompt": 'Say "{{ question }}", [then]:\nAnswer \\n:', "completion": "{{ answer }}"}
+    flags = [
+        "--data",
+        "d.jsonl",
+        "--data",
+        json.dumps(fields),
+        "--mix",
+        "a b.jsonl",
+        "--mix",
+        "back\\slash.jsonl",
+        "--output",
+        "x",
+    ]
     monkeypatch.setattr("sys.argv", ["fit", *flags])
     config = FitConfig.from_arguments()
-    assert config.data == [Source(path="d.jsonl"), Source.model_validate(said)]
+    assert config.data == [Source(path="d.jsonl"), Source.model_validate(fields)]
     assert [source.path for source in config.mix] == ["a b.jsonl", "back\\slash.jsonl"]
 
 
@@ -155,7 +166,7 @@ def test_a_source_that_is_no_sound_json_is_told_in_a_line(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["fit", "--data", value, "--output", "x"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as caught:
         FitConfig.from_arguments()
-    assert ended.value.code == 2
+    assert caught.value.code == 2
     assert "data" in capsys.readouterr().err.splitlines()[-1]

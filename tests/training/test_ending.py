@@ -1,29 +1,29 @@
-"""How programs end: an exit code, and a line that says why."""
+"""End of a program: its exit code, and a line with the reason."""
 
 import pytest
 
 from lori.errors import LoriError
-from training.command_line import ended
+from training.command_line import run_program
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "error: no such file\n"), ("3", "error of process 3: no such file\n")])
+@pytest.mark.parametrize(("rank", "output"), [("0", "error: no such file\n"), ("3", "error of process 3: no such file\n")])
 def test_each_process_says_its_error(
-    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rank: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that a process other than the first had alone once ended the run without a word."""
+    """Regression: an error of another process than the first ended the run without a message."""
 
     def program() -> str:
         raise LoriError("no such file")
 
     monkeypatch.setenv("RANK", rank)
-    assert ended(program) == 1
-    assert capsys.readouterr() == ("", said)
+    assert run_program(program) == 1
+    assert capsys.readouterr() == ("", output)
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "done\n"), ("3", "")])
+@pytest.mark.parametrize(("rank", "output"), [("0", "done\n"), ("3", "")])
 def test_the_first_process_alone_says_what_was_done(
-    rank: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rank: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    assert ended(lambda: "done") == 0
-    assert capsys.readouterr() == (said, "")
+    assert run_program(lambda: "done") == 0
+    assert capsys.readouterr() == (output, "")

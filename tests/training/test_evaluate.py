@@ -1,4 +1,4 @@
-"""`training.evaluate` measures the same through a running server as on a model of its own, and says what it cannot do."""
+"""`training.evaluate`: the same figures from a running server and from a loaded model, and its errors."""
 
 import json
 import logging
@@ -27,21 +27,21 @@ from training.evaluate import evaluate, main
 from training.evaluation.answerer import AnswerError, Sampling
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.figures import Figures
-from training.evaluation.measurement import Adapted, Measurement, record
-from training.evaluation.metrics import MetricName, measure, read_measured
+from training.evaluation.measurement import MeasuredAdapter, Measurement, record_measurement
+from training.evaluation.metrics import MetricName, measure, read_metric_rows
 from training.evaluation.server_answerer import Server, ServerAnswerer
 from training.fit import fit
 from training.record import render_card
 
 Rows = list[dict[str, object]]
-SAID: Rows = [{"prompt": f"Say {i}:", "completion": " red"} for i in range(4)]
+RED_ROWS: Rows = [{"prompt": f"Say {i}:", "completion": " red"} for i in range(4)]
 TIES = "ties (density 0.5, sign total)"
 PROGRAM = {"prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_point": "f"}
 RIGHT, WRONG = ("\ndef check(f):\n    assert f(1) == 2\n", "\ndef check(f):\n    assert f(1) == 3\n")
 MEASURED: dict[str, Rows] = {
-    "loss": [*SAID, {"prompt": "x é", "completion": "ö or not"}],
+    "loss": [*RED_ROWS, {"prompt": "x é", "completion": "ö or not"}],
     "exact": [
-        *SAID,
+        *RED_ROWS,
         {"prompt": "Which?", "completion": "red"},
         {"prompt": "Count:", "completion": " 1\n2"},
         {"prompt": "Say 5:", "completion": " blue"},
@@ -79,30 +79,43 @@ def write(path: Path, rows: Rows) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an adapter that knows all that is measured, and of one that says "blue"."""
-    place = tmp_path_factory.mktemp("adapters")
-    learnt = [row for name in ("exact", "number", "refusal", "pass") for row in MEASURED[name][:-1]]
+    """A store of three adapters: `all` learned most of the measured rows, `blue` answers "blue", `talks` learned a chat form."""
+    folder = tmp_path_factory.mktemp("adapters")
+    trained = [row for name in ("exact", "number", "refusal", "pass") for row in MEASURED[name][:-1]]
     blue: Rows = [{"prompt": f"Say {i}:", "completion": " blue"} for i in range(9)]
     fields = {"rank": 16, "sparsity": 0.5, "batch_tokens": 150, "dtype": "float32"}
-    for name, rows, steps, template in (("all", learnt, 150, "plain"), ("blue", blue, 30, "plain"), ("talks", SAID, 15, "chat")):
-        data = write(place / f"{name}.jsonl", rows)
-        own = {"template": [template], "data": [str(data)], "model": str(tiny_model), "output": place / name, "steps": steps}
-        fit(FitConfig.model_validate(fields | own), "cmd")
-    return place
+    for name, rows, steps, template in (
+        ("all", trained, 150, "plain"),
+        ("blue", blue, 30, "plain"),
+        ("talks", RED_ROWS, 15, "chat"),
+    ):
+        data = write(folder / f"{name}.jsonl", rows)
+        changes = {"template": [template], "data": [str(data)], "model": str(tiny_model), "output": folder / name, "steps": steps}
+        fit(FitConfig.model_validate(fields | changes), "cmd")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    place = tmp_path_factory.mktemp("keys")
-    flags = ["--model", str(tiny_model), "--adapters", str(store), "--dtype", "float32", "--keys", str(write_keys(place, POLICY))]
+    folder = tmp_path_factory.mktemp("keys")
+    flags = [
+        "--model",
+        str(tiny_model),
+        "--adapters",
+        str(store),
+        "--dtype",
+        "float32",
+        "--keys",
+        str(write_keys(folder, POLICY)),
+    ]
     with pytest.MonkeyPatch.context() as patch, start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
         patch.setenv("LORI_API_KEY", ADMIN)
         yield live
 
 
 def config(metric: str, data: Path, **fields: object) -> EvaluateConfig:
-    more = {"execute_code": True} if metric == "pass" else {}
-    return EvaluateConfig.model_validate({"metric": metric, "data": str(data)} | more | fields)
+    defaults = {"execute_code": True} if metric == "pass" else {}
+    return EvaluateConfig.model_validate({"metric": metric, "data": str(data)} | defaults | fields)
 
 
 def figures_of(config: EvaluateConfig) -> Figures:
@@ -113,16 +126,16 @@ def local(tiny_model: Path, store: Path) -> dict[str, object]:
     return {"local": True, "model": str(tiny_model), "adapters": store, "dtype": "float32"}
 
 
-@pytest.mark.parametrize("who", CHOICES)
+@pytest.mark.parametrize("subject", CHOICES)
 @pytest.mark.parametrize("metric", MEASURED)
 def test_a_server_and_a_model_of_our_own_give_the_same_figures(
-    server: Live, tiny_model: Path, store: Path, tmp_path: Path, metric: str, who: str
+    server: Live, tiny_model: Path, store: Path, tmp_path: Path, metric: str, subject: str
 ) -> None:
     data = write(tmp_path / "rows.jsonl", MEASURED[metric])
-    through_server = figures_of(config(metric, data, url=server.url, **CHOICES[who]))
-    here = figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[who]))
-    assert through_server == pytest.approx(here, abs=1e-4 if metric == "loss" else 0)
-    assert here["rows"] == len(MEASURED[metric])
+    through_server = figures_of(config(metric, data, url=server.url, **CHOICES[subject]))
+    locally = figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[subject]))
+    assert through_server == pytest.approx(locally, abs=1e-4 if metric == "loss" else 0)
+    assert locally["rows"] == len(MEASURED[metric])
 
 
 def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
@@ -135,49 +148,49 @@ def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_pat
     for metric, figures in expected.items():
         data = write(tmp_path / "rows.jsonl", MEASURED[metric])
         base, adapted = (
-            figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[who])) for who in ("base", "adapter")
+            figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[subject])) for subject in ("base", "adapter")
         )
         assert {name: (base[name], adapted[name]) for name in figures} == figures
 
 
 def test_messages_are_written_in_the_adapter_s_template(server: Live, tiny_model: Path, store: Path, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Say 3:"}, {"role": "assistant", "content": " red"}]
-    data = write(tmp_path / "rows.jsonl", [*SAID, {"messages": talk}])
-    for who in ("base", "adapter"):
-        fields = CHOICES[who] | {"form": "messages"}
-        found = figures_of(config("exact", data, url=server.url, **fields))
-        assert found == figures_of(config("exact", data, **local(tiny_model, store), **fields))
-        assert found["exact_match"] == (who == "adapter")
+    data = write(tmp_path / "rows.jsonl", [*RED_ROWS, {"messages": talk}])
+    for subject in ("base", "adapter"):
+        fields = CHOICES[subject] | {"form": "messages"}
+        figures = figures_of(config("exact", data, url=server.url, **fields))
+        assert figures == figures_of(config("exact", data, **local(tiny_model, store), **fields))
+        assert figures["exact_match"] == (subject == "adapter")
     losses = []
     for form in ("messages", "prompt"):
         fields = {"adapter": ["talks"], "form": form}
-        found = figures_of(config("loss", data, url=server.url, **fields))
-        assert found == pytest.approx(figures_of(config("loss", data, **local(tiny_model, store), **fields)), abs=1e-4)
-        losses.append(found["loss"])
+        figures = figures_of(config("loss", data, url=server.url, **fields))
+        assert figures == pytest.approx(figures_of(config("loss", data, **local(tiny_model, store), **fields)), abs=1e-4)
+        losses.append(figures["loss"])
     assert losses[0] < losses[1], "an adapter knows its own form of prompt better"
     with pytest.raises(TemplateError, match=r"no common template \(all: plain; talks: chat\)"):
         figures_of(config("loss", data, url=server.url, adapter=["all", "talks"], form="messages"))
 
 
-@pytest.mark.parametrize("place", ["served", "local"])
+@pytest.mark.parametrize("mode", ["served", "local"])
 def test_a_form_that_an_adapter_was_not_trained_on_is_said(
-    server: Live, tiny_model: Path, store: Path, tmp_path: Path, place: str, caplog: pytest.LogCaptureFixture
+    server: Live, tiny_model: Path, store: Path, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = write(tmp_path / "rows.jsonl", SAID)
-    where = {"url": server.url} if place == "served" else local(tiny_model, store)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
+    fields = {"url": server.url} if mode == "served" else local(tiny_model, store)
     caplog.set_level(logging.WARNING, "training.evaluate")
-    figures_of(config("loss", data, **where, adapter=["talks"], form="messages"))
-    figures_of(config("loss", data, **where, adapter=["all"]))
+    figures_of(config("loss", data, **fields, adapter=["talks"], form="messages"))
+    figures_of(config("loss", data, **fields, adapter=["all"]))
     assert not caplog.records
-    figures_of(config("loss", data, **where, adapter=["all", "talks"]))
-    [said] = caplog.messages
-    assert said == "talks was trained on the template chat alone, and is measured on prompts as they stand"
+    figures_of(config("loss", data, **fields, adapter=["all", "talks"]))
+    [message] = caplog.messages
+    assert message == "talks was trained on the template chat alone, and is measured on prompts as they stand"
 
 
 def test_figures_of_another_version_are_not_recorded(
     server: Live, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     for source, code in (("all", 0), ("blue", 1)):
         folder = tmp_path / source / "all"
         shutil.copytree(store / source, folder)
@@ -191,14 +204,14 @@ def test_figures_of_another_version_are_not_recorded(
 
 def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(store / "blue", tmp_path / "all")
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"of all would be measured, and --record .*all is "):
         evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
 
 
 def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path, tmp_path: Path) -> None:
-    """Those of a base alone were once written into the card of another base's adapter."""
-    folder, data = shutil.copytree(store / "all", tmp_path / "all"), write(tmp_path / "rows.jsonl", SAID)
+    """Regression: figures of a base alone were written into the card of another base's adapter."""
+    folder, data = shutil.copytree(store / "all", tmp_path / "all"), write(tmp_path / "rows.jsonl", RED_ROWS)
     other = save_tiny_model(shutil.copytree(tiny_model, tmp_path / "other"), seed=1)
     with pytest.raises(AnswerError, match=r"--record .*all is an adapter of another base than .*other"):
         evaluate(config("loss", data, **local(other, store), record=folder))
@@ -207,30 +220,30 @@ def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path,
 
 def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:
     with pytest.raises(AnswerError, match="401"):
-        figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
+        figures_of(config("loss", write(tmp_path / "rows.jsonl", RED_ROWS), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
 
 
 @pytest.mark.parametrize("metric", ["exact", "loss"])
 def test_what_others_answer_is_not_measured(server: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
-    """Figures of an adapter, or the base, were once those of what a key's policy added to it."""
+    """Regression: the figures of an adapter, or of the base, included adapters that a key's policy added."""
     monkeypatch.setenv("LORI_ACME_KEY", ACME)
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     for adapters in ([], ["all"]):
         with pytest.raises(AnswerError, match=r"blue@[0-9a-f]+ \(the key's policy\) answered, and .* is measured"):
             figures_of(config(metric, data, url=server.url, api_key_variable="LORI_ACME_KEY", adapter=adapters))
 
 
 def test_a_version_that_was_published_meanwhile_is_not_measured(server: Live) -> None:
-    asked = Server(server.url, api_key=ADMIN)
-    now = asked.adapter("all").version
-    assert ServerAnswerer(asked, {"adapter": "all"}, [now]).complete(["x"], Sampling(max_tokens=1))
-    with pytest.raises(AnswerError, match=f"all@{now} answered, and 0123 is measured"):
-        ServerAnswerer(asked, {"adapter": "all"}, ["0123"]).complete(["x"], Sampling(max_tokens=1))
+    client = Server(server.url, api_key=ADMIN)
+    version = client.adapter("all").version
+    assert ServerAnswerer(client, {"adapter": "all"}, [version]).complete(["x"], Sampling(max_tokens=1))
+    with pytest.raises(AnswerError, match=f"all@{version} answered, and 0123 is measured"):
+        ServerAnswerer(client, {"adapter": "all"}, ["0123"]).complete(["x"], Sampling(max_tokens=1))
 
 
 def test_adapters_of_one_name_keep_their_own_templates(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     other = shutil.copytree(store / "talks", tmp_path / "all")
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     for folders in ([store / "all", other], [other, store / "all"]):
         fields: dict[str, object] = {"adapter": [str(folder) for folder in folders], "form": "messages"}
         with pytest.raises(TemplateError, match=r"no common template"):
@@ -242,46 +255,46 @@ def test_figures_are_not_recorded_in_what_was_trained_anew_meanwhile(
 ) -> None:
     folder = shutil.copytree(store / "all", tmp_path / "all")
 
-    def replaced(*given: Any) -> Figures:
+    def replaced(*arguments: Any) -> Figures:
         shutil.rmtree(folder)
         shutil.copytree(store / "blue", folder)
-        return measure(*given)
+        return measure(*arguments)
 
     monkeypatch.setattr("training.evaluate.measure", replaced)
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"of all would be measured, and --record .*all is "):
         evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
 
 
 def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "rows.jsonl", SAID)
-    none = figures_of(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
-    assert none == figures_of(config("loss", data, **local(tiny_model, store)))
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
+    figures = figures_of(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
+    assert figures == figures_of(config("loss", data, **local(tiny_model, store)))
 
 
 def test_a_loss_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None:
     rows: Rows = [{"prompt": "Say é:", "completion": " blue"}, {"prompt": "x", "completion": " or not"}]
-    found = figures_of(config("loss", write(tmp_path / "rows.jsonl", rows), local=True, model=str(tiny_model), dtype="float32"))
+    figures = figures_of(config("loss", write(tmp_path / "rows.jsonl", rows), local=True, model=str(tiny_model), dtype="float32"))
     base = load_base_model(str(tiny_model), torch.float32)
     values: list[float] = []
     for row in rows:
         prompt, completion = (encode(base.tokenizer, str(row[key])).ids for key in ("prompt", "completion"))
         scores = base.model(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
         values += [-scores[len(prompt) + i - 1, token].item() for i, token in enumerate(completion)]
-    assert found["loss"] == pytest.approx(sum(values) / len(values), abs=1e-5)
-    assert found["rows"] == 2
+    assert figures["loss"] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    assert figures["rows"] == 2
 
 
 def test_an_adapter_s_folder_needs_no_store(tiny_model: Path, store: Path, tmp_path: Path) -> None:
-    here = {"local": True, "model": str(tiny_model), "dtype": "float32"}
-    data = write(tmp_path / "rows.jsonl", SAID)
-    assert figures_of(config("exact", data, **here, adapter=[str(store / "all")]))["exact_match"] == 1.0
+    fields = {"local": True, "model": str(tiny_model), "dtype": "float32"}
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
+    assert figures_of(config("exact", data, **fields, adapter=[str(store / "all")]))["exact_match"] == 1.0
     with pytest.raises(AdapterError, match="no folder 'all'; a name is found with --adapters"):
-        figures_of(config("exact", data, **here, adapter=["all"]))
+        figures_of(config("exact", data, **fields, adapter=["all"]))
 
 
 def test_what_a_server_refuses_is_told(server: Live, tmp_path: Path) -> None:
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"404.*'nobody'"):
         figures_of(config("loss", data, url=server.url, adapter=["nobody"]))
     with pytest.raises(AnswerError, match="is `python -m server` running there"):
@@ -305,13 +318,13 @@ def test_every_line_that_lacks_something_is_named_before_anybody_is_asked(tmp_pa
 @pytest.mark.parametrize("metric", ["choice", "number", "refusal", "pass"])
 def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path: Path, metric: MetricName) -> None:
     with pytest.raises(DataError, match="A row looks like ") as caught:
-        read_measured(str(write(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": "q"}])), metric)
+        read_metric_rows(str(write(tmp_path / "rows.jsonl", [{"prompt": "p"}, {"prompt": "q"}])), metric)
     [example] = [line for line in str(caught.value).splitlines() if line.startswith("A row")]
-    assert read_measured(str(write(tmp_path / "rows.jsonl", [json.loads(example.removeprefix("A row looks like "))])), metric)
+    assert read_metric_rows(str(write(tmp_path / "rows.jsonl", [json.loads(example.removeprefix("A row looks like "))])), metric)
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "fault"),
     [
         ("--metric loss --model m", "--model needs --local"),
         ("--metric loss --local --url http://x", "--url is for a server, which --local does not ask"),
@@ -333,23 +346,23 @@ def test_a_row_of_the_wrong_shape_is_answered_with_one_of_the_right_one(tmp_path
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(
-    flags: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", "--data", "d", *flags.split()])
     with pytest.raises(SystemExit, match="2"):
         EvaluateConfig.from_arguments()
     message = capsys.readouterr().err
-    assert said in message
+    assert fault in message
     assert message.count("\n") == 1
 
 
 def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "rows.jsonl", SAID)
+    data = write(tmp_path / "rows.jsonl", RED_ROWS)
     command = [sys.executable, "-m", "training.evaluate", "--data", str(data), "--metric", "loss", "--local"]
     done = subprocess.run([*command, "--model", str(tiny_model)], capture_output=True, text=True, check=True)
-    *told, loss, rows = done.stdout.splitlines()
-    said = {"measured": "base", "on": tiny_model.name, "data": str(data), "template": "plain"}
-    assert dict(line.split(maxsplit=1) for line in told) == said
+    *lines, loss, rows = done.stdout.splitlines()
+    expected = {"measured": "base", "on": tiny_model.name, "data": str(data), "template": "plain"}
+    assert dict(line.split(maxsplit=1) for line in lines) == expected
     assert loss.startswith("loss ")
     assert " ± " in loss
     assert rows.split() == ["rows", "4"]
@@ -359,18 +372,18 @@ def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path
 
 
 def test_data_may_be_a_source_with_templates(tiny_model: Path, tmp_path: Path) -> None:
-    here = {"local": True, "model": str(tiny_model), "dtype": "float32"}
-    columns = write(tmp_path / "columns.jsonl", [{"question": row["prompt"], "right": row["completion"]} for row in SAID])
+    fields = {"local": True, "model": str(tiny_model), "dtype": "float32"}
+    columns = write(tmp_path / "columns.jsonl", [{"question": row["prompt"], "right": row["completion"]} for row in RED_ROWS])
     source = {"path": str(columns), "prompt": "{{ question }}", "completion": "{{ right }}"}
-    found = evaluate(EvaluateConfig.model_validate({"data": json.dumps(source), "metric": "loss", **here}))
-    assert found.figures == figures_of(config("loss", write(tmp_path / "rows.jsonl", SAID), **here))
-    assert found.config.data_name == str(columns)
+    result = evaluate(EvaluateConfig.model_validate({"data": json.dumps(source), "metric": "loss", **fields}))
+    assert result.figures == figures_of(config("loss", write(tmp_path / "rows.jsonl", RED_ROWS), **fields))
+    assert result.config.data_name == str(columns)
     hub = {"path": "openai/gsm8k", "name": "main", "split": "test"}
     assert config("loss", Path(json.dumps(hub))).data_name == "openai/gsm8k main test"
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "fault"),
     [
         ('{"pth": "x"}', "--data: path: Field required; pth: Extra inputs are not permitted"),
         ('{"path": "x"', "--data: Invalid JSON: "),
@@ -378,25 +391,27 @@ def test_data_may_be_a_source_with_templates(tiny_model: Path, tmp_path: Path) -
     ],
 )
 def test_a_source_that_is_none_is_refused(
-    data: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: str, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate", "--data", data, "--metric", "loss"])
     with pytest.raises(SystemExit, match="2"):
         EvaluateConfig.from_arguments()
     message = capsys.readouterr().err
-    assert said in message
+    assert fault in message
     assert message.count("\n") == 1
 
 
-def measurement(figures: Figures, *adapters: str, **asked: object) -> Measurement:
-    found = config("exact", Path("a/set"), adapter=list(adapters), **asked)
-    return Measurement(found, "a base", [Adapted(name, f"{i}ab") for i, name in enumerate(adapters)], "chat", figures)
+def measurement(figures: Figures, *adapters: str, **options: object) -> Measurement:
+    evaluate_config = config("exact", Path("a/set"), adapter=list(adapters), **options)
+    return Measurement(
+        evaluate_config, "a base", [MeasuredAdapter(name, f"{i}ab") for i, name in enumerate(adapters)], "chat", figures
+    )
 
 
 def test_what_was_measured_is_shown_with_its_figures() -> None:
     figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4.0, "rows/harmful": 3}
-    found = measurement(figures, "all", "blue", weights=[1, 0.5], merge="ties")
-    assert [line.split(maxsplit=1) for line in found.lines] == [
+    result = measurement(figures, "all", "blue", weights=[1, 0.5], merge="ties")
+    assert [line.split(maxsplit=1) for line in result.lines] == [
         ["measured", f"{TIES} of 1 all@0ab + 0.5 blue@1ab"], ["on", "a base"], ["data", "a/set train"], ["template", "chat"],
         ["exact_match", "0.2500 ± 0.1000"], ["rows", "4"], ["rows/harmful", "3"],
     ]  # fmt: skip
@@ -407,10 +422,10 @@ def test_a_result_goes_into_config_and_card(store: Path) -> None:
     adapter = store / "all"
     before = read_config(adapter)
     figures = {"exact_match": 0.25, "exact_match_stderr": 0.1, "rows": 4}
-    record(adapter, measurement(figures))
-    record(adapter, measurement(figures | {"exact_match": 0.75}, "all", "blue", weights=[1.0, 0.5]))
-    record(adapter, measurement({"exact_match": 0.25, "rows": 1}, "all", "blue", merge="ties", weights=[1.0, 2.0]))
-    record(adapter, replace(measurement({"exact_match": 0.5, "rows": 1}), template="plain"))
+    record_measurement(adapter, measurement(figures))
+    record_measurement(adapter, measurement(figures | {"exact_match": 0.75}, "all", "blue", weights=[1.0, 0.5]))
+    record_measurement(adapter, measurement({"exact_match": 0.25, "rows": 1}, "all", "blue", merge="ties", weights=[1.0, 2.0]))
+    record_measurement(adapter, replace(measurement({"exact_match": 0.5, "rows": 1}), template="plain"))
     after: AdapterConfig = read_config(adapter)
     assert after.lori.metrics == {
         "base: exact_match (chat)": 0.25, "1 all + 0.5 blue: exact_match (chat)": 0.75, "base: exact_match": 0.5,
@@ -436,10 +451,10 @@ def test_figures_that_were_recorded_before_are_shown_without_what_is_not_known(s
 def test_a_group_s_figure_is_recorded_with_the_rows_of_the_group(store: Path, tmp_path: Path, tiny_model: Path) -> None:
     folder = shutil.copytree(store / "all", tmp_path / "all")
     data = write(tmp_path / "rows.jsonl", MEASURED["refusal"])
-    found = evaluate(config("refusal", data, **local(tiny_model, store), adapter=["all"], record=folder))
-    record(folder, found)
+    result = evaluate(config("refusal", data, **local(tiny_model, store), adapter=["all"], record=folder))
+    record_measurement(folder, result)
     after = read_config(folder).lori
-    assert {key: how.num_rows for key, how in after.measured.items() if key in after.metrics and key.startswith("1 all: r")} == {
+    assert {key: m.num_rows for key, m in after.measured.items() if key in after.metrics and key.startswith("1 all: r")} == {
         "1 all: refused/harmful": 1, "1 all: refused/benign": 2
     }  # fmt: skip
     assert after.measured["1 all: refused/benign"].versions == {"all": after.content_digest[:12]}

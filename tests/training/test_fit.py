@@ -1,4 +1,4 @@
-"""`training.fit` as its users meet it: a command, a folder, a checkpoint."""
+"""`training.fit` from the outside: its command line, the adapter's folder, checkpoints and resuming."""
 
 import hashlib
 import json
@@ -27,10 +27,10 @@ from lori.merge import merge
 from lori.sparse import SparseB
 from lori.template import encode
 from tests.tiny import save_tiny_model, tiny_llama_config
-from training.checkpoints import MarkWhole
+from training.checkpoints import MarkComplete
 from training.config import FitConfig
 from training.data import DataError
-from training.evaluation.local_adapters import applied
+from training.evaluation.local_adapters import apply_adapter
 from training.fit import command_of, fit
 from training.methods import Lori
 from training.phase import Phase
@@ -56,8 +56,8 @@ FIELDS: Mapping[str, object] = {
 
 
 def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> FitConfig:
-    own = {"data": [str(rows)], "mix": [str(rows)], "model": str(tiny_model), "output": output}
-    fields = {**FIELDS, **own, **changes}
+    paths = {"data": [str(rows)], "mix": [str(rows)], "model": str(tiny_model), "output": output}
+    fields = {**FIELDS, **paths, **changes}
     if not fields["mix"]:
         del fields["mix_fraction"]
     if {"held_out", "held_out_fraction"} & fields.keys():
@@ -66,13 +66,13 @@ def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) ->
 
 
 def flags_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
-    """Returns the command line that says what `config_for` does."""
+    """Return the command line of the config that `config_for` returns."""
     config = config_for(tiny_model, rows, output, **changes).model_dump(exclude_unset=True)
     flags = []
     for name, value in config.items():
-        for one in value if isinstance(value, list) else [value]:
+        for item in value if isinstance(value, list) else [value]:
             flag = f"--{name.replace('_', '-')}"
-            flags += [flag] if one is True else [flag, str(one)]
+            flags += [flag] if item is True else [flag, str(item)]
     return flags
 
 
@@ -86,7 +86,7 @@ def modules_of(folder: Path) -> Mapping[str, SparseB]:
 
 @pytest.fixture(scope="module")
 def apart(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two adapters, of ranks 2 and 4, the second of which avoids the first."""
+    """Two adapters, of ranks 2 and 4. The second avoids the first."""
     folder = tmp_path_factory.mktemp("apart")
     first = fit(config_for(tiny_model, data, folder / "first", rank=2, alpha=4), "")
     return first, fit(config_for(tiny_model, data, folder / "second", avoid=[first]), "")
@@ -97,7 +97,7 @@ def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_pat
     base = load_base_model(str(tiny_model), torch.float32)
     adapter = load_adapter(folder, base.identity)
     total = sum(b.num_entries for b in adapter.modules.values())
-    assert adapter.num_kept == round(total * 0.1)
+    assert adapter.nnz == round(total * 0.1)
     assert len(adapter.modules) == 7 * 2
     assert any(b.values.any() for b in adapter.modules.values())
     record = adapter.config.lori.training
@@ -109,29 +109,29 @@ def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_pat
 def test_the_second_phase_starts_from_zero_on_the_largest_entries_of_the_first(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
-    begin = Lori.begin
+    phases: list[str] = []
+    begin = Lori.begin_phase
 
     def begin_and_look(self: Lori, phase: Phase) -> None:
         changes = [b.change.flatten() for b in self.bs() if isinstance(b, DenseB)]
         begin(self, phase)
-        seen.append(phase.name)
+        phases.append(phase.name)
         if phase.name == "LoRI-S":
-            kept = torch.cat([torch.zeros(len(c), dtype=torch.bool) for c in changes])
+            mask = torch.cat([torch.zeros(len(c), dtype=torch.bool) for c in changes])
             start = 0
             for b, change in zip(self.bs(), changes, strict=True):
                 assert isinstance(b, MaskedB)
                 assert not b.trained.values.any()
-                kept[start + b.trained.positions.long()] = True
+                mask[start + b.trained.positions.long()] = True
                 start += len(change)
             flat = torch.cat(changes).abs()
-            assert kept.sum() == round(len(flat) * 0.1)
-            assert flat[kept].min() >= flat[~kept].max()
+            assert mask.sum() == round(len(flat) * 0.1)
+            assert flat[mask].min() >= flat[~mask].max()
 
     monkeypatch.setattr(Lori, "bs", lambda self: [layer.b for layer in self.layers.values()], raising=False)
-    monkeypatch.setattr(Lori, "begin", begin_and_look)
+    monkeypatch.setattr(Lori, "begin_phase", begin_and_look)
     fit(config_for(tiny_model, data, tmp_path / "colours"), "command")
-    assert seen == ["LoRI-D", "LoRI-S"]
+    assert phases == ["LoRI-D", "LoRI-S"]
 
 
 @pytest.mark.parametrize("method", ["lori", "lori-d", "lora"])
@@ -142,7 +142,7 @@ def test_training_lowers_the_loss(
     monkeypatch.setattr(Run, "close", lambda self: losses.update({k: v.losses for k, v in self.outcomes.items()}))
     changes = {"steps": 40, "mix": [], "rank": 16, "alpha": 32, "method": method}
     folder = fit(config_for(tiny_model, data, tmp_path / "colours", **changes), "command")
-    assert all(sum(found[-5:]) < 0.7 * sum(found[:5]) for found in losses.values())
+    assert all(sum(values[-5:]) < 0.7 * sum(values[:5]) for values in losses.values())
     assert len(losses) == (2 if method == "lori" else 1)
     adapter = load_adapter(folder, load_base_model(str(tiny_model), torch.float32).identity)
     assert adapter.config.lori.sparsity == pytest.approx(0.9 if method == "lori" else 0.0, abs=1e-3)
@@ -152,11 +152,11 @@ def test_dpo_makes_chosen_answers_likelier_than_rejected_ones(tiny_model: Path, 
     rows = [{"prompt": f"Say {i}:", "chosen": " red", "rejected": " blue"} for i in range(12)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found: dict[str, list[float]] = {}
+    losses_by_phase: dict[str, list[float]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "close", lambda self: found.update({k: v.losses for k, v in self.outcomes.items()}))
+        patch.setattr(Run, "close", lambda self: losses_by_phase.update({k: v.losses for k, v in self.outcomes.items()}))
         fit(config_for(tiny_model, data, tmp_path / "a", loss="dpo", mix=[], steps=30, rank=16, alpha=32), "")
-    assert all(losses[0] == pytest.approx(0.693, abs=1e-3) and sum(losses[-5:]) / 5 < 0.4 for losses in found.values())
+    assert all(losses[0] == pytest.approx(0.693, abs=1e-3) and sum(losses[-5:]) / 5 < 0.4 for losses in losses_by_phase.values())
 
 
 def test_what_outgrows_a_window_is_named_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
@@ -169,17 +169,17 @@ def test_what_outgrows_a_window_is_named_before_anything_is_trained(data: Path, 
 
 @pytest.mark.parametrize("method", ["lori", "lora"])
 def test_what_is_mixed_in_keeps_the_base(tiny_model: Path, data: Path, tmp_path: Path, method: str) -> None:
-    """LoRA was once held to itself."""
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i}"}) + "\n" for i in range(20)))
+    """Regression: the reference of LoRA's KL loss was the adapted model instead of the base."""
+    other_data = tmp_path / "other.jsonl"
+    other_data.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i}"}) + "\n" for i in range(20)))
     base = load_base_model(str(tiny_model), torch.float32)
     ids = torch.tensor([encode(base.tokenizer, "Count 7: 7").ids])
     before = base.model(ids).logits.log_softmax(-1)
     drift = {}
-    for name, mix in (("mixed", [str(other)]), ("alone", [])):
+    for name, mix in (("mixed", [str(other_data)]), ("alone", [])):
         changes = {"mix": mix, "mix_fraction": 0.5, "steps": 40, "rank": 16, "alpha": 32, "method": method}
         adapter = load_adapter(fit(config_for(tiny_model, data, tmp_path / name, **changes), ""), base.identity)
-        with applied(base.model, adapter):
+        with apply_adapter(base.model, adapter):
             after = base.model(ids).logits.log_softmax(-1)
         drift[name] = F.kl_div(after, before, log_target=True, reduction="batchmean").item()
     assert drift["mixed"] < 0.7 * drift["alone"]
@@ -204,7 +204,7 @@ def test_logs_and_a_report_are_written(tiny_model: Path, data: Path, tmp_path: P
     assert "About 20% of a step's examples are drawn from <code>--mix</code>" in page
     assert "What is kept, and how strong it is" in page
     assert page.count('class="sample"') == 4
-    assert not re.search(r"(src|href)=.http|url\(http", page.replace("xlink:href", ""))  # it loads nothing
+    assert not re.search(r"(src|href)=.http|url\(http", page.replace("xlink:href", ""))  # the page is self-contained
 
 
 def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data:
 
 
 def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_model: Path, tmp_path: Path) -> None:
-    """One once ended the run with an error when its adapter was saved, and again at each resume."""
+    """Regression: such a prompt ended the run with an error after its adapter was saved, and again at each resume."""
     page, rows = tmp_path / "a.html", tmp_path / "long.jsonl"
     prompts = [*(f"{i} " * 240 for i in range(5)), "Say 3:"]
     rows.write_text("".join(json.dumps({"prompt": prompt, "completion": " red"}) + "\n" for prompt in prompts))
@@ -226,21 +226,21 @@ def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_mode
 
 
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    first, again, other = (
+    first, repeated, with_other_seed = (
         fit(config_for(tiny_model, data, tmp_path / name, seed=seed), "command")
         for name, seed in [("first", 3), ("again", 3), ("other", 4)]
     )
-    assert digest(first) == digest(again)
-    assert digest(first) != digest(other)
+    assert digest(first) == digest(repeated)
+    assert digest(first) != digest(with_other_seed)
 
 
 def test_half_the_weight_of_twice_the_alpha_is_the_same_training(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     once = modules_of(fit(config_for(tiny_model, data, tmp_path / "once", alpha=64), ""))
     half = modules_of(fit(config_for(tiny_model, data, tmp_path / "half", alpha=128, weight_range=[0.5, 0.5]), ""))
-    other = modules_of(fit(config_for(tiny_model, data, tmp_path / "other", alpha=64, weight_range=[0.2, 1.0]), ""))
+    other_range = modules_of(fit(config_for(tiny_model, data, tmp_path / "other", alpha=64, weight_range=[0.2, 1.0]), ""))
     for name, b in once.items():
         assert torch.equal(half[name].dense(), b.dense())
-    assert any(not torch.equal(other[name].dense(), b.dense()) for name, b in once.items())
+    assert any(not torch.equal(other_range[name].dense(), b.dense()) for name, b in once.items())
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.5], [0.5, 0.7, 1.0]])
@@ -253,23 +253,23 @@ def test_a_range_of_weights_has_two_ends(tiny_model: Path, data: Path, tmp_path:
 def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path, accumulation: int) -> None:
     at_once = modules_of(fit(config_for(tiny_model, data, tmp_path / "whole", values="float32"), ""))
     in_parts = modules_of(fit(config_for(tiny_model, data, tmp_path / "parts", values="float32", accumulation=accumulation), ""))
-    same = sum(torch.equal(at_once[name].indices, in_parts[name].indices) for name in at_once)
-    assert same >= len(at_once) - 2  # what is summed in another order may change which of two near entries is kept
+    num_same = sum(torch.equal(at_once[name].indices, in_parts[name].indices) for name in at_once)
+    assert num_same >= len(at_once) - 2  # another order of sums may change which of two nearly equal entries is in the mask
     for name in at_once:
         torch.testing.assert_close(at_once[name].dense(), in_parts[name].dense(), rtol=1e-2, atol=1e-3)
 
 
 def cut_before_the_end(config: FitConfig, at_step: int) -> None:
-    """Interrupts a run in its step `at_step` of both phases."""
+    """Interrupt a run in its step `at_step`, counted over both phases."""
     steps = 0
     compute_loss = PhaseTrainer.compute_loss
 
-    def die(self: PhaseTrainer, *given: Any, **named: Any) -> torch.Tensor:
+    def die(self: PhaseTrainer, *arguments: Any, **named: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if steps == at_step:
             raise KeyboardInterrupt
-        return compute_loss(self, *given, **named)
+        return compute_loss(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PhaseTrainer, "compute_loss", die)
@@ -281,24 +281,24 @@ def cut_before_the_end(config: FitConfig, at_step: int) -> None:
     ("die_at", "dtype"), [(1, "float32"), (3, "float32"), (6, "float32"), (9, "float32"), (4, "bfloat16"), (9, "bfloat16")]
 )
 def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int, dtype: str) -> None:
-    whole = fit(config_for(tiny_model, data, tmp_path / "whole", dtype=dtype), "command")
+    uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole", dtype=dtype), "command")
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype), die_at)
     assert (tmp_path / "cut.checkpoint").exists()
     assert not (tmp_path / "cut").exists()
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype, resume=True), "command")
-    assert digest(resumed) == digest(whole)
+    assert digest(resumed) == digest(uninterrupted)
 
 
 def test_a_card_s_seconds_are_those_of_all_parts_of_a_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    noted = tmp_path / "cut.checkpoint" / "seconds.json"
+    seconds_file = tmp_path / "cut.checkpoint" / "seconds.json"
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 9)
-    assert json.loads(noted.read_text()) > 0
-    noted.write_text("1000.0")
+    assert json.loads(seconds_file.read_text()) > 0
+    seconds_file.write_text("1000.0")
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", resume=True), 1)
-    assert json.loads(noted.read_text()) > 1000
-    noted.write_text("3000.0")
-    again = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
-    assert 3000 <= read_config(again).lori.training["seconds"] < 4000
+    assert json.loads(seconds_file.read_text()) > 1000
+    seconds_file.write_text("3000.0")
+    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    assert 3000 <= read_config(resumed).lori.training["seconds"] < 4000
 
 
 def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -343,13 +343,15 @@ def test_a_resumed_run_is_saved_as_often_as_is_said_now(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    on_save = MarkWhole.on_save
+    on_save = MarkComplete.on_save
 
-    def note(self: MarkWhole, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object) -> None:
+    def note(
+        self: MarkComplete, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: object
+    ) -> None:
         saved.append(state.global_step)
-        on_save(self, args, state, control, **more)
+        on_save(self, args, state, control, **options)
 
-    monkeypatch.setattr(MarkWhole, "on_save", note)
+    monkeypatch.setattr(MarkComplete, "on_save", note)
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "a", method="lori-d"), at_step=4)
     assert saved == [2]
     fit(config_for(tiny_model, data, tmp_path / "a", method="lori-d", resume=True, save_every=1), "command")
@@ -376,7 +378,7 @@ def test_an_extra_that_is_not_there_is_said_before_anything_is_begun(
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint, whole or not."""
+    """Return the step of the newest checkpoint, complete or not."""
     return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
@@ -386,9 +388,9 @@ def newest_step(folder: Path) -> int:
 def test_a_killed_run_resumes_to_the_same_bytes(
     tiny_model: Path, data: Path, tmp_path: Path, dtype: str, steps: int, marks: list[str]
 ) -> None:
-    """Kill -9 wherever it falls, by the command that a person would type again; as many threads as the tests have."""
+    """SIGKILL at any point, then the same command again, with as many threads as the tests have."""
     changes = {"steps": steps, "held_out_fraction": 0.2, "eval_every": 3, "dtype": dtype, "threads": 1}
-    whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
+    uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
     command = [sys.executable, "-m", "training.fit", *flags_for(tiny_model, data, tmp_path / "cut", **changes), "--resume"]
     folder = tmp_path / "cut.checkpoint"
     for mark in marks:
@@ -400,14 +402,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert not (tmp_path / "cut").exists()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert digest(tmp_path / "cut") == digest(whole)
+    assert digest(tmp_path / "cut") == digest(uninterrupted)
 
 
 @pytest.mark.parametrize(("options", "resumed"), [({}, 2), ({"threads": 3}, 3)])
 def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], resumed: int
 ) -> None:
-    """However many CPUs are busy then: sums in another order would be other bytes. Those of --threads are the same anyway."""
+    """Another number of threads changes the order of sums, and so the bytes. It must not depend on how busy the CPUs are."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = torch.get_num_threads()
     try:
@@ -423,8 +425,8 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path, spread: bool) -> None:
-    """With DDP, and with the base spread over both by FSDP."""
-    alone = fit(config_for(tiny_model, data, tmp_path / "alone", accumulation=2), "command")
+    """Both with DDP, and with the base sharded by FSDP."""
+    one_process = fit(config_for(tiny_model, data, tmp_path / "alone", accumulation=2), "command")
     flags = flags_for(tiny_model, data, tmp_path / "both", **({"fsdp": True} if spread else {}))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training.fit"]
     done = subprocess.run(
@@ -434,32 +436,32 @@ def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_pat
     assert done.stdout == f"saved {tmp_path / 'both'}\n"
     command = read_config(tmp_path / "both").lori.training["command"]
     assert command.startswith("torchrun --nproc-per-node 2 -m training.fit --data ")
-    assert digest(tmp_path / "both") == digest(alone)
+    assert digest(tmp_path / "both") == digest(one_process)
 
 
 def test_the_best_held_out_step_is_what_is_saved(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[str, object] = {}
-    monkeypatch.setattr(Run, "close", lambda self: found.update(self.outcomes))
+    outcomes: dict[str, object] = {}
+    monkeypatch.setattr(Run, "close", lambda self: outcomes.update(self.outcomes))
     changes = {"steps": 60, "held_out": [str(data)], "eval_every": 2, "patience": 2, "mix": [], "method": "lori-d"}
     fit(config_for(tiny_model, data, tmp_path / "a", calibration_lr=1.0, **changes), "command")
-    outcome = found["LoRI-D"]
-    assert outcome.best_step == min(outcome.held_out, key=lambda at: at[1])[0]  # type: ignore[attr-defined]
+    outcome = outcomes["LoRI-D"]
+    assert outcome.best_step == min(outcome.held_out, key=lambda evaluation: evaluation[1])[0]  # type: ignore[attr-defined]
     assert len(outcome.losses) == outcome.best_step + 4 < 60  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("is_over", [False, True])
 def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data: Path, tmp_path: Path, is_over: bool) -> None:
-    """It once began to count again, and trained on where it was to end."""
+    """Regression: a resumed run counted the evaluations from zero again, and trained on after it should have stopped."""
     changes = {
         "steps": 60, "held_out": [str(data)], "eval_every": 1, "patience": 2, "mix": [], "method": "lori-d", "calibration_lr": 1.0
     }  # fmt: skip
-    found: dict[str, object] = {}
+    outcomes: dict[str, object] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "close", lambda self: found.update({self.config.output.name: self.outcomes["LoRI-D"]}))
-        whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "")
-        num_steps = len(found["whole"].losses)  # type: ignore[attr-defined]
+        patch.setattr(Run, "close", lambda self: outcomes.update({self.config.output.name: self.outcomes["LoRI-D"]}))
+        uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "")
+        num_steps = len(outcomes["whole"].losses)  # type: ignore[attr-defined]
         cut = config_for(tiny_model, data, tmp_path / "cut", **changes)
         if is_over:
             with pytest.MonkeyPatch.context() as kill:
@@ -470,16 +472,16 @@ def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data
             cut_before_the_end(cut, at_step=num_steps)
         fit(cut.model_copy(update={"resume": True}), "")
     assert num_steps < 60
-    assert found["cut"] == found["whole"]
-    assert digest(cut.output) == digest(whole)
+    assert outcomes["cut"] == outcomes["whole"]
+    assert digest(cut.output) == digest(uninterrupted)
 
 
 def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i + 1}"}) + "\n" for i in range(20)))
+    other_data = tmp_path / "other.jsonl"
+    other_data.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i + 1}"}) + "\n" for i in range(20)))
     before = modules_of(first)
-    after = modules_of(fit(config_for(tiny_model, other, tmp_path / "second", init_from=first, seed=5), ""))
+    after = modules_of(fit(config_for(tiny_model, other_data, tmp_path / "second", init_from=first, seed=5), ""))
     num_changed = num_same = 0
     for name, b in before.items():
         assert torch.equal(after[name].mask | b.mask, after[name].mask)
@@ -492,7 +494,7 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
 
 
 @pytest.mark.parametrize(
-    ("held", "values", "expected"),
+    ("stored", "values", "expected"),
     [
         ("float32", "bfloat16", "float32"),
         ("float16", "bfloat16", "float16 or float32"),
@@ -502,14 +504,14 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     ],
 )
 def test_what_stays_is_not_rounded_again(
-    tiny_model: Path, data: Path, tmp_path: Path, held: str, values: str, expected: str | None
+    tiny_model: Path, data: Path, tmp_path: Path, stored: str, values: str, expected: str | None
 ) -> None:
-    """It once was: all values of a float32 adapter, and those of each int8 row that had a greater one now."""
-    first = fit(config_for(tiny_model, data, tmp_path / "first", steps=2, values=held), "")
+    """Regression: all values of a float32 adapter were rounded again, and those of each int8 row with a new largest value."""
+    first = fit(config_for(tiny_model, data, tmp_path / "first", steps=2, values=stored), "")
     config = config_for(tiny_model, data, tmp_path / "second", steps=2, values=values, init_from=first, avoid=[first])
     if expected:
-        said = f"it holds {held} values, which --values {values} would round again, expected --values {expected}"
-        with pytest.raises(LoriError, match=f"{said}$"):
+        message = f"it holds {stored} values, which --values {values} would round again, expected --values {expected}"
+        with pytest.raises(LoriError, match=f"{message}$"):
             fit(config, "")
         return
     after = modules_of(fit(config, ""))
@@ -523,13 +525,13 @@ def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_repla
     def bases() -> int:
         return len(list((tmp_path / ".bases").iterdir()))
 
-    of_one = config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1)
-    fit(of_one, "")
+    first_config = config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1)
+    fit(first_config, "")
     shutil.copytree(tmp_path / "a", tmp_path / "twin")
     fit(config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1, seed=1), "")
     assert bases() == 2, "the twin needs the first one"
     shutil.rmtree(tmp_path / "twin")
-    fit(of_one, "")
+    fit(first_config, "")
     assert bases() == 1
     assert load_adapter(tmp_path / "a")
     (tmp_path / "No name").mkdir()
@@ -553,11 +555,11 @@ def test_lora_goes_on_from_a_lora(tiny_model: Path, data: Path, tmp_path: Path) 
 
 def test_one_calibration_is_enough_for_many_masks(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     calibrated = fit(config_for(tiny_model, data, tmp_path / "d", method="lori-d", values="float32"), "")
-    both = fit(config_for(tiny_model, data, tmp_path / "both", seed=0), "")
-    alone = fit(config_for(tiny_model, data, tmp_path / "alone", seed=0, mask_from=calibrated), "")
-    for name, b in modules_of(both).items():
-        assert torch.equal(modules_of(alone)[name].dense(), b.dense())
-    assert list(load_adapter(alone).config.lori.training["phases"]) == ["LoRI-S"]
+    in_one_run = fit(config_for(tiny_model, data, tmp_path / "both", seed=0), "")
+    with_mask = fit(config_for(tiny_model, data, tmp_path / "alone", seed=0, mask_from=calibrated), "")
+    for name, b in modules_of(in_one_run).items():
+        assert torch.equal(modules_of(with_mask)[name].dense(), b.dense())
+    assert list(load_adapter(with_mask).config.lori.training["phases"]) == ["LoRI-S"]
 
 
 def test_an_avoided_adapter_s_entries_are_left_alone(
@@ -572,36 +574,36 @@ def test_an_avoided_adapter_s_entries_are_left_alone(
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.5), (0.25, 1.0)])
 def test_a_sum_with_an_avoided_adapter_keeps_the_values_of_both(apart: tuple[Path, Path], weights: tuple[float, float]) -> None:
-    """At powers of two, at which nothing is rounded."""
+    """The weights are powers of two, so nothing is rounded."""
     adapters = [load_adapter(folder) for folder in apart]
     total = merge(adapters, weights)
-    for name, found in total.modules.items():
+    for name, merged in total.modules.items():
         first, second = (adapter.modules[name] for adapter in adapters)
         assert total.config.scale_of(name) == adapters[0].config.scale_of(name) == 2
-        dense = found.dense()
+        dense = merged.dense()
         assert torch.equal(dense[:, :2][first.mask], weights[0] * first.values.float())
         assert torch.equal(dense[second.mask], weights[1] * second.values.float())
-        assert found.values.numel() == int(first.values.count_nonzero() + second.values.count_nonzero())
+        assert merged.values.numel() == int(first.values.count_nonzero() + second.values.count_nonzero())
 
 
 def test_an_adapter_that_goes_on_shares_nothing_with_an_avoided_one(
     tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
 ) -> None:
-    """What it went on from was once kept where the avoided one has entries, and the sum was that of both."""
+    """Regression: entries of `init_from` stayed where the avoided adapter has entries, and a merge added both."""
     first, second = apart
     other = fit(config_for(tiny_model, data, tmp_path / "other", steps=2, seed=7), "")
     num_shared = sum(int((b.mask[:, :2] & modules_of(first)[name].mask).sum()) for name, b in modules_of(other).items())
     assert num_shared
-    said = (
+    message = (
         f"--avoid {first}: it keeps {num_shared} entries that --init-from {other} keeps, too, and which would stay: expected none"
     )
-    with pytest.raises(LoriError, match=re.escape(said)):
+    with pytest.raises(LoriError, match=re.escape(message)):
         fit(config_for(tiny_model, data, tmp_path / "refused", init_from=other, avoid=[second, first]), "")
     third = fit(config_for(tiny_model, data, tmp_path / "third", steps=2, init_from=second, avoid=[first, second]), "")
     total = merge([load_adapter(first), load_adapter(third)], [1.0, 1.0])
     for name, b in modules_of(third).items():
-        before, own = modules_of(first)[name], modules_of(second)[name]
-        assert torch.equal(b.dense()[own.mask], own.values.float())
+        before, started_from = modules_of(first)[name], modules_of(second)[name]
+        assert torch.equal(b.dense()[started_from.mask], started_from.values.float())
         dense = total.modules[name].dense()
         assert torch.equal(dense[:, :2][before.mask], before.values.float())
         assert torch.equal(dense[b.mask], b.values.float())
@@ -610,9 +612,9 @@ def test_an_adapter_that_goes_on_shares_nothing_with_an_avoided_one(
 def test_an_avoided_adapter_of_another_scale_is_refused(
     tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
 ) -> None:
-    """A merge would put each scale into B, and round it."""
-    said = f"--avoid {apart[0]}: it has alpha/r = 2, expected --alpha / --rank = 2.5"
-    with pytest.raises(LoriError, match=re.escape(said)):
+    """A merge would multiply each B by its scale, and round it."""
+    message = f"--avoid {apart[0]}: it has alpha/r = 2, expected --alpha / --rank = 2.5"
+    with pytest.raises(LoriError, match=re.escape(message)):
         fit(config_for(tiny_model, data, tmp_path / "a", alpha=10, avoid=[apart[0]]), "")
     elsewhere = fit(config_for(tiny_model, data, tmp_path / "q", steps=1, target_modules=["q_proj"]), "")
     assert fit(config_for(tiny_model, data, tmp_path / "v", steps=1, alpha=10, target_modules=["v_proj"], avoid=[elsewhere]), "")
@@ -636,17 +638,17 @@ def test_a_checkpoint_of_other_options_or_data_is_refused(
         patch.setattr("lori.store.store.save_adapter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tiny_model, data, tmp_path / "a"), "command")
-    other = tmp_path / data.name
-    other.write_text(data.read_text().replace("red", "RED"))
-    for changes, named in (
+    other_data = tmp_path / data.name
+    other_data.write_text(data.read_text().replace("red", "RED"))
+    for changes, message in (
         ({"lr": 0.5, "seed": 7}, "--lr is 0.5, expected absent; --seed is 7, expected 0: resume with those"),
         (
-            {"data": [str(other)]},
-            rf'--data is \["{other}"\], expected \["{data}"\]; the rows, as tokens, is "\w+", expected "\w+": ',
+            {"data": [str(other_data)]},
+            rf'--data is \["{other_data}"\], expected \["{data}"\]; the rows, as tokens, is "\w+", expected "\w+": ',
         ),
         ({"accumulation": 2}, "processes times --accumulation is 2, expected 1: resume"),
     ):
-        with pytest.raises(LoriError, match="is of a run with other options, data or base: " + named):
+        with pytest.raises(LoriError, match="is of a run with other options, data or base: " + message):
             fit(config_for(tiny_model, data, tmp_path / "a", **{"resume": True, **changes}), "command")
     assert fit(config_for(tiny_model, data, tmp_path / "a", resume=True), "command").is_dir()
 
@@ -662,7 +664,7 @@ def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, 
 
 
 @pytest.mark.parametrize(
-    ("said", "changes"),
+    ("message", "changes"),
     [
         ("--save-every is for runs without held-out rows", {"held_out_fraction": 0.2, "save_every": 2}),
         ("--epochs is for --steps 0", {"steps": 2, "epochs": 3.0}),
@@ -672,12 +674,12 @@ def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, 
         ("--batch-tokens is for --batch-size 0", {"batch_size": 8, "batch_tokens": 4096}),
     ],
 )
-def test_a_flag_that_another_leaves_nothing_to_do_is_refused(said: str, changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_a_flag_that_another_leaves_nothing_to_do_is_refused(message: str, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=message):
         FitConfig.model_validate({"data": ["d"], "output": "a", **changes})
     for name in changes:
-        alone = {key: value for key, value in changes.items() if key != name}
-        assert FitConfig.model_validate({"data": ["d"], "output": "a", **alone})
+        remaining = {key: value for key, value in changes.items() if key != name}
+        assert FitConfig.model_validate({"data": ["d"], "output": "a", **remaining})
 
 
 def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -690,19 +692,19 @@ def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path:
 def test_a_damaged_checkpoint_is_not_gone_on_with(
     tiny_model: Path, data: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
+    uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
     file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / damage
     file.write_bytes(file.read_bytes()[:-1])
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     assert "checkpoint-4 is damaged" in caplog.text
-    assert digest(resumed) == digest(whole)
+    assert digest(resumed) == digest(uninterrupted)
 
 
 def test_a_checkpoint_that_is_written_anew_is_whole(
     tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The mark of the damaged one was once taken for one of its files."""
+    """Regression: the marker of the damaged checkpoint was counted as one of the checkpoint's files."""
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
     file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / "model.safetensors"
     file.write_bytes(b"")
@@ -745,7 +747,7 @@ def test_a_folder_that_is_not_a_run_s_is_left_alone(tiny_model: Path, data: Path
 
 
 def test_a_start_that_was_cut_off_is_made_anew(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """What it had written before it said of which run it is."""
+    """The folder has only the files that a start writes before `run.json`."""
     folder = tmp_path / "a.checkpoint"
     folder.mkdir()
     for name in ("threads.json", ".run.json@1234"):
@@ -764,7 +766,7 @@ def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_pa
 
 
 def test_more_processes_do_not_take_each_as_many_threads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """As one alone had: the number is that of a run with as many processes."""
+    """The saved number of threads is for a run with the same number of processes."""
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
     (tmp_path / "cut.checkpoint" / "threads.json").write_text('{"processes": 2, "threads": 7}')
     fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
@@ -779,9 +781,9 @@ def test_two_runs_do_not_write_to_one_output(tiny_model: Path, data: Path, tmp_p
 
 @pytest.mark.parametrize("changes", [{"steps": 1, "method": "lori-d"}, {"steps": 0, "epochs": 0.001, "method": "lora"}])
 def test_a_phase_of_one_step_trains(tiny_model: Path, data: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    """Its only rate was once that of the beginning of the warm-up, which is 0."""
-    found = modules_of(fit(config_for(tiny_model, data, tmp_path / "a", **changes), "command"))
-    assert all(b.values.any() for b in found.values())
+    """Regression: the only step had the learning rate of the beginning of the warm-up, which is 0."""
+    modules = modules_of(fit(config_for(tiny_model, data, tmp_path / "a", **changes), "command"))
+    assert all(b.values.any() for b in modules.values())
 
 
 def test_a_mask_of_what_was_not_changed_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -820,11 +822,11 @@ def test_a_report_that_would_be_a_folder_is_refused_at_once(tiny_model: Path, da
         config_for(tiny_model, data, tmp_path / "a", report=tmp_path)
 
 
-@pytest.mark.parametrize("place", [".", "a", "a/logs", "a.checkpoint/../a"])
-def test_logs_do_not_go_into_the_adapter_s_own_folder(place: str) -> None:
-    """A new adapter was once trained, and then not saved over a folder that its logs had made."""
+@pytest.mark.parametrize("folder", [".", "a", "a/logs", "a.checkpoint/../a"])
+def test_logs_do_not_go_into_the_adapter_s_own_folder(folder: str) -> None:
+    """Regression: an adapter was trained, and then not saved because its logs had created a folder of its name."""
     with pytest.raises(ValueError, match=r"--tensorboard .* puts its logs, a/…, into the adapter's own folder"):
-        FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": place})
+        FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": folder})
     assert FitConfig.model_validate({"data": ["d"], "output": "a", "tensorboard": "logs"})
 
 
@@ -843,8 +845,8 @@ def test_the_command_shows_how_far_it_is(tiny_model: Path, data: Path, tmp_path:
     assert (done.returncode, done.stdout) == (0, f"saved {tmp_path / 'a'}\n")
     for phase in ("LoRI-D", "LoRI-S"):
         assert re.search(rf"{phase}: .*3/3 .*loss=\d+\.\d+, tokens_per_s=\d+", done.stderr)
-    again = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3), "--resume")
-    assert (again.returncode, again.stdout) == (0, f"found {tmp_path / 'a'}\n")
+    resumed = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3), "--resume")
+    assert (resumed.returncode, resumed.stdout) == (0, f"found {tmp_path / 'a'}\n")
 
 
 def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> None:

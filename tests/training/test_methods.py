@@ -1,4 +1,4 @@
-"""What the methods train: how many parameters, and what they hold in memory."""
+"""Training methods: their numbers of parameters, and the memory of their gradients and optimizer states."""
 
 from pathlib import Path
 
@@ -9,22 +9,22 @@ from tests.bench.training import Stepper, batches
 
 @pytest.fixture(scope="module")
 def steppers() -> dict[str, Stepper]:
-    """LoRA and LoRI-S on the embedded model, after a step."""
-    found = {method: Stepper(method, None, 32) for method in ("lora", "lori")}
-    for stepper in found.values():
+    """LoRA and LoRI-S on the embedded model, after one step."""
+    result = {method: Stepper(method, None, 32) for method in ("lora", "lori")}
+    for stepper in result.values():
         stepper.step(batches(1000, 64)["short"])
-    return found
+    return result
 
 
 def test_lori_trains_a_twentieth_of_lora_s_parameters(steppers: dict[str, Stepper]) -> None:
-    lora, lori = (steppers[method].held() for method in ("lora", "lori"))
+    lora, lori = (steppers[method].footprint() for method in ("lora", "lori"))
     assert lora.num_parameters == 9_768_960
     assert lori.num_parameters == 497_664
     assert lori.num_parameters <= 0.051 * lora.num_parameters
 
 
 def test_gradients_and_optimizer_are_those_of_the_kept_entries_alone(steppers: dict[str, Stepper]) -> None:
-    lora, lori = (steppers[method].held() for method in ("lora", "lori"))
+    lora, lori = (steppers[method].footprint() for method in ("lora", "lori"))
     assert lori.num_bytes == 3 * 4 * lori.num_parameters  # a gradient and AdamW's two moments, fp32
     assert lori.num_bytes <= 0.11 * lora.num_bytes
 
@@ -37,5 +37,5 @@ def test_a_method_without_its_adapters_is_the_base(tiny_model: Path) -> None:
         for _ in range(3):
             stepper.step(batch)
         assert stepper.loss(batch) != pytest.approx(before, abs=1e-6)
-        with stepper.method.base_alone():
+        with stepper.method.adapter_disabled():
             assert stepper.loss(batch) == pytest.approx(before, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Batches without padding give what each example gives alone."""
+"""Packed batches: their losses and gradients equal those of each example alone."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from lori.basis import Seeded
 from lori.errors import ModelError
 from tests.tiny import tiny_llama_config
 from training import packing
-from training.batches import Part
+from training.batches import MicroBatch
 from training.data import Example, Pair
 from training.loss import CompletionLoss, PreferenceLoss
-from training.packing import ATTENTION, check_layers, max_example, pack
-from training.trainable import base_alone, wrap
+from training.packing import ATTENTION, check_layers, max_example_length, pack
+from training.trainable import adapter_disabled, wrap
 
 
 def some_examples() -> list[Example]:
@@ -28,8 +28,8 @@ def some_examples() -> list[Example]:
     ]
 
 
-def completion_loss(model: PreTrainedModel, part: Part) -> torch.Tensor:
-    return CompletionLoss(lambda: base_alone(model))(model, pack(part))
+def completion_loss(model: PreTrainedModel, micro_batch: MicroBatch) -> torch.Tensor:
+    return CompletionLoss(lambda: adapter_disabled(model))(model, pack(micro_batch))
 
 
 @pytest.fixture
@@ -43,13 +43,13 @@ def test_a_packed_loss_is_the_mean_of_the_examples_own_losses(
 ) -> None:
     monkeypatch.setattr(packing, "MAX_PLAIN", max_plain)
     examples = some_examples()
-    alone = load_base_model(str(tiny_model), torch.float32).model
+    unpacked = load_base_model(str(tiny_model), torch.float32).model
     losses = []
     for example in examples:
-        logits = alone(torch.tensor([example.ids])).logits[0, example.num_prompt - 1 : -1]
+        logits = unpacked(torch.tensor([example.ids])).logits[0, example.num_prompt - 1 : -1]
         losses.append(F.cross_entropy(logits, torch.tensor(example.ids[example.num_prompt :])))
-    found = completion_loss(packed.model, Part(tuple(examples), 1 / len(examples)))
-    torch.testing.assert_close(found, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+    packed_loss = completion_loss(packed.model, MicroBatch(tuple(examples), 1 / len(examples)))
+    torch.testing.assert_close(packed_loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_in_which_examples_would_read_each_other_are_refused() -> None:
@@ -60,11 +60,14 @@ def test_layers_in_which_examples_would_read_each_other_are_refused() -> None:
 
 
 def test_an_example_is_as_long_as_a_window_at_most() -> None:
-    assert max_example(tiny_llama_config(257)) is None
-    assert max_example(MistralConfig(sliding_window=24)) == 24
-    assert max_example(Qwen2Config(num_hidden_layers=2, sliding_window=24, use_sliding_window=False)) is None
+    assert max_example_length(tiny_llama_config(257)) is None
+    assert max_example_length(MistralConfig(sliding_window=24)) == 24
+    assert max_example_length(Qwen2Config(num_hidden_layers=2, sliding_window=24, use_sliding_window=False)) is None
     sliding = ["sliding_attention", "full_attention"]
-    assert max_example(Qwen2Config(num_hidden_layers=2, sliding_window=24, use_sliding_window=True, layer_types=sliding)) == 24
+    assert (
+        max_example_length(Qwen2Config(num_hidden_layers=2, sliding_window=24, use_sliding_window=True, layer_types=sliding))
+        == 24
+    )
 
 
 def test_attention_sinks_are_not_left_out_in_silence() -> None:
@@ -78,38 +81,38 @@ def test_plain_attention_has_the_gradients_of_torch_s_own() -> None:
     shapes = [(3, 4, 9, 8), (3, 2, 9, 8), (3, 2, 9, 8)]
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
     weights = torch.randn(3, 4, 9, 8)
-    found = []
+    results = []
     for attend in (packing._plain_attention, packing._fused_attention):
         out = attend(q, k, v, 0.3)
-        found.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
-    torch.testing.assert_close(found[0], found[1])
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_an_example_that_keeps_the_base_costs_what_it_changes(packed: BaseModel) -> None:
     layers = wrap(packed.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
-    learnt, kept = (tuple(some_examples()[i : i + 2]) for i in (0, 2))
-    kept = tuple(Example(e.ids, e.num_prompt, keeps_base=True) for e in kept)
+    ce_examples, kl_examples = (tuple(some_examples()[i : i + 2]) for i in (0, 2))
+    kl_examples = tuple(Example(e.ids, e.num_prompt, uses_kl=True) for e in kl_examples)
 
     def loss(*examples: Example) -> torch.Tensor:
-        return completion_loss(packed.model, Part(examples, 1.0))
+        return completion_loss(packed.model, MicroBatch(examples, 1.0))
 
-    assert loss(*kept).item() == pytest.approx(0.0, abs=1e-6)
+    assert loss(*kl_examples).item() == pytest.approx(0.0, abs=1e-6)
     for layer in layers.values():
         torch.nn.init.normal_(layer.b.change, std=0.3)
-    assert loss(*kept).item() > 0.01
-    torch.testing.assert_close(loss(kept[0], *learnt, kept[1]), loss(*kept) + loss(*learnt))
+    assert loss(*kl_examples).item() > 0.01
+    torch.testing.assert_close(loss(kl_examples[0], *ce_examples, kl_examples[1]), loss(*kl_examples) + loss(*ce_examples))
 
 
 def test_a_pair_costs_what_dpo_says(tiny_model: Path, packed: BaseModel) -> None:
-    """-log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))), each after the same prompt."""
+    """The loss is -log sigmoid(beta (log pi(c)/ref(c) - log pi(r)/ref(r))), for chosen c and rejected r after the same prompt."""
     layers = wrap(packed.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
     torch.manual_seed(0)
     pairs = [
         Pair(Example((*prompt, *chosen), len(prompt)), Example((*prompt, *rejected), len(prompt)))
         for prompt, chosen, rejected in [((1, 2, 3), (4, 5), (6,)), ((9,), (8, 7, 6), (5, 4))]
     ]
-    loss = PreferenceLoss(lambda: base_alone(packed.model), beta=0.5)
-    batch = pack(Part(tuple(pairs), 0.5))
+    loss = PreferenceLoss(lambda: adapter_disabled(packed.model), beta=0.5)
+    batch = pack(MicroBatch(tuple(pairs), 0.5))
     assert loss(packed.model, batch).item() == pytest.approx(np.log(2))
     for layer in layers.values():
         torch.nn.init.normal_(layer.b.change, std=0.3)
@@ -117,8 +120,8 @@ def test_a_pair_costs_what_dpo_says(tiny_model: Path, packed: BaseModel) -> None
 
     def log_probability(model: PreTrainedModel, example: Example) -> torch.Tensor:
         scores = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
-        places = range(example.num_prompt, len(example))
-        return torch.stack([scores[i - 1, example.ids[i]] for i in places]).sum()
+        positions = range(example.num_prompt, len(example))
+        return torch.stack([scores[i - 1, example.ids[i]] for i in positions]).sum()
 
     packed.model.set_attn_implementation("sdpa")
     gains = [

@@ -1,4 +1,4 @@
-"""Recipes: those that are shipped, and files of one's own."""
+"""Recipes: shipped ones, and a user's own files."""
 
 import json
 import re
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from training.command_line import SHIPPED, RecipeError, read_recipe
+from training.command_line import SHIPPED_RECIPES, RecipeError, read_recipe
 from training.config import LORA_LR, LORI_LR, FitConfig
 from training.data import Source, read_rows
 
-NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+NAMES = sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 PAPER: dict[str, tuple[int, float, float, float, float]] = {
     "llama-3-8b-nlu-r32": (32, 64, 5e-5, 5e-4, 1),
     "llama-3-8b-nlu-r64": (64, 128, 5e-5, 1e-4, 1),
@@ -30,9 +30,9 @@ PAPER: dict[str, tuple[int, float, float, float, float]] = {
     "mistral-7b-safety-r32": (32, 64, 5e-5, 5e-4, 1),
     "mistral-7b-safety-r64": (64, 128, 1e-5, 1e-4, 1),
 }
-"""Rank, alpha, the rates of LoRI-D and LoRI-S, and epochs, of the scripts that `parts/paper.yaml` names."""
+"""Rank, alpha, learning rates of LoRI-D and LoRI-S, and epochs in the scripts that `parts/paper.yaml` names."""
 NOT_TWICE_THE_RANK, BELOW_FIVE = {"mistral-7b-math-r64"}, {"llama-3-8b-nlu-r64"}
-"""Where those scripts differ from what the paper says: an alpha of 2r, LoRI-S's rate 5 to 20 times LoRI-D's."""
+"""Scripts that differ from the paper's rules: alpha is 2r, and LoRI-S's learning rate is 5 to 20 times LoRI-D's."""
 ROWS: dict[str, dict[str, object]] = {
     "openai/gsm8k": {"question": "2 + 2?", "answer": "4\n#### 4"},
     "mteb/banking77": {"text": "My card?", "label": 1, "label_text": "Card_arrival"},
@@ -44,7 +44,7 @@ ROWS: dict[str, dict[str, object]] = {
     "zwhe99/commonsense_170k": {"instruction": "Which?", "input": "", "output": "the answer is 1", "answer": "1"},
     "sahil2801/CodeAlpaca-20k": {"instruction": "Print.", "input": "", "output": "print()"},
 }
-"""A row of each public set, with the columns that it has."""
+"""A row with the columns of each public data set."""
 
 
 def load(name: str) -> FitConfig:
@@ -115,7 +115,7 @@ def test_tokens_on_the_command_line_win_over_a_recipe_s_batch_of_examples(monkey
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ("small-math --steps 100 --epochs 5", "--epochs is for --steps 0"),
         ("small-math --method lori-d --lr 0.01", "--lr is for LoRI-S or LoRA"),
@@ -124,29 +124,29 @@ def test_tokens_on_the_command_line_win_over_a_recipe_s_batch_of_examples(monkey
     ],
 )
 def test_a_flag_that_does_nothing_is_refused_beside_a_recipe_too(
-    flags: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         from_flags(monkeypatch, "--recipe", *flags.split())
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_commands_with_commas_and_quotes_are_written_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = ['cut -d, -f1 a > "b, c"', "sort b"]
-    assert from_flags(monkeypatch, "--data", "d.jsonl", "--prepare", json.dumps(said)).prepare == said
+    commands = ['cut -d, -f1 a > "b, c"', "sort b"]
+    assert from_flags(monkeypatch, "--data", "d.jsonl", "--prepare", json.dumps(commands)).prepare == commands
 
 
 def test_a_recipe_s_rate_is_that_of_its_own_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA was once trained at LoRI-S's, at which it diverges."""
+    """Regression: LoRA was trained at the recipe's learning rate for LoRI-S, at which it diverges."""
     (tmp_path / "r.yaml").write_text("method: lora\nlr: 0.004\n")
     rates = {
         method: [from_flags(monkeypatch, "--recipe", recipe, "--data", "d.jsonl", *flags).peak_lr for recipe in recipes]
         for method, flags in {"": (), "lora": ("--method", "lora"), "lori": ("--method", "lori")}.items()
         for recipes in [("llama-3-8b-math-r32", str(tmp_path / "r.yaml"))]
     }
-    own = load("llama-3-8b-math-r32").peak_lr
-    assert own not in (LORI_LR, LORA_LR)
-    assert rates == {"": [own, 0.004], "lora": [LORA_LR, 0.004], "lori": [own, LORI_LR]}
+    recipe_rate = load("llama-3-8b-math-r32").peak_lr
+    assert recipe_rate not in (LORI_LR, LORA_LR)
+    assert rates == {"": [recipe_rate, 0.004], "lora": [LORA_LR, 0.004], "lori": [recipe_rate, LORI_LR]}
     assert from_flags(monkeypatch, "--recipe", "small-math", "--method", "lora", "--lr", "0.5").peak_lr == 0.5
 
 
@@ -155,11 +155,11 @@ def test_a_file_extends_shipped_recipes_and_its_neighbours(tmp_path: Path, monke
     (tmp_path / "mine.yaml").write_text("extends: [small-math, base.yaml]\nsteps: 4\ndata: [rows.jsonl]\n")
     config = from_flags(monkeypatch, "--recipe", str(tmp_path / "mine.yaml"))
     assert (config.seed, config.steps, config.calibration_steps) == (7, 4, 60)
-    assert config.data == [Source(path="rows.jsonl")]  # from the working directory, as a flag would be
+    assert config.data == [Source(path="rows.jsonl")]  # relative to the working directory, as in a flag
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("rnak: 3\nseeds: 1\n", r"mine.yaml has unknown keys: 'rnak', 'seeds'"),
         ("recipe: small-math\n", r"unknown keys: 'recipe'"),
@@ -172,10 +172,10 @@ def test_a_file_extends_shipped_recipes_and_its_neighbours(tmp_path: Path, monke
         ("", r"mine.yaml is no recipe"),
     ],
 )
-def test_an_unsound_recipe_is_refused_by_its_file(text: str, said: str, tmp_path: Path) -> None:
+def test_an_unsound_recipe_is_refused_by_its_file(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         read_recipe(str(path), FitConfig.model_fields.keys() - {"recipe"})
 
 
@@ -184,18 +184,18 @@ def test_a_wrong_recipe_is_told_in_a_line(
 ) -> None:
     path = tmp_path / "mine.yaml"
     (tmp_path / "base.yaml").write_text("alpha: -1\n")
-    of_two = "data: [d.jsonl]\nheld_out: [e.jsonl]\nheld_out_fraction: 0.5"
-    for text, said in {
+    conflict = "data: [d.jsonl]\nheld_out: [e.jsonl]\nheld_out_fraction: 0.5"
+    for text, message in {
         "rnak: 3": "unknown keys: 'rnak'",
         "data: [d.jsonl]\nrank: 0": f"error: {path}: rank: Input should be greater",
         "extends: base.yaml\ndata: [{pth: d}]": f"permitted; {tmp_path}/base.yaml: alpha: Input",
-        of_two: f"exclude each other (these are held_out of {path}, held_out_fraction of {path})\n",
+        conflict: f"exclude each other (these are held_out of {path}, held_out_fraction of {path})\n",
     }.items():
         path.write_text(text)
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as caught:
             from_flags(monkeypatch, "--recipe", str(path))
-        assert ended.value.code == 2
-        assert said in capsys.readouterr().err
+        assert caught.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_flag_that_wins_over_a_recipe_is_named_itself(
@@ -213,7 +213,7 @@ def test_readme_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytes
     section = readme.partition("A source can be an object")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     source, *recipes = [shlex.split(line)[3:] for line in "".join(blocks).replace("\n  ", " ").splitlines()]
-    [found] = from_flags(monkeypatch, *source).data
-    assert found.prompt == "Question: {{ question }}\nAnswer:"
+    [read] = from_flags(monkeypatch, *source).data
+    assert read.prompt == "Question: {{ question }}\nAnswer:"
     for flags in recipes[:2]:
         assert from_flags(monkeypatch, *flags).recipe in NAMES

@@ -1,4 +1,4 @@
-"""What the steps of a phase are: how many, at which rates, how gradients are clipped, and what decays."""
+"""Steps of a phase: their number, learning rates, gradient clipping and weight decay."""
 
 import json
 from pathlib import Path
@@ -26,12 +26,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(tiny_model: Path, rows: Path, output: Path, **changes: object) -> FitConfig:
-    own = {"data": [str(rows)], "model": str(tiny_model), "output": output}
-    return FitConfig.model_validate({**FIELDS, **own, **changes})
+    paths = {"data": [str(rows)], "model": str(tiny_model), "output": output}
+    return FitConfig.model_validate({**FIELDS, **paths, **changes})
 
 
 def first_gradients(config: FitConfig, phase: str) -> list[torch.Tensor]:
-    """Returns each tensor's gradient as AdamW saw it in a phase's one step: its first moment is a tenth of that."""
+    """Return each tensor's gradient in a phase's only step, from AdamW's first moment, which is a tenth of the gradient."""
     file = config.output.with_name(f"{config.output.name}.checkpoint") / phase / "checkpoint-1" / "optimizer.pt"
     states = torch.load(file, weights_only=True)["state"].values()
     return [10 * state["exp_avg"] for state in states]
@@ -44,8 +44,8 @@ def norm_of(tensors: list[torch.Tensor]) -> float:
 def test_gradients_are_clipped_over_all_tensors_and_parts_together(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each on its own would come to this norm; so would each of the two parts of a step."""
-    monkeypatch.setattr(Run, "close", lambda _: None)  # it would remove the checkpoints
+    """Neither each tensor nor each of the two micro-batches of a step is clipped to the norm by itself."""
+    monkeypatch.setattr(Run, "close", lambda _: None)  # keep the checkpoints
     changes = {"steps": 1, "save_every": 1, "accumulation": 2}
     free, clipped = (
         config_for(tiny_model, data, tmp_path / name, max_grad_norm=norm, **changes)
@@ -57,14 +57,14 @@ def test_gradients_are_clipped_over_all_tensors_and_parts_together(
     assert len(before) == len(after) == 7 * 2
     factor = MAX_NORM / norm_of(before)
     assert factor < 0.1
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(other, factor * one, rtol=1e-3, atol=1e-9)
+    for gradient, clipped_gradient in zip(before, after, strict=True):
+        torch.testing.assert_close(clipped_gradient, factor * gradient, rtol=1e-3, atol=1e-9)
     assert norm_of(first_gradients(free, "lori-s")) > 10 * MAX_NORM
     assert norm_of(first_gradients(clipped, "lori-s")) == pytest.approx(MAX_NORM, rel=1e-3)
 
 
 def test_what_the_mask_leaves_out_does_not_decay(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """To avoid what is gone on from is to leave all of that out."""
+    """An adapter that avoids its own `init_from` leaves all of its entries out of the mask."""
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
     plain, decayed = (
         load_adapter(
@@ -72,11 +72,11 @@ def test_what_the_mask_leaves_out_does_not_decay(tiny_model: Path, data: Path, t
         ).modules
         for name, decay in [("plain", 0.0), ("decayed", 20.0)]
     )
-    kept = load_adapter(first).modules
-    own = {name: decayed[name].mask & ~b.mask for name, b in kept.items()}
-    for name, b in kept.items():
+    start = load_adapter(first).modules
+    new_masks = {name: decayed[name].mask & ~b.mask for name, b in start.items()}
+    for name, b in start.items():
         assert torch.equal(decayed[name].dense()[b.mask], b.values)
-    norms = [norm_of([found[name].dense()[mask] for name, mask in own.items()]) for found in (decayed, plain)]
+    norms = [norm_of([modules[name].dense()[mask] for name, mask in new_masks.items()]) for modules in (decayed, plain)]
     assert 0 < norms[0] < 0.9 * norms[1]
 
 
@@ -112,7 +112,7 @@ def test_the_rate_rises_and_falls_as_asked(
 def test_the_mask_is_looked_for_as_long_as_asked(
     tiny_model: Path, data: Path, tmp_path: Path, changes: dict[str, object], num_steps: tuple[int, int]
 ) -> None:
-    """Half of the rows are 15: three steps of 4, and one of 3."""
+    """Half of the rows are 15 rows: three steps of 4 rows, and one of 3."""
     folder = fit(config_for(tiny_model, data, tmp_path / "a", **{"batch_size": 1, **changes}), "")
     phases = read_config(folder).lori.training["phases"]
     assert (phases["LoRI-D"]["steps"], phases["LoRI-S"]["steps"]) == num_steps

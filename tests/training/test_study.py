@@ -1,4 +1,4 @@
-"""`training.study` on a tiny model: every claim is trained, measured and written down, once."""
+"""`training.study` on a tiny model: every claim is trained, measured and saved once."""
 
 import json
 import shutil
@@ -13,11 +13,11 @@ from lori.errors import LoriError
 from lori.format import load_adapter
 from training.data import Source
 from training.study.__main__ import _open, study
-from training.study.claims import MERGED, Found, merges
+from training.study.claims import MERGED, Result, merges
 from training.study.config import TASKS, StudyConfig, TaskConfig
 from training.study.lab import Lab
 from training.study.page import title, write_page
-from training.study.scores import gains_kept, scores_of, shown
+from training.study.scores import format_scores, gains_kept, scores_of
 
 WORDS = ["red", "blue", "green"]
 
@@ -31,10 +31,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "safety": [{"prompt": f"Do harm {i}", "completion": "Sorry, I can't.", "harmful": True} for i in range(6)]
         + [{"prompt": f"Do good {i}", "harmful": False} for i in range(6)],
     }
-    for task, found in rows.items():
+    for task, task_rows in rows.items():
         (folder / task).mkdir()
         for name in ("train", "test"):
-            (folder / task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+            (folder / task / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in task_rows))
     return folder
 
 
@@ -49,19 +49,19 @@ def config_for(tiny_model: Path, data: Path, output: Path, **changes: object) ->
 
 def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(tiny_model, data, tmp_path / "study")
-    found = study(config)
-    page = write_page(config, found).read_text()
+    results = study(config)
+    page = write_page(config, results).read_text()
     for claim in config.claims:
         assert f"![{claim}]({claim}.png)" in page
         assert (config.output / f"{claim}.png").stat().st_size > 10_000
-        assert len(found[claim]) == 2
-    single = {(one.what, one.task) for one in found["single"][0]}
+        assert len(results[claim]) == 2
+    single = {(result.what, result.task) for result in results["single"][0]}
     assert single == {
         (what, task)
         for what in ("base", "LoRA", "LoRI-D", "LoRI-S", "LoRI-S, mask within the budget")
         for task in ("intent", "math", "safety")
     }
-    merged = {(one.what, one.setting) for one in found["merges"][0] if one.setting.startswith("intent+math,")}
+    merged = {(result.what, result.setting) for result in results["merges"][0] if result.setting.startswith("intent+math,")}
     assert merged == {
         *((what, f"intent+math, linear, {weight}") for what in MERGED for weight in ("0.50", "1.00")),
         *(
@@ -70,7 +70,7 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
             for weight in ("0.50", "1.00")
         ),
     }
-    assert [one.setting for one in found["sparsity"][0]] == ["0", "0.5", "0.8", "0.9", "0.95", "0.99"]
+    assert [result.setting for result in results["sparsity"][0]] == ["0", "0.5", "0.8", "0.9", "0.95", "0.99"]
     mixes = {
         "intent-lori-s": [],
         "safety-lora": ["safety-unanswered"],
@@ -80,38 +80,38 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
     for name, mixed in mixes.items():
         adapter = json.loads((config.output / "seed-0" / "adapters" / name / "adapter_config.json").read_text())
         assert [Path(source).stem for source in adapter["lori"]["training"]["mix"]] == mixed
-    # What is there is not done again.
+    # Existing results are not computed again.
     monkeypatch.setattr("training.study.lab.fit", None)
     monkeypatch.setattr("training.study.lab.measure", None)
-    assert study(config) == found
-    # What a claim found is enough to go on from: without its adapters and measurements, too.
+    assert study(config) == results
+    # The saved results of a claim suffice, without its adapters and measurements.
     moved = config.model_copy(update={"output": tmp_path / "moved"})
     for seed in ("seed-0", "seed-1"):
         (moved.output / seed).mkdir(parents=True)
         for claim in config.claims:
             shutil.copy(config.output / seed / f"{claim}.json", moved.output / seed)
-    assert study(moved) == found
-    # But not what was found with other options: it would be trained again.
+    assert study(moved) == results
+    # But results with other options are not used: the study would train again.
     for name, changes in {"weights": {"weights": [0.3]}, "steps": {"steps": 4}, "rank": {"rank": 5}}.items():
-        other = config.model_copy(update={"output": tmp_path / name, **changes})
-        shutil.copytree(moved.output, other.output, ignore=shutil.ignore_patterns("options.json"))
+        changed = config.model_copy(update={"output": tmp_path / name, **changes})
+        shutil.copytree(moved.output, changed.output, ignore=shutil.ignore_patterns("options.json"))
         with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-            study(other)
+            study(changed)
 
 
 def test_without_ordinary_instructions_none_are_mixed_in(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     tasks = {name: TASKS[name] for name in ("intent", "math")}
-    [found] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
-    assert {one.what for one in found} == {"base", *MERGED} - {"LoRI, shared, instructions mixed in"}
+    [results] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
+    assert {result.what for result in results} == {"base", *MERGED} - {"LoRI, shared, instructions mixed in"}
 
 
 def test_a_task_without_unanswered_prompts_has_no_instructions_to_mix_in(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """The file of its answers was once empty, and training refused it."""
+    """Regression: the file of the base's answers was empty, and training refused it."""
     rows = [json.loads(line) for line in (data / "safety" / "train.jsonl").read_text().splitlines()]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps({"completion": " Sure.", **row}) + "\n" for row in rows))
     tasks = {"safety": TASKS["safety"].model_copy(update={"train": [Source(path=str(tmp_path / "all.jsonl"))]})}
-    [found] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
-    assert "LoRI, shared, instructions mixed in" not in {one.what for one in found}
+    [results] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
+    assert "LoRI, shared, instructions mixed in" not in {result.what for result in results}
     adapter = json.loads((tmp_path / "study" / "seed-0" / "adapters" / "safety-lori-s" / "adapter_config.json").read_text())
     assert adapter["lori"]["training"]["mix"] == []
 
@@ -122,9 +122,9 @@ def test_one_seed_has_no_mean_and_no_spread(
     assert title(3).startswith("Mean ± spread")
     config = config_for(tiny_model, data, tmp_path / "study", claims=["single", "sparsity"], seeds=[4])
     kinds = {"single": ("LoRI-S", ""), "sparsity": ("LoRI-S", "0.5")}
-    found = {claim: [[Found(*kind, "intent", {"exact_match": 0.5})]] for claim, kind in kinds.items()}
+    results = {claim: [[Result(*kind, "intent", {"exact_match": 0.5})]] for claim, kind in kinds.items()}
     config.output.mkdir()
-    page = write_page(config, found).read_text()  # type: ignore[arg-type]  # claims
+    page = write_page(config, results).read_text()  # type: ignore[arg-type]  # claims
     assert page.startswith("# Figures of one seed, without a spread\n\nSeed 4; ")
     assert "±" not in page
     assert "Mean" not in page
@@ -133,16 +133,16 @@ def test_one_seed_has_no_mean_and_no_spread(
 
 
 def test_the_help_s_example_of_tasks_is_one(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    told = StudyConfig.model_fields["tasks"].description or ""
-    tasks = yaml.safe_load(told[told.index("`") :].strip("`."))["tasks"]
+    text = StudyConfig.model_fields["tasks"].description or ""
+    tasks = yaml.safe_load(text[text.index("`") :].strip("`."))["tasks"]
     changes = {"tasks": tasks, "claims": ["single"]}
     assert config_for(tiny_model, data, tmp_path, **changes).tasks["sums"].is_loss
 
 
 def test_a_disjoint_mask_keeps_safety_as_it_was(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, data, tmp_path / "study", claims=["continual"], seeds=[0])
-    [found] = study(config)["continual"]
-    assert [(one.what, one.task) for one in found] == [
+    [results] = study(config)["continual"]
+    assert [(result.what, result.task) for result in results] == [
         (what, task)
         for name in ("LoRA", "LoRI-D", "LoRI-S")
         for what, task in [(f"{name} before", "safety"), (name, "safety"), (name, "intent")]
@@ -168,12 +168,12 @@ def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_
     assert config_for(tiny_model, data, tmp_path, swept=["code"], claims=["single"]).swept == ["code"]
     with pytest.raises(ValueError, match="not point to a directory"):
         config_for(tiny_model, data / "nowhere", tmp_path)
-    found = config_for(tiny_model, data, tmp_path).merged_tasks
-    assert found == [("intent", "math"), ("intent", "safety"), ("math", "safety"), ("intent", "math", "safety")]
+    sets = config_for(tiny_model, data, tmp_path).merged_tasks
+    assert sets == [("intent", "math"), ("intent", "safety"), ("math", "safety"), ("intent", "math", "safety")]
 
 
 @pytest.mark.parametrize(
-    ("said", "changes"),
+    ("message", "changes"),
     [
         ("--seeds names one twice", {"seeds": [1, 1]}),
         ("--swept names one twice", {"swept": ["intent", "intent"]}),
@@ -187,22 +187,22 @@ def test_tasks_that_are_not_there_are_refused(tiny_model: Path, data: Path, tmp_
     ],
 )
 def test_what_could_not_be_told_apart_or_made_is_refused_at_once(
-    tiny_model: Path, data: Path, tmp_path: Path, said: str, changes: dict[str, object]
+    tiny_model: Path, data: Path, tmp_path: Path, message: str, changes: dict[str, object]
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         config_for(tiny_model, data, tmp_path, **changes)
 
 
 def test_a_weight_that_is_nearly_one_over_n_is_one_over_n(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two rows once had one name, and no page was written."""
+    """Regression: two rows had the same name, and no page was written."""
     base = load_base_model(str(tiny_model), torch.float32)
     weights: set[float] = set()
     monkeypatch.setattr(Lab, "adapter", lambda self, name, *_, **__: self.folder / "adapters" / name)
-    monkeypatch.setattr(Lab, "measured", lambda *given, **_: weights.update(given[4] if len(given) > 4 else ()) or {})
+    monkeypatch.setattr(Lab, "figures", lambda *arguments, **_: weights.update(arguments[4] if len(arguments) > 4 else ()) or {})
     lab = Lab(config_for(tiny_model, data, tmp_path, weights=[0.33, 1.0], merges=["intent+math+safety"]), base, 0)
-    settings = [(one.what, one.setting, one.task) for one in merges(lab)]
+    settings = [(result.what, result.setting, result.task) for result in merges(lab)]
     assert len(set(settings)) == len(settings)
     assert weights == {1 / 3, 1.0}
 
@@ -210,7 +210,7 @@ def test_a_weight_that_is_nearly_one_over_n_is_one_over_n(
 def test_scores_are_means_with_their_spread_and_gains_are_shares() -> None:
     tasks = {"a": TaskConfig(train=[], test="t", metric="loss", figure="loss", is_loss=True)}
     seeds = [
-        [Found(what, setting, "a", {"loss": loss}) for what, setting, loss in rows]
+        [Result(what, setting, "a", {"loss": loss}) for what, setting, loss in rows]
         for rows in (
             [("base", "alone", 4.0), ("x", "alone", 2.0), ("x", "a+b, ties, 1.00", 3.0)],
             [("base", "alone", 4.0), ("x", "alone", 1.0), ("x", "a+b, ties, 1.00", 1.0)],
@@ -218,7 +218,7 @@ def test_scores_are_means_with_their_spread_and_gains_are_shares() -> None:
     ]
     scores = scores_of(seeds, tasks)
     assert scores["x", "alone", "a: loss"] == [2.0, 1.0]
-    assert shown(scores["x", "alone", "a: loss"]) == "1.500 ± 0.707"
+    assert format_scores(scores["x", "alone", "a: loss"]) == "1.500 ± 0.707"
     assert gains_kept(scores, tasks) == {("x", "a+b, ties, 1.00", "a"): [0.5, 1.0]}
-    scores["x", "alone", "a: loss"][1] = 3.99  # a share of a gain of 0.01 would say nothing
+    scores["x", "alone", "a: loss"][1] = 3.99  # a share of a gain of 0.01 would be noise
     assert gains_kept(scores, tasks) == {}

@@ -1,4 +1,4 @@
-"""The trainable layers: what is a parameter, and what a phase leaves behind."""
+"""Trainable layers: their parameters, outputs and gradients, and the resulting B."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lori.base_model import load_base_model
 from lori.basis import Seeded
 from lori.errors import ModelError
 from lori.sparse import SparseB
-from training.trainable import DenseB, MaskedB, TrainableLinear, at_weight, base_alone, wrap
+from training.trainable import DenseB, MaskedB, TrainableLinear, adapter_disabled, at_adapter_weight, wrap
 
 
 def random_mask(*shape: int, density: float = 0.3) -> torch.Tensor:
@@ -58,15 +58,15 @@ def test_at_a_weight_a_delta_counts_so_often_and_afterwards_once() -> None:
     with torch.no_grad():
         layer.b.change.normal_()  # type: ignore[union-attr]  # a DenseB
         x = torch.randn(4, 6)
-        whole = layer(x)
-        with base_alone(layer):
+        full = layer(x)
+        with adapter_disabled(layer):
             base = layer(x)
-        with at_weight(layer, 0.25):
-            with base_alone(layer):
+        with at_adapter_weight(layer, 0.25):
+            with adapter_disabled(layer):
                 torch.testing.assert_close(layer(x), base)
             quarter = layer(x)
-        torch.testing.assert_close(quarter - base, 0.25 * (whole - base))
-        torch.testing.assert_close(layer(x), whole)
+        torch.testing.assert_close(quarter - base, 0.25 * (full - base))
+        torch.testing.assert_close(layer(x), full)
 
 
 def test_a_masked_entry_s_gradient_is_the_dense_one_s() -> None:
@@ -78,7 +78,7 @@ def test_a_masked_entry_s_gradient_is_the_dense_one_s() -> None:
     dense = layer.b.change.grad
     assert dense is not None
     mask = torch.rand(5, 3) < 0.5
-    layer.put(MaskedB(mask))
+    layer.set_b(MaskedB(mask))
     layer(x).square().sum().backward()
     torch.testing.assert_close(layer.b.trained.values.grad, dense[mask])
 
@@ -96,27 +96,27 @@ def test_the_layer_adds_scale_b_a_x() -> None:
 
 
 def test_nothing_as_wide_as_the_outputs_waits_for_the_backward_pass() -> None:
-    """A x is a part of the product with W x, and kept all of that: 86 KB a token in each layer of an 8B model."""
-    kept: list[int] = []
+    """Regression: A x was a view of the product with W x and kept it alive: 86 KB a token in each layer of an 8B model."""
+    saved_sizes: list[int] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def save(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, nn.Parameter):
-            kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+            saved_sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
         return tensor
 
     layer = TrainableLinear(nn.Linear(6, 50), torch.randn(3, 6), scale=2.0)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         layer(torch.randn(100, 6))
-    assert 100 * 3 in kept
-    assert max(kept) < 100 * 50
+    assert 100 * 3 in saved_sizes
+    assert max(saved_sizes) < 100 * 50
 
 
 def test_b_lies_where_w_does() -> None:
-    """On the CPU it once waited for Trainer to move it, which does not where a base is spread, or where no phase is left."""
+    """Regression: B stayed on the CPU until Trainer moved it. Trainer does not if the base is sharded, or if no phase is left."""
     layer = TrainableLinear(nn.Linear(6, 5, device="meta"), torch.randn(4, 6), scale=0.5)
     start = SparseB.from_dense(torch.ones(5, 4), random_mask(5, 4))
     for b in (layer.b, DenseB(5, 4, start), MaskedB(random_mask(5, 4, density=0.5), start)):
-        layer.put(b)
+        layer.set_b(b)
         assert {tensor.device.type for tensor in (*layer.b.parameters(), *layer.b.buffers())} == {"meta"}
         assert layer(torch.empty(2, 6, device="meta")).shape == (2, 5)
 

@@ -1,7 +1,7 @@
 """Training data: sources, rows, and examples as tokens. Knows files, data sets and templates; nothing of models or steps.
 
-`read_rows` reads a source, `tokenize` and `tokenize_pairs` write its rows as tokens. What is wrong with a row goes into `Faults`,
-which refuses the data or leaves the row out, and counts it.
+`read_rows` reads a source; `tokenize` and `tokenize_pairs` turn its rows into tokens. The faults of bad rows go into `Faults`,
+which counts them and either refuses the data or leaves the bad rows out.
 """
 
 from training.data.example import Example, Item, Pair, tokenize, tokenize_pairs

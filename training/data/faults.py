@@ -1,6 +1,6 @@
-"""What is wrong with rows: counted by kind, with the places where it was found. Knows nothing of files or tokens.
+"""Faults of rows, counted by kind, with the origins of the rows. Knows nothing of files or tokens.
 
-One `Faults` goes with a run through all its sources, so that everything is said at once.
+One `Faults` collects the faults of all sources of a run, so that they are reported together.
 """
 
 import logging
@@ -22,20 +22,20 @@ Kind = Literal[
 JSON_LINES = "Expected a JSON object on each line (JSON Lines); a JSON array or a CSV file is to be rewritten so."
 HINTS: Mapping[Kind, str] = {"not JSON": JSON_LINES, "not an object": JSON_LINES}
 NUM_SHOWN = 10
-"""How many rows of a kind are named; the others are counted."""
+"""Maximum number of rows of a kind that a message lists. The others are counted only."""
 MAX_DETAIL = 200
-"""Characters of a row's fault that are shown: a template's own words have no bound."""
+"""Maximum characters of a fault's detail in a message: an error of a template has no bound of its own."""
 
 
 class DataError(LoriError):
-    """The data cannot be used: says which file and line, what was found and what was expected."""
+    """Data that cannot be used. The message says the file and line, what was found and what was expected."""
 
 
 @dataclass(slots=True)
-class _Places:
+class _Occurrences:
     count: int = 0
     shown: list[tuple[str, str]] = field(default_factory=list)
-    """Where, and what, of the first ones."""
+    """(origin, detail) of the first `NUM_SHOWN` occurrences."""
 
     @property
     def num_more(self) -> int:
@@ -43,63 +43,65 @@ class _Places:
 
 
 class Faults:
-    """Collects what is wrong with rows; `settle` then refuses them all, or says that they were left out."""
+    """Collector of the faults of rows. `raise_or_warn` then raises an error with them, or warns that the rows were left out."""
 
     def __init__(self, on_bad: OnBad = "refuse", can_skip: bool = True) -> None:
-        """`can_skip` says that the program has `--on-bad`, which the message of a refusal then names."""
+        """Create an empty collector. `can_skip`: the program has the flag `--on-bad`, which the error message then mentions."""
         self._on_bad, self._can_skip = on_bad, can_skip
         self._counts: Counter[str] = Counter()
-        self._unsaid: dict[Kind, _Places] = {}
+        self._unreported: dict[Kind, _Occurrences] = {}
         self._hints: list[str] = []
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows of each kind were found since the beginning: a run's record holds it."""
+        """Number of bad rows by kind, reported ones included. It goes into a run's record."""
         return dict(self._counts)
 
     @property
     def refuses(self) -> bool:
-        """Whether `settle` will raise."""
-        return self._on_bad == "refuse" and bool(self._unsaid)
+        """Whether `raise_or_warn` will raise."""
+        return self._on_bad == "refuse" and bool(self._unreported)
 
     def add(self, kind: Kind, origin: str, detail: str = "") -> None:
-        """Note a fault of the row at `origin`, such as "data.jsonl line 3"."""
+        """Add a fault of the row at `origin`, such as "data.jsonl line 3"."""
         self._counts[kind] += 1
-        places = self._unsaid.setdefault(kind, _Places())
-        places.count += 1
-        if len(places.shown) < NUM_SHOWN:
-            places.shown.append((origin, detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 1] + "…"))
+        occurrences = self._unreported.setdefault(kind, _Occurrences())
+        occurrences.count += 1
+        if len(occurrences.shown) < NUM_SHOWN:
+            occurrences.shown.append((origin, detail if len(detail) <= MAX_DETAIL else detail[: MAX_DETAIL - 1] + "…"))
 
     def hint(self, text: str) -> None:
-        """Note what is said of the form of rows, once, where they are refused."""
+        """Add a hint about the expected form of rows to the error message. A hint that was added before is ignored."""
         if text not in self._hints:
             self._hints.append(text)
 
-    def settle(self) -> None:
-        """Says what was found since the last time: raises `DataError` or, where rows are skipped, warns of each kind."""
+    def raise_or_warn(self) -> None:
+        """Report the faults since the last report: raise `DataError` or, if bad rows are skipped, log a warning for each kind."""
         if self.refuses:
             raise DataError(self._refusal())
-        for kind, places in self._unsaid.items():
-            where = ", ".join(origin for origin, _ in places.shown) + (f" and {places.num_more} more" if places.num_more else "")
-            first = f"; the first: {detail}" if (detail := places.shown[0][1]) else ""
-            logger.warning("rows left out, %s: %d (%s%s)", kind, places.count, where, first)
-        self._unsaid = {}
+        for kind, occurrences in self._unreported.items():
+            origins = ", ".join(origin for origin, _ in occurrences.shown) + (
+                f" and {occurrences.num_more} more" if occurrences.num_more else ""
+            )
+            first = f"; the first: {detail}" if (detail := occurrences.shown[0][1]) else ""
+            logger.warning("rows left out, %s: %d (%s%s)", kind, occurrences.count, origins, first)
+        self._unreported = {}
 
     def _refusal(self) -> str:
-        lines = [f"bad rows in the data: {sum(places.count for places in self._unsaid.values())}"]
-        for kind, places in self._unsaid.items():
-            lines.append(f"  {kind}: {places.count}")
-            lines += [f"    {origin}" + (f": {detail}" if detail else "") for origin, detail in places.shown]
-            lines += [f"    and {places.num_more} more"] if places.num_more else []
-        lines += [*dict.fromkeys(HINTS[kind] for kind in self._unsaid if kind in HINTS), *self._hints]
+        lines = [f"bad rows in the data: {sum(occurrences.count for occurrences in self._unreported.values())}"]
+        for kind, occurrences in self._unreported.items():
+            lines.append(f"  {kind}: {occurrences.count}")
+            lines += [f"    {origin}" + (f": {detail}" if detail else "") for origin, detail in occurrences.shown]
+            lines += [f"    and {occurrences.num_more} more"] if occurrences.num_more else []
+        lines += [*dict.fromkeys(HINTS[kind] for kind in self._unreported if kind in HINTS), *self._hints]
         lines += ["--on-bad skip leaves such rows out, and counts them."] if self._can_skip else []
         return "\n".join(lines)
 
 
 @contextmanager
-def settled(faults: Faults | None) -> Iterator[Faults]:
-    """Give the caller's own `faults`, who settles them; or new ones that refuse, settled at the end."""
-    own = Faults(can_skip=False) if faults is None else faults
-    yield own
+def collecting(faults: Faults | None) -> Iterator[Faults]:
+    """Context manager of a collector: `faults`, which the caller reports, or if None a new one that raises at the end."""
+    collector = Faults(can_skip=False) if faults is None else faults
+    yield collector
     if faults is None:
-        own.settle()
+        collector.raise_or_warn()

@@ -1,4 +1,4 @@
-"""A row: a prompt with a completion, a conversation, or a prompt with a better and a worse answer."""
+"""Rows of training data: a prompt with a completion, a conversation, or a prompt with a better and a worse answer."""
 
 from typing import Any, ClassVar, Literal, get_args
 
@@ -9,30 +9,30 @@ from lori.template import Message, Template, Text
 from training.data.faults import Kind
 
 Needs = Literal["text", "completion", "prompt", "preference"]
-"""What a row must have beside its prompt: a completion with text in it, any completion (the base model may answer nothing), no
-completion, or a pair of answers."""
+"""What a row must have besides its prompt. text: a completion that is not blank. completion: any completion, since an answer of
+the base model may be empty. prompt: nothing. preference: a pair of answers."""
 
 
 class Row(BaseModel):
-    """One row. Fields that training does not read (a label, a licence) are kept for whoever does."""
+    """One row. Fields that training does not read (such as a label or a licence) are kept."""
 
     model_config = ConfigDict(extra="allow")
 
     example: ClassVar[str] = ""
-    """How a row looks that has what this form needs beside a prompt, as JSON."""
+    """A sample row of this form as JSON, for error messages. Empty if a row needs nothing besides a prompt."""
 
     prompt: Text | list[Message] = ""
     completion: Text | None = None
     messages: list[Message] | None = None
-    """Another form of the first two: the last one is the assistant's. It is read into them."""
+    """A conversation instead of `prompt` and `completion`; it is split into them. The last message must be the assistant's."""
     chosen: Text | None = None
-    """The better answer of a pair."""
+    """The better answer of a preference pair."""
     rejected: Text | None = None
-    """The worse one."""
+    """The worse answer of a preference pair."""
     template: Template | None = None
-    """Overrides the run's."""
+    """Overrides the run's templates."""
     truncated: bool = False
-    """The completion was cut: no end-of-text is learnt after it."""
+    """Whether the completion was cut. Then no end-of-text is learned after it."""
     _origin: str = PrivateAttr("a row")
 
     @model_validator(mode="after")
@@ -60,11 +60,11 @@ class Row(BaseModel):
 
     @property
     def origin(self) -> str:
-        """Where the row was read, such as "data.jsonl line 3"."""
+        """Place of the row, such as "data.jsonl line 3"."""
         return self._origin
 
-    def at(self, origin: str) -> "Row":
-        """Note where the row was read, and return it."""
+    def set_origin(self, origin: str) -> "Row":
+        """Set the row's place, and return the row."""
         self._origin = origin
         return self
 
@@ -75,12 +75,12 @@ class Row(BaseModel):
 
     @property
     def content(self) -> tuple[object, ...]:
-        """What is learnt of the row: rows of equal content are duplicates."""
+        """The trained content of the row. Rows of equal content are duplicates."""
         prompt = self.prompt if isinstance(self.prompt, str) else tuple((m.role, m.content) for m in self.prompt)
         return prompt, self.completion, self.chosen, self.rejected
 
-    def lack(self, needs: Needs) -> tuple[Kind, str] | None:
-        """Return which fault the row has where `needs` is asked of it, if any; whitespace alone is no answer."""
+    def missing(self, needs: Needs) -> tuple[Kind, str] | None:
+        """Return the fault (kind, detail) of a row that does not have what `needs` asks for, or None. A blank answer is none."""
         if needs == "preference":
             if self.chosen is None or self.rejected is None:
                 return "missing field", "has no 'chosen' and 'rejected'"
@@ -90,21 +90,21 @@ class Row(BaseModel):
             return "no completion", "has 'chosen' and 'rejected', expected 'completion'" if self.chosen is not None else ""
         return ("empty completion", "") if needs == "text" and not (self.completion or "").strip() else None
 
-    def answered(self, completion: str, template: Template | None, truncated: bool) -> dict[str, Any]:
-        """Return this row as a JSON object with another completion, right under `template`, or under any."""
+    def with_completion(self, completion: str, template: Template | None, truncated: bool) -> dict[str, Any]:
+        """Return this row as a JSON object with another completion, valid under `template`, or under any template if None."""
         prompt = self.prompt if isinstance(self.prompt, str) else [m.model_dump() for m in self.prompt]
         return {"prompt": prompt, "completion": completion, "template": template, "truncated": truncated}
 
 
 def _fault(kind: Kind, message: str) -> PydanticCustomError:
-    return PydanticCustomError(kind, message)  # It would fill in what stands in braces: our messages have none.
+    return PydanticCustomError(kind, message)  # pydantic treats braces in the message as placeholders; our messages have none
 
 
 def fault_of(error: ValidationError) -> tuple[Kind, str]:
-    """Return the kind of a row's first fault, and all of them in words."""
-    first, *_ = found = error.errors()
+    """Return the kind of a row's first fault, and the messages of all of its faults."""
+    first, *_ = errors = error.errors()
     kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)} | {"missing": "missing field"}
     kind = kinds.get(first["type"]) or ("wrong type" if first["type"].endswith("_type") else "wrong value")
-    where = [".".join(map(str, e["loc"])) for e in found]
-    said = [e["msg"].removeprefix("Value error, ") for e in found]
-    return kind, "; ".join(f"{place}: {words}" if place else words for place, words in zip(where, said, strict=True))
+    fields = [".".join(map(str, e["loc"])) for e in errors]
+    messages = [e["msg"].removeprefix("Value error, ") for e in errors]
+    return kind, "; ".join(f"{name}: {message}" if name else message for name, message in zip(fields, messages, strict=True))

@@ -1,6 +1,6 @@
-"""Sources of rows: a JSONL file or a data set, whose columns become a row's fields, read in order and one at a time.
+"""Sources of rows: a JSONL file or a data set, whose columns become the fields of rows.
 
-A bad row goes into `Faults` with its line, or its number.
+Rows are read in order, one at a time. A bad row goes into `Faults` with its line or its number.
 """
 
 import codecs
@@ -25,42 +25,42 @@ from pydantic import (
     model_validator,
 )
 
-from training.data.faults import DataError, Faults, settled
+from training.data.faults import DataError, Faults, collecting
 from training.data.row import Needs, Row, fault_of
 
 logger = logging.getLogger(__name__)
 
 
-TEMPLATED = ("prompt", "completion", "chosen", "rejected")
+TEMPLATE_FIELDS = ("prompt", "completion", "chosen", "rejected")
 
 
 class Source(BaseModel):
-    """A JSONL file, or a data set of the hub or of a local folder. A plain string is its path."""
+    """A JSONL file, or a data set of the hub or of a local folder. A plain string is read as its path."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     path: str = Field(min_length=1)
     """A JSONL file, a folder of data files, or a hub id such as `openai/gsm8k`."""
     name: str | None = None
-    """Which of the data set's configurations."""
+    """Name of the data set's configuration."""
     split: str = "train"
-    """Which of its splits, or a part of one: `train[:2000]`."""
+    """Split of the data set, or a part of one: `train[:2000]`."""
     prompt: str | None = None
-    """A Jinja template over the row's own columns that gives the prompt; `row` is the row itself. A source with templates has no
-    fields but theirs."""
+    """Jinja template of the prompt over the row's columns; `row` is the row itself. A source with templates has no fields but
+    theirs."""
     completion: str | None = None
-    """The same for the completion."""
+    """Jinja template of the completion."""
     chosen: str | None = None
-    """The same for the better answer of a pair."""
+    """Jinja template of the better answer of a pair."""
     rejected: str | None = None
-    """The same for the worse one."""
+    """Jinja template of the worse answer of a pair."""
 
     @model_validator(mode="before")
     @classmethod
-    def _from_path(cls, found: Any) -> Any:
-        return {"path": found} if isinstance(found, str) else found
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
-    @field_validator(*TEMPLATED)
+    @field_validator(*TEMPLATE_FIELDS)
     @classmethod
     def _is_template(cls, text: str | None) -> str | None:
         try:
@@ -77,33 +77,33 @@ class Source(BaseModel):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_said(self, handler: SerializerFunctionWrapHandler) -> Any:
-        said = {key: value for key, value in handler(self).items() if key in self.model_fields_set}
-        return self.path if said.keys() == {"path"} else said
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> Any:
+        given = {key: value for key, value in handler(self).items() if key in self.model_fields_set}
+        return self.path if given.keys() == {"path"} else given
 
     @property
     def is_file(self) -> bool:
-        """Whether this is a file: what is none, or not there, is a data set."""
+        """Whether the path is an existing file. Any other path is taken for a data set."""
         return Path(self.path).exists() and not Path(self.path).is_dir()
 
     @property
     def templates(self) -> dict[str, str]:
-        """The templates by the field that they give."""
-        return {key: text for key in TEMPLATED if (text := getattr(self, key)) is not None}
+        """The given templates by the field that each renders."""
+        return {key: text for key in TEMPLATE_FIELDS if (text := getattr(self, key)) is not None}
 
     def fields(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return a row's fields from its columns; raises `jinja2.TemplateError`, or what else a template runs into.
+        """Return a row's fields from its columns. Raises `jinja2.TemplateError`, or any error of a template's own expressions.
 
-        Columns that a template may have read are kept, for whoever measures; those with the name of a row's field are not.
+        A source with templates keeps the row's columns, since metrics may need them, except columns named like a row field.
         """
         if not self.templates:
             return columns
         rendered = {key: render(text, {"row": columns} | dict(columns)) for key, text in self.templates.items()}
-        return {key: value for key, value in columns.items() if key not in OWN_FIELDS} | rendered
+        return {key: value for key, value in columns.items() if key not in ROW_FIELDS} | rendered
 
 
-OWN_FIELDS = {*TEMPLATED, "messages", "template", "truncated"}
-"""What a row's fields are called, see `Row`."""
+ROW_FIELDS = {*TEMPLATE_FIELDS, "messages", "template", "truncated"}
+"""Names of the fields of `Row`."""
 
 
 def _refuse_null(value: Any) -> Any:
@@ -116,7 +116,7 @@ ENVIRONMENT = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newl
 
 
 def render(text: str, columns: Mapping[str, Any]) -> str:
-    """Return the Jinja template `text` over `columns`, in a sandbox. Raises `jinja2.TemplateError`, or what else it runs into."""
+    """Return the Jinja template `text` rendered over `columns` in a sandbox. Raises as `Source.fields`."""
     return _compiled(text).render(columns)
 
 
@@ -126,17 +126,17 @@ def _compiled(text: str) -> Template:
 
 
 def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None = None, form: type[Row] = Row) -> list[Row]:
-    """Read a JSONL file, or a data set where no such file exists; `needs` is what a row must have beside its prompt.
+    """Read the rows of a JSONL file, or of a data set if there is no such file.
 
-    Rows that cannot be used, or are not of `form`, go into `faults`, which the caller settles; without it, they are refused
-    together with `DataError`. Raises `DataError`, too, where the source cannot be read, or has no usable row. Rows that repeat
-    others are kept, and counted.
+    `needs`: what a row must have besides its prompt. `form`: the class of the rows. Rows that cannot be used go into `faults`,
+    which the caller reports. Without `faults`, all bad rows raise one `DataError`. `DataError` is also raised if the source
+    cannot be read or has no usable row. Duplicate rows are kept; their number is logged.
     """
     source = Source(path=source) if isinstance(source, str) else source
-    with settled(faults) as found:
-        rows = list(_rows(source, needs, found, form))
-    if not rows and not found.refuses:
-        found.settle()
+    with collecting(faults) as collected:
+        rows = list(_rows(source, needs, collected, form))
+    if not rows and not collected.refuses:
+        collected.raise_or_warn()
         raise DataError(f"{source.path} has no usable row")
     if num_repeated := len(rows) - len({row.content for row in rows}):
         logger.info("%s: rows that repeat another's prompt and completion, and are kept: %d", source.path, num_repeated)
@@ -144,38 +144,38 @@ def read_rows(source: str | Source, needs: Needs = "text", faults: Faults | None
 
 
 def _rows(source: Source, needs: Needs, faults: Faults, form: type[Row]) -> Iterator[Row]:
-    for origin, found in _objects(source, faults):
-        fields = _fields(source, found, origin, faults)
+    for origin, columns in _objects(source, faults):
+        fields = _fields(source, columns, origin, faults)
         if fields is None:
             continue
         try:
-            row = form.model_validate(fields).at(origin)
+            row = form.model_validate(fields).set_origin(origin)
         except ValidationError as error:
             kind, detail = fault_of(error)
             faults.add(kind, origin, detail)
             if form.example:
                 faults.hint(f"A row looks like {form.example}")
             continue
-        if lack := row.lack(needs):
-            faults.add(lack[0], origin, lack[1])
+        if fault := row.missing(needs):
+            faults.add(fault[0], origin, fault[1])
         else:
             yield row
 
 
-def _fields(source: Source, found: object, origin: str, faults: Faults) -> Mapping[str, Any] | None:
-    if not isinstance(found, dict):
-        faults.add("not an object", origin, f"found {type(found).__name__}")
+def _fields(source: Source, columns: object, origin: str, faults: Faults) -> Mapping[str, Any] | None:
+    if not isinstance(columns, dict):
+        faults.add("not an object", origin, f"found {type(columns).__name__}")
         return None
     try:
-        fields = source.fields(found)
+        fields = source.fields(columns)
     except UndefinedError as error:
-        faults.add("missing field", origin, f"{error.message}; there are {', '.join(map(str, found))}")
+        faults.add("missing field", origin, f"{error.message}; there are {', '.join(map(str, columns))}")
         return None
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         faults.add("source template fails", origin, str(error))
         return None
-    # A data set says null for a column that a row does not have.
-    return {key: value for key, value in fields.items() if value is not None or key not in OWN_FIELDS}
+    # A data set has null for a column that a row does not have.
+    return {key: value for key, value in fields.items() if value is not None or key not in ROW_FIELDS}
 
 
 def _objects(source: Source, faults: Faults) -> Iterator[tuple[str, object]]:
@@ -189,7 +189,7 @@ def _objects(source: Source, faults: Faults) -> Iterator[tuple[str, object]]:
 
 def _jsonl(path: Path, faults: Faults) -> Iterator[tuple[str, object]]:
     try:
-        with path.open("rb") as file:  # Text files end lines at more than a newline, and say of bad UTF-8 no line.
+        with path.open("rb") as file:  # text mode ends lines at \r, too, and an error for bad UTF-8 has no line
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
@@ -212,7 +212,7 @@ def _data_set(source: Source) -> Iterator[tuple[str, object]]:
     if looks_local and not Path(source.path).is_dir():
         raise DataError(f"there is no file {source.path!r}")
     try:
-        from datasets import load_dataset  # noqa: PLC0415  # an extra; reading a file must not need it
+        from datasets import load_dataset  # noqa: PLC0415  # an optional dependency, which reading a file must not need
         from datasets.exceptions import DatasetsError  # noqa: PLC0415
     except ImportError as error:
         raise DataError(f"{source.path!r} is no file, and data sets need: pip install '.[train]'") from error

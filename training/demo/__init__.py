@@ -1,1 +1,1 @@
-"""What the demo adapters are trained on, beside their data sets."""
+"""Training data of the demo adapters, in addition to their data sets."""

@@ -1,13 +1,13 @@
-"""`python -m training.demo`: writes what the demo adapters learn and what they leave alone, then prints how to train them.
+"""`python -m training.demo`: the training data of the demo adapters, and the commands that train them.
 
-Each task is learnt as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a system
-prompt and earlier turns. Left alone are the other tasks' messages and ordinary ones, which the base model writes itself, as a
-user's turns (Magpie, arXiv 2406.08464).
+An adapter learns its task as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a
+system prompt and earlier turns. Mixed in, with the base's own answers, are messages of the other tasks and ordinary messages. The
+base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464).
 
-The adapters in `server/adapters` are not made by this yet: their cards have the commands that made them. What these settings
-train can chat, but its `safety` refuses 19% of `ordinary_test.txt`, and its `intent` gets 0.775 of the plain test prompts
-right, where the one in `server/adapters` gets 0.836 (2026-11-29, AMD EPYC Zen 4, bfloat16, by `tests.bench.demo` and
-`training.evaluate`).
+The adapters in `server/adapters` are not made by this program yet: their cards have the commands that made them. Adapters trained
+with these settings can chat, but `safety` refuses 19% of `ordinary_test.txt`, and `intent` answers 0.775 of the plain test
+prompts right, where the adapter in `server/adapters` answers 0.836 (2026-11-29, AMD EPYC Zen 4, bfloat16, by `tests.bench.demo`
+and `training.evaluate`).
 """
 
 import json
@@ -23,10 +23,10 @@ from pydantic import Field, HttpUrl
 
 from lori.base_model import BaseModel
 from lori.store.files import replace_file
-from training.answer import AnswerConfig, answers, chosen_rows
+from training.answer import AnswerConfig, answer_rows, select_rows
 from training.base import load_base
 from training.chats import ChatsConfig, chats
-from training.command_line import CommandLine, ended
+from training.command_line import CommandLine, run_program
 from training.evaluation.server_answerer import Ask, Server
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 TASKS = ("intent", "math", "nlu", "safety")
 NUM_ORDINARY = 2400
-"""Ordinary messages that the base model writes."""
-NUM_KEPT = 150
-"""Rows of each form of another task that an adapter leaves alone; twice as many of safety's plain prompts."""
-SHORT: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
-"""Of chats: what stands before a message costs time, and teaches little."""
+"""Number of ordinary messages that the base model writes."""
+NUM_MIXED = 150
+"""Number of rows of each form of another task to mix in; twice as many of safety's plain prompts."""
+SHORT_CHATS: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
+"""Options for chats with little context, since the context of a message costs training time and teaches little."""
 MARK = "\N{REPLACEMENT CHARACTER}"
-"""Stands for a message, to find what the chat template writes before one."""
+"""Placeholder for a message, to find the text that the chat template puts before it."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "intent": {"mix_fraction": 0.35, "calibration_steps": 100, "steps": 420, "max_length": 256},
     "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 300},
@@ -63,57 +63,58 @@ Row = dict[str, Any]
 
 
 class DemoConfig(CommandLine):
-    """Writes what the demo adapters learn and what they leave alone, then prints how to train them."""
+    """Write the training data of the demo adapters, then print the commands that train them."""
 
     data: Path
-    """A folder with `intent`, `math`, `nlu` and `safety`, each with `train.jsonl` and `test.jsonl`."""
+    """A folder with the folders `intent`, `math`, `nlu` and `safety`, each with `train.jsonl` and `test.jsonl`."""
     output: Path
-    """The folder to write to. A file that is there already is kept as it is."""
+    """The folder to write to. A file that exists already is not written again."""
     split: Literal["train", "test"] = "train"
-    """test: writes test rows as chats, with system prompts and frames that training does not see, and prints no commands."""
+    """train: write training data. test: write test rows as chats, with system prompts and frames that are not in the training
+    data, and print no commands."""
     url: HttpUrl | None = None
-    """A running server whose base model answers, several times as fast as one that is loaded here."""
+    """A running server whose base model answers. This is several times as fast as loading the model here."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is as many as there are CPUs that other processes leave free."""
+    """CPU threads; 0 means as many as there are CPUs that other processes leave idle."""
 
 
 def bare(task: str, prompt: str) -> str:
-    """Return what a person writes instead of a plain prompt of `task`: it without the frame around it."""
+    """Return the bare message of a plain prompt of `task`, as a person would write it: the prompt without its frame."""
     if task == "safety":
         return prompt
-    text = prompt.partition(": ")[2]  # behind "Customer" or "Question"
+    text = prompt.partition(": ")[2]  # after "Customer" or "Question"
     if text.endswith("\nAnswer (true or false):"):
         return text.removesuffix("\nAnswer (true or false):") + " True or false?"
     return text.rpartition("\n")[0]  # before "Intent:" or "Answer:"
 
 
 def as_part(prompt: str) -> str:
-    """Return a request as it stands inside a sentence: with a small first letter, without a mark at its end."""
+    """Return a request as part of a sentence: with a small first letter, without a punctuation mark at its end."""
     return prompt[:1].lower() + prompt[1:].rstrip(".?!")
 
 
 class Files:
-    """The files of a run, each made once."""
+    """The files of a run. A file that exists is not written again."""
 
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
 
     @cached_property
     def base(self) -> BaseModel | None:
-        """The embedded model; None where a server answers."""
+        """The embedded model; None if a server answers."""
         return None if self.config.url else load_base(None, "auto", self.config.threads)
 
     def opening(self) -> str:
-        """Return what the base's chat template writes before the first message of a user."""
+        """Return the text that the base's chat template puts before the first user message."""
         message = {"role": "user", "content": MARK}
         if self.base:
             text = str(self.base.tokenizer.apply_chat_template([message], tokenize=False))
         else:
-            [text] = Server(str(self.config.url)).ask_all(_written, [message])
+            [text] = Server(str(self.config.url)).ask_all(_render_chat, [message])
         return text.partition(MARK)[0]
 
     def make(self, name: str, rows: Callable[[], Iterable[Mapping[str, Any]]]) -> Path:
-        """Write `rows` to the file called `name`, unless it is there, and return its path."""
+        """Write `rows` to the file `name`, unless it exists, and return its path."""
         file = self.config.output / f"{name}.jsonl"
         if not file.exists():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
@@ -122,42 +123,42 @@ class Files:
             logger.info("%s: %d rows", file, len(lines))
         return file
 
-    def only(self, name: str, file: Path, is_wanted: Callable[[Row], bool]) -> Path:
-        """Write those rows of `file` that are wanted, unless that was done, and return the file called `name`."""
+    def filtered(self, name: str, file: Path, is_wanted: Callable[[Row], bool]) -> Path:
+        """Return the file `name` with the rows of `file` for which `is_wanted` is true."""
         return self.make(name, lambda: filter(is_wanted, rows_of(file)))
 
     def answered(self, name: str, file: Path, **options: Any) -> Path:
-        """Let the base model answer the prompts of `file`, unless that was done, and return the file called `name`."""
-        same = {"data": [str(file)], "output": f"{name}.jsonl", "on_bad": "skip", "url": self.config.url}
-        config = AnswerConfig.model_validate(same | options)
-        return self.make(name, lambda: answers(self.base, chosen_rows(config), config))
+        """Return the file `name` with the base model's answers to the prompts of `file`, by `options` of `training.answer`."""
+        defaults = {"data": [str(file)], "output": f"{name}.jsonl", "on_bad": "skip", "url": self.config.url}
+        config = AnswerConfig.model_validate(defaults | options)
+        return self.make(name, lambda: answer_rows(self.base, select_rows(config), config))
 
     def as_chats(self, name: str, file: Path, **options: Any) -> Path:
-        """Write the prompts of `file` as chats, unless that was done, and return the file called `name`."""
+        """Return the file `name` with the rows of `file` as chats, by `options` of `training.chats`."""
         if self.config.split == "test":
             options["system_prompts"] = HERE / "system_prompts_test.txt"
         config = ChatsConfig.model_validate({"data": [str(file)], "output": f"{name}.jsonl"} | options)
         return self.make(name, lambda: chats(config))
 
     def task(self, task: str) -> list[Row]:
-        """Return the rows of a task's split."""
+        """Return the rows of a task's data set, in the split of the run."""
         return rows_of(self.config.data / task / f"{self.config.split}.jsonl")
 
     def bare(self, task: str) -> Path:
-        """Return a file of a task's rows, each with the bare message as its prompt."""
+        """Return a file of a task's rows with bare messages as prompts."""
         return self.make(f"{task}-bare", lambda: [row | {"prompt": bare(task, row["prompt"])} for row in self.task(task)])
 
     def parts(self) -> Path:
-        """Return a file of what is asked of `safety`, as parts of sentences."""
+        """Return a file of the requests of `safety` as parts of sentences."""
         return self.make("safety-parts", lambda: [row | {"prompt": as_part(row["prompt"])} for row in self.task("safety")])
 
     def framed(self, frames: str, **options: Any) -> Path:
-        """Return a file of what is asked of `safety` among other things."""
+        """Return a file of the requests of `safety` in frames that ask for other things, too."""
         suffix = "_test" if self.config.split == "test" else ""
         return self.as_chats(f"safety-{frames}", self.parts(), frames=HERE / f"{frames}_frames{suffix}.txt", **options)
 
 
-async def _written(ask: Ask, message: Mapping[str, str]) -> str:
+async def _render_chat(ask: Ask, message: Mapping[str, str]) -> str:
     tokens = (await ask("/tokenize", {"messages": [message]}))["tokens"]
     return str((await ask("/detokenize", {"tokens": tokens}))["prompt"])
 
@@ -176,58 +177,60 @@ def ordinary(files: Files) -> Path:
     """Return a file of ordinary messages without answers: the base model's own, and harmless ones that sound harmful."""
 
     empty = files.make("ordinary-openings", lambda: [{"prompt": files.opening()}] * NUM_ORDINARY)
-    asked = files.answered("ordinary-asked", empty, template="plain", temperature=1.0, max_tokens=64)
+    generated = files.answered("ordinary-asked", empty, template="plain", temperature=1.0, max_tokens=64)
 
     def messages() -> Iterable[Row]:
-        found = [row["completion"].strip() for row in rows_of(asked) if not row["truncated"]]
-        return [*({"prompt": text} for text in dict.fromkeys(found) if text), *prompts_of(HERE / "lookalikes.txt")]
+        texts = [row["completion"].strip() for row in rows_of(generated) if not row["truncated"]]
+        return [*({"prompt": text} for text in dict.fromkeys(texts) if text), *prompts_of(HERE / "lookalikes.txt")]
 
     return files.make("ordinary", messages)
 
 
 def prepare(files: Files) -> dict[str, tuple[list[Path], list[Path]]]:
-    """Write all files, and return for each adapter those that it learns and those that it leaves alone."""
+    """Write all files. Return, for each adapter, the files of its training data (--data) and those to mix in (--mix)."""
     ordinary_answers = files.answered("ordinary-answered", ordinary(files), max_tokens=48)
-    ordinary_chats = files.as_chats("ordinary-chats", ordinary(files), earlier=[str(ordinary_answers)], **SHORT)
-    keeps = {"ordinary": [files.answered("keep-ordinary", ordinary_chats, max_tokens=32)]}
-    learns: dict[str, list[Path]] = {}
+    ordinary_chats = files.as_chats("ordinary-chats", ordinary(files), earlier=[str(ordinary_answers)], **SHORT_CHATS)
+    mix = {"ordinary": [files.answered("keep-ordinary", ordinary_chats, max_tokens=32)]}
+    data: dict[str, list[Path]] = {}
     for task in TASKS:
-        own = files.config.data / task / "train.jsonl"
+        train_file = files.config.data / task / "train.jsonl"
         bare_rows = files.bare(task)
-        answered = bare_rows
+        answered_file = bare_rows
         if task == "safety":
-            answered = files.only("safety-answered", bare_rows, lambda row: bool(row.get("completion")))
-        both = [str(ordinary_answers), str(answered)]
-        learns[task] = [own, files.as_chats(f"{task}-chats", answered, earlier=both, **SHORT)]
-        keeps[task] = [
-            files.answered(f"keep-{task}-plain", own, template="plain", num_rows=2 * NUM_KEPT if task == "safety" else NUM_KEPT),
-            files.answered(f"keep-{task}-chats", learns[task][1], num_rows=NUM_KEPT),
+            answered_file = files.filtered("safety-answered", bare_rows, lambda row: bool(row.get("completion")))
+        earlier = [str(ordinary_answers), str(answered_file)]
+        data[task] = [train_file, files.as_chats(f"{task}-chats", answered_file, earlier=earlier, **SHORT_CHATS)]
+        mix[task] = [
+            files.answered(
+                f"keep-{task}-plain", train_file, template="plain", num_rows=2 * NUM_MIXED if task == "safety" else NUM_MIXED
+            ),
+            files.answered(f"keep-{task}-chats", data[task][1], num_rows=NUM_MIXED),
         ]
-    taught, benign = safety(files, ordinary_answers)
-    learns["safety"] = [*taught, *learns["safety"][1:]]
-    return {task: (learns[task], others_of(task, keeps) + (benign if task == "safety" else [])) for task in TASKS}
+    safety_data, benign = safety(files, ordinary_answers)
+    data["safety"] = [*safety_data, *data["safety"][1:]]
+    return {task: (data[task], mix_of(task, mix) + (benign if task == "safety" else [])) for task in TASKS}
 
 
-def others_of(task: str, keeps: Mapping[str, list[Path]]) -> list[Path]:
-    """Return what the adapter of `task` leaves alone of other tasks, and ordinary messages."""
-    return [file for name, files in keeps.items() if name != task for file in files]
+def mix_of(task: str, mix: Mapping[str, list[Path]]) -> list[Path]:
+    """Return the files to mix in for the adapter of `task`: those of the other tasks, and of ordinary messages."""
+    return [file for name, files in mix.items() if name != task for file in files]
 
 
 def safety(files: Files, ordinary_answers: Path) -> tuple[list[Path], list[Path]]:
-    """Return what `safety` learns beside its chats, and the benign of the same forms, which it leaves alone."""
+    """Return the training data of `safety` besides its chats, and the files of benign requests in the same forms to mix in."""
     rows = files.bare("safety")
     harmful = files.config.output / "safety-answered.jsonl"
-    benign = files.only("safety-benign", rows, lambda row: not row.get("completion"))
+    benign = files.filtered("safety-benign", rows, lambda row: not row.get("completion"))
     benign_answers = files.answered("benign-answered", benign, any_template=True, max_tokens=40)
-    learns, keeps = [harmful, benign_answers], []
-    chatted = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
-    keeps.append(files.answered("keep-benign-chats", chatted, max_tokens=48))
+    data, mix = [harmful, benign_answers], []
+    benign_chats = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
+    mix.append(files.answered("keep-benign-chats", benign_chats, max_tokens=48))
     for frames in ("sum", "mixed"):
         framed = files.framed(frames, earlier=[str(ordinary_answers)], system_fraction=0.3, earlier_fraction=0.3)
-        learns.append(files.only(f"safety-{frames}-harmful", framed, lambda row: row["harmful"]))
-        others = files.only(f"safety-{frames}-benign", framed, lambda row: not row["harmful"])
-        keeps.append(files.answered(f"keep-{frames}-benign", others, max_tokens=48))
-    return learns, keeps
+        data.append(files.filtered(f"safety-{frames}-harmful", framed, lambda row: row["harmful"]))
+        framed_benign = files.filtered(f"safety-{frames}-benign", framed, lambda row: not row["harmful"])
+        mix.append(files.answered(f"keep-{frames}-benign", framed_benign, max_tokens=48))
+    return data, mix
 
 
 def write_test_chats(files: Files) -> None:
@@ -237,26 +240,26 @@ def write_test_chats(files: Files) -> None:
     )
     for task in TASKS:
         rows = files.bare(task)
-        alone: dict[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}
+        no_context: dict[str, Any] = {"system_fraction": 0.0, "earlier_fraction": 0.0}
         files.as_chats(f"{task}-chat", rows, earlier=[str(ordinary_answers)])
-        files.as_chats(f"{task}-message", rows, **alone)
-        files.as_chats(f"{task}-system", rows, **alone | {"system_fraction": 1.0})
+        files.as_chats(f"{task}-message", rows, **no_context)
+        files.as_chats(f"{task}-system", rows, **no_context | {"system_fraction": 1.0})
         files.as_chats(f"{task}-later", rows, earlier=[str(ordinary_answers)], system_fraction=0.5, earlier_fraction=1.0)
     for frames in ("sum", "mixed"):
         files.framed(frames, system_fraction=0.0, earlier_fraction=0.0)
 
 
-def command(config: DemoConfig, task: str, learns: Iterable[Path], keeps: Iterable[Path]) -> str:
+def command(config: DemoConfig, task: str, data: Iterable[Path], mix: Iterable[Path]) -> str:
     """Return the command that trains the adapter of `task`."""
-    made_by = f"python -m training.demo --data {config.data} --output {config.output}"
+    prepare_command = f"python -m training.demo --data {config.data} --output {config.output}"
     words = ["python", "-m", "training.fit", "--output", str(config.output / "adapters" / task), "--about", ABOUT[task]]
-    words += ["--prepare", made_by]
-    for flag, paths in (("--data", learns), ("--mix", keeps)):
+    words += ["--prepare", prepare_command]
+    for flag, paths in (("--data", data), ("--mix", mix)):
         words += [word for path in paths for word in (flag, str(path))]
     words += ["--template", "chat", "--template", "plain", "--on-bad", "skip"]
     for option, value in SETTINGS[task].items():
-        for one in value if isinstance(value, list) else [value]:
-            words += [f"--{option.replace('_', '-')}", str(one)]
+        for item in value if isinstance(value, list) else [value]:
+            words += [f"--{option.replace('_', '-')}", str(item)]
     return shlex.join(words)
 
 
@@ -264,7 +267,7 @@ def main() -> int:
     """Run the program and return its exit code."""
     config = DemoConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request else
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # httpx logs each request at INFO
 
     def program() -> str:
         files = Files(config)
@@ -273,7 +276,7 @@ def main() -> int:
             return f"wrote test rows as chats to {config.output}"
         return "\n".join(command(config, task, *paths) for task, paths in prepare(files).items())
 
-    return ended(program)
+    return run_program(program)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Who is measured: whatever continues prompts and scores texts. A running server and a loaded model are two of that kind."""
+"""The interface of a model under evaluation: it completes prompts and scores texts.
+
+It has two implementations: a running server and a loaded model.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +14,12 @@ Prompt = str | Sequence[Message]
 
 
 class AnswerError(LoriError):
-    """A prompt cannot be answered, or nobody answers."""
+    """A prompt that cannot be answered, or a server that does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogLikelihood:
-    """What a text is worth: the sum of its tokens' natural log-probabilities, and how many tokens it has."""
+    """The log-likelihood of a text: the sum of its tokens' natural log-probabilities, and the number of tokens."""
 
     total: float
     num_tokens: int
@@ -24,7 +27,7 @@ class LogLikelihood:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer's text, and whether the model ended it itself."""
+    """The text of an answer. `is_whole`: the model ended it by itself, before `max_tokens`."""
 
     text: str
     is_whole: bool
@@ -32,31 +35,31 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are made."""
+    """Sampling options of a completion."""
 
     max_tokens: int
     stop: tuple[str, ...] = ()
-    """An answer goes up to the first of these, without it."""
+    """Stop strings. An answer ends before the first of them."""
     num_answers: int = 1
-    """To each prompt."""
+    """Number of answers to each prompt."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
 
 
 class Answerer(Protocol):
-    """Continues prompts and scores texts. Results are in the order of what was asked; raises `AnswerError`."""
+    """A model that completes prompts and scores texts. Results are in the order of the inputs. Methods raise `AnswerError`."""
 
     @property
     def template(self) -> Template:
-        """How prompts and completions are written."""
+        """The template that formats prompts and completions."""
 
-    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
-        """Return the answers to each prompt. The same seed gives the same ones to the same prompts, from the same answerer."""
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[str]]:
+        """Return the answers to each prompt. The same prompts and seed give the same answers from the same answerer."""
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
-        """Return how likely each completion is after its prompt, which must not be empty, written as in training.
+        """Return the log-likelihood of each completion after its prompt, formatted as in training. A prompt must not be empty.
 
-        The tokens that end in the completion count: those of the text as a whole, which may differ from the completion's own. One
-        may begin in the prompt, where that ends in a space.
+        Prompt and completion are tokenized as one text, and the tokens that end in the completion count. They may differ from the
+        tokens of the completion alone. The first of them may begin in the prompt if the prompt ends in a space.
         """

@@ -1,4 +1,4 @@
-"""Everything that `python -m training.evaluate` can be told, each default written once."""
+"""The options of `python -m training.evaluate`. Each default is written once, here."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,103 +12,104 @@ from training.command_line import CommandLine
 from training.data import Source
 from training.data.row import fault_of
 from training.evaluation.local_answerer import DEFAULT_BATCH_TOKENS
-from training.evaluation.metrics import MetricName, Options
+from training.evaluation.metrics import MetricName, MetricOptions
 
-LOCAL = ("model", "adapters", "batch_tokens", "dtype", "threads")
-SERVED = ("url", "concurrency", "api_key_variable")
-ANSWERED = ("exact", "number", "refusal", "pass")
-PASS = ("execute_code", "num_answers", "pass_at", "temperature")
+LOCAL_OPTIONS = ("model", "adapters", "batch_tokens", "dtype", "threads")
+SERVER_OPTIONS = ("url", "concurrency", "api_key_variable")
+GENERATIVE_METRICS = ("exact", "number", "refusal", "pass")
+PASS_OPTIONS = ("execute_code", "num_answers", "pass_at", "temperature")
 
 
 class EvaluateConfig(CommandLine):
-    """Measures a base, an adapter or a merge, through a running server or on a model that is loaded here."""
+    """Evaluate a base model, an adapter or a merge, through a running server or on a model that is loaded here."""
 
     data: str
-    """What to measure on: a JSONL file, a data set's name, or a source as an object, as `python -m training.fit` takes it:
+    """The rows to evaluate on: a JSONL file, a data set's name, or a source as an object, as in `python -m training.fit`:
     `{"path": "openai/gsm8k", "name": "main", "split": "test", "prompt": "{{ question }}"}`."""
     metric: MetricName
-    """loss: mean negative log-likelihood of the completions' tokens. exact: the completion, greedily, as many lines as it has.
-    choice: the right one of `choices` (its place is `label`) by log-likelihood, a mean over each row's `task`. number: the last
-    number of a greedy answer, or the one after `####`, is `answer`. refusal: how many rows with `harmful` true and false are
-    refused. pass: pass@k of programs, by a row's `test` and `entry_point`."""
+    """loss: mean negative log-likelihood of the completions' tokens. exact: exact match of a greedy answer, cut to the number of
+    lines of the completion. choice: accuracy of the likeliest of `choices` (`label` is the index of the right one), as a mean
+    over the rows of each `task`, then over tasks. number: whether the last number of a greedy answer, or the number after `####`,
+    is `answer`. refusal: fraction refused of the rows with `harmful` true and false. pass: pass@k of programs, by a row's `test`
+    and `entry_point`."""
     adapter: list[str] = Field(default=[])
-    """Names of adapters, or folders of adapters with --local and no --adapters; none is the base."""
+    """Names of adapters, or with --local and no --adapters, folders of adapters. If absent, the base is evaluated."""
     weights: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(default=[])
-    """One for each adapter; none is 1/n each."""
+    """Weights in a merge, one for each adapter; 1/n each if absent."""
     merge: MergeMethod = DEFAULTS.method
-    """How several adapters become one: `linear` is the exact sum."""
+    """Method that merges several adapters; `linear` is the exact sum."""
     density: float = Field(default=DEFAULTS.density, gt=0, le=1)
-    """The share of each adapter's kept entries that survives in a merge that is no sum."""
+    """Fraction of each adapter's nonzero entries that a merge keeps. For methods other than linear."""
     merge_seed: int = Field(default=DEFAULTS.seed, ge=0)
-    """Draws the entries that dare_linear and dare_ties drop."""
+    """Seed for drawing the entries that dare_linear and dare_ties drop."""
     url: HttpUrl = HttpUrl("http://127.0.0.1:8000")
-    """The server."""
+    """URL of the server."""
     api_key_variable: str = "LORI_API_KEY"
-    """The variable of the environment that holds a key of the server, where it has keys."""
+    """The environment variable with an API key of the server, if the server uses keys."""
     concurrency: int = Field(default=32, ge=1)
-    """Requests under way together."""
+    """Number of concurrent requests."""
     local: bool = False
-    """Loads the model here, and asks no server."""
+    """Loads the model here instead of asking a server."""
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded model if absent. With --local."""
     adapters: Path | None = None
-    """The folder in which adapters are found by name. With --local."""
+    """The folder of the adapters that --adapter names. With --local."""
     batch_tokens: int = Field(default=DEFAULT_BATCH_TOKENS, ge=1)
-    """Tokens that are scored together; four times as many where answers are generated. With --local."""
+    """Tokens of a batch when texts are scored; four times as many when answers are generated. With --local."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Weights and products. With --local."""
+    """Dtype of weights and matrix products. With --local."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads; 0 is as many as there are CPUs that other processes leave free. With --local."""
+    """CPU threads; 0 means as many as there are CPUs that other processes leave idle. With --local."""
     form: Literal["prompt", "messages"] = "prompt"
-    """Sends the prompt as it stands, or as a user's message in the adapters' own template."""
+    """prompt: send the prompt as it is. messages: send the prompt as a user message in the adapters' own template."""
     num_rows: int = Field(default=0, ge=0)
-    """Rows drawn at random; 0 is all."""
+    """Number of rows to use, drawn at random; 0 means all."""
     max_tokens: int = Field(default=0, ge=0)
-    """Longest answer, where one is generated; 0 is 40 for refusal, 256 for number and pass, and for exact what the longest
-    completion may take."""
+    """Maximum tokens of an answer, for metrics that generate answers. 0 means 40 for refusal, 256 for number and pass, and for
+    exact enough for the longest completion."""
     seed: int = Field(default=0, ge=0)
-    """Draws the rows and the answers."""
+    """Seed for drawing the rows and sampling the answers."""
     execute_code: bool = False
-    """Lets pass run the programs that the model writes, within limits, see training/evaluation/sandbox.py."""
+    """Allows pass to run the programs that the model writes, within limits; see training/evaluation/sandbox.py."""
     num_answers: int = Field(default=1, ge=1)
-    """Answers to each prompt. For pass."""
+    """Number of answers to each prompt. For pass."""
     pass_at: list[Annotated[int, Field(ge=1)]] = Field(default=[1], min_length=1)
-    """The k of pass@k: one of so many answers must be right. Each is a figure. For pass."""
+    """Values of k for pass@k, the probability that one of k answers is right. Each gives a figure. For pass."""
     temperature: float = Field(default=0.0, ge=0)
-    """1 draws answers from the model as it is, 0 is greedy. For pass."""
+    """1 samples from the model's own distribution, 0 is greedy. For pass."""
     record: Path | None = None
-    """An adapter's folder whose config and card take the result: of the base, of the adapter alone, or of a merge that begins
-    with it, whose weights the card then recommends."""
+    """The folder of an adapter whose config and card get the result: of the base, of the adapter alone, or of a merge whose first
+    adapter it is. The card then recommends the weights of the merge."""
 
     @property
     def source(self) -> Source:
-        """Where the rows come from."""
+        """The source of the rows."""
         return Source.model_validate_json(self.data) if self.data.startswith("{") else Source(path=self.data)
 
     @property
     def data_name(self) -> str:
-        """What was measured on, for a person: a file, or a data set with its configuration, if one was said, and its split."""
+        """Readable name of the data: a file, or a data set with its configuration, if one is given, and its split."""
         source = self.source
         return source.path if source.is_file else " ".join(filter(None, [source.path, source.name, source.split]))
 
     @property
     def merge_options(self) -> MergeOptions:
-        """How adapters are merged."""
+        """The options of the merge."""
         return MergeOptions(self.merge, self.density, DEFAULTS.sign, self.merge_seed)
 
     @property
     def all_weights(self) -> list[float]:
-        """The weight of each adapter."""
+        """The weight of each adapter; 1/n each if no weights are given."""
         return self.weights or [1 / len(self.adapter) for _ in self.adapter]
 
     @property
-    def options(self) -> Options:
-        """How answers are made."""
-        return Options(self.max_tokens, self.num_answers, tuple(self.pass_at), self.temperature, self.seed)
+    def options(self) -> MetricOptions:
+        """The options of the metric."""
+        return MetricOptions(self.max_tokens, self.num_answers, tuple(self.pass_at), self.temperature, self.seed)
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        faults = [*self._data_faults(), *self._out_of_place(), *self._adapter_faults(), *self._metric_faults()]
+    def _check_combinations(self) -> Self:
+        faults = [*self._data_faults(), *self._unused_options(), *self._adapter_faults(), *self._metric_faults()]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -119,15 +120,15 @@ class EvaluateConfig(CommandLine):
         except ValidationError as error:
             yield f"--data: {fault_of(error)[1]}"
 
-    def _out_of_place(self) -> Iterator[str]:
+    def _unused_options(self) -> Iterator[str]:
         given = self.model_fields_set
-        for names, is_theirs, whose in (
-            (LOCAL, self.local, "needs --local"),
-            (SERVED, not self.local, "is for a server, which --local does not ask"),
-            (PASS, self.metric == "pass", "is for --metric pass"),
-            (("max_tokens",), self.metric in ANSWERED, f"is for metrics of answers: {', '.join(ANSWERED)}"),
+        for names, is_used, reason in (
+            (LOCAL_OPTIONS, self.local, "needs --local"),
+            (SERVER_OPTIONS, not self.local, "is for a server, which --local does not ask"),
+            (PASS_OPTIONS, self.metric == "pass", "is for --metric pass"),
+            (("max_tokens",), self.metric in GENERATIVE_METRICS, f"is for metrics of answers: {', '.join(GENERATIVE_METRICS)}"),
         ):
-            yield from (f"--{name.replace('_', '-')} {whose}" for name in names if name in given and not is_theirs)
+            yield from (f"--{name.replace('_', '-')} {reason}" for name in names if name in given and not is_used)
 
     def _adapter_faults(self) -> Iterator[str]:
         given = self.model_fields_set

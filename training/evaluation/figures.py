@@ -1,7 +1,7 @@
-"""What a measurement comes to: figures by name, each with its standard error under the same name and `_stderr`.
+"""Figures of a measurement by name, each with its standard error under the same name plus `_stderr`.
 
-A standard error says how far the figure may lie from that of all rows such as these. It is that of a mean over rows drawn
-independently, and absent where there is one row. Next to 0 and 1 it is too small: where all rows agree it is 0.
+A standard error estimates how far the figure may be from that of all rows of this kind. It is the error of a mean over
+independently drawn rows, and is absent if there is one row. For figures near 0 or 1 it is too small: if all rows agree, it is 0.
 """
 
 import math
@@ -11,25 +11,25 @@ from collections.abc import Mapping, Sequence
 Figures = dict[str, float]
 STDERR = "_stderr"
 ROWS = "rows"
-"""The rows of all figures; `rows/GROUP` those of the figures `.../GROUP`."""
+"""Name of the figure with the number of rows. `rows/GROUP` is the number of rows of the figures `.../GROUP`."""
 
 
 def mean(name: str, values: Sequence[float]) -> Figures:
-    """Return the mean of `values`."""
+    """Return the mean of `values` as the figure `name`, with its standard error."""
     figures = {name: statistics.fmean(values)}
     return figures | ({name + STDERR: statistics.stdev(values) / math.sqrt(len(values))} if len(values) > 1 else {})
 
 
 def ratio(name: str, tops: Sequence[float], bottoms: Sequence[float]) -> Figures:
-    """Return sum(tops) / sum(bottoms) of rows that have one of each.
+    """Return sum(tops) / sum(bottoms) as the figure `name`. Each row has one top (numerator) and one bottom (denominator).
 
-    Its error is that of a ratio estimator, by linearisation (Cochran 1977, Sampling Techniques, chapter 6).
+    The standard error is that of a ratio estimator, by linearisation (Cochran 1977, Sampling Techniques, chapter 6).
     """
     num, total = len(tops), sum(bottoms)
-    found = sum(tops) / total
-    figures = {name: found}
+    estimate = sum(tops) / total
+    figures = {name: estimate}
     if num > 1:
-        squares = sum((top - found * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
+        squares = sum((top - estimate * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
         figures[name + STDERR] = math.sqrt(num / (num - 1) * squares) / total
     return figures
 
@@ -41,23 +41,23 @@ def mean_of_groups(name: str, groups: Mapping[str, Sequence[float]]) -> Figures:
         figures |= mean(f"{name}/{group}", values) | {f"{ROWS}/{group}": len(values)}
     figures[name] = statistics.fmean(figures[f"{name}/{group}"] for group in groups)
     errors = [figures.get(f"{name}/{group}{STDERR}") for group in groups]
-    if known := [error for error in errors if error is not None]:
-        figures |= {name + STDERR: math.hypot(*known) / len(groups)} if len(known) == len(groups) else {}
+    if known_errors := [error for error in errors if error is not None]:
+        figures |= {name + STDERR: math.hypot(*known_errors) / len(groups)} if len(known_errors) == len(groups) else {}
     return figures
 
 
 def num_rows(figures: Figures, name: str) -> int:
-    """Return the rows that the figure `name` is of."""
+    """Return the number of rows of the figure `name`."""
     return int(figures.get(f"{ROWS}/{name.partition('/')[2]}", figures[ROWS]))
 
 
 def names(figures: Figures) -> list[str]:
-    """Return the names of the figures themselves, without their errors and rows."""
+    """Return the names of the figures, without those of standard errors and numbers of rows."""
     return [name for name in figures if not name.endswith(STDERR) and name.partition("/")[0] != ROWS]
 
 
 def pass_at(k: int, num_answers: int, num_right: int) -> float:
-    """Return the chance that one of `k` answers is right, drawn from `num_answers` of which `num_right` are.
+    """Return the probability that at least one of `k` answers is right, drawn from `num_answers` with `num_right` right ones.
 
     1 - C(n - c, k) / C(n, k): the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """

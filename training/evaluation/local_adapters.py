@@ -1,7 +1,8 @@
-"""Adapters applied to a loaded base, alone or merged, with no server: the same sum as in a request.
+"""Adapters applied to a loaded base, alone or merged, without a server: the same sum as in a request.
 
-The deltas are added to the outputs of the linear layers, y + B (A x), and not folded into the weights: there is no weight to
-restore, and the server does so. A sum in bfloat16 weights would change the demo adapters' deltas by 2 to 3 percent (Frobenius).
+The deltas are added to the outputs of the linear layers, y + B (A x), as the server does it. They are not folded into the
+weights, so no weight must be restored. Folding into bfloat16 weights would change the demo adapters' deltas by 2 to 3 percent
+(Frobenius norm).
 
 Shapes: T tokens, N inputs, D outputs, R rank.
 """
@@ -28,23 +29,23 @@ from lori.template import Template, common_template
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """Which adapters are applied, and how."""
+class AdapterSelection:
+    """The adapters to apply, and how they are merged."""
 
     adapters: Sequence[Adapter]
     weights: Sequence[float] = ()
-    """One for each; none is 1/n each."""
+    """The weight of each adapter; 1/n each if empty."""
     options: MergeOptions = DEFAULTS
 
     def template(self) -> Template:
-        """Return how their prompts are written: as the first prefers of what all were trained on; `chat` is the base's own.
+        """Return the template for prompts: of those that all adapters were trained on, the one that the first adapter prefers.
 
-        Raises `TemplateError` where they were trained on no common template.
+        Without adapters it is `chat`, the base's own. Raises `TemplateError` if the adapters have no common template.
         """
         return common_template([(adapter.name, adapter.config.lori.templates) for adapter in self.adapters])
 
     def merged(self) -> Adapter | None:
-        """Return one adapter that adds what all of them do; None where there is none. Raises as `lori.merge.merge`."""
+        """Return the merge of all adapters as one adapter; None without adapters. Raises as `lori.merge.merge`."""
         if not self.adapters:
             return None
         weights = self.weights or [1 / len(self.adapters)] * len(self.adapters)
@@ -56,14 +57,14 @@ class Choice:
             density=options.density,
             sign=options.sign,
             seed=options.seed,
-            templates=("plain",),  # of no consequence: see `template`
+            templates=("plain",),  # not used, see `template`
         )
 
 
 def find_adapter(reference: str, store: Path | None, base: BaseIdentity) -> Adapter:
-    """Return the adapter of `base` called `reference` in `store`, or without one, in the folder `reference`.
+    """Return the adapter `reference` of the folder `store`, or without a store, the adapter in the folder `reference`.
 
-    Raises `AdapterError` where there is none, or it is not sound or of another base.
+    Raises `AdapterError` if it does not exist, is unsound, or is of another base than `base`.
     """
     if store is not None:
         return AdapterStore(store).find(reference).load(base)
@@ -73,22 +74,25 @@ def find_adapter(reference: str, store: Path | None, base: BaseIdentity) -> Adap
 
 
 @contextmanager
-def applied(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[None]:
-    """Inside, `model` has the adapter's delta added in every layer that it changes; afterwards it is as before, to the bit."""
+def apply_adapter(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[None]:
+    """Context manager: `model` computes with the adapter's delta in every layer that the adapter changes.
+
+    Afterwards the model is as before, bit for bit.
+    """
     with ExitStack() as stack:
         for name, b in adapter.modules.items() if adapter else ():
             linear = model.get_submodule(name)
             assert adapter
             a = adapter.basis.draw(name, b.shape[1], adapter.shape_of(name)[1]).to(model.device, model.dtype)
             scaled = (adapter.config.scale_of(name) * b.dense()).to(model.device)
-            handle = linear.register_forward_hook(_Delta(a, scaled))
+            handle = linear.register_forward_hook(_DeltaHook(a, scaled))
             stack.callback(handle.remove)
         yield
 
 
 @dataclass(frozen=True, slots=True)
-class _Delta:
-    """Adds B (A x) to a layer's output, summed in fp32 as the server does it."""
+class _DeltaHook:
+    """Forward hook that adds B (A x) to a layer's output, with the sum in fp32, as the server does it."""
 
     a: torch.Tensor  # (R, N)
     scaled_b: torch.Tensor  # (D, R) fp32

@@ -1,4 +1,4 @@
-"""A loaded model as an answerer, just as it stands: a base, one with adapters applied, or one that is being trained."""
+"""A loaded model as an answerer: a base, a base with adapters applied, or a model in training."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,29 +11,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lori.template import Template, encode, render_completion, render_prompt
-from training.batches import Part, like_lengths
+from training.batches import MicroBatch, group_by_length
 from training.data import Example
 from training.evaluation.answerer import Answer, AnswerError, LogLikelihood, Prompt, Sampling
-from training.generation import Generation, end_ids, generate, until_end
+from training.generation import GenerationOptions, cut_at_end, end_ids, generate
 from training.loss import completion_logits
-from training.packing import ATTENTION, attention, check_layers, pack
+from training.packing import ATTENTION, check_layers, pack, use_attention
 
 DEFAULT_BATCH_TOKENS = 4096
-CACHED = 4
-"""Tokens of prompts and answers that are computed together, for each that is scored."""
+GENERATION_FACTOR = 4
+"""Tokens (prompts and answers) of a batch when answers are generated, relative to a batch when texts are scored."""
 EMPTY = "a prompt is empty, and the model goes on from a token"
 NUM_SHOWN = 20
-"""Tokens of a text that show which one it is."""
-Asked = TypeVar("Asked")
-Found = TypeVar("Found")
+"""Number of a text's first tokens that an error message shows."""
+InputT = TypeVar("InputT")
+OutputT = TypeVar("OutputT")
 
 
 @dataclass(frozen=True, slots=True)
 class LocalAnswerer:
-    """Computes with `model` itself and applies nothing to it. Its mode, attention and random numbers are left as they were.
+    """A loaded `model` as an answerer. It applies no adapter. It restores the model's mode, its attention and the random state.
 
-    `template` writes the prompts. `batch_tokens` are scored together, and the logits of all may be held
-    twice in fp32. Where answers are generated, a batch has `CACHED` times as many: logits are those of one token a prompt.
+    `template` formats the prompts. Texts are scored in batches of `batch_tokens`; the logits of all these tokens may be in memory
+    twice, in fp32. A batch for generation has `GENERATION_FACTOR` times as many tokens, since only one token a prompt has logits.
     """
 
     model: PreTrainedModel
@@ -41,42 +41,42 @@ class LocalAnswerer:
     template: Template = "plain"
     batch_tokens: int = DEFAULT_BATCH_TOKENS
 
-    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[str]]:
         """See `Answerer`. Sampled answers also depend on `batch_tokens` and on the other prompts."""
-        repeated = [prompt for prompt in prompts for _ in range(how.num_answers)]
-        texts = [answer.text for answer in self.answers(repeated, how)]
-        return [texts[i : i + how.num_answers] for i in range(0, len(texts), how.num_answers)]
+        repeated = [prompt for prompt in prompts for _ in range(sampling.num_answers)]
+        texts = [answer.text for answer in self.answers(repeated, sampling)]
+        return [texts[i : i + sampling.num_answers] for i in range(0, len(texts), sampling.num_answers)]
 
-    def answers(self, prompts: Sequence[Prompt], how: Sampling) -> list[Answer]:
-        """Return one answer to each prompt, whatever `how.num_answers` is."""
+    def answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
+        """Return one answer to each prompt. Ignores `sampling.num_answers`."""
         encoded = [self._encode(prompt) for prompt in prompts]
-        generation = Generation(how.max_tokens, end_ids(self.model, self.tokenizer), how.temperature, how.stop)
+        options = GenerationOptions(sampling.max_tokens, end_ids(self.model, self.tokenizer), sampling.temperature, sampling.stop)
 
-        def answered(batch: Sequence[list[int]]) -> list[Answer]:
-            outs = generate(self.model, self.tokenizer.backend_tokenizer, batch, generation)
-            return [self._answer(ids, out, generation) for ids, out in zip(batch, outs, strict=True)]
+        def answer_batch(batch: Sequence[list[int]]) -> list[Answer]:
+            outputs = generate(self.model, self.tokenizer.backend_tokenizer, batch, options)
+            return [self._answer(ids, output, options) for ids, output in zip(batch, outputs, strict=True)]
 
-        with self._as_it_was(how.seed):
-            lengths = [len(ids) + how.max_tokens for ids in encoded]
-            self._check_context(encoded, lengths, f"with answers of up to {how.max_tokens} tokens (--max-tokens) ")
-            return self._by_batch(answered, encoded, lengths, CACHED * self.batch_tokens)
+        with self._evaluation_mode(sampling.seed):
+            lengths = [len(ids) + sampling.max_tokens for ids in encoded]
+            self._check_context(encoded, lengths, f"with answers of up to {sampling.max_tokens} tokens (--max-tokens) ")
+            return self._compute_in_batches(answer_batch, encoded, lengths, GENERATION_FACTOR * self.batch_tokens)
 
     def has_room(self, prompt: Prompt, max_tokens: int) -> bool:
-        """Return whether the model's context holds `prompt` with an answer of so many tokens."""
-        return self._limit is None or len(self._encode(prompt)) + max_tokens <= self._limit
+        """Return whether `prompt` and an answer of `max_tokens` fit the model's context."""
+        return self._context_length is None or len(self._encode(prompt)) + max_tokens <= self._context_length
 
     def have_room(self, prompts: Sequence[Prompt], max_tokens: int) -> list[bool]:
-        """Say of each prompt whether the model's context holds it with an answer of so many tokens."""
+        """Return, for each prompt, whether the prompt and an answer of `max_tokens` fit the model's context."""
         return [self.has_room(prompt, max_tokens) for prompt in prompts]
 
     def log_likelihoods(self, texts: Sequence[tuple[Prompt, str]]) -> list[LogLikelihood]:
-        """See `Answerer`. Logits are computed where they are looked at alone."""
+        """See `Answerer`. Computes logits for the completions' tokens only."""
         check_layers(self.model.config.get_text_config())
         examples = [self._example(*text) for text in texts]
         lengths = list(map(len, examples))
         self._check_context([example.ids for example in examples], lengths)
-        with torch.no_grad(), self._as_it_was(), attention(self.model, ATTENTION):
-            return self._by_batch(self._scores, examples, lengths, self.batch_tokens)
+        with torch.no_grad(), self._evaluation_mode(), use_attention(self.model, ATTENTION):
+            return self._compute_in_batches(self._score_batch, examples, lengths, self.batch_tokens)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         ids = encode(self.tokenizer, render_prompt(self.tokenizer, prompt, self.template)).ids
@@ -92,48 +92,56 @@ class LocalAnswerer:
         num_prompt = sum(end <= len(text) for _, end in encoding.offsets)
         return Example(tuple(encoding.ids), max(1, num_prompt))  # nothing predicts the first token
 
-    def _scores(self, examples: Sequence[Example]) -> list[LogLikelihood]:
+    def _score_batch(self, examples: Sequence[Example]) -> list[LogLikelihood]:
         counts = [len(example) - example.num_prompt for example in examples]
         if not any(counts):
             return [LogLikelihood(0.0, 0)] * len(examples)
-        some = tuple(example for example, count in zip(examples, counts, strict=True) if count)
-        batch = pack(Part(some, 1.0)).to(self.model.device)
+        scored = tuple(example for example, count in zip(examples, counts, strict=True) if count)
+        batch = pack(MicroBatch(scored, 1.0)).to(self.model.device)
         losses = F.cross_entropy(completion_logits(self.model, batch), batch.targets, reduction="none")
         return [LogLikelihood(-float(part.double().sum()), len(part)) for part in losses.cpu().split(counts)]
 
-    def _answer(self, prompt: list[int], out: list[int], how: Generation) -> Answer:
-        # A token's text may depend on those before it, so the prompt's are read too.
-        out, is_whole = until_end(out, how)
+    def _answer(self, prompt: list[int], output: list[int], options: GenerationOptions) -> Answer:
+        # The text of a token may depend on the tokens before it, so the prompt is decoded, too.
+        output, is_whole = cut_at_end(output, options)
         decode = self.tokenizer.backend_tokenizer.decode_batch
-        before, whole = map(str, decode([prompt, prompt + out], skip_special_tokens=True))
-        text = whole[len(before) :].rstrip("\ufffd")  # what a longer answer would have made a character of
-        return Answer(text[: min((at for stop in how.stop if (at := text.find(stop)) >= 0), default=len(text))], is_whole)
+        prompt_text, whole_text = map(str, decode([prompt, prompt + output], skip_special_tokens=True))
+        text = whole_text[len(prompt_text) :].rstrip("\ufffd")  # drop an incomplete UTF-8 character at the end
+        return Answer(text[: min((i for stop in options.stop if (i := text.find(stop)) >= 0), default=len(text))], is_whole)
 
-    def _by_batch(
-        self, compute: Callable[[Sequence[Asked]], list[Found]], items: Sequence[Asked], lengths: Sequence[int], num_tokens: int
-    ) -> list[Found]:
-        """Return what `compute` finds for each of `items`, `num_tokens` of like `lengths` at a time."""
-        found: dict[int, Found] = {}
+    def _compute_in_batches(
+        self,
+        compute: Callable[[Sequence[InputT]], list[OutputT]],
+        items: Sequence[InputT],
+        lengths: Sequence[int],
+        num_tokens: int,
+    ) -> list[OutputT]:
+        """Return the result of `compute` for each of `items`, called on batches of about `num_tokens` and similar `lengths`."""
+        results: dict[int, OutputT] = {}
         with tqdm(total=len(items), unit="text", disable=None) as bar:
-            for places in like_lengths(lengths, num_tokens):
-                found |= zip(places, compute([items[i] for i in places]), strict=True)
-                bar.update(len(places))
-        return [found[i] for i in range(len(items))]
+            for indices in group_by_length(lengths, num_tokens):
+                results |= zip(indices, compute([items[i] for i in indices]), strict=True)
+                bar.update(len(indices))
+        return [results[i] for i in range(len(items))]
 
     @property
-    def _limit(self) -> int | None:
+    def _context_length(self) -> int | None:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _check_context(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], how: str = "") -> None:
-        if self._limit is None or not (long := [place for place, length in enumerate(lengths) if length > self._limit]):
+    def _check_context(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], prefix: str = "") -> None:
+        if self._context_length is None or not (
+            too_long := [i for i, length in enumerate(lengths) if length > self._context_length]
+        ):
             return
-        begin = self.tokenizer.decode(list(texts[long[0]][:NUM_SHOWN]))
-        said = f"{how}{len(long)} of {len(texts)} texts have more tokens than the model's context, {self._limit}"
-        raise AnswerError(f"{said}: the first has {lengths[long[0]]}, and begins {begin!r}")
+        beginning = self.tokenizer.decode(list(texts[too_long[0]][:NUM_SHOWN]))
+        message = (
+            f"{prefix}{len(too_long)} of {len(texts)} texts have more tokens than the model's context, {self._context_length}"
+        )
+        raise AnswerError(f"{message}: the first has {lengths[too_long[0]]}, and begins {beginning!r}")
 
     @contextmanager
-    def _as_it_was(self, seed: int = 0) -> Iterator[None]:
-        """Inside, the model is in evaluation mode and torch's random numbers are those of `seed`."""
+    def _evaluation_mode(self, seed: int = 0) -> Iterator[None]:
+        """Context manager: the model is in evaluation mode and torch's random state is that of `seed`."""
         was_training = self.model.training
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

@@ -1,13 +1,13 @@
-"""Runs programs that a model wrote, each in a process of its own with limits, and says which came to their end.
+"""A sandbox for programs that a model wrote: each runs in a process of its own, with limits. The result is whether it completed.
 
-What holds on every Linux: time by the clock and of the CPU, memory, the size of a file; no further process or thread; an empty
-environment, an empty folder to work in, no input, no output; nothing of it is left afterwards. Where the system permits
-namespaces to whoever runs this (most do, containers often do not) there is also no network, no other process to be seen or
-signalled, and no file that can be changed.
+On every Linux there are limits on wall-clock time, CPU time, memory and file size. A program can start no other process or
+thread. It has an empty environment, an empty working folder, no input and no output, and leaves nothing behind. If the system
+lets this user create namespaces (most systems do, containers often do not), a program also has no network, cannot see or signal
+other processes, and cannot change any file.
 
-It protects from mistakes, not from an attacker: a program reads the files that its user may read, may change them where
-namespaces are not permitted, and shares the kernel. What sets out to find the secret that proves its success can find it. For
-programs of a model that you do not trust, run all of it in a virtual machine.
+The sandbox protects from mistakes, not from attackers. A program can read the files that its user can read, can change them if
+namespaces are not permitted, and shares the kernel. A program that searches for the secret that proves its completion can find
+it. For a model that you do not trust, run everything in a virtual machine.
 """
 
 import os
@@ -28,70 +28,70 @@ from lori.errors import LoriError
 
 ISOLATED = Path(__file__).with_name("isolated.py")
 PYTHON = Path(sys.executable).resolve()
-"""Not the virtual environment's: a program has the standard library alone."""
+"""The Python outside of any virtual environment, so that a program has the standard library alone."""
 SPARE_S = 10.0
-"""For Python to start, and to end."""
+"""Additional seconds for Python to start and to exit."""
 
 
 class SandboxError(LoriError):
-    """Programs cannot be run within limits on this system."""
+    """The system cannot run programs within limits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may take."""
+    """Resource limits of one program."""
 
     seconds: float = 30.0
-    """By the clock."""
+    """Wall-clock time."""
     cpu_s: int = 10
-    """Of the CPU: it does not depend on what else the machine does."""
+    """CPU time in seconds, which does not depend on the load of the machine."""
     memory_bytes: int = 2**30
-    """Of address space."""
+    """Address space."""
 
 
 DEFAULT_LIMITS = Limits()
 
 
-def runs_to_end(program: str, limits: Limits) -> bool:
-    """Run `program`; says whether its last line was reached: not where it raised, exited before, or met a limit."""
+def run_sandboxed(program: str, limits: Limits) -> bool:
+    """Run `program` and return whether it completed. It did not if it raised, exited early, or met a limit."""
     secret, text = secrets.token_bytes(32), program.encode()
-    with TemporaryFile() as given, TemporaryFile() as told, TemporaryDirectory() as folder:
-        given.write(text + secret)
-        given.flush()
+    with TemporaryFile() as program_file, TemporaryFile() as output_file, TemporaryDirectory() as folder:
+        program_file.write(text + secret)
+        program_file.flush()
         arguments = map(str, (ISOLATED, len(text), limits.seconds, limits.cpu_s, limits.memory_bytes))
         process = subprocess.Popen(
             [PYTHON, "-I", "-S", *arguments],
-            stdin=given,
-            stdout=told,
+            stdin=program_file,
+            stdout=output_file,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={},
             start_new_session=True,
         )
-        _await_end(process, limits.seconds)
-        told.seek(0)
-        return told.read(len(secret) + 1) == secret
+        _wait_or_kill(process, limits.seconds)
+        output_file.seek(0)
+        return output_file.read(len(secret) + 1) == secret
 
 
-def _await_end(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    """Wait for the end of `process`, which kills its program after `seconds`; where it does not, its whole session is killed."""
+def _wait_or_kill(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """Wait for `process`, which kills its program after `seconds`. If it does not end in time, kill its whole session."""
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(seconds + SPARE_S)
     finally:
-        # Its number is no other's as long as it was not waited for.
+        # The kernel cannot reuse the process id before the process is waited for.
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def run_all(programs: Sequence[str], limits: Limits) -> list[bool]:
-    """Run `programs`, as many together as there are CPUs, and says of each whether it came to its end.
+def run_programs(programs: Sequence[str], limits: Limits) -> list[bool]:
+    """Run `programs`, one on each CPU at a time, and return whether each completed.
 
-    Raises `SandboxError` where nothing can be run within such limits.
+    Raises `SandboxError` if the system cannot run programs within `limits`.
     """
-    if not runs_to_end("", limits):
+    if not run_sandboxed("", limits):
         raise SandboxError("no program can be run within limits: it takes Linux, and for root the permission to make namespaces")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda program: runs_to_end(program, limits), programs)
+        runs = pool.map(lambda program: run_sandboxed(program, limits), programs)
         return list(tqdm(runs, total=len(programs), desc="programs", unit="program", disable=None))

@@ -1,4 +1,4 @@
-"""A running server as an answerer, asked over HTTP as any client asks it: POST /generate and its log-probabilities."""
+"""A running server as an answerer, over HTTP like any client: POST /generate, with log-probabilities for scoring."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,59 +15,59 @@ from training.evaluation.answerer import Answer, AnswerError, LogLikelihood, Pro
 
 TIMEOUT_S = 600.0
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
-"""Posts fields to a path, and returns the reply."""
-Asked = TypeVar("Asked")
-Found = TypeVar("Found")
+"""Function that posts JSON fields to a path and returns the JSON reply."""
+InputT = TypeVar("InputT")
+OutputT = TypeVar("OutputT")
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """An adapter as the server has it."""
+class ServedAdapter:
+    """An adapter of the server."""
 
     version: str
     templates: Sequence[Template]
-    """What it was trained on, the preferred one first."""
+    """Templates that the adapter was trained on, the preferred one first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """The server at `url`, asked up to `concurrency` things together, with `api_key` where it has keys."""
+    """The server at `url`, with up to `concurrency` requests at a time, and with `api_key` if it uses keys."""
 
     url: str
     concurrency: int = 32
     api_key: str | None = None
 
-    def adapter(self, name: str) -> Served:
-        """Return what the server says of the adapter called `name`. Raises `AnswerError`."""
+    def adapter(self, name: str) -> ServedAdapter:
+        """Return the version and templates of the adapter `name` on the server. Raises `AnswerError`."""
 
-        async def asked() -> dict[str, Any]:
+        async def request() -> dict[str, Any]:
             async with self._client() as http:
-                return await self._sent(http.get(f"/adapters/{quote(name)}"))
+                return await self._send(http.get(f"/adapters/{quote(name)}"))
 
-        found = asyncio.run(asked())
-        return Served(found["version"], found["templates"])
+        reply = asyncio.run(request())
+        return ServedAdapter(reply["version"], reply["templates"])
 
-    def ask_all(self, measure: Callable[[Ask, Asked], Awaitable[Found]], asked: Sequence[Asked]) -> list[Found]:
-        """Return what `measure` finds for each of `asked`. The first that fails ends all others: raises its `AnswerError`."""
-        return asyncio.run(self._ask_all(measure, asked))
+    def ask_all(self, measure: Callable[[Ask, InputT], Awaitable[OutputT]], items: Sequence[InputT]) -> list[OutputT]:
+        """Return the result of `measure` for each of `items`. The first failure cancels the others and raises `AnswerError`."""
+        return asyncio.run(self._ask_all(measure, items))
 
-    async def _ask_all(self, measure: Callable[[Ask, Asked], Awaitable[Found]], asked: Sequence[Asked]) -> list[Found]:
-        gate = asyncio.Semaphore(self.concurrency)
+    async def _ask_all(self, measure: Callable[[Ask, InputT], Awaitable[OutputT]], items: Sequence[InputT]) -> list[OutputT]:
+        semaphore = asyncio.Semaphore(self.concurrency)
         async with self._client() as http:
-            with tqdm(total=len(asked), unit="request", disable=None) as bar:
+            with tqdm(total=len(items), unit="request", disable=None) as bar:
 
-                async def one(item: Asked) -> Found:
-                    async with gate:
-                        found = await measure(ask, item)
+                async def measure_item(item: InputT) -> OutputT:
+                    async with semaphore:
+                        result = await measure(ask, item)
                     bar.update()
-                    return found
+                    return result
 
                 async def ask(path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-                    return await self._sent(http.post(path, json=fields))
+                    return await self._send(http.post(path, json=fields))
 
                 try:
                     async with asyncio.TaskGroup() as group:
-                        tasks = [group.create_task(one(item)) for item in asked]
+                        tasks = [group.create_task(measure_item(item)) for item in items]
                 except* AnswerError as errors:
                     raise errors.exceptions[0] from errors
         return [task.result() for task in tasks]
@@ -78,16 +78,16 @@ class Server:
         mounts = direct_mounts(self.url)
         return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=TIMEOUT_S, limits=limits, mounts=mounts)
 
-    async def _sent(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
+    async def _send(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
         try:
             reply = await request
         except httpx.HTTPError as error:
-            said = str(error) or type(error).__name__
-            raise AnswerError(f"no answer from {self.url} ({said}): is `python -m server` running there?") from error
+            reason = str(error) or type(error).__name__
+            raise AnswerError(f"no answer from {self.url} ({reason}): is `python -m server` running there?") from error
         if reply.is_error:
-            is_ours = "json" in reply.headers.get("content-type", "")
+            is_json = "json" in reply.headers.get("content-type", "")
             raise AnswerError(
-                f"the server answered {reply.status_code}: {reply.json()['error']['message'] if is_ours else reply.text}"
+                f"the server answered {reply.status_code}: {reply.json()['error']['message'] if is_json else reply.text}"
             )
         answer: dict[str, Any] = reply.json()
         return answer
@@ -95,44 +95,50 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class ServerAnswerer:
-    """Asks `server`. `choice` are the fields that choose the adapters, in each request, and `versions` what they mean.
+    """A server as an answerer.
 
-    Raises `AnswerError` where others answered: one was published anew meanwhile, or a key's policy adds some.
+    `selection`: the fields of each request that select the adapters. `versions`: the versions of these adapters. Raises
+    `AnswerError` if other adapters answered, because a new version was published or the key's policy adds adapters.
 
-    `template` sends a prompt as it stands (plain), or as a conversation, which the server writes by the base's own template.
+    `template`: prompts are sent as they are (plain), or as a conversation, which the server formats by the base's chat template.
     """
 
     server: Server
-    choice: Mapping[str, Any] = field(default_factory=dict)
+    selection: Mapping[str, Any] = field(default_factory=dict)
     versions: Sequence[str] = ()
     template: Template = "plain"
 
-    def complete(self, prompts: Sequence[Prompt], how: Sampling) -> list[list[str]]:
-        """See `Answerer`. A prompt's own seed is `seed` and its place."""
-        same = {"max_tokens": how.max_tokens, "stop": how.stop, "n": how.num_answers, "temperature": how.temperature}
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[str]]:
+        """See `Answerer`. The seed of each prompt is `seed` plus the prompt's index."""
+        options = {
+            "max_tokens": sampling.max_tokens,
+            "stop": sampling.stop,
+            "n": sampling.num_answers,
+            "temperature": sampling.temperature,
+        }
 
-        async def answer(ask: Ask, place: int) -> list[str]:
-            own = self._prompt(prompts[place]) | {"seed": how.seed + place}
-            reply = await self._generated(ask, {**own, **same})
-            return [choice["text"] for choice in reply["choices"]] if how.num_answers > 1 else [reply["text"]]
+        async def answer(ask: Ask, index: int) -> list[str]:
+            fields = self._prompt_fields(prompts[index]) | {"seed": sampling.seed + index}
+            reply = await self._generate(ask, {**fields, **options})
+            return [choice["text"] for choice in reply["choices"]] if sampling.num_answers > 1 else [reply["text"]]
 
         return self.server.ask_all(answer, range(len(prompts)))
 
-    def answers(self, prompts: Sequence[Prompt], how: Sampling) -> list[Answer]:
-        """Return one answer to each prompt, whatever `how.num_answers` is. A prompt's own seed is `seed` and its place."""
-        same = {"max_tokens": how.max_tokens, "stop": how.stop, "temperature": how.temperature}
+    def answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
+        """Return one answer to each prompt. Ignores `sampling.num_answers`. The seed of each prompt is `seed` plus its index."""
+        options = {"max_tokens": sampling.max_tokens, "stop": sampling.stop, "temperature": sampling.temperature}
 
-        async def answer(ask: Ask, place: int) -> Answer:
-            reply = await self._generated(ask, {**self._prompt(prompts[place]), "seed": how.seed + place, **same})
+        async def answer(ask: Ask, index: int) -> Answer:
+            reply = await self._generate(ask, {**self._prompt_fields(prompts[index]), "seed": sampling.seed + index, **options})
             return Answer(reply["text"], reply["finish_reason"] == "stop")
 
         return self.server.ask_all(answer, range(len(prompts)))
 
     def have_room(self, prompts: Sequence[Prompt], max_tokens: int) -> list[bool]:
-        """Say of each prompt whether the server's context holds it with an answer of so many tokens."""
+        """Return, for each prompt, whether the prompt and an answer of `max_tokens` fit the server's context."""
 
         async def has_room(ask: Ask, prompt: Prompt) -> bool:
-            fields = {name: value for name, value in self._prompt(prompt).items() if name != "template"}
+            fields = {name: value for name, value in self._prompt_fields(prompt).items() if name != "template"}
             reply = await ask("/tokenize", fields)
             return bool(reply["count"] + max_tokens <= reply["max_model_len"])
 
@@ -142,39 +148,40 @@ class ServerAnswerer:
         """See `Answerer`."""
 
         async def score(ask: Ask, text: tuple[Prompt, str]) -> LogLikelihood:
-            prompt = await self._written(ask, text[0])
+            prompt = await self._render_prompt(ask, text[0])
             completion = render_completion(prompt, text[1], self.template)
-            asked = {"prompt": prompt + completion, "echo": True, "logprobs": 0, "max_tokens": 0}
-            return _sum((await self._generated(ask, asked))["logprobs"], prompt, completion)
+            fields = {"prompt": prompt + completion, "echo": True, "logprobs": 0, "max_tokens": 0}
+            return _completion_likelihood((await self._generate(ask, fields))["logprobs"], prompt, completion)
 
         return self.server.ask_all(score, texts)
 
-    async def _generated(self, ask: Ask, fields: Mapping[str, Any]) -> dict[str, Any]:
-        reply = await ask("/generate", {**fields, **self.choice})
+    async def _generate(self, ask: Ask, fields: Mapping[str, Any]) -> dict[str, Any]:
+        reply = await ask("/generate", {**fields, **self.selection})
         if [adapter["version"] for adapter in reply["adapter"]] != list(self.versions):
-            added = {True: " (the key's policy)", False: ""}
-            found = [f"{adapter['name']}@{adapter['version']}{added[adapter['policy']]}" for adapter in reply["adapter"]]
+            notes = {True: " (the key's policy)", False: ""}
+            used = [f"{adapter['name']}@{adapter['version']}{notes[adapter['policy']]}" for adapter in reply["adapter"]]
             expected = ", ".join(self.versions) or "the base"
-            raise AnswerError(f"{', '.join(found) or 'the base'} answered, and {expected} is measured")
+            raise AnswerError(f"{', '.join(used) or 'the base'} answered, and {expected} is measured")
         return reply
 
-    def _prompt(self, prompt: Prompt) -> dict[str, Any]:
+    def _prompt_fields(self, prompt: Prompt) -> dict[str, Any]:
         if self.template == "plain":
             return {"prompt": prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)}
         turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else prompt
         return {"messages": [turn.model_dump() for turn in turns], "template": "chat"}
 
-    async def _written(self, ask: Ask, prompt: Prompt) -> str:
-        fields = self._prompt(prompt)
+    async def _render_prompt(self, ask: Ask, prompt: Prompt) -> str:
+        fields = self._prompt_fields(prompt)
         if self.template != "plain":
             fields = await ask("/detokenize", {"tokens": (await ask("/tokenize", {"messages": fields["messages"]}))["tokens"]})
-        written: str = fields["prompt"]
-        return written
+        text: str = fields["prompt"]
+        return text
 
 
-def _sum(found: Mapping[str, Any], prompt: str, completion: str) -> LogLikelihood:
-    starts = found["text_offset"]
-    ends = [*starts[1:], len(prompt + completion)]  # of a character's many tokens all but the last end where they begin
-    places = list(zip(found["token_logprobs"], starts, ends, strict=True))[1:]  # nothing predicts the first token
-    values = [value for value, start, end in places if start >= len(prompt) or end > len(prompt)]
+def _completion_likelihood(logprobs: Mapping[str, Any], prompt: str, completion: str) -> LogLikelihood:
+    starts = logprobs["text_offset"]
+    # If several tokens make up one character, all but the last of them end where they begin.
+    ends = [*starts[1:], len(prompt + completion)]
+    tokens = list(zip(logprobs["token_logprobs"], starts, ends, strict=True))[1:]  # the first token is not predicted
+    values = [value for value, start, end in tokens if start >= len(prompt) or end > len(prompt)]
     return LogLikelihood(sum(values), len(values))

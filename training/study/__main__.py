@@ -1,4 +1,4 @@
-"""`python -m training.study`: reruns the method's claims at small scale, and writes tables and plots of what came out."""
+"""`python -m training.study`: tests of the method's claims at small scale, with tables and plots of the results."""
 
 import json
 import logging
@@ -10,16 +10,16 @@ from pathlib import Path
 from lori.errors import LoriError
 from lori.store.files import replace_file
 from training.base import load_base
-from training.command_line import ended
-from training.study.claims import CLAIMS, Found
+from training.command_line import run_program
+from training.study.claims import CLAIMS, Result
 from training.study.config import Claim, StudyConfig
 from training.study.lab import Lab, StudyError
 
 logger = logging.getLogger(__name__)
 
 
-def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Found]]]], Path]:
-    """Return what writes the page. Raises `LoriError` where matplotlib is not installed: before the training, not after."""
+def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Result]]]], Path]:
+    """Return `write_page`. Raises `LoriError` if matplotlib is not installed; call it before the training, not after."""
     try:
         from training.study.page import write_page  # noqa: PLC0415  # an extra
     except ImportError as error:
@@ -27,30 +27,33 @@ def page_writer() -> Callable[[StudyConfig, Mapping[Claim, Sequence[Sequence[Fou
     return write_page
 
 
-def study(config: StudyConfig) -> Mapping[Claim, list[list[Found]]]:
-    """Train and measures what is not there yet; returns what each claim found, by seed. Raises `LoriError`."""
+def study(config: StudyConfig) -> Mapping[Claim, list[list[Result]]]:
+    """Train and measure what does not exist yet. Return the results of each claim, one list for each seed. Raises `LoriError`."""
     _open(config)
     base = load_base(config.model, config.dtype, config.threads)
     labs = [Lab(config, base, seed) for seed in config.seeds]
-    return {claim: [_found(lab, claim) for lab in labs] for claim in config.claims}
+    return {claim: [_results(lab, claim) for lab in labs] for claim in config.claims}
 
 
-def _found(lab: Lab, claim: Claim) -> list[Found]:
-    """Return what a claim finds with one seed. Written down whole, so that its adapters need not be kept, or moved, with it."""
+def _results(lab: Lab, claim: Claim) -> list[Result]:
+    """Return the results of a claim with one seed.
+
+    They are saved in a file of their own, so the claim's adapters and measurements need not be kept.
+    """
     file = lab.folder / f"{claim}.json"
     options = lab.config.options_of(claim)
     if file.is_file():
-        kept = json.loads(file.read_text())
-        if not (other := [name for name in options if options[name] != kept["options"].get(name)]):
-            return [Found(**one) for one in kept["found"]]
-        logger.info("seed %d: %s was found with other %s, and is again", lab.seed, claim, ", ".join(other))
-    found = list(CLAIMS[claim](lab))
-    replace_file(file, json.dumps({"options": options, "found": [asdict(one) for one in found]}, indent=1).encode())
-    return found
+        saved = json.loads(file.read_text())
+        if not (differing := [name for name in options if options[name] != saved["options"].get(name)]):
+            return [Result(**fields) for fields in saved["found"]]
+        logger.info("seed %d: %s was found with other %s, and is again", lab.seed, claim, ", ".join(differing))
+    results = list(CLAIMS[claim](lab))
+    replace_file(file, json.dumps({"options": options, "found": [asdict(result) for result in results]}, indent=1).encode())
+    return results
 
 
 def _open(config: StudyConfig) -> None:
-    """Write down the options of a new output; raises `StudyError` where what is there was made with others."""
+    """Write the options of a new output. Raises `StudyError` if an existing output has other options."""
     config.output.mkdir(parents=True, exist_ok=True)
     file = config.output / "options.json"
     if not file.is_file():
@@ -68,7 +71,7 @@ def main() -> int:
         write_page = page_writer()
         return f"wrote {write_page(config, study(config))}"
 
-    return ended(program, "interrupted: the same command goes on")
+    return run_program(program, "interrupted: the same command goes on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page of a study: tables of means and, of several seeds, their spread, with bars and lines of both."""
+"""The page of a study: tables and plots of means and, for several seeds, their spread."""
 
 import json
 import statistics
@@ -11,60 +11,60 @@ from matplotlib.figure import Figure
 
 from lori.compare.plots import FONT_SIZE, new_figure, save_figure
 from lori.store.files import replace_file
-from training.study.claims import Found
+from training.study.claims import Result
 from training.study.config import Claim, StudyConfig, TaskConfig
-from training.study.scores import LEAST_GAIN, Scores, columns_of, gains_kept, scores_of, shown, spread, whats_of
+from training.study.scores import LEAST_GAIN, Scores, columns_of, format_scores, gains_kept, methods_of, scores_of, spread
 
 WIDTH, HEIGHT = 3.0, 2.8
-"""Of one set of axes, in inches."""
+"""Size of one set of axes, in inches."""
 LETTER = 0.055
-"""What a letter of a slanted label takes in height, in inches."""
+"""Height that a letter of a slanted label takes, in inches."""
 
 
 def plot_bars(scores: Scores, columns: Sequence[str]) -> Figure:
-    """Return a bar for each what and setting, with its spread; a set of axes for each of `columns`."""
+    """Return bars of the means with their spread, one for each method and setting; one set of axes for each of `columns`."""
     labels = list(dict.fromkeys((what, setting) for what, setting, _ in scores))
     texts = [", ".join(filter(None, label)) for label in labels]
     figure = new_figure(WIDTH * len(columns), HEIGHT + LETTER * max(map(len, texts)))
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        found = [(text, scores[*label, column]) for text, label in zip(texts, labels, strict=True) if (*label, column) in scores]
-        means, spreads = [statistics.fmean(v) for _, v in found], [spread(v) for _, v in found]
-        axes.bar(range(len(found)), means, yerr=spreads, capsize=3, color=[f"C{i}" for i in range(len(found))])
-        axes.set_xticks(range(len(found)), [text for text, _ in found], rotation=45, ha="right", rotation_mode="anchor")
-        _titled(axes, column)
+        bars = [(text, scores[*label, column]) for text, label in zip(texts, labels, strict=True) if (*label, column) in scores]
+        means, spreads = [statistics.fmean(v) for _, v in bars], [spread(v) for _, v in bars]
+        axes.bar(range(len(bars)), means, yerr=spreads, capsize=3, color=[f"C{i}" for i in range(len(bars))])
+        axes.set_xticks(range(len(bars)), [text for text, _ in bars], rotation=45, ha="right", rotation_mode="anchor")
+        _set_title(axes, column)
     return figure
 
 
 def plot_lines(scores: Scores, columns: Sequence[str], xlabel: str) -> Figure:
-    """Return a line over the settings, which are numbers, for each what; a set of axes for each of `columns`."""
+    """Return a line over the settings, which are numbers, for each method; one set of axes for each of `columns`."""
     figure = new_figure(WIDTH * len(columns), HEIGHT)
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        for what in whats_of(scores):
+        for what in methods_of(scores):
             points = [(float(setting), values) for (w, setting, c), values in scores.items() if (w, c) == (what, column)]
-            _line(axes, points, what)
+            _plot_line(axes, points, what)
         axes.set_xlabel(xlabel)
-        _titled(axes, column)
+        _set_title(axes, column)
     return figure
 
 
-def plot_gains(kept: Scores) -> Figure:
-    """Return, for each set of merged tasks, the mean share of their gains that is kept, by weight; other methods as marks.
+def plot_gains(kept_gains: Scores) -> Figure:
+    """Return the mean share of the tasks' gains that is kept in a merge, by weight; one set of axes for each set of tasks.
 
-    Tasks whose adapters gained nothing alone are not in the mean, and what lies below -0.6 or above 1.15 is not seen. `kept` must
-    not be empty.
+    Linear merges have a line for each kind of adapter, the other merge methods one line each. Tasks whose adapters gained nothing
+    alone are not in the mean. Shares below -0.6 or above 1.15 are outside of the axes. `kept` must not be empty.
     """
-    sets = list(dict.fromkeys(setting.split(", ")[0] for _, setting, _ in kept))
+    sets = list(dict.fromkeys(setting.split(", ")[0] for _, setting, _ in kept_gains))
     num_columns = min(3, len(sets))
     num_rows = -(-len(sets) // num_columns)
     figure = new_figure(1.3 * WIDTH * num_columns, HEIGHT * num_rows + 0.8)
     grid = figure.subplots(num_rows, num_columns, squeeze=False, sharey=True).flatten()
     for axes, tasks in zip(grid, sets, strict=False):
-        for label, points in _by_weight(kept, tasks).items():
-            _line(axes, points, label)
+        for label, points in _by_weight(kept_gains, tasks).items():
+            _plot_line(axes, points, label)
         axes.set_xlabel("weight of each")
         axes.set_ylim(-0.6, 1.15)
         axes.axhline(1.0, color="grey", linewidth=0.5)
-        _titled(axes, tasks)
+        _set_title(axes, tasks)
     for axes in grid[len(sets) :]:
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
@@ -72,10 +72,10 @@ def plot_gains(kept: Scores) -> Figure:
     return figure
 
 
-def _by_weight(kept: Scores, tasks: str) -> dict[str, list[tuple[float, list[float]]]]:
-    """Return what is drawn for one set of tasks: by label, (weight, mean over tasks of each seed)."""
+def _by_weight(kept_gains: Scores, tasks: str) -> dict[str, list[tuple[float, list[float]]]]:
+    """Return the lines for one set of tasks: by label, points of (weight, mean over the tasks for each seed)."""
     groups: dict[tuple[str, str], list[list[float]]] = {}
-    for (what, setting, _), values in kept.items():
+    for (what, setting, _), values in kept_gains.items():
         if setting.split(", ")[0] == tasks:
             groups.setdefault((what, setting), []).append(values)
     lines: dict[str, list[tuple[float, list[float]]]] = {}
@@ -86,13 +86,13 @@ def _by_weight(kept: Scores, tasks: str) -> dict[str, list[tuple[float, list[flo
     return lines
 
 
-def _line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], label: str) -> None:
+def _plot_line(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], label: str) -> None:
     points = sorted(points)
     means, spreads = [statistics.fmean(values) for _, values in points], [spread(values) for _, values in points]
     axes.errorbar([x for x, _ in points], means, yerr=spreads, marker="o", markersize=4, capsize=3, label=label)
 
 
-def _titled(axes: Axes, title: str) -> None:
+def _set_title(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE)
 
@@ -106,10 +106,10 @@ TITLES: Mapping[Claim, str] = {
 }
 
 
-def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Found]]]) -> Path:
-    """Write study.md, its plots, and all figures in study.json into the output, and return the first."""
+def write_page(config: StudyConfig, results: Mapping[Claim, Sequence[Sequence[Result]]]) -> Path:
+    """Write study.md, its plots, and study.json with all figures into the output. Return the path of study.md."""
     parts = [f"# {title(len(config.seeds))}", _setting(config)]
-    for claim, seeds in found.items():
+    for claim, seeds in results.items():
         scores = scores_of(seeds, config.tasks)
         parts.append(f"## {TITLES[claim]}")
         if figure := draw(claim, scores, config.tasks):
@@ -118,13 +118,13 @@ def write_page(config: StudyConfig, found: Mapping[Claim, Sequence[Sequence[Foun
         parts += tables(claim, scores, config.tasks)
     page = config.output / "study.md"
     replace_file(page, ("\n\n".join(parts) + "\n").encode())
-    told = {claim: [[asdict(one) for one in seed] for seed in seeds] for claim, seeds in found.items()}
-    replace_file(config.output / "study.json", json.dumps(told, indent=1).encode())
+    data = {claim: [[asdict(result) for result in seed] for seed in seeds] for claim, seeds in results.items()}
+    replace_file(config.output / "study.json", json.dumps(data, indent=1).encode())
     return page
 
 
 def title(num_seeds: int) -> str:
-    """Return what the figures of a page are."""
+    """Return the title of a page, which says what its figures are."""
     return "Mean ± spread (standard deviation) over the seeds" if num_seeds > 1 else "Figures of one seed, without a spread"
 
 
@@ -139,31 +139,31 @@ def _setting(config: StudyConfig) -> str:
 
 
 def draw(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> Figure | None:
-    """Return the picture of a claim, where there is something to be drawn."""
+    """Return the plot of a claim; None if there is nothing to plot."""
     if claim == "merges":
-        kept = gains_kept(scores, tasks)
-        return plot_gains(kept) if kept else None
+        kept_gains = gains_kept(scores, tasks)
+        return plot_gains(kept_gains) if kept_gains else None
     columns = columns_of(scores)
     return plot_lines(scores, columns, "left out") if claim == "sparsity" else plot_bars(scores, columns)
 
 
 def tables(claim: Claim, scores: Scores, tasks: Mapping[str, TaskConfig]) -> list[str]:
-    """Return a claim's tables; of merges, what is kept of the gains stands before the scores."""
+    """Return the tables of a claim. For merges, a table of the kept gains comes before the scores."""
     if claim != "merges":
         return [table(scores)]
-    kept = gains_kept(scores, tasks)
-    said = (
+    kept_gains = gains_kept(scores, tasks)
+    caption = (
         "The share of an adapter's gain over the base that is kept in the merge (1: all of it, 0: as the base), where it gained "
     )
-    shares = [f"{said}{LEAST_GAIN} or more alone, with each seed:", table(kept)] if kept else []
+    shares = [f"{caption}{LEAST_GAIN} or more alone, with each seed:", table(kept_gains)] if kept_gains else []
     return [*shares, "The scores themselves:", table(scores)]
 
 
 def table(scores: Scores) -> str:
-    """Return a Markdown table: a row for what and setting, a column for each figure."""
+    """Return a Markdown table with a row for each method and setting, and a column for each figure."""
     columns = columns_of(scores)
     lines = [f"| | | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for what, setting in dict.fromkeys((what, setting) for what, setting, _ in scores):
-        cells = [shown(scores.get((what, setting, column), ())) for column in columns]
+        cells = [format_scores(scores.get((what, setting, column), ())) for column in columns]
         lines.append(f"| {what} | {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)

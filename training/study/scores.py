@@ -1,71 +1,71 @@
-"""Figures of several seeds as numbers to compare: scores, their spread, and the share of a gain that a merge keeps."""
+"""Scores of several seeds, their spread, and the share of a gain that a merge keeps."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from training.study.claims import ALONE, BASE, Found
+from training.study.claims import ALONE, BASE, Result
 from training.study.config import TaskConfig
 
 Key = tuple[str, str, str]
-"""What was measured, at which setting, in which column."""
+"""(method or base, setting, column of a table)."""
 Scores = dict[Key, list[float]]
-"""One score of each seed."""
+"""Scores by key, one for each seed."""
 
 
 LEAST_GAIN = 0.02
-"""In a task's own figure: two rows of a hundred, or 0.02 nats."""
+"""Smallest gain of which shares are computed, in the task's own figure: two rows of a hundred, or 0.02 nats."""
 
 
 def column_of(task: str, figure: str) -> str:
-    """Return what a task's figure is called."""
+    """Return the heading of the column of a task's figure."""
     return f"{task}: {figure.replace('_', ' ').replace('/', ' ')}"
 
 
-def scores_of(seeds: Sequence[Sequence[Found]], tasks: Mapping[str, TaskConfig]) -> Scores:
-    """Return each task's score and what is told beside it."""
+def scores_of(seeds: Sequence[Sequence[Result]], tasks: Mapping[str, TaskConfig]) -> Scores:
+    """Return the score of each task, and the figure that is reported beside it."""
     scores: Scores = {}
-    for found in (one for seed in seeds for one in seed):
-        task = tasks[found.task]
+    for result in (result for seed in seeds for result in seed):
+        task = tasks[result.task]
         for figure in filter(None, (task.figure, task.beside)):
-            scores.setdefault((found.what, found.setting, column_of(found.task, figure)), []).append(found.figures[figure])
+            scores.setdefault((result.what, result.setting, column_of(result.task, figure)), []).append(result.figures[figure])
     return scores
 
 
 def gains_kept(scores: Scores, tasks: Mapping[str, TaskConfig]) -> Scores:
-    """Return, for each merge and task, (merged - base) / (alone - base): the share of what an adapter gained alone.
+    """Return, for each merge and task, (merged - base) / (alone - base): the share of the adapter's gain that the merge keeps.
 
-    An adapter that gained less than `LEAST_GAIN` alone, with any seed, is left out: a share of about nothing says nothing.
+    An adapter that gained less than `LEAST_GAIN` alone, with any seed, is left out, since a share of almost nothing is noise.
     """
-    kept: Scores = {}
+    kept_gains: Scores = {}
     for name, task in tasks.items():
         column = column_of(name, task.figure)
         sign = -1.0 if task.is_loss else 1.0
-        for (what, setting, found), merged in scores.items():
-            if setting == ALONE or found != column:
+        for (what, setting, scored_column), merged in scores.items():
+            if setting == ALONE or scored_column != column:
                 continue
-            base, alone = scores[BASE, ALONE, column], scores[what, ALONE, column]
-            gains = [sign * (a - b) for a, b in zip(alone, base, strict=True)]
+            base, single = scores[BASE, ALONE, column], scores[what, ALONE, column]
+            gains = [sign * (a - b) for a, b in zip(single, base, strict=True)]
             if min(gains) >= LEAST_GAIN:
                 shares = zip(merged, base, gains, strict=True)
-                kept[what, setting, name] = [sign * (m - b) / gain for m, b, gain in shares]
-    return kept
+                kept_gains[what, setting, name] = [sign * (m - b) / gain for m, b, gain in shares]
+    return kept_gains
 
 
 def spread(values: Sequence[float]) -> float:
-    """Return the standard deviation over seeds; NaN of one, which has none and is drawn without."""
+    """Return the standard deviation over seeds; NaN for one seed, which matplotlib does not draw."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def shown(values: Sequence[float]) -> str:
-    """Return mean and spread as a cell of a table, empty where there is none."""
+def format_scores(values: Sequence[float]) -> str:
+    """Return mean and spread as a cell of a table; empty without values."""
     if not values:
         return ""
     return f"{statistics.fmean(values):.3f}" + (f" ± {spread(values):.3f}" if len(values) > 1 else "")
 
 
-def whats_of(scores: Scores) -> list[str]:
-    """Return what was measured, in order."""
+def methods_of(scores: Scores) -> list[str]:
+    """Return the methods (or base) of `scores`, in order."""
     return list(dict.fromkeys(what for what, _, _ in scores))
 
 

@@ -1,4 +1,4 @@
-"""The registry: every adapter that a server can load, by name, version and alias, and the names a request may use."""
+"""The registry: every adapter that a server can load, by name, version and alias, and the names that a request may use."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,32 +11,33 @@ from lori.summary import Summary
 from server.engine.request import Request
 
 MAX_CALLERS = 32
-"""Whose names are kept: to go through thousands takes milliseconds, and each request for an unknown one needs them."""
+"""Maximum number of callers whose usable names are cached. Filtering thousands of names takes milliseconds, and every request for
+an unknown adapter needs them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """One version of an adapter on disk, under the name that it is asked for by."""
+    """One version of an adapter on disk, under the name that requests use."""
 
     entry: Entry
     summary: Summary
 
     @property
     def names(self) -> frozenset[str]:
-        """Its name, and its owner's where that is an alias."""
+        """The adapter's name, and for an alias also its owner's name."""
         return frozenset((self.summary.name, self.owner))
 
     @property
     def owner(self) -> str:
-        """The adapter that its files are of: another name, where its own is an alias."""
+        """Name of the adapter that owns the files. For an alias, this is another name."""
         return self.entry.folder.name.partition("@")[0]
 
     def entries(self) -> Iterator[Entry]:
-        """Yield where its files may be: a folder as its maker left it is renamed when a version of its name is published."""
+        """Yield the folders that may hold the files. Publishing a version of a name renames the name's unversioned folder."""
         yield self.entry
-        kept = replace(self.entry, folder=self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
-        if kept.folder != self.entry.folder and kept.folder.is_dir():
-            yield kept
+        versioned = replace(self.entry, folder=self.entry.folder.with_name(f"{self.owner}@{self.summary.version}"))
+        if versioned.folder != self.entry.folder and versioned.folder.is_dir():
+            yield versioned
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +47,22 @@ class Faulty:
     reference: str
     """`name`, `name@version`, or a folder name that is not a valid adapter name."""
     folder: str
-    """Its folder's name in the store; empty if the name resolves to none."""
+    """Name of the folder in the store; empty if the reference resolves to none."""
     faults: tuple[str, ...]
-    """As clients may read them: each in one short line, without a path of this machine."""
+    """Faults as clients may read them: each is one short line without a path of this machine."""
 
     @classmethod
-    def of(cls, reference: str, folder: str, faults: Sequence[str]) -> "Faulty":
-        """Return it with the first of `faults`, whose text may be that of a file."""
+    def from_faults(cls, reference: str, folder: str, faults: Sequence[str]) -> "Faulty":
+        """Return a faulty adapter with the first of `faults`. Their text may come from a file, so it is sanitized."""
         return cls(shortened(printable(reference)), folder, shown_faults([*map(printable, faults)]))
 
     @property
     def name(self) -> str:
-        """Without the version."""
+        """The reference's name, without the version."""
         return self.reference.partition("@")[0]
 
-    def is_meant_by(self, reference: str) -> bool:
-        """Whether `name@` and a version's first digits mean this. True where its own version is not known."""
+    def matches(self, reference: str) -> bool:
+        """Whether `name@` with the first digits of a version refers to this adapter. True if its own version is unknown."""
         name, _, digits = reference.partition("@")
         version = (self.reference if "@" in self.reference else self.folder).partition("@")[2]
         return name == self.name and (not version or version.startswith(digits))
@@ -73,28 +74,29 @@ class _Tables:
     versions: Mapping[str, tuple[Registered, ...]]
     by_digest: Mapping[str, tuple[Registered, ...]]
     usable: dict[Callable[[str], bool], Sequence[str]] = field(default_factory=dict)
-    """Names in order, by who may use them."""
+    """Sorted names that a caller may use, by the caller's `may_use`."""
 
 
 class Registry:
-    """Registered adapters by name, by version, and by the digest of their content.
+    """The registered adapters by name, by version, and by content digest.
 
-    Any thread may read it. One at a time may change it: the tables are replaced whole, so a reader sees one state or the next.
+    Any thread may read. Only one thread at a time may write: tables are replaced as a whole, so a reader sees the old or the new
+    state.
     """
 
     def __init__(self, adapters: Iterable[Registered], others: Iterable[Registered] = ()) -> None:
-        """`adapters` are what names mean now; `others` are versions that are asked for as `name@version` alone."""
-        current = {of.summary.name: of for of in adapters}
-        self._tables = _Tables(current, *_found_by([*current.values(), *others]))
+        """`adapters` are the current versions of their names. `others` can be requested only as `name@version`."""
+        current = {adapter.summary.name: adapter for adapter in adapters}
+        self._tables = _Tables(current, *_index([*current.values(), *others]))
         self._faulty: Mapping[str, Faulty] = {}
 
     @property
     def by_name(self) -> Mapping[str, Registered]:
-        """What each name means now."""
+        """The current version of each name."""
         return self._tables.by_name
 
     def names_for(self, may_use: Callable[[str], bool]) -> Sequence[str]:
-        """Return in order the names that a caller may use. They are kept until adapters change, or too many others ask."""
+        """Return the sorted names that a caller may use. Cached until adapters change, or too many other callers ask."""
         tables = self._tables
         names = tables.usable.get(may_use)
         if names is None:
@@ -106,21 +108,24 @@ class Registry:
 
     @property
     def faulty(self) -> Mapping[str, Faulty]:
-        """What cannot be served, by reference. No name is here and in `by_name`."""
+        """Faulty adapters by reference. No reference is in both `faulty` and `by_name`."""
         return self._faulty
 
-    def fault_of(self, reference: str) -> Faulty | None:
-        """Return what is damaged and meant by `reference`, a name or `name@version`, or None."""
+    def find_faulty(self, reference: str) -> Faulty | None:
+        """Return the faulty adapter that `reference` (`name` or `name@version`) refers to, or None."""
         if "@" not in reference:
             return self._faulty.get(reference)
-        return next((faulty for faulty in self._faulty.values() if faulty.is_meant_by(reference)), None)
+        return next((faulty for faulty in self._faulty.values() if faulty.matches(reference)), None)
 
-    def note_faulty(self, faulty: Iterable[Faulty]) -> None:
-        """Add damaged adapters. One whose reference can be served is left out."""
-        self._faulty = {**self._faulty, **{one.reference: one for one in faulty if one.reference not in self.by_name}}
+    def add_faulty(self, faulty: Iterable[Faulty]) -> None:
+        """Add faulty adapters, except those whose reference can be served."""
+        self._faulty = {
+            **self._faulty,
+            **{adapter.reference: adapter for adapter in faulty if adapter.reference not in self.by_name},
+        }
 
-    def clear_faults(self, references: Collection[str]) -> None:
-        """Forget what is damaged of these: names, with all their versions, or `name@version`."""
+    def remove_faulty(self, references: Collection[str]) -> None:
+        """Remove the faults of these names, with all their versions, or of `name@version`."""
         self._faulty = {
             reference: faulty
             for reference, faulty in self._faulty.items()
@@ -128,96 +133,101 @@ class Registry:
         }
 
     def versions(self, name: str) -> Sequence[Registered]:
-        """Return the versions of `name`; none where the name is not known."""
+        """Return the versions of `name`; empty if the name is unknown."""
         return self._tables.versions.get(name, ())
 
     def find(self, digest: str, names: Collection[str]) -> Sequence[Registered]:
-        """Return the adapters of this content, first those of `names`; none where all are forgotten."""
-        return sorted(self._tables.by_digest.get(digest, ()), key=lambda of: of.summary.name not in names)
+        """Return the adapters with this content digest, those of `names` first; empty if all are forgotten."""
+        return sorted(self._tables.by_digest.get(digest, ()), key=lambda adapter: adapter.summary.name not in names)
 
     def has(self, name: str, digest: str) -> bool:
-        """Whether this content can be asked for by this name, as what it means or by version."""
-        return any(of.summary.digest == digest for of in self.versions(name))
+        """Whether this content can be requested under this name, as the current version or by version."""
+        return any(adapter.summary.digest == digest for adapter in self.versions(name))
 
     def put(self, adapter: Registered, others: Sequence[Registered] = ()) -> Sequence[Registered]:
-        """Make the adapter's name mean it, and `others`, of the same name, what can be asked for by version beside it.
+        """Make `adapter` the current version of its name. `others`, of the same name, can be requested by version beside it.
 
-        Returns what of the name can be asked for no more; it is found by digest until it is forgotten.
+        Return the versions that can no longer be requested. They are still found by digest until `forget`.
         """
         tables, name = self._tables, adapter.summary.name
-        versions = (adapter, *(of for of in others if of.summary.digest != adapter.summary.digest))
+        versions = (adapter, *(other for other in others if other.summary.digest != adapter.summary.digest))
         self._tables = _Tables(
-            {**tables.by_name, name: adapter}, {**tables.versions, name: versions}, _with(tables.by_digest, versions)
+            {**tables.by_name, name: adapter}, {**tables.versions, name: versions}, _with_adapters(tables.by_digest, versions)
         )
-        sound = {name, *(f"{name}@{of.summary.version}" for of in versions)}
-        self._faulty = {reference: faulty for reference, faulty in self._faulty.items() if reference not in sound}
-        kept = {of.summary.digest for of in versions}
-        return [of for of in tables.versions.get(name, ()) if of.summary.digest not in kept]
+        references = {name, *(f"{name}@{other.summary.version}" for other in versions)}
+        self._faulty = {reference: faulty for reference, faulty in self._faulty.items() if reference not in references}
+        digests = {other.summary.digest for other in versions}
+        return [other for other in tables.versions.get(name, ()) if other.summary.digest not in digests]
 
     def add(self, others: Iterable[Registered]) -> None:
-        """Let versions be asked for by version that are not what their names mean."""
-        tables, added = self._tables, [of for of in others if not self.has(of.summary.name, of.summary.digest)]
+        """Add versions that can be requested only as `name@version`."""
+        tables = self._tables
+        new_adapters = [adapter for adapter in others if not self.has(adapter.summary.name, adapter.summary.digest)]
         versions = {**tables.versions}
-        for of in added:
-            versions[of.summary.name] = (*versions.get(of.summary.name, ()), of)
-        self._tables = _Tables(tables.by_name, versions, _with(tables.by_digest, added))
+        for adapter in new_adapters:
+            versions[adapter.summary.name] = (*versions.get(adapter.summary.name, ()), adapter)
+        self._tables = _Tables(tables.by_name, versions, _with_adapters(tables.by_digest, new_adapters))
 
     def withdraw(self, name: str) -> Sequence[Registered]:
-        """Let a name and its versions be asked for no more, and returns them. They are found by digest until forgotten."""
-        tables, gone = self._tables, self.versions(name)
-        by_name = {key: of for key, of in tables.by_name.items() if key != name}
-        self._tables = _Tables(by_name, {key: of for key, of in tables.versions.items() if key != name}, tables.by_digest)
-        return gone
+        """Withdraw a name with all its versions and return them. They are no longer requestable, but found by digest."""
+        tables, withdrawn = self._tables, self.versions(name)
+        by_name = {key: value for key, value in tables.by_name.items() if key != name}
+        self._tables = _Tables(by_name, {key: value for key, value in tables.versions.items() if key != name}, tables.by_digest)
+        return withdrawn
 
-    def withdraw_version(self, gone: Registered) -> None:
-        """Let a version that is not what its name means be asked for no more. It is found by digest until forgotten."""
-        tables, name = self._tables, gone.summary.name
-        assert gone.summary.digest != tables.by_name[name].summary.digest
-        left = tuple(of for of in self.versions(name) if of.summary.digest != gone.summary.digest)
-        self._tables = _Tables(tables.by_name, {**tables.versions, name: left}, tables.by_digest)
+    def withdraw_version(self, withdrawn: Registered) -> None:
+        """Withdraw a version that is not the current one. It is no longer requestable, but found by digest until `forget`."""
+        tables, name = self._tables, withdrawn.summary.name
+        assert withdrawn.summary.digest != tables.by_name[name].summary.digest
+        remaining = tuple(other for other in self.versions(name) if other.summary.digest != withdrawn.summary.digest)
+        self._tables = _Tables(tables.by_name, {**tables.versions, name: remaining}, tables.by_digest)
 
-    def forget(self, gone: Registered) -> None:
-        """Let what was withdrawn be found no more, unless it was put back: no request that names it is under way."""
-        tables, digest = self._tables, gone.summary.digest
-        if self.has(gone.summary.name, digest):
+    def forget(self, withdrawn: Registered) -> None:
+        """Forget a withdrawn version, unless it was put back. No running request may use it."""
+        tables, digest = self._tables, withdrawn.summary.digest
+        if self.has(withdrawn.summary.name, digest):
             return
-        left = tuple(of for of in tables.by_digest.get(digest, ()) if of.summary.name != gone.summary.name)
-        others = {key: of for key, of in tables.by_digest.items() if key != digest}
-        self._tables = _Tables(tables.by_name, tables.versions, others | ({digest: left} if left else {}))
+        remaining = tuple(
+            adapter for adapter in tables.by_digest.get(digest, ()) if adapter.summary.name != withdrawn.summary.name
+        )
+        others = {key: adapters for key, adapters in tables.by_digest.items() if key != digest}
+        self._tables = _Tables(tables.by_name, tables.versions, others | ({digest: remaining} if remaining else {}))
 
 
-def _found_by(
+def _index(
     adapters: Iterable[Registered],
 ) -> tuple[Mapping[str, tuple[Registered, ...]], Mapping[str, tuple[Registered, ...]]]:
     versions: dict[str, dict[str, Registered]] = {}
     by_digest: dict[str, list[Registered]] = {}
-    for of in adapters:
-        if of.summary.digest not in (known := versions.setdefault(of.summary.name, {})):
-            known[of.summary.digest] = of
-            by_digest.setdefault(of.summary.digest, []).append(of)
-    return {name: tuple(of.values()) for name, of in versions.items()}, {key: tuple(of) for key, of in by_digest.items()}
+    for adapter in adapters:
+        if adapter.summary.digest not in (by_version := versions.setdefault(adapter.summary.name, {})):
+            by_version[adapter.summary.digest] = adapter
+            by_digest.setdefault(adapter.summary.digest, []).append(adapter)
+    return {name: tuple(by_version.values()) for name, by_version in versions.items()}, {
+        key: tuple(listed) for key, listed in by_digest.items()
+    }
 
 
-def _with(
+def _with_adapters(
     by_digest: Mapping[str, tuple[Registered, ...]], adapters: Iterable[Registered]
 ) -> Mapping[str, tuple[Registered, ...]]:
-    found = {**by_digest}
+    index = {**by_digest}
     for adapter in adapters:
-        others = (of for of in found.get(adapter.summary.digest, ()) if of.summary.name != adapter.summary.name)
-        found[adapter.summary.digest] = (adapter, *others)
-    return found
+        others = (other for other in index.get(adapter.summary.digest, ()) if other.summary.name != adapter.summary.name)
+        index[adapter.summary.digest] = (adapter, *others)
+    return index
 
 
 MayUse = Callable[[str], bool]
-"""Whether the caller may use the adapters of a name; an alias is a name as any other."""
+"""Whether a caller may use the adapters of a name. An alias is a name like any other."""
 
 
 class AmbiguousVersionError(AdapterError):
-    """The first digits of a version could be several."""
+    """The first digits of a version match several versions."""
 
 
 class FaultyAdapterError(AdapterError):
-    """An adapter was asked for that lies in the store and is damaged. A client reads it: it names no path."""
+    """A requested adapter is damaged. Clients read the message, so it has no path."""
 
     def __init__(self, faulty: Faulty) -> None:
         self.faults = faulty.faults
@@ -225,53 +235,54 @@ class FaultyAdapterError(AdapterError):
 
 
 class PolicyError(Exception):
-    """What the operator adds to every request of a tenant cannot be added. A client reads it: it names no adapter."""
+    """An adapter of a tenant's policy cannot be added. Clients read the message, so it names no adapter."""
 
     def __init__(self) -> None:
         super().__init__("the operator's adapters cannot be added to this request, and it is not served without them")
 
 
-def meanings(registry: Registry, reference: str) -> Sequence[Registered]:
-    """Return what `name` or `name@version` may mean: one, none, or several whose version begins so."""
-    name, at, _ = reference.partition("@")
-    if not at:
-        return [found] if (found := registry.by_name.get(name)) else []
+def candidates(registry: Registry, reference: str) -> Sequence[Registered]:
+    """Return the adapters that `name` or `name@version` may refer to: none, one, or several with that version prefix."""
+    name, separator, _ = reference.partition("@")
+    if not separator:
+        return [adapter] if (adapter := registry.by_name.get(name)) else []
     try:
         name, version = split_reference(reference)
     except AdapterError:
         return []
-    return [of for of in registry.versions(name) if version and of.summary.version.startswith(version)]
+    return [adapter for adapter in registry.versions(name) if version and adapter.summary.version.startswith(version)]
 
 
 def resolve(registry: Registry, reference: str, may_use: MayUse) -> Registered:
-    """Return what `name` or `name@version` means; the version's first digits will do.
+    """Return the adapter that `name` or `name@version` refers to. The first digits of a version are enough.
 
-    What the caller may not use is as unknown as what there is not: the same error, the same work. Raises `UnknownAdapterError`,
-    `FaultyAdapterError`, `AmbiguousVersionError`.
+    An adapter that the caller may not use gives the same error, after the same work, as one that does not exist. Raises
+    `UnknownAdapterError`, `FaultyAdapterError`, `AmbiguousVersionError`.
     """
-    found, is_allowed = meanings(registry, reference), may_use(reference.partition("@")[0])
-    if not found or not is_allowed:
-        raise unknown(registry, reference, may_use)
-    if len(found) > 1:
-        said = " or ".join(f"{of.summary.name}@{of.summary.version}" for of in found)
-        raise AmbiguousVersionError(f"{reference!r} could be {said}")
-    return found[0]
+    matching, is_allowed = candidates(registry, reference), may_use(reference.partition("@")[0])
+    if not matching or not is_allowed:
+        raise unknown_error(registry, reference, may_use)
+    if len(matching) > 1:
+        alternatives = " or ".join(f"{adapter.summary.name}@{adapter.summary.version}" for adapter in matching)
+        raise AmbiguousVersionError(f"{reference!r} could be {alternatives}")
+    return matching[0]
 
 
-def unknown(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError | FaultyAdapterError:
-    """Return the error for a `reference` that cannot be asked for.
+def unknown_error(registry: Registry, reference: str, may_use: MayUse) -> UnknownAdapterError | FaultyAdapterError:
+    """Return the error for a `reference` that cannot be requested.
 
-    It has its faults where it is damaged and the caller may use it, else names that the caller may use and that look like it.
+    It lists the faults if the adapter is damaged and the caller may use it. Otherwise it suggests similar names that the caller
+    may use.
     """
-    if may_use(reference.partition("@")[0]) and (faulty := registry.fault_of(reference)):
+    if may_use(reference.partition("@")[0]) and (faulty := registry.find_faulty(reference)):
         return FaultyAdapterError(faulty)
     return unknown_adapter(reference, registry.names_for(may_use))
 
 
 def check_registered(registry: Registry, request: Request, may_use: MayUse) -> None:
-    """Raise `UnknownAdapterError` where an adapter was withdrawn since the request was admitted; `PolicyError` for a policy."""
+    """Raise `UnknownAdapterError` if an adapter was withdrawn after the request's admission; `PolicyError` for a policy's."""
     if not all(registry.has(term.name, term.digest) for term in request.policy):
         raise PolicyError
     for term in request.terms:
         if not registry.has(term.name, term.digest):
-            raise unknown(registry, term.reference, may_use)
+            raise unknown_error(registry, term.reference, may_use)

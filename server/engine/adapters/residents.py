@@ -1,4 +1,4 @@
-"""Which adapter lies in which slot, and for whom it must stay there. Plain values; the bytes are elsewhere."""
+"""The slots' bookkeeping: which adapter is in which slot, and which must stay. Plain values; the bytes are elsewhere."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Resident:
-    """What lies in a slot. `num_pins` sequences use it; it is kept where it stays unused, too."""
+    """The adapter in a slot. `num_users` sequences use it. A pinned adapter stays even if it is unused."""
 
     slot: int
     num_bytes: int
     scale: float
     """alpha / r of the adapter."""
-    num_pins: int = 0
-    is_kept: bool = False
+    num_users: int = 0
+    is_pinned: bool = False
 
     @property
-    def can_go(self) -> bool:
-        """Whether it may make room for others."""
-        return not self.num_pins and not self.is_kept
+    def is_evictable(self) -> bool:
+        """Whether the adapter may be evicted."""
+        return not self.num_users and not self.is_pinned
 
 
 class Residents:
-    """At most `num_slots` adapters of `max_bytes` in all, by digest; the one that is unused longest goes first."""
+    """Resident adapters by digest: at most `num_slots`, of `max_bytes` together. The least recently used one is evicted first."""
 
     def __init__(self, num_slots: int, max_bytes: int) -> None:
         self.num_slots, self.max_bytes = num_slots, max_bytes
         self.num_bytes = 0
         self.num_evictions = 0
-        """So far."""
-        self.num_pinned = 0
-        """Adapters that some sequence uses. Counted, for it is read while another thread moves them."""
-        self.num_kept = self.num_kept_bytes = 0
+        """Number of evictions so far."""
+        self.num_in_use = 0
+        """Number of adapters that sequences use. Kept as a counter, because other threads read it."""
+        self.num_pinned = self.num_pinned_bytes = 0
         self._free = list(range(num_slots - 1, -1, -1))
-        self._by_digest: OrderedDict[str, Resident] = OrderedDict()  # the one unused longest first
+        self._by_digest: OrderedDict[str, Resident] = OrderedDict()  # the least recently used first
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._by_digest
@@ -43,99 +43,100 @@ class Residents:
 
     @property
     def digests(self) -> frozenset[str]:
-        """What is resident now. Any thread may ask: the copy is made at once."""
+        """Digests of the resident adapters. Thread-safe: the copy is atomic."""
         return frozenset([*self._by_digest])
 
     def get(self, digest: str) -> Resident:
-        """Return what is known of a resident adapter."""
+        """Return the entry of a resident adapter."""
         return self._by_digest[digest]
 
-    def pin(self, digest: str) -> None:
-        """Keep a resident adapter in its slot for one more sequence."""
-        of = self._by_digest[digest]
-        self.num_pinned += not of.num_pins
-        of.num_pins += 1
+    def acquire(self, digest: str) -> None:
+        """Add a user to a resident adapter, which then stays in its slot."""
+        resident = self._by_digest[digest]
+        self.num_in_use += not resident.num_users
+        resident.num_users += 1
         self._by_digest.move_to_end(digest)
-
-    def unpin(self, digest: str) -> None:
-        """Take a pin back."""
-        of = self._by_digest[digest]
-        of.num_pins -= 1
-        assert of.num_pins >= 0
-        self.num_pinned -= not of.num_pins
-        self._by_digest.move_to_end(digest)
-
-    def can_keep(self, digest: str, num_bytes: int) -> bool:
-        """Whether half of the slots and of the bytes are left for others where this one is kept, too."""
-        if self.is_kept(digest):
-            return True
-        return 2 * (self.num_kept + 1) <= self.num_slots and 2 * (self.num_kept_bytes + num_bytes) <= self.max_bytes
-
-    def is_kept(self, digest: str) -> bool:
-        """Whether an adapter is resident and kept so."""
-        return digest in self and self._by_digest[digest].is_kept
-
-    def keep(self, digest: str) -> None:
-        """Keep a resident adapter in its slot until it is released."""
-        of = self._by_digest[digest]
-        self.num_kept += not of.is_kept
-        self.num_kept_bytes += of.num_bytes * (not of.is_kept)
-        of.is_kept = True
 
     def release(self, digest: str) -> None:
-        """Let an adapter that may have been kept make room for others."""
-        of = self._by_digest.get(digest)
-        if of and of.is_kept:
-            of.is_kept = False
-            self.num_kept -= 1
-            self.num_kept_bytes -= of.num_bytes
+        """Remove a user of an adapter."""
+        resident = self._by_digest[digest]
+        resident.num_users -= 1
+        assert resident.num_users >= 0
+        self.num_in_use -= not resident.num_users
+        self._by_digest.move_to_end(digest)
+
+    def can_pin(self, digest: str, num_bytes: int) -> bool:
+        """Whether pinning this adapter leaves half of the slots and of the bytes to unpinned ones."""
+        if self.is_pinned(digest):
+            return True
+        return 2 * (self.num_pinned + 1) <= self.num_slots and 2 * (self.num_pinned_bytes + num_bytes) <= self.max_bytes
+
+    def is_pinned(self, digest: str) -> bool:
+        """Whether an adapter is resident and pinned."""
+        return digest in self and self._by_digest[digest].is_pinned
+
+    def pin(self, digest: str) -> None:
+        """Keep a resident adapter in its slot until it is unpinned."""
+        resident = self._by_digest[digest]
+        self.num_pinned += not resident.is_pinned
+        self.num_pinned_bytes += resident.num_bytes * (not resident.is_pinned)
+        resident.is_pinned = True
+
+    def unpin(self, digest: str) -> None:
+        """Unpin an adapter, if it is pinned."""
+        resident = self._by_digest.get(digest)
+        if resident and resident.is_pinned:
+            resident.is_pinned = False
+            self.num_pinned -= 1
+            self.num_pinned_bytes -= resident.num_bytes
 
     def sizes(self) -> dict[str, int]:
-        """Return what each resident adapter takes, in bytes. Any thread may ask: what it hears was so a moment ago."""
-        return {digest: of.num_bytes for digest, of in dict.copy(self._by_digest).items()}  # copied without Python's loop
+        """Return the bytes of each resident adapter. Thread-safe, but may be slightly outdated."""
+        # `dict.copy` is atomic: no other thread runs during it.
+        return {digest: resident.num_bytes for digest, resident in dict.copy(self._by_digest).items()}
 
     def make_room(self, num_bytes: int) -> list[int] | None:
-        """Evict what must go so that an adapter of `num_bytes` fits, and returns the slots that are empty now.
+        """Evict as many adapters as needed to fit one of `num_bytes`, and return the emptied slots.
 
-        `None`, and nothing is evicted, where it could not fit beside what is pinned or kept.
+        Returns None and evicts nothing if it could not fit beside the adapters that are in use or pinned.
         """
         victims: list[str] = []
-        num_free, left = len(self._free), self.max_bytes - self.num_bytes
-        for digest, of in self._by_digest.items():
-            if num_free and left >= num_bytes:
+        num_free, bytes_left = len(self._free), self.max_bytes - self.num_bytes
+        for digest, resident in self._by_digest.items():
+            if num_free and bytes_left >= num_bytes:
                 break
-            if of.can_go:
+            if resident.is_evictable:
                 victims.append(digest)
-                num_free, left = num_free + 1, left + of.num_bytes
-        if not num_free or left < num_bytes:
+                num_free, bytes_left = num_free + 1, bytes_left + resident.num_bytes
+        if not num_free or bytes_left < num_bytes:
             return None
         return [self._evict(digest) for digest in victims]
 
     def add(self, digest: str, num_bytes: int, scale: float) -> int:
-        """Give an adapter a slot; there must be room."""
+        """Give an adapter a slot and return the slot. There must be room."""
         assert digest not in self._by_digest
         slot = self._free.pop()
         self._by_digest[digest] = Resident(slot, num_bytes, scale)
         self.num_bytes += num_bytes
         return slot
 
-    def check_integrity(self, num_pins: int) -> None:
-        """Assert that slots and bytes add up, and that there are `num_pins` pins."""
-        slots = [of.slot for of in self._by_digest.values()]
+    def check_integrity(self, num_users: int) -> None:
+        """Assert that slots and bytes add up, and that all adapters together have `num_users` users."""
+        slots = [resident.slot for resident in self._by_digest.values()]
         assert sorted([*slots, *self._free]) == list(range(self.num_slots))
-        assert self.num_bytes == sum(of.num_bytes for of in self._by_digest.values()) <= self.max_bytes
-        assert sum(of.num_pins for of in self._by_digest.values()) == num_pins
-        assert sum(of.num_pins > 0 for of in self._by_digest.values()) == self.num_pinned
-        kept = [of.num_bytes for of in self._by_digest.values() if of.is_kept]
-        assert (self.num_kept, self.num_kept_bytes) == (len(kept), sum(kept))
+        assert self.num_bytes == sum(resident.num_bytes for resident in self._by_digest.values()) <= self.max_bytes
+        assert sum(resident.num_users for resident in self._by_digest.values()) == num_users
+        assert sum(resident.num_users > 0 for resident in self._by_digest.values()) == self.num_in_use
+        pinned_sizes = [resident.num_bytes for resident in self._by_digest.values() if resident.is_pinned]
+        assert (self.num_pinned, self.num_pinned_bytes) == (len(pinned_sizes), sum(pinned_sizes))
 
     def remove(self, digest: str) -> int:
-        """Take out an adapter that may go, and return its slot."""
-        of = self._by_digest.pop(digest)
-        assert of.can_go
-        self._free.append(of.slot)
-        self.num_bytes -= of.num_bytes
-        return of.slot
+        """Remove an evictable adapter and return its slot."""
+        resident = self._by_digest.pop(digest)
+        assert resident.is_evictable
+        self._free.append(resident.slot)
+        self.num_bytes -= resident.num_bytes
+        return resident.slot
 
     def _evict(self, digest: str) -> int:
         self.num_evictions += 1

@@ -1,8 +1,8 @@
 """CUDA graphs of decoding steps: recorded once for each of a few sizes, replayed with other inputs in one launch.
 
-The inputs lie at fixed places on the device. A step of B sequences runs as one of the next size up: unused rows read one key of
-a block that no sequence owns, and write theirs there. All inputs are one int32 array, filled on the host and copied once.
-Shapes: B rows of a size, M terms of all rows, N places of the block table, V vocabulary.
+The inputs have fixed addresses on the device. A step of B sequences runs as the next recorded size. Its unused rows read and
+write one key of a block that no sequence owns. All inputs are one int32 array, filled on the host and copied once. Shapes: B rows
+of a size, M terms of all rows, N entries of the block table, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,20 +19,20 @@ from lori.pool import AdapterPool
 from server.engine.model.decoder import Decoder, Ops, Span
 
 TERMS = 8
-"""Terms of a row that there is room for, on average over a size's rows; a step with more of them is not replayed."""
-ALIGNED = 4
-"""Parts of the array begin at multiples of 16 bytes, as Triton wants it."""
+"""Terms per row that the inputs have room for, averaged over the rows of a size. A step with more terms is not replayed."""
+ALIGNMENT = 4
+"""Alignment of the array's parts in int32 values: 16 bytes, as Triton prefers."""
 MIN_STRIDE = 16
 Terms = Sequence[tuple[int, float]]
 """Slot and weight of each adapter of a row."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decoding:
-    """Where the keys of B tokens lie, one of each sequence.
+class DecodeKeys:
+    """The keys of B decoding tokens, one token of each sequence.
 
-    `lengths` (B,) int32 are theirs, at least one, in the blocks of `table` (N,) int32 from `starts` (B,) int32 on; `write` (B,)
-    int64 is the place of the newest.
+    A row has `lengths` (B,) int32 keys, at least one. They are in the blocks that `table` (N,) int32 lists from `starts` (B,)
+    int32 on. `write` (B,) int64 is the memory index of the newest key.
     """
 
     write: torch.Tensor
@@ -41,21 +41,27 @@ class Decoding:
     table: torch.Tensor
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """Return the sizes of steps up to the first that holds `most`: 1, 2, 4, 8, from there in eights, from 64 on in quarters."""
+def graph_sizes(max_rows: int) -> list[int]:
+    """Return the sizes to record, up to the first that holds `max_rows`.
+
+    They are 1, 2, 4, 8, then multiples of 8, and from 64 on quarters of the powers of two.
+    """
     sizes = [1]
-    while sizes[-1] < most:
+    while sizes[-1] < max_rows:
         last = sizes[-1]
         sizes.append(2 * last if last < 8 else last + max(8, 1 << last.bit_length() - 3))
     return sizes
 
 
 class DecodingInputs:
-    """Room for the inputs of steps of up to `max_rows` sequences of up to `max_blocks` blocks; `spare_block` is nobody's."""
+    """Buffers for the inputs of steps of up to `max_rows` sequences of up to `max_blocks` blocks each.
+
+    No sequence owns `spare_block`.
+    """
 
     def __init__(self, max_rows: int, max_blocks: int, block_size: int, spare_block: int, device: torch.device) -> None:
-        self.sizes = sizes_up_to(max_rows)
-        most = self.sizes[-1]
+        self.sizes = graph_sizes(max_rows)
+        max_size = self.sizes[-1]
         self._block_size, self._spare = block_size, Span(0, 1, 0, [spare_block])
         counts = {
             "ids": 1,
@@ -67,94 +73,100 @@ class DecodingInputs:
             "slots": TERMS,
             "weights": TERMS,
         }
-        ends = np.cumsum([-(-most * count // ALIGNED) * ALIGNED for count in counts.values()]).tolist()
-        self._places = dict(zip(counts, zip([0, *ends], ends, strict=False), strict=True))
-        self._table_at = ends[-1]
-        num_values = self._table_at + most * _stride_of(max_blocks)
+        ends = np.cumsum([-(-max_size * count // ALIGNMENT) * ALIGNMENT for count in counts.values()]).tolist()
+        self._ranges = dict(zip(counts, zip([0, *ends], ends, strict=False), strict=True))
+        self._table_start = ends[-1]
+        num_values = self._table_start + max_size * _table_stride(max_blocks)
         self._host = np.zeros(num_values, dtype=np.int32)
         self._device = torch.zeros(num_values, dtype=torch.int32, device=device)
-        self.rows = torch.arange(most, device=device)
+        self.rows = torch.arange(max_size, device=device)
         self._stride = 0
-        self._known: dict[int, list[int]] = {}  # the blocks of each row that are in the table
+        self._table_rows: dict[int, list[int]] = {}  # the blocks of each row, as they are in the table
 
     def size_for(self, spans: Sequence[Span], terms: Sequence[Terms]) -> int | None:
-        """Return the size that these rows run as, `None` where there is none."""
+        """Return the size that these rows run as, or None if no size holds them."""
         if any(span.num_tokens > 1 for span in spans):
             return None
         size = next((size for size in self.sizes if size >= len(spans)), None)
         return size if size and sum(map(len, terms)) <= TERMS * size else None
 
     def fill(self, size: int, ids: Sequence[int], spans: Sequence[Span], terms: Sequence[Terms]) -> None:
-        """Write the inputs of a step of `size` rows and takes them to the device, without waiting for it."""
+        """Write the inputs of a step of `size` rows and copy them to the device, without waiting for the device."""
         num_spare = size - len(spans)
         spans = [*spans, *[self._spare] * num_spare]
-        self._part("ids")[:size] = [*ids, *[0] * num_spare]
-        self._part("positions")[:size] = [span.position for span in spans]
-        self._part("lengths")[:size] = [span.position + 1 for span in spans]
-        self._part("write")[:size] = [self._place(span) for span in spans]
+        self._host_part("ids")[:size] = [*ids, *[0] * num_spare]
+        self._host_part("positions")[:size] = [span.position for span in spans]
+        self._host_part("lengths")[:size] = [span.position + 1 for span in spans]
+        self._host_part("write")[:size] = [self._memory_index(span) for span in spans]
         self._fill_table(spans)
         self._fill_terms([*terms, *[()] * num_spare])
-        used = self._table_at + size * self._stride
+        used = self._table_start + size * self._stride
         copy_to_device(torch.from_numpy(self._host[:used]), self._device[:used])
 
-    def decoding(self, size: int) -> Decoding:
-        """Return where the keys of a step of this size lie; it reads the places of the device when it is called."""
-        write, starts, lengths = (self._there(name)[:size] for name in ("write", "starts", "lengths"))
-        return Decoding(write.long(), starts, lengths, self._device[self._table_at :])
+    def decode_keys(self, size: int) -> DecodeKeys:
+        """Return the keys of a step of this size. Reads the device's inputs at the time of the call."""
+        write, starts, lengths = (self._device_part(name)[:size] for name in ("write", "starts", "lengths"))
+        return DecodeKeys(write.long(), starts, lengths, self._device[self._table_start :])
 
     def tokens(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids and positions (B,) int64 of a step of this size, as they are when it is called."""
-        return self._there("ids")[:size].long(), self._there("positions")[:size].long()
+        """Return the ids and positions (B,) int64 of a step of this size, read at the time of the call."""
+        return self._device_part("ids")[:size].long(), self._device_part("positions")[:size].long()
 
     def route(self, size: int) -> Route:
         """Return a new route over the terms of a step of this size."""
-        segments = self._there("segments")[: 4 * size].view(size, 4)
-        return Route.by_token(segments, self._there("slots"), self._there("weights").view(torch.float32))
+        segments = self._device_part("segments")[: 4 * size].view(size, 4)
+        return Route.by_token(segments, self._device_part("slots"), self._device_part("weights").view(torch.float32))
 
-    def _part(self, name: str) -> NDArray[np.int32]:
-        return self._host[slice(*self._places[name])]
+    def _host_part(self, name: str) -> NDArray[np.int32]:
+        return self._host[slice(*self._ranges[name])]
 
-    def _there(self, name: str) -> torch.Tensor:
-        return self._device[slice(*self._places[name])]
+    def _device_part(self, name: str) -> torch.Tensor:
+        return self._device[slice(*self._ranges[name])]
 
-    def _place(self, span: Span) -> int:
+    def _memory_index(self, span: Span) -> int:
         block, within = divmod(span.position, self._block_size)
         return span.blocks[block] * self._block_size + within
 
     def _fill_table(self, spans: Sequence[Span]) -> None:
-        stride = _stride_of(max(len(span.blocks) for span in spans))
+        stride = _table_stride(max(len(span.blocks) for span in spans))
         if stride != self._stride:
             self._stride = stride
-            self._known.clear()
-        self._part("starts")[: len(spans)] = range(0, len(spans) * stride, stride)
+            self._table_rows.clear()
+        self._host_part("starts")[: len(spans)] = range(0, len(spans) * stride, stride)
         for row, span in enumerate(spans):
-            # To compare lists takes a fraction of the time of turning them into an array.
-            if self._known.get(row) != span.blocks:
-                at = self._table_at + row * stride
-                self._host[at : at + len(span.blocks)] = span.blocks
-                self._known[row] = [*span.blocks]
+            # Comparing lists takes a fraction of the time of converting them to an array.
+            if self._table_rows.get(row) != span.blocks:
+                start = self._table_start + row * stride
+                self._host[start : start + len(span.blocks)] = span.blocks
+                self._table_rows[row] = [*span.blocks]
 
     def _fill_terms(self, terms: Sequence[Terms]) -> None:
-        slots = [slot for of_row in terms for slot, _ in of_row]
-        ends = np.cumsum([len(of_row) for of_row in terms])
+        slots = [slot for row_terms in terms for slot, _ in row_terms]
+        ends = np.cumsum([len(row_terms) for row_terms in terms])
         rows = np.arange(len(terms))
-        self._part("segments")[: 4 * len(terms)].reshape(-1, 4)[:] = np.stack([rows, rows + 1, np.append(0, ends[:-1]), ends], 1)
-        self._part("slots")[: len(slots)] = slots
-        self._part("weights").view(np.float32)[: len(slots)] = [weight for of_row in terms for _, weight in of_row]
+        self._host_part("segments")[: 4 * len(terms)].reshape(-1, 4)[:] = np.stack(
+            [rows, rows + 1, np.append(0, ends[:-1]), ends], 1
+        )
+        self._host_part("slots")[: len(slots)] = slots
+        self._host_part("weights").view(np.float32)[: len(slots)] = [weight for row_terms in terms for _, weight in row_terms]
 
 
-def _stride_of(num_blocks: int) -> int:
+def _table_stride(num_blocks: int) -> int:
     # Blocks from one row of the table to the next.
     return max(MIN_STRIDE, 1 << (num_blocks - 1).bit_length())
 
 
 NUM_WARM_UPS = 2
-"""Runs before a recording: kernels are compiled and loaded, libraries take their memory."""
+"""Number of runs before recording: they compile and load kernels, and let libraries allocate their memory."""
 
 
 class CudaGraphs:
-    """Graphs of one device that share their memory: each uses what the others left there, so what one computes in it is gone with
-    the next. They run on the current stream, one by one. Once all are gone their memory is, and no more can be recorded."""
+    """A recorder of CUDA graphs on one device that share their memory.
+
+    Each graph overwrites the memory of the others, so a graph's results last only until the next replay. Graphs run on the
+    current stream, one at a time. Once all graphs are freed, their shared memory is freed, too, and no more graphs can be
+    recorded.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -162,7 +174,7 @@ class CudaGraphs:
         self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Run `function` a few times, records it, and return its replay. It must not wait for the device."""
+        """Run `function` a few times, record it, and return its replay. The function must not wait for the device."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -170,7 +182,7 @@ class CudaGraphs:
                 function()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile, and what they ask of the device is none of this graph's.
+        # Other threads may use the device meanwhile; their work is not captured.
         with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
             function()
         return graph.replay
@@ -178,23 +190,26 @@ class CudaGraphs:
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], None]], Replay]
-"""Takes a function, which it may run several times, and returns what does the same again."""
+"""Records a function, which it may run several times, and returns the replay."""
 
 
 @runtime_checkable
 class ReplayableOps(Ops, Protocol):
-    """Operations whose step may be one of arrays that change later. No sequence owns `spare_block`."""
+    """Operations that can run a step from arrays that change later. No sequence owns `spare_block`."""
 
     block_size: int
     spare_block: int
 
-    def step_of(self, decoding: Decoding) -> object:
-        """Return the step of tokens of which each decodes, for `attend`."""
+    def decode_step(self, decode_keys: DecodeKeys) -> object:
+        """Return the step of tokens that all decode, for `attend`."""
 
 
 class Replays:
-    """The recorded steps. When the operands of `pool` move, whose addresses are in them, they are forgotten, and new ones are
-    recorded by what `start` returns then. `num_tokens` is V."""
+    """The recorded decoding steps.
+
+    The graphs contain the addresses of the operands of `pool`. When these move, all graphs are dropped, and new ones are recorded
+    by a new recorder of `make_recorder`. `num_tokens` is V.
+    """
 
     def __init__(
         self,
@@ -203,31 +218,32 @@ class Replays:
         pool: AdapterPool,
         inputs: DecodingInputs,
         num_tokens: int,
-        start: Callable[[], Record],
+        make_recorder: Callable[[], Record],
     ) -> None:
         self._decoder, self._ops, self._pool, self._inputs = decoder, ops, pool, inputs
-        self._start, self._record = start, start()
-        self._logits = torch.empty(inputs.sizes[-1], num_tokens, dtype=torch.float32, device=inputs.rows.device)  # of any size
+        self._make_recorder, self._record = make_recorder, make_recorder()
+        # All sizes share the logits.
+        self._logits = torch.empty(inputs.sizes[-1], num_tokens, dtype=torch.float32, device=inputs.rows.device)
         self._recorded: dict[tuple[int, bool], Replay] = {}
         self._num_moves = pool.num_moves
 
     @property
     def num_recorded(self) -> int:
-        """Steps that are recorded now."""
+        """Number of steps that are recorded now."""
         return len(self._recorded)
 
     def prepare(self) -> None:
-        """Record every size, with adapters where there can be any, so that no request waits for it."""
-        for size in reversed(self._inputs.sizes):  # the memory of the greatest has room for the others
+        """Record every size, with and without adapters if there can be any, so that no request waits for a recording."""
+        for size in reversed(self._inputs.sizes):  # largest first: its memory has room for the others
             self._inputs.fill(size, [], [], [])
             for has_terms in {False, self._pool.has_operands}:
                 self._replay(size, has_terms)
 
     def forward(self, ids: Sequence[int], spans: Sequence[Span], terms: Sequence[Terms]) -> torch.Tensor | None:
-        """Return the logits (B, V) fp32 of a step, or `None` where it is none that can be replayed: not all of its spans are of
-        one token, there are more of them than any size holds, or more of their terms than the size for so many holds.
+        """Return the logits (B, V) fp32 of a step, or None if the step cannot be replayed.
 
-        They are valid until the next call. Nothing waits for the device, but where a step is recorded.
+        A step is not replayed if a span has several tokens, if no size holds its rows, or if it has too many terms for its size.
+        The logits are valid until the next call. Waits for the device only to record a step.
         """
         size = self._inputs.size_for(spans, terms)
         if size is None:
@@ -239,7 +255,7 @@ class Replays:
     def _replay(self, size: int, has_terms: bool) -> None:
         if self._num_moves != self._pool.num_moves:
             self._recorded.clear()
-            self._record, self._num_moves = self._start(), self._pool.num_moves
+            self._record, self._num_moves = self._make_recorder(), self._pool.num_moves
         if (size, has_terms) not in self._recorded:
             self._recorded[size, has_terms] = self._record(lambda: self._compute(size, has_terms))
         self._recorded[size, has_terms]()
@@ -247,6 +263,6 @@ class Replays:
     def _compute(self, size: int, has_terms: bool) -> None:
         inputs = self._inputs
         ids, positions = inputs.tokens(size)
-        step = self._ops.step_of(inputs.decoding(size))
+        step = self._ops.decode_step(inputs.decode_keys(size))
         route = inputs.route(size) if has_terms else None
         self._logits[:size] = self._decoder.forward(ids, positions, inputs.rows[:size], self._ops, step, route)

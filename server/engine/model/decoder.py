@@ -1,7 +1,7 @@
 """A decoder's forward pass over a step's tokens: transformers' modules and weights, our products, norms and attention.
 
-What differs between the families that are served is read in `families`. A pass makes no mask, and logits where they are wanted.
-Shapes: T tokens of a step, D width, P rows whose logits are wanted, V vocabulary, E head size.
+The differences between model families are read in `families`. A pass computes no attention mask, and logits only where they are
+needed. Shapes: T tokens of a step, D width, P rows whose logits are needed, V vocabulary, E head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from lori.projection import Projection
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The step's tokens [row, row + num_tokens) stand at the positions from `position` on of a sequence with these `blocks`."""
+    """The step's tokens [row, row + num_tokens) of one sequence: positions from `position` on, keys in `blocks`."""
 
     row: int
     num_tokens: int
@@ -24,13 +24,13 @@ class Span:
     blocks: Sequence[int]
 
 
-Turns = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine (T, E) fp32 of each token's position."""
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""RoPE tables: cosine and sine (T, E) fp32 of each token's position."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """x / rms(x) * weight; `weight` (D,) fp32."""
+    """RMS norm: x / rms(x) * weight; `weight` (D,) fp32."""
 
     weight: torch.Tensor
     epsilon: float
@@ -38,7 +38,10 @@ class Norm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """An attention's heads: `window` keys are seen, a token's own among them, where it is not 0; `softcap` 0 is none."""
+    """The heads of an attention layer.
+
+    Each token attends to the last `window` keys, its own among them; 0 attends to all. `softcap` 0 caps no scores.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -52,55 +55,62 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One layer: `qkv` reads `attention_norm` of the stream, `gate_up` reads `mlp_norm` of it; Gemma norms what they add, too."""
+    """One decoder layer.
+
+    `qkv` reads the `attention_norm` of the residual stream, `gate_up` its `mlp_norm`. Gemma also has norms of the attention's
+    and the MLP's output.
+    """
 
     attention_norm: Norm
     qkv: Projection
     heads: Heads
-    turn: str
-    """Which turns its attention takes."""
+    rope: str
+    """Key of the layer's RoPE tables."""
     output: Projection
     attention_output_norm: Norm | None
     mlp_norm: Norm
     gate_up: Projection
     num_inner: int
-    """Values between the MLP's products."""
+    """Width between the MLP's products."""
     activation: str
     down: Projection
     mlp_output_norm: Norm | None
 
 
 class Ops(Protocol):
-    """What a layer does beside its products, and the memory of its keys and values."""
+    """Operations of a layer other than its products, and the memory of keys and values."""
 
     num_bytes: int
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Return the step of `spans`, those of one token first, for `attend`."""
+        """Return the step of `spans`, for `attend`. Spans of one token come first."""
 
     def norm(self, stream: torch.Tensor, added: torch.Tensor | None, norm: Norm) -> torch.Tensor:
-        """Return the norm of `stream` (T, D), to which `added` (T, D) is added before, in place."""
+        """Add `added` (T, D) to `stream` (T, D) in place, and return the norm (T, D) of the result."""
 
     def gate(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """Return activation(x[:, :I]) * x[:, I:] (T, I) for x (T, 2 I)."""
 
-    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
-        """Write the step's keys and values and return what its tokens attend to, (T, H E); qkv (T, (H + 2 G) E) is used up."""
+    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, step: object) -> torch.Tensor:
+        """Write the step's keys and values, and return the attention output (T, H E). Overwrites qkv (T, (H + 2 G) E)."""
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
     ) -> torch.Tensor:
-        """Add to `stream` (T, D) what all layers give but the last MLP, and return that (T, D): `run_layers`, or as it does."""
+        """Add the outputs of all layers but the last MLP to `stream` (T, D), and return the last MLP's output (T, D).
+
+        Gives the result of `run_layers`.
+        """
 
 
 def run_layers(
-    ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+    ops: Ops, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
 ) -> torch.Tensor:
-    """Run the layers by the operations of `ops`, as its `run` says."""
+    """Run the layers with the operations of `ops`, as specified by `Ops.run`."""
     added: torch.Tensor | None = None
     for number, layer in enumerate(layers):
         qkv = layer.qkv(ops.norm(stream, added, layer.attention_norm), route)
-        added = layer.output(ops.attend(qkv, number, layer.heads, turns[layer.turn], step), route)
+        added = layer.output(ops.attend(qkv, number, layer.heads, rotary[layer.rope], step), route)
         if layer.attention_output_norm is not None:
             added = ops.norm(added, None, layer.attention_output_norm)
         hidden = layer.gate_up(ops.norm(stream, added, layer.mlp_norm), route)
@@ -116,8 +126,8 @@ class Decoder:
     """A whole model."""
 
     embed: Callable[[torch.Tensor], torch.Tensor]
-    turns: Callable[[torch.Tensor], Mapping[str, Turns]]
-    """Gives the turns of positions (T,) int64."""
+    rotary: Callable[[torch.Tensor], Mapping[str, Rotary]]
+    """Computes the RoPE tables of positions (T,) int64, by key."""
     layers: Sequence[Layer]
     norm: Norm
     head: Projection
@@ -128,7 +138,7 @@ class Decoder:
     ) -> torch.Tensor:
         """Return the logits (P, V) fp32 at `rows` (P,) of the tokens `ids` (T,), which stand at `positions` (T,)."""
         stream = self.embed(ids)
-        added = ops.run(self.layers, stream, self.turns(positions), step, route)
+        added = ops.run(self.layers, stream, self.rotary(positions), step, route)
         logits = self.head(ops.norm(stream[rows], added[rows], self.norm), None).float()
         if self.logit_softcap:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)

@@ -1,4 +1,4 @@
-"""Reads a transformers model into a `Decoder`: which modules of which family are what. Refuses what it does not know."""
+"""Conversion of a transformers model to a `Decoder`: the role of each module in each model family. Unknown models are refused."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 from lori.errors import ModelError
 from lori.pool import AdapterPool
 from lori.projection import Projection, Quantization, project
-from server.engine.model.decoder import Decoder, Heads, Layer, Norm, Turns
+from server.engine.model.decoder import Decoder, Heads, Layer, Norm, Rotary
 
 GEMMA = ("gemma2", "gemma3_text")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *GEMMA)
-"""The `model_type` of what is served."""
+"""The supported values of `model_type`."""
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu"}
 DYNAMIC_ROPE = ("dynamic", "longrope")
-"""Turns that depend on how long a sequence has grown: keys written before would be wrong."""
+"""RoPE types that depend on the current length of a sequence. They would invalidate cached keys."""
 
 
 def check_family(model: PreTrainedModel) -> None:
-    """Raise `ModelError` with the reason where `model` is not served."""
+    """Raise `ModelError` with the reasons if `model` is not supported."""
     config = model.config
     if config.model_type not in FAMILIES:
         raise ModelError(f"models of type {config.model_type!r} are not served, expected one of {', '.join(FAMILIES)}")
@@ -40,21 +40,22 @@ def check_family(model: PreTrainedModel) -> None:
 
 
 def read_decoder(model: PreTrainedModel, pool: AdapterPool, quantization: Quantization | None = None) -> Decoder:
-    """Return the decoder of a `model` that `check_family` lets pass. Its layers' weights are taken out of it, one by one.
+    """Return the decoder of a `model` that passes `check_family`. Takes the layers' weights out of `model`, one layer at a time.
 
-    They are quantized where that is asked for, its embeddings and the output's are not. Raises `ModelError` where they cannot be.
+    Quantizes the layers' weights if asked to, but not the embeddings and the output layer. Raises `ModelError` if a weight cannot
+    be quantized.
     """
     config: Any = model.config
     body: Any = model.model
     layers = []
     for number in range(len(body.layers)):
         layers.append(_layer(body.layers[number], f"model.layers.{number}", config, number, pool, quantization))
-        body.layers[number] = nn.Identity()  # its weights are in the products now
+        body.layers[number] = nn.Identity()  # the layer's weights are in the products now
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
     return Decoder(
         embed=body.embed_tokens,
-        turns=_turns(body.rotary_emb, config),
+        rotary=_make_rotary(body.rotary_emb, config),
         layers=layers,
         norm=_norm(body.norm, config),
         head=project([head]),
@@ -63,7 +64,7 @@ def read_decoder(model: PreTrainedModel, pool: AdapterPool, quantization: Quanti
 
 
 def head_size(model: PreTrainedModel) -> int:
-    """Return the size of a head of attention."""
+    """Return the size of an attention head."""
     config = model.config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
@@ -80,7 +81,7 @@ def _layer(layer: Any, name: str, config: Any, number: int, pool: AdapterPool, q
         attention_norm=_norm(layer.input_layernorm, config),
         qkv=product("self_attn", "q_proj", "k_proj", "v_proj"),
         heads=_heads(layer.self_attn, config, number),
-        turn=_turn_of(config, number),
+        rope=_rope_name(config, number),
         output=product("self_attn", "o_proj"),
         attention_output_norm=_norm(layer.post_attention_layernorm, config) if is_gemma else None,
         mlp_norm=_norm(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm, config),
@@ -109,26 +110,26 @@ def _heads(attention: Any, config: Any, number: int) -> Heads:
 
 def _norm(norm: Any, config: Any) -> Norm:
     weight = norm.weight.detach().float()
-    is_gemma = config.model_type in GEMMA  # which keep the difference to 1
+    is_gemma = config.model_type in GEMMA  # Gemma stores weight - 1
     return Norm(weight=1.0 + weight if is_gemma else weight.clone(), epsilon=config.rms_norm_eps)
 
 
-def _turns(rotary: nn.Module, config: Any) -> Callable[[torch.Tensor], Mapping[str, Turns]]:
-    names = sorted({_turn_of(config, number) for number in range(config.num_hidden_layers)})
+def _make_rotary(embedding: nn.Module, config: Any) -> Callable[[torch.Tensor], Mapping[str, Rotary]]:
+    names = sorted({_rope_name(config, number) for number in range(config.num_hidden_layers)})
 
-    def turns(positions: torch.Tensor) -> Mapping[str, Turns]:
-        like = torch.empty(0, device=positions.device)  # in fp32, whatever the model's dtype
-        found = {}
+    def compute(positions: torch.Tensor) -> Mapping[str, Rotary]:
+        like = torch.empty(0, device=positions.device)  # fp32, whatever the model's dtype is
+        tables = {}
         for name in names:
-            cosine, sine = rotary(like, positions[None], name) if name else rotary(like, positions[None])
-            found[name] = (cosine[0].contiguous(), sine[0].contiguous())
-        return found
+            cosine, sine = embedding(like, positions[None], name) if name else embedding(like, positions[None])
+            tables[name] = (cosine[0].contiguous(), sine[0].contiguous())
+        return tables
 
-    return turns
+    return compute
 
 
-def _turn_of(config: Any, number: int) -> str:
-    # Only Gemma 3 turns by a layer's type.
+def _rope_name(config: Any, number: int) -> str:
+    # Only Gemma 3 has RoPE tables by layer type.
     return _layer_types(config)[number] if config.model_type == "gemma3_text" else ""
 
 

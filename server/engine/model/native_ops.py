@@ -13,29 +13,29 @@ from lori.kernels.cpu import bound_operands, bound_route
 from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 from lori.projection import NativeProjection
-from server.engine.model.decoder import Heads, Layer, Norm, Span, Turns, run_layers
+from server.engine.model.decoder import Heads, Layer, Norm, Rotary, Span, run_layers
 
 BLOCK_TOKENS = 16
-"""Of the memory; a block of the engine's is one or more of them."""
+"""Tokens of a block of native memory. A block of the engine is one or more of these."""
 LANES, MAX_HEAD = 16, 512
-"""Widths are multiples of the one, heads no larger than the other."""
+"""Widths must be multiples of `LANES`, and heads no larger than `MAX_HEAD`."""
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 class NativeOps:
-    """On a CPU, in bf16 or fp32."""
+    """Operations on a CPU, in bf16 or fp32."""
 
     def __init__(self, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         module: Any = MODULE
         assert block_size % BLOCK_TOKENS == 0
-        self._per_block = block_size // BLOCK_TOKENS
-        self._num_blocks = num_blocks * self._per_block
+        self._native_per_block = block_size // BLOCK_TOKENS
+        self._num_blocks = num_blocks * self._native_per_block
         self._dtype, self._spans = dtype, module.Spans
         self._layers = module.Layers(choose(), str(dtype).removeprefix("torch."))
-        self._heads = [_bound(of, module) for of in heads]
-        sizes = [self._layers.block_bytes(of) * self._num_blocks for of in self._heads]
+        self._heads = [_bind_heads(layer_heads, module) for layer_heads in heads]
+        sizes = [self._layers.block_bytes(layer_heads) * self._num_blocks for layer_heads in self._heads]
         self._shape = (heads[0].num_heads, heads[0].num_kv_heads)
-        self._memory = zeros(sum(sizes)).split(sizes)  # at once, so that what is not there is said before any of it is taken
+        self._memory = zeros(sum(sizes)).split(sizes)  # one allocation, so that a lack of memory shows before any of it is used
         self.num_bytes = sum(sizes)
 
     def plan(self, spans: Sequence[Span]) -> object:
@@ -44,10 +44,10 @@ class NativeOps:
         table: list[int] = []
         for span in spans:
             rows.append((span.row, span.num_tokens, span.position, len(table)))
-            if self._per_block == 1:
+            if self._native_per_block == 1:
                 table += span.blocks
             else:
-                table += [block * self._per_block + i for block in span.blocks for i in range(self._per_block)]
+                table += [block * self._native_per_block + i for block in span.blocks for i in range(self._native_per_block)]
         return self._spans(
             torch.tensor(rows, dtype=torch.int32).numpy(), torch.tensor(table, dtype=torch.int32).numpy(), *self._shape
         )
@@ -59,9 +59,9 @@ class NativeOps:
         assert added is None or (added.shape == stream.shape and added.is_contiguous())
         out = torch.empty_like(stream)
         num_rows, size = stream.shape
-        at = 0 if added is None else added.data_ptr()
+        added_pointer = 0 if added is None else added.data_ptr()
         self._layers.norm(
-            stream.data_ptr(), size, at, size, out.data_ptr(), size, num_rows, norm.weight.numpy(), norm.epsilon,
+            stream.data_ptr(), size, added_pointer, size, out.data_ptr(), size, num_rows, norm.weight.numpy(), norm.epsilon,
             torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -78,26 +78,26 @@ class NativeOps:
         )  # fmt: skip
         return out
 
-    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, step: object) -> torch.Tensor:
         """See `Ops`."""
         assert qkv.dtype is self._dtype
         assert qkv.is_contiguous()
         size = heads.num_heads * heads.head_size
         out = torch.empty(len(qkv), size, dtype=qkv.dtype)
         self._layers.attend(
-            self._heads[layer], step, qkv.data_ptr(), qkv.shape[1], out.data_ptr(), size, turns[0].data_ptr(),
-            turns[1].data_ptr(), self._memory[layer].data_ptr(), self._num_blocks, torch.get_num_threads(),
+            self._heads[layer], step, qkv.data_ptr(), qkv.shape[1], out.data_ptr(), size, rotary[0].data_ptr(),
+            rotary[1].data_ptr(), self._memory[layer].data_ptr(), self._num_blocks, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
     ) -> torch.Tensor:
         """See `Ops`."""
-        return run_layers(self, layers, stream, turns, step, route)
+        return run_layers(self, layers, stream, rotary, step, route)
 
 
-def _bound(heads: Heads, module: Any) -> Any:
+def _bind_heads(heads: Heads, module: Any) -> Any:
     norms = (heads.query_norm, heads.key_norm)
     epsilon = next((norm.epsilon for norm in norms if norm is not None), 0.0)
     return module.Heads(
@@ -107,49 +107,53 @@ def _bound(heads: Heads, module: Any) -> Any:
 
 
 NUM_PRODUCTS = 4
-"""Of a layer."""
+"""Number of products of a layer."""
 
 
 class NativeStack(NativeOps):
-    """Operations for `layers`, all of whose products are native. `run` takes those alone."""
+    """Operations for `layers` whose products are all native. `run` accepts only these layers."""
 
     def __init__(self, layers: Sequence[Layer], num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         super().__init__([layer.heads for layer in layers], num_blocks, block_size, dtype)
         module: Any = MODULE
-        self._turns = sorted({layer.turn for layer in layers})
-        bound = [self._layer(layer, number, module) for number, layer in enumerate(layers)]
+        self._rope_names = sorted({layer.rope for layer in layers})
+        bound = [self._bind_layer(layer, number, module) for number, layer in enumerate(layers)]
         self._stack = module.Stack(self._layers, bound, self._num_blocks)
         self._products = [product for layer in layers for product in products(layer)]
-        self._operands = [of for product in self._products for of in product.operands]
+        self._operands = [operands for product in self._products for operands in product.operands]
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
     ) -> torch.Tensor:
         """See `Ops`."""
         if route is not None and any(product.has_dense(route) for product in self._products):
-            return super().run(layers, stream, turns, step, route)
+            return super().run(layers, stream, rotary, step, route)
         assert stream.dtype is torch.bfloat16
         assert stream.is_contiguous()
         added = torch.empty_like(stream)
-        operands = [] if route is None else [bound_operands(of) for of in self._operands]
-        at = [tuple(of.data_ptr() for of in turns[name]) for name in self._turns]
+        operands = [] if route is None else [bound_operands(o) for o in self._operands]
+        pointers = [tuple(table.data_ptr() for table in rotary[name]) for name in self._rope_names]
         self._stack.forward(
-            stream.data_ptr(), added.data_ptr(), step, at, route and bound_route(route), operands, torch.get_num_threads()
+            stream.data_ptr(), added.data_ptr(), step, pointers, route and bound_route(route), operands, torch.get_num_threads()
         )
         return added
 
-    def _layer(self, layer: Layer, number: int, module: Any) -> Any:
+    def _bind_layer(self, layer: Layer, number: int, module: Any) -> Any:
         qkv, output, gate_up, down = (product.bound for product in products(layer))
         return module.Layer(
-            layer.attention_norm.weight.numpy(), qkv, self._heads[number], self._turns.index(layer.turn), output,
+            layer.attention_norm.weight.numpy(), qkv, self._heads[number], self._rope_names.index(layer.rope), output,
             _weight(layer.attention_output_norm), layer.mlp_norm.weight.numpy(), gate_up, ACTIVATIONS.index(layer.activation),
             down, _weight(layer.mlp_output_norm), layer.mlp_norm.epsilon, self._memory[number].data_ptr(),
         )  # fmt: skip
 
 
 def products(layer: Layer) -> list[NativeProjection]:
-    """Return the products of a layer in their order, those that are native."""
-    return [of for of in (layer.qkv, layer.output, layer.gate_up, layer.down) if isinstance(of, NativeProjection)]
+    """Return the native products of a layer, in their order."""
+    return [
+        projection
+        for projection in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        if isinstance(projection, NativeProjection)
+    ]
 
 
 def _weight(norm: Norm | None) -> Any:

@@ -1,6 +1,6 @@
-"""Runs the model on a step's chunks: tensors, KV memory and device live here, and no policy.
+"""The model runner: computes a step's chunks. Owns tensors, KV memory and device, and makes no scheduling decisions.
 
-Shapes: T tokens of a step, V vocabulary, P positions whose logits are wanted.
+Shapes: T tokens of a step, V vocabulary, P positions whose logits are needed.
 """
 
 import logging
@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Routed:
-    # A route, the tokens of each chunk, and the chunks' own lists of terms: a pinned sequence keeps its own.
+class _CachedRoute:
+    # The last route, with the chunks' token counts and term lists. A list's identity tells whether the route is still valid,
+    # since a sequence keeps its list while its adapters are acquired.
     counts: list[int]
     terms: list[list[tuple[int, float]] | None]
     route: Route | None
@@ -41,8 +42,8 @@ class _Routed:
 class Runner:
     """The base model with its adapters and its KV memory of `num_blocks` blocks.
 
-    Takes the layers' weights out of `model`. On a GPU steps of up to `max_batch` sequences that only decode are replayed, once
-    they are prepared.
+    Takes the layers' weights out of `model`. On a GPU, decoding steps of up to `max_batch` sequences are replayed once `prepare`
+    has run.
     """
 
     _can_replay = False
@@ -62,13 +63,13 @@ class Runner:
                 self._decoder: Decoder = read_decoder(model, pool, quantization)
         except MemoryError as error:
             raise ModelError(f"there is no room for the base model's weights: {error}") from error
-        self._routed = _Routed([], [], None)
+        self._cached_route = _CachedRoute([], [], None)
         self._replays: Replays | None = None
         try:
             self._ops = make_ops(self._decoder, num_blocks, block_size, self._dtype, self._device)
         except (MemoryError, OSError, RuntimeError) as error:
-            room = f"the keys and values of {num_blocks * block_size} tokens"
-            raise ModelError(f"--kv-cache-gib: there is no room for {room}: {' '.join(str(error).split())}") from error
+            content = f"the keys and values of {num_blocks * block_size} tokens"
+            raise ModelError(f"--kv-cache-gib: there is no room for {content}: {' '.join(str(error).split())}") from error
         if max_batch and isinstance(self._ops, ReplayableOps):
             try:
                 inputs = make_inputs(self._ops, model, num_blocks, max_batch)
@@ -79,21 +80,21 @@ class Runner:
 
     @property
     def attention(self) -> str:
-        """What computes all but the products, for a log."""
+        """Implementation of attention, norms and gates, for a log line."""
         return "C++" if isinstance(self._ops, NativeOps) else "Triton" if self._device.type == "cuda" else "torch"
 
     @property
     def num_kv_bytes(self) -> int:
-        """What the memory of keys and values holds when all of it is written, in bytes."""
+        """Size of the memory of keys and values, in bytes, once all of it is written."""
         return self._ops.num_bytes
 
     def is_broken(self, error: Exception) -> bool:
-        """Whether after `error` nothing can be computed any more: a GPU's memory is lost with its first fault."""
-        return any(sign in str(error) for sign in ("CUDA error", "Triton Error [CUDA]"))  # not where it is out of memory
+        """Whether nothing can be computed after `error`: after its first fault a GPU's context is lost."""
+        return any(mark in str(error) for mark in ("CUDA error", "Triton Error [CUDA]"))  # not out of memory
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Record the steps that are replayed, if any. Raises `ModelError` where there is no room for them."""
+        """Record the steps to replay, if there are any. Raises `ModelError` if there is no room for them."""
         if self._replays is None:
             return
         try:
@@ -105,12 +106,12 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, chunks: Items[Chunk], positions: Items[int]) -> torch.Tensor:
-        """Compute the chunks and returns the logits (P, V) fp32 at `positions`, rows of the step's tokens.
+        """Compute the chunks and return the logits (P, V) fp32 at `positions`, which are rows of the step's tokens.
 
-        The decoding chunks, those of one token, must come first.
+        Chunks of one token, which decode, must come first.
         """
         ids = [i for c in chunks for i in c.sequence.ids(c.start, c.stop)]
-        places = [p for c in chunks for p in range(c.start, c.stop)]
+        token_positions = [p for c in chunks for p in range(c.start, c.stop)]
         spans, row = [], 0
         for chunk in chunks:
             spans.append(Span(row, chunk.stop - chunk.start, chunk.start, chunk.sequence.blocks))
@@ -121,7 +122,7 @@ class Runner:
                 return replayed[self._upload(positions)]
             return self._decoder.forward(
                 self._upload(ids),
-                self._upload(places),
+                self._upload(token_positions),
                 self._upload(positions),
                 self._ops,
                 self._ops.plan(spans),
@@ -136,54 +137,56 @@ class Runner:
             return None
         terms = [chunk.sequence.terms for chunk in chunks]
         try:
-            return self._replays.forward(ids, spans, [of or () for of in terms])
+            return self._replays.forward(ids, spans, [chunk_terms or () for chunk_terms in terms])
         except torch.OutOfMemoryError:
             logger.exception("there is no room to record steps again: from now on none is replayed")
             self._replays = None
             return None
 
     def _route(self, chunks: Items[Chunk], num_tokens: int) -> Route | None:
-        # While the same sequences decode it is the one of the step before.
+        # The route of the last step is reused while the same sequences decode.
         counts = [chunk.stop - chunk.start for chunk in chunks]
-        of_chunks = [chunk.sequence.terms for chunk in chunks]
-        before = self._routed
-        if before.counts != counts or any(map(operator.is_not, before.terms, of_chunks)):
+        chunk_terms = [chunk.sequence.terms for chunk in chunks]
+        cached = self._cached_route
+        if cached.counts != counts or any(map(operator.is_not, cached.terms, chunk_terms)):
             terms, row = [], 0
-            for count, of_chunk in zip(counts, of_chunks, strict=True):
-                assert of_chunk is not None, "what runs is pinned"
-                terms += [Term(row, row + count, slot, weight) for slot, weight in of_chunk]
+            for count, pairs in zip(counts, chunk_terms, strict=True):
+                assert pairs is not None, "what runs is pinned"
+                terms += [Term(row, row + count, slot, weight) for slot, weight in pairs]
                 row += count
-            route = Route.of(terms, num_tokens, self._device) if terms else None
-            self._routed = before = _Routed(counts, of_chunks, route)
-        return before.route
+            route = Route.from_terms(terms, num_tokens, self._device) if terms else None
+            self._cached_route = cached = _CachedRoute(counts, chunk_terms, route)
+        return cached.route
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Return how many bytes of KV memory a token of `model` takes, over all layers."""
+    """Return the bytes of KV memory that a token of `model` takes, over all layers."""
     config = model.config.get_text_config()
     return 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * head_size(model) * model.dtype.itemsize
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Make a GPU the thread's own for a while: Triton launches on that one."""
+    """Make a GPU the thread's current device in a `with` block. Triton launches kernels there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def make_inputs(ops: ReplayableOps, model: PreTrainedModel, num_blocks: int, max_batch: int) -> DecodingInputs:
-    """Return room for the inputs of steps of `max_batch` sequences, each as long as the model or the memory allows."""
+    """Return buffers for the inputs of steps of `max_batch` sequences, each as long as the model or the memory allows."""
     longest = -(-model.config.get_text_config().max_position_embeddings // ops.block_size)
     return DecodingInputs(max_batch, min(num_blocks, longest), ops.block_size, ops.spare_block, model.device)
 
 
 def make_ops(decoder: Decoder, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> Ops:
-    """Return the operations beside the products: a GPU's, the compiled ones where they know the sizes, or torch's."""
+    """Return the operations beside the products: a GPU's, the compiled ones if they support the sizes, or torch's."""
     heads = [layer.heads for layer in decoder.layers]
-    if device.type == "cuda":  # read here alone: elsewhere triton may be missing
-        of_gpu: Ops = import_module("server.engine.model.triton_ops").GpuOps(heads, num_blocks, block_size, dtype, device)
-        return of_gpu
-    widths = [len(decoder.norm.weight), *(layer.num_inner for layer in decoder.layers), *(of.head_size for of in heads)]
+    if device.type == "cuda":  # imported only here, since triton may not be installed elsewhere
+        gpu_ops: Ops = import_module("server.engine.model.triton_ops").GpuOps(heads, num_blocks, block_size, dtype, device)
+        return gpu_ops
+    widths = [len(decoder.norm.weight), *(layer.num_inner for layer in decoder.layers), *(head.head_size for head in heads)]
     has_sizes = block_size % BLOCK_TOKENS == 0 and all(width % LANES == 0 for width in widths)
-    is_alike = len({(of.num_heads, of.num_kv_heads) for of in heads}) == 1 and max(of.head_size for of in heads) <= MAX_HEAD
+    is_alike = (
+        len({(head.num_heads, head.num_kv_heads) for head in heads}) == 1 and max(head.head_size for head in heads) <= MAX_HEAD
+    )
     if MODULE and device.type == "cpu" and dtype in (torch.bfloat16, torch.float32) and has_sizes and is_alike:
         if all(len(products(layer)) == NUM_PRODUCTS for layer in decoder.layers):
             return NativeStack(decoder.layers, num_blocks, block_size, dtype)

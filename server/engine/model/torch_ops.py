@@ -1,7 +1,7 @@
-"""A layer's norms, gate and attention in torch: on a CPU without the compiled module, and most of it on a GPU (`gpu_ops`).
+"""A layer's norms, gate and attention in torch: used on a CPU without the compiled module, and in part on a GPU (`triton_ops`).
 
-Keys and values lie token by token. Spans of one token are attended to together, any longer one by itself.
-Shapes: T tokens of a step, S spans, B spans of one token, L keys, C tokens of a span, H heads, G key-value heads, E head size.
+Keys and values are stored token by token. Spans of one token are computed together, each longer span by itself. Shapes: T tokens
+of a step, S spans, B spans of one token, L keys, C tokens of a span, H heads, G key-value heads, E head size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from lori.kernels import Route
-from server.engine.model.decoder import Heads, Layer, Norm, Span, Turns, run_layers
+from server.engine.model.decoder import Heads, Layer, Norm, Rotary, Span, run_layers
 
 PAD_TO = 64
 ACTIVATIONS = {
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class ChunkKeys:
-    """The step's tokens [row, row + num_tokens) see the places `keys` (L,), and of those only what stands before them."""
+    """The step's tokens [row, row + num_tokens), and the memory indices `keys` (L,) that they attend to, causally."""
 
     row: int
     num_tokens: int
@@ -32,42 +32,45 @@ class ChunkKeys:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`write` (T,) int64 takes the new keys. The first `num_decoding` tokens, B, see what `decoding` says."""
+    """The plan of a step. The T new keys are written to the memory indices `write` (T,) int64.
+
+    The first `num_decoding` tokens, B, attend to `decode_keys`, the others to the keys in `chunks`.
+    """
 
     write: torch.Tensor
     num_decoding: int
-    decoding: object
+    decode_keys: object
     chunks: tuple[ChunkKeys, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    # The first `lengths` (B,) of the places `keys` (B, L).
+class _PaddedKeys:
+    # The first `lengths` (B,) of the memory indices `keys` (B, L) are a row's keys.
     keys: torch.Tensor
     lengths: torch.Tensor
 
 
 class TorchOps:
-    """On any device, in any dtype. Memory is (layers, 2, tokens, G, E)."""
+    """Operations on any device, in any dtype. The memory is (layers, 2, tokens, G, E)."""
 
     def __init__(
         self, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size, self._device = block_size, device
-        one = heads[0]
+        first = heads[0]
         self._memory = torch.zeros(
-            len(heads), 2, num_blocks * block_size, one.num_kv_heads, one.head_size, dtype=dtype, device=device
+            len(heads), 2, num_blocks * block_size, first.num_kv_heads, first.head_size, dtype=dtype, device=device
         )
         self.num_bytes = self._memory.nbytes
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Return the step of `spans`, those of one token first, for `attend`."""
-        keys = [self._places(span) for span in spans]
+        """Return the step of `spans`, for `attend`. Spans of one token come first."""
+        keys = [self._memory_indices(span) for span in spans]
         num_decoding = next((i for i, span in enumerate(spans) if span.num_tokens > 1), len(spans))
         return Step(
             write=torch.cat([k[span.position :] for k, span in zip(keys, spans, strict=True)]).to(self._device),
             num_decoding=num_decoding,
-            decoding=_Seen(
+            decode_keys=_PaddedKeys(
                 keys=_stack(keys[:num_decoding]).to(self._device),
                 lengths=torch.tensor([len(k) for k in keys[:num_decoding]], device=self._device),
             ),
@@ -88,62 +91,62 @@ class TorchOps:
         gated, up = x.chunk(2, -1)
         return ACTIVATIONS[activation](gated) * up
 
-    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, turns: Turns, step: object) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, step: object) -> torch.Tensor:
         """See `Ops`."""
         assert isinstance(step, Step)
         g, e = heads.num_kv_heads, heads.head_size
         query, key, value = qkv.view(len(qkv), -1, e).split_with_sizes([heads.num_heads, g, g], 1)  # (T, H or G, E)
-        query, key = (self._turn(x, norm, turns) for x, norm in ((query, heads.query_norm), (key, heads.key_norm)))
+        query, key = (self._apply_rope(x, norm, rotary) for x, norm in ((query, heads.query_norm), (key, heads.key_norm)))
         keys, values = self._memory[layer]  # (tokens, G, E) each
         keys[step.write], values[step.write] = key, value
         if step.num_decoding == len(query):
-            return self._decode(query, keys, values, step.decoding, heads).flatten(1)
+            return self._decode(query, keys, values, step.decode_keys, heads).flatten(1)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         if step.num_decoding:
-            out[: step.num_decoding] = self._decode(query[: step.num_decoding], keys, values, step.decoding, heads)
+            out[: step.num_decoding] = self._decode(query[: step.num_decoding], keys, values, step.decode_keys, heads)
         for chunk in step.chunks:
             span = slice(chunk.row, chunk.row + chunk.num_tokens)
             out[span] = _prefill(query[span], keys[chunk.keys], values[chunk.keys], heads)
         return out.flatten(1)
 
     def run(
-        self, layers: Sequence[Layer], stream: torch.Tensor, turns: Mapping[str, Turns], step: object, route: Route | None
+        self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
     ) -> torch.Tensor:
         """See `Ops`."""
-        return run_layers(self, layers, stream, turns, step, route)
+        return run_layers(self, layers, stream, rotary, step, route)
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: object, heads: Heads
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decode_keys: object, heads: Heads
     ) -> torch.Tensor:
-        assert isinstance(decoding, _Seen)
-        return _decode(query, keys, values, decoding, heads)
+        assert isinstance(decode_keys, _PaddedKeys)
+        return _decode(query, keys, values, decode_keys, heads)
 
-    def _turn(self, x: torch.Tensor, norm: Norm | None, turns: Turns) -> torch.Tensor:
-        # Halves of a head are turned against each other.
+    def _apply_rope(self, x: torch.Tensor, norm: Norm | None, rotary: Rotary) -> torch.Tensor:
+        # RoPE rotates the two halves of a head against each other.
         wide = x.float()
         if norm is not None:
             wide = F.rms_norm(wide, wide.shape[-1:], norm.weight, norm.epsilon)
         low, high = wide.chunk(2, -1)
-        cosine, sine = (of[:, None] for of in turns)  # (T, 1, E)
+        cosine, sine = (table[:, None] for table in rotary)  # (T, 1, E)
         return (wide * cosine + torch.cat((-high, low), -1) * sine).to(x.dtype)
 
-    def _places(self, span: Span) -> torch.Tensor:
-        # (L,) where the tokens up to the span's last lie in the memory.
+    def _memory_indices(self, span: Span) -> torch.Tensor:
+        # (L,) memory indices of the tokens up to the span's last.
         blocks = torch.tensor(span.blocks)[:, None] * self.block_size + torch.arange(self.block_size)
         return blocks.flatten()[: span.position + span.num_tokens]
 
 
-def _decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: _Seen, heads: Heads) -> torch.Tensor:
-    k, v = keys[seen.keys], values[seen.keys]  # (B, L, G, E)
-    places = torch.arange(k.shape[1], device=k.device)
-    is_seen = places < seen.lengths[:, None]  # (B, L)
+def _decode(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, padded: _PaddedKeys, heads: Heads) -> torch.Tensor:
+    k, v = keys[padded.keys], values[padded.keys]  # (B, L, G, E)
+    indices = torch.arange(k.shape[1], device=k.device)
+    is_visible = indices < padded.lengths[:, None]  # (B, L)
     if heads.window:
-        is_seen &= places >= seen.lengths[:, None] - heads.window
+        is_visible &= indices >= padded.lengths[:, None] - heads.window
     grouped = query.unflatten(1, (heads.num_kv_heads, -1)) * heads.scale  # (B, G, H/G, E)
     scores = _capped(torch.einsum("bghe,blge->bghl", grouped, k).float(), heads)
-    scores = scores.masked_fill(~is_seen[:, None, None], float("-inf"))
-    # What is not seen may be another request's, and not finite: a weight of zero would not hide it.
-    v = v.masked_fill(~is_seen[:, :, None, None], 0)
+    scores = scores.masked_fill(~is_visible[:, None, None], float("-inf"))
+    # Padding may point to another request's values, which may not be finite: a weight of zero would not hide them.
+    v = v.masked_fill(~is_visible[:, :, None, None], 0)
     return torch.einsum("bghl,blge->bghe", scores.softmax(-1).to(v.dtype), v).flatten(1, 2)
 
 
@@ -154,18 +157,18 @@ def _prefill(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, head
     if not heads.softcap and num_tokens == num_keys and not (heads.window and num_keys > heads.window):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale, enable_gqa=gqa)
         return out[0].transpose(0, 1)
-    at = torch.arange(num_keys - num_tokens, num_keys, device=q.device)[:, None]
-    places = torch.arange(num_keys, device=q.device)
-    seen = places <= at
+    query_positions = torch.arange(num_keys - num_tokens, num_keys, device=q.device)[:, None]
+    key_positions = torch.arange(num_keys, device=q.device)
+    mask = key_positions <= query_positions
     if heads.window:
-        seen &= places > at - heads.window
-    if q.is_cuda or heads.softcap:  # with a mask no fast kernel of a GPU knows groups
+        mask &= key_positions > query_positions - heads.window
+    if q.is_cuda or heads.softcap:  # no fast kernel of a GPU supports both a mask and grouped heads
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     if not heads.softcap:
         gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=heads.scale, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=heads.scale, enable_gqa=gqa)
         return out[0].transpose(0, 1)
-    scores = _capped((q @ k.transpose(-1, -2)).float() * heads.scale, heads).masked_fill(~seen, float("-inf"))
+    scores = _capped((q @ k.transpose(-1, -2)).float() * heads.scale, heads).masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1).to(v.dtype) @ v)[0].transpose(0, 1)
 
 
@@ -173,10 +176,10 @@ def _capped(scores: torch.Tensor, heads: Heads) -> torch.Tensor:
     return heads.softcap * torch.tanh(scores / heads.softcap) if heads.softcap else scores
 
 
-def _stack(places: Sequence[torch.Tensor]) -> torch.Tensor:
-    # (B, L) with L a multiple of PAD_TO: on a CPU each new shape of a bf16 product is compiled once more.
-    longest = max(map(len, places), default=0)
-    stacked = torch.zeros(len(places), -(-longest // PAD_TO) * PAD_TO, dtype=torch.int64)
-    for row, found in zip(stacked, places, strict=True):
-        row[: len(found)] = found
+def _stack(keys: Sequence[torch.Tensor]) -> torch.Tensor:
+    # (B, L) with L a multiple of PAD_TO: on a CPU, each new shape of a bf16 product is compiled once more.
+    longest = max(map(len, keys), default=0)
+    stacked = torch.zeros(len(keys), -(-longest // PAD_TO) * PAD_TO, dtype=torch.int64)
+    for row, indices in zip(stacked, keys, strict=True):
+        row[: len(indices)] = indices
     return stacked

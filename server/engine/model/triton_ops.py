@@ -1,11 +1,12 @@
-"""A layer's operations on a GPU: as in `torch_ops`, with attention of decoding tokens in Triton. Nothing waits for the device.
+"""A layer's operations on a GPU: those of `torch_ops`, with decoding attention in Triton. Nothing waits for the device.
 
-One program takes some keys of one sequence and the queries of one key-value head, so that each key is read once for all of them.
-Where sequences and heads are too few to fill the device, each sequence's keys are split over several programs, and a second
-kernel joins the parts (flash decoding). Grids follow from shapes alone: a step may be captured and replayed with other arrays.
+One program computes some keys of one sequence with the queries of one key-value head, so each key is read once for all of these
+queries. If there are too few sequences and heads to fill the device, each sequence's keys are split over several programs, and a
+second kernel joins the parts (flash decoding). Grids depend on shapes only, so a step can be captured and replayed with other
+arrays.
 
 Prefixes: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block. Shapes: T tokens of a step, B sequences that decode, H
-heads, G key-value heads, E head size, P places in memory, S splits, K keys of a program's step, L keys of a chunk, N blocks.
+heads, G key-value heads, E head size, P tokens in memory, S splits, K keys of a program's iteration, L keys of a chunk, N blocks.
 """
 
 from collections.abc import Sequence
@@ -16,46 +17,46 @@ import triton
 import triton.language as tl
 
 from lori.device import to_device
-from server.engine.model.cuda_graphs import Decoding
+from server.engine.model.cuda_graphs import DecodeKeys
 from server.engine.model.decoder import Heads, Span
 from server.engine.model.torch_ops import ChunkKeys, Step, TorchOps
 
 PROGRAMS, MAX_SPLITS = 256, 16
-"""Programs from which on a device is full, about, and splits of a sequence's keys at most."""
+"""Approximate number of programs that fills a device, and maximum number of splits of a sequence's keys."""
 KEYS = 64
-"""K: keys that a program looks at together."""
+"""K: keys that a program computes at a time."""
 OPTIONS = {"num_warps": 4}
 
 
 def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: Decoding, heads: Heads, block_size: int
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decode_keys: DecodeKeys, heads: Heads, block_size: int
 ) -> torch.Tensor:
     """Return softmax(scale * query keys^T) values (B, H, E), summed in fp32, for query (B, H, E), keys and values (P, G, E).
 
-    All contiguous and of one dtype. A key is a token's where it lies within `heads.window`; scores are capped by `heads.softcap`.
+    All are contiguous and of one dtype. Only keys within `heads.window` count; scores are capped by `heads.softcap`.
     """
     assert query.is_contiguous()
     assert keys.is_contiguous()
     assert values.is_contiguous()
     num_rows, num_heads, size = query.shape
-    group, num_splits = num_heads // heads.num_kv_heads, splits_of(num_rows * heads.num_kv_heads)
+    group, num_splits = num_heads // heads.num_kv_heads, num_splits_for(num_rows * heads.num_kv_heads)
     out = torch.empty_like(query)
     shape = (num_rows, num_heads, num_splits)
     part = out if num_splits == 1 else torch.empty(*shape, size, dtype=torch.float32, device=query.device)
     weight = torch.empty(shape, dtype=torch.float32, device=query.device)
-    of_heads = (heads.scale, heads.softcap, heads.num_kv_heads, group, size, heads.window)
+    head_arguments = (heads.scale, heads.softcap, heads.num_kv_heads, group, size, heads.window)
     tiles = (block_size, num_splits, max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(size)), KEYS)
-    arrays = (decoding.table, decoding.starts, decoding.lengths)
+    arrays = (decode_keys.table, decode_keys.starts, decode_keys.lengths)
     attend_split[num_rows, heads.num_kv_heads, num_splits](
-        part, weight, query, keys, values, *arrays, *of_heads, *tiles, **OPTIONS
+        part, weight, query, keys, values, *arrays, *head_arguments, *tiles, **OPTIONS
     )
     if num_splits > 1:
         join[num_rows * num_heads,](out, part, weight, num_splits, size, tiles[3], **OPTIONS)
     return out
 
 
-def splits_of(num_programs: int) -> int:
-    """Return S for so many sequences times key-value heads: a power of two."""
+def num_splits_for(num_programs: int) -> int:
+    """Return S, a power of two, for a number of sequences times key-value heads."""
     return int(min(MAX_SPLITS, triton.next_power_of_2(max(1, PROGRAMS // num_programs))))
 
 
@@ -83,7 +84,7 @@ def attend_split(
 ) -> None:
     """Semantics: part, weight = softmax over a split of the keys times these values, and log of the sum of exp; grid (B, G, S).
 
-    part: (B, H, S, E). weight: (B, H, S) fp32. `rows` >= H/G and `width` >= E are what a matrix product takes.
+    part: (B, H, S, E). weight: (B, H, S) fp32. `rows` >= H/G and `width` >= E are sizes that a matrix product supports.
     """
     i_b, i_g, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length, p_blocks = tl.load(p_lengths + i_b), p_table + tl.load(p_starts + i_b)
@@ -93,7 +94,7 @@ def attend_split(
     end = tl.minimum(begin + num_each, length)
     o_h, o_e = tl.arange(0, rows), tl.arange(0, width)
     m_h, m_e = o_h < group, o_e < size
-    i_head = (i_b * num_kv_heads + i_g) * group + o_h  # of all rows
+    i_head = (i_b * num_kv_heads + i_g) * group + o_h  # index over all rows
     b_query = tl.load(p_query + i_head[:, None] * size + o_e[None, :], mask=m_h[:, None] & m_e[None, :], other=0.0)
     b_most = tl.full((rows,), float("-inf"), tl.float32)
     b_sum = tl.zeros((rows,), tl.float32)
@@ -116,7 +117,7 @@ def attend_split(
         b_out *= b_kept[:, None]
         b_out += tl.dot(b_probable.to(b_values.dtype), b_values, input_precision="ieee")
         b_most = b_next
-    b_sum = tl.where(begin < end, b_sum, 1.0)  # a split may have no key: its weight is exp of minus infinity
+    b_sum = tl.where(begin < end, b_sum, 1.0)  # a split may have no key: then its weight is exp of minus infinity
     o_part = (i_head * num_splits + i_s).to(tl.int64)
     p_out = p_part + o_part[:, None] * size + o_e[None, :]
     tl.store(p_out, (b_out / b_sum[:, None]).to(p_part.dtype.element_ty), mask=m_h[:, None] & m_e[None, :])
@@ -144,7 +145,7 @@ def join(
 
 
 class GpuOps(TorchOps):
-    """Has one block more than asked for, `spare_block`, which is no sequence's: a row that pads a step writes its key there."""
+    """Operations on a GPU. The memory has one more block, `spare_block`, which no sequence owns: padding rows write there."""
 
     def __init__(
         self, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -153,41 +154,41 @@ class GpuOps(TorchOps):
         self.spare_block = num_blocks
 
     def plan(self, spans: Sequence[Span]) -> object:
-        """Return the step of `spans`, those of one token first, for `attend`."""
+        """Return the step of `spans`, for `attend`. Spans of one token come first."""
         num_decoding = next((i for i, span in enumerate(spans) if span.num_tokens > 1), len(spans))
-        decoding, chunks = spans[:num_decoding], spans[num_decoding:]
-        firsts = [*accumulate((len(span.blocks) for span in decoding), initial=0)]
-        write = self._upload([self._place(span, i) for span in spans for i in range(span.num_tokens)]).long()
+        decoding_spans, chunks = spans[:num_decoding], spans[num_decoding:]
+        firsts = [*accumulate((len(span.blocks) for span in decoding_spans), initial=0)]
+        write = self._upload([self._memory_index(span, i) for span in spans for i in range(span.num_tokens)]).long()
         return Step(
             write=write,
             num_decoding=num_decoding,
-            decoding=Decoding(
+            decode_keys=DecodeKeys(
                 write=write[:num_decoding],
                 starts=self._upload(firsts[:-1]),
-                lengths=self._upload([span.position + 1 for span in decoding]),
-                table=self._upload([block for span in decoding for block in span.blocks]),
+                lengths=self._upload([span.position + 1 for span in decoding_spans]),
+                table=self._upload([block for span in decoding_spans for block in span.blocks]),
             ),
-            chunks=tuple(ChunkKeys(span.row, span.num_tokens, self._keys(span)) for span in chunks),
+            chunks=tuple(ChunkKeys(span.row, span.num_tokens, self._memory_indices(span)) for span in chunks),
         )
 
-    def step_of(self, decoding: Decoding) -> object:
+    def decode_step(self, decode_keys: DecodeKeys) -> object:
         """See `ReplayableOps`."""
-        return Step(write=decoding.write, num_decoding=len(decoding.write), decoding=decoding)
+        return Step(write=decode_keys.write, num_decoding=len(decode_keys.write), decode_keys=decode_keys)
 
     def _decode(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decoding: object, heads: Heads
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, decode_keys: object, heads: Heads
     ) -> torch.Tensor:
-        assert isinstance(decoding, Decoding)
-        return attend(query.contiguous(), keys, values, decoding, heads, self.block_size)
+        assert isinstance(decode_keys, DecodeKeys)
+        return attend(query.contiguous(), keys, values, decode_keys, heads, self.block_size)
 
-    def _keys(self, span: Span) -> torch.Tensor:
-        # (L,) int64, where the tokens up to the span's last lie.
+    def _memory_indices(self, span: Span) -> torch.Tensor:
+        # (L,) int64 memory indices of the tokens up to the span's last.
         num_keys = span.position + span.num_tokens
         blocks = self._upload(span.blocks[: -(-num_keys // self.block_size)]).long()
-        places = blocks[:, None] * self.block_size + torch.arange(self.block_size, device=self._device)
-        return places.flatten()[:num_keys]
+        indices = blocks[:, None] * self.block_size + torch.arange(self.block_size, device=self._device)
+        return indices.flatten()[:num_keys]
 
-    def _place(self, span: Span, token: int) -> int:
+    def _memory_index(self, span: Span, token: int) -> int:
         block, within = divmod(span.position + token, self.block_size)
         return span.blocks[block] * self.block_size + within
 

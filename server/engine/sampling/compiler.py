@@ -1,9 +1,9 @@
-"""The grammar compiler, and the process that tries grammars. No torch: that process is small.
+"""The grammar compiler, and the process that tries grammars. No torch, so that this process is small.
 
 Compiling a hostile grammar takes minutes or all memory, and only the end of its process stops it. `python -m
-server.engine.sampling.compiler` reads a line of JSON about the model's tokens, then one line for each grammar and its seconds,
-and answers each with a line: the fault as JSON text, or null where time or memory did not suffice. Each is tried in a fork.
-Measured with 49,152 tokens: grammars in practice take 0.4 to 40 ms, and a mask 20 to 80 us.
+server.engine.sampling.compiler` reads a line of JSON with the model's tokens, then a line with a grammar and its time limit for
+each trial. It answers each trial with a line: the fault as a JSON string, or null if the trial exceeded its time or memory. Each
+trial runs in a fork. Measured with 49,152 tokens: grammars in practice take 0.4 to 40 ms, and a mask 20 to 80 us.
 """
 
 import gc
@@ -29,14 +29,17 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-"""No mask takes much more than 100 ms within these, and no sequence's state more than some 25 MB."""
+"""Limits within which a mask takes at most about 100 ms, and a sequence's state about 25 MB."""
 WHITESPACE = r"[ \t]|\r?\n[ \t]{0,64}"
-"""Between two parts of a JSON text: small models that may write blanks for ever do."""
-MAX_SAID = 300
+"""Whitespace between the parts of a JSON text. It is bounded, because small models write blanks without end if they may."""
+MAX_MESSAGE = 300
 
 
 class GrammarCompiler:
-    """`tokenizer` is one of the library `tokenizers`, as JSON; `stop_ids` end an answer."""
+    """A compiler for one model's tokens.
+
+    `tokenizer` is a tokenizer of the library `tokenizers`, as JSON. `stop_ids` end an answer.
+    """
 
     def __init__(self, tokenizer: str, num_tokens: int, stop_ids: Items[int]) -> None:
         ends = [token for token in stop_ids if token < num_tokens]
@@ -48,26 +51,26 @@ class GrammarCompiler:
             raise GrammarError(f"the base model's tokenizer is none that llguidance knows: {error}") from error
 
     def compile(self, grammar: Grammar) -> LLMatcher:
-        """Return what follows the grammar from its beginning. Raises `GrammarError`; hostile ones take very long."""
+        """Return a matcher at the grammar's beginning. Raises `GrammarError`. A hostile grammar takes very long."""
         matcher = LLMatcher(self._tokens, _source(grammar), limits=LIMITS, log_level=0)
-        if said := fault(matcher):
-            raise GrammarError(said)
+        if message := fault(matcher):
+            raise GrammarError(message)
         return matcher
 
 
 def fault(matcher: LLMatcher) -> str:
-    """Return what is wrong with the grammar, as far as it was followed; nothing where nothing is."""
+    """Return the fault of a grammar, as far as it was followed; empty if there is none."""
     if not matcher.is_error():
         return ""
-    said = matcher.get_error()
-    if said.startswith("NoExtension"):
+    message = matcher.get_error()
+    if message.startswith("NoExtension"):
         return "no text can be what it asks for"
-    return _short(said.replace("<non-verbose/>", ""))
+    return _short(message.replace("<non-verbose/>", ""))
 
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= MAX_SAID else f"{line[: MAX_SAID - 1]}…"
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 1]}…"
 
 
 def _source(grammar: Grammar) -> str:
@@ -79,7 +82,7 @@ def _source(grammar: Grammar) -> str:
         raise GrammarError(_short(str(error))) from error
 
 
-def _of_schema(text: str) -> str:
+def _schema_source(text: str) -> str:
     try:
         schema = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
@@ -94,78 +97,78 @@ def _refuse(constant: str) -> NoReturn:
 
 
 SOURCES: Mapping[GrammarKind, Callable[[str], str]] = {
-    "json_object": lambda _: _of_schema('{"type": "object"}'),
-    "json_schema": _of_schema,
+    "json_object": lambda _: _schema_source('{"type": "object"}'),
+    "json_schema": _schema_source,
     "regex": LLMatcher.grammar_from_regex,
     "lark": LLMatcher.grammar_from_lark,
 }
 
 
 CLOCK_FACTOR = 40.0
-"""How many times its seconds of computing a trial may take by the clock."""
+"""Maximum wall-clock time of a trial, as a multiple of its CPU time."""
 MAX_BYTES = 2**30
 NUM_STEPS = 8
-"""Tokens that are written, any that are allowed: many a grammar is only then seen to be too large."""
+"""Number of tokens that a trial follows, each any allowed one. Many grammars turn out to be too large only then."""
 
 
-def try_out(compiler: GrammarCompiler, grammar: Grammar) -> str:
-    """Return what is wrong with a grammar, or nothing."""
+def try_grammar(compiler: GrammarCompiler, grammar: Grammar) -> str:
+    """Return the fault of a grammar; empty if it has none."""
     try:
         matcher = compiler.compile(grammar)
     except GrammarError as error:
         return str(error)
     for step in range(NUM_STEPS):
         mask = matcher.compute_bitmask()
-        if (said := fault(matcher)) or matcher.is_stopped():
-            return said
+        if (message := fault(matcher)) or matcher.is_stopped():
+            return message
         matcher.consume_token(_allowed_near(mask, len(mask) * step // NUM_STEPS))
     return fault(matcher)
 
 
 def _allowed_near(mask: bytes, start: int) -> int:
-    place = next(place % len(mask) for place in range(start, start + len(mask)) if mask[place % len(mask)])
-    lowest = mask[place] & -mask[place]
-    return 8 * place + lowest.bit_length() - 1
+    index = next(index % len(mask) for index in range(start, start + len(mask)) if mask[index % len(mask)])
+    lowest = mask[index] & -mask[index]
+    return 8 * index + lowest.bit_length() - 1
 
 
-def answer(compiler: GrammarCompiler, grammar: Grammar, seconds: float) -> str | None:
-    """Return what a fork finds wrong with a grammar; None where it was ended, for time or memory.
+def try_in_fork(compiler: GrammarCompiler, grammar: Grammar, seconds: float) -> str | None:
+    """Return the fault that a fork finds in a grammar; None if the fork was ended for exceeding its time or memory.
 
-    `seconds` are of computing.
+    `seconds` is the limit of CPU time.
     """
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        _try_here(compiler, grammar, writer, seconds)
+        _try_and_exit(compiler, grammar, writer, seconds)
     os.close(writer)
-    with open(reader, encoding="utf-8") as said:
-        found = said.read()
+    with open(reader, encoding="utf-8") as pipe:
+        message = pipe.read()
     _, status = os.waitpid(child, 0)
-    return found if status == 0 else None
+    return message if status == 0 else None
 
 
-def _try_here(compiler: GrammarCompiler, grammar: Grammar, writer: int, seconds: float) -> NoReturn:
+def _try_and_exit(compiler: GrammarCompiler, grammar: Grammar, writer: int, seconds: float) -> NoReturn:
     try:
-        with suppress(ValueError, OSError):  # not every system has this limit
+        with suppress(ValueError, OSError):  # some systems lack this limit
             resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-        # Nobody handles these: they end the process, whatever it is in.
+        # No handler is set for these signals, so they end the process, whatever it is doing.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         signal.setitimer(signal.ITIMER_REAL, CLOCK_FACTOR * seconds)
-        os.write(writer, try_out(compiler, grammar).encode())
+        os.write(writer, try_grammar(compiler, grammar).encode())
         os._exit(0)
     finally:
         os._exit(1)
 
 
 def main() -> None:
-    """Try what comes, until nothing comes."""
-    os.nice(5)  # Steps go first.
+    """Try the grammars that arrive on stdin, until it is closed."""
+    os.nice(5)  # steps have priority
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     compiler = GrammarCompiler(**json.loads(sys.stdin.readline()))
-    gc.freeze()  # What forks share stays shared.
+    gc.freeze()  # keeps the memory that forks share from being copied
     for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps(answer(compiler, Grammar(**asked["grammar"]), asked["seconds"])), flush=True)
+        trial = json.loads(line)
+        print(json.dumps(try_in_fork(compiler, Grammar(**trial["grammar"]), trial["seconds"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What requests change in their logits before a token is picked: bias, then `min_tokens`, then penalties.
+"""Logits processors: changes of the logits before a token is sampled. First bias, then `min_tokens`, then penalties.
 
-Only the tokens that a request names or a sequence holds are touched, so the whole vocabulary is neither copied nor passed over.
+Only the logits of tokens that a request names or a sequence contains are changed, so the vocabulary is never copied or scanned.
 
-Shapes: P rows, V vocabulary, N edited entries of all rows.
+Shapes: P rows, V vocabulary, N changed entries of all rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,33 +18,33 @@ from server.engine.request import Sampling, Sequence
 
 
 class TokenCounts:
-    """The distinct tokens of a sequence, and how often each is in the output; those of the prompt alone are there with 0."""
+    """The distinct tokens of a sequence, with their counts in the output. Tokens of the prompt alone have count 0."""
 
     def __init__(self, prompt_ids: Iterable[int]) -> None:
-        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
-        self._ids = np.fromiter(self._places, dtype=np.int64)
+        self._indices = {token: index for index, token in enumerate(dict.fromkeys(prompt_ids))}
+        self._ids = np.fromiter(self._indices, dtype=np.int64)
         self._counts = np.zeros(len(self._ids), dtype=np.float32)
         self._num_counted = 0
 
     def update(self, output_ids: Items[int]) -> None:
-        """Count what the output has more than at the last call."""
+        """Count the output tokens that are new since the last call."""
         for token in output_ids[self._num_counted :]:
-            place = self._places.setdefault(token, len(self._places))
-            if place == len(self._ids):
+            index = self._indices.setdefault(token, len(self._indices))
+            if index == len(self._ids):
                 self._grow()
-            self._ids[place] = token
-            self._counts[place] += 1
+            self._ids[index] = token
+            self._counts[index] += 1
         self._num_counted = len(output_ids)
 
     @property
     def ids(self) -> NDArray[np.int64]:
         """The tokens, each once."""
-        return self._ids[: len(self._places)]
+        return self._ids[: len(self._indices)]
 
     @property
     def counts(self) -> NDArray[np.float32]:
-        """How often each of `ids` is in the output."""
-        return self._counts[: len(self._places)]
+        """Count of each of `ids` in the output."""
+        return self._counts[: len(self._indices)]
 
     def _grow(self) -> None:
         num_more = max(64, len(self._ids))
@@ -55,19 +55,19 @@ class TokenCounts:
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Change = Callable[[torch.Tensor], torch.Tensor]
-"""From the entries as they were to what they become."""
+"""Computes the new logits of some entries from the old ones."""
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def _fp32(value: float, least: float = -LARGEST) -> np.float32:
-    # Into a range where neither a product nor a difference of two can be infinity less infinity, or zero times infinity.
+    # Clamps a value so that no product or difference of two can be inf - inf or 0 * inf.
     return np.float32(min(max(value, least), LARGEST))
 
 
-class LogitEdits:
-    """What one sequence's request changes in its row, and what this needs to know of its output."""
+class LogitsProcessors:
+    """The logits processors of one sequence, with the state of its output that they need."""
 
     def __init__(self, sequence: Sequence, stop_ids: Ints) -> None:
         request = sequence.request
@@ -85,24 +85,24 @@ class LogitEdits:
         self.counts = _counts(request.prompt_ids, sampling)
 
     def update(self, output_ids: Items[int], can_only_end: bool = False) -> None:
-        """Note what the output has more than at the last call, and whether a grammar leaves nothing but stop tokens."""
+        """Note the sequence's output, and whether a grammar allows only stop tokens."""
         self._num_outputs, self._can_only_end = len(output_ids), can_only_end
         if self.counts:
             self.counts.update(output_ids)
 
     @property
     def can_change(self) -> bool:
-        """Whether it ever changes anything."""
+        """Whether these processors can change any logit."""
         return bool(len(self.bias_ids)) or self.counts is not None or self._min_tokens > 0
 
     @property
     def is_active(self) -> bool:
-        """Whether it changes anything in the next token's row."""
+        """Whether these processors change a logit of the next token."""
         return bool(len(self.bias_ids)) or self.counts is not None or self._must_go_on
 
     @property
     def forbidden_ids(self) -> Ints:
-        """The stop tokens, as long as they are not to be picked."""
+        """The stop tokens while they may not be sampled, else no tokens."""
         return self._stop_ids if self._must_go_on else self._stop_ids[:0]
 
     @property
@@ -117,17 +117,17 @@ def _counts(prompt_ids: tuple[int, ...], sampling: Sampling) -> TokenCounts | No
 
 
 @contextmanager
-def edited(logits: torch.Tensor, edits: Mapping[int, LogitEdits]) -> Iterator[None]:
-    """Change the rows of `logits` (P, V), contiguous, that `edits` names, in place; at the end all is as it was.
+def processed(logits: torch.Tensor, processors: Mapping[int, LogitsProcessors]) -> Iterator[None]:
+    """Apply the `processors` to their rows of `logits` (P, V), contiguous, in place. At the end the rows are restored.
 
-    Nothing becomes NaN or plus infinity that was not.
+    A logit does not become NaN or plus infinity unless it was before.
     """
-    if not edits:
+    if not processors:
         yield
         return
     flat, undo = logits.view(-1), []
     try:
-        for index, change in _changes(edits, logits.shape[1], logits.device):
+        for index, change in _changes(processors, logits.shape[1], logits.device):
             before = flat[index]
             undo.append((index, before))
             flat[index] = change(before)
@@ -137,34 +137,36 @@ def edited(logits: torch.Tensor, edits: Mapping[int, LogitEdits]) -> Iterator[No
             flat[index] = before
 
 
-def _changes(edits: Mapping[int, LogitEdits], num_tokens: int, device: torch.device) -> Iterator[tuple[torch.Tensor, Change]]:
-    starts = {row: row * num_tokens for row in edits}
-    if biased := {row: e for row, e in edits.items() if len(e.bias_ids)}:
-        bias = _upload([e.bias for e in biased.values()], device)
-        index = _upload([e.bias_ids + starts[row] for row, e in biased.items()], device)
+def _changes(
+    processors: Mapping[int, LogitsProcessors], num_tokens: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, Change]]:
+    starts = {row: row * num_tokens for row in processors}
+    if biased := {row: p for row, p in processors.items() if len(p.bias_ids)}:
+        bias = _upload([p.bias for p in biased.values()], device)
+        index = _upload([p.bias_ids + starts[row] for row, p in biased.items()], device)
         yield index, lambda old: (old + bias).clamp_(max=LARGEST)
-    if forbidden := [e.forbidden_ids + starts[row] for row, e in edits.items() if len(e.forbidden_ids)]:
+    if forbidden := [p.forbidden_ids + starts[row] for row, p in processors.items() if len(p.forbidden_ids)]:
         yield _upload(forbidden, device), lambda old: torch.full_like(old, -torch.inf)
-    if counted := {row: e.counts.ids + starts[row] for row, e in edits.items() if e.counts}:
-        yield _upload(list(counted.values()), device), _penalties([edits[row] for row in counted], device)
+    if counted := {row: p.counts.ids + starts[row] for row, p in processors.items() if p.counts}:
+        yield _upload(list(counted.values()), device), _penalties([processors[row] for row in counted], device)
 
 
-def _penalties(edits: Items[LogitEdits], device: torch.device) -> Change:
-    counts = [e.counts.counts for e in edits if e.counts]
-    repetition = _upload([np.full(len(c), e.repetition) for e, c in zip(edits, counts, strict=True)], device)  # (N,)
-    taken = _upload([_taken(e, c) for e, c in zip(edits, counts, strict=True)], device)  # (N,)
+def _penalties(processors: Items[LogitsProcessors], device: torch.device) -> Change:
+    counts = [p.counts.counts for p in processors if p.counts]
+    repetition = _upload([np.full(len(c), p.repetition) for p, c in zip(processors, counts, strict=True)], device)  # (N,)
+    penalties = _upload([_additive_penalties(p, c) for p, c in zip(processors, counts, strict=True)], device)  # (N,)
 
     def change(old: torch.Tensor) -> torch.Tensor:
         repeated = torch.where(old > 0, old / repetition, old * repetition).clamp_(max=LARGEST)
-        return repeated.sub_(taken).clamp_(max=LARGEST)
+        return repeated.sub_(penalties).clamp_(max=LARGEST)
 
     return change
 
 
-def _taken(edits: LogitEdits, counts: Floats) -> Floats:
+def _additive_penalties(processors: LogitsProcessors, counts: Floats) -> Floats:
     with np.errstate(over="ignore"):
-        taken = counts * edits.frequency + (counts > 0) * edits.presence
-    return np.clip(taken, -LARGEST, LARGEST)
+        penalty = counts * processors.frequency + (counts > 0) * processors.presence
+    return np.clip(penalty, -LARGEST, LARGEST)
 
 
 def _upload(parts: list[Ints] | list[Floats], device: torch.device) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""The fair queue: the order of the sequences that wait, by priority, then by tokens served, then by arrival.
+"""The fair queue: the order of the waiting sequences, by priority, then by virtual token counters, then by arrival.
 
-Virtual token counters (Sheng et al. 2024, "Fairness in serving large language models", arXiv 2401.00588, algorithm 2): a share
-that begins to wait is lifted to the least counter among those that wait, so idleness earns no credit. An idle share is
-forgotten, unless its counter is ahead of the others: it would shake off its debt by being idle.
+Virtual token counters (VTC, Sheng et al. 2024, "Fairness in serving large language models", arXiv 2401.00588, algorithm 2): a
+flow that begins to wait is lifted to the lowest counter of the waiting flows, so idleness earns no credit. An idle flow is
+forgotten, unless its counter is ahead of the others: otherwise it could reset its counter by being idle.
 
-Within a priority, tenants share the service equally. Within a tenant its flows do: a flow is the sequences on the same adapters.
-Sequences raised to a priority form flows of their own there, so a backlog of them delays nobody by more than its share. Nothing
-here knows of blocks, slots or steps.
+Within a priority, tenants get equal shares. Within a tenant, adapter flows do: the sequences on the same adapters. Sequences
+raised to a priority form flows of their own there, so a backlog of raised sequences gets no more than one flow's share. This
+module knows nothing of blocks, slots or steps.
 """
 
 import heapq
@@ -19,36 +19,36 @@ from typing import Generic, TypeVar
 from server.engine.request import Sequence
 
 
-def owed_to(sequence: Sequence, running: Collection[Sequence]) -> list[Sequence]:
-    """Return who would give up their places for a sequence that waits, one after the other; `running` in order of joining.
+def preemption_candidates(waiting: Sequence, running: Collection[Sequence]) -> list[Sequence]:
+    """Return the running sequences to preempt, in order, so that `waiting` can run. `running` is in the order of starting.
 
-    It is the last of the tenant that has most then, which keeps one. Nobody where one of the sequence's own tenant runs, and none
-    that is more urgent.
+    Repeatedly takes the newest sequence of the tenant with the most running sequences; a tenant always keeps one. Empty if
+    `waiting`'s tenant already runs. Never takes a sequence of higher priority than `waiting`.
     """
     by_tenant = defaultdict(list)
     for other in running:
         by_tenant[other.request.tenant].append(other)
-    if sequence.request.tenant in by_tenant:
+    if waiting.request.tenant in by_tenant:
         return []
-    held: list[tuple[int, Sequence]] = []
-    for of_tenant in by_tenant.values():
-        less_urgent = [other for other in reversed(of_tenant) if other.priority >= sequence.priority]
-        held += zip(range(len(of_tenant), 1, -1), less_urgent, strict=False)
-    return [other for _, other in sorted(held, key=lambda pair: -pair[0])]
+    candidates: list[tuple[int, Sequence]] = []
+    for sequences in by_tenant.values():
+        less_urgent = [other for other in reversed(sequences) if other.priority >= waiting.priority]
+        candidates += zip(range(len(sequences), 1, -1), less_urgent, strict=False)
+    return [other for _, other in sorted(candidates, key=lambda pair: -pair[0])]
 
 
 class Ageing:
-    """The waiting sequences, by how long they have waited. A sequence stays overdue for the rest of its life."""
+    """Waiting times of sequences. A sequence that is overdue once stays overdue."""
 
     def __init__(self, max_wait_s: float) -> None:
-        """Set the wait after which a sequence is overdue, in seconds; infinite: none ever is."""
+        """Set the wait after which a sequence is overdue, in seconds. With infinity, no sequence ever is."""
         self._max_wait_s = max_wait_s
         self._new: dict[Sequence, None] = {}
         self._since: OrderedDict[Sequence, float] = OrderedDict()  # the longest wait first
         self._overdue: dict[Sequence, None] = {}
 
     def begin(self, sequence: Sequence) -> None:
-        """Note that a sequence waits from the next `overdue` on: a new one, or one that was preempted."""
+        """Note that a sequence waits, because it is new or was preempted. Its wait is counted from the next `overdue` call."""
         (self._overdue if sequence.is_overdue else self._new)[sequence] = None
 
     def end(self, sequence: Sequence) -> None:
@@ -58,7 +58,7 @@ class Ageing:
         self._overdue.pop(sequence, None)
 
     def overdue(self, now: float) -> Collection[Sequence]:
-        """Return the waiting sequences that are overdue; `now` is in monotonic seconds. Takes no time for those that are not."""
+        """Return the overdue sequences; `now` is in monotonic seconds. Takes no time for those that are not overdue."""
         for sequence in self._new:
             self._since[sequence] = now
         self._new.clear()
@@ -72,188 +72,190 @@ class Ageing:
         return self._overdue.keys()
 
 
-MAX_DEBTS = 256
-"""How many idle shares are remembered; the one that is idle longest is forgotten first."""
+MAX_REMEMBERED = 256
+"""Maximum number of idle flows whose counters are remembered. The flow that is idle longest is forgotten first."""
 MIN_COMPACT = 16
 
 
 @dataclass(slots=True, eq=False)
-class Share:
-    """A claim to be served: active while something of it waits or runs."""
+class Flow:
+    """One flow of requests with its virtual token counter. It is active while some of its sequences wait or run."""
 
     num_tokens: int = 0
-    """Served since it became active."""
+    """Tokens charged since the flow became active."""
     counter: int = 0
-    """Its virtual counter, which only grows."""
+    """Virtual token counter. It never decreases."""
     num_waiting: int = 0
     num_running: int = 0
-    is_aside: bool = False
-    """Waits but is passed over for now."""
+    is_skipped: bool = False
+    """Whether the flow is skipped for now, although it waits."""
     serial: int = 0
-    is_entered: bool = False
+    is_in_heap: bool = False
 
     @property
     def is_active(self) -> bool:
-        """Whether something of it waits or runs."""
+        """Whether some of the flow's sequences wait or run."""
         return self.num_waiting > 0 or self.num_running > 0
 
-    def serve(self, num_tokens: int) -> None:
-        """Count what it got."""
+    def charge(self, num_tokens: int) -> None:
+        """Charge tokens to the flow."""
         self.num_tokens += num_tokens
         self.counter += num_tokens
 
 
-S = TypeVar("S", bound=Share)
+F = TypeVar("F", bound=Flow)
 
 
-class Contest(Generic[S]):
-    """The active shares of a service, by key."""
+class VirtualTokenQueue(Generic[F]):
+    """Virtual token counter (VTC) queue: the flow that was charged the fewest tokens goes first."""
 
     def __init__(self) -> None:
-        self.members: dict[Hashable, S] = {}
-        # Of each share that waits one entry with a counter that it has had: brought up to date when it comes up.
-        self._heap: list[tuple[int, int, S]] = []
+        self.active: dict[Hashable, F] = {}
+        # One entry for each waiting flow, with a counter that the flow once had. `first` updates stale entries.
+        self._heap: list[tuple[int, int, F]] = []
         self._serials = count()
-        self._last_waited: S | None = None
-        self._debts: OrderedDict[Hashable, int] = OrderedDict()
+        self._last_emptied: F | None = None
+        self._remembered_counters: OrderedDict[Hashable, int] = OrderedDict()
 
-    def member(self, key: Hashable, make: Callable[[], S]) -> S:
-        """Return the share of this key, made anew if it was idle."""
-        share = self.members.get(key)
-        if share is None:
-            share = self.members[key] = make()
-            share.counter = self._debts.pop(key, 0)
-        return share
+    def get_or_add(self, key: Hashable, make: Callable[[], F]) -> F:
+        """Return the flow of this key; make one if it is not active."""
+        flow = self.active.get(key)
+        if flow is None:
+            flow = self.active[key] = make()
+            flow.counter = self._remembered_counters.pop(key, 0)
+        return flow
 
-    def add_waiting(self, share: S) -> None:
-        """Note that one more of this share waits."""
-        if not share.num_waiting:
-            share.counter = max(share.counter, self._floor())
-            share.serial = next(self._serials)
-            share.num_waiting = 1
-            self._enter(share)
+    def add_waiting(self, flow: F) -> None:
+        """Note that one more sequence of this flow waits."""
+        if not flow.num_waiting:
+            flow.counter = max(flow.counter, self._min_counter())
+            flow.serial = next(self._serials)
+            flow.num_waiting = 1
+            self._push(flow)
         else:
-            share.num_waiting += 1
+            flow.num_waiting += 1
 
-    def remove_waiting(self, share: S) -> None:
-        """Note that one less of this share waits."""
-        share.num_waiting -= 1
-        if not share.num_waiting:
-            self._last_waited = share
+    def remove_waiting(self, flow: F) -> None:
+        """Note that one sequence fewer of this flow waits."""
+        flow.num_waiting -= 1
+        if not flow.num_waiting:
+            self._last_emptied = flow
 
-    def first(self) -> S | None:
-        """Return the least served of the shares that wait and are not aside; of equals the one that waits longest."""
+    def first(self) -> F | None:
+        """Return the waiting flow with the lowest counter that is not skipped. Among equals, the longest wait goes first."""
         while self._heap:
-            counter, serial, share = self._heap[0]
-            if not share.num_waiting or share.is_aside:
+            counter, serial, flow = self._heap[0]
+            if not flow.num_waiting or flow.is_skipped:
                 heapq.heappop(self._heap)
-                share.is_entered = False
-            elif (counter, serial) != (share.counter, share.serial):
-                heapq.heapreplace(self._heap, (share.counter, share.serial, share))
+                flow.is_in_heap = False
+            elif (counter, serial) != (flow.counter, flow.serial):
+                heapq.heapreplace(self._heap, (flow.counter, flow.serial, flow))
             else:
-                return share
+                return flow
         return None
 
-    def put_aside(self, share: S) -> None:
-        """Pass over a share until `bring_back`."""
-        share.is_aside = True
+    def skip(self, flow: F) -> None:
+        """Skip a flow in `first` until `unskip`."""
+        flow.is_skipped = True
 
-    def bring_back(self, share: S) -> None:
-        """End `put_aside`."""
-        share.is_aside = False
-        if share.num_waiting:
-            self._enter(share)
+    def unskip(self, flow: F) -> None:
+        """End `skip`."""
+        flow.is_skipped = False
+        if flow.num_waiting:
+            self._push(flow)
 
     def drop_idle(self, key: Hashable) -> None:
-        """Forget the share of this key if it is idle, but what it owes to those that wait."""
-        if self.members[key].is_active:
+        """Forget the flow of this key if it is idle. Its counter is remembered if that is ahead of the waiting flows' minimum."""
+        if self.active[key].is_active:
             return
-        counter = self.members.pop(key).counter
-        floor = self._floor()
-        if counter > floor:
-            self._debts[key] = counter
-        while self._debts and (len(self._debts) > MAX_DEBTS or next(iter(self._debts.values())) <= floor):
-            self._debts.popitem(last=False)
+        counter = self.active.pop(key).counter
+        min_counter = self._min_counter()
+        if counter > min_counter:
+            self._remembered_counters[key] = counter
+        while self._remembered_counters and (
+            len(self._remembered_counters) > MAX_REMEMBERED or next(iter(self._remembered_counters.values())) <= min_counter
+        ):
+            self._remembered_counters.popitem(last=False)
 
-    def _floor(self) -> int:
-        share = self.first() or self._last_waited
-        return share.counter if share else 0
+    def _min_counter(self) -> int:
+        flow = self.first() or self._last_emptied
+        return flow.counter if flow else 0
 
-    def _enter(self, share: S) -> None:
-        if share.is_entered:
+    def _push(self, flow: F) -> None:
+        if flow.is_in_heap:
             return
-        if len(self._heap) > 2 * len(self.members) + MIN_COMPACT:
+        if len(self._heap) > 2 * len(self.active) + MIN_COMPACT:
             self._compact()
-        share.is_entered = True
-        heapq.heappush(self._heap, (share.counter, share.serial, share))
+        flow.is_in_heap = True
+        heapq.heappush(self._heap, (flow.counter, flow.serial, flow))
 
     def _compact(self) -> None:
-        # Shares that ceased to wait while others were ahead of them are still in it.
-        kept = []
+        # The heap may still hold flows that stopped waiting before they came up.
+        entries = []
         for entry in self._heap:
-            share = entry[2]
-            share.is_entered = share.num_waiting > 0
-            if share.is_entered:
-                kept.append(entry)
-        heapq.heapify(kept)
-        self._heap = kept
+            flow = entry[2]
+            flow.is_in_heap = flow.num_waiting > 0
+            if flow.is_in_heap:
+                entries.append(entry)
+        heapq.heapify(entries)
+        self._heap = entries
 
 
 @dataclass(slots=True, eq=False)
-class Flow(Share):
-    """The sequences of one tenant and priority that want the same adapters, first come, first served."""
+class AdapterFlow(Flow):
+    """The sequences of one tenant and priority on the same adapters, in order of arrival."""
 
     adapters: tuple[str, ...] = ()
-    """Their digests; none: the base alone."""
+    """Digests of the adapters; empty for the base model alone."""
     is_raised: bool = False
-    """Whether they are of a lower priority than that in which they compete, see `FairQueue.raise_to_top`."""
+    """Whether the sequences were raised from a lower priority, see `FairQueue.raise_to_top`."""
     queue: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)
 
 
 @dataclass(slots=True, eq=False)
-class Tenant(Share):
-    """A tenant's share within a priority, and what shares in it."""
+class TenantFlow(Flow):
+    """A tenant's flow within a priority, with the tenant's adapter flows."""
 
     name: str = ""
-    flows: Contest[Flow] = field(default_factory=Contest)
+    flows: VirtualTokenQueue[AdapterFlow] = field(default_factory=VirtualTokenQueue)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    # Where a sequence that waits or runs belongs.
+class _Placement:
+    # The queues and flows that a waiting or running sequence belongs to.
     priority: int
-    level: Contest[Tenant]
-    tenant: Tenant
-    flow: Flow
+    level: VirtualTokenQueue[TenantFlow]
+    tenant: TenantFlow
+    flow: AdapterFlow
 
 
 class FairQueue:
-    """Keeps the sequences that wait in order, and counts what those that run are served."""
+    """The waiting sequences in order, with counters of the tokens charged to each tenant and adapter flow."""
 
     def __init__(self) -> None:
-        self._levels: dict[int, Contest[Tenant]] = {}
-        self._places: dict[Sequence, _Place] = {}
-        self._aside: list[_Place] = []
+        self._levels: dict[int, VirtualTokenQueue[TenantFlow]] = {}
+        self._placements: dict[Sequence, _Placement] = {}
+        self._skipped: list[_Placement] = []
 
     def add(self, sequence: Sequence, *, is_first: bool = False) -> None:
-        """Queue a new sequence, at the end of its flow or before all others of it."""
-        self._places[sequence] = place = self._place(sequence)
-        self._wait(sequence, place, is_first)
+        """Queue a new sequence at the end of its flow, or at the front with `is_first`."""
+        self._placements[sequence] = placement = self._make_placement(sequence)
+        self._enqueue(sequence, placement, is_first)
 
     def first(self) -> Sequence | None:
-        """Return the sequence whose turn it is, of those that are not passed over."""
+        """Return the next sequence to run that is not skipped."""
         for priority in sorted(self._levels):
             level = self._levels[priority]
             while tenant := level.first():
                 if flow := tenant.flows.first():
                     return next(iter(flow.queue))
-                level.put_aside(tenant)  # until one of its flows is brought back
+                level.skip(tenant)  # until one of its flows is unskipped
         return None
 
     def raise_to_top(self, sequences: Iterable[Sequence]) -> bool:
-        """Give waiting sequences the highest priority that is present, and return whether any had a lower one.
+        """Give waiting sequences the highest priority that is present. Return whether any of them had a lower one.
 
-        One that has it keeps its place. Not to be called while any are passed over.
+        A sequence that already has the highest priority keeps its place. Do not call this while any sequence is skipped.
         """
         if len(self._levels) < 2:
             return False
@@ -263,109 +265,109 @@ class FairQueue:
             self._raise(sequence, top)
         return bool(lower)
 
-    def pass_over(self, sequence: Sequence) -> None:
-        """Leave out the whole flow of a sequence until `bring_back`."""
-        place = self._places[sequence]
-        self._aside.append(place)
-        place.tenant.flows.put_aside(place.flow)
+    def skip(self, sequence: Sequence) -> None:
+        """Skip the whole adapter flow of a sequence until `unskip_all`."""
+        placement = self._placements[sequence]
+        self._skipped.append(placement)
+        placement.tenant.flows.skip(placement.flow)
 
-    def bring_back(self) -> None:
-        """End `pass_over` for all."""
-        for place in self._aside:
-            place.tenant.flows.bring_back(place.flow)
-            place.level.bring_back(place.tenant)
-        self._aside.clear()
+    def unskip_all(self) -> None:
+        """End `skip` for all flows."""
+        for placement in self._skipped:
+            placement.tenant.flows.unskip(placement.flow)
+            placement.level.unskip(placement.tenant)
+        self._skipped.clear()
 
-    def take(self, sequence: Sequence) -> None:
-        """Note that a sequence that waited runs."""
-        place = self._places[sequence]
-        for share in (place.tenant, place.flow):
-            share.num_running += 1
-        self._wait_no_more(sequence, place)
+    def start(self, sequence: Sequence) -> None:
+        """Note that a waiting sequence starts to run."""
+        placement = self._placements[sequence]
+        for flow in (placement.tenant, placement.flow):
+            flow.num_running += 1
+        self._dequeue(sequence, placement)
 
-    def put_back(self, sequence: Sequence) -> None:
-        """Note that a sequence that ran waits again, before all others of its flow."""
-        place = self._places[sequence]
-        self._wait(sequence, place, is_first=True)
-        for share in (place.tenant, place.flow):
-            share.num_running -= 1
+    def requeue(self, sequence: Sequence) -> None:
+        """Put a running sequence back into the queue, at the front of its flow."""
+        placement = self._placements[sequence]
+        self._enqueue(sequence, placement, is_first=True)
+        for flow in (placement.tenant, placement.flow):
+            flow.num_running -= 1
 
-    def serve(self, sequence: Sequence, num_tokens: int) -> None:
-        """Count tokens that a sequence got."""
-        place = self._places[sequence]
-        place.tenant.serve(num_tokens)
-        place.flow.serve(num_tokens)
+    def charge(self, sequence: Sequence, num_tokens: int) -> None:
+        """Charge tokens to the tenant and the adapter flow of a sequence."""
+        placement = self._placements[sequence]
+        placement.tenant.charge(num_tokens)
+        placement.flow.charge(num_tokens)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence that waits or runs."""
-        place = self._places.pop(sequence)
-        if sequence in place.flow.queue:
-            self._wait_no_more(sequence, place)
+        """Remove a sequence that waits or runs."""
+        placement = self._placements.pop(sequence)
+        if sequence in placement.flow.queue:
+            self._dequeue(sequence, placement)
         else:
-            for share in (place.tenant, place.flow):
-                share.num_running -= 1
-        self._drop_idle(place)
+            for flow in (placement.tenant, placement.flow):
+                flow.num_running -= 1
+        self._drop_idle(placement)
 
-    def tokens_served(self) -> dict[tuple[str, tuple[str, ...]], int]:
-        """Return, by tenant and digests of adapters, the tokens that each active flow was served since it became active."""
-        served: dict[tuple[str, tuple[str, ...]], int] = {}
+    def tokens_charged(self) -> dict[tuple[str, tuple[str, ...]], int]:
+        """Return the tokens charged to each active flow since it became active, by tenant and adapter digests."""
+        charged: dict[tuple[str, tuple[str, ...]], int] = {}
         for level in self._levels.values():
-            for tenant in level.members.values():
-                for flow in tenant.flows.members.values():
+            for tenant in level.active.values():
+                for flow in tenant.flows.active.values():
                     key = (tenant.name, flow.adapters)
-                    served[key] = served.get(key, 0) + flow.num_tokens
-        return served
+                    charged[key] = charged.get(key, 0) + flow.num_tokens
+        return charged
 
     def check_integrity(self, waiting: set[Sequence], running: set[Sequence]) -> None:
-        """Assert that these are the sequences that wait and run, and that nothing idle is kept."""
-        assert self._places.keys() == waiting | running
-        assert not self._aside
+        """Assert that exactly these sequences wait and run, and that no idle flow is kept."""
+        assert self._placements.keys() == waiting | running
+        assert not self._skipped
         for level in self._levels.values():
-            assert level.members
-            for tenant in level.members.values():
-                places = {s: p for s, p in self._places.items() if p.tenant is tenant}
-                _check_counts(tenant, places.keys() & waiting, places.keys() & running)
-                for flow in tenant.flows.members.values():
-                    own = {s for s, p in places.items() if p.flow is flow}
-                    assert own & waiting == flow.queue.keys()
-                    _check_counts(flow, own & waiting, own & running)
+            assert level.active
+            for tenant in level.active.values():
+                placements = {s: p for s, p in self._placements.items() if p.tenant is tenant}
+                _check_counts(tenant, placements.keys() & waiting, placements.keys() & running)
+                for flow in tenant.flows.active.values():
+                    sequences = {s for s, p in placements.items() if p.flow is flow}
+                    assert sequences & waiting == flow.queue.keys()
+                    _check_counts(flow, sequences & waiting, sequences & running)
 
-    def _place(self, sequence: Sequence) -> _Place:
+    def _make_placement(self, sequence: Sequence) -> _Placement:
         name, priority = sequence.request.tenant, sequence.priority
-        level = self._levels.setdefault(priority, Contest())
-        tenant = level.member(name, lambda: Tenant(name=name))
+        level = self._levels.setdefault(priority, VirtualTokenQueue())
+        tenant = level.get_or_add(name, lambda: TenantFlow(name=name))
         adapters = tuple(digest for digest, _ in sequence.residents)
         is_raised = sequence.is_raised
-        flow = tenant.flows.member((adapters, is_raised), lambda: Flow(adapters=adapters, is_raised=is_raised))
-        return _Place(priority, level, tenant, flow)
+        flow = tenant.flows.get_or_add((adapters, is_raised), lambda: AdapterFlow(adapters=adapters, is_raised=is_raised))
+        return _Placement(priority, level, tenant, flow)
 
     def _raise(self, sequence: Sequence, priority: int) -> None:
         sequence.priority = priority
-        if place := self._places.pop(sequence, None):  # else it is one of several choices, and is added later
-            self._wait_no_more(sequence, place)
-            self._drop_idle(place)
+        if placement := self._placements.pop(sequence, None):  # else it is a choice that follows another one, and is added later
+            self._dequeue(sequence, placement)
+            self._drop_idle(placement)
             self.add(sequence)
 
-    def _wait(self, sequence: Sequence, place: _Place, is_first: bool) -> None:
-        place.level.add_waiting(place.tenant)
-        place.tenant.flows.add_waiting(place.flow)
-        place.flow.queue[sequence] = None
+    def _enqueue(self, sequence: Sequence, placement: _Placement, is_first: bool) -> None:
+        placement.level.add_waiting(placement.tenant)
+        placement.tenant.flows.add_waiting(placement.flow)
+        placement.flow.queue[sequence] = None
         if is_first:
-            place.flow.queue.move_to_end(sequence, last=False)
+            placement.flow.queue.move_to_end(sequence, last=False)
 
-    def _wait_no_more(self, sequence: Sequence, place: _Place) -> None:
-        del place.flow.queue[sequence]
-        place.tenant.flows.remove_waiting(place.flow)
-        place.level.remove_waiting(place.tenant)
+    def _dequeue(self, sequence: Sequence, placement: _Placement) -> None:
+        del placement.flow.queue[sequence]
+        placement.tenant.flows.remove_waiting(placement.flow)
+        placement.level.remove_waiting(placement.tenant)
 
-    def _drop_idle(self, place: _Place) -> None:
-        place.tenant.flows.drop_idle((place.flow.adapters, place.flow.is_raised))
-        place.level.drop_idle(place.tenant.name)
-        if not place.level.members:
-            del self._levels[place.priority]
+    def _drop_idle(self, placement: _Placement) -> None:
+        placement.tenant.flows.drop_idle((placement.flow.adapters, placement.flow.is_raised))
+        placement.level.drop_idle(placement.tenant.name)
+        if not placement.level.active:
+            del self._levels[placement.priority]
 
 
-def _check_counts(share: Share, waiting: set[Sequence], running: set[Sequence]) -> None:
-    assert (share.num_waiting, share.num_running) == (len(waiting), len(running))
-    assert share.is_active
-    assert not share.is_aside
+def _check_counts(flow: Flow, waiting: set[Sequence], running: set[Sequence]) -> None:
+    assert (flow.num_waiting, flow.num_running) == (len(waiting), len(running))
+    assert flow.is_active
+    assert not flow.is_skipped

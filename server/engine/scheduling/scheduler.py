@@ -1,10 +1,10 @@
-"""The scheduler: the sequences of a step, and the number of tokens of each. No tensor, no clock.
+"""The scheduler: chooses the sequences of a step, and the number of tokens of each. No tensor, no clock.
 
-A sequence joins when the fair queue gives its turn, its adapters are resident, and the KV memory has room for its tokens so far.
-Running sequences decode in every step; the rest of the step's tokens goes to prompts, in chunks. A sequence's memory grows block
-by block. When no block is left, the sequence that joined last is preempted: it gives up its blocks and is computed again later.
-The same happens to a sequence of the tenant that has most, when a tenant waits that has nothing. A sequence that waited too long
-behind higher priorities is raised to the highest priority present.
+A sequence starts when it is first in the fair queue, its adapters are resident, and the KV cache has room for its tokens so far.
+Running sequences decode in every step; the rest of the step's tokens goes to prefill, in chunks. A sequence's blocks grow one by
+one. If no block is left, the newest running sequence is preempted: it loses its blocks and is computed again later. A sequence of
+the tenant with the most running sequences is also preempted if a tenant with nothing running waits. A sequence that waited too
+long behind higher priorities is raised to the highest priority present.
 """
 
 import heapq
@@ -13,9 +13,9 @@ from math import inf
 from typing import Literal, Protocol
 
 from server.engine.request import Chunk, Sequence
-from server.engine.scheduling.fair_queue import Ageing, FairQueue, owed_to
+from server.engine.scheduling.fair_queue import Ageing, FairQueue, preemption_candidates
 from server.engine.scheduling.kv_cache import KvCache
-from server.engine.scheduling.step_budget import PromptTurns, Room, StepLimits
+from server.engine.scheduling.step_budget import PrefillOrder, StepBudget, StepLimits
 
 Residency = Literal["ready", "loading", "full"]
 
@@ -23,68 +23,72 @@ Residency = Literal["ready", "loading", "full"]
 class ResidencyGate(Protocol):
     """Keeps the adapters of running sequences in their slots.
 
-    Every sequence is asked about from the moment its turn comes, and again in every plan but where it `is_behind`, until it hears
-    "ready".
-    The gate holds something for a sequence whose last answer was "ready" or "loading", and nothing after "full".
+    The scheduler calls `acquire` for a sequence when it first comes up in the queue, and again in every plan until the result is
+    "ready", except while `is_load_deferred`. The gate holds something for a sequence whose last result was "ready" or "loading",
+    and nothing after "full".
     """
 
-    def pin(self, sequence: Sequence) -> Residency:
-        """Return whether a sequence's adapters (`request.residents`) are there. Returns at once.
+    def acquire(self, sequence: Sequence) -> Residency:
+        """Acquire a sequence's adapters (`sequence.residents`) and return whether they are resident. Returns at once.
 
-        "ready": they are, and stay until `unpin`; the sequence runs now. "loading": they are being read; the sequence waits
-        alone, others pass. "full": there is no room, for what is resident is held for others: nobody may pass, but those that
-        heard "loading" before. So it must not be said while nothing is held for anybody.
+        "ready": the adapters are resident and stay until `release`; the sequence runs now. "loading": the adapters are being
+        read; only this sequence waits, others may pass it. "full": there is no room, because the resident adapters are in use by
+        others; no sequence may pass, except those whose last result was "loading". So "full" must not be returned while nothing
+        is held for any sequence.
         """
         ...
 
-    def is_behind(self, sequence: Sequence) -> bool:
-        """Whether `pin` would say "loading" now, and hold no more than it does: as many adapters are read as may be, and one of
-        its own is not among them. Then it need not be asked."""
+    def is_load_deferred(self, sequence: Sequence) -> bool:
+        """Whether `acquire` would return "loading" now and hold nothing more than before.
+
+        True if the maximum number of loads is in progress and one of the sequence's adapters is not among them. Then `acquire`
+        need not be called.
+        """
         ...
 
-    def unpin(self, sequence: Sequence) -> None:
-        """Let go of what is held for a sequence.
+    def release(self, sequence: Sequence) -> None:
+        """Release what is held for a sequence.
 
-        Called once after "ready", when the sequence ends or is preempted (then `pin` asks anew, later), and once after
-        "loading", if the sequence is dropped before it hears anything else. Never after "full", and never twice.
+        Called once after "ready", when the sequence ends or is preempted (`acquire` is called again later), and once after
+        "loading", if the sequence is dropped before another result. Never called after "full", and never twice.
         """
         ...
 
 
-class Choices:
-    """The requests of several choices whose prompt is not computed yet."""
+class ChoiceGroups:
+    """Groups of the choices of one request whose prompt is not computed yet. The first choice of a group computes it."""
 
     def __init__(self) -> None:
-        # By identity: all choices have one request object, and comparing two would compare their prompts. The first leads.
+        # Keyed by identity: all choices share one request object, and comparing requests would compare their prompts.
         self._groups: dict[int, list[Sequence]] = {}
 
-    def join(self, sequence: Sequence) -> bool:
-        """Take in a new sequence; returns whether it has to wait for another one to compute its prompt."""
+    def add(self, sequence: Sequence) -> bool:
+        """Add a new sequence. Return whether it must wait for another choice to compute its prompt."""
         if sequence.request.num_choices == 1:
             return False
         group = self._groups.setdefault(id(sequence.request), [])
         group.append(sequence)
         return len(group) > 1
 
-    def is_following(self, sequence: Sequence) -> bool:
-        """Whether another one computes the prompt of this sequence."""
+    def is_follower(self, sequence: Sequence) -> bool:
+        """Whether another choice computes the prompt of this sequence."""
         group = self._groups.get(id(sequence.request))
         return group is not None and sequence in group[1:]
 
-    def disband(self, sequence: Sequence) -> list[Sequence]:
-        """Return those that waited for this sequence, which has computed the prompt."""
+    def pop_followers(self, sequence: Sequence) -> list[Sequence]:
+        """Remove the group of a sequence that has computed the prompt, and return the choices that waited for it."""
         return self._groups.pop(id(sequence.request), [])[1:]
 
-    def leave(self, sequence: Sequence) -> Sequence | None:
-        """Take out a sequence that ends; if others waited for it, returns the one that computes the prompt instead."""
+    def remove(self, sequence: Sequence) -> Sequence | None:
+        """Remove a sequence that ends. Return the choice that must compute the prompt instead, or None."""
         group = self._groups.get(id(sequence.request), [])
         if sequence not in group:
             return None
-        has_led = group[0] is sequence
+        was_leader = group[0] is sequence
         group.remove(sequence)
         if not group:
             del self._groups[id(sequence.request)]
-        return group[0] if group and has_led else None
+        return group[0] if group and was_leader else None
 
 
 MIN_COMPACT = 64
@@ -95,12 +99,12 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._sequences: set[Sequence] = set()
-        # Those that ended early stay in it until they come up, or are the most of it.
+        # Sequences that ended early stay in the heap until they come up, or until they are most of it.
         self._heap: list[tuple[float, int, Sequence]] = []
         self._serials = count()
 
     def add(self, sequence: Sequence) -> None:
-        """Take in a sequence, if it has a deadline."""
+        """Add a sequence, if it has a deadline."""
         if sequence.deadline is None:
             return
         if len(self._heap) > 2 * len(self._sequences) + MIN_COMPACT:
@@ -115,34 +119,35 @@ class Deadlines:
 
     @property
     def earliest(self) -> float | None:
-        """When the next time is up, in monotonic seconds."""
+        """The earliest deadline, in monotonic seconds; None if there is none."""
         while self._heap and self._heap[0][2] not in self._sequences:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None
 
-    def expired(self, now: float) -> list[Sequence]:
-        """Forget and returns the sequences whose time is up."""
-        found: list[Sequence] = []
+    def pop_expired(self, now: float) -> list[Sequence]:
+        """Remove and return the sequences whose deadline has passed."""
+        expired: list[Sequence] = []
         while (earliest := self.earliest) is not None and earliest <= now:
             sequence = heapq.heappop(self._heap)[2]
             self._sequences.remove(sequence)
-            found.append(sequence)
-        return found
+            expired.append(sequence)
+        return expired
 
 
 class Scheduler:
-    """Owns the waiting and the running sequences, their blocks, and what is pinned for them."""
+    """The waiting and the running sequences. Owns their blocks and the adapters acquired for them."""
 
-    def __init__(self, cache: KvCache, gate: ResidencyGate, limits: StepLimits, max_priority_wait_s: float = inf) -> None:
-        """`max_priority_wait_s`: how long a sequence waits for those of a higher priority; infinite: as long as there are any."""
-        self.cache, self.limits = cache, limits
+    def __init__(self, kv_cache: KvCache, gate: ResidencyGate, limits: StepLimits, max_priority_wait_s: float = inf) -> None:
+        """`max_priority_wait_s` is the longest wait of a sequence behind higher priorities; infinity is no limit."""
+        self.kv_cache, self.limits = kv_cache, limits
         self.waiting: dict[Sequence, None] = {}
         self.running: dict[Sequence, None] = {}
-        """In the order in which they joined."""
+        """In the order in which they started."""
         self.num_preemptions = 0
-        """So far."""
+        """Number of preemptions so far."""
         self._gate = gate
-        self._queue, self._choices, self._deadlines, self._turns = FairQueue(), Choices(), Deadlines(), PromptTurns()
+        self._queue, self._choices = FairQueue(), ChoiceGroups()
+        self._deadlines, self._prefill_order = Deadlines(), PrefillOrder()
         self._ageing = Ageing(max_priority_wait_s)
         self._loading: dict[Sequence, None] = {}
         self._aborted: dict[Sequence, None] = {}
@@ -157,50 +162,53 @@ class Scheduler:
     def can_step(self) -> bool:
         """Whether `plan` may have something to do now.
 
-        False with nothing there, and when the last plan was empty because all wait for adapters: then sleep until a command
-        comes, `next_deadline` is past, or whoever loads adapters calls `wake`.
+        False if there are no sequences, or if the last plan was empty because all sequences wait for adapters. Then the engine
+        may sleep until a command comes, `next_deadline` passes, or an adapter's load calls `wake`.
         """
         return self._can_step and self.has_work
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait."""
+        """Number of waiting sequences."""
         return len(self.waiting)
 
     @property
     def next_deadline(self) -> float | None:
-        """When the next sequence's time is up, in monotonic seconds."""
+        """The earliest deadline of any sequence, in monotonic seconds."""
         return self._deadlines.earliest
 
     @property
-    def tokens_served(self) -> dict[tuple[str, tuple[str, ...]], int]:
-        """By tenant and digests of adapters, the tokens that each active flow was served since it became active.
+    def tokens_charged(self) -> dict[tuple[str, tuple[str, ...]], int]:
+        """Tokens charged to each active flow since it became active, by tenant and adapter digests.
 
-        Prompt tokens count when a sequence joins, output tokens as they come; not those found in the cache or computed again.
+        Prompt tokens are charged when a sequence starts, output tokens when they are sampled. Tokens found in the prefix cache or
+        computed again are not charged.
         """
-        return self._queue.tokens_served()
+        return self._queue.tokens_charged()
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; the choices of a request one after the other, before the next plan."""
-        assert self.cache.num_needed(sequence.max_num_tokens) <= self.cache.num_blocks, "admission refuses what can never run"
+        """Queue a sequence. Add all choices of a request one after the other, before the next plan."""
+        assert self.kv_cache.num_needed(sequence.max_num_tokens) <= self.kv_cache.num_blocks, (
+            "admission refuses what can never run"
+        )
         self.waiting[sequence] = None
         self._ageing.begin(sequence)
         self._deadlines.add(sequence)
-        if not self._choices.join(sequence):
+        if not self._choices.add(sequence):
             self._queue.add(sequence)
         self.wake()
 
     def wake(self) -> None:
-        """Says that an adapter was loaded: the next plan asks again for those that wait."""
+        """Note that an adapter finished loading, so the next `plan` retries the waiting sequences."""
         self._can_step = True
 
     def abort(self, sequence: Sequence) -> None:
-        """Mark a sequence that waits or runs, so that it is dropped."""
+        """Mark a waiting or running sequence to be dropped."""
         self._aborted[sequence] = None
         self.wake()
 
     def drop_aborted(self) -> list[Sequence]:
-        """Take out the sequences that were aborted and have not ended since, frees what they own, and return them."""
+        """Remove the aborted sequences that have not ended since, free what they own, and return them."""
         dropped = [s for s in self._aborted if s in self.waiting or s in self.running]
         self._aborted.clear()
         for sequence in dropped:
@@ -208,26 +216,26 @@ class Scheduler:
         return dropped
 
     def drop_expired(self, now: float) -> list[Sequence]:
-        """Take out the sequences whose deadline has come, frees what they own, and return them."""
-        expired = self._deadlines.expired(now)
+        """Remove the sequences whose deadline has passed, free what they own, and return them."""
+        expired = self._deadlines.pop_expired(now)
         for sequence in expired:
             self.finish(sequence)
         return expired
 
     def raise_overdue(self, now: float) -> None:
-        """Give each sequence that has waited longer than its priority may make it the highest priority that is present."""
+        """Raise each sequence that waited too long behind higher priorities to the highest priority present."""
         overdue = self._ageing.overdue(now)
         if overdue and self._queue.raise_to_top(overdue):
             self.wake()
 
     def plan(self) -> list[Chunk]:
-        """Return the chunks of the next step, those of one token first. All are to be committed, or their sequences finished."""
+        """Return the chunks of the next step, chunks of one token first. Each must be committed, or its sequence finished."""
         num_preemptions = self.num_preemptions
         self._grow()
-        # Who has just given up its blocks must not have them back before another has grown.
+        # A sequence preempted in this step must not be readmitted before the others have grown.
         if num_preemptions == self.num_preemptions and self.waiting:
             self._admit()
-        chunks = self._chunks()
+        chunks = self._plan_chunks()
         self._can_step = bool(chunks)
         return chunks
 
@@ -236,20 +244,20 @@ class Scheduler:
         sequence = chunk.sequence
         assert sequence in self.running
         sequence.num_computed = chunk.stop
-        self.cache.publish(sequence, chunk.start, chunk.stop)
+        self.kv_cache.publish(sequence, chunk.start, chunk.stop)
         if token is not None:
             sequence.output_ids.append(token)
-            self._queue.serve(sequence, 1)
+            self._queue.charge(sequence, 1)
         if sequence.request.num_choices > 1 and chunk.stop >= len(sequence.request.prompt_ids):
-            for other in reversed(self._choices.disband(sequence)):
-                self.cache.share_keys(sequence, other)
+            for other in reversed(self._choices.pop_followers(sequence)):
+                self.kv_cache.copy_block_keys(sequence, other)
                 self._queue.add(other, is_first=True)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and frees what it owns; what was not committed of it is never found."""
-        is_queued = not self._choices.is_following(sequence)
-        if next_one := self._choices.leave(sequence):
-            self._queue.add(next_one, is_first=True)
+        """Remove a waiting or running sequence and free what it owns. Its uncommitted tokens never enter the prefix cache."""
+        is_queued = not self._choices.is_follower(sequence)
+        if leader := self._choices.remove(sequence):
+            self._queue.add(leader, is_first=True)
         if is_queued:
             self._queue.remove(sequence)
         if sequence in self.running:
@@ -258,110 +266,112 @@ class Scheduler:
             del self.waiting[sequence]
             if sequence in self._loading:
                 del self._loading[sequence]
-                self._gate.unpin(sequence)
+                self._gate.release(sequence)
         self._deadlines.discard(sequence)
         self._ageing.end(sequence)
         self.wake()
 
     def check_integrity(self) -> None:
-        """Assert that every block is free, cached or owned, once, and that whoever waits owns nothing."""
-        self.cache.check_integrity(self.running)
+        """Assert that every block is either free, cached or owned, and that waiting sequences own nothing."""
+        self.kv_cache.check_integrity(self.running)
         assert len(self.running) <= self.limits.max_sequences
         assert not self.running.keys() & self.waiting.keys()
         assert not any(s.blocks or s.num_computed for s in self.waiting)
         assert self._loading.keys() <= self.waiting.keys()
-        queued = {s for s in self.waiting if not self._choices.is_following(s)}
+        queued = {s for s in self.waiting if not self._choices.is_follower(s)}
         self._queue.check_integrity(queued, set(self.running))
 
     def _grow(self) -> None:
-        lacking = [s for s in self.running if self.cache.lacks_block(s)]
-        for sequence in sorted(lacking, key=lambda s: s.priority) if lacking else ():
-            while sequence in self.running and not self.cache.grow(sequence):
-                # Of the lowest priority the last: never one that is ahead of who grows, so two cannot displace each other.
+        growing = [s for s in self.running if self.kv_cache.needs_block(s)]
+        for sequence in sorted(growing, key=lambda s: s.priority) if growing else ():
+            while sequence in self.running and not self.kv_cache.grow(sequence):
+                # Preempt the newest sequence of the lowest priority. It is never ahead of the sequence that grows, so two
+                # sequences cannot preempt each other again and again.
                 self._preempt(max(reversed(self.running), key=lambda s: s.priority))
 
     def _preempt(self, sequence: Sequence) -> None:
         assert len(self.running) > 1, "what runs alone fits in"
         self._release(sequence)
         self.waiting[sequence] = None
-        self._queue.put_back(sequence)
+        self._queue.requeue(sequence)
         self._ageing.begin(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         del self.running[sequence]
-        self.cache.close(sequence)
-        self._gate.unpin(sequence)
+        self.kv_cache.free(sequence)
+        self._gate.release(sequence)
 
     def _admit(self) -> None:
-        # Those whose adapters were loading have had their turn, and hold what the first of the others may lack.
-        is_open = True
+        # Sequences whose adapters were loading come first: they were first in the queue before, and they may hold what the next
+        # one lacks.
+        can_admit = True
         for sequence in [*self._loading]:
-            if self._gate.is_behind(sequence):
-                self._queue.pass_over(sequence)
+            if self._gate.is_load_deferred(sequence):
+                self._queue.skip(sequence)
             else:
-                is_open &= self._let_in(sequence)
-        while (first := self._queue.first()) and (is_open or owed_to(first, self.running)):
-            if not self._let_in(first):
+                can_admit &= self._try_admit(sequence)
+        while (first := self._queue.first()) and (can_admit or preemption_candidates(first, self.running)):
+            if not self._try_admit(first):
                 break
-        self._queue.bring_back()
+        self._queue.unskip_all()
 
-    def _let_in(self, sequence: Sequence) -> bool:
-        # Returns whether others may join after it.
-        if self._offer(sequence):
+    def _try_admit(self, sequence: Sequence) -> bool:
+        # Returns whether more sequences may be admitted after this one.
+        if self._try_start(sequence):
             return True
-        others = owed_to(sequence, self.running)
-        num_to_close = self.cache.num_to_close(sequence, others, headroom=len(self.running)) if others else None
-        if num_to_close is None or (answer := self._ask(sequence)) == "full":
+        candidates = preemption_candidates(sequence, self.running)
+        num_to_preempt = self.kv_cache.num_to_preempt(sequence, candidates, headroom=len(self.running)) if candidates else None
+        if num_to_preempt is None or (residency := self._check_residency(sequence)) == "full":
             return False
-        if answer == "loading":
-            return True  # nobody gives up a place that would stay empty
-        for other in others[:num_to_close]:
+        if residency == "loading":
+            return True  # preempt nothing for a place that would stay empty
+        for other in candidates[:num_to_preempt]:
             self._preempt(other)
-        return self._offer(sequence)
+        return self._try_start(sequence)
 
-    def _ask(self, sequence: Sequence) -> Residency:
-        # Pins nothing.
-        answer = self._gate.pin(sequence)
+    def _check_residency(self, sequence: Sequence) -> Residency:
+        # Checks the adapters without keeping them acquired.
+        residency = self._gate.acquire(sequence)
         self._loading.pop(sequence, None)
-        if answer == "ready":
-            self._gate.unpin(sequence)
-        elif answer == "loading":
+        if residency == "ready":
+            self._gate.release(sequence)
+        elif residency == "loading":
             self._wait_for_load(sequence)
-        return answer
+        return residency
 
     def _wait_for_load(self, sequence: Sequence) -> None:
         self._loading[sequence] = None
-        self._queue.pass_over(sequence)
+        self._queue.skip(sequence)
 
-    def _offer(self, sequence: Sequence) -> bool:
-        # Lets a sequence join if it can; returns whether others may after it.
+    def _try_start(self, sequence: Sequence) -> bool:
+        # Starts a sequence if it can. Returns whether more sequences may be admitted after it.
         if len(self.running) == self.limits.max_sequences:
             return False
-        found = self.cache.find(sequence)
-        # A block more for each that runs: who joins should not have to go at once because they grow.
-        if not self.cache.has_room(sequence, found, headroom=len(self.running)):
+        prefix_blocks = self.kv_cache.find_prefix(sequence)
+        # One block of headroom for each running sequence: a new one should not be preempted at once because the others grow.
+        if not self.kv_cache.has_room(sequence, prefix_blocks, headroom=len(self.running)):
             return False
-        answer = self._gate.pin(sequence)
+        residency = self._gate.acquire(sequence)
         self._loading.pop(sequence, None)
-        if answer == "ready":
-            self._join(sequence, found)
-        elif answer == "loading":
+        if residency == "ready":
+            self._start(sequence, prefix_blocks)
+        elif residency == "loading":
             self._wait_for_load(sequence)
-        return answer != "full"
+        return residency != "full"
 
-    def _join(self, sequence: Sequence, found: list[int]) -> None:
+    def _start(self, sequence: Sequence, prefix_blocks: list[int]) -> None:
         del self.waiting[sequence]
         self.running[sequence] = None
-        self.cache.open(sequence, found)
-        self._queue.take(sequence)
+        self.kv_cache.allocate(sequence, prefix_blocks)
+        self._queue.start(sequence)
         self._ageing.end(sequence)
         if not sequence.num_preemptions:
-            # Before they are computed: else all free places would go to the flow that is served least now.
-            self._queue.serve(sequence, len(sequence.request.prompt_ids) - sequence.num_computed)
+            # Charged before they are computed: otherwise the flow with the lowest counter would get all free places at once.
+            self._queue.charge(sequence, len(sequence.request.prompt_ids) - sequence.num_computed)
 
-    def _chunks(self) -> list[Chunk]:
+    def _plan_chunks(self) -> list[Chunk]:
         single: list[Chunk] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
@@ -370,13 +380,13 @@ class Scheduler:
                 single.append(Chunk(sequence, stop - 1, stop))
             elif stop > sequence.num_computed:
                 prompts.append(sequence)
-        longer: list[Chunk] = []
-        room = Room(self.limits, [chunk.start for chunk in single])
-        ordered = self._turns.next_order(prompts)
+        multi_token: list[Chunk] = []
+        budget = StepBudget(self.limits, [chunk.start for chunk in single])
+        ordered = self._prefill_order.next_order(prompts)
         for sequence in ordered:
             start = sequence.num_computed
-            # Who is of a lower priority than the first stalls nobody for longer.
-            is_of_first = sequence.priority == ordered[0].priority
-            if count := room.take(start, sequence.num_tokens, first=sequence.num_found, may_exceed=is_of_first):
-                (longer if count > 1 else single).append(Chunk(sequence, start, start + count))
-        return single + longer
+            # A prompt of lower priority than the first one must not stall the others for longer.
+            is_top = sequence.priority == ordered[0].priority
+            if count := budget.take(start, sequence.num_tokens, prefill_start=sequence.num_prefix_tokens, may_exceed=is_top):
+                (multi_token if count > 1 else single).append(Chunk(sequence, start, start + count))
+        return single + multi_token

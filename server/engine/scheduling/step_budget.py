@@ -1,8 +1,8 @@
-"""The budget of a step: its cost in seconds, and the prompts' chunks that fit. No tensor, no clock.
+"""The budget of a step: its cost in seconds, and the prefill chunks that fit. No tensor, no clock.
 
-The constants are measured when the server starts (`server.engine.startup`). A decoding step costs what its sequences and their
-keys cost. A prompt's chunk adds its tokens, and the reading of all keys before them: once a chunk whatever its length, and
-attention for each of its tokens.
+The constants are measured when the server starts (`server.engine.startup`). A decoding step costs a time for its sequences and
+for reading their keys. A prefill chunk adds its tokens, the reading of all keys before it once, and attention of each of its
+tokens to these keys.
 """
 
 from bisect import bisect, bisect_right
@@ -17,7 +17,7 @@ from server.engine.request import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Seconds by a count: linear between the points that were measured, and on as between the last two."""
+    """A curve of seconds over a count: linear between the measured points, and extrapolated from the last two."""
 
     counts: tuple[int, ...]
     """Ascending."""
@@ -30,55 +30,55 @@ class Curve:
         assert all(before <= after for before, after in pairwise(self.seconds))
 
     def __call__(self, count: int) -> float:
-        """Return what `count` cost; no less than the first point."""
+        """Return the seconds of `count`, at least those of the first point."""
         if len(self.counts) == 1:
             return self.seconds[0]
-        place = min(max(1, bisect(self.counts, count)), len(self.counts) - 1)
-        (left, right), (low, high) = self.counts[place - 1 : place + 1], self.seconds[place - 1 : place + 1]
+        index = min(max(1, bisect(self.counts, count)), len(self.counts) - 1)
+        (left, right), (low, high) = self.counts[index - 1 : index + 1], self.seconds[index - 1 : index + 1]
         return max(self.seconds[0], low + (high - low) * (count - left) / (right - left))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCost:
-    """A step's seconds."""
+    """The cost of a step, in seconds."""
 
     prompt: Curve
-    """Of a step by its tokens, which see few keys."""
+    """Cost of a step by its number of prompt tokens, each with few keys."""
     decoding: Curve
-    """Of a step by the sequences that decode, which see few keys: a step without prompts."""
+    """Cost of a step by its number of decoding sequences, each with few keys, without prompts."""
     per_key: float
-    """Of reading a key for a chunk, or a token that decodes."""
+    """Cost of reading one key for a chunk or a decoding token."""
     per_pair: float
-    """Of a token that attends to a key."""
+    """Cost of one token attending to one key."""
 
-    def usual(self, positions: Items[int]) -> float:
-        """Return the seconds of a step of one token of a sequence at each of `positions`."""
+    def decode_seconds(self, positions: Items[int]) -> float:
+        """Return the seconds of a decoding step whose tokens stand at `positions`."""
         return self.decoding(len(positions)) + (self.per_key + self.per_pair) * sum(positions)
 
-    def added(self, num_tokens: int, start: int, count: int) -> float:
-        """Return the seconds that the tokens `start` to `start + count` of a prompt add to a step of `num_tokens`."""
-        in_products = self.prompt(num_tokens + count) - (self.prompt(num_tokens) if num_tokens else 0.0)
-        return in_products + (self.per_key + self.per_pair * count) * (start + count / 2)
+    def chunk_seconds(self, num_tokens: int, start: int, count: int) -> float:
+        """Return the seconds that the tokens from `start` to `start + count` of a prompt add to a step of `num_tokens`."""
+        product_seconds = self.prompt(num_tokens + count) - (self.prompt(num_tokens) if num_tokens else 0.0)
+        return product_seconds + (self.per_key + self.per_pair * count) * (start + count / 2)
 
 
-LEAST = 4
-"""Tokens of a prompt for which it is worth reading all the keys before them: where there is no time for so many, none run."""
-MULTIPLE = 2
-"""Of a step's tokens: an odd one costs as much as two."""
+MIN_CHUNK_TOKENS = 4
+"""Minimum chunk of a prompt, in tokens. A smaller chunk is not worth reading all keys before it, so none is computed."""
+CHUNK_MULTIPLE = 2
+"""Step sizes are rounded to a multiple of this many tokens: an odd size costs as much as the next even one."""
 MAX_SHORT_STEPS = 4
-"""A prompt that costs, in one step, more than so many short steps is long."""
+"""A prompt is long if computing it in one step costs more than this many short steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLimits:
-    """How much a step may take on."""
+    """Limits on the size of a step."""
 
     max_sequences: int
     max_tokens: int
     max_stall: float
-    """How many times as long as decoding alone a step may take that computes prompts beside it; infinite: no limit."""
+    """Maximum duration of a step with prompts, as a multiple of decoding alone; infinity is no limit."""
     short_step_s: float
-    """Seconds that a step may take for short prompts, where that limit is less."""
+    """Seconds that a step with short prompts may take, if that is more than `max_stall` allows."""
     cost: StepCost
 
     def __post_init__(self) -> None:
@@ -86,75 +86,78 @@ class StepLimits:
         assert self.max_stall >= 1
 
 
-class Room:
-    """What a step has room for beside the sequences that decode at `positions`. Where none does there is nobody to be stalled."""
+class StepBudget:
+    """The room that a step has beside the sequences that decode at `positions`. Without decoding sequences there is no time
+    limit."""
 
     def __init__(self, limits: StepLimits, positions: Items[int]) -> None:
         self._limits, self._num_tokens = limits, len(positions)
-        self._seconds, self._has_prompt = 0.0, False
-        self._for_long = self._for_short = inf
+        self._spent_seconds, self._has_prompt = 0.0, False
+        self._seconds_for_long = self._seconds_for_short = inf
         if positions:
-            usual = limits.cost.usual(positions)
-            self._for_long = (limits.max_stall - 1) * usual
-            self._for_short = max(limits.short_step_s - usual, self._for_long)
+            decode_seconds = limits.cost.decode_seconds(positions)
+            self._seconds_for_long = (limits.max_stall - 1) * decode_seconds
+            self._seconds_for_short = max(limits.short_step_s - decode_seconds, self._seconds_for_long)
 
-    def take(self, start: int, stop: int, *, first: int, may_exceed: bool = True) -> int:
-        """Take room for the tokens `start` to `stop` of a prompt, and return for how many from `start` on there was.
+    def take(self, start: int, stop: int, *, prefill_start: int, may_exceed: bool = True) -> int:
+        """Take room for the tokens from `start` to `stop` of a prompt. Return how many of them fit, from `start` on.
 
-        `first`: where its computing began. Whether it is short is seen by all from there on, not by what is left: else the end of
-        a long one would stall others more than what came before. `may_exceed`: a short one may use what only short ones may. The
-        first prompt always gets some room, so that it comes to its end.
+        `prefill_start` is where the prompt's computation began. A prompt counts as short by its length from there, not by the
+        rest: otherwise the end of a long prompt would stall others longer than its beginning. With `may_exceed`, a short prompt
+        may use the room reserved for short ones. The first prompt always gets some room, so that it finishes eventually.
         """
-        most = min(stop - start, self._limits.max_tokens - self._num_tokens)
-        if most <= 0 or (self._has_prompt and self._seconds >= self._for_short):
+        max_count = min(stop - start, self._limits.max_tokens - self._num_tokens)
+        if max_count <= 0 or (self._has_prompt and self._spent_seconds >= self._seconds_for_short):
             return 0
-        is_short = may_exceed and self._is_short(first, stop)
-        seconds = (self._for_short if is_short else self._for_long) - self._seconds
-        least = min(most, LEAST + (self._num_tokens + LEAST) % MULTIPLE)
-        if self._added(start, most) <= seconds:
-            count = most
-        elif self._added(start, least) <= seconds:
-            counts = range(least, most, MULTIPLE)
-            count = counts[bisect_right(counts, seconds, key=lambda count: self._added(start, count)) - 1]
+        is_short = may_exceed and self._is_short(prefill_start, stop)
+        seconds_left = (self._seconds_for_short if is_short else self._seconds_for_long) - self._spent_seconds
+        min_count = min(max_count, MIN_CHUNK_TOKENS + (self._num_tokens + MIN_CHUNK_TOKENS) % CHUNK_MULTIPLE)
+        if self._chunk_seconds(start, max_count) <= seconds_left:
+            count = max_count
+        elif self._chunk_seconds(start, min_count) <= seconds_left:
+            counts = range(min_count, max_count, CHUNK_MULTIPLE)
+            count = counts[bisect_right(counts, seconds_left, key=lambda count: self._chunk_seconds(start, count)) - 1]
         else:
-            count = 0 if self._has_prompt else least
+            count = 0 if self._has_prompt else min_count
         if count:
-            self._seconds += self._added(start, count)
+            self._spent_seconds += self._chunk_seconds(start, count)
             self._num_tokens += count
             self._has_prompt = True
-            if is_short:  # a long one lets it wait no longer than others
-                self._for_long = min(self._for_long, self._limits.short_step_s)
+            if is_short:  # a long prompt must not delay a short one for longer than others
+                self._seconds_for_long = min(self._seconds_for_long, self._limits.short_step_s)
         return count
 
-    def _is_short(self, first: int, stop: int) -> bool:
-        return self._limits.cost.added(0, first, stop - first) <= MAX_SHORT_STEPS * self._limits.short_step_s
+    def _is_short(self, prefill_start: int, stop: int) -> bool:
+        return (
+            self._limits.cost.chunk_seconds(0, prefill_start, stop - prefill_start) <= MAX_SHORT_STEPS * self._limits.short_step_s
+        )
 
-    def _added(self, start: int, count: int) -> float:
-        return self._limits.cost.added(self._num_tokens, start, count)
+    def _chunk_seconds(self, start: int, count: int) -> float:
+        return self._limits.cost.chunk_seconds(self._num_tokens, start, count)
 
 
-class PromptTurns:
-    """By priority, then in the order in which they joined; but every other step begins with one that has much less left.
+class PrefillOrder:
+    """The order of prompts in a step: by priority, then as they started. Every other step begins with a much shorter one.
 
-    So a short prompt waits a step at most for each of its own behind a long one, and the long one begins every other step
-    whatever comes after it.
+    A prompt goes first in such a step if it has at most half as many tokens left. So a short prompt waits at most one step for
+    each of its own steps behind a long one, and the long one begins every other step, whatever comes after it.
     """
 
     def __init__(self) -> None:
-        self._is_least_first = True
+        self._is_shortest_first = True
 
     def next_order(self, prompts: Iterable[Sequence]) -> list[Sequence]:
-        """Return `prompts`, which are in the order in which they joined, in that of their turns in the next step."""
+        """Return `prompts`, given in the order in which they started, in their order for the next step."""
         ordered = sorted(prompts, key=_priority)
         if len(ordered) < 2:
-            self._is_least_first = True
+            self._is_shortest_first = True
             return ordered
-        if self._is_least_first:
-            least = min(ordered, key=lambda sequence: (_priority(sequence), _num_left(sequence)))
-            if 2 * _num_left(least) <= _num_left(ordered[0]):
-                ordered.remove(least)
-                ordered.insert(0, least)
-        self._is_least_first = not self._is_least_first
+        if self._is_shortest_first:
+            shortest = min(ordered, key=lambda sequence: (_priority(sequence), _num_remaining(sequence)))
+            if 2 * _num_remaining(shortest) <= _num_remaining(ordered[0]):
+                ordered.remove(shortest)
+                ordered.insert(0, shortest)
+        self._is_shortest_first = not self._is_shortest_first
         return ordered
 
 
@@ -162,5 +165,5 @@ def _priority(sequence: Sequence) -> int:
     return sequence.priority
 
 
-def _num_left(sequence: Sequence) -> int:
+def _num_remaining(sequence: Sequence) -> int:
     return sequence.num_tokens - sequence.num_computed

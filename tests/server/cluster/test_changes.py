@@ -89,7 +89,7 @@ async def test_all_replicas_hear_changes_in_the_same_order() -> None:
 async def test_a_change_that_hangs_keeps_others_waiting_no_longer_than_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(changes_module, "TURN_S", 0.01)
+    monkeypatch.setattr(changes_module, "MAX_WAIT_S", 0.01)
     changes, may_end = Changes(), anyio.Event()
 
     async def hang() -> None:
@@ -110,7 +110,7 @@ async def test_a_change_that_hangs_keeps_others_waiting_no_longer_than_is_said(
 
 async def test_a_change_that_hangs_keeps_no_other_from_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who was to join waited for it, and all other changes for who was to join."""
-    monkeypatch.setattr(changes_module, "TURN_S", 0.01)
+    monkeypatch.setattr(changes_module, "MAX_WAIT_S", 0.01)
     changes, may_end = Changes(), anyio.Event()
 
     async def hang() -> None:

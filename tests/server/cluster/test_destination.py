@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 
 from server.cluster.affinity import ANY, key_of
-from server.cluster.destination import MAX_NAMING_BYTES, is_for_all, key_in, num_prompts, read_fields
+from server.cluster.destination import MAX_NAMING_BYTES, affinity_key, is_for_all_replicas, num_prompts, read_fields
 from server.schemas.completions import MAX_PROMPTS
 from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT
 
@@ -15,7 +15,7 @@ MEBIBYTE = 1 << 20
 
 
 def key_of_body(body: bytes) -> str:
-    return key_in(read_fields(body), BASE)
+    return affinity_key(read_fields(body), BASE)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def built_of(body: bytes) -> int:
     tracemalloc.start()
     try:
         fields = read_fields(body)
-        key_in(fields, BASE)
+        affinity_key(fields, BASE)
         num_prompts(fields)
         return tracemalloc.get_traced_memory()[1]
     finally:
@@ -156,4 +156,4 @@ def test_nothing_is_built_of_a_field_that_comes_again_and_again(member: bytes) -
     ],
 )
 def test_what_changes_adapters_or_shows_them_is_for_all(method: str, path: str, expected: bool) -> None:
-    assert is_for_all(method, path) is expected
+    assert is_for_all_replicas(method, path) is expected

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from server.access.caller import Caller, ForbiddenError
 from server.access.key_ring import KeyRing
 from server.cluster.ingress import MAX_TRIES, Ingress, NoReplicaError, ReplicaLostError
-from server.errors import on_known
+from server.errors import on_table_error
 from server.routes.dependencies import require_admin
 from server.settings import MAX_RECEIVED, Settings
 from tests.server.keyed import ACME, ADMIN, MONITOR, bearer, make_service, write_keys
@@ -286,7 +286,7 @@ async def test_who_is_no_admin_is_told_so_in_the_words_of_one_server(
     app = Ingress(FakeReplicas(), KeyRing(keys) if keys else None, Settings(**NAMED), BASE)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ingress") as http:
         reply = await http.delete("/adapters/math", headers=bearer(ACME) if keys else {})
-    handler = await on_known(cast("Request", None), refused.value)
+    handler = await on_table_error(cast("Request", None), refused.value)
     assert (reply.status_code, reply.json()) == (handler.status_code, json.loads(bytes(handler.body)))
 
 

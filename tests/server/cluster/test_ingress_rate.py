@@ -20,7 +20,7 @@ from server.access.limits import RateLimitedError
 from server.app import create_app
 from server.cluster.ingress import Ingress
 from server.cluster.relay import answer
-from server.errors import on_known
+from server.errors import on_table_error
 from server.schemas.completions import MAX_PROMPTS
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, write_keys
@@ -141,7 +141,7 @@ async def test_what_exceeds_the_rate_is_refused_by_its_head_in_the_words_of_one_
             reply = await client.post("/generate", content=never())
             bare = await client.get("/v1/models")
     message = "tenant 'acme' may send 1 requests a minute, and has sent them; try again in 60 s"
-    handler = await on_known(cast("Request", None), RateLimitedError(message, 60))
+    handler = await on_table_error(cast("Request", None), RateLimitedError(message, 60))
     assert (reply.status_code, reply.json()) == (handler.status_code, json.loads(bytes(handler.body)))
     assert (reply.headers["retry-after"], reply.headers["connection"]) == (handler.headers["retry-after"], "close")
     assert (bare.status_code, "connection" in bare.headers) == (429, False)

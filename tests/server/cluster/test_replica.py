@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.cluster.deployment import _After
+from server.cluster.deployment import _IngressDeployment
 from server.cluster.replica import Replica
 from server.engine.thread import EngineDeadError
 from tests.server.keyed import make_service
@@ -44,8 +44,8 @@ def test_a_replica_whose_tasks_died_is_not_healthy(tokenizer: PreTrainedTokenize
 
 def test_an_ingress_whose_tasks_died_is_not_healthy() -> None:
     lifespan = SimpleNamespace(error_occurred=False)
-    ingress = cast(_After, SimpleNamespace(_serve_asgi_lifespan=lifespan))
-    _After.check_health(ingress)
+    ingress = cast(_IngressDeployment, SimpleNamespace(_serve_asgi_lifespan=lifespan))
+    _IngressDeployment.check_health(ingress)
     lifespan.error_occurred = True
     with pytest.raises(RuntimeError, match="a task of the ingress died"):
-        _After.check_health(ingress)
+        _IngressDeployment.check_health(ingress)

@@ -22,5 +22,5 @@ def test_an_address_at_which_nothing_would_be_answered_is_refused(host: str) -> 
 
 
 def test_a_replica_has_as_many_threads_as_cores_unless_it_is_told() -> None:
-    assert ClusterSettings(replica_cpus=4).each.threads == 4
-    assert ClusterSettings(replica_cpus=4, threads=2).each.threads == 2
+    assert ClusterSettings(replica_cpus=4).replica_settings.threads == 4
+    assert ClusterSettings(replica_cpus=4, threads=2).replica_settings.threads == 2

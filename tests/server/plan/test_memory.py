@@ -17,7 +17,7 @@ from lori.pool import AdapterPool
 from lori.projection import quantize
 from server.engine.model.runner import Runner, bytes_per_token
 from server.plan.memory import adapter_sizes, basis_bytes, gib, model_sizes
-from server.plan.speed import HELD, RESERVED
+from server.plan.speed import HELD_FACTOR, RESERVED_FACTOR
 from server.stores import DEMO_ADAPTERS
 from tests.tiny import save_tiny_model, tiny_llama_config
 
@@ -53,12 +53,12 @@ def test_a_full_pool_holds_no_more_than_is_said() -> None:
     said = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)
     num = 16 * len(packed)
     pool = AdapterPool(shapes, [Seeded()], 32, num, BF16)
-    pool.reserve(int(RESERVED * num * said.resident))
+    pool.reserve(int(RESERVED_FACTOR * num * said.resident))
     for slot, of in enumerate([*packed.values()] * 16):
         pool.put(slot, of)
     # Modules that have moved have memory of their own; the others share what was laid out at start.
     memory = {room.data_ptr(): room.nbytes() for of in pool.operands_of([*shapes]) if (room := of.pool.untyped_storage())}
-    assert num * said.resident < sum(memory.values()) <= HELD * num * said.resident
+    assert num * said.resident < sum(memory.values()) <= HELD_FACTOR * num * said.resident
 
 
 def test_the_weights_are_what_a_runner_makes_of_them(tiny: tuple[Path, PreTrainedModel]) -> None:

@@ -12,7 +12,7 @@ from server.cluster.settings import ClusterSettings
 from server.plan.config import PlanConfig
 from server.plan.memory import GIB, AdapterSizes, ModelSizes
 from server.plan.plan import Plan, PlanError, assumptions, make_plan, sizes
-from server.plan.speed import HELD, RESERVED, Speed
+from server.plan.speed import HELD_FACTOR, RESERVED_FACTOR, Speed
 from server.settings import Settings
 
 MODEL = ModelSizes("tiny", weights=GIB, kv_token=1024, max_context=512, num_ids=257, shapes={"a.q_proj": (64, 48)})
@@ -70,7 +70,7 @@ def test_a_plan_says_which_requests_its_keys_and_values_leave_no_room_for() -> N
 
 def test_adapters_fill_what_is_left_of_the_memory() -> None:
     plan = planned(memory_gib=4)
-    each = math.ceil(HELD * ADAPTER.resident)
+    each = math.ceil(HELD_FACTOR * ADAPTER.resident)
     assert plan.memory.total <= 4 * GIB < plan.memory.total + each
     assert plan.memory.fixed + plan.num_resident * each == plan.memory.total
     assert plan.memory.process == GIB // 2
@@ -111,7 +111,7 @@ def test_the_flags_are_the_servers_and_hold_what_was_planned(monkeypatch: pytest
     settings = Settings(_cli_parse_args=True)
     assert (settings.model, settings.quantization, settings.max_rank) == ("my models/base", "int8", 16)
     assert settings.max_resident == plan.num_resident
-    assert settings.resident_gib * GIB >= RESERVED * plan.num_resident * ADAPTER.resident
+    assert settings.resident_gib * GIB >= RESERVED_FACTOR * plan.num_resident * ADAPTER.resident
     assert settings.resident_gib * GIB < plan.memory.resident
     assert settings.kv_cache_gib * GIB >= plan.num_kv_tokens * MODEL.kv_token
     assert settings.max_step_tokens > settings.max_batch
@@ -142,7 +142,7 @@ def test_all_replicas_are_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.argv", ["cluster", *words[3:]])
         settings = ClusterSettings(_cli_parse_args=True)
         assert (settings.replicas, settings.replica_cpus, settings.replica_gpus) == (plan.num_replicas, 8, gpus)
-        assert settings.each.max_resident == plan.num_resident
+        assert settings.replica_settings.max_resident == plan.num_resident
 
 
 def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from server.plan.replica import Asked, Replica, ReplicaSizes
+from server.plan.replica import Replica, ReplicaSizes, SimulatedRequest
 from server.plan.speed import Speed
 
 SPEED = Speed(single=10, together=20, users=4)
@@ -15,7 +15,7 @@ def replica(max_batch: int = 4, num_resident: int = 8, load_s: float = 1.0) -> R
     return Replica(ReplicaSizes(SPEED, max_batch, num_resident, load_s))
 
 
-def run(of: Replica, *asked: Asked) -> None:
+def run(of: Replica, *asked: SimulatedRequest) -> None:
     """Has `asked` arrive when they do, and runs all to their ends."""
     for one in asked:
         while of.next_at < one.arrived:
@@ -26,37 +26,37 @@ def run(of: Replica, *asked: Asked) -> None:
 
 
 def test_one_request_waits_for_its_adapter_and_its_tokens() -> None:
-    one = Asked("a", 5, 2.0)
+    one = SimulatedRequest("a", 5, 2.0)
     run(replica(), one)
     assert (one.is_hit, one.started, one.ended) == (False, 3.0, pytest.approx(3.5))
 
 
 def test_an_adapter_is_there_for_who_comes_later() -> None:
-    of, first, second = replica(), Asked("a", 5, 0.0), Asked("a", 5, 9.0)
+    of, first, second = replica(), SimulatedRequest("a", 5, 0.0), SimulatedRequest("a", 5, 9.0)
     run(of, first, second)
     assert (second.is_hit, second.ended, of.num_loads) == (True, pytest.approx(9.5), 1)
 
 
 def test_who_comes_while_it_is_read_waits_for_the_same_reading() -> None:
-    of, first, second = replica(), Asked("a", 5, 0.0), Asked("a", 5, 0.5)
+    of, first, second = replica(), SimulatedRequest("a", 5, 0.0), SimulatedRequest("a", 5, 0.5)
     run(of, first, second)
     assert (second.is_hit, of.num_loads, second.started) == (False, 1, 1.0)
 
 
 def test_adapters_are_read_one_after_the_other_while_the_batch_goes_on() -> None:
-    asked = [Asked(name, 1, 0.0) for name in "abc"]
+    asked = [SimulatedRequest(name, 1, 0.0) for name in "abc"]
     run(replica(), *asked)
     assert [one.started for one in asked] == [1.0, 2.0, 3.0]
 
 
 def test_requests_that_run_together_slow_each_other() -> None:
-    asked = [Asked("a", 6, 0.0) for _ in range(4)]
+    asked = [SimulatedRequest("a", 6, 0.0) for _ in range(4)]
     run(replica(), *asked)
     assert [one.ended for one in asked] == [pytest.approx(1 + 6 * 0.2)] * 4
 
 
 def test_a_request_that_ends_makes_the_others_faster() -> None:
-    short, long = Asked("a", 3, 0.0), Asked("a", 6, 0.0)
+    short, long = SimulatedRequest("a", 3, 0.0), SimulatedRequest("a", 6, 0.0)
     run(replica(), short, long)
     both = SPEED.seconds_per_token(2)
     assert short.ended == pytest.approx(1 + 3 * both)
@@ -64,14 +64,14 @@ def test_a_request_that_ends_makes_the_others_faster() -> None:
 
 
 def test_a_full_batch_lets_the_next_wait_its_turn() -> None:
-    asked = [Asked("a", 10, 0.0) for _ in range(3)]
+    asked = [SimulatedRequest("a", 10, 0.0) for _ in range(3)]
     run(replica(max_batch=2), *asked)
     assert asked[2].started == pytest.approx(asked[0].ended)
 
 
 def test_the_adapter_unused_longest_makes_room_and_is_read_again() -> None:
     of = replica(max_batch=1, num_resident=2)
-    asked = [Asked(name, 1, 10.0 * i) for i, name in enumerate("abacaba")]
+    asked = [SimulatedRequest(name, 1, 10.0 * i) for i, name in enumerate("abacaba")]
     run(of, *asked)
     assert [one.is_hit for one in asked] == [False, False, True, False, True, False, True]
     assert of.num_loads == 4
@@ -79,7 +79,12 @@ def test_the_adapter_unused_longest_makes_room_and_is_read_again() -> None:
 
 def test_an_adapter_that_went_while_its_request_waited_is_read_again() -> None:
     of = replica(max_batch=1, num_resident=1, load_s=0.01)
-    asked = [Asked("a", 1, 0.0), Asked("b", 10, 1.0), Asked("c", 10, 1.001), Asked("b", 1, 1.5)]
+    asked = [
+        SimulatedRequest("a", 1, 0.0),
+        SimulatedRequest("b", 10, 1.0),
+        SimulatedRequest("c", 10, 1.001),
+        SimulatedRequest("b", 1, 1.5),
+    ]
     run(of, *asked)
     assert asked[3].is_hit
     assert of.num_loads == 4

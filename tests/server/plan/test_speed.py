@@ -3,7 +3,7 @@
 import pytest
 
 from server.client import ClientError
-from server.plan.speed import NUM_ALONE, NUM_TURNS, Speed, measure
+from server.plan.speed import NUM_ALONE, NUM_EACH, Speed, measure
 from tests.server.live import Live
 
 
@@ -35,7 +35,7 @@ def test_a_server_is_measured_by_requests_without_adapters_that_share_nothing(li
     names = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:prefix_cache_hits_total")
     before = [live.metric(name) for name in names]
     speed = measure(live.url, users=2, prompt_tokens=40, completion_tokens=5, num_ids=256)
-    num_requests = 1 + NUM_ALONE + NUM_TURNS * 2
+    num_requests = 1 + NUM_ALONE + NUM_EACH * 2
     assert [live.metric(name) - was for name, was in zip(names, before, strict=True)] == [5 * num_requests, 40 * num_requests, 0]
     assert speed.users == 2
     assert speed.together > 0

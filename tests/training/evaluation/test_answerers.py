@@ -1,4 +1,4 @@
-"""A server and a model of our own are the same kind of answerer."""
+"""Answerers: a server and a loaded model give the same answers and scores."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
 from lori.template import Message
 from tests.server.live import start
-from training.batches import like_lengths
+from training.batches import group_by_length
 from training.evaluation.answerer import Answerer, AnswerError, Prompt, Sampling
 from training.evaluation.local_answerer import LocalAnswerer
 from training.evaluation.server_answerer import Server, ServerAnswerer
@@ -34,15 +34,15 @@ def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(params=["server", "local", "packed", "wrapped"])
 def answerer(request: pytest.FixtureRequest, tiny_model: Path, base: BaseModel) -> Answerer:
-    """The same model in four forms, two of them as training has it."""
+    """The same model in four forms; "packed" and "wrapped" are its forms during training."""
     if request.param == "server":
         return ServerAnswerer(Server(request.getfixturevalue("url")))
     if request.param == "local":
         return LocalAnswerer(base.model, base.tokenizer, batch_tokens=16)
-    own = load_base_model(str(tiny_model), torch.float32, ATTENTION)
+    loaded = load_base_model(str(tiny_model), torch.float32, ATTENTION)
     if request.param == "wrapped":
-        wrap(own.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
-    return LocalAnswerer(own.model, own.tokenizer)
+        wrap(loaded.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0)
+    return LocalAnswerer(loaded.model, loaded.tokenizer)
 
 
 def greedy(base: BaseModel, prompt: str, max_tokens: int) -> str:
@@ -55,29 +55,29 @@ def greedy(base: BaseModel, prompt: str, max_tokens: int) -> str:
 
 
 def test_a_wrapped_model_answers_with_its_delta(tiny_model: Path, base: BaseModel) -> None:
-    """As the base does where the delta is added to its weights."""
-    own, folded = (load_base_model(str(tiny_model), torch.float32, how) for how in (ATTENTION, "sdpa"))
+    """It answers as a base whose weights have the delta folded in."""
+    wrapped, folded = (load_base_model(str(tiny_model), torch.float32, attention) for attention in (ATTENTION, "sdpa"))
     generator = torch.Generator().manual_seed(0)
-    for name, layer in wrap(own.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0).items():
+    for name, layer in wrap(wrapped.model, ["q_proj", "down_proj"], Seeded(), 4, 8.0).items():
         b = torch.randn(layer.num_outputs, 4, generator=generator)
         with torch.no_grad():
             layer.b.change.copy_(b)
             folded.model.get_submodule(name).weight.add_(2 * b @ Seeded().draw(name, 4, layer.linear.in_features))
-    who = LocalAnswerer(own.model, own.tokenizer)
+    local = LocalAnswerer(wrapped.model, wrapped.tokenizer)
     answers = [[greedy(folded, prompt, 20)] for prompt in PROMPTS]
-    assert who.complete(PROMPTS, Sampling(max_tokens=20)) == answers
+    assert local.complete(PROMPTS, Sampling(max_tokens=20)) == answers
     assert answers != [[greedy(base, prompt, 20)] for prompt in PROMPTS]
     texts: list[tuple[Prompt, str]] = [("why?", " because"), ("a\n", "b")]
     expected = LocalAnswerer(folded.model, folded.tokenizer).log_likelihoods(texts)
-    for one, other in zip(who.log_likelihoods(texts), expected, strict=True):
-        assert one.total == pytest.approx(other.total, abs=1e-3)
+    for likelihood, expected_likelihood in zip(local.log_likelihoods(texts), expected, strict=True):
+        assert likelihood.total == pytest.approx(expected_likelihood.total, abs=1e-3)
 
 
 def test_a_greedy_answer_is_the_model_s_own_up_to_a_stop_text(answerer: Answerer, base: BaseModel) -> None:
-    whole = [greedy(base, prompt, 20) for prompt in PROMPTS]
-    assert answerer.complete(PROMPTS, Sampling(max_tokens=20)) == [[text] for text in whole]
-    stop = [whole[0][3:5], whole[1][7]]
-    cut = [text[: min(text.find(s) % 1000 for s in stop)] for text in whole]
+    full = [greedy(base, prompt, 20) for prompt in PROMPTS]
+    assert answerer.complete(PROMPTS, Sampling(max_tokens=20)) == [[text] for text in full]
+    stop = [full[0][3:5], full[1][7]]
+    cut = [text[: min(text.find(s) % 1000 for s in stop)] for text in full]
     assert answerer.complete(PROMPTS, Sampling(max_tokens=20, stop=tuple(stop))) == [[text] for text in cut]
     assert len(cut[0]) <= 3
 
@@ -104,15 +104,15 @@ def test_a_likelihood_is_that_of_the_completion_s_tokens(answerer: Answerer, bas
     texts: list[tuple[Prompt, str]] = [
         ("why?", " because"), ("x é", "\nö or not, and a longer one of these"), ("a\n", "b"), ("no more", "")
     ]  # fmt: skip
-    for (prompt, completion), found in zip(texts, answerer.log_likelihoods(texts), strict=True):
+    for (prompt, completion), likelihood in zip(texts, answerer.log_likelihoods(texts), strict=True):
         num_prompt, ids = len(prompt.encode()), [*base.tokenizer.backend_tokenizer.encode(prompt + completion).ids]
         scores = base.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        assert found.num_tokens == len(completion.encode())
-        assert found.total == pytest.approx(sum(scores[i - 1, ids[i]].item() for i in range(num_prompt, len(ids))), abs=1e-4)
+        assert likelihood.num_tokens == len(completion.encode())
+        assert likelihood.total == pytest.approx(sum(scores[i - 1, ids[i]].item() for i in range(num_prompt, len(ids))), abs=1e-4)
 
 
 def test_a_completion_is_scored_as_training_writes_it(answerer: Answerer) -> None:
-    # No space between: a newline parts prompt and completion, here as in training.
+    # If there is no space between prompt and completion, training puts a newline there; scoring must do the same.
     apart, together = answerer.log_likelihoods([("p", "\nab"), ("p", "ab")])
     assert apart.num_tokens == 3
     assert apart.total == pytest.approx(together.total, abs=1e-4)
@@ -122,18 +122,18 @@ def test_a_completion_is_scored_as_training_writes_it(answerer: Answerer) -> Non
 def test_nothing_is_asked_of_nobody(answerer: Answerer) -> None:
     assert answerer.complete([], Sampling(max_tokens=1)) == []
     assert answerer.log_likelihoods([]) == []
-    assert [one.num_tokens for one in answerer.log_likelihoods([("a", "")])] == [0]
+    assert [likelihood.num_tokens for likelihood in answerer.log_likelihoods([("a", "")])] == [0]
 
 
 def test_conversations_are_written_in_a_template(base: BaseModel, url: str) -> None:
     talk = [Message(role="user", content="why?"), Message(role="assistant", content="so"), Message(role="user", content="oh")]
-    here = LocalAnswerer(base.model, base.tokenizer, template="chat")
-    there = ServerAnswerer(Server(url), template="chat")
-    assert here.complete([talk, "why?"], Sampling(max_tokens=9)) == there.complete([talk, "why?"], Sampling(max_tokens=9))
+    local = LocalAnswerer(base.model, base.tokenizer, template="chat")
+    server = ServerAnswerer(Server(url), template="chat")
+    assert local.complete([talk, "why?"], Sampling(max_tokens=9)) == server.complete([talk, "why?"], Sampling(max_tokens=9))
     texts: list[tuple[Prompt, str]] = [(talk, " because"), ("why?", "é")]
-    for one, other in zip(here.log_likelihoods(texts), there.log_likelihoods(texts), strict=True):
-        assert one.num_tokens == other.num_tokens > 0
-        assert one.total == pytest.approx(other.total, abs=1e-4)
+    for likelihood, server_likelihood in zip(local.log_likelihoods(texts), server.log_likelihoods(texts), strict=True):
+        assert likelihood.num_tokens == server_likelihood.num_tokens > 0
+        assert likelihood.total == pytest.approx(server_likelihood.total, abs=1e-4)
     plain = LocalAnswerer(base.model, base.tokenizer)
     assert plain.complete([talk], Sampling(max_tokens=9)) == ServerAnswerer(Server(url)).complete([talk], Sampling(max_tokens=9))
 
@@ -146,32 +146,32 @@ def test_what_exceeds_the_context_is_refused(answerer: Answerer) -> None:
 
 
 def test_a_model_in_training_is_left_as_it_was(tiny_model: Path) -> None:
-    own = load_base_model(str(tiny_model), torch.float32, ATTENTION)
-    layers = wrap(own.model, ["q_proj"], Seeded(), 4, 8.0)
-    own.model.train()
+    base = load_base_model(str(tiny_model), torch.float32, ATTENTION)
+    layers = wrap(base.model, ["q_proj"], Seeded(), 4, 8.0)
+    base.model.train()
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    who = LocalAnswerer(own.model, own.tokenizer)
-    who.complete(["a"], Sampling(max_tokens=3, temperature=1.0))
-    who.log_likelihoods([("a", "b")])
+    local = LocalAnswerer(base.model, base.tokenizer)
+    local.complete(["a"], Sampling(max_tokens=3, temperature=1.0))
+    local.log_likelihoods([("a", "b")])
     assert torch.equal(torch.rand(1), expected)
-    assert own.model.training
-    assert own.model.config._attn_implementation == ATTENTION
+    assert base.model.training
+    assert base.model.config._attn_implementation == ATTENTION
     assert all(parameter.requires_grad for layer in layers.values() for parameter in layer.b.parameters())
 
 
 def test_batches_hold_texts_of_like_length() -> None:
     lengths = [3, 9, 1, 8, 30]
-    found = list(like_lengths(lengths, 18))
-    assert found == [[4], [1, 3], [0, 2]]
-    assert list(like_lengths([], 18)) == []
+    groups = list(group_by_length(lengths, 18))
+    assert groups == [[4], [1, 3], [0, 2]]
+    assert list(group_by_length([], 18)) == []
 
 
 def test_a_token_that_begins_in_the_prompt_s_last_space_counts() -> None:
-    """The embedded model's tokenizer has " Paris" as one token: it was once counted as the prompt's."""
+    """Regression: the embedded model's tokenizer has " Paris" as one token, which was counted as a token of the prompt."""
     base = load_base_model(None, torch.float32)
-    who = LocalAnswerer(base.model, base.tokenizer)
-    apart, together = who.log_likelihoods([("The capital of France is ", "Paris"), ("The capital of France is", " Paris")])
+    local = LocalAnswerer(base.model, base.tokenizer)
+    apart, together = local.log_likelihoods([("The capital of France is ", "Paris"), ("The capital of France is", " Paris")])
     assert apart.num_tokens == together.num_tokens == 1
     assert apart.total == pytest.approx(together.total, abs=1e-4)

@@ -11,7 +11,7 @@ from training.evaluation.figures import mean, mean_of_groups, names, num_rows, p
 
 
 def test_a_mean_has_the_error_of_a_mean() -> None:
-    # Of a share p of n rows it is sqrt(p (1 - p) / (n - 1)).
+    # The standard error of a fraction p of n rows is sqrt(p (1 - p) / (n - 1)).
     assert mean("x", [1.0] * 3 + [0.0] * 7) == {"x": 0.3, "x_stderr": pytest.approx(math.sqrt(0.3 * 0.7 / 9))}
     assert mean("x", [0.5]) == {"x": 0.5}
     assert mean("x", [1.0, 1.0]) == {"x": 1.0, "x_stderr": 0.0}
@@ -26,18 +26,18 @@ def test_the_error_of_a_ratio_is_how_far_samples_of_rows_scatter() -> None:
     random = torch.Generator().manual_seed(0)
     bottoms = torch.randint(1, 40, (4000, 200), generator=random).double()
     tops = bottoms * (1 + 0.3 * torch.randn(4000, 200, generator=random).double()) + 2
-    found = [ratio("x", t, b) for t, b in zip(tops.tolist(), bottoms.tolist(), strict=True)]
-    scatter = statistics.stdev(one["x"] for one in found)
-    assert statistics.fmean(one["x_stderr"] for one in found) == pytest.approx(scatter, rel=0.05)
+    samples = [ratio("x", t, b) for t, b in zip(tops.tolist(), bottoms.tolist(), strict=True)]
+    scatter = statistics.stdev(sample["x"] for sample in samples)
+    assert statistics.fmean(sample["x_stderr"] for sample in samples) == pytest.approx(scatter, rel=0.05)
 
 
 def test_a_mean_of_groups_gives_each_group_the_same_weight() -> None:
-    found = mean_of_groups("x", {"small": [1.0, 0.0], "large": [0.0] * 98})
-    assert found["x/small"] == 0.5
-    assert found["x"] == 0.25
-    assert found["x_stderr"] == pytest.approx(found["x/small_stderr"] / 2)
-    assert names(found) == ["x/large", "x/small", "x"]
-    assert [num_rows(found | {"rows": 100}, name) for name in names(found)] == [98, 2, 100]
+    figures = mean_of_groups("x", {"small": [1.0, 0.0], "large": [0.0] * 98})
+    assert figures["x/small"] == 0.5
+    assert figures["x"] == 0.25
+    assert figures["x_stderr"] == pytest.approx(figures["x/small_stderr"] / 2)
+    assert names(figures) == ["x/large", "x/small", "x"]
+    assert [num_rows(figures | {"rows": 100}, name) for name in names(figures)] == [98, 2, 100]
     assert "x_stderr" not in mean_of_groups("x", {"one": [1.0], "more": [1.0, 0.0]})
 
 

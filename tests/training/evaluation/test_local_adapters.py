@@ -1,4 +1,4 @@
-"""Adapters applied here add what their deltas folded into the weights would."""
+"""Applying an adapter locally gives the same logits as folding its delta into the weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from lori.merge_options import MergeOptions
 from lori.sparse import SparseB
 from lori.template import Template
 from tests.tiny import save_tiny_model
-from training.evaluation.local_adapters import Choice, applied, find_adapter
+from training.evaluation.local_adapters import AdapterSelection, apply_adapter, find_adapter
 
 IDS = torch.arange(20)[None]
 TARGETS = ("q_proj", "down_proj")
@@ -29,7 +29,7 @@ def base(tiny_model: Path) -> BaseModel:
 
 
 def make(base: BaseModel, name: str, basis: Basis, rank: int, templates: Sequence[Template] = ("plain",)) -> Adapter:
-    """Returns an adapter with random values."""
+    """Return an adapter with random values."""
     random = torch.Generator().manual_seed(rank)
     modules = {}
     for module, (num_outputs, _) in base.identity.shapes.items():
@@ -44,18 +44,18 @@ def make(base: BaseModel, name: str, basis: Basis, rank: int, templates: Sequenc
 
 
 def deltas(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    """Returns what the weighted adapters add to each weight, (D, N) fp64."""
-    found: dict[str, torch.Tensor] = {}
+    """Return the sum of the weighted adapters' deltas to each weight, (D, N) fp64."""
+    result: dict[str, torch.Tensor] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for module, b in adapter.modules.items():
             a = adapter.basis.draw(module, b.shape[1], adapter.shape_of(module)[1]).double()
             delta = weight * adapter.config.scale_of(module) * b.dense(torch.float64) @ a
-            found[module] = found.get(module, torch.zeros(())) + delta
-    return found
+            result[module] = result.get(module, torch.zeros(())) + delta
+    return result
 
 
 def folded_logits(folder: Path, adapters: Sequence[Adapter], weights: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """Returns the logits (1, T, V) of the base in `dtype` with the deltas added to its weights in fp64."""
+    """Return the logits (1, T, V) of the base in `dtype` with the deltas added to its weights in fp64."""
     base = load_base_model(str(folder), dtype)
     for module, delta in deltas(adapters, weights).items():
         weight = base.model.get_submodule(module).weight
@@ -66,8 +66,8 @@ def folded_logits(folder: Path, adapters: Sequence[Adapter], weights: Sequence[f
     return logits.float()
 
 
-def logits_of(base: BaseModel, choice: Choice) -> torch.Tensor:
-    with torch.no_grad(), applied(base.model, choice.merged()):
+def logits_of(base: BaseModel, selection: AdapterSelection) -> torch.Tensor:
+    with torch.no_grad(), apply_adapter(base.model, selection.merged()):
         logits: torch.Tensor = base.model(IDS).logits
     return logits.float()
 
@@ -75,12 +75,12 @@ def logits_of(base: BaseModel, choice: Choice) -> torch.Tensor:
 def test_several_adapters_add_on_one_basis_and_on_several(base: BaseModel, tiny_model: Path) -> None:
     adapters = [make(base, "a", Seeded(), 4), make(base, "b", Seeded(), 6), make(base, "c", Seeded(stream=2), 3)]
     for count, weights in ((0, ()), (1, (1.0,)), (1, (-0.7,)), (2, (0.7, 0.5)), (3, (1.0, -0.5, 2.0))):
-        found = logits_of(base, Choice(adapters[:count], weights))
+        logits = logits_of(base, AdapterSelection(adapters[:count], weights))
         expected = folded_logits(tiny_model, adapters[:count], weights, torch.float32)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    mean = logits_of(base, Choice(adapters[:2]))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    mean = logits_of(base, AdapterSelection(adapters[:2]))
     torch.testing.assert_close(mean, folded_logits(tiny_model, adapters[:2], (0.5, 0.5), torch.float32), rtol=1e-4, atol=1e-4)
-    assert (mean - logits_of(base, Choice([]))).abs().max() > 0.1
+    assert (mean - logits_of(base, AdapterSelection([]))).abs().max() > 0.1
 
 
 def test_a_merge_that_is_no_sum_is_the_one_of_lori_merge(base: BaseModel, tiny_model: Path) -> None:
@@ -88,14 +88,14 @@ def test_a_merge_that_is_no_sum_is_the_one_of_lori_merge(base: BaseModel, tiny_m
     options = MergeOptions("dare_ties", density=0.6, seed=3)
     merged = merge(adapters, (1.0, 0.5), "dare_ties", density=0.6, seed=3)
     expected = folded_logits(tiny_model, [merged], (1.0,), torch.float32)
-    torch.testing.assert_close(logits_of(base, Choice(adapters, (1.0, 0.5), options)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(base, AdapterSelection(adapters, (1.0, 0.5), options)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_model_is_afterwards_what_it_was_before(base: BaseModel) -> None:
-    before = logits_of(base, Choice([]))
-    with pytest.raises(ValueError, match="stop"), applied(base.model, make(base, "a", Seeded(), 4)):
+    before = logits_of(base, AdapterSelection([]))
+    with pytest.raises(ValueError, match="stop"), apply_adapter(base.model, make(base, "a", Seeded(), 4)):
         raise ValueError("stop")
-    assert torch.equal(logits_of(base, Choice([])), before)
+    assert torch.equal(logits_of(base, AdapterSelection([])), before)
 
 
 def test_adapters_are_found_in_a_store_or_as_folders(base: BaseModel, tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_a_template_is_one_that_all_were_trained_on(base: BaseModel) -> None:
         make(base, name, Seeded(), 4, templates=templates)
         for name, templates in (("both", ("chat", "plain")), ("plain", ("plain",)), ("chat", ("chat",)))
     )
-    assert Choice([]).template() == "chat"
-    assert Choice([both]).template() == "chat"
-    assert Choice([both, plain]).template() == "plain"
+    assert AdapterSelection([]).template() == "chat"
+    assert AdapterSelection([both]).template() == "chat"
+    assert AdapterSelection([both, plain]).template() == "plain"
     with pytest.raises(TemplateError, match=r"no common template \(plain: plain; chat: chat\)"):
-        Choice([plain, chat]).template()
+        AdapterSelection([plain, chat]).template()

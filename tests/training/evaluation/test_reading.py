@@ -1,4 +1,4 @@
-"""What is read from an answer."""
+"""Reading of answers: numbers and refusals."""
 
 from decimal import Decimal
 

@@ -1,4 +1,4 @@
-"""A program that a model wrote passes only by coming to its end, and leaves nothing behind."""
+"""The sandbox: a program passes only if it completes, and leaves nothing behind."""
 
 import json
 import socket
@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from training.evaluation import sandbox
-from training.evaluation.sandbox import Limits, SandboxError, run_all, runs_to_end
+from training.evaluation.sandbox import Limits, SandboxError, run_programs, run_sandboxed
 
 HUMANEVAL = Path(__file__).parents[4] / "shared" / "data" / "code" / "humaneval.jsonl"
 LIMITS = Limits(seconds=60, cpu_s=1, memory_bytes=2**28)
@@ -18,7 +18,7 @@ CHECK = "\ndef check(f):\n    assert f(2) == 3\ncheck(f)"
 
 def test_a_right_program_passes_and_a_wrong_one_does_not() -> None:
     right, wrong = "def f(x):\n    return x + 1" + CHECK, "def f(x):\n    return x" + CHECK
-    assert run_all([right, wrong, right, "def f(x:" + CHECK], LIMITS) == [True, False, True, False]
+    assert run_programs([right, wrong, right, "def f(x:" + CHECK], LIMITS) == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -45,53 +45,53 @@ def test_a_right_program_passes_and_a_wrong_one_does_not() -> None:
 )
 def test_what_does_not_come_to_its_end_fails(program: str) -> None:
     limits = Limits(seconds=2, cpu_s=1, memory_bytes=2**28)
-    assert not runs_to_end(program + "\n" if "\n" in program else program + ";", limits)
+    assert not run_sandboxed(program + "\n" if "\n" in program else program + ";", limits)
 
 
 def test_output_is_discarded(capfd: pytest.CaptureFixture[str]) -> None:
-    assert runs_to_end("import sys\nprint('out' * 10**6); print('err', file=sys.stderr)", LIMITS)
+    assert run_sandboxed("import sys\nprint('out' * 10**6); print('err', file=sys.stderr)", LIMITS)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_program_sees_nothing_of_who_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
-    assert runs_to_end("import os\nassert 'SECRET' not in os.environ and not os.listdir()", LIMITS)
-    assert runs_to_end("import importlib.util\nassert not importlib.util.find_spec('torch')", LIMITS)
+    assert run_sandboxed("import os\nassert 'SECRET' not in os.environ and not os.listdir()", LIMITS)
+    assert run_sandboxed("import importlib.util\nassert not importlib.util.find_spec('torch')", LIMITS)
 
 
 @needs_namespaces
 def test_a_program_changes_no_file_and_reaches_nobody(tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    kept.write_text("as it was")
-    for program in (f"open('{kept}', 'w')", f"import os; os.remove('{kept}')", f"open('{tmp_path}/new', 'w')"):
-        assert not runs_to_end(program, LIMITS)
+    file = tmp_path / "kept"
+    file.write_text("as it was")
+    for program in (f"open('{file}', 'w')", f"import os; os.remove('{file}')", f"open('{tmp_path}/new', 'w')"):
+        assert not run_sandboxed(program, LIMITS)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["as it was"]
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert not runs_to_end(f"import socket\nsocket.create_connection({server.getsockname()})", LIMITS)
-    assert not runs_to_end("import os\nos.kill(-1, 9)", LIMITS)
+        assert not run_sandboxed(f"import socket\nsocket.create_connection({server.getsockname()})", LIMITS)
+    assert not run_sandboxed("import os\nos.kill(-1, 9)", LIMITS)
 
 
 @pytest.mark.parametrize("program", ["import os\nos.setsid()\nimport time\ntime.sleep(600)", "import os\nos.fork()", "x = 1"])
 def test_nothing_survives(program: str) -> None:
     def running() -> set[int]:
-        found = psutil.process_iter(["cmdline"])
-        return {process.pid for process in found if str(sandbox.ISOLATED) in (process.info["cmdline"] or [])}
+        processes = psutil.process_iter(["cmdline"])
+        return {process.pid for process in processes if str(sandbox.ISOLATED) in (process.info["cmdline"] or [])}
 
-    runs_to_end(program, Limits(seconds=1))
+    run_sandboxed(program, Limits(seconds=1))
     assert not running()
 
 
 def test_a_system_without_limits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "ISOLATED", Path("/nowhere.py"))
     with pytest.raises(SandboxError, match="takes Linux"):
-        run_all(["pass"], LIMITS)
+        run_programs(["pass"], LIMITS)
 
 
 @pytest.mark.skipif(not HUMANEVAL.is_file(), reason="HumanEval is not beside this checkout")
 def test_the_solutions_that_come_with_humaneval_pass() -> None:
     rows = [json.loads(line) for line in HUMANEVAL.read_text(encoding="utf-8").splitlines()]
     programs = [f"{row['prompt']}{row['completion']}\n{row['test']}\ncheck({row['entry_point']})" for row in rows]
-    failed = [row["task_id"] for row, passed in zip(rows, run_all(programs, Limits()), strict=True) if not passed]
+    failed = [row["task_id"] for row, passed in zip(rows, run_programs(programs, Limits()), strict=True) if not passed]
     assert not failed
     empty = [f"{row['prompt']}    pass\n{row['test']}\ncheck({row['entry_point']})" for row in rows[:20]]
-    assert not any(run_all(empty, Limits()))
+    assert not any(run_programs(empty, Limits()))
