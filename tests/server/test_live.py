@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.server.fake_service import served
 from tests.server.live import LIMIT_S, serve_app
 from tests.server.rig import FakeEngine
-from tests.server.test_http_protocol import check_refusal
-from tests.server.test_slow_clients import heard_to_the_end
+from tests.server.transport.test_http_protocol import check_refusal
+from tests.server.transport.test_slow_clients import heard_to_the_end
 
 RUBBISH = b"rubbish\r\n\r\n"
 REFUSAL = "the request is no HTTP that can be read"

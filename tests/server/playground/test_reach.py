@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from tests.server.live import Live
 from tests.server.playground.conftest import Visit, Visiting
-from tests.server.test_http import FOX
+from tests.server.routes.test_http import FOX
 
 PHONE = {"width": 360, "height": 740}
 MAX_TABS = 60

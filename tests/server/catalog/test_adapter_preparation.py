@@ -16,7 +16,7 @@ from server.loading import NEW_RANK, load_service, make_pool, make_registry
 from server.settings import Settings
 from tests.server.office import open_office
 from tests.server.rig import write_adapter
-from tests.server.test_http import refusal
+from tests.server.routes.test_http import refusal
 
 
 def test_an_empty_store_is_prepared_for_what_training_makes_by_default(

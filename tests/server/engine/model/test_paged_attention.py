@@ -22,7 +22,7 @@ from server.engine.model.cuda_graphs import DecodeKeys
 from server.engine.model.decoder import Heads
 from tests.interpreter import mend
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 HAS_GPU = torch.cuda.is_available()
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton does not interpret")),
@@ -131,7 +131,7 @@ def compile_ahead(capability: int) -> dict[str, object]:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
-    module, call = "tests.server.test_paged_attention", f"compile_ahead({capability})"
+    module, call = "tests.server.engine.model.test_paged_attention", f"compile_ahead({capability})"
     script = f"import json; from {module} import compile_ahead; print(json.dumps({call}))"
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)

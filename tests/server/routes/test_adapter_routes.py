@@ -20,7 +20,7 @@ from server.catalog.files import Details
 from tests.server.live import LIMIT_S, wait_until
 from tests.server.office import ADMIN, GUEST, Office, open_office
 from tests.server.rig import write_adapter
-from tests.server.test_http import refusal
+from tests.server.routes.test_http import refusal
 
 
 @pytest.fixture(scope="module")

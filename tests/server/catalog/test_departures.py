@@ -13,7 +13,7 @@ from server.engine.adapters.registry import Registered, Registry
 from server.engine.request import AdapterTerm
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import StoreError
-from tests.server.test_registry import of
+from tests.server.engine.adapters.test_registry import of
 
 OLD, NEW = of("math", "1"), of("math", "2")
 ALIAS = of("prod", "1", f"math@{OLD.summary.version}")

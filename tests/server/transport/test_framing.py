@@ -12,7 +12,7 @@ from tests.server.framing import BODY, CASES, WAYS, Case, ask, check, chunked, h
 from tests.server.keyed import ACME, write_keys
 from tests.server.live import LIMIT_S, Live
 from tests.server.rig import FakeEngine
-from tests.server.test_slow_clients import heard_to_the_end
+from tests.server.transport.test_slow_clients import heard_to_the_end
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -24,7 +24,7 @@ from tests.interpreter import in_turn, mend
 from tests.lori.operands import POPULARITY, Case, assert_close, by_hand, make_case, put, random_b
 
 HAS_GPU = torch.cuda.is_available()
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton does not interpret")),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -312,7 +312,7 @@ def compile_ahead(form: str, capability: int) -> dict[str, object]:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
     code = f"compile_ahead('gather', {capability}) | compile_ahead('dense', {capability})"
-    script = f"import json; from tests.lori.test_gpu_kernel import compile_ahead; print(json.dumps({code}))"
+    script = f"import json; from tests.lori.kernels.test_gpu_kernel import compile_ahead; print(json.dumps({code}))"
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -17,10 +17,10 @@ from server.engine.model.runner import Runner
 from server.engine.request import AdapterTerm, Chunk, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
+from tests.server.engine.scheduling.test_schedules import FakeMemory
 from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_tiers
 from tests.server.plans import request, step_limits
 from tests.server.rig import EOS
-from tests.server.test_schedules import FakeMemory
 
 MAX_STEPS = 3000
 SLOT_BYTES = 10

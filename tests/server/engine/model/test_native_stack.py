@@ -21,8 +21,8 @@ from server.engine.model.runner import Runner
 from server.engine.request import Chunk, Request
 from server.engine.request import Sequence as EngineSequence
 from tests.lori.adapters import make_adapter
+from tests.server.engine.model.test_runner import SERVED
 from tests.server.rig import ALL_LINEAR
-from tests.server.test_runner import SERVED
 from tests.tiny import save_tiny_model
 
 BF16 = torch.bfloat16

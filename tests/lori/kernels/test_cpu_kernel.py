@@ -19,7 +19,7 @@ from lori.kernels.route import LONG_SEGMENT
 from tests.lori.instruction_sets import FLAGS, SANITIZE
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = Path(native.__file__).parent / "native"
 DTYPES = [torch.float32, torch.bfloat16]
 

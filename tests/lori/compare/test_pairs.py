@@ -6,7 +6,7 @@ import pytest
 
 from lori.compare.pairs import compare, compare_pairs, module_order
 from lori.errors import AdapterError
-from tests.lori.test_compare import OTHERS, A, on_another_base, on_entries
+from tests.lori.compare.test_compare import OTHERS, A, on_another_base, on_entries
 
 ADAPTERS = [A, *OTHERS.values(), on_entries([], []), on_entries([0, 4], [0.0, 2.0])]
 PAIRS = list(combinations_with_replacement(range(len(ADAPTERS)), 2))

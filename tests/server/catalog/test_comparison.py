@@ -29,7 +29,7 @@ from server.telemetry.metrics import Metrics
 from tests.server.keyed import ACME, OTHER, bearer, make_service, write_keys
 from tests.server.live import LIMIT_S, Live, serve_here, wait_until
 from tests.server.rig import FakeEngine, write_adapter
-from tests.server.test_http import refusal
+from tests.server.routes.test_http import refusal
 
 NAMES = ("math", "safety", "intent")
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from server.access import key_ring
 from server.access.key_ring import MAX_UNSETTLED, KeyRing
 from server.access.keys import KeyFileError, Keys
-from tests.lori.test_file_stamp import rewrite
+from tests.lori.store.test_file_stamp import rewrite
 from tests.server.keyed import ACME, ADMIN, bearer, key_table, make_service, served, write_keys
 from tests.server.live import wait_until
 

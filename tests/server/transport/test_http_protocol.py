@@ -11,8 +11,8 @@ import pytest
 
 from server.transport.http_protocol import MAX_HEADERS, MAX_LINGER_BYTES, MAX_PIPELINED
 from tests.server.live import LIMIT_S, Live, wait_until
-from tests.server.test_http import FOR_EVER
-from tests.server.test_slow_clients import HEAD, heard_to_the_end
+from tests.server.routes.test_http import FOR_EVER
+from tests.server.transport.test_slow_clients import HEAD, heard_to_the_end
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -50,7 +50,7 @@ def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
     ran = subprocess.run(
         [*program, "run", f"{live.url}/openapi.json", *flags],
         cwd=report.parent,  # where it leaves what it found
-        env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.server.fuzz_hooks", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.server.routes.fuzz_hooks", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
