@@ -63,7 +63,7 @@ class PackedBatch:
         return replace(self, **moved, groups=groups, reference=self.reference and self.reference.to(device))
 
     def sum_by_example(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum (E,) of `values` (P,), one for each target, over the targets of each of the E examples."""
+        """Return the sum of `values` (P,), one for each target, over the targets of each example: (num_examples,)."""
         return values.new_zeros(self.num_examples).index_add(0, self.example_indices, values)
 
 

@@ -1,6 +1,6 @@
-"""A dense LoRA expand in Triton, the way batched LoRA servers do it: each token gathers the rows of its own adapter's B.
+"""A dense LoRA expand in Triton, as in batched LoRA servers: each token gathers the rows of its own adapter's B.
 
-What the benchmark of the kernels compares with on a GPU. Shapes: T tokens, M terms a token, R rank, D outputs, S slots.
+The reference of the kernel benchmark on a GPU. Shapes: T tokens, M terms a token, R rank, D outputs, S slots.
 """
 
 import torch
@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 BLOCK = 128
-"""Outputs of one program."""
+"""Number of outputs of one Triton program."""
 
 
 def bgmv(y: torch.Tensor, s: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, weight: float) -> None:
-    """y[t] += weight * sum over m of B_slots[t, m] s[t]; y (T, D), s (T, R), pool (S, R, D) dense, slots (T, M) int32."""
+    """Compute y[t] += weight * sum over m of B_slots[t, m] s[t]; y (T, D), s (T, R), pool (S, R, D) dense, slots (T, M) int32."""
     num_tokens, num_outputs = y.shape
     grid = (num_tokens, triton.cdiv(num_outputs, BLOCK))
     _bgmv[grid](y, s, pool, slots, weight, y.stride(0), s.stride(0), num_outputs, s.shape[1], slots.shape[1], BLOCK)

@@ -1,9 +1,9 @@
-"""Training beside a process that keeps one CPU busy: tokens a second with each number of threads, and without `--threads`.
+"""Training while another process keeps one CPU busy: tokens/s for several numbers of threads, and without `--threads`.
 
     python -m tests.bench.busy [--rounds 3] [--steps 12]
 
-Each round trains with 1 thread, with one a CPU and with the number that `training.fit` chooses, first beside a busy CPU, then on
-an idle machine. Prints the median and the range of each, and the share of the best number's speed that the choice has.
+Each round trains with 1 thread, with one thread for each CPU, and with the number that `training.fit` chooses; first with one
+busy CPU, then on an idle machine. Prints the median and range of each, and the chosen number's speed relative to the best one's.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CHOSEN = 0
 
 @contextmanager
 def busy_cpu() -> Iterator[None]:
-    """Keep the first CPU busy meanwhile."""
+    """Context manager: keep the first CPU busy."""
     cpu = min(os.sched_getaffinity(0))
     burn = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", burn]) as process:
@@ -36,7 +36,7 @@ def busy_cpu() -> Iterator[None]:
 
 
 def speed(data: Path, output: Path, num_threads: int, num_steps: int) -> int:
-    """Return the tokens a second of a training with `num_threads`."""
+    """Return the tokens/s of a training with `num_threads`; 0 lets `training.fit` choose the number."""
     flags = [
         "--data",
         str(data),

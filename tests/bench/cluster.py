@@ -1,14 +1,15 @@
-"""What several replicas bring and cost, beside plain servers on the same machine, all with one thread each.
+"""Benefit and cost of several replicas, compared with plain servers on the same machine; each has one thread.
 
-`python -m tests.bench.cluster`: SmolLM2-135M in bf16 and adapters as in `tests.bench.serve`. Takes two cores, which the users
+`python -m tests.bench.cluster`: SmolLM2-135M in bf16 and adapters as in `tests.bench.serve`. Uses two cores, which the users
 share with all processes.
 
-- Overhead: one request at a time, to a plain server and to a cluster of one replica in turn.
-- Throughput: so many users, who ask again when answered, at one plain server, at two of them with half the users each (what the
-  machine can give), and at clusters of one replica and of two. They take turns, and nothing else of them runs meanwhile; ratios
-  are those within a turn.
-- Affinity: the share of requests that reach the replica which answered most of their adapter's.
-- Loss: a replica of two is killed under load; what the client library did not bring home, and when there are two again.
+- Overhead: one request at a time, alternately to a plain server and to a cluster of one replica.
+- Throughput: users in a closed loop, at one plain server, at two plain servers with half of the users each (the limit of the
+  machine), and at clusters of one replica and of two. The targets take turns, and only one runs at a time. Ratios are computed
+  within a turn.
+- Affinity: the share of requests that reach the replica which answered most requests of their adapter.
+- Loss: one of two replicas is killed under load. Counts the requests that the client library lost, and measures the time until
+  there are two replicas again.
 """
 
 import argparse
@@ -51,7 +52,7 @@ RATIOS = (LIMIT, (TWO, ONE), (ONE, PLAIN), (TWO, TWO_PLAIN))
 
 
 def main() -> None:
-    """Prints what was found."""
+    """Run the benchmark and print the results."""
     arguments = parse()
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Returns the flags."""
+    """Return the command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write all figures, anew after each part")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each; 3 if absent")
@@ -92,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Starts what is measured."""
+    """Starter of the servers and clusters to measure."""
 
     adapters: Path
     cores: str
@@ -102,7 +103,7 @@ class Stage:
 
     @contextmanager
     def plain(self, count: int) -> Iterator[Sequence[Server]]:
-        """Runs so many plain servers until the block ends."""
+        """Context manager of `count` running plain servers."""
         with ExitStack() as stack:
             servers: list[Server] = []
             for i in range(count):
@@ -112,7 +113,7 @@ class Stage:
 
     @contextmanager
     def cluster(self, num_replicas: int) -> Iterator[Cluster]:
-        """Runs a cluster until the block ends."""
+        """Context manager of a running cluster."""
         flags = [*self.flags, *self.cluster_flags]
         cluster = start_cluster(self.adapters, num_replicas, self.cores, self.scratch / "cluster.log", flags)
         try:
@@ -122,7 +123,7 @@ class Stage:
 
 
 def measure(stage: Stage, arguments: argparse.Namespace, results: Mapping[str, list[Any]], keep: Callable[[], None]) -> None:
-    """Measures all of it, puts each part into `found`, and calls `keep` after it. Raises `FailedError`."""
+    """Measure everything. Adds each part to `results` and then calls `keep`. Raises `FailedError`."""
     window = Window(arguments.warm_s, arguments.seconds)
     num_loads = 4 * len(SENDS) * len(POPULARITIES)
     with tqdm(total=arguments.repeats * (1 + num_loads) + arguments.kills, unit="part", disable=None) as bar:
@@ -163,7 +164,7 @@ def measure(stage: Stage, arguments: argparse.Namespace, results: Mapping[str, l
 
 
 def affinity(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]]) -> float:
-    """Returns the share of an adapter's requests at the replica that answered most of them, over all adapters."""
+    """Return the share of requests that reached the replica which answered most requests of their adapter."""
     numbers = [
         [number - before.get(adapter, {}).get(replica, 0) for replica, number in replicas.items()]
         for adapter, replicas in after.items()
@@ -172,12 +173,9 @@ def affinity(before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapp
 
 
 def report(results: Mapping[str, Any]) -> None:
-    """Prints tables of medians and ranges."""
-    machine_info = machine()
-    print(
-        f"{machine_info['cpu']}, {machine_info['cores']} cores; "
-        + ", ".join(f"{name} {said}" for name, said in versions().items())
-    )
+    """Print tables of medians and ranges."""
+    host = machine()
+    print(f"{host['cpu']}, {host['cores']} cores; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     overhead = {kind: Spread.of(turn[kind]["more_ms"] for turn in results["overhead"]) for kind in results["overhead"][0]}
     plain = {kind: Spread.of(turn[kind]["plain_ms"] for turn in results["overhead"]) for kind in overhead}
     print_table(["one request", "plain, ms", "more, ms"], [[kind, str(plain[kind]), str(overhead[kind])] for kind in overhead])
@@ -194,8 +192,8 @@ def report(results: Mapping[str, Any]) -> None:
     for cells in zip(columns, *rows, strict=True):
         print(f"{cells[0]:40}", *(f"{cell:>24}" for cell in cells[1:]))
     for loss in results["loss"]:
-        said = "{lost} of {asked} lost, {begun} streams broken, another replica after {seconds:.1f} s"
-        print("a replica killed:", said.format(**loss))
+        summary = "{lost} of {asked} lost, {begun} streams broken, another replica after {seconds:.1f} s"
+        print("a replica killed:", summary.format(**loss))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A replica is killed under load: what becomes of the requests, and how long until there is another."""
+"""Kill of a replica under load: lost requests, and the time until the replica is replaced."""
 
 import os
 import signal
@@ -14,17 +14,17 @@ from tests.bench.serve_asks import prompt
 
 NUM_USERS, NUM_TOKENS, PROMPT_WORDS = 8, 32, 50
 BEFORE_S = 3.0
-"""Of load, before the kill."""
+"""Seconds of load before the kill."""
 LIMIT_S = 120.0
 POLL_S = 0.5
-"""Between two looks for the other replica: each takes some 50 ms of the cores on which it starts."""
+"""Seconds between two checks for the new replica. Each check takes about 50 ms of the cores on which the replica starts."""
 
 
 def kill_one(cluster: Cluster, names: Sequence[str]) -> dict[str, float]:
-    """Kills a replica while users ask for whole answers and streams in turn, and returns what was lost.
+    """Kill a replica while users alternately request whole answers and streams. Return the counts of lost requests.
 
-    `seconds`: from the kill until as many replicas answer as before, the load going on. `lost`: requests that the client library
-    gave up although nothing of their answer had come; `begun`: streams that ended broken.
+    `asked`: all requests. `lost`: requests that the client library gave up before any part of the answer. `begun`: streams that
+    broke. `seconds`: time from the kill until as many replicas answer as before, under continued load.
     """
     counts = {"asked": 0, "lost": 0, "begun": 0}
     ended, lock = threading.Event(), threading.Lock()

@@ -1,4 +1,4 @@
-"""What a request takes longer through a cluster than at a plain server, one at a time, asked in turn."""
+"""Latency that a cluster adds to a request, compared with a plain server; one request at a time, alternately to both."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ Ask = Callable[[httpx.Client, dict[str, object]], None]
 
 
 def overheads(plain_port: int, cluster_port: int, names: Sequence[str], seed: str) -> Mapping[str, Mapping[str, float]]:
-    """Returns, by kind of request, the median at a plain server and how much more it is at a cluster, in ms."""
+    """Return, by kind of request, the median latency of a plain server and the additional latency of a cluster, in ms."""
     kinds = {"GET /health": health, "POST /generate, whole": whole, "POST /generate, to the first token": first}
     limits = httpx.Timeout(60)
     with (
@@ -40,17 +40,17 @@ def _compared(clients: Sequence[httpx.Client], ask: Ask, names: Sequence[str], s
 
 
 def health(client: httpx.Client, _: dict[str, object]) -> None:
-    """Asks what no engine is needed for."""
+    """Send a request that needs no engine."""
     client.get("/health").raise_for_status()
 
 
 def whole(client: httpx.Client, document: dict[str, object]) -> None:
-    """Waits for a whole answer."""
+    """Send a request and wait for the whole answer."""
     client.post("/generate", json=document).raise_for_status()
 
 
 def first(client: httpx.Client, document: dict[str, object]) -> None:
-    """Waits for the first token; that is all there is, so that its end disturbs no other."""
+    """Send a request and wait for the first token. It is the only token, so the rest of the answer disturbs no later request."""
     with client.stream("POST", "/generate", json=document | {"stream": True, "max_tokens": 1}) as answer:
         answer.raise_for_status()
         next(answer.iter_bytes())

@@ -1,4 +1,4 @@
-"""Clusters that are measured, and what one sees of them."""
+"""Clusters as targets of a benchmark, and their metrics."""
 
 import sys
 from collections import defaultdict
@@ -25,19 +25,19 @@ END_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`python -m server.cluster`, with all its processes."""
+    """A running `python -m server.cluster` with all of its processes."""
 
     server: Server
 
     def by_adapter(self) -> Mapping[str, Mapping[str, float]]:
-        """Returns how many requests each replica, by name, has answered of each adapter."""
+        """Return the number of requests answered, by adapter and by replica name."""
         counts: dict[str, dict[str, float]] = defaultdict(dict)
         for sample in self._samples(REQUESTS):
             counts[sample.labels["adapter"]][sample.labels["replica"]] = sample.value
         return counts
 
     def names(self) -> Collection[str]:
-        """Returns the names of the replicas that answer."""
+        """Return the names of the replicas that answer."""
         return {sample.labels["replica"] for sample in self._samples(REGISTERED)}
 
     def _samples(self, name: str) -> Iterator[Sample]:
@@ -46,18 +46,18 @@ class Cluster:
         return (sample for family in families for sample in family.samples if sample.name == name)
 
     def replicas(self) -> Sequence[psutil.Process]:
-        """Returns the replicas' processes, in no order."""
+        """Return the replicas' processes, in no particular order."""
         return processes_of(self.server.program.process.pid, REPLICA)
 
     def end(self) -> None:
-        """Ends it, and waits until it has."""
+        """Terminate the cluster and wait for its end."""
         self.server.program.process.terminate()
         self.server.program.process.wait(END_S)
         self.server.program.end()
 
 
 def start_cluster(adapters: Path, num_replicas: int, cores: str, log: Path, flags: Sequence[str]) -> Cluster:
-    """Starts this project's cluster on this machine, a thread a replica, with the adapters in a folder."""
+    """Start a cluster on this machine with the adapters in a folder; each replica has one thread."""
     port = free_port()
     command = [sys.executable, "-m", "server.cluster", "--port", str(port), "--replicas", str(num_replicas), "--threads", "1"]
     command += ["--no-demo-adapters", "--adapters", str(adapters), "--drain-s", "1", *flags]
@@ -71,10 +71,10 @@ def start_cluster(adapters: Path, num_replicas: int, cores: str, log: Path, flag
 
 
 def whole_send(server: Server) -> Send:
-    """Returns what asks `server` for whole answers."""
+    """Return a function that requests whole answers from `server`."""
 
     async def send(ask: Ask) -> Reply:
-        # Reading certificates, for every client anew, would take from what is measured.
+        # Without verify=False every client would read the certificates again, at the cost of what is measured.
         path, document = server.translate(ask)
         reply = Reply()
         async with httpx.AsyncClient(timeout=None, verify=False) as http:

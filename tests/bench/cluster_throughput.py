@@ -1,4 +1,4 @@
-"""What servers generate in a second while users keep them busy: neither the first wave of requests nor the last is counted."""
+"""Throughput of servers in a closed loop of users. Neither the first wave of requests nor the last is counted."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ PROMPT_WORDS, NUM_TOKENS = 100, 64
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What is counted: `seconds`, after `warm_s` in which the users' requests cease to be all of one age."""
+    """The measured time: `seconds`, after `warm_s` in which the users' requests get out of step."""
 
     warm_s: float
     seconds: float
@@ -26,16 +26,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """Generated tokens/s, and how many cores were busy with that: in this process, the users', and in those it has started."""
+    """Generated tokens/s, and the number of cores busy in this process (the users) and in its child processes (the servers)."""
 
     tokens_per_s: float
     cores: float
 
 
 def throughput(sends: Sequence[Send], num_users: int, choose: Choice, seed: str, window: Window) -> Throughput:
-    """Returns what servers do that have as many of the users each, who ask again when answered.
+    """Return the throughput of servers in a closed loop of `num_users`, who are divided evenly among `sends`.
 
-    The servers share the requests out in turn. An answer counts with the part of its time that lies in the window.
+    The requests are divided among the servers in turn. An answer counts with the fraction of its time that lies in the window.
     Raises `FailedError`.
     """
     return asyncio.run(_run(sends, num_users, choose, seed, window))
@@ -66,7 +66,7 @@ async def _run(sends: Sequence[Send], num_users: int, choose: Choice, seed: str,
 
 
 def counted(asked: float, ended: float, begin: float, end: float) -> float:
-    """Returns the share of the time from `asked` to `ended` that lies between `begin` and `end`."""
+    """Return the fraction of the time from `asked` to `ended` that lies between `begin` and `end`."""
     return max(0.0, min(ended, end) - max(asked, begin)) / (ended - asked)
 
 

@@ -1,6 +1,6 @@
-"""From how many tokens of one adapter on a dense B and a matrix product beat the packed B, and whether the kernel chooses so.
+"""Crossover of the CPU kernel: the number of tokens of one adapter from which a dense B beats the packed B, and its choice.
 
-`python -m tests.bench.crossover`: bf16, r = 32, one thread by default. "dense" counts unpacking B. The constants in
+`python -m tests.bench.crossover`: bf16, r = 32, one thread by default. "dense" includes unpacking B. The constants in
 `lori.kernels.cpu` come from this table.
 """
 
@@ -24,7 +24,7 @@ COLUMNS = ["B", "kept", "tokens", "packed, us", "dense, us", "packed / dense", "
 
 
 def rows(instruction_set: str) -> Iterator[list[str]]:
-    """Measures row after row."""
+    """Yield the rows of the table."""
     for num_outputs in (576, 4096):
         for density in (0.1, 0.3, 1.0):
             operands = Operands(1, RANK, num_outputs, torch.bfloat16, "cpu")
@@ -41,7 +41,7 @@ def rows(instruction_set: str) -> Iterator[list[str]]:
 
 
 def measure(y: torch.Tensor, s: torch.Tensor, operands: Operands, instruction_set: str) -> tuple[float, float]:
-    """Returns the medians in us of a segment of all tokens, packed and dense."""
+    """Return the median times in us of one segment of all tokens, packed and dense."""
     route = Route.from_terms([Term(0, len(y), 0, 1e-6)], len(y))
     times = timed(
         {
@@ -54,7 +54,7 @@ def measure(y: torch.Tensor, s: torch.Tensor, operands: Operands, instruction_se
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instruction-set", choices=instruction_sets(), help="the fastest by default")
     parser.add_argument("--threads", type=int, default=1)

@@ -1,7 +1,7 @@
-"""What an adapter takes on disk and how fast it loads, against the same adapter in PEFT's format in bf16.
+"""Size of an adapter on disk and its load time, compared with the same adapter in PEFT's format in bf16.
 
-`python -m tests.bench.format`: random masks at 90% sparsity and r = 32 over all seven projections, one thread. Files are in the
-page cache; A's digest is known, as it is from the second adapter on.
+`python -m tests.bench.format`: random masks at 90% sparsity and r = 32 over all seven projections, one thread. The files are in
+the page cache. A's digest is cached, as for every adapter after the first.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from lori.sparse import VALUE_TYPES, SparseB, rounding_error
 
 RANK, SPARSITY = 32, 0.9
 MODELS = {"SmolLM2-135M": (30, 576, 192, 1536), "Llama-3-8B": (32, 4096, 1024, 14336)}
-"""Layers, hidden size, size of keys and values, size of the MLP."""
+"""Number of layers, hidden size, size of keys and values, size of the MLP."""
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, int]]:
-    """Returns (D, N) of a model's seven projections in every layer."""
+    """Return the shapes (D, N) of a model's seven projections in every layer."""
     num_layers, hidden, kv, mlp = MODELS[model]
     layer = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
@@ -39,7 +39,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, int]]:
 
 
 def random_modules(shapes: dict[str, tuple[int, int]]) -> dict[str, SparseB]:
-    """Returns a random B for every module, values in fp32, 10% of them kept."""
+    """Return a random B for every module, with fp32 values and 10% nonzero entries."""
     g = torch.Generator().manual_seed(0)
     modules = {}
     for name, (num_outputs, _) in shapes.items():
@@ -49,7 +49,7 @@ def random_modules(shapes: dict[str, tuple[int, int]]) -> dict[str, SparseB]:
 
 
 def measure(model: str, folder: Path, repeats: int) -> list[dict[str, float | str]]:
-    """Returns a row for each way to store the values."""
+    """Return a row for each type of stored values."""
     shapes = shapes_of(model)
     modules = random_modules(shapes)
     basis, base = Seeded(), BaseIdentity(model, "0" * 64, shapes)
@@ -81,14 +81,14 @@ def measure(model: str, folder: Path, repeats: int) -> list[dict[str, float | st
 
 
 def timed(folder: Path) -> float:
-    """Returns the seconds of one load."""
+    """Return the seconds of one load."""
     started = time.perf_counter()
     load_adapter(folder)
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--repeats", type=int, default=11)
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def cells(row: dict[str, float | str]) -> list[str]:
-    """Returns a row as text."""
+    """Return a row as text."""
     number = {key: value for key, value in row.items() if isinstance(value, float | int)}
     load = [f"{1000 * number[key]:.1f}" for key in ("load_s", "load_s_min", "load_s_max")]
     return [

@@ -1,10 +1,10 @@
-"""What the deltas cost beside the base product, and beside what moving their bytes costs.
+"""Cost of the deltas, compared with the base product and with the time to read the adapters' bytes.
 
-`python -m tests.bench.kernel`: bf16, r = 32, 10% of B kept, a request a token. "base" is W x, "shrink" what A's rows below W add
-to it, "expand" is `add_delta` as the layers call it, "dense" a batched product with a dense B for each token, which lies gathered
-(gathering it is not counted), "floor" is the time to read the adapters' bytes at the machine's bandwidth. "hot" steps run on one
-module again and again; "cold" ones cycle through more copies of it than the caches hold, as the layers of a model do. Prints
-nothing until the kernels' tests pass.
+`python -m tests.bench.kernel`: bf16, r = 32, 10% of B nonzero, one request for each token. "base" is W x. "shrink" is the
+additional time of A's rows below W. "expand" is `add_delta` as the layers call it. "dense" is a batched product with a dense B
+for each token; gathering B is not counted. "floor" is the time to read the adapters' bytes at the machine's bandwidth. "hot"
+steps run on one module again and again; "cold" steps cycle through more copies of the module than the caches hold, as the layers
+of a model do. Prints nothing until the kernels' tests pass.
 """
 
 import argparse
@@ -33,14 +33,14 @@ GATE = {
     "cpu": [str(TESTS / "test_kernels.py"), str(TESTS / "test_cpu_kernel.py"), "-k", "not sanitizers"],
     "cuda": [str(TESTS / "test_gpu_kernel.py"), "-m", "gpu"],
 }
-"""What must pass before anything is printed."""
+"""pytest arguments of the tests that must pass before anything is printed."""
 NOISY = 0.5
-"""Quartiles that lie further apart than this share of the median say nothing."""
+"""Maximum distance of the quartiles, as a fraction of the median. Measurements with a larger one are too noisy for a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians in us; `expand_low_us` and `expand_high_us` are the quartiles. `dense_us` is `None` where it would not fit."""
+    """A row of medians in us. `expand_low_us` and `expand_high_us` are quartiles. `dense_us` is None if B's would not fit."""
 
     model: str
     shape: str
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured: every combination of these."""
+    """The measurements: all combinations of these values."""
 
     shapes: list[Shape]
     tokens: list[int]
@@ -78,7 +78,7 @@ class Plan:
         return prod(len(axis) for axis in axes)
 
     def measure(self, device: torch.device) -> Iterator[Row]:
-        """Measures row after row; those of one shape, number of tokens and threads in turn with one base product."""
+        """Yield the rows. Those of one shape, number of tokens and threads take turns with one base product."""
         for threads, (cache, shape, tokens) in product(self.threads, product(self.caches, self.shapes, self.tokens)):
             torch.set_num_threads(threads)
             bandwidth = _bandwidth(device, threads)
@@ -98,7 +98,7 @@ class Plan:
 
 
 def main() -> None:
-    """Prints the table and what the design asks of it."""
+    """Run the benchmark and print a table and the design's goals."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--plot", type=Path, help="where to draw them")
@@ -123,7 +123,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
     if arguments.plot:
-        # matplotlib is an extra, which the table does not need.
+        # matplotlib is an optional dependency, which the table does not need.
         importlib.import_module("tests.bench.kernel_plot").plot([asdict(row) for row in rows], arguments.plot)
 
 
@@ -135,18 +135,18 @@ def _bandwidth(device: torch.device, threads: int) -> float:
 
 
 def full(device: torch.device) -> Plan:
-    """Everything."""
+    """Return the plan of a full run."""
     return Plan(SHAPES, [1, 8, 32, 64, 128, 1024], list(POPULARITY), [1, 2, 4], ["hot", "cold"], num_threads(device), 1.0)
 
 
 def quick(device: torch.device) -> Plan:
-    """What the design asks for, and little more."""
+    """Return the plan of a quick run: the cases of the design's goals, and little more."""
     shapes = [shape for shape in SHAPES if shape.name in ("576x576", "4096x4096")]
     return Plan(shapes, [32, 64], ["identical", "distinct"], [1, 2], ["hot", "cold"], num_threads(device), 0.6)
 
 
 def num_threads(device: torch.device) -> list[int]:
-    """One thread and all of them; a GPU has no use for more."""
+    """Return the numbers of threads to measure: one and all; on a GPU one only."""
     return [1] if device.type == "cuda" else sorted({1, torch.get_num_threads()})
 
 
@@ -157,7 +157,7 @@ COLUMNS = [
 
 
 def cells(row: Row) -> list[str]:
-    """Returns a row as text."""
+    """Return a row as text."""
     return [
         row.shape, str(row.tokens), row.popularity, str(row.terms), str(row.threads), row.cache, f"{row.base_us:.1f}",
         f"{row.shrink_us:.1f}", f"{row.expand_us:.1f} ({row.expand_low_us:.1f}–{row.expand_high_us:.1f})",
@@ -168,7 +168,7 @@ def cells(row: Row) -> list[str]:
 
 
 def verdicts(rows: list[Row]) -> Iterator[str]:
-    """Says each ratio that the design asks for, where its rows were measured."""
+    """Yield a line for each of the design's goals whose rows were measured."""
     rows_by_key = {(r.shape, r.tokens, r.popularity, r.terms, r.threads, r.cache): r for r in rows}
     for threads, cache in sorted({(r.threads, r.cache) for r in rows}):
         setting = f"{cache}, {threads} thread{'s' * (threads > 1)}"
@@ -201,7 +201,7 @@ def verdicts(rows: list[Row]) -> Iterator[str]:
 
 
 def verdict(title: str, ratio: float, most: float, rows: Iterable[Row]) -> str:
-    """Says one ratio and whether it is low enough; nothing of the kind where the machine was too busy to tell."""
+    """Return a line with a ratio and whether it is at most `most`, or "noisy" if the rows are too noisy for a verdict."""
     is_noisy = any(row.expand_high_us - row.expand_low_us > NOISY * row.expand_us for row in rows)
     result = "noisy" if is_noisy else "met" if ratio <= most else "missed"
     return f"{result:8}{title} {ratio:.4f}, at most {most:.4f}"

@@ -1,4 +1,4 @@
-"""The kernels' benchmark as a picture: what the deltas cost beside the base product, by number of tokens."""
+"""Plot of the kernel benchmark: time of the deltas and of the base product by number of tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ COLOURS = {"identical": "tab:green", "zipf": "tab:orange", "uniform": "tab:purpl
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draws a panel for each shape: one term, the fewest threads, out of the cache where that was measured."""
+    """Write a plot with a panel for each shape: one term, the fewest threads, and cold caches if they were measured."""
     threads = min(row["threads"] for row in rows)
     cache = "cold" if any(row["cache"] == "cold" for row in rows) else "hot"
     chosen = [row for row in rows if (row["threads"], row["cache"], row["terms"]) == (threads, cache, 1)]

@@ -1,4 +1,4 @@
-"""Steps of one module for the benchmark of the kernels: adapters, tokens, and the same work done densely.
+"""Steps of one module for the kernel benchmark: adapters, tokens, and the same work with dense products.
 
 Shapes: T tokens, N inputs, D outputs, R rank, S slots.
 """
@@ -19,13 +19,13 @@ from tests.bench.timing import Call
 
 RANK, DENSITY = 32, 0.1
 SPARE = 4
-"""Resident adapters for each one that a step of up to 128 tokens uses: those in use lie apart."""
+"""Resident adapters for each adapter that a step of up to 128 tokens uses, so that the used ones are not adjacent in memory."""
 NUM_DRAWN = 16
-"""Different B's that are drawn; slots hold copies of them, each in its own bytes."""
+"""Number of different random B's. Slots hold copies of them, each in memory of its own."""
 COLD_BYTES = 2**27
-"""What a cold step cycles through: more than the last cache of the machines this runs on."""
+"""Bytes that a cold step cycles through: more than the last-level cache of the machines that run this."""
 MAX_DENSE_BYTES = 2**27
-"""Gathered B's beyond that are left out."""
+"""Maximum bytes of gathered dense B's. Larger dense products are not measured."""
 
 POPULARITY: dict[str, Callable[[int, int], list[list[int]]]] = {
     "identical": lambda tokens, terms: [list(range(terms))] * tokens,
@@ -33,7 +33,7 @@ POPULARITY: dict[str, Callable[[int, int], list[list[int]]]] = {
     "uniform": lambda tokens, terms: _drawn(tokens, terms, [1.0] * max(tokens, terms)),
     "distinct": lambda tokens, terms: [[(t + k) % max(tokens, terms) for k in range(terms)] for t in range(tokens)],
 }
-"""Which adapters each token's terms are, of as many as there are tokens or terms; `Step.of` says where these lie."""
+"""Functions from (tokens, terms) to the adapter indices of each token's terms. `Step.of` maps the indices to slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Such as 576x576."""
+        """Name of the shape, such as 576x576."""
         return f"{self.num_outputs}x{self.num_inputs}"
 
 
@@ -58,10 +58,7 @@ SHAPES = [
 
 
 class Module:
-    """One module in several copies, that hold the same and lie apart: calls cycle through them, so that no cache holds one.
-
-    One copy is a module that a cache may hold.
-    """
+    """One module, in several identical copies if it is cold. Calls cycle through the copies, so that none is in a cache."""
 
     def __init__(self, shape: Shape, num_used: int, spare: int, is_cold: bool, device: torch.device) -> None:
         self.shape, self.num_slots, self.device, self.is_cold = shape, num_used * spare, device, is_cold
@@ -75,7 +72,7 @@ class Module:
         self.weights = self.cycle(weight)
 
     def products(self, num_tokens: int) -> dict[str, Call]:
-        """Returns the base product of so many tokens, and the same with A's rows below."""
+        """Return calls of the base product of `num_tokens`: without A's rows ("base") and with A's rows below W ("fused")."""
         num_outputs = self.shape.num_outputs
         x = torch.randn(num_tokens, self.shape.num_inputs, dtype=torch.bfloat16, device=self.device)
         return {
@@ -84,16 +81,16 @@ class Module:
         }
 
     def cycle(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Returns `tensor` and its copies for ever, as many as it takes that none is in a cache."""
+        """Return an endless iterator over `tensor` and its copies, as many copies as keep all of them out of the caches."""
         return itertools.cycle([tensor, *(tensor.clone() for _ in range(self.num_copies(tensor.nbytes) - 1))])
 
     def num_copies(self, num_bytes: int) -> int:
-        """Returns how many copies of so many bytes it takes."""
+        """Return the number of copies for a tensor of `num_bytes`; 1 if the module is hot."""
         return -(-COLD_BYTES // num_bytes) if self.is_cold else 1
 
 
 def drawn(num_outputs: int) -> list[Packed]:
-    """Returns random B's (D, R) that keep a tenth of their entries."""
+    """Return random B's (D, R) with a tenth of their entries nonzero."""
     g = torch.Generator().manual_seed(0)
     layout = Operands(0, RANK, num_outputs, torch.bfloat16, "cpu")
     b = (0.02 * torch.randn(num_outputs, RANK, generator=g) for _ in range(NUM_DRAWN))
@@ -101,20 +98,20 @@ def drawn(num_outputs: int) -> list[Packed]:
 
 
 def copy_of(operands: Operands) -> Operands:
-    """Returns operands that hold the same in other bytes."""
+    """Return a copy of `operands` in other memory."""
     return Operands.from_arrays(operands.layout, operands.pool.clone(), operands.starts, operands.basis_of)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step on a module: what each token's terms are, and the work as calls to time."""
+    """One step on a module: the slots of each token's terms, and the work as calls to time."""
 
     module: Module
     slots: Sequence[Sequence[int]]
 
     @classmethod
     def of(cls, module: Module, popularity: str, num_tokens: int, num_terms: int) -> "Step":
-        """Returns the step of a popularity; its adapters lie all over the pool, in no order."""
+        """Return the step of a popularity. Its adapters are in random slots of the pool."""
         slots = list(range(module.num_slots))
         random.Random(0).shuffle(slots)
         return cls(
@@ -123,12 +120,12 @@ class Step:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the blocks that the step must read at least once."""
+        """Number of bytes of the blocks that the step must read at least once."""
         operands = self.module.operands[0]
         return sum(operands.num_slot_bytes(slot) for slot in {slot for token_slots in self.slots for slot in token_slots})
 
     def calls(self) -> dict[str, Call]:
-        """Returns the expand and, where its B's are not too large, the dense product."""
+        """Return calls of the expand and, if its B's are not too large, of the dense product."""
         shape, device, num_tokens = self.module.shape, self.module.device, len(self.slots)
         output = torch.randn(num_tokens, shape.num_outputs + RANK, dtype=torch.bfloat16, device=device)
         y, s = output[:, : shape.num_outputs], output[:, shape.num_outputs :].unflatten(1, (1, RANK))
@@ -145,7 +142,7 @@ class Step:
             b = torch.randn(self.module.num_slots, RANK, num_outputs, dtype=torch.bfloat16, device=s.device)
             pools, slots = self.module.cycle(b), torch.tensor(self.slots, dtype=torch.int32, device=s.device)
             return lambda: load_bgmv()(y, s[:, 0], next(pools), slots, 1e-3)
-        # What is timed is the product alone: B lies gathered.
+        # The dense B is gathered in advance, so only the product is timed.
         gathered = self.module.cycle(torch.ones(len(y), num_terms * RANK, num_outputs, dtype=torch.bfloat16))
         repeated = s.repeat(1, 1, num_terms) * 1e-3  # (T, 1, terms R)
         return lambda: y.add_(torch.bmm(repeated, next(gathered)).squeeze(1))
@@ -153,7 +150,7 @@ class Step:
 
 @cache
 def load_bgmv() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]:
-    """Returns the dense kernel in Triton, which a machine without a GPU may lack."""
+    """Return the dense Triton kernel. The import is late, since a machine without a GPU may have no Triton."""
     kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], None]
     kernel = importlib.import_module("tests.bench.bgmv").bgmv
     return kernel

@@ -1,4 +1,4 @@
-"""What machine a benchmark ran on."""
+"""The machine of a benchmark: hardware, versions and memory bandwidth."""
 
 import os
 import platform
@@ -16,19 +16,19 @@ PACKAGES = ("torch", "transformers", "peft", "numpy")
 
 
 def machine() -> dict[str, str | int | float]:
-    """Returns the processor's name, how many cores this process may use, and the memory."""
+    """Return the processor's name, the number of cores that this process may use, and the memory."""
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(page * pages / 2**30, 1)}
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and what counts most below, and which kernel adds the deltas."""
+    """Return the versions of Python and `PACKAGES`, and the description of the CPU kernel."""
     installed = {name: installed for name in PACKAGES if (installed := _version(name))}
     return {"python": platform.python_version(), "kernel": description()} | installed
 
 
 def bandwidth_of(core: int) -> float:
-    """Returns how many bytes/s one thread reads on `core`, which this thread moves to and leaves again."""
+    """Return the bytes/s that one thread reads from memory on `core`. This thread runs on `core` meanwhile."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -40,7 +40,7 @@ def bandwidth_of(core: int) -> float:
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """Keeps this thread on `core` in the block."""
+    """Context manager: pin this thread to `core`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:

@@ -1,6 +1,6 @@
-"""What logging and tracing every request costs: streams of a fake engine, over sockets (`python -m tests.bench.operations`).
+"""Cost of logging and tracing every request: streams of a fake engine over sockets (`python -m tests.bench.operations`).
 
-The server and its users have a core each, where there are two. Cases take turns; a figure is the median over the turns.
+The server and its users have one core each, if there are two. The cases take turns; a figure is the median over the turns.
 """
 
 import argparse
@@ -47,7 +47,7 @@ END = b"0\r\n\r\n"
 
 
 def serve(case: str, num_steps: int, traces: str) -> None:
-    """Serves until it is killed, on a free port."""
+    """Run a server on a free port until it is killed."""
     configure_log("json" if case == "json" else "text")
     tokenizer, registry = tiny_tokenizer(), Registry([])
     engine = EngineThread(cast(Engine, FakeEngine(num_steps=num_steps)))
@@ -62,7 +62,7 @@ def serve(case: str, num_steps: int, traces: str) -> None:
 
 @contextmanager
 def served(case: str, log: Path, num_steps: int, traces: str) -> Iterator[tuple[int, psutil.Process]]:
-    """Runs a server in a process of its own, and gives its port and the process."""
+    """Context manager of a server in a process of its own; yields its port and the process."""
     command = [sys.executable, "-m", "tests.bench.operations", "--serve", case, "--tokens", str(num_steps), "--traces", traces]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         try:
@@ -76,13 +76,13 @@ def served(case: str, log: Path, num_steps: int, traces: str) -> Iterator[tuple[
 
 
 def pin(process: int, core: int) -> None:
-    """Keeps a process on one core, where there is another."""
+    """Pin a process to one core, if the machine has more than one."""
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(process, {core})
 
 
 async def load(port: int, num_users: int, seconds: float) -> int:
-    """Returns how many answers so many users get, who ask again and again."""
+    """Return the number of answers that `num_users` get in a closed loop of `seconds`."""
     loop = asyncio.get_running_loop()
     end, num_answers = loop.time() + seconds, 0
 
@@ -100,7 +100,7 @@ async def load(port: int, num_users: int, seconds: float) -> int:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def measured(process: psutil.Process, port: int, num_users: int, seconds: float) -> float:
-    """Returns the milliseconds of CPU that an answer takes the server, which others on the machine do not change."""
+    """Return the server's CPU time for an answer in ms. It does not depend on other load of the machine."""
     before = sum(process.cpu_times()[:2])
     num_answers = asyncio.run(load(port, num_users, seconds))
     return 1000 * (sum(process.cpu_times()[:2]) - before) / num_answers

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sets up the engines that tests/bench/serve.py compares with: vLLM and llama.cpp, each in a folder of its own under DIR.
-# Run it again at any time: what is there stays. PYTHON is this project's, with its extra `test`, whose CMake builds llama.cpp.
+# It can be run again at any time; existing parts are kept. PYTHON is this project's Python with the extra `test`, whose CMake
+# builds llama.cpp.
 #
 #     PYTHON=.venv/bin/python tests/bench/peers.sh DIR
 set -Eeuo pipefail
@@ -22,7 +23,7 @@ cd "$(dirname "$0")/../.."
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# Prints the path of tcmalloc, the system's or one unpacked under DIR, which takes no root.
+# Prints the path of tcmalloc: the system's, or one that is unpacked under DIR, which needs no root.
 find_tcmalloc() {
     local found name
     found=$(ldconfig -p | sed -n 's/.*libtcmalloc_minimal\.so\.4 .*=> //p' | head -n 1)
@@ -42,12 +43,12 @@ set_up_vllm() {
     local home=$root/vllm tcmalloc
     [[ -x $home/bin/python ]] || "$python" -m venv "$home"
     "$home/bin/pip" install --quiet "$VLLM" "$OPENMP"
-    # Wheels for a GPU, which nothing here needs and which do not load without one.
+    # These wheels are for GPUs. Nothing here needs them, and they do not load without a GPU.
     "$home/bin/pip" uninstall --quiet --yes torchcodec torchaudio
     tcmalloc=$(find_tcmalloc)
     (cd "$scratch" && "$home/bin/python" -W ignore -c "import vllm.platforms as p; assert p.current_platform.is_cpu()") ||
         fail "vLLM does not load"
-    # What is preloaded, as vLLM's warnings ask. The last file: where it is, all is.
+    # The libraries to preload, as vLLM's warnings advise. This file is written last: if it exists, the installation is complete.
     echo "$tcmalloc:$home/lib/libiomp5.so" >"$home/preload"
 }
 

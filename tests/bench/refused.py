@@ -1,14 +1,14 @@
-"""What clients that are refused cost a neighbour, and what bodies under way cost in memory.
+"""Effect of refused requests on another client (the neighbour), and memory of request bodies in transit.
 
     python -m tests.bench.refused --server-cores 0 --client-cores 1 [--seconds 20] [-- flags of the server]
 
-It starts `python -m server` on the server's cores and everything else on the clients'. First a neighbour streams alone, then
-beside four clients that send 1 MiB bodies of one kind without a pause, all of which are refused: a line for each kind, with the
-neighbour's longest gap between two tokens and its first token's 95th percentile, beside those of the quiet stretch; and what
-one such body takes of the server's cores, all of the way from the socket to the refusal, which other load hardly changes. Then
-400 bodies of 1 MiB come at once, of which nothing ends: what the server's resident memory grew by, and the answers.
+It starts `python -m server` on the server's cores and everything else on the clients' cores. First the neighbour streams alone,
+then beside four clients that send 1 MiB bodies of one kind without a pause; all of these are refused. For each kind a line has
+the neighbour's longest gap between two tokens and the 95th percentile of its time to the first token, relative to the quiet run,
+and the server's CPU time for one such body from the socket to the refusal, which hardly depends on other load. Then 400 bodies of
+1 MiB are sent at once, each without its end: a line has the growth of the server's resident memory, and the answers.
 
-Give both sides cores that nothing else uses: on a machine that is busy the quiet stretch itself is not quiet.
+Give both sides cores that nothing else uses: on a busy machine the quiet run itself is not quiet.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from tests.bench.serve_processes import Program, answers
 MIB = 2**20
 NUM_CLIENTS, NUM_BODIES, NUM_COSTED = 4, 400, 30
 NUM_ADDRESSES = 8
-"""That the bodies come from at once: one alone may have half of --max-bodies-mib."""
+"""Number of client addresses of the bodies. One address may use at most half of --max-bodies-mib."""
 NUM_TOKENS = 24
-"""Of each of the neighbour's answers."""
+"""Number of tokens of each of the neighbour's answers."""
 JSON = {"Content-Type": "application/json"}
 
 
 def bodies() -> Mapping[str, tuple[str, bytes]]:
-    """Returns the route and the body of each kind, of just 1 MiB, all of which are refused."""
+    """Return the route and the body of each kind. The bodies have exactly 1 MiB, and all are refused."""
     lists = b",".join([b"[" + b"12345," * 7999 + b"1]"] * 8)
     return {
         "a list of ones": ("/generate", _filled(b'{"prompt":[', b"1,", b"1]}")),
@@ -69,7 +69,7 @@ def _padded(body: bytes, num_bytes: int = MIB) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a neighbour waited for, in milliseconds."""
+    """The neighbour's latencies in ms: the 95th percentile of the time to the first token, and the longest gap of tokens."""
 
     first_p95: float
     longest_gap: float
@@ -77,7 +77,7 @@ class Figures:
 
 
 def stream(url: str, seconds: float) -> Figures:
-    """Returns what one client waits for that asks for one short answer after the other."""
+    """Return the latencies of one client that requests short answers, one after the other, for `seconds`."""
     firsts: list[float] = []
     gaps: list[float] = []
     end = time.monotonic() + seconds
@@ -96,7 +96,7 @@ def stream(url: str, seconds: float) -> Figures:
 
 
 def attack(url: str, path: str, body: bytes, ended: threading.Event, statuses: Counter[int]) -> None:
-    """Sends one body after the other, each on what is left of the last one's connection."""
+    """Send bodies one after the other until `ended` is set, on the same connection as far as the server keeps it open."""
     with httpx.Client(base_url=url, timeout=120) as client:
         while not ended.is_set():
             with suppress(httpx.TransportError):
@@ -104,7 +104,7 @@ def attack(url: str, path: str, body: bytes, ended: threading.Event, statuses: C
 
 
 def attack_main() -> None:
-    """One client as a process of its own: `attack URL KIND SECONDS`."""
+    """Run one attacking client, for a process of its own: `attack URL KIND SECONDS`."""
     _, _, url, kind, seconds = sys.argv
     path, body = bodies()[kind]
     ended, statuses = threading.Event(), Counter[int]()
@@ -114,7 +114,7 @@ def attack_main() -> None:
 
 
 def beside(url: str, kind: str, seconds: float) -> tuple[Figures, Counter[str]]:
-    """Returns a neighbour's figures while clients send bodies of this kind, and what these were answered."""
+    """Return the neighbour's figures while clients send bodies of `kind`, and the statuses of these clients' answers."""
     command = [sys.executable, "-m", "tests.bench.refused", "attack", url, kind, str(seconds + 2)]
     clients = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(NUM_CLIENTS)]
     time.sleep(2)
@@ -127,7 +127,10 @@ def beside(url: str, kind: str, seconds: float) -> tuple[Figures, Counter[str]]:
 
 
 def hold(port: int, address: str, body: bytes, num_sent: int, go_on: threading.Barrier) -> str:
-    """Sends the first of a body from `address`, and what is left when all have; returns the status that it is answered."""
+    """Send the first `num_sent` bytes of a body from `address`, and the rest when all others have done so.
+
+    Returns the status of the answer, "closed" or "reset".
+    """
     with socket.create_connection(("127.0.0.1", port), timeout=120, source_address=(address, 0)) as connection:
         head = (
             f"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -135,7 +138,7 @@ def hold(port: int, address: str, body: bytes, num_sent: int, go_on: threading.B
         with suppress(OSError):
             connection.sendall(head.encode() + body[:num_sent])
         go_on.wait()
-        time.sleep(2)  # all are there, as far as they are taken
+        time.sleep(2)  # by then the server has received all that it accepts
         go_on.wait()
         with suppress(OSError):
             connection.sendall(body[num_sent:])
@@ -146,7 +149,7 @@ def hold(port: int, address: str, body: bytes, num_sent: int, go_on: threading.B
 
 
 def cost(url: str, kind: str, server: psutil.Process) -> float:
-    """Returns the server's processor time for one body of this kind, in milliseconds, with nothing beside it."""
+    """Return the server's CPU time for one body of `kind` in ms, without other load."""
     path, body = bodies()[kind]
     with httpx.Client(base_url=url, timeout=120) as client:
         client.post(path, content=body, headers=JSON)
@@ -158,7 +161,7 @@ def cost(url: str, kind: str, server: psutil.Process) -> float:
 
 
 def fill(port: int, server: psutil.Process) -> tuple[float, float, Counter[str]]:
-    """Returns what the server grew by while bodies came at once, at most and after them, in MiB, and what they were answered."""
+    """Send many bodies at once. Return the growth of the server's memory in MiB (peak, and afterwards), and the statuses."""
     _, body = bodies()["a text"]
     before, most, ended = server.memory_info().rss, 0, threading.Event()
 
@@ -180,7 +183,7 @@ def fill(port: int, server: psutil.Process) -> tuple[float, float, Counter[str]]
 
 
 def run(url: str, port: int, server: psutil.Process, seconds: float, kinds: Sequence[str]) -> None:
-    """Measures, and prints a line for each."""
+    """Measure, and print a line for each kind of body."""
     stream(url, 3)
     quiet = stream(url, seconds)
     print(f"{'quiet':18} longest gap {quiet.longest_gap:7.1f} ms          first p95 {quiet.first_p95:7.1f} ms", flush=True)
@@ -197,7 +200,7 @@ def run(url: str, port: int, server: psutil.Process, seconds: float, kinds: Sequ
 
 
 def main() -> None:
-    """Starts the server, measures, and ends it."""
+    """Start the server, run the benchmark, and end the server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server-cores", default="0")
     parser.add_argument("--client-cores", default="1")

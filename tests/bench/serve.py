@@ -1,12 +1,13 @@
-"""What this server does for its users with adapters and without, beside other engines on the same machine.
+"""Throughput and latency of this server with and without adapters, and of other engines on the same machine.
 
-`python -m tests.bench.serve`: SmolLM2-135M in bf16, adapters of r = 32 on all seven projections with a tenth of B kept, requests
-of about 100 prompt tokens and 64 new ones, the server on one core and the users on another. Users are clients at a socket who ask
-again when answered; an open loop's arrive by chance, as many as 0.8 of what the closed loop served. Every prompt is another one.
+`python -m tests.bench.serve`: SmolLM2-135M in bf16, adapters of r = 32 on all seven projections with a tenth of B nonzero,
+requests of about 100 prompt tokens and 64 new tokens, the server on one core and the users on another. Users are clients over
+sockets in a closed loop: each sends its next request when the last one is answered. In the open loop requests arrive at random,
+at 0.8 of the closed loop's rate. No prompt is repeated.
 
-Cases take turns, `--repeats` times; figures are medians and ranges of the turns, ratios those within a turn. "first token" and
-"gap" (the time between two pieces of text) are percentiles over all of a case's requests. Peers are measured where they are
-installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. Prints nothing until the engine's tests pass.
+The cases take turns, `--repeats` times. Figures are medians and ranges over the turns; ratios are computed within a turn. "first
+token" and "gap" (the time between two pieces of text) are percentiles over all requests of a case. Other engines are measured if
+they are installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. Prints nothing until the engine's tests pass.
 """
 
 import argparse
@@ -40,14 +41,14 @@ from tests.bench.serve_wire import FailedError
 
 TESTS = Path(__file__).parents[1] / "server"
 GATE = [str(TESTS / f"test_{name}.py") for name in ("engine", "runner", "scheduler", "kv_cache", "sampler")]
-"""What must pass before anything is printed; of a quick run, the first two."""
+"""Test files that must pass before anything is printed; for a quick run, the first two."""
 QUIET_PERCENT = 5.0
-"""Of the servers' core, for others: more than that moves the figures."""
+"""Maximum percentage of the servers' core that other processes may use. More than that changes the figures."""
 QUICK = ("off", "unused", str(NUM_DISTINCT), "merge2", "cold")
 
 
 def main() -> None:
-    """Prints the table and what the design asks of it."""
+    """Run the benchmark and print a table and the design's goals."""
     arguments = parse()
     command = [sys.executable, "-m", "pytest", "-q", *(GATE[:2] if arguments.quick else GATE)]
     if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Returns the flags, those that depend on others filled in."""
+    """Return the command-line arguments, with defaults that depend on other arguments filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     slugs = [*dict.fromkeys(case.group for case in [*own_cases(1), *peer_cases()]), *PROBES]
     parser.add_argument("--json", type=Path, help="where to write all figures")
@@ -92,7 +93,7 @@ def parse() -> argparse.Namespace:
 
 
 def planned(arguments: argparse.Namespace) -> Plan:
-    """Returns what is measured; says which peers are left out."""
+    """Return the plan of the run. Prints which other engines are left out."""
     missing = missing_peers(arguments.peers)
     cases = [case for case in [*own_cases(arguments.registered), *peer_cases()] if case.group in arguments.cases]
     for engine in dict.fromkeys(case.engine for case in cases if case.engine in missing):
@@ -108,7 +109,7 @@ def planned(arguments: argparse.Namespace) -> Plan:
 
 
 def measure(plan: Plan, setting: Setting, repeats: int) -> Results:
-    """Writes the adapters, starts what is needed, and measures. Raises `FailedError`."""
+    """Write the adapters, start the engines, and measure. Raises `FailedError`."""
     with staged(setting) as stage, progress(plan.size * repeats) as bar:
 
         def tick(part: str) -> None:
@@ -120,25 +121,23 @@ def measure(plan: Plan, setting: Setting, repeats: int) -> Results:
 
 @contextmanager
 def progress(size: int) -> Iterator[Any]:
-    """Yields a bar."""
+    """Context manager of a progress bar."""
     with tqdm(total=size, unit="part", disable=None) as bar:
         yield bar
 
 
 def num_weight_bytes(model: Path | None) -> int:
-    """Returns what a step must read of the model in bf16: every parameter once."""
+    """Return the bytes of the model in bf16 that a step must read: every parameter once."""
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model or embedded_model()))
     return 2 * sum(parameter.numel() for parameter in loaded.parameters())
 
 
 def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file: Path | None, plot_file: Path | None) -> None:
-    """Prints all of it, and writes what is to be written."""
-    machine_info, software, rows = machine(), versions(), results.rows()
+    """Print all results, and write the files that were asked for."""
+    host, software, rows = machine(), versions(), results.rows()
     bandwidth = Spread.of(bandwidth / 1e9 for bandwidth in results.bandwidths)
-    print(
-        f"{machine_info['cpu']}, {machine_info['cores']} cores, {machine_info['memory_gib']} GiB; one reads {bandwidth} GB/s from memory"
-    )
+    print(f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; one reads {bandwidth} GB/s from memory")
     print(", ".join(f"{name} {version}" for name, version in software.items()))
     print(f"servers on core {cores[0]}, users on core {cores[-1]}; {len(results.bandwidths)} repeats; medians (ranges)")
     print(f"of the servers' core others used {describe_disturbances(results.disturbances)}")
@@ -151,7 +150,7 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
         print(goal)
     if json_file:
         document = {
-            "machine": machine_info | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
+            "machine": host | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
             "versions": software,
             "disturbances": results.disturbances,
             "rows": [asdict(row) for row in rows],
@@ -160,12 +159,12 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
         }
         json_file.write_text(json.dumps(document, indent=2))
     if plot_file:
-        # matplotlib is an extra, which the table does not need.
+        # matplotlib is an optional dependency, which the table does not need.
         importlib.import_module("tests.bench.serve_plot").plot([asdict(row) for row in rows], plot_file)
 
 
 def describe_disturbances(disturbances: Sequence[float]) -> str:
-    """Says how quiet the machine was."""
+    """Return how much of the servers' core other processes used, with a warning if it was too much."""
     spread = Spread.of(100 * share for share in disturbances or [0.0])
     return f"{spread} %; far above 1 % the figures say little" if spread.high > QUIET_PERCENT else f"{spread} %"
 

@@ -1,9 +1,9 @@
-"""Adapters for the benchmark of the server: as large on disk and as unevenly sparse as trained ones, and quickly made.
+"""Adapters for the server benchmark: as large on disk and as unevenly sparse as trained ones, and quick to create.
 
-What they do to the model is no matter, so B is drawn, and small: the model goes on writing text. Every adapter has a content
-digest of its own, but not a weights file: there are `NUM_FILES` different ones, hard-linked, and what tells adapters on one file
-apart is their alpha. A server reads, checks and packs each as if it were the only one; the page cache holds them all, as it would
-a store's popular ones.
+Their effect on the model does not matter, so B is random, and small enough that the model still writes text. Every adapter has a
+content digest of its own, but there are only `NUM_FILES` different weights files, which are hard-linked. Adapters with the same
+file differ in alpha. A server reads, checks and packs each adapter as if it were the only one. The page cache holds all files, as
+it would hold the popular ones of a store.
 """
 
 from collections.abc import Mapping
@@ -24,25 +24,25 @@ from lori.sparse import SparseB
 RANK, DENSITY = 32, 0.1
 ALPHA = 2.0 * RANK
 NUM_FILES = 32
-"""Different weights files."""
+"""Number of different weights files."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One weights file, and the config of an adapter on it."""
+    """The content of a weights file, and the config of an adapter with it."""
 
     weights: bytes
     config: AdapterConfig
 
 
 def adapter_name(index: int) -> str:
-    """Returns what the adapter of this number is called."""
+    """Return the name of the adapter number `index`."""
     return f"tenant-{index:05}"
 
 
 def write_adapters(folder: Path, base: BaseIdentity, count: int, num_files: int = NUM_FILES) -> Path:
-    """Writes `count` adapters of `base`, whose contents all differ, into the new `folder` and returns it."""
+    """Write `count` adapters of `base` with different contents into the new `folder`. Returns the folder."""
     folder.mkdir(parents=True)
     drawn: list[Drawn] = []
     for i in tqdm(range(count), desc="adapters", unit="", disable=None, leave=False):
@@ -60,22 +60,22 @@ def write_adapters(folder: Path, base: BaseIdentity, count: int, num_files: int 
 
 
 def export_adapters(folder: Path, store: Path, count: int) -> None:
-    """Writes the first `count` adapters of `store` into `folder` in PEFT's format, in bf16, where they are not yet."""
+    """Write the first `count` adapters of `store` into `folder` in PEFT's format in bf16. Existing ones are not written again."""
     for i in range(count):
         if not (folder / adapter_name(i)).exists():
             export_peft(load_adapter(store / adapter_name(i)), folder / adapter_name(i), torch.bfloat16)
 
 
 def random_modules(base: BaseIdentity, seed: int) -> dict[str, SparseB]:
-    """Returns a random B for each projection of `base`; the largest tenth of all entries is kept, in bf16.
+    """Return a random B in bf16 for each projection of `base`, with the largest tenth of all entries.
 
-    Modules and rows differ in scale, as trained ones do, so one global threshold leaves them unevenly dense.
+    Modules and rows differ in scale, as trained ones do, so the global threshold leaves them unevenly dense.
     """
     g = torch.Generator().manual_seed(seed)
     dense = {name: _dense(num_outputs, g) for name, num_outputs in _projections(base).items()}
     magnitudes = torch.cat([b.flatten() for b in dense.values()]).abs()
     threshold = magnitudes.kthvalue(round(len(magnitudes) * (1 - DENSITY))).values
-    # Where nothing is kept there is nothing to measure: a row of a tiny model's module keeps its largest.
+    # A module without entries would not be measured, so every module keeps its first entry; this matters for tiny models.
     return {name: SparseB.from_dense(b.bfloat16(), (b.abs() > threshold) | _first(b)) for name, b in dense.items()}
 
 

@@ -1,7 +1,7 @@
-"""What transformers' `generate` takes for a batch, and PEFT's with an adapter a row: a program for `tests.bench.serve_targets`.
+"""Time of transformers' `generate` for a batch, with PEFT's mixed batches if there are adapters.
 
-`python -m tests.bench.serve_batches MODEL [ADAPTER …]` reads a batch a line, JSON {"prompts", "adapters", "num_tokens"}, and
-writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs the model is as transformers loads it.
+A program for `tests.bench.serve_targets`: `python -m tests.bench.serve_batches MODEL [ADAPTER …]` reads one batch a line, JSON
+{"prompts", "adapters", "num_tokens"}, and writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs it does not use PEFT.
 """
 
 import json
@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 
 def load(folder: str, adapters: list[str]) -> Any:
-    """Returns the model in bf16, under PEFT where there are adapters, which are called as their folders are."""
+    """Return the model in bf16, wrapped by PEFT if there are adapters. An adapter has the name of its folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     if not adapters:
         return model.eval()
-    # An import of its own: PEFT takes seconds, and plain `generate` has no use for it.
+    # A late import: PEFT takes seconds to import, and plain `generate` does not need it.
     from peft import PeftModel  # noqa: PLC0415
 
     first, *others = map(Path, adapters)
@@ -31,12 +31,12 @@ def load(folder: str, adapters: list[str]) -> Any:
 
 
 def key(name: str) -> str:
-    """Returns what PEFT calls the adapter `name`: it names modules so, which have no dot."""
+    """Return PEFT's name for the adapter `name`. PEFT uses it as a module name, which must not have a dot."""
     return name.replace(".", "_")
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> dict[str, Any]:
-    """Generates for a batch, and says how long that took, from text to text."""
+    """Generate answers for a batch. Return the seconds from text to text, and the numbers of tokens."""
     names = [key(adapters[0]) if adapters else "__base__" for adapters in batch["adapters"]]
     mixed = {"adapter_names": names} if any(name != "__base__" for name in names) else {}
     started = time.perf_counter()
@@ -56,7 +56,7 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]
 
 
 def main() -> None:
-    """Answers until there is nothing to read."""
+    """Answer batches until the end of standard input."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder, *adapters = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""What the benchmark of the server measures: the cases, and the targets that they need."""
+"""Cases of the server benchmark, and the targets that they need."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ OWN, VLLM, LLAMA, PEFT = "lori-server", "vLLM", "llama.cpp", "PEFT"
 CONCURRENCY = [1, 8, 32, 64]
 NUM_DISTINCT = 32
 PROBES = ("open", "cold", "long")
-"""What is no closed loop, see `tests.bench.serve_probes`."""
+"""Measurements other than closed loops, see `tests.bench.serve_probes`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A closed loop: who asks what of which target. `target` tells apart an engine's servers: "on" has adapters, "off" none.
+    """A closed loop of requests to a target. `target` is a server of the engine: "on" with adapters, or "off" without.
 
-    `slug` is what it is called on the command line; a peer's is followed by what the case is.
+    `slug` is the case's name on the command line. For other engines it is the engine's name, a hyphen, and the case.
     """
 
     slug: str
@@ -27,39 +27,39 @@ class Case:
     adapters: int
     terms: int
     choose: Callable[[str], Choice]
-    """Returns the choice of a run, which has a seed."""
+    """Function from the seed of a run to its choice of adapters."""
 
     @property
     def group(self) -> str:
-        """What selects it on the command line: a peer's cases come together."""
+        """The name that selects the case on the command line. All cases of another engine have the same group."""
         return self.slug.partition("-")[0]
 
     @property
     def base(self) -> str:
-        """The slug of the same engine without any adapter."""
+        """Slug of the same engine's case without adapters."""
         return "off" if self.engine == OWN else f"{self.group}-off"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A case at one concurrency, 0 for an open loop: what is measured once in every repeat."""
+    """A case at one concurrency (0 for an open loop), which is measured once in every repeat."""
 
     case: Case
     concurrency: int
 
     @property
     def num_requests(self) -> int:
-        """Each user asks at least once, and few users more often."""
+        """Number of requests: at least one for each user, and more if there are few users."""
         return max(8, 2 * self.concurrency) if self.concurrency <= 8 else self.concurrency
 
 
 def names(count: int) -> list[str]:
-    """Returns the names of the first adapters."""
+    """Return the names of the first `count` adapters."""
     return [adapter_name(i) for i in range(count)]
 
 
 def own_cases(num_registered: int) -> list[Case]:
-    """Returns the cases of this project's server."""
+    """Return the cases of this project's server."""
     cases = [
         _case("off", "LoRI off", OWN, "off", 0, 0),
         _case("unused", "LoRI on, unused", OWN, "on", 0, 0),
@@ -72,7 +72,7 @@ def own_cases(num_registered: int) -> list[Case]:
 
 
 def peer_cases() -> list[Case]:
-    """Returns the cases of the others."""
+    """Return the cases of the other engines."""
     return [
         _case("vllm-off", "LoRA off", VLLM, "off", 0, 0),
         _case("vllm-unused", "LoRA on, unused", VLLM, "on", 0, 0),
@@ -84,7 +84,7 @@ def peer_cases() -> list[Case]:
 
 
 def turns(cases: Iterable[Case], concurrency: Sequence[int]) -> list[Turn]:
-    """Returns what a repeat measures; the slow ones, which are peers' with adapters and `generate`, at 32 users alone."""
+    """Return the turns of a repeat. Slow cases (other engines with adapters, and `generate`) have 32 users only."""
     chosen = []
     for case in cases:
         is_slow = case.engine == PEFT or (case.engine == VLLM and case.target == "on")

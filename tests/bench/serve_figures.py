@@ -1,4 +1,4 @@
-"""What a benchmark of a server says in numbers: rows of a table, and what comes of several runs."""
+"""Figures of a server benchmark: rows of a table, percentiles, and spreads over several runs."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One figure of several runs."""
+    """Median and range of one figure over several runs."""
 
     median: float
     low: float
@@ -20,7 +20,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
-        """Returns the median and the range of at least one value."""
+        """Return the spread of at least one value."""
         values = sorted(values)
         return cls(statistics.median(values), values[0], values[-1])
 
@@ -30,9 +30,9 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One case of one engine at one concurrency (0: an open loop). Times in ms, over all runs; None where nothing streams.
+    """One case of one engine at one concurrency (0: an open loop). Times in ms, over all runs; None without streaming.
 
-    `ratio` is that of tokens/s to the same engine's without any adapter, in the same turn.
+    `ratio` is tokens/s relative to the same engine without adapters, in the same turn.
     """
 
     engine: str
@@ -56,26 +56,26 @@ class Row:
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Returns the smallest of `values` that `percent` of them do not exceed (nearest rank); None where there are none."""
+    """Return the percentile of `values` by nearest rank; None if there are no values."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
 
 def first_ms(loads: Iterable[Load]) -> list[float]:
-    """Returns the times to the first token in ms, of replies that streamed."""
+    """Return the times to the first token in ms, of replies that streamed."""
     return [1e3 * reply.first_s for load in loads for reply in load.replies if reply.times]
 
 
 def gaps_ms(loads: Iterable[Load]) -> list[float]:
-    """Returns the times between tokens in ms."""
+    """Return the times between tokens in ms."""
     return [1e3 * gap for load in loads for reply in load.replies for gap in reply.gaps_s]
 
 
 def ratios(loads: Sequence[Load], others: Sequence[Load]) -> Spread | None:
-    """Returns tokens/s of `loads` to those of `others`, turn by turn; None where either was not measured."""
+    """Return the ratio of tokens/s of `loads` and `others`, turn by turn; None if either was not measured."""
     pairs = list(zip(loads, others, strict=False))
     return Spread.of(load.tokens_per_s / other.tokens_per_s for load, other in pairs) if pairs else None
 
 
 def number(value: float) -> str:
-    """Returns a number in as few digits as it needs to be compared."""
+    """Return a number as text with about three digits."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""What this server is meant to reach, and whether it does."""
+"""Performance goals of this server."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ MOST = {
     "long prompt, beside 8: their largest gap / usual": 2.0,
     "long prompt, beside 31: their largest gap / usual": 2.0,
 }
-"""What a probe's figure may be."""
+"""Maximum of each probe's figure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A figure, and what it should be at least, or at most."""
+    """A figure with its limit: a minimum if `is_least`, otherwise a maximum."""
 
     what: str
     value: Spread
@@ -30,7 +30,7 @@ class Goal:
 
     @property
     def is_met(self) -> bool:
-        """Whether the median reaches it."""
+        """Whether the median meets the limit."""
         return self.value.median >= self.limit if self.is_least else self.value.median <= self.limit
 
     def __str__(self) -> str:
@@ -39,14 +39,14 @@ class Goal:
 
 
 def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
-    """Yields those goals whose cases were measured."""
+    """Yield the goals whose cases were measured."""
     loads_of, many = results.of, str(NUM_DISTINCT)
     wanted = [
         ("base / vLLM's base", "off", "vllm-off", 1.0),
         ("LoRI on, unused / off", "unused", "off", 0.99),
         (f"{many} adapters / none", many, "off", 0.92),
         (f"{many} merges of 2 / none", "merge2", "off", 0.87),
-        # Two processes of one build differ; these ratios are of requests at the same one.
+        # Two processes of the same build differ in speed; these ratios compare requests to the same process.
         (f"{many} adapters / unused", many, "unused", 0.92),
         (f"{many} merges of 2 / unused", "merge2", "unused", 0.87),
         ("zipf / one adapter", "zipf", "1", 0.95),
@@ -66,7 +66,7 @@ def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
 
 
 def _alone(loads: Sequence[Load], bandwidths: Sequence[float], num_weight_bytes: int) -> Iterator[Goal]:
-    """Yields what one user gets of the tokens/s at which the weights can be read, prompts included, and while decoding."""
+    """Yield goals of one user's tokens/s relative to the bandwidth bound: with prompts included, and while decoding."""
     if not loads:
         return
     bounds = [bandwidth / num_weight_bytes for bandwidth in bandwidths]

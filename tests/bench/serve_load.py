@@ -1,4 +1,4 @@
-"""Many users at once: a closed loop, where each asks again when answered, and an open one, where they come when they come."""
+"""Load of many users: a closed loop, where each user sends its next request when answered, and an open loop of given arrivals."""
 
 import asyncio
 import gc
@@ -15,19 +15,19 @@ Send = Callable[[Ask], Awaitable[Reply]]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What was answered, and in how many seconds from the first request to the last answer."""
+    """The replies of a load, and the seconds from the first request to the last answer."""
 
     seconds: float
     replies: Sequence[Reply]
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens, a second."""
+        """Generated tokens per second."""
         return sum(reply.num_completion for reply in self.replies) / self.seconds
 
 
 async def closed_loop(send: Send, asks: Sequence[Ask], concurrency: int) -> Load:
-    """Runs `asks` with so many users, each of whom asks again when answered. Raises `FailedError`."""
+    """Send `asks` from `concurrency` users, each of whom sends its next request when answered. Raises `FailedError`."""
     remaining, replies = iter(asks), list[Reply]()
 
     async def user() -> None:
@@ -41,7 +41,7 @@ async def closed_loop(send: Send, asks: Sequence[Ask], concurrency: int) -> Load
 
 
 async def open_loop(send: Send, asks: Sequence[Ask], arrivals: Sequence[float]) -> Load:
-    """Runs each of `asks` when it arrives, however many are running then. Raises `FailedError`."""
+    """Send each of `asks` at its arrival time, in seconds from the start. Raises `FailedError`."""
     replies = list[Reply]()
 
     async def user(ask: Ask, arrival: float) -> None:
@@ -55,7 +55,7 @@ async def open_loop(send: Send, asks: Sequence[Ask], arrivals: Sequence[float]) 
 
 
 def checked(reply: Reply, ask: Ask) -> Reply:
-    """Returns `reply`. Raises `FailedError` where it is shorter or longer than was asked."""
+    """Return `reply`. Raises `FailedError` if its number of tokens is not the requested one."""
     if reply.num_completion != ask.num_tokens:
         raise FailedError(f"{reply.num_completion} tokens were generated, expected {ask.num_tokens}")
     return reply
@@ -63,7 +63,7 @@ def checked(reply: Reply, ask: Ask) -> Reply:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Keeps Python's collection of cycles, which may take longer than a token, out of the block."""
+    """Context manager: disable Python's garbage collection, which may take longer than a token."""
     gc.collect()
     gc.disable()
     try:
@@ -73,7 +73,7 @@ def no_collection() -> Iterator[None]:
 
 
 async def together(users: Sequence[Coroutine[None, None, None]]) -> None:
-    """Waits for all users. Raises the first `FailedError` of any, and ends the others."""
+    """Run all users concurrently. The first `FailedError` cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for user in users:

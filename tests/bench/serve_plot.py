@@ -1,4 +1,4 @@
-"""The benchmark of the server as a picture: tokens/s by case and by number of users, and the times between tokens."""
+"""Plot of the server benchmark: tokens/s by case and by number of users."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 USERS = 32
-"""Of the first panel."""
+"""Number of users in the first panel."""
 COLOURS = {"lori-server": "tab:blue", "vLLM": "tab:orange", "llama.cpp": "tab:green", "PEFT": "tab:red"}
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draws what many users get in each case, and how that grows with their number; bars and bands reach over all repeats."""
+    """Write a plot of tokens/s: of `USERS` users in each case, and by number of users. Error bars and bands are ranges."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left_panel, right_panel = figure.subplots(1, 2, width_ratios=(3, 2))
     _bars(left_panel, [row for row in rows if row["concurrency"] == USERS] or rows)

@@ -1,7 +1,7 @@
-"""What one request does to others: a cold adapter that is loaded, a long prompt that arrives, and arrivals as they come.
+"""Probes: the effect of one request on others when a cold adapter is loaded or a long prompt arrives; and an open loop.
 
-A probe is sent while others decode. What counts is the largest time between two tokens of any of them that meets the probe's own
-time, from its request to its first token.
+A probe is sent while other requests decode. It measures the largest gap between two tokens of any other request that overlaps
+with the probe's own time, from its request to its first token.
 """
 
 import asyncio
@@ -18,28 +18,28 @@ from tests.bench.serve_targets import Server
 from tests.bench.serve_wire import FailedError, Reply
 
 BEGIN_S = 60
-"""In which all others must have begun, prompts and all."""
+"""Seconds within which all other requests must have produced a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much a request is, in words and tokens; smaller in tests."""
+    """Sizes of the requests, in words and tokens. Tests use smaller ones."""
 
     prompt_words: int = 100
     num_tokens: int = 64
     long_words: int = 4000
     others_tokens: int = 1000
-    """What others can generate while they are watched, more than they will; they are left when that is over."""
+    """Token limit of the other requests: more than they generate while they are watched. They are cancelled afterwards."""
     num_pairs: int = 8
-    """Cold and warm probes of a run."""
+    """Number of cold and of warm probes in a run."""
     num_arrivals: int = 96
-    """Requests of an open loop."""
+    """Number of requests of an open loop."""
     settle_s: float = 0.3
-    """Between two probes: several steps of the others."""
+    """Seconds between two probes: several steps of the other requests."""
 
 
 def probe_cold(server: Server, warm: Sequence[str], cold: Iterator[str], sizes: Sizes, seed: str) -> dict[str, float]:
-    """Returns, in ms, what a first request on an adapter waits more than a second, alone and beside 8, and what these wait."""
+    """Return the additional latency in ms of the first request with an adapter, alone and beside 8 others, and of the others."""
     return asyncio.run(_cold(server, warm, cold, sizes, seed))
 
 
@@ -57,10 +57,10 @@ async def _cold(server: Server, warm: Sequence[str], cold: Iterator[str], sizes:
 
 
 def probe_long(server: Server, num_others: int, names: Sequence[str], sizes: Sizes, seed: str) -> dict[str, float]:
-    """Returns what a long prompt makes others wait, as a ratio to their usual step, and how long it itself waits, in ms.
+    """Return the largest gap of other requests during a long prompt, relative to their usual gap, and the prompt's latency in ms.
 
-    While it is computed for seconds the others' own contexts grow, and so does their usual step: it is taken to grow evenly from
-    what it was before to what it is after.
+    While the prompt is computed, for seconds, the contexts of the others grow, and so does their usual gap. It is interpolated
+    linearly between the gap before the prompt and the gap after it.
     """
     return asyncio.run(_long(server, num_others, names, sizes, seed))
 
@@ -87,12 +87,12 @@ async def _long(server: Server, num_others: int, names: Sequence[str], sizes: Si
 
 
 def usual_gap(others: Sequence[Reply], since: float) -> float:
-    """Returns the median time between two tokens of any of `others`, both since then, in s."""
+    """Return the median time in s between two tokens of any of `others`, of tokens after `since`."""
     return statistics.median(late - early for other in others for early, late in pairwise(other.times) if early >= since)
 
 
 def probe_open(server: Server, tokens_per_s: float, names: Sequence[str], sizes: Sizes, seed: str) -> Load:
-    """Runs Poisson arrivals that want so many tokens/s."""
+    """Run an open loop of Poisson arrivals at a rate that needs `tokens_per_s`."""
     asks = make_asks(seed, sizes.num_arrivals, sizes.prompt_words, sizes.num_tokens, distinct(names))
     arrivals = poisson(tokens_per_s / sizes.num_tokens, len(asks), seed)
     return asyncio.run(open_loop(server.send, asks, arrivals))
@@ -100,14 +100,14 @@ def probe_open(server: Server, tokens_per_s: float, names: Sequence[str], sizes:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One probe: its time to the first token, and the others' largest gap meanwhile; 0 where there are none."""
+    """One probe: its time to the first token, and the largest gap of other requests meanwhile (0 without others)."""
 
     first_ms: float
     gap_ms: float
 
 
 async def probe(server: Server, ask: Ask, others: Sequence[Reply], settle_s: float) -> Probe:
-    """Sends `ask` while `others` decode, and lets the step that answers it end for them too."""
+    """Send `ask` while `others` decode. Waits until the others, too, have finished the step that answers it."""
     reply = await server.send(ask)
     await asyncio.sleep(settle_s)
     gaps = (largest_gap(other.times, reply.asked, reply.asked + reply.first_s) for other in others)
@@ -115,7 +115,7 @@ async def probe(server: Server, ask: Ask, others: Sequence[Reply], settle_s: flo
 
 
 def largest_gap(times: Sequence[float], start: float, end: float) -> float:
-    """Returns the largest time between two of `times` that meets `start` to `end`; 0 where none does."""
+    """Return the largest time between two successive `times` that overlaps with `start` to `end`; 0 if none does."""
     pairs = pairwise(times)
     return max((after - before for before, after in pairs if before < end and after > start), default=0.0)
 
@@ -124,13 +124,13 @@ def largest_gap(times: Sequence[float], start: float, end: float) -> float:
 async def decoding(
     server: Server, count: int, choose: Callable[[int], Names], sizes: Sizes, seed: str
 ) -> AsyncIterator[Sequence[Reply]]:
-    """Yields so many answers that come while the block runs, when they have come for a while."""
+    """Context manager of `count` requests that decode meanwhile. Yields their replies once all have decoded for a while."""
     asks = make_asks(f"{seed} others", count, sizes.prompt_words, sizes.others_tokens, choose)
     replies = [Reply() for _ in asks]
     tasks = [asyncio.create_task(server.send(*pair)) for pair in zip(asks, replies, strict=True)]
     try:
         await _all_begun(replies)
-        # What came while some prompts were computed is no usual step.
+        # Gaps during the prefill of other prompts are not usual gaps.
         for reply in replies:
             reply.times.clear()
         await asyncio.sleep(4 * sizes.settle_s)
@@ -170,5 +170,5 @@ async def _pairs(
 
 
 def _more(pairs: Sequence[tuple[Probe, Probe]], figure: Callable[[Probe], float]) -> float:
-    """Returns how much larger a figure is where the adapter was cold, in the middle of all probes."""
+    """Return the difference of a figure's median between cold and warm probes."""
     return statistics.median(figure(cold) for _, cold in pairs) - statistics.median(figure(warm) for warm, _ in pairs)

@@ -1,4 +1,4 @@
-"""Programs that a benchmark runs, each on the core that is measured; those that are not measured now stand still."""
+"""Programs of a benchmark, each on the measured core. Programs that are not being measured are stopped."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from lori.kernels.native import MAX_ISA_VARIABLE
 from tests.bench.serve_wire import FailedError
 
 READY_S = 600
-"""How long a program may take to start: vLLM compiles, and may find its core shared."""
+"""Maximum seconds for a program to start. vLLM compiles, possibly on a shared core."""
 REPOSITORY = Path(__file__).parents[2]
 
 
 class Program:
-    """A running program with all its children, in a session of its own, on one core or, `0,1`, several. It prints to `log`."""
+    """A running program with all of its children, in a session of its own, on one core or several (`0,1`). It writes to `log`."""
 
     def __init__(
         self, command: Sequence[str], core: int | str, log: Path, environment: Mapping[str, str], stdin: int | None = None
@@ -38,26 +38,26 @@ class Program:
             )
 
     def pause(self) -> None:
-        """Stops it where it stands: an idle vLLM turns in a loop, on the core that is measured."""
+        """Stop the program with SIGSTOP, since an idle vLLM polls in a loop on the measured core."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Lets it go on."""
+        """Let the program continue."""
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def end(self) -> None:
-        """Kills it, its children too."""
+        """Kill the program and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        with self.process:  # waits, and closes its pipes
+        with self.process:  # waits for the process and closes its pipes
             pass
 
     def cpu_s(self) -> float:
-        """Returns the processor's time that it, and all of its session that still runs, has used."""
+        """Return the CPU time in seconds of all running processes of the program's session."""
         return sum(_cpu_s(stat) for stat in _stats() if int(stat[3]) == self.process.pid)
 
     def wait_until(self, is_ready: Callable[[], bool]) -> None:
-        """Returns when it `is_ready`. Raises `FailedError`, with the end of its log, where it ends before or takes too long."""
+        """Wait until `is_ready`. Raises `FailedError` with the end of the log if the program ends before or takes too long."""
         end = time.monotonic() + READY_S
         while not is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -67,7 +67,7 @@ class Program:
 
 
 def answers(port: int, path: str) -> bool:
-    """Says whether something on `port` answers a GET of `path` with 200."""
+    """Return whether a server on `port` answers a GET of `path` with 200."""
     try:
         return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5).status_code == 200
     except httpx.TransportError:
@@ -75,7 +75,7 @@ def answers(port: int, path: str) -> bool:
 
 
 def busy_s(core: int) -> float:
-    """Returns the time for which `core` has been busy, with whatever."""
+    """Return the seconds for which `core` has been busy, with any process."""
     lines = Path("/proc/stat").read_text().splitlines()
     ticks = next(line.split()[1:] for line in lines if line.startswith(f"cpu{core} "))
     user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, ticks)
@@ -83,9 +83,9 @@ def busy_s(core: int) -> float:
 
 
 def _stats() -> Iterator[list[str]]:
-    """Yields what /proc says of each process after its name, see proc(5): its state comes first."""
+    """Yield the fields of /proc/PID/stat after the name, for each process; the state is the first field. See proc(5)."""
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             yield file.read_text().rpartition(")")[2].split()
 
 

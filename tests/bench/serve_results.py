@@ -1,4 +1,4 @@
-"""All that a benchmark of the server measured, and its table."""
+"""Results of the server benchmark, and its table."""
 
 import statistics
 from collections import defaultdict
@@ -12,9 +12,9 @@ from tests.bench.serve_load import Load
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """A load for each turn and repeat; a figure for each probe and repeat, by what it says; bytes/s of the core.
+    """The loads of each turn and the figures of each probe, one for each repeat; and the core's memory bandwidth in bytes/s.
 
-    `disturbances` are the shares of a load's time for which the core was busy with anything but the target.
+    `disturbances`: for each load, the fraction of its time for which the core was busy with other processes than the target.
     """
 
     loads: dict[Turn, list[Load]] = field(default_factory=lambda: defaultdict(list))
@@ -23,12 +23,12 @@ class Results:
     disturbances: list[float] = field(default_factory=list)
 
     def of(self, slug: str, concurrency: int = NUM_DISTINCT) -> Sequence[Load]:
-        """Returns the loads of a case, none where it was not measured."""
+        """Return the loads of a case; empty if it was not measured."""
         matches = (loads for turn, loads in self.loads.items() if (turn.case.slug, turn.concurrency) == (slug, concurrency))
         return next(matches, [])
 
     def rows(self) -> list[Row]:
-        """Returns a row for each case and concurrency."""
+        """Return a row for each case and concurrency."""
         return [self._row(turn, loads) for turn, loads in self.loads.items()]
 
     def _row(self, turn: Turn, loads: Sequence[Load]) -> Row:
@@ -59,7 +59,7 @@ COLUMNS = [
 
 
 def cells(row: Row) -> list[str]:
-    """Returns a row as text."""
+    """Return a row as text."""
     users = str(row.concurrency) if row.concurrency else "Poisson"
     ratio = "–" if row.ratio is None else f"{row.ratio:.3f} ({row.ratio_low:.3f}–{row.ratio_high:.3f})"
     times = (row.ttft_p50, row.ttft_p95, row.ttft_p99, row.itl_p50, row.itl_p95, row.itl_p99)

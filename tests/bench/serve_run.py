@@ -1,4 +1,4 @@
-"""The benchmark of the server itself: every case in turn, then again, so that a machine whose speed drifts is unfair to none."""
+"""Run of the server benchmark. The cases take turns in every repeat, so that a drift of the machine's speed affects all alike."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ from tests.bench.serve_results import Results
 from tests.bench.serve_stage import Stage
 
 OPEN_SHARE = 0.8
-"""Of the closed loop's rate, at which requests arrive in the open loop."""
+"""Rate of requests in the open loop, relative to the closed loop's rate."""
 NUM_OTHERS = (8, 31)
-"""Requests that decode when a long prompt arrives."""
+"""Numbers of requests that decode when a long prompt arrives."""
 OPEN = Turn(Case("open", f"open loop, {NUM_DISTINCT} adapters", OWN, "on", NUM_DISTINCT, 1, lambda _: no_adapter), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What every repeat measures."""
+    """The turns and probes of every repeat."""
 
     turns: Sequence[Turn]
     probes: Sequence[str]
     sizes: Sizes
     num_warm: int = 0
-    """Requests that fill the server's memory as popularity has it, before a case of zipf counts."""
+    """Number of requests before a zipf case is measured, which fill the server's memory with adapters by popularity."""
 
     @property
     def size(self) -> int:
-        """How many parts a repeat has."""
+        """Number of parts of a repeat."""
         return len(self.turns) + len(self.probes)
 
     def run(self, stage: Stage, repeats: int, tick: Callable[[str], None]) -> Results:
-        """Measures; `tick` is called when a part is done, with what it was."""
+        """Measure everything. Calls `tick` with a description after each part."""
         results = Results()
         self._warm(stage)
         for repeat in range(repeats):

@@ -1,4 +1,4 @@
-"""What a benchmark of the server stands on: adapters on disk, and the targets, each started when it is first needed."""
+"""Setup of the server benchmark: adapters on disk, and targets, each started when it is first needed."""
 
 import importlib.util
 import itertools
@@ -18,22 +18,22 @@ from tests.bench.serve_targets import Server, Target, start_batches, start_llama
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Where targets run, and on what. `peers` is the folder that `peers.sh` filled, `model` the embedded one if None."""
+    """Settings of the targets. `peers` is the folder that `peers.sh` filled. `model` is the embedded model if None."""
 
     core: int
     scratch: Path
     model: Path | None = None
     peers: Path | None = None
     flags: Sequence[str] = ()
-    """More flags for this project's server."""
+    """Additional flags for this project's server."""
     num_registered: int = NUM_DISTINCT
     num_cold: int = 0
-    """Adapters beyond those, that each is asked for once."""
+    """Number of additional adapters, each requested once."""
 
 
 @dataclass(slots=True)
 class Stage:
-    """The targets that run; of all of them, one may use the processor."""
+    """The running targets, of which only one at a time may use the CPU."""
 
     setting: Setting
     adapters: Path
@@ -42,7 +42,7 @@ class Stage:
 
     @contextmanager
     def on(self, engine: str, name: str) -> Iterator[Target]:
-        """Yields a target, which may use the processor in the block."""
+        """Context manager of a target that may use the CPU."""
         if (engine, name) not in self.targets:
             self.targets[engine, name] = self._start(engine, name)
             self._warm(engine, name)
@@ -55,13 +55,13 @@ class Stage:
 
     @contextmanager
     def own(self) -> Iterator[Server]:
-        """Yields this project's server with LoRI on, as `on` does."""
+        """Context manager of this project's server with LoRI on, see `on`."""
         with self.on(OWN, "on") as target:
             assert isinstance(target, Server)
             yield target
 
     def end(self) -> None:
-        """Ends all of them."""
+        """End all targets."""
         for target in self.targets.values():
             target.program.end()
 
@@ -91,7 +91,7 @@ class Stage:
 
 @contextmanager
 def staged(setting: Setting) -> Iterator[Stage]:
-    """Yields a stage with its adapters written; ends the targets and removes the adapters after the block."""
+    """Context manager of a stage with its adapters written. Ends the targets and removes the adapters afterwards."""
     base = identify_files(None if setting.model is None else str(setting.model))
     count = setting.num_registered + setting.num_cold
     adapters = write_adapters(setting.scratch / "adapters", base, count)
@@ -105,7 +105,7 @@ def staged(setting: Setting) -> Iterator[Stage]:
 
 
 def missing_peers(peers: Path | None) -> dict[str, str]:
-    """Returns which engines cannot be measured, and why."""
+    """Return the reason for each engine that cannot be measured."""
     missing = {} if _has_peft() else {PEFT: "it is not installed"}
     files = {VLLM: "vllm/preload", LLAMA: "llama.cpp/model.gguf"}
     for engine, file in files.items():

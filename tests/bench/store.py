@@ -1,4 +1,4 @@
-"""How long a store of very many adapters takes to list, and to find and open one: `python -m tests.bench.store`."""
+"""Times of a store with very many adapters: listing, and finding and opening an adapter. `python -m tests.bench.store`."""
 
 import argparse
 import statistics
@@ -21,7 +21,7 @@ ADAPTER = Path(__file__).parents[2] / "server" / "adapters" / "math"
 
 
 def make_store(root: Path, count: int) -> AdapterStore:
-    """Returns a store of `count` versions, an alias each; the files are those of one real adapter, which has its own name too."""
+    """Return a store of `count` versions, each with an alias. All files are links to those of one real adapter."""
     store = AdapterStore(root)
     entry = store.publish(ADAPTER)
     for i in range(count - 1):
@@ -34,7 +34,7 @@ def make_store(root: Path, count: int) -> AdapterStore:
 
 
 def measured(act: Callable[[], object], repeats: int) -> str:
-    """Returns the median and the range of the milliseconds that `act` takes."""
+    """Return the median and the range of the milliseconds that `act` takes."""
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -44,7 +44,7 @@ def measured(act: Callable[[], object], repeats: int) -> str:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=7)

@@ -1,4 +1,4 @@
-"""Times of functions that run in turn, so that a machine whose speed drifts is unfair to none."""
+"""Timing of functions that take turns, so that a drift of the machine's speed affects all alike."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -11,12 +11,12 @@ import torch
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 SHORTEST_S = 2e-3
-"""A turn calls a function for so long that what ran before it, and left its own data in the caches, does not matter."""
+"""Minimum seconds of a turn, in which a function is called repeatedly. So the cache contents of other functions do not matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Times of one call in us: the median of the turns, and their first and third quartile."""
+    """Times of one call in us: median, first quartile and third quartile over the turns."""
 
     median: float
     low: float
@@ -24,7 +24,7 @@ class Times:
 
 
 def timed(calls: Mapping[Key, Call], budget_s: float, min_turns: int = 7, max_turns: int = 200) -> dict[Key, Times]:
-    """Runs `calls` in turn for about `budget_s` seconds and returns the times of each."""
+    """Run `calls` in turn for about `budget_s` seconds and return the times of each."""
     counts = {name: _count(call) for name, call in calls.items()}
     turns: dict[Key, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + budget_s
@@ -38,7 +38,7 @@ def timed(calls: Mapping[Key, Call], budget_s: float, min_turns: int = 7, max_tu
 
 
 def read_bandwidth(device: torch.device, num_bytes: int = 2**28) -> float:
-    """Returns how many bytes/s a dot product reads at best, of arrays that no cache holds; on a CPU with torch's threads."""
+    """Return the memory bandwidth in bytes/s: the best of several dot products of large arrays, on a CPU with torch's threads."""
     a, b = (torch.ones(num_bytes // 4, device=device) for _ in range(2))
     return max(2 * num_bytes / _turn(lambda: torch.dot(a, b), 1) for _ in range(7))
 

@@ -51,7 +51,7 @@ def plot_gains(kept_gains: Scores) -> Figure:
     """Return the mean share of the tasks' gains that is kept in a merge, by weight; one set of axes for each set of tasks.
 
     Linear merges have a line for each kind of adapter, the other merge methods one line each. Tasks whose adapters gained nothing
-    alone are not in the mean. Shares below -0.6 or above 1.15 are outside of the axes. `kept` must not be empty.
+    alone are not in the mean. Shares below -0.6 or above 1.15 are outside of the axes. `kept_gains` must not be empty.
     """
     sets = list(dict.fromkeys(setting.split(", ")[0] for _, setting, _ in kept_gains))
     num_columns = min(3, len(sets))
