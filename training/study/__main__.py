@@ -48,7 +48,7 @@ def _results(lab: Lab, claim: Claim) -> list[Result]:
             return [Result(**fields) for fields in saved["found"]]
         logger.info("seed %d: %s was found with other %s, and is again", lab.seed, claim, ", ".join(differing))
     results = list(CLAIMS[claim](lab))
-    replace_file(file, json.dumps({"options": options, "found": [asdict(result) for result in results]}, indent=1).encode())
+    replace_file(file, json.dumps({"options": options, "found": [asdict(result) for result in results]}).encode())
     return results
 
 

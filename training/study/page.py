@@ -119,7 +119,7 @@ def write_page(config: StudyConfig, results: Mapping[Claim, Sequence[Sequence[Re
     page = config.output / "study.md"
     replace_file(page, ("\n\n".join(parts) + "\n").encode())
     data = {claim: [[asdict(result) for result in seed] for seed in seeds] for claim, seeds in results.items()}
-    replace_file(config.output / "study.json", json.dumps(data, indent=1).encode())
+    replace_file(config.output / "study.json", json.dumps(data).encode())
     return page
 
 
