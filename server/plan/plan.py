@@ -159,7 +159,7 @@ def _flags(config: PlanConfig, memory: Memory, num_resident: int, adapter: Adapt
 def assumptions(config: PlanConfig, plan: Plan) -> list[str]:
     """Return the assumptions of the plan, each as a sentence."""
     source = f"measured now at {config.server}" if config.server else "as --tokens-per-s says"
-    source = f"README, How fast: {MODEL}" if config.is_measured else source
+    source = f"docs/benchmarks.md: {MODEL}" if config.is_measured else source
     generated = f"{plan.speed.together:g} tokens/s without adapters for {plan.speed.users} users ({source})"
     if config.max_batch < plan.speed.users:
         generated += f", so {plan.speed.at_most(config.max_batch):.3g} for the {config.max_batch} that run together"

@@ -45,7 +45,7 @@ class Ratio:
 
 
 def _measured(value: float, case: str) -> Ratio:
-    return Ratio(value, f"README, How fast: {case}, 32 users, {MODEL}")
+    return Ratio(value, f"docs/benchmarks.md: {case}, 32 users, {MODEL}")
 
 
 BY_ADAPTERS = {

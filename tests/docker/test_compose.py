@@ -98,7 +98,7 @@ def test_compose_from_the_root_starts_the_same() -> None:
 
 
 def test_extras_that_readme_offers_can_be_built_in() -> None:
-    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    page = (DOCKER.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
     [offered] = re.findall(r"^\| `LORI_EXTRAS` \| [^:]*: (.*) \|$", page, re.MULTILINE)
     [known] = re.findall(r"if name in \(([^)]*)\)", DOCKERFILE)
     extras = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -117,7 +117,7 @@ def test_a_server_with_its_defaults_grows_no_larger_than_its_container() -> None
 
 
 def test_budgets_of_memory_are_passed_on() -> None:
-    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    page = (DOCKER.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
     [row] = re.findall(r"^\| `LORI_MEMORY` \|(.*)$", page, re.MULTILINE)
     named = set(re.findall(r"`(LORI_\w+)`", row))
     assert {"LORI_KV_CACHE_GIB", "LORI_LOADED_GIB", "LORI_RESIDENT_GIB"} == named <= set(SERVER["environment"])
@@ -163,7 +163,7 @@ def test_the_router_is_the_one_that_the_tests_run() -> None:
 
 
 def test_readme_starts_the_router_as_compose_does() -> None:
-    page = (DOCKER.parent / "README.md").read_text(encoding="utf-8")
+    page = (DOCKER.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
     [line] = [line for line in page.splitlines() if re.match(r"(\w+=\w+ )*vllm-router ", line)]
     assert line.partition("vllm-router")[0].split() == [f"{name}={value}" for name, value in ROUTED["environment"].items()]
     flags = {flag for flag in ROUTED["command"] if flag.startswith("--") and not flag.startswith(("--host=", "--port="))}

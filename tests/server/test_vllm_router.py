@@ -1,4 +1,4 @@
-"""A real vllm-router before two plain servers: what README's "Behind a gateway" says of it."""
+"""A real vllm-router before two plain servers: what docs/deployment.md says of it."""
 
 import json
 import os

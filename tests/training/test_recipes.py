@@ -85,8 +85,8 @@ def test_where_the_paper_s_runs_differ_from_its_rule_is_known_and_said() -> None
     ratios = {name: round(lori_s / lori_d, 6) for name, (_, _, lori_d, lori_s, _) in PAPER.items()}
     assert {name for name, (rank, alpha, *_) in PAPER.items() if alpha != 2 * rank} == NOT_TWICE_THE_RANK
     assert {name for name, ratio in ratios.items() if not 5 <= ratio <= 20} == BELOW_FIVE
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in readme for name in NOT_TWICE_THE_RANK | BELOW_FIVE)
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in NOT_TWICE_THE_RANK | BELOW_FIVE)
 
 
 def test_flags_win_over_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +208,9 @@ def test_a_flag_that_wins_over_a_recipe_is_named_itself(
     assert capsys.readouterr().err.startswith("error: --rank: Input should be greater")
 
 
-def test_readme_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("A source can be an object")[2].partition("\n## ")[0]
+def test_page_s_sources_and_recipes_are_what_the_flags_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.partition("A source can be an object")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     source, *recipes = [shlex.split(line)[3:] for line in "".join(blocks).replace("\n  ", " ").splitlines()]
     [read] = from_flags(monkeypatch, *source).data

@@ -63,7 +63,7 @@ def test_more_as_of_a_lower_rank_were_measured() -> None:
     """What a token costs in a step with adapters are the rows of all A's, too, not B's entries alone."""
     known = PlanConfig(**ENOUGH, rank=8, bases=4, sparsity=0.6).known_ratio
     assert known
-    assert known.source.startswith("README")
+    assert known.source.startswith("docs/benchmarks.md")
 
 
 def test_a_gpus_overhead_is_asked_for() -> None:

@@ -64,7 +64,7 @@ def test_the_embedded_model_needs_no_measuring(monkeypatch: pytest.MonkeyPatch, 
     assert main() == 0
     document = json.loads(capsys.readouterr().out)
     assert document["speed"] == {"single": 121, "together": 587, "users": 32}
-    assert "README, How fast: SmolLM2-135M in bfloat16 on one core" in "".join(document["assumptions"])
+    assert "docs/benchmarks.md: SmolLM2-135M in bfloat16 on one core" in "".join(document["assumptions"])
     monkeypatch.setattr("sys.argv", ["plan", *flags, "--simulate", "--disk-mb-per-s", "200", "--requests", "200"])
     assert main() == 0
     assert json.loads(capsys.readouterr().out)["simulation"]

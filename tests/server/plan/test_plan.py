@@ -149,7 +149,7 @@ def test_what_is_assumed_names_the_ratio_and_where_it_is_from() -> None:
     config = configured(ratio=None, terms=2, model="other")
     plan = make_plan(config, MODEL, ADAPTER, Speed(None, 1000, 32))
     said = "\n".join(assumptions(config, plan))
-    assert "0.78 times that with them (README, How fast: 32 merges of 2, 32 users, SmolLM2-135M" in said
+    assert "0.78 times that with them (docs/benchmarks.md: 32 merges of 2, 32 users, SmolLM2-135M" in said
     assert "measured on another model" in said
     assert "10,000 adapters" in said
 

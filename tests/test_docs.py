@@ -1,4 +1,4 @@
-"""README's commands do what it says."""
+"""The commands in README and docs/ do what the pages say, and the pages' links lead somewhere."""
 
 import itertools
 import json
@@ -14,25 +14,35 @@ from typing import Any
 import pytest
 
 from lori.store.store import AdapterStore
+from tests.file_list import file_list
 from tests.server.live import Live, events, start
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LOCAL = "http://localhost:8000"
 
 
-def section(title: str) -> str:
-    """Returns the text under a heading."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found, title
-    return found[1]
+def section(page: str, title: str) -> str:
+    """Return the text under a heading of a page."""
+    match = re.search(
+        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGES[page].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert match, f"{page}: {title}"
+    return match[1]
 
 
-def asked_and_answered() -> list[tuple[str, str]]:
-    """Returns each curl of the page with the answer shown below it."""
-    blocks = BLOCK.findall(section("Ask it"))
-    return [(one[1], two[1]) for one, two in itertools.pairwise(blocks) if one[1].startswith("curl")]
+def blocks(page: str, title: str) -> list[tuple[str, str]]:
+    """Return language and text of each code block under a heading."""
+    return BLOCK.findall(section(page, title))
+
+
+def curls_and_replies() -> list[tuple[str, str]]:
+    """Return each curl of the pages with the reply shown below it, without repetitions."""
+    pairs = (pair for page in ("README.md", "api.md") for pair in itertools.pairwise(blocks(page, "Ask it")))
+    return list(dict.fromkeys((curl, reply) for (_, curl), (_, reply) in pairs if curl.startswith("curl")))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def test_there_is_a_curl_for_each_form_of_adapter() -> None:
-    bodies = [json.loads(shlex.split(curl)[-1]) for curl, _ in asked_and_answered()]
+    bodies = [json.loads(shlex.split(curl)[-1]) for curl, _ in curls_and_replies()]
     forms = {type(body.get("adapter")) for body in bodies}
     assert forms >= {type(None), str, list}
     assert any("weights" in body for body in bodies)
@@ -58,7 +68,7 @@ def within(shown: Any, told: Any) -> Any:
     return told
 
 
-@pytest.mark.parametrize(("curl", "shown"), asked_and_answered())
+@pytest.mark.parametrize(("curl", "shown"), curls_and_replies())
 def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> None:
     words = shlex.split(curl)
     [url] = [word for word in words if word.startswith(LOCAL)]
@@ -75,7 +85,7 @@ def test_a_curl_gives_the_answer_shown(demo: Live, curl: str, shown: str) -> Non
 
 def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture[str]) -> None:
     """Was typed by nobody: one example lacked its prompt's name."""
-    by_openai, by_ours = (code for language, code in BLOCK.findall(section("With the clients you have")) if language == "python")
+    by_openai, by_ours = (code for language, code in blocks("api.md", "With the clients you have") if language == "python")
     url = str(demo.client.base_url).rstrip("/")
     exec(by_openai.replace(LOCAL, url), {})
     assert capsys.readouterr().out == " 2 + 3 = <<2+3=5>>5\n#### 5\n"
@@ -85,7 +95,7 @@ def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture
 
 def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
-    for line in BLOCK.findall(section("Keep, merge and move adapters"))[0][1].splitlines():
+    for line in blocks("adapters-and-merging.md", "Keep, merge and move adapters")[0][1].splitlines():
         command = shlex.split(line.replace(".venv/bin/python", sys.executable))
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), line
@@ -95,7 +105,7 @@ def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
 
 
 def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
-    first = BLOCK.findall(section("Train your own"))[0][1]
+    first = blocks("training.md", "Train your own")[0][1]
     fit, serve = (shlex.split(line.replace(".venv/bin/python", sys.executable)) for line in first.splitlines())
     rows = [{"prompt": f"Q: {i}?\nA:", "completion": " forty-two"} for i in range(4)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,7 +124,7 @@ def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
 
 def test_the_commands_of_answer_fit_and_evaluate_are_understood() -> None:
     # They run for minutes: their flags are checked, and what they do has tests of its own.
-    second = BLOCK.findall(section("Train your own"))[1][1]
+    second = blocks("training.md", "Train your own")[1][1]
     for line in second.splitlines():
         words = shlex.split(line.replace(".venv/bin/python", sys.executable))
         done = subprocess.run([*words[:3], "--help"], capture_output=True, text=True, check=True)
@@ -122,18 +132,45 @@ def test_the_commands_of_answer_fit_and_evaluate_are_understood() -> None:
 
 
 def test_a_plan_is_what_it_shows() -> None:
-    commands = [shlex.split(code) for language, code in BLOCK.findall(section("Plan a deployment")) if language == "bash"]
+    commands = [shlex.split(code) for language, code in blocks("deployment.md", "Plan a deployment") if language == "bash"]
     plan, simulation = ([sys.executable, *command[1:]] for command in commands)
     done = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True)
-    [shown] = [code for language, code in BLOCK.findall(section("Plan a deployment")) if language == "text"]
+    [shown] = [code for language, code in blocks("deployment.md", "Plan a deployment") if language == "text"]
     told = [line.rstrip() for line in done.stdout.splitlines()]
     assert [line for line in shown.splitlines() if line not in told] == []
     done = subprocess.run([*simulation, "--requests", "500"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "500 requests at 40 a second for 100,000 adapters, zipf 1" in done.stdout
 
 
-def test_the_tree_has_a_line_for_every_module() -> None:
-    tree = section("How it works")
-    modules = [p for package in ("lori", "server", "training") for p in (ROOT / package).rglob("*.py")]
-    missing = [str(p.relative_to(ROOT)) for p in modules if p.name != "__init__.py" and f"  {p.name} " not in tree]
-    assert not missing
+def test_readme_shows_what_the_pages_show() -> None:
+    """The commands of README are run where the pages have them."""
+    assert blocks("README.md", "With the clients you have")[0] in blocks("api.md", "With the clients you have")
+    assert blocks("README.md", "Train your own")[0] == blocks("training.md", "Train your own")[0]
+
+
+def test_readme_is_a_page() -> None:
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 180
+    assert len(text.encode()) <= 12_000
+    assert len(PAGES["architecture.md"].read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def anchor(heading: str) -> str:
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", re.sub(r"[`*]", "", heading).lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    path = PAGES[page]
+    for target, fragment in LINK.findall(BLOCK.sub("", path.read_text(encoding="utf-8"))):
+        linked = (path.parent / target).resolve() if target else path
+        assert linked.exists(), target
+        assert linked.is_relative_to(ROOT), target
+        if fragment:
+            headings = HEADING.findall(BLOCK.sub("", linked.read_text(encoding="utf-8")))
+            assert fragment in {anchor(heading) for heading in headings}, f"{target}#{fragment}"
+
+
+def test_the_list_of_files_is_the_generated_one() -> None:
+    assert (ROOT / "docs" / "files.md").read_text(encoding="utf-8") == file_list(), "run: python -m tests.file_list"
