@@ -34,12 +34,12 @@ class Desk:
     """A loader on a store of three adapters, and what came of it."""
 
     def __init__(
-        self, place: Path, adapters: Sequence[Adapter], reader: PackedReader | None = None, num_fetched: int = 1
+        self, place: Path, adapters: Sequence[Adapter], reader: PackedReader | None = None, max_fetches: int = 1
     ) -> None:
         self.place, self.adapters = place, {adapter.name: adapter for adapter in adapters}
         entries = AdapterStore(place).current()
         self.registry: Registry = make_registry(entries, summarise(entries, BASE))
-        self.loader = Loader(self.registry, reader or PackedReader(BASE, LAYOUTS), num_fetched)
+        self.loader = Loader(self.registry, reader or PackedReader(BASE, LAYOUTS), max_fetches)
         self.has_news = threading.Semaphore(0)
         self.loader.notify = self.has_news.release
 

@@ -124,7 +124,7 @@ def test_what_is_not_of_these_layers_is_refused(tmp_path: Path) -> None:
     step, elsewhere = (stack.plan([Span(0, 1, 0, [block])]) for block in (0, NUM_BLOCKS * len(TERMS)))
     with pytest.raises(ValueError, match="another memory"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), elsewhere, turns, None, [], 1)
-    with pytest.raises(ValueError, match="turns are missing"):
+    with pytest.raises(ValueError, match="RoPE is missing"):
         stack._stack.forward(x.data_ptr(), x.data_ptr(), step, [], None, [], 1)
     operands = [bound_operands(of) for of in stack._operands]
     with pytest.raises(ValueError, match="or none without a route"):
