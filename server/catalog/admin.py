@@ -20,8 +20,8 @@ from lori.packed_adapter import PackedAdapter
 from server.catalog.departures import Departures, NameLocks
 from server.catalog.files import NO_STORE, AdapterFiles, Details, PreparedAdapter
 from server.catalog.uses import AdapterUses
-from server.engine.adapters.cache import NoRoomError
 from server.engine.adapters.registry import Faulty, FaultyAdapterError, Registered, Registry, unknown_error
+from server.engine.adapters.residents import NoRoomError
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, BusyError, ConflictError, StoreError

@@ -13,8 +13,8 @@ from pydantic_core import to_json
 from lori.compare.statistics import ModuleStatistics, total
 from server.access.caller import Caller
 from server.catalog.files import Details
-from server.engine.adapters.cache import TierUsage
 from server.engine.adapters.registry import Registered
+from server.engine.adapters.residents import TierUsage
 from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo
 from server.service import Service
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from server.engine.adapters.cache import TierUsage
+from server.engine.adapters.residents import TierUsage
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request
 

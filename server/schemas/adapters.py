@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from lori.template import Template, Text
-from server.engine.adapters.cache import Tier
+from server.engine.adapters.residents import Tier
 from server.schemas.fields import AdapterName, Body
 
 Matrix = list[list[float | None]]

@@ -66,7 +66,7 @@ def test_a_file_says_what_it_is_in_peft_s_words() -> None:
         ({}, {"basis": {"seed": 0, "stream": 0}}, "lori.basis"),
         ({}, {"basis": SEEDED | {"sed": 0}}, "lori.basis.philox-u24-1.sed"),
         ({}, {"basis": {"generator": "explicit", "digest": "b"}}, "lori.basis.explicit.digest"),
-        ({}, {"values": "float8"}, "lori.sparse"),
+        ({}, {"values": "float8"}, "lori.values"),
         ({}, {"shapes": {}}, "lori.shapes"),
         ({}, {"shapes": {"q_proj": [9, 0]}}, "lori.shapes.q_proj.1"),
         ({"r": 4097}, {}, "r"),

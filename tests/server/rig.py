@@ -24,10 +24,10 @@ from lori.sparse import SparseB
 from lori.store.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
-from server.engine.adapters.cache import AdapterTiers, TierUsage
+from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registry
-from server.engine.adapters.residents import Residents
+from server.engine.adapters.residents import Residents, TierUsage
 from server.engine.admission import Admission, Ask
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner

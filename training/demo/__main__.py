@@ -5,9 +5,8 @@ system prompt and earlier turns. Mixed in, with the base's own answers, are mess
 base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464).
 
 The adapters in `server/adapters` are not made by this program yet: their cards have the commands that made them. Adapters trained
-with these settings can chat, but `safety` refuses 19% of `ordinary_test.txt`, and `intent` answers 0.775 of the plain test
-prompts right, where the adapter in `server/adapters` answers 0.836 (2026-11-29, AMD EPYC Zen 4, bfloat16, by `tests.bench.demo`
-and `training.evaluate`).
+with these settings can chat, but `safety` refuses 6% of `ordinary_test.txt` (2026-11-29, AMD EPYC Zen 4, bfloat16, by
+`tests.bench.demo`).
 """
 
 import json

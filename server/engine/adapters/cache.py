@@ -12,38 +12,16 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
 from server.engine.adapters.loader import Loader, adapter_names
-from server.engine.adapters.residents import Residents
+from server.engine.adapters.residents import NoRoomError, Residents, TierUsage
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.scheduler import Residency
 
 logger = logging.getLogger(__name__)
-
-
-Tier = Literal["disk", "loaded", "resident"]
-
-
-class NoRoomError(Exception):
-    """Pinning another adapter would leave too little room for unpinned ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class TierUsage:
-    """The bytes that an adapter takes in each tier; 0 if the tier does not hold the adapter."""
-
-    bytes_loaded: int = 0
-    bytes_resident: int = 0
-
-    @property
-    def tier(self) -> Tier:
-        """The fastest tier that holds the adapter."""
-        return "resident" if self.bytes_resident else "loaded" if self.bytes_loaded else "disk"
 
 
 class MergeQueue:

@@ -2,6 +2,26 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Literal
+
+Tier = Literal["disk", "loaded", "resident"]
+
+
+class NoRoomError(Exception):
+    """Pinning another adapter would leave too little room for unpinned ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """The bytes that an adapter takes in each tier; 0 if the tier does not hold the adapter."""
+
+    bytes_loaded: int = 0
+    bytes_resident: int = 0
+
+    @property
+    def tier(self) -> Tier:
+        """The fastest tier that holds the adapter."""
+        return "resident" if self.bytes_resident else "loaded" if self.bytes_loaded else "disk"
 
 
 @dataclass(slots=True)

@@ -209,7 +209,7 @@ def test_cancelling_ends_the_request(live: Live, is_stream: bool) -> None:
 
 def test_a_client_is_light() -> None:
     """Of the engine it knows the words of a request and of an adapter's place, which are plain values."""
-    names = ("", ".request", ".grammar", ".adapters", ".adapters.places")
+    names = ("", ".request", ".grammar", ".adapters", ".adapters.residents")
     words = {f"server.engine{name}" for name in names}
     program = "import sys, server.client; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True).stdout.split()

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from server.cluster.merged_replies import TIERS, merged_adapters
-from server.engine.adapters.cache import Tier
+from server.engine.adapters.residents import Tier
 
 
 def row(name: str, tier: str, uses: int | None = 0, last: float | None = None, **changes: Any) -> dict[str, Any]:

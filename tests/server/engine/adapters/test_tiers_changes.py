@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from lori.merge import MergeOptions
-from server.engine.adapters.cache import AdapterTiers, NoRoomError, TierUsage
+from server.engine.adapters.cache import AdapterTiers
+from server.engine.adapters.residents import NoRoomError, TierUsage
 from server.engine.request import Sequence
 from tests.server.fake_loads import FakeLoader, FakePool, fake_packed, fake_tiers
 from tests.server.plans import request
