@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,3 +204,15 @@ class CachedEntry(Entry):
     def basis(self, digest: str) -> Explicit:
         """Return the explicit basis with this digest. Raises as `Entry.basis` and as `acquire`."""
         return self.source.basis(digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The names and aliases of a store, resolved."""
+
+    current: Mapping[str, Entry]
+    """Entry that each name or alias means, sorted by name. No entry was opened."""
+    faults: Mapping[str, str]
+    """Faults of names that mean nothing or are ambiguous, and of folders whose names no adapter may have."""
+    brief: Mapping[str, str] = field(default_factory=dict)
+    """Short form, without the alias's target, of those `faults` that quote an alias."""

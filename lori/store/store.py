@@ -10,10 +10,9 @@ Readers need no lock, since versions and aliases appear by a rename. Writers hol
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +37,7 @@ from lori.names import check_name, name_fault, split_reference, unknown_adapter
 from lori.peft.config import peft_fault
 from lori.store.aliases import Aliases
 from lori.store.bases import BASES_FOLDER, basis_file, load_basis
-from lori.store.entry import Entry, Scan, has_adapter, scan
+from lori.store.entry import Contents, Entry, Scan, has_adapter, scan
 from lori.store.files import (
     FileStamp,
     discard,
@@ -56,18 +55,6 @@ from lori.store.locks import locked
 NUM_ATTEMPTS = 3
 NOT_THERE = "the alias means an adapter that is not there"
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """The names and aliases of a store, resolved."""
-
-    current: Mapping[str, Entry]
-    """Entry that each name or alias means, sorted by name. No entry was opened."""
-    faults: Mapping[str, str]
-    """Faults of names that mean nothing or are ambiguous, and of folders whose names no adapter may have."""
-    brief: Mapping[str, str] = field(default_factory=dict)
-    """Short form, without the alias's target, of those `faults` that quote an alias."""
 
 
 class AdapterStore:

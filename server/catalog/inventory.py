@@ -10,8 +10,8 @@ from lori.config import ExplicitConfig
 from lori.errors import AdapterFormatError, shortened, with_path
 from lori.identity import BaseIdentity
 from lori.printable import printable
-from lori.store.entry import CachedEntry, Entry
-from lori.store.store import AdapterStore, Contents
+from lori.store.entry import CachedEntry, Contents, Entry
+from lori.store.store import AdapterStore
 from lori.summary import Summary, summarise_sound
 from server.catalog.files import without_paths
 from server.engine.adapters.registry import Faulty

@@ -7,34 +7,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <utility>
 #include <vector>
 
 #include "layers.h"
 #include "product.h"
+#include "random_values.h"
 
 using namespace lori;
 
 namespace {
-
-std::mt19937 generator(0);
-
-int draw(int first, int last) { return std::uniform_int_distribution<int>(first, last)(generator); }
-float normal() { return std::normal_distribution<float>()(generator); }
-
-uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float widen(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
 
 // Values in an array of just their bytes: whatever reads or writes one more is found.
 template <typename Value>

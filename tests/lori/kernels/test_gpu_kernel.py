@@ -3,9 +3,6 @@
 Shapes: T tokens, A bases, R rank, D outputs, S slots.
 """
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from lori.kernels import Operands, Route, Term, add_delta, default_kernel, gpu
 from lori.kernels.layout import Layout
 from tests.bench.bgmv import bgmv
+from tests.compiled import compiled_elsewhere, properties
 from tests.interpreter import in_turn, mend
 from tests.lori.operands import POPULARITY, Case, assert_close, by_hand, make_case, put, random_b
 
@@ -295,28 +291,17 @@ def compile_ahead(form: str, capability: int) -> dict[str, object]:
             "rows": rows,
             "tokens": gpu.TILE,
         }
-        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         value = "*bf16" if dtype is torch.bfloat16 else "*fp32"
         types = {"p_y": value, "p_s": value, "p_pool": "*u8", "p_weights": "*fp32", "y_stride": "i32", "s_stride": "i32"}
-        signature = {name: "constexpr" if name in constants else types.get(name, "*i32") for name in kernel.arg_names}
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        found[f"{form} {layout.dtype_name} {num_outputs}"] = {
-            "is_elf": code.asm["cubin"][:4] == b"\x7fELF",
-            "multiplies_matrices": "mma" in code.asm["ptx"],
-            "shared": code.metadata.shared,
-        }
+        code = properties(kernel, constants, types, "*i32", capability, options)
+        found[f"{form} {layout.dtype_name} {num_outputs}"] = code
     return found
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
     code = f"compile_ahead('gather', {capability}) | compile_ahead('dense', {capability})"
-    script = f"import json; from tests.lori.kernels.test_gpu_kernel import compile_ahead; print(json.dumps({code}))"
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = compiled_elsewhere("tests.lori.kernels.test_gpu_kernel", code, tmp_path)
     assert len(found) == 8
     assert all(code["is_elf"] and code["shared"] <= 48 << 10 for code in found.values())
     assert {name for name, code in found.items() if code["multiplies_matrices"]} == {"dense bfloat16 576", "dense bfloat16 4096"}

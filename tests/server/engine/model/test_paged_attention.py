@@ -4,22 +4,17 @@
 key-value heads, E head size.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from server.engine.model import triton_ops
 from server.engine.model.cuda_graphs import DecodeKeys
 from server.engine.model.decoder import Heads
+from tests.compiled import compiled_elsewhere, properties
 from tests.interpreter import mend
 
 ROOT = Path(__file__).parents[4]
@@ -117,26 +112,15 @@ def compile_ahead(capability: int) -> dict[str, object]:
         types = {"p_table": "*i32", "p_starts": "*i32", "p_lengths": "*i32", "p_weight": "*fp32"}
         types["p_part"] = value if num_splits == 1 else "*fp32"
         for kernel in (triton_ops.attend_split, *([triton_ops.join] if num_splits > 1 else [])):
-            constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
-            signature = {name: "constexpr" if name in constants else types.get(name, value) for name in kernel.arg_names}
-            source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=triton_ops.OPTIONS)
-            found[f"{kernel.__name__} {model} {dtype} {num_splits}"] = {
-                "is_elf": code.asm["cubin"][:4] == b"\x7fELF",
-                "multiplies_matrices": "mma" in code.asm["ptx"],
-                "shared": code.metadata.shared,
-            }
+            code = properties(kernel, sizes, types, value, capability, triton_ops.OPTIONS)
+            found[f"{kernel.__name__} {model} {dtype} {num_splits}"] = code
     return found
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
-    module, call = "tests.server.engine.model.test_paged_attention", f"compile_ahead({capability})"
-    script = f"import json; from {module} import compile_ahead; print(json.dumps({call}))"
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    module = "tests.server.engine.model.test_paged_attention"
+    found = compiled_elsewhere(module, f"compile_ahead({capability})", tmp_path)
     assert len(found) == 12
     for name, code in found.items():
         assert code["is_elf"], name
