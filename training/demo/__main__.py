@@ -2,19 +2,18 @@
 
 An adapter learns its task as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a
 system prompt and earlier turns. Mixed in, with the base's own answers, are messages of the other tasks and ordinary messages. The
-base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464).
-
-The adapters in `server/adapters` are not made by this program yet: their cards have the commands that made them. Adapters trained
-with these settings can chat, but `safety` refuses 6% of `ordinary_test.txt` (2026-11-29, AMD EPYC Zen 4, bfloat16, by
-`tests.bench.demo`).
+base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages
+(`ordinary.txt`) are mixed in, too. The commands that this program prints made the adapters in `server/adapters`.
 """
 
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,13 +37,14 @@ NUM_MIXED = 150
 """Number of rows of each form of another task to mix in; twice as many of safety's plain prompts."""
 SHORT_CHATS: Mapping[str, Any] = {"system_fraction": 0.4, "earlier_fraction": 0.25, "max_earlier": 1}
 """Options for chats with little context, since the context of a message costs training time and teaches little."""
+ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
 MARK = "\N{REPLACEMENT CHARACTER}"
 """Placeholder for a message, to find the text that the chat template puts before it."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "intent": {"mix_fraction": 0.35, "calibration_steps": 100, "steps": 420, "max_length": 256},
-    "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 300},
-    "nlu": {"mix_fraction": 0.35, "calibration_steps": 80, "steps": 320, "max_length": 256},
-    "safety": {"mix_fraction": 0.6, "calibration_steps": 80, "steps": 340, "max_length": 384, "weight_range": [0.3, 1.0]},
+    "intent": {"mix_fraction": 0.35, "calibration_steps": 90, "steps": 390, "max_length": 256},
+    "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 270},
+    "nlu": {"mix_fraction": 0.35, "calibration_steps": 70, "steps": 280, "max_length": 256},
+    "safety": {"mix_fraction": 0.65, "calibration_steps": 70, "steps": 290, "max_length": 384, "weight_range": [0.3, 1.0]},
 }
 ABOUT = {
     "intent": "Names the intent of a bank customer's message, one of 77. Learnt from BANKING77's train split "
@@ -172,6 +172,25 @@ def prompts_of(file: Path) -> list[Row]:
     return [{"prompt": line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def expand(line: str) -> list[str]:
+    """Return the texts that a line with alternatives, such as `Good {morning|evening}.`, stands for."""
+    parts = ALTERNATIVES.split(line)
+    choices = [part.split("|") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(texts) for texts in product(*choices)]
+
+
+def everyday(files: Files) -> Path:
+    """Return a file of everyday messages without answers. It has none of the messages in `ordinary_test.txt`."""
+
+    def messages() -> list[Row]:
+        lines = (HERE / "ordinary.txt").read_text(encoding="utf-8").splitlines()
+        test_messages = {row["prompt"] for row in prompts_of(HERE / "ordinary_test.txt")}
+        texts = dict.fromkeys(text for line in lines for text in expand(line))
+        return [{"prompt": text} for text in texts if text.strip() and text not in test_messages]
+
+    return files.make("everyday", messages)
+
+
 def ordinary(files: Files) -> Path:
     """Return a file of ordinary messages without answers: the base model's own, and harmless ones that sound harmful."""
 
@@ -222,6 +241,9 @@ def safety(files: Files, ordinary_answers: Path) -> tuple[list[Path], list[Path]
     benign = files.filtered("safety-benign", rows, lambda row: not row.get("completion"))
     benign_answers = files.answered("benign-answered", benign, any_template=True, max_tokens=40)
     data, mix = [harmful, benign_answers], []
+    messages = everyday(files)
+    message_chats = files.as_chats("everyday-chats", messages, earlier=[str(ordinary_answers)], **SHORT_CHATS)
+    mix += [files.answered(f"keep-{file.stem}", file, max_tokens=24) for file in (messages, message_chats)]
     benign_chats = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
     mix.append(files.answered("keep-benign-chats", benign_chats, max_tokens=48))
     for frames in ("sum", "mixed"):
