@@ -39,11 +39,11 @@ DARE: list[MergeMethod] = ["dare_linear", "dare_ties"]
 SIGNS: list[SignMethod] = ["total", "frequency"]
 
 
-def random_b(shape: tuple[int, int], num_kept: int, seed: int) -> SparseB:
-    """Returns a B (D, R) with `num_kept` entries."""
+def random_b(shape: tuple[int, int], nnz: int, seed: int) -> SparseB:
+    """Returns a B (D, R) with `nnz` entries."""
     g = torch.Generator().manual_seed(seed)
     mask = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
-    mask[torch.randperm(len(mask), generator=g)[:num_kept]] = True
+    mask[torch.randperm(len(mask), generator=g)[:nnz]] = True
     return SparseB.from_dense(torch.randn(shape, generator=g), mask.view(shape))
 
 
@@ -325,18 +325,18 @@ def test_linear_is_linear_in_any_order(order: list[int], weights: list[float], e
 
 
 class Stack:
-    """Adapters on one module whose masks keep `num_kept` each, and their dense B's times their scales as PEFT takes them."""
+    """Adapters on one module whose masks keep `nnz` each, and their dense B's times their scales as PEFT takes them."""
 
-    def __init__(self, alphas: Sequence[float], num_kept: int, overlap: bool = True) -> None:
+    def __init__(self, alphas: Sequence[float], nnz: int, overlap: bool = True) -> None:
         shape = (16, 4)
         seeds = range(len(alphas))
-        bs = [random_b(shape, num_kept, seed) for seed in seeds]
+        bs = [random_b(shape, nnz, seed) for seed in seeds]
         if overlap:  # many positions that several keep
-            bs = [SparseB(shape, bs[0].indices, random_b(shape, num_kept, seed).values) for seed in seeds]
+            bs = [SparseB(shape, bs[0].indices, random_b(shape, nnz, seed).values) for seed in seeds]
         self.adapters = [
             adapter_of(f"adapter-{i}", {UP0: b}, alpha=alpha) for i, (b, alpha) in enumerate(zip(bs, alphas, strict=True))
         ]
-        self.num_kept = num_kept
+        self.nnz = nnz
 
     @property
     def dense(self) -> list[torch.Tensor]:
@@ -344,7 +344,7 @@ class Stack:
 
     def peft_density(self, density: float) -> float:
         """PEFT's density, of all entries, at which as many survive as at `density` of the kept ones."""
-        return (round(density * self.num_kept) + 0.5) / 64
+        return (round(density * self.nnz) + 0.5) / 64
 
 
 def total(result: Adapter) -> torch.Tensor:

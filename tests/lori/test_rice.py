@@ -98,10 +98,10 @@ def tampered() -> list[tuple[str, Code, int, int]]:
     ]
 
 
-@pytest.mark.parametrize(("message", "code", "num_entries", "num_kept"), tampered())
-def test_what_is_no_code_of_such_a_mask_is_refused(message: str, code: Code, num_entries: int, num_kept: int) -> None:
+@pytest.mark.parametrize(("message", "code", "num_entries", "nnz"), tampered())
+def test_what_is_no_code_of_such_a_mask_is_refused(message: str, code: Code, num_entries: int, nnz: int) -> None:
     with pytest.raises(ValueError, match=message):
-        decode(code, num_entries, num_kept)
+        decode(code, num_entries, nnz)
 
 
 def as_code(content: bytes) -> Code:
@@ -124,14 +124,14 @@ def nearly_codes(draw: st.DrawFn) -> tuple[Code, int, int]:
 
 @given(nearly_codes() | st.tuples(st.binary(max_size=60).map(as_code), st.integers(1, 5000), st.integers(0, 200)))
 def test_any_bytes_are_a_mask_or_refused(mask: tuple[Code, int, int]) -> None:
-    code, num_entries, num_kept = mask
+    code, num_entries, nnz = mask
     try:
-        indices = decode(code, num_entries, num_kept)
+        indices = decode(code, num_entries, nnz)
     except ValueError:
         return
-    assert len(indices) == num_kept
+    assert len(indices) == nnz
     assert (np.diff(indices, prepend=-1) > 0).all()
-    assert not num_kept or indices[-1] < num_entries
+    assert not nnz or indices[-1] < num_entries
     assert np.array_equal(encode(indices, num_entries), code)  # one mask has one code
 
 
@@ -146,12 +146,12 @@ def outcome(read: Callable[[Code, int, int], Indices], *mask: Any) -> list[int] 
         return str(error)
 
 
-def assert_decoded_alike(code: Code, num_entries: int, num_kept: int) -> None:
+def assert_decoded_alike(code: Code, num_entries: int, nnz: int) -> None:
     """The module gives the same indices, or none where the code is refused; and who uses it gets the same error."""
-    expected = outcome(decode, code, num_entries, num_kept)
-    assert outcome(native.decode_mask, code, num_entries, num_kept) == expected
+    expected = outcome(decode, code, num_entries, nnz)
+    assert outcome(native.decode_mask, code, num_entries, nnz) == expected
     if native.MODULE:
-        ours = native.MODULE.decode_mask(code, num_entries, num_kept)
+        ours = native.MODULE.decode_mask(code, num_entries, nnz)
         assert (None if ours is None else ours.tolist()) == (None if isinstance(expected, str) else expected)
         assert ours is None or ours.dtype == np.int32
 
@@ -168,14 +168,14 @@ def test_the_module_decodes_one_entry_of_the_largest_mask(index: int) -> None:
     assert_decoded_alike(encode(np.array([index], np.int32), MAX_ENTRIES), MAX_ENTRIES, 1)
 
 
-@pytest.mark.parametrize(("_message", "code", "num_entries", "num_kept"), tampered())
-def test_the_module_refuses_what_numpy_does(_message: str, code: Code, num_entries: int, num_kept: int) -> None:
-    assert_decoded_alike(code, num_entries, num_kept)
+@pytest.mark.parametrize(("_message", "code", "num_entries", "nnz"), tampered())
+def test_the_module_refuses_what_numpy_does(_message: str, code: Code, num_entries: int, nnz: int) -> None:
+    assert_decoded_alike(code, num_entries, nnz)
 
 
 @given(st.binary(max_size=60), st.integers(1, 5000), st.integers(0, 200))
-def test_any_bytes_are_a_mask_for_both_or_for_neither(content: bytes, num_entries: int, num_kept: int) -> None:
-    assert_decoded_alike(np.frombuffer(content, np.uint8), num_entries, num_kept)
+def test_any_bytes_are_a_mask_for_both_or_for_neither(content: bytes, num_entries: int, nnz: int) -> None:
+    assert_decoded_alike(np.frombuffer(content, np.uint8), num_entries, nnz)
 
 
 @given(st.integers(0, 999), st.sampled_from([0.005, 0.1, 0.5]), st.integers(0, 4000), st.integers(-2, 2), st.integers(-9, 9))

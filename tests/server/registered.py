@@ -18,7 +18,7 @@ def registered(
     folder: str = "",
     place: Path = STORE,
     stream: int = 0,
-    num_kept: int = 10,
+    nnz: int = 10,
     templates: tuple[Template, ...] = ("plain",),
 ) -> Registered:
     """Returns a version of an adapter: its folder's name is its own, or another's where `name` is an alias of that."""
@@ -32,7 +32,7 @@ def registered(
         scale=2.0,
         targets=("q_proj",),
         sparsity=0.9,
-        nnz=num_kept,
+        nnz=nnz,
         templates=templates,
         merge_weights={},
         metrics={},

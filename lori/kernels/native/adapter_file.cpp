@@ -154,13 +154,13 @@ float from_float16(uint16_t bits) {
 }
 
 // Says whether int8 values and their scales are what lori.sparse.quantize gives, see `is_canonical` there.
-bool is_canonical(const Module& module, const Tensors& tensors, const int32_t* indices, size_t num_kept) {
+bool is_canonical(const Module& module, const Tensors& tensors, const int32_t* indices, size_t nnz) {
   const uint8_t *values = tensors.parts[kValues].begin, *scales = tensors.parts[kScales].begin;
   size_t next = 0;
   for (int row = 0; row < module.num_outputs; row++) {
     bool has_value = false, has_peak = false;
     const int64_t stop = static_cast<int64_t>(row + 1) * module.rank;
-    for (; next < num_kept && indices[next] < stop; next++) {
+    for (; next < nnz && indices[next] < stop; next++) {
       const int value = static_cast<int8_t>(values[next]);
       if (value < -kInt8Max) return false;
       has_value |= value != 0;
@@ -176,10 +176,10 @@ bool is_canonical(const Module& module, const Tensors& tensors, const int32_t* i
 // Writes the values of one module times its scale in its operands' dtype. `value_at` gives those of the file in fp32. Returns
 // false where one is not finite before that.
 template <typename ValueAt>
-bool convert(const Module& module, size_t num_kept, const ValueAt& value_at, std::vector<uint8_t>& out) {
+bool convert(const Module& module, size_t nnz, const ValueAt& value_at, std::vector<uint8_t>& out) {
   bool is_finite = true;
-  out.resize(num_kept * (module.dtype == Dtype::kBfloat16 ? 2 : 4));
-  for (size_t i = 0; i < num_kept; i++) {
+  out.resize(nnz * (module.dtype == Dtype::kBfloat16 ? 2 : 4));
+  for (size_t i = 0; i < nnz; i++) {
     const float value = value_at(i), scaled = value * module.scale;
     is_finite &= std::isfinite(value);
     if (module.dtype == Dtype::kBfloat16) {
@@ -192,9 +192,9 @@ bool convert(const Module& module, size_t num_kept, const ValueAt& value_at, std
   return is_finite;
 }
 
-bool are_finite_bfloat16(const uint8_t* values, size_t num_kept) {
+bool are_finite_bfloat16(const uint8_t* values, size_t nnz) {
   uint32_t is_any_not = 0;
-  for (size_t i = 0; i < num_kept; i++) is_any_not |= (load_at<uint16_t>(values, i) & 0x7f80u) == 0x7f80u;
+  for (size_t i = 0; i < nnz; i++) is_any_not |= (load_at<uint16_t>(values, i) & 0x7f80u) == 0x7f80u;
   return !is_any_not;
 }
 
@@ -205,23 +205,20 @@ struct Scratch {
 };
 
 // Points `out` at the values of one module as its operands have them. Returns false where they are not sound.
-bool read_values(const Module& module, const Tensors& tensors, size_t num_kept, ValueType type, Scratch& scratch,
+bool read_values(const Module& module, const Tensors& tensors, size_t nnz, ValueType type, Scratch& scratch,
                  const uint8_t*& out) {
   const uint8_t *values = tensors.parts[kValues].begin, *scales = tensors.parts[kScales].begin;
   if (type == ValueType::kBfloat16 && module.dtype == Dtype::kBfloat16 && module.scale == 1.0f) {
     out = values;
-    return are_finite_bfloat16(values, num_kept);
+    return are_finite_bfloat16(values, nnz);
   }
   bool is_sound = true;
   if (type == ValueType::kBfloat16) {
-    is_sound = convert(
-        module, num_kept, [=](size_t i) { return from_bfloat16(load_at<uint16_t>(values, i)); }, scratch.values);
+    is_sound = convert(module, nnz, [=](size_t i) { return from_bfloat16(load_at<uint16_t>(values, i)); }, scratch.values);
   } else if (type == ValueType::kFloat16) {
-    is_sound = convert(
-        module, num_kept, [=](size_t i) { return from_float16(load_at<uint16_t>(values, i)); }, scratch.values);
+    is_sound = convert(module, nnz, [=](size_t i) { return from_float16(load_at<uint16_t>(values, i)); }, scratch.values);
   } else if (type == ValueType::kFloat32) {
-    is_sound = convert(
-        module, num_kept, [=](size_t i) { return load_at<float>(values, i); }, scratch.values);
+    is_sound = convert(module, nnz, [=](size_t i) { return load_at<float>(values, i); }, scratch.values);
   } else {
     const int32_t* indices = scratch.indices.data();
     const auto value_at = [=](size_t i) {
@@ -229,7 +226,7 @@ bool read_values(const Module& module, const Tensors& tensors, size_t num_kept, 
              from_bfloat16(load_at<uint16_t>(scales, indices[i] / module.rank));
     };
     is_sound = tensors.parts[kScales].num_bytes == 2 * static_cast<size_t>(module.num_outputs) &&
-               is_canonical(module, tensors, indices, num_kept) && convert(module, num_kept, value_at, scratch.values);
+               is_canonical(module, tensors, indices, nnz) && convert(module, nnz, value_at, scratch.values);
   }
   out = scratch.values.data();
   return is_sound;
@@ -246,14 +243,14 @@ bool pack_file(const uint8_t* file, size_t num_bytes, const std::vector<Module>&
   for (size_t i = 0; i < modules.size(); i++) {
     const Module& module = modules[i];
     const Span mask = tensors[i].parts[kMask];
-    const size_t num_kept = tensors[i].parts[kValues].num_bytes / value_bytes(value_type);
+    const size_t nnz = tensors[i].parts[kValues].num_bytes / value_bytes(value_type);
     const int64_t num_entries = static_cast<int64_t>(module.num_outputs) * module.rank;
-    if (static_cast<int64_t>(num_kept) > num_entries) return false;
-    scratch.indices.resize(num_kept);
-    if (!decode_mask(mask.begin, mask.num_bytes, num_entries, num_kept, scratch.indices.data(), scratch.remainders)) return false;
+    if (static_cast<int64_t>(nnz) > num_entries) return false;
+    scratch.indices.resize(nnz);
+    if (!decode_mask(mask.begin, mask.num_bytes, num_entries, nnz, scratch.indices.data(), scratch.remainders)) return false;
     const uint8_t* values;
-    if (!read_values(module, tensors[i], num_kept, value_type, scratch, values)) return false;
-    pack({scratch.indices.data(), values, num_kept, module.num_outputs, module.rank}, module.dtype, module.column_bytes, packed);
+    if (!read_values(module, tensors[i], nnz, value_type, scratch, values)) return false;
+    pack({scratch.indices.data(), values, nnz, module.num_outputs, module.rank}, module.dtype, module.column_bytes, packed);
     ends.push_back(static_cast<int64_t>(packed.blocks.size() / kUnit));
   }
   return true;

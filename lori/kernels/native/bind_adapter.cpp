@@ -19,15 +19,15 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> array_of(std::vector<T>& values, const nb
   return nb::ndarray<nb::numpy, T, nb::ndim<1>>(values.data(), {values.size()}, owner);
 }
 
-nb::object decode_mask_array(const Array<uint8_t, 1>& code, int64_t num_entries, int64_t num_kept) {
-  if (num_entries < 0 || num_entries > kMaxEntries || num_kept < 0) throw nb::value_error("entries out of range");
-  if (num_kept > num_entries) return nb::none();
-  auto indices = std::make_unique<std::vector<int32_t>>(num_kept);
+nb::object decode_mask_array(const Array<uint8_t, 1>& code, int64_t num_entries, int64_t nnz) {
+  if (num_entries < 0 || num_entries > kMaxEntries || nnz < 0) throw nb::value_error("entries out of range");
+  if (nnz > num_entries) return nb::none();
+  auto indices = std::make_unique<std::vector<int32_t>>(nnz);
   bool is_sound;
   {
     const nb::gil_scoped_release release;
     std::vector<uint8_t> scratch;
-    is_sound = decode_mask(code.data(), code.shape(0), num_entries, num_kept, indices->data(), scratch);
+    is_sound = decode_mask(code.data(), code.shape(0), num_entries, nnz, indices->data(), scratch);
   }
   if (!is_sound) return nb::none();
   std::vector<int32_t>* kept = indices.release();
@@ -133,7 +133,7 @@ void put_adapter(const Array<uint8_t, 1>& blocks, const Array<int32_t, 1>& start
 }  // namespace
 
 void bind_adapter(nb::module_& m) {
-  m.def("decode_mask", &decode_mask_array, nb::arg("code"), nb::arg("num_entries"), nb::arg("num_kept"),
+  m.def("decode_mask", &decode_mask_array, nb::arg("code"), nb::arg("num_entries"), nb::arg("nnz"),
         "The indices of a mask; None where the code is not one of such a mask.");
   m.def("pack_file", &pack_file_arrays, nb::arg("file"), nb::arg("names"), nb::arg("modules"), nb::arg("scales"),
         nb::arg("value_type"), "None where the file is not one that lori.weights writes, or not sound.");

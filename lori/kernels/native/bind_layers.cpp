@@ -60,25 +60,26 @@ void attend(const BoundLayers& layers, const BoundHeads& heads, const BoundSpans
 
 void bind_layers(nb::module_& m) {
   using MaybeNorm = std::optional<Array<float, 1>>;
-  nb::class_<BoundSpans>(m, "Spans").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, int, int>(), nb::arg("spans"),
-           nb::arg("table"), nb::arg("num_heads"), nb::arg("num_kv_heads"));
+  nb::class_<BoundSpans>(m, "Spans")
+      .def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, int, int>(), nb::arg("spans"), nb::arg("table"), nb::arg("num_heads"),
+           nb::arg("num_kv_heads"));
   nb::class_<BoundHeads>(m, "Heads")
       .def(nb::init<int, int, int, float, int, float, float, MaybeNorm, MaybeNorm>(), nb::arg("num_heads"),
            nb::arg("num_kv_heads"), nb::arg("head_size"), nb::arg("scale"), nb::arg("window"), nb::arg("softcap"),
            nb::arg("epsilon"), nb::arg("query_norm").none(), nb::arg("key_norm").none());
   nb::class_<BoundLayers>(m, "Layers")
       .def(nb::init<const std::string&, const std::string&>(), nb::arg("instruction_set"), nb::arg("dtype"))
-      .def("norm", &norm, nb::arg("stream"), nb::arg("stream_stride"), nb::arg("added"), nb::arg("added_stride"),
-           nb::arg("out"), nb::arg("out_stride"), nb::arg("num_rows"), nb::arg("weight"), nb::arg("epsilon"),
-           nb::arg("num_threads"))
+      .def("norm", &norm, nb::arg("stream"), nb::arg("stream_stride"), nb::arg("added"), nb::arg("added_stride"), nb::arg("out"),
+           nb::arg("out_stride"), nb::arg("num_rows"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("num_threads"))
       .def("gate", &gate, nb::arg("x"), nb::arg("x_stride"), nb::arg("out"), nb::arg("out_stride"), nb::arg("num_rows"),
            nb::arg("size"), nb::arg("activation"), nb::arg("num_threads"))
       .def("attend", &attend, nb::arg("heads"), nb::arg("spans"), nb::arg("qkv"), nb::arg("qkv_stride"), nb::arg("out"),
            nb::arg("out_stride"), nb::arg("cosine"), nb::arg("sine"), nb::arg("memory"), nb::arg("num_blocks"),
            nb::arg("num_threads"))
-      .def("block_bytes",
-           [](const BoundLayers& layers, const BoundHeads& heads) { return block_bytes(heads.heads(), layers.dtype()); },
-           nb::arg("heads"));
+      .def(
+          "block_bytes",
+          [](const BoundLayers& layers, const BoundHeads& heads) { return block_bytes(heads.heads(), layers.dtype()); },
+          nb::arg("heads"));
 }
 
 }  // namespace lori

@@ -58,8 +58,8 @@ void bind_product(nb::module_& m) {
                     std::optional<Array<int8_t, 1> >, std::optional<Array<float, 1> > >(),
            nb::arg("panels"), nb::arg("sizes"), nb::arg("reduced"), nb::arg("num_inputs"), nb::arg("bias").none(),
            nb::arg("narrow").none(), nb::arg("scales").none())
-      .def("multiply", &multiply, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"),
-           nb::arg("y_stride"), nb::arg("num_threads"))
+      .def("multiply", &multiply, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),
+           nb::arg("num_threads"))
       .def("reduce", &reduce, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("s"), nb::arg("s_stride"),
            nb::arg("num_threads"))
       .def("project", &project, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),

@@ -115,33 +115,33 @@ void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
 }
 
 // Returns false where the indices do not ascend or leave B.
-bool pack_floats(const int32_t* indices, const float* values, size_t num_kept, int num_outputs, int rank, Dtype dtype,
+bool pack_floats(const int32_t* indices, const float* values, size_t nnz, int num_outputs, int rank, Dtype dtype,
                  int column_bytes, Packed& packed) {
   int64_t last = -1;
-  for (size_t i = 0; i < num_kept; last = indices[i++])
+  for (size_t i = 0; i < nnz; last = indices[i++])
     if (indices[i] <= last) return false;
   if (last >= static_cast<int64_t>(num_outputs) * rank) return false;
   std::vector<uint16_t> narrow;
   if (dtype == Dtype::kBfloat16) {
-    narrow.resize(num_kept);
-    std::transform(values, values + num_kept, narrow.begin(), to_bfloat16);
+    narrow.resize(nnz);
+    std::transform(values, values + nnz, narrow.begin(), to_bfloat16);
   }
   const void* bits = dtype == Dtype::kBfloat16 ? static_cast<const void*>(narrow.data()) : values;
-  pack({indices, static_cast<const uint8_t*>(bits), num_kept, num_outputs, rank}, dtype, column_bytes, packed);
+  pack({indices, static_cast<const uint8_t*>(bits), nnz, num_outputs, rank}, dtype, column_bytes, packed);
   return true;
 }
 
 nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype,
                       int column_bytes) {
   if (rank < 1 || rank > (column_bytes == 1 ? 256 : kMaxRank)) throw nb::value_error("rank out of range");
-  const size_t num_kept = indices.shape(0);
-  if (values.shape(0) != num_kept) throw nb::value_error("as many values as indices expected");
+  const size_t nnz = indices.shape(0);
+  if (values.shape(0) != nnz) throw nb::value_error("as many values as indices expected");
   const Dtype value_dtype = parse_dtype(dtype);
   auto packed = std::make_unique<Packed>();
   bool is_sound;
   {
     const nb::gil_scoped_release release;
-    is_sound = pack_floats(indices.data(), values.data(), num_kept, num_outputs, rank, value_dtype, column_bytes, *packed);
+    is_sound = pack_floats(indices.data(), values.data(), nnz, num_outputs, rank, value_dtype, column_bytes, *packed);
   }
   if (!is_sound) throw nb::value_error("indices must ascend and lie in B");
   Packed* kept = packed.release();
@@ -165,21 +165,21 @@ NB_MODULE(_lori_cpu, m) {
   m.attr("HAS_THREADS") = false;
 #endif
   m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
-  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"),
-        nb::arg("dtype"),
+  m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
         nb::arg("column_bytes"));
   bind_adapter(m);
   nb::class_<BoundOperands>(m, "Operands")
       .def(nb::init<Array<uint8_t, 1>, Array<int32_t, 2>, Array<int32_t, 1>, int, int, const std::string&, const std::string&>(),
-           nb::arg("pool"), nb::arg("starts"), nb::arg("basis_of"), nb::arg("num_outputs"), nb::arg("rank"),
-           nb::arg("dtype"), nb::arg("instruction_set"))
+           nb::arg("pool"), nb::arg("starts"), nb::arg("basis_of"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
+           nb::arg("instruction_set"))
       .def("add_delta", &add_delta, nb::arg("route"), nb::arg("y"), nb::arg("y_shape"), nb::arg("y_strides"), nb::arg("s"),
            nb::arg("s_shape"), nb::arg("s_strides"), nb::arg("num_threads"),
            "Return false, having done nothing, where a shape or a stride is wrong. y and s are addresses.")
       .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(), nb::arg("slot"), nb::arg("out"),
            "Write the B of a slot, (num_outputs, rank), to the address `out`.");
-  nb::class_<BoundRoute>(m, "Route").def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>(),
-           nb::arg("segments"), nb::arg("slots"), nb::arg("weights"), nb::arg("num_tokens"));
+  nb::class_<BoundRoute>(m, "Route")
+      .def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>(), nb::arg("segments"), nb::arg("slots"),
+           nb::arg("weights"), nb::arg("num_tokens"));
   bind_layers(m);
   bind_product(m);
   bind_stack(m);

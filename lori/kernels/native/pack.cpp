@@ -39,7 +39,7 @@ class Divisor {
 // Returns where the entries of each row end, one past the last.
 std::vector<uint32_t> row_ends(const Kept& b, const Divisor& rank) {
   std::vector<uint32_t> ends(b.num_outputs);
-  for (size_t i = 0; i < b.num_kept; i++) ends[rank.divide(b.indices[i])] = static_cast<uint32_t>(i + 1);
+  for (size_t i = 0; i < b.nnz; i++) ends[rank.divide(b.indices[i])] = static_cast<uint32_t>(i + 1);
   uint32_t end = 0;
   for (uint32_t& row : ends) row = end = std::max(end, row);
   return ends;

@@ -13,12 +13,12 @@ struct Packed {
   std::vector<int32_t> starts;  // (num_windows,) where each begins, in units of its module's blocks; -1: empty
 };
 
-// B (num_outputs, rank) of which `num_kept` entries are there: `indices`, row-major and ascending, of `values`, which are of the
+// B (num_outputs, rank) of which `nnz` entries are there: `indices`, row-major and ascending, of `values`, which are of the
 // layout's dtype and need not be aligned.
 struct Kept {
   const int32_t* indices;
   const uint8_t* values;
-  size_t num_kept;
+  size_t nnz;
   int num_outputs, rank;
 };
 

@@ -15,9 +15,9 @@ constexpr std::array<uint64_t, 256> make_spread() {
 }
 constexpr std::array<uint64_t, 256> kSpread = make_spread();
 
-int parameter(int64_t num_entries, int64_t num_kept) {
+int parameter(int64_t num_entries, int64_t nnz) {
   int k = 0;
-  while (num_kept && (20000 * num_kept) << k < 4812 * (2 * num_entries - num_kept)) k++;
+  while (nnz && (20000 * nnz) << k < 4812 * (2 * num_entries - nnz)) k++;
   return k;
 }
 
@@ -60,31 +60,29 @@ int64_t write_indices(const uint8_t* unary, size_t num_bytes, int k, const Remai
 
 }  // namespace
 
-bool decode_mask(const uint8_t* code, size_t num_bytes, int64_t num_entries, int64_t num_kept, int32_t* indices,
+bool decode_mask(const uint8_t* code, size_t num_bytes, int64_t num_entries, int64_t nnz, int32_t* indices,
                  std::vector<uint8_t>& scratch) {
-  if (num_kept > num_entries) return false;
-  const int k = parameter(num_entries, num_kept);
-  const size_t plane_bytes = static_cast<size_t>(num_kept + 7) / 8;
+  if (nnz > num_entries) return false;
+  const int k = parameter(num_entries, nnz);
+  const size_t plane_bytes = static_cast<size_t>(nnz + 7) / 8;
   if (num_bytes < k * plane_bytes) return false;
   const size_t cut = num_bytes - k * plane_bytes;
-  if (static_cast<int64_t>(cut) > ((num_entries >> k) + num_kept + 7) / 8) return false;
+  if (static_cast<int64_t>(cut) > ((num_entries >> k) + nnz + 7) / 8) return false;
   int64_t num_ones = 0;
   for_each_word(code, cut, [&](uint64_t word, int64_t) { num_ones += __builtin_popcountll(word); });
-  if (num_ones != num_kept) return false;
-  if (!num_kept) return cut == 0;
+  if (num_ones != nnz) return false;
+  if (!nnz) return cut == 0;
   const uint8_t* planes = code + cut;
-  for (int bit = 0; num_kept % 8 && bit < k; bit++)
-    if (planes[(bit + 1) * plane_bytes - 1] >> (num_kept % 8)) return false;  // bits past the last entry
+  for (int bit = 0; nnz % 8 && bit < k; bit++)
+    if (planes[(bit + 1) * plane_bytes - 1] >> (nnz % 8)) return false;  // bits past the last entry
   int64_t end;
   if (k == 0) {
-    end = write_indices(
-        code, cut, k, [](int64_t) { return 0; }, indices);
+    end = write_indices(code, cut, k, [](int64_t) { return 0; }, indices);
   } else if (k <= 8) {
     scratch.resize(8 * plane_bytes);
     spread_planes(planes, plane_bytes, k, scratch.data());
     const uint8_t* remainders = scratch.data();
-    end = write_indices(
-        code, cut, k, [=](int64_t entry) { return remainders[entry]; }, indices);
+    end = write_indices(code, cut, k, [=](int64_t entry) { return remainders[entry]; }, indices);
   } else {
     const auto remainder = [=](int64_t entry) {
       int64_t out = 0;
@@ -95,7 +93,7 @@ bool decode_mask(const uint8_t* code, size_t num_bytes, int64_t num_entries, int
     end = write_indices(code, cut, k, remainder, indices);
   }
   // The unary part holds no more zeros than a mask of so many entries has, so that no index wrapped around.
-  return end - num_kept <= num_entries >> k && indices[num_kept - 1] < num_entries && cut == static_cast<size_t>(end + 7) / 8;
+  return end - nnz <= num_entries >> k && indices[nnz - 1] < num_entries && cut == static_cast<size_t>(end + 7) / 8;
 }
 
 }  // namespace lori

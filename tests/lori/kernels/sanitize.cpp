@@ -124,9 +124,9 @@ struct Bits {
 };
 
 std::string encode(const std::vector<int64_t>& indices, int64_t num_entries) {
-  const int64_t num_kept = static_cast<int64_t>(indices.size());
+  const int64_t nnz = static_cast<int64_t>(indices.size());
   int k = 0;
-  while (num_kept && (20000 * num_kept) << k < 4812 * (2 * num_entries - num_kept)) k++;
+  while (nnz && (20000 * nnz) << k < 4812 * (2 * num_entries - nnz)) k++;
   Bits bits;
   std::vector<int64_t> gaps;
   for (size_t i = 0; i < indices.size(); i++) gaps.push_back(indices[i] - (i ? indices[i - 1] : -1) - 1);
@@ -206,17 +206,17 @@ bool check_file(Dtype dtype, int num_outputs, int rank, float density) {
 // Whether any bytes are a mask or are refused; what is a mask must lie in it.
 bool check_any_code() {
   const size_t num_bytes = static_cast<size_t>(draw(0, 40));
-  const int64_t num_entries = draw(1, 3000), num_kept = draw(0, 300);
+  const int64_t num_entries = draw(1, 3000), nnz = draw(0, 300);
   std::unique_ptr<uint8_t[]> code(new uint8_t[num_bytes]);
   const int density = draw(1, 8);  // of the bits that are 1, in eighths
   for (size_t i = 0; i < num_bytes; i++) {
     code[i] = 0;
     for (int bit = 0; bit < 8; bit++) code[i] |= static_cast<uint8_t>((draw(1, 8) <= density) << bit);
   }
-  std::unique_ptr<int32_t[]> indices(new int32_t[num_kept]);
+  std::unique_ptr<int32_t[]> indices(new int32_t[nnz]);
   std::vector<uint8_t> scratch;
-  if (!decode_mask(code.get(), num_bytes, num_entries, num_kept, indices.get(), scratch)) return true;
-  for (int64_t i = 0; i < num_kept; i++)
+  if (!decode_mask(code.get(), num_bytes, num_entries, nnz, indices.get(), scratch)) return true;
+  for (int64_t i = 0; i < nnz; i++)
     if (indices[i] >= num_entries || (i ? indices[i] <= indices[i - 1] : indices[i] < 0)) return false;
   return true;
 }

@@ -22,13 +22,13 @@ TIES = MergeOptions("ties")
 def registry() -> Registry:
     """math and law, which may be named; guard in two versions, an alias of the old one, and a copy of the new one."""
     current = [
-        registered("math", MATH, num_kept=100, templates=("chat",)),
-        registered("law", OTHER_BASIS, stream=1, num_kept=100, templates=("chat",)),
-        registered("guard", GUARD, stream=1, num_kept=50),
-        registered("shield", OLD_GUARD, folder="guard", num_kept=70),
-        registered("copy", GUARD, stream=1, num_kept=50),
+        registered("math", MATH, nnz=100, templates=("chat",)),
+        registered("law", OTHER_BASIS, stream=1, nnz=100, templates=("chat",)),
+        registered("guard", GUARD, stream=1, nnz=50),
+        registered("shield", OLD_GUARD, folder="guard", nnz=70),
+        registered("copy", GUARD, stream=1, nnz=50),
     ]
-    return Registry(current, [registered("guard", OLD_GUARD, num_kept=70)])
+    return Registry(current, [registered("guard", OLD_GUARD, nnz=70)])
 
 
 @pytest.fixture
