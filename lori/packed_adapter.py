@@ -125,7 +125,7 @@ class PackedReader:
         """
         faults: list[str] = []
         files = read_files(folder, faults)
-        packed = None if faults or MODULE is None else self._pack(folder, files)
+        packed = None if faults or not MODULE else self._pack(folder, files)
         if packed:
             return packed
         basis_of = partial(load_basis, folder.parent)

@@ -6,7 +6,7 @@ inputs, D outputs of a layer, A bases, R rank.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -120,7 +120,6 @@ class NativeProjection:
         operands: Sequence[Operands],
         quantization: Quantization | None = None,
     ) -> None:
-        module: Any = MODULE
         self._outputs = [linear.out_features for linear in linears]
         self._reduced = [sum(len(a) for a in layer) for layer in blocks]
         self.operands = operands
@@ -135,7 +134,7 @@ class NativeProjection:
             int8_panels, scales, weights = _panels(quantized, torch.int8).numpy(), torch.cat(layer_scales).numpy(), []
         panels = _panels([weight.view(torch.uint16) for weight in [*weights, *rows]], torch.uint16)
         bias = joint_bias(linears)
-        self.bound: Any = module.Projection(
+        self.bound = MODULE.Projection(
             panels.numpy(),
             self._outputs,
             self._reduced,
@@ -179,11 +178,10 @@ class NativeProjection:
 
 def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return `weights` (D, N) packed in panels for the compiled module, one after the other."""
-    module: Any = MODULE
-    sizes = [module.part_size(*weight.shape) for weight in weights]
+    sizes = [MODULE.part_size(*weight.shape) for weight in weights]
     panels = zeros(dtype.itemsize * sum(sizes)).view(dtype)
     for weight, part in zip(weights, panels.split(sizes), strict=True):
-        module.pack_weights(weight.contiguous().numpy(), part.numpy())
+        MODULE.pack_weights(weight.contiguous().numpy(), part.numpy())
     return panels
 
 

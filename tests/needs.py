@@ -60,6 +60,9 @@ NEEDS = REQUIRABLE | {
     "native-products": lambda: _unless(
         has_native(torch.bfloat16, torch.device("cpu")), "there are no native products: they are for avx512_bf16 without AMX"
     ),
+    "all-bindings": lambda: (
+        native.MISSING or _unless(hasattr(native.MODULE, "Stack"), "the module lacks bindings: its compiler had no AVX-512 BF16")
+    ),
 }
 
 

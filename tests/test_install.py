@@ -38,10 +38,11 @@ def test_without_a_compiler_the_wheel_is_one_without_the_kernel(tmp_path: Path) 
     assert re.search(r"^lori-server *= *server\.__main__:main$", zipfile.ZipFile(built).read(scripts).decode(), re.MULTILINE)
 
 
-def test_with_a_compiler_the_kernel_is_in_the_wheel_and_its_sources_are_not(tmp_path: Path) -> None:
+def test_with_a_compiler_the_kernel_and_its_types_are_in_the_wheel_and_its_sources_are_not(tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {shutil.which("c++") or "g++"} "$@" -O0\n')  # what the kernel is like is no matter here
     compiler.chmod(0o755)
     names = zipfile.ZipFile(wheel(tmp_path, CXX=str(compiler))).namelist()
-    assert [name for name in names if name.startswith("_lori_cpu.")]
+    assert [name for name in names if re.fullmatch(r"_lori_cpu\..*\.(so|pyd)", name)]
+    assert [name for name in names if name.endswith(".pyi")] == ["_lori_cpu.pyi"]
     assert not [name for name in names if name.endswith((".cpp", ".h", "CMakeLists.txt"))]

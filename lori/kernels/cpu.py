@@ -5,7 +5,7 @@ The kernel is called without torch's dispatcher, whose overhead is as long as th
 """
 
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,9 @@ from lori.kernels.native import MISSING, MODULE, choose
 from lori.kernels.operands import Operands
 from lori.kernels.route import Route
 from lori.kernels.shapes import mismatch
+
+if TYPE_CHECKING:
+    import _lori_cpu
 
 PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081)}
 """Time of the packed kernel for each token: ns per slice of 16 rows, and ns per byte of a slot. On one core, measured by
@@ -84,33 +87,32 @@ def unpack(operands: Operands, slot: int) -> torch.Tensor:
     return b
 
 
-def bound_operands(operands: Operands) -> Any:
+def bound_operands(operands: Operands) -> "_lori_cpu.Operands":
     """Return the C++ view of operands. Made again after their pool has moved."""
     if operands.bound is None:
         operands.bound = bind(operands)
     return operands.bound
 
 
-def bound_route(route: Route) -> Any:
+def bound_route(route: Route) -> "_lori_cpu.Route":
     """Return the C++ view of a route on the CPU. Made once."""
     if route.cpu is None:
-        arrays = (route.segments.numpy(), route.slots.numpy(), route.weights.numpy())
-        route.cpu = module().Route(*arrays, route.num_tokens)
+        _require_module()
+        route.cpu = MODULE.Route(route.segments.numpy(), route.slots.numpy(), route.weights.numpy(), route.num_tokens)
     return route.cpu
 
 
-def bind(operands: Operands, instruction_set: str | None = None) -> Any:
+def bind(operands: Operands, instruction_set: str | None = None) -> "_lori_cpu.Operands":
     """Return a C++ view of operands, valid until their pool moves.
 
     `instruction_set` is one of `instruction_sets()`, the fastest by default. Raises `ValueError` for another one.
     """
-    native_class = module().Operands
+    _require_module()
     layout, arrays = operands.layout, (operands.pool.numpy(), operands.starts.numpy(), operands.basis_of.numpy())
-    return native_class(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, choose(instruction_set))
+    return MODULE.Operands(*arrays, layout.num_outputs, layout.rank, layout.dtype_name, choose(instruction_set))
 
 
-def module() -> Any:
-    """Return the compiled module. Raises `RuntimeError` if it is not installed."""
-    if MODULE is None:
+def _require_module() -> None:
+    """Raise `RuntimeError` if the compiled module is not installed."""
+    if not MODULE:
         raise RuntimeError(MISSING)
-    return MODULE

@@ -6,6 +6,7 @@ The module is built at install if there is a C++ compiler.
 import importlib
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,8 +38,18 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-MODULE, MISSING = _load()
-"""The compiled module, or `None` and the reason why it is missing."""
+_loaded, MISSING = _load()
+if TYPE_CHECKING:
+    import _lori_cpu  # native/_lori_cpu.pyi
+
+    MODULE = _lori_cpu
+else:
+    MODULE = _loaded
+"""The compiled module. If it is missing, `MODULE` is `None` and `MISSING` is the reason.
+
+Python has no type for a module or `None`, so type checkers take the module as present. Test it with `if MODULE` or
+`if not MODULE`: they take the branch of `if MODULE is None` as unreachable and do not check it.
+"""
 
 
 def max_isa() -> str:
@@ -85,7 +96,7 @@ def description() -> str:
 
 def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
     """Pack scale * B, of rank R at most. Returns the same bytes as `lori.kernels.layout.pack`."""
-    if MODULE is None:
+    if not MODULE:
         return pack_in_numpy(layout, b, scale)
     num_outputs, rank = b.shape
     values = b.values.float() * scale
@@ -96,5 +107,5 @@ def pack(layout: Layout, b: SparseB, scale: float = 1.0) -> Packed:
 
 def decode_mask(code: rice.Code, num_entries: int, nnz: int) -> rice.Indices:
     """Return the same as `lori.rice.decode`, faster. Raises as `lori.rice.decode`."""
-    indices: rice.Indices | None = MODULE.decode_mask(code, num_entries, nnz) if MODULE else None
+    indices = MODULE.decode_mask(code, num_entries, nnz) if MODULE else None
     return rice.decode(code, num_entries, nnz) if indices is None else indices

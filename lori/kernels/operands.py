@@ -5,12 +5,16 @@ Shapes: D outputs, R rank, S slots, W windows.
 
 from bisect import bisect_left
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from lori.kernels.layout import UNIT, Layout, Packed, unpack
 from lori.kernels.native import MODULE, pack
 from lori.sparse import SparseB
+
+if TYPE_CHECKING:
+    import _lori_cpu
 
 
 class Extents:
@@ -76,7 +80,7 @@ class Operands:
         self.is_cpu = self.pool.is_cpu
         self.num_bases = 1
         """Lowest number of bases that s must have."""
-        self.bound: object = None
+        self.bound: _lori_cpu.Operands | None = None
         """Cache of the `cpu` kernel: its C++ view of the arrays. Dropped when the pool moves."""
         self.max_packed_tokens: dict[int, float] = {}
         """Cache of `lori.kernels.cpu.max_packed_tokens` by slot. An entry is dropped when its slot changes."""
@@ -85,7 +89,7 @@ class Operands:
         self._extents = Extents()
         self._slot_extents: dict[int, list[tuple[int, int]]] = {}  # (start, length) of each slot's extents
         self._dense: torch.Tensor | None = None
-        if MODULE is None and self.pool.device.type == "cpu":
+        if not MODULE and self.pool.device.type == "cpu":
             self._dense = self._make_dense()  # at start, since the first step needs it
 
     @classmethod

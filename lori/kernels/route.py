@@ -7,10 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from lori.device import to_device
+
+if TYPE_CHECKING:
+    import _lori_cpu
 
 LONG_SEGMENT = 40
 """Lowest number of tokens of a segment for which unpacking B can pay. This is the crossover for a dense B of 14336 outputs."""
@@ -41,7 +45,7 @@ class Route:
         self.segments, self.slots, self.weights, self.num_tokens = segments, slots, weights, num_tokens
         self.is_by_token = False
         """Whether segment t holds exactly token t, see `by_token`."""
-        self.cpu: object = None
+        self.cpu: _lori_cpu.Route | None = None
         self.gpu: object = None
         """Cache of the kernel of that name: its view or plan of the arrays."""
         self._without: dict[tuple[int, ...], Route] = {}

@@ -520,19 +520,18 @@ def test_a_slot_that_is_negative_is_refused() -> None:
 
 @needs_native
 def test_panels_and_biases_of_other_sizes_are_refused() -> None:
-    module: Any = MODULE
     make = partial(torch.zeros, dtype=torch.uint16)
-    size = module.part_size(33, 22) + module.part_size(5, 22)
+    size = MODULE.part_size(33, 22) + MODULE.part_size(5, 22)
     assert size == 22 * (48 + 16)
     for num_values, num_inputs, bias in ((size - 1, 22, 33), (size + 1, 22, 33), (size, 21, 33), (size, 0, 33), (size, 22, 32)):
         with pytest.raises(ValueError, match=r"expected|sizes"):
-            module.Projection(make(num_values).numpy(), [33], [5], num_inputs, torch.zeros(bias).numpy(), None, None)
+            MODULE.Projection(make(num_values).numpy(), [33], [5], num_inputs, torch.zeros(bias).numpy(), None, None)
     weight = make(33, 22).numpy()
     for num_values in (22 * 48 - 1, 22 * 48 + 1):
         with pytest.raises(ValueError, match="panels of the weights' size"):
-            module.pack_weights(weight, make(num_values).numpy())
+            MODULE.pack_weights(weight, make(num_values).numpy())
     with pytest.raises(ValueError, match="even number"):
-        module.pack_weights(make(33, 21).numpy(), make(21 * 48).numpy())
+        MODULE.pack_weights(make(33, 21).numpy(), make(21 * 48).numpy())
 
 
 # --- weights in int8

@@ -1,8 +1,12 @@
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "adapter_file.h"
 #include "bindings.h"
@@ -14,14 +18,9 @@ namespace {
 
 constexpr int64_t kMaxEntries = int64_t{1} << 26;  // of one B; lori.rice.MAX_ENTRIES
 
-template <typename T>
-nb::ndarray<nb::numpy, T, nb::ndim<1>> array_of(std::vector<T>& values, const nb::capsule& owner) {
-  return nb::ndarray<nb::numpy, T, nb::ndim<1>>(values.data(), {values.size()}, owner);
-}
-
-nb::object decode_mask_array(const Array<uint8_t, 1>& code, int64_t num_entries, int64_t nnz) {
+std::optional<NewArray<int32_t>> decode_mask_array(const Array<uint8_t, 1>& code, int64_t num_entries, int64_t nnz) {
   if (num_entries < 0 || num_entries > kMaxEntries || nnz < 0) throw nb::value_error("entries out of range");
-  if (nnz > num_entries) return nb::none();
+  if (nnz > num_entries) return std::nullopt;
   auto indices = std::make_unique<std::vector<int32_t>>(nnz);
   bool is_sound;
   {
@@ -29,10 +28,10 @@ nb::object decode_mask_array(const Array<uint8_t, 1>& code, int64_t num_entries,
     std::vector<uint8_t> scratch;
     is_sound = decode_mask(code.data(), code.shape(0), num_entries, nnz, indices->data(), scratch);
   }
-  if (!is_sound) return nb::none();
+  if (!is_sound) return std::nullopt;
   std::vector<int32_t>* kept = indices.release();
   const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
-  return nb::cast(array_of(*kept, owner));
+  return new_array(*kept, owner);
 }
 
 // What is known of a module before its file is read, as a row of a table.
@@ -91,8 +90,10 @@ struct PackedFile {
   std::vector<int64_t> ends;
 };
 
-nb::object pack_file_arrays(const nb::bytes& file, const std::string& names, const Array<int64_t, 2>& table,
-                            const Array<float, 1>& scales, const std::string& value_type) {
+using PackedArrays = std::tuple<NewArray<uint8_t>, NewArray<int32_t>, NewArray<int64_t>>;  // blocks, starts, ends
+
+std::optional<PackedArrays> pack_file_arrays(const nb::bytes& file, const std::string& names, const Array<int64_t, 2>& table,
+                                             const Array<float, 1>& scales, const std::string& value_type) {
   const std::vector<Module> modules = modules_of(names, table, scales);
   const ValueType type = parse_value_type(value_type);
   const auto* content = reinterpret_cast<const uint8_t*>(file.c_str());
@@ -103,10 +104,10 @@ nb::object pack_file_arrays(const nb::bytes& file, const std::string& names, con
     const nb::gil_scoped_release release;
     is_sound = pack_file(content, num_bytes, modules, type, packed->packed, packed->ends);
   }
-  if (!is_sound) return nb::none();
+  if (!is_sound) return std::nullopt;
   PackedFile* kept = packed.release();
   const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<PackedFile*>(p); });
-  return nb::make_tuple(array_of(kept->packed.blocks, owner), array_of(kept->packed.starts, owner), array_of(kept->ends, owner));
+  return PackedArrays(new_array(kept->packed.blocks, owner), new_array(kept->packed.starts, owner), new_array(kept->ends, owner));
 }
 
 // Copies the blocks of each module into its pool, and sets where its windows begin there.

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "instruction_sets.h"
 
@@ -16,6 +17,16 @@ namespace nb = nanobind;
 
 template <typename T, size_t kDims>
 using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
+
+// An array that Python owns from then on.
+template <typename T>
+using NewArray = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
+
+// Returns `values` as an array that keeps their `owner` alive.
+template <typename T>
+NewArray<T> new_array(std::vector<T>& values, const nb::capsule& owner) {
+  return NewArray<T>(values.data(), {values.size()}, owner);
+}
 
 // An instruction set that this module was compiled for and that this processor runs.
 bool is_supported(const std::string& name);

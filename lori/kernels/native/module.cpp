@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "bindings.h"
 #include "bound.h"
@@ -78,8 +80,10 @@ bool fits(const BoundOperands& bound, const BoundRoute& route, const std::array<
          (s_strides[1] == s[2] || s[1] == 1);
 }
 
+using Sizes = nb::typed<nb::tuple, int, nb::ellipsis>;  // a torch.Size, or strides
+
 template <size_t kDims>
-std::array<int64_t, kDims> sizes(const nb::tuple& tuple) {
+std::array<int64_t, kDims> sizes(const Sizes& tuple) {
   if (tuple.size() != kDims) throw nb::value_error("y of two dimensions and s of three expected");
   std::array<int64_t, kDims> out;
   for (size_t i = 0; i < kDims; i++) out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
@@ -87,8 +91,8 @@ std::array<int64_t, kDims> sizes(const nb::tuple& tuple) {
 }
 
 // Returns false where the shapes or strides are wrong, and has done nothing then. y and s are addresses.
-bool add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y, const nb::tuple& y_shape,
-               const nb::tuple& y_strides, uintptr_t s, const nb::tuple& s_shape, const nb::tuple& s_strides, int num_threads) {
+bool add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y, const Sizes& y_shape, const Sizes& y_strides,
+               uintptr_t s, const Sizes& s_shape, const Sizes& s_strides, int num_threads) {
   const Operands& operands = bound.operands();
   if (route.num_slots() > operands.num_slots) throw nb::value_error("the route names a slot that the operands do not have");
   const auto y_stride = sizes<2>(y_strides);
@@ -131,8 +135,8 @@ bool pack_floats(const int32_t* indices, const float* values, size_t nnz, int nu
   return true;
 }
 
-nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs, int rank, const std::string& dtype,
-                      int column_bytes) {
+std::tuple<NewArray<uint8_t>, NewArray<int32_t>> pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num_outputs,
+                                                             int rank, const std::string& dtype, int column_bytes) {
   if (rank < 1 || rank > (column_bytes == 1 ? 256 : kMaxRank)) throw nb::value_error("rank out of range");
   const size_t nnz = indices.shape(0);
   if (values.shape(0) != nnz) throw nb::value_error("as many values as indices expected");
@@ -145,9 +149,8 @@ nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num
   }
   if (!is_sound) throw nb::value_error("indices must ascend and lie in B");
   Packed* kept = packed.release();
-  nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<Packed*>(p); });
-  return nb::make_tuple(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(kept->blocks.data(), {kept->blocks.size()}, owner),
-                        nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(kept->starts.data(), {kept->starts.size()}, owner));
+  const nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<Packed*>(p); });
+  return {new_array(kept->blocks, owner), new_array(kept->starts, owner)};
 }
 
 }  // namespace
@@ -156,7 +159,9 @@ nb::tuple pack_arrays(Array<int32_t, 1> indices, Array<float, 1> values, int num
 NB_MODULE(_lori_cpu, m) {
   using namespace lori;
   nb::set_leak_warnings(false);  // what a process holds to its end is no leak
-  m.doc() = "The CPU kernel of lori; see lori/kernels.";
+  m.doc() =
+      "The CPU kernel of lori; see lori/kernels.\n\nAn int in place of an array is its address: the caller has checked the "
+      "array's shape and keeps it alive. Its stride is in entries.";
   m.attr("VERSION") = LORI_VERSION;
   m.attr("COMPILER") = LORI_COMPILER;
 #ifdef _OPENMP
@@ -174,7 +179,7 @@ NB_MODULE(_lori_cpu, m) {
            nb::arg("instruction_set"))
       .def("add_delta", &add_delta, nb::arg("route"), nb::arg("y"), nb::arg("y_shape"), nb::arg("y_strides"), nb::arg("s"),
            nb::arg("s_shape"), nb::arg("s_strides"), nb::arg("num_threads"),
-           "Return false, having done nothing, where a shape or a stride is wrong. y and s are addresses.")
+           "Return false, having done nothing, where a shape or a stride is wrong.")
       .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(), nb::arg("slot"), nb::arg("out"),
            "Write the B of a slot, (num_outputs, rank), to the address `out`.");
   nb::class_<BoundRoute>(m, "Route")

@@ -4,8 +4,10 @@ Shapes: T tokens, H heads, G key-value heads, E head size, S spans.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lori.kernels import Route
@@ -14,6 +16,9 @@ from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 from lori.projection import NativeProjection
 from server.engine.model.decoder import Heads, Layer, Norm, Rotary, Span, run_layers
+
+if TYPE_CHECKING:
+    import _lori_cpu
 
 BLOCK_TOKENS = 16
 """Tokens of a block of native memory. A block of the engine is one or more of these."""
@@ -26,13 +31,12 @@ class NativeOps:
     """Operations on a CPU, in bf16 or fp32."""
 
     def __init__(self, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
-        module: Any = MODULE
         assert block_size % BLOCK_TOKENS == 0
         self._native_per_block = block_size // BLOCK_TOKENS
         self._num_blocks = num_blocks * self._native_per_block
-        self._dtype, self._spans = dtype, module.Spans
-        self._layers = module.Layers(choose(), str(dtype).removeprefix("torch."))
-        self._heads = [_bind_heads(layer_heads, module) for layer_heads in heads]
+        self._dtype = dtype
+        self._layers = MODULE.Layers(choose(), str(dtype).removeprefix("torch."))
+        self._heads = [_bind_heads(layer_heads) for layer_heads in heads]
         sizes = [self._layers.block_bytes(layer_heads) * self._num_blocks for layer_heads in self._heads]
         self._shape = (heads[0].num_heads, heads[0].num_kv_heads)
         self._memory = zeros(sum(sizes)).split(sizes)  # one allocation, so that a lack of memory shows before any of it is used
@@ -48,7 +52,7 @@ class NativeOps:
                 table += span.blocks
             else:
                 table += [block * self._native_per_block + i for block in span.blocks for i in range(self._native_per_block)]
-        return self._spans(
+        return MODULE.Spans(
             torch.tensor(rows, dtype=torch.int32).numpy(), torch.tensor(table, dtype=torch.int32).numpy(), *self._shape
         )
 
@@ -80,6 +84,7 @@ class NativeOps:
 
     def attend(self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, step: object) -> torch.Tensor:
         """See `Ops`."""
+        assert isinstance(step, MODULE.Spans)
         assert qkv.dtype is self._dtype
         assert qkv.is_contiguous()
         size = heads.num_heads * heads.head_size
@@ -97,10 +102,10 @@ class NativeOps:
         return run_layers(self, layers, stream, rotary, step, route)
 
 
-def _bind_heads(heads: Heads, module: Any) -> Any:
+def _bind_heads(heads: Heads) -> "_lori_cpu.Heads":
     norms = (heads.query_norm, heads.key_norm)
     epsilon = next((norm.epsilon for norm in norms if norm is not None), 0.0)
-    return module.Heads(
+    return MODULE.Heads(
         heads.num_heads, heads.num_kv_heads, heads.head_size, heads.scale, heads.window, heads.softcap, epsilon,
         *(None if norm is None else norm.weight.numpy() for norm in norms),
     )  # fmt: skip
@@ -115,10 +120,9 @@ class NativeStack(NativeOps):
 
     def __init__(self, layers: Sequence[Layer], num_blocks: int, block_size: int, dtype: torch.dtype) -> None:
         super().__init__([layer.heads for layer in layers], num_blocks, block_size, dtype)
-        module: Any = MODULE
         self._rope_names = sorted({layer.rope for layer in layers})
-        bound = [self._bind_layer(layer, number, module) for number, layer in enumerate(layers)]
-        self._stack = module.Stack(self._layers, bound, self._num_blocks)
+        bound = [self._bind_layer(layer, number) for number, layer in enumerate(layers)]
+        self._stack = MODULE.Stack(self._layers, bound, self._num_blocks)
         self._products = [product for layer in layers for product in products(layer)]
         self._operands = [operands for product in self._products for operands in product.operands]
 
@@ -128,19 +132,21 @@ class NativeStack(NativeOps):
         """See `Ops`."""
         if route is not None and any(product.has_dense(route) for product in self._products):
             return super().run(layers, stream, rotary, step, route)
+        assert isinstance(step, MODULE.Spans)
         assert stream.dtype is torch.bfloat16
         assert stream.is_contiguous()
         added = torch.empty_like(stream)
         operands = [] if route is None else [bound_operands(o) for o in self._operands]
-        pointers = [tuple(table.data_ptr() for table in rotary[name]) for name in self._rope_names]
+        pointers = [(cosine.data_ptr(), sine.data_ptr()) for cosine, sine in (rotary[name] for name in self._rope_names)]
         self._stack.forward(
-            stream.data_ptr(), added.data_ptr(), step, pointers, route and bound_route(route), operands, torch.get_num_threads()
-        )
+            stream.data_ptr(), added.data_ptr(), step, pointers, None if route is None else bound_route(route), operands,
+            torch.get_num_threads(),
+        )  # fmt: skip
         return added
 
-    def _bind_layer(self, layer: Layer, number: int, module: Any) -> Any:
+    def _bind_layer(self, layer: Layer, number: int) -> "_lori_cpu.Layer":
         qkv, output, gate_up, down = (product.bound for product in products(layer))
-        return module.Layer(
+        return MODULE.Layer(
             layer.attention_norm.weight.numpy(), qkv, self._heads[number], self._rope_names.index(layer.rope), output,
             _weight(layer.attention_output_norm), layer.mlp_norm.weight.numpy(), gate_up, ACTIVATIONS.index(layer.activation),
             down, _weight(layer.mlp_output_norm), layer.mlp_norm.epsilon, self._memory[number].data_ptr(),
@@ -156,5 +162,5 @@ def products(layer: Layer) -> list[NativeProjection]:
     ]
 
 
-def _weight(norm: Norm | None) -> Any:
+def _weight(norm: Norm | None) -> npt.NDArray[np.float32] | None:
     return None if norm is None else norm.weight.numpy()

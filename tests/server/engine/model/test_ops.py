@@ -40,8 +40,7 @@ def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block
     if implementation == "triton":
         return GpuOps(heads, num_blocks, block_size, dtype, CPU)
     ops = NativeOps(heads, num_blocks, block_size, dtype)
-    module: Any = MODULE
-    ops._layers = module.Layers(implementation, str(dtype).removeprefix("torch."))
+    ops._layers = MODULE.Layers(implementation, str(dtype).removeprefix("torch."))
     return ops
 
 
@@ -636,8 +635,7 @@ def test_heads_and_norms_that_do_not_fit_are_refused() -> None:
 
 @needs_native
 def test_dtypes_and_instruction_sets_that_there_are_not_are_refused() -> None:
-    module: Any = MODULE
     with pytest.raises(ValueError, match="dtype float16, expected bfloat16 or float32"):
         NativeOps([HEADS], 4, 16, torch.float16)
     with pytest.raises(ValueError, match="does not run mmx"):
-        module.Layers("mmx", "float32")
+        MODULE.Layers("mmx", "float32")
