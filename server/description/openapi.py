@@ -41,7 +41,7 @@ Every request names the adapters that it is answered with, and what it adds of t
   request is refused before the first byte of its answer. What fails later ends a stream with an `error` event.
 - **Bodies** are JSON (RFC 8259, UTF-8). An unknown field, a field that is there twice, and a value of another type are errors.
 - **Streams** are server-sent events. Lines that begin with a colon are comments, which keep the connection open.
-- **OpenAI's clients** work as they are: `model` is the base model, an adapter, or several, as `math:0.7+safety:0.3`.
+- **OpenAI's clients** work as they are: `model` is the base model, an adapter, or several, as `math:1+safety:0.8`.
 """
 TAGS = (
     ("generate", "Answers, with any adapters, merged in the request."),
