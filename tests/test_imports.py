@@ -13,7 +13,7 @@ PACKAGES = ("lori", "server", "training")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 WEB = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "requests", "flask", "gradio", "prometheus_client", "http", "anyio"}
 BRIDGE = "server.engine.thread"
-LISTENER = "server.answers"
+LISTENER = "server.service.answers"
 """It hears several requests at once, in one of asyncio's tasks each: anyio's must not outlive a `yield`."""
 
 
