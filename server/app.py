@@ -7,13 +7,12 @@ from typing import TypedDict
 import anyio
 from fastapi import FastAPI
 
-from server.access.gate import Gate
+from server.access.gate import Gate, client_of
 from server.access.hosts import AllowedHosts, HostCheck
 from server.access.limits import TenantPlaces
 from server.catalog.comparison import Comparer
 from server.description.openapi import Api
 from server.description.responses import ADMINISTERING, GENERATING, refusals
-from server.errors import add_error_handlers
 from server.routes import (
     adapters,
     chat,
@@ -27,7 +26,8 @@ from server.routes import (
     tokens,
     vllm_adapters,
 )
-from server.service import Service
+from server.routes.error_replies import add_error_handlers
+from server.service.service import Service
 from server.telemetry.request_log import RequestLog, ScopeNote
 from server.transport.bodies import BodyLimit
 from server.transport.cors import Cors
@@ -68,6 +68,7 @@ def create_app(service: Service) -> FastAPI:
         max_s=service.settings.max_body_s,
         uploads=uploads,
         bodies=service.bodies,
+        client_of=client_of,
     )
     rate = None if service.num_ingresses else service.rate
     app.add_middleware(Gate, ring=service.keys, rate=rate, opens_metrics=service.settings.open_metrics)
@@ -75,7 +76,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(HostCheck, hosts=AllowedHosts.from_settings(service.settings))
     if service.settings.cors_origins:
         app.add_middleware(Cors, origins=service.settings.cors_origins)
-    app.add_middleware(RequestLog, service=service)
+    app.add_middleware(RequestLog, metrics=service.metrics, is_draining=lambda: service.is_draining)
     # /adapters/compare must come before /adapters/{name}, which would match it.
     for routes, tag, statuses in (
         (generate, "generate", GENERATING),

@@ -29,6 +29,7 @@ from server.access.policy import check_policies
 from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
 from server.catalog.inventory import take_inventory
+from server.catalog.stores import open_stores
 from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import FaultyAdapterError, Registered, Registry, candidates
@@ -46,9 +47,8 @@ from server.engine.scheduling.step_budget import StepLimits
 from server.engine.startup import check_logits, measure_step_cost, reference_logits
 from server.engine.step import StepExecutor
 from server.engine.thread import EngineThread
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
-from server.stores import open_stores
 from server.telemetry.gauges import make_metrics
 
 logger = logging.getLogger(__name__)

@@ -2,11 +2,10 @@
 
 from server.access.exposure import log_exposure
 from server.app import create_app
+from server.http_server import DrainingServer, http_config
 from server.loading import load_service
 from server.settings import Settings
 from server.telemetry.tracing import Tracing
-from server.transport.drain import DrainingServer
-from server.transport.http_config import http_config
 
 
 def serve(settings: Settings, tracing: Tracing | None) -> int:

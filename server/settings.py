@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from server.telemetry.logs import LogFormat
 from server.transport.bodies import max_counted_bytes
 
 MIB = 2**20
 MAX_RECEIVED = 4
 """Adapters that are received at once, by upload or from the hub. Each is in memory meanwhile."""
+LogFormat = Literal["text", "json"]
 HostName = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?)$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s,]+)$")]
 

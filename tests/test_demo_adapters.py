@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lori.format import read_config
-from server.stores import DEMO_ADAPTERS
+from server.catalog.stores import DEMO_ADAPTERS
 from tests.server.live import Live, start
 from training.evaluate import evaluate
 from training.evaluation.config import EvaluateConfig

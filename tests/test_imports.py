@@ -1,8 +1,11 @@
-"""Which module may import which: `server -> lori <- training`, no cycles, and one bridge between asyncio and torch."""
+"""Which module may import which: `server -> lori <- training`, the order of the server's packages, no cycles, and one bridge
+between asyncio and torch."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -13,8 +16,40 @@ PACKAGES = ("lori", "server", "training")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 WEB = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "requests", "flask", "gradio", "prometheus_client", "http", "anyio"}
 BRIDGE = "server.engine.thread"
-LISTENER = "server.answers"
+LISTENER = "server.service.answers"
 """It hears several requests at once, in one of asyncio's tasks each: anyio's must not outlive a `yield`."""
+ORDER = (
+    "lori",
+    "server.engine",
+    "server.schemas",
+    "server.affinity",
+    "server.transport",
+    "server.migration",
+    "server.settings",
+    "server.arguments",
+    "server.access",
+    "server.telemetry",
+    "server.errors",
+    "server.catalog",
+    "server.service",
+    "server.description",
+    "server.routes",
+    "server.app",
+    "server.loading",
+    "server.http_server",
+    "server.serving",
+    "server.start_checks",
+    "server.program",
+    "server.__main__",
+    "server.keys",
+    "server.client",
+    "server.plan",
+    "server.cluster",
+)
+"""The packages of the server, and its modules outside them, the lowest first. Each imports only from those before it, also for
+types. docs/architecture.md says what each is for."""
+PROGRAMS = {"server.plan": {"server.cluster", "ray", "fastapi"}, "server.cluster": {"server.plan", "torch"}}
+"""Programs beside the server, each with the modules that must not be imported with it."""
 
 
 def module_name(path: Path) -> str:
@@ -26,7 +61,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imports_of_source(source: str, module: str) -> set[str]:
-    """Returns the full names that `module` imports anywhere in `source`; `from a import b` gives both `a` and `a.b`."""
+    """Return the full names that `module` imports anywhere in `source`; `from a import b` gives both `a` and `a.b`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -45,17 +80,18 @@ def imports(module: str) -> frozenset[str]:
 
 
 def roots(module: str) -> set[str]:
-    """Returns the top-level packages that `module` imports."""
+    """Return the top-level packages that `module` imports."""
     return {name.partition(".")[0] for name in imports(module)}
 
 
 def ours(module: str) -> set[str]:
-    """Returns those of our modules that `module` imports; an empty `__init__.py` is no module."""
+    """Return those of our modules that `module` imports; an empty `__init__.py` is no module."""
     return {name for name in imports(module) if name in MODULES and name != module and MODULES[name].stat().st_size}
 
 
 def in_package(package: str) -> list[str]:
-    return [module for module in MODULES if module.split(".")[0] == package]
+    """Return the modules of `package` and of all packages in it; an empty `__init__.py` is no module."""
+    return [name for name, path in MODULES.items() if f"{name}.".startswith(f"{package}.") and path.stat().st_size]
 
 
 def test_the_checks_see_all_forms_of_import() -> None:
@@ -64,6 +100,34 @@ def test_the_checks_see_all_forms_of_import() -> None:
     assert found == {"a.b", "c", "d", "d.e", "server.engine.g", "server.engine.g.h", "server", "server.i", "j"}
     assert "server.engine.request" in imports("server.engine.engine")
     assert all(in_package(package) for package in PACKAGES)
+
+
+def place(module: str) -> int:
+    """Return the place of the package of `module` in `ORDER`."""
+    [place] = [place for place, package in enumerate(ORDER) if f"{module}.".startswith(f"{package}.")]
+    return place
+
+
+@pytest.mark.parametrize("module", in_package("server"))
+def test_packages_import_only_those_before_them(module: str) -> None:
+    later = {name for name in ours(module) if place(name) > place(module)}
+    assert not later, f"{ORDER[place(module)]} comes before {', '.join(sorted(ORDER[place(name)] for name in later))}"
+
+
+def test_the_order_names_only_what_there_is() -> None:
+    assert {ORDER[place(module)] for module in (*in_package("lori"), *in_package("server"))} == {*ORDER}
+
+
+def test_the_architecture_page_shows_this_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.partition("## The server's packages")[2].partition("\n## ")[0]
+    names = [name for line in section.splitlines() for name in re.findall("`([a-z_]+)`", line.partition(" | ")[0])]
+    assert [f"server.{name}" for name in names] == [name for name in ORDER if name not in ("lori", "server.__main__")]
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_only_the_cluster_imports_ray(module: str) -> None:
+    assert "ray" not in roots(module) or module.startswith("server.cluster.")
 
 
 @pytest.mark.parametrize("module", in_package("lori"))
@@ -97,10 +161,20 @@ def test_one_bridge_leads_from_asyncio_to_torch() -> None:
     assert not any("torch" in roots(module) for module in with_asyncio)
 
 
-def test_who_sends_requests_to_replicas_imports_no_torch() -> None:
-    """A cluster's ingresses and the process that started it took 300 MB each for it, and seconds."""
-    program = "import sys, server.cluster.deployment; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_cluster_and_planner_are_imported_without_each_other(package: str) -> None:
+    """With torch, a cluster's ingresses and the process that started it took 300 MB more each, and seconds."""
+    assert not loaded_with(in_package(package)) & PROGRAMS[package]
+
+
+def test_the_server_is_imported_without_the_programs_beside_it() -> None:
+    assert not loaded_with(["server.program", "server.serving", "server.keys", "server.client"]) & {*PROGRAMS, "ray"}
+
+
+def loaded_with(modules: Iterable[str]) -> set[str]:
+    """Return the modules that a new process has after it has imported `modules`."""
+    program = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    return {*subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()}
 
 
 def leads_to_torch(module: str) -> bool:

@@ -80,6 +80,14 @@ def caller_of(scope: Scope, ring: KeyRing | None, *, opens_metrics: bool = False
     return caller
 
 
+def client_of(scope: Scope) -> str:
+    """Return the client that a request's body counts for: its tenant, or its address if it has none."""
+    caller = scope.get("state", {}).get("caller")
+    if isinstance(caller, Caller) and caller.tenant:
+        return f"tenant {caller.tenant}"
+    return f"address {scope['client'][0] if scope.get('client') else ''}"
+
+
 def rate_refusal(scope: Scope, caller: Caller, rate: RateLimiter) -> JSONResponse | None:
     """Count a request by its headers. Return the 429 response if it exceeds its tenant's rate, else None.
 

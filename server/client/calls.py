@@ -8,10 +8,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from server.affinity import ANY, adapter_names, key_of
 from server.client.errors import UnexpectedReplyError
 from server.client.fields import GenerateFields, MessageFields
-from server.cluster.affinity import ANY, key_of
-from server.cluster.destination import adapter_names
 from server.schemas.generation import GenerateReply, Health
 from server.schemas.tokens import DetokenizeReply, TokenizeReply
 

@@ -6,17 +6,13 @@ needed are built: a mebibyte takes at most 3 ms, and a batch of prompts as much 
 
 import re
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
 
 import msgspec
 from msgspec import Raw
 from msgspec.structs import astuple
 
-from lori.names import NAME
-from server.cluster.affinity import ANY, key_of
-from server.model_names import find_parts
+from server.affinity import ANY, adapter_names, key_of
 from server.schemas.completions import MAX_PROMPTS
-from server.schemas.fields import MAX_ADAPTERS
 
 ADMIN_PREFIXES = ("/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 METRICS_PATH, ADAPTERS_PATH = "/metrics", "/adapters"
@@ -93,19 +89,3 @@ def num_prompts(fields: Fields) -> int:
         return 1
     number = len(elements) - elements.count(ABSENT)
     return number if number <= MAX_PROMPTS else 1
-
-
-def adapter_names(body: Mapping[str, object], base_model: str) -> Iterator[str]:
-    """Yield the names of the adapters in a body's fields, without versions. Skips everything that cannot be an adapter's name.
-
-    A field with more than `MAX_ADAPTERS` names is not parsed: no replica accepts it, and other requests would wait meanwhile.
-    """
-    for field in ("adapter", "adapters"):
-        value = body.get(field)
-        items = value if isinstance(value, (list, tuple)) else [value]
-        for item in items if len(items) <= MAX_ADAPTERS else ():
-            reference = item.get("name") if isinstance(item, dict) else item
-            if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
-                yield name
-    if isinstance(model := body.get("model"), str) and model != base_model and model.count("+") < MAX_ADAPTERS:
-        yield from (part["reference"].partition("@")[0] for part in find_parts(model) if part)

@@ -14,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access.gate import client_of
 from server.access.hosts import AllowedHosts
 from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
-from server.cluster.affinity import ANY
+from server.affinity import ANY
 from server.cluster.destination import METRICS_PATH, affinity_key, is_for_all_replicas, read_fields
 from server.cluster.merged_replies import merged_adapters, merged_metrics
 from server.cluster.refusal import batch_refusal, checked_caller
@@ -98,7 +99,7 @@ class Ingress:
         self._num_received, self._opens_metrics = 0, settings.open_metrics
         uploads = {UPLOAD: settings.max_upload_bytes}
         bodies = Bodies(settings.max_bodies_mib * MIB, settings.max_body_bytes)
-        self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads, bodies)
+        self._limited = BodyLimit(self._answer, settings.max_body_bytes, settings.max_body_s, uploads, bodies, client_of)
         self._app: ASGIApp = Cors(self._authorize, settings.cors_origins) if settings.cors_origins else self._authorize
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -5,7 +5,7 @@ import time
 from ray.serve._private.common import ReplicaID
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from server.cluster.affinity import ANY, LoadBound, preferred
+from server.affinity import ANY, LoadBound, preferred
 
 PATIENCE_S = 2.0
 """Seconds that a replica may take to report its requests under way. Within Ray's 0.1 s a replica that computes a step may not

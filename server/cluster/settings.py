@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from server.cluster.affinity import LoadBound
+from server.affinity import LoadBound
 from server.settings import Settings
 
 DEFAULT_BOUND = LoadBound()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from lori.errors import UnknownAdapterError
 from lori.names import MISSPELT, near_names
-from server.model_names import UnknownModelError, find_parts
+from server.schemas.model_names import UnknownModelError, find_parts
 
 SEPARATORS = re.compile(r"[\s+,;|&]+")
 IsKnown = Callable[[str], bool]

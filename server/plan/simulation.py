@@ -1,7 +1,7 @@
 """Simulation of replicas that serve very many adapters, some popular and most not, under a routing policy.
 
 Arrivals are a Poisson process, popularity is Zipf's, and the lengths of answers are geometric. The same seed gives the same
-requests to each policy. The policy "affinity" is that of the cluster: `server.cluster.affinity`.
+requests to each policy. The policy "affinity" is that of the cluster: `server.affinity`.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from server.cluster.affinity import ANY, LoadBound, key_of, preferred, ranked
+from server.affinity import ANY, LoadBound, key_of, preferred, ranked
 from server.plan.replica import Replica, ReplicaSizes, SimulatedRequest
 
 Policy = Literal["affinity", "least loaded", "random"]

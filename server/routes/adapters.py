@@ -12,16 +12,16 @@ from starlette.requests import ClientDisconnect
 from lori.names import NAME, VERSION
 from lori.store.hub import SCHEME, name_in
 from server.catalog.admin import Withdrawal
-from server.catalog.rows import describe_details, describe_one, encode_list
 from server.description.responses import refusals
 from server.engine.adapters.registry import Registered
 from server.engine.admission import RefusedError
+from server.routes.adapter_rows import describe_details, describe_one, encode_list
 from server.routes.dependencies import CallerOf, ServiceOf, require_admin
 from server.routes.json_route import JsonRoute
 from server.routes.references import find
 from server.routes.uploads import REQUEST_BODY, checked_name, checked_reference, hub_body, read_upload
 from server.schemas.adapters import AdapterDetail, AdapterInfo, AdapterList, AliasBody, WithdrawnReply
-from server.service import Service
+from server.service.service import Service
 
 router = APIRouter()
 admin = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_admin)])

@@ -10,7 +10,6 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
-from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import Ask
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
@@ -33,7 +32,8 @@ from server.schemas.chat import (
     TopLogprob,
 )
 from server.schemas.errors import ErrorReply
-from server.service import Service
+from server.service.answers import Answer, collect, until_disconnect
+from server.service.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 STREAM = streams(

@@ -11,7 +11,6 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
-from server.answers import Answer, collect_all, interleaved, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import Ask, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
@@ -24,7 +23,8 @@ from server.routes.openai import DONE, errors_in_fields_of, finish_reason, sse, 
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import Logprobs
-from server.service import Service
+from server.service.answers import Answer, collect_all, interleaved, until_disconnect
+from server.service.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 STREAM = streams(

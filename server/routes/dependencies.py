@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.access.caller import NO_KEYS, Caller, ForbiddenError
-from server.service import Service
+from server.service.service import Service
 
 
 def get_service(request: Request) -> Service:

@@ -9,7 +9,6 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from lori.errors import UnknownAdapterError
-from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import Ask, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
@@ -33,7 +32,8 @@ from server.schemas.generation import (
     Usage,
 )
 from server.schemas.grammars import to_grammar
-from server.service import Service
+from server.service.answers import Answer, collect, until_disconnect
+from server.service.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 STREAM = streams(

@@ -15,9 +15,10 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from server.access.gate import client_of
 from server.errors import BodyError
-from server.service import Service
-from server.transport.bodies import HELD_KEY, PARSED_BYTES, HeldBody, client_of
+from server.service.service import Service
+from server.transport.bodies import HELD_KEY, PARSED_BYTES, HeldBody
 from server.transport.strict_json import MAX_VALUES, JsonError, read_json
 
 

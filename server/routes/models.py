@@ -8,11 +8,11 @@ from fastapi.responses import Response
 
 from server.description.responses import refusals
 from server.engine.adapters.registry import MayUse, Registered
-from server.model_names import is_base, parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.references import find_model
+from server.schemas.model_names import is_base, parse_model
 from server.schemas.openai import ModelCard, ModelList
-from server.service import Service
+from server.service.service import Service
 
 router = APIRouter()
 STARTED = int(time.time())

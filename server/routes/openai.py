@@ -11,14 +11,14 @@ from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapter
 from server.engine.admission import Ask, Prompt, RefusedError
 from server.engine.request import DoneEvent, Request
 from server.errors import FieldError
-from server.model_names import NamedModel, parse_model
 from server.routes.generate import to_adapters, to_merge, to_timings
 from server.routes.references import explained_adapter, explained_model
 from server.schemas.chat import ChatChunk
 from server.schemas.completions import CompletionReply
 from server.schemas.grammars import to_grammar
+from server.schemas.model_names import NamedModel, parse_model
 from server.schemas.openai import CachedTokens, FinishReason, LoriReply, OpenAIBody, OpenAIUsage
-from server.service import Service
+from server.service.service import Service
 
 DONE = format_sse_event(data_str="[DONE]")
 

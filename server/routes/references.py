@@ -9,8 +9,8 @@ from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError, Registered, resolve
 from server.errors import FieldError
 from server.migration.names import IsKnown, unknown_adapter, unknown_model
-from server.model_names import UnknownModelError, is_base
-from server.service import Service
+from server.schemas.model_names import UnknownModelError, is_base
+from server.service.service import Service
 
 
 async def find(service: Service, caller: Caller, references: Sequence[str], field: str) -> list[Registered]:

@@ -10,13 +10,13 @@ from lori.summary import Summary
 from lori.template import Message
 from server.access.caller import Caller
 from server.engine.admission import prompt_size
-from server.model_names import parse_model
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.json_route import JsonRoute
 from server.routes.references import find_model
+from server.routes.token_texts import text_of, token_ids, token_texts
+from server.schemas.model_names import parse_model
 from server.schemas.tokens import DetokenizeBody, DetokenizeReply, TokenizeBody, TokenizeReply
-from server.service import Service
-from server.token_texts import text_of, token_ids, token_texts
+from server.service.service import Service
 
 router = APIRouter(route_class=JsonRoute)
 

@@ -15,7 +15,7 @@ from server.routes.json_route import JsonRoute
 from server.routes.uploads import checked_name
 from server.schemas.adapters import HUB_ID, REVISION, LoadLoraBody, UnloadLoraBody
 from server.schemas.errors import error_reply
-from server.service import Service
+from server.service.service import Service
 
 router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_admin)])
 ON_HUB = re.compile(f"({SCHEME})?(?P<id>{HUB_ID[1:-1]})(@(?P<revision>{REVISION[1:-1]}))?")

@@ -6,7 +6,7 @@ from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.registry import Registry
 from server.engine.request import Request, Sequence
 from server.engine.scheduling.scheduler import Scheduler
-from server.model_names import model_of
+from server.schemas.model_names import model_of
 from server.telemetry.metrics import Metrics
 
 

@@ -4,14 +4,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Literal, TextIO
+from typing import TextIO
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 from lori.printable import printable_lines
+from server.settings import LogFormat
 
-LogFormat = Literal["text", "json"]
 UVICORN_FIELD = "color_message"
 """A field of uvicorn's records: the message once more, for a terminal."""
 RAY_FIELD = "_ray_timestamp_ns"

@@ -5,16 +5,17 @@ Neither prompts nor answers are logged, unless the operator asks for them.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import unknown_reply
-from server.service import Service
+from server.schemas.errors import error_reply
 from server.telemetry.account import Account
+from server.telemetry.exchange import Exchange, current
+from server.telemetry.metrics import Metrics
 from server.telemetry.trace_attributes import Span, attributes
-from server.transport.exchange import Exchange, current
 from server.transport.request_id import HEADER, request_id
 
 logger, error_logger = logging.getLogger("server.request"), logging.getLogger(__name__)
@@ -30,15 +31,18 @@ MESSAGE = "%s %s %d"
 
 
 class RequestLog:
-    """Middleware that gives each request an id, which its answer carries, and logs the request when it is over."""
+    """Middleware that gives each request an id, which its answer carries, and logs the request when it is over.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    While `is_draining()`, each answer closes its connection.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, is_draining: Callable[[], bool]) -> None:
+        self._app, self._metrics, self._is_draining = app, metrics, is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and watch its outcome."""
         if scope["type"] == "http":
-            await _WatchedRequest(self._service, scope, receive, send).run(self._app)
+            await _WatchedRequest(self._metrics, self._is_draining, scope, receive, send).run(self._app)
         else:
             await self._app(scope, receive, send)
 
@@ -59,8 +63,9 @@ class ScopeNote:
 class _WatchedRequest:
     # One request and its outcome, from its messages.
 
-    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-        self._service, self._scope, self._receive, self._send = service, scope, receive, send
+    def __init__(self, metrics: Metrics, is_draining: Callable[[], bool], scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics, self._is_draining = metrics, is_draining
+        self._scope, self._receive, self._send = scope, receive, send
         self._exchange = Exchange(request_id(scope["headers"]))
         self._span: Span | None = scope.setdefault("state", {}).get("span")
         self._started = time.monotonic()
@@ -78,7 +83,7 @@ class _WatchedRequest:
             error_logger.error("%s failed", self._exchange.id, exc_info=error)
             if self._span:
                 self._span.record_exception(error)
-            await unknown_reply()(self._scope, self.receive, self.send)
+            await _failed_reply()(self._scope, self.receive, self.send)
         finally:
             self._end()
 
@@ -92,7 +97,7 @@ class _WatchedRequest:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             message["headers"] = [*message.get("headers", ()), (HEADER, self._exchange.id.encode()), NO_SNIFF]
-            if self._service.is_draining:
+            if self._is_draining():
                 message["headers"].append((b"connection", b"close"))
         elif not message.get("more_body", False):
             self._is_whole = not self._has_disconnected
@@ -101,13 +106,13 @@ class _WatchedRequest:
 
     def _trace(self) -> None:
         if self._span and self._span.is_recording():
-            self._span.set_attributes(attributes(self._exchange, self._service.base_model))
+            self._span.set_attributes(attributes(self._exchange, self._metrics.base_model))
 
     def _end(self) -> None:
         self._trace()
         route = getattr((self._exchange.scope or self._scope).get("route"), "path", NO_ROUTE)
         status = self._status or CLIENT_CLOSED
-        self._service.metrics.count_answer(route, status)
+        self._metrics.count_answer(route, status)
         level = logging.DEBUG if route in PROBES and status < 400 else logging.INFO
         if logger.isEnabledFor(level):
             logger.log(level, MESSAGE, self._scope["method"], route, status, extra=self._fields(route, status))
@@ -132,6 +137,11 @@ class _WatchedRequest:
         if self._exchange.accounts:
             fields |= _account_fields(self._exchange.accounts)
         return {key: value for key, value in fields.items() if value is not None}
+
+
+def _failed_reply() -> JSONResponse:
+    # The traceback is in the log.
+    return JSONResponse(error_reply(500, "InternalServerError", "the server failed; its log says why", None), 500)
 
 
 def _account_fields(accounts: Sequence[Account]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from server.transport.exchange import Exchange
+from server.telemetry.exchange import Exchange
 
 Value = str | bool | int | float | Sequence[str] | Sequence[float]
 

@@ -4,7 +4,7 @@ Used by one event loop.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -13,7 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.access.caller import Caller
 from server.schemas.errors import error_reply, kind_of
 from server.transport.strict_json import MAX_VALUES
 
@@ -92,14 +91,6 @@ class Bodies:
             del self._by_client[client]
 
 
-def client_of(scope: Scope) -> str:
-    """Return the client that a request's body counts for: its tenant, or its address if it has none."""
-    caller = scope.get("state", {}).get("caller")
-    if isinstance(caller, Caller) and caller.tenant:
-        return f"tenant {caller.tenant}"
-    return f"address {scope['client'][0] if scope.get('client') else ''}"
-
-
 class HeldBody:
     """The bytes of one body in `Bodies`, without the first `FREE_BYTES`."""
 
@@ -145,14 +136,21 @@ class BodyLimit:
     `BYTES_PER_S`. It answers 400 to an encoded body, which would be read as if it were not encoded.
 
     `uploads` has the limits of routes that take uploads, by method and path. All other bodies take room in `bodies` as they come,
-    and release it when their requests end: 503 if there is none, 429 if their client has used up its share.
+    and release it when their requests end: 503 if there is none, 429 if their client has used up its share. `client_of` returns
+    the client that a request's body counts for.
     """
 
     def __init__(
-        self, app: ASGIApp, max_bytes: int, max_s: float, uploads: Mapping[tuple[str, str], int], bodies: Bodies
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        max_s: float,
+        uploads: Mapping[tuple[str, str], int],
+        bodies: Bodies,
+        client_of: Callable[[Scope], str],
     ) -> None:
         self._app, self._max_bytes, self._max_s = app, max_bytes, max_s
-        self._uploads, self._bodies = uploads, bodies
+        self._uploads, self._bodies, self._client_of = uploads, bodies, client_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and count the bytes of its body."""
@@ -171,7 +169,7 @@ class BodyLimit:
         if fault := _coding_fault(scope["headers"]):
             await _refusal(400, fault)(scope, receive, send)
             return
-        held = None if route in self._uploads else HeldBody(self._bodies, client_of(scope))
+        held = None if route in self._uploads else HeldBody(self._bodies, self._client_of(scope))
         if held and (no_room := held.refusal(int(announced))):
             await _refusal(no_room.status, no_room.message, no_room.headers)(scope, receive, send)
             return

@@ -24,14 +24,13 @@ from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
-from server.service import Service
+from server.http_server import DrainingServer, http_config
+from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.logs import configure_log
 from server.telemetry.metrics import Metrics
 from server.telemetry.request_log import RequestLog
 from server.telemetry.spans import Spans
-from server.transport.drain import DrainingServer
-from server.transport.http_config import http_config
 from tests.server.live import ADDRESS, wait_until
 from tests.server.otlp import collector
 from tests.server.rig import FakeEngine

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerFast
 
-from server.service import Service
+from server.service.service import Service
 from tests.server.keyed import make_service
 from tests.server.live import serve_here
 from tests.server.rig import FakeEngine

@@ -14,7 +14,7 @@ from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.thread import EngineThread
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from tests.server.live import HOST, serve_here

@@ -21,10 +21,9 @@ from starlette.types import ASGIApp
 
 from lori.kernels.native import MAX_ISA_VARIABLE
 from server.app import create_app
-from server.service import Service
+from server.http_server import DrainingServer, http_config
+from server.service.service import Service
 from server.settings import Settings
-from server.transport.drain import DrainingServer
-from server.transport.http_config import http_config
 
 LIMIT_S = 120
 """How long anything may take on a busy machine before a test gives up."""

@@ -15,7 +15,7 @@ from lori.format import CARD_FILE, WEIGHTS_FILE
 from lori.store.entry import Entry
 from lori.store.store import AdapterStore
 from server.loading import load_service
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from tests.server.keyed import bearer, key_table
 from tests.server.live import serve_here, wait_until

@@ -4,11 +4,10 @@ import logging
 
 from server.access.caller import Caller
 from server.app import create_app
+from server.http_server import DrainingServer, http_config
 from server.loading import load_service
 from server.routes.dependencies import get_caller
 from server.settings import Settings
-from server.transport.drain import DrainingServer
-from server.transport.http_config import http_config
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
 from server.engine.step import Emit
 from server.loading import make_grammars, make_pool, make_registry
-from server.service import Service
+from server.service.service import Service
 from tests.server.plans import step_limits
 from tests.tiny import save_tiny_model, tiny_llama_config, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from server.engine.admission import Ask
 from server.engine.request import Request
 from server.engine.step import Emit
 from server.loading import load_service
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
 from tests.server.live import events, wait_until

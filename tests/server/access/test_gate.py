@@ -16,11 +16,11 @@ from starlette.types import Message, Scope
 from transformers import PreTrainedTokenizerFast
 
 from server.access.caller import Caller
-from server.access.gate import Gate
+from server.access.gate import Gate, client_of
 from server.app import create_app
-from server.errors import add_error_handlers
 from server.routes.dependencies import CallerOf, require_admin
-from server.service import Service
+from server.routes.error_replies import add_error_handlers
+from server.service.service import Service
 from tests.server import live
 from tests.server.keyed import ACME, ADMIN, MONITOR, OTHER, bearer, make_service, refusal, served, write_keys
 
@@ -304,3 +304,16 @@ def test_origins_that_are_named_may_ask_with_a_key(tokenizer: PreTrainedTokenize
         assert (refused.status_code == 200) is (origin == "*")
         if origin != "*":
             assert "access-control-allow-origin" not in client.get("/adapters", headers=stranger | bearer(OTHER)).headers
+
+
+@pytest.mark.parametrize(
+    ("scope", "client"),
+    [
+        ({"state": {"caller": Caller(tenant="acme")}, "client": ("10.0.0.1", 5)}, "tenant acme"),
+        ({"state": {"caller": Caller(is_admin=True)}, "client": ("10.0.0.1", 5)}, "address 10.0.0.1"),
+        ({"client": ("10.0.0.1", 6)}, "address 10.0.0.1"),
+        ({"client": None}, "address "),
+    ],
+)
+def test_a_body_is_its_tenant_s_or_its_address_s(scope: Scope, client: str) -> None:
+    assert client_of(scope) == client

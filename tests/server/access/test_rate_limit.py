@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from server.access.gate import Gate
 from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
-from server.service import Service
+from server.service.service import Service
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
 from tests.server.live import LIMIT_S, start
 from tests.server.rig import FakeEngine

@@ -23,7 +23,7 @@ from server.engine.engine import Engine
 from server.engine.thread import EngineThread
 from server.loading import make_registry
 from server.routes import comparison
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from tests.server.keyed import ACME, OTHER, bearer, make_service, write_keys

@@ -11,7 +11,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.cluster.affinity import key_of, ranked
+from server.affinity import key_of, ranked
 from server.transport.sockets import free_port
 from tests.server.live import run_main, wait_until
 

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from server.cluster.affinity import ANY, key_of
+from server.affinity import ANY, key_of
 from server.cluster.destination import MAX_NAMING_BYTES, affinity_key, is_for_all_replicas, num_prompts, read_fields
 from server.schemas.completions import MAX_PROMPTS
 from server.schemas.fields import MAX_ADAPTERS, MAX_WEIGHT

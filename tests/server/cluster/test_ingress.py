@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from server.access.caller import Caller, ForbiddenError
 from server.access.key_ring import KeyRing
 from server.cluster.ingress import MAX_TRIES, Ingress, NoReplicaError, ReplicaLostError
-from server.errors import on_table_error
 from server.routes.dependencies import require_admin
+from server.routes.error_replies import on_table_error
 from server.settings import MAX_RECEIVED, Settings
 from tests.server.keyed import ACME, ADMIN, MONITOR, bearer, make_service, write_keys
 from tests.server.live import LIMIT_S

@@ -20,7 +20,7 @@ from server.access.limits import RateLimitedError
 from server.app import create_app
 from server.cluster.ingress import Ingress
 from server.cluster.relay import answer
-from server.errors import on_table_error
+from server.routes.error_replies import on_table_error
 from server.schemas.completions import MAX_PROMPTS
 from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, write_keys

@@ -9,8 +9,8 @@ from ray.exceptions import ActorUnavailableError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest, RunningReplica
 
+from server.affinity import ranked
 from server.cluster import router as router_module
-from server.cluster.affinity import ranked
 from server.cluster.router import AdapterRouter
 from tests.server.live import LIMIT_S
 

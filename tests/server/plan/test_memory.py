@@ -15,10 +15,10 @@ from lori.kernels import native
 from lori.packed_adapter import PackedAdapter, PackedReader
 from lori.pool import AdapterPool
 from lori.projection import quantize
+from server.catalog.stores import DEMO_ADAPTERS
 from server.engine.model.runner import Runner, bytes_per_token
 from server.plan.memory import adapter_sizes, basis_bytes, gib, model_sizes
 from server.plan.speed import HELD_FACTOR, RESERVED_FACTOR
-from server.stores import DEMO_ADAPTERS
 from tests.tiny import save_tiny_model, tiny_llama_config
 
 BF16 = torch.bfloat16

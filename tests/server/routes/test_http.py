@@ -27,7 +27,7 @@ from server.engine.step import Emit
 from server.engine.thread import EngineThread
 from server.routes.event_stream import EventStream
 from server.schemas.generation import GenerateReply
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from tests.server.live import HOST, LIMIT_S, MAX_BODY_BYTES, RUNNING, Live, events, serve_here, wait_until

@@ -16,7 +16,7 @@ from server.engine.admission import Ask
 from server.engine.request import Request
 from server.routes import json_route
 from server.schemas import generation
-from server.text_threads import LONG, TenantSemaphores
+from server.service.text_threads import LONG, TenantSemaphores
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
 from tests.server.live import LIMIT_S

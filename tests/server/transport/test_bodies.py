@@ -10,14 +10,12 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Scope
 from transformers import PreTrainedTokenizerFast
 
-from server.access.caller import Caller
 from server.schemas.errors import KINDS
-from server.service import Service
+from server.service.service import Service
 from server.settings import MIB, Settings
-from server.transport.bodies import FREE_BYTES, PARSED_BYTES, Bodies, HeldBody, client_of, max_counted_bytes
+from server.transport.bodies import FREE_BYTES, PARSED_BYTES, Bodies, HeldBody, max_counted_bytes
 from server.transport.strict_json import MAX_VALUES
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, refusal, write_keys
@@ -69,19 +67,6 @@ def test_what_is_given_back_is_what_was_taken(sizes: list[tuple[str, int]]) -> N
         body.release()
         body.release()
     assert bodies.num_bytes == 0
-
-
-@pytest.mark.parametrize(
-    ("scope", "client"),
-    [
-        ({"state": {"caller": Caller(tenant="acme")}, "client": ("10.0.0.1", 5)}, "tenant acme"),
-        ({"state": {"caller": Caller(is_admin=True)}, "client": ("10.0.0.1", 5)}, "address 10.0.0.1"),
-        ({"client": ("10.0.0.1", 6)}, "address 10.0.0.1"),
-        ({"client": None}, "address "),
-    ],
-)
-def test_a_body_is_its_tenant_s_or_its_address_s(scope: Scope, client: str) -> None:
-    assert client_of(scope) == client
 
 
 def test_the_flag_leaves_room_for_one_body() -> None:

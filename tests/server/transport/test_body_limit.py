@@ -45,7 +45,7 @@ def received(parts: Iterable[tuple[float, int]], path: str = "/adapters") -> int
     async def send(_: Message) -> None:
         raise AssertionError("nothing is answered here")
 
-    limit = BodyLimit(read, MAX_BYTES, MAX_S, {UPLOAD: MAX_UPLOAD}, Bodies(MAX_BYTES, MAX_BYTES))
+    limit = BodyLimit(read, MAX_BYTES, MAX_S, {UPLOAD: MAX_UPLOAD}, Bodies(MAX_BYTES, MAX_BYTES), lambda _: "")
     scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(limit(scope, receive, send))

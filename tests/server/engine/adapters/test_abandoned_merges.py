@@ -15,7 +15,7 @@ from lori.errors import MergeCancelledError
 from lori.merge import merge
 from server.engine.adapters import loader
 from server.loading import load_service
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from tests.server.live import LIMIT_S, serve_here, wait_until
 

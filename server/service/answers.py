@@ -11,7 +11,7 @@ from fastapi import Request as HttpRequest
 
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent, TokenLogprob
 from server.errors import FAILURES, EngineError
-from server.service import Service
+from server.service.service import Service
 
 Result = TypeVar("Result")
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from server.engine.admission import Admission, RefusedError
 from server.engine.grammar import CrowdedError, Grammar
-from server.grammar_checks import MAX_PER_TENANT, GrammarChecks
+from server.service.grammar_checks import MAX_PER_TENANT, GrammarChecks
 from tests.server.keyed import ACME, OTHER, bearer, write_keys
 from tests.server.live import LIMIT_S, Live, start, wait_until
 

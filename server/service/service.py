@@ -17,13 +17,13 @@ from server.engine.admission import Admission, Ask, Caps, RefusedError, check_nu
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
-from server.grammar_checks import GrammarChecks
+from server.service.grammar_checks import GrammarChecks
+from server.service.text_threads import TenantSemaphores, TextThreads
 from server.settings import MIB, Settings
 from server.telemetry.account import Account
+from server.telemetry.exchange import current
 from server.telemetry.metrics import Metrics
-from server.text_threads import TenantSemaphores, TextThreads
 from server.transport.bodies import Bodies, max_counted_bytes
-from server.transport.exchange import current
 
 HasLeft = Callable[[], Awaitable[bool]]
 

@@ -10,7 +10,7 @@ from lori.store.remote_folder import RemoteFolder, is_url, redacted
 from lori.store.store import AdapterStore
 from server.settings import Settings
 
-DEMO_ADAPTERS = Path(__file__).parent / "adapters"
+DEMO_ADAPTERS = Path(__file__).parents[1] / "adapters"
 GIB = 2**30
 NUM_DIGITS = 16
 """Hexadecimal digits of the digest of an address, which names its cache folder."""

@@ -17,7 +17,7 @@ from server.engine.engine import Engine
 from server.engine.request import DoneEvent, Request
 from server.engine.thread import EngineThread
 from server.errors import BusyError
-from server.service import Service
+from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from tests.server.live import LIMIT_S

@@ -7,8 +7,8 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from server import text_threads
-from server.text_threads import (
+from server.service import text_threads
+from server.service.text_threads import (
     LONG,
     MAX_LONG_THREADS,
     MAX_SHORTER_THREADS,

@@ -11,7 +11,6 @@ import pytest
 from fastapi import Request as HttpRequest
 from transformers import PreTrainedTokenizerFast
 
-from server.answers import Answer, collect, collect_all, interleaved, until_disconnect
 from server.engine.adapters.registry import Registry
 from server.engine.admission import Admission
 from server.engine.engine import Engine
@@ -19,7 +18,8 @@ from server.engine.request import DoneEvent, ErrorEvent, ErrorKind, Event, Reque
 from server.engine.step import Emit
 from server.engine.thread import EngineThread
 from server.errors import AdapterFailedError, EngineError, OutOfTimeError, StoppedError
-from server.service import Service
+from server.service.answers import Answer, collect, collect_all, interleaved, until_disconnect
+from server.service.service import Service
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from tests.server.live import LIMIT_S

@@ -1,4 +1,4 @@
-"""Graceful shutdown: no request that was sent to the server is lost.
+"""The HTTP server: uvicorn with this project's configuration, and with a graceful shutdown that loses no request.
 
 SIGTERM turns /ready off. During a notice, connections are accepted as before, and every answer closes its connection, so that
 clients and load balancers go elsewhere. Then new connections are refused, requests on existing ones are answered, and idle ones
@@ -8,6 +8,7 @@ A server whose engine has died ends by itself, without the drain time: nothing r
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,10 +16,13 @@ from types import FrameType
 
 import anyio
 import uvicorn
+from starlette.types import ASGIApp
 
 from server.engine.thread import end_process_after
-from server.service import Service
+from server.service.service import Service
+from server.settings import Settings
 from server.transport.connections import BoundedState, IdleConnections, is_readable
+from server.transport.http_protocol import HttpProtocol
 from server.transport.sockets import connection_room, refuse_connections
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,25 @@ FAILED_NOTICE_S = 2.0
 """Seconds that a server whose engine has died still answers: long enough for one probe a second."""
 LAST_RESORT_S = 10.0
 """Seconds until a failed server's process is killed. A shutdown that is not stuck takes 8 s at most."""
+
+
+def http_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """Return the configuration of a server that answers with `app` at the address of `settings`.
+
+    Shared by `python -m server` and the tests, so that the tests run the real configuration.
+    """
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=HttpProtocol,
+        ws="none",  # a web socket request is answered like any other
+        lifespan="on",  # otherwise uvicorn ignores a task that fails
+        log_config=None,  # our log configuration also covers uvicorn's loggers
+        access_log=False,
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
+        timeout_graceful_shutdown=GRACE_S,
+    )
 
 
 class DrainingServer(uvicorn.Server):

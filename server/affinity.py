@@ -7,8 +7,12 @@ HTTP.
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from lori.names import NAME
+from server.schemas.fields import MAX_ADAPTERS
+from server.schemas.model_names import find_parts
 
 ANY = ""
 """The key of a request that names no adapter, for the least loaded replica."""
@@ -32,6 +36,22 @@ class LoadBound:
 def key_of(names: Iterable[str]) -> str:
     """Return the key of a set of adapter names, independent of their order; `ANY` for none."""
     return "+".join(sorted(set(names)))
+
+
+def adapter_names(body: Mapping[str, object], base_model: str) -> Iterator[str]:
+    """Yield the names of the adapters in a body's fields, without versions. Skips everything that cannot be an adapter's name.
+
+    A field with more than `MAX_ADAPTERS` names is not parsed: no replica accepts it, and other requests would wait meanwhile.
+    """
+    for field in ("adapter", "adapters"):
+        value = body.get(field)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        for item in items if len(items) <= MAX_ADAPTERS else ():
+            reference = item.get("name") if isinstance(item, dict) else item
+            if isinstance(reference, str) and NAME.fullmatch(name := reference.partition("@")[0]):
+                yield name
+    if isinstance(model := body.get("model"), str) and model != base_model and model.count("+") < MAX_ADAPTERS:
+        yield from (part["reference"].partition("@")[0] for part in find_parts(model) if part)
 
 
 def ranked(key: str, replicas: Iterable[str]) -> Sequence[str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.cluster.affinity import ANY, LoadBound, key_of, preferred, ranked
+from server.affinity import ANY, LoadBound, key_of, preferred, ranked
 
 REPLICAS = [f"replica-{i}" for i in range(8)]
 BOUND = LoadBound()

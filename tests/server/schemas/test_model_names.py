@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.model_names import NamedModel, model_of, parse_model
+from server.schemas.model_names import NamedModel, model_of, parse_model
 
 BASE = "base"
 

@@ -9,8 +9,8 @@ import pytest
 from lori.errors import AdapterError
 from lori.store.remote import RemoteStore
 from lori.store.store import AdapterStore
+from server.catalog.stores import open_stores
 from server.settings import Settings
-from server.stores import open_stores
 from tests.lori.remotes import Broken, Gate, WatchedFileSystem, let
 
 

@@ -16,7 +16,7 @@ from server.catalog.files import Details
 from server.engine.adapters.registry import Registered
 from server.engine.adapters.residents import TierUsage
 from server.schemas.adapters import AdapterDetail, AdapterInfo, FaultyAdapter, ModuleInfo
-from server.service import Service
+from server.service.service import Service
 
 NUM_AT_ONCE = 32
 """Rows that are written before other threads may run: about half a millisecond."""

@@ -16,10 +16,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.service import Service
+from server.http_server import DrainingServer, http_config
+from server.service.service import Service
 from server.settings import Settings
-from server.transport.drain import DrainingServer
-from server.transport.http_config import http_config
 from server.transport.sockets import refuse_connections
 from tests.server.live import LIMIT_S, Live, events, start, wait_until
 
