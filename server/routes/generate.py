@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -10,6 +9,7 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from lori.errors import UnknownAdapterError
+from lori.template import Template
 from server.answers import Answer, collect, until_disconnect
 from server.description.responses import streams
 from server.engine.admission import GenerateRequest, Prompt, TokenPrompt
@@ -65,16 +65,23 @@ async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller
 def to_request(body: GenerateBody) -> GenerateRequest:
     """Return the engine's request for a body."""
     names, weights = body.to_adapters(body.adapter)
-    request = shared_request(body, _to_prompt(body), names, weights)
-    return replace(request, template=body.template, max_tokens=body.max_tokens)
+    return shared_request(body, _to_prompt(body), names, weights, template=body.template, max_tokens=body.max_tokens)
 
 
 def shared_request(
-    body: GenerateBody | OpenAIBody, prompt: Prompt, adapters: tuple[str, ...], weights: tuple[float, ...] | None
+    body: GenerateBody | OpenAIBody,
+    prompt: Prompt,
+    adapters: tuple[str, ...],
+    weights: tuple[float, ...] | None,
+    *,
+    template: Template | None = None,
+    max_tokens: int | None = None,
 ) -> GenerateRequest:
-    """Return the engine's request for a body of any route, without the template and the length of the answer."""
+    """Return the engine's request for a body of any route. The arguments are the fields that routes have in other forms."""
     return GenerateRequest(
         prompt=prompt,
+        template=template,
+        max_tokens=max_tokens,
         adapters=adapters,
         weights=weights,
         merge=body.to_merge(),

@@ -100,7 +100,8 @@ class SamplingFields(Body):
         A parameter that is a field of the body is taken as it is, unless `CONVERTED` names it. A body that has a parameter under
         another name overrides this method.
         """
-        same = {name: getattr(self, name) for name in SHARED if name in type(self).model_fields}
+        own_fields = type(self).model_fields
+        same = {name: getattr(self, name) for name in SHARED if name in own_fields}
         return SamplingParams(
             **same,
             # -100 forbids a token, which is also its effect at OpenAI.
