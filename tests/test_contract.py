@@ -8,7 +8,7 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.format import load_adapter
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.request import Chunk
 from server.loading import load_service
 from server.settings import Settings
@@ -66,7 +66,9 @@ def test_served_logits_are_those_of_the_base_with_the_delta_folded_in(
     service = load_service(Settings(model=str(tiny_model), adapters=adapters, dtype="float32", kv_cache_gib=0.001))
     rig = rig_of(service)
     request = rig.admission.admit(
-        Ask(prompt="Say 4: the contract", adapters=tuple(weights), weights=tuple(weights.values()) or None, max_tokens=4)
+        GenerateRequest(
+            prompt="Say 4: the contract", adapters=tuple(weights), weights=tuple(weights.values()) or None, max_tokens=4
+        )
     )
     sequence = rig.start(request).sequence
     num_tokens = len(request.prompt_ids)

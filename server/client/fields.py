@@ -3,11 +3,11 @@
 Absent fields are not sent: the server has the defaults, and refuses wrong values.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from collections.abc import Sequence
+from typing import Literal, TypedDict
 
-from lori.merge_options import MergeMethod
 from lori.template import Template
+from server.schemas.sampling import MergeArguments, SamplingArguments
 
 
 class MessageFields(TypedDict):
@@ -24,34 +24,7 @@ class WeightedAdapterFields(TypedDict):
     weight: float
 
 
-class AnyJsonFields(TypedDict):
-    """Grammar of any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class SchemaFields(TypedDict):
-    """Grammar of JSON that fits a schema."""
-
-    type: Literal["json_schema"]
-    schema: Mapping[str, Any] | bool
-
-
-class RegexFields(TypedDict):
-    """Grammar of text that a regular expression matches as a whole."""
-
-    type: Literal["regex"]
-    pattern: str
-
-
-class LarkFields(TypedDict):
-    """Grammar of text in a context-free grammar."""
-
-    type: Literal["lark"]
-    text: str
-
-
-class GenerateFields(TypedDict, total=False):
+class GenerateFields(SamplingArguments, MergeArguments, total=False):
     """All fields but `stream`, which is a method of the client."""
 
     prompt: str | Sequence[int]
@@ -59,27 +32,7 @@ class GenerateFields(TypedDict, total=False):
     template: Template
     adapter: str | Sequence[str | WeightedAdapterFields] | None
     """All of one form: the server refuses a mixture, which no type can express in a way that checkers infer."""
-    weights: Sequence[float]
-    merge: MergeMethod
-    density: float
-    merge_seed: int
     max_tokens: int
-    min_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[str, float]
-    seed: int
-    n: int
-    stop: str | Sequence[str]
     include_stop: bool
-    grammar: AnyJsonFields | SchemaFields | RegexFields | LarkFields
-    ignore_eos: bool
     echo: bool
     logprobs: int
-    timeout_s: float
-    priority: int

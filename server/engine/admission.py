@@ -3,7 +3,7 @@
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import inf
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ from lori.summary import Summary
 from lori.template import Message, Template, common_template, encode, render_prompt
 from server.engine.adapters.registry import MayUse, PolicyError, Registered, Registry, candidates, resolve
 from server.engine.grammar import Grammar, GrammarError
-from server.engine.request import AdapterTerm, Request, Sampling
+from server.engine.request import AdapterTerm, Request, SamplingParams
 from server.engine.sampling.grammars import Grammars
 from server.engine.text import TextBound, TextStream
 
@@ -87,8 +87,8 @@ class Caps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """A request as the client sent it, whatever route it came by."""
+class GenerateRequest:
+    """A request as the client sent it, by any route. Admission resolves it to a `Request`."""
 
     prompt: Prompt
     template: Template | None = None
@@ -103,16 +103,7 @@ class Ask:
     max_tokens: int | None = None
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS
     """Limit if `max_tokens` is None and the context has room for it; None allows all the room."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """Sampling parameters, without the seed."""
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    grammar: Grammar | None = None
-    ignore_eos: bool = False
-    num_logprobs: int | None = None
-    echo: bool = False
-    num_choices: int = 1
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int | None = None
     """Priority; None is 0."""
     tenant: str = ""
@@ -168,24 +159,24 @@ class Admission:
             raise RefusedError(grammar.field, f"is no {grammar.kind} that an answer could follow: {error}") from error
         return True
 
-    def admit(self, ask: Ask) -> Request:
+    def admit(self, request: GenerateRequest) -> Request:
         """Return the request for the engine. Its grammar is checked separately, by `check_grammar`.
 
         Raises `RefusedError`, `TemplateError`, `PolicyError`, and the errors of `resolve`.
         """
-        _check_caps(ask)
-        timeout_s = _timeout_s(ask)
-        policy_adapters = self._policy_adapters(ask)
-        adapters = [adapter.summary for adapter in self._requested_adapters(ask, [adapter for adapter, _ in policy_adapters])]
+        _check_caps(request)
+        timeout_s = _timeout_s(request)
+        policy_adapters = self._policy_adapters(request)
+        adapters = [adapter.summary for adapter in self._requested_adapters(request, [adapter for adapter, _ in policy_adapters])]
         policy = [(adapter.summary, weight) for adapter, weight in policy_adapters]
-        weights = self._weights(ask, len(adapters))
+        weights = self._weights(request, len(adapters))
         template = None
-        if not isinstance(ask.prompt, str | TokenPrompt):
-            template = ask.template or self.template_of(adapters)
-        text, ids, offsets, max_tokens = self._encode(ask, template)
-        self._check_merge(ask, adapters, weights, policy)
-        self._check_bias(ask.sampling)
-        self._check_grammar(ask)
+        if not isinstance(request.prompt, str | TokenPrompt):
+            template = request.template or self.template_of(adapters)
+        text, ids, offsets, max_tokens = self._encode(request, template)
+        self._check_merge(request, adapters, weights, policy)
+        self._check_bias(request.sampling)
+        self._check_grammar(request.sampling)
         return Request(
             id=f"gen-{secrets.token_hex(8)}",
             prompt_text=text,
@@ -195,56 +186,53 @@ class Admission:
             terms=tuple(
                 AdapterTerm(adapter.name, adapter.digest, weight) for adapter, weight in zip(adapters, weights, strict=True)
             ),
-            merge=ask.merge,
+            merge=request.merge,
             policy=tuple(AdapterTerm(adapter.name, adapter.digest, weight) for adapter, weight in policy),
             max_tokens=max_tokens,
-            sampling=replace(ask.sampling, seed=secrets.randbits(31) if ask.seed is None else ask.seed % 2**64),
-            stop=ask.stop,
-            include_stop=ask.include_stop,
-            grammar=ask.grammar,
-            ignore_eos=ask.ignore_eos,
-            num_logprobs=ask.num_logprobs,
-            echo=ask.echo,
-            num_choices=ask.num_choices,
-            priority=ask.priority or 0,
-            tenant=ask.tenant,
+            sampling=request.sampling,
+            priority=request.priority or 0,
+            tenant=request.tenant,
             timeout_s=timeout_s,
         )
 
-    def _encode(self, ask: Ask, template: Template | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
-        field = "prompt" if isinstance(ask.prompt, str | TokenPrompt) else "messages"
-        if isinstance(ask.prompt, TokenPrompt):
-            ids = ask.prompt.ids
-            max_tokens = self._max_tokens(ask, field, len(ids))
+    def _encode(self, request: GenerateRequest, template: Template | None) -> tuple[str, tuple[int, ...], tuple[int, ...], int]:
+        field = "prompt" if isinstance(request.prompt, str | TokenPrompt) else "messages"
+        if isinstance(request.prompt, TokenPrompt):
+            ids = request.prompt.ids
+            max_tokens = self._max_tokens(request, field, len(ids))
             if min(ids) < 0 or max(ids) >= self._num_ids:
                 outside = next(token for token in ids if not 0 <= token < self._num_ids)
                 raise RefusedError("prompt", f"has the token {outside}, expected 0 to {self._num_ids - 1}")
             # Text and offsets are needed only for echo.
-            text, offsets = decode_with_offsets(self.tokenizer.backend_tokenizer, ids) if ask.echo else ("", ())
+            text, offsets = decode_with_offsets(self.tokenizer.backend_tokenizer, ids) if request.sampling.echo else ("", ())
             return text, ids, offsets, max_tokens
-        text = ask.prompt if isinstance(ask.prompt, str) else ""
-        if not isinstance(ask.prompt, str):
+        text = request.prompt if isinstance(request.prompt, str) else ""
+        if not isinstance(request.prompt, str):
             assert template is not None
-            text = render_prompt(self.tokenizer, ask.prompt, template)
+            text = render_prompt(self.tokenizer, request.prompt, template)
         if fault := self._bound.fault(text):
             raise RefusedError(field, f"{fault}, and the context holds {self.max_context} with the answer")
         encoding = encode(self.tokenizer, text)
         # The encoding's lists are made only after the length check: those of a long text take seconds.
-        max_tokens = self._max_tokens(ask, field, len(encoding))
-        offsets = tuple(start for start, _ in encoding.offsets) if ask.echo else ()
+        max_tokens = self._max_tokens(request, field, len(encoding))
+        offsets = tuple(start for start, _ in encoding.offsets) if request.sampling.echo else ()
         return text, tuple(encoding.ids), offsets, max_tokens
 
     def _check_merge(
-        self, ask: Ask, adapters: Sequence[Summary], weights: Sequence[float], policy: Sequence[tuple[Summary, float]]
+        self,
+        request: GenerateRequest,
+        adapters: Sequence[Summary],
+        weights: Sequence[float],
+        policy: Sequence[tuple[Summary, float]],
     ) -> None:
         bases = {adapter.basis for adapter in adapters}
-        is_sum = ask.merge.method == "linear"
+        is_sum = request.merge.method == "linear"
         if not is_sum and not adapters:
-            raise RefusedError("merge", f"is {ask.merge.method!r} without adapters, which it would merge; expected 'linear'")
+            raise RefusedError("merge", f"is {request.merge.method!r} without adapters, which it would merge; expected 'linear'")
         if not is_sum and len(bases) > 1:
             bases_text = "; ".join(f"{adapter.name}: {adapter.basis}" for adapter in adapters)
             raise RefusedError(
-                "merge", f"{ask.merge.method} needs adapters on one basis, found {bases_text}; 'linear' needs none"
+                "merge", f"{request.merge.method} needs adapters on one basis, found {bases_text}; 'linear' needs none"
             )
         num_terms = (len(adapters) if is_sum else min(1, len(adapters))) + len(policy)
         if num_terms > self._max_terms:
@@ -254,32 +242,34 @@ class Admission:
         summed = [*(zip(adapters, weights, strict=True) if is_sum else ()), *policy]
         _check_nnz(summed, self._max_nnz)
         if not is_sum:  # all parts are in memory during the merge, even those of weight 0
-            _check_nnz([(adapter, 1.0) for adapter in adapters], self._max_merge_nnz, f" for {ask.merge.method!r}")
+            _check_nnz([(adapter, 1.0) for adapter in adapters], self._max_merge_nnz, f" for {request.merge.method!r}")
 
-    def _check_grammar(self, ask: Ask) -> None:
-        if not (grammar := ask.grammar):
+    def _check_grammar(self, sampling: SamplingParams) -> None:
+        if not (grammar := sampling.grammar):
             return
-        if ask.ignore_eos:
+        if sampling.ignore_eos:
             raise RefusedError("ignore_eos", f"cannot stand beside {grammar.field}, which says where the answer ends")
         if not self._grammars:
             raise RefusedError(grammar.field, "asks for what this base model cannot do: the server's log says why")
 
-    def _check_bias(self, sampling: Sampling) -> None:
+    def _check_bias(self, sampling: SamplingParams) -> None:
         if outside := [token for token, _ in sampling.logit_bias if not 0 <= token < self._num_ids]:
             raise RefusedError("logit_bias", f"names the token {outside[0]}, expected 0 to {self._num_ids - 1}")
 
-    def _requested_adapters(self, ask: Ask, policy_adapters: Sequence[Registered]) -> list[Registered]:
+    def _requested_adapters(self, request: GenerateRequest, policy_adapters: Sequence[Registered]) -> list[Registered]:
         # A client's weight could cancel the operator's: through another name, or another version.
         names, digests = (
             {name for adapter in policy_adapters for name in adapter.names},
             {adapter.summary.digest for adapter in policy_adapters},
         )
         adapters: list[Registered] = []
-        for reference in ask.adapters:
+        for reference in request.adapters:
             name = reference.partition("@")[0]
-            adapter = None if name in names else resolve(self._registry, reference, ask.may_use)
+            adapter = None if name in names else resolve(self._registry, reference, request.may_use)
             if adapter is None or adapter.names & names or adapter.summary.digest in digests:
-                raise RefusedError("adapter", f"names {reference!r}, which the operator adds to every request of {ask.tenant!r}")
+                raise RefusedError(
+                    "adapter", f"names {reference!r}, which the operator adds to every request of {request.tenant!r}"
+                )
             if any(
                 (adapter.summary.name, adapter.summary.digest) == (other.summary.name, other.summary.digest) for other in adapters
             ):
@@ -287,21 +277,23 @@ class Admission:
             adapters.append(adapter)
         return adapters
 
-    def _policy_adapters(self, ask: Ask) -> list[tuple[Registered, float]]:
-        matches = [(candidates(self._registry, reference), weight) for reference, weight in ask.policy]
+    def _policy_adapters(self, request: GenerateRequest) -> list[tuple[Registered, float]]:
+        matches = [(candidates(self._registry, reference), weight) for reference, weight in request.policy]
         if missing := [
-            reference for (reference, _), (matching, _) in zip(ask.policy, matches, strict=True) if len(matching) != 1
+            reference for (reference, _), (matching, _) in zip(request.policy, matches, strict=True) if len(matching) != 1
         ]:
-            logger.error("requests of tenant %r fail: its policy names %s, which is not there", ask.tenant, ", ".join(missing))
+            logger.error(
+                "requests of tenant %r fail: its policy names %s, which is not there", request.tenant, ", ".join(missing)
+            )
             raise PolicyError
         return [(matching[0], weight) for matching, weight in matches]
 
-    def _weights(self, ask: Ask, num_adapters: int) -> tuple[float, ...]:
-        if ask.weights is None:
+    def _weights(self, request: GenerateRequest, num_adapters: int) -> tuple[float, ...]:
+        if request.weights is None:
             return (1 / num_adapters,) * num_adapters if num_adapters else ()
-        if len(ask.weights) != num_adapters:
-            raise RefusedError("weights", f"has {len(ask.weights)} numbers, expected {num_adapters}, one for each adapter")
-        return ask.weights
+        if len(request.weights) != num_adapters:
+            raise RefusedError("weights", f"has {len(request.weights)} numbers, expected {num_adapters}, one for each adapter")
+        return request.weights
 
     def template_of(self, adapters: Sequence[Summary]) -> Template:
         """Return the chat template for these adapters, or the base model's if there are none. Raises `RefusedError`."""
@@ -310,25 +302,26 @@ class Admission:
         except TemplateError as error:
             raise RefusedError("template", f"is absent, and {error}, expected one here") from error
 
-    def _max_tokens(self, ask: Ask, field: str, num_prompt: int) -> int:
+    def _max_tokens(self, request: GenerateRequest, field: str, num_prompt: int) -> int:
         if not num_prompt:
             raise RefusedError(field, "is empty, expected at least one token")
         room = self.max_context - num_prompt
         # A prompt that is only scored may fill the context. A prompt to be continued must leave room for one token.
-        if room < (0 if ask.max_tokens == 0 else 1):
+        if room < (0 if request.max_tokens == 0 else 1):
             raise RefusedError(field, f"has {num_prompt} tokens, and the context holds {self.max_context} with the answer")
-        if ask.max_tokens is None:
-            default = room if ask.default_max_tokens is None else min(ask.default_max_tokens, room)
-            return default if ask.caps.max_tokens is None else min(default, ask.caps.max_tokens // ask.num_choices)
-        if ask.max_tokens > room:
+        if request.max_tokens is None:
+            default = room if request.default_max_tokens is None else min(request.default_max_tokens, room)
+            cap = request.caps.max_tokens
+            return default if cap is None else min(default, cap // request.sampling.num_choices)
+        if request.max_tokens > room:
             raise RefusedError(
                 "max_tokens",
-                f"{ask.max_tokens} with a prompt of {num_prompt} tokens exceeds the context of {self.max_context}, "
+                f"{request.max_tokens} with a prompt of {num_prompt} tokens exceeds the context of {self.max_context}, "
                 f"expected at most {room}",
             )
-        if not ask.max_tokens and not ask.echo:
+        if not request.max_tokens and not request.sampling.echo:
             raise RefusedError("max_tokens", "is 0 without echo, so there is nothing to answer; expected at least 1")
-        return ask.max_tokens
+        return request.max_tokens
 
 
 def check_num_logprobs(requests: Sequence[Request], *, is_whole: bool) -> None:
@@ -336,36 +329,37 @@ def check_num_logprobs(requests: Sequence[Request], *, is_whole: bool) -> None:
 
     Echoed prompts count always. The longest possible answers count only if `is_whole`: the reply is not streamed.
     """
-    scored = [(request, 1 + request.num_logprobs) for request in requests if request.num_logprobs is not None]
-    num_prompt = sum(
-        request.num_choices * len(request.prompt_ids) * num_per_token for request, num_per_token in scored if request.echo
-    )
-    num_answer = (
-        sum(request.num_choices * request.max_tokens * num_per_token for request, num_per_token in scored) if is_whole else 0
-    )
+    num_prompt = num_answer = 0
+    for request in requests:
+        sampling = request.sampling
+        if sampling.num_logprobs is not None:
+            num_per_token = sampling.num_choices * (1 + sampling.num_logprobs)
+            num_prompt += num_per_token * len(request.prompt_ids) if sampling.echo else 0
+            num_answer += num_per_token * request.max_tokens if is_whole else 0
     if num_prompt + num_answer > MAX_LOGPROBS:
         counts = f"these prompts, with echo, and answers, with n and max_tokens, have up to {num_prompt + num_answer} of them"
         hint = "; a stream holds more" if num_prompt <= MAX_LOGPROBS else ""
         raise RefusedError("logprobs", f"{counts}, expected at most {MAX_LOGPROBS} in one reply{hint}")
 
 
-def _check_caps(ask: Ask) -> None:
-    cap = ask.caps.max_tokens
+def _check_caps(request: GenerateRequest) -> None:
+    cap = request.caps.max_tokens
     if cap is None:
         return
-    if ask.num_choices > cap:
-        raise RefusedError("n", f"is {ask.num_choices}, expected {cap} at most: {CAPPED_TOKENS}")
-    if (ask.max_tokens or 0) * ask.num_choices > cap:
-        choices_note = f" with n {ask.num_choices}" if ask.num_choices > 1 else ""
-        max_each = cap // ask.num_choices
-        raise RefusedError("max_tokens", f"is {ask.max_tokens}{choices_note}, expected {max_each} at most: {CAPPED_TOKENS}")
+    num_choices = request.sampling.num_choices
+    if num_choices > cap:
+        raise RefusedError("n", f"is {num_choices}, expected {cap} at most: {CAPPED_TOKENS}")
+    if (request.max_tokens or 0) * num_choices > cap:
+        choices_note = f" with n {num_choices}" if num_choices > 1 else ""
+        max_each = cap // num_choices
+        raise RefusedError("max_tokens", f"is {request.max_tokens}{choices_note}, expected {max_each} at most: {CAPPED_TOKENS}")
 
 
-def _timeout_s(ask: Ask) -> float | None:
-    cap = ask.caps.max_s
-    if cap is not None and ask.timeout_s is not None and ask.timeout_s > cap:
-        raise RefusedError("timeout_s", f"is {ask.timeout_s:g}, expected {cap:g} at most: the operator's cap for one request")
-    return cap if ask.timeout_s is None else ask.timeout_s
+def _timeout_s(request: GenerateRequest) -> float | None:
+    cap = request.caps.max_s
+    if cap is not None and request.timeout_s is not None and request.timeout_s > cap:
+        raise RefusedError("timeout_s", f"is {request.timeout_s:g}, expected {cap:g} at most: the operator's cap for one request")
+    return cap if request.timeout_s is None else request.timeout_s
 
 
 def _smaller(first: T | None, second: T | None) -> T | None:

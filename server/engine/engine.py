@@ -46,7 +46,7 @@ class Engine:
     def submit(self, request: Request, emit: Emit) -> None:
         """Queue a request. Its timeout begins now."""
         deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
-        sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.num_choices)]
+        sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.sampling.num_choices)]
         self._by_id[request.id] = sequences
         self.tiers.add_request(request)
         for sequence in sequences:
@@ -128,7 +128,8 @@ class Engine:
         if sequence not in self._replies:
             return  # another choice of the same request has failed
         if not output.is_valid:
-            self._fail(sequence, output.fault or OVERFLOW, "grammar" if output.fault and sequence.request.grammar else "engine")
+            has_grammar = sequence.request.sampling.grammar is not None
+            self._fail(sequence, output.fault or OVERFLOW, "grammar" if output.fault and has_grammar else "engine")
             return
         if needs_prompt_logprobs(sequence):
             logprobs = self._replies[sequence].prompt_logprobs(chunk.start + 1, output.prompt_logprobs)

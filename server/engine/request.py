@@ -41,11 +41,12 @@ class AdapterTerm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """Sampling parameters. The defaults change nothing. They apply in the order of the fields.
+class SamplingParams:
+    """Parameters of the answers to a request, as the client chose them. The defaults change nothing.
 
-    Bias, `min_tokens` and the penalties change the logits. `top_k`, `top_p` and `min_p` drop unlikely tokens at this temperature.
-    At temperature 0 the most likely token is taken.
+    The wire's bodies make this value (`server.schemas.sampling`), and the request carries it whole. The first fields apply in
+    their order: bias, `min_tokens` and the penalties change the logits; `top_k`, `top_p` and `min_p` drop unlikely tokens at this
+    temperature. At temperature 0 the most likely token is taken.
     """
 
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -67,7 +68,21 @@ class Sampling:
     min_p: float = 0.0
     """Keeps tokens whose probability is at least this fraction of the most likely token's."""
     seed: int = 0
-    """Seed of the request's random stream, together with the choice's number."""
+    """Seed of the request's random stream, together with the choice's number: 0 to 2**64 - 1."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer."""
+    include_stop: bool = False
+    """Whether the text ends after the stop string, not before it."""
+    grammar: Grammar | None = None
+    """Grammar of the answer. An answer cut at `max_tokens` is a prefix of a text that follows the grammar."""
+    ignore_eos: bool = False
+    """Whether stop tokens do not end the answer."""
+    num_logprobs: int | None = None
+    """Number of alternatives to report beside each token's own log-probability; None reports no log-probabilities."""
+    echo: bool = False
+    """Whether the text begins with the prompt."""
+    num_choices: int = 1
+    """Number of answers to the prompt. The prompt is computed once; each answer has its own random stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,19 +102,7 @@ class Request:
     """Method that combines the adapters of `terms`. Any method but `linear` is built once and cached as a resident adapter."""
     policy: tuple[AdapterTerm, ...] = ()
     """Adapters that the operator adds to every request of this tenant, at these weights, whatever `merge` is."""
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    """Whether the text ends after the stop string, not before it."""
-    grammar: Grammar | None = None
-    """Grammar of the answer. An answer cut at `max_tokens` is a prefix of a text that follows the grammar."""
-    ignore_eos: bool = False
-    """Whether stop tokens do not end the answer."""
-    num_logprobs: int | None = None
-    """Number of alternatives to report beside each token's own log-probability; None reports no log-probabilities."""
-    echo: bool = False
-    num_choices: int = 1
-    """Number of answers to the prompt. The prompt is computed once; each answer has its own random stream."""
+    sampling: SamplingParams = SamplingParams()
     priority: int = 0
     """Lower values run earlier."""
     tenant: str = ""

@@ -66,13 +66,9 @@ class Reply:
     _has_emitted_prompt: bool = False
 
     def __post_init__(self) -> None:
-        request = self.sequence.request
+        request, sampling = self.sequence.request, self.sequence.request.sampling
         self.text = TextStream(
-            self.tokenizer,
-            request.prompt_ids,
-            request.stop,
-            request.sampling.min_tokens,
-            include_stop=request.include_stop,
+            self.tokenizer, request.prompt_ids, sampling.stop, sampling.min_tokens, include_stop=sampling.include_stop
         )
 
     def prompt_logprobs(self, start: int, logprobs: Items[Logprobs]) -> list[TokenLogprob]:
@@ -92,7 +88,8 @@ class Reply:
 
     def emit_prompt(self) -> None:
         """Emit the prompt's text, if it is to be echoed, and the log-probabilities computed so far. The text is emitted once."""
-        text = self.sequence.request.prompt_text if self.sequence.request.echo and not self._has_emitted_prompt else ""
+        request = self.sequence.request
+        text = request.prompt_text if request.sampling.echo and not self._has_emitted_prompt else ""
         self._has_emitted_prompt = True
         if text or self._logprobs:
             self._emit_text(text, is_prompt=True)
@@ -102,13 +99,13 @@ class Reply:
 
         The token must already be in `sequence.output_ids`.
         """
-        request = self.sequence.request
+        request, sampling = self.sequence.request, self.sequence.request.sampling
         self.stopwatch.note_token()
         if logprobs is not None:
-            offset = (len(request.prompt_text) if request.echo else 0) + self.text.num_characters
-            alternatives = dict([*logprobs[1].items()][: request.num_logprobs])
+            offset = (len(request.prompt_text) if sampling.echo else 0) + self.text.num_characters
+            alternatives = dict([*logprobs[1].items()][: sampling.num_logprobs])
             self._logprobs.append(self._logprob(token, offset, logprobs[0], alternatives))
-        if token in self.stop_ids and not request.ignore_eos:
+        if token in self.stop_ids and not sampling.ignore_eos:
             return "stop"
         # Emitted even if the text is empty, so that a client sees progress.
         self._emit_text(self.text.push(token), is_prompt=False)
@@ -210,7 +207,7 @@ class StepExecutor:
         # Most steps need one row of each chunk. Then the logits are the rows to sample from.
         rows = logits if len(last) == len(positions) else torch.stack([parts[c][-1] for c in last]) if last else logits[:0]
         sampled = self._sampler.sample(rows, [chunk.sequence for chunk in last])
-        logprob_rows = [row for row, chunk in enumerate(last) if chunk.sequence.request.num_logprobs is not None]
+        logprob_rows = [row for row, chunk in enumerate(last) if chunk.sequence.request.sampling.num_logprobs is not None]
         prompt_chunks = [chunk for chunk in chunks if needs_prompt_logprobs(chunk.sequence)]
         prompt_tensors = [_prompt_logprobs(chunk, parts[chunk]) for chunk in prompt_chunks]
         samples, output_rows, *prompt_rows = read_back(
@@ -246,17 +243,17 @@ def _prompt_logprobs(chunk: Chunk, logits: torch.Tensor) -> torch.Tensor:
     # For each prompt token that the chunk's logits predict: whether the row is valid, and its `gather_logprobs`.
     request = chunk.sequence.request
     targets = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-    assert request.num_logprobs is not None
+    assert request.sampling.num_logprobs is not None
     rows = logits[: len(targets)]
     tokens = to_device(torch.tensor(targets, dtype=torch.int64), logits.device)
-    return torch.cat([are_valid(rows)[:, None].double(), gather_logprobs(rows, tokens, request.num_logprobs)], 1)
+    return torch.cat([are_valid(rows)[:, None].double(), gather_logprobs(rows, tokens, request.sampling.num_logprobs)], 1)
 
 
 def _output_logprobs(logits: torch.Tensor, tokens: torch.Tensor, chunks: Items[Chunk], wanted_rows: Items[int]) -> torch.Tensor:
     # Only `wanted_rows` get log-probabilities.
     if not wanted_rows:
         return logits[:0]
-    num_top = max(chunks[row].sequence.request.num_logprobs or 0 for row in wanted_rows)
+    num_top = max(chunks[row].sequence.request.sampling.num_logprobs or 0 for row in wanted_rows)
     if len(wanted_rows) == len(chunks):
         return gather_logprobs(logits, tokens, num_top)
     rows = to_device(torch.tensor(wanted_rows, dtype=torch.int64), logits.device)

@@ -139,7 +139,7 @@ class EngineThread:
             return
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._events[request.id] = events
-        num_unfinished = request.num_choices
+        num_unfinished = request.sampling.num_choices
         try:
             self._engine.tiers.prefetch(request)
             self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))

@@ -11,14 +11,14 @@ from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
 from server.description.responses import streams
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
 from server.engine.text import REPLACEMENT_CHARACTER
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.json_route import JsonRoute, json_reply
-from server.routes.openai import DONE, errors_in_fields_of, finish_reason, sse, to_ask, to_lori, to_usage
+from server.routes.openai import DONE, errors_in_fields_of, finish_reason, openai_request, sse, to_lori, to_usage
 from server.schemas.chat import (
     AnswerMessage,
     ChatBody,
@@ -48,8 +48,8 @@ async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf
     """Answer a conversation, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as place:
         with errors_in_fields_of(body, service, caller):
-            asks = [_to_ask(body, service.base_names)]
-            admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
+            sent = to_request(body, service.base_names)
+            admitted = service.admitted([sent], caller, is_whole=not body.stream, has_left=http.is_disconnected)
             [request] = await place.enter_async_context(admitted)
         writer = _Writer(body, service.base_model, request)
         if body.stream:
@@ -58,14 +58,13 @@ async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf
     return Response(status_code=499) if answers is None else await json_reply(lambda: writer.whole(answers))
 
 
-def _to_ask(body: ChatBody, base_names: Collection[str]) -> Ask:
-    messages = [message.to_message() for message in body.messages]
+def to_request(body: ChatBody, base_names: Collection[str]) -> GenerateRequest:
+    """Return the engine's request for a body."""
     return replace(
-        to_ask(body, base_names, messages),
+        openai_request(body, base_names, [message.to_message() for message in body.messages]),
         template=body.template,
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         default_max_tokens=None,
-        num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
 
 
@@ -99,7 +98,7 @@ class _Writer:
 
     async def stream(self, service: Service) -> AsyncGenerator[bytes, None]:
         """Yield the reply as server-sent events."""
-        for index in range(self._request.num_choices):
+        for index in range(self._request.sampling.num_choices):
             yield self._sse(self._chunk(ChatChunkChoice(index=index, delta=Delta(role="assistant", content=""))))
         done: list[DoneEvent] = []
         async with aclosing(service.generate(self._request)) as events:
@@ -131,7 +130,7 @@ class _Writer:
         return sse(chunk, has_usage=self._has_usage)
 
     def _to_logprobs(self, tokens: Sequence[TokenLogprob]) -> ChatLogprobs | None:
-        if self._request.num_logprobs is None:
+        if self._request.sampling.num_logprobs is None:
             return None
         return ChatLogprobs(content=[_to_logprob(token) for token in tokens])
 

@@ -1,6 +1,5 @@
 """POST /v1/completions. Only translates."""
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AsyncExitStack, aclosing
@@ -12,14 +11,14 @@ from fastapi.responses import Response
 from fastapi.sse import format_sse_event
 
 from server.description.responses import streams
-from server.engine.admission import Ask, Prompt, TokenPrompt
+from server.engine.admission import GenerateRequest, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, Request, TextEvent, TokenLogprob
 from server.errors import failure_reply
 from server.routes.dependencies import CallerOf, ServiceOf
 from server.routes.event_stream import EventStream
 from server.routes.generate import to_logprobs
 from server.routes.json_route import JsonRoute, json_reply
-from server.routes.openai import DONE, errors_in_fields_of, finish_reason, sse, to_ask, to_lori, to_usage
+from server.routes.openai import DONE, errors_in_fields_of, finish_reason, openai_request, sse, to_lori, to_usage
 from server.schemas.completions import CompletionBody, CompletionChoice, CompletionReply
 from server.schemas.errors import ErrorReply
 from server.schemas.generation import Logprobs
@@ -39,8 +38,8 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
     """Continue prompts, as OpenAI's and vLLM's servers do; `model` names the adapters."""
     async with AsyncExitStack() as places:
         with errors_in_fields_of(body, service, caller):
-            asks = to_asks(body, service.base_names)
-            admitted = service.admitted(asks, caller, is_whole=not body.stream, has_left=http.is_disconnected)
+            sent = to_requests(body, service.base_names)
+            admitted = service.admitted(sent, caller, is_whole=not body.stream, has_left=http.is_disconnected)
             requests = await places.enter_async_context(admitted)
         writer = _Writer(body, service.base_model, requests)
         if body.stream:
@@ -49,21 +48,20 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
     return Response(status_code=499) if answers is None else await json_reply(lambda: writer.whole(answers))
 
 
-def to_asks(body: CompletionBody, base_names: Collection[str]) -> list[Ask]:
+def to_requests(body: CompletionBody, base_names: Collection[str]) -> list[GenerateRequest]:
     """Return the engine's request for each prompt of a body."""
+    prompts = _to_prompts(body)
+    first = replace(
+        openai_request(body, base_names, prompts[0]),
+        max_tokens=body.max_tokens if "max_tokens" in body.model_fields_set else None,
+        default_max_tokens=body.max_tokens,
+    )
     # The reply has one seed. Each prompt gets its own, because equal seeds draw alike, and equal prompts are sent to get
     # different answers.
-    seed = secrets.randbits(31) if body.seed is None else body.seed
+    seeds = [(first.sampling.seed + index) % 2**63 for index in range(len(prompts))]
     return [
-        replace(
-            to_ask(body, base_names, prompt),
-            seed=(seed + index) % 2**63,
-            max_tokens=body.max_tokens if "max_tokens" in body.model_fields_set else None,
-            default_max_tokens=body.max_tokens,
-            echo=body.echo,
-            num_logprobs=body.logprobs,
-        )
-        for index, prompt in enumerate(_to_prompts(body))
+        replace(first, prompt=prompt, sampling=replace(first.sampling, seed=seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
 
 

@@ -9,8 +9,9 @@ from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 
 from lori.errors import UnknownAdapterError
+from lori.template import Template
 from server.description.responses import streams
-from server.engine.admission import Ask, Prompt, TokenPrompt
+from server.engine.admission import GenerateRequest, Prompt, TokenPrompt
 from server.engine.request import DoneEvent, ErrorEvent, TextEvent, Timings, TokenLogprob
 from server.engine.request import Request as EngineRequest
 from server.errors import failure_reply
@@ -31,7 +32,7 @@ from server.schemas.generation import (
     TokenData,
     Usage,
 )
-from server.schemas.grammars import to_grammar
+from server.schemas.openai import OpenAIBody
 from server.service.answers import Answer, collect, until_disconnect
 from server.service.service import Service
 
@@ -49,7 +50,7 @@ STREAM = streams(
 async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller: CallerOf) -> Response:
     """Continue a prompt or answer messages, with any adapters of the server added together."""
     async with AsyncExitStack() as place:
-        admitted = service.admitted([to_ask(body)], caller, is_whole=not body.stream, has_left=http.is_disconnected)
+        admitted = service.admitted([to_request(body)], caller, is_whole=not body.stream, has_left=http.is_disconnected)
         try:
             [request] = await place.enter_async_context(admitted)
         except UnknownAdapterError as error:
@@ -61,25 +62,30 @@ async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller
     return Response(status_code=499) if answers is None else await json_reply(lambda: to_reply(request, answers))
 
 
-def to_ask(body: GenerateBody) -> Ask:
+def to_request(body: GenerateBody) -> GenerateRequest:
     """Return the engine's request for a body."""
     names, weights = body.to_adapters(body.adapter)
-    return Ask(
-        prompt=_to_prompt(body),
-        template=body.template,
-        adapters=names,
+    return shared_request(body, _to_prompt(body), names, weights, template=body.template, max_tokens=body.max_tokens)
+
+
+def shared_request(
+    body: GenerateBody | OpenAIBody,
+    prompt: Prompt,
+    adapters: tuple[str, ...],
+    weights: tuple[float, ...] | None,
+    *,
+    template: Template | None = None,
+    max_tokens: int | None = None,
+) -> GenerateRequest:
+    """Return the engine's request for a body of any route. The arguments are the fields that routes have in other forms."""
+    return GenerateRequest(
+        prompt=prompt,
+        template=template,
+        max_tokens=max_tokens,
+        adapters=adapters,
         weights=weights,
         merge=body.to_merge(),
-        max_tokens=body.max_tokens,
         sampling=body.to_sampling(),
-        seed=body.seed,
-        stop=body.stops(),
-        include_stop=body.include_stop,
-        grammar=to_grammar(body.grammar, "grammar"),
-        ignore_eos=body.ignore_eos,
-        num_logprobs=body.logprobs,
-        echo=body.echo,
-        num_choices=body.n,
         priority=body.priority,
         timeout_s=body.timeout_s,
     )
@@ -193,11 +199,11 @@ def to_timings(timings: Timings) -> TimingsReply:
 
 def to_logprobs(request: EngineRequest, tokens: Sequence[TokenLogprob]) -> Logprobs | None:
     """Return the log-probabilities in the form of the wire; None if the request did not ask for them."""
-    if request.num_logprobs is None:
+    if request.sampling.num_logprobs is None:
         return None
     return Logprobs(
         tokens=[token.token for token in tokens],
         token_logprobs=[token.value for token in tokens],
-        top_logprobs=[token.top for token in tokens] if request.num_logprobs else None,
+        top_logprobs=[token.top for token in tokens] if request.sampling.num_logprobs else None,
         text_offset=[token.text_offset for token in tokens],
     )

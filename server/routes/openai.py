@@ -8,14 +8,13 @@ from fastapi.sse import format_sse_event
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import AmbiguousVersionError, FaultyAdapterError
-from server.engine.admission import Ask, Prompt, RefusedError
+from server.engine.admission import GenerateRequest, Prompt, RefusedError
 from server.engine.request import DoneEvent, Request
 from server.errors import FieldError
-from server.routes.generate import to_adapters, to_merge, to_timings
+from server.routes.generate import shared_request, to_adapters, to_merge, to_timings
 from server.routes.references import explained_adapter, explained_model
 from server.schemas.chat import ChatChunk
 from server.schemas.completions import CompletionReply
-from server.schemas.grammars import to_grammar
 from server.schemas.model_names import NamedModel, parse_model
 from server.schemas.openai import CachedTokens, FinishReason, LoriReply, OpenAIBody, OpenAIUsage
 from server.service.service import Service
@@ -23,7 +22,7 @@ from server.service.service import Service
 DONE = format_sse_event(data_str="[DONE]")
 
 
-def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask:
+def openai_request(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> GenerateRequest:
     """Return the engine's request for a body and one of its prompts, without the length of the answer, which the route adds.
 
     Raises errors of the error table if the weights are not sound.
@@ -34,21 +33,7 @@ def to_ask(body: OpenAIBody, base_names: Collection[str], prompt: Prompt) -> Ask
         raise RefusedError("adapters", f"is beside the model {body.model!r}, expected it beside the base model alone")
     if named.weights is not None and body.weights is not None:
         raise RefusedError("weights", f"is beside the weights in the model {body.model!r}, expected one of the two")
-    return Ask(
-        prompt=prompt,
-        adapters=named.adapters or names,
-        weights=named.weights or weights,
-        merge=body.to_merge(),
-        sampling=body.to_sampling(),
-        seed=body.seed,
-        stop=body.stops(),
-        include_stop=body.include_stop_str_in_output,
-        grammar=to_grammar(body.grammar, "grammar") or to_grammar(body.response_format, "response_format"),
-        ignore_eos=body.ignore_eos,
-        num_choices=body.n,
-        priority=body.priority,
-        timeout_s=body.timeout_s,
-    )
+    return shared_request(body, prompt, named.adapters or names, named.weights or weights)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Bodies and replies of POST /v1/chat/completions."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -12,6 +13,7 @@ from pydantic import (
 )
 
 from lori.template import Message, Template, Text
+from server.engine.request import SamplingParams
 from server.schemas.fields import MAX_INT, Body, Reply, forms, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
@@ -108,6 +110,10 @@ class ChatBody(OpenAIBody):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
+
+    def to_sampling(self) -> SamplingParams:
+        """Return the engine's sampling parameters."""
+        return replace(super().to_sampling(), num_logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class TopLogprob(Reply):

@@ -1,10 +1,12 @@
 """Bodies and replies of POST /v1/completions."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, Tag, model_validator
 
 from lori.template import Text
+from server.engine.request import SamplingParams
 from server.schemas.fields import Count, Reply, TokenIds, forms
 from server.schemas.generation import Logprobs
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
@@ -58,6 +60,10 @@ class CompletionBody(OpenAIBody):
         if self.best_of is not None and self.best_of != self.n:
             raise ValueError(f"'best_of' is {self.best_of}, expected as many as 'n', {self.n}: all answers are given")
         return self
+
+    def to_sampling(self) -> SamplingParams:
+        """Return the engine's sampling parameters."""
+        return replace(super().to_sampling(), num_logprobs=self.logprobs)
 
 
 class CompletionChoice(Reply):

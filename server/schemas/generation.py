@@ -1,12 +1,13 @@
 """Bodies and replies of POST /generate."""
 
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template
-from server.engine.request import FinishReason
+from server.engine.request import FinishReason, SamplingParams
 from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Count, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
@@ -68,6 +69,10 @@ class GenerateBody(SamplingFields, MergeFields):
             raise ValueError("'weights' needs 'adapter'")
         self.check_weights(self.adapter)
         return self
+
+    def to_sampling(self) -> SamplingParams:
+        """Return the engine's sampling parameters."""
+        return replace(super().to_sampling(), num_logprobs=self.logprobs)
 
 
 class ResolvedAdapter(Reply):

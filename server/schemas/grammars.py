@@ -1,7 +1,8 @@
 """Grammars of answers, as bodies express them."""
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypedDict
 
 from pydantic import Field
 
@@ -42,6 +43,36 @@ class ByLark(Body):
 
 
 AnyGrammar = Annotated[AnyJson | BySchema | ByRegex | ByLark, Field(discriminator="type")]
+
+
+class AnyJsonArguments(TypedDict):
+    """`AnyJson` in the Python client."""
+
+    type: Literal["json_object"]
+
+
+class SchemaArguments(TypedDict):
+    """`BySchema` in the Python client."""
+
+    type: Literal["json_schema"]
+    schema: Mapping[str, Any] | bool
+
+
+class RegexArguments(TypedDict):
+    """`ByRegex` in the Python client."""
+
+    type: Literal["regex"]
+    pattern: str
+
+
+class LarkArguments(TypedDict):
+    """`ByLark` in the Python client."""
+
+    type: Literal["lark"]
+    text: str
+
+
+GrammarArguments = AnyJsonArguments | SchemaArguments | RegexArguments | LarkArguments
 
 
 class AnyText(Body):

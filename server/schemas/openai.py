@@ -1,6 +1,7 @@
 """Fields that OpenAI's routes share: all but the prompt, and the usage."""
 
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
@@ -8,9 +9,10 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from lori.template import Template, Text
+from server.engine.request import SamplingParams
 from server.schemas.fields import MAX_LOGPROBS, Body, Reply, Temperature
 from server.schemas.generation import MergeReply, ResolvedAdapter, TimingsReply
-from server.schemas.grammars import ResponseFormat
+from server.schemas.grammars import ResponseFormat, to_grammar
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 Model = Annotated[Text, Field(min_length=1, max_length=4096)]
@@ -90,6 +92,12 @@ class OpenAIBody(SamplingFields, MergeFields, NullableBody):
             raise ValueError("expected 'grammar' or 'response_format', found both")
         self.check_weights(self.adapters)
         return self
+
+    def to_sampling(self) -> SamplingParams:
+        """Return the engine's sampling parameters."""
+        sampling = super().to_sampling()
+        grammar = sampling.grammar or to_grammar(self.response_format, "response_format")
+        return replace(sampling, include_stop=self.include_stop_str_in_output, grammar=grammar)
 
 
 class CachedTokens(Reply):

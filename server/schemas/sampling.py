@@ -1,11 +1,14 @@
 """Fields for sampling and merging, which all routes that generate share."""
 
-from typing import Annotated, Any, Self
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Self, TypedDict
 
 from pydantic import Field, Tag, model_validator
 
 from lori.merge_options import MergeMethod, MergeOptions
-from server.engine.request import Sampling
+from server.engine.request import SamplingParams
 from server.schemas.fields import (
     MAX_ADAPTERS,
     AdapterName,
@@ -24,7 +27,7 @@ from server.schemas.fields import (
     Weight,
     forms,
 )
-from server.schemas.grammars import AnyGrammar
+from server.schemas.grammars import AnyGrammar, GrammarArguments, to_grammar
 
 
 class WeightedAdapter(Body):
@@ -48,6 +51,11 @@ Adapters = Annotated[
     | Annotated[list[WeightedAdapter], Field(min_length=1, max_length=MAX_ADAPTERS, fail_fast=True), Tag("objects")],
     forms(_form, "an adapter's name, a list of names, or a list of objects with name and weight"),
 ]
+
+
+CONVERTED = frozenset({"logit_bias", "seed", "stop", "grammar", "num_choices"})
+"""Parameters whose values or names on the wire are not the engine's."""
+SHARED = tuple(parameter.name for parameter in fields(SamplingParams) if parameter.name not in CONVERTED)
 
 
 class SamplingFields(Body):
@@ -86,24 +94,44 @@ class SamplingFields(Body):
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     """A lower value runs earlier; the key's own, or 0, if absent. No request comes before its key's own priority."""
 
-    def to_sampling(self) -> Sampling:
-        """Return the engine's sampling parameters, without the seed."""
-        return Sampling(
+    def to_sampling(self) -> SamplingParams:
+        """Return the engine's sampling parameters, with a random seed if the body has none.
+
+        A parameter that is a field of the body is taken as it is, unless `CONVERTED` names it. A body that has a parameter under
+        another name overrides this method.
+        """
+        own_fields = type(self).model_fields
+        same = {name: getattr(self, name) for name in SHARED if name in own_fields}
+        return SamplingParams(
+            **same,
             # -100 forbids a token, which is also its effect at OpenAI.
             logit_bias=tuple((int(token), value) for token, value in (self.logit_bias or {}).items()),
-            min_tokens=self.min_tokens,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            temperature=self.temperature,
-            top_k=max(0, self.top_k),
-            top_p=self.top_p,
-            min_p=self.min_p,
+            seed=secrets.randbits(31) if self.seed is None else self.seed % 2**64,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            grammar=to_grammar(self.grammar, "grammar"),
+            num_choices=self.n,
         )
 
-    def stops(self) -> tuple[str, ...]:
-        """Return the stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+class SamplingArguments(TypedDict, total=False):
+    """`SamplingFields` as keyword arguments of the Python client. Absent ones are not sent: the server has the defaults."""
+
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[str, float]
+    seed: int
+    n: int
+    stop: str | Sequence[str]
+    grammar: GrammarArguments
+    ignore_eos: bool
+    timeout_s: float
+    priority: int
 
 
 class MergeFields(Body):
@@ -153,3 +181,12 @@ class MergeFields(Body):
         if own_weights := tuple(adapter.weight for adapter in adapters if not isinstance(adapter, str)):
             return names, own_weights
         return names, None if self.weights is None else tuple(self.weights)
+
+
+class MergeArguments(TypedDict, total=False):
+    """`MergeFields` as keyword arguments of the Python client."""
+
+    weights: Sequence[float]
+    merge: MergeMethod
+    density: float
+    merge_seed: int

@@ -32,7 +32,7 @@ class Answer:
 
 async def collect(service: Service, request: Request) -> list[Answer]:
     """Return the answers of a request, one for each choice. Raises `EngineError`."""
-    answers = [Answer(DoneEvent("cancelled", 0, 0)) for _ in range(request.num_choices)]
+    answers = [Answer(DoneEvent("cancelled", 0, 0)) for _ in range(request.sampling.num_choices)]
     async with aclosing(service.generate(request)) as events:
         async for event in events:
             match event:

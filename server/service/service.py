@@ -13,7 +13,7 @@ from server.catalog.admin import AdapterAdmin
 from server.catalog.files import AdapterFiles
 from server.catalog.uses import AdapterUses
 from server.engine.adapters.registry import Registry, check_registered
-from server.engine.admission import Admission, Ask, Caps, RefusedError, check_num_logprobs, prompt_size
+from server.engine.admission import Admission, Caps, GenerateRequest, RefusedError, check_num_logprobs, prompt_size
 from server.engine.request import Event, Request
 from server.engine.thread import EngineDeadError, EngineThread
 from server.errors import BusyError, DrainingError
@@ -83,7 +83,7 @@ class Service:
 
     @asynccontextmanager
     async def admitted(
-        self, asks: Sequence[Ask], caller: Caller, *, is_whole: bool = True, has_left: HasLeft | None = None
+        self, requests: Sequence[GenerateRequest], caller: Caller, *, is_whole: bool = True, has_left: HasLeft | None = None
     ) -> AsyncGenerator[list[Request], None]:
         """Yield the caller's requests, which hold their places until the block ends. Raises errors of the error table.
 
@@ -92,37 +92,38 @@ class Service:
         client has disconnected: its grammars are then not checked, and `ClientDisconnect` is raised.
         """
         self.check_alive()
-        num_answers = sum(ask.num_choices for ask in asks)
-        self._check_possible(caller, len(asks), num_answers)
-        is_first = len(asks) == 1 and not self.limiter.num_under_way(caller)
-        if self.num_requests + len(asks) > self.settings.max_requests and not is_first:
+        num_answers = sum(request.sampling.num_choices for request in requests)
+        self._check_possible(caller, len(requests), num_answers)
+        is_first = len(requests) == 1 and not self.limiter.num_under_way(caller)
+        if self.num_requests + len(requests) > self.settings.max_requests and not is_first:
             raise BusyError(
                 f"{self.num_requests} requests are under way, and the limit is {self.settings.max_requests}; try again"
             )
         with ExitStack() as stack:
             stack.enter_context(self.limiter.places(caller, num_answers))
             if not self.num_ingresses:
-                self.rate.count(caller, len(asks) - 1)  # the gate has counted one
-            self.num_requests += len(asks)
-            stack.callback(self._release, len(asks))
+                self.rate.count(caller, len(requests) - 1)  # the gate has counted one
+            self.num_requests += len(requests)
+            stack.callback(self._release, len(requests))
             caps = self.caps.lowered(caller.max_request_s, caller.max_request_tokens)
-            requests = await self.texts.run(
-                lambda: [self.admission.admit(_with_caller(caller, ask, caps)) for ask in asks],
+            admitted = await self.texts.run(
+                lambda: [self.admission.admit(_with_caller(caller, request, caps)) for request in requests],
                 caller.tenant,
-                sum(prompt_size(ask.prompt) for ask in asks),
+                sum(prompt_size(request.prompt) for request in requests),
             )
-            check_num_logprobs(requests, is_whole=is_whole)
+            check_num_logprobs(admitted, is_whole=is_whole)
             # Last, because it may take long.
-            for grammar in dict.fromkeys(request.grammar for request in requests if request.grammar):
+            grammars = (request.sampling.grammar for request in admitted)
+            for grammar in dict.fromkeys(grammar for grammar in grammars if grammar):
                 await self.grammar_checks.check(grammar, caller.tenant, has_left or _never_leaves)
             self.check_alive()
-            for request in requests:
+            for request in admitted:
                 check_registered(self.registry, request, caller.may_use)
-            for request in requests:
+            for request in admitted:
                 terms = (*request.terms, *request.policy)
                 stack.enter_context(self.uses.counted(terms))
                 self.metrics.count_admitted([term.name for term in terms])
-            yield requests
+            yield admitted
 
     def _check_possible(self, caller: Caller, num_requests: int, num_answers: int) -> None:
         # Requests that could never be admitted, however often they are tried.
@@ -169,9 +170,9 @@ async def _never_leaves() -> bool:
     return False
 
 
-def _with_caller(caller: Caller, ask: Ask, caps: Caps) -> Ask:
+def _with_caller(caller: Caller, request: GenerateRequest, caps: Caps) -> GenerateRequest:
     # Set here, so that no route can forget the caller's rights and limits.
-    priority = ask.priority
+    priority = request.priority
     if caller.tenant:
         priority = caller.priority if priority is None else max(priority, caller.priority)
-    return replace(ask, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority, caps=caps)
+    return replace(request, tenant=caller.tenant, may_use=caller.may_use, policy=caller.policy, priority=priority, caps=caps)

@@ -36,7 +36,7 @@ def attributes(exchange: Exchange, base_model: str) -> dict[str, Value]:
         "gen_ai.request.model": base_model,
         "gen_ai.request.max_tokens": request.max_tokens,
         "gen_ai.request.temperature": request.sampling.temperature,
-        "gen_ai.request.choice.count": request.num_choices,
+        "gen_ai.request.choice.count": request.sampling.num_choices,
         "gen_ai.response.id": request.id,
         "gen_ai.response.finish_reasons": [account.reason for account in accounts],
         "gen_ai.usage.input_tokens": sum(account.num_prompt_tokens for account in accounts),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from server.engine.request import AdapterTerm, Chunk, Request, Sequence
+from server.engine.request import AdapterTerm, Chunk, Request, SamplingParams, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Residency, Scheduler
 from server.engine.scheduling.step_budget import Curve, StepCost, StepLimits
@@ -29,11 +29,9 @@ def request(
         prompt_offsets=(0,) * num_prompt,
         max_tokens=max_tokens,
         terms=tuple(AdapterTerm(digest, digest, weight) for digest in adapters),
-        num_choices=num_choices,
+        sampling=SamplingParams(num_choices=num_choices, echo=is_scored, num_logprobs=0 if is_scored else None),
         priority=priority,
         tenant=tenant,
-        echo=is_scored,
-        num_logprobs=0 if is_scored else None,
     )
 
 
@@ -134,7 +132,7 @@ def added(to: Scheduler, of: Request | None = None, deadline: float | None = Non
 
 
 def added_choices(to: Scheduler, of: Request, deadline: float | None = None) -> list[Sequence]:
-    sequences = [Sequence(of, choice, deadline=deadline) for choice in range(of.num_choices)]
+    sequences = [Sequence(of, choice, deadline=deadline) for choice in range(of.sampling.num_choices)]
     for sequence in sequences:
         to.add(sequence)
     return sequences

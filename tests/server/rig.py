@@ -28,10 +28,10 @@ from server.engine.adapters.cache import AdapterTiers
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents, TierUsage
-from server.engine.admission import Admission, Ask
+from server.engine.admission import Admission, GenerateRequest
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner
-from server.engine.request import Chunk, DoneEvent, ErrorEvent, Event, Request, Sampling, TextEvent, TokenLogprob
+from server.engine.request import Chunk, DoneEvent, ErrorEvent, Event, Request, SamplingParams, TextEvent, TokenLogprob
 from server.engine.request import Sequence as EngineSequence
 from server.engine.sampling.grammars import Grammars
 from server.engine.scheduling.kv_cache import KvCache
@@ -183,10 +183,10 @@ class Rig:
                 one.events.append(event)
 
         self.engine.submit(request, emit)
-        heard += [Heard(sequence) for sequence in [*self.scheduler.waiting][-request.num_choices :]]
+        heard += [Heard(sequence) for sequence in [*self.scheduler.waiting][-request.sampling.num_choices :]]
         return heard
 
-    def ask(self, ask: Ask) -> Heard:
+    def ask(self, ask: GenerateRequest) -> Heard:
         return self.submit(self.admission.admit(ask))
 
     def step(self) -> None:
@@ -217,7 +217,7 @@ class Rig:
             self.step_on()
         assert self.scheduler.kv_cache.num_available == self.scheduler.kv_cache.num_blocks
 
-    def run(self, asks: Sequence[Ask], joins: Sequence[int] | None = None) -> list[Heard]:
+    def run(self, asks: Sequence[GenerateRequest], joins: Sequence[int] | None = None) -> list[Heard]:
         """Runs `asks` together to their ends; each joins before the step that `joins` names, the first by default."""
         at = dict(enumerate(joins or [0] * len(asks)))
         heard: dict[int, Heard] = {}
@@ -395,7 +395,7 @@ class FakeEngine:
 
     def submit(self, request: Request, emit: Emit) -> None:
         self.emits[request.id] = emit
-        self.choices[request.id] = request.num_choices
+        self.choices[request.id] = request.sampling.num_choices
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -434,6 +434,5 @@ def request(
         prompt_ids=tuple(range(num_prompt)),
         prompt_offsets=(0,) * num_prompt,
         max_tokens=max_tokens,
-        sampling=Sampling(temperature=temperature, seed=seed),
-        num_choices=num_choices,
+        sampling=SamplingParams(temperature=temperature, seed=seed, num_choices=num_choices),
     )

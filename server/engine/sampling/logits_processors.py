@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from lori.device import to_device
-from server.engine.request import Sampling, Sequence
+from server.engine.request import SamplingParams, Sequence
 
 
 class TokenCounts:
@@ -73,7 +73,7 @@ class LogitsProcessors:
         request = sequence.request
         sampling = request.sampling
         self._stop_ids = stop_ids
-        self._min_tokens = 0 if request.ignore_eos else sampling.min_tokens
+        self._min_tokens = 0 if sampling.ignore_eos else sampling.min_tokens
         self._num_outputs, self._can_only_end = 0, False
         bias: dict[int, float] = {}
         for token, value in sampling.logit_bias:
@@ -110,7 +110,7 @@ class LogitsProcessors:
         return self._num_outputs < self._min_tokens and not self._can_only_end
 
 
-def _counts(prompt_ids: tuple[int, ...], sampling: Sampling) -> TokenCounts | None:
+def _counts(prompt_ids: tuple[int, ...], sampling: SamplingParams) -> TokenCounts | None:
     if sampling.repetition_penalty != 1:
         return TokenCounts(prompt_ids)
     return TokenCounts(()) if sampling.presence_penalty or sampling.frequency_penalty else None

@@ -164,7 +164,7 @@ class Sampler:
         return self._batch
 
     def _begin(self, sequence: Sequence) -> SamplingState:
-        grammar = sequence.request.grammar
+        grammar = sequence.request.sampling.grammar
         assert not grammar or self._grammars, "admission refuses what cannot be followed"
         state = self._grammars.start(grammar) if grammar and self._grammars else None
         return self._states.setdefault(sequence, SamplingState(sequence, self._stop_ids, state))

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lori.device import to_device
-from server.engine.request import Sampling
+from server.engine.request import SamplingParams
 
 Floats = NDArray[np.float32]
 
@@ -34,7 +34,7 @@ class Cutoff:
     min_p: float = 0.0
 
     @classmethod
-    def from_sampling(cls, sampling: Sampling) -> Self:
+    def from_sampling(cls, sampling: SamplingParams) -> Self:
         """Return the cutoff of a request."""
         return cls(sampling.top_k, sampling.top_p, sampling.min_p)
 

@@ -232,7 +232,8 @@ class KvCache:
 def needs_prompt_logprobs(sequence: Sequence) -> bool:
     """Whether the logits of all prompt tokens are needed: for a request's first choice, until it has an output token."""
     request = sequence.request
-    return request.echo and request.num_logprobs is not None and sequence.choice == 0 and not sequence.output_ids
+    is_scored = request.sampling.echo and request.sampling.num_logprobs is not None
+    return is_scored and sequence.choice == 0 and not sequence.output_ids
 
 
 def root_key(base: str, request: Request) -> bytes:

@@ -64,7 +64,7 @@ class ChoiceGroups:
 
     def add(self, sequence: Sequence) -> bool:
         """Add a new sequence. Return whether it must wait for another choice to compute its prompt."""
-        if sequence.request.num_choices == 1:
+        if sequence.request.sampling.num_choices == 1:
             return False
         group = self._groups.setdefault(id(sequence.request), [])
         group.append(sequence)
@@ -248,7 +248,7 @@ class Scheduler:
         if token is not None:
             sequence.output_ids.append(token)
             self._queue.charge(sequence, 1)
-        if sequence.request.num_choices > 1 and chunk.stop >= len(sequence.request.prompt_ids):
+        if sequence.request.sampling.num_choices > 1 and chunk.stop >= len(sequence.request.prompt_ids):
             for other in reversed(self._choices.pop_followers(sequence)):
                 self.kv_cache.copy_block_keys(sequence, other)
                 self._queue.add(other, is_first=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.merge_options import MergeOptions
 from server.access.keys import KeyFileError
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.request import Request
 from server.engine.step import Emit
 from server.loading import load_service
@@ -126,7 +126,7 @@ def test_a_policy_of_an_adapter_that_is_not_there_stops_the_start(writer_model: 
 
 def test_a_policy_is_summed_beside_any_merge(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     admission = make_service(tokenizer, registry=registry).admission
-    ties = Ask(prompt="x", adapters=("math",), merge=MergeOptions("ties"), tenant="acme", policy=(("safety", 0.25),))
+    ties = GenerateRequest(prompt="x", adapters=("math",), merge=MergeOptions("ties"), tenant="acme", policy=(("safety", 0.25),))
     request = admission.admit(ties)
     assert [(of.name, of.weight) for of in request.policy] == [("safety", 0.25)]
     assert (request.policy[0].digest, 0.25) in request.residents

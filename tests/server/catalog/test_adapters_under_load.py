@@ -19,7 +19,7 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.format import load_adapter
 from lori.template import encode
-from server.engine.admission import Admission, Ask
+from server.engine.admission import Admission, GenerateRequest
 from server.engine.request import Request
 from tests.server.live import LIMIT_S, events, wait_until
 from tests.server.office import ADMIN, Office, open_office
@@ -192,7 +192,7 @@ class SlowAdmission:
         self._admission = admission
         self.has_admitted, self.may_go_on = threading.Event(), threading.Event()
 
-    def admit(self, ask: Ask) -> Request:
+    def admit(self, ask: GenerateRequest) -> Request:
         request = self._admission.admit(ask)
         self.has_admitted.set()
         assert self.may_go_on.wait(LIMIT_S)

@@ -10,8 +10,8 @@ from lori.errors import TemplateError, UnknownAdapterError
 from lori.merge_options import MergeOptions
 from lori.template import Message, Template
 from server.engine.adapters.registry import AmbiguousVersionError, Registry
-from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, Ask, RefusedError, TokenPrompt
-from server.engine.request import Sampling
+from server.engine.admission import DEFAULT_MAX_TOKENS, Admission, GenerateRequest, RefusedError, TokenPrompt
+from server.engine.request import SamplingParams
 from tests.server.registered import registered
 from tests.server.rig import EOS, build
 
@@ -32,7 +32,7 @@ def admission(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> Admissi
 MESSAGES = (Message(role="system", content="Be brief."), Message(role="user", content="é?"))
 
 
-def refusal(admission: Admission, ask: Ask) -> RefusedError:
+def refusal(admission: Admission, ask: GenerateRequest) -> RefusedError:
     with pytest.raises(RefusedError) as caught:
         admission.admit(ask)
     assert str(caught.value).startswith(f"{caught.value.field}: ")
@@ -43,64 +43,91 @@ def refusal(admission: Admission, ask: Ask) -> RefusedError:
     ("ask", "field", "said"),
     [
         pytest.param(
-            Ask(prompt="x", adapters=("math", "safety"), weights=(1.0,)), "weights", "has 1 numbers, expected 2", id="few weights"
+            GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0,)),
+            "weights",
+            "has 1 numbers, expected 2",
+            id="few weights",
         ),
-        pytest.param(Ask(prompt="x", adapters=("math",), weights=(1.0, 2.0)), "weights", "has 2 numbers, expected 1", id="many"),
-        pytest.param(Ask(prompt="x", adapters=("math",), weights=()), "weights", "has 0 numbers, expected 1", id="no weights"),
-        pytest.param(Ask(prompt="x", weights=(1.0,)), "weights", "has 1 numbers, expected 0", id="weights of nothing"),
         pytest.param(
-            Ask(prompt="x", adapters=("math", "safety", "math")),
+            GenerateRequest(prompt="x", adapters=("math",), weights=(1.0, 2.0)), "weights", "has 2 numbers, expected 1", id="many"
+        ),
+        pytest.param(
+            GenerateRequest(prompt="x", adapters=("math",), weights=()), "weights", "has 0 numbers, expected 1", id="no weights"
+        ),
+        pytest.param(
+            GenerateRequest(prompt="x", weights=(1.0,)), "weights", "has 1 numbers, expected 0", id="weights of nothing"
+        ),
+        pytest.param(
+            GenerateRequest(prompt="x", adapters=("math", "safety", "math")),
             "adapter",
             "'math' twice, expected each adapter once",
             id="twice",
         ),
-        pytest.param(Ask(prompt=""), "prompt", "is empty, expected at least one token", id="empty prompt"),
+        pytest.param(GenerateRequest(prompt=""), "prompt", "is empty, expected at least one token", id="empty prompt"),
         pytest.param(
-            Ask(prompt=(Message(role="user", content=""),), template="plain"),
+            GenerateRequest(prompt=(Message(role="user", content=""),), template="plain"),
             "messages",
             "is empty, expected",
             id="empty messages",
         ),
         pytest.param(
-            Ask(prompt="x" * 200), "prompt", "has 200 tokens, and the context holds 200 with the answer", id="long prompt"
+            GenerateRequest(prompt="x" * 200),
+            "prompt",
+            "has 200 tokens, and the context holds 200 with the answer",
+            id="long prompt",
         ),
         pytest.param(
-            Ask(prompt="x" * 150, max_tokens=51),
+            GenerateRequest(prompt="x" * 150, max_tokens=51),
             "max_tokens",
             "51 with a prompt of 150 tokens exceeds the context of 200, expected at most 50",
             id="beyond the context",
         ),
         pytest.param(
-            Ask(prompt="x" * 300, max_tokens=1),
+            GenerateRequest(prompt="x" * 300, max_tokens=1),
             "prompt",
             "has 300 tokens, and the context holds 200",
             id="prompt beyond the context",
         ),
-        pytest.param(Ask(prompt="x", max_tokens=0), "max_tokens", "is 0 without echo", id="nothing to answer"),
+        pytest.param(GenerateRequest(prompt="x", max_tokens=0), "max_tokens", "is 0 without echo", id="nothing to answer"),
         pytest.param(
-            Ask(prompt=MESSAGES, adapters=("math", "intent")),
+            GenerateRequest(prompt=MESSAGES, adapters=("math", "intent")),
             "template",
             "no common template (math: chat; intent: plain), expected one here",
             id="no common template",
         ),
-        pytest.param(Ask(prompt="x", merge=MergeOptions("ties")), "merge", "is 'ties' without adapters", id="a merge of nothing"),
-        pytest.param(Ask(prompt=TokenPrompt(())), "prompt", "is empty, expected at least one token", id="no tokens"),
         pytest.param(
-            Ask(prompt=TokenPrompt((5, 257, 999))), "prompt", "has the token 257, expected 0 to 256", id="an unknown token"
+            GenerateRequest(prompt="x", merge=MergeOptions("ties")),
+            "merge",
+            "is 'ties' without adapters",
+            id="a merge of nothing",
         ),
-        pytest.param(Ask(prompt=TokenPrompt((-1,))), "prompt", "has the token -1, expected 0 to 256", id="a negative token"),
+        pytest.param(GenerateRequest(prompt=TokenPrompt(())), "prompt", "is empty, expected at least one token", id="no tokens"),
         pytest.param(
-            Ask(prompt=TokenPrompt((999,) * 200)), "prompt", "has 200 tokens, and the context holds 200", id="many tokens"
+            GenerateRequest(prompt=TokenPrompt((5, 257, 999))),
+            "prompt",
+            "has the token 257, expected 0 to 256",
+            id="an unknown token",
         ),
         pytest.param(
-            Ask(prompt="x", sampling=Sampling(logit_bias=((5, 1.0), (257, 1.0)))),
+            GenerateRequest(prompt=TokenPrompt((-1,))), "prompt", "has the token -1, expected 0 to 256", id="a negative token"
+        ),
+        pytest.param(
+            GenerateRequest(prompt=TokenPrompt((999,) * 200)),
+            "prompt",
+            "has 200 tokens, and the context holds 200",
+            id="many tokens",
+        ),
+        pytest.param(
+            GenerateRequest(prompt="x", sampling=SamplingParams(logit_bias=((5, 1.0), (257, 1.0)))),
             "logit_bias",
             "names the token 257, expected 0 to 256",
             id="bias of an unknown token",
         ),
     ],
 )
-def test_a_refusal_names_the_field_and_what_was_found_and_expected(admission: Admission, ask: Ask, field: str, said: str) -> None:
+def test_a_refusal_names_the_field_and_what_was_found_and_expected(
+    admission: Admission, ask: GenerateRequest, field: str, said: str
+) -> None:
     error = refusal(admission, ask)
     assert error.field == field
     assert said in str(error)
@@ -111,7 +138,7 @@ def test_a_refusal_names_the_field_and_what_was_found_and_expected(admission: Ad
 )
 def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, name: str, near: tuple[str, ...]) -> None:
     with pytest.raises(UnknownAdapterError) as caught:
-        admission.admit(Ask(prompt="x", adapters=("safety", name)))
+        admission.admit(GenerateRequest(prompt="x", adapters=("safety", name)))
     assert caught.value.name == name
     assert caught.value.near == near
     assert f"'{name}'" in str(caught.value)
@@ -120,19 +147,19 @@ def test_an_unknown_adapter_is_answered_with_near_names(admission: Admission, na
 
 def test_a_server_without_adapters_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UnknownAdapterError, match="there are none at all"):
-        Admission(tokenizer, Registry([]), CONTEXT).admit(Ask(prompt="x", adapters=("math",)))
+        Admission(tokenizer, Registry([]), CONTEXT).admit(GenerateRequest(prompt="x", adapters=("math",)))
 
 
 def test_messages_without_a_chat_template_are_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(TemplateError, match="no chat template"):
-        Admission(bare, registry, CONTEXT).admit(Ask(prompt=MESSAGES))
+        Admission(bare, registry, CONTEXT).admit(GenerateRequest(prompt=MESSAGES))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_weights_are_one_nth_by_default(admission: Admission, registry: Registry, count: int) -> None:
     names = ("intent", "math", "safety")[:count]
-    request = admission.admit(Ask(prompt="x", adapters=names))
+    request = admission.admit(GenerateRequest(prompt="x", adapters=names))
     for term, name in zip(request.terms, names, strict=True):
         summary = registry.by_name[name].summary
         assert (term.name, term.digest, term.version) == (name, summary.digest, summary.version)
@@ -141,16 +168,16 @@ def test_weights_are_one_nth_by_default(admission: Admission, registry: Registry
 
 
 def test_weights_go_with_their_adapters(admission: Admission) -> None:
-    request = admission.admit(Ask(prompt="x", adapters=("safety", "math"), weights=(0.0, -1.5)))
+    request = admission.admit(GenerateRequest(prompt="x", adapters=("safety", "math"), weights=(0.0, -1.5)))
     assert [(term.name, term.weight) for term in request.terms] == [("safety", 0.0), ("math", -1.5)]
 
 
 def test_a_request_without_adapters_is_for_the_base(admission: Admission) -> None:
-    assert admission.admit(Ask(prompt="x")).terms == ()
+    assert admission.admit(GenerateRequest(prompt="x")).terms == ()
 
 
 def test_a_prompt_stands_as_it_is(admission: Admission) -> None:
-    request = admission.admit(Ask(prompt="aé€😀z", adapters=("math",), echo=True))
+    request = admission.admit(GenerateRequest(prompt="aé€😀z", adapters=("math",), sampling=SamplingParams(echo=True)))
     assert request.prompt_text == "aé€😀z"
     assert request.prompt_offsets == (0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4)
     assert len(request.prompt_ids) == len(request.prompt_offsets)
@@ -178,7 +205,7 @@ PLAIN = "Be brief.\né?"
 def test_messages_are_written_with_the_template_that_the_adapters_share(
     admission: Admission, names: tuple[str, ...], template: Template | None, text: str
 ) -> None:
-    assert admission.admit(Ask(prompt=MESSAGES, adapters=names, template=template)).prompt_text == text
+    assert admission.admit(GenerateRequest(prompt=MESSAGES, adapters=names, template=template)).prompt_text == text
 
 
 @pytest.mark.parametrize(("old", "new", "text"), [("plain", "chat", None), ("plain", "plain", PLAIN), ("chat", "chat", CHAT)])
@@ -187,7 +214,7 @@ def test_two_versions_of_an_adapter_count_both(
 ) -> None:
     """An adapter that learnt to chat is not asked so in the version that did not."""
     registry = Registry([registered("math", "1" * 64, templates=(new,))], [registered("math", "2" * 64, templates=(old,))])
-    ask = Ask(prompt=MESSAGES, adapters=("math@1", "math@2"))
+    ask = GenerateRequest(prompt=MESSAGES, adapters=("math@1", "math@2"))
     admission = Admission(tokenizer, registry, CONTEXT, max_terms=3)
     if text:
         assert admission.admit(ask).prompt_text == text
@@ -197,7 +224,7 @@ def test_two_versions_of_an_adapter_count_both(
 
 
 def test_the_chat_templates_special_tokens_are_one_token_each(admission: Admission) -> None:
-    request = admission.admit(Ask(prompt=(Message(role="user", content="x"),)))
+    request = admission.admit(GenerateRequest(prompt=(Message(role="user", content="x"),)))
     assert request.prompt_ids.count(EOS) == 1
 
 
@@ -205,30 +232,25 @@ def test_the_chat_templates_special_tokens_are_one_token_each(admission: Admissi
 def test_the_answer_is_as_long_as_the_default_or_what_the_context_has_left(
     admission: Admission, num_prompt: int, expected: int
 ) -> None:
-    assert admission.admit(Ask(prompt="x" * num_prompt)).max_tokens == expected
+    assert admission.admit(GenerateRequest(prompt="x" * num_prompt)).max_tokens == expected
 
 
 def test_prompt_and_answer_may_fill_the_context(admission: Admission) -> None:
-    assert admission.admit(Ask(prompt="x" * 150, max_tokens=50)).max_tokens == 50
-    assert admission.admit(Ask(prompt="x" * CONTEXT, max_tokens=0, echo=True)).max_tokens == 0
-
-
-def test_seeds_are_random_by_default_and_kept_where_given(admission: Admission) -> None:
-    seeds = {admission.admit(Ask(prompt="x")).sampling.seed for _ in range(20)}
-    assert len(seeds) > 15
-    assert admission.admit(Ask(prompt="x", seed=0)).sampling.seed == 0
+    assert admission.admit(GenerateRequest(prompt="x" * 150, max_tokens=50)).max_tokens == 50
+    scored = GenerateRequest(prompt="x" * CONTEXT, max_tokens=0, sampling=SamplingParams(echo=True))
+    assert admission.admit(scored).max_tokens == 0
 
 
 def test_every_request_has_an_id_of_its_own(admission: Admission) -> None:
-    assert len({admission.admit(Ask(prompt="x")).id for _ in range(50)}) == 50
+    assert len({admission.admit(GenerateRequest(prompt="x")).id for _ in range(50)}) == 50
 
 
 def test_more_adapters_than_can_be_resident_together_are_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     few = Admission(tokenizer, registry, CONTEXT, max_terms=2)
-    error = refusal(few, Ask(prompt="x", adapters=("math", "safety", "intent")))
+    error = refusal(few, GenerateRequest(prompt="x", adapters=("math", "safety", "intent")))
     assert error.field == "adapter"
     assert "names 3 adapters, expected at most 2" in str(error)
-    assert len(few.admit(Ask(prompt="x", adapters=("math", "safety"))).terms) == 2
+    assert len(few.admit(GenerateRequest(prompt="x", adapters=("math", "safety"))).terms) == 2
 
 
 def test_what_adapters_keep_is_known_before_they_are_read(writer_model: Path, adapters: Path) -> None:
@@ -243,19 +265,19 @@ def test_adapters_for_which_there_is_no_memory_together_are_refused(
     kept = {name: of.summary.nnz for name, of in registry.by_name.items()}
     both = kept["math"] + kept["safety"]
     exact = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=both)
-    assert len(exact.admit(Ask(prompt="x", adapters=("math", "safety"))).terms) == 2
+    assert len(exact.admit(GenerateRequest(prompt="x", adapters=("math", "safety"))).terms) == 2
     small = Admission(tokenizer, registry, CONTEXT, max_terms=3, max_nnz=both - 0.5)
-    error = refusal(small, Ask(prompt="x", adapters=("math", "safety")))
+    error = refusal(small, GenerateRequest(prompt="x", adapters=("math", "safety")))
     assert error.field == "adapter"
     assert f"names 'math', 'safety', which keep {both} entries of B, expected at most {both - 1}" in str(error)
-    assert len(small.admit(Ask(prompt="x", adapters=("math",))).terms) == 1
-    assert len(small.admit(Ask(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0))).residents) == 1
-    assert small.admit(Ask(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties"))).residents
+    assert len(small.admit(GenerateRequest(prompt="x", adapters=("math",))).terms) == 1
+    assert len(small.admit(GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0))).residents) == 1
+    assert small.admit(GenerateRequest(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties"))).residents
 
 
 def test_what_is_read_to_be_merged_fits_in_memory_or_is_refused(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     both = sum(registry.by_name[name].summary.nnz for name in ("math", "safety"))
-    ask = Ask(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0), merge=MergeOptions("ties"))
+    ask = GenerateRequest(prompt="x", adapters=("math", "safety"), weights=(1.0, 0.0), merge=MergeOptions("ties"))
     assert Admission(tokenizer, registry, CONTEXT, max_merge_nnz=both).admit(ask).residents
     small = Admission(tokenizer, registry, CONTEXT, max_terms=2, max_merge_nnz=both - 1)
     error = refusal(small, ask)
@@ -268,13 +290,13 @@ def test_a_merge_that_is_built_once_takes_one_place_however_many_adapters_it_has
     tokenizer: PreTrainedTokenizerFast, registry: Registry
 ) -> None:
     one = Admission(tokenizer, registry, CONTEXT, max_terms=1)
-    request = one.admit(Ask(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties")))
+    request = one.admit(GenerateRequest(prompt="x", adapters=("math", "safety"), merge=MergeOptions("ties")))
     assert len(request.residents) == 1
     assert request.residents[0][1] == 1.0
 
 
 def test_a_merge_of_adapters_on_several_bases_is_refused_but_for_a_sum(admission: Admission) -> None:
-    ask = Ask(prompt="x", adapters=("math", "intent"), merge=MergeOptions("magnitude"))
+    ask = GenerateRequest(prompt="x", adapters=("math", "intent"), merge=MergeOptions("magnitude"))
     error = refusal(admission, ask)
     assert error.field == "merge"
     for part in ("magnitude needs adapters on one basis", "math: ", "intent: ", "'linear' needs none"):
@@ -283,30 +305,18 @@ def test_a_merge_of_adapters_on_several_bases_is_refused_but_for_a_sum(admission
 
 
 def test_what_is_asked_is_what_the_request_has(admission: Admission) -> None:
-    sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_tokens=2, logit_bias=((5, 1.0),))
-    ask = Ask(
-        prompt="x",
-        sampling=sampling,
-        seed=7,
-        stop=("a", "b"),
-        ignore_eos=True,
-        num_logprobs=3,
-        echo=True,
-        num_choices=4,
-        priority=-1,
-        tenant="they",
-        timeout_s=2.5,
-    )
+    sampling = SamplingParams(temperature=0.5, top_k=3, logit_bias=((5, 1.0),), seed=7, stop=("a", "b"), num_choices=4)
+    ask = GenerateRequest(prompt="x", sampling=sampling, priority=-1, tenant="they", timeout_s=2.5)
     request = admission.admit(ask)
-    assert request.sampling == replace(sampling, seed=7)
-    for name in ("stop", "ignore_eos", "num_logprobs", "echo", "num_choices", "priority", "tenant", "timeout_s"):
+    assert request.sampling is sampling
+    for name in ("priority", "tenant", "timeout_s"):
         assert getattr(request, name) == getattr(ask, name)
 
 
 @pytest.mark.parametrize("echo", [False, True])
 def test_tokens_stand_as_they_are_and_have_their_text_where_it_is_seen(admission: Admission, echo: bool) -> None:
-    text = admission.admit(Ask(prompt="aé€😀z", echo=echo))
-    request = admission.admit(Ask(prompt=TokenPrompt(text.prompt_ids), echo=echo))
+    text = admission.admit(GenerateRequest(prompt="aé€😀z", sampling=SamplingParams(echo=echo)))
+    request = admission.admit(GenerateRequest(prompt=TokenPrompt(text.prompt_ids), sampling=SamplingParams(echo=echo)))
     assert request.prompt_ids == text.prompt_ids
     assert request.max_tokens == text.max_tokens
     assert len(request.prompt_offsets) == (len(request.prompt_ids) if echo else 0)
@@ -318,11 +328,14 @@ def test_tokens_stand_as_they_are_and_have_their_text_where_it_is_seen(admission
 def test_what_the_model_knows_beyond_the_tokenizer_may_be_named(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> None:
     """Many models have rows for more tokens than there are."""
     padded = Admission(tokenizer, registry, CONTEXT, num_ids=320)
-    biased = Sampling(logit_bias=((319, 1.0),))
-    a, b = padded.admit(Ask(prompt="ab")).prompt_ids
-    request = padded.admit(Ask(prompt=TokenPrompt((a, 319, b)), echo=True, sampling=biased))
+    biased = SamplingParams(logit_bias=((319, 1.0),))
+    a, b = padded.admit(GenerateRequest(prompt="ab")).prompt_ids
+    request = padded.admit(GenerateRequest(prompt=TokenPrompt((a, 319, b)), sampling=replace(biased, echo=True)))
     assert (request.prompt_ids, request.prompt_text, request.prompt_offsets) == ((a, 319, b), "ab", (0, 1, 1))
-    for ask in (Ask(prompt=TokenPrompt((320,))), Ask(prompt="x", sampling=Sampling(logit_bias=((320, 1.0),)))):
+    for ask in (
+        GenerateRequest(prompt=TokenPrompt((320,))),
+        GenerateRequest(prompt="x", sampling=SamplingParams(logit_bias=((320, 1.0),))),
+    ):
         assert "token 320, expected 0 to 319" in str(refusal(padded, ask))
 
 
@@ -337,29 +350,29 @@ def versioned(tokenizer: PreTrainedTokenizerFast) -> Admission:
 
 
 def test_versions_of_one_adapter_may_be_added(versioned: Admission) -> None:
-    request = versioned.admit(Ask(prompt="x", adapters=("math@ab2", "math"), weights=(1.0, -1.0)))
+    request = versioned.admit(GenerateRequest(prompt="x", adapters=("math@ab2", "math"), weights=(1.0, -1.0)))
     assert [(term.reference, term.weight) for term in request.terms] == [("math@ab2000000000", 1.0), ("math@ab1000000000", -1.0)]
 
 
 def test_two_names_of_one_content_may_be_added(versioned: Admission) -> None:
-    request = versioned.admit(Ask(prompt="x", adapters=("math", "copy")))
+    request = versioned.admit(GenerateRequest(prompt="x", adapters=("math", "copy")))
     assert [term.name for term in request.terms] == ["math", "copy"]
 
 
 @pytest.mark.parametrize("names", [("math", "math@ab1"), ("math@ab1", "math@ab10"), ("math@ab2", "copy", "math@ab2")])
 def test_one_version_is_named_once_however_it_is_named(versioned: Admission, names: tuple[str, ...]) -> None:
-    error = refusal(versioned, Ask(prompt="x", adapters=names))
+    error = refusal(versioned, GenerateRequest(prompt="x", adapters=names))
     assert error.field == "adapter"
     assert f"{names[-1]!r} twice, expected each adapter once" in str(error)
 
 
 def test_digits_that_could_be_several_are_refused(versioned: Admission) -> None:
     with pytest.raises(AmbiguousVersionError, match="'math@ab' could be math@ab1000000000 or math@ab2000000000"):
-        versioned.admit(Ask(prompt="x", adapters=("math@ab",)))
+        versioned.admit(GenerateRequest(prompt="x", adapters=("math@ab",)))
 
 
 def test_only_what_the_caller_may_use_is_there(versioned: Admission) -> None:
-    ask = Ask(prompt="x", adapters=("math",), may_use=lambda name: name == "copy")
+    ask = GenerateRequest(prompt="x", adapters=("math",), may_use=lambda name: name == "copy")
     with pytest.raises(UnknownAdapterError, match="there is no adapter 'math': known are 'copy'"):
         versioned.admit(ask)
     with pytest.raises(UnknownAdapterError, match="there is no adapter 'math@ab': known are 'copy'"):

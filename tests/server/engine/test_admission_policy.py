@@ -9,7 +9,7 @@ from lori.errors import UnknownAdapterError
 from lori.merge import MergeOptions
 from lori.template import Message
 from server.engine.adapters.registry import PolicyError, Registry
-from server.engine.admission import Admission, Ask, RefusedError
+from server.engine.admission import Admission, GenerateRequest, RefusedError
 from server.routes.generate import to_adapters, to_merge
 from tests.server.registered import registered
 
@@ -36,10 +36,10 @@ def admission(tokenizer: PreTrainedTokenizerFast, registry: Registry) -> Admissi
     return Admission(tokenizer, registry, CONTEXT, max_terms=3)
 
 
-GUARDED = Ask(prompt="x", policy=(("guard", 0.7),))
+GUARDED = GenerateRequest(prompt="x", policy=(("guard", 0.7),))
 
 
-def refusal(admission: Admission, ask: Ask) -> str:
+def refusal(admission: Admission, ask: GenerateRequest) -> str:
     with pytest.raises(RefusedError) as caught:
         admission.admit(ask)
     assert caught.value.field == "adapter"
@@ -90,7 +90,7 @@ def test_it_may_be_a_version_and_several(admission: Admission) -> None:
 def test_it_does_not_choose_how_messages_are_written(admission: Admission) -> None:
     """guard knows `plain` alone, math `chat` alone."""
     messages = (Message(role="user", content="hello"),)
-    chat = admission.admit(Ask(prompt=messages)).prompt_text
+    chat = admission.admit(GenerateRequest(prompt=messages)).prompt_text
     assert admission.admit(replace(GUARDED, prompt=messages)).prompt_text == chat
     assert admission.admit(replace(GUARDED, prompt=messages, adapters=("math",))).prompt_text == chat
 
@@ -111,7 +111,9 @@ def test_it_does_not_choose_how_messages_are_written(admission: Admission) -> No
 )
 def test_it_cannot_be_named_so_that_no_weight_takes_it_back(admission: Admission, policy: str, reference: str) -> None:
     for adapters, weights in (((reference,), (-0.7,)), (("math", reference), (1.0, 0.0))):
-        said = refusal(admission, Ask(prompt="x", adapters=adapters, weights=weights, policy=((policy, 0.7),), tenant="they"))
+        said = refusal(
+            admission, GenerateRequest(prompt="x", adapters=adapters, weights=weights, policy=((policy, 0.7),), tenant="they")
+        )
         assert said == f"names {reference!r}, which the operator adds to every request of 'they'"
 
 
@@ -135,7 +137,7 @@ def test_nothing_is_answered_without_it(
     """The log has what is missing; the client is told no name, which could be one that it may not know."""
     registry.put(registered("several", "c1" * 32), [registered("several", "c2" * 32)])
     with pytest.raises(PolicyError) as caught:
-        admission.admit(Ask(prompt="x", adapters=names, policy=(("copy", 1.0), (reference, 1.0)), tenant="they"))
+        admission.admit(GenerateRequest(prompt="x", adapters=names, policy=(("copy", 1.0), (reference, 1.0)), tenant="they"))
     assert str(caught.value) == "the operator's adapters cannot be added to this request, and it is not served without them"
     assert f"requests of tenant 'they' fail: its policy names {reference}, which is not there" in caplog.text
 

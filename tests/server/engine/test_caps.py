@@ -7,8 +7,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission, Ask, Caps, RefusedError
-from server.engine.request import Request
+from server.engine.admission import Admission, Caps, GenerateRequest, RefusedError
+from server.engine.request import Request, SamplingParams
 from server.engine.step import Emit
 from tests.server.fake_service import served
 from tests.server.keyed import ACME, OTHER, bearer, refusal, write_keys
@@ -44,7 +44,7 @@ def test_a_request_has_no_more_tokens_than_the_operator_lets_it(
         def ask(**more: int) -> list[int]:
             engine.requests.clear()
             assert client.post(path, json=body | more).status_code == 200
-            return [request.max_tokens * request.num_choices for request in engine.requests]
+            return [request.max_tokens * request.sampling.num_choices for request in engine.requests]
 
         def message(**more: int) -> str:
             error = refusal(client.post(path, json=body | more), 400)
@@ -108,6 +108,9 @@ def test_the_lower_of_two_caps_holds(caps: Caps, less: tuple[float | None, int |
 
 def test_what_only_scores_a_text_has_no_tokens_to_cap(tokenizer: PreTrainedTokenizerFast) -> None:
     admission = Admission(tokenizer, Registry([]), 100)
-    assert admission.admit(Ask(prompt="x", max_tokens=0, echo=True, caps=Caps(max_tokens=1))).max_tokens == 0
+    scored = GenerateRequest(prompt="x", max_tokens=0, sampling=SamplingParams(echo=True), caps=Caps(max_tokens=1))
+    assert admission.admit(scored).max_tokens == 0
     with pytest.raises(RefusedError):
-        admission.admit(Ask(prompt="x", max_tokens=1, num_choices=2, caps=Caps(max_tokens=1)))
+        admission.admit(
+            GenerateRequest(prompt="x", max_tokens=1, sampling=SamplingParams(num_choices=2), caps=Caps(max_tokens=1))
+        )

@@ -10,32 +10,31 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lori.base_model import BaseModel
 from lori.template import encode
-from server.engine.admission import Ask
-from server.engine.request import ErrorEvent, Sampling, TextEvent, TokenLogprob
+from server.engine.admission import GenerateRequest
+from server.engine.request import ErrorEvent, SamplingParams, TextEvent, TokenLogprob
 from tests.server.rig import EOS, Rig, build, fold, scripted, write_adapter
 from tests.tiny import save_tiny_model, tiny_llama_config
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 MIXED = (
-    Ask(prompt=FOX * 2, max_tokens=30),
-    Ask(prompt="a", max_tokens=40, adapters=("math",)),
-    Ask(prompt=FOX, max_tokens=25, adapters=("safety",), num_logprobs=2),
-    Ask(prompt="What is 12 times 7?", max_tokens=35, adapters=("math", "safety")),
-    Ask(prompt=FOX * 3, max_tokens=5, adapters=("safety", "intent"), weights=(0.25, 1.5)),
-    Ask(prompt="hello", max_tokens=20, sampling=Sampling(temperature=0.9), seed=5),
-    Ask(prompt="hello", max_tokens=20, sampling=Sampling(temperature=0.9), seed=5, adapters=("intent",)),
-    Ask(prompt="x" * 16, max_tokens=28, adapters=("math", "safety", "intent"), weights=(1.0, -0.5, 0.75)),
-    Ask(prompt=FOX[:17], max_tokens=1, adapters=("math",), echo=True, num_logprobs=0),
-    Ask(prompt=FOX, max_tokens=0, adapters=("math", "intent"), echo=True, num_logprobs=3),
-    Ask(
+    GenerateRequest(prompt=FOX * 2, max_tokens=30),
+    GenerateRequest(prompt="a", max_tokens=40, adapters=("math",)),
+    GenerateRequest(prompt=FOX, max_tokens=25, adapters=("safety",), sampling=SamplingParams(num_logprobs=2)),
+    GenerateRequest(prompt="What is 12 times 7?", max_tokens=35, adapters=("math", "safety")),
+    GenerateRequest(prompt=FOX * 3, max_tokens=5, adapters=("safety", "intent"), weights=(0.25, 1.5)),
+    GenerateRequest(prompt="hello", max_tokens=20, sampling=SamplingParams(temperature=0.9, seed=5)),
+    GenerateRequest(prompt="hello", max_tokens=20, sampling=SamplingParams(temperature=0.9, seed=5), adapters=("intent",)),
+    GenerateRequest(prompt="x" * 16, max_tokens=28, adapters=("math", "safety", "intent"), weights=(1.0, -0.5, 0.75)),
+    GenerateRequest(prompt=FOX[:17], max_tokens=1, adapters=("math",), sampling=SamplingParams(echo=True, num_logprobs=0)),
+    GenerateRequest(prompt=FOX, max_tokens=0, adapters=("math", "intent"), sampling=SamplingParams(echo=True, num_logprobs=3)),
+    GenerateRequest(
         prompt=FOX,
         max_tokens=30,
-        sampling=Sampling(temperature=1.3),
-        seed=2**62,
+        sampling=SamplingParams(temperature=1.3, seed=2**62),
         adapters=("math", "safety"),
         weights=(1.0, 0.0),
     ),
-    Ask(prompt="Then", max_tokens=60, adapters=("safety",), stop=("q", "zz")),
+    GenerateRequest(prompt="Then", max_tokens=60, adapters=("safety",), sampling=SamplingParams(stop=("q", "zz"))),
 )
 
 
@@ -83,13 +82,13 @@ def test_the_adapters_change_what_is_said(rig: Rig) -> None:
     """Without this, the test above would pass for an engine that ignores them."""
     routes = [{}, {"adapters": ("math",)}, {"adapters": ("safety",)}, {"adapters": ("intent",)}]
     routes += [{"adapters": ("math", "safety")}, {"adapters": ("math", "safety"), "weights": (1.0, 0.25)}]
-    heard = rig.run([Ask(prompt=FOX, max_tokens=20, **route) for route in routes])
+    heard = rig.run([GenerateRequest(prompt=FOX, max_tokens=20, **route) for route in routes])
     assert len({h.text for h in heard}) == len(routes)
 
 
 def test_the_order_of_a_merge_does_not_matter(rig: Rig) -> None:
-    first = Ask(prompt=FOX, max_tokens=20, adapters=("math", "intent"), weights=(0.5, 1.0))
-    second = Ask(prompt=FOX, max_tokens=20, adapters=("intent", "math"), weights=(1.0, 0.5))
+    first = GenerateRequest(prompt=FOX, max_tokens=20, adapters=("math", "intent"), weights=(0.5, 1.0))
+    second = GenerateRequest(prompt=FOX, max_tokens=20, adapters=("intent", "math"), weights=(1.0, 0.5))
     one, other = rig.run([first, second])
     assert one.tokens == other.tokens
 
@@ -109,7 +108,7 @@ def test_a_merge_says_what_the_folded_weights_say(
     rig: Rig, writer_model: Path, names: tuple[str, ...], weights: tuple[float, ...]
 ) -> None:
     prompts = (FOX, "a", "What is 12 times 7?")
-    heard = rig.run([Ask(prompt=p, max_tokens=40, adapters=names, weights=weights) for p in prompts])
+    heard = rig.run([GenerateRequest(prompt=p, max_tokens=40, adapters=names, weights=weights) for p in prompts])
     merged = [(rig.adapters[name], weight) for name, weight in zip(names, weights, strict=True)]
     model = fold(AutoModelForCausalLM.from_pretrained(writer_model, dtype=torch.float32), merged)
     for one in heard:
@@ -122,7 +121,7 @@ def test_a_merge_says_what_the_folded_weights_say(
 
 
 def test_a_seed_says_the_same_again_and_another_seed_something_else(rig: Rig) -> None:
-    asks = [Ask(prompt=FOX, max_tokens=20, sampling=Sampling(temperature=1.0), seed=seed) for seed in (1, 2, 1)]
+    asks = [GenerateRequest(prompt=FOX, max_tokens=20, sampling=SamplingParams(temperature=1.0, seed=seed)) for seed in (1, 2, 1)]
     first, second, third = rig.run(asks, [0, 0, 4])
     assert first.tokens == third.tokens
     assert first.tokens != second.tokens
@@ -131,8 +130,8 @@ def test_a_seed_says_the_same_again_and_another_seed_something_else(rig: Rig) ->
 @pytest.mark.parametrize("prompt", ["a", "Hi", FOX[:16], FOX[:17], FOX * 3, "aé€😀z"])
 @pytest.mark.parametrize("max_tokens", [0, 1, 6])
 def test_echoed_logprobs_are_those_of_transformers(rig: Rig, writer: BaseModel, prompt: str, max_tokens: int) -> None:
-    ask = Ask(prompt=prompt, max_tokens=max_tokens, echo=True, num_logprobs=2)
-    heard, _ = rig.run([ask, Ask(prompt=FOX, max_tokens=9)])
+    ask = GenerateRequest(prompt=prompt, max_tokens=max_tokens, sampling=SamplingParams(echo=True, num_logprobs=2))
+    heard, _ = rig.run([ask, GenerateRequest(prompt=FOX, max_tokens=9)])
     ids = [*heard.sequence.request.prompt_ids, *heard.tokens]
     expected = logprobs_after(writer.model, ids[:1], ids[1:])
     found = heard.logprobs
@@ -150,7 +149,7 @@ def test_echoed_logprobs_are_those_of_transformers(rig: Rig, writer: BaseModel, 
 
 
 def test_logprobs_without_echo_are_of_the_answer_alone(rig: Rig, writer: BaseModel) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=8, num_logprobs=0)])
+    (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=8, sampling=SamplingParams(num_logprobs=0))])
     rows = logprobs_after(writer.model, heard.sequence.request.prompt_ids, heard.tokens)
     assert [one.value for one in heard.logprobs] == pytest.approx(rows.max(-1).values.tolist(), abs=1e-4)
     assert [one.token for one in heard.logprobs] == list(heard.text)
@@ -159,14 +158,14 @@ def test_logprobs_without_echo_are_of_the_answer_alone(rig: Rig, writer: BaseMod
 
 
 def test_no_logprobs_where_none_were_asked_for(rig: Rig) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=3, echo=True)])
+    (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=3, sampling=SamplingParams(echo=True))])
     assert heard.logprobs == []
     assert len(heard.text) == len(FOX) + 3
 
 
 def test_each_request_has_as_many_alternatives_as_it_asked_for(rig: Rig) -> None:
     counts = (0, 1, 5, 20)
-    heard = rig.run([Ask(prompt="a", max_tokens=3, num_logprobs=count) for count in counts])
+    heard = rig.run([GenerateRequest(prompt="a", max_tokens=3, sampling=SamplingParams(num_logprobs=count)) for count in counts])
     assert [[len(one.top) for one in h.logprobs] for h in heard] == [[count] * 3 for count in counts]
     full = heard[-1].logprobs[0].top
     assert list(heard[2].logprobs[0].top) == list(full)[:5], "the likeliest first"
@@ -175,13 +174,13 @@ def test_each_request_has_as_many_alternatives_as_it_asked_for(rig: Rig) -> None
 def test_of_alternatives_that_look_alike_the_likeliest_is_told(tmp_path: Path) -> None:
     """Half of this model's tokens are lone bytes, which all look the same: a less likely one took the place of the best."""
     save_tiny_model(tmp_path, tiny_llama_config(EOS + 1, tie_word_embeddings=False))
-    (heard,) = build(tmp_path).run([Ask(prompt=FOX, max_tokens=30, num_logprobs=20)])
+    (heard,) = build(tmp_path).run([GenerateRequest(prompt=FOX, max_tokens=30, sampling=SamplingParams(num_logprobs=20))])
     assert [max(one.top.values()) for one in heard.logprobs] == pytest.approx(values(heard.logprobs), abs=1e-5)
 
 
 def test_offsets_count_characters_of_the_reply(tokenizer: PreTrainedTokenizerFast) -> None:
     rig = scripted(tokenizer, [*encode(tokenizer, "é€x😀").ids, EOS], max_step_tokens=5)
-    (heard,) = rig.run([Ask(prompt="aé€b", echo=True, num_logprobs=0, max_tokens=20)])
+    (heard,) = rig.run([GenerateRequest(prompt="aé€b", sampling=SamplingParams(echo=True, num_logprobs=0), max_tokens=20)])
     assert heard.text == "aé€bé€x😀"
     prompt, output = [0, 1, 1, 2, 2, 2, 3], [4, 4, 5, 5, 5, 6, 7, 7, 7, 7]
     assert [one.text_offset for one in heard.logprobs][:17] == [*prompt, *output]
@@ -192,7 +191,12 @@ def test_offsets_count_characters_of_the_reply(tokenizer: PreTrainedTokenizerFas
 def test_there_is_a_logprob_for_each_completion_token(tokenizer: PreTrainedTokenizerFast) -> None:
     """Those that end the answer and are no text are among them, at the place where they would stand."""
     rig = scripted(tokenizer, [*encode(tokenizer, "abc").ids, EOS])
-    by_token, by_string = rig.run([Ask(prompt="x", num_logprobs=0), Ask(prompt="x", num_logprobs=0, stop=("bc",))])
+    by_token, by_string = rig.run(
+        [
+            GenerateRequest(prompt="x", sampling=SamplingParams(num_logprobs=0)),
+            GenerateRequest(prompt="x", sampling=SamplingParams(num_logprobs=0, stop=("bc",))),
+        ]
+    )
     assert [(one.token, one.text_offset) for one in by_token.logprobs] == [("a", 0), ("b", 1), ("c", 2), ("<|end|>", 3)]
     assert [(one.token, one.text_offset) for one in by_string.logprobs] == [("a", 0), ("b", 1), ("c", 2)]
     assert by_token.done.num_completion_tokens == 4
@@ -201,7 +205,7 @@ def test_there_is_a_logprob_for_each_completion_token(tokenizer: PreTrainedToken
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100])
 def test_scoring_alone_samples_nothing(rig: Rig, length: int) -> None:
-    (heard,) = rig.run([Ask(prompt="y" * length, max_tokens=0, echo=True, num_logprobs=0)])
+    (heard,) = rig.run([GenerateRequest(prompt="y" * length, max_tokens=0, sampling=SamplingParams(echo=True, num_logprobs=0))])
     assert heard.text == "y" * length
     assert heard.tokens == []
     assert len(heard.logprobs) == length
@@ -209,7 +213,7 @@ def test_scoring_alone_samples_nothing(rig: Rig, length: int) -> None:
 
 
 def test_the_echo_comes_with_the_first_chunk(rig: Rig) -> None:
-    heard = rig.ask(Ask(prompt="Echo: " + FOX, max_tokens=1, echo=True))
+    heard = rig.ask(GenerateRequest(prompt="Echo: " + FOX, max_tokens=1, sampling=SamplingParams(echo=True)))
     rig.step()
     assert heard.events == [TextEvent("Echo: " + FOX, is_prompt=True)]
     rig.finish()
@@ -218,7 +222,7 @@ def test_the_echo_comes_with_the_first_chunk(rig: Rig) -> None:
 
 
 def test_every_token_is_heard_in_the_step_that_made_it(rig: Rig) -> None:
-    heard = rig.ask(Ask(prompt="a", max_tokens=5))
+    heard = rig.ask(GenerateRequest(prompt="a", max_tokens=5))
     for count in range(1, 5):
         rig.step()
         assert len(heard.text) == count
@@ -229,24 +233,29 @@ def test_every_token_is_heard_in_the_step_that_made_it(rig: Rig) -> None:
 
 
 def test_the_answer_ends_before_a_stop_string(rig: Rig) -> None:
-    (whole,) = rig.run([Ask(prompt=FOX, max_tokens=60)])
+    (whole,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=60)])
     stop = whole.text[20:23]
     at = whole.text.find(stop)
-    (cut,) = rig.run([Ask(prompt=FOX, max_tokens=60, stop=(stop, "never said"))])
+    (cut,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=60, sampling=SamplingParams(stop=(stop, "never said")))])
     assert cut.text == whole.text[:at]
     assert cut.done.finish_reason == "stop_sequence"
     assert cut.done.num_completion_tokens == at + 3
 
 
 def test_a_stop_string_in_the_echoed_prompt_stops_nothing(rig: Rig) -> None:
-    (heard,) = rig.run([Ask(prompt="one END", max_tokens=4, stop=("END",), echo=True)])
+    (heard,) = rig.run([GenerateRequest(prompt="one END", max_tokens=4, sampling=SamplingParams(stop=("END",), echo=True))])
     assert heard.text.startswith("one END")
     assert heard.done.finish_reason == "length"
 
 
 def test_what_waited_for_a_stop_string_is_told_at_the_end(tokenizer: PreTrainedTokenizerFast) -> None:
     rig = scripted(tokenizer, [*encode(tokenizer, "say EN").ids, EOS])
-    ended, cut = rig.run([Ask(prompt="x", stop=("END",)), Ask(prompt="x", stop=("END",), max_tokens=5)])
+    ended, cut = rig.run(
+        [
+            GenerateRequest(prompt="x", sampling=SamplingParams(stop=("END",))),
+            GenerateRequest(prompt="x", sampling=SamplingParams(stop=("END",)), max_tokens=5),
+        ]
+    )
     assert ended.text == "say EN"
     assert ended.done.finish_reason == "stop"
     assert cut.text == "say E"
@@ -255,31 +264,31 @@ def test_what_waited_for_a_stop_string_is_told_at_the_end(tokenizer: PreTrainedT
 
 def test_a_stop_token_ends_the_answer_and_is_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     rig = scripted(tokenizer, [*encode(tokenizer, "ab").ids, EOS])
-    (heard,) = rig.run([Ask(prompt="x")])
+    (heard,) = rig.run([GenerateRequest(prompt="x")])
     assert heard.text == "ab"
     assert heard.done.finish_reason == "stop"
     assert heard.done.num_completion_tokens == 3
 
 
 def test_a_stop_token_at_once_is_an_empty_answer(tokenizer: PreTrainedTokenizerFast) -> None:
-    (heard,) = scripted(tokenizer, [EOS]).run([Ask(prompt="x")])
+    (heard,) = scripted(tokenizer, [EOS]).run([GenerateRequest(prompt="x")])
     assert heard.text == ""
     assert heard.done.finish_reason == "stop"
 
 
 def test_the_last_token_that_is_a_stop_token_stops(tokenizer: PreTrainedTokenizerFast) -> None:
-    (heard,) = scripted(tokenizer, [*encode(tokenizer, "ab").ids, EOS]).run([Ask(prompt="x", max_tokens=3)])
+    (heard,) = scripted(tokenizer, [*encode(tokenizer, "ab").ids, EOS]).run([GenerateRequest(prompt="x", max_tokens=3)])
     assert heard.done.finish_reason == "stop"
 
 
 def test_half_a_character_at_the_end_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    (heard,) = scripted(tokenizer, encode(tokenizer, "ab€").ids).run([Ask(prompt="x", max_tokens=4)])
+    (heard,) = scripted(tokenizer, encode(tokenizer, "ab€").ids).run([GenerateRequest(prompt="x", max_tokens=4)])
     assert heard.text == "ab"
     assert heard.done.finish_reason == "length"
 
 
 def test_an_aborted_request_is_gone_with_the_next_step(rig: Rig) -> None:
-    heard, other = rig.ask(Ask(prompt=FOX, max_tokens=200)), rig.ask(Ask(prompt="a", max_tokens=20))
+    heard, other = rig.ask(GenerateRequest(prompt=FOX, max_tokens=200)), rig.ask(GenerateRequest(prompt="a", max_tokens=20))
     for _ in range(6):
         rig.step()
     assert heard.text
@@ -296,7 +305,7 @@ def test_an_aborted_request_is_gone_with_the_next_step(rig: Rig) -> None:
 
 def test_a_request_aborted_in_its_prompt_or_in_the_queue_is_gone_too(writer_model: Path) -> None:
     rig = build(writer_model, max_batch=1)
-    reading, waiting = rig.ask(Ask(prompt=FOX * 3, max_tokens=5)), rig.ask(Ask(prompt=FOX, max_tokens=5))
+    reading, waiting = rig.ask(GenerateRequest(prompt=FOX * 3, max_tokens=5)), rig.ask(GenerateRequest(prompt=FOX, max_tokens=5))
     rig.step()
     rig.engine.abort(reading.sequence.request.id)
     rig.engine.abort(waiting.sequence.request.id)
@@ -307,7 +316,7 @@ def test_a_request_aborted_in_its_prompt_or_in_the_queue_is_gone_too(writer_mode
 
 
 def test_aborting_what_has_ended_or_never_was_does_nothing(rig: Rig) -> None:
-    (heard,) = rig.run([Ask(prompt="a", max_tokens=2)])
+    (heard,) = rig.run([GenerateRequest(prompt="a", max_tokens=2)])
     rig.engine.abort(heard.sequence.request.id)
     rig.engine.abort("gen-unknown")
     rig.step()
@@ -318,10 +327,10 @@ def test_numbers_that_overflow_fail_their_own_request_alone(writer_model: Path, 
     """What it left in the KV memory reached shorter requests through their padding: a weight of zero does not hide a NaN."""
     write_adapter(tmp_path / "huge", writer, seed=9)
     rig = build(writer_model, tmp_path)
-    asks = [Ask(prompt="a" * n, max_tokens=8) for n in (3, 30)]
+    asks = [GenerateRequest(prompt="a" * n, max_tokens=8) for n in (3, 30)]
     alone = [heard.text for heard in rig.run(asks)]
-    huge = Ask(prompt="b" * 40, adapters=("huge",), weights=(1e38,), max_tokens=8)
-    scored = replace(huge, echo=True, num_logprobs=2, max_tokens=0)
+    huge = GenerateRequest(prompt="b" * 40, adapters=("huge",), weights=(1e38,), max_tokens=8)
+    scored = replace(huge, sampling=replace(huge.sampling, echo=True, num_logprobs=2), max_tokens=0)
     *failed, one, two = rig.run([huge, scored, *asks])
     assert all(isinstance(heard.events[-1], ErrorEvent) and "overflow" in heard.events[-1].message for heard in failed)
     assert [one.text, two.text] == alone

@@ -1,17 +1,18 @@
 """Several answers to one prompt, which is computed once; they end, fail and are aborted together or apart."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.admission import Ask
-from server.engine.request import DoneEvent, ErrorEvent, Sampling, TextEvent
+from server.engine.admission import GenerateRequest
+from server.engine.request import DoneEvent, ErrorEvent, SamplingParams, TextEvent
 from server.engine.text import token_text
 from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
-WARM = Sampling(temperature=1.0, top_k=12)
+WARM = SamplingParams(temperature=1.0, top_k=12)
 """The likeliest of the model are characters."""
 
 
@@ -21,7 +22,7 @@ def rig(writer_model: Path, adapters: Path) -> Rig:
     return build(writer_model, adapters)
 
 
-def run(rig: Rig, ask: Ask) -> list[Heard]:
+def run(rig: Rig, ask: GenerateRequest) -> list[Heard]:
     """Returns what each choice said."""
     heard = rig.submit_choices(rig.admission.admit(ask))
     rig.finish()
@@ -34,9 +35,10 @@ def values(heard: Heard) -> list[float]:
 
 @pytest.mark.parametrize("names", [(), ("math",)])
 def test_each_choice_has_a_stream_of_its_own_however_many_there_are(rig: Rig, names: tuple[str, ...]) -> None:
-    ask = {"prompt": FOX, "adapters": names, "max_tokens": 20, "sampling": WARM, "seed": 3, "num_logprobs": 0}
-    (alone,) = run(rig, Ask(**ask))
-    two, five = run(rig, Ask(**ask, num_choices=2)), run(rig, Ask(**ask, num_choices=5))
+    ask = GenerateRequest(prompt=FOX, adapters=names, max_tokens=20, sampling=replace(WARM, seed=3, num_logprobs=0))
+    (alone,), two, five = (
+        run(rig, replace(ask, sampling=replace(ask.sampling, num_choices=num_choices))) for num_choices in (1, 2, 5)
+    )
     assert len({tuple(heard.tokens) for heard in five}) == 5
     assert alone.tokens == two[0].tokens
     assert [heard.tokens for heard in two] == [heard.tokens for heard in five[:2]]
@@ -48,14 +50,15 @@ def test_each_choice_has_a_stream_of_its_own_however_many_there_are(rig: Rig, na
 
 
 def test_where_nothing_is_drawn_all_choices_say_what_one_says(rig: Rig) -> None:
-    (alone,) = run(rig, Ask(prompt=FOX, max_tokens=12))
-    assert [heard.tokens for heard in run(rig, Ask(prompt=FOX, max_tokens=12, num_choices=3))] == [alone.tokens] * 3
+    (alone,) = run(rig, GenerateRequest(prompt=FOX, max_tokens=12))
+    several = run(rig, GenerateRequest(prompt=FOX, max_tokens=12, sampling=SamplingParams(num_choices=3)))
+    assert [heard.tokens for heard in several] == [alone.tokens] * 3
 
 
 def test_choices_are_the_same_in_company(rig: Rig) -> None:
-    ask = Ask(prompt=FOX * 2, max_tokens=15, sampling=WARM, seed=8, num_choices=3)
+    ask = GenerateRequest(prompt=FOX * 2, max_tokens=15, sampling=replace(WARM, seed=8, num_choices=3))
     alone = run(rig, ask)
-    company = [rig.ask(Ask(prompt=FOX[:n], max_tokens=30, adapters=("safety",))) for n in (3, 20)]
+    company = [rig.ask(GenerateRequest(prompt=FOX[:n], max_tokens=30, adapters=("safety",))) for n in (3, 20)]
     rig.step()
     together = run(rig, ask)
     assert [heard.tokens for heard in together] == [heard.tokens for heard in alone]
@@ -66,7 +69,7 @@ def test_choices_are_the_same_in_company(rig: Rig) -> None:
 def test_their_prompt_is_computed_once(writer_model: Path, adapters: Path, names: tuple[str, ...]) -> None:
     rig = build(writer_model, adapters)
     runner = WatchedRunner(rig)
-    heard = run(rig, Ask(prompt="x" * 65, adapters=names, max_tokens=6, sampling=WARM, num_choices=4))
+    heard = run(rig, GenerateRequest(prompt="x" * 65, adapters=names, max_tokens=6, sampling=replace(WARM, num_choices=4)))
     # The others share its four full blocks: each computes its last token, and all their outputs but the last.
     assert runner.num_tokens == 65 + 3 * 1 + 4 * 5
     assert [h.done.num_cached_tokens for h in heard] == [0, 64, 64, 64]
@@ -76,8 +79,15 @@ def test_their_prompt_is_computed_once(writer_model: Path, adapters: Path, names
 @pytest.mark.parametrize("max_tokens", [0, 1, 6])
 @pytest.mark.parametrize("prompt", ["a", "x" * 16, FOX * 2])
 def test_all_choices_echo_the_prompt_with_its_logprobs(rig: Rig, prompt: str, max_tokens: int) -> None:
-    heard = run(rig, Ask(prompt=prompt, max_tokens=max_tokens, sampling=WARM, seed=1, echo=True, num_logprobs=2, num_choices=3))
-    (alone,) = run(rig, Ask(prompt=prompt, max_tokens=max_tokens, sampling=WARM, seed=1, echo=True, num_logprobs=2))
+    heard = run(
+        rig,
+        GenerateRequest(
+            prompt=prompt, max_tokens=max_tokens, sampling=replace(WARM, seed=1, echo=True, num_logprobs=2, num_choices=3)
+        ),
+    )
+    (alone,) = run(
+        rig, GenerateRequest(prompt=prompt, max_tokens=max_tokens, sampling=replace(WARM, seed=1, echo=True, num_logprobs=2))
+    )
     num_prompt = len(heard[0].sequence.request.prompt_ids)
     for one in heard:
         assert one.text.startswith(prompt)
@@ -94,13 +104,15 @@ def test_all_choices_echo_the_prompt_with_its_logprobs(rig: Rig, prompt: str, ma
 
 def test_the_prompt_s_logprobs_are_told_once_where_it_is_computed_in_many_chunks(writer_model: Path) -> None:
     rig = build(writer_model, max_step_tokens=9)
-    heard = run(rig, Ask(prompt=FOX * 3, max_tokens=2, sampling=WARM, echo=True, num_logprobs=0, num_choices=3))
+    heard = run(
+        rig, GenerateRequest(prompt=FOX * 3, max_tokens=2, sampling=replace(WARM, echo=True, num_logprobs=0, num_choices=3))
+    )
     assert [len(one.logprobs) for one in heard] == [len(FOX) * 3 + 2] * 3
 
 
 def test_the_prompt_s_logprobs_are_written_once_for_all_choices_and_a_token_s_text_once_for_all_requests(rig: Rig) -> None:
     """Each choice had each of its prompt's tokens and of their alternatives decoded for itself."""
-    ask = Ask(prompt=FOX * 2, max_tokens=1, sampling=WARM, seed=1, echo=True, num_logprobs=5, num_choices=4)
+    ask = GenerateRequest(prompt=FOX * 2, max_tokens=1, sampling=replace(WARM, seed=1, echo=True, num_logprobs=5, num_choices=4))
     first, *others = (one.logprobs[:-1] for one in run(rig, ask))
     assert len(first) == len(FOX) * 2
     assert all(ours is theirs for other in others for ours, theirs in zip(first, other, strict=True))
@@ -110,10 +122,10 @@ def test_the_prompt_s_logprobs_are_written_once_for_all_choices_and_a_token_s_te
 
 
 def test_a_choice_that_stops_early_lets_the_others_go_on(rig: Rig) -> None:
-    ask = {"prompt": FOX, "max_tokens": 40, "sampling": WARM, "seed": 3, "num_choices": 4}
-    whole = run(rig, Ask(**ask))
+    ask = GenerateRequest(prompt=FOX, max_tokens=40, sampling=replace(WARM, seed=3, num_choices=4))
+    whole = run(rig, ask)
     stop = whole[2].text[5:8]
-    cut = run(rig, Ask(**ask, stop=(stop,)))
+    cut = run(rig, replace(ask, sampling=replace(ask.sampling, stop=(stop,))))
     for one, other in zip(whole, cut, strict=True):
         at = one.text.find(stop)
         assert other.text == (one.text if at < 0 else one.text[:at])
@@ -123,8 +135,8 @@ def test_a_choice_that_stops_early_lets_the_others_go_on(rig: Rig) -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3, 6])
 def test_aborting_a_request_ends_all_its_choices(rig: Rig, num_steps: int) -> None:
-    other = rig.ask(Ask(prompt="a", max_tokens=20))
-    request = rig.admission.admit(Ask(prompt=FOX, max_tokens=200, sampling=WARM, num_choices=3))
+    other = rig.ask(GenerateRequest(prompt="a", max_tokens=20))
+    request = rig.admission.admit(GenerateRequest(prompt=FOX, max_tokens=200, sampling=replace(WARM, num_choices=3)))
     heard = rig.submit_choices(request)
     for _ in range(num_steps):
         rig.step()
@@ -142,9 +154,9 @@ def test_aborting_a_request_ends_all_its_choices(rig: Rig, num_steps: int) -> No
 def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num_outputs: int) -> None:
     if failing and not num_outputs:
         num_outputs = 1  # before, it is not computed by itself
-    ask = Ask(prompt=FOX, max_tokens=12)
+    ask = GenerateRequest(prompt=FOX, max_tokens=12)
     (expected,) = run(rig, ask)
-    request = rig.admission.admit(Ask(prompt=FOX * 2, max_tokens=12, sampling=WARM, num_choices=3))
+    request = rig.admission.admit(GenerateRequest(prompt=FOX * 2, max_tokens=12, sampling=replace(WARM, num_choices=3)))
     runner = rig.engine._executor.runner
     WatchedRunner(rig, lambda chunk: ValueError("no good") if is_it(chunk.sequence) else None)
 
@@ -164,7 +176,9 @@ def test_a_choice_that_fails_fails_its_request_alone(rig: Rig, failing: int, num
 
 def test_an_overflow_in_one_choice_is_told_once(rig: Rig) -> None:
     runner = rig.engine._executor.runner
-    heard = rig.submit_choices(rig.admission.admit(Ask(prompt=FOX, max_tokens=12, sampling=WARM, num_choices=3)))
+    heard = rig.submit_choices(
+        rig.admission.admit(GenerateRequest(prompt=FOX, max_tokens=12, sampling=replace(WARM, num_choices=3)))
+    )
     WatchedRunner(rig, overflows=lambda chunk: chunk.sequence is heard[1].sequence and len(heard[1].tokens) == 3)
     rig.finish()
     rig.engine._executor.runner = runner
@@ -175,5 +189,5 @@ def test_an_overflow_in_one_choice_is_told_once(rig: Rig) -> None:
 
 
 def test_a_stop_token_at_once_ends_every_choice(tokenizer: PreTrainedTokenizerFast) -> None:
-    heard = run(scripted(tokenizer, [EOS]), Ask(prompt="x", num_choices=3))
+    heard = run(scripted(tokenizer, [EOS]), GenerateRequest(prompt="x", sampling=SamplingParams(num_choices=3)))
     assert [(one.text, one.done.finish_reason) for one in heard] == [("", "stop")] * 3

@@ -10,17 +10,17 @@ import pytest
 
 from lori.format import WEIGHTS_FILE
 from lori.merge_options import MergeOptions
-from server.engine.admission import Ask
-from server.engine.request import Chunk, ErrorEvent, ErrorKind, Event
+from server.engine.admission import GenerateRequest
+from server.engine.request import Chunk, ErrorEvent, ErrorKind, Event, SamplingParams
 from server.engine.thread import EngineThread
 from tests.server.live import LIMIT_S
 from tests.server.rig import Heard, Rig, WatchedRunner, build
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 FINE = (
-    Ask(prompt=FOX, max_tokens=14, num_logprobs=1),
-    Ask(prompt="a", max_tokens=9, adapters=("math",)),
-    Ask(prompt=FOX * 2, max_tokens=5, adapters=("intent", "math")),
+    GenerateRequest(prompt=FOX, max_tokens=14, sampling=SamplingParams(num_logprobs=1)),
+    GenerateRequest(prompt="a", max_tokens=9, adapters=("math",)),
+    GenerateRequest(prompt=FOX * 2, max_tokens=5, adapters=("intent", "math")),
 )
 
 
@@ -54,7 +54,7 @@ def test_a_step_that_throws_for_one_request_fails_that_one(rig: Rig, writer_mode
         return KeyError("what it is") if is_bad and len(chunk.sequence.output_ids) == 3 else None
 
     WatchedRunner(rig, fault)
-    bad.append(rig.ask(Ask(prompt="bad", max_tokens=20)))
+    bad.append(rig.ask(GenerateRequest(prompt="bad", max_tokens=20)))
     fine = [rig.ask(ask) for ask in FINE]
     rig.finish()
     assert_failed(bad[0], "engine", "the step failed", "what it is")
@@ -68,7 +68,7 @@ def test_a_step_that_throws_for_one_request_fails_that_one(rig: Rig, writer_mode
 def test_a_prompt_that_throws_fails_its_request(rig: Rig, prompt: str) -> None:
     bad: list[Heard] = []
     WatchedRunner(rig, lambda chunk: RuntimeError("no") if chunk.sequence is bad[0].sequence else None)
-    bad.append(rig.ask(Ask(prompt=prompt, max_tokens=20)))
+    bad.append(rig.ask(GenerateRequest(prompt=prompt, max_tokens=20)))
     other = rig.ask(FINE[0])
     rig.finish()
     assert_failed(bad[0], "engine", "no")
@@ -89,7 +89,7 @@ def test_an_error_after_which_nothing_can_be_computed_ends_the_engine(rig: Rig) 
     runner.broken_by = RuntimeError
     thread = EngineThread(rig.engine)
 
-    async def hear(ask: Ask) -> list[Event]:
+    async def hear(ask: GenerateRequest) -> list[Event]:
         async with aclosing(thread.generate(rig.admission.admit(ask))) as events:
             return [event async for event in events]
 
@@ -107,35 +107,37 @@ def test_an_error_after_which_nothing_can_be_computed_ends_the_engine(rig: Rig) 
 
 def test_a_bad_weights_file_fails_only_the_requests_that_name_it(rig: Rig, writer_model: Path, adapters: Path) -> None:
     bad = [
-        Ask(prompt="a", adapters=("safety",)),
-        Ask(prompt=FOX, adapters=("math", "safety")),
-        Ask(prompt=FOX, adapters=("math", "safety"), merge=MergeOptions("ties")),
-        Ask(prompt="b", adapters=("safety",), num_choices=1, echo=True, num_logprobs=0),
+        GenerateRequest(prompt="a", adapters=("safety",)),
+        GenerateRequest(prompt=FOX, adapters=("math", "safety")),
+        GenerateRequest(prompt=FOX, adapters=("math", "safety"), merge=MergeOptions("ties")),
+        GenerateRequest(prompt="b", adapters=("safety",), sampling=SamplingParams(num_choices=1, echo=True, num_logprobs=0)),
     ]
     heard = rig.run([*bad, *FINE])
     for one in heard[: len(bad)]:
         assert_failed(one, "adapter", "'safety'", "cannot be served: ", f"{WEIGHTS_FILE} is not")
         assert one.tokens == []
     assert [one.tokens for one in heard[len(bad) :]] == alone(writer_model, adapters)
-    (unasked,) = rig.run([Ask(prompt="a", adapters=("math", "safety"), weights=(1.0, 0.0), max_tokens=3)])
+    (unasked,) = rig.run([GenerateRequest(prompt="a", adapters=("math", "safety"), weights=(1.0, 0.0), max_tokens=3)])
     assert len(unasked.tokens) == 3, "of weight 0 it is not read"
 
 
 def test_a_mended_file_is_served_again(rig: Rig, adapters: Path) -> None:
-    (bad,) = rig.run([Ask(prompt="a", adapters=("safety",), max_tokens=3)])
+    (bad,) = rig.run([GenerateRequest(prompt="a", adapters=("safety",), max_tokens=3)])
     assert_failed(bad, "adapter")
     torn = rig.registry.by_name["safety"].entry.folder / WEIGHTS_FILE
     torn.write_bytes((adapters / "safety" / WEIGHTS_FILE).read_bytes())
-    (fine,) = rig.run([Ask(prompt="a", adapters=("safety",), max_tokens=3)])
+    (fine,) = rig.run([GenerateRequest(prompt="a", adapters=("safety",), max_tokens=3)])
     assert len(fine.tokens) == 3
 
 
 def test_adapters_that_never_fit_together_fail_with_the_reason(writer_model: Path, adapters: Path) -> None:
     sizes = build(writer_model, adapters)
-    sizes.run([Ask(prompt="a", adapters=("math", "safety"), max_tokens=1)])
+    sizes.run([GenerateRequest(prompt="a", adapters=("math", "safety"), max_tokens=1)])
     rig = build(writer_model, adapters, max_resident_bytes=sizes.engine.tiers.residents.num_bytes - 1)
-    both = Ask(prompt="a", adapters=("math", "safety"), max_tokens=3)
-    one, bad, other = rig.run([Ask(prompt="a", adapters=("math",), max_tokens=30), both, Ask(prompt="b", max_tokens=3)])
+    both = GenerateRequest(prompt="a", adapters=("math", "safety"), max_tokens=3)
+    one, bad, other = rig.run(
+        [GenerateRequest(prompt="a", adapters=("math",), max_tokens=30), both, GenerateRequest(prompt="b", max_tokens=3)]
+    )
     assert_failed(bad, "adapter", "do not fit together")
     assert (len(one.tokens), len(other.tokens)) == (30, 3)
 
@@ -157,7 +159,10 @@ def clock(rig: Rig) -> Clock:
 
 
 def test_a_request_that_runs_too_long_ends_with_an_error(rig: Rig, clock: Clock) -> None:
-    heard, other = rig.ask(Ask(prompt="a", max_tokens=50, timeout_s=2.5)), rig.ask(Ask(prompt="b", max_tokens=8))
+    heard, other = (
+        rig.ask(GenerateRequest(prompt="a", max_tokens=50, timeout_s=2.5)),
+        rig.ask(GenerateRequest(prompt="b", max_tokens=8)),
+    )
     assert rig.engine.time_left() == 2.5
     for _ in range(3):
         rig.step()
@@ -176,7 +181,7 @@ def test_a_request_that_runs_too_long_ends_with_an_error(rig: Rig, clock: Clock)
 
 
 def test_a_request_that_ends_in_time_leaves_no_deadline(rig: Rig, clock: Clock) -> None:
-    (heard,) = rig.run([Ask(prompt="a", max_tokens=3, timeout_s=5)])
+    (heard,) = rig.run([GenerateRequest(prompt="a", max_tokens=3, timeout_s=5)])
     clock.now += 100
     assert rig.engine.time_left() is None
     rig.step()
@@ -186,7 +191,10 @@ def test_a_request_that_ends_in_time_leaves_no_deadline(rig: Rig, clock: Clock) 
 def test_time_is_up_for_who_waits_for_a_place_too(writer_model: Path) -> None:
     rig, clock = build(writer_model, max_batch=1), Clock()
     rig.engine.clock = clock
-    running, waiting = rig.ask(Ask(prompt="a", max_tokens=30)), rig.ask(Ask(prompt="b", max_tokens=3, timeout_s=1))
+    running, waiting = (
+        rig.ask(GenerateRequest(prompt="a", max_tokens=30)),
+        rig.ask(GenerateRequest(prompt="b", max_tokens=3, timeout_s=1)),
+    )
     rig.step()
     clock.now += 1
     rig.step()
@@ -197,18 +205,20 @@ def test_time_is_up_for_who_waits_for_a_place_too(writer_model: Path) -> None:
 
 
 def test_time_is_up_for_who_waits_for_an_adapter_too(rig: Rig, clock: Clock) -> None:
-    request = rig.admission.admit(Ask(prompt="a", adapters=("math",), max_tokens=3, timeout_s=1))
+    request = rig.admission.admit(GenerateRequest(prompt="a", adapters=("math",), max_tokens=3, timeout_s=1))
     heard = rig.submit(request)
     clock.now += 1
     rig.step()
     assert_failed(heard, "timeout")
     assert not rig.scheduler.has_work
-    (later,) = rig.run([Ask(prompt="a", adapters=("math",), max_tokens=3)])
+    (later,) = rig.run([GenerateRequest(prompt="a", adapters=("math",), max_tokens=3)])
     assert len(later.tokens) == 3
 
 
 def test_choices_run_out_of_time_together(rig: Rig, clock: Clock) -> None:
-    heard = rig.submit_choices(rig.admission.admit(Ask(prompt=FOX, max_tokens=50, num_choices=3, timeout_s=1)))
+    heard = rig.submit_choices(
+        rig.admission.admit(GenerateRequest(prompt=FOX, max_tokens=50, sampling=SamplingParams(num_choices=3), timeout_s=1))
+    )
     for _ in range(6):
         rig.step()
     clock.now += 1
@@ -221,7 +231,7 @@ def test_choices_run_out_of_time_together(rig: Rig, clock: Clock) -> None:
 
 
 def test_who_is_aborted_as_its_time_is_up_hears_one_last_word(rig: Rig, clock: Clock) -> None:
-    heard = rig.ask(Ask(prompt="a", max_tokens=50, timeout_s=1))
+    heard = rig.ask(GenerateRequest(prompt="a", max_tokens=50, timeout_s=1))
     rig.step()
     clock.now += 1
     rig.engine.abort(heard.sequence.request.id)

@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.template import encode
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission, Ask, RefusedError
+from server.engine.admission import Admission, GenerateRequest, RefusedError
 from server.engine.grammar import Grammar
-from server.engine.request import ErrorEvent, Sampling
+from server.engine.request import ErrorEvent, SamplingParams
 from server.engine.sampling import grammars
 from tests.server.rig import EOS, Heard, Rig, WatchedRunner, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
-WARM = Sampling(temperature=1.0)
+WARM = SamplingParams(temperature=1.0)
 HEX = Grammar("regex", "#[0-9a-f]{6}")
 WORDS = Grammar("regex", "[a-z]{3}( [a-z]{3}){4}")
 
@@ -35,21 +35,21 @@ def is_hex(text: str) -> bool:
 @pytest.mark.parametrize(
     "sampling",
     [
-        pytest.param(Sampling(), id="greedy"),
+        pytest.param(SamplingParams(), id="greedy"),
         pytest.param(WARM, id="drawn"),
-        pytest.param(Sampling(temperature=1.5, top_k=40), id="top k"),
-        pytest.param(Sampling(temperature=1.5, top_p=0.7, min_p=0.01), id="top p and min p"),
-        pytest.param(Sampling(logit_bias=((48, 100.0), (90, 100.0), (256, 100.0))), id="bias"),
+        pytest.param(SamplingParams(temperature=1.5, top_k=40), id="top k"),
+        pytest.param(SamplingParams(temperature=1.5, top_p=0.7, min_p=0.01), id="top p and min p"),
+        pytest.param(SamplingParams(logit_bias=((48, 100.0), (90, 100.0), (256, 100.0))), id="bias"),
         pytest.param(
-            Sampling(temperature=1.0, repetition_penalty=3.0, presence_penalty=2.0, frequency_penalty=2.0), id="penalties"
+            SamplingParams(temperature=1.0, repetition_penalty=3.0, presence_penalty=2.0, frequency_penalty=2.0), id="penalties"
         ),
-        pytest.param(Sampling(temperature=1.0, min_tokens=4), id="min tokens"),
-        pytest.param(Sampling(temperature=1e-6, min_tokens=400), id="more tokens than the grammar has"),
+        pytest.param(SamplingParams(temperature=1.0, min_tokens=4), id="min tokens"),
+        pytest.param(SamplingParams(temperature=1e-6, min_tokens=400), id="more tokens than the grammar has"),
     ],
 )
-def test_what_is_said_fits_however_it_is_sampled_and_ends_by_itself(rig: Rig, sampling: Sampling) -> None:
-    ask = Ask(prompt=FOX, max_tokens=20, sampling=sampling, grammar=HEX, seed=1)
-    for heard in rig.run([replace(ask, seed=seed) for seed in range(5)]):
+def test_what_is_said_fits_however_it_is_sampled_and_ends_by_itself(rig: Rig, sampling: SamplingParams) -> None:
+    ask = GenerateRequest(prompt=FOX, max_tokens=20, sampling=replace(sampling, grammar=HEX, seed=1))
+    for heard in rig.run([replace(ask, sampling=replace(ask.sampling, seed=seed)) for seed in range(5)]):
         assert is_hex(heard.text)
         assert heard.done.finish_reason == "stop"
         assert heard.tokens[-1] == EOS
@@ -58,18 +58,23 @@ def test_what_is_said_fits_however_it_is_sampled_and_ends_by_itself(rig: Rig, sa
 
 def test_a_bias_moves_what_the_grammar_allows(rig: Rig, tokenizer: PreTrainedTokenizerFast) -> None:
     (seven,) = encode(tokenizer, "7").ids
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=20, sampling=Sampling(logit_bias=((seven, 100.0),)), grammar=HEX)])
+    (heard,) = rig.run(
+        [GenerateRequest(prompt=FOX, max_tokens=20, sampling=SamplingParams(logit_bias=((seven, 100.0),), grammar=HEX))]
+    )
     assert heard.text == "#777777"
 
 
 def test_others_in_the_batch_have_what_they_have_without_it(rig: Rig) -> None:
     plain = [
-        Ask(prompt=FOX, max_tokens=25, num_logprobs=1),
-        Ask(prompt="a", max_tokens=25, adapters=("math",), sampling=Sampling(temperature=0.9, top_p=0.9), seed=4),
-        Ask(prompt=FOX[:9], max_tokens=25, sampling=Sampling(repetition_penalty=1.5)),
+        GenerateRequest(prompt=FOX, max_tokens=25, sampling=SamplingParams(num_logprobs=1)),
+        GenerateRequest(
+            prompt="a", max_tokens=25, adapters=("math",), sampling=SamplingParams(temperature=0.9, top_p=0.9, seed=4)
+        ),
+        GenerateRequest(prompt=FOX[:9], max_tokens=25, sampling=SamplingParams(repetition_penalty=1.5)),
     ]
     held = [
-        Ask(prompt=FOX, max_tokens=25, grammar=grammar, sampling=WARM, seed=2) for grammar in (HEX, WORDS, Grammar("json_object"))
+        GenerateRequest(prompt=FOX, max_tokens=25, sampling=replace(WARM, grammar=grammar, seed=2))
+        for grammar in (HEX, WORDS, Grammar("json_object"))
     ]
     alone = [rig.run([ask])[0].tokens for ask in [*plain, *held]]
     together = rig.run([*plain, *held], [0, 3, 1, 2, 0, 5])
@@ -78,8 +83,10 @@ def test_others_in_the_batch_have_what_they_have_without_it(rig: Rig) -> None:
 
 def test_logprobs_are_the_model_s_own(rig: Rig) -> None:
     """Of the same prompt and tokens, asked for as a prompt: the grammar does not show in them."""
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=20, grammar=HEX, num_logprobs=2)])
-    (echoed,) = rig.run([Ask(prompt=FOX + heard.text, max_tokens=0, echo=True, num_logprobs=2)])
+    (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=20, sampling=SamplingParams(grammar=HEX, num_logprobs=2))])
+    (echoed,) = rig.run(
+        [GenerateRequest(prompt=FOX + heard.text, max_tokens=0, sampling=SamplingParams(echo=True, num_logprobs=2))]
+    )
     found = [(one.token, one.value, one.top) for one in heard.logprobs[:7]]
     for (token, value, top), one in zip(found, echoed.logprobs[-7:], strict=True):
         assert token == one.token
@@ -90,67 +97,82 @@ def test_logprobs_are_the_model_s_own(rig: Rig) -> None:
 
 
 def test_max_tokens_cuts_an_answer_short(rig: Rig) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=4, grammar=HEX)])
+    (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=4, sampling=SamplingParams(grammar=HEX))])
     assert heard.done.finish_reason == "length"
     assert re.fullmatch("#[0-9a-f]{3}", heard.text)
-    (whole,) = rig.run([Ask(prompt=FOX, max_tokens=8, grammar=HEX)])
+    (whole,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=8, sampling=SamplingParams(grammar=HEX))])
     assert whole.done.finish_reason == "stop"
 
 
 def test_a_stop_string_ends_it_too(rig: Rig) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=30, grammar=WORDS, stop=(" ",))])
+    (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=30, sampling=SamplingParams(grammar=WORDS, stop=(" ",)))])
     assert heard.done.finish_reason == "stop_sequence"
     assert re.fullmatch("[a-z]{3}", heard.text)
 
 
 def test_where_it_may_end_or_go_on_the_model_chooses(tokenizer: PreTrainedTokenizerFast) -> None:
     script = [*encode(tokenizer, "aa").ids, *[EOS] * 7]
-    ask = Ask(prompt="x", max_tokens=9, grammar=Grammar("regex", "a+"))
-    ended, later = scripted(tokenizer, script).run([ask, replace(ask, sampling=Sampling(min_tokens=5))])
+    ask = GenerateRequest(prompt="x", max_tokens=9, sampling=SamplingParams(grammar=Grammar("regex", "a+")))
+    longer = replace(ask, sampling=replace(ask.sampling, min_tokens=5))
+    ended, later = scripted(tokenizer, script).run([ask, longer])
     assert (ended.text, ended.done.finish_reason) == ("aa", "stop")
     assert (later.text, later.done.finish_reason) == ("aaaaa", "stop")
 
 
 def test_min_tokens_does_not_keep_a_grammar_from_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    ask = Ask(prompt="x", max_tokens=9, grammar=Grammar("regex", "ab?"), sampling=Sampling(min_tokens=5))
+    ask = GenerateRequest(prompt="x", max_tokens=9, sampling=SamplingParams(min_tokens=5, grammar=Grammar("regex", "ab?")))
     (heard,) = scripted(tokenizer, []).run([ask])
     assert heard.text == "ab", "the end was not picked where more was allowed"
     assert heard.done.finish_reason == "stop"
 
 
 def test_an_answer_may_be_empty(tokenizer: PreTrainedTokenizerFast) -> None:
-    (heard,) = scripted(tokenizer, [5]).run([Ask(prompt="x", max_tokens=3, grammar=Grammar("regex", ""))])
+    (heard,) = scripted(tokenizer, [5]).run(
+        [GenerateRequest(prompt="x", max_tokens=3, sampling=SamplingParams(grammar=Grammar("regex", "")))]
+    )
     assert (heard.text, heard.done.finish_reason, heard.tokens) == ("", "stop", [EOS])
 
 
 def test_the_likeliest_that_is_allowed_is_taken(tokenizer: PreTrainedTokenizerFast) -> None:
     script = encode(tokenizer, "nyes").ids
-    (heard,) = scripted(tokenizer, script).run([Ask(prompt="x", max_tokens=9, grammar=Grammar("regex", "yes|no"))])
+    (heard,) = scripted(tokenizer, script).run(
+        [GenerateRequest(prompt="x", max_tokens=9, sampling=SamplingParams(grammar=Grammar("regex", "yes|no")))]
+    )
     assert heard.text == "no"
 
 
 def test_characters_of_several_bytes_are_written_whole(rig: Rig) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=40, grammar=Grammar("regex", "[é€😀]{5}"), sampling=WARM, seed=1)])
+    (heard,) = rig.run(
+        [GenerateRequest(prompt=FOX, max_tokens=40, sampling=replace(WARM, grammar=Grammar("regex", "[é€😀]{5}"), seed=1))]
+    )
     assert re.fullmatch("[é€😀]{5}", heard.text)
 
 
-def run(rig: Rig, ask: Ask) -> list[Heard]:
+def run(rig: Rig, ask: GenerateRequest) -> list[Heard]:
     heard = rig.submit_choices(rig.admission.admit(ask))
     rig.finish()
     return heard
 
 
 def test_each_choice_follows_it_on_its_own(rig: Rig) -> None:
-    ask = Ask(prompt=FOX, max_tokens=30, grammar=WORDS, sampling=WARM, seed=3)
-    heard = run(rig, replace(ask, num_choices=5))
+    ask = GenerateRequest(prompt=FOX, max_tokens=30, sampling=replace(WARM, grammar=WORDS, seed=3))
+    heard = run(rig, replace(ask, sampling=replace(ask.sampling, num_choices=5)))
     assert all(re.fullmatch(WORDS.text, one.text) for one in heard)
     assert len({one.text for one in heard}) == 5
     assert run(rig, ask)[0].tokens == heard[0].tokens
 
 
-def held(*num_outputs: int) -> list[Ask]:
-    asks = [Ask(prompt=FOX, max_tokens=60, grammar=Grammar("regex", f"[a-z ]{{{count}}}")) for count in num_outputs]
-    return [replace(ask, sampling=WARM, seed=seed, adapters=("math",) * (seed % 2)) for seed, ask in enumerate(asks)]
+def held(*num_outputs: int) -> list[GenerateRequest]:
+    grammars = [Grammar("regex", f"[a-z ]{{{count}}}") for count in num_outputs]
+    return [
+        GenerateRequest(
+            prompt=FOX,
+            max_tokens=60,
+            sampling=replace(WARM, grammar=grammar, seed=seed),
+            adapters=("math",) * (seed % 2),
+        )
+        for seed, grammar in enumerate(grammars)
+    ]
 
 
 def test_who_gives_up_its_blocks_for_others_says_the_same(writer_model: Path, adapters: Path) -> None:
@@ -160,21 +182,24 @@ def test_who_gives_up_its_blocks_for_others_says_the_same(writer_model: Path, ad
     assert sum(heard.sequence.num_preemptions > 0 for heard in found) > 1, "or nothing is shown"
     for one, other, ask in zip(found, expected, asks, strict=True):
         assert one.tokens == other.tokens
-        assert ask.grammar
-        assert re.fullmatch(ask.grammar.text, one.text)
+        assert ask.sampling.grammar
+        assert re.fullmatch(ask.sampling.grammar.text, one.text)
         assert one.done.finish_reason == "stop"
 
 
 def test_a_prompt_that_is_found_in_the_cache_changes_nothing(writer_model: Path) -> None:
     rig = build(writer_model)
-    first, again = (rig.run([Ask(prompt=FOX * 2, max_tokens=40, grammar=WORDS, sampling=WARM, seed=1)])[0] for _ in range(2))
+    first, again = (
+        rig.run([GenerateRequest(prompt=FOX * 2, max_tokens=40, sampling=replace(WARM, grammar=WORDS, seed=1))])[0]
+        for _ in range(2)
+    )
     assert again.done.num_cached_tokens > first.done.num_cached_tokens == 0
     assert again.tokens == first.tokens
 
 
 def test_a_step_that_is_tried_again_follows_it_once(rig: Rig) -> None:
     """What one request's data breaks is tried alone, after the masks were found for all."""
-    asks = [Ask(prompt=FOX, max_tokens=30, grammar=WORDS, sampling=WARM, seed=seed) for seed in range(3)]
+    asks = [GenerateRequest(prompt=FOX, max_tokens=30, sampling=replace(WARM, grammar=WORDS, seed=seed)) for seed in range(3)]
     expected = [heard.tokens for heard in rig.run(asks)]
     picked = rig.engine._executor._sampler.sample
     num_calls = 0
@@ -196,7 +221,7 @@ def test_a_step_that_is_tried_again_follows_it_once(rig: Rig) -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 3, 6])
 def test_aborting_frees_all(rig: Rig, num_steps: int) -> None:
-    heard = rig.ask(Ask(prompt=FOX, max_tokens=60, grammar=WORDS))
+    heard = rig.ask(GenerateRequest(prompt=FOX, max_tokens=60, sampling=SamplingParams(grammar=WORDS)))
     for _ in range(num_steps):
         rig.step()
     rig.engine.abort(heard.sequence.request.id)
@@ -214,9 +239,14 @@ def assert_failed(heard: Heard, said: str) -> None:
 
 def test_one_that_becomes_too_large_fails_alone(rig: Rig) -> None:
     large = Grammar("regex", "[a-z]{20}((a{1000}){1000}){1000}")  # a trial sees what is near
-    fine = [Ask(prompt=FOX, max_tokens=40, sampling=WARM, seed=1), Ask(prompt=FOX, max_tokens=40, grammar=WORDS)]
+    fine = [
+        GenerateRequest(prompt=FOX, max_tokens=40, sampling=replace(WARM, seed=1)),
+        GenerateRequest(prompt=FOX, max_tokens=40, sampling=SamplingParams(grammar=WORDS)),
+    ]
     expected = [rig.run([ask])[0].tokens for ask in fine]
-    bad = rig.submit_choices(rig.admission.admit(Ask(prompt=FOX, max_tokens=40, grammar=large, num_choices=2)))
+    bad = rig.submit_choices(
+        rig.admission.admit(GenerateRequest(prompt=FOX, max_tokens=40, sampling=SamplingParams(grammar=large, num_choices=2)))
+    )
     heard = [rig.ask(ask) for ask in fine]
     rig.finish()
     for one in bad:
@@ -226,8 +256,11 @@ def test_one_that_becomes_too_large_fails_alone(rig: Rig) -> None:
 
 
 def test_one_whose_masks_take_too_long_fails_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    (expected,) = rig.run([Ask(prompt=FOX, max_tokens=10)])
-    slow, fine = rig.ask(Ask(prompt=FOX, max_tokens=40, grammar=WORDS)), rig.ask(Ask(prompt=FOX, max_tokens=10))
+    (expected,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=10)])
+    slow, fine = (
+        rig.ask(GenerateRequest(prompt=FOX, max_tokens=40, sampling=SamplingParams(grammar=WORDS))),
+        rig.ask(GenerateRequest(prompt=FOX, max_tokens=10)),
+    )
     for _ in range(6):
         rig.step()
     monkeypatch.setattr(grammars, "MASK_SECONDS_PER_TOKEN", -1.0)
@@ -237,14 +270,14 @@ def test_one_whose_masks_take_too_long_fails_alone(rig: Rig, monkeypatch: pytest
 
 
 def test_a_request_that_forbids_what_its_grammar_asks_for_is_told(rig: Rig) -> None:
-    forbidden = Sampling(logit_bias=tuple((token, float("-inf")) for token in range(EOS)))
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=9, grammar=HEX, sampling=forbidden)])
+    forbidden = SamplingParams(logit_bias=tuple((token, float("-inf")) for token in range(EOS)))
+    (heard,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=9, sampling=replace(forbidden, grammar=HEX))])
     assert_failed(heard, "forbids leaves no token")
 
 
 def test_numbers_that_overflow_are_not_the_grammar_s_fault(rig: Rig) -> None:
     runner = rig.engine._executor.runner
-    heard = rig.ask(Ask(prompt=FOX, max_tokens=9, grammar=HEX))
+    heard = rig.ask(GenerateRequest(prompt=FOX, max_tokens=9, sampling=SamplingParams(grammar=HEX)))
     WatchedRunner(rig, overflows=lambda _: len(heard.tokens) == 3)
     rig.finish()
     rig.engine._executor.runner = runner
@@ -255,20 +288,28 @@ def test_numbers_that_overflow_are_not_the_grammar_s_fault(rig: Rig) -> None:
     ("ask", "field", "said"),
     [
         (
-            Ask(prompt="x", grammar=Grammar("json_schema", '{"not": {}}')),
+            GenerateRequest(prompt="x", sampling=SamplingParams(grammar=Grammar("json_schema", '{"not": {}}'))),
             "grammar",
             'no json_schema .* Unimplemented keys: ."not"',
         ),
-        (Ask(prompt="x", grammar=Grammar("regex", "(", field="guided_regex")), "guided_regex", "unclosed group"),
-        (Ask(prompt="x", grammar=HEX, ignore_eos=True), "ignore_eos", "cannot stand beside grammar"),
+        (
+            GenerateRequest(prompt="x", sampling=SamplingParams(grammar=Grammar("regex", "(", field="guided_regex"))),
+            "guided_regex",
+            "unclosed group",
+        ),
+        (
+            GenerateRequest(prompt="x", sampling=SamplingParams(grammar=HEX, ignore_eos=True)),
+            "ignore_eos",
+            "cannot stand beside grammar",
+        ),
     ],
 )
-def test_what_cannot_be_followed_is_refused_before_it_runs(rig: Rig, ask: Ask, field: str, said: str) -> None:
+def test_what_cannot_be_followed_is_refused_before_it_runs(rig: Rig, ask: GenerateRequest, field: str, said: str) -> None:
     with pytest.raises(RefusedError, match=said) as caught:
-        rig.admission.check_grammar(rig.admission.admit(ask).grammar or HEX)
+        rig.admission.check_grammar(rig.admission.admit(ask).sampling.grammar or HEX)
     assert caught.value.field == field
 
 
 def test_a_model_that_can_follow_none_refuses_them(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RefusedError, match="base model cannot"):
-        Admission(tokenizer, Registry([]), 100).admit(Ask(prompt="x", grammar=HEX))
+        Admission(tokenizer, Registry([]), 100).admit(GenerateRequest(prompt="x", sampling=SamplingParams(grammar=HEX)))

@@ -1,6 +1,7 @@
 """A merge that a request names is what the same merge says that was published as an adapter."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from lori.base_model import BaseModel
 from lori.format import save_adapter
 from lori.merge import merge
 from lori.merge_options import MergeOptions
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
+from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, build, write_adapter
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -44,16 +46,14 @@ def values(heard: Heard) -> list[float]:
 @pytest.mark.parametrize("name", MERGES)
 def test_a_merge_of_a_request_is_that_merge_as_an_adapter(rig: Rig, name: str) -> None:
     options, weights = MERGES[name]
-    asked = {"prompt": FOX, "max_tokens": 30, "num_logprobs": 0, "echo": True}
-    both = {"adapters": ("math", "law"), "weights": weights}
-    merged, published, base = rig.run(
-        [Ask(**asked, **both, merge=options), Ask(**asked, adapters=(name.replace(" ", "-"),)), Ask(**asked)]
-    )
+    ask = GenerateRequest(prompt=FOX, max_tokens=30, sampling=SamplingParams(num_logprobs=0, echo=True))
+    both = replace(ask, adapters=("math", "law"), weights=weights)
+    merged, published, base = rig.run([replace(both, merge=options), replace(ask, adapters=(name.replace(" ", "-"),)), ask])
     assert values(merged) == pytest.approx(values(published), abs=1e-3)
     assert merged.tokens == published.tokens
     assert merged.tokens != base.tokens
     if options.method != "linear":
-        (summed,) = rig.run([Ask(**asked, **both)])
+        (summed,) = rig.run([both])
         assert values(merged) != pytest.approx(values(summed), abs=1e-2), "or the sum would do"
 
 
@@ -61,8 +61,8 @@ def test_a_merge_is_built_once_and_stays(rig: Rig) -> None:
     options, weights = MERGES["ties"]
     seconds: list[float] = []
     rig.engine.tiers.observe_load = seconds.append
-    ask = Ask(prompt="once", max_tokens=4, adapters=("math", "safety"), weights=weights, merge=options)
-    turned = Ask(prompt="more", max_tokens=4, adapters=("safety", "math"), weights=weights[::-1], merge=options)
+    ask = GenerateRequest(prompt="once", max_tokens=4, adapters=("math", "safety"), weights=weights, merge=options)
+    turned = GenerateRequest(prompt="more", max_tokens=4, adapters=("safety", "math"), weights=weights[::-1], merge=options)
     rig.run([ask, turned, ask])
     rig.run([turned])
     assert len(seconds) == 1
@@ -70,7 +70,7 @@ def test_a_merge_is_built_once_and_stays(rig: Rig) -> None:
 
 def test_requests_with_other_merges_share_a_batch(rig: Rig) -> None:
     asks = [
-        Ask(prompt=FOX, max_tokens=12, adapters=("math", "law"), weights=weights, merge=options)
+        GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math", "law"), weights=weights, merge=options)
         for options, weights in MERGES.values()
     ]
     alone = [rig.run([ask])[0].tokens for ask in asks]

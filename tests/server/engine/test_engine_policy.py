@@ -11,7 +11,8 @@ from lori.adapter import Adapter
 from lori.base_model import BaseModel, load_base_model
 from lori.merge import MergeOptions, merge
 from lori.template import encode
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
+from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, build, fold, greedy
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -56,15 +57,14 @@ def test_a_policy_beside_a_merge_is_both_folded_in(rig: Rig, writer: BaseModel, 
     made = merge(
         parents, WEIGHTS, options.method, density=options.density, sign=options.sign, seed=options.seed, templates=["chat"]
     )
-    ask = Ask(
+    ask = GenerateRequest(
         prompt=FOX,
         adapters=("math", "safety"),
         weights=WEIGHTS,
         merge=options,
         policy=POLICY,
         max_tokens=NUM_TOKENS,
-        num_logprobs=0,
-        echo=True,
+        sampling=SamplingParams(num_logprobs=0, echo=True),
     )
     (heard,) = rig.run([ask])
     ids = encode(writer.tokenizer, FOX).ids
@@ -79,7 +79,17 @@ def test_a_policy_beside_a_merge_is_both_folded_in(rig: Rig, writer: BaseModel, 
 def test_a_policy_is_as_heavy_as_it_says_however_many_are_asked_for(
     rig: Rig, writer: BaseModel, writer_model: Path, names: tuple[str, ...]
 ) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, adapters=names, policy=POLICY, max_tokens=NUM_TOKENS, num_logprobs=0, echo=True)])
+    (heard,) = rig.run(
+        [
+            GenerateRequest(
+                prompt=FOX,
+                adapters=names,
+                policy=POLICY,
+                max_tokens=NUM_TOKENS,
+                sampling=SamplingParams(num_logprobs=0, echo=True),
+            )
+        ]
+    )
     ids = encode(writer.tokenizer, FOX).ids
     model = folded(writer_model, [*((rig.adapters[name], 1.0) for name in names), (rig.adapters["intent"], 0.6)])
     assert heard.tokens == greedy(model, ids, NUM_TOKENS)
@@ -89,7 +99,7 @@ def test_a_policy_is_as_heavy_as_it_says_however_many_are_asked_for(
 def test_requests_with_and_without_it_share_a_batch_and_no_keys(rig: Rig) -> None:
     """The same prompt under the same adapters: one tenant's keys and values are not another's, whose policy differs."""
     asks = [
-        Ask(prompt=FOX * 2, adapters=("math", "safety"), merge=merge, policy=policy, max_tokens=12)
+        GenerateRequest(prompt=FOX * 2, adapters=("math", "safety"), merge=merge, policy=policy, max_tokens=12)
         for merge in (MergeOptions(), MERGES["ties"])
         for policy in ((), POLICY, (("intent", 1.2),))
     ]
@@ -98,6 +108,6 @@ def test_requests_with_and_without_it_share_a_batch_and_no_keys(rig: Rig) -> Non
     assert [heard.tokens for heard in rig.run(asks)] == alone
 
 
-def alone_tokens(rig: Rig, ask: Ask) -> list[int]:
+def alone_tokens(rig: Rig, ask: GenerateRequest) -> list[int]:
     (heard,) = rig.run([ask])
     return heard.tokens

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel
 from lori.template import encode
-from server.engine.admission import Ask
-from server.engine.request import ErrorEvent, Sampling
+from server.engine.admission import GenerateRequest
+from server.engine.request import ErrorEvent, SamplingParams
 from tests.server.rig import EOS, Rig, build, scripted
 
 FOX = "The quick brown fox jumps over the lazy dog. "
@@ -56,25 +56,27 @@ def present(row: torch.Tensor, _: Sequence[int], output: Sequence[int]) -> torch
 @pytest.mark.parametrize(
     ("sampling", "edit"),
     [
-        pytest.param(Sampling(), lambda row, _, __: row, id="nothing"),
-        pytest.param(Sampling(logit_bias=((65, 6.5), (70, -3.0), (71, float("-inf")))), biased, id="bias"),
-        pytest.param(Sampling(repetition_penalty=3.0), repeated, id="repetition"),
-        pytest.param(Sampling(presence_penalty=2.0, frequency_penalty=1.5), present, id="presence and frequency"),
+        pytest.param(SamplingParams(), lambda row, _, __: row, id="nothing"),
+        pytest.param(SamplingParams(logit_bias=((65, 6.5), (70, -3.0), (71, float("-inf")))), biased, id="bias"),
+        pytest.param(SamplingParams(repetition_penalty=3.0), repeated, id="repetition"),
+        pytest.param(SamplingParams(presence_penalty=2.0, frequency_penalty=1.5), present, id="presence and frequency"),
     ],
 )
 def test_what_is_picked_is_the_likeliest_of_the_changed_logits(
-    rig: Rig, writer: BaseModel, sampling: Sampling, edit: Edit
+    rig: Rig, writer: BaseModel, sampling: SamplingParams, edit: Edit
 ) -> None:
-    ask = Ask(prompt=FOX, max_tokens=25, sampling=sampling, num_logprobs=0)
-    heard, other = rig.run([ask, Ask(prompt="a", max_tokens=30)])
+    ask = GenerateRequest(prompt=FOX, max_tokens=25, sampling=replace(sampling, num_logprobs=0))
+    heard, other = rig.run([ask, GenerateRequest(prompt="a", max_tokens=30)])
     assert heard.tokens == by_hand(writer, FOX, 25, edit)
     assert other.tokens == by_hand(writer, "a", 30, lambda row, _, __: row)
-    if sampling != Sampling():
+    if sampling != SamplingParams():
         assert heard.tokens != by_hand(writer, FOX, 25, lambda row, _, __: row), "or nothing is shown"
 
 
 def test_logprobs_are_the_model_s_own_whatever_is_picked(rig: Rig, writer: BaseModel) -> None:
-    (heard,) = rig.run([Ask(prompt=FOX, max_tokens=10, sampling=Sampling(logit_bias=((65, 100.0),)), num_logprobs=1)])
+    (heard,) = rig.run(
+        [GenerateRequest(prompt=FOX, max_tokens=10, sampling=SamplingParams(logit_bias=((65, 100.0),), num_logprobs=1))]
+    )
     assert heard.tokens == [65] * 10
     ids = encode(writer.tokenizer, FOX).ids
     with torch.inference_mode():
@@ -84,8 +86,8 @@ def test_logprobs_are_the_model_s_own_whatever_is_picked(rig: Rig, writer: BaseM
 
 
 def test_a_forbidden_vocabulary_is_an_error_of_its_own_request(rig: Rig) -> None:
-    nothing = Sampling(logit_bias=tuple((token, float("-inf")) for token in range(EOS + 1)))
-    bad, fine = rig.run([Ask(prompt="a", max_tokens=3, sampling=nothing), Ask(prompt="a", max_tokens=3)])
+    nothing = SamplingParams(logit_bias=tuple((token, float("-inf")) for token in range(EOS + 1)))
+    bad, fine = rig.run([GenerateRequest(prompt="a", max_tokens=3, sampling=nothing), GenerateRequest(prompt="a", max_tokens=3)])
     assert isinstance(bad.events[-1], ErrorEvent)
     assert bad.tokens == []
     assert len(fine.tokens) == 3
@@ -93,18 +95,18 @@ def test_a_forbidden_vocabulary_is_an_error_of_its_own_request(rig: Rig) -> None
 
 def test_ignoring_the_end_goes_on_to_max_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     script = [*encode(tokenizer, "ab").ids, EOS, *encode(tokenizer, "cd").ids, EOS]
-    ask = Ask(prompt="x", max_tokens=6, ignore_eos=True, num_logprobs=0)
-    on, off = scripted(tokenizer, script).run([ask, replace(ask, ignore_eos=False)])
+    ask = GenerateRequest(prompt="x", max_tokens=6, sampling=SamplingParams(ignore_eos=True, num_logprobs=0))
+    on, off = scripted(tokenizer, script).run([ask, replace(ask, sampling=replace(ask.sampling, ignore_eos=False))])
     assert (on.text, on.done.finish_reason, on.done.num_completion_tokens) == ("abcd", "length", 6)
     assert (off.text, off.done.finish_reason, off.done.num_completion_tokens) == ("ab", "stop", 3)
     assert [one.token for one in on.logprobs] == ["a", "b", "<|end|>", "c", "d", "<|end|>"]
-    (cut,) = scripted(tokenizer, script).run([replace(ask, stop=("cd",))])
+    (cut,) = scripted(tokenizer, script).run([replace(ask, sampling=replace(ask.sampling, stop=("cd",)))])
     assert (cut.text, cut.done.finish_reason) == ("ab", "stop_sequence"), "what a client says still counts"
 
 
 @pytest.mark.parametrize(("min_tokens", "num_tokens"), [(0, 1), (1, 2), (4, 5)])
 def test_the_end_is_not_picked_before_min_tokens(tokenizer: PreTrainedTokenizerFast, min_tokens: int, num_tokens: int) -> None:
-    ask = Ask(prompt="x", max_tokens=9, sampling=Sampling(min_tokens=min_tokens))
+    ask = GenerateRequest(prompt="x", max_tokens=9, sampling=SamplingParams(min_tokens=min_tokens))
     (heard,) = scripted(tokenizer, [EOS] * 9).run([ask])
     assert heard.done.finish_reason == "stop"
     assert heard.done.num_completion_tokens == num_tokens
@@ -114,7 +116,10 @@ def test_the_end_is_not_picked_before_min_tokens(tokenizer: PreTrainedTokenizerF
 
 def test_a_stop_string_does_not_count_before_min_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     script = encode(tokenizer, "abcabcabc").ids
-    asks = [Ask(prompt="x", max_tokens=9, stop=("bc",), sampling=Sampling(min_tokens=count)) for count in (0, 3, 4, 9)]
+    asks = [
+        GenerateRequest(prompt="x", max_tokens=9, sampling=SamplingParams(min_tokens=count, stop=("bc",)))
+        for count in (0, 3, 4, 9)
+    ]
     heard = scripted(tokenizer, script).run(asks)
     assert [one.text for one in heard] == ["a", "a", "abca", "abcabca"]
     assert {one.done.finish_reason for one in heard} == {"stop_sequence"}
@@ -123,5 +128,8 @@ def test_a_stop_string_does_not_count_before_min_tokens(tokenizer: PreTrainedTok
 def test_cutoffs_leave_the_likeliest(rig: Rig, writer: BaseModel) -> None:
     expected = by_hand(writer, FOX, 12, lambda row, _, __: row)
     cutoffs = [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}]
-    asks = [Ask(prompt=FOX, max_tokens=12, sampling=Sampling(temperature=5.0, **cutoff), seed=1) for cutoff in cutoffs]
+    asks = [
+        GenerateRequest(prompt=FOX, max_tokens=12, sampling=SamplingParams(temperature=5.0, **cutoff, seed=1))
+        for cutoff in cutoffs
+    ]
     assert [heard.tokens for heard in rig.run(asks)] == [expected] * 3

@@ -14,7 +14,7 @@ from lori.merge_options import MergeOptions
 from server.engine.adapters.cache import AdapterTiers
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner
-from server.engine.request import AdapterTerm, Chunk, DoneEvent, ErrorEvent, Event, Request, Sampling, Sequence
+from server.engine.request import AdapterTerm, Chunk, DoneEvent, ErrorEvent, Event, Request, SamplingParams, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
 from tests.server.engine.scheduling.test_schedules import FakeMemory
@@ -89,7 +89,7 @@ def arrivals(draw: st.DrawFn, capacity: int) -> Arrival:
         terms=(*of.terms, *alias),
         prompt_text="x" * num_prompt,
         prompt_ids=tuple(text * 100 + place for place in range(num_prompt)),
-        sampling=Sampling(temperature=draw(st.sampled_from([0.0, 1e-9])), seed=draw(st.integers(0, 3))),
+        sampling=SamplingParams(temperature=draw(st.sampled_from([0.0, 1e-9])), seed=draw(st.integers(0, 3))),
         merge=draw(st.sampled_from([MergeOptions(), MergeOptions(), MergeOptions("ties")])),
         policy=tuple(AdapterTerm(digest, digest, 0.5) for digest in draw(POLICIES)),
         timeout_s=draw(st.one_of(NEVER, NEVER, st.integers(0, 40).map(float))),
@@ -228,7 +228,7 @@ class Run:
         of, events = arrival.request, self.heard[arrival.request.id]
         errors = [event for event in events if isinstance(event, ErrorEvent)]
         ends = [event for event in events if isinstance(event, DoneEvent)]
-        assert errors == events[-1:] if errors else sorted(e.choice for e in ends) == list(range(of.num_choices))
+        assert errors == events[-1:] if errors else sorted(e.choice for e in ends) == list(range(of.sampling.num_choices))
         for error in errors:
             assert self.may_fail(arrival)[error.kind], error
         for end in ends:

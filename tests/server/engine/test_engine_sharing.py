@@ -9,19 +9,23 @@ import pytest
 from lori.base_model import BaseModel
 from lori.merge_options import MergeOptions
 from lori.store.store import AdapterStore
-from server.engine.admission import Ask
-from server.engine.request import Sampling
+from server.engine.admission import GenerateRequest
+from server.engine.request import SamplingParams
 from tests.server.rig import Heard, Rig, WatchedRunner, build, write_adapter
 
 FOX = "The quick brown fox jumps over the lazy dog. "
-WARM = Sampling(temperature=1.0, top_k=12)
+WARM = SamplingParams(temperature=1.0, top_k=12)
 MANY = (
-    Ask(prompt=FOX, max_tokens=40, num_logprobs=1),
-    Ask(prompt="a", max_tokens=60, adapters=("math",)),
-    Ask(prompt=FOX[:20], max_tokens=50, adapters=("math", "safety"), echo=True, num_logprobs=2),
-    Ask(prompt="hello", max_tokens=60, sampling=WARM, seed=5, adapters=("intent",)),
-    Ask(prompt="x" * 16, max_tokens=48, sampling=replace(WARM, presence_penalty=0.5, repetition_penalty=1.2), seed=6),
-    Ask(prompt=FOX[:33], max_tokens=40, adapters=("safety",), sampling=replace(WARM, min_tokens=10, min_p=0.01), seed=7),
+    GenerateRequest(prompt=FOX, max_tokens=40, sampling=SamplingParams(num_logprobs=1)),
+    GenerateRequest(prompt="a", max_tokens=60, adapters=("math",)),
+    GenerateRequest(
+        prompt=FOX[:20], max_tokens=50, adapters=("math", "safety"), sampling=SamplingParams(echo=True, num_logprobs=2)
+    ),
+    GenerateRequest(prompt="hello", max_tokens=60, sampling=replace(WARM, seed=5), adapters=("intent",)),
+    GenerateRequest(prompt="x" * 16, max_tokens=48, sampling=replace(WARM, presence_penalty=0.5, repetition_penalty=1.2, seed=6)),
+    GenerateRequest(
+        prompt=FOX[:33], max_tokens=40, adapters=("safety",), sampling=replace(WARM, min_tokens=10, min_p=0.01, seed=7)
+    ),
 )
 
 
@@ -50,7 +54,9 @@ def test_who_gives_up_its_blocks_for_others_says_the_same(
 
 
 def test_choices_that_give_up_their_blocks_say_the_same(writer_model: Path, adapters: Path) -> None:
-    ask = Ask(prompt=FOX, max_tokens=40, sampling=WARM, seed=1, num_choices=4, adapters=("math",), num_logprobs=0, echo=True)
+    ask = GenerateRequest(
+        prompt=FOX, max_tokens=40, sampling=replace(WARM, seed=1, num_choices=4, num_logprobs=0, echo=True), adapters=("math",)
+    )
     tight, roomy = build(writer_model, adapters, num_blocks=9), build(writer_model, adapters)
     found = [rig.submit_choices(rig.admission.admit(ask)) for rig in (tight, roomy)]
     tight.finish()
@@ -71,7 +77,7 @@ def rig(writer_model: Path, adapters: Path) -> Rig:
     return build(writer_model, adapters)
 
 
-def cached(rig: Rig, ask: Ask) -> int:
+def cached(rig: Rig, ask: GenerateRequest) -> int:
     """Returns how many tokens of its prompt were not computed, after a comparison with a fresh engine."""
     (heard,) = rig.run([ask])
     return heard.done.num_cached_tokens
@@ -81,7 +87,7 @@ def cached(rig: Rig, ask: Ask) -> int:
 def test_a_prompt_that_was_computed_before_is_not_computed_again(
     rig: Rig, writer_model: Path, adapters: Path, names: tuple[str, ...]
 ) -> None:
-    first = Ask(prompt=FOX * 2, max_tokens=20, adapters=names, num_logprobs=0)
+    first = GenerateRequest(prompt=FOX * 2, max_tokens=20, adapters=names, sampling=SamplingParams(num_logprobs=0))
     longer = replace(first, prompt=FOX * 2 + "And then?", max_tokens=30)
     (one,) = rig.run([first])
     runner = WatchedRunner(rig)
@@ -93,8 +99,8 @@ def test_a_prompt_that_was_computed_before_is_not_computed_again(
 
 
 def test_an_answer_is_found_as_part_of_the_next_prompt(rig: Rig, writer_model: Path) -> None:
-    (said,) = rig.run([Ask(prompt=FOX, max_tokens=60)])
-    whole = Ask(prompt=FOX + said.text + " More?", max_tokens=10)
+    (said,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=60)])
+    whole = GenerateRequest(prompt=FOX + said.text + " More?", max_tokens=10)
     (found,) = rig.run([whole])
     assert found.done.num_cached_tokens == (len(FOX) + 59) // 16 * 16
     assert_same([found], build(writer_model).run([whole]))
@@ -114,7 +120,7 @@ def test_keys_are_not_shared_between_adapters_weights_and_merges(rig: Rig, write
         {"adapters": ("math", "safety"), "merge": MergeOptions("dare_linear", seed=1)},
         {"adapters": ("math", "safety"), "merge": MergeOptions("dare_linear", seed=2)},
     ]
-    asks = [Ask(prompt=FOX * 2, max_tokens=12, num_logprobs=0, **route) for route in routes]
+    asks = [GenerateRequest(prompt=FOX * 2, max_tokens=12, sampling=SamplingParams(num_logprobs=0), **route) for route in routes]
     found = [rig.run([ask])[0] for ask in asks]
     assert [heard.done.num_cached_tokens for heard in found] == [0] * len(asks)
     assert_same(found, [build(writer_model, adapters).run([ask])[0] for ask in asks])
@@ -125,7 +131,7 @@ def test_keys_are_not_shared_between_adapters_weights_and_merges(rig: Rig, write
 
 def test_what_is_the_same_shares_its_keys(rig: Rig) -> None:
     def run(**route: object) -> int:
-        return rig.run([Ask(prompt=FOX * 2, max_tokens=4, **route)])[0].done.num_cached_tokens
+        return rig.run([GenerateRequest(prompt=FOX * 2, max_tokens=4, **route)])[0].done.num_cached_tokens
 
     run(adapters=("math", "safety"), weights=(0.25, 0.75))
     assert run(adapters=("safety", "math"), weights=(0.75, 0.25)) == 80
@@ -146,27 +152,27 @@ def test_versions_of_an_adapter_do_not_share_keys_and_names_of_one_do(
         shutil.rmtree(tmp_path / "math")
     rig = build(writer_model, tmp_path / "store")
     assert rig.registry.by_name["old"].summary.digest != rig.registry.by_name["math"].summary.digest
-    asks = {name: Ask(prompt=FOX * 2, max_tokens=12, adapters=(name,)) for name in ("old", "math", "new")}
+    asks = {name: GenerateRequest(prompt=FOX * 2, max_tokens=12, adapters=(name,)) for name in ("old", "math", "new")}
     heard = {name: rig.run([ask])[0] for name, ask in asks.items()}
     assert [heard[name].done.num_cached_tokens for name in asks] == [0, 0, 80]
     assert heard["old"].tokens != heard["math"].tokens == heard["new"].tokens
-    (both,) = rig.run([Ask(prompt=FOX, max_tokens=12, adapters=("math", "new"), weights=(0.25, 0.75))])
-    (one,) = rig.run([Ask(prompt=FOX, max_tokens=12, adapters=("math",))])
+    (both,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math", "new"), weights=(0.25, 0.75))])
+    (one,) = rig.run([GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math",))])
     assert both.tokens == one.tokens, "two names of one adapter add"
 
 
 def test_a_scored_prompt_is_computed_though_it_is_cached(rig: Rig) -> None:
-    rig.run([Ask(prompt=FOX * 2, max_tokens=1)])
-    (scored,) = rig.run([Ask(prompt=FOX * 2, max_tokens=1, echo=True, num_logprobs=0)])
+    rig.run([GenerateRequest(prompt=FOX * 2, max_tokens=1)])
+    (scored,) = rig.run([GenerateRequest(prompt=FOX * 2, max_tokens=1, sampling=SamplingParams(echo=True, num_logprobs=0))])
     assert scored.done.num_cached_tokens == 0
     assert len(scored.logprobs) == 91
-    (echoed,) = rig.run([Ask(prompt=FOX * 2, max_tokens=1, echo=True)])
+    (echoed,) = rig.run([GenerateRequest(prompt=FOX * 2, max_tokens=1, sampling=SamplingParams(echo=True))])
     assert echoed.done.num_cached_tokens == 80
 
 
 def test_of_those_who_wait_the_lowest_priority_number_runs_first(writer_model: Path) -> None:
     rig = build(writer_model, max_batch=1)
-    heard = [rig.ask(Ask(prompt="a", max_tokens=3, priority=priority)) for priority in (0, 5, -1, 5, 2)]
+    heard = [rig.ask(GenerateRequest(prompt="a", max_tokens=3, priority=priority)) for priority in (0, 5, -1, 5, 2)]
     order: list[int] = []
     while rig.scheduler.has_work:
         rig.step()
@@ -176,7 +182,7 @@ def test_of_those_who_wait_the_lowest_priority_number_runs_first(writer_model: P
 
 def test_of_those_who_run_the_highest_priority_number_gives_way(writer_model: Path) -> None:
     rig = build(writer_model, num_blocks=6)
-    urgent, patient = (rig.ask(Ask(prompt="a" * 17, max_tokens=60, priority=priority)) for priority in (-1, 3))
+    urgent, patient = (rig.ask(GenerateRequest(prompt="a" * 17, max_tokens=60, priority=priority)) for priority in (-1, 3))
     rig.finish()
     assert urgent.sequence.num_preemptions == 0
     assert patient.sequence.num_preemptions > 0
@@ -184,7 +190,7 @@ def test_of_those_who_run_the_highest_priority_number_gives_way(writer_model: Pa
 
 def test_tenants_take_turns(writer_model: Path) -> None:
     rig = build(writer_model, max_batch=1)
-    heard = [rig.ask(Ask(prompt="a", max_tokens=5, tenant=tenant)) for tenant in ("many", "many", "many", "one")]
+    heard = [rig.ask(GenerateRequest(prompt="a", max_tokens=5, tenant=tenant)) for tenant in ("many", "many", "many", "one")]
     order: list[int] = []
     while rig.scheduler.has_work:
         rig.step()

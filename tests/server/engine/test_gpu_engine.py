@@ -6,6 +6,7 @@ What of it runs without one is tested by `test_replays` and `test_paged_attentio
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 from server.engine import step as step_module
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.model.cuda_graphs import Replays
-from server.engine.request import Sampling
+from server.engine.request import SamplingParams
 from server.engine.step import read_back
 from server.loading import GIB, load_service
 from server.settings import Settings
@@ -25,14 +26,14 @@ from tests.server.rig import Heard, Rig, build, rig_of
 pytestmark = pytest.mark.gpu
 
 FOX = "The quick brown fox jumps over the lazy dog, and then it sleeps. "
-DRAWN = Sampling(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
 ASKS = [
-    Ask(prompt=FOX, max_tokens=40),
-    Ask(prompt=FOX, max_tokens=30, adapters=("math",), num_logprobs=2),
-    Ask(prompt=FOX[:17], max_tokens=20, adapters=("math", "safety"), weights=(1.0, -0.5)),
-    Ask(prompt=FOX[:3], max_tokens=35, adapters=("intent",), num_logprobs=0, echo=True),
-    Ask(prompt=FOX * 4, max_tokens=25, adapters=("safety",)),
-    Ask(prompt=FOX[5:], max_tokens=30, adapters=("math",), sampling=DRAWN, seed=3),
+    GenerateRequest(prompt=FOX, max_tokens=40),
+    GenerateRequest(prompt=FOX, max_tokens=30, adapters=("math",), sampling=SamplingParams(num_logprobs=2)),
+    GenerateRequest(prompt=FOX[:17], max_tokens=20, adapters=("math", "safety"), weights=(1.0, -0.5)),
+    GenerateRequest(prompt=FOX[:3], max_tokens=35, adapters=("intent",), sampling=SamplingParams(num_logprobs=0, echo=True)),
+    GenerateRequest(prompt=FOX * 4, max_tokens=25, adapters=("safety",)),
+    GenerateRequest(prompt=FOX[5:], max_tokens=30, adapters=("math",), sampling=replace(DRAWN, seed=3)),
 ]
 JOINS = [0, 1, 3, 3, 6, 10]
 Flags = Literal["float32", "bfloat16"]
@@ -78,7 +79,7 @@ def test_scarce_memory_changes_nothing(writer_model: Path, adapters: Path) -> No
 def test_replays_compute_what_steps_compute_as_they_come(writer_model: Path, adapters: Path, dtype: torch.dtype) -> None:
     """To the bit where the sizes are those of the steps: a padded product may be another kernel's, with another order of sums."""
     sizes = {"max_step_tokens": 48, "dtype": dtype, "device": "cuda:0"}
-    asks = [Ask(prompt=FOX[i:], max_tokens=40, adapters=("math", "safety")[: i % 3]) for i in range(8)]
+    asks = [GenerateRequest(prompt=FOX[i:], max_tokens=40, adapters=("math", "safety")[: i % 3]) for i in range(8)]
     eager = build(writer_model, adapters, **sizes, max_replayed=0)  # type: ignore[arg-type]
     rig = build(writer_model, adapters, **sizes)  # type: ignore[arg-type]
     for one in (eager, rig):
@@ -103,7 +104,10 @@ def test_replays_compute_what_steps_compute_as_they_come(writer_model: Path, ada
 
 def test_when_the_pool_moves_steps_are_recorded_anew(writer_model: Path, adapters: Path) -> None:
     """The pool has no room at first: it moves when the second adapter comes, while the first one's requests go on."""
-    asks = [Ask(prompt=FOX, max_tokens=40, adapters=("math",)), Ask(prompt=FOX, max_tokens=20, adapters=("safety",))]
+    asks = [
+        GenerateRequest(prompt=FOX, max_tokens=40, adapters=("math",)),
+        GenerateRequest(prompt=FOX, max_tokens=20, adapters=("safety",)),
+    ]
     expected = build(writer_model, adapters).run(asks, [0, 15])
     rig = build(writer_model, adapters, device="cuda:0")
     assert_alike(rig.run(asks, [0, 15]), expected)

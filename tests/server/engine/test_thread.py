@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.engine import Engine
 from server.engine.request import DoneEvent, ErrorEvent, Event, Request, TextEvent
 from server.engine.thread import EngineDeadError, EngineThread
@@ -261,7 +261,7 @@ def test_an_adapter_that_was_read_wakes_a_sleeping_engine(writer_model: Path, ad
         rig = build(writer_model, adapters)
         thread = bridge(rig.engine)
         thread.start()
-        asks = [Ask(prompt="a", max_tokens=3, adapters=(name,)) for name in ("math", "safety", "math")]
+        asks = [GenerateRequest(prompt="a", max_tokens=3, adapters=(name,)) for name in ("math", "safety", "math")]
         heard = await asyncio.gather(*(listen(thread.generate(rig.admission.admit(ask))) for ask in asks))
         for events in heard:
             assert isinstance(events[-1], DoneEvent)
@@ -288,7 +288,7 @@ def test_a_real_engine_frees_what_was_closed(writer_model: Path) -> None:
         rig = build(writer_model)
         thread = bridge(rig.engine)
         thread.start()
-        events = thread.generate(rig.admission.admit(Ask(prompt="a", max_tokens=400)))
+        events = thread.generate(rig.admission.admit(GenerateRequest(prompt="a", max_tokens=400)))
         await anext(events)
         await events.aclose()
         await until(lambda: not rig.scheduler.has_work)

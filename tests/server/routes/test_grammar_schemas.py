@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from lori.embedded import embedded_model
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.grammar import Grammar
-from server.engine.request import Sampling
+from server.engine.request import SamplingParams
 from server.loading import load_service
 from server.settings import Settings
 from tests.server.rig import Rig, build, rig_of
 
-WARM = Sampling(temperature=1.0)
+WARM = SamplingParams(temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,10 @@ SCHEMAS: st.SearchStrategy[Any] = st.recursive(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SCHEMAS, min_size=1, max_size=4), st.integers(0, 2**31))
 def test_what_is_said_to_any_schema_fits_it(rig: Rig, schemas: list[Any], seed: int) -> None:
-    ask = Ask(prompt="Say something.", max_tokens=600, sampling=WARM, seed=seed)
-    heard = rig.run([replace(ask, grammar=Grammar("json_schema", json.dumps(schema))) for schema in schemas])
+    ask = GenerateRequest(prompt="Say something.", max_tokens=600, sampling=replace(WARM, seed=seed))
+    heard = rig.run(
+        [replace(ask, sampling=replace(ask.sampling, grammar=Grammar("json_schema", json.dumps(schema)))) for schema in schemas]
+    )
     for one, schema in zip(heard, schemas, strict=True):
         assert one.done.finish_reason == "stop"
         Draft202012Validator(schema).validate(json.loads(one.text))
@@ -93,9 +95,16 @@ def test_the_embedded_model_says_what_fits_at_temperature_1() -> None:
     rig = rig_of(load_service(settings))
     schemas = [PERSON, TREE, ANSWER, TIMES, {"type": "string", "maxLength": 40}, {"enum": ["positive", "negative", "neutral"]}]
     prompts = ["Describe a person as JSON.", "Answer in JSON.\n", "Who was Ada Lovelace?"]
-    ways = [WARM, Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2)]
+    ways = [WARM, SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2)]
     asked = [
-        (schema, Ask(prompt=prompt, max_tokens=800, sampling=way, seed=seed, grammar=Grammar("json_schema", json.dumps(schema))))
+        (
+            schema,
+            GenerateRequest(
+                prompt=prompt,
+                max_tokens=800,
+                sampling=replace(way, seed=seed, grammar=Grammar("json_schema", json.dumps(schema))),
+            ),
+        )
         for schema in schemas
         for seed, prompt in enumerate(prompts)
         for way in ways

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from lori.base_model import BaseModel
 from lori.template import encode
 from server.engine.adapters.registry import Registry
-from server.engine.admission import Admission, Ask
+from server.engine.admission import Admission, GenerateRequest
 from server.engine.engine import Engine
 from server.engine.request import Request, TextEvent
 from server.engine.step import Emit
@@ -586,7 +586,7 @@ class SlowAdmission:
         self._admission, self.max_context = admission, admission.max_context
         self.may_go_on = threading.Event()
 
-    def admit(self, ask: Ask) -> Request:
+    def admit(self, ask: GenerateRequest) -> Request:
         assert self.may_go_on.wait(LIMIT_S)
         return self._admission.admit(ask)
 

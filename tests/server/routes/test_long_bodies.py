@@ -12,7 +12,7 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.request import Request
 from server.routes import json_route
 from server.schemas import generation
@@ -84,7 +84,7 @@ class StuckAdmission:
         self._admission, self.max_context = admission, admission.max_context
         self.num_stuck, self.may_go_on = threading.Semaphore(0), threading.Event()
 
-    def admit(self, ask: Ask) -> Request:
+    def admit(self, ask: GenerateRequest) -> Request:
         if isinstance(ask.prompt, Sequence) and len(ask.prompt) > LONG and ask.tenant == "acme":
             self.num_stuck.release()
             assert self.may_go_on.wait(LIMIT_S)

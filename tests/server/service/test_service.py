@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from lori.errors import UnknownAdapterError
 from server.access.caller import Caller
 from server.engine.adapters.registry import PolicyError, Registry
-from server.engine.admission import MAX_LOGPROBS, Admission, Ask, RefusedError, TokenPrompt
+from server.engine.admission import MAX_LOGPROBS, Admission, GenerateRequest, RefusedError, TokenPrompt
 from server.engine.engine import Engine
-from server.engine.request import DoneEvent, Request
+from server.engine.request import DoneEvent, Request, SamplingParams
 from server.engine.thread import EngineThread
 from server.errors import BusyError
 from server.service.service import Service
@@ -84,7 +84,7 @@ def using(service: Service) -> list[tuple[int, int]]:
     return [(use.num_using, use.num_requests) for use in uses]
 
 
-MATH = Ask(prompt="x", adapters=("math",))
+MATH = GenerateRequest(prompt="x", adapters=("math",))
 
 
 def test_requests_use_their_adapters_while_they_have_their_places(service: Service) -> None:
@@ -118,8 +118,10 @@ def test_where_all_places_are_taken_a_tenant_without_any_gets_one(service: Servi
     run(service, test())
 
 
-@pytest.mark.parametrize("refused", [Ask(prompt="x", adapters=("nobody",)), Ask(prompt="x" * 200), Ask(prompt="")])
-def test_where_one_of_several_is_refused_none_counts(service: Service, refused: Ask) -> None:
+@pytest.mark.parametrize(
+    "refused", [GenerateRequest(prompt="x", adapters=("nobody",)), GenerateRequest(prompt="x" * 200), GenerateRequest(prompt="")]
+)
+def test_where_one_of_several_is_refused_none_counts(service: Service, refused: GenerateRequest) -> None:
     async def test() -> None:
         with pytest.raises((UnknownAdapterError, RefusedError)):
             async with service.admitted([MATH, refused], Caller()):
@@ -137,7 +139,7 @@ class Withdrawing:
     def __init__(self, service: Service, name: str) -> None:
         self._admission, self._registry, self._name = service.admission, service.registry, name
 
-    def admit(self, ask: Ask) -> Request:
+    def admit(self, ask: GenerateRequest) -> Request:
         admitted = self._admission.admit(ask)
         if "last" in str(ask.prompt):
             self._registry.withdraw(self._name)
@@ -157,7 +159,7 @@ def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_not
     async def test() -> None:
         service.admission = cast(Any, Withdrawing(service, name))
         with pytest.raises(expected, match=said):
-            async with service.admitted([MATH, Ask(prompt="last")], Caller(policy=(("guard", 1.0),), tenant="they")):
+            async with service.admitted([MATH, GenerateRequest(prompt="last")], Caller(policy=(("guard", 1.0),), tenant="they")):
                 pass
         assert service.num_requests == 0
         assert using(service) == [(0, 0), (0, 0)]
@@ -171,21 +173,23 @@ def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokeniz
     admission = Admission(tokenizer, Registry([]), MAX_LOGPROBS)
     service = Service(Settings(max_requests=2), "fake", Registry([]), admission, engine, metrics)
     length = MAX_LOGPROBS // 2**5
-    ask = Ask(prompt=TokenPrompt((1,) * length), echo=True, num_logprobs=7, num_choices=2, max_tokens=0)
+    ask = GenerateRequest(
+        prompt=TokenPrompt((1,) * length), sampling=SamplingParams(echo=True, num_logprobs=7, num_choices=2), max_tokens=0
+    )
 
     async def test() -> None:
         async with service.admitted([ask, ask], Caller()):
             pass
         for more in (
-            replace(ask, num_logprobs=8),
-            replace(ask, num_choices=3),
+            replace(ask, sampling=replace(ask.sampling, num_logprobs=8)),
+            replace(ask, sampling=replace(ask.sampling, num_choices=3)),
             replace(ask, prompt=TokenPrompt((1,) * (length + 1))),
         ):
             with pytest.raises(RefusedError, match=f"expected at most {MAX_LOGPROBS} in one reply") as caught:
                 async with service.admitted([ask, more], Caller()):
                     pass
             assert caught.value.field == "logprobs"
-            async with service.admitted([replace(more, echo=False, max_tokens=1)], Caller()):
+            async with service.admitted([replace(more, sampling=replace(more.sampling, echo=False), max_tokens=1)], Caller()):
                 pass
         assert service.num_requests == 0
 
@@ -196,8 +200,8 @@ def test_so_many_log_probabilities_of_answers_are_in_a_whole_reply_and_no_more(t
     """A chat that may fill a long context, 64 times with 20 alternatives a token, is gigabytes."""
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
     service = Service(Settings(), "fake", Registry([]), Admission(tokenizer, Registry([]), MAX_LOGPROBS), engine, metrics)
-    ask = Ask(prompt="x", num_logprobs=7, num_choices=2, max_tokens=MAX_LOGPROBS // 16)
-    more = replace(ask, num_choices=3)
+    ask = GenerateRequest(prompt="x", sampling=SamplingParams(num_logprobs=7, num_choices=2), max_tokens=MAX_LOGPROBS // 16)
+    more = replace(ask, sampling=replace(ask.sampling, num_choices=3))
 
     async def test() -> None:
         async with service.admitted([ask], Caller()):
@@ -208,7 +212,7 @@ def test_so_many_log_probabilities_of_answers_are_in_a_whole_reply_and_no_more(t
         assert caught.value.field == "logprobs"
         async with service.admitted([more], Caller(), is_whole=False):
             pass
-        async with service.admitted([replace(more, num_logprobs=None)], Caller()):
+        async with service.admitted([replace(more, sampling=replace(more.sampling, num_logprobs=None))], Caller()):
             pass
 
     run(service, test())

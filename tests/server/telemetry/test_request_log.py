@@ -11,7 +11,7 @@ import httpx
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.request import Request
 from server.telemetry.logs import TextFormatter
 from tests.server.fake_service import served
@@ -58,7 +58,7 @@ def test_an_id_that_a_log_cannot_hold_is_replaced(tokenizer: PreTrainedTokenizer
 class FailingAdmission:
     max_context = 100
 
-    def admit(self, _: Ask) -> Request:
+    def admit(self, _: GenerateRequest) -> Request:
         raise RuntimeError("a fault of ours")
 
 

@@ -10,11 +10,11 @@ import torch
 import lori.projection
 from lori.base_model import BaseModel
 from lori.kernels import Route, gpu
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.model.cuda_graphs import TERMS, Replays
 from server.engine.model.runner import Runner
 from server.engine.model.triton_ops import GpuOps
-from server.engine.request import Chunk
+from server.engine.request import Chunk, SamplingParams
 from server.engine.request import Sequence as EngineSequence
 from tests.server.replayed import Recorder, Tape, pretend_gpu
 from tests.server.rig import Heard, Rig, build, request, write_adapter
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GP
 
 FOX = "The quick brown fox jumps over the lazy dog."
 ASKS = [
-    Ask(prompt=FOX, max_tokens=14),
-    Ask(prompt=FOX, max_tokens=12, adapters=("math",), num_logprobs=2),
-    Ask(prompt=FOX[:17], max_tokens=7, adapters=("math", "safety"), weights=(1.0, -0.5)),
-    Ask(prompt=FOX[:3], max_tokens=9, adapters=("intent",), num_logprobs=0),
-    Ask(prompt=FOX[5:], max_tokens=5, adapters=("safety",)),
+    GenerateRequest(prompt=FOX, max_tokens=14),
+    GenerateRequest(prompt=FOX, max_tokens=12, adapters=("math",), sampling=SamplingParams(num_logprobs=2)),
+    GenerateRequest(prompt=FOX[:17], max_tokens=7, adapters=("math", "safety"), weights=(1.0, -0.5)),
+    GenerateRequest(prompt=FOX[:3], max_tokens=9, adapters=("intent",), sampling=SamplingParams(num_logprobs=0)),
+    GenerateRequest(prompt=FOX[5:], max_tokens=5, adapters=("safety",)),
 ]
 JOINS = [0, 1, 3, 3, 6]
 
@@ -247,7 +247,7 @@ def test_nothing_is_replayed_before_it_is_prepared(writer_model: Path, monkeypat
     recorder = pretend_gpu(monkeypatch)
     monkeypatch.setattr(Runner, "_can_replay", False)
     rig = build(writer_model, max_batch=1)
-    ask = Ask(prompt=FOX, max_tokens=4)
+    ask = GenerateRequest(prompt=FOX, max_tokens=4)
     (before,) = rig.run([ask])
     assert recorder.num_replayed == 0
     rig.runner.prepare()
@@ -266,7 +266,7 @@ def test_all_sizes_are_recorded_before_the_first_request(
     assert recorder.num_recorded == recorder.num_replayed == 4 * (1 + has_adapters)
     if has_adapters:  # the pool has not moved by then: it is reserved at start
         monkeypatch.setattr(type(rig.engine.tiers._pool), "num_moves", 0)
-    rig.run([Ask(prompt=FOX, max_tokens=4, adapters=("math",) * has_adapters) for _ in range(3)])
+    rig.run([GenerateRequest(prompt=FOX, max_tokens=4, adapters=("math",) * has_adapters) for _ in range(3)])
     assert recorder.num_recorded == 4 * (1 + has_adapters)
 
 

@@ -28,10 +28,10 @@ from transformers import (
 from lori.base_model import load_base_model
 from lori.errors import ModelError
 from lori.kernels.native import MODULE
-from server.engine.admission import Ask
+from server.engine.admission import GenerateRequest
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.torch_ops import TorchOps
-from server.engine.request import Chunk
+from server.engine.request import Chunk, SamplingParams
 from server.engine.request import Sequence as EngineSequence
 from server.engine.startup import check_logits, reference_logits
 from server.loading import load_service
@@ -94,7 +94,7 @@ def prompt(length: int) -> str:
 def run(rig: Rig, num_tokens: int) -> list[Heard]:
     """Runs one request of each length, half of them from the start and the others one step after the other."""
     joins = [max(0, place - 5) for place in range(len(PROMPT_LENGTHS))]
-    return rig.run([Ask(prompt=prompt(length), max_tokens=num_tokens) for length in PROMPT_LENGTHS], joins)
+    return rig.run([GenerateRequest(prompt=prompt(length), max_tokens=num_tokens) for length in PROMPT_LENGTHS], joins)
 
 
 def reference_of(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -239,7 +239,9 @@ def test_a_model_that_would_be_served_wrong_is_refused_at_the_start(name: str, t
 def test_log_probabilities_of_capped_logits_are_those_of_transformers(tmp_path: Path) -> None:
     """The start's check compares directions, and a scale has none: log-probabilities could be off, in silence."""
     save_tiny_model(tmp_path, SERVED["gemma2 with caps and a window of 8 in some layers"]())
-    (heard,) = build(tmp_path).run([Ask(prompt=prompt(30), max_tokens=0, echo=True, num_logprobs=0)])
+    (heard,) = build(tmp_path).run(
+        [GenerateRequest(prompt=prompt(30), max_tokens=0, sampling=SamplingParams(echo=True, num_logprobs=0))]
+    )
     ids = torch.tensor(heard.sequence.request.prompt_ids)
     with torch.inference_mode():
         rows = reference_of(tmp_path)(ids[None]).logits[0, :-1].log_softmax(-1)
@@ -298,7 +300,7 @@ def test_a_server_on_weights_in_int8_answers(tmp_path: Path) -> None:
     rig = rig_of(
         load_service(Settings(model=str(folder), dtype="bfloat16", device="cpu", quantization="int8", kv_cache_gib=0.01))
     )
-    (heard,) = rig.run([Ask(prompt="The quick brown fox", max_tokens=5, ignore_eos=True)])
+    (heard,) = rig.run([GenerateRequest(prompt="The quick brown fox", max_tokens=5, sampling=SamplingParams(ignore_eos=True))])
     assert len(heard.tokens) == 5
 
 

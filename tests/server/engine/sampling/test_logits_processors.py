@@ -1,6 +1,7 @@
 """Bias, min_tokens and penalties, against a slow reading of their meaning."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import Request, Sampling, Sequence
+from server.engine.request import Request, SamplingParams, Sequence
 from server.engine.sampling.logits_processors import LogitsProcessors, TokenCounts, processed
 
 SIZE = 30
@@ -16,11 +17,11 @@ STOP_IDS = np.array([3, 7], dtype=np.int64)
 
 
 def sequence(
-    sampling: Sampling, prompt_ids: tuple[int, ...] = (1, 2, 2), output_ids: tuple[int, ...] = (), ignore_eos: bool = False
+    sampling: SamplingParams, prompt_ids: tuple[int, ...] = (1, 2, 2), output_ids: tuple[int, ...] = (), ignore_eos: bool = False
 ) -> Sequence:
     request = Request(
         id="", prompt_text="", prompt_ids=prompt_ids, prompt_offsets=(0,) * len(prompt_ids), max_tokens=100,
-        sampling=sampling, ignore_eos=ignore_eos,
+        sampling=replace(sampling, ignore_eos=ignore_eos),
     )  # fmt: skip
     return Sequence(request, output_ids=list(output_ids))
 
@@ -42,7 +43,7 @@ def expected_row(row: list[float], s: Sequence) -> list[float]:
     row = list(row)
     for token, value in sampling.logit_bias:
         row[token] += value
-    if len(outputs) < sampling.min_tokens and not s.request.ignore_eos:
+    if len(outputs) < sampling.min_tokens and not s.request.sampling.ignore_eos:
         for token in STOP_IDS:
             row[token] = -math.inf
     for token in range(len(row)):
@@ -55,7 +56,7 @@ def expected_row(row: list[float], s: Sequence) -> list[float]:
 
 tokens = st.lists(st.integers(0, SIZE - 1), max_size=12).map(tuple)
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     logit_bias=st.lists(st.tuples(st.integers(0, SIZE - 1), st.sampled_from([-math.inf, -100.0, -1.5, 0.5, 100.0]))).map(tuple),
     min_tokens=st.sampled_from([0, 0, 1, 6, 50]),
     repetition_penalty=st.sampled_from([1.0, 0.7, 1.3]),
@@ -79,19 +80,19 @@ def test_each_row_is_changed_as_the_words_say_and_put_back(sequences: list[Seque
 
 def test_the_bias_of_a_token_named_twice_is_the_sum() -> None:
     rows = logits(1)
-    found = apply(rows, {0: sequence(Sampling(logit_bias=((4, 1.0), (4, 2.5), (5, 3.0), (5, -math.inf))))})
+    found = apply(rows, {0: sequence(SamplingParams(logit_bias=((4, 1.0), (4, 2.5), (5, 3.0), (5, -math.inf))))})
     assert found[0, 4] - rows[0, 4] == pytest.approx(3.5)
     assert found[0, 5] == -math.inf
 
 
 def test_the_prompt_counts_for_repetition_alone() -> None:
     rows = torch.full((1, SIZE), 4.0)
-    found = apply(rows, {0: sequence(Sampling(repetition_penalty=2.0, presence_penalty=1.0), (1,), (2,))})
+    found = apply(rows, {0: sequence(SamplingParams(repetition_penalty=2.0, presence_penalty=1.0), (1,), (2,))})
     assert found[0, :4].tolist() == [4.0, 2.0, 1.0, 4.0]
 
 
 def test_a_stop_token_is_forbidden_until_there_are_enough_tokens() -> None:
-    sampling = Sampling(min_tokens=2)
+    sampling = SamplingParams(min_tokens=2)
     found = [apply(logits(1), {0: sequence(sampling, output_ids=(1,) * num)})[0, STOP_IDS].tolist() for num in range(4)]
     assert [row == [-math.inf, -math.inf] for row in found] == [True, True, False, False]
     ignoring = sequence(sampling, ignore_eos=True)
@@ -103,7 +104,7 @@ def test_a_stop_token_is_forbidden_until_there_are_enough_tokens() -> None:
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_huge_values_give_neither_nan_nor_infinity(scale: float, repetition: float, sign: int) -> None:
     bias = ((1, sign * scale), (2, -math.inf), (5, sign * scale), (5, sign * scale), (6, -sign * scale))
-    sampling = Sampling(
+    sampling = SamplingParams(
         logit_bias=bias,
         repetition_penalty=repetition,
         presence_penalty=-sign * scale,
@@ -121,7 +122,7 @@ def test_huge_values_give_neither_nan_nor_infinity(scale: float, repetition: flo
 def test_the_logits_are_put_back_after_an_error_too() -> None:
     rows = logits(2)
     before = rows.clone()
-    edits = LogitsProcessors(sequence(Sampling(logit_bias=((1, 9.0),), repetition_penalty=2.0), (1, 2)), STOP_IDS)
+    edits = LogitsProcessors(sequence(SamplingParams(logit_bias=((1, 9.0),), repetition_penalty=2.0), (1, 2)), STOP_IDS)
     with pytest.raises(ZeroDivisionError), processed(rows, {1: edits}):
         raise ZeroDivisionError
     assert torch.equal(rows, before)
@@ -129,7 +130,9 @@ def test_the_logits_are_put_back_after_an_error_too() -> None:
 
 def test_nothing_waits_for_the_device() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
-    edits = LogitsProcessors(sequence(Sampling(logit_bias=((1, 9.0),), repetition_penalty=2.0, min_tokens=1), (1, 2)), STOP_IDS)
+    edits = LogitsProcessors(
+        sequence(SamplingParams(logit_bias=((1, 9.0),), repetition_penalty=2.0, min_tokens=1), (1, 2)), STOP_IDS
+    )
     with processed(torch.empty(2, SIZE, device="meta"), {1: edits}):
         pass
 

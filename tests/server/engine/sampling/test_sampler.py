@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import Request, Sampling, Sequence
+from server.engine.request import Request, SamplingParams, Sequence
 from server.engine.sampling.sampler import Sampler, uniform_numbers
 from server.engine.step import are_valid, gather_logprobs, read_back, to_logprobs
 
@@ -20,7 +20,7 @@ SIZE = 50
 
 
 def sequence(
-    sampling: Sampling,
+    sampling: SamplingParams,
     prompt_ids: tuple[int, ...] = (1, 2, 2),
     output_ids: tuple[int, ...] = (),
     choice: int = 0,
@@ -28,13 +28,13 @@ def sequence(
 ) -> Sequence:
     request = Request(
         id="", prompt_text="", prompt_ids=prompt_ids, prompt_offsets=(0,) * len(prompt_ids), max_tokens=100,
-        sampling=sampling, ignore_eos=ignore_eos,
+        sampling=replace(sampling, ignore_eos=ignore_eos),
     )  # fmt: skip
     return Sequence(request, choice, list(output_ids))
 
 
 def heated(temperature: float, seed: int = 0, num_outputs: int = 0, choice: int = 0) -> Sequence:
-    return sequence(Sampling(temperature=temperature, seed=seed), output_ids=(0,) * num_outputs, choice=choice)
+    return sequence(SamplingParams(temperature=temperature, seed=seed), output_ids=(0,) * num_outputs, choice=choice)
 
 
 def logits(num_rows: int, size: int = SIZE, seed: int = 0) -> torch.Tensor:
@@ -58,7 +58,7 @@ def expected_token(row: list[float], s: Sequence) -> int:
     ask, outputs = s.request.sampling, s.output_ids
     for token, value in ask.logit_bias:
         row[token] += value
-    if len(outputs) < ask.min_tokens and not s.request.ignore_eos:
+    if len(outputs) < ask.min_tokens and not s.request.sampling.ignore_eos:
         for token in STOP_IDS:
             row[token] = -math.inf
     for token in {*s.request.prompt_ids, *outputs}:
@@ -85,7 +85,7 @@ def expected_token(row: list[float], s: Sequence) -> int:
 
 token_lists = st.lists(st.integers(0, SIZE - 1), max_size=12).map(tuple)
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     logit_bias=st.lists(st.tuples(st.integers(0, SIZE - 1), st.sampled_from([-math.inf, -2.5, 0.5, 4.0])), max_size=5).map(tuple),
     min_tokens=st.sampled_from([0, 0, 6, 50]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 0.7, 1.3]),
@@ -124,8 +124,14 @@ def test_who_shares_the_batch_changes_nothing(sequences: list[Sequence], seed: i
 
 def test_steps_of_one_sampler_pick_as_a_new_one_does() -> None:
     """Its memory of the sequences must not matter: rows come, go, wait a while and change places."""
-    ask = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=20)
-    kinds = [Sampling(), Sampling(temperature=0.7), ask, replace(ask, top_p=1.0), Sampling(presence_penalty=1.0)]
+    ask = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3, min_tokens=20)
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=0.7),
+        ask,
+        replace(ask, top_p=1.0),
+        SamplingParams(presence_penalty=1.0),
+    ]
     sequences = [sequence(replace(kind, seed=i)) for i, kind in enumerate(kinds * 2)]
     sampler, random, chosen = Sampler(STOP_IDS), np.random.default_rng(0), sequences
     for step in range(60):
@@ -139,7 +145,7 @@ def test_steps_of_one_sampler_pick_as_a_new_one_does() -> None:
 
 def test_what_is_kept_of_a_sequence_ends_with_it() -> None:
     sampler = Sampler(STOP_IDS)
-    gone = [sequence(Sampling(temperature=1.0, repetition_penalty=1.1)) for _ in range(5)]
+    gone = [sequence(SamplingParams(temperature=1.0, repetition_penalty=1.1)) for _ in range(5)]
     watched = [weakref.ref(s) for s in gone]
     pick(sampler, logits(5), gone)
     stays = [heated(1.0)]
@@ -155,7 +161,7 @@ def test_temperature_0_takes_the_first_of_the_likeliest() -> None:
     assert sample(rows, [heated(0.0, seed=i) for i in range(6)]) == rows.argmax(-1).tolist()
     rows = torch.tensor([[1.0, 5.0, 5.0, 2.0]])
     assert sample(rows, [heated(0.0)]) == [1]
-    assert {sample(rows, [sequence(Sampling(temperature=9.0, top_k=1, seed=seed))])[0] for seed in range(20)} == {1}
+    assert {sample(rows, [sequence(SamplingParams(temperature=9.0, top_k=1, seed=seed))])[0] for seed in range(20)} == {1}
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-9, 1e-300, 5e-324])
@@ -167,7 +173,7 @@ def test_a_temperature_near_0_takes_the_likeliest_too(temperature: float, scale:
 
 def test_an_endless_temperature_draws_from_all_that_is_allowed() -> None:
     forbidden = tuple((token, -math.inf) for token in range(10))
-    asks = [Sampling(temperature=1e300, logit_bias=forbidden, seed=seed) for seed in range(200)]
+    asks = [SamplingParams(temperature=1e300, logit_bias=forbidden, seed=seed) for seed in range(200)]
     drawn = set(sample(logits(1, 20).expand(200, -1).contiguous(), [sequence(ask) for ask in asks]))
     assert drawn == set(range(10, 20))
 
@@ -186,13 +192,20 @@ def test_draws_are_those_of_the_earlier_versions() -> None:
 
 def test_a_bias_leaves_what_it_does_not_forbid() -> None:
     all_but_one = tuple((token, -math.inf) for token in range(SIZE) if token != 31)
-    for ask in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5), Sampling(temperature=1e-6, top_k=3)):
+    for ask in (
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_p=0.5),
+        SamplingParams(temperature=1e-6, top_k=3),
+    ):
         assert sample(logits(1), [sequence(replace(ask, logit_bias=all_but_one))]) == [31]
 
 
-@pytest.mark.parametrize("ask", [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=5, top_p=0.5)])
+@pytest.mark.parametrize(
+    "ask", [SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=5, top_p=0.5)]
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(ask: Sampling, bad: float) -> None:
+def test_a_row_that_is_not_finite_is_reported_and_harms_no_other(ask: SamplingParams, bad: float) -> None:
     asks = [replace(ask, seed=i, logit_bias=((9, -math.inf),)) for i in range(5)]
     rows = logits(5)
     expected = sample(rows, [sequence(ask) for ask in asks])
@@ -213,19 +226,27 @@ def test_a_model_may_forbid_tokens_but_not_all() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_that_forbids_every_token_is_reported(temperature: float) -> None:
-    ask = Sampling(temperature=temperature, logit_bias=tuple((token, -math.inf) for token in range(SIZE)))
+    ask = SamplingParams(temperature=temperature, logit_bias=tuple((token, -math.inf) for token in range(SIZE)))
     assert pick(Sampler(()), logits(2), [sequence(ask), heated(temperature)])[1] == [False, True]
 
 
 def test_nothing_waits_for_the_device_before_the_tokens_are_fetched() -> None:
     """A meta tensor has no numbers: to look at one is an error."""
-    asks = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9)]
+    asks = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9),
+    ]
     assert Sampler(STOP_IDS).sample(torch.empty(3, 300, device="meta"), [sequence(ask) for ask in asks]).shape == (2, 3)
 
 
 @pytest.mark.gpu
 def test_a_gpu_picks_what_a_cpu_does() -> None:
-    asks = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9)]
+    asks = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=1.0, top_p=0.5, repetition_penalty=2.0, min_tokens=9),
+    ]
     asks = [replace(ask, seed=seed) for seed in range(20) for ask in asks]
     rows = logits(60, 1000)
     assert sample(rows.cuda(), [sequence(ask) for ask in asks]) == sample(rows, [sequence(ask) for ask in asks])

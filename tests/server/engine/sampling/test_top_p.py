@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import Sampling
+from server.engine.request import SamplingParams
 from server.engine.sampling.sampler import uniform_numbers
 from server.engine.sampling.top_p import NUM_GROUPS, Cutoff, apply_cutoffs, draw_candidates
 
@@ -117,9 +117,9 @@ def test_a_row_without_numbers_gives_a_token() -> None:
 
 
 def test_a_request_that_asks_for_nothing_is_not_cut() -> None:
-    assert Cutoff.from_sampling(Sampling(temperature=1.0)).is_none
-    assert not Cutoff.from_sampling(Sampling(top_p=0.9)).is_none
-    assert Cutoff.from_sampling(Sampling(top_k=3, top_p=0.5, min_p=0.1)) == Cutoff(3, 0.5, 0.1)
+    assert Cutoff.from_sampling(SamplingParams(temperature=1.0)).is_none
+    assert not Cutoff.from_sampling(SamplingParams(top_p=0.9)).is_none
+    assert Cutoff.from_sampling(SamplingParams(top_k=3, top_p=0.5, min_p=0.1)) == Cutoff(3, 0.5, 0.1)
 
 
 def test_nothing_waits_for_the_device() -> None:
