@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains an adapter on rows of your own, measures it, publishes it to the running server, and asks it. Takes about a minute of one core.
+# Trains an adapter on rows of your own, measures it, publishes it to the running server, and asks it. Takes a minute of CPU time.
 # The task: name the team that answers a customer's ticket. LORI_API_KEY is an admin's key of the server.
 set -euo pipefail
 here=$(dirname "$0")
