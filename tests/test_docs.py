@@ -11,38 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from lori.store.store import AdapterStore
+from tests.docs.clone import make_clone
+from tests.docs.pages import BLOCK, EXAMPLES, LOCAL, PAGES, ROOT, Block, all_blocks, blocks, curls_and_replies
 from tests.file_list import file_list
 from tests.server.live import Live, events, start
 
-ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))}
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-LOCAL = "http://localhost:8000"
-
-
-def section(page: str, title: str) -> str:
-    """Return the text under a heading of a page."""
-    match = re.search(
-        rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGES[page].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-    assert match, f"{page}: {title}"
-    return match[1]
-
-
-def blocks(page: str, title: str) -> list[tuple[str, str]]:
-    """Return language and text of each code block under a heading."""
-    return BLOCK.findall(section(page, title))
-
-
-def curls_and_replies() -> list[tuple[str, str]]:
-    """Return each curl of the pages with the reply shown below it, without repetitions."""
-    pairs = (pair for page in ("README.md", "api.md") for pair in itertools.pairwise(blocks(page, "Ask it")))
-    return list(dict.fromkeys((curl, reply) for (_, curl), (_, reply) in pairs if curl.startswith("curl")))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +72,26 @@ def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == " card arrival\n"
 
 
+@pytest.mark.parametrize("block", all_blocks("python"), ids=str)
+def test_code_of_the_pages_runs(demo: Live, block: Block) -> None:
+    url = str(demo.client.base_url).rstrip("/")
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        # Blocks that go on from others use these names.
+        exec(block.text.replace(LOCAL, url), {"client": client, "messages": [{"role": "user", "content": "What is 2 + 3?"}]})
+
+
+@pytest.mark.parametrize(
+    ("example", "expected"),
+    [
+        ("openai_client.py", ["  math\n", "math:1+safety:0.8: '", " tokens\n", "404: {"]),
+        ("merging.py", ["[1.0, 0.1]: ", "method='ties' density=0.7", "math@", "the versions are the same: True"]),
+    ],
+)
+def test_an_example_says_what_it_does(demo: Live, tmp_path: Path, example: str, expected: list[str]) -> None:
+    output = make_clone(tmp_path, {LOCAL: demo.url}).run(f".venv/bin/python {EXAMPLES.relative_to(ROOT) / example}")
+    assert [text for text in expected if text not in output] == [], output
+
+
 def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
     for line in blocks("adapters-and-merging.md", "Keep, merge and move adapters")[0][1].splitlines():
@@ -120,15 +119,6 @@ def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
         assert names == ["intent", "math", "my", "nlu", "safety"]
         reply = server.generate(prompt="Q: 1?\nA:", adapter="my", max_tokens=4)
         assert reply["adapter"][0]["name"] == "my"
-
-
-def test_the_commands_of_answer_fit_and_evaluate_are_understood() -> None:
-    # They run for minutes: their flags are checked, and what they do has tests of its own.
-    second = blocks("training.md", "Train your own")[1][1]
-    for line in second.splitlines():
-        words = shlex.split(line.replace(".venv/bin/python", sys.executable))
-        done = subprocess.run([*words[:3], "--help"], capture_output=True, text=True, check=True)
-        assert all(word in done.stdout for word in words if word.startswith("--")), line
 
 
 def test_a_plan_is_what_it_shows() -> None:
