@@ -100,7 +100,7 @@ def select_rows(config: AnswerConfig) -> list[Row]:
 
 
 def answer_rows(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -> list[dict[str, object]]:
-    """Return each row with the base model's own completion. Answers that were cut while still empty are left out.
+    """Return each row with the base model's own completion. Empty answers are left out: an adapter would learn to be silent.
 
     `base` is None if the server at `config.url` answers. Raises `TemplateError` if a prompt cannot be formatted, `DataError` if
     prompts are empty or too long (unless `config.on_bad` is "skip"), and `AnswerError` if the server refuses a request.
@@ -117,10 +117,10 @@ def answer_rows(base: BaseModel | None, rows: list[Row], config: AnswerConfig) -
     answered_rows = [
         row.with_completion(answer.text, template, truncated=not answer.is_whole)
         for row, answer in zip(rows, answerer.answers([row.prompt for row in rows], sampling), strict=True)
-        if answer.is_whole or answer.text.strip()
+        if answer.text.strip()
     ]
     if num_empty := len(rows) - len(answered_rows):
-        logger.info("answers left out, which --max-tokens cut before they said anything: %d", num_empty)
+        logger.info("empty answers left out: %d", num_empty)
     return answered_rows
 
 

@@ -3,7 +3,8 @@
 An adapter learns its task as a plain prompt, as that prompt in a message, and as the bare message in a chat, with and without a
 system prompt and earlier turns. Mixed in, with the base's own answers, are messages of the other tasks and ordinary messages. The
 base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages
-(`ordinary.txt`) are mixed in, too. The commands that this program prints made the adapters in `server/adapters`.
+(`ordinary.txt`) are mixed in, too.
+The adapters in `server/adapters` are older: their cards have the commands that made them.
 """
 
 import json
@@ -243,7 +244,8 @@ def safety(files: Files, ordinary_answers: Path) -> tuple[list[Path], list[Path]
     data, mix = [harmful, benign_answers], []
     messages = everyday(files)
     message_chats = files.as_chats("everyday-chats", messages, earlier=[str(ordinary_answers)], **SHORT_CHATS)
-    mix += [files.answered(f"keep-{file.stem}", file, max_tokens=24) for file in (messages, message_chats)]
+    mix.append(files.answered("keep-everyday", messages, any_template=True, max_tokens=24))
+    mix.append(files.answered("keep-everyday-chats", message_chats, max_tokens=24))
     benign_chats = files.as_chats("benign-chats", benign, earlier=[str(ordinary_answers)])
     mix.append(files.answered("keep-benign-chats", benign_chats, max_tokens=48))
     for frames in ("sum", "mixed"):
