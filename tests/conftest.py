@@ -22,12 +22,20 @@ torch.set_num_threads(1)
 pytest_plugins = ("tests.needs",)
 
 
-FIRST = ("test_demo_adapters.py", "test_readme.py")
+FIRST = ("test_demo_adapters.py", "test_docs.py")
 """Files that run for minutes on what they have loaded and measured once."""
+NOT_FAST = ("slow", "model", "browser", "cluster", "interpreter", "sanitizer", "gpu")
+"""Marks of tests that a run with `-m fast` leaves out."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts `FIRST` first: of processes that share the tests, one that has ended takes over the last of another's."""
+    """Mark the fast tests, and put `FIRST` first, since an idle process takes over only another's last tests."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+        if not any(item.get_closest_marker(name) for name in NOT_FAST):
+            item.add_marker("fast")
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 

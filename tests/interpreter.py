@@ -1,8 +1,8 @@
-"""Triton's interpreter, mended where it does not do as a device does, and made to take less time; and fewer cases for it."""
+"""Triton's interpreter, mended where it does not do as a device does, and made to take less time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,16 +12,11 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-A, B, C = TypeVar("A"), TypeVar("B"), TypeVar("C")
-
-
-def in_turn(first: Sequence[A], second: Sequence[B], third: Sequence[C]) -> list[tuple[A, B, C]]:
-    """Returns every pair of the first two; those of `third` take turns, so that each meets each of both.
-
-    For that the first two must be as many as the third, at least.
-    """
-    assert len(third) <= min(len(first), len(second))
-    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+INTERPRETED = (
+    pytest.mark.interpreter,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton does not interpret"),
+)
+"""Marks of a test that runs Triton's kernels in its interpreter."""
 
 
 def mend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def test_a_cpu_without_instructions_for_bf16_computes_in_fp32(
 # --- the embedded model
 
 
-@pytest.mark.slow
+@pytest.mark.model
 def test_the_embedded_model_is_the_one_that_adapters_were_trained_on() -> None:
     base = load_base_model(None, torch.bfloat16)
     assert base.name == EMBEDDED_NAME

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from math import inf
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from lori.kernels import Operands, Route, Term, cpu, native, reference
 from lori.kernels.cpu import PACKED_NS, add_delta, max_packed_tokens
 from lori.kernels.route import LONG_SEGMENT
+from tests.cases import all_pairs
 from tests.lori.instruction_sets import FLAGS, SANITIZE
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 
@@ -24,14 +26,14 @@ SOURCES = Path(native.__file__).parent / "native"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("instruction_set", native.instruction_sets())
-@pytest.mark.parametrize("num_terms", [1, 2, 4])
-@pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("code", "sizes", "popularity", "num_terms"),
+    all_pairs([*product(native.instruction_sets(), DTYPES)], SIZES, [*POPULARITY], [1, 2, 4]),
+)
 def test_every_instruction_set_is_within_one_rounding_of_the_exact_sum(
-    sizes: tuple[int, ...], dtype: torch.dtype, popularity: str, num_terms: int, instruction_set: str
+    code: tuple[str, torch.dtype], sizes: tuple[int, ...], popularity: str, num_terms: int
 ) -> None:
+    instruction_set, dtype = code
     case = make_case(sizes, dtype, popularity, num_terms)
     exact, magnitude = by_hand(case)
     add_delta(case.y, case.s, case.operands, case.route, instruction_set)
@@ -227,6 +229,7 @@ def test_an_empty_module_is_never_unpacked() -> None:
 # --- the sanitizers
 
 
+@pytest.mark.sanitizer
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, instruction_set: str) -> None:

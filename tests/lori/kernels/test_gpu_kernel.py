@@ -15,14 +15,15 @@ import torch
 from lori.kernels import Operands, Route, Term, add_delta, default_kernel, gpu
 from lori.kernels.layout import Layout
 from tests.bench.bgmv import bgmv
+from tests.cases import all_pairs
 from tests.compiled import compiled_elsewhere, properties
-from tests.interpreter import in_turn, mend
+from tests.interpreter import INTERPRETED, mend
 from tests.lori.operands import POPULARITY, Case, assert_close, by_hand, make_case, put, random_b
 
 HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[3]
 DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton does not interpret")),
+    pytest.param("cpu", marks=INTERPRETED),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,7 +63,7 @@ def check(case: Case, dense_tokens: int | None) -> None:
 
 
 KERNELS = [*product(DTYPES, FORMS)]
-CASES = product(SIZES, POPULARITY, KERNELS) if HAS_GPU else in_turn(SIZES, [*POPULARITY], KERNELS)
+CASES = product(SIZES, POPULARITY, KERNELS) if HAS_GPU else all_pairs(SIZES, [*POPULARITY], KERNELS)
 
 
 @pytest.mark.parametrize(("sizes", "popularity", "dtype", "form"), [(*case, *kernel) for *case, kernel in CASES])

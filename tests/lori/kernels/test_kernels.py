@@ -3,26 +3,29 @@
 Shapes: T tokens, A bases, R rank, D outputs, S slots.
 """
 
+from itertools import product
+
 import pytest
 import torch
 
 from lori.kernels import Operands, Route, Term, add_delta, default_kernel
 from lori.kernels.native import MODULE
+from tests.cases import all_pairs
 from tests.lori.operands import POPULARITY, SIZES, assert_close, by_hand, make_case, put
 
 ROUNDED_OPERANDS = {"reference": 0, "stacked": 1, "cpu": 0}
 """How often a kernel rounds an operand to y's dtype before the fp32 sum: `stacked` does with weight * s."""
 ON_CPU = sorted(ROUNDED_OPERANDS)
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("kernel", ON_CPU)
-@pytest.mark.parametrize("num_terms", [1, 2, 3, 4])
-@pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("code", "sizes", "popularity", "num_terms"), all_pairs([*product(ON_CPU, DTYPES)], SIZES, [*POPULARITY], [1, 2, 3, 4])
+)
 def test_a_kernel_adds_what_the_sum_by_hand_adds(
-    sizes: tuple[int, ...], dtype: torch.dtype, popularity: str, num_terms: int, kernel: str
+    code: tuple[str, torch.dtype], sizes: tuple[int, ...], popularity: str, num_terms: int
 ) -> None:
+    kernel, dtype = code
     case = make_case(sizes, dtype, popularity, num_terms)
     exact, magnitude = by_hand(case)
     add_delta(case.y, case.s, case.operands, case.route, kernel=kernel)
@@ -64,7 +67,7 @@ def test_bf16_is_summed_in_fp32_and_rounded_once(before: float, rank: int, num_s
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_opposite_sign_cancel(dtype: torch.dtype, kernel: str) -> None:
     s, operands = ones(3, 4, 7, 2, dtype)
     y = torch.full((3, 7), 1.5, dtype=dtype)
@@ -73,7 +76,7 @@ def test_weights_of_opposite_sign_cancel(dtype: torch.dtype, kernel: str) -> Non
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_without_terms_keeps_every_bit(dtype: torch.dtype, kernel: str) -> None:
     case = make_case((9, 2, 5, 33, 4), dtype, "uniform", 2)
     terms = [Term(0, 3, 1, 0.5), Term(5, 6, 2, -1.0)]
@@ -85,7 +88,7 @@ def test_a_token_without_terms_keeps_every_bit(dtype: torch.dtype, kernel: str) 
 
 
 @pytest.mark.parametrize("kernel", ON_CPU)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_route_without_terms_changes_nothing(dtype: torch.dtype, kernel: str) -> None:
     case = make_case((7, 2, 5, 33, 6), dtype, "uniform", 1)
     before = case.y.clone()

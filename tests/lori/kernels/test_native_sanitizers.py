@@ -11,6 +11,7 @@ from tests.lori.instruction_sets import FLAGS, SANITIZE
 SOURCES = Path(native.__file__).parent / "native"
 
 
+@pytest.mark.sanitizer
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 def test_products_and_layers_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:

@@ -14,7 +14,7 @@ from server.schemas.generation import DoneData
 from tests.server.cluster.running import NAMES, START_S, adapters_of_each, running
 from tests.server.live import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
 FLAGS = ["--replicas", "1", "--max-replicas", "2", "--target-requests", "4", "--threads", "1"]
 FLAGS += ["--upscale-delay-s", "1", "--downscale-delay-s", "5", "--drain-s", "240"]

@@ -24,7 +24,7 @@ from tests.server.cluster.namespaces import Machine, two_machines
 from tests.server.cluster.running import START_S, Cluster, adapters_of_each, running
 from tests.server.live import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
 PORT = 6379
 """Each namespace has its own."""

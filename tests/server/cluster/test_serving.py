@@ -23,7 +23,7 @@ from tests.server.keyed import ACME, ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.cluster
 DEMO = Path("server/adapters")
 FIELDS = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 SILENCE_S = "10"

@@ -89,7 +89,7 @@ ANSWER = {"anyOf": [objects(WHY, 2), objects({"kind": {"const": "no"}}, 1)]}
 TIMES = arrays({"type": "string", "format": "date-time"}, 1, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.model
 def test_the_embedded_model_says_what_fits_at_temperature_1() -> None:
     settings = Settings(model=str(embedded_model()), demo_adapters=False, threads=1, kv_cache_gib=0.5, max_batch=32)
     rig = rig_of(load_service(settings))

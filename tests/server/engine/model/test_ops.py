@@ -21,7 +21,8 @@ from server.engine.model.decoder import Heads, Norm, Ops, Rotary, Span
 from server.engine.model.native_ops import NativeOps
 from server.engine.model.torch_ops import TorchOps
 from server.engine.model.triton_ops import GpuOps
-from tests.interpreter import in_turn, mend
+from tests.cases import all_pairs
+from tests.interpreter import INTERPRETED, mend
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
@@ -29,8 +30,8 @@ CPU = torch.device("cpu")
 ROUNDING = {FP32: 2.0**-24, BF16: 2.0**-8}
 POISON = (float("nan"), float("inf"), 3e38)
 NATIVE = instruction_sets()
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton does not interpret")
 IMPLEMENTATIONS = ["torch", pytest.param("triton", marks=INTERPRETED), *NATIVE]
+CODE = [*product(["torch", "triton", *NATIVE], DTYPES)]
 
 
 def make_ops(implementation: str, heads: Sequence[Heads], num_blocks: int, block_size: int, dtype: torch.dtype) -> Ops:
@@ -57,10 +58,11 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def each_case(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
-    """Every pair of two axes, called `names`, in each dtype by each implementation; in Triton's interpreter dtypes take turns."""
-    all_cases = [(*case, of) for of in ("torch", *NATIVE) for case in product(*axes, DTYPES)]
-    few = [pytest.param(*case, "triton", marks=INTERPRETED) for case in in_turn(*axes, DTYPES)]
-    return pytest.mark.parametrize(f"{names},dtype,implementation", [*all_cases, *few])
+    """Parametrize by every pair of values of two axes, called `names`, and of an implementation and its dtype."""
+    cases = [(*values, dtype, implementation) for *values, (implementation, dtype) in all_pairs(*axes, CODE)]
+    marks = [INTERPRETED if implementation == "triton" else () for *_, implementation in cases]
+    params = [pytest.param(*case, marks=mark) for case, mark in zip(cases, marks, strict=True)]
+    return pytest.mark.parametrize(f"{names},dtype,implementation", params)
 
 
 @pytest.fixture(autouse=True)

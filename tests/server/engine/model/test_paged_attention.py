@@ -15,12 +15,12 @@ from server.engine.model import triton_ops
 from server.engine.model.cuda_graphs import DecodeKeys
 from server.engine.model.decoder import Heads
 from tests.compiled import compiled_elsewhere, properties
-from tests.interpreter import mend
+from tests.interpreter import INTERPRETED, mend
 
 ROOT = Path(__file__).parents[4]
 HAS_GPU = torch.cuda.is_available()
 DEVICES = [
-    pytest.param("cpu", marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU, so Triton does not interpret")),
+    pytest.param("cpu", marks=INTERPRETED),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 HEADS = Heads(num_heads=6, num_kv_heads=2, head_size=24, scale=0.2)

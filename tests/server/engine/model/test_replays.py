@@ -16,10 +16,11 @@ from server.engine.model.runner import Runner
 from server.engine.model.triton_ops import GpuOps
 from server.engine.request import Chunk, SamplingParams
 from server.engine.request import Sequence as EngineSequence
+from tests.interpreter import INTERPRETED
 from tests.server.replayed import Recorder, Tape, pretend_gpu
 from tests.server.rig import Heard, Rig, build, request, write_adapter
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so Triton does not interpret")
+pytestmark = list(INTERPRETED)
 
 FOX = "The quick brown fox jumps over the lazy dog."
 ASKS = [
