@@ -27,13 +27,16 @@ FIRST = ("test_demo_adapters.py", "test_docs.py")
 NOT_FAST = ("slow", "model", "browser", "cluster", "interpreter", "sanitizer", "gpu")
 """Marks of tests that a run with `-m fast` leaves out."""
 
+FIXTURE_MARKS = {"browser": "browser", "demo": "model"}
+"""Marks of the tests that use a fixture."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the fast tests, and put `FIRST` first, since an idle process takes over only another's last tests."""
     for item in items:
-        if "browser" in getattr(item, "fixturenames", ()):
-            item.add_marker("browser")
+        for name in FIXTURE_MARKS.keys() & getattr(item, "fixturenames", ()):
+            item.add_marker(FIXTURE_MARKS[name])
         if not any(item.get_closest_marker(name) for name in NOT_FAST):
             item.add_marker("fast")
     items.sort(key=lambda item: item.path.name not in FIRST)

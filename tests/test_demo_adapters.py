@@ -13,6 +13,8 @@ from training.evaluate import evaluate
 from training.evaluation.config import EvaluateConfig
 from training.record import render_card
 
+pytestmark = pytest.mark.model
+
 DATA = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ["intent", "math", "nlu", "safety"]
 ROWS = {"intent": ("exact", 150), "safety": ("refusal", 0), "math": ("loss", 40), "nlu": ("choice", 250)}

@@ -65,6 +65,7 @@ def tiny_adapter(tiny_model: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tiny_model, tmp_path / "tiny"
 
 
+@pytest.mark.slow
 def test_the_module_runs_and_its_exit_code_means_something(store: Path) -> None:
     command = [sys.executable, "-m", "lori", "verify", str(store)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "code: sound\nlaw: sound\nmath: sound\n"

@@ -54,6 +54,7 @@ def save_one(folder: Path, values: ValueType, is_explicit: bool) -> Adapter:
     return save(folder, config, make_modules(density=0.15), explicit if is_explicit else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", VALUE_TYPES)
 def test_a_damaged_adapter_is_refused_or_the_same(tmp_path: Path, values: ValueType) -> None:
     saved = save_one(tmp_path / "math", values, is_explicit=values == "int8")

@@ -243,6 +243,7 @@ def outcome(files: Files, basis_of: BasisOf, base: BaseIdentity | None) -> Adapt
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("value_type", VALUE_TYPES)
 def test_an_adapter_with_right_digests_is_refused_or_is_what_it_says(

@@ -299,6 +299,7 @@ def compile_ahead(form: str, capability: int) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
     code = f"compile_ahead('gather', {capability}) | compile_ahead('dense', {capability})"

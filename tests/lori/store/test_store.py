@@ -410,6 +410,7 @@ def test_a_damaged_basis_is_refused(store: AdapterStore) -> None:
 # --- many
 
 
+@pytest.mark.slow
 def test_ten_thousand_adapters_are_listed_without_opening_one(store: AdapterStore) -> None:
     (store.root / ALIASES_FOLDER).mkdir(parents=True)
     for i in range(10_000):
@@ -458,6 +459,7 @@ def _publish_for_ever(root: Path, made: Path, num_turns: Synchronized) -> None:
                     store.remove(other.reference)
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_a_sound_store(store: AdapterStore, tmp_path: Path) -> None:
     made = {make(tmp_path / "made" / str(seed), seed).version for seed in range(3)}
     store.publish(tmp_path / "made" / "0", "math")

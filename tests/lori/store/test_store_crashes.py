@@ -67,6 +67,7 @@ def _die_at(steps_before: Iterator[int], event: str, _: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_store_is_sound_whenever_its_writer_is_killed(tmp_path: Path, change: str) -> None:
     """Every name means what it meant before or what it means after, and the next writer finds no lock and leaves no scratch."""

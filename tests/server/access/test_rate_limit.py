@@ -158,6 +158,7 @@ def test_the_answer_is_there_before_the_body(tokenizer: PreTrainedTokenizerFast,
         check_answered_before_the_body(client, rest)
 
 
+@pytest.mark.slow
 def test_a_real_server_answers_before_the_body(writer_model: Path, tmp_path: Path) -> None:
     keys = write_keys(tmp_path, "requests_per_minute = 2")
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01", "--keys", str(keys)]

@@ -61,6 +61,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_changes", [3 + 7 * kill for kill in range(NUM_KILLS)])
 def test_a_killed_server_leaves_a_sound_store(writer_model: Path, writer: BaseModel, tmp_path: Path, num_changes: int) -> None:
     drafts = [tmp_path / f"draft-{seed}" for seed in range(3)]

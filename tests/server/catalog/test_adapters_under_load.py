@@ -134,6 +134,7 @@ def check_nothing_is_left(office: Office) -> None:
     assert not office.service.registry._tables.by_digest
 
 
+@pytest.mark.slow
 def test_replacing_under_load_gives_no_wrong_answer(office: Office, tell: Callable[..., str]) -> None:
     folders = [office.draft("x", seed) for seed in (1, 2)]
     old, new = map(load_adapter, folders)
@@ -160,6 +161,7 @@ def test_replacing_under_load_gives_no_wrong_answer(office: Office, tell: Callab
     check_nothing_is_left(office)
 
 
+@pytest.mark.slow
 def test_deleting_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
     folders = [office.draft("x", seed) for seed in (4, 5)]
     others = {name: office.have(name, seed) for seed, name in enumerate(("a", "b", "c", "d"), start=10)}
@@ -215,6 +217,7 @@ def test_what_is_withdrawn_while_a_request_is_admitted_is_not_served_to_it(offic
     check_nothing_is_left(office)
 
 
+@pytest.mark.slow
 def test_unloading_under_load_is_heard_as_404_alone(office: Office, tell: Callable[..., str]) -> None:
     adapter = office.have("x", 6)
     expected = {((adapter.version,), p): tell([(adapter, 1.0)], p) for p in PROMPTS}
@@ -230,6 +233,7 @@ def test_unloading_under_load_is_heard_as_404_alone(office: Office, tell: Callab
     assert office.store.find("x").version == adapter.version
 
 
+@pytest.mark.slow
 def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office, tell: Callable[..., str]) -> None:
     """Whatever is asked in whatever order: each change is done whole or refused, and what is left can be deleted."""
     folders = [office.draft("x", seed) for seed in (7, 8)]

@@ -79,6 +79,7 @@ def ask(served: Live, path: str, key: str = ADMIN, **body: Any) -> tuple[int, di
     return reply.status_code, reply.json()
 
 
+@pytest.mark.slow
 def test_the_server_starts_serves_four_and_says_five_things(served: Live) -> None:
     """It did not start at all, whichever of the five there was."""
     lines = [line for line in served.log.read_text().splitlines() if "NOT SERVED" in line]
@@ -282,6 +283,7 @@ def test_strict_ends_the_start_with_all_faults(writer: BaseModel, tmp_path: Path
     assert any("the alias 'prod' means calm@ffff" in line for line in caught.value.lines)
 
 
+@pytest.mark.slow
 def test_a_tenant_reads_of_an_alias_no_other_adapter_s_name(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     """It was told what the alias meant, or what was in its file; the log has it whole."""
     store, keys = write_store(tmp_path / "store", writer), write_keys(tmp_path, 'adapters = ["pub*"]')

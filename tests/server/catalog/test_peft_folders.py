@@ -23,6 +23,7 @@ from training.evaluate import main as evaluate
 from training.fit import main as fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "said"), ADAPTERS.items())
 def test_a_wrong_folder_among_the_adapters_is_one_line_that_says_what_to_type(
     served: Live, store: Path, name: str, said: str

@@ -190,6 +190,7 @@ def test_a_card_comes_when_it_is_asked_for(writer_model: Path, writer: BaseModel
         assert office.client.get("/adapters/mine").json()["card"] == "# Mine"
 
 
+@pytest.mark.slow
 def test_a_real_server_serves_what_lies_at_an_address(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--adapters", f"file://{adapters}", "--adapter-cache", str(tmp_path / "cache")]
     with start(tmp_path / "log", *flags, "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02") as server:

@@ -86,6 +86,7 @@ class Truth:
         return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "weights", "batch_size", "arguments"),
     [

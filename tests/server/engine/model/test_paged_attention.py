@@ -117,6 +117,7 @@ def compile_ahead(capability: int) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_a_real_device(capability: int, tmp_path: Path) -> None:
     module = "tests.server.engine.model.test_paged_attention"

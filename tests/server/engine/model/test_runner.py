@@ -105,6 +105,7 @@ def has_native(name: str, block_size: int) -> bool:
     return MODULE is not None and block_size == NATIVE and name != "llama with heads of 12"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [NATIVE, TORCH])
 @pytest.mark.parametrize("name", SERVED)
 def test_greedy_tokens_are_those_of_transformers(name: str, block_size: int, tmp_path: Path) -> None:
