@@ -161,12 +161,14 @@ def test_one_bridge_leads_from_asyncio_to_torch() -> None:
     assert not any("torch" in roots(module) for module in with_asyncio)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", PROGRAMS)
 def test_cluster_and_planner_are_imported_without_each_other(package: str) -> None:
     """With torch, a cluster's ingresses and the process that started it took 300 MB more each, and seconds."""
     assert not loaded_with(in_package(package)) & PROGRAMS[package]
 
 
+@pytest.mark.slow
 def test_the_server_is_imported_without_the_programs_beside_it() -> None:
     assert not loaded_with(["server.program", "server.serving", "server.keys", "server.client"]) & {*PROGRAMS, "ray"}
 

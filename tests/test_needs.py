@@ -64,6 +64,7 @@ def table(output: str) -> list[str]:
     return [line.strip() for line in takewhile(lambda line: not line.startswith("="), lines)]
 
 
+@pytest.mark.slow
 def test_without_a_required_program_no_test_is_run(tmp_path: Path) -> None:
     done = run(tmp_path, "chromium prometheus", "-s", programs=("promtool",))
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
@@ -72,6 +73,7 @@ def test_without_a_required_program_no_test_is_run(tmp_path: Path) -> None:
     assert "collected" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_requires_nothing_skips_and_counts_by_reason(tmp_path: Path) -> None:
     done = run(tmp_path, "", "-n", "1")
     assert done.returncode == pytest.ExitCode.OK
@@ -79,6 +81,7 @@ def test_a_run_that_requires_nothing_skips_and_counts_by_reason(tmp_path: Path) 
     assert table(done.stdout) == ["3 there is no chromium on the PATH: apt install chromium", "1 it is Sunday"]
 
 
+@pytest.mark.slow
 def test_with_the_required_program_its_tests_are_run(tmp_path: Path) -> None:
     done = run(tmp_path, "chromium", "-s", programs=("chromium-browser",))
     assert done.returncode == pytest.ExitCode.OK

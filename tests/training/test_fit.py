@@ -134,6 +134,7 @@ def test_the_second_phase_starts_from_zero_on_the_largest_entries_of_the_first(
     assert phases == ["LoRI-D", "LoRI-S"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lori", "lori-d", "lora"])
 def test_training_lowers_the_loss(
     tiny_model: Path, data: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
@@ -148,6 +149,7 @@ def test_training_lowers_the_loss(
     assert adapter.config.lori.sparsity == pytest.approx(0.9 if method == "lori" else 0.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_dpo_makes_chosen_answers_likelier_than_rejected_ones(tiny_model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"Say {i}:", "chosen": " red", "rejected": " blue"} for i in range(12)]
     data = tmp_path / "pairs.jsonl"
@@ -167,6 +169,7 @@ def test_what_outgrows_a_window_is_named_before_anything_is_trained(data: Path, 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lori", "lora"])
 def test_what_is_mixed_in_keeps_the_base(tiny_model: Path, data: Path, tmp_path: Path, method: str) -> None:
     """Regression: the reference of LoRA's KL loss was the adapted model instead of the base."""
@@ -185,6 +188,7 @@ def test_what_is_mixed_in_keeps_the_base(tiny_model: Path, data: Path, tmp_path:
     assert drift["mixed"] < 0.7 * drift["alone"]
 
 
+@pytest.mark.slow
 def test_logs_and_a_report_are_written(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     changes = {
         "tensorboard": tmp_path / "logs",
@@ -225,6 +229,7 @@ def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_mode
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first, repeated, with_other_seed = (
         fit(config_for(tiny_model, data, tmp_path / name, seed=seed), "command")
@@ -234,6 +239,7 @@ def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -
     assert digest(first) != digest(with_other_seed)
 
 
+@pytest.mark.slow
 def test_half_the_weight_of_twice_the_alpha_is_the_same_training(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     once = modules_of(fit(config_for(tiny_model, data, tmp_path / "once", alpha=64), ""))
     half = modules_of(fit(config_for(tiny_model, data, tmp_path / "half", alpha=128, weight_range=[0.5, 0.5]), ""))
@@ -249,6 +255,7 @@ def test_a_range_of_weights_has_two_ends(tiny_model: Path, data: Path, tmp_path:
         config_for(tiny_model, data, tmp_path, weight_range=weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path, accumulation: int) -> None:
     at_once = modules_of(fit(config_for(tiny_model, data, tmp_path / "whole", values="float32"), ""))
@@ -277,6 +284,7 @@ def cut_before_the_end(config: FitConfig, at_step: int) -> None:
             fit(config, "command")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("die_at", "dtype"), [(1, "float32"), (3, "float32"), (6, "float32"), (9, "float32"), (4, "bfloat16"), (9, "bfloat16")]
 )
@@ -289,6 +297,7 @@ def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_p
     assert digest(resumed) == digest(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_card_s_seconds_are_those_of_all_parts_of_a_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     seconds_file = tmp_path / "cut.checkpoint" / "seconds.json"
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 9)
@@ -301,6 +310,7 @@ def test_a_card_s_seconds_are_those_of_all_parts_of_a_run(tiny_model: Path, data
     assert 3000 <= read_config(resumed).lori.training["seconds"] < 4000
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, data, tmp_path / "cut")
     cut_before_the_end(config, 6)
@@ -310,6 +320,7 @@ def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path,
     assert fit(config, "command").is_dir()
 
 
+@pytest.mark.slow
 def test_what_has_ended_is_not_done_again_by_resume(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -323,6 +334,7 @@ def test_what_has_ended_is_not_done_again_by_resume(
     assert digest(fit(config_for(tiny_model, data, tmp_path / "a", seed=5), "command")) != before
 
 
+@pytest.mark.slow
 def test_an_adapter_from_before_is_not_the_result_of_a_run_that_was_cut_off_at_its_start(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -382,6 +394,7 @@ def newest_step(folder: Path) -> int:
     return max((int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*")), default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "steps", "marks"), [("float32", 60, ["lori-d/6", "lori-d/33", "lori-s/12"]), ("bfloat16", 30, ["lori-d/6"])]
 )
@@ -405,6 +418,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert digest(tmp_path / "cut") == digest(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "resumed"), [({}, 2), ({"threads": 3}, 3)])
 def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], resumed: int
@@ -451,6 +465,7 @@ def test_the_best_held_out_step_is_what_is_saved(
     assert len(outcome.losses) == outcome.best_step + 4 < 60  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_over", [False, True])
 def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data: Path, tmp_path: Path, is_over: bool) -> None:
     """Regression: a resumed run counted the evaluations from zero again, and trained on after it should have stopped."""
@@ -476,6 +491,7 @@ def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data
     assert digest(cut.output) == digest(uninterrupted)
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
     other_data = tmp_path / "other.jsonl"
@@ -493,6 +509,7 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
     assert num_same > num_changed > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "values", "expected"),
     [
@@ -519,6 +536,7 @@ def test_what_stays_is_not_rounded_again(
         assert torch.equal(after[name].dense()[b.mask], b.values.float())
 
 
+@pytest.mark.slow
 def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_replaced(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -541,6 +559,7 @@ def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_repla
     shutil.rmtree(tmp_path / "No name")
 
 
+@pytest.mark.slow
 def test_lora_goes_on_from_a_lora(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first", method="lora", values="float32"), "")
     nothing = {"method": "lora", "values": "float32", "lr": 1e-30, "init_from": first, "seed": 9}
@@ -553,6 +572,7 @@ def test_lora_goes_on_from_a_lora(tiny_model: Path, data: Path, tmp_path: Path) 
         fit(config_for(tiny_model, data, tmp_path / "third", method="lora", init_from=lori), "")
 
 
+@pytest.mark.slow
 def test_one_calibration_is_enough_for_many_masks(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     calibrated = fit(config_for(tiny_model, data, tmp_path / "d", method="lori-d", values="float32"), "")
     in_one_run = fit(config_for(tiny_model, data, tmp_path / "both", seed=0), "")
@@ -562,6 +582,7 @@ def test_one_calibration_is_enough_for_many_masks(tiny_model: Path, data: Path, 
     assert list(load_adapter(with_mask).config.lori.training["phases"]) == ["LoRI-S"]
 
 
+@pytest.mark.slow
 def test_an_avoided_adapter_s_entries_are_left_alone(
     tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
 ) -> None:
@@ -586,6 +607,7 @@ def test_a_sum_with_an_avoided_adapter_keeps_the_values_of_both(apart: tuple[Pat
         assert merged.values.numel() == int(first.values.count_nonzero() + second.values.count_nonzero())
 
 
+@pytest.mark.slow
 def test_an_adapter_that_goes_on_shares_nothing_with_an_avoided_one(
     tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
 ) -> None:
@@ -609,6 +631,7 @@ def test_an_adapter_that_goes_on_shares_nothing_with_an_avoided_one(
         assert torch.equal(dense[b.mask], b.values.float())
 
 
+@pytest.mark.slow
 def test_an_avoided_adapter_of_another_scale_is_refused(
     tiny_model: Path, data: Path, tmp_path: Path, apart: tuple[Path, Path]
 ) -> None:
@@ -688,6 +711,7 @@ def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path:
         fit(config_for(tiny_model, data, tmp_path / "a", mask_from=sparse), "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json"])
 def test_a_damaged_checkpoint_is_not_gone_on_with(
     tiny_model: Path, data: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
@@ -701,6 +725,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
     assert digest(resumed) == digest(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_written_anew_is_whole(
     tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -755,6 +780,7 @@ def test_a_start_that_was_cut_off_is_made_anew(tiny_model: Path, data: Path, tmp
     assert fit(config_for(tiny_model, data, tmp_path / "a"), "command").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("note", ["[]", "null", '{"processes": 1, "threads": -1}', '{"threads": 2}'])
 def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_path: Path, note: str) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
@@ -765,6 +791,7 @@ def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_pa
     assert fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command").is_dir()
 
 
+@pytest.mark.slow
 def test_more_processes_do_not_take_each_as_many_threads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """The saved number of threads is for a run with the same number of processes."""
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
@@ -849,6 +876,7 @@ def test_the_command_shows_how_far_it_is(tiny_model: Path, data: Path, tmp_path:
     assert (resumed.returncode, resumed.stdout) == (0, f"found {tmp_path / 'a'}\n")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p"}\n')

@@ -41,6 +41,7 @@ def norm_of(tensors: list[torch.Tensor]) -> float:
     return torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_over_all_tensors_and_parts_together(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,7 @@ def test_gradients_are_clipped_over_all_tensors_and_parts_together(
     assert norm_of(first_gradients(clipped, "lori-s")) == pytest.approx(MAX_NORM, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_the_mask_leaves_out_does_not_decay(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """An adapter that avoids its own `init_from` leaves all of its entries out of the mask."""
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
@@ -80,6 +82,7 @@ def test_what_the_mask_leaves_out_does_not_decay(tiny_model: Path, data: Path, t
     assert 0 < norms[0] < 0.9 * norms[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "warmup", "shares"),
     [

@@ -99,12 +99,14 @@ def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Pat
             study(changed)
 
 
+@pytest.mark.slow
 def test_without_ordinary_instructions_none_are_mixed_in(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     tasks = {name: TASKS[name] for name in ("intent", "math")}
     [results] = study(config_for(tiny_model, data, tmp_path / "study", claims=["merges"], seeds=[0], tasks=tasks))["merges"]
     assert {result.what for result in results} == {"base", *MERGED} - {"LoRI, shared, instructions mixed in"}
 
 
+@pytest.mark.slow
 def test_a_task_without_unanswered_prompts_has_no_instructions_to_mix_in(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """Regression: the file of the base's answers was empty, and training refused it."""
     rows = [json.loads(line) for line in (data / "safety" / "train.jsonl").read_text().splitlines()]
@@ -139,6 +141,7 @@ def test_the_help_s_example_of_tasks_is_one(tiny_model: Path, data: Path, tmp_pa
     assert config_for(tiny_model, data, tmp_path, **changes).tasks["sums"].is_loss
 
 
+@pytest.mark.slow
 def test_a_disjoint_mask_keeps_safety_as_it_was(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, data, tmp_path / "study", claims=["continual"], seeds=[0])
     [results] = study(config)["continual"]

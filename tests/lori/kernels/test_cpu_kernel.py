@@ -193,6 +193,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_the_module_all_else_works_and_the_kernel_says_what_it_needs() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT_MODULE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

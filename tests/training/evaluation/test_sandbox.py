@@ -21,6 +21,7 @@ def test_a_right_program_passes_and_a_wrong_one_does_not() -> None:
     assert run_programs([right, wrong, right, "def f(x:" + CHECK], LIMITS) == [True, False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
@@ -87,6 +88,7 @@ def test_a_system_without_limits_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         run_programs(["pass"], LIMITS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HUMANEVAL.is_file(), reason="HumanEval is not beside this checkout")
 def test_the_solutions_that_come_with_humaneval_pass() -> None:
     rows = [json.loads(line) for line in HUMANEVAL.read_text(encoding="utf-8").splitlines()]
