@@ -197,7 +197,8 @@ def _unreadable(folder: Path, name: str, error: OSError) -> str:
 def file_faults(folder: Path) -> list[str]:
     """Return the faults of an adapter's weights and card that show without reading them whole. Does not read the config.
 
-    These are missing files, links, and weights whose length is not the one in their header.
+    These are missing weights (a card is optional), links, other files that cannot be opened, and weights whose length is not the
+    one in their header.
     """
     faults: list[str] = []
     for name in (WEIGHTS_FILE, *([CARD_FILE] if os.path.lexists(folder / CARD_FILE) else [])):

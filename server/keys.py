@@ -31,7 +31,7 @@ def _identifier(value: str | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A new key, and its entry in the key file."""
+    """A new key, and the fields of its `[[keys]]` table in the key file."""
 
     key: str
     name: str

@@ -100,7 +100,10 @@ class Lori:
         return masks
 
     def _ranked_change(self, name: str, b: DenseB | MaskedB) -> torch.Tensor:
-        """Return the change of B (D, R) that the mask ranks by magnitude."""
+        """Return the change of B (D, R) since the start of LoRI-D. The mask keeps the entries with the largest magnitudes.
+
+        With `--mask-from` this is that adapter's B, which LoRI-D trained from zero.
+        """
         if self.mask_source:
             return self.mask_source[name].dense()
         assert isinstance(b, DenseB)

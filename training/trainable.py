@@ -37,7 +37,10 @@ class SparseEntries(nn.Module):
 
 
 class DenseB(nn.Module):
-    """B of LoRI-D: a trained change of every entry of B (D, R), added to the B it starts from. The mask ranks the change."""
+    """B of LoRI-D: a trained change of every entry of B (D, R), added to the B it starts from.
+
+    The mask keeps the entries with the largest changes.
+    """
 
     def __init__(self, num_outputs: int, rank: int, start: SparseB | None = None) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class MaskedB(nn.Module):
         return flat.view(self.shape)
 
     def sparse(self) -> SparseB:
-        """Return B for an adapter: the entries of the mask, and the unchanged ones of `start` outside of the mask."""
+        """Return B for an adapter: the trained entries in the mask, and outside of it the unchanged entries of `start`."""
         mask, dense = torch.zeros(self.shape, dtype=torch.bool), torch.zeros(self.shape)
         for entries in (self.trained, self.outside):
             if entries:

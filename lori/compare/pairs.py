@@ -99,7 +99,7 @@ class ModuleComparison:
     num_b: int
     """Number of nonzero entries of b's B."""
     common: CommonEntries | None
-    """None on two bases, since an entry of B means different directions there."""
+    """None if the adapters have different bases: the same entry of B then means different directions."""
     square_a: float
     """|ΔW_a|², Frobenius."""
     square_b: float
@@ -111,12 +111,15 @@ class ModuleComparison:
 
     @property
     def num_both(self) -> int | None:
-        """Number of entries in both masks; None on two bases."""
+        """Number of entries in both masks; None if the adapters have different bases."""
         return self.common.num_both if self.common else None
 
     @property
     def overlap(self) -> float | None:
-        """Share of the smaller mask that is also in the other mask; None on two bases, or if a mask is empty."""
+        """Share of the smaller mask that is also in the other mask.
+
+        None if the adapters have different bases, or if a mask is empty.
+        """
         return _share(self.common.num_both, min(self.num_a, self.num_b)) if self.common else None
 
     @property
@@ -126,7 +129,10 @@ class ModuleComparison:
 
     @property
     def sign_conflict(self) -> float | None:
-        """Share of the common entries with two nonzero values whose signs differ; None on two bases, or without such entries."""
+        """Share of entries whose signs differ, among those that both masks keep and that are nonzero in both adapters.
+
+        None if the adapters have different bases, or if there are no such entries.
+        """
         return _share(self.common.num_conflicts, self.common.num_signed) if self.common else None
 
     @property
@@ -162,8 +168,9 @@ class Comparison:
 def compare(a: Adapter, b: Adapter, weights: tuple[float, float] = (1.0, 1.0)) -> Comparison:
     """Compare two adapters of one base model. `weights` are those of their sum in `square_sum`.
 
-    On one basis masks and signs are compared, too. On two bases the entries of B are not comparable, so overlap and sign conflict
-    are None. Cosines and norms are exact on any bases. Raises `AdapterError` if the base models or the shapes of a module differ.
+    If both adapters have the same basis, masks and signs are compared, too. Otherwise the entries of B are not comparable, so
+    overlap and sign conflict are None. Cosines and norms are exact on any bases. Raises `AdapterError` if the base models or the
+    shapes of a module differ.
     """
     common_shapes((a, b))  # raises if the adapters are not comparable
     rows = tuple(_compare_module(a, b, module, weights) for module in module_order((a, b)))
@@ -186,7 +193,7 @@ def similarity_matrix(adapters: Sequence[Adapter]) -> NDArray[np.float64]:
 
 
 def common_entries(a: Adapter, b: Adapter, module: str) -> CommonEntries | None:
-    """Return the common entries of two adapters' masks in one module; None on two bases."""
+    """Return the common entries of two adapters' masks in one module; None if the adapters have different bases."""
     return _common(a.modules.get(module), b.modules.get(module)) if a.basis == b.basis else None
 
 

@@ -84,9 +84,11 @@ def add_delta(y: torch.Tensor, s: torch.Tensor, operands: Operands, route: Route
 
 
 def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
-    """Return the plan of a route.
+    """Return the plan of a route: tiles for segments of at least `dense_tokens` tokens, the gather for all other tokens.
 
-    Reads the segments on the CPU (`Route.segment_list`) if one may be long and no CUDA graph is being captured.
+    To find such segments it reads `Route.segment_list`, for which the CPU may wait for the device. It reads nothing, and all
+    tokens take the gather, if the route is one of `Route.by_token`, if it has fewer than `dense_tokens` tokens, or while a CUDA
+    graph is being captured.
     """
     device = route.segments.device
     if route.is_by_token:
@@ -107,9 +109,11 @@ def make_plan(route: Route, dense_tokens: int = DENSE_TOKENS) -> Plan:
 
 
 def dense_sizes(layout: Layout) -> tuple[int, int]:
-    """Return the width and the number of rows of B that a program of `dense` expands: powers of two from 16, for `tl.dot`.
+    """Return the size of the tile of B that a program of `dense` expands: its number of columns, and of rows.
 
-    Chosen so that a thread needs at most 128 registers and spills none (ranks 32, 64 and 128, Triton 3.9, sm_80 and sm_90).
+    The columns are all R of them, padded to a power of two. Both numbers are powers of two and at least 16, as `tl.dot` requires.
+    Chosen so that a thread needs at most 128 registers and spills none, as compiled for ranks 32, 64 and 128 by Triton 3.9 for
+    sm_80 and sm_90.
     """
     width = max(16, int(triton.next_power_of_2(layout.rank)))
     return width, 32 if layout.dtype is torch.float32 else min(128, 4096 // width)

@@ -39,7 +39,7 @@ def export_peft(adapter: Adapter, folder: Path, dtype: torch.dtype = torch.float
 
 
 def _config(config: AdapterConfig) -> PeftConfig:
-    """Return PEFT's config for an adapter with `config`. Each of its patterns matches one module."""
+    """Return PEFT's config for an adapter with `config`. Each pattern for a rank or an alpha matches one module."""
     return PeftConfig(
         peft_type="LORA",
         base_model_name_or_path=config.base_model_name_or_path,

@@ -80,7 +80,7 @@ def affinity_key(fields: Fields, base_model: str) -> str:
 
 
 def num_prompts(fields: Fields) -> int:
-    """Return the number of prompts in a completion's body; 1 if there are none, or more than a replica accepts."""
+    """Return the number of prompts in a completion's body. A body that a replica refuses counts as 1: no prompt, or too many."""
     if not BATCH.match(fields.prompt):
         return 1
     try:

@@ -148,7 +148,7 @@ class Admission:
     def check_grammar(self, grammar: Grammar, *, is_quick: bool = False) -> bool:
         """Check that an answer can follow the grammar of an admitted request. Raises `RefusedError` if not.
 
-        With `is_quick`, return False if the check takes long. Blocks the calling thread.
+        With `is_quick`, return False if a short trial does not decide it, see `Grammars`. Blocks the calling thread.
         """
         assert self._grammars is not None, "it was admitted"
         try:

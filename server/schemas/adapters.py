@@ -20,12 +20,13 @@ class AdapterComparison(BaseModel):
     cosine: Matrix
     """<ΔW_a, ΔW_b> / (|ΔW_a| |ΔW_b|) over all modules: 1 is the same direction, -1 the opposite. null if a delta is zero."""
     overlap: Matrix
-    """The share of the smaller mask that the other mask has, too. null on two bases, where an entry of B means two things."""
+    """The share of the smaller mask that the other mask has, too. null if a mask is empty, or if the adapters have different
+    bases: the same entry of B then means different directions."""
     sign_conflict: Matrix
-    """The share of common entries, both nonzero, whose signs differ: half by chance. null on two bases, or without common
-    entries."""
+    """The share of entries whose signs differ, among those that are nonzero in both adapters: half by chance. null if there are
+    no such entries, or if the adapters have different bases."""
     chance_overlap: Matrix
-    """The `overlap` of masks that are spread at random. null on two bases."""
+    """The `overlap` of masks that are spread at random. null in the same cases."""
 
 
 HUB_ID = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"

@@ -1,6 +1,6 @@
 """Worker threads that tokenize and detokenize.
 
-Texts are sorted by length into lanes, and a tenant may use only some of a lane's threads.
+Texts are sorted by length into three lanes (short, medium, long), and a tenant may use only some of a lane's threads.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -78,10 +78,12 @@ class TextThreads:
         self._long = _Lane(1, MAX_LONG_THREADS)
 
     async def run(self, work: Callable[[], Result], tenant: str, size: int) -> Result:
-        """Return the result of `work` for texts of `size` characters or tokens in all. Raises what `work` raises.
+        """Run `work` on a thread of the lane for its texts, and return its result. Raises what `work` raises.
 
-        Waits for one of the tenant's threads (one for long texts, `MAX_TENANT_THREADS` for others), then for one of the lane's
-        threads. Short texts never wait for longer ones.
+        `size` is the length of all its texts, in characters or tokens: up to `SHORT` is the short lane, up to `LONG` the medium
+        one. Waits until the tenant may use one more thread of the lane (one in all in the long lane, `MAX_TENANT_THREADS` in the
+        others), then until a thread of the lane is free. So short texts never wait for longer ones. If `work` raises, the call
+        first waits for `BACKOFF` times as long as `work` took; until then its thread counts as used by the tenant.
         """
         lane = self._short if size <= SHORT else self._medium if size <= LONG else self._long
         return await lane.run(work, tenant)

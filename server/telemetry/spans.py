@@ -34,7 +34,11 @@ class Spans:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint and _full_endpoint(endpoint))))
 
     def instrument(self, app: FastAPI) -> None:
-        """Make each request a span that continues the client's `traceparent`. It is `state["span"]` of the scope."""
+        """Have `app` start a span for each request, as a child of the client's `traceparent`.
+
+        The span is `scope["state"]["span"]` of the request's ASGI scope. Requests for `PROBES` have none, unless the environment
+        variable `EXCLUDED` says otherwise.
+        """
         FastAPIInstrumentor.instrument_app(
             app,
             server_request_hook=_keep_span,

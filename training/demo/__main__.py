@@ -124,17 +124,23 @@ class Files:
         return file
 
     def filtered(self, name: str, file: Path, is_wanted: Callable[[Row], bool]) -> Path:
-        """Return the file `name` with the rows of `file` for which `is_wanted` is true."""
+        """Write the rows of `file` for which `is_wanted` is true to the file `name`, and return its path."""
         return self.make(name, lambda: filter(is_wanted, rows_of(file)))
 
     def answered(self, name: str, file: Path, **options: Any) -> Path:
-        """Return the file `name` with the base model's answers to the prompts of `file`, by `options` of `training.answer`."""
+        """Write the base model's answers to the prompts of `file` to the file `name`, and return its path.
+
+        `options` are those of `training.answer`.
+        """
         defaults = {"data": [str(file)], "output": f"{name}.jsonl", "on_bad": "skip", "url": self.config.url}
         config = AnswerConfig.model_validate(defaults | options)
         return self.make(name, lambda: answer_rows(self.base, select_rows(config), config))
 
     def as_chats(self, name: str, file: Path, **options: Any) -> Path:
-        """Return the file `name` with the rows of `file` as chats, by `options` of `training.chats`."""
+        """Write the rows of `file`, made into chats, to the file `name`, and return its path.
+
+        `options` are those of `training.chats`.
+        """
         if self.config.split == "test":
             options["system_prompts"] = HERE / "system_prompts_test.txt"
         config = ChatsConfig.model_validate({"data": [str(file)], "output": f"{name}.jsonl"} | options)
@@ -145,15 +151,15 @@ class Files:
         return rows_of(self.config.data / task / f"{self.config.split}.jsonl")
 
     def bare(self, task: str) -> Path:
-        """Return a file of a task's rows with bare messages as prompts."""
+        """Write a task's rows with bare messages as prompts to a file, and return its path."""
         return self.make(f"{task}-bare", lambda: [row | {"prompt": bare(task, row["prompt"])} for row in self.task(task)])
 
     def parts(self) -> Path:
-        """Return a file of the requests of `safety` as parts of sentences."""
+        """Write the requests of `safety` as parts of sentences to a file, and return its path."""
         return self.make("safety-parts", lambda: [row | {"prompt": as_part(row["prompt"])} for row in self.task("safety")])
 
     def framed(self, frames: str, **options: Any) -> Path:
-        """Return a file of the requests of `safety` in frames that ask for other things, too."""
+        """Write the requests of `safety` in frames that ask for other things, too, to a file, and return its path."""
         suffix = "_test" if self.config.split == "test" else ""
         return self.as_chats(f"safety-{frames}", self.parts(), frames=HERE / f"{frames}_frames{suffix}.txt", **options)
 

@@ -1,7 +1,8 @@
 """Script that runs one Python program, isolated as far as the system permits. `training.evaluation.sandbox` starts it.
 
 Usage: `python -I -S isolated.py SIZE SECONDS CPU_S MEMORY_BYTES`. It uses the standard library alone. Standard input is a file: a
-program of SIZE bytes, then a secret. The secret is read and written to standard output only after the program has completed.
+program of SIZE bytes, then a secret. The secret is proof that the program ran to its end: only then is it read and written to
+standard output. A program that raises, exits early or meets a limit leaves standard output empty.
 """
 
 import ctypes

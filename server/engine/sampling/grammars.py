@@ -230,16 +230,19 @@ class Grammars:
         return self._lookup(grammar) is not None
 
     def check_quickly(self, grammar: Grammar) -> bool:
-        """Check that a grammar can be followed. Return False if that takes long to find out.
+        """Check that a grammar can be followed. Return False if a trial of `QUICK_TRIAL_SECONDS` does not decide it.
 
-        Raises `GrammarError`.
+        Raises `GrammarError` if it cannot be followed.
         """
         if not self.knows(grammar):
             return self._accept(grammar, self._quick.fault(grammar))
         return True
 
     def check(self, grammar: Grammar) -> None:
-        """Check that a grammar can be followed, however long the check takes. Raises `GrammarError`."""
+        """Check that a grammar can be followed.
+
+        Raises `GrammarError` if it cannot, or if a trial of `TRIAL_SECONDS` does not decide it.
+        """
         if not self.knows(grammar) and not self._accept(grammar, self._slow.fault(grammar)):
             raise GrammarError(f"takes more than {TRIAL_SECONDS:g} s or {MAX_BYTES >> 20} MiB to compile")
 
