@@ -244,6 +244,7 @@ async def answered(answer: bytes) -> Reply:
         return await ask(server.sockets[0].getsockname()[1], "/generate", {}, Reply())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_adapters", [0, 2])
 def test_generate_and_peft_answer_a_batch(writer: Path, tmp_path: Path, num_adapters: int) -> None:
     base = identify_files(str(writer))
@@ -281,6 +282,7 @@ def test_it_is_drawn(results: Results, tmp_path: Path) -> None:
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_others_that_end_before_the_probe_spoil_it(writer: Path, tmp_path: Path) -> None:
     short = replace(TINY, others_tokens=2)
     with staged(Setting(0, tmp_path, writer)) as stage, stage.own() as server, pytest.raises(FailedError, match="too few"):

@@ -92,6 +92,7 @@ def test_an_example_says_what_it_does(demo: Live, tmp_path: Path, example: str, 
     assert [text for text in expected if text not in output] == [], output
 
 
+@pytest.mark.slow
 def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
     for line in blocks("adapters-and-merging.md", "Keep, merge and move adapters")[0][1].splitlines():
@@ -103,6 +104,7 @@ def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("math.png", "cosines.png"))
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
     first = blocks("training.md", "Train your own")[0][1]
     fit, serve = (shlex.split(line.replace(".venv/bin/python", sys.executable)) for line in first.splitlines())

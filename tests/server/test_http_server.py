@@ -126,6 +126,7 @@ def test_sigterm_under_load_loses_no_request(flags: list[str], tmp_path: Path) -
     assert told["ready 503"] > 0, "newcomers hear it while they are still let in"
 
 
+@pytest.mark.slow
 def test_while_it_drains_the_server_is_not_ready_but_answers(flags: list[str], tmp_path: Path) -> None:
     with start(tmp_path / "log", *flags, "--drain-notice-s", "3600") as live:
         assert live.client.get("/ready").status_code == 200
@@ -141,6 +142,7 @@ def test_while_it_drains_the_server_is_not_ready_but_answers(flags: list[str], t
         assert live.process.wait(LIMIT_S) == 1, "the second signal ends it at once, an hour early"
 
 
+@pytest.mark.slow
 def test_what_is_not_done_in_its_time_hears_an_error(flags: list[str], tmp_path: Path) -> None:
     with start(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "0.2") as live:
         with live.client.stream("POST", "/generate", json=FOR_EVER) as reply:
@@ -155,6 +157,7 @@ def test_what_is_not_done_in_its_time_hears_an_error(flags: list[str], tmp_path:
         assert "Traceback" not in live.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_drain_at_once(flags: list[str], tmp_path: Path) -> None:
     with start(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "3600") as live:
         with live.client.stream("POST", "/generate", json=FOR_EVER) as reply:

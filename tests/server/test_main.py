@@ -100,6 +100,7 @@ def test_unsound_adapters_are_reported_whole(cannot_start: dict[str, Ended]) -> 
     assert "Traceback (most recent call last):" not in ended.lines
 
 
+@pytest.mark.slow
 def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(adapters, tmp_path / "adapters"))
     flags = ["--model", str(writer_model), "--adapters", str(place), "--dtype", "float32", "--threads", "1"]
@@ -119,6 +120,7 @@ def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, a
         assert "Traceback" not in live.log.read_text()
 
 
+@pytest.mark.slow
 def test_adapters_too_large_for_the_memory_are_refused_by_field(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01", "--resident-gib", "1e-6") as live:

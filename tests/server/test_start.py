@@ -37,6 +37,7 @@ def ended_by_interrupt(process: subprocess.Popen[bytes], log: Path) -> None:
     assert "Traceback" not in before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [pytest.param(line, id=stage) for line, stage in STAGES.items()])
 def test_ctrl_c_ends_a_start_at_once(line: str, writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     """Python's own handler waits for what runs in C, and then leaves a traceback."""
@@ -51,6 +52,7 @@ def test_ctrl_c_ends_a_start_at_once(line: str, writer_model: Path, adapters: Pa
         process.wait()
 
 
+@pytest.mark.slow
 def test_ctrl_c_amid_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
     """Also where it does not reach pip, which a terminal would send it to as well."""
     cache, log = tmp_path / "cache", tmp_path / "log"
@@ -110,6 +112,7 @@ def test_the_last_line_says_where_what_and_how_much(live: Live) -> None:
     assert lines[0] == f"INFO server.program: lori-server {package_version()} starts: importing torch and transformers …"
 
 
+@pytest.mark.slow
 def test_an_end_prints_nothing_after_its_log(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     """nanobind listed what Triton's library holds to the end of a process, some hundred lines of it."""
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
@@ -122,6 +125,7 @@ def test_an_end_prints_nothing_after_its_log(writer_model: Path, adapters: Path,
     assert live.log.read_text().splitlines()[-1].startswith("INFO ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["server", "server.cluster", "server.plan", "training.fit", "lori"])
 def test_every_program_says_its_version(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True, cwd=REPOSITORY)

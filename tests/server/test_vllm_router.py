@@ -183,6 +183,7 @@ def _a_killed_server_loses_no_answer_but_a_stream_that_had_begun(routed: Routed)
     assert len(routed.ask(["math"], 16)) == 16
 
 
+@pytest.mark.slow
 def test_two_servers_behind_a_router(routed: Routed) -> None:
     """One test of several parts, for its start takes long."""
     _adapters_stay_with_their_server(routed)

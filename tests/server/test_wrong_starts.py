@@ -144,6 +144,7 @@ def test_a_cache_that_cannot_be_written_names_its_variable(
     assert "set LORI_CACHE to a folder that this user may write" in text
 
 
+@pytest.mark.slow
 def test_the_program_that_is_given_a_lora_s_folder_ends_with_two_lines(writer_model: Path, store: Path, tmp_path: Path) -> None:
     """As a process, with all that it prints."""
     process = run_main(tmp_path / "log", "--model", str(writer_model), "--port", "0", "--adapters", str(store / "lora"))

@@ -437,6 +437,7 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [False, True])
 def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path, spread: bool) -> None:
     """Both with DDP, and with the base sharded by FSDP."""

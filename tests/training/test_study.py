@@ -47,6 +47,7 @@ def config_for(tiny_model: Path, data: Path, output: Path, **changes: object) ->
     return StudyConfig.model_validate(fields | changes)
 
 
+@pytest.mark.slow
 def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(tiny_model, data, tmp_path / "study")
     results = study(config)

@@ -32,6 +32,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_store_in_s3_is_published_to_read_and_removed(bucket: str, tmp_path: Path) -> None:
     ours, theirs = (RemoteStore(RemoteFolder(bucket, LIMIT_S), tmp_path, 1 << 20) for _ in range(2))
     assert ours.list() == []
@@ -52,6 +53,7 @@ def test_a_store_in_s3_is_published_to_read_and_removed(bucket: str, tmp_path: P
         RemoteFolder("s3://another-bucket/adapters", LIMIT_S).files()
 
 
+@pytest.mark.slow
 def test_s3_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(UnreachableError, match="listing failed in the store of the adapters"):

@@ -214,6 +214,7 @@ def test_a_place_is_given_back_at_the_end(tokenizer: PreTrainedTokenizerFast, tm
             assert is_free(service)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_place_is_given_back_when_the_engine_fails(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, is_stream: bool) -> None:
     service = limited(tokenizer, tmp_path, FakeEngine(dies_at=2))

@@ -311,6 +311,7 @@ def test_a_tenant_reads_of_an_alias_no_other_adapter_s_name(writer_model: Path, 
         assert all(content in log for content in held.values())
 
 
+@pytest.mark.slow
 def test_a_missing_basis_is_a_fault_of_its_adapters_alone(writer: BaseModel, tmp_path: Path, writer_model: Path) -> None:
     """It ended the start, after the configs were found sound."""
     write_adapter(tmp_path / "store" / "calm", writer, seed=1)
@@ -327,6 +328,7 @@ def test_a_missing_basis_is_a_fault_of_its_adapters_alone(writer: BaseModel, tmp
     assert "its basis cannot be read" in service.registry.faulty["own"].faults[0]
 
 
+@pytest.mark.slow
 def test_a_policy_that_names_a_damaged_adapter_stops_the_start_and_a_reload(
     writer_model: Path, writer: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

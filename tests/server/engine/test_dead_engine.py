@@ -33,6 +33,7 @@ def assert_is_unhealthy(live: Live) -> None:
     assert refusal(reply, 503)["message"] == "the engine is not running"
 
 
+@pytest.mark.slow
 def test_a_server_whose_engine_died_says_so_and_ends(flags: list[str], tmp_path: Path) -> None:
     with start(tmp_path / "log", *flags, module=DYING) as live:
         assert live.client.get("/health").status_code == 200
@@ -59,6 +60,7 @@ def test_a_thread_that_never_ends_does_not_keep_a_dead_server(flags: list[str], 
     assert 'raise MemoryError("out of luck")' in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prompt", "log_format"), [("wait", "json"), ("hold the lock", "text")])
 def test_a_step_that_never_ends_ends_the_server(flags: list[str], tmp_path: Path, prompt: str, log_format: str) -> None:
     flags += ["--max-step-s", "1", "--log-format", log_format]

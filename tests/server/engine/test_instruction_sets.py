@@ -8,6 +8,7 @@ from lori.kernels.native import MAX_ISA_VARIABLE, description
 from tests.server.live import LIMIT_S, Live, run_main, start
 
 
+@pytest.mark.slow
 @pytest.mark.needs("kernels")
 def test_a_server_on_portable_code_says_so_and_answers_the_same(
     live: Live, writer_model: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -24,6 +25,7 @@ def test_a_server_on_portable_code_says_so_and_answers_the_same(
             assert server.generate(**body)["text"] == live.generate(**body)["text"]
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_set_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAX_ISA_VARIABLE, "avx1024")
     process = run_main(tmp_path / "log", "--port", "0")

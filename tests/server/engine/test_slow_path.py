@@ -7,6 +7,7 @@ import pytest
 from tests.server.live import Live, start
 
 
+@pytest.mark.slow
 def test_without_the_kernel_the_server_says_so_loudly_and_answers_the_same(
     live: Live, writer_model: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_plan_and_a_simulation_are_printed(tmp_path: Path, tiny_model: Path) -> None:
     picture = tmp_path / "simulated.png"
     done = run("--model", str(tiny_model), *PLAN, *SIMULATION, "--replicas", "4", "--replicas", "6", "--plot", str(picture))

@@ -63,6 +63,7 @@ def tried(live: Live, report: Path) -> tuple[str, Counter[int]]:
     return "" if ran.returncode == 0 else ran.stdout + ran.stderr, answers
 
 
+@pytest.mark.slow
 def test_whatever_is_sent_the_api_answers_as_it_says(fuzzed: Live, tmp_path: Path) -> None:
     wrong, answers = tried(fuzzed, tmp_path / "report.ndjson")
     assert not wrong, wrong

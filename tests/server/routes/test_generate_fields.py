@@ -341,6 +341,7 @@ def test_a_stream_whose_time_is_up_ends_with_an_error(live: Live) -> None:
     assert live.metric(USAGE) == 0
 
 
+@pytest.mark.slow
 def test_lower_priorities_run_earlier(live: Live) -> None:
     """There is no memory for either until one of the first two is done; of these the one that came last begins."""
     live.wait_for(running=0, waiting=0)

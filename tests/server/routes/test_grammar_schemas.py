@@ -61,6 +61,7 @@ SCHEMAS: st.SearchStrategy[Any] = st.recursive(
 """Whose texts end after few tokens."""
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SCHEMAS, min_size=1, max_size=4), st.integers(0, 2**31))
 def test_what_is_said_to_any_schema_fits_it(rig: Rig, schemas: list[Any], seed: int) -> None:

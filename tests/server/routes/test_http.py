@@ -549,6 +549,7 @@ def served(tokenizer: PreTrainedTokenizerFast, engine: FakeEngine, **settings: i
         yield client, service
 
 
+@pytest.mark.slow
 def test_when_the_engine_dies_a_waiting_client_is_told_why(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine(dies_at=2)) as (client, _):
         error = refusal(client.post("/generate", json={"prompt": "x"}), 500)
@@ -556,6 +557,7 @@ def test_when_the_engine_dies_a_waiting_client_is_told_why(tokenizer: PreTrained
         assert error["type"] == "InternalServerError"
 
 
+@pytest.mark.slow
 def test_when_the_engine_dies_a_stream_ends_with_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
     with (
         served(tokenizer, FakeEngine(dies_at=2)) as (client, _),
@@ -568,6 +570,7 @@ def test_when_the_engine_dies_a_stream_ends_with_an_error(tokenizer: PreTrainedT
     assert data["error"]["code"] == 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_dead_engine_makes_the_server_unready_and_unhealthy(tokenizer: PreTrainedTokenizerFast, is_stream: bool) -> None:
     with served(tokenizer, FakeEngine(dies_at=1)) as (client, _):

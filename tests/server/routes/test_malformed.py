@@ -170,6 +170,7 @@ def test_every_kind_of_raw_bytes_is_answered_as_it_must_be(attacked: Live) -> No
     assert statuses.total() > 60
 
 
+@pytest.mark.slow
 def test_malformed_requests_are_refused_while_others_are_answered(attacked: Live) -> None:
     healthy, statuses, server = Healthy(attacked), Counter[int](), psutil.Process(attacked.process.pid)
     raw_statuses = Counter[int]()

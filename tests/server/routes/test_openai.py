@@ -130,6 +130,7 @@ def test_a_part_of_a_character_has_no_bytes_of_its_own(client: openai.OpenAI, wr
     assert all(other.bytes == list(other.token.encode()) for other in token.top_logprobs if "\ufffd" not in other.token)
 
 
+@pytest.mark.slow
 def test_a_chat_has_all_the_room_that_the_context_has(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(model=BASE, messages=MESSAGES, temperature=0, stop=["\x00"])
     assert reply.usage is not None

@@ -201,6 +201,7 @@ def test_one_client_s_slow_grammars_have_nobody_s_refused(live: Live) -> None:
     assert {*statuses} == {400}
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_gives_its_place_up_when_its_turn_comes(live: Live) -> None:
     with flood(live, 4, {}):
         num_gone = 20
@@ -212,6 +213,7 @@ def test_a_client_that_leaves_gives_its_place_up_when_its_turn_comes(live: Live)
         wait_until(lambda: live.log.read_text().count(" 499") >= num_gone, "the end of what nobody waits for")
 
 
+@pytest.mark.slow
 def test_a_tenant_s_slow_grammars_have_only_its_own_refused(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     flags += ["--keys", str(write_keys(tmp_path)), "--open-metrics"]

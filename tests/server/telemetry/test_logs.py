@@ -113,6 +113,7 @@ def test_a_config_cannot_forge_a_line_of_the_server_s_log(writer_model: Path, wr
         assert not any(line.startswith("INFO server: forged") for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_what_ends_the_start_is_printed_likewise(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     write_adapter(tmp_path / "store" / "math", writer, seed=1)
     file = tmp_path / "store" / "math" / CONFIG_FILE

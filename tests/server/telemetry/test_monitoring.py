@@ -69,6 +69,7 @@ def test_every_panel_has_a_series(writer_model: Path, adapters: Path, tmp_path: 
         prometheus.wait_for(QUERIES["Adapters, registered"], 3)
 
 
+@pytest.mark.slow
 def test_prometheus_scrapes_a_server_with_keys(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     credentials = tmp_path / "monitor.key"
     credentials.write_text("lori_wrong-key\n")

@@ -78,6 +78,7 @@ def impatient(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield live
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sent",
     [
@@ -106,6 +107,7 @@ def drip(connection: socket.socket, drop: bytes = b" ") -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_body_that_nobody_reads_holds_no_connection(impatient: Live) -> None:
     """The answer is out when the body has hardly begun, and uvicorn's own timer stops whenever a byte comes."""
     with closing(socket.create_connection(("127.0.0.1", impatient.port), timeout=LIMIT_S)) as connection:
@@ -115,6 +117,7 @@ def test_a_body_that_nobody_reads_holds_no_connection(impatient: Live) -> None:
             drip(connection)
 
 
+@pytest.mark.slow
 def test_an_answer_may_take_longer_than_a_connection_may_be_silent(impatient: Live) -> None:
     with impatient.client.stream("POST", "/generate", json={"prompt": "a", "max_tokens": 3000, "stream": True}) as reply:
         assert [name for name, _ in events(reply.iter_lines())][-1] == "done"

@@ -205,6 +205,7 @@ def test_a_sequence_that_ran_begins_to_wait_anew() -> None:
     assert [*ageing.overdue(2.5 * WAIT_S)] == [sequence]
 
 
+@pytest.mark.slow
 def test_a_server_answers_a_lower_priority_beside_an_unceasing_stream_of_a_higher_one(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     flags += ["--max-batch", "1", "--max-priority-wait-s", "0.5"]
