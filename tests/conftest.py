@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 pytest_plugins = ("tests.needs",)
 
 
-FIRST = ("test_demo_adapters.py", "test_docs.py")
-"""Files that run for minutes on what they have loaded and measured once."""
+FIRST = ("test_demo_adapters.py", "test_docs.py", "test_serving.py", "test_nodes.py", "test_autoscaling.py")
+"""Files that run for minutes, on what they have loaded once or with a cluster."""
 NOT_FAST = ("slow", "model", "browser", "cluster", "interpreter", "sanitizer", "gpu")
 """Marks of tests that a run with `-m fast` leaves out."""
 

@@ -151,7 +151,7 @@ class MergeFields(Body):
     def _sound_merge(self) -> Self:
         if self.density is not None and self.merge == "linear":
             raise ValueError("'density' is for merges that are no sums; 'merge' is 'linear'")
-        if self.merge_seed is not None and self.merge not in ("dare_linear", "dare_ties"):
+        if self.merge_seed is not None and not MergeOptions(self.merge).is_random:
             raise ValueError(f"'merge_seed' is for 'dare_linear' and 'dare_ties'; 'merge' is {self.merge!r}")
         return self
 

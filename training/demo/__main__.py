@@ -4,6 +4,7 @@ An adapter learns its task as a plain prompt, as that prompt in a message, and a
 system prompt and earlier turns. Mixed in, with the base's own answers, are messages of the other tasks and ordinary messages. The
 base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages
 (`ordinary.txt`) are mixed in, too.
+
 The adapters in `server/adapters` are older: their cards have the commands that made them.
 """
 
