@@ -30,7 +30,7 @@ from server.catalog.files import AdapterFiles
 from server.catalog.fit import Fit
 from server.catalog.inventory import take_inventory
 from server.catalog.stores import open_stores
-from server.engine.adapters.cache import AdapterTiers
+from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import FaultyAdapterError, Registered, Registry, candidates
 from server.engine.adapters.residents import Residents
@@ -120,9 +120,9 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         )
         logger.info("%s", keys.keys)
     loader = Loader(registry, reader, NUM_FETCHED)
-    tiers = AdapterTiers(pool, residents, loader, int(settings.loaded_gib * GIB), max_load_wait_s=_patience_s(device))
+    adapter_cache = AdapterCache(pool, residents, loader, int(settings.loaded_gib * GIB), max_load_wait_s=_patience_s(device))
     cache = KvCache(num_blocks, settings.block_size, base.identity.digest)
-    scheduler = Scheduler(cache, tiers, limits, settings.max_priority_wait_s or inf)
+    scheduler = Scheduler(cache, adapter_cache, limits, settings.max_priority_wait_s or inf)
     grammars = make_grammars(base)
     _log(base, settings.quantization, len(registry.by_name), runner, num_blocks * settings.block_size, limits)
     # The objects that exist now stay. The garbage collector, which stops the world, need not scan them again and again.
@@ -132,7 +132,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     # and nanobind would report them as leaks.
     atexit.register(gc.unfreeze)
     num_ids = base.model.config.get_text_config().vocab_size
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
+    engine = Engine(scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, _stop_ids(base), grammars=grammars)
     return Service(
         settings=settings,
         base_model=base.name,
@@ -149,7 +149,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
             max_merge_nnz=settings.resident_gib * GIB / BYTES_PER_PART,
         ),
         engine=EngineThread(engine, settings.max_step_s),
-        metrics=make_metrics(base.name, registry, scheduler, tiers),
+        metrics=make_metrics(base.name, registry, scheduler, adapter_cache),
         keys=keys,
         num_ingresses=num_ingresses,
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],

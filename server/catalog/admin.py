@@ -312,7 +312,7 @@ class AdapterAdmin:
     async def _unpin(self, name: str) -> None:
         digest = self._pins.pop(name, None)
         if digest and digest not in self._pins.values():
-            await self._engine.call(lambda engine: engine.tiers.residents.unpin(digest))
+            await self._engine.call(lambda engine: engine.adapter_cache.residents.unpin(digest))
 
     async def _move_pin(self, adapter: Registered, packed: PackedAdapter) -> None:
         name, digest = adapter.summary.name, adapter.summary.digest
@@ -330,13 +330,13 @@ class AdapterAdmin:
 
 
 def _cache_packed(engine: Engine, digest: str, packed: PackedAdapter) -> None:
-    engine.tiers.insert(digest, packed)
+    engine.adapter_cache.insert(digest, packed)
     engine.wake()
 
 
 def _pin(engine: Engine, digest: str, packed: PackedAdapter) -> bool:
     engine.wake()
-    return engine.tiers.pin(digest, packed)
+    return engine.adapter_cache.pin(digest, packed)
 
 
 REFUSALS = (LoriError, BusyError, ConflictError)

@@ -200,5 +200,5 @@ class Departures:
 
 
 def _drop(engine: Engine, digest: str) -> None:
-    engine.tiers.drop(digest)
+    engine.adapter_cache.drop(digest)
     engine.wake()

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Items
 
 from tokenizers import Tokenizer
 
-from server.engine.adapters.cache import AdapterTiers
+from server.engine.adapters.cache import AdapterCache
 from server.engine.model.runner import Runner
 from server.engine.request import Chunk, ErrorEvent, ErrorKind, FinishReason, Request, Sequence
 from server.engine.sampling.grammars import Grammars
@@ -30,13 +30,13 @@ class Engine:
         self,
         scheduler: Scheduler,
         runner: Runner,
-        tiers: AdapterTiers,
+        adapter_cache: AdapterCache,
         tokenizer: Tokenizer,
         stop_ids: Iterable[int],
         clock: Callable[[], float] = time.monotonic,
         grammars: Grammars | None = None,
     ) -> None:
-        self.scheduler, self.tiers, self.clock = scheduler, tiers, clock
+        self.scheduler, self.adapter_cache, self.clock = scheduler, adapter_cache, clock
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._executor = StepExecutor(runner, Sampler(self._stop_ids, grammars))
@@ -48,7 +48,7 @@ class Engine:
         deadline = None if request.timeout_s is None else self.clock() + request.timeout_s
         sequences = [Sequence(request, choice, deadline=deadline) for choice in range(request.sampling.num_choices)]
         self._by_id[request.id] = sequences
-        self.tiers.add_request(request)
+        self.adapter_cache.add_request(request)
         for sequence in sequences:
             self._replies[sequence] = Reply(sequence, emit, self._tokenizer, self._stop_ids, Stopwatch(self.clock))
             self.scheduler.add(sequence)
@@ -85,7 +85,7 @@ class Engine:
                 self._commit_safely(output)
 
     def _drop_ended(self) -> None:
-        if self.tiers.collect():
+        if self.adapter_cache.collect():
             self.scheduler.wake()
         self._fail_unservable()
         for sequence in self.scheduler.drop_aborted():
@@ -97,7 +97,7 @@ class Engine:
                 self._fail(sequence, f"not done within {sequence.request.timeout_s:g} s", "timeout")
 
     def _fail_unservable(self) -> None:
-        for sequence, reason in self.tiers.take_failed().items():
+        for sequence, reason in self.adapter_cache.take_failed().items():
             if sequence in self._replies:
                 self._fail(sequence, reason, "adapter")
 
@@ -154,7 +154,7 @@ class Engine:
         remaining.remove(sequence)
         if not remaining:
             del self._by_id[sequence.request.id]
-            self.tiers.finish_request(sequence.request)
+            self.adapter_cache.finish_request(sequence.request)
 
     def _fail(self, sequence: Sequence, message: str, kind: ErrorKind) -> None:
         # If one choice fails, the whole request fails.
@@ -164,5 +164,5 @@ class Engine:
             del self._replies[other]
             if other in self.scheduler.running or other in self.scheduler.waiting:
                 self.scheduler.finish(other)
-        self.tiers.finish_request(sequence.request)
+        self.adapter_cache.finish_request(sequence.request)
         emit(ErrorEvent(message, kind))

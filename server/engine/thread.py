@@ -113,7 +113,7 @@ class EngineThread:
 
     def tier_usage(self) -> Mapping[str, TierUsage]:
         """Return the bytes in each tier of every adapter that is in RAM or in a slot, by digest. Thread-safe; does not wait."""
-        return self._engine.tiers.tier_usage()
+        return self._engine.adapter_cache.tier_usage()
 
     async def call(self, command: Callable[[Engine], T]) -> T:
         """Run `command` between two steps on the engine's thread and return its result. Its exceptions are raised here.
@@ -141,7 +141,7 @@ class EngineThread:
         self._events[request.id] = events
         num_unfinished = request.sampling.num_choices
         try:
-            self._engine.tiers.prefetch(request)
+            self._engine.adapter_cache.prefetch(request)
             self._commands.put(lambda engine: engine.submit(request, partial(self._emit, request.id)))
             while num_unfinished:
                 event = await events.get()
@@ -187,10 +187,10 @@ class EngineThread:
             self._flush_events()
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._die, last_event)
-            self._engine.tiers.close()
+            self._engine.adapter_cache.close()
 
     def _serve(self) -> None:
-        self._engine.tiers.on_arrival(lambda: self._commands.put(Engine.wake))
+        self._engine.adapter_cache.on_arrival(lambda: self._commands.put(Engine.wake))
         while True:
             try:
                 command = self._next_command()

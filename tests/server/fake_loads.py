@@ -1,4 +1,4 @@
-"""A loader and a pool without files and kernels, and tiers on them: a test says when what was asked for is there."""
+"""A loader and a pool without files and kernels, and an adapter cache on them: a test says when what was asked for is there."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import cast
 
 from lori.packed_adapter import PackedAdapter
 from lori.pool import AdapterPool
-from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterTiers
+from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterCache
 from server.engine.adapters.loader import Loaded, Loader
 from server.engine.adapters.residents import Residents
 from server.engine.request import Request
@@ -101,7 +101,7 @@ class FakeLoader:
         self.is_closed = True
 
 
-def fake_tiers(
+def fake_cache(
     loader: FakeLoader,
     num_slots: int = 2,
     max_bytes: int = 1000,
@@ -109,6 +109,6 @@ def fake_tiers(
     max_loading: int = MAX_LOADING,
     patience_s: float = 0.0,
     max_merging: int = MAX_MERGING,
-) -> AdapterTiers:
+) -> AdapterCache:
     pool, residents = cast(AdapterPool, FakePool()), Residents(num_slots, max_bytes)
-    return AdapterTiers(pool, residents, cast(Loader, loader), max_loaded_bytes, max_loading, patience_s, max_merging)
+    return AdapterCache(pool, residents, cast(Loader, loader), max_loaded_bytes, max_loading, patience_s, max_merging)

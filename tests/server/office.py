@@ -90,7 +90,7 @@ class Office:
     def drop(self, adapter: Adapter) -> None:
         """Has the engine forget an adapter that nobody uses: it is read again for the next who asks."""
         digest = adapter.config.lori.content_digest
-        self.service.engine._commands.put(lambda engine: engine.tiers.drop(digest))
+        self.service.engine._commands.put(lambda engine: engine.adapter_cache.drop(digest))
         wait_until(lambda: digest not in self.service.engine.tier_usage(), "the engine")
 
     @property

@@ -24,7 +24,7 @@ from lori.sparse import SparseB
 from lori.store.store import AdapterStore
 from lori.summary import summarise
 from lori.template import Template, encode
-from server.engine.adapters.cache import AdapterTiers
+from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.loader import Loader
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents, TierUsage
@@ -193,11 +193,11 @@ class Rig:
         """Steps once, and checks that nothing is lost."""
         self.engine.step()
         self.scheduler.check_integrity()
-        self.engine.tiers.check_integrity([*self.scheduler.running])
+        self.engine.adapter_cache.check_integrity([*self.scheduler.running])
 
     def step_on(self) -> None:
         """Steps once, and where only adapters that are read could change anything waits for one."""
-        self.engine.tiers.on_arrival(self.arrived.set)
+        self.engine.adapter_cache.on_arrival(self.arrived.set)
         self.arrived.clear()
         self.step()
         if self.scheduler.has_work and not self.engine.can_step:
@@ -252,15 +252,15 @@ def build(
     registry = make_registry(entries, summarise(entries, base.identity))
     pool = make_pool(base, registry, num_slots)
     loader = Loader(registry, PackedReader(base.identity, pool.layouts))
-    tiers = AdapterTiers(pool, Residents(num_slots, max_resident_bytes), loader, max_loaded_bytes)
+    adapter_cache = AdapterCache(pool, Residents(num_slots, max_resident_bytes), loader, max_loaded_bytes)
     runner = Runner(base.model, pool, num_blocks, block_size, max_batch if max_replayed is None else max_replayed, quantization)
     if device != "cpu":
         runner.prepare()
     limits = step_limits(max_batch, max_step_tokens, max_stall)
-    scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), tiers, limits)
+    scheduler = Scheduler(KvCache(num_blocks, block_size, base.identity.digest), adapter_cache, limits)
     context = min(base.model.config.max_position_embeddings, num_blocks * block_size)
     grammars = make_grammars(base)
-    engine = Engine(scheduler, runner, tiers, base.tokenizer.backend_tokenizer, [EOS], grammars=grammars)
+    engine = Engine(scheduler, runner, adapter_cache, base.tokenizer.backend_tokenizer, [EOS], grammars=grammars)
     loaded = {name: entry.load(base.identity) for name, entry in entries.items()}
     admission = Admission(base.tokenizer, registry, context, num_slots, grammars=grammars)
     return Rig(engine, base.tokenizer, admission, runner, registry, loaded)
@@ -327,25 +327,25 @@ class ScriptedRunner:
 
 def scripted(tokenizer: PreTrainedTokenizerBase, script: Sequence[int], *, max_step_tokens: int = 16) -> Rig:
     """Returns a rig whose model says `script`."""
-    tiers = no_tiers()
+    adapter_cache = empty_adapter_cache()
     limits = step_limits(4, max_step_tokens)
-    scheduler = Scheduler(KvCache(256, 4, ""), tiers, limits)
+    scheduler = Scheduler(KvCache(256, 4, ""), adapter_cache, limits)
     runner = cast(Runner, ScriptedRunner(script))
     grammars = Grammars(tokenizer.backend_tokenizer, EOS + 1, [EOS])
-    engine = Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS], grammars=grammars)
+    engine = Engine(scheduler, runner, adapter_cache, tokenizer.backend_tokenizer, [EOS], grammars=grammars)
     admission = Admission(tokenizer, Registry([]), 1024, grammars=grammars)
     return Rig(engine, tokenizer, admission, runner, Registry([]), {})
 
 
-def no_tiers() -> AdapterTiers:
-    """Returns the tiers of a server without adapters."""
+def empty_adapter_cache() -> AdapterCache:
+    """Returns the adapter cache of a server without adapters."""
     pool = AdapterPool({}, [], 0, 1, torch.float32)
     loader = Loader(Registry([]), PackedReader(BaseIdentity("none", "", {}), pool.layouts))
-    return AdapterTiers(pool, Residents(1, 1), loader, 1)
+    return AdapterCache(pool, Residents(1, 1), loader, 1)
 
 
 @dataclass
-class FakeTiers:
+class FakeAdapterCache:
     """Has nothing to read."""
 
     is_closed: bool = False
@@ -371,7 +371,7 @@ class FakeEngine:
     dies_at: int | None = None
     deadline: float | None = None
     """In seconds from now, whenever it is asked."""
-    tiers: FakeTiers = field(default_factory=FakeTiers)
+    adapter_cache: FakeAdapterCache = field(default_factory=FakeAdapterCache)
     emits: dict[str, Emit] = field(default_factory=dict)
     choices: dict[str, int] = field(default_factory=dict)
     num_asked: int = 0

@@ -73,8 +73,8 @@ MAX_MERGING = 2
 the last one is being acquired."""
 
 
-class AdapterTiers:
-    """The tiers of the adapter cache. Keeps resident what running sequences need: the scheduler's `ResidencyGate`.
+class AdapterCache:
+    """The adapter cache and its tiers. Keeps resident what running sequences need: the scheduler's `ResidencyGate`.
 
     A step that could begin waits up to `max_load_wait_s` for an adapter that is being read.
     """

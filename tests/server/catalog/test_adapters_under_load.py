@@ -123,10 +123,10 @@ def check_nothing_is_left(office: Office) -> None:
     values = {sample.name: sample.value for family in families for sample in family.samples}
     for name in ("lori:adapters_resident", "lori:adapters_loaded", "lori:adapters_resident_bytes", "lori:adapters_loaded_bytes"):
         assert values[name] == 0
-    tiers = office.service.engine._engine.tiers
-    tiers.check_integrity([])
-    assert not tiers._dropped
-    assert not tiers._waiters
+    adapter_cache = office.service.engine._engine.adapter_cache
+    adapter_cache.check_integrity([])
+    assert not adapter_cache._dropped
+    assert not adapter_cache._waiters
     departures = office.service.admin._departures
     assert not departures._withdrawn
     assert not departures._deletions
@@ -285,6 +285,6 @@ def test_admins_who_change_one_name_at_once_leave_a_sound_server(office: Office,
         reply = office.client.request(*request.split())
         assert reply.status_code in (200, 202, 404), reply.text
     check_nothing_is_left(office)
-    assert office.service.engine._engine.tiers.residents.num_pinned == 0
+    assert office.service.engine._engine.adapter_cache.residents.num_pinned == 0
     office.have("x", 7)
     assert office.generate("x", prompt=PROMPTS[0], max_tokens=MAX_TOKENS)["text"] == expected[(versions[0].version,), PROMPTS[0]]

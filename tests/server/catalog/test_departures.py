@@ -25,7 +25,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.dropped: list[str] = []
         self.is_alive = True
-        self.tiers = self
+        self.adapter_cache = self
 
     def drop(self, digest: str) -> None:
         self.dropped.append(digest[0])

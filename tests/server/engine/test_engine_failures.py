@@ -31,7 +31,7 @@ def rig(writer_model: Path, adapters: Path, tmp_path: Path) -> Iterator[Rig]:
     rig = build(writer_model, place)
     (place / "safety" / WEIGHTS_FILE).write_bytes(b"torn")
     yield rig
-    rig.engine.tiers.close()
+    rig.engine.adapter_cache.close()
 
 
 def assert_failed(heard: Heard, kind: ErrorKind, *said: str) -> None:
@@ -133,7 +133,7 @@ def test_a_mended_file_is_served_again(rig: Rig, adapters: Path) -> None:
 def test_adapters_that_never_fit_together_fail_with_the_reason(writer_model: Path, adapters: Path) -> None:
     sizes = build(writer_model, adapters)
     sizes.run([GenerateRequest(prompt="a", adapters=("math", "safety"), max_tokens=1)])
-    rig = build(writer_model, adapters, max_resident_bytes=sizes.engine.tiers.residents.num_bytes - 1)
+    rig = build(writer_model, adapters, max_resident_bytes=sizes.engine.adapter_cache.residents.num_bytes - 1)
     both = GenerateRequest(prompt="a", adapters=("math", "safety"), max_tokens=3)
     one, bad, other = rig.run(
         [GenerateRequest(prompt="a", adapters=("math",), max_tokens=30), both, GenerateRequest(prompt="b", max_tokens=3)]

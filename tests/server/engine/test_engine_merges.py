@@ -60,7 +60,7 @@ def test_a_merge_of_a_request_is_that_merge_as_an_adapter(rig: Rig, name: str) -
 def test_a_merge_is_built_once_and_stays(rig: Rig) -> None:
     options, weights = MERGES["ties"]
     seconds: list[float] = []
-    rig.engine.tiers.observe_load = seconds.append
+    rig.engine.adapter_cache.observe_load = seconds.append
     ask = GenerateRequest(prompt="once", max_tokens=4, adapters=("math", "safety"), weights=weights, merge=options)
     turned = GenerateRequest(prompt="more", max_tokens=4, adapters=("safety", "math"), weights=weights[::-1], merge=options)
     rig.run([ask, turned, ask])

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lori.merge_options import MergeOptions
-from server.engine.adapters.cache import AdapterTiers
+from server.engine.adapters.cache import AdapterCache
 from server.engine.engine import Engine
 from server.engine.model.runner import Runner
 from server.engine.request import AdapterTerm, Chunk, DoneEvent, ErrorEvent, Event, Request, SamplingParams, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
 from tests.server.engine.scheduling.test_schedules import FakeMemory
-from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_tiers
+from tests.server.fake_loads import SCALE, FakeLoader, FakePool, fake_cache
 from tests.server.plans import request, step_limits
 from tests.server.rig import EOS
 
@@ -167,7 +167,7 @@ class Run:
 
     def go(self) -> None:
         self.engine.clock = lambda: float(self.step)
-        self.engine.tiers.on_arrival(self.engine.wake)
+        self.engine.adapter_cache.on_arrival(self.engine.wake)
         while self.step <= max(of.step for of in self.of.arrivals) or self.engine.scheduler.has_work or self.loader.pending:
             assert self.step < MAX_STEPS, "somebody waits for ever"
             self.arrive()
@@ -176,7 +176,7 @@ class Run:
             if self.engine.can_step or self.engine.time_left() == 0:
                 self.engine.step()
                 self.engine.scheduler.check_integrity()
-                self.engine.tiers.check_integrity([*self.engine.scheduler.running])
+                self.engine.adapter_cache.check_integrity([*self.engine.scheduler.running])
             self.check_nobody_is_late()
             self.step += 1
 
@@ -217,10 +217,10 @@ class Run:
         assert not engine._by_id
         assert not engine.scheduler.has_work
         assert engine.scheduler.kv_cache.num_available == engine.scheduler.kv_cache.num_blocks
-        assert engine.tiers.residents.num_in_use == 0
-        assert not engine.tiers._waiters
-        assert not engine.tiers._failed
-        assert engine.tiers.num_loaded_bytes <= self.of.max_loaded_bytes
+        assert engine.adapter_cache.residents.num_in_use == 0
+        assert not engine.adapter_cache._waiters
+        assert not engine.adapter_cache._failed
+        assert engine.adapter_cache.num_loaded_bytes <= self.of.max_loaded_bytes
         assert engine.time_left() is None
 
     def check(self, arrival: Arrival) -> None:
@@ -263,11 +263,11 @@ def run_any_schedules(tokenizer: PreTrainedTokenizerFast, seen: dict[str, int], 
     """Runs them to their ends; counts in `seen` how often each kind of end was met."""
     loader = FakeLoader()
     places = {"max_loading": of.max_loading, "max_merging": of.max_merging}
-    tiers: AdapterTiers = fake_tiers(loader, of.num_slots, SLOT_BYTES, of.max_loaded_bytes, **places)
+    adapter_cache: AdapterCache = fake_cache(loader, of.num_slots, SLOT_BYTES, of.max_loaded_bytes, **places)
     limits = step_limits(of.max_sequences, of.max_sequences + of.max_prompt_tokens)
-    scheduler = Scheduler(KvCache(of.num_blocks, of.block_size, "base"), tiers, limits)
-    runner = cast(Runner, FakeRunner(of, cast(FakePool, tiers._pool).slots))
-    run = Run(of, Engine(scheduler, runner, tiers, tokenizer.backend_tokenizer, [EOS]), loader)
+    scheduler = Scheduler(KvCache(of.num_blocks, of.block_size, "base"), adapter_cache, limits)
+    runner = cast(Runner, FakeRunner(of, cast(FakePool, adapter_cache._pool).slots))
+    run = Run(of, Engine(scheduler, runner, adapter_cache, tokenizer.backend_tokenizer, [EOS]), loader)
     run.go()
     run.check_nothing_is_left()
     for arrival in of.arrivals:
@@ -275,7 +275,7 @@ def run_any_schedules(tokenizer: PreTrainedTokenizerFast, seen: dict[str, int], 
         last = run.heard[arrival.request.id][-1]
         seen[last.kind if isinstance(last, ErrorEvent) else cast(DoneEvent, last).finish_reason] += 1
     seen["preempted"] += scheduler.num_preemptions
-    seen["evicted"] += tiers.residents.num_evictions
+    seen["evicted"] += adapter_cache.residents.num_evictions
     seen["read again"] += len(loader.started) - len({*loader.started})
 
 

@@ -50,7 +50,7 @@ def test_who_gives_up_its_blocks_for_others_says_the_same(
     assert tight.scheduler.num_preemptions > 2, "or nothing is shown"
     assert sum(heard.sequence.num_preemptions > 0 for heard in found) > 1
     assert_same(found, roomy.run(MANY))
-    assert not tight.engine.tiers.residents.num_in_use
+    assert not tight.engine.adapter_cache.residents.num_in_use
 
 
 def test_choices_that_give_up_their_blocks_say_the_same(writer_model: Path, adapters: Path) -> None:
@@ -69,7 +69,7 @@ def test_few_slots_change_the_order_alone(writer_model: Path, adapters: Path) ->
     one_slot = build(writer_model, adapters, num_slots=2, max_loaded_bytes=0)
     asks = [*MANY, *MANY[::-1]]
     assert_same(one_slot.run(asks), build(writer_model, adapters).run(asks))
-    assert one_slot.engine.tiers.residents.num_evictions
+    assert one_slot.engine.adapter_cache.residents.num_evictions
 
 
 @pytest.fixture

@@ -154,13 +154,13 @@ def test_a_step_waits_for_the_device_once(
 
 def test_an_adapter_is_put_without_waiting(writer_model: Path, adapters: Path) -> None:
     rig = build(writer_model, adapters, device="cuda:0")
-    tiers = rig.engine.tiers
-    packed = [tiers._loader._reader.read_entry(of.entry) for of in islice(rig.registry.by_name.values(), 2)]
-    tiers._pool.reserve(2**20)
+    adapter_cache = rig.engine.adapter_cache
+    packed = [adapter_cache._loader._reader.read_entry(of.entry) for of in islice(rig.registry.by_name.values(), 2)]
+    adapter_cache._pool.reserve(2**20)
     with no_waiting():
         for slot, adapter in enumerate(packed):
-            tiers._pool.put(slot, adapter)
-        tiers._pool.clear(0)
+            adapter_cache._pool.put(slot, adapter)
+        adapter_cache._pool.clear(0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -179,7 +179,7 @@ def test_a_service_on_a_gpu_keeps_to_its_budgets(
     assert "attention in Triton, deltas in Triton" in caplog.text
     rig = rig_of(service)
     assert rig.runner.num_kv_bytes <= kv_cache_gib * GIB
-    assert rig.engine.tiers._pool.num_bytes <= resident_gib * GIB + 2**20  # and where the adapters lie in it
+    assert rig.engine.adapter_cache._pool.num_bytes <= resident_gib * GIB + 2**20  # and where the adapters lie in it
     num_recorded = replays_of(rig).num_recorded
     assert num_recorded == 2 * 4  # of 1, 2, 4 and 8, with adapters and without
     rig.run(ASKS, JOINS)

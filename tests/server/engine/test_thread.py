@@ -278,7 +278,7 @@ def test_the_loader_s_thread_ends_with_the_engine(dies_at: int | None) -> None:
         thread.start()
         await listen(thread.generate(named("one")))
         await thread.stop()
-        assert engine.tiers.is_closed
+        assert engine.adapter_cache.is_closed
 
     run(test())
 

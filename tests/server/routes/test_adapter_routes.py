@@ -221,7 +221,7 @@ def test_a_folder_that_is_renamed_when_a_version_comes_is_still_read(office: Off
 def test_a_pinned_adapter_stays_resident_whatever_it_means(office: Office) -> None:
     old = office.have("kept", 22)
     assert office.post("/adapters/kept/pin").json()["is_pinned"] is True
-    residents = office.service.engine._engine.tiers.residents
+    residents = office.service.engine._engine.adapter_cache.residents
     assert residents.is_pinned(old.config.lori.content_digest)
     for request in ("POST /adapters/kept/unload", "DELETE /adapters/kept"):
         error = refusal(office.client.request(*request.split()), 409)

@@ -114,4 +114,4 @@ def test_the_embedded_model_says_what_fits_at_temperature_1() -> None:
     for one, (schema, _) in zip(heard, asked, strict=True):
         assert one.done.finish_reason == "stop"
         Draft202012Validator(schema).validate(json.loads(one.text))
-    rig.engine.tiers.close()
+    rig.engine.adapter_cache.close()

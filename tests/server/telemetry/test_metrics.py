@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
-from server.engine.adapters.cache import AdapterTiers
+from server.engine.adapters.cache import AdapterCache
 from server.engine.adapters.registry import Registry
 from server.engine.adapters.residents import Residents
 from server.engine.request import AdapterTerm, DoneEvent, ErrorEvent, Request, Sequence, TextEvent, Timings
@@ -254,8 +254,8 @@ def test_scraping_does_not_meet_the_engine_s_changes() -> None:
         num_waiting=0,
         num_preemptions=0,
     )
-    tiers = SimpleNamespace(residents=residents, num_loaded=0, num_loaded_bytes=0, num_failures=0, observe_load=None)
-    metrics = make_metrics("fake", Registry([]), cast(Scheduler, scheduler), cast(AdapterTiers, tiers))
+    adapter_cache = SimpleNamespace(residents=residents, num_loaded=0, num_loaded_bytes=0, num_failures=0, observe_load=None)
+    metrics = make_metrics("fake", Registry([]), cast(Scheduler, scheduler), cast(AdapterCache, adapter_cache))
     stop = threading.Event()
 
     def change() -> None:

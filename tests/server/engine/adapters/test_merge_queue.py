@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from lori.merge_options import MergeOptions
-from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterTiers, MergeQueue
+from server.engine.adapters.cache import MAX_LOADING, MAX_MERGING, AdapterCache, MergeQueue
 from server.engine.request import AdapterTerm, Sequence
 from server.engine.scheduling.kv_cache import KvCache
 from server.engine.scheduling.scheduler import Scheduler
-from tests.server.fake_loads import FakeLoader, fake_tiers
+from tests.server.fake_loads import FakeLoader, fake_cache
 from tests.server.plans import request, run_step, step_limits
 
 
@@ -34,10 +34,10 @@ def digest_of(sequence: Sequence) -> str:
     return sequence.merged_digest
 
 
-def pin_all(tiers: AdapterTiers, sequences: Iterable[Sequence]) -> None:
+def pin_all(cache: AdapterCache, sequences: Iterable[Sequence]) -> None:
     for sequence in sequences:
-        assert tiers.acquire(sequence) == "loading"
-        tiers.check_integrity([])
+        assert cache.acquire(sequence) == "loading"
+        cache.check_integrity([])
 
 
 @pytest.fixture
@@ -47,105 +47,105 @@ def loader() -> FakeLoader:
 
 def test_merges_that_wait_keep_no_adapter_from_being_read(loader: FakeLoader) -> None:
     """Another tenant's adapter was read after 200 merges, 100 s late."""
-    tiers, merges = fake_tiers(loader), flood(200)
-    pin_all(tiers, merges)
+    cache, merges = fake_cache(loader), flood(200)
+    pin_all(cache, merges)
     assert loader.started == [digest_of(sequence) for sequence in merges[:MAX_MERGING]]
     others = [wanting(f"{number}") for number in range(MAX_LOADING)]
-    pin_all(tiers, others)
+    pin_all(cache, others)
     assert loader.started[MAX_MERGING:] == [f"{number}" for number in range(MAX_LOADING)]
 
 
 def test_adapters_that_are_read_keep_no_merge_from_being_built(loader: FakeLoader) -> None:
-    tiers, merge = fake_tiers(loader), merging(1.0)
-    pin_all(tiers, [wanting(f"{number}") for number in range(2 * MAX_LOADING)])
-    pin_all(tiers, [merge])
+    cache, merge = fake_cache(loader), merging(1.0)
+    pin_all(cache, [wanting(f"{number}") for number in range(2 * MAX_LOADING)])
+    pin_all(cache, [merge])
     assert loader.started[MAX_LOADING:] == [digest_of(merge)]
 
 
 def test_the_merge_of_another_tenant_is_the_next_to_begin(loader: FakeLoader) -> None:
-    tiers, merges, other = fake_tiers(loader, num_slots=9), flood(200), merging(1.0, "bob")
-    pin_all(tiers, [*merges, other])
+    cache, merges, other = fake_cache(loader, num_slots=9), flood(200), merging(1.0, "bob")
+    pin_all(cache, [*merges, other])
     loader.arrive(digest_of(merges[0]))
-    tiers.collect()
+    cache.collect()
     assert len(loader.started) == MAX_MERGING, "what is built takes a place until its sequence has it"
-    assert tiers.acquire(merges[0]) == "ready"
+    assert cache.acquire(merges[0]) == "ready"
     assert loader.started[MAX_MERGING:] == [digest_of(other)]
-    tiers.check_integrity([merges[0]])
+    cache.check_integrity([merges[0]])
 
 
 def test_queued_merges_are_not_asked_about_until_they_are_begun(loader: FakeLoader) -> None:
-    tiers, merges = fake_tiers(loader, num_slots=9), flood(5)
-    pin_all(tiers, merges)
-    assert [tiers.is_load_deferred(sequence) for sequence in merges] == [False, False, True, True, True]
+    cache, merges = fake_cache(loader, num_slots=9), flood(5)
+    pin_all(cache, merges)
+    assert [cache.is_load_deferred(sequence) for sequence in merges] == [False, False, True, True, True]
     loader.arrive(digest_of(merges[1]))
-    tiers.collect()
-    assert tiers.acquire(merges[1]) == "ready"
-    assert [tiers.is_load_deferred(sequence) for sequence in merges] == [False, False, False, True, True]
+    cache.collect()
+    assert cache.acquire(merges[1]) == "ready"
+    assert [cache.is_load_deferred(sequence) for sequence in merges] == [False, False, False, True, True]
 
 
 def test_a_merge_whose_own_adapter_is_not_asked_for_is_not_behind(loader: FakeLoader) -> None:
     """The operator adds one to every request of a tenant; it has a place, though the merge has none."""
-    tiers, merge = fake_tiers(loader, max_loading=1), merging(1.0, "bob", policy=["policy"])
-    pin_all(tiers, [wanting("a"), *flood(3), merge])
+    cache, merge = fake_cache(loader, max_loading=1), merging(1.0, "bob", policy=["policy"])
+    pin_all(cache, [wanting("a"), *flood(3), merge])
     assert "policy" not in loader.started
-    assert tiers.is_load_deferred(merge), "there is no place for either"
+    assert cache.is_load_deferred(merge), "there is no place for either"
     loader.arrive("a", fault="it is torn")
-    tiers.collect()
-    assert not tiers.is_load_deferred(merge)
-    pin_all(tiers, [merge])
+    cache.collect()
+    assert not cache.is_load_deferred(merge)
+    pin_all(cache, [merge])
     assert loader.started[-1] == "policy"
 
 
 @pytest.mark.parametrize("end", ["fault", "release", "leave"])
 def test_the_place_of_a_merge_that_fails_or_is_given_up_goes_to_the_next(loader: FakeLoader, end: str) -> None:
-    tiers, (first, second, third) = fake_tiers(loader, max_merging=1), flood(3)
+    cache, (first, second, third) = fake_cache(loader, max_merging=1), flood(3)
     for sequence in (first, second, third):
-        tiers.add_request(sequence.request)
-    pin_all(tiers, [first, second, third])
+        cache.add_request(sequence.request)
+    pin_all(cache, [first, second, third])
     if end == "leave":  # of the queue: it is never begun
-        tiers.release(second)
-        tiers.finish_request(second.request)
+        cache.release(second)
+        cache.finish_request(second.request)
     if end == "fault":
         loader.arrive(digest_of(first), fault="they differ")
-        tiers.collect()
+        cache.collect()
     else:
-        tiers.release(first)
-        tiers.finish_request(first.request)
+        cache.release(first)
+        cache.finish_request(first.request)
     assert loader.started == [digest_of(first), digest_of(third if end == "leave" else second)]
-    tiers.check_integrity([])
+    cache.check_integrity([])
 
 
 def test_a_queued_merge_that_was_built_meanwhile_is_not_built_again(loader: FakeLoader) -> None:
-    tiers, (first, second, third) = fake_tiers(loader, num_slots=9, max_merging=1), flood(3)
+    cache, (first, second, third) = fake_cache(loader, num_slots=9, max_merging=1), flood(3)
     same = Sequence(second.request)
-    pin_all(tiers, [first, second, same, third])
+    pin_all(cache, [first, second, same, third])
     for sequence in (first, second):
         loader.arrive(digest_of(sequence))
-        tiers.collect()
-        assert tiers.acquire(sequence) == "ready"
+        cache.collect()
+        assert cache.acquire(sequence) == "ready"
     assert loader.started == [digest_of(sequence) for sequence in (first, second, third)]
-    assert not tiers.is_load_deferred(same)
-    assert tiers.acquire(same) == "ready"
+    assert not cache.is_load_deferred(same)
+    assert cache.acquire(same) == "ready"
 
 
 def test_merges_and_adapters_that_hold_all_places_do_not_wait_for_each_other(loader: FakeLoader) -> None:
-    tiers = fake_tiers(loader, num_slots=100, max_loading=1, max_merging=1)
+    cache = fake_cache(loader, num_slots=100, max_loading=1, max_merging=1)
     waiting = [merging(weight, tenant, [f"policy of {tenant}"]) for weight in (0.25, 0.5, 1.0) for tenant in ("alice", "bob")]
     for _ in range(20):
         for sequence in [*waiting]:
-            if not tiers.is_load_deferred(sequence) and tiers.acquire(sequence) == "ready":
-                tiers.release(sequence)
+            if not cache.is_load_deferred(sequence) and cache.acquire(sequence) == "ready":
+                cache.release(sequence)
                 waiting.remove(sequence)
         for digest in [*loader.pending]:
             loader.arrive(digest)
-        tiers.collect()
+        cache.collect()
     assert not waiting, "somebody waits for ever"
 
 
 def test_a_step_serves_others_while_one_tenant_has_many_merges_built(loader: FakeLoader) -> None:
     """As in the server: one merge ends at a time, and what others asked for comes in their turn."""
-    tiers = fake_tiers(loader, num_slots=9)
-    scheduler = Scheduler(KvCache(500, 4, "base"), tiers, step_limits(9, 90))
+    cache = fake_cache(loader, num_slots=9)
+    scheduler = Scheduler(KvCache(500, 4, "base"), cache, step_limits(9, 90))
     merges, cold, other = flood(50), wanting("cold"), merging(1.0, "bob")
     for sequence in merges:
         scheduler.add(sequence)
@@ -154,13 +154,13 @@ def test_a_step_serves_others_while_one_tenant_has_many_merges_built(loader: Fak
         scheduler.add(sequence)
     run_step(scheduler)
     loader.arrive("cold")
-    tiers.collect()
+    cache.collect()
     assert cold in {chunk.sequence for chunk in run_step(scheduler)}
     num_before_other = None
     while scheduler.has_work:
         if loader.pending:
             loader.arrive(next(iter(loader.pending)))
-        tiers.collect()
+        cache.collect()
         run_step(scheduler)
         if num_before_other is None and other not in scheduler.waiting:
             num_before_other = sum(merge not in scheduler.waiting for merge in merges)

@@ -115,9 +115,9 @@ class Steps:
 
 
 def put(rig: Rig, slot: int, name: str) -> None:
-    """Makes an adapter resident, past the tiers."""
-    tiers = rig.engine.tiers
-    tiers._pool.put(slot, tiers._loader._reader.read_entry(rig.registry.by_name[name].entry))
+    """Makes an adapter resident, past the adapter cache."""
+    adapter_cache = rig.engine.adapter_cache
+    adapter_cache._pool.put(slot, adapter_cache._loader._reader.read_entry(rig.registry.by_name[name].entry))
 
 
 def replays_of(rig: Rig) -> Replays:
@@ -180,12 +180,12 @@ def test_when_the_pool_moves_steps_are_recorded_anew(
     steps.check(sequence)
     steps.check(sequence)
     assert steps.recorder.num_recorded == 1
-    num_starts, num_moves = steps.recorder.num_starts, steps.rig.engine.tiers._pool.num_moves
+    num_starts, num_moves = steps.recorder.num_starts, steps.rig.engine.adapter_cache._pool.num_moves
     for rig in (steps.plain, steps.rig):
         put(rig, 2, "b")
         put(rig, 3, "b")
         put(rig, 4, "a")
-    assert steps.rig.engine.tiers._pool.num_moves > num_moves
+    assert steps.rig.engine.adapter_cache._pool.num_moves > num_moves
     for slot in (0, 4, 3):
         sequence.terms = [(slot, 1.5)]
         steps.check(sequence)
@@ -201,7 +201,7 @@ def test_an_adapter_put_where_another_was_is_the_one_that_is_read(
     sequence = steps.start(4, (0, 1.0))
     steps.check(sequence)
     for rig in (steps.plain, steps.rig):
-        rig.engine.tiers._pool.clear(2)
+        rig.engine.adapter_cache._pool.clear(2)
         put(rig, 0, "safety")
     steps.check(sequence)
     assert steps.recorder.num_recorded == 1
@@ -266,7 +266,7 @@ def test_all_sizes_are_recorded_before_the_first_request(
     rig.runner.prepare()
     assert recorder.num_recorded == recorder.num_replayed == 4 * (1 + has_adapters)
     if has_adapters:  # the pool has not moved by then: it is reserved at start
-        monkeypatch.setattr(type(rig.engine.tiers._pool), "num_moves", 0)
+        monkeypatch.setattr(type(rig.engine.adapter_cache._pool), "num_moves", 0)
     rig.run([GenerateRequest(prompt=FOX, max_tokens=4, adapters=("math",) * has_adapters) for _ in range(3)])
     assert recorder.num_recorded == 4 * (1 + has_adapters)
 
