@@ -27,7 +27,9 @@ FIRST = ("test_demo_adapters.py", "test_docs.py", "test_serving.py", "test_nodes
 NOT_FAST = ("slow", "model", "browser", "cluster", "interpreter", "sanitizer", "gpu")
 """Marks of tests that a run with `-m fast` leaves out."""
 
-FIXTURE_MARKS = {"browser": "browser", "demo": "model"}
+SERVERS = ("live", "served", "traced", "json_live", "narrow", "impatient", "attacked", "fuzzed", "cannot_start")
+"""Fixtures that start a server as a process."""
+FIXTURE_MARKS = {"browser": "browser", "demo": "model", **dict.fromkeys(SERVERS, "slow")}
 """Marks of the tests that use a fixture."""
 
 

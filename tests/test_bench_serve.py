@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.bench.serve_plot import plot
 from tests.bench.serve_probes import Sizes, largest_gap, probe_long
 from tests.bench.serve_results import COLUMNS, Results, cells
 from tests.bench.serve_run import OPEN, Plan
-from tests.bench.serve_stage import Setting, missing_peers, staged
+from tests.bench.serve_stage import Setting, Stage, missing_peers, staged
 from tests.bench.serve_targets import start_batches
 from tests.bench.serve_wire import FailedError, Reply, ask
 from tests.server.rig import save_writer_model
@@ -37,23 +38,30 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Two turns of a real server's cases, for few users, through its socket."""
+def stage(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Real servers with and without adapters, which are both ended with the stage."""
+    setting = Setting(0, tmp_path_factory.mktemp("scratch"), writer, num_registered=40, num_cold=8)
+    with staged(setting) as stage:
+        yield stage
+        programs = [target.program.process for target in stage.targets.values()]
+    assert all(program.poll() is not None for program in programs)
+    assert not stage.adapters.exists()
+
+
+@pytest.fixture(scope="module")
+def results(stage: Stage) -> Results:
+    """Two turns of the servers' cases, for few users, through their sockets."""
     chosen = [Turn(case, 4) for case in own_cases(40) if case.slug in ("off", "unused", "1", "merge2", "zipf")]
     chosen += [Turn(case, NUM_DISTINCT) for case in own_cases(40) if case.slug == str(NUM_DISTINCT)]
     plan = Plan(chosen, ["open", "cold", "long"], TINY, num_warm=4)
-    setting = Setting(0, tmp_path_factory.mktemp("scratch"), writer, num_registered=40, num_cold=8)
     ticks: list[str] = []
-    with staged(setting) as stage:
-        found = plan.run(stage, 2, ticks.append)
-        programs = [target.program.process for target in stage.targets.values()]
-        assert len(programs) == 2
-    assert all(program.poll() is not None for program in programs)
-    assert not stage.adapters.exists()
+    found = plan.run(stage, 2, ticks.append)
+    assert len(stage.targets) == 2
     assert len(ticks) == 2 * plan.size
     return found
 
 
+@pytest.mark.slow
 def test_a_row_has_every_figure(results: Results) -> None:
     rows = {(row.case, row.concurrency): row for row in results.rows()}
     assert len(rows) == 7
@@ -65,6 +73,7 @@ def test_a_row_has_every_figure(results: Results) -> None:
     assert all(len(cells(row)) == len(COLUMNS) for row in rows.values())
 
 
+@pytest.mark.slow
 def test_every_request_generates_what_was_asked(results: Results) -> None:
     for turn, loads in results.loads.items():
         num_requests = TINY.num_arrivals if turn == OPEN else turn.num_requests
@@ -73,6 +82,7 @@ def test_every_request_generates_what_was_asked(results: Results) -> None:
             assert all(len(reply.times) == TINY.num_tokens for reply in load.replies)
 
 
+@pytest.mark.slow
 def test_goals_are_judged_where_their_cases_were_measured(results: Results) -> None:
     judged = {goal.what: goal for goal in goals(results, 10**6)}
     assert set(MOST) <= judged.keys()
@@ -277,13 +287,14 @@ def test_a_peer_that_is_not_there_is_left_out_with_the_reason(tmp_path: Path) ->
     assert "vLLM" not in missing_peers(tmp_path)
 
 
+@pytest.mark.slow
 def test_it_is_drawn(results: Results, tmp_path: Path) -> None:
     plot([asdict(row) for row in results.rows()], tmp_path / "serve.png")
     assert (tmp_path / "serve.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_others_that_end_before_the_probe_spoil_it(writer: Path, tmp_path: Path) -> None:
+def test_others_that_end_before_the_probe_spoil_it(stage: Stage) -> None:
     short = replace(TINY, others_tokens=2)
-    with staged(Setting(0, tmp_path, writer)) as stage, stage.own() as server, pytest.raises(FailedError, match="too few"):
+    with stage.own() as server, pytest.raises(FailedError, match="too few"):
         probe_long(server, 2, [], short, "seed")

@@ -7,20 +7,32 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from lori.cli import program as lori_program
+from lori.resources import threads_restored
 from lori.store.store import AdapterStore
+from server.loading import load_service
+from server.plan import __main__ as plan_program
+from server.settings import Settings
 from tests.docs.clone import make_clone
 from tests.docs.pages import BLOCK, EXAMPLES, LOCAL, PAGES, ROOT, Block, all_blocks, blocks, curls_and_replies
 from tests.file_list import file_list
-from tests.server.live import Live, events, start
+from tests.server.live import Live, events, serve_here, start
+from training import fit as fit_program
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+PROGRAMS: Mapping[str, Callable[[], int]] = {
+    "lori": lori_program.main,
+    "server.plan": plan_program.main,
+    "training.fit": fit_program.main,
+}
+"""What `python -m` runs of these modules."""
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -88,50 +100,67 @@ def test_code_of_the_pages_runs(demo: Live, block: Block) -> None:
     ],
 )
 def test_an_example_says_what_it_does(demo: Live, tmp_path: Path, example: str, expected: list[str]) -> None:
-    output = make_clone(tmp_path, {LOCAL: demo.url}).run(f".venv/bin/python {EXAMPLES.relative_to(ROOT) / example}")
+    texts = {LOCAL: demo.url, "max_tokens=48": "max_tokens=12"}
+    output = make_clone(tmp_path, texts).run(f".venv/bin/python {EXAMPLES.relative_to(ROOT) / example}")
     assert [text for text in expected if text not in output] == [], output
 
 
+def run(monkeypatch: pytest.MonkeyPatch, command: str, *more: str) -> None:
+    """Run a command of the pages, with `more` flags, by its program in this process. It must end well."""
+    python, option, module, *flags = shlex.split(command)
+    assert (python, option) == (".venv/bin/python", "-m")
+    monkeypatch.setattr(sys, "argv", [module, *flags, *more])
+    with pytest.raises(SystemExit) as end:
+        sys.exit(PROGRAMS[module]())
+    assert not end.value.code, command
+
+
 @pytest.mark.slow
-def test_the_commands_on_adapters_do_what_they_say(tmp_path: Path) -> None:
+def test_the_commands_on_adapters_do_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one as a process, the others in this one."""
     shutil.copytree(ROOT / "server" / "adapters", tmp_path / "server" / "adapters")
-    for line in blocks("adapters-and-merging.md", "Keep, merge and move adapters")[0][1].splitlines():
-        command = shlex.split(line.replace(".venv/bin/python", sys.executable))
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (0, ""), line
+    first, *others = blocks("adapters-and-merging.md", "Keep, merge and move adapters")[0][1].splitlines()
+    command = shlex.split(first.replace(".venv/bin/python", sys.executable))
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), first
+    monkeypatch.chdir(tmp_path)
+    for line in others:
+        run(monkeypatch, line)
+        assert capsys.readouterr().err == "", line
     assert {entry.name for entry in AdapterStore(tmp_path / "adapters").list()} == {"both", "again"}
     assert AdapterStore(tmp_path / "elsewhere").find("both").load()
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("math.png", "cosines.png"))
 
 
-@pytest.mark.slow
-def test_a_trained_adapter_is_served(tmp_path: Path) -> None:
+@pytest.mark.model
+def test_a_trained_adapter_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     first = blocks("training.md", "Train your own")[0][1]
-    fit, serve = (shlex.split(line.replace(".venv/bin/python", sys.executable)) for line in first.splitlines())
+    fit, serve = first.splitlines()
     rows = [{"prompt": f"Q: {i}?\nA:", "completion": " forty-two"} for i in range(4)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fit[fit.index("--steps") + 1] = "2"
-    fit += ["--batch-tokens", "100"]  # four rows fill no more, but are repeated
-    done = subprocess.run(fit, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("saved adapters/my\n")
-    assert serve[1:] == ["-m", "server", "--adapters", "adapters"]
-    with start(tmp_path / "log", "--adapters", str(tmp_path / "adapters")) as server:
-        names = [adapter["name"] for adapter in server.client.get("/adapters").json()["adapters"]]
+    monkeypatch.chdir(tmp_path)
+    with threads_restored():
+        # Four rows fill no more than 100 tokens, but are repeated.
+        run(monkeypatch, fit.replace(re.findall(r"--steps \d+", fit)[0], "--steps 2"), "--batch-tokens", "100")
+    assert capsys.readouterr().out.endswith("saved adapters/my\n")
+    assert shlex.split(serve)[1:] == ["-m", "server", "--adapters", "adapters"]
+    with serve_here(load_service(Settings(adapters="adapters", kv_cache_gib=0.1))) as client:
+        names = [adapter["name"] for adapter in client.get("/adapters").json()["adapters"]]
         assert names == ["intent", "math", "my", "nlu", "safety"]
-        reply = server.generate(prompt="Q: 1?\nA:", adapter="my", max_tokens=4)
-        assert reply["adapter"][0]["name"] == "my"
+        reply = client.post("/generate", json={"prompt": "Q: 1?\nA:", "adapter": "my", "max_tokens": 4})
+        assert reply.json()["adapter"][0]["name"] == "my", reply.text
 
 
-def test_a_plan_is_what_it_shows() -> None:
-    commands = [shlex.split(code) for language, code in blocks("deployment.md", "Plan a deployment") if language == "bash"]
-    plan, simulation = ([sys.executable, *command[1:]] for command in commands)
-    done = subprocess.run(plan, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_a_plan_is_what_it_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    plan, simulation = (code for language, code in blocks("deployment.md", "Plan a deployment") if language == "bash")
+    run(monkeypatch, plan)
     [shown] = [code for language, code in blocks("deployment.md", "Plan a deployment") if language == "text"]
-    told = [line.rstrip() for line in done.stdout.splitlines()]
+    told = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert [line for line in shown.splitlines() if line not in told] == []
-    done = subprocess.run([*simulation, "--requests", "500"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "500 requests at 40 a second for 100,000 adapters, zipf 1" in done.stdout
+    run(monkeypatch, simulation, "--requests", "500")
+    assert "500 requests at 40 a second for 100,000 adapters, zipf 1" in capsys.readouterr().out
 
 
 def test_readme_shows_what_the_pages_show() -> None:

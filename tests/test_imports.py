@@ -5,7 +5,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -161,22 +161,51 @@ def test_one_bridge_leads_from_asyncio_to_torch() -> None:
     assert not any("torch" in roots(module) for module in with_asyncio)
 
 
+LOADED = """
+import os, sys
+
+def print_loaded(modules):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        return
+    for name in modules.split():
+        __import__(name)
+    print(*sys.modules, flush=True)
+    os._exit(0)
+
+cluster, *others = sys.argv[1:]
+print_loaded(cluster)
+import transformers.modeling_utils
+for modules in others:
+    print_loaded(modules)
+"""
+"""Prints a line of modules for each argument: those that a process has after it has imported the modules in it, which in all but
+the first had imported torch and transformers before, and nothing else."""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Mapping[str, set[str]]:
+    """The modules that a process has after it has imported a program and all that belongs to it."""
+    asked = {package: in_package(package) for package in ("server.cluster", "server.plan")}
+    asked["server"] = ["server.program", "server.serving", "server.keys", "server.client"]
+    command = [sys.executable, "-c", LOADED, *(" ".join(modules) for modules in asked.values())]
+    lines = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    found = {package: {*line.split()} for package, line in zip(asked, lines, strict=True)}
+    for package, modules in asked.items():
+        assert {*modules} <= found[package]
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("package", PROGRAMS)
-def test_cluster_and_planner_are_imported_without_each_other(package: str) -> None:
+def test_cluster_and_planner_are_imported_without_each_other(package: str, loaded: Mapping[str, set[str]]) -> None:
     """With torch, a cluster's ingresses and the process that started it took 300 MB more each, and seconds."""
-    assert not loaded_with(in_package(package)) & PROGRAMS[package]
+    assert not loaded[package] & PROGRAMS[package]
 
 
 @pytest.mark.slow
-def test_the_server_is_imported_without_the_programs_beside_it() -> None:
-    assert not loaded_with(["server.program", "server.serving", "server.keys", "server.client"]) & {*PROGRAMS, "ray"}
-
-
-def loaded_with(modules: Iterable[str]) -> set[str]:
-    """Return the modules that a new process has after it has imported `modules`."""
-    program = f"import sys, {', '.join(modules)}; print(*sys.modules)"
-    return {*subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()}
+def test_the_server_is_imported_without_the_programs_beside_it(loaded: Mapping[str, set[str]]) -> None:
+    assert not loaded["server"] & {*PROGRAMS, "ray"}
 
 
 def leads_to_torch(module: str) -> bool:

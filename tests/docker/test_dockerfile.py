@@ -5,12 +5,15 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.server.live import REPOSITORY
 
 DOCKERFILE = (REPOSITORY / "docker" / "Dockerfile").read_text()
 COPIED = re.compile(r"^COPY ((?:lori/\w+\.py )+)lori/$", re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_makes_the_model_is_copied_whole() -> None:
     (copied,) = COPIED.findall(DOCKERFILE)
     program = "import sys, lori.embedded; print(*(name for name in sys.modules if name.partition('.')[0] == 'lori'))"

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lori.base_model import BaseModel, load_base_model
+from tests.server.forked import start_forked
 from tests.server.live import MAX_BODY_BYTES, Live, start
 from tests.server.peft_folders import write_wrong_store
 from tests.server.rig import EOS, save_writer_model, write_adapters
@@ -80,7 +81,7 @@ def store(writer: BaseModel, other_model: Path, tmp_path_factory: pytest.TempPat
 def served(writer_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A real server of that store, without keys."""
     flags = ["--model", str(writer_model), "--adapters", str(store), "--dtype", "float32", "--threads", "1"]
-    with start(tmp_path_factory.mktemp("served") / "log", *flags, "--kv-cache-gib", "0.01") as live:
+    with start_forked(tmp_path_factory.mktemp("served") / "log", *flags, "--kv-cache-gib", "0.01") as live:
         yield live
 
 

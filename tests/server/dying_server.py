@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
+from server import http_server
 from server.__main__ import main
 from server.access.key_ring import KeyRing
 from server.engine.engine import Engine
@@ -23,6 +24,7 @@ def die() -> None:
 def die_and_leave_a_thread() -> None:
     """Leaves what keeps a process from ending, too."""
     threading.Thread(target=threading.Event().wait, daemon=False).start()
+    http_server.LAST_RESORT_S = http_server.FAILED_NOTICE_S + 1
     die()
 
 

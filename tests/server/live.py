@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 import uvicorn
@@ -45,6 +45,26 @@ def wait_until(is_so: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -
         time.sleep(0.01)
 
 
+class Process(Protocol):
+    """What tests use of a `subprocess.Popen`."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a server, see `run_main`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("LORI_") or key == MAX_ISA_VARIABLE}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORI_ALLOW_HOST": HOST}
+
+
 def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """Starts `python -m server` with `flags` alone: no settings of the environment, but that it goes by `HOST`, and no network.
 
@@ -52,16 +72,20 @@ def run_main(log: Path, *flags: str, module: str = "server", within: Sequence[st
 
     It may use the instruction sets that this process may use. `within` are a program and its arguments, which becomes the server.
     """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORI_") or key == MAX_ISA_VARIABLE}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORI_ALLOW_HOST": HOST}
     with log.open("wb") as file:
         return subprocess.Popen(
             [*within, sys.executable, "-m", module, *flags],
             cwd=REPOSITORY,
-            env=environment,
+            env=environment(),
             stdout=file,
             stderr=subprocess.STDOUT,
         )
+
+
+class RunProgram(Protocol):
+    """Starts a program with flags, see `run_main`."""
+
+    def __call__(self, log: Path, *flags: str, module: str = ...) -> Process: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +93,7 @@ class Live:
     """A server that answers at `url`."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     client: httpx.Client
 
@@ -97,9 +121,9 @@ class Live:
 
 
 @contextmanager
-def start(log: Path, *flags: str, module: str = "server") -> Iterator[Live]:
+def start(log: Path, *flags: str, module: str = "server", run: RunProgram = run_main) -> Iterator[Live]:
     """Runs a server on a free port until the block ends."""
-    process = run_main(log, "--port", "0", *flags, module=module)
+    process = run(log, "--port", "0", *flags, module=module)
     try:
         wait_until(lambda: process.poll() is not None or ADDRESS.search(log.read_text()) is not None, "the server")
         found = ADDRESS.search(log.read_text())

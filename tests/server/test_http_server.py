@@ -20,7 +20,8 @@ from server.http_server import DrainingServer, http_config
 from server.service.service import Service
 from server.settings import Settings
 from server.transport.sockets import refuse_connections
-from tests.server.live import LIMIT_S, Live, events, start, wait_until
+from tests.server.forked import start_forked
+from tests.server.live import LIMIT_S, Live, events, wait_until
 
 NUM_CLIENTS = 24
 FOR_EVER = {"prompt": "a", "max_tokens": 4000, "stream": True}
@@ -114,8 +115,9 @@ async def drain_under_load(live: Live) -> Counter[str]:
     return total
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_loses_no_request(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, "--max-batch", "16", "--drain-notice-s", "1") as live:
+    with start_forked(tmp_path / "log", *flags, "--max-batch", "16", "--drain-notice-s", "1") as live:
         told = asyncio.run(drain_under_load(live))
         assert live.process.wait(LIMIT_S) == 0
         assert "Traceback" not in live.log.read_text()
@@ -128,7 +130,7 @@ def test_sigterm_under_load_loses_no_request(flags: list[str], tmp_path: Path) -
 
 @pytest.mark.slow
 def test_while_it_drains_the_server_is_not_ready_but_answers(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, "--drain-notice-s", "3600") as live:
+    with start_forked(tmp_path / "log", *flags, "--drain-notice-s", "3600") as live:
         assert live.client.get("/ready").status_code == 200
         live.process.send_signal(signal.SIGTERM)
         wait_until(lambda: live.client.get("/ready").status_code == 503, "the notice")
@@ -144,7 +146,7 @@ def test_while_it_drains_the_server_is_not_ready_but_answers(flags: list[str], t
 
 @pytest.mark.slow
 def test_what_is_not_done_in_its_time_hears_an_error(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "0.2") as live:
+    with start_forked(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "0.2") as live:
         with live.client.stream("POST", "/generate", json=FOR_EVER) as reply:
             heard = events(reply.iter_lines())
             next(heard)
@@ -159,7 +161,7 @@ def test_what_is_not_done_in_its_time_hears_an_error(flags: list[str], tmp_path:
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_drain_at_once(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "3600") as live:
+    with start_forked(tmp_path / "log", *flags, "--drain-notice-s", "0", "--drain-s", "3600") as live:
         with live.client.stream("POST", "/generate", json=FOR_EVER) as reply:
             next(reply.iter_lines())
             live.process.send_signal(signal.SIGTERM)
@@ -169,8 +171,9 @@ def test_a_second_signal_ends_a_drain_at_once(flags: list[str], tmp_path: Path) 
         assert "ended at once by a second signal" in live.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_person_s_interrupt_has_no_notice(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, "--drain-notice-s", "3600") as live:
+    with start_forked(tmp_path / "log", *flags, "--drain-notice-s", "3600") as live:
         with live.client.stream("POST", "/generate", json={"prompt": "a", "max_tokens": 300, "stream": True}) as reply:
             heard = events(reply.iter_lines())
             next(heard)
@@ -179,10 +182,11 @@ def test_a_person_s_interrupt_has_no_notice(flags: list[str], tmp_path: Path) ->
         assert live.process.wait(LIMIT_S) == 0
 
 
+@pytest.mark.slow
 def test_a_connection_made_before_the_end_is_answered(flags: list[str], tmp_path: Path) -> None:
     """It sends its request only when no more connections are taken; one that sends nothing is closed."""
     with (
-        start(tmp_path / "log", *flags, "--drain-notice-s", "0") as live,
+        start_forked(tmp_path / "log", *flags, "--drain-notice-s", "0") as live,
         socket.create_connection(("127.0.0.1", live.port), timeout=LIMIT_S) as silent,
         socket.create_connection(("127.0.0.1", live.port), timeout=LIMIT_S) as late,
     ):

@@ -20,7 +20,8 @@ from lori.format import read_config
 from server import loading
 from server.loading import load_service
 from server.settings import Settings
-from tests.server.live import LIMIT_S, events, run_main, start
+from tests.server.forked import run_forked, start_forked
+from tests.server.live import LIMIT_S, RunProgram, events, run_main, start
 from tests.server.rig import rig_of
 
 
@@ -34,7 +35,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Servers with wrong flags, by what is wrong. Started together: each takes seconds to import what it needs."""
+    """Servers with wrong flags, by what is wrong. Of each exit code one is started as a person does."""
     place = tmp_path_factory.mktemp("main")
     flags = {
         "bad flags": ["--port", "99999", "--max-batch", "none", "--device", "tpu"],
@@ -42,7 +43,8 @@ def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.Te
         "no device": ["--device", "cuda:99"],
         "unsound adapters": ["--model", str(writer_model), "--adapters", str(unsound(adapters, place / "adapters")), "--strict"],
     }
-    processes = {name: run_main(place / name, *args) for name, args in flags.items()}
+    programs: dict[str, RunProgram] = {"bad flags": run_main, "no model": run_main}
+    processes = {name: programs.get(name, run_forked)(place / name, *args) for name, args in flags.items()}
     try:
         return {name: Ended(p.wait(LIMIT_S), without_progress((place / name).read_text())) for name, p in processes.items()}
     finally:
@@ -104,7 +106,7 @@ def test_unsound_adapters_are_reported_whole(cannot_start: dict[str, Ended]) -> 
 def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     place = Path(shutil.copytree(adapters, tmp_path / "adapters"))
     flags = ["--model", str(writer_model), "--adapters", str(place), "--dtype", "float32", "--threads", "1"]
-    with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as live:
+    with start_forked(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as live:
         (place / "safety" / "adapter_model.safetensors").write_bytes(b"nothing of the kind")
         for adapter in ("safety", ["math", "safety"], "safety"):
             reply = live.client.post("/generate", json={"prompt": "a", "max_tokens": 3, "adapter": adapter})
@@ -123,7 +125,7 @@ def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, a
 @pytest.mark.slow
 def test_adapters_too_large_for_the_memory_are_refused_by_field(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
-    with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01", "--resident-gib", "1e-6") as live:
+    with start_forked(tmp_path / "log", *flags, "--kv-cache-gib", "0.01", "--resident-gib", "1e-6") as live:
         reply = live.client.post("/generate", json={"prompt": "a", "max_tokens": 3, "adapter": ["math", "safety"]})
         assert reply.status_code == 400
         error = reply.json()["error"]
@@ -140,6 +142,7 @@ def test_an_unknown_model_is_one_clear_line(cannot_start: dict[str, Ended]) -> N
     assert len(ended.lines) == 1
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_running_request_finish_and_ends_well(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     with start(tmp_path / "log", *flags) as live:

@@ -16,7 +16,8 @@ from lori.flags import package_version
 from server.arguments import GROUPS
 from server.cluster.settings import ClusterSettings
 from server.settings import Settings
-from tests.server.live import LIMIT_S, REPOSITORY, Live, run_main, start, wait_until
+from tests.server.forked import run_forked
+from tests.server.live import LIMIT_S, REPOSITORY, Live, Process, RunProgram, run_main, start, wait_until
 
 STAGES = {
     "lori-server": "importing torch",
@@ -28,7 +29,7 @@ STAGES = {
 """What the line of each stage of the start begins with."""
 
 
-def ended_by_interrupt(process: subprocess.Popen[bytes], log: Path) -> None:
+def ended_by_interrupt(process: Process, log: Path) -> None:
     """Sends what Ctrl+C does, and checks that the process ends by it without another word."""
     before = log.read_text()
     process.send_signal(signal.SIGINT)
@@ -43,7 +44,8 @@ def test_ctrl_c_ends_a_start_at_once(line: str, writer_model: Path, adapters: Pa
     """Python's own handler waits for what runs in C, and then leaves a traceback."""
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1", "--port", "0"]
     log = tmp_path / "log"
-    process = run_main(log, line, *flags, "--kv-cache-gib", "0.01", module="tests.server.held_start")
+    run = run_main if line == "lori-server" else run_forked
+    process = run(log, line, *flags, "--kv-cache-gib", "0.01", module="tests.server.held_start")
     try:
         wait_until(lambda: f": {line}" in log.read_text() or process.poll() is not None, f"the line {line!r}")
         ended_by_interrupt(process, log)
@@ -126,10 +128,20 @@ def test_an_end_prints_nothing_after_its_log(writer_model: Path, adapters: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["server", "server.cluster", "server.plan", "training.fit", "lori"])
-def test_every_program_says_its_version(module: str) -> None:
-    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    assert (done.stdout, done.stderr) == (f"lori-server {package_version()}\n", "")
+@pytest.mark.parametrize(
+    ("module", "run"),
+    [
+        ("server", run_main),
+        ("server.cluster", run_main),
+        ("server.plan", run_forked),  # these import torch first
+        ("training.fit", run_forked),
+        ("lori", run_forked),
+    ],
+)
+def test_every_program_says_its_version(module: str, run: RunProgram, tmp_path: Path) -> None:
+    process = run(tmp_path / "log", "--version", module=module)
+    assert process.wait(LIMIT_S) == 0
+    assert (tmp_path / "log").read_text() == f"lori-server {package_version()}\n"
 
 
 def sections_of_help(module: str) -> Mapping[str, list[str]]:

@@ -17,8 +17,9 @@ import openai
 import pytest
 
 from tests.needs import need
+from tests.server.forked import start_forked
 from tests.server.keyed import ACME, ADMIN, bearer, write_keys
-from tests.server.live import LIMIT_S, Live, start, wait_until
+from tests.server.live import LIMIT_S, Live, wait_until
 from tests.server.vllm_router import routing
 
 SETS = [
@@ -76,7 +77,7 @@ def routed(writer_model: Path, adapters: Path, tmp_path: Path) -> Iterator[Route
     options = ["--model", str(writer_model), "--adapters", str(shared), "--keys", str(write_keys(tmp_path))]
     options += ["--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]
     with ExitStack() as stack:
-        servers = [stack.enter_context(start(tmp_path / f"server-{number}.log", *options)) for number in (1, 2)]
+        servers = [stack.enter_context(start_forked(tmp_path / f"server-{number}.log", *options)) for number in (1, 2)]
         for server in servers:
             server.client.headers.update(bearer(ADMIN))
         log = tmp_path / "router.log"

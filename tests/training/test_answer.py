@@ -10,7 +10,9 @@ import torch
 
 from lori.base_model import load_base_model
 from lori.template import encode, render_prompt
-from tests.server.live import Live, start
+from server.loading import load_service
+from server.settings import Settings
+from tests.server.live import serve_here
 from training.answer import AnswerConfig, answer_rows, main, select_rows, write_answers
 from training.data import DataError, Row
 
@@ -24,10 +26,11 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    flags = ["--model", str(tiny_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]
-    with start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
-        yield live
+def url(tiny_model: Path) -> Iterator[str]:
+    """The address of a server in this process."""
+    settings = Settings(model=str(tiny_model), dtype="float32", threads=1, kv_cache_gib=0.02)
+    with serve_here(load_service(settings)) as client:
+        yield str(client.base_url).rstrip("/")
 
 
 def config_for(data: Path, **changes: object) -> AnswerConfig:
@@ -66,16 +69,16 @@ def test_greedy_answers_are_what_the_base_says_alone(tiny_model: Path, data: Pat
 
 
 @pytest.mark.parametrize("template", ["plain", "chat"])
-def test_a_server_answers_as_a_model_that_is_loaded_here(tiny_model: Path, server: Live, data: Path, template: str) -> None:
+def test_a_server_answers_as_a_model_that_is_loaded_here(tiny_model: Path, url: str, data: Path, template: str) -> None:
     config = config_for(data, temperature=0, template=template)
     rows = select_rows(config)
-    server_config = config.model_copy(update={"url": server.url})
+    server_config = config.model_copy(update={"url": url})
     assert answer_rows(None, rows, server_config) == answer_rows(load_base_model(str(tiny_model), torch.float32), rows, config)
 
 
-def test_a_server_draws_each_answer_by_its_own_seed(server: Live, data: Path) -> None:
+def test_a_server_draws_each_answer_by_its_own_seed(url: str, data: Path) -> None:
     data.write_text('{"prompt": "why?"}\n' * 8)
-    config = config_for(data, template="plain", temperature=1.0, url=server.url)
+    config = config_for(data, template="plain", temperature=1.0, url=url)
     rows = select_rows(config)
     texts = [row["completion"] for row in answer_rows(None, rows, config)]
     assert len(set(texts)) > 1
@@ -84,10 +87,10 @@ def test_a_server_draws_each_answer_by_its_own_seed(server: Live, data: Path) ->
 
 
 @pytest.mark.parametrize("is_served", [False, True])
-def test_rows_without_room_or_prompt_are_named_alike(tiny_model: Path, server: Live, data: Path, is_served: bool) -> None:
+def test_rows_without_room_or_prompt_are_named_alike(tiny_model: Path, url: str, data: Path, is_served: bool) -> None:
     empty = {"prompt": [{"role": "user", "content": ""}]}
     data.write_text("".join(json.dumps(row) + "\n" for row in ({"prompt": "why?"}, {"prompt": "why " * 999}, empty)))
-    config = config_for(data, template="plain", **({"url": server.url} if is_served else {}))
+    config = config_for(data, template="plain", **({"url": url} if is_served else {}))
     base = None if is_served else load_base_model(str(tiny_model), torch.float32)
     with pytest.raises(DataError) as error:
         answer_rows(base, select_rows(config), config)

@@ -18,8 +18,10 @@ from lori.config import AdapterConfig
 from lori.errors import AdapterError, TemplateError
 from lori.format import read_config
 from lori.template import encode
+from server.loading import load_service
+from server.settings import Settings
 from tests.server.keyed import ACME, ADMIN, write_keys
-from tests.server.live import Live, start
+from tests.server.live import serve_here
 from tests.tiny import save_tiny_model
 from training.config import FitConfig
 from training.data import DataError
@@ -96,21 +98,13 @@ def store(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = tmp_path_factory.mktemp("keys")
-    flags = [
-        "--model",
-        str(tiny_model),
-        "--adapters",
-        str(store),
-        "--dtype",
-        "float32",
-        "--keys",
-        str(write_keys(folder, POLICY)),
-    ]
-    with pytest.MonkeyPatch.context() as patch, start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
+def url(tiny_model: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server in this process, with keys."""
+    keys = write_keys(tmp_path_factory.mktemp("keys"), POLICY)
+    settings = Settings(model=str(tiny_model), adapters=str(store), dtype="float32", threads=1, kv_cache_gib=0.05, keys=keys)
+    with pytest.MonkeyPatch.context() as patch, serve_here(load_service(settings)) as client:
         patch.setenv("LORI_API_KEY", ADMIN)
-        yield live
+        yield str(client.base_url).rstrip("/")
 
 
 def config(metric: str, data: Path, **fields: object) -> EvaluateConfig:
@@ -126,18 +120,20 @@ def local(tiny_model: Path, store: Path) -> dict[str, object]:
     return {"local": True, "model": str(tiny_model), "adapters": store, "dtype": "float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subject", CHOICES)
 @pytest.mark.parametrize("metric", MEASURED)
 def test_a_server_and_a_model_of_our_own_give_the_same_figures(
-    server: Live, tiny_model: Path, store: Path, tmp_path: Path, metric: str, subject: str
+    url: str, tiny_model: Path, store: Path, tmp_path: Path, metric: str, subject: str
 ) -> None:
     data = write(tmp_path / "rows.jsonl", MEASURED[metric])
-    through_server = figures_of(config(metric, data, url=server.url, **CHOICES[subject]))
+    through_server = figures_of(config(metric, data, url=url, **CHOICES[subject]))
     locally = figures_of(config(metric, data, **local(tiny_model, store), **CHOICES[subject]))
     assert through_server == pytest.approx(locally, abs=1e-4 if metric == "loss" else 0)
     assert locally["rows"] == len(MEASURED[metric])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     expected = {
         "exact": {"exact_match": (0.0, pytest.approx(6 / 7))},
@@ -153,31 +149,33 @@ def test_an_adapter_is_told_from_the_base(tiny_model: Path, store: Path, tmp_pat
         assert {name: (base[name], adapted[name]) for name in figures} == figures
 
 
-def test_messages_are_written_in_the_adapter_s_template(server: Live, tiny_model: Path, store: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_messages_are_written_in_the_adapter_s_template(url: str, tiny_model: Path, store: Path, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Say 3:"}, {"role": "assistant", "content": " red"}]
     data = write(tmp_path / "rows.jsonl", [*RED_ROWS, {"messages": talk}])
     for subject in ("base", "adapter"):
         fields = CHOICES[subject] | {"form": "messages"}
-        figures = figures_of(config("exact", data, url=server.url, **fields))
+        figures = figures_of(config("exact", data, url=url, **fields))
         assert figures == figures_of(config("exact", data, **local(tiny_model, store), **fields))
         assert figures["exact_match"] == (subject == "adapter")
     losses = []
     for form in ("messages", "prompt"):
         fields = {"adapter": ["talks"], "form": form}
-        figures = figures_of(config("loss", data, url=server.url, **fields))
+        figures = figures_of(config("loss", data, url=url, **fields))
         assert figures == pytest.approx(figures_of(config("loss", data, **local(tiny_model, store), **fields)), abs=1e-4)
         losses.append(figures["loss"])
     assert losses[0] < losses[1], "an adapter knows its own form of prompt better"
     with pytest.raises(TemplateError, match=r"no common template \(all: plain; talks: chat\)"):
-        figures_of(config("loss", data, url=server.url, adapter=["all", "talks"], form="messages"))
+        figures_of(config("loss", data, url=url, adapter=["all", "talks"], form="messages"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["served", "local"])
 def test_a_form_that_an_adapter_was_not_trained_on_is_said(
-    server: Live, tiny_model: Path, store: Path, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
+    url: str, tiny_model: Path, store: Path, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
-    fields = {"url": server.url} if mode == "served" else local(tiny_model, store)
+    fields = {"url": url} if mode == "served" else local(tiny_model, store)
     caplog.set_level(logging.WARNING, "training.evaluate")
     figures_of(config("loss", data, **fields, adapter=["talks"], form="messages"))
     figures_of(config("loss", data, **fields, adapter=["all"]))
@@ -187,21 +185,23 @@ def test_a_form_that_an_adapter_was_not_trained_on_is_said(
     assert message == "talks was trained on the template chat alone, and is measured on prompts as they stand"
 
 
+@pytest.mark.slow
 def test_figures_of_another_version_are_not_recorded(
-    server: Live, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    url: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     for source, code in (("all", 0), ("blue", 1)):
         folder = tmp_path / source / "all"
         shutil.copytree(store / source, folder)
         before = (folder / "adapter_config.json").read_text()
-        flags = ["--url", server.url, "--adapter", "all", "--record", str(folder)]
+        flags = ["--url", url, "--adapter", "all", "--record", str(folder)]
         monkeypatch.setattr(sys, "argv", ["evaluate", "--data", str(data), "--metric", "exact", *flags])
         assert main() == code
         assert ((folder / "adapter_config.json").read_text() == before) is bool(code)
     assert "would be measured, and --record" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(store / "blue", tmp_path / "all")
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
@@ -209,6 +209,7 @@ def test_figures_of_another_version_are_not_recorded_of_a_model_of_our_own(tiny_
         evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
 
 
+@pytest.mark.slow
 def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     """Regression: figures of a base alone were written into the card of another base's adapter."""
     folder, data = shutil.copytree(store / "all", tmp_path / "all"), write(tmp_path / "rows.jsonl", RED_ROWS)
@@ -218,29 +219,33 @@ def test_figures_of_another_base_are_not_recorded(tiny_model: Path, store: Path,
     assert evaluate(config("loss", data, **local(tiny_model, store), record=folder)).figures["rows"] == 4
 
 
-def test_a_server_with_keys_is_asked_with_one(server: Live, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_server_with_keys_is_asked_with_one(url: str, tmp_path: Path) -> None:
     with pytest.raises(AnswerError, match="401"):
-        figures_of(config("loss", write(tmp_path / "rows.jsonl", RED_ROWS), url=server.url, api_key_variable="LORI_NO_SUCH_KEY"))
+        figures_of(config("loss", write(tmp_path / "rows.jsonl", RED_ROWS), url=url, api_key_variable="LORI_NO_SUCH_KEY"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["exact", "loss"])
-def test_what_others_answer_is_not_measured(server: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
+def test_what_others_answer_is_not_measured(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
     """Regression: the figures of an adapter, or of the base, included adapters that a key's policy added."""
     monkeypatch.setenv("LORI_ACME_KEY", ACME)
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     for adapters in ([], ["all"]):
         with pytest.raises(AnswerError, match=r"blue@[0-9a-f]+ \(the key's policy\) answered, and .* is measured"):
-            figures_of(config(metric, data, url=server.url, api_key_variable="LORI_ACME_KEY", adapter=adapters))
+            figures_of(config(metric, data, url=url, api_key_variable="LORI_ACME_KEY", adapter=adapters))
 
 
-def test_a_version_that_was_published_meanwhile_is_not_measured(server: Live) -> None:
-    client = Server(server.url, api_key=ADMIN)
+@pytest.mark.slow
+def test_a_version_that_was_published_meanwhile_is_not_measured(url: str) -> None:
+    client = Server(url, api_key=ADMIN)
     version = client.adapter("all").version
     assert ServerAnswerer(client, {"adapter": "all"}, [version]).complete(["x"], Sampling(max_tokens=1))
     with pytest.raises(AnswerError, match=f"all@{version} answered, and 0123 is measured"):
         ServerAnswerer(client, {"adapter": "all"}, ["0123"]).complete(["x"], Sampling(max_tokens=1))
 
 
+@pytest.mark.slow
 def test_adapters_of_one_name_keep_their_own_templates(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     other = shutil.copytree(store / "talks", tmp_path / "all")
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
@@ -250,6 +255,7 @@ def test_adapters_of_one_name_keep_their_own_templates(tiny_model: Path, store: 
             figures_of(config("loss", data, local=True, model=str(tiny_model), dtype="float32", **fields))
 
 
+@pytest.mark.slow
 def test_figures_are_not_recorded_in_what_was_trained_anew_meanwhile(
     tiny_model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +272,7 @@ def test_figures_are_not_recorded_in_what_was_trained_anew_meanwhile(
         evaluate(config("loss", data, **local(tiny_model, store), adapter=["all"], record=folder))
 
 
+@pytest.mark.slow
 def test_weight_zero_is_the_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     figures = figures_of(config("loss", data, **local(tiny_model, store), adapter=["all"], weights=[0.0]))
@@ -285,6 +292,7 @@ def test_a_loss_is_the_model_s_own(tiny_model: Path, tmp_path: Path) -> None:
     assert figures["rows"] == 2
 
 
+@pytest.mark.slow
 def test_an_adapter_s_folder_needs_no_store(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     fields = {"local": True, "model": str(tiny_model), "dtype": "float32"}
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
@@ -293,10 +301,11 @@ def test_an_adapter_s_folder_needs_no_store(tiny_model: Path, store: Path, tmp_p
         figures_of(config("exact", data, **fields, adapter=["all"]))
 
 
-def test_what_a_server_refuses_is_told(server: Live, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_a_server_refuses_is_told(url: str, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
     with pytest.raises(AnswerError, match=r"404.*'nobody'"):
-        figures_of(config("loss", data, url=server.url, adapter=["nobody"]))
+        figures_of(config("loss", data, url=url, adapter=["nobody"]))
     with pytest.raises(AnswerError, match="is `python -m server` running there"):
         figures_of(config("loss", data, url="http://127.0.0.1:9"))
 
@@ -356,19 +365,23 @@ def test_flags_that_do_not_go_together_are_refused(
     assert message.count("\n") == 1
 
 
-def test_the_program_prints_figures_with_their_errors(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_program_prints_figures_with_their_errors(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write(tmp_path / "rows.jsonl", RED_ROWS)
-    command = [sys.executable, "-m", "training.evaluate", "--data", str(data), "--metric", "loss", "--local"]
-    done = subprocess.run([*command, "--model", str(tiny_model)], capture_output=True, text=True, check=True)
+    flags = ["--data", str(data), "--metric", "loss", "--local"]
+    command = [sys.executable, "-m", "training.evaluate", *flags, "--model", str(tiny_model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     *lines, loss, rows = done.stdout.splitlines()
     expected = {"measured": "base", "on": tiny_model.name, "data": str(data), "template": "plain"}
     assert dict(line.split(maxsplit=1) for line in lines) == expected
     assert loss.startswith("loss ")
     assert " ± " in loss
     assert rows.split() == ["rows", "4"]
-    done = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: cannot load the base model")
+    monkeypatch.setattr(sys, "argv", ["evaluate", *flags, "--model", str(tmp_path)])
+    assert main() == 1
+    assert capsys.readouterr().err.startswith("error: cannot load the base model")
 
 
 def test_data_may_be_a_source_with_templates(tiny_model: Path, tmp_path: Path) -> None:
@@ -418,6 +431,7 @@ def test_what_was_measured_is_shown_with_its_figures() -> None:
     assert measurement({"loss": 1.5, "rows": 1.0}).lines[-2].split() == ["loss", "1.5000"]
 
 
+@pytest.mark.slow
 def test_a_result_goes_into_config_and_card(store: Path) -> None:
     adapter = store / "all"
     before = read_config(adapter)
@@ -441,6 +455,7 @@ def test_a_result_goes_into_config_and_card(store: Path) -> None:
     assert "cmd" in card
 
 
+@pytest.mark.slow
 def test_figures_that_were_recorded_before_are_shown_without_what_is_not_known(store: Path) -> None:
     before = read_config(store / "blue")
     section = before.lori.model_copy(update={"metrics": {"1 blue: loss": 0.5, "base: loss": 1.5}})
@@ -448,6 +463,7 @@ def test_figures_that_were_recorded_before_are_shown_without_what_is_not_known(s
     assert "| who | what | figure |\n|---|---|---|\n| base | loss | 1.500 |\n| 1 blue | loss | 0.500 |\n" in card
 
 
+@pytest.mark.slow
 def test_a_group_s_figure_is_recorded_with_the_rows_of_the_group(store: Path, tmp_path: Path, tiny_model: Path) -> None:
     folder = shutil.copytree(store / "all", tmp_path / "all")
     data = write(tmp_path / "rows.jsonl", MEASURED["refusal"])

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from lori.merge import merge
 from lori.sparse import SparseB
 from lori.template import encode
 from tests.tiny import save_tiny_model, tiny_llama_config
+from tests.training.forked import train, train_together
 from training.checkpoints import MarkComplete
 from training.config import FitConfig
 from training.data import DataError
 from training.evaluation.local_adapters import apply_adapter
-from training.fit import command_of, fit
+from training.fit import command_of, fit, main
 from training.methods import Lori
 from training.phase import Phase
 from training.run import Run
@@ -82,6 +84,18 @@ def digest(folder: Path) -> str:
 
 def modules_of(folder: Path) -> Mapping[str, SparseB]:
     return load_adapter(folder).modules
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """Returns the digest of an adapter that is trained at one go, with that dtype and the other options of `FIELDS`."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def digest_of(dtype: str) -> str:
+        return digest(fit(config_for(tiny_model, data, folder / dtype, dtype=dtype), "command"))
+
+    return digest_of
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +270,16 @@ def test_a_range_of_weights_has_two_ends(tiny_model: Path, data: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path, accumulation: int) -> None:
-    at_once = modules_of(fit(config_for(tiny_model, data, tmp_path / "whole", values="float32"), ""))
-    in_parts = modules_of(fit(config_for(tiny_model, data, tmp_path / "parts", values="float32", accumulation=accumulation), ""))
-    num_same = sum(torch.equal(at_once[name].indices, in_parts[name].indices) for name in at_once)
-    assert num_same >= len(at_once) - 2  # another order of sums may change which of two nearly equal entries is in the mask
-    for name in at_once:
-        torch.testing.assert_close(at_once[name].dense(), in_parts[name].dense(), rtol=1e-2, atol=1e-3)
+def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    at_once, *others = (
+        modules_of(fit(config_for(tiny_model, data, tmp_path / str(parts), values="float32", accumulation=parts), ""))
+        for parts in (1, 2, 4)
+    )
+    for in_parts in others:
+        num_same = sum(torch.equal(at_once[name].indices, in_parts[name].indices) for name in at_once)
+        assert num_same >= len(at_once) - 2  # another order of sums may change which of two nearly equal entries is in the mask
+        for name in at_once:
+            torch.testing.assert_close(at_once[name].dense(), in_parts[name].dense(), rtol=1e-2, atol=1e-3)
 
 
 def cut_before_the_end(config: FitConfig, at_step: int) -> None:
@@ -288,13 +304,14 @@ def cut_before_the_end(config: FitConfig, at_step: int) -> None:
 @pytest.mark.parametrize(
     ("die_at", "dtype"), [(1, "float32"), (3, "float32"), (6, "float32"), (9, "float32"), (4, "bfloat16"), (9, "bfloat16")]
 )
-def test_a_cut_run_resumes_to_the_same_bytes(tiny_model: Path, data: Path, tmp_path: Path, die_at: int, dtype: str) -> None:
-    uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole", dtype=dtype), "command")
+def test_a_cut_run_resumes_to_the_same_bytes(
+    tiny_model: Path, data: Path, tmp_path: Path, uninterrupted: Callable[[str], str], die_at: int, dtype: str
+) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype), die_at)
     assert (tmp_path / "cut.checkpoint").exists()
     assert not (tmp_path / "cut").exists()
     resumed = fit(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype, resume=True), "command")
-    assert digest(resumed) == digest(uninterrupted)
+    assert digest(resumed) == uninterrupted(dtype)
 
 
 @pytest.mark.slow
@@ -396,26 +413,29 @@ def newest_step(folder: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "steps", "marks"), [("float32", 60, ["lori-d/6", "lori-d/33", "lori-s/12"]), ("bfloat16", 30, ["lori-d/6"])]
+    ("dtype", "steps", "marks"), [("float32", 36, ["lori-d/6", "lori-d/21", "lori-s/12"]), ("bfloat16", 18, ["lori-d/6"])]
 )
 def test_a_killed_run_resumes_to_the_same_bytes(
     tiny_model: Path, data: Path, tmp_path: Path, dtype: str, steps: int, marks: list[str]
 ) -> None:
-    """SIGKILL at any point, then the same command again, with as many threads as the tests have."""
+    """SIGKILL at any point, then the same again, with as many threads as the tests have."""
     changes = {"steps": steps, "held_out_fraction": 0.2, "eval_every": 3, "dtype": dtype, "threads": 1}
-    uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
-    command = [sys.executable, "-m", "training.fit", *flags_for(tiny_model, data, tmp_path / "cut", **changes), "--resume"]
+    whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
+    config = config_for(tiny_model, data, tmp_path / "cut", **changes, resume=True)
     folder = tmp_path / "cut.checkpoint"
     for mark in marks:
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            phase, step = mark.split("/")
-            while process.poll() is None and newest_step(folder / phase) < int(step):
-                time.sleep(0.002)
-            process.send_signal(signal.SIGKILL)
+        process = train(config)
+        phase, step = mark.split("/")
+        while process.exitcode is None and newest_step(folder / phase) < int(step):
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "cut").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert digest(tmp_path / "cut") == digest(uninterrupted)
+    process = train(config)
+    process.join()
+    assert process.exitcode == 0
+    assert digest(tmp_path / "cut") == digest(whole)
 
 
 @pytest.mark.slow
@@ -438,11 +458,11 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [False, True])
-def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path, spread: bool) -> None:
+def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """Both with DDP, and with the base sharded by FSDP."""
-    one_process = fit(config_for(tiny_model, data, tmp_path / "alone", accumulation=2), "command")
-    flags = flags_for(tiny_model, data, tmp_path / "both", **({"fsdp": True} if spread else {}))
+    changes = {"steps": 3, "threads": 1}
+    one_process = fit(config_for(tiny_model, data, tmp_path / "alone", accumulation=2, **changes), "command")
+    flags = flags_for(tiny_model, data, tmp_path / "both", **changes)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training.fit"]
     done = subprocess.run(
         [*torchrun, *flags], capture_output=True, text=True, check=False, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
@@ -452,6 +472,11 @@ def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_pat
     command = read_config(tmp_path / "both").lori.training["command"]
     assert command.startswith("torchrun --nproc-per-node 2 -m training.fit --data ")
     assert digest(tmp_path / "both") == digest(one_process)
+    ranks = train_together(config_for(tiny_model, data, tmp_path / "spread", fsdp=True, **changes))
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert digest(tmp_path / "spread") == digest(one_process)
 
 
 def test_the_best_held_out_step_is_what_is_saved(
@@ -713,17 +738,20 @@ def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json"])
 def test_a_damaged_checkpoint_is_not_gone_on_with(
-    tiny_model: Path, data: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, data: Path, tmp_path: Path, uninterrupted: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    uninterrupted = fit(config_for(tiny_model, data, tmp_path / "whole"), "command")
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
-    file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / damage
-    file.write_bytes(file.read_bytes()[:-1])
-    resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
-    assert "checkpoint-4 is damaged" in caplog.text
-    assert digest(resumed) == digest(uninterrupted)
+    shutil.copytree(tmp_path / "cut.checkpoint", tmp_path / "kept")
+    for damage in ("model.safetensors", "optimizer.pt", "trainer_state.json", "whole.json"):
+        file = tmp_path / "cut.checkpoint" / "lori-d" / "checkpoint-4" / damage
+        file.write_bytes(file.read_bytes()[:-1])
+        resumed = fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+        assert "checkpoint-4 is damaged" in caplog.text, damage
+        assert digest(resumed) == uninterrupted("float32"), damage
+        caplog.clear()
+        shutil.rmtree(resumed)
+        shutil.copytree(tmp_path / "kept", tmp_path / "cut.checkpoint")
 
 
 @pytest.mark.slow
@@ -782,12 +810,12 @@ def test_a_start_that_was_cut_off_is_made_anew(tiny_model: Path, data: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("note", ["[]", "null", '{"processes": 1, "threads": -1}', '{"threads": 2}'])
-def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_path: Path, note: str) -> None:
+def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
-    (tmp_path / "cut.checkpoint" / "threads.json").write_text(note)
-    with pytest.raises(DataError, match=r"threads\.json is damaged: remove it, and resume"):
-        fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
+    for note in ("[]", "null", '{"processes": 1, "threads": -1}', '{"threads": 2}'):
+        (tmp_path / "cut.checkpoint" / "threads.json").write_text(note)
+        with pytest.raises(DataError, match=r"threads\.json is damaged: remove it, and resume"):
+            fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
     (tmp_path / "cut.checkpoint" / "threads.json").unlink()
     assert fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command").is_dir()
 
@@ -864,34 +892,41 @@ def test_a_report_does_not_go_where_the_next_training_removes_it(report: str) ->
         FitConfig.model_validate({"data": ["d"], "output": "a", "report": report})
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "training.fit", *arguments], capture_output=True, text=True, check=False)
-
-
-def test_the_command_shows_how_far_it_is(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    done = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3))
+@pytest.mark.slow
+def test_the_command_shows_how_far_it_is(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3)
+    done = subprocess.run([sys.executable, "-m", "training.fit", *flags], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"saved {tmp_path / 'a'}\n")
     for phase in ("LoRI-D", "LoRI-S"):
         assert re.search(rf"{phase}: .*3/3 .*loss=\d+\.\d+, tokens_per_s=\d+", done.stderr)
-    resumed = run_command(*flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3), "--resume")
-    assert (resumed.returncode, resumed.stdout) == (0, f"found {tmp_path / 'a'}\n")
+    monkeypatch.setattr(sys, "argv", ["fit", *flags, "--resume"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"found {tmp_path / 'a'}\n"
 
 
-@pytest.mark.slow
-def test_the_command_says_what_is_wrong(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*flags: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["fit", *flags])
+        with pytest.raises(SystemExit) as end:
+            sys.exit(main())
+        assert isinstance(end.value.code, int)
+        return end.value.code, capsys.readouterr().err
+
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p"}\n')
-    flags = ["--model", str(tiny_model), "--output", str(tmp_path / "x")]
-    done = run_command("--data", str(bad), *flags)
-    assert done.returncode == 1
-    assert f"  no completion: 1\n    {bad} line 1" in done.stderr
-    done = run_command("--data", str(bad), "--sparsity", "1.5", *flags)
-    assert done.returncode == 2
-    assert "--sparsity: Input should be less than 1" in done.stderr
-    done = run_command("--data", str(bad), "--target-modules", "c_attn", *flags)
-    assert done.returncode == 1
-    done = run_command("--stpes", "3")
-    assert (done.returncode, done.stderr) == (2, "error: there is no flag --stpes: did you mean --steps?\n")
-    done = run_command("--data", str(bad), "--method", "lora", "--avoid", "x", *flags)
-    assert done.returncode == 2
-    assert "--avoid is for --method lori" in done.stderr
+    flags = ["--data", str(bad), "--model", str(tiny_model), "--output", str(tmp_path / "x")]
+    code, said = wrong(*flags)
+    assert code == 1
+    assert f"  no completion: 1\n    {bad} line 1" in said
+    code, said = wrong("--sparsity", "1.5", *flags)
+    assert code == 2
+    assert "--sparsity: Input should be less than 1" in said
+    assert wrong("--target-modules", "c_attn", *flags)[0] == 1
+    assert wrong("--stpes", "3") == (2, "error: there is no flag --stpes: did you mean --steps?\n")
+    code, said = wrong("--method", "lora", "--avoid", "x", *flags)
+    assert code == 2
+    assert "--avoid is for --method lori" in said

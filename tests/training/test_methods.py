@@ -16,6 +16,7 @@ def steppers() -> dict[str, Stepper]:
     return result
 
 
+@pytest.mark.model
 def test_lori_trains_a_twentieth_of_lora_s_parameters(steppers: dict[str, Stepper]) -> None:
     lora, lori = (steppers[method].footprint() for method in ("lora", "lori"))
     assert lora.num_parameters == 9_768_960
@@ -23,6 +24,7 @@ def test_lori_trains_a_twentieth_of_lora_s_parameters(steppers: dict[str, Steppe
     assert lori.num_parameters <= 0.051 * lora.num_parameters
 
 
+@pytest.mark.model
 def test_gradients_and_optimizer_are_those_of_the_kept_entries_alone(steppers: dict[str, Stepper]) -> None:
     lora, lori = (steppers[method].footprint() for method in ("lora", "lori"))
     assert lori.num_bytes == 3 * 4 * lori.num_parameters  # a gradient and AdamW's two moments, fp32

@@ -41,15 +41,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_for(tiny_model: Path, data: Path, output: Path, **changes: object) -> StudyConfig:
     fields = {
         "data": data, "output": output, "model": str(tiny_model), "dtype": "float32", "seeds": [0, 1], "steps": 3, "rank": 4,
-        "batch_tokens": 60, "num_rows": 8, "num_merge_rows": 6, "num_mixed": 3, "weights": [1.0], "swept": ["intent"],
-        "tasks": {name: TASKS[name] for name in ("intent", "math", "safety")},
+        "batch_tokens": 40, "num_rows": 6, "num_merge_rows": 4, "num_mixed": 3, "threads": 1, "weights": [1.0],
+        "swept": ["intent"], "tasks": {name: TASKS[name] for name in ("intent", "math", "safety")},
     }  # fmt: skip
     return StudyConfig.model_validate(fields | changes)
 
 
 @pytest.mark.slow
 def test_every_claim_is_written_down(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_for(tiny_model, data, tmp_path / "study")
+    config = config_for(tiny_model, data, tmp_path / "study", merges=["intent+math"])
     results = study(config)
     page = write_page(config, results).read_text()
     for claim in config.claims:

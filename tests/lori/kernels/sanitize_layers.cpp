@@ -1,119 +1,23 @@
-// Products, norms, gates and attention on random values of many sizes, in arrays that are not a byte longer than they must be,
-// compared with plain sums in double; says how many it checked. Compiled with the sanitizers by test_native_sanitizers.py, for
-// one instruction set: LAYERS names its functions, and where there is MULTIPLY, that is its product.
+// Norms, gates and attention on random values of many sizes, in arrays that are not a byte longer than they must be, compared
+// with plain sums in double; says how many it checked. Compiled with the sanitizers by test_native_sanitizers.py, for one
+// instruction set.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <utility>
 #include <vector>
 
+#include "exact_arrays.h"
 #include "layers.h"
-#include "product.h"
-#include "random_values.h"
+
+namespace lori {
+LayerFunctions layers_tested(Dtype);  // what layers_portable and so on are compiled as
+}
 
 using namespace lori;
 
 namespace {
-
-// Values in an array of just their bytes: whatever reads or writes one more is found.
-template <typename Value>
-struct Values {
-  size_t size;
-  std::unique_ptr<Value[]> at;
-  explicit Values(size_t size) : size(size), at(new Value[size]) { std::memset(at.get(), 0xff, size * sizeof(Value)); }
-  float get(size_t i) const {
-    if constexpr (sizeof(Value) == 2)
-      return widen(at[i]);
-    else
-      return at[i];
-  }
-  void set(size_t i, float value) {
-    if constexpr (sizeof(Value) == 2)
-      at[i] = narrow(value);
-    else
-      at[i] = value;
-  }
-  void fill(float scale = 1) {
-    for (size_t i = 0; i < size; i++) set(i, scale * normal());
-  }
-  uint8_t* bytes() const { return reinterpret_cast<uint8_t*>(at.get()); }
-};
-
-template <typename Value>
-constexpr double kRounding = sizeof(Value) == 2 ? 1.0 / 256 : 1.0 / 16777216;
-
-int num_checked = 0;
-
-void expect(bool is_right, const char* what, int a, int b, int c) {
-  num_checked++;
-  if (is_right) return;
-  std::printf("wrong: %s %d %d %d\n", what, a, b, c);
-  std::exit(1);
-}
-
-#ifdef MULTIPLY
-
-// A product whose rows are apart, in three calls, as threads share it.
-template <typename Weight>
-void check_product(int num_rows, int num_outputs, int num_inputs, bool has_bias) {
-  constexpr bool kIsNarrow = sizeof(Weight) == 1;
-  Values<Weight> weight(static_cast<size_t>(num_outputs) * num_inputs), panels(part_size(num_outputs, num_inputs));
-  Values<float> bias(num_outputs), scales(num_outputs);
-  weight.fill(kIsNarrow ? 20 : 1);
-  bias.fill();
-  scales.fill();
-  pack_part(weight.at.get(), num_outputs, num_inputs, panels.at.get());
-  const int x_gap = draw(0, 3), y_gap = draw(0, 3);
-  const int64_t x_stride = num_inputs + x_gap, y_stride = num_outputs + y_gap;
-  Values<uint16_t> x((num_rows - 1) * x_stride + num_inputs), y((num_rows - 1) * y_stride + num_outputs);
-  for (int row = 0; row < num_rows; row++)
-    for (int i = 0; i < num_inputs; i++) x.set(row * x_stride + i, normal());
-  Part part{nullptr, has_bias ? bias.at.get() : nullptr, num_outputs, num_inputs};
-  if constexpr (kIsNarrow)
-    part.narrow = panels.at.get(), part.scales = scales.at.get();
-  else
-    part.panels = panels.at.get();
-  const Tokens tokens{x.at.get(), y.at.get(), x_stride, y_stride};
-  Values<float> sums(kRowBlock * kPanelOutputs);
-  Values<uint16_t> wanted(draw(1, 500)), other(1);
-  const Ahead::Range ranges[] = {
-      {wanted.bytes(), wanted.bytes() + 2 * wanted.size}, {other.bytes(), other.bytes()}, {other.bytes(), other.bytes() + 2}};
-  Ahead ahead(ranges, ranges + draw(0, 3));
-  const int row = draw(0, num_rows), panel = draw(0, part.num_panels());
-  MULTIPLY(part, tokens, row, num_rows, 0, panel, ahead, sums.at.get());
-  MULTIPLY(part, tokens, 0, row, 0, panel, ahead, sums.at.get());
-  MULTIPLY(part, tokens, 0, num_rows, panel, part.num_panels(), ahead, sums.at.get());
-  bool is_right = true;
-  for (int r = 0; r < num_rows; r++) {
-    for (int o = 0; o < num_outputs; o++) {
-      double exact = has_bias ? bias.get(o) : 0, magnitude = std::fabs(exact);
-      for (int i = 0; i < num_inputs; i++) {
-        const double scale = kIsNarrow ? scales.get(o) : 1;
-        const double product = scale * x.get(r * x_stride + i) * weight.get(static_cast<size_t>(o) * num_inputs + i);
-        exact += product;
-        magnitude += std::fabs(product);
-      }
-      is_right &= std::fabs(y.get(r * y_stride + o) - exact) <= std::fabs(exact) / 256 + 1e-5 * magnitude;
-    }
-    for (int gap = num_outputs; gap < y_stride && r + 1 < num_rows; gap++) is_right &= y.at[r * y_stride + gap] == 0xffff;
-  }
-  expect(is_right, kIsNarrow ? "product in int8" : "product", num_rows, num_outputs, num_inputs);
-}
-
-template <typename Weight>
-void check_products() {
-  for (int num_outputs = 1; num_outputs <= 100; num_outputs++)
-    for (int num_rows = 1; num_rows <= 17; num_rows++)
-      check_product<Weight>(num_rows, num_outputs, 2 * draw(1, 12), (num_rows + num_outputs) % 2);
-  for (int num_outputs : {1, 16, 31, 48, 49, 80, 97, 100}) check_product<Weight>(257, num_outputs, 2 * draw(1, 12), num_outputs % 2);
-  for (int num_inputs : {254, 258, 4094, 4096, 4098, 8192, 8194})
-    for (int num_rows : {1, 9}) check_product<Weight>(num_rows, 65, num_inputs, true);
-}
-
-#endif
 
 template <typename Value>
 Matrix matrix(const Values<Value>& values, int64_t stride) {
@@ -384,11 +288,7 @@ void check_layers(const LayerFunctions& functions) {
 }  // namespace
 
 int main() {
-#ifdef MULTIPLY
-  check_products<uint16_t>();
-  check_products<int8_t>();
-#endif
-  check_layers<uint16_t>(LAYERS(Dtype::kBfloat16));
-  check_layers<float>(LAYERS(Dtype::kFloat32));
+  check_layers<uint16_t>(layers_tested(Dtype::kBfloat16));
+  check_layers<float>(layers_tested(Dtype::kFloat32));
   std::printf("checked %d\n", num_checked);
 }

@@ -18,11 +18,10 @@ from lori.kernels import Operands, Route, Term, cpu, native, reference
 from lori.kernels.cpu import PACKED_NS, add_delta, max_packed_tokens
 from lori.kernels.route import LONG_SEGMENT
 from tests.cases import all_pairs
-from tests.lori.instruction_sets import FLAGS, SANITIZE
 from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
+from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_portable, run_program
 
 ROOT = Path(__file__).parents[3]
-SOURCES = Path(native.__file__).parent / "native"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -233,16 +232,14 @@ def test_an_empty_module_is_never_unpacked() -> None:
 @pytest.mark.sanitizer
 @pytest.mark.needs("compiler")
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
-def test_address_and_undefined_behaviour_sanitizers_are_silent(tmp_path: Path, instruction_set: str) -> None:
-    files = [
-        str(SOURCES / f"expand_{instruction_set}.cpp"),
-        *(str(SOURCES / name) for name in ("pack.cpp", "rice.cpp", "adapter_file.cpp")),
-        str(Path(__file__).parent / "sanitize.cpp"),
-    ]
-    defines = [f"-DCHOOSE=choose_{instruction_set}", f"-I{SOURCES}"]
-    program = tmp_path / "sanitize"
-    flags = [*SANITIZE.split(), *FLAGS[instruction_set].split(), *defines]
-    subprocess.run(["g++", *flags, *files, "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("checked ")
+def test_steps_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
+    expand = compile_kernel("expand", "choose", instruction_set)
+    rest = compile_portable(SOURCES / "pack.cpp"), compile_portable(PROGRAMS / "sanitize.cpp")
+    assert run_program(tmp_path, expand, *rest).startswith("checked ")
+
+
+@pytest.mark.sanitizer
+@pytest.mark.needs("compiler")
+def test_files_are_read_within_their_bytes(tmp_path: Path) -> None:
+    sources = [*(SOURCES / name for name in ("pack.cpp", "rice.cpp", "adapter_file.cpp")), PROGRAMS / "sanitize_files.cpp"]
+    assert run_program(tmp_path, *map(compile_portable, sources)).startswith("checked ")

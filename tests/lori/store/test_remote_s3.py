@@ -56,5 +56,6 @@ def test_a_store_in_s3_is_published_to_read_and_removed(bucket: str, tmp_path: P
 @pytest.mark.slow
 def test_s3_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UnreachableError, match="listing failed in the store of the adapters"):
         RemoteFolder("s3://bucket/adapters", LIMIT_S).files()

@@ -48,8 +48,14 @@ CHANGES: dict[str, Callable[[AdapterStore, Path], None]] = {
 }
 
 
-def kill_at_each_step(start: Path, place: Path, made: Path, change: str) -> None:
-    """For n = 0, 1, … copy the store `start` to `place`/n, and change it in a process that is killed before its nth step."""
+def kill_at_each_step(start: Path, place: Path, made: Path) -> None:
+    """For each change and n = 0, 1, … copy the store `start` to `place`/change/n, and make the change in a process that is killed
+    before its nth step."""
+    for change in CHANGES:
+        _kill_at_each_step(start, place / change, made, change)
+
+
+def _kill_at_each_step(start: Path, place: Path, made: Path, change: str) -> None:
     for number in count():
         root = place / str(number)
         shutil.copytree(start, root)
@@ -59,7 +65,8 @@ def kill_at_each_step(start: Path, place: Path, made: Path, change: str) -> None
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
-            sys.exit(os.waitstatus_to_exitcode(status))
+            assert status == 0
+            return
 
 
 def _die_at(steps_before: Iterator[int], event: str, _: object) -> None:
@@ -67,22 +74,30 @@ def _die_at(steps_before: Iterator[int], event: str, _: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_store_is_sound_whenever_its_writer_is_killed(tmp_path: Path, change: str) -> None:
-    """Every name means what it meant before or what it means after, and the next writer finds no lock and leaves no scratch."""
-    made, start, place = tmp_path / "made", AdapterStore(tmp_path / "start"), tmp_path / "killed"
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of adapters `made`, a store `start`, and in `killed` what every killed writer left of it."""
+    folder = tmp_path_factory.mktemp("stores")
+    made, start = folder / "made", AdapterStore(folder / "start")
     for seed in range(3):
         save(made / str(seed), make_config(values="float32"), make_modules(seed=seed))
     save(made / "measured", make_config(values="float32", metrics={"loss": 0.5}), make_modules(seed=0))
     start.publish(made / "0", "math")
     save(start.root / "plain", make_config(values="float32"), make_modules(seed=0))
-    writer = get_context("spawn").Process(target=kill_at_each_step, args=(start.root, place, made, change))
+    writer = get_context("spawn").Process(target=kill_at_each_step, args=(start.root, folder / "killed", made))
     writer.start()
     writer.join()
     assert writer.exitcode == 0
-    killed = sorted(place.iterdir(), key=lambda root: int(root.name))
-    before, after = meanings(start), meanings(AdapterStore(killed[-1]))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_store_is_sound_whenever_its_writer_is_killed(stores: Path, change: str) -> None:
+    """Every name means what it meant before or what it means after, and the next writer finds no lock and leaves no scratch."""
+    made = stores / "made"
+    killed = sorted((stores / "killed" / change).iterdir(), key=lambda root: int(root.name))
+    before, after = meanings(AdapterStore(stores / "start")), meanings(AdapterStore(killed[-1]))
     assert before != after, "it changes something, in the end"
     assert len(killed) > 5, "it was killed at several steps"
     for root in killed:

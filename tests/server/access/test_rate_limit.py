@@ -15,8 +15,9 @@ from server.access.gate import Gate
 from server.access.key_ring import KeyRing
 from server.access.limits import RateLimiter
 from server.service.service import Service
+from tests.server.forked import start_forked
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, make_service, refusal, served, write_keys
-from tests.server.live import LIMIT_S, start
+from tests.server.live import LIMIT_S
 from tests.server.rig import FakeEngine
 
 Asked = tuple[str, str, dict[str, Any], int]
@@ -162,7 +163,7 @@ def test_the_answer_is_there_before_the_body(tokenizer: PreTrainedTokenizerFast,
 def test_a_real_server_answers_before_the_body(writer_model: Path, tmp_path: Path) -> None:
     keys = write_keys(tmp_path, "requests_per_minute = 2")
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01", "--keys", str(keys)]
-    with start(tmp_path / "log", *flags) as live:
+    with start_forked(tmp_path / "log", *flags) as live:
         live.client.headers.update(bearer(ACME))
         assert live.client.get("/adapters").status_code == 200
         assert live.client.post("/generate", content=b"{", headers=JSON).status_code == 400

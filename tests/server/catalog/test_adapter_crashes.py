@@ -15,7 +15,8 @@ from lori.format import WEIGHTS_FILE, load_adapter
 from lori.store.aliases import ALIASES_FOLDER
 from lori.store.locks import LOCKS_FOLDER
 from lori.store.store import AdapterStore
-from tests.server.live import LIMIT_S, Live, start, wait_until
+from tests.server.forked import start_forked
+from tests.server.live import LIMIT_S, Live, wait_until
 from tests.server.rig import write_adapter
 
 MODULE = "tests.server.open_admin"
@@ -69,7 +70,7 @@ def test_a_killed_server_leaves_a_sound_store(writer_model: Path, writer: BaseMo
         write_adapter(draft, writer, seed=seed)
     store, statuses = AdapterStore(tmp_path / "store"), Counter[int]()
     write_adapter(store.root / "first", writer, seed=9)
-    with start(tmp_path / "log", *flags(writer_model, store.root), module=MODULE) as live:
+    with start_forked(tmp_path / "log", *flags(writer_model, store.root), module=MODULE) as live:
         changes = threading.Thread(target=change_until_killed, args=(live, drafts, statuses))
         changes.start()
         wait_until(lambda: statuses.total() >= num_changes, "changes")
@@ -81,7 +82,7 @@ def test_a_killed_server_leaves_a_sound_store(writer_model: Path, writer: BaseMo
         assert entry.load(writer.identity).version in known | {load_adapter(store.root / "first").version}
     meant = {name: entry.version for name, entry in store.current().items()}
     leave_scratch(store)
-    with start(tmp_path / "log", *flags(writer_model, store.root), module=MODULE) as live:
+    with start_forked(tmp_path / "log", *flags(writer_model, store.root), module=MODULE) as live:
         rows = live.client.get("/adapters").json()["adapters"]
         assert {row["name"]: row["version"] for row in rows} == meant
         for name, version in meant.items():

@@ -24,8 +24,9 @@ from server.catalog.inventory import take_inventory
 from server.engine.adapters.registry import Faulty
 from server.loading import load_service
 from server.settings import Settings
+from tests.server.forked import start_forked
 from tests.server.keyed import ACME, ADMIN, OTHER, bearer, write_keys
-from tests.server.live import Live, start
+from tests.server.live import Live
 from tests.server.office import Office, open_office
 from tests.server.rig import write_adapter
 
@@ -68,7 +69,7 @@ def served(writer_model: Path, writer: BaseModel, tmp_path_factory: pytest.TempP
     place = tmp_path_factory.mktemp("damaged")
     keys = write_keys(place, 'adapters = ["calm", "cut", "t*"]', 'adapters = ["peft"]')
     flags = ["--model", str(writer_model), "--adapters", str(write_store(place / "store", writer)), "--keys", str(keys)]
-    with start(place / "log", *flags, "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01") as server:
+    with start_forked(place / "log", *flags, "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01") as server:
         yield server
 
 
@@ -294,7 +295,7 @@ def test_a_tenant_reads_of_an_alias_no_other_adapter_s_name(writer_model: Path, 
     shutil.copytree(store / "calm", tmp_path / "elsewhere")
     (store / "hidden@bbbbbbbbbbbb").symlink_to(tmp_path / "elsewhere")
     flags = ["--model", str(writer_model), "--adapters", str(store), "--keys", str(keys), "--dtype", "float32"]
-    with start(tmp_path / "log", *flags, "--threads", "1", "--kv-cache-gib", "0.01") as server:
+    with start_forked(tmp_path / "log", *flags, "--threads", "1", "--kv-cache-gib", "0.01") as server:
         reply = server.client.get("/adapters", headers=bearer(ACME))
         assert {row["name"]: row["faults"] for row in reply.json()["faulty"]} == {
             "pub-broken": ["the alias cannot be read"],

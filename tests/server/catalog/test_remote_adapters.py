@@ -13,7 +13,7 @@ from lori.base_model import BaseModel
 from lori.config import CONFIG_FILE
 from lori.format import CARD_FILE, WEIGHTS_FILE
 from tests.lori.remotes import LIMIT_S, Broken, Gate, WatchedFileSystem, let
-from tests.server.live import start
+from tests.server.forked import start_forked
 from tests.server.office import Office, open_office
 
 NOTHING_KEPT = {"adapter_cache_gib": 0, "loaded_gib": 0}
@@ -193,7 +193,7 @@ def test_a_card_comes_when_it_is_asked_for(writer_model: Path, writer: BaseModel
 @pytest.mark.slow
 def test_a_real_server_serves_what_lies_at_an_address(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--adapters", f"file://{adapters}", "--adapter-cache", str(tmp_path / "cache")]
-    with start(tmp_path / "log", *flags, "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02") as server:
+    with start_forked(tmp_path / "log", *flags, "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02") as server:
         names = [row["name"] for row in server.client.get("/adapters").json()["adapters"]]
         assert names == ["intent", "math", "safety"]
         texts = {name: server.generate(prompt="The quick", adapter=name, max_tokens=12)["text"] for name in names}

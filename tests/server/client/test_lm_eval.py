@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,16 +43,48 @@ def write_task(folder: Path, name: str, kind: str, metric: str, docs: Sequence[M
     (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
 
 
-def run_harness(folder: Path, live: Live, batch_size: int, **arguments: object) -> tuple[dict[str, float], dict[str, list[Any]]]:
-    """Returns the metrics of the tasks in `folder`, and what was answered in each document of each."""
-    given = {"base_url": f"{live.url}/v1/completions", "max_length": 4096, **arguments}
-    flags = ["--model", "local-completions", "--model_args", ",".join(f"{key}={value}" for key, value in given.items())]
-    flags += ["--tasks", "choice,text", "--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples"]
-    flags += ["--batch_size", str(batch_size)]
+HARNESS = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
+"""
+"""A program that is `lm_eval` with each of several lists of arguments, one after the other: its imports take seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What the harness asks for, and how."""
+
+    model: str
+    weights: Mapping[str, float]
+    batch_size: int
+    arguments: Mapping[str, object]
+
+    def flags(self, folder: Path, live: Live, tokenizer: Path) -> list[str]:
+        """Returns the harness's arguments for the tasks in `folder`."""
+        own = {"base_url": f"{live.url}/v1/completions", "max_length": 4096, "model": self.model, "tokenizer": tokenizer}
+        given = ",".join(f"{key}={value}" for key, value in (own | self.arguments).items())
+        flags = ["--model", "local-completions", "--model_args", given, "--tasks", "choice,text", "--include_path", str(folder)]
+        return [*flags, "--output_path", str(folder / "out"), "--log_samples", "--batch_size", str(self.batch_size)]
+
+
+CASES = [
+    Case("math", {"math": 1.0}, 1, {"tokenized_requests": True, "num_concurrent": 4}),
+    Case("math:0.7+safety:-0.4", {"math": 0.7, "safety": -0.4}, 3, {"tokenized_requests": False}),
+]
+
+
+def run_harness(folder: Path, runs: Sequence[Sequence[str]]) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lm_eval", *flags]
+    command = [sys.executable, "-c", HARNESS, json.dumps(runs)]
     run = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=LIMIT_S, cwd=folder)
     assert run.returncode == 0, run.stderr
+
+
+def read_results(folder: Path) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """Returns the metrics of the tasks in `folder`, and what was answered in each document of each."""
     [results] = folder.glob("out/*/results_*.json")
     metrics = {name: found for of in json.loads(results.read_text())["results"].values() for name, found in of.items()}
     answers = {}
@@ -86,37 +119,44 @@ class Truth:
         return text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "weights", "batch_size", "arguments"),
-    [
-        ("math", {"math": 1.0}, 1, {"tokenized_requests": True, "num_concurrent": 4}),
-        ("math:0.7+safety:-0.4", {"math": 0.7, "safety": -0.4}, 3, {"tokenized_requests": False}),
-    ],
-)
-def test_the_harness_measures_what_transformers_computes(
-    live: Live, writer: BaseModel, writer_model: Path, adapters: Path, tmp_path: Path, model: str, weights: dict[str, float],
-    batch_size: int, arguments: dict[str, object],
-) -> None:  # fmt: skip
-    truth = Truth(writer, adapters, weights)
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What transformers computes of the documents of both tasks."""
+
+    choices: list[list[tuple[float, bool]]]
+    texts: list[str]
+
+
+def write_tasks(folder: Path, truth: Truth) -> Expected:
+    """Writes two tasks. Two answers of one and an answer of the other shall be wrong."""
+    folder.mkdir()
     texts = [truth.text(question) for question in QUESTIONS]
     choices = [[" blue", text[:4], " é", text[:7] + "#"] for text in texts]
     expected = [[truth.likelihood(q, choice) for choice in of] for q, of in zip(QUESTIONS, choices, strict=True)]
     best = [max(range(4), key=[value for value, _ in of].__getitem__) for of in expected]
-    # The last two answers shall be wrong.
     right = [*best[:-2], *((i + 1) % 4 for i in best[-2:])]
     docs = [{"question": q, "choices": of, "answer": i} for q, of, i in zip(QUESTIONS, choices, right, strict=True)]
-    write_task(tmp_path, "choice", "multiple_choice", "acc", docs, 'doc_to_choice: "{{choices}}"\n')
+    write_task(folder, "choice", "multiple_choice", "acc", docs, 'doc_to_choice: "{{choices}}"\n')
     stopped = [text.partition(STOP)[0] for text in texts]
     docs = [{"question": q, "answer": text} for q, text in zip(QUESTIONS, [*stopped[:-1], "never said"], strict=True)]
     more = f'generation_kwargs: {{until: ["{STOP}"], max_gen_toks: {NUM_TOKENS}, do_sample: false}}\n'
-    write_task(tmp_path, "text", "generate_until", "exact_match", docs, more)
+    write_task(folder, "text", "generate_until", "exact_match", docs, more)
+    return Expected(expected, stopped)
 
-    metrics, answers = run_harness(tmp_path, live, batch_size, model=model, tokenizer=writer_model, **arguments)
-    for found, of in zip(answers["choice"], expected, strict=True):
-        assert [float(value) for value, _ in found] == pytest.approx([value for value, _ in of], abs=1e-3)
-        assert [is_greedy == "True" for _, is_greedy in found] == [is_greedy for _, is_greedy in of]
-    assert any(is_greedy for of in expected for _, is_greedy in of)
-    assert [text for [text] in answers["text"]] == stopped
-    assert metrics["acc,none"] == pytest.approx(4 / 6)
-    assert metrics["exact_match,none"] == pytest.approx(5 / 6)
+
+@pytest.mark.slow
+def test_the_harness_measures_what_transformers_computes(
+    live: Live, writer: BaseModel, writer_model: Path, adapters: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / str(number) for number, _ in enumerate(CASES)]
+    truths = [write_tasks(folder, Truth(writer, adapters, case.weights)) for folder, case in zip(folders, CASES, strict=True)]
+    run_harness(tmp_path, [case.flags(folder, live, writer_model) for folder, case in zip(folders, CASES, strict=True)])
+    for folder, expected in zip(folders, truths, strict=True):
+        metrics, answers = read_results(folder)
+        for found, of in zip(answers["choice"], expected.choices, strict=True):
+            assert [float(value) for value, _ in found] == pytest.approx([value for value, _ in of], abs=1e-3)
+            assert [is_greedy == "True" for _, is_greedy in found] == [is_greedy for _, is_greedy in of]
+        assert any(is_greedy for of in expected.choices for _, is_greedy in of)
+        assert [text for [text] in answers["text"]] == expected.texts
+        assert metrics["acc,none"] == pytest.approx(4 / 6)
+        assert metrics["exact_match,none"] == pytest.approx(5 / 6)

@@ -17,8 +17,8 @@ from tests.server.live import wait_until
 pytestmark = pytest.mark.cluster
 PROMPT = "Question: What is 2 + 3?\nAnswer:"
 FLAGS = ["--replicas", "1", "--max-replicas", "2", "--target-requests", "4", "--threads", "1"]
-FLAGS += ["--upscale-delay-s", "1", "--downscale-delay-s", "5", "--drain-s", "240"]
-LONG = 600
+FLAGS += ["--upscale-delay-s", "1", "--downscale-delay-s", "3", "--drain-s", "240"]
+LONG = 300
 """Tokens of a stream: it ends some seconds after its replica is told to go."""
 
 

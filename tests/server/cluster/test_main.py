@@ -8,6 +8,8 @@ import pytest
 from server.transport.sockets import free_port
 from tests.server.live import LIMIT_S, run_main
 
+pytestmark = pytest.mark.slow
+
 
 def refused(log: Path, *flags: str) -> tuple[int, str]:
     """Returns the exit code of a cluster that does not start, and what it said."""

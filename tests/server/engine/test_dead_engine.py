@@ -8,8 +8,9 @@ import httpx
 import pytest
 
 from server.engine.thread import REARM_S
+from tests.server.forked import start_forked
 from tests.server.keyed import refusal, write_keys
-from tests.server.live import LIMIT_S, Live, events, start
+from tests.server.live import LIMIT_S, Live, events
 
 DYING = "tests.server.dying_server"
 
@@ -35,7 +36,7 @@ def assert_is_unhealthy(live: Live) -> None:
 
 @pytest.mark.slow
 def test_a_server_whose_engine_died_says_so_and_ends(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, module=DYING) as live:
+    with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         assert live.client.get("/health").status_code == 200
         body = {"prompt": "a", "max_tokens": 4000, "stream": True}
         with httpx.stream("POST", f"{live.url}/generate", json=body, timeout=LIMIT_S) as reply:
@@ -51,8 +52,9 @@ def test_a_server_whose_engine_died_says_so_and_ends(flags: list[str], tmp_path:
     assert 'raise MemoryError("out of luck")' in log, "with its stack"
 
 
+@pytest.mark.slow
 def test_a_thread_that_never_ends_does_not_keep_a_dead_server(flags: list[str], tmp_path: Path) -> None:
-    with start(tmp_path / "log", *flags, module=DYING) as live:
+    with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         kill_engine(live, "die and leave a thread")
         assert live.process.wait(LIMIT_S) == 1
     log = (tmp_path / "log").read_text()
@@ -64,7 +66,7 @@ def test_a_thread_that_never_ends_does_not_keep_a_dead_server(flags: list[str], 
 @pytest.mark.parametrize(("prompt", "log_format"), [("wait", "json"), ("hold the lock", "text")])
 def test_a_step_that_never_ends_ends_the_server(flags: list[str], tmp_path: Path, prompt: str, log_format: str) -> None:
     flags += ["--max-step-s", "1", "--log-format", log_format]
-    with start(tmp_path / "log", *flags, module=DYING) as live:
+    with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         with pytest.raises(httpx.TransportError):
             live.client.post("/generate", json={"prompt": prompt})
         assert live.process.wait(LIMIT_S) == 1
@@ -73,9 +75,10 @@ def test_a_step_that_never_ends_ends_the_server(flags: list[str], tmp_path: Path
     assert f"in {prompt.replace(' ', '_')}" in log, "where it is stuck"
 
 
+@pytest.mark.slow
 def test_an_idle_server_is_not_taken_for_stuck(flags: list[str], tmp_path: Path) -> None:
     """Nor one whose steps are many."""
-    with start(tmp_path / "log", *flags, "--max-step-s", "5") as live:
+    with start_forked(tmp_path / "log", *flags, "--max-step-s", "5") as live:
         assert len(live.generate(prompt="a", max_tokens=1000)["text"]) == 1000
         with pytest.raises(subprocess.TimeoutExpired):
             live.process.wait(5 + REARM_S + 1)
@@ -85,10 +88,11 @@ def test_an_idle_server_is_not_taken_for_stuck(flags: list[str], tmp_path: Path)
     assert "Timeout (" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_a_key_file_that_nobody_watches_any_more_ends_the_server(flags: list[str], tmp_path: Path) -> None:
     """Revoked keys would count for ever."""
     flags += ["--keys", str(write_keys(tmp_path)), "--drain-notice-s", "0"]
-    with start(tmp_path / "log", *flags, module=DYING) as live:
+    with start_forked(tmp_path / "log", *flags, module=DYING) as live:
         (tmp_path / "keys.toml").write_text("# die")
         assert live.process.wait(LIMIT_S) == 1
     assert "out of luck" in (tmp_path / "log").read_text()

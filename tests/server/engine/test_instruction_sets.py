@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lori.kernels.native import MAX_ISA_VARIABLE, description
-from tests.server.live import LIMIT_S, Live, run_main, start
+from tests.server.forked import run_forked, start_forked
+from tests.server.live import LIMIT_S, Live
 
 
 @pytest.mark.slow
@@ -15,7 +16,7 @@ def test_a_server_on_portable_code_says_so_and_answers_the_same(
 ) -> None:
     monkeypatch.setenv(MAX_ISA_VARIABLE, "portable")
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--threads", "1", "--kv-cache-gib", "0.01"]
-    with start(tmp_path / "log", *flags) as server:
+    with start_forked(tmp_path / "log", *flags) as server:
         log = server.log.read_text()
         assert " in float32 on cpu" in log  # bfloat16 has no instructions here
         assert "C++ (portable" in description()
@@ -28,7 +29,7 @@ def test_a_server_on_portable_code_says_so_and_answers_the_same(
 @pytest.mark.slow
 def test_an_unknown_instruction_set_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAX_ISA_VARIABLE, "avx1024")
-    process = run_main(tmp_path / "log", "--port", "0")
+    process = run_forked(tmp_path / "log", "--port", "0")
     assert process.wait(LIMIT_S) == 1
     message = f"{MAX_ISA_VARIABLE}=avx1024 is not an instruction set, expected one of portable, avx2, avx512, avx512_bf16, amx"
     start, *rest = (tmp_path / "log").read_text().splitlines()

@@ -1,6 +1,7 @@
 """A Chromium of the system, and what every visit to the playground must keep to."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -62,6 +63,10 @@ class Visit:
             self.run()
         self.wait()
 
+    def look_again(self) -> None:
+        """Comes back to the tab, so that the page asks at once."""
+        self.page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+
     def wait(self) -> None:
         """Waits until nothing runs."""
         expect(self.page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "true")
@@ -82,6 +87,12 @@ class Visit:
         text = rows.filter(has=self.page.locator("dt", has_text=label)).last.locator("dd").text_content()
         assert text is not None
         return text
+
+
+def overflows(box: Locator) -> bool:
+    """Whether a box holds more than it shows at once."""
+    is_more: bool = box.evaluate("(of) => of.scrollHeight > of.clientHeight")
+    return is_more
 
 
 def is_answer(response: Response) -> bool:
@@ -105,8 +116,9 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def visiting(browser: Browser) -> Iterator[Visiting]:
+@contextmanager
+def visits_of(browser: Browser) -> Iterator[Visiting]:
+    """Opens pages, which are closed and checked when the block ends."""
     visits: list[Visit] = []
 
     def open_page(url: str, allowed: tuple[int, ...] = (), asks: str = "prompt", **options: Any) -> Visit:
@@ -126,6 +138,12 @@ def visiting(browser: Browser) -> Iterator[Visiting]:
         visit.page.context.close()
         assert [request.url for request in visit.requests if not request.url.startswith(visit.url)] == []
         assert visit.faults == []
+
+
+@pytest.fixture
+def visiting(browser: Browser) -> Iterator[Visiting]:
+    with visits_of(browser) as open_page:
+        yield open_page
 
 
 @pytest.fixture

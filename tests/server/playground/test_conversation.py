@@ -1,13 +1,17 @@
 """A conversation in the playground, on a real server: what is sent of it, who answered, and that the answer is in sight."""
 
 import json
+import string
+from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
 from playwright.sync_api import expect
 
 from tests.server.live import Live
-from tests.server.playground.conftest import Visit, Visiting
+from tests.server.playground.conftest import Visit, Visiting, overflows
+from tests.server.playground.fake_api import FakeApi, done, served, token
 
 SIZES = [{"width": 1366, "height": 768}, {"width": 1920, "height": 1080}, {"width": 390, "height": 844}]
 # What of an element's box is not on the page's surface: beyond the window, or below something else.
@@ -26,17 +30,29 @@ def said(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def begin(visiting: Visiting, live: Live, view: str = "Plain text", **options: Any) -> Visit:
+def begin(visiting: Visiting, url: str, view: str = "Plain text", **options: Any) -> Visit:
     """Returns a visit that begins a conversation, in the template that all adapters and the base have in common."""
-    visit = visiting(live.url, asks="messages", **options)
+    visit = visiting(url, asks="messages", **options)
     visit.page.get_by_role("combobox", name="Template").select_option("plain")
     visit.page.get_by_role("radio", name=view).check()
     return visit
 
 
 @pytest.fixture
+def fake() -> FakeApi:
+    return FakeApi()
+
+
+@pytest.fixture
+def url(fake: FakeApi) -> Iterator[str]:
+    """Where an answer comes in larger pieces. It is there before any page is open, and longer."""
+    with served(fake) as client:
+        yield str(client.base_url).rstrip("/")
+
+
+@pytest.fixture
 def talk(visiting: Visiting, live: Live) -> Visit:
-    return begin(visiting, live)
+    return begin(visiting, live.url)
 
 
 def test_each_turn_sends_the_turns_before_and_shows_who_answered(talk: Visit, live: Live) -> None:
@@ -80,7 +96,7 @@ def test_a_merge_that_is_no_sum_is_named(talk: Visit) -> None:
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size['width']}x{size['height']}")
 def test_the_answer_is_in_sight(visiting: Visiting, live: Live, size: Any) -> None:
-    visit = begin(visiting, live, view="Markdown", viewport=size, reduced_motion="reduce")
+    visit = begin(visiting, live.url, view="Markdown", viewport=size, reduced_motion="reduce")
     visit.pick("math")
     # On the first turn there is little to scroll, and a long answer ends no lower than a short one.
     for prompt, num_tokens in (("one", "20"), ("two", "600"), ("three", "20")):
@@ -97,22 +113,27 @@ def test_the_answer_is_in_sight(visiting: Visiting, live: Live, size: Any) -> No
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size['width']}x{size['height']}")
 @pytest.mark.parametrize("view", ["Markdown", "Plain text"])
-def test_nothing_shifts_while_a_later_turn_comes(visiting: Visiting, live: Live, size: Any, view: str) -> None:
-    visit = begin(visiting, live, view=view, viewport=size, reduced_motion="reduce")
+def test_nothing_shifts_while_a_later_turn_comes(url: str, fake: FakeApi, visiting: Visiting, size: Any, view: str) -> None:
+    visit = begin(visiting, url, view=view, viewport=size, reduced_motion="reduce")
     page = visit.page
     visit.pick("math")
-    visit.ask(prompt="one", max_tokens="200")
-    visit.ask(prompt="two", max_tokens="200")
+    text = "".join(Random(0).choices(string.printable[:95] + "\n", k=3000))
+    fake.stream = [token(text[:200]), done(200)]
+    visit.ask(prompt="one")
+    visit.ask(prompt="two")
+    fake.stream = [*(token(text[i : i + 10]) for i in range(0, len(text), 10)), done(3000)]
+    fake.may_go_on.clear()
     page.locator("#prompt").fill("three")
-    page.locator("#max_tokens").fill("3000")
     page.evaluate("document.getElementById('ask').requestSubmit()")
     expect(visit.answer("mix", "h3")).to_have_text("Answer 3: 1.00 math")
     # For half a second after somebody did something a browser does not count. That a turn begins is meant.
     page.evaluate("new Promise((done) => setTimeout(done, 100))")
     page.evaluate("window.shifts.length = 0")
     expect(page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "false")
+    fake.may_go_on.set()
     visit.wait()
     assert visit.figure("mix", "Tokens").endswith(", 3,000 out")
+    assert overflows(visit.answer("mix", ".text"))
     assert page.evaluate("window.shifts") == []
 
 
@@ -154,7 +175,7 @@ def test_a_message_is_written_anew_and_what_came_after_it_is_forgotten(talk: Vis
 
 
 def test_a_turn_that_failed_is_not_sent_on_and_can_be_sent_again(visiting: Visiting, live: Live) -> None:
-    visit = begin(visiting, live, allowed=(400,))
+    visit = begin(visiting, live.url, allowed=(400,))
     visit.ask(prompt="one", max_tokens="4")
     visit.ask(prompt="two", max_tokens="1000000")
     expect(visit.answer("base", ".end dd")).to_have_text("failed")
@@ -165,7 +186,7 @@ def test_a_turn_that_failed_is_not_sent_on_and_can_be_sent_again(visiting: Visit
 
 
 def test_a_side_that_failed_goes_on_from_the_other_sides_answer(visiting: Visiting, live: Live) -> None:
-    visit = begin(visiting, live, allowed=(400,))
+    visit = begin(visiting, live.url, allowed=(400,))
     visit.pick("math")
     exact = visit.page.get_by_role("spinbutton", name="Exact weight of math")
     exact.fill("17")
@@ -194,7 +215,7 @@ def test_a_system_message_comes_first(talk: Visit) -> None:
 
 
 def test_what_was_asked_last_is_copied_where_nothing_new_is_written(visiting: Visiting, live: Live) -> None:
-    visit = begin(visiting, live, permissions=["clipboard-read", "clipboard-write"])
+    visit = begin(visiting, live.url, permissions=["clipboard-read", "clipboard-write"])
     visit.ask(prompt="one", max_tokens="4")
     visit.ask(prompt="two")
     asked = visit.bodies()[-1]["messages"]

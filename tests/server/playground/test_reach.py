@@ -1,17 +1,19 @@
 """Whom the playground reaches: by keyboard alone, on a phone, by ear, with any eyes, without things that jump."""
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, ViewportSize, expect
 
 from tests.server.live import Live
-from tests.server.playground.conftest import Visit, Visiting
+from tests.server.playground.conftest import Visit, Visiting, overflows, visits_of
 from tests.server.routes.test_http import FOX
 
-PHONE = {"width": 360, "height": 740}
+PHONE: ViewportSize = {"width": 360, "height": 740}
+SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 MAX_TABS = 60
 CONTROLS = {
     "button", "checkbox", "columnheader", "combobox", "gridcell", "grid", "link", "radio", "region", "rowheader", "searchbox",
@@ -88,11 +90,14 @@ def fill_all(visit: Visit) -> None:
     expect(page.locator("main [aria-invalid=true]").first).to_be_visible()
 
 
-@pytest.fixture
-def full(visiting: Visiting, live: Live) -> Visit:
-    visit = visiting(live.url, allowed=(400,))
-    fill_all(visit)
-    return visit
+@pytest.fixture(scope="module")
+def full(browser: Browser, live: Live) -> Iterator[Visit]:
+    """A page with all its parts. What a test changes of it, it changes back."""
+    with visits_of(browser) as open_page:
+        # At once: a colour on its way to another is neither.
+        visit = open_page(live.url, allowed=(400,), reduced_motion="reduce")
+        fill_all(visit)
+        yield visit
 
 
 def tree(page: Page) -> list[dict[str, Any]]:
@@ -207,29 +212,31 @@ def test_headings_leave_no_level_out(full: Visit) -> None:
     assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
 
 
-@pytest.mark.parametrize("colour_scheme", ["light", "dark"])
-def test_all_text_stands_out(visiting: Visiting, live: Live, colour_scheme: str) -> None:
-    # At once: a colour on its way to another is neither.
-    visit = visiting(live.url, allowed=(400,), color_scheme=colour_scheme, reduced_motion="reduce")
-    fill_all(visit)
-    for label in ("Cosine", "Overlap", "Sign conflict"):
-        visit.page.get_by_role("radio", name=label).check()
-        visit.page.mouse.move(0, 0)
-        assert visit.page.evaluate(PALE) == []
+def test_all_text_stands_out(full: Visit) -> None:
+    """In light and in dark colours, which are not the same."""
+    backgrounds = []
+    for scheme in SCHEMES:
+        full.page.emulate_media(color_scheme=scheme)
+        backgrounds.append(full.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for label in ("Overlap", "Sign conflict", "Cosine"):
+            full.page.get_by_role("radio", name=label).check()
+            full.page.mouse.move(0, 0)
+            assert full.page.evaluate(PALE) == [], scheme
+    full.page.emulate_media(color_scheme="null")
+    assert len({*backgrounds}) == 2
 
 
-def test_it_is_dark_where_that_is_preferred(visiting: Visiting, live: Live) -> None:
-    found = {}
-    for scheme in ("light", "dark"):
-        page = visiting(live.url, color_scheme=scheme).page
-        found[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert found["light"] != found["dark"]
+def test_it_is_dark_from_the_start_where_that_is_preferred(visiting: Visiting, live: Live, full: Visit) -> None:
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert visiting(live.url, color_scheme="dark").page.evaluate(background) != full.page.evaluate(background)
 
 
-def test_nothing_moves_where_that_is_not_wanted(visiting: Visiting, live: Live) -> None:
+def test_nothing_moves_where_that_is_not_wanted(full: Visit) -> None:
     moving = "[...document.querySelectorAll('*')].filter((of) => parseFloat(getComputedStyle(of).transitionDuration) > 0).length"
-    assert visiting(live.url, reduced_motion="no-preference").page.evaluate(moving) > 0
-    assert visiting(live.url, reduced_motion="reduce").page.evaluate(moving) == 0
+    assert full.page.evaluate(moving) == 0
+    full.page.emulate_media(reduced_motion="no-preference")
+    assert full.page.evaluate(moving) > 0
+    full.page.emulate_media(reduced_motion="reduce")
 
 
 @pytest.mark.parametrize(("motion", "behavior"), [("no-preference", "smooth"), ("reduce", "instant")])
@@ -268,23 +275,25 @@ def test_a_phone_need_not_scroll_sideways(visiting: Visiting, live: Live, is_ful
     assert beyond == []
 
 
-def test_what_is_pressed_is_large_enough(visiting: Visiting, live: Live) -> None:
+def test_what_is_pressed_is_large_enough(full: Visit) -> None:
     """WCAG 2.2, 2.5.8: 24 by 24 pixels, of a control or of the label that presses it."""
-    visit = visiting(live.url, allowed=(400,), viewport=PHONE)
-    fill_all(visit)
-    small = visit.page.evaluate(
+    before = full.page.viewport_size
+    assert before is not None
+    full.page.set_viewport_size(PHONE)
+    small = full.page.evaluate(
         "[...document.querySelectorAll('button, input, select, textarea, [role=grid] td[tabindex]')]"
         ".filter((of) => of.checkVisibility()).map((of) => (of.closest('label') ?? of))"
         ".filter((of) => { const box = of.getBoundingClientRect(); return box.width < 24 || box.height < 24; })"
         ".map((of) => of.outerHTML)"
     )
+    full.page.set_viewport_size(before)
     assert small == []
 
 
 def test_nothing_shifts_while_answers_come(visit: Visit) -> None:
     visit.pick("math")
     visit.page.locator("#prompt").fill(FOX)
-    visit.page.locator("#max_tokens").fill("3000")
+    visit.page.locator("#max_tokens").fill("1500")
     # Not by mouse: for half a second after a press a browser does not count. That the panes open then is meant.
     visit.page.evaluate("document.getElementById('ask').requestSubmit()")
     expect(visit.answer("mix", ".text")).to_be_visible()
@@ -292,7 +301,8 @@ def test_nothing_shifts_while_answers_come(visit: Visit) -> None:
     visit.page.evaluate("window.shifts.length = 0")
     expect(visit.page.get_by_role("button", name="Stop")).to_have_attribute("aria-disabled", "false")
     visit.wait()
-    assert len(visit.text("mix")) == 3000
+    assert len(visit.text("mix")) == 1500
+    assert overflows(visit.answer("mix", ".text"))
     assert visit.page.evaluate("window.shifts") == []
 
 

@@ -8,6 +8,8 @@ from playwright.sync_api import Browser, sync_playwright
 from tests.needs import chromium, need
 from tests.server.live import Live
 
+pytestmark = pytest.mark.browser
+
 PAGE = "page.example"
 
 

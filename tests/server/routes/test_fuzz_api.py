@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from lori.base_model import load_base_model
+from tests.server.forked import start_forked
 from tests.server.keyed import ADMIN, bearer, write_keys
-from tests.server.live import REPOSITORY, Live, start
+from tests.server.live import REPOSITORY, Live
 from tests.server.rig import EOS, write_adapters
 from tests.tiny import save_tiny_model, tiny_llama_config
 
 HERE = Path(__file__).parent
 NUM_EXAMPLES = 2000
-PER_OPERATION = 40
+PER_OPERATION = 12
 """At random, beside those of bounds, of links and of the description itself."""
 LIMIT_S = 600
 
@@ -32,7 +33,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     write_adapters(place / "adapters", load_base_model(str(model), torch.float32))
     flags = ["--model", str(model), "--adapters", str(place / "adapters"), "--keys", str(write_keys(place))]
     flags += ["--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.002", "--max-step-tokens", "48", "--max-batch", "16"]
-    with start(place / "log", *flags) as server:
+    with start_forked(place / "log", *flags) as server:
         server.client.headers.update(bearer(ADMIN))
         yield server
 

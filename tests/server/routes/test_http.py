@@ -571,15 +571,15 @@ def test_when_the_engine_dies_a_stream_ends_with_an_error(tokenizer: PreTrainedT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_a_dead_engine_makes_the_server_unready_and_unhealthy(tokenizer: PreTrainedTokenizerFast, is_stream: bool) -> None:
+def test_a_dead_engine_makes_the_server_unready_and_unhealthy(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine(dies_at=1)) as (client, _):
         assert client.get("/ready").status_code == 200
         assert client.post("/generate", json={"prompt": "x"}).status_code == 500
         refusal(client.get("/health"), 503)
         refusal(client.get("/ready"), 503)
-        error = refusal(client.post("/generate", json={"prompt": "x", "stream": is_stream}), 503)
-        assert error["type"] == "ServiceUnavailableError"
+        for is_stream in (False, True):
+            error = refusal(client.post("/generate", json={"prompt": "x", "stream": is_stream}), 503)
+            assert error["type"] == "ServiceUnavailableError"
 
 
 class SlowAdmission:

@@ -3,8 +3,6 @@
 import json
 import logging
 import re
-import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from lori.errors import AdapterFormatError
 from lori.printable import MARGIN, printable, printable_lines
 from server.access.keys import KeyFileError
 from server.telemetry.logs import TextFormatter
-from tests.server.live import REPOSITORY, start
+from tests.server.forked import run_forked, start_forked
+from tests.server.live import LIMIT_S
 from tests.server.rig import write_adapter
 
 FORGED = "x\nERROR server: forged\r\n\x1b[31m\x1b[2J\x85\u2028\u202e\x00\x7f\x9b\ud800"
@@ -81,6 +80,7 @@ def test_text_that_is_printed_anyway_is_left_alone() -> None:
         assert printable(text) == printable_lines(text) == text
 
 
+@pytest.mark.slow
 def test_a_config_cannot_forge_a_line_of_the_server_s_log(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     """Line breaks in a config's keys reached the log as they were."""
     write_adapter(tmp_path / "store" / "math", writer, seed=1)
@@ -93,24 +93,18 @@ def test_a_config_cannot_forge_a_line_of_the_server_s_log(writer_model: Path, wr
     odd.mkdir()
     (odd / CONFIG_FILE).write_text("{}")
     flags = ["--model", str(writer_model), "--adapters", str(tmp_path / "store"), "--dtype", "float32", "--threads", "1"]
-    with start(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as server:
+    with start_forked(tmp_path / "log", *flags, "--kv-cache-gib", "0.01") as server:
         server.client.get("/no%1B%0AINFO server: forged", headers={"x-request-id": "a\tb"})
         server.client.post("/generate", json={"prompt": "x", "adapter": text})
         assert [row["name"] for row in server.client.get("/adapters").json()["faulty"]] == [printable(odd.name), "evil"]
     log = (tmp_path / "log").read_bytes().decode()
     assert all("forged" not in line or "NOT SERVED" in line or "GET" in line for line in records(log))
     assert len([line for line in records(log) if "NOT SERVED" in line]) == 2
-    ended = subprocess.run(
-        [sys.executable, "-m", "lori", "list", str(tmp_path / "store")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 1
-    for text in (ended.stdout, ended.stderr):
-        assert "\x1b" not in text
-        assert not any(line.startswith("INFO server: forged") for line in text.splitlines())
+    assert run_forked(tmp_path / "listed", "list", str(tmp_path / "store"), module="lori").wait(LIMIT_S) == 1
+    text = (tmp_path / "listed").read_text()
+    assert "evil" in text
+    assert "\x1b" not in text
+    assert not any(line.startswith("INFO server: forged") for line in text.splitlines())
 
 
 @pytest.mark.slow
@@ -119,10 +113,8 @@ def test_what_ends_the_start_is_printed_likewise(writer_model: Path, writer: Bas
     file = tmp_path / "store" / "math" / CONFIG_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": {"a\nerror: forged\x1b[31m": 0}}))
     flags = ["--port", "0", "--model", str(writer_model), "--adapters", str(tmp_path / "store"), "--strict"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "server", *flags], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert ended.returncode == 1
-    assert "\x1b" not in ended.stderr
-    assert not any(line.startswith("error: forged") for line in ended.stderr.splitlines())
-    assert r"a\nerror: forged\x1b[31m" in ended.stderr
+    assert run_forked(tmp_path / "log", *flags).wait(LIMIT_S) == 1
+    text = (tmp_path / "log").read_text()
+    assert "\x1b" not in text
+    assert not any(line.startswith("error: forged") for line in text.splitlines())
+    assert r"a\nerror: forged\x1b[31m" in text

@@ -10,8 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerFast
 
+from tests.server.forked import start_forked
 from tests.server.keyed import MONITOR, make_service, served, write_keys
-from tests.server.live import Live, start, wait_until
+from tests.server.live import Live, wait_until
 from tests.server.prometheus import MONITORING, Prometheus, point_at, scraping
 
 DASHBOARD = json.loads((MONITORING / "dashboards" / "lori-server.json").read_text())
@@ -54,10 +55,11 @@ def test_every_metric_of_the_dashboard_is_the_server_s(live: Live) -> None:
     assert asked - told == set()
 
 
+@pytest.mark.slow
 def test_every_panel_has_a_series(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     with (
-        start(tmp_path / "server.log", *flags) as server,
+        start_forked(tmp_path / "server.log", *flags) as server,
         scraping(point_at("prometheus.yml", server.port), tmp_path) as prometheus,
     ):
         prometheus.wait_for("up", 1)

@@ -15,8 +15,9 @@ from server.engine.admission import GenerateRequest
 from server.engine.request import Request
 from server.telemetry.logs import TextFormatter
 from tests.server.fake_service import served
+from tests.server.forked import start_forked
 from tests.server.keyed import ACME, bearer, write_keys
-from tests.server.live import Live, start, wait_until
+from tests.server.live import Live, wait_until
 from tests.server.rig import FakeEngine
 
 HEADER = "x-request-id"
@@ -185,7 +186,7 @@ def test_text_shows_what_a_record_has_beside_its_message_on_one_line() -> None:
 @pytest.fixture(scope="module")
 def json_live(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
-    with start(tmp_path_factory.mktemp("json") / "log", *flags, "--kv-cache-gib", "0.01", "--log-format", "json") as live:
+    with start_forked(tmp_path_factory.mktemp("json") / "log", *flags, "--kv-cache-gib", "0.01", "--log-format", "json") as live:
         yield live
 
 

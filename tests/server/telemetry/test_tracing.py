@@ -11,7 +11,8 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from server.telemetry.tracing import TracingError, start_tracing
-from tests.server.live import LIMIT_S, Live, run_main, start, wait_until
+from tests.server.forked import start_forked
+from tests.server.live import LIMIT_S, Live, run_main, wait_until
 from tests.server.otlp import Collector, attributes, collector
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -30,7 +31,7 @@ def traced(writer_model: Path, adapters: Path, heard: Collector, tmp_path_factor
     patch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     flags = ["--model", str(writer_model), "--adapters", str(adapters), "--dtype", "float32", "--threads", "1"]
     flags += ["--kv-cache-gib", "0.01", "--otlp-traces-endpoint", heard.url, "--drain-notice-s", "0"]
-    with patch.context(), start(tmp_path_factory.mktemp("traced") / "log", *flags) as live:
+    with patch.context(), start_forked(tmp_path_factory.mktemp("traced") / "log", *flags) as live:
         patch.undo()
         yield live
 
@@ -110,13 +111,14 @@ def test_the_collector_hears_who_we_are_and_of_no_probes(traced: Live, heard: Co
     assert heard.resources[0]["deployment.environment.name"] == "test"
 
 
+@pytest.mark.slow
 def test_what_was_not_sent_yet_is_sent_at_the_end(writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     with collector() as heard:
         monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", heard.url)
         monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
-        with start(tmp_path / "log", *flags, "--drain-notice-s", "0") as live:
+        with start_forked(tmp_path / "log", *flags, "--drain-notice-s", "0") as live:
             live.generate(prompt="a", max_tokens=1)
             assert not heard.spans
             live.process.send_signal(signal.SIGTERM)
@@ -125,10 +127,11 @@ def test_what_was_not_sent_yet_is_sent_at_the_end(writer_model: Path, tmp_path: 
         assert heard.resources[0]["service.name"] == "mine", "the environment comes before our own name"
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_not_there_hurts_nobody(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     flags += ["--otlp-traces-endpoint", "http://127.0.0.1:9", "--drain-notice-s", "0"]
-    with start(tmp_path / "log", *flags) as live:
+    with start_forked(tmp_path / "log", *flags) as live:
         live.generate(prompt="a", max_tokens=1)
         live.process.send_signal(signal.SIGTERM)
         assert live.process.wait(LIMIT_S) == 0
@@ -145,6 +148,7 @@ def test_traces_without_their_packages_are_refused_at_start(hidden: str, monkeyp
         start_tracing(None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"})
 
 
+@pytest.mark.slow
 def test_traces_that_cannot_be_sent_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     process = run_main(tmp_path / "log", "--otlp-traces-endpoint", "http://localhost:4317")

@@ -16,7 +16,8 @@ import uvicorn
 from server.transport import sockets
 from server.transport.connections import MAX_LINGERING, PATIENCE_S, IdleConnections
 from server.transport.sockets import RESERVE, connection_room
-from tests.server.live import LIMIT_S, Live, start, wait_until
+from tests.server.forked import start_forked
+from tests.server.live import LIMIT_S, Live, wait_until
 
 MAX_CONNECTIONS = 4
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -27,7 +28,7 @@ HALF = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\
 def narrow(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]
     flags += ["--max-body-s", "3600"]  # a body is half sent for as long as a busy machine takes
-    with start(tmp_path_factory.mktemp("narrow") / "log", *flags, "--max-connections", str(MAX_CONNECTIONS)) as live:
+    with start_forked(tmp_path_factory.mktemp("narrow") / "log", *flags, "--max-connections", str(MAX_CONNECTIONS)) as live:
         live.client.close()
         yield live
 

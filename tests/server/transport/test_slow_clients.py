@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from server.transport.connections import IdleConnections
 from server.transport.http_protocol import MAX_HELD_BYTES
 from tests.server.fake_service import served
-from tests.server.live import LIMIT_S, Live, events, start
+from tests.server.forked import start_forked
+from tests.server.live import LIMIT_S, Live, events
 from tests.server.rig import FakeEngine
 
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -74,7 +75,7 @@ def test_the_time_of_an_answer_is_not_the_body_s(tokenizer: PreTrainedTokenizerF
 @pytest.fixture(scope="module")
 def impatient(writer_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.02"]
-    with start(tmp_path_factory.mktemp("impatient") / "log", *flags, "--keep-alive-s", "0.5") as live:
+    with start_forked(tmp_path_factory.mktemp("impatient") / "log", *flags, "--keep-alive-s", "0.5") as live:
         yield live
 
 

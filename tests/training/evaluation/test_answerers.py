@@ -9,7 +9,9 @@ import torch
 from lori.base_model import BaseModel, load_base_model
 from lori.basis import Seeded
 from lori.template import Message
-from tests.server.live import start
+from server.loading import load_service
+from server.settings import Settings
+from tests.server.live import serve_here
 from training.batches import group_by_length
 from training.evaluation.answerer import Answerer, AnswerError, Prompt, Sampling
 from training.evaluation.local_answerer import LocalAnswerer
@@ -27,9 +29,11 @@ def base(tiny_model: Path) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    flags = ["--model", str(tiny_model), "--adapters", str(tmp_path_factory.mktemp("none")), "--dtype", "float32"]
-    with start(tmp_path_factory.mktemp("live") / "log", *flags) as live:
-        yield live.url
+    """The address of a server in this process."""
+    none = str(tmp_path_factory.mktemp("none"))
+    settings = Settings(model=str(tiny_model), adapters=none, dtype="float32", threads=1, kv_cache_gib=0.02)
+    with serve_here(load_service(settings)) as client:
+        yield str(client.base_url).rstrip("/")
 
 
 @pytest.fixture(params=["server", "local", "packed", "wrapped"])

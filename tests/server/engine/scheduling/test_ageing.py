@@ -10,7 +10,8 @@ import pytest
 from server.engine.request import Sequence
 from server.engine.scheduling.fair_queue import Ageing
 from server.engine.scheduling.scheduler import Scheduler
-from tests.server.live import LIMIT_S, start
+from tests.server.forked import start_forked
+from tests.server.live import LIMIT_S
 from tests.server.plans import added, added_choices, request, run, run_step, scheduler
 
 WAIT_S = 60.0
@@ -209,7 +210,7 @@ def test_a_sequence_that_ran_begins_to_wait_anew() -> None:
 def test_a_server_answers_a_lower_priority_beside_an_unceasing_stream_of_a_higher_one(writer_model: Path, tmp_path: Path) -> None:
     flags = ["--model", str(writer_model), "--dtype", "float32", "--threads", "1", "--kv-cache-gib", "0.01"]
     flags += ["--max-batch", "1", "--max-priority-wait-s", "0.5"]
-    with start(tmp_path / "log", *flags) as server, ThreadPoolExecutor(8) as pool:
+    with start_forked(tmp_path / "log", *flags) as server, ThreadPoolExecutor(8) as pool:
         is_over = threading.Event()
 
         def send_urgent() -> int:
