@@ -83,7 +83,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     use_threads(settings.threads)
     load = BackgroundLoad()
     device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
+    dtype = _dtype(settings.dtype, device)
     logger.info("loading %s in %s on %s …", settings.model or EMBEDDED_NAME, _name(dtype), device_name(device))
     # The model's own attention only computes the expected logits. Not every family has another one than the eager one.
     base = load_base_model(settings.model, dtype, "eager", device)
@@ -251,6 +251,17 @@ def _likely_bytes(base: BaseModel, registry: Registry, pool: AdapterPool, max_re
 def _max_nnz(base: BaseModel, settings: Settings) -> float:
     # An entry has a value and at least one byte for its column. The padding of slices comes on top.
     return settings.resident_gib * GIB / (base.model.dtype.itemsize + 1)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype called `name`. "auto" is bf16 wherever that is faster than fp32.
+
+    Our products in bf16 read half the bytes of torch's in fp32, with or without the CPU's instructions for bf16. Without AVX2
+    they compute too slowly.
+    """
+    if name == "auto" and has_native(torch.bfloat16, device) and choose() != "portable":
+        return torch.bfloat16
+    return resolve_dtype(name, device)
 
 
 def _basis(adapter: Registered) -> Basis:

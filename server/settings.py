@@ -85,10 +85,11 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """The device of the model and the adapters: cpu, cuda (the first GPU), cuda:N, or auto, which takes a GPU if there is one."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """The dtype of weights and products. auto is bfloat16 if the device has instructions for it, else float32."""
+    """The dtype of weights and products. auto is bfloat16, or float32 on a CPU without the compiled module and without
+    instructions for bfloat16."""
     quantization: Literal["int8"] | None = None
-    """int8 stores the layers' weights in 8 bits. Few users get tokens sooner, many users a little later. Only on a CPU with
-    AVX-512 for bfloat16."""
+    """int8 stores the layers' weights in 8 bits. Few users get tokens sooner, many users a little later. Only on a CPU, in
+    bfloat16 with C++ products."""
     threads: int = Field(default=0, ge=0)
     """CPU threads. 0 takes OMP_NUM_THREADS if it is set, else torch's own choice within the container's CPU limit."""
     resident_gib: float = Field(default=1.0, gt=0, le=65536, allow_inf_nan=False)

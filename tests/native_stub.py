@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.needs import NEEDS
+from lori.kernels.native import MISSING, MODULE
 
 ROOT = Path(__file__).parents[1]
 STUB = ROOT / "lori" / "kernels" / "native" / "_lori_cpu.pyi"
@@ -18,7 +18,7 @@ HEAD = "# `python -m tests.native_stub` writes this file.\n"
 def native_stub() -> str:
     """Return the types of the module that this environment imports, in ruff's format.
 
-    They do not depend on the compiler, unless it is without AVX-512 BF16: "all-bindings" of tests/needs.py.
+    They do not depend on the compiler.
     """
     with TemporaryDirectory() as folder:
         stub = Path(folder) / STUB.name
@@ -32,6 +32,6 @@ def _run(module: str, *arguments: str, given: str = "") -> str:
 
 
 if __name__ == "__main__":
-    if reason := NEEDS["all-bindings"]():
-        sys.exit(reason)
+    if not MODULE:
+        sys.exit(MISSING)
     STUB.write_text(native_stub(), encoding="utf-8")

@@ -1,12 +1,20 @@
-"""The compiler's flags: for each instruction set, as in the kernels' CMakeLists.txt.
+"""The compiler's flags of each instruction set, as the kernels' CMakeLists.txt has them.
 
 `python -m tests.lori.instruction_sets` prints the sets that a test run can be forced down to.
 """
 
+import re
+from pathlib import Path
+
+from lori.kernels import native
 from lori.kernels.native import has_amx, instruction_sets
 
-AVX512 = "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-FLAGS = {"portable": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vbmi"}
+LISTS = (Path(native.__file__).parent / "native" / "CMakeLists.txt").read_text(encoding="utf-8")
+VARIABLES = dict(re.findall(r"set\((\w+) (-m[^)]*)\)", LISTS))
+FLAGS = {"portable": ""} | {
+    name: re.sub(r"\$\{(\w+)\}", lambda variable: VARIABLES[variable[1]], flags)
+    for name, flags in re.findall(r"^ *add_instruction_set\((\w+) ([^)]*)\)", LISTS, re.MULTILINE)
+}
 
 
 def lower_sets() -> tuple[str, ...]:

@@ -525,7 +525,9 @@ def test_panels_and_biases_of_other_sizes_are_refused() -> None:
     assert size == 22 * (48 + 16)
     for num_values, num_inputs, bias in ((size - 1, 22, 33), (size + 1, 22, 33), (size, 21, 33), (size, 0, 33), (size, 22, 32)):
         with pytest.raises(ValueError, match=r"expected|sizes"):
-            MODULE.Projection(make(num_values).numpy(), [33], [5], num_inputs, torch.zeros(bias).numpy(), None, None)
+            MODULE.Projection(make(num_values).numpy(), [33], [5], num_inputs, torch.zeros(bias).numpy(), None, None, "portable")
+    with pytest.raises(ValueError, match="this processor does not run avx1024"):
+        MODULE.Projection(make(size).numpy(), [33], [5], 22, torch.zeros(33).numpy(), None, None, "avx1024")
     weight = make(33, 22).numpy()
     for num_values in (22 * 48 - 1, 22 * 48 + 1):
         with pytest.raises(ValueError, match="panels of the weights' size"):

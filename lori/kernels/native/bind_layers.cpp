@@ -7,20 +7,6 @@
 
 namespace lori {
 
-LayerFunctions choose_layer_functions(const std::string& name, Dtype dtype) {
-  if (!is_supported(name)) throw nb::value_error(("this processor does not run " + name).c_str());
-#ifdef LORI_AVX512_BF16
-  if (name == "avx512_bf16") return layers_avx512_bf16(dtype);
-#endif
-#ifdef LORI_AVX512
-  if (name == "avx512") return layers_avx512(dtype);
-#endif
-#ifdef LORI_AVX2
-  if (name == "avx2") return layers_avx2(dtype);
-#endif
-  return layers_portable(dtype);
-}
-
 namespace {
 
 void norm(const BoundLayers& layers, uintptr_t stream, int64_t stream_stride, uintptr_t added, int64_t added_stride,

@@ -1,15 +1,12 @@
 // Bindings of product.h.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
 #include "bound_product.h"
 
 namespace lori {
-
-#ifndef LORI_AVX512_BF16
-void bind_product(nb::module_&) {}  // there is no other code for it yet
-#else
 
 namespace {
 
@@ -55,9 +52,9 @@ void bind_product(nb::module_& m) {
   m.def("pack_weights", &pack_weights<int8_t>, nb::arg("weight"), nb::arg("panels"));
   nb::class_<Projection>(m, "Projection")
       .def(nb::init<Array<uint16_t, 1>, const std::vector<int>&, const std::vector<int>&, int, std::optional<Array<float, 1> >,
-                    std::optional<Array<int8_t, 1> >, std::optional<Array<float, 1> > >(),
+                    std::optional<Array<int8_t, 1> >, std::optional<Array<float, 1> >, const std::string&>(),
            nb::arg("panels"), nb::arg("sizes"), nb::arg("reduced"), nb::arg("num_inputs"), nb::arg("bias").none(),
-           nb::arg("narrow").none(), nb::arg("scales").none())
+           nb::arg("narrow").none(), nb::arg("scales").none(), nb::arg("instruction_set"))
       .def("multiply", &multiply, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),
            nb::arg("num_threads"))
       .def("reduce", &reduce, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("s"), nb::arg("s_stride"),
@@ -65,7 +62,5 @@ void bind_product(nb::module_& m) {
       .def("project", &project, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),
            nb::arg("s"), nb::arg("s_stride"), nb::arg("operands"), nb::arg("route"), nb::arg("num_threads"));
 }
-
-#endif
 
 }  // namespace lori

@@ -15,10 +15,6 @@
 
 namespace lori {
 
-#ifndef LORI_AVX512_BF16
-void bind_stack(nb::module_&) {}  // there are no products for it
-#else
-
 namespace {
 
 using MaybeNorm = std::optional<Array<float, 1> >;
@@ -216,7 +212,5 @@ void bind_stack(nb::module_& m) {
       .def("forward", &Stack::forward, nb::arg("stream"), nb::arg("added"), nb::arg("spans"), nb::arg("ropes"),
            nb::arg("route").none(), nb::arg("operands"), nb::arg("num_threads"));
 }
-
-#endif
 
 }  // namespace lori

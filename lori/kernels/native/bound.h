@@ -28,9 +28,6 @@ NewArray<T> new_array(std::vector<T>& values, const nb::capsule& owner) {
   return NewArray<T>(values.data(), {values.size()}, owner);
 }
 
-// An instruction set that this module was compiled for and that this processor runs.
-bool is_supported(const std::string& name);
-Expand choose_expand(const Operands& operands, const std::string& name);
 Dtype parse_dtype(const std::string& name);
 
 // The operands of one module. The arrays are those of the caller, kept alive and read at each call.
@@ -47,7 +44,7 @@ class BoundOperands {
       throw nb::value_error(("rank " + std::to_string(rank) + ", expected 1 to " + std::to_string(kMaxRank)).c_str());
     if (static_cast<int>(starts.shape(1)) != operands_.num_windows || basis_of.shape(0) != starts.shape(0))
       throw nb::value_error("starts and basis_of do not have the shapes of these slots and outputs");
-    expand_ = choose_expand(operands_, instruction_set);
+    expand_ = lori::instruction_set(instruction_set).choose_expand(operands_);
   }
   const Operands& operands() const { return operands_; }
   Expand expand() const { return expand_; }

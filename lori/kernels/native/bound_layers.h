@@ -12,8 +12,6 @@
 
 namespace lori {
 
-LayerFunctions choose_layer_functions(const std::string& name, Dtype dtype);
-
 inline Matrix matrix(uintptr_t at, int64_t stride) { return {reinterpret_cast<uint8_t*>(at), stride}; }
 
 inline int num_parts(int64_t count, int num_threads, int64_t least) {
@@ -107,7 +105,7 @@ class BoundHeads {
 class BoundLayers {
  public:
   BoundLayers(const std::string& instruction_set, const std::string& dtype)
-      : dtype_(parse_dtype(dtype)), functions_(choose_layer_functions(instruction_set, dtype_)) {}
+      : dtype_(parse_dtype(dtype)), functions_(lori::instruction_set(instruction_set).choose_layers(dtype_)) {}
 
   void norm(const Norm& norm, int64_t num_rows, int num_threads) const {
     share(num_rows, num_threads, 64, [&](int64_t first, int64_t last, int) { functions_.norm(norm, first, last); });

@@ -30,8 +30,15 @@ class Projection {
   // `panels` holds the parts one after the other: each layer's W, of `sizes` outputs, then the A of all, of `reduced` rows each.
   // Where there is `narrow` it has those of W, in int8 with a scale for each output.
   Projection(Array<uint16_t, 1> panels, const std::vector<int>& sizes, const std::vector<int>& reduced, int num_inputs,
-             std::optional<Array<float, 1>> bias, std::optional<Array<int8_t, 1>> narrow, std::optional<Array<float, 1>> scales)
-      : panels_(panels), bias_(bias), narrow_(narrow), scales_(scales), reduced_(reduced), num_inputs_(num_inputs) {
+             std::optional<Array<float, 1>> bias, std::optional<Array<int8_t, 1>> narrow, std::optional<Array<float, 1>> scales,
+             const std::string& instruction_set)
+      : multiply_(lori::instruction_set(instruction_set).multiply),
+        panels_(panels),
+        bias_(bias),
+        narrow_(narrow),
+        scales_(scales),
+        reduced_(reduced),
+        num_inputs_(num_inputs) {
     if (num_inputs < 2 || num_inputs % 2) throw nb::value_error("an even number of inputs expected");
     if (!reduced.empty() && reduced.size() != sizes.size())
       throw nb::value_error("rows of A for each layer, or for none, expected");
@@ -127,8 +134,8 @@ class Projection {
 
   // A layer window by window: as soon as a window's outputs are there its deltas follow, and meanwhile the memory is asked for
   // those of the next one.
-  static void windows(const Part& part, const Tokens& tokens, int num_tokens, const BoundOperands& bound, const BoundRoute& route,
-                      const Step& step) {
+  void windows(const Part& part, const Tokens& tokens, int num_tokens, const BoundOperands& bound, const BoundRoute& route,
+               const Step& step) const {
     float sums[kRowBlock * kPanelOutputs];
     const Operands& operands = bound.operands();
     std::vector<Ahead::Range> ranges;
@@ -140,14 +147,14 @@ class Projection {
       if (window == 0) add_blocks(operands, route.route(), 0, ranges);
       if (window + 1 < operands.num_windows) add_blocks(operands, route.route(), window + 1, ranges);
       Ahead ahead(ranges.data(), ranges.data() + ranges.size());
-      multiply_avx512_bf16(part, tokens, 0, num_tokens, panel, last_panel, ahead, sums);
+      multiply_(part, tokens, 0, num_tokens, panel, last_panel, ahead, sums);
       panel = last_panel;
       bound.expand()(operands, route.route(), step, window * route.num_active(), (window + 1) * route.num_active());
     }
   }
 
-  static void shared(const Part& part, const Tokens& tokens, int num_tokens, const BoundOperands& bound, const BoundRoute& route,
-                     const Step& step, const Share& share) {
+  void shared(const Part& part, const Tokens& tokens, int num_tokens, const BoundOperands& bound, const BoundRoute& route,
+              const Step& step, const Share& share) const {
     const Operands& operands = bound.operands();
     const int64_t items = route.num_active() * operands.num_windows;
     one(part, tokens, num_tokens, share);
@@ -156,7 +163,7 @@ class Projection {
   }
 
   // A share of a part: of its panels, and where there are few of them of the tokens too.
-  static void one(const Part& part, const Tokens& tokens, int num_tokens, const Share& share) {
+  void one(const Part& part, const Tokens& tokens, int num_tokens, const Share& share) const {
     float sums[kRowBlock * kPanelOutputs];
     Ahead ahead(nullptr, nullptr);
     const int panels = part.num_panels();
@@ -166,8 +173,8 @@ class Projection {
       const int row_part = static_cast<int>(item / panels), panel = static_cast<int>(item % panels);
       const int count = static_cast<int>(std::min<int64_t>(panels - panel, share.last(items) - item));
       const Share rows{row_part, row_parts};
-      multiply_avx512_bf16(part, tokens, static_cast<int>(rows.first(num_tokens)), static_cast<int>(rows.last(num_tokens)), panel,
-                           panel + count, ahead, sums);
+      multiply_(part, tokens, static_cast<int>(rows.first(num_tokens)), static_cast<int>(rows.last(num_tokens)), panel,
+                panel + count, ahead, sums);
       item += count;
     }
   }
@@ -184,6 +191,7 @@ class Projection {
     }
   }
 
+  Multiply multiply_;
   Array<uint16_t, 1> panels_;
   std::optional<Array<float, 1>> bias_;
   std::optional<Array<int8_t, 1>> narrow_;

@@ -1,4 +1,5 @@
-#include "expand_loops.h"
+#include "expand_avx2.h"
+
 #include "instruction_sets.h"
 
 namespace lori {

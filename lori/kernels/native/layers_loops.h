@@ -32,9 +32,10 @@ void norm_rows(const Norm& norm, int64_t first, int64_t last) {
 
 // erf by Abramowitz and Stegun 7.1.26 would be off by 1e-7; the library's is exact, and this activation is rare.
 LORI_INLINE Floats gelu(Floats x) {
-  Floats out;
-  for (int i = 0; i < kLanes; i++) out[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678f));
-  return out;
+  float values[kLanes];
+  store(values, x);
+  for (float& value : values) value = 0.5f * value * (1.0f + __builtin_erff(value * 0.70710678f));
+  return load(values);
 }
 
 template <typename Value, Activation kActivation>
@@ -47,7 +48,7 @@ void gate_rows(const Gate& gate, int64_t first, int64_t last) {
       Floats active;
       if constexpr (kActivation == Activation::kSilu)
         // The exponential ends at 88: what is far below would not be divided by enough.
-        active = value < splat(-88.0f) ? splat(0.0f) : value / (1.0f + exponential(-value));
+        active = select(value < splat(-88.0f), splat(0.0f), value / (1.0f + exponential(-value)));
       else if constexpr (kActivation == Activation::kGeluTanh)
         active = 0.5f * value * (1.0f + tanh_of(0.79788456f * (value + 0.044715f * value * value * value)));
       else
@@ -145,14 +146,18 @@ LORI_INLINE Floats multiply_add(Floats sum, const float* lanes, float word) { re
 LORI_INLINE Floats multiply_add(Floats sum, const uint16_t* lanes, uint32_t word) {
 #if defined(__AVX512BF16__)
   const __m512i values = _mm512_loadu_si512(lanes);
-  return bits_of<Floats>(
-      _mm512_dpbf16_ps(bits_of<__m512>(sum), (__m512bh)values, (__m512bh)_mm512_set1_epi32(static_cast<int>(word))));
+  sum.part[0] =
+      (Vector)_mm512_dpbf16_ps((__m512)sum.part[0], (__m512bh)values, (__m512bh)_mm512_set1_epi32(static_cast<int>(word)));
 #else
-  Words pairs;
-  std::memcpy(&pairs, lanes, sizeof(pairs));
-  sum += bits_of<Floats>(pairs << 16) * bits_of<float>(word << 16);
-  return sum + bits_of<Floats>(pairs & 0xffff0000u) * bits_of<float>(word & 0xffff0000u);
+  const float first = bits_of<float>(word << 16), second = bits_of<float>(word & 0xffff0000u);
+  for (int i = 0; i < kParts; i++) {
+    WordVector pairs;
+    std::memcpy(&pairs, lanes + 2 * kWidth * i, sizeof(pairs));
+    sum.part[i] += (Vector)(pairs << 16) * first;
+    sum.part[i] += (Vector)(pairs & 0xffff0000u) * second;
+  }
 #endif
+  return sum;
 }
 
 template <typename Value>
@@ -166,17 +171,24 @@ struct WordOf<uint16_t> {
   using Type = uint32_t;
 };
 
-// scores[r][0..16] of kRows queries (E / V, kRows) with one block's keys.
-template <typename Value, int kRows>
+// Sums that stay in registers: of queries in a block of keys, and of rows and vectors in a block of values.
+constexpr int kScoreRows = kWidth == 16 ? kMaxRows : kWidth == 8 ? 4 : 2;
+constexpr int kWeighRows = kWidth == 16 ? 6 : kScoreRows;
+constexpr int kWeighVectors = kWidth == 16 ? 4 : 1;
+
+// scores[r][0..16] of kRows queries (E / V, kRows) with one block's keys, for the queries from kFirst on.
+template <typename Value, int kRows, int kFirst = 0>
 LORI_INLINE void score_block(const Value* keys, const Value* ahead, const typename WordOf<Value>::Type* queries, int words,
                              float* scores, int64_t stride) {
-  Floats sums[kRows] = {};
-  for (int e = 0; e < words; e++, ahead += kBlockTokens * kTogether<Value>) {
-    __builtin_prefetch(ahead, 0, 2);
-    for (int r = 0; r < kRows; r++)
-      sums[r] = multiply_add(sums[r], keys + e * kBlockTokens * kTogether<Value>, queries[e * kRows + r]);
+  constexpr int kCount = kRows - kFirst < kScoreRows ? kRows - kFirst : kScoreRows;
+  Floats sums[kCount] = {};
+  for (int e = 0; e < words; e++) {
+    if (kFirst == 0) __builtin_prefetch(ahead + e * kBlockTokens * kTogether<Value>, 0, 2);
+    for (int r = 0; r < kCount; r++)
+      sums[r] = multiply_add(sums[r], keys + e * kBlockTokens * kTogether<Value>, queries[e * kRows + kFirst + r]);
   }
-  for (int r = 0; r < kRows; r++) store(scores + r * stride, sums[r]);
+  for (int r = 0; r < kCount; r++) store(scores + (kFirst + r) * stride, sums[r]);
+  if constexpr (kFirst + kCount < kRows) score_block<Value, kRows, kFirst + kCount>(keys, ahead, queries, words, scores, stride);
 }
 
 // The b-th block of keys that the next piece reads, or its last: a place in memory to ask for.
@@ -223,13 +235,12 @@ struct Seen {
 template <typename Value>
 void soften(float* scores, int first_key, int num_keys, const Seen& seen, float scale, float softcap, Value* weights) {
   Floats most = splat(-__builtin_inff());
-  Ints key;
-  for (int i = 0; i < kLanes; i++) key[i] = first_key + i;
-  for (int j = 0; j < num_keys; j += kLanes, key += kLanes) {
+  Ints key = count_from(first_key);
+  for (int j = 0; j < num_keys; j += kLanes, key = key + kLanes) {
     Floats score = load(scores + j) * scale;
     if (softcap > 0) score = softcap * tanh_of(score / softcap);
     const Ints is_seen = (key >= seen.first) & (key < seen.last);
-    score = is_seen ? score : splat(-__builtin_inff());
+    score = select(is_seen, score, splat(-__builtin_inff()));
     store(scores + j, score);
     most = greater(most, score);
   }
@@ -248,12 +259,24 @@ template <typename Value, int kRows>
 void weigh(const Heads& heads, const Attention& attention, const Piece& piece, const Piece& next, const int32_t* table,
            int first_block, int num_blocks, const Value* weights, int64_t stride, float* out) {
   int column = 0;
-  for (; column + 4 * kLanes <= heads.head_size; column += 4 * kLanes)
-    weigh_blocks<Value, kRows, 4>(heads, attention, piece, next, table, first_block, num_blocks, weights, stride, column, out,
-                                  heads.head_size);
+  for (; column + kWeighVectors * kLanes <= heads.head_size; column += kWeighVectors * kLanes)
+    weigh_blocks<Value, kRows, kWeighVectors>(heads, attention, piece, next, table, first_block, num_blocks, weights, stride,
+                                              column, out, heads.head_size);
   for (; column < heads.head_size; column += kLanes)
     weigh_blocks<Value, kRows, 1>(heads, attention, piece, next, table, first_block, num_blocks, weights, stride, column, out,
                                   heads.head_size);
+}
+
+// In groups of about the same size.
+template <typename Value, int kRows>
+LORI_INLINE void weigh_in_groups(const Heads& heads, const Attention& attention, const Piece& piece, const Piece& next,
+                                 const int32_t* table, int first_block, int num_blocks, const Value* weights, int64_t stride,
+                                 float* out) {
+  constexpr int kGroups = (kRows + kWeighRows - 1) / kWeighRows, kCount = (kRows + kGroups - 1) / kGroups;
+  weigh<Value, kCount>(heads, attention, piece, next, table, first_block, num_blocks, weights, stride, out);
+  if constexpr (kCount < kRows)
+    weigh_in_groups<Value, kRows - kCount>(heads, attention, piece, next, table, first_block, num_blocks,
+                                           weights + kCount * stride, stride, out + kCount * heads.head_size);
 }
 
 template <typename Value, int kRows>
@@ -291,14 +314,7 @@ void attend_rows(const Heads& heads, const Attention& attention, const Piece& pi
     const Seen seen{heads.window ? position - heads.window + 1 : 0, position + 1};
     soften(scores + r * num_keys, first_block * kBlockTokens, num_keys, seen, heads.scale, heads.softcap, weights + r * num_keys);
   }
-  constexpr int kHalf = (kRows + 1) / 2;
-  if constexpr (kRows > 6) {
-    weigh<Value, kHalf>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, out);
-    weigh<Value, kRows - kHalf>(heads, attention, piece, next, table, first_block, num_blocks, weights + kHalf * num_keys,
-                                num_keys, out + kHalf * size);
-  } else {
-    weigh<Value, kRows>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, out);
-  }
+  weigh_in_groups<Value, kRows>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, out);
   for (int r = 0; r < kRows; r++)
     for (int e = 0; e < size; e += kLanes) store(of_row[r] + e, load(out + r * size + e));
 }

@@ -20,36 +20,6 @@
 
 namespace lori {
 
-bool is_supported(const std::string& name) {
-#ifdef LORI_AVX2
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-#ifdef LORI_AVX512
-  const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (name == "avx512") return has_512;
-#ifdef LORI_AVX512_BF16
-  // VBMI for planes of bytes (planes_avx512.h); of all that have the others one generation of servers lacks it.
-  if (name == "avx512_bf16") return has_512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-#endif
-#endif
-  return name == "portable";
-}
-
-Expand choose_expand(const Operands& operands, const std::string& name) {
-  if (!is_supported(name)) throw nb::value_error(("this processor does not run " + name).c_str());
-#ifdef LORI_AVX512_BF16
-  if (name == "avx512_bf16") return choose_avx512_bf16(operands);
-#endif
-#ifdef LORI_AVX512
-  if (name == "avx512") return choose_avx512(operands);
-#endif
-#ifdef LORI_AVX2
-  if (name == "avx2") return choose_avx2(operands);
-#endif
-  return choose_portable(operands);
-}
-
 Dtype parse_dtype(const std::string& name) {
   if (name == "bfloat16") return Dtype::kBfloat16;
   if (name == "float32") return Dtype::kFloat32;
@@ -60,10 +30,9 @@ namespace {
 
 constexpr int64_t kItemsPerThread = 24;  // fewer are done before another thread has begun
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> names_of_sets() {
   std::vector<std::string> names;
-  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"})
-    if (is_supported(name)) names.push_back(name);
+  for (const InstructionSet* set : instruction_sets()) names.emplace_back(set->name);
   return names;
 }
 
@@ -169,7 +138,7 @@ NB_MODULE(_lori_cpu, m) {
 #else
   m.attr("HAS_THREADS") = false;
 #endif
-  m.def("instruction_sets", &instruction_sets, "What this processor runs, the fastest first.");
+  m.def("instruction_sets", &names_of_sets, "What this processor runs, the fastest first.");
   m.def("pack", &pack_arrays, nb::arg("indices"), nb::arg("values"), nb::arg("num_outputs"), nb::arg("rank"), nb::arg("dtype"),
         nb::arg("column_bytes"));
   bind_adapter(m);

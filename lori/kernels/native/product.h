@@ -1,8 +1,8 @@
-// The product of bfloat16 tokens with frozen weights, y = W x, in AVX-512 with bfloat16 instructions.
+// The product of bfloat16 tokens with frozen weights, y = W x.
 //
 // The weights of a part, (D, N), are cut in panels of 48 outputs; the last has as many as are left, rounded up to 16 and filled
-// with zeros. A panel is (N / 2, outputs, 2): two inputs of an output lie together, as one instruction takes them. Weights in
-// int8 have a scale for each output. Shapes: T tokens, D outputs, N inputs (even).
+// with zeros. A panel is (N / 2, outputs, 2): two inputs of an output lie together, as one instruction of AVX-512 takes them; other
+// sets widen them to fp32 in registers. Weights in int8 have a scale for each output. Shapes: T tokens, D outputs, N inputs (even).
 #pragma once
 
 #include "layout.h"
@@ -53,7 +53,7 @@ struct Ahead {
 
 // Multiplies the tokens first_row .. last_row with the panels first_panel .. last_panel. `sums` is scratch: kRowBlock x
 // kPanelOutputs.
-void multiply_avx512_bf16(const Part&, const Tokens&, int first_row, int last_row, int first_panel, int last_panel, Ahead&,
+using Multiply = void (*)(const Part&, const Tokens&, int first_row, int last_row, int first_panel, int last_panel, Ahead&,
                           float* sums);
 
 // Lays out weights (D, N), row by row, as panels.

@@ -2,12 +2,13 @@
 // double; says how many it checked. Compiled with the sanitizers by test_native_sanitizers.py, for one instruction set.
 #include <cmath>
 #include <cstdio>
+#include <type_traits>
 
 #include "exact_arrays.h"
 #include "product.h"
 
 namespace lori {
-decltype(multiply_avx512_bf16) multiply_tested;  // what the product of the instruction set is compiled as
+std::remove_pointer_t<Multiply> multiply_tested;  // what the product of the instruction set is compiled as
 }
 
 using namespace lori;

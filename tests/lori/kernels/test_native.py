@@ -12,6 +12,7 @@ from lori.kernels.native import ISAS, MAX_ISA_VARIABLE, MODULE, has_amx, instruc
 from lori.projection import has_native
 from server.engine.model.decoder import Heads
 from server.engine.model.native_ops import NativeOps
+from tests.lori.instruction_sets import FLAGS
 from tests.lori.operands import SIZES, make_case
 from tests.needs import NEEDS
 
@@ -64,9 +65,9 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Module:
         ("", "avx512_bf16", True, False, BF16),
         ("amx", "avx512_bf16", True, False, BF16),
         ("avx512_bf16", "avx512_bf16", False, True, BF16),
-        ("avx512", "avx512", False, False, torch.float32),
-        ("avx2", "avx2", False, False, torch.float32),
-        ("portable", "portable", False, False, torch.float32),
+        ("avx512", "avx512", False, True, torch.float32),
+        ("avx2", "avx2", False, True, torch.float32),
+        ("portable", "portable", False, True, torch.float32),
     ],
 )
 def test_all_that_is_chosen_by_the_cpu_obeys_the_limit(
@@ -89,6 +90,10 @@ def test_all_that_is_chosen_by_the_cpu_obeys_the_limit(
     assert module.chosen == [fastest, fastest]
     name = fastest if fastest == "avx512_bf16" else f"{fastest} by {MAX_ISA_VARIABLE}"
     assert native.description() == f"C++ ({name}, GNU 12)"
+
+
+def test_the_sets_are_those_of_the_build() -> None:
+    assert (*FLAGS, "amx") == ISAS
 
 
 def test_an_instruction_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
