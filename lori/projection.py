@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lori.errors import ModelError
 from lori.kernels import Operands, Route, add_delta
 from lori.kernels.cpu import bound_operands, bound_route, dense_segments
-from lori.kernels.native import MAX_ISA_VARIABLE, MODULE, choose, has_amx
+from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 
 Quantization = Literal["int8"]
@@ -59,18 +59,14 @@ def project(
     if quantization:
         weight = linears[0].weight
         product = f"{quantization} of {weight.shape[1]} inputs in {weight.dtype} on {weight.device}"
-        cpu = f"a CPU without AMX (or {MAX_ISA_VARIABLE}=avx512_bf16)"
-        needs = f"{cpu}, the compiled module, and an even number of inputs in bfloat16"
+        needs = "a CPU, the compiled module, and an even number of inputs in bfloat16"
         raise ModelError(f"there are no products in {product} here: they need {needs}")
     return TorchProjection(linears, blocks, operands)
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether the compiled module computes products of this dtype: bf16 on a CPU without AMX.
-
-    LORI_MAX_CPU_ISA can forbid AMX to a process.
-    """
-    return device.type == "cpu" and dtype is torch.bfloat16 and MODULE is not None and not has_amx()
+    """Return whether the compiled module computes products of this dtype: bf16 on a CPU."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and MODULE is not None
 
 
 def _is_native(linears: Sequence[nn.Linear]) -> bool:

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from lori.kernels import native
-from lori.projection import has_native
 from tests.server.cluster.namespaces import why_not
 
 VARIABLE = "TESTS_NEED"
@@ -57,9 +56,6 @@ REQUIRABLE: dict[str, Callable[[], str | None]] = {
 """For each name what returns why it is missing, or None where it is there."""
 NEEDS = REQUIRABLE | {
     "gpu": lambda: _unless(torch.cuda.is_available(), "there is no GPU"),
-    "native-products": lambda: _unless(
-        has_native(torch.bfloat16, torch.device("cpu")), "there are no native products: AMX is there, and torch's are used"
-    ),
 }
 
 

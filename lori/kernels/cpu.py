@@ -18,7 +18,7 @@ from lori.kernels.shapes import mismatch
 if TYPE_CHECKING:
     import _lori_cpu
 
-PACKED_NS = {"avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081)}
+PACKED_NS = {"amx": (1.85, 0.0055), "avx512_bf16": (1.85, 0.0055), "avx512": (2.5, 0.0081)}
 """Time of the packed kernel for each token: ns per slice of 16 rows, and ns per byte of a slot. On one core, measured by
 `tests/bench/crossover.py`."""
 PRODUCT_NS = {torch.bfloat16: 0.005, torch.float32: 0.0175}

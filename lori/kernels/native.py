@@ -81,11 +81,6 @@ def choose(isa: str | None = None) -> str:
     return isa or names[0]
 
 
-def has_amx() -> bool:
-    """Return whether this processor has AMX and `max_isa` allows AMX. If so, torch's bf16 products are the fastest."""
-    return is_allowed("amx") and torch.cpu._is_amx_tile_supported()  # torch has no public function for this
-
-
 def description() -> str:
     """Return a description of the code that `add_delta` runs on a CPU, for a log."""
     if not MODULE:

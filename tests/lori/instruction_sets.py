@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lori.kernels import native
-from lori.kernels.native import has_amx, instruction_sets
+from lori.kernels.native import instruction_sets
 
 LISTS = (Path(native.__file__).parent / "native" / "CMakeLists.txt").read_text(encoding="utf-8")
 VARIABLES = dict(re.findall(r"set\((\w+) (-m[^)]*)\)", LISTS))
@@ -19,7 +19,7 @@ FLAGS = {"portable": ""} | {
 
 def lower_sets() -> tuple[str, ...]:
     """Return the instruction sets below the best that this process may use, the fastest first."""
-    return instruction_sets() if has_amx() else instruction_sets()[1:]
+    return instruction_sets()[1:]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def compile_portable(source: Path) -> Path:
 
 def compile_kernel(stem: str, function: str, instruction_set: str) -> Path:
     """Return the object file of `stem`_`instruction_set`.cpp. Its `function`_`instruction_set` is called `function`_tested."""
-    rename = f"-D{function}_{instruction_set}={function}_tested"
+    rename = f"-D{function}_{instruction_set}={function}_tested -DLORI_EMULATED_TILES"
     return _compile(SOURCES / f"{stem}_{instruction_set}.cpp", f"{AS_WRITTEN} {FLAGS[instruction_set]} {rename}")
 
 

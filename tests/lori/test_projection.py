@@ -25,7 +25,7 @@ from tests.lori.operands import put, random_b
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 ROUNDING, SUMMING = {torch.float32: 0.0, BF16: 2.0**-8}, 1e-5
-needs_native = pytest.mark.needs("native-products")
+needs_native = pytest.mark.needs("kernels")
 Make = Callable[[Sequence[nn.Linear], Sequence[Sequence[torch.Tensor]], Sequence[Operands]], Projection]
 BOTH = [pytest.param(TorchProjection, id="torch"), pytest.param(NativeProjection, id="native", marks=needs_native)]
 

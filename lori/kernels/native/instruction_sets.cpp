@@ -1,5 +1,10 @@
 #include "instruction_sets.h"
 
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 
 #include "layers.h"
@@ -14,15 +19,30 @@ struct Row {
 
 #define LORI_ROW(set, is_supported) {{#set, choose_##set, layers_##set, multiply_##set}, is_supported}
 
+#if defined(LORI_AMX)
+// Asks Linux, which keeps the tiles' registers of a process only if it is asked. It may refuse.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 const std::vector<Row>& table() {
 #if defined(LORI_AVX512)
   static const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
+#if defined(LORI_AVX512_BF16)
+  // VBMI for planes of bytes (planes_avx512.h); of all that have the others one generation of servers lacks it.
+  static const bool has_bf16 = has_512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+#endif
   static const std::vector<Row> rows = {
-#if defined(LORI_AVX512) && defined(LORI_AVX512_BF16)
-      // VBMI for planes of bytes (planes_avx512.h); of all that have the others one generation of servers lacks it.
-      LORI_ROW(avx512_bf16, has_512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")),
+#if defined(LORI_AMX) && defined(LORI_AVX512_BF16)
+      {{"amx", choose_avx512_bf16, layers_avx512_bf16, multiply_amx},
+       has_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
+#endif
+#if defined(LORI_AVX512_BF16)
+      LORI_ROW(avx512_bf16, has_bf16),
 #endif
 #if defined(LORI_AVX512)
       LORI_ROW(avx512, has_512),

@@ -34,5 +34,6 @@ LORI_DECLARE(avx2)
 LORI_DECLARE(avx512)
 LORI_DECLARE(avx512_bf16)
 #undef LORI_DECLARE
+void multiply_amx(const Part&, const Tokens&, int first_row, int last_row, int first_panel, int last_panel, Ahead&, float* sums);
 
 }  // namespace lori

@@ -281,7 +281,7 @@ void multiply_panel(const Part& part, const Tokens& tokens, int first_row, int n
   }
 }
 
-void multiply_all(const Part& part, const Tokens& tokens, int first_row, int last_row, int first_panel, int last_panel,
+[[maybe_unused]] void multiply_all(const Part& part, const Tokens& tokens, int first_row, int last_row, int first_panel, int last_panel,
                   Ahead& ahead, float* sums) {
   for (int row = first_row; row < last_row; row += kRowBlock) {
     const int num_rows = std::min(last_row - row, kRowBlock);

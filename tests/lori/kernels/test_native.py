@@ -8,13 +8,11 @@ import torch
 from lori.base_model import default_dtype
 from lori.errors import LoriError
 from lori.kernels import cpu, native
-from lori.kernels.native import ISAS, MAX_ISA_VARIABLE, MODULE, has_amx, instruction_sets
-from lori.projection import has_native
+from lori.kernels.native import ISAS, MAX_ISA_VARIABLE, MODULE, instruction_sets
 from server.engine.model.decoder import Heads
 from server.engine.model.native_ops import NativeOps
 from tests.lori.instruction_sets import FLAGS
 from tests.lori.operands import SIZES, make_case
-from tests.needs import NEEDS
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 HEADS = [Heads(num_heads=4, num_kv_heads=2, head_size=32, scale=32**-0.5)]
@@ -48,10 +46,9 @@ class Module:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Module:
     """A processor with every instruction set, AMX among them."""
-    module = Module(ISAS[-2::-1])
+    module = Module(ISAS[::-1])
     for path in ("lori.kernels.native", "lori.kernels.cpu", "server.engine.model.native_ops"):
         monkeypatch.setattr(f"{path}.MODULE", module)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.delenv(MAX_ISA_VARIABLE, raising=False)
@@ -59,41 +56,33 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Module:
 
 
 @pytest.mark.parametrize(
-    ("limit", "fastest", "amx", "products", "dtype"),
+    ("limit", "fastest", "dtype"),
     [
-        (None, "avx512_bf16", True, False, BF16),
-        ("", "avx512_bf16", True, False, BF16),
-        ("amx", "avx512_bf16", True, False, BF16),
-        ("avx512_bf16", "avx512_bf16", False, True, BF16),
-        ("avx512", "avx512", False, True, torch.float32),
-        ("avx2", "avx2", False, True, torch.float32),
-        ("portable", "portable", False, True, torch.float32),
+        (None, "amx", BF16),
+        ("", "amx", BF16),
+        ("amx", "amx", BF16),
+        ("avx512_bf16", "avx512_bf16", BF16),
+        ("avx512", "avx512", torch.float32),
+        ("avx2", "avx2", torch.float32),
+        ("portable", "portable", torch.float32),
     ],
 )
 def test_all_that_is_chosen_by_the_cpu_obeys_the_limit(
-    limit: str | None,
-    fastest: str,
-    amx: bool,
-    products: bool,
-    dtype: torch.dtype,
-    module: Module,
-    monkeypatch: pytest.MonkeyPatch,
+    limit: str | None, fastest: str, dtype: torch.dtype, module: Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a processor with AMX, whose products are torch's unless it is forbidden."""
     if limit is not None:
         monkeypatch.setenv(MAX_ISA_VARIABLE, limit)
     assert instruction_sets() == tuple(ISAS[ISAS.index(fastest) :: -1])
-    assert (has_amx(), has_native(BF16, CPU), default_dtype()) == (amx, products, dtype)
-    assert (NEEDS["native-products"]() is None) is products  # what the tests of the products ask
+    assert default_dtype() == dtype
     cpu.bind(make_case(SIZES[0], BF16, "identical", 1).operands)
     NativeOps(HEADS, 1, 16, BF16)
     assert module.chosen == [fastest, fastest]
-    name = fastest if fastest == "avx512_bf16" else f"{fastest} by {MAX_ISA_VARIABLE}"
+    name = fastest if fastest == "amx" else f"{fastest} by {MAX_ISA_VARIABLE}"
     assert native.description() == f"C++ ({name}, GNU 12)"
 
 
 def test_the_sets_are_those_of_the_build() -> None:
-    assert (*FLAGS, "amx") == ISAS
+    assert tuple(FLAGS) == ISAS
 
 
 def test_an_instruction_set_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +95,6 @@ def test_an_instruction_set_above_the_limit_is_refused(monkeypatch: pytest.Monke
 def test_an_unknown_limit_is_an_error_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAX_ISA_VARIABLE, "AVX2")
     message = "^LORI_MAX_CPU_ISA=AVX2 is not an instruction set, expected one of portable, avx2, avx512, avx512_bf16, amx$"
-    for ask in (instruction_sets, has_amx, default_dtype):
+    for ask in (instruction_sets, default_dtype):
         with pytest.raises(LoriError, match=message):
             ask()

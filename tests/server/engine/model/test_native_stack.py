@@ -26,7 +26,7 @@ from tests.server.rig import ALL_LINEAR
 from tests.tiny import save_tiny_model
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.needs("native-products")
+pytestmark = pytest.mark.needs("kernels")
 KNOWN = sorted(SERVED.keys() - {"llama with heads of 12"})
 IDS = tuple(range(40, 110))
 CUTS = (0, 3, 60, 61, 62, 70)

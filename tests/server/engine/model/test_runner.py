@@ -80,7 +80,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma2 without caps": lambda: Gemma2Config(**GEMMA2, attn_logit_softcapping=None, final_logit_softcapping=None),
 }
-needs_products = pytest.mark.needs("native-products")
+needs_products = pytest.mark.needs("kernels")
 NATIVE, TORCH = 16, 5
 """Block sizes that the compiled operations know, and do not."""
 PROMPT_LENGTHS = (1, 2, 7, 8, 9, 15, 16, 17, 33, 70)
