@@ -273,6 +273,7 @@ def test_generate_and_peft_answer_a_batch(writer: Path, tmp_path: Path, num_adap
     assert gaps_ms([load]) == []
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_start_says_why(writer: Path, tmp_path: Path) -> None:
     setting = Setting(0, tmp_path, writer, flags=["--no-such-flag"])
     with pytest.raises(FailedError, match="no-such-flag"), staged(setting) as stage, stage.own():

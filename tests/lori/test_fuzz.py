@@ -71,6 +71,7 @@ def test_a_damaged_adapter_is_refused_or_the_same(tmp_path: Path, values: ValueT
     assert 0 < same < NUM_DAMAGED / 2  # white space, and nothing else
 
 
+@pytest.mark.slow
 def test_a_damaged_basis_is_refused(tmp_path: Path) -> None:
     save_one(tmp_path / "math", "bfloat16", is_explicit=True)
     (file,) = (tmp_path / BASES_FOLDER).iterdir()

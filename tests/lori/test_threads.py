@@ -129,6 +129,7 @@ def test_a_warning_says_what_to_type(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.get_num_threads() == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a CPU")
 def test_others_are_seen_and_own_work_is_not() -> None:
     """A process that keeps a CPU of ours busy counts, and this one's own work does not."""

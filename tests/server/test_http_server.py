@@ -242,6 +242,7 @@ async def listening_server(**settings: float) -> DrainingServer:
     return server
 
 
+@pytest.mark.slow
 def test_connections_that_nobody_has_taken_yet_are_answered() -> None:
     """All are made while the event loop does something else, and the end begins before it looks again."""
 

@@ -84,6 +84,7 @@ def test_ctrl_c_amid_the_download_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not alive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_bar_comes_between_the_lines_of_a_log(log_format: str) -> None:
     """Reading GGUF left the first start of a server with a line of bars that was no JSON."""
@@ -157,6 +158,7 @@ def sections_of_help(module: str) -> Mapping[str, list[str]]:
     return sections
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "settings"), [("server", Settings), ("server.cluster", ClusterSettings)])
 def test_the_help_is_in_groups_the_ten_flags_that_matter_first(module: str, settings: type[Settings]) -> None:
     sections = sections_of_help(module)

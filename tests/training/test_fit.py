@@ -225,6 +225,7 @@ def test_logs_and_a_report_are_written(tiny_model: Path, data: Path, tmp_path: P
     assert not re.search(r"(src|href)=.http|url\(http", page.replace("xlink:href", ""))  # the page is self-contained
 
 
+@pytest.mark.slow
 def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     page = tmp_path / "a.html"
     fit(config_for(tiny_model, data, tmp_path / "a", method="lora", mix=[], report=page, steps=2), "command")
@@ -233,6 +234,7 @@ def test_a_report_shows_nothing_that_a_run_does_not_have(tiny_model: Path, data:
     assert not any(absent in text for absent in ("held out, best", "--mix", "kept"))
 
 
+@pytest.mark.slow
 def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_model: Path, tmp_path: Path) -> None:
     """Regression: such a prompt ended the run with an error after its adapter was saved, and again at each resume."""
     page, rows = tmp_path / "a.html", tmp_path / "long.jsonl"
@@ -479,6 +481,7 @@ def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_pat
     assert digest(tmp_path / "spread") == digest(one_process)
 
 
+@pytest.mark.slow
 def test_the_best_held_out_step_is_what_is_saved(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -680,6 +683,7 @@ def test_what_cannot_be_built_on_is_said_whole(tiny_model: Path, data: Path, tmp
         fit(config_for(tiny_model, data, tmp_path / "second", avoid=[first]), "")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_options_or_data_is_refused(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_experts_of_a_layer_are_taken_together() -> None:
     assert grid(figure, 1)[0, 0] == pytest.approx(np.hypot(rows[0].norm_delta, rows[1].norm_delta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "columns", "rows"),
     [

@@ -23,6 +23,7 @@ def dense(operands: Operands, slot: int) -> torch.Tensor:
     return y.T
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, SLOTS - 1), st.sampled_from([0.0, 0.02, 0.2, 1.0, None])), max_size=25))
 def test_putting_and_clearing_a_slot_touches_no_other(actions: list[tuple[int, float | None]]) -> None:

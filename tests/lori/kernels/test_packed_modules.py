@@ -41,6 +41,7 @@ def assert_same(ours: Mapping[str, Operands], theirs: Mapping[str, Operands]) ->
         assert ours[name].num_bases == theirs[name].num_bases
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

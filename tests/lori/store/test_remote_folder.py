@@ -86,6 +86,7 @@ def test_a_file_is_no_folder(protocol: str, tmp_path: Path) -> None:
         RemoteFolder(f"{protocol}://{tmp_path}/store.zip", 60).files()
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_while_it_is_written_to_is_made_again(tmp_path: Path) -> None:
     """Another process removes a folder that is empty: `No such file or directory` was what a writer heard."""
     num, path = 400, f"{tmp_path}/store"

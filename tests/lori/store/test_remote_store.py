@@ -525,6 +525,7 @@ def test_a_cache_that_is_full_is_said(open_store: Open, tmp_path: Path) -> None:
         open_store("full")
 
 
+@pytest.mark.slow
 def test_readers_and_writers_at_once_see_what_was_or_is(open_store: Open) -> None:
     writer, stop = open_store(), threading.Event()
     publish(writer, "math")

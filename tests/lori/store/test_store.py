@@ -423,6 +423,7 @@ def test_ten_thousand_adapters_are_listed_without_opening_one(store: AdapterStor
 # --- many hands at once
 
 
+@pytest.mark.slow
 def test_readers_see_one_version_or_the_other_while_writers_move_it(store: AdapterStore, tmp_path: Path) -> None:
     versions = {publish(store, tmp_path / str(seed), "math", seed) for seed in range(3)}
     stop, seen = threading.Event(), set()
@@ -524,6 +525,7 @@ def test_removing_a_name_leaves_it_whole_until_it_is_gone(
     assert seen == [current] * 3
 
 
+@pytest.mark.slow
 def test_what_is_about_to_be_aliased_is_not_removed(store: AdapterStore, tmp_path: Path) -> None:
     old = publish(store, tmp_path, "math", 1)
     publish(store, tmp_path, "math", 2)

@@ -56,6 +56,7 @@ def test_a_tenant_sees_and_uses_its_adapters(tokenizer: PreTrainedTokenizerFast,
             assert client.post("/generate", headers=bearer(key), json=ask()).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter", ["safety", ["math", "safety"], ["safety", "nobody"], ["safety", "safety"], "safety@0", "safet"]
 )
@@ -105,6 +106,7 @@ def test_nothing_is_served_without_its_policy(tokenizer: PreTrainedTokenizerFast
     assert len(engine.__dict__["asked"]) == 1
 
 
+@pytest.mark.slow
 def test_a_policy_of_an_adapter_that_is_not_there_stops_the_start(writer_model: Path, adapters: Path, tmp_path: Path) -> None:
     def load(acme: str) -> Service:
         keys = write_keys(tmp_path, acme)

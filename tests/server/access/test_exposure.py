@@ -63,6 +63,7 @@ def test_keys_let_it_listen_anywhere_and_come_before_open(is_open: bool, caplog:
     assert record.getMessage() == "served on 0.0.0.0 to whoever has a key of keys.toml"
 
 
+@pytest.mark.slow
 def test_programs_that_would_be_open_by_mistake_do_not_start(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_text("[tenants.acme]\ncolour = 1\n[[keys]]\nid = 3\n")
     cases = {

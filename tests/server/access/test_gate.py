@@ -165,6 +165,7 @@ def test_metrics_may_be_read_without_a_key_where_the_operator_says_so(
         refusal(open_client.post("/generate", json={"prompt": "x"}), 401)
 
 
+@pytest.mark.slow
 def test_without_a_key_file_all_may_ask_and_nobody_may_change(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

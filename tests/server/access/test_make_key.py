@@ -44,6 +44,7 @@ def test_a_key_is_shown_once_and_its_hash_is_kept(tmp_path: Path) -> None:
     assert (caller.tenant, caller.key_id) == ("acme", "acme-1")
 
 
+@pytest.mark.slow
 def test_many_at_once_lose_no_key(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     processes = [start(file, "--tenant", "acme") for _ in range(3)] + [start(file, "--role", "admin", "--id", "boss")]
@@ -65,6 +66,7 @@ def test_without_a_file_the_entry_is_printed() -> None:
     assert (caller.key_id, caller.is_monitor, caller.is_admin) == ("monitor-1", True, False)
 
 
+@pytest.mark.slow
 def test_wrong_options_are_2_and_nothing_is_written(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     wrong = [

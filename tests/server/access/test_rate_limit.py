@@ -78,6 +78,7 @@ def test_every_request_of_a_tenant_counts_whatever_becomes_of_it(
             assert client.get("/v1/models", headers=bearer(key)).status_code == 200
 
 
+@pytest.mark.slow
 def test_open_routes_do_not_count(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with served(limited(tokenizer, tmp_path, "requests_per_minute = 1"), ACME) as client:
         for path in ("/", "/health", "/ping", "/ready", "/version", "/docs", "/openapi.json"):

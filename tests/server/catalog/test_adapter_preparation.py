@@ -19,6 +19,7 @@ from tests.server.rig import write_adapter
 from tests.server.routes.test_http import refusal
 
 
+@pytest.mark.slow
 def test_an_empty_store_is_prepared_for_what_training_makes_by_default(
     writer_model: Path, writer: BaseModel, tmp_path: Path
 ) -> None:
@@ -28,6 +29,7 @@ def test_an_empty_store_is_prepared_for_what_training_makes_by_default(
         refusal(office.upload("high", office.draft("high", 2, rank=NEW_RANK + 1)), 409)
 
 
+@pytest.mark.slow
 def test_a_store_is_prepared_for_the_ranks_and_bases_that_it_has_and_the_default_basis(
     writer_model: Path, writer: BaseModel, tmp_path: Path
 ) -> None:
@@ -59,6 +61,7 @@ def test_without_a_store_nothing_is_prepared_for_what_cannot_come(writer: BaseMo
     assert not make_pool(writer, make_registry({}, {}), 4).has_operands
 
 
+@pytest.mark.slow
 def test_versions_that_no_name_means_can_be_asked_for_after_a_restart(
     writer_model: Path, writer: BaseModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -209,6 +209,7 @@ def test_one_that_is_deleted_can_be_uploaded_anew(office: Office) -> None:
     assert (office.store.root.parent / "secret").read_text() == SECRET
 
 
+@pytest.mark.slow
 def test_an_upload_mends_a_version_and_the_aliases_that_mean_it(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         version = office.have("math", 1).version
@@ -226,6 +227,7 @@ def test_an_upload_mends_a_version_and_the_aliases_that_mean_it(writer_model: Pa
         assert office.generate("prod")["text"] == office.generate("math")["text"]
 
 
+@pytest.mark.slow
 def test_another_version_takes_the_place_of_a_damaged_one(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         old, new = office.have("math", 1).version, office.have("math", 2).version

@@ -64,6 +64,7 @@ def fail(office: Office, adapter: str) -> str:
     return str(reply.json()["error"]["message"])
 
 
+@pytest.mark.slow
 def test_what_one_server_publishes_the_others_serve(writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path) -> None:
     with offices(2, writer_model, writer, tmp_path, f"file://{shared}") as (ours, theirs):
         first = upload(ours, "mine", 1)
@@ -86,6 +87,7 @@ def test_what_one_server_publishes_the_others_serve(writer_model: Path, writer: 
         assert files(shared) == []
 
 
+@pytest.mark.slow
 def test_a_change_that_all_servers_hear_is_made_once(writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path) -> None:
     with offices(3, writer_model, writer, tmp_path, f"file://{shared}") as all_of_them, ThreadPoolExecutor(3) as pool:
         draft = all_of_them[0].draft("mine", 1)
@@ -105,6 +107,7 @@ def test_a_change_that_all_servers_hear_is_made_once(writer_model: Path, writer:
         assert files(shared) == []
 
 
+@pytest.mark.slow
 def test_who_has_not_read_what_another_server_deletes_can_do_so_for_a_while(
     writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path
 ) -> None:
@@ -123,6 +126,7 @@ def test_who_has_not_read_what_another_server_deletes_can_do_so_for_a_while(
     assert [Path(file).name for file in files(shared)] == ["mine", CONFIG_FILE, WEIGHTS_FILE], "it came back"
 
 
+@pytest.mark.slow
 def test_a_deleted_adapter_that_is_not_here_fails_by_name(
     writer_model: Path, writer: BaseModel, tmp_path: Path, shared: Path
 ) -> None:
@@ -137,6 +141,7 @@ def test_a_deleted_adapter_that_is_not_here_fails_by_name(
         assert theirs.generate(None)["text"]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_come_delays_and_fails_nobody_else(
     writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,6 +168,7 @@ def test_an_adapter_that_does_not_come_delays_and_fails_nobody_else(
         assert office.generate("slow")["text"] == expected
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_said_to_admins(
     writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str
 ) -> None:
@@ -182,6 +188,7 @@ def test_a_store_that_does_not_answer_is_said_to_admins(
         assert office.client.delete("/adapters/mine").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_card_comes_when_it_is_asked_for(writer_model: Path, writer: BaseModel, tmp_path: Path, watched: str) -> None:
     with offices(1, writer_model, writer, tmp_path, watched) as (office,):
         folder = office.draft("mine", 1)

@@ -207,6 +207,7 @@ def test_cancelling_ends_the_request(live: Live, is_stream: bool) -> None:
     anyio.run(test)
 
 
+@pytest.mark.slow
 def test_a_client_is_light() -> None:
     """Of the engine it knows the words of a request and of an adapter's place, which are plain values."""
     names = ("", ".request", ".grammar", ".adapters", ".adapters.residents")

@@ -60,6 +60,7 @@ def assert_like(found: list[float | None], expected: list[float | None], toleran
     assert [v is None for v in found] == [v is None for v in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "joins",
     [

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -279,6 +280,7 @@ def run_any_schedules(tokenizer: PreTrainedTokenizerFast, seen: dict[str, int], 
     seen["read again"] += len(loader.started) - len({*loader.started})
 
 
+@pytest.mark.slow
 def test_any_schedule_ends_and_leaves_nothing_behind(tokenizer: PreTrainedTokenizerFast) -> None:
     """Too little of all, choices, cancels, deadlines; loads that are slow or bad, adapters that never fit, steps that throw."""
     seen: dict[str, int] = defaultdict(int)

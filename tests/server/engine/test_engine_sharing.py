@@ -41,6 +41,7 @@ def assert_same(found: list[Heard], expected: list[Heard]) -> None:
         assert replace(one.done, num_cached_tokens=0) == replace(other.done, num_cached_tokens=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(8, 16), (27, 4)])
 def test_who_gives_up_its_blocks_for_others_says_the_same(
     writer_model: Path, adapters: Path, num_blocks: int, block_size: int
@@ -65,6 +66,7 @@ def test_choices_that_give_up_their_blocks_say_the_same(writer_model: Path, adap
     assert_same(*found)
 
 
+@pytest.mark.slow
 def test_few_slots_change_the_order_alone(writer_model: Path, adapters: Path) -> None:
     one_slot = build(writer_model, adapters, num_slots=2, max_loaded_bytes=0)
     asks = [*MANY, *MANY[::-1]]
@@ -106,6 +108,7 @@ def test_an_answer_is_found_as_part_of_the_next_prompt(rig: Rig, writer_model: P
     assert_same([found], build(writer_model).run([whole]))
 
 
+@pytest.mark.slow
 def test_keys_are_not_shared_between_adapters_weights_and_merges(rig: Rig, writer_model: Path, adapters: Path) -> None:
     routes: list[dict[str, object]] = [
         {},

@@ -35,6 +35,7 @@ def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]
     return st.lists(st.one_of(*kinds, st.integers(num_tokens, num_tokens + 50)), max_size=max_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[str, Tokenizer], name: str) -> None:
     """Whole, also where it ends in half a character; each begins inside it, none before the one before it."""
@@ -59,6 +60,7 @@ def test_any_tokens_have_the_text_that_the_tokenizer_gives_them(backends: dict[s
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters=REPLACEMENT_CHARACTER), max_size=40))

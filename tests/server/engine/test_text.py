@@ -108,6 +108,7 @@ def tokens_of(backend: Tokenizer, max_size: int) -> st.SearchStrategy[list[int]]
     return st.lists(st.one_of(*kinds), max_size=max_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["embedded", "tiny"])
 def test_the_pieces_of_any_tokens_are_the_text_of_all(backends: dict[str, Tokenizer], name: str) -> None:
     """Up to what may yet become a character, whatever the prompt; a special token inside a character changes nothing."""

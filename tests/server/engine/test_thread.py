@@ -198,6 +198,7 @@ def test_stopping_tells_whoever_still_waits() -> None:
     run(test())
 
 
+@pytest.mark.slow
 def test_an_idle_engine_sleeps() -> None:
     async def test() -> None:
         engine = FakeEngine()

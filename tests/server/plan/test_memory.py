@@ -39,6 +39,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrain
     return folder, load_base_model(str(folder), torch.float32).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", DEMO, ids=lambda folder: folder.name)
 def test_a_demo_adapter_takes_what_is_said_or_a_little_less(folder: Path) -> None:
     said = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)
@@ -48,6 +49,7 @@ def test_a_demo_adapter_takes_what_is_said_or_a_little_less(folder: Path) -> Non
     assert on_disk == pytest.approx(said.on_disk, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_full_pool_holds_no_more_than_is_said() -> None:
     shapes, packed = demo_adapters()
     said = adapter_sizes(model_sizes(None, BF16).shapes, 32, 0.9, BF16)

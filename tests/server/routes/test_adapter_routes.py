@@ -290,6 +290,7 @@ def test_a_caller_sees_what_it_may_use_alone(office: Office) -> None:
     assert office.client.get("/adapters/open-2").json()["aliases"] == ["secret"]
 
 
+@pytest.mark.slow
 def test_who_waits_for_details_takes_no_thread_from_others(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
     """There are 40 threads, and admission needs one."""
     office.have("slow", 40)

@@ -351,6 +351,7 @@ def test_a_bad_folder_on_the_hub_is_refused_whole(office: Office, hub: Hub) -> N
     assert reply.json()["error"]["faults"] == [f"{WEIGHTS_FILE} cannot be read: No such file or directory"]
 
 
+@pytest.mark.slow
 def test_nothing_comes_from_the_hub_unless_the_operator_says_so(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path) as office:
         error = refusal(office.client.post("/adapters", json={"hub_id": "own/math"}), 400)
@@ -359,6 +360,7 @@ def test_nothing_comes_from_the_hub_unless_the_operator_says_so(writer_model: Pa
         assert "--hub" in error["message"]
 
 
+@pytest.mark.slow
 def test_a_server_without_a_store_says_how_to_have_one(writer_model: Path, writer: BaseModel, tmp_path: Path) -> None:
     with open_office(writer_model, writer, tmp_path, has_store=False) as office:
         for reply in (
@@ -370,6 +372,7 @@ def test_a_server_without_a_store_says_how_to_have_one(writer_model: Path, write
             assert "--adapters FOLDER" in refusal(reply, 409)["message"]
 
 
+@pytest.mark.slow
 def test_a_store_that_cannot_be_written_is_told_and_nothing_changes(
     writer_model: Path, writer: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -620,6 +620,7 @@ class LoudEngine(FakeEngine):
         super().submit(request, lambda event: emit(TextEvent("x" * 2**20) if isinstance(event, TextEvent) else event))
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_its_stream_loses_its_place(tokenizer: PreTrainedTokenizerFast) -> None:
     body = json.dumps({"prompt": "x", "stream": True}).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

@@ -91,6 +91,7 @@ class StuckAdmission:
         return cast(Request, self._admission.admit(ask))
 
 
+@pytest.mark.slow
 def test_a_tenant_s_long_texts_stand_in_nobody_else_s_way(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Forty of them took every thread in which requests are admitted."""
     long, short = {"prompt": "x" * (LONG + 1)}, {"prompt": "x", "max_tokens": 2}

@@ -70,6 +70,7 @@ def test_every_reference_is_there(document: Document) -> None:
             part = part[key]
 
 
+@pytest.mark.slow
 def test_every_reply_has_an_example_that_fits_its_schema(document: Document) -> None:
     for name, operation in operations(document):
         for status, response in operation["responses"].items():

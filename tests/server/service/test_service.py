@@ -168,6 +168,7 @@ def test_what_is_withdrawn_while_requests_are_admitted_is_refused_and_counts_not
     run(service, test())
 
 
+@pytest.mark.slow
 def test_so_many_log_probabilities_of_prompts_are_in_a_reply_and_no_more(tokenizer: PreTrainedTokenizerFast) -> None:
     engine, metrics = EngineThread(cast(Engine, FakeEngine())), Metrics("fake")
     admission = Admission(tokenizer, Registry([]), MAX_LOGPROBS)

@@ -242,6 +242,7 @@ def test_what_is_registered_no_more_is_forgotten_and_told_no_more() -> None:
     assert value(metrics, "lori:adapter_requests_total", adapter="gone") == 1
 
 
+@pytest.mark.slow
 def test_scraping_does_not_meet_the_engine_s_changes() -> None:
     """A loop over what another thread changes raises; the copies that are read here are made at once."""
     residents = Residents(64, 2**20)

@@ -169,6 +169,7 @@ def test_tenants_have_shares_of_their_own_and_a_bound_together(tokenizer: PreTra
         assert refused(client, 503, ADMIN).endswith("(--max-bodies-mib); try again")
 
 
+@pytest.mark.slow
 def test_an_answer_s_body_is_given_back_when_it_ends(tokenizer: PreTrainedTokenizerFast) -> None:
     body = {"prompt": "x", "max_tokens": 2, "stop": ["y" * 500_000]}
     with served(tokenizer, FakeEngine(), max_bodies_mib=7) as (client, service):

@@ -29,6 +29,7 @@ def heard_to_the_end(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n5\r\n"])
 @pytest.mark.parametrize("begun", [b"", b'{"pro'])
 def test_a_body_that_stalls_is_408_and_ends_its_connection(
@@ -47,6 +48,7 @@ def test_a_body_that_stalls_is_408_and_ends_its_connection(
         assert client.post("/generate", json={"prompt": "x"}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_body_that_drips_is_bounded_as_a_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     with served(tokenizer, FakeEngine(), max_body_s=0.5) as (client, _):
         with closing(socket.create_connection((client.base_url.host, client.base_url.port or 0))) as connection:
@@ -63,6 +65,7 @@ def test_a_body_that_drips_is_bounded_as_a_whole(tokenizer: PreTrainedTokenizerF
         assert heard.startswith(b"HTTP/1.1 408 ")
 
 
+@pytest.mark.slow
 def test_the_time_of_an_answer_is_not_the_body_s(tokenizer: PreTrainedTokenizerFast) -> None:
     """The body is there; what is waited for is the engine, and the client's leaving."""
     with served(tokenizer, FakeEngine(num_steps=500), max_body_s=0.1) as (client, _):

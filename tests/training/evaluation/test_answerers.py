@@ -172,6 +172,7 @@ def test_batches_hold_texts_of_like_length() -> None:
     assert list(group_by_length([], 18)) == []
 
 
+@pytest.mark.slow
 def test_a_token_that_begins_in_the_prompt_s_last_space_counts() -> None:
     """Regression: the embedded model's tokenizer has " Paris" as one token, which was counted as a token of the prompt."""
     base = load_base_model(None, torch.float32)

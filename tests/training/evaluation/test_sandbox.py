@@ -72,6 +72,7 @@ def test_a_program_changes_no_file_and_reaches_nobody(tmp_path: Path) -> None:
     assert not run_sandboxed("import os\nos.kill(-1, 9)", LIMITS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["import os\nos.setsid()\nimport time\ntime.sleep(600)", "import os\nos.fork()", "x = 1"])
 def test_nothing_survives(program: str) -> None:
     def running() -> set[int]:

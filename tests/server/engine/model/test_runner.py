@@ -144,6 +144,7 @@ def test_in_bf16_logits_are_as_near_to_exact_ones_as_transformers_are(name: str,
     assert error < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_step_tokens", "block_size"), [(9, 1), (11, 5), (9, 16), (11, 32), (512, 16)])
 def test_neither_chunks_nor_blocks_change_the_tokens(tmp_path: Path, max_step_tokens: int, block_size: int) -> None:
     save_tiny_model(tmp_path, tiny_llama_config(EOS + 1, tie_word_embeddings=False))
@@ -152,6 +153,7 @@ def test_neither_chunks_nor_blocks_change_the_tokens(tmp_path: Path, max_step_to
     assert [h.tokens for h in heard] == [greedy(reference, h.sequence.request.prompt_ids, 16) for h in heard]
 
 
+@pytest.mark.slow
 def test_scarce_memory_changes_the_order_alone(tmp_path: Path) -> None:
     """Blocks are used again and again, by one sequence after the other: no key of an earlier one is seen."""
     save_tiny_model(tmp_path, tiny_llama_config(EOS + 1, tie_word_embeddings=False))
@@ -221,6 +223,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2 with caps and a window of 8 in some layers", "qwen3", "mistral with a window of 8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_family_that_is_served_starts(name: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ cases = st.integers(1, 70).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(cases, min_size=1, max_size=3))
 def test_all_but_the_allowed_tokens_are_forbidden_and_then_all_is_as_it_was(cases: list[tuple[int, dict[int, set[int]]]]) -> None:

@@ -67,6 +67,7 @@ FINE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_is_refused(grammars: Grammars, name: str) -> None:
     kind, text = HOSTILE[name]
@@ -85,6 +86,7 @@ def test_what_is_only_large_or_endless_is_taken(grammars: Grammars, name: str) -
     assert state.allowed.any()
 
 
+@pytest.mark.slow
 def test_one_that_takes_too_long_is_said_to(grammars: Grammars) -> None:
     slow = Grammar(*HOSTILE["large remainders"])
     assert not grammars.check_quickly(slow)
@@ -93,6 +95,7 @@ def test_one_that_takes_too_long_is_said_to(grammars: Grammars) -> None:
     assert grammars.check_quickly(Grammar("regex", "a"))
 
 
+@pytest.mark.slow
 def test_one_that_ends_with_its_time_is_no_fault_of_the_next(trials: GrammarTrials) -> None:
     assert trials.fault(Grammar(*HOSTILE["large remainders"])) is None
     assert trials.fault(Grammar("regex", "a")) == ""

@@ -66,6 +66,7 @@ samplings = st.builds(
 sequences_ = st.builds(sequence, samplings, tokens, tokens, st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(sequences_, min_size=1, max_size=6))
 def test_each_row_is_changed_as_the_words_say_and_put_back(sequences: list[Sequence]) -> None:

@@ -101,6 +101,7 @@ sequences_ = st.builds(sequence, samplings, token_lists, token_lists, st.integer
 batches = st.lists(sequences_, min_size=1, max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(batches, st.integers(0, 1000))
 def test_every_row_of_a_mixed_batch_gets_what_the_words_say(sequences: list[Sequence], seed: int) -> None:
@@ -111,6 +112,7 @@ def test_every_row_of_a_mixed_batch_gets_what_the_words_say(sequences: list[Sequ
     assert torch.equal(rows, before)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(batches, st.integers(0, 1000), st.randoms(use_true_random=False))
 def test_who_shares_the_batch_changes_nothing(sequences: list[Sequence], seed: int, random: object) -> None:

@@ -56,6 +56,7 @@ def rows(draw: st.DrawFn) -> np.ndarray:
     return scores.float().softmax(-1).numpy()
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     row=rows(),
