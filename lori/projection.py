@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lori.errors import ModelError
 from lori.kernels import Operands, Route, add_delta
-from lori.kernels.cpu import bound_operands, bound_route, dense_segments
+from lori.kernels.cpu import bound_operands, bound_route
 from lori.kernels.native import MODULE, choose
 from lori.kernels.pages import zeros
 
@@ -151,26 +151,11 @@ class NativeProjection:
             self.bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
             return y
         s = torch.empty(num_tokens, self._num_reduced, dtype=torch.bfloat16)
-        if self.has_dense(route):
-            self.bound.multiply(x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, threads)
-            self.bound.reduce(x.data_ptr(), x.stride(0), num_tokens, s.data_ptr(), self._num_reduced, threads)
-            self._add_deltas(y, s, route)
-        else:
-            self.bound.project(
-                x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, s.data_ptr(), self._num_reduced,
-                [bound_operands(operands) for operands in self.operands], bound_route(route), threads,
-            )  # fmt: skip
+        self.bound.project(
+            x.data_ptr(), x.stride(0), num_tokens, y.data_ptr(), self._num_outputs, s.data_ptr(), self._num_reduced,
+            [bound_operands(operands) for operands in self.operands], bound_route(route), threads,
+        )  # fmt: skip
         return y
-
-    def has_dense(self, route: Route) -> bool:
-        """Return whether the route has segments so long that B is unpacked for them."""
-        return bool(route.long_segments) and any(dense_segments(operands, route) for operands in self.operands)
-
-    def _add_deltas(self, y: torch.Tensor, s: torch.Tensor, route: Route) -> None:
-        parts = zip(y.split(self._outputs, 1), s.split(self._reduced, 1), self.operands, strict=True)
-        for layer_y, layer_s, operands in parts:
-            rank = operands.layout.rank
-            add_delta(layer_y, layer_s.view(len(y), layer_s.shape[1] // rank, rank), operands, route)
 
 
 def _panels(weights: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -82,8 +82,6 @@ class Operands:
         """Lowest number of bases that s must have."""
         self.bound: _lori_cpu.Operands | None = None
         """Cache of the `cpu` kernel: its C++ view of the arrays. Dropped when the pool moves."""
-        self.max_packed_tokens: dict[int, float] = {}
-        """Cache of `lori.kernels.cpu.max_packed_tokens` by slot. An entry is dropped when its slot changes."""
         self.num_moves = 0
         """Number of times that the pool has moved. A CUDA graph captured before a move holds a stale address."""
         self._extents = Extents()
@@ -96,7 +94,7 @@ class Operands:
     def from_arrays(
         cls, layout: Layout, pool: torch.Tensor, starts: torch.Tensor, basis_of: torch.Tensor, num_bases: int = 1
     ) -> "Operands":
-        """Return read-only operands over arrays that the caller owns. The `cpu` kernel never unpacks their slots."""
+        """Return read-only operands over arrays that the caller owns."""
         operands = cls(0, layout.rank, layout.num_outputs, layout.dtype, pool.device)
         operands.pool, operands.starts, operands.basis_of, operands.num_bases = pool, starts, basis_of, num_bases
         operands._dense = None
@@ -166,7 +164,6 @@ class Operands:
 
     def _free_slot(self, slot: int) -> None:
         # Frees the slot's extents. The caller updates `starts`, which still points to them.
-        self.max_packed_tokens.pop(slot, None)
         for start, length in self._slot_extents.pop(slot, ()):
             self._extents.free(start, length)
 

@@ -16,9 +16,6 @@ from lori.device import to_device
 if TYPE_CHECKING:
     import _lori_cpu
 
-LONG_SEGMENT = 40
-"""Lowest number of tokens of a segment for which unpacking B can pay. This is the crossover for a dense B of 14336 outputs."""
-
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -48,10 +45,9 @@ class Route:
         self.cpu: _lori_cpu.Route | None = None
         self.gpu: object = None
         """Cache of the kernel of that name: its view or plan of the arrays."""
-        self._without: dict[tuple[int, ...], Route] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"cpu": None, "gpu": None, "_without": {}}
+        return self.__dict__ | {"cpu": None, "gpu": None}
 
     @classmethod
     def from_terms(cls, terms: Iterable[Term], num_tokens: int, device: torch.device | str = "cpu") -> "Route":
@@ -91,26 +87,10 @@ class Route:
         route.is_by_token = True
         return route
 
-    def without(self, excluded: tuple[int, ...]) -> "Route":
-        """Return the route without the segments with the indices `excluded`. Cached, so that all layers share it."""
-        if excluded not in self._without:
-            included = [i for i in range(len(self.segments)) if i not in excluded]
-            self._without[excluded] = Route(self.segments[included], self.slots, self.weights, self.num_tokens)
-        return self._without[excluded]
-
     @cached_property
     def segment_list(self) -> list[tuple[int, int, int, int]]:
         """`segments` as Python ints. Waits for the device, except for a route made by `from_terms`."""
         return [(start, stop, first, last) for start, stop, first, last in self.segments.tolist()]
-
-    @cached_property
-    def long_segments(self) -> tuple[tuple[int, int, int], ...]:
-        """Index, number of tokens and slot of each segment with one term and at least `LONG_SEGMENT` tokens."""
-        return tuple(
-            (i, stop - start, terms[0][0])
-            for i, (start, stop, terms) in enumerate(self.spans)
-            if len(terms) == 1 and stop - start >= LONG_SEGMENT
-        )
 
     @cached_property
     def spans(self) -> list[tuple[int, int, list[tuple[int, float]]]]:

@@ -82,9 +82,6 @@ class Operands:
     ) -> bool:
         """Return false, having done nothing, where a shape or a stride is wrong."""
 
-    def unpack(self, slot: int, out: int) -> None:
-        """Write the B of a slot, (num_outputs, rank), to the address `out`."""
-
 class Route:
     def __init__(
         self,
@@ -176,7 +173,6 @@ class Projection:
         instruction_set: str,
     ) -> None: ...
     def multiply(self, x: int, x_stride: int, num_tokens: int, y: int, y_stride: int, num_threads: int) -> None: ...
-    def reduce(self, x: int, x_stride: int, num_tokens: int, s: int, s_stride: int, num_threads: int) -> None: ...
     def project(
         self,
         x: int,

@@ -20,12 +20,6 @@ void multiply(const Projection& projection, uintptr_t x, int64_t x_stride, int n
   projection.multiply(tokens(x, x_stride, y, y_stride), num_tokens, num_threads);
 }
 
-void reduce(const Projection& projection, uintptr_t x, int64_t x_stride, int num_tokens, uintptr_t s, int64_t s_stride,
-            int num_threads) {
-  const nb::gil_scoped_release release;
-  projection.reduce(tokens(x, x_stride, s, s_stride), num_tokens, num_threads);
-}
-
 void project(const Projection& projection, uintptr_t x, int64_t x_stride, int num_tokens, uintptr_t y, int64_t y_stride,
              uintptr_t s, int64_t s_stride, const std::vector<const BoundOperands*>& operands, const BoundRoute& route,
              int num_threads) {
@@ -56,8 +50,6 @@ void bind_product(nb::module_& m) {
            nb::arg("panels"), nb::arg("sizes"), nb::arg("reduced"), nb::arg("num_inputs"), nb::arg("bias").none(),
            nb::arg("narrow").none(), nb::arg("scales").none(), nb::arg("instruction_set"))
       .def("multiply", &multiply, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),
-           nb::arg("num_threads"))
-      .def("reduce", &reduce, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("s"), nb::arg("s_stride"),
            nb::arg("num_threads"))
       .def("project", &project, nb::arg("x"), nb::arg("x_stride"), nb::arg("num_tokens"), nb::arg("y"), nb::arg("y_stride"),
            nb::arg("s"), nb::arg("s_stride"), nb::arg("operands"), nb::arg("route"), nb::arg("num_threads"));

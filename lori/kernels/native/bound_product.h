@@ -77,11 +77,6 @@ class Projection {
     });
   }
 
-  // s (T, sum of A R) = A x, where y is s.
-  void reduce(const Tokens& tokens, int num_tokens, int num_threads) const {
-    run(num_threads, [&](const Share& share) { one(shrink_, tokens, num_tokens, share); });
-  }
-
   // y and s as above, and the deltas of the route added to y; `operands` and the route have been checked.
   void project(const Tokens& tokens, const Tokens& reduced, int num_tokens, const BoundOperands* const* operands,
                const BoundRoute& route, int num_threads) const {

@@ -82,11 +82,6 @@ bool add_delta(const BoundOperands& bound, const BoundRoute& route, uintptr_t y,
   return true;
 }
 
-void unpack_into(const BoundOperands& bound, int slot, uintptr_t out) {
-  if (slot < 0 || slot >= bound.operands().num_slots) throw std::invalid_argument("the operands do not have this slot");
-  unpack(bound.operands(), slot, reinterpret_cast<uint8_t*>(out));
-}
-
 // Returns false where the indices do not ascend or leave B.
 bool pack_floats(const int32_t* indices, const float* values, size_t nnz, int num_outputs, int rank, Dtype dtype,
                  int column_bytes, Packed& packed) {
@@ -148,9 +143,7 @@ NB_MODULE(_lori_cpu, m) {
            nb::arg("instruction_set"))
       .def("add_delta", &add_delta, nb::arg("route"), nb::arg("y"), nb::arg("y_shape"), nb::arg("y_strides"), nb::arg("s"),
            nb::arg("s_shape"), nb::arg("s_strides"), nb::arg("num_threads"),
-           "Return false, having done nothing, where a shape or a stride is wrong.")
-      .def("unpack", &unpack_into, nb::call_guard<nb::gil_scoped_release>(), nb::arg("slot"), nb::arg("out"),
-           "Write the B of a slot, (num_outputs, rank), to the address `out`.");
+           "Return false, having done nothing, where a shape or a stride is wrong.");
   nb::class_<BoundRoute>(m, "Route")
       .def(nb::init<Array<int32_t, 2>, Array<int32_t, 1>, Array<float, 1>, int>(), nb::arg("segments"), nb::arg("slots"),
            nb::arg("weights"), nb::arg("num_tokens"));

@@ -7,21 +7,6 @@
 namespace lori {
 namespace {
 
-// Where the entry of a lane lies among a window's steps, in bytes. `begin` and `end` are those of its slice.
-template <typename Value, typename Column>
-struct Address {
-  size_t value, column;
-
-  Address(int begin, int end, int lane, int entry) {
-    constexpr int kPerLane = 4 / sizeof(Value);
-    const bool is_together = entry < (end - begin) / kPerLane * kPerLane;
-    const int together = is_together ? kPerLane : 1, within = together * lane + entry % together;
-    const size_t chunk = (begin + entry / together * together) * kLanes * (sizeof(Value) + sizeof(Column));
-    value = chunk + within * sizeof(Value);
-    column = chunk + together * kLanes * sizeof(Value) + within * sizeof(Column);
-  }
-};
-
 // Nothing below branches on an entry: rows are short, and a processor guesses their ends wrong.
 
 // Divides numbers below 2^31 by one up to kMaxRank, exactly, without a division.
@@ -111,43 +96,7 @@ void fill(uint8_t* steps, const Kept& b, const Divisor& rank, const Block& block
   }
 }
 
-template <typename Value, typename Column>
-void unpack_window(const Operands& operands, const Window& block, int window, Value* out) {
-  const int first_row = window * kWindowRows, num_rows = std::min(kWindowRows, operands.num_outputs - first_row);
-  int row_at[kWindowRows] = {};  // by place
-  for (int row = 0; row < num_rows; row++) row_at[block.places[row]] = first_row + row;
-  int begin = 0;
-  for (int slice = 0; slice < kWindowSlices; slice++) {
-    const int end = block.ends[slice];
-    for (int lane = 0; lane < kLanes; lane++) {
-      Value* row = out + static_cast<int64_t>(row_at[place_of(slice * kLanes + lane)]) * operands.rank;
-      for (int entry = 0; entry < end - begin; entry++) {
-        const Address<Value, Column> at(begin, end, lane, entry);
-        const Value value = *reinterpret_cast<const Value*>(block.steps + at.value);
-        if (value) row[*reinterpret_cast<const Column*>(block.steps + at.column)] = value;  // padding is zero
-      }
-    }
-    begin = end;
-  }
-}
-
 }  // namespace
-
-void unpack(const Operands& operands, int slot, uint8_t* out) {
-  const size_t value_bytes = operands.dtype == Dtype::kBfloat16 ? 2 : 4;
-  std::memset(out, 0, value_bytes * operands.rank * operands.num_outputs);
-  for (int window = 0; window < operands.num_windows; window++) {
-    if (!operands.block(slot, window)) continue;
-    const Window block(operands.block(slot, window), kLanes * (value_bytes + (operands.rank <= 256 ? 1 : 2)));
-    if (operands.dtype == Dtype::kBfloat16) {
-      const auto run = operands.rank <= 256 ? unpack_window<uint16_t, uint8_t> : unpack_window<uint16_t, uint16_t>;
-      run(operands, block, window, reinterpret_cast<uint16_t*>(out));
-    } else {
-      const auto run = operands.rank <= 256 ? unpack_window<float, uint8_t> : unpack_window<float, uint16_t>;
-      run(operands, block, window, reinterpret_cast<float*>(out));
-    }
-  }
-}
 
 void pack(const Kept& b, Dtype dtype, int column_bytes, Packed& packed) {
   const size_t step_bytes = kLanes * ((dtype == Dtype::kBfloat16 ? 2 : 4) + column_bytes), origin = packed.blocks.size();

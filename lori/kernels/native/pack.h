@@ -1,4 +1,4 @@
-// B of one adapter and module into the run-time layout, and back.
+// B of one adapter and module into the run-time layout.
 #pragma once
 
 #include <cstring>
@@ -31,8 +31,5 @@ inline uint16_t to_bfloat16(float value) {
 
 // Appends B to `packed`. `column_bytes` are 1 or 2, as the operands' rank has it, which may be above B's own.
 void pack(const Kept& b, Dtype dtype, int column_bytes, Packed& packed);
-
-// Writes the B of one slot as (num_outputs, rank) of the operands' dtype.
-void unpack(const Operands& operands, int slot, uint8_t* out);
 
 }  // namespace lori

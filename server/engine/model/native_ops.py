@@ -122,16 +122,14 @@ class NativeStack(NativeOps):
         super().__init__([layer.heads for layer in layers], num_blocks, block_size, dtype)
         self._rope_names = sorted({layer.rope for layer in layers})
         bound = [self._bind_layer(layer, number) for number, layer in enumerate(layers)]
-        self._stack = MODULE.Stack(self._layers, bound, self._num_blocks)
-        self._products = [product for layer in layers for product in products(layer)]
-        self._operands = [operands for product in self._products for operands in product.operands]
+        self._stack, self._num_layers = MODULE.Stack(self._layers, bound, self._num_blocks), len(layers)
+        self._operands = [operands for layer in layers for product in products(layer) for operands in product.operands]
 
     def run(
         self, layers: Sequence[Layer], stream: torch.Tensor, rotary: Mapping[str, Rotary], step: object, route: Route | None
     ) -> torch.Tensor:
         """See `Ops`."""
-        if route is not None and any(product.has_dense(route) for product in self._products):
-            return super().run(layers, stream, rotary, step, route)
+        assert len(layers) == self._num_layers
         assert isinstance(step, MODULE.Spans)
         assert stream.dtype is torch.bfloat16
         assert stream.is_contiguous()

@@ -8,17 +8,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from math import inf
 from pathlib import Path
 
 import pytest
 import torch
 
 from lori.kernels import Operands, Route, Term, cpu, native, reference
-from lori.kernels.cpu import PACKED_NS, add_delta, max_packed_tokens
-from lori.kernels.route import LONG_SEGMENT
+from lori.kernels.cpu import add_delta
 from tests.cases import all_pairs
-from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
+from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put
 from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_portable, run_program
 
 ROOT = Path(__file__).parents[3]
@@ -197,33 +195,6 @@ def test_without_the_module_all_else_works_and_the_kernel_says_what_it_needs() -
     done = subprocess.run([sys.executable, "-c", WITHOUT_MODULE], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "the CPU kernel was not built at install" in done.stdout
-
-
-# --- long segments
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_long_segment_of_one_dense_adapter_is_one_product(dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(0)
-    operands = Operands(3, 32, 576, dtype, "cpu")
-    b = [random_b(576, 32, density, g) for density in (1.0, 0.1, 1.0)]
-    for slot in range(3):
-        put(operands, slot, b[slot], slot % 2)
-    if native.choose() in PACKED_NS:
-        assert LONG_SEGMENT <= max_packed_tokens(operands, 0) < 2000
-    else:
-        assert max_packed_tokens(operands, 0) == inf  # torch's product has not been measured beside this instruction set
-    y, s = torch.randn(2100, 576, generator=g).to(dtype), torch.randn(2100, 2, 32, generator=g).to(dtype)
-    terms = [Term(0, 2000, 0, 0.5), Term(2000, 2040, 1, 2.0), Term(2040, 2100, 2, -1.0), Term(2040, 2100, 1, 0.5)]
-    case = Case(y, y, s, operands, b, tuple(terms))
-    exact, magnitude = by_hand(case)
-    add_delta(y, s, operands, case.route)
-    assert_close(y, exact, magnitude)
-
-
-def test_an_empty_module_is_never_unpacked() -> None:
-    operands = Operands(1, 32, 576, torch.bfloat16, "cpu")
-    assert max_packed_tokens(operands, 0) >= 100_000
 
 
 # --- the sanitizers

@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lori.kernels import layout, native
-from lori.kernels.cpu import unpack
 from lori.kernels.layout import HEADER, LANES, UNIT, WINDOW, Layout, Packed, place_of
-from lori.kernels.operands import Operands
 from lori.sparse import SparseB
 from tests.lori.operands import random_b, sparse
 
@@ -40,9 +38,6 @@ def test_what_is_packed_is_what_is_unpacked(num_outputs: int, rank: int, density
     packed = pack_both(of, sparse(b), 0.5)
     expected = (0.5 * b).to(dtype)
     assert torch.equal(layout.unpack(of, packed.blocks, packed.starts), expected.float())
-    operands = Operands(1, rank, num_outputs, dtype, "cpu")
-    operands.put(0, packed, 0)
-    assert torch.equal(unpack(operands, 0), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lori.kernels import Route, Term
-from lori.kernels.route import LONG_SEGMENT
 
 TERM = st.tuples(st.integers(0, 11), st.integers(1, 12), st.integers(0, 4), st.integers(-3, 3)).filter(lambda t: t[0] < t[1])
 
@@ -48,20 +47,6 @@ def test_neighbours_with_the_same_terms_are_one_segment() -> None:
 def test_a_route_takes_its_terms_from_a_generator() -> None:
     route = Route.from_terms((Term(0, 1, slot, 1.0) for slot in (1, 0)), 1)
     assert route.slots.tolist() == [1, 0]
-
-
-def test_runs_are_the_long_segments_of_one_term() -> None:
-    terms = [Term(0, 39, 4, 1.0), Term(39, 79, 3, 1.0), Term(79, 120, 2, 1.0), Term(79, 120, 1, 1.0), Term(120, 200, 0, 1.0)]
-    assert LONG_SEGMENT == 40
-    assert Route.from_terms(terms, 200).long_segments == ((1, 40, 3), (3, 80, 0))
-
-
-def test_a_route_without_some_segments_is_made_once() -> None:
-    route = Route.from_terms([Term(0, 2, 0, 1.0), Term(2, 3, 1, 2.0), Term(4, 6, 2, 3.0)], 6)
-    rest = route.without((1,))
-    assert rest.spans == [(0, 2, [(0, 1.0)]), (4, 6, [(2, 3.0)])]
-    assert route.without((1,)) is rest
-    assert len(route.without((0, 1, 2)).segments) == 0
 
 
 def test_what_a_route_was_made_of_is_not_asked_of_its_device() -> None:

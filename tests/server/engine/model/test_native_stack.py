@@ -102,21 +102,6 @@ def test_adapters_change_what_is_computed(tmp_path: Path) -> None:
     assert all(not torch.equal(base, row) for row in (one, merged, other))
 
 
-def test_long_segments_of_a_dense_adapter_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the layers run one by one: a product with the unpacked B is torch's."""
-    runner = runner_of(tmp_path, "llama")
-    expected = logits(runner)
-    one_by_one: list[int] = []
-    run = NativeOps.run
-    monkeypatch.setattr(NativeOps, "run", lambda *given: (one_by_one.append(1), run(*given))[1])
-    monkeypatch.setattr("lori.kernels.cpu._crossover", lambda *_: 50.0)
-    for operands in stack_of(runner)._operands:
-        operands.max_packed_tokens.clear()
-    for a, b in zip(logits(runner), expected, strict=True):
-        assert (a - b).norm() / b.norm() < 0.02
-    assert len(one_by_one) == 1, "in one step of the five is a segment of more than 50 tokens"
-
-
 def test_what_is_not_of_these_layers_is_refused(tmp_path: Path) -> None:
     stack = stack_of(runner_of(tmp_path, "llama"))
     x = torch.zeros(1, 48, dtype=BF16)
