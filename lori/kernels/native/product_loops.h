@@ -1,7 +1,8 @@
 // The product of product.h as loops over vectors. Included by each instruction set's file, see walk.h.
 //
-// An output's sum takes its inputs in ascending order, whatever the number of tokens, the tile, the piece and the thread: it does
-// not depend on what else is computed. With bfloat16 instructions two inputs are multiplied and added at a time.
+// An output's sum takes its inputs in ascending order, whatever the number of tokens, the tile, the piece and the thread: it
+// does not depend on what else is computed. With bfloat16 instructions two inputs are multiplied and added at a time. Without
+// them a product of two bfloat16 is exact in fp32, so it is the same whether the compiler fuses it with the sum or not.
 #pragma once
 
 #include <algorithm>

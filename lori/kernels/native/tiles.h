@@ -85,6 +85,7 @@ LORI_INLINE void configure_tiles(int num_tokens) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = static_cast<uint8_t>(tile == kWeights ? kTileTokens : num_tokens);
   }
+  __asm__ volatile("" ::"r"(&config) : "memory");  // GCC before 12.4 takes the instruction to read 8 bytes of it
   _tile_loadconfig(&config);
 }
 LORI_INLINE void release_tiles() { _tile_release(); }
