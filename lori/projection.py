@@ -66,7 +66,7 @@ def project(
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the compiled module computes products of this dtype: bf16 on a CPU."""
-    return device.type == "cpu" and dtype is torch.bfloat16 and MODULE is not None
+    return device.type == "cpu" and dtype is torch.bfloat16 and bool(MODULE)
 
 
 def _is_native(linears: Sequence[nn.Linear]) -> bool:

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -276,6 +276,7 @@ def run_any_schedules(tokenizer: PreTrainedTokenizerFast, seen: dict[str, int], 
         last = run.heard[arrival.request.id][-1]
         seen[last.kind if isinstance(last, ErrorEvent) else cast(DoneEvent, last).finish_reason] += 1
     seen["preempted"] += scheduler.num_preemptions
+    target(scheduler.num_preemptions, label="preemptions")  # the rarest: without that some runs have hardly one
     seen["evicted"] += adapter_cache.residents.num_evictions
     seen["read again"] += len(loader.started) - len({*loader.started})
 
@@ -286,4 +287,4 @@ def test_any_schedule_ends_and_leaves_nothing_behind(tokenizer: PreTrainedTokeni
     seen: dict[str, int] = defaultdict(int)
     run_any_schedules(tokenizer, seen)
     kinds = ("length", "stop", "cancelled", "engine", "adapter", "timeout", "preempted", "evicted", "read again")
-    assert {kind for kind in kinds if seen[kind] < 5} == set(), "all are met, or little is shown"
+    assert {kind for kind in kinds if seen[kind] < 20} == set(), "all are met, or little is shown"

@@ -20,7 +20,7 @@ from tests.tiny import save_tiny_model, tiny_llama_config
 
 HERE = Path(__file__).parent
 NUM_EXAMPLES = 2000
-PER_OPERATION = 12
+PER_OPERATION = 40
 """At random, beside those of bounds, of links and of the description itself."""
 LIMIT_S = 600
 

@@ -1,4 +1,4 @@
-"""Three thousand malformed bodies, and four hundred requests that are none: all refused, while another client is answered."""
+"""Ten thousand malformed bodies, and a thousand requests that are none: all refused, while another client is answered."""
 
 import http.client
 import json
@@ -21,7 +21,7 @@ from tests.server.keyed import ADMIN, bearer, write_keys
 from tests.server.live import LIMIT_S, Live, wait_until
 from tests.server.malformed import UPGRADE, Maker, Raw, raw, raw_kinds
 
-NUM_BODIES, NUM_RAW, NUM_THREADS = 3_200, 400, 4
+NUM_BODIES, NUM_RAW, NUM_THREADS = 10_000, 1_000, 4
 MAX_BODY_BYTES = 2**20
 SLACK_BYTES = 128 * 2**20
 """What the server may hold more after all than after a tenth: a leak of bodies would be gigabytes."""

@@ -72,7 +72,7 @@ def test_logits_beyond_the_tokenizer_s_tokens_are_never_allowed(tokenizer: PreTr
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from('{}[]",:ab1 -'), max_size=30), st.data())
 def test_output_that_comes_in_parts_is_followed_as_all_at_once(
     grammars: Grammars, tokenizer: PreTrainedTokenizerFast, text: str, data: st.DataObject

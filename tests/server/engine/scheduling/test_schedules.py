@@ -218,7 +218,7 @@ def token_of(sequence: Sequence) -> int:
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(schedules())
 def test_any_schedule_keeps_its_promises(of: Schedule) -> None:
     """Arrivals, cancels, deadlines, choices, priorities, tenants, too little memory; adapters that are slow, bad, or too many."""
