@@ -16,6 +16,9 @@ constexpr int kUnit = 16;  // bytes; windows start at multiples of it
 constexpr int kMaxRank = 2048;
 constexpr int kHeaderBytes = 2 * kWindowSlices;
 
+// As std::min, which the linker might take from a file of another instruction set.
+LORI_INLINE int least(int a, int b) { return a < b ? a : b; }
+
 enum class Dtype { kBfloat16, kFloat32 };
 
 // The place of the row that comes at a position in its window's order.

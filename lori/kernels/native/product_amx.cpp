@@ -2,7 +2,7 @@
 //
 // A tile of weights, 32 inputs of 16 outputs, is 16 rows of a panel as it lies. An output's sum takes its inputs 32 at a time in
 // ascending order; of these the even and the odd ones are added apart, as the instruction does, whatever the number of tokens.
-#include <algorithm>
+#include <type_traits>
 
 #include "instruction_sets.h"
 #include "product_loops.h"
@@ -18,15 +18,16 @@ struct Groups {
   int count, size, num_rows;
   explicit Groups(int num_rows)
       : count((num_rows + kTileTokens - 1) / kTileTokens), size((num_rows + count - 1) / count), num_rows(num_rows) {}
-  LORI_INLINE int first(int group) const { return std::min(group * size, num_rows - size); }
+  LORI_INLINE int first(int group) const { return least(group * size, num_rows - size); }
 };
 
 // A piece of a panel's inputs: those in whole tiles, and the last ones, with zeros after them.
 struct Weights {
   const uint16_t* whole;
-  const uint16_t* rest;  // null where there are none
-  int num_whole;         // tiles
-  const uint8_t* following;
+  const uint16_t* rest;      // null where there are none
+  int num_whole;             // tiles
+  const uint8_t* following;  // what is wanted next where the weights came from, or null
+  int value_bytes;           // there
 };
 
 // The x of a group likewise; the rows of the rest lie kTileInputs apart.
@@ -94,8 +95,8 @@ void multiply_groups(int num_groups, int size, const GroupInputs* x, const Weigh
   for (int i = 0; i < weights.num_whole; i++) {
     const uint16_t* at = weights.whole + i * kTileWeights;
     if (weights.following)
-      for (int line = 0; line < 2 * kTileWeights / kLineBytes; line++)
-        prefetch(weights.following + i * 2 * kTileWeights + line * kLineBytes);
+      for (int byte = 0; byte < weights.value_bytes * kTileWeights; byte += kLineBytes)
+        prefetch(weights.following + i * weights.value_bytes * kTileWeights + byte);
     for (int line = 0; line < 4; line++) ask(ahead);
     multiply_group<0, kVectors>(x[0].whole + i * kTileInputs, x[0].stride, at);
     if (num_groups == 2) multiply_group<3, kVectors>(x[1].whole + i * kTileInputs, x[1].stride, at);
@@ -116,10 +117,10 @@ void multiply_tiled_panel(const Part& part, const Tokens& tokens, int first_row,
   const int outputs = part.panel_outputs(panel), first_output = panel * kPanelOutputs;
   const int most = part.narrow ? kWidened : part.num_inputs;
   for (int input = 0; input < part.num_inputs; input += most) {
-    const int num_inputs = std::min(most, part.num_inputs - input), num_rest = num_inputs % kTileInputs;
+    const int num_inputs = least(most, part.num_inputs - input), num_rest = num_inputs % kTileInputs;
     const int64_t at = part.panel_at(panel) + int64_t{outputs} * input;
     if (part.narrow) widen(part.narrow + at, int64_t{outputs} * num_inputs, widened);
-    Weights weights{part.narrow ? widened : part.panels + at, nullptr, num_inputs / kTileInputs, nullptr};
+    Weights weights{part.narrow ? widened : part.panels + at, nullptr, num_inputs / kTileInputs, nullptr, part.narrow ? 1 : 2};
     if (groups.count <= 2)
       weights.following = part.narrow ? reinterpret_cast<const uint8_t*>(part.narrow + at) + outputs * num_inputs
                                       : reinterpret_cast<const uint8_t*>(weights.whole) + kFarAhead;
@@ -128,10 +129,10 @@ void multiply_tiled_panel(const Part& part, const Tokens& tokens, int first_row,
       std::memcpy(rest, weights.whole + int64_t{outputs} * (num_inputs - num_rest), sizeof(uint16_t) * outputs * num_rest);
       weights.rest = rest;
     }
-    const Panel of{first_output, std::min(part.num_outputs - first_output, outputs), input == 0,
+    const Panel of{first_output, least(part.num_outputs - first_output, outputs), input == 0,
                    input + num_inputs == part.num_inputs};
     for (int group = 0; group < groups.count; group += 2) {
-      const int num_groups = std::min(2, groups.count - group);
+      const int num_groups = least(2, groups.count - group);
       GroupInputs x[2];
       const auto target = [&](int number) {
         const int row = groups.first(group + number);
@@ -157,7 +158,7 @@ void multiply_amx(const Part& part, const Tokens& tokens, int first_row, int las
   alignas(64) uint16_t rest[kRowBlock * kTileInputs];
   const int num_rest = part.num_inputs % kTileInputs;
   for (int row = first_row; row < last_row; row += kRowBlock) {
-    const Groups groups(std::min(last_row - row, kRowBlock));
+    const Groups groups(least(last_row - row, kRowBlock));
     if (num_rest)
       for (int r = 0; r < groups.num_rows; r++) {
         uint16_t* to = rest + r * kTileInputs;

@@ -5,15 +5,13 @@
 // them a product of two bfloat16 is exact in fp32, so it is the same whether the compiler fuses it with the sum or not.
 #pragma once
 
-#include <algorithm>
-
 #include "product.h"
 #include "vectors.h"
 
 namespace lori {
 namespace {
 
-constexpr int kFarAhead = 8192;  // bytes of weights, where each is used once
+constexpr int kFarAhead = 8192;  // bytes: how far ahead weights are asked for where one tile of tokens reads them
 
 LORI_INLINE void prefetch(const uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
@@ -98,7 +96,7 @@ struct Tile {
 // The parts kFirst .. kFirst + kCount of a panel of kOutputs, for some of a tile's rows. Only one of those asks for what follows.
 template <int kOutputs, int kFirst, int kCount, int kRows, typename Weight>
 LORI_INLINE void multiply_parts(const Tile<Weight>& tile, int first_row, Ahead& ahead, Vector (&sums)[kRows][kCount]) {
-  constexpr int kBytes = 8 * kWidth;  // of a part's weights in bfloat16
+  constexpr int kBytes = 4 * kWidth;  // of a part's weights for two inputs, in bfloat16
   const Weight* weights = tile.weights + 2 * kWidth * kFirst;
   const Input* x = tile.x + first_row * tile.x_stride;
   const uint8_t* following = tile.following;
@@ -151,7 +149,6 @@ LORI_INLINE void finish(const Target& to, int row, int output, const Vector* sum
   std::memcpy(&value, sums, sizeof(value));
   if (!to.panel.is_last) return store(to.partial + row * kPanelOutputs + output, value);
   const int left = to.panel.num_outputs - output, at = to.panel.first_output + output;
-  if (left <= 0) return;
   if (to.part.scales) value = value * load_some(to.part.scales + at, left);
   if (to.part.bias) value = value + load_some(to.part.bias + at, left);
   uint16_t* y = to.y + row * to.y_stride + output;
@@ -186,7 +183,7 @@ LORI_INLINE void multiply_rows(const Tile<Weight>& tile, int first_row, Ahead& a
 
 template <int kVectors, typename Weight>
 void multiply_any(int num_rows, const Tile<Weight>& tile, Ahead& ahead, const Target& to) {
-  for (int row = 0; row < num_rows; row += kRowsTogether) switch (std::min(num_rows - row, kRowsTogether)) {
+  for (int row = 0; row < num_rows; row += kRowsTogether) switch (least(num_rows - row, kRowsTogether)) {
 #define LORI_ROWS(n)                                                                       \
   case n:                                                                                  \
     if constexpr (n <= kRowsTogether) multiply_rows<kVectors, n, 0>(tile, row, ahead, to); \
@@ -238,7 +235,7 @@ void multiply_piece(const Part& part, const Panel& panel, const Piece& piece, co
   int next = 0;
   for (int i = 0; i < num_tiles; i++) {
     const int rows = num_tiles == 2 ? size + num_larger : size + (i < num_larger);
-    const int row = piece.first_row + std::min(next, piece.num_rows - rows);
+    const int row = piece.first_row + least(next, piece.num_rows - rows);
     next += rows;
     const Input* x = inputs.read(tokens.x + row * tokens.x_stride + piece.first_input, tokens.x_stride, rows, piece.num_inputs);
     const Tile<Weight> tile{x,
@@ -267,9 +264,9 @@ void multiply_panel(const Part& part, const Tokens& tokens, int first_row, int n
   const bool is_widened = part.narrow && num_rows > kTileRows;
   const int most = is_widened ? kWidened : kMaxPiece;
   for (int input = 0; input < part.num_inputs; input += most) {
-    const int num_inputs = std::min(most, part.num_inputs - input);
+    const int num_inputs = least(most, part.num_inputs - input);
     const int64_t at = part.panel_at(panel) + int64_t{outputs} * input;
-    const Panel of{first_output, std::min(left, outputs), input == 0, input + num_inputs == part.num_inputs};
+    const Panel of{first_output, least(left, outputs), input == 0, input + num_inputs == part.num_inputs};
     const Piece piece{first_row, num_rows, input, num_inputs, outputs};
     if (!part.narrow) {
       multiply_piece(part, of, piece, part.panels + at, part.panels + at, tokens, ahead, sums, inputs);
@@ -282,10 +279,10 @@ void multiply_panel(const Part& part, const Tokens& tokens, int first_row, int n
   }
 }
 
-[[maybe_unused]] void multiply_all(const Part& part, const Tokens& tokens, int first_row, int last_row, int first_panel, int last_panel,
-                  Ahead& ahead, float* sums) {
+[[maybe_unused]] void multiply_all(const Part& part, const Tokens& tokens, int first_row, int last_row, int first_panel,
+                                   int last_panel, Ahead& ahead, float* sums) {
   for (int row = first_row; row < last_row; row += kRowBlock) {
-    const int num_rows = std::min(last_row - row, kRowBlock);
+    const int num_rows = least(last_row - row, kRowBlock);
     for (int panel = first_panel; panel < last_panel; panel++) multiply_panel(part, tokens, row, num_rows, panel, ahead, sums);
   }
 }

@@ -90,46 +90,42 @@ LORI_INLINE void configure_tiles(int num_tokens) {
 }
 LORI_INLINE void release_tiles() { _tile_release(); }
 
-// The instructions have a tile's number in themselves.
+// The instructions have the numbers of their tiles in themselves.
+#define LORI_BY_TILE(instruction)           \
+  if constexpr (kTile == 0) instruction(0); \
+  if constexpr (kTile == 1) instruction(1); \
+  if constexpr (kTile == 2) instruction(2); \
+  if constexpr (kTile == 3) instruction(3); \
+  if constexpr (kTile == 4) instruction(4); \
+  if constexpr (kTile == 5) instruction(5); \
+  if constexpr (kTile == 6) instruction(6); \
+  if constexpr (kTile == 7) instruction(7);
+#define LORI_LOAD(tile) _tile_loadd(tile, at, stride)
+#define LORI_STORE(tile) _tile_stored(tile, at, stride)
+#define LORI_MULTIPLY(tile) _tile_dpbf16ps(tile, 6, 7)
+
 template <int kTile>
 LORI_INLINE void zero_tile() {
-  if constexpr (kTile == 0) _tile_zero(0);
-  if constexpr (kTile == 1) _tile_zero(1);
-  if constexpr (kTile == 2) _tile_zero(2);
-  if constexpr (kTile == 3) _tile_zero(3);
-  if constexpr (kTile == 4) _tile_zero(4);
-  if constexpr (kTile == 5) _tile_zero(5);
+  LORI_BY_TILE(_tile_zero)
 }
 template <int kTile>
 LORI_INLINE void load_tile(const void* at, int64_t stride) {
-  if constexpr (kTile == 0) _tile_loadd(0, at, stride);
-  if constexpr (kTile == 1) _tile_loadd(1, at, stride);
-  if constexpr (kTile == 2) _tile_loadd(2, at, stride);
-  if constexpr (kTile == 3) _tile_loadd(3, at, stride);
-  if constexpr (kTile == 4) _tile_loadd(4, at, stride);
-  if constexpr (kTile == 5) _tile_loadd(5, at, stride);
-  if constexpr (kTile == 6) _tile_loadd(6, at, stride);
-  if constexpr (kTile == 7) _tile_loadd(7, at, stride);
+  LORI_BY_TILE(LORI_LOAD)
 }
 template <int kTile>
 LORI_INLINE void store_tile(void* at, int64_t stride) {
-  if constexpr (kTile == 0) _tile_stored(0, at, stride);
-  if constexpr (kTile == 1) _tile_stored(1, at, stride);
-  if constexpr (kTile == 2) _tile_stored(2, at, stride);
-  if constexpr (kTile == 3) _tile_stored(3, at, stride);
-  if constexpr (kTile == 4) _tile_stored(4, at, stride);
-  if constexpr (kTile == 5) _tile_stored(5, at, stride);
+  LORI_BY_TILE(LORI_STORE)
 }
 // Adds to the sums of kTile the products of the tile kX with the tile kWeights.
 template <int kTile>
 LORI_INLINE void multiply_tiles() {
-  if constexpr (kTile == 0) _tile_dpbf16ps(0, 6, 7);
-  if constexpr (kTile == 1) _tile_dpbf16ps(1, 6, 7);
-  if constexpr (kTile == 2) _tile_dpbf16ps(2, 6, 7);
-  if constexpr (kTile == 3) _tile_dpbf16ps(3, 6, 7);
-  if constexpr (kTile == 4) _tile_dpbf16ps(4, 6, 7);
-  if constexpr (kTile == 5) _tile_dpbf16ps(5, 6, 7);
+  static_assert(kX == 6 && kWeights == 7);
+  LORI_BY_TILE(LORI_MULTIPLY)
 }
+#undef LORI_BY_TILE
+#undef LORI_LOAD
+#undef LORI_STORE
+#undef LORI_MULTIPLY
 
 #endif
 

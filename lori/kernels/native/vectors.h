@@ -34,7 +34,6 @@ struct Sixteen {
 };
 using Floats = Sixteen<Vector>;
 using Ints = Sixteen<SignedVector>;
-using Words = Sixteen<WordVector>;
 
 // Calls run(part) for each part and returns what it gives.
 template <typename To, typename Run>
@@ -52,19 +51,6 @@ LORI_INLINE To bits_of(From from) {
   return to;
 }
 
-LORI_INLINE Floats as_floats(const Words& words) {
-  return each<Floats>([&](int i) { return (Vector)words.part[i]; });
-}
-LORI_INLINE Floats as_floats(const Ints& ints) {
-  return each<Floats>([&](int i) { return (Vector)ints.part[i]; });
-}
-LORI_INLINE Words as_words(const Floats& floats) {
-  return each<Words>([&](int i) { return (WordVector)floats.part[i]; });
-}
-LORI_INLINE Ints as_ints(const Floats& floats) {
-  return each<Ints>([&](int i) { return (SignedVector)floats.part[i]; });
-}
-
 LORI_INLINE Floats splat(float value) {
   return each<Floats>([&](int) { return value - Vector{}; });
 }
@@ -75,7 +61,8 @@ LORI_INLINE Floats splat(float value) {
     return each<Sixteen<Part>>([&](int i) { return a.part[i] op b.part[i]; });            \
   }
 LORI_OPERATOR(+)
-LORI_OPERATOR(-) LORI_OPERATOR(*) LORI_OPERATOR(/) LORI_OPERATOR(&)
+LORI_OPERATOR(-)
+LORI_OPERATOR(*) LORI_OPERATOR(/) LORI_OPERATOR(&)
 #undef LORI_OPERATOR
 
 #define LORI_OPERATOR(op)                                       \
@@ -106,7 +93,8 @@ LORI_INLINE Floats& operator+=(Floats& a, const Floats& b) { return a = a + b; }
     return each<Ints>([&](int i) { return a.part[i] op b; });                         \
   }
 LORI_COMPARISON(<)
-LORI_COMPARISON(>) LORI_COMPARISON(>=) LORI_COMPARISON(==)
+LORI_COMPARISON(>)
+LORI_COMPARISON(>=) LORI_COMPARISON(==)
 #undef LORI_COMPARISON
 
     LORI_INLINE Floats select(const Ints& condition, const Floats& yes, const Floats& no) {

@@ -70,6 +70,8 @@ void check_products() {
   for (int num_outputs : {1, 16, 31, 48, 49, 80, 97, 100}) check_product<Weight>(257, num_outputs, 2 * draw(1, 12), num_outputs % 2);
   for (int num_inputs : {254, 258, 4094, 4096, 4098, 8192, 8194})
     for (int num_rows : {1, 9}) check_product<Weight>(num_rows, 65, num_inputs, true);
+  for (int num_inputs : {30, 258, 514})
+    for (int num_rows : {33, 35, 49, 250}) check_product<Weight>(num_rows, 65, num_inputs, num_rows % 2);
 }
 
 }  // namespace
