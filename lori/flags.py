@@ -17,6 +17,8 @@ from lori.names import MISSPELT, near_names
 REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
 """Prefix that pydantic-settings puts before argparse's message, and argparse's message for unknown arguments."""
 FLAG = re.compile(r"--?[A-Za-z]")
+JOINED_HELP = re.compile(r"argument -h/--help: ignored explicit argument '(\w*)'")
+"""argparse's message for flags such as `-hf`, which it reads as `-h` with a value."""
 STRAY = ""
 """Key of the hint for a value without a flag."""
 
@@ -30,6 +32,13 @@ def package_version() -> str:
         return version(PACKAGE)
     except PackageNotFoundError:
         return "unknown"
+
+
+def show_version(is_asked: bool) -> None:
+    """Print the version and end the program, if `is_asked`. The callback of typer's option `--version`."""
+    if is_asked:
+        print(PACKAGE, package_version())
+        raise SystemExit(0)
 
 
 def add_argument(parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
@@ -90,6 +99,8 @@ def refused_arguments(error: Exception, fields: Iterable[str], hints: Mapping[st
     For an unknown flag the line gives its hint in `hints`, or else the most similar flag of `fields`.
     """
     message, hints = str(error).removeprefix(REFUSED), hints or {}
+    if joined := JOINED_HELP.fullmatch(message):
+        message = f"{UNKNOWN}-h{joined[1]}"
     if not message.startswith(UNKNOWN):
         return message
     known_flags = [flag_of(field).removeprefix("--") for field in fields]

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 from filelock import FileLock
 
+from lori.flags import show_version
 from lori.printable import printable_lines
 from lori.store.files import read_regular, replace_file
 from server.access.keys import KEY_PREFIX, MAX_BYTES, KeyFileError, Keys, check_identifier, parse_keys
@@ -63,6 +64,9 @@ def make_key(
         str | None,
         typer.Option("--id", callback=_identifier, help="What logs call it; such as acme-1 if absent.", show_default=False),
     ] = None,
+    _: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Make a key, print it once, and append its hash to FILE. A running server reads FILE again when it changes."""
     if (role == "tenant") != (tenant is not None):

@@ -8,7 +8,7 @@ import typer
 
 from lori.cli import inspection, merging, stores, transfer
 from lori.errors import AdapterFormatError, LoriError
-from lori.flags import PACKAGE, package_version
+from lori.flags import show_version
 from lori.printable import printable
 
 PROGRAM = "python -m lori"
@@ -27,16 +27,10 @@ for module in (inspection, merging, stores, transfer):
         app.command(command.__name__.rstrip("_"))(command)
 
 
-def _show_version(is_asked: bool) -> None:
-    if is_asked:
-        print(PACKAGE, package_version())
-        raise typer.Exit
-
-
 @app.callback()
 def _options(
     _: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from lori.names import MISSPELT, near_names
-from server.migration.requests import ABSENT_ROUTES, EXPLAINED, RENAMED, ROUTES, VALUES, Hints
+from server.migration.requests import ABSENT_ROUTES, EXPLAINED, IN_BODY, RENAMED, ROUTES, VALUES, Hints
 
 MAX_NAME = 64
 """Maximum number of characters of a field name that is looked up. A longer name is no typo."""
@@ -47,9 +47,16 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
-def unknown_field(name: str, fields: frozenset[str]) -> str:
-    """Return the fault of an unknown field `name` where the fields `known` are allowed, with a suggestion."""
-    return f"unknown field{_separated(_field_hint(name, fields))}"
+def unknown_field(name: str, fields: frozenset[str], value: object = None) -> str:
+    """Return the fault of an unknown field `name` where `fields` are allowed, with a suggestion.
+
+    If `value` is an object whose fields belong beside the prompt, those of them that have another name here are listed, too.
+    """
+    hint = _field_hint(name, fields)
+    if hint == IN_BODY and isinstance(value, dict):
+        inner = [key for key in value if key not in fields][:MAX_LISTED]
+        hint = "; ".join([hint, *(f"for {key!r} {_field_hint(key, fields)}" for key in inner if len(key) <= MAX_NAME)])
+    return f"unknown field{_separated(hint)}"
 
 
 def _field_hint(name: str, fields: frozenset[str]) -> str:

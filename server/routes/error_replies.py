@@ -70,7 +70,7 @@ def _fault(error: dict[str, Any], body: Any) -> tuple[str, str]:
     if places and places[0] in ("query", "path", "header"):
         return str(last), "is missing" if error["type"] == "missing" else f"{message}, found {SHORT.repr(error['input'])}"
     if error["type"] == "extra_forbidden":
-        return _join([*path, last]), unknown_field(str(last), fields_at(body, places[1:]))
+        return _join([*path, last]), unknown_field(str(last), fields_at(body, places[1:]), error["input"])
     field = _join([*path, last] if isinstance(last, int) or last in _fields() else path)
     if isinstance(error.get("input"), bytes):
         return "", "the body was not read as JSON: send it with the header Content-Type: application/json"

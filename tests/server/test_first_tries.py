@@ -139,7 +139,9 @@ def test_a_body_of_tgi_is_answered_field_by_field(live: Live) -> None:
     assert error["param"] == "inputs"
     assert error["message"] == (
         "inputs: unknown field: use 'prompt'; "
-        "parameters: unknown field: its fields stand beside the prompt, in the request itself"
+        "parameters: unknown field: its fields stand beside the prompt, in the request itself; "
+        "for 'max_new_tokens' use 'max_tokens'; "
+        """for 'adapter_id' use 'adapter': "math", which the server knows by name: GET /adapters lists them"""
     )  # fmt: skip
 
 
@@ -373,6 +375,7 @@ FLAGS = [
     (["--hf-token", "secret"], "hf auth login"),
     # llama.cpp's
     (["-m", "model.gguf"], "use --model"),
+    (["-hf", "ggml-org/gemma-3-1b-it-GGUF"], "there is no flag -hf: use --model, with a folder or a hub id"),
     (["-c", "4096"], "--kv-cache-gib"),
     (["--ctx-size", "4096"], "--kv-cache-gib"),
     (["-ngl", "99"], "--device"),

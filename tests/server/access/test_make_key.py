@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lori.flags import PACKAGE, package_version
 from server.access.keys import parse_keys, read_keys
 from server.keys import append
 from tests.server.keyed import write_keys
@@ -27,6 +28,10 @@ def run(*arguments: object) -> tuple[int, str, str]:
     process = start(*arguments)
     out, err = process.communicate(timeout=LIMIT_S)
     return process.returncode, out, err
+
+
+def test_the_version_is_shown() -> None:
+    assert run("--version") == (0, f"{PACKAGE} {package_version()}\n", "")
 
 
 def test_a_key_is_shown_once_and_its_hash_is_kept(tmp_path: Path) -> None:
