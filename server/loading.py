@@ -177,7 +177,7 @@ def _limits(settings: Settings, base: BaseModel, runner: Runner, max_context: in
         max_sequences=settings.max_batch,
         max_tokens=settings.max_step_tokens,
         max_stall=settings.max_stall,
-        short_step_s=settings.short_step_ms / 1000,
+        short_step_s=cost.short_step_seconds() if settings.short_step_ms is None else settings.short_step_ms / 1000,
         cost=cost,
     )
 
@@ -289,7 +289,11 @@ def _log(
         num_kv_tokens,
         runner.num_kv_bytes / 2**20,
     )
-    logger.info("a step in which one sequence decodes takes %.1f ms", 1e3 * limits.cost.decoding(1))
+    logger.info(
+        "a step in which one sequence decodes takes %.1f ms; one with short prompts may take %.0f ms",
+        1e3 * limits.cost.decoding(1),
+        1e3 * limits.short_step_s,
+    )
     logger.debug("what steps cost: %s", limits.cost)
     if not MODULE and device.type == "cpu":
         logger.warning(

@@ -111,10 +111,10 @@ class Settings(BaseSettings):
     """Maximum time of a step with long prompts, approximately, as a multiple of a step that only decodes. Step times are measured
     at start. Below 2, a long prompt rarely makes other requests wait twice as long for a token; above 2, its own first token
     comes sooner."""
-    short_step_ms: float = Field(default=35, ge=0, le=60_000)
+    short_step_ms: float | None = Field(default=None, ge=0, le=60_000)
     """Maximum time of a step with short prompts, in milliseconds, if that is more than --max-stall allows. Prompts are short if
     they would fill at most four such steps. A higher value brings their first tokens sooner; a lower value keeps other requests'
-    tokens more even."""
+    tokens more even. Absent: 35, or the time of a step of 64 prompt tokens, measured at start, if that is more."""
     max_step_s: float = Field(default=300, ge=0, le=86400)
     """Maximum time of a step, in seconds, before the server counts as stuck. It then writes its threads' stacks to standard error
     and ends with exit code 1, to be started again. Loading does not count. 0 is no limit."""

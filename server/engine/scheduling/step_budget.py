@@ -60,7 +60,14 @@ class StepCost:
         product_seconds = self.prompt(num_tokens + count) - (self.prompt(num_tokens) if num_tokens else 0.0)
         return product_seconds + (self.per_key + self.per_pair * count) * (start + count / 2)
 
+    def short_step_seconds(self) -> float:
+        """Return a limit on steps with short prompts that leaves room for enough tokens to be worth reading the weights."""
+        return max(MIN_SHORT_STEP_S, self.prompt(SHORT_STEP_TOKENS))
 
+
+MIN_SHORT_STEP_S, SHORT_STEP_TOKENS = 0.035, 64
+"""A step with short prompts may take this many seconds, or as long as a step of this many prompt tokens takes, if that is more.
+On a slow CPU 35 ms would hold a few tokens only."""
 MIN_CHUNK_TOKENS = 4
 """Minimum chunk of a prompt, in tokens. A smaller chunk is not worth reading all keys before it, so none is computed."""
 CHUNK_MULTIPLE = 2

@@ -4,7 +4,14 @@ from math import inf
 
 import pytest
 
-from server.engine.scheduling.step_budget import CHUNK_MULTIPLE, MAX_SHORT_STEPS, MIN_CHUNK_TOKENS, StepBudget
+from server.engine.scheduling.step_budget import (
+    CHUNK_MULTIPLE,
+    MAX_SHORT_STEPS,
+    MIN_CHUNK_TOKENS,
+    Curve,
+    StepBudget,
+    StepCost,
+)
 from tests.server.plans import MEASURED, step_limits
 
 
@@ -31,6 +38,12 @@ def test_a_chunk_is_the_longest_whose_step_takes_no_longer_than_it_may(num_decod
         count < MIN_CHUNK_TOKENS + CHUNK_MULTIPLE
         or usual + MEASURED.chunk_seconds(num_decoding, start, count) <= max_stall * usual
     )
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.01, 0.035), (0.08, 0.08)], ids=["fast", "slow"])
+def test_steps_with_short_prompts_are_longer_on_a_slow_cpu(seconds: float, expected: float) -> None:
+    cost = StepCost(prompt=Curve((1, 64), (0.005, seconds)), decoding=Curve((1,), (0.005,)), per_key=0.0, per_pair=0.0)
+    assert cost.short_step_seconds() == pytest.approx(expected)
 
 
 def test_the_end_of_a_prompt_is_taken_as_it_is() -> None:
