@@ -15,6 +15,7 @@ from lori.basis import Basis, Seeded
 from lori.config import ExplicitConfig
 from lori.device import device_name, resolve_device
 from lori.errors import AdapterError, ModelError
+from lori.flags import package_version
 from lori.kernels.native import MISSING, MODULE, choose, description, max_isa
 from lori.names import EMBEDDED_NAME, base_aliases
 from lori.packed_adapter import PackedReader
@@ -154,6 +155,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         num_ingresses=num_ingresses,
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
+        fingerprint=_fingerprint(base, settings.quantization),
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
     )
 
@@ -307,6 +309,16 @@ def _outline(base: BaseModel) -> str:
     dtype, device = base.model.dtype, base.model.device
     code = "" if device.type != "cpu" else f" with {choose()}" if MODULE else " with torch alone"
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
+
+
+def _fingerprint(base: BaseModel, quantization: Quantization | None) -> str:
+    # All that the numbers of an answer depend on, beside the model, the adapters and the request.
+    dtype, device = base.model.dtype, base.model.device
+    if device.type == "cuda":
+        code = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+    else:
+        code = choose() if MODULE else f"torch-{torch.backends.cpu.get_cpu_capability().lower()}"
+    return "-".join(filter(None, (f"lori-{package_version()}", code, _name(dtype), quantization)))
 
 
 def _capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:

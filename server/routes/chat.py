@@ -51,7 +51,7 @@ async def chat_completions(body: ChatBody, http: HttpRequest, service: ServiceOf
             sent = to_request(body, service.base_names)
             admitted = service.admitted([sent], caller, is_whole=not body.stream, has_left=http.is_disconnected)
             [request] = await place.enter_async_context(admitted)
-        writer = _Writer(body, service.base_model, request)
+        writer = _Writer(body, service, request)
         if body.stream:
             return EventStream(writer.stream(service), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))
@@ -71,9 +71,10 @@ def to_request(body: ChatBody, base_names: Collection[str]) -> GenerateRequest:
 class _Writer:
     """Writer of the reply to one body."""
 
-    def __init__(self, body: ChatBody, base_model: str, request: Request) -> None:
+    def __init__(self, body: ChatBody, service: Service, request: Request) -> None:
         self._request = request
-        self._model = base_model if body.model is None else body.model
+        self._model = service.base_model if body.model is None else body.model
+        self._fingerprint = service.fingerprint
         self._id, self._created = f"chatcmpl-{request.id}", int(time.time())
         self._has_usage = body.stream_options is not None and body.stream_options.include_usage
 
@@ -83,6 +84,7 @@ class _Writer:
             id=self._id,
             created=self._created,
             model=self._model,
+            system_fingerprint=self._fingerprint,
             choices=[
                 ChatChoice(
                     index=index,
@@ -124,7 +126,13 @@ class _Writer:
         yield DONE
 
     def _chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=list(choices))
+        return ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            system_fingerprint=self._fingerprint,
+            choices=list(choices),
+        )
 
     def _sse(self, chunk: ChatChunk) -> bytes:
         return sse(chunk, has_usage=self._has_usage)

@@ -41,7 +41,7 @@ async def completions(body: CompletionBody, http: HttpRequest, service: ServiceO
             sent = to_requests(body, service.base_names)
             admitted = service.admitted(sent, caller, is_whole=not body.stream, has_left=http.is_disconnected)
             requests = await places.enter_async_context(admitted)
-        writer = _Writer(body, service.base_model, requests)
+        writer = _Writer(body, service, requests)
         if body.stream:
             return EventStream(writer.stream(service), places.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect_all(service, requests))
@@ -78,9 +78,10 @@ def _to_prompts(body: CompletionBody) -> list[Prompt]:
 class _Writer:
     """Writer of the reply to one body. The choices of all its requests are numbered consecutively."""
 
-    def __init__(self, body: CompletionBody, base_model: str, requests: Sequence[Request]) -> None:
+    def __init__(self, body: CompletionBody, service: Service, requests: Sequence[Request]) -> None:
         self._body, self._requests = body, requests
-        self._model = base_model if body.model is None else body.model
+        self._model = service.base_model if body.model is None else body.model
+        self._fingerprint = service.fingerprint
         self._id, self._created = f"cmpl-{requests[0].id}", int(time.time())
         self._has_usage = body.stream_options is not None and body.stream_options.include_usage
 
@@ -138,7 +139,13 @@ class _Writer:
         return position * self._body.n + choice
 
     def _part(self, choices: list[CompletionChoice]) -> CompletionReply:
-        return CompletionReply(id=self._id, created=self._created, model=self._model, choices=choices)
+        return CompletionReply(
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            system_fingerprint=self._fingerprint,
+            choices=choices,
+        )
 
     def _sse(self, part: CompletionReply) -> bytes:
         return sse(part, has_usage=self._has_usage)

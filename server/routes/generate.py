@@ -59,7 +59,11 @@ async def generate(body: GenerateBody, http: Request, service: ServiceOf, caller
             return EventStream(stream(service, request), place.pop_all(), service.settings.max_unread_s)
         answers = await until_disconnect(http, collect(service, request))
     # The client has gone; 499 is the status that proxies log.
-    return Response(status_code=499) if answers is None else await json_reply(lambda: to_reply(request, answers))
+    return (
+        Response(status_code=499)
+        if answers is None
+        else await json_reply(lambda: to_reply(request, answers, service.fingerprint))
+    )
 
 
 def to_request(body: GenerateBody) -> GenerateRequest:
@@ -99,7 +103,7 @@ def _to_prompt(body: GenerateBody) -> Prompt:
     return prompt
 
 
-def to_reply(request: EngineRequest, answers: Sequence[Answer]) -> GenerateReply:
+def to_reply(request: EngineRequest, answers: Sequence[Answer], fingerprint: str | None) -> GenerateReply:
     """Return the whole reply."""
     choices = [
         ChoiceReply(
@@ -121,6 +125,7 @@ def to_reply(request: EngineRequest, answers: Sequence[Answer]) -> GenerateReply
         usage=to_usage([answer.done for answer in answers]),
         timings=to_timings(answers[0].done.timings),
         seed=request.sampling.seed,
+        system_fingerprint=fingerprint,
         logprobs=first.logprobs,
         choices=choices if len(choices) > 1 else None,
     )
@@ -135,7 +140,7 @@ async def stream(service: Service, request: EngineRequest) -> AsyncGenerator[byt
                     logprobs = to_logprobs(request, event.logprobs)
                     yield sse("token", TokenData(text=event.text, index=event.choice, logprobs=logprobs))
                 case DoneEvent():
-                    yield sse("done", to_done(request, event))
+                    yield sse("done", to_done(request, event, service.fingerprint))
                 case ErrorEvent():
                     yield sse("error", failure_reply(event))
 
@@ -145,7 +150,7 @@ def sse(name: str, data: BaseModel) -> bytes:
     return format_sse_event(event=name, data_str=data.model_dump_json())
 
 
-def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
+def to_done(request: EngineRequest, event: DoneEvent, fingerprint: str | None) -> DoneData:
     """Return the data of a `done` event."""
     return DoneData(
         id=request.id,
@@ -157,6 +162,7 @@ def to_done(request: EngineRequest, event: DoneEvent) -> DoneData:
         usage=to_usage([event]),
         timings=to_timings(event.timings),
         seed=request.sampling.seed,
+        system_fingerprint=fingerprint,
     )
 
 

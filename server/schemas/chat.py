@@ -160,6 +160,8 @@ class ChatReply(Reply):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str | None = None
+    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
     choices: list[ChatChoice]
     usage: OpenAIUsage
     lori: LoriReply
@@ -192,6 +194,8 @@ class ChatChunk(Reply):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
+    system_fingerprint: str | None = None
+    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
     choices: list[ChatChunkChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None

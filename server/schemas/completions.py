@@ -82,6 +82,8 @@ class CompletionReply(Reply):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str | None = None
+    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
     choices: list[CompletionChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None

@@ -149,6 +149,8 @@ class DoneData(Reply):
     usage: Usage
     timings: TimingsReply
     seed: int
+    system_fingerprint: str | None = None
+    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
 
 
 class ChoiceReply(Reply):
@@ -173,6 +175,8 @@ class GenerateReply(Reply):
     usage: Usage
     timings: TimingsReply
     seed: int
+    system_fingerprint: str | None = None
+    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
     logprobs: Logprobs | None = None
     choices: list[ChoiceReply] | None = None
     """All answers, if the request asks for more than one."""

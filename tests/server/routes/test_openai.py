@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lori.base_model import BaseModel
+from lori.flags import package_version
+from lori.kernels.native import MODULE, choose
 from lori.template import encode
-from tests.server.live import LIMIT_S, Live
+from tests.server.live import LIMIT_S, Live, events
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 times 7?"}]
@@ -167,6 +169,22 @@ def test_a_stream_begins_with_the_role_and_ends_with_done(live: Live) -> None:
     assert '"delta":{}' in lines[-2]
     assert lines[-1] == "data: [DONE]"
     assert not any("usage" in line for line in lines)
+
+
+def test_every_reply_names_what_computed_it(live: Live, client: openai.OpenAI) -> None:
+    name = live.generate(prompt=FOX, max_tokens=1)["system_fingerprint"]
+    assert name.startswith(f"lori-{package_version()}-")
+    assert name.endswith("-float32")
+    assert not MODULE or choose() in name
+    chat = {"model": "math", "messages": MESSAGES, "max_tokens": 1}
+    completion = {"model": "math", "prompt": FOX, "max_tokens": 1}
+    assert client.chat.completions.create(**chat).system_fingerprint == name
+    assert client.completions.create(**completion).system_fingerprint == name
+    assert {chunk.system_fingerprint for chunk in client.chat.completions.create(**chat, stream=True)} == {name}
+    assert {part.system_fingerprint for part in client.completions.create(**completion, stream=True)} == {name}
+    with live.client.stream("POST", "/generate", json={"prompt": FOX, "max_tokens": 1, "stream": True}) as stream:
+        *_, (_, done) = events(stream.iter_lines())
+    assert done["system_fingerprint"] == name
 
 
 def test_one_prompt_sent_several_times_is_drawn_several_times(client: openai.OpenAI) -> None:
