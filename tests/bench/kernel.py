@@ -12,8 +12,6 @@ import functools
 import importlib
 import json
 import platform
-import subprocess
-import sys
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -25,10 +23,11 @@ from tqdm import tqdm
 
 from lori.cli.output import print_table
 from lori.kernels.native import description
+from tests.bench.gate import check_tests
 from tests.bench.kernel_steps import POPULARITY, SHAPES, SPARE, Module, Shape, Step
 from tests.bench.timing import Call, read_bandwidth, timed
 
-TESTS = Path(__file__).parents[1] / "lori"
+TESTS = Path(__file__).parents[1] / "lori" / "kernels"
 GATE = {
     "cpu": [str(TESTS / "test_kernels.py"), str(TESTS / "test_cpu_kernel.py"), "-k", "not sanitizers"],
     "cuda": [str(TESTS / "test_gpu_kernel.py"), "-m", "gpu"],
@@ -105,9 +104,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two shapes, two numbers of tokens: within a minute")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    command = [sys.executable, "-m", "pytest", "-q", *GATE[device.type]]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-        sys.exit(f"error: the kernels' tests fail: {' '.join(command)}")
+    check_tests(GATE[device.type])
     plan = quick(device) if arguments.quick else full(device)
     rows = list(tqdm(plan.measure(device), total=plan.size, unit="row", disable=None))
     device_name = (

@@ -7,14 +7,14 @@ at 0.8 of the closed loop's rate. No prompt is repeated.
 
 The cases take turns, `--repeats` times. Figures are medians and ranges over the turns; ratios are computed within a turn. "first
 token" and "gap" (the time between two pieces of text) are percentiles over all requests of a case. Other engines are measured if
-they are installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. Prints nothing until the engine's tests pass.
+they are installed: `tests/bench/peers.sh DIR`, then `--peers DIR`. The engine's tests must pass first; they run once for the same
+code.
 """
 
 import argparse
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori.cli.output import print_table
 from lori.embedded import embedded_model
+from tests.bench.gate import check_tests
 from tests.bench.machine import machine, pinned, versions
 from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, PROBES, Turn, own_cases, peer_cases, turns
 from tests.bench.serve_figures import Spread
@@ -39,8 +40,17 @@ from tests.bench.serve_run import Plan
 from tests.bench.serve_stage import Setting, missing_peers, staged
 from tests.bench.serve_wire import FailedError
 
-TESTS = Path(__file__).parents[1] / "server"
-GATE = [str(TESTS / f"test_{name}.py") for name in ("engine", "runner", "scheduler", "kv_cache", "sampler")]
+TESTS = Path(__file__).parents[1] / "server" / "engine"
+GATE = [
+    str(TESTS / f"{name}.py")
+    for name in (
+        "test_engine",
+        "model/test_runner",
+        "scheduling/test_scheduler",
+        "scheduling/test_kv_cache",
+        "sampling/test_sampler",
+    )
+]
 """Test files that must pass before anything is printed; for a quick run, the first two."""
 QUIET_PERCENT = 5.0
 """Maximum percentage of the servers' core that other processes may use. More than that changes the figures."""
@@ -50,9 +60,9 @@ QUICK = ("off", "unused", str(NUM_DISTINCT), "merge2", "cold")
 def main() -> None:
     """Run the benchmark and print a table and the design's goals."""
     arguments = parse()
-    command = [sys.executable, "-m", "pytest", "-q", *(GATE[:2] if arguments.quick else GATE)]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-        sys.exit(f"error: the engine's tests fail: {' '.join(command)}")
+    check_tests(GATE[:2] if arguments.quick else GATE)
+    if arguments.scratch:
+        arguments.scratch.mkdir(parents=True, exist_ok=True)
     plan, cores = planned(arguments), sorted(os.sched_getaffinity(0))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch, pinned(cores[-1]):
@@ -85,7 +95,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
     parser.add_argument("--model", type=Path, help="another base model's folder")
     parser.add_argument("--server-flags", default="", help="more flags of this server, in one string")
-    parser.add_argument("--scratch", type=Path, help="where adapters are written, and removed: 45 MB and 8 kB an adapter")
+    parser.add_argument(
+        "--scratch", type=Path, help="where adapters are written, and removed: 45 MB and 8 kB an adapter; made if absent"
+    )
     arguments = parser.parse_args()
     arguments.cases = arguments.cases or (QUICK if arguments.quick else slugs)
     arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)

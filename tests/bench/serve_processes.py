@@ -14,7 +14,7 @@ from lori.kernels.native import MAX_ISA_VARIABLE
 from tests.bench.serve_wire import FailedError
 
 READY_S = 600
-"""Maximum seconds for a program to start. vLLM compiles, possibly on a shared core."""
+"""Maximum seconds for a program to start."""
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -56,9 +56,9 @@ class Program:
         """Return the CPU time in seconds of all running processes of the program's session."""
         return sum(_cpu_s(stat) for stat in _stats() if int(stat[3]) == self.process.pid)
 
-    def wait_until(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until `is_ready`. Raises `FailedError` with the end of the log if the program ends before or takes too long."""
-        end = time.monotonic() + READY_S
+    def wait_until(self, is_ready: Callable[[], bool], most_s: float = READY_S) -> None:
+        """Wait until `is_ready`. Raises `FailedError` with the log's end if the program ends first or `most_s` pass."""
+        end = time.monotonic() + most_s
         while not is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 log_tail = self.log.read_text(errors="replace")[-3000:]

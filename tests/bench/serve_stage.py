@@ -3,10 +3,13 @@
 import importlib.util
 import itertools
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 from lori.base_identity import identify_files
 from lori.embedded import embedded_model
@@ -67,6 +70,8 @@ class Stage:
 
     def _start(self, engine: str, name: str) -> Target:
         setting, log = self.setting, self.setting.scratch / f"{engine}-{name}.log"
+        compiles = ", which compiles the model: minutes on one core" if engine == VLLM else ""
+        tqdm.write(f"starting {engine} ({name}){compiles}; its log is {log}", file=sys.stderr)
         is_on = name == "on"
         if engine == OWN:
             return start_own(setting.model, self.adapters if is_on else None, setting.core, log, setting.flags)

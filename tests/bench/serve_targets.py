@@ -13,11 +13,15 @@ from server.transport.sockets import free_port
 from tests.bench.serve_adapters import RANK
 from tests.bench.serve_asks import Ask
 from tests.bench.serve_load import Load, closed_loop
-from tests.bench.serve_processes import Program, answers
+from tests.bench.serve_processes import READY_S, Program, answers
 from tests.bench.serve_wire import FailedError, Reply, ask
 
 Translate = Callable[[Ask], tuple[str, dict[str, Any]]]
 """Function from a request to its path and body."""
+
+
+VLLM_READY_S = 3600
+"""Maximum seconds for vLLM to start. It compiles the model, which takes minutes on one core."""
 
 
 class Target(Protocol):
@@ -99,7 +103,7 @@ def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | s
     preloaded = (home / "preload").read_text().strip()
     environment = {"LD_PRELOAD": preloaded, "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"PATH": f"{home / 'bin'}:/usr/bin:/bin", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    return _ready(Server(Program(command, core, log, environment), port, _complete), "/health")
+    return _ready(Server(Program(command, core, log, environment), port, _complete), "/health", VLLM_READY_S)
 
 
 def start_llama_cpp(peers: Path, core: int | str, log: Path) -> Server:
@@ -117,9 +121,9 @@ def start_batches(model: Path, adapters: Sequence[Path], core: int | str, log: P
     return Batches(Program(command, core, log, {}, stdin=subprocess.PIPE))
 
 
-def _ready(server: Server, path: str) -> Server:
+def _ready(server: Server, path: str, most_s: float = READY_S) -> Server:
     try:
-        server.program.wait_until(lambda: answers(server.port, path))
+        server.program.wait_until(lambda: answers(server.port, path), most_s)
     except BaseException:
         server.program.end()
         raise
