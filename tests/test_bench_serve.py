@@ -12,6 +12,7 @@ import pytest
 
 from lori.base_identity import identify_files
 from lori.format import load_adapter
+from lori.kernels.native import MAX_ISA_VARIABLE
 from lori.store.store import AdapterStore
 from tests.bench.serve_adapters import DENSITY, adapter_name, export_adapters, write_adapters
 from tests.bench.serve_asks import Ask, distinct, make_asks, no_adapter, poisson, prompt, zipf
@@ -255,13 +256,13 @@ async def answered(answer: bytes) -> Reply:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_adapters", [0, 2])
-def test_generate_and_peft_answer_a_batch(writer: Path, tmp_path: Path, num_adapters: int) -> None:
+@pytest.mark.parametrize(("num_adapters", "dtype"), [(0, "bfloat16"), (0, "float32"), (2, "bfloat16")])
+def test_generate_and_peft_answer_a_batch(writer: Path, tmp_path: Path, num_adapters: int, dtype: str) -> None:
     base = identify_files(str(writer))
     store = write_adapters(tmp_path / "store", base, 2)
     export_adapters(tmp_path / "peft", store, 2)
     folders = [tmp_path / "peft" / name for name in names(num_adapters)]
-    batches = start_batches(writer, folders, 0, tmp_path / "log")
+    batches = start_batches(writer, folders, 0, tmp_path / "log", dtype)
     try:
         choose = distinct(names(2)) if num_adapters else no_adapter
         load = batches.measure(make_asks("seed", 5, 10, 4, choose), 2)
@@ -286,6 +287,15 @@ def test_a_peer_that_is_not_there_is_left_out_with_the_reason(tmp_path: Path) ->
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "preload").touch()
     assert "vLLM" not in missing_peers(tmp_path)
+
+
+def test_a_forced_set_has_a_build_of_llama_cpp_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for build in ("build", "build-avx2"):
+        monkeypatch.setenv(MAX_ISA_VARIABLE, "" if build == "build" else "avx2")
+        assert f"llama.cpp/{build}/bin/llama-server" in missing_peers(tmp_path)["llama.cpp"]
+        (tmp_path / "llama.cpp" / build / "bin").mkdir(parents=True)
+        (tmp_path / "llama.cpp" / build / "bin" / "llama-server").touch()
+        assert "llama.cpp" not in missing_peers(tmp_path)
 
 
 @pytest.mark.slow

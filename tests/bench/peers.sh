@@ -3,7 +3,9 @@
 # It can be run again at any time; existing parts are kept. PYTHON is this project's Python with the extra `test`, whose CMake
 # builds llama.cpp.
 #
-#     PYTHON=.venv/bin/python tests/bench/peers.sh DIR
+# With ISA=avx2 llama.cpp is also built for AVX2 alone, for `serve --isa avx2`.
+#
+#     PYTHON=.venv/bin/python [ISA=avx2] tests/bench/peers.sh DIR
 set -Eeuo pipefail
 trap 'echo "error: line $LINENO: $BASH_COMMAND" >&2' ERR
 
@@ -52,25 +54,37 @@ set_up_vllm() {
     echo "$tcmalloc:$home/lib/libiomp5.so" >"$home/preload"
 }
 
-set_up_llama_cpp() {
-    local home=$root/llama.cpp model
-    local -a flags=(-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF)
-    flags+=(-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF)
+fetch_llama_cpp() {
+    "$python" -m pip download --quiet --no-deps --no-binary :all: --dest "$scratch" "$LLAMA"
+    mkdir -p "$root/llama.cpp"
+    tar -xzf "$scratch"/llama_cpp_python-*.tar.gz -C "$root/llama.cpp" --strip-components=3 --wildcards '*/vendor/llama.cpp'
+}
+
+# Builds llama.cpp in the folder $1 with the flags that follow.
+build_llama_cpp() {
+    local home=$root/llama.cpp build=$root/llama.cpp/$1
+    local -a flags=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF)
+    flags+=(-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF "${@:2}")
     PATH=$(dirname "$python"):$PATH
     command -v cmake ninja g++ >/dev/null || fail "llama.cpp is built by cmake, ninja and g++"
-    if [[ ! -f $home/CMakeLists.txt ]]; then
-        "$python" -m pip download --quiet --no-deps --no-binary :all: --dest "$scratch" "$LLAMA"
-        mkdir -p "$home"
-        tar -xzf "$scratch"/llama_cpp_python-*.tar.gz -C "$home" --strip-components=3 --wildcards '*/vendor/llama.cpp'
-    fi
-    cmake -S "$home" -B "$home/build" -G Ninja "${flags[@]}" >"$home/build.log"
-    cmake --build "$home/build" --target llama-server >>"$home/build.log" || fail "llama.cpp does not build: $home/build.log"
+    cmake -S "$home" -B "$build" -G Ninja "${flags[@]}" >"$build.log"
+    cmake --build "$build" --target llama-server >>"$build.log" || fail "llama.cpp does not build: $build.log"
+}
+
+convert_model() {
+    local home=$root/llama.cpp model
     model=$("$python" -m lori.embedded)
     "$python" -m pip install --quiet --no-deps --upgrade --target "$home/site" "$SENTENCEPIECE"
     PYTHONPATH=$home/gguf-py:$home/site "$python" "$home/convert_hf_to_gguf.py" "$model" --outtype bf16 --outfile "$scratch/model.gguf"
     mv "$scratch/model.gguf" "$home/model.gguf"
 }
 
+if [[ -n ${ISA:-} && $ISA != avx2 ]]; then fail "ISA is $ISA, expected avx2 or nothing"; fi
 [[ -f $root/vllm/preload ]] || set_up_vllm
-[[ -f $root/llama.cpp/model.gguf ]] || set_up_llama_cpp
+[[ -f $root/llama.cpp/CMakeLists.txt ]] || fetch_llama_cpp
+[[ -x $root/llama.cpp/build/bin/llama-server ]] || build_llama_cpp build -DGGML_NATIVE=ON
+if [[ -n ${ISA:-} && ! -x $root/llama.cpp/build-avx2/bin/llama-server ]]; then
+    build_llama_cpp build-avx2 -DGGML_NATIVE=OFF -DGGML_SSE42=ON -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+fi
+[[ -f $root/llama.cpp/model.gguf ]] || convert_model
 echo "vLLM and llama.cpp are in $root"

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lori.cli.output import print_table
 from lori.embedded import embedded_model
+from lori.kernels.native import ISAS, MAX_ISA_VARIABLE
 from tests.bench.gate import check_tests
 from tests.bench.machine import machine, pinned, versions
 from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, PROBES, Turn, own_cases, peer_cases, turns
@@ -94,11 +95,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--registered", type=int, default=10_000, help="adapters of the case zipf")
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
     parser.add_argument("--model", type=Path, help="another base model's folder")
+    parser.add_argument("--isa", choices=ISAS, help="limit this server and torch to an instruction set")
     parser.add_argument("--server-flags", default="", help="more flags of this server, in one string")
     parser.add_argument(
         "--scratch", type=Path, help="where adapters are written, and removed: 45 MB and 8 kB an adapter; made if absent"
     )
     arguments = parser.parse_args()
+    if arguments.isa:
+        os.environ[MAX_ISA_VARIABLE] = arguments.isa
     arguments.cases = arguments.cases or (QUICK if arguments.quick else slugs)
     arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
     return arguments

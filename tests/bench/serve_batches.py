@@ -1,7 +1,7 @@
 """Time of transformers' `generate` for a batch, with PEFT's mixed batches if there are adapters.
 
-A program for `tests.bench.serve_targets`: `python -m tests.bench.serve_batches MODEL [ADAPTER …]` reads one batch a line, JSON
-{"prompts", "adapters", "num_tokens"}, and writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs it does not use PEFT.
+A program for `tests.bench.serve_targets`: `python -m tests.bench.serve_batches DTYPE MODEL [ADAPTER …]` reads one batch a line,
+JSON {"prompts", "adapters", "num_tokens"}, and writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs there is no PEFT.
 """
 
 import json
@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 
-def load(folder: str, adapters: list[str]) -> Any:
-    """Return the model in bf16, wrapped by PEFT if there are adapters. An adapter has the name of its folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+def load(dtype: torch.dtype, folder: str, adapters: list[str]) -> Any:
+    """Return the model, wrapped by PEFT if there are adapters. An adapter has the name of its folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if not adapters:
         return model.eval()
     # A late import: PEFT takes seconds to import, and plain `generate` does not need it.
@@ -27,7 +27,7 @@ def load(folder: str, adapters: list[str]) -> Any:
     adapted = PeftModel.from_pretrained(model, str(first), adapter_name=key(first.name))
     for other in others:
         adapted.load_adapter(str(other), adapter_name=key(other.name))
-    return adapted.eval().bfloat16()
+    return adapted.eval().to(dtype)
 
 
 def key(name: str) -> str:
@@ -59,10 +59,10 @@ def main() -> None:
     """Answer batches until the end of standard input."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder, *adapters = sys.argv[1:]
+    dtype, folder, *adapters = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = load(folder, adapters)
+    model = load(getattr(torch, dtype), folder, adapters)
     for line in sys.stdin:
         print(json.dumps(answer(model, tokenizer, json.loads(line))), flush=True)
 

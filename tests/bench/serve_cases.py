@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tests.bench.serve_adapters import adapter_name
 from tests.bench.serve_asks import Choice, distinct, no_adapter, zipf
 
-OWN, VLLM, LLAMA, PEFT = "lori-server", "vLLM", "llama.cpp", "PEFT"
+OWN, VLLM, LLAMA, PEFT, TRANSFORMERS = "lori-server", "vLLM", "llama.cpp", "PEFT", "transformers"
 CONCURRENCY = [1, 8, 32, 64]
 NUM_DISTINCT = 32
 PROBES = ("open", "cold", "long")
@@ -79,6 +79,7 @@ def peer_cases() -> list[Case]:
         _case(f"vllm-{NUM_DISTINCT}", _count(NUM_DISTINCT), VLLM, "on", NUM_DISTINCT, 1),
         _case("llama.cpp-off", "base", LLAMA, "off", 0, 0),
         _case("peft-off", "transformers' generate", PEFT, "off", 0, 0),
+        _case("transformers-off", "generate in float32", TRANSFORMERS, "off", 0, 0),
         *(_case(f"peft-{n}", _count(n), PEFT, "on", n, 1) for n in (1, 8, NUM_DISTINCT)),
     ]
 

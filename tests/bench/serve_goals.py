@@ -50,11 +50,14 @@ def goals(results: Results, num_weight_bytes: int) -> Iterator[Goal]:
         (f"{many} adapters / unused", many, "unused", 0.92),
         (f"{many} merges of 2 / unused", "merge2", "unused", 0.87),
         ("zipf / one adapter", "zipf", "1", 0.95),
+        ("base / transformers' float32", "off", "transformers-off", 1.0),
         (f"{many} adapters / vLLM's {many}", many, f"vllm-{many}", 6.0),
         (f"{many} adapters / PEFT's {many}", many, f"peft-{many}", 6.0),
     ]
     measured = [(title, ratios(loads_of(slug), loads_of(reference)), least) for title, slug, reference, least in wanted]
     yield from (Goal(title, ratio, least) for title, ratio, least in measured if ratio)
+    if ratio := ratios(loads_of("off", 1), loads_of("transformers-off", 1)):
+        yield Goal("one user / transformers' float32", ratio, 1.6)
     yield from _alone(loads_of("off", 1), results.bandwidths, num_weight_bytes)
     yield from (
         Goal(title, Spread.of(results.figures[title]), most, False) for title, most in MOST.items() if title in results.figures

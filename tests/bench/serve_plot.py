@@ -9,7 +9,13 @@ from matplotlib.figure import Figure
 
 USERS = 32
 """Number of users in the first panel."""
-COLOURS = {"lori-server": "tab:blue", "vLLM": "tab:orange", "llama.cpp": "tab:green", "PEFT": "tab:red"}
+COLOURS = {
+    "lori-server": "tab:blue",
+    "vLLM": "tab:orange",
+    "llama.cpp": "tab:green",
+    "PEFT": "tab:red",
+    "transformers": "tab:purple",
+}
 
 
 def plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:

@@ -15,6 +15,13 @@ from tests.bench.serve_wire import FailedError
 
 READY_S = 600
 """Maximum seconds for a program to start."""
+TORCH_LIMITS = {
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+}
+"""By instruction set that this project is limited to: variables that limit torch, oneDNN and MKL alike."""
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -96,4 +103,7 @@ def _cpu_s(stat: list[str]) -> float:
 def _environment() -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "VLLM_"))}
     lori_variables = {key: value for key, value in os.environ.items() if key in ("LORI_CACHE", MAX_ISA_VARIABLE)}
-    return inherited | lori_variables | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    limits = TORCH_LIMITS.get(lori_variables.get(MAX_ISA_VARIABLE, ""), {})
+    return (
+        inherited | lori_variables | limits | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    )

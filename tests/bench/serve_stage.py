@@ -15,8 +15,8 @@ from lori.base_identity import identify_files
 from lori.embedded import embedded_model
 from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters
 from tests.bench.serve_asks import distinct, make_asks, no_adapter
-from tests.bench.serve_cases import LLAMA, NUM_DISTINCT, OWN, PEFT, VLLM
-from tests.bench.serve_targets import Server, Target, start_batches, start_llama_cpp, start_own, start_vllm
+from tests.bench.serve_cases import LLAMA, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM
+from tests.bench.serve_targets import Server, Target, llama_build, start_batches, start_llama_cpp, start_own, start_vllm
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class Stage:
         model = setting.model or embedded_model()
         if engine == PEFT:
             return start_batches(model, self._exported() if is_on else [], setting.core, log)
+        if engine == TRANSFORMERS:
+            return start_batches(model, [], setting.core, log, "float32")
         assert setting.peers is not None
         if engine == VLLM:
             return start_vllm(setting.peers, model, self._exported() if is_on else [], setting.core, log)
@@ -112,7 +114,7 @@ def staged(setting: Setting) -> Iterator[Stage]:
 def missing_peers(peers: Path | None) -> dict[str, str]:
     """Return the reason for each engine that cannot be measured."""
     missing = {} if _has_peft() else {PEFT: "it is not installed"}
-    files = {VLLM: "vllm/preload", LLAMA: "llama.cpp/model.gguf"}
+    files = {VLLM: "vllm/preload", LLAMA: f"llama.cpp/{llama_build()}/bin/llama-server"}
     for engine, file in files.items():
         if peers is None:
             missing[engine] = "there is no --peers"

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lori.kernels.native import MAX_ISA_VARIABLE
 from server.transport.sockets import free_port
 from tests.bench.serve_adapters import RANK
 from tests.bench.serve_asks import Ask
@@ -109,15 +111,21 @@ def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | s
 def start_llama_cpp(peers: Path, core: int | str, log: Path) -> Server:
     """Start llama.cpp's server as built by `peers.sh`, on the model that `peers.sh` converted, in bf16."""
     home, port = peers / "llama.cpp", free_port()
-    command = [str(home / "build" / "bin" / "llama-server"), "--model", str(home / "model.gguf"), "--port", str(port)]
+    command = [str(home / llama_build() / "bin" / "llama-server"), "--model", str(home / "model.gguf"), "--port", str(port)]
     command += ["--threads", "1", "--threads-batch", "1", "--threads-http", "2", "--parallel", "64", "--ctx-size", "32768"]
     command += ["--kv-unified", "--flash-attn", "on", "--no-webui", "--offline"]
     return _ready(Server(Program(command, core, log, {}), port, _complete), "/health")
 
 
-def start_batches(model: Path, adapters: Sequence[Path], core: int | str, log: Path) -> Batches:
+def llama_build() -> str:
+    """Return the folder of llama.cpp's build: one of its own for each instruction set that is forced."""
+    isa = os.environ.get(MAX_ISA_VARIABLE)
+    return f"build-{isa}" if isa else "build"
+
+
+def start_batches(model: Path, adapters: Sequence[Path], core: int | str, log: Path, dtype: str = "bfloat16") -> Batches:
     """Start transformers' `generate`, with PEFT if there are adapters."""
-    command = [sys.executable, "-m", "tests.bench.serve_batches", str(model), *map(str, adapters)]
+    command = [sys.executable, "-m", "tests.bench.serve_batches", dtype, str(model), *map(str, adapters)]
     return Batches(Program(command, core, log, {}, stdin=subprocess.PIPE))
 
 
