@@ -1,12 +1,14 @@
-// The kernel in AVX2. s in bfloat16 is looked up by permutations of its bytes, up to rank 64; beyond that, and in fp32, by
-// gathers.
+// The kernel in AVX2. s is looked up by permutations: in bfloat16 up to rank 64, in fp32 up to 32; beyond that by gathers.
 //
-// A window's sums go to memory, in the order of the places, from which each row picks its own.
+// A window's sums go to memory, in the order of the places, from which each row picks its own. Picking takes about as long as the
+// products; so four tokens with the same terms are computed at a time, and their sums lie side by side: one load picks four.
 #pragma once
 
 #include <immintrin.h>
 
-#include "vectors.h"
+#include <cstring>
+#include <type_traits>
+
 #include "walk.h"
 
 namespace lori {
@@ -38,10 +40,11 @@ struct Sums {
 // s of one token and basis in bfloat16, up to 16 kTables entries: their low bytes and their high bytes.
 template <int kTables>
 struct BfloatTable {
+  static constexpr bool kMayGroup = true;
   using Value = uint16_t;
   __m256i low[kTables], high[kTables];
 
-  BfloatTable(const uint8_t* row, int rank, float*) {
+  LORI_INLINE void read(const uint8_t* row, int rank, float*) {
     alignas(32) uint16_t s[16 * kTables] = {};
     std::memcpy(s, row, sizeof(uint16_t) * rank);
     const __m128i evens = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, -1, -1, -1, -1, -1, -1, -1, -1);
@@ -90,14 +93,17 @@ struct BfloatTable {
 
 // s in bfloat16 of any rank, gathered from memory.
 struct BfloatMemory {
+  static constexpr bool kMayGroup = false;  // each token would need a buffer
   using Value = uint16_t;
   const float* s;
 
-  BfloatMemory(const uint8_t* row, int rank, float* buffer) : s(buffer) {
+  LORI_INLINE void read(const uint8_t* row, int rank, float* buffer) {
+    s = buffer;
     for (int i = 0; i < rank; i++) {
       uint16_t narrow;
       std::memcpy(&narrow, row + 2 * i, sizeof(narrow));
-      buffer[i] = bits_of<float>(static_cast<uint32_t>(narrow) << 16);
+      const uint32_t bits = static_cast<uint32_t>(narrow) << 16;
+      std::memcpy(buffer + i, &bits, sizeof(bits));
     }
   }
   template <typename Column>
@@ -119,12 +125,37 @@ struct BfloatMemory {
   }
 };
 
-// s in fp32.
+// s in fp32, up to 32 entries.
+struct FloatTable {
+  static constexpr bool kMayGroup = true;
+  using Value = float;
+  __m256 s[4];
+
+  LORI_INLINE void read(const uint8_t* row, int rank, float*) {
+    alignas(32) float values[32] = {};
+    std::memcpy(values, row, sizeof(float) * rank);
+    for (int i = 0; i < 4; i++) s[i] = _mm256_load_ps(values + 8 * i);
+  }
+  LORI_INLINE void add_one(Sums& sums, const float* values, const uint8_t* columns) const {
+    for (int i = 0; i < 2; i++) {
+      const __m256i at = load_columns(columns + 8 * i);
+      const __m256 is_8 = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)), is_16 = _mm256_castsi256_ps(_mm256_slli_epi32(at, 27));
+      const auto of_two = [&](int first) {
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(s[first], at), _mm256_permutevar8x32_ps(s[first + 1], at), is_8);
+      };
+      const __m256 found = _mm256_blendv_ps(of_two(0), of_two(2), is_16);
+      sums.part[i] = _mm256_fmadd_ps(_mm256_loadu_ps(values + 8 * i), found, sums.part[i]);
+    }
+  }
+};
+
+// s in fp32 of any rank, gathered from memory.
 struct FloatMemory {
+  static constexpr bool kMayGroup = true;
   using Value = float;
   const float* s;
 
-  FloatMemory(const uint8_t* row, int, float*) : s(reinterpret_cast<const float*>(row)) {}
+  LORI_INLINE void read(const uint8_t* row, int, float*) { s = reinterpret_cast<const float*>(row); }
   template <typename Column>
   LORI_INLINE void add_one(Sums& sums, const float* values, const Column* columns) const {
     for (int i = 0; i < 2; i++)
@@ -133,97 +164,214 @@ struct FloatMemory {
   }
 };
 
-// sums[place] = the products of a window with s.
-template <typename Column, typename Source>
-LORI_INLINE void multiply(const Window& window, int num_slices, const Source& s, const uint8_t* later, float* sums) {
+constexpr int kGroup = 4;  // tokens with the same terms for which a window is read once
+
+// The same four values of four vectors side by side: in each half, to[i] = {from[0][i], from[1][i], from[2][i], from[3][i]}.
+LORI_INLINE void transpose(const __m256* from, __m256* to) {
+  const __m256 low = _mm256_unpacklo_ps(from[0], from[1]), high = _mm256_unpackhi_ps(from[0], from[1]);
+  const __m256 other_low = _mm256_unpacklo_ps(from[2], from[3]), other_high = _mm256_unpackhi_ps(from[2], from[3]);
+  const auto halves = [](__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0x44); };
+  const auto others = [](__m256 a, __m256 b) { return _mm256_shuffle_ps(a, b, 0xee); };
+  to[0] = halves(low, other_low);
+  to[1] = others(low, other_low);
+  to[2] = halves(high, other_high);
+  to[3] = others(high, other_high);
+}
+
+// Stores the sums of a slice of a group: sums[4 place + token].
+LORI_INLINE void store_slice(const Sums* of_tokens, int slice, float* sums) {
+  for (int i = 0; i < 2; i++) {
+    const __m256 tokens[] = {of_tokens[0].part[i], of_tokens[1].part[i], of_tokens[2].part[i], of_tokens[3].part[i]};
+    __m256 rows[4];
+    transpose(tokens, rows);
+    float* to = sums + kGroup * place_of(slice * kLanes + 8 * i);
+    for (int lane = 0; lane < 4; lane++) {
+      _mm_store_ps(to + 2 * kGroup * lane, _mm256_castps256_ps128(rows[lane]));
+      _mm_store_ps(to + 2 * kGroup * (lane + 4), _mm256_extractf128_ps(rows[lane], 1));
+    }
+  }
+}
+
+// Stores the sums of two slices of one token: sums[place].
+LORI_INLINE void store_slices(const Sums& even, const Sums& odd, int slice, float* sums) {
+  for (int i = 0; i < 2; i++) {  // lane by lane in turn, see place_of
+    const __m256 low = _mm256_unpacklo_ps(even.part[i], odd.part[i]), high = _mm256_unpackhi_ps(even.part[i], odd.part[i]);
+    float* to = sums + 32 * (slice / 2) + 16 * i;
+    _mm256_store_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_store_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
+  }
+}
+
+// The products of a window with s of one token or of a group.
+template <int kTokens, typename Column, typename Source>
+LORI_INLINE void multiply(const Window& window, int num_slices, const Source* s, const uint8_t* later, float* sums) {
   using Value = typename Source::Value;
   constexpr size_t kStepBytes = kLanes * (sizeof(Value) + sizeof(Column));
   const uint8_t* at = window.steps;
   int begin = 0;
-  Sums of_slice[2] = {};
+  Sums before = {};
   for (int slice = 0; slice < num_slices; slice++) {
-    Sums sum = {};
+    Sums sum[kTokens] = {};
     unsigned steps = window.ends[slice] - begin;
     begin = window.ends[slice];
     if constexpr (sizeof(Value) == 2) {
       for (const uint8_t* last = at + steps / 2 * (2 * kStepBytes); at != last; at += 2 * kStepBytes)
-        s.add_pair(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
+        for (int t = 0; t < kTokens; t++)
+          s[t].add_pair(sum[t], reinterpret_cast<const Value*>(at),
+                        reinterpret_cast<const Column*>(at + 2 * kLanes * sizeof(Value)));
       steps %= 2;
     }
     for (; steps > 0; steps--, at += kStepBytes)
-      s.add_one(sum, reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + kLanes * sizeof(Value)));
+      for (int t = 0; t < kTokens; t++)
+        s[t].add_one(sum[t], reinterpret_cast<const Value*>(at), reinterpret_cast<const Column*>(at + kLanes * sizeof(Value)));
     for (int line = 0; line < kLinesAhead; line++) __builtin_prefetch(later + 64 * (kLinesAhead * slice + line));
-    of_slice[slice % 2] = sum;
-    if (slice % 2 == 0 && slice + 1 < num_slices) continue;
-    for (int i = 0; i < 2; i++) {  // lane by lane in turn, see place_of
-      const __m256 low = _mm256_unpacklo_ps(of_slice[0].part[i], of_slice[1].part[i]);
-      const __m256 high = _mm256_unpackhi_ps(of_slice[0].part[i], of_slice[1].part[i]);
-      float* to = sums + 32 * (slice / 2) + 16 * i;
-      _mm256_store_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
-      _mm256_store_ps(to + 8, _mm256_permute2f128_ps(low, high, 0x31));
-    }
-  }
-}
-
-LORI_INLINE Floats pick(const float* sums, const uint8_t* places) {
-  Floats picked;
-  for (int i = 0; i < kParts; i++, places += kWidth)
-    picked.part[i] = (Vector)_mm256_setr_ps(sums[places[0]], sums[places[1]], sums[places[2]], sums[places[3]], sums[places[4]],
-                                            sums[places[5]], sums[places[6]], sums[places[7]]);
-  return picked;
-}
-
-// Adds weight * sums to the rows of a window: the first term reads y, the last writes it, `totals` are kept between them.
-template <typename Value>
-LORI_INLINE void add_rows(Value* y, int num_rows, const uint8_t* places, const float* sums, float weight, bool is_first,
-                          bool is_last, float* totals) {
-  for (int row = 0; row < num_rows; row += kLanes) {
-    Value some[kLanes] = {};
-    uint8_t of_some[kLanes] = {};
-    const int left = num_rows - row;
-    Value* at = y + row;
-    if (left < kLanes) {
-      std::memcpy(some, at, sizeof(Value) * left);
-      std::memcpy(of_some, places + row, left);
-    }
-    const Floats picked = pick(sums, left < kLanes ? of_some : places + row);
-    Floats total = is_first ? load(left < kLanes ? some : at) : load(totals + row);
-    for (int i = 0; i < kParts; i++) total.part[i] += picked.part[i] * weight;
-    if (!is_last) {
-      store(totals + row, total);
-    } else if (left < kLanes) {
-      store(some, total);
-      std::memcpy(at, some, sizeof(Value) * left);
+    if constexpr (kTokens == kGroup) {
+      store_slice(sum, slice, sums);
+    } else if (slice % 2 == 0 && slice + 1 < num_slices) {
+      before = sum[0];
+    } else if (slice % 2 == 0) {
+      store_slices(sum[0], Sums{}, slice, sums);
     } else {
-      store(at, total);
+      store_slices(before, sum[0], slice, sums);
     }
   }
 }
 
-template <typename Column, typename Source>
-void expand_item(const Operands& operands, const Route& route, const Step& step, const Item& item, const Item& later) {
+// 16 rows as fp32. Those of bfloat16 as they lie in words: the even ones, and the odd ones. Those of fp32: the first 8 and the
+// others.
+struct Rows {
+  __m256 part[2];
+};
+template <typename Value>
+constexpr int row_at(int part, int lane) {
+  return sizeof(Value) == 2 ? 2 * lane + part : 8 * part + lane;
+}
+
+LORI_INLINE Rows load_rows(const uint16_t* y) {
+  const __m256i words = load_256(y);
+  return {{low_halves(words), high_halves(words)}};
+}
+LORI_INLINE Rows load_rows(const float* y) { return {{_mm256_loadu_ps(y), _mm256_loadu_ps(y + 8)}}; }
+
+LORI_INLINE void store_rows(uint16_t* y, const Rows& rows) {
+  const auto round = [](__m256 value) {  // to the nearest, ties to even; NaN stays one
+    const __m256i bits = _mm256_castps_si256(value);
+    const __m256i tie = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(tie, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
+  };
+  const __m256i words = _mm256_blend_epi16(_mm256_srli_epi32(round(rows.part[0]), 16), round(rows.part[1]), 0xaa);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(y), words);
+}
+LORI_INLINE void store_rows(float* y, const Rows& rows) {
+  for (int i = 0; i < 2; i++) _mm256_storeu_ps(y + 8 * i, rows.part[i]);
+}
+
+// The places of 16 rows, a byte each: taken from words, which is fewer loads.
+struct Places {
+  uint64_t words[2];
+  LORI_INLINE explicit Places(const uint8_t* at) { std::memcpy(words, at, sizeof(words)); }
+  LORI_INLINE size_t operator[](int row) const { return words[row / 8] >> 8 * (row % 8) & 0xff; }
+};
+
+template <typename Value>
+LORI_INLINE void pick(const float* sums, const Places& places, Rows (&picked)[1]) {
+  for (int i = 0; i < 2; i++) {
+    const auto at = [&](int lane) { return sums[places[row_at<Value>(i, lane)]]; };
+    picked[0].part[i] = _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+  }
+}
+template <typename Value>
+LORI_INLINE void pick(const float* sums, const Places& places, Rows (&picked)[kGroup]) {
+  for (int i = 0; i < 2; i++) {
+    const auto at = [&](int lane) { return _mm_load_ps(sums + kGroup * places[row_at<Value>(i, lane)]); };
+    __m256 rows[4], tokens[kGroup];
+    for (int lane = 0; lane < 4; lane++) rows[lane] = _mm256_insertf128_ps(_mm256_castps128_ps256(at(lane)), at(lane + 4), 1);
+    transpose(rows, tokens);
+    for (int t = 0; t < kGroup; t++) picked[t].part[i] = tokens[t];
+  }
+}
+
+// A window of y of one token or of a group: (kTokens, num_rows).
+template <typename Value>
+struct Target {
+  Value* y;
+  ptrdiff_t y_stride;  // in values
+  int num_rows;
+};
+
+// Adds weight * sums to 16 rows from `row` on: the first term reads y, the last writes it, `totals` are kept between them.
+template <bool kIsFirst, bool kIsLast, int kTokens, typename Value>
+LORI_INLINE void add_some(Value* y, ptrdiff_t y_stride, const Places& places, const float* sums, __m256 weight, Rows* totals) {
+  Rows picked[kTokens];
+  pick<Value>(sums, places, picked);
+  for (int t = 0; t < kTokens; t++) {
+    Rows rows = kIsFirst ? load_rows(y + t * y_stride) : totals[t];
+    for (int i = 0; i < 2; i++) rows.part[i] = _mm256_fmadd_ps(weight, picked[t].part[i], rows.part[i]);
+    if (kIsLast)
+      store_rows(y + t * y_stride, rows);
+    else
+      totals[t] = rows;
+  }
+}
+
+template <bool kIsFirst, bool kIsLast, int kTokens, typename Value>
+LORI_INLINE void add_rows(const Target<Value>& to, const uint8_t* places, const float* sums, __m256 weight,
+                          Rows (*totals)[kTokens]) {
+  int row = 0;
+  for (; row + kLanes <= to.num_rows; row += kLanes)
+    add_some<kIsFirst, kIsLast, kTokens>(to.y + row, to.y_stride, Places(places + row), sums, weight, totals[row / kLanes]);
+  if (row == to.num_rows) return;
+  const size_t left = to.num_rows - row;
+  Value some[kTokens * kLanes] = {};
+  uint8_t places_of_some[kLanes] = {};
+  std::memcpy(places_of_some, places + row, left);
+  for (int t = 0; t < kTokens; t++) std::memcpy(some + t * kLanes, to.y + t * to.y_stride + row, sizeof(Value) * left);
+  add_some<kIsFirst, kIsLast, kTokens>(some, kLanes, Places(places_of_some), sums, weight, totals[row / kLanes]);
+  for (int t = 0; t < kTokens; t++) std::memcpy(to.y + t * to.y_stride + row, some + t * kLanes, sizeof(Value) * left);
+}
+
+// Adds one window of all terms of a segment to one token, or to a group of tokens that follow one another.
+template <int kTokens, typename Column, typename Source>
+void expand_tokens(const Operands& operands, const Route& route, const Step& step, const Item& item, const Item& later) {
   using Value = typename Source::Value;
   const Segment& segment = *item.segment;
   int term = next_term(operands, route, segment, segment.first_term, item.window), later_term = later.segment->first_term;
   if (term == segment.last_term) return;
   const int rows_left = operands.num_outputs - item.window * kWindowRows,
             num_rows = rows_left < kWindowRows ? rows_left : kWindowRows;
-  Value* y = reinterpret_cast<Value*>(step.y + item.token * step.y_stride) + item.window * kWindowRows;
-  float buffer[kMaxRank], totals[kWindowRows];
-  alignas(32) float sums[kWindowRows];
+  const Target<Value> to{reinterpret_cast<Value*>(step.y + item.token * step.y_stride) + item.window * kWindowRows,
+                         step.y_stride / static_cast<ptrdiff_t>(sizeof(Value)), num_rows};
+  float buffer[kTokens == 1 ? kMaxRank : 1];  // s in fp32, where the source needs it
+  Rows totals[kWindowSlices][kTokens];
+  alignas(32) float sums[kTokens * kWindowRows];
   for (bool is_first = true;; is_first = false) {
     const int slot = route.slots[term];
-    const float weight = route.weights[term];
+    const __m256 weight = _mm256_set1_ps(route.weights[term]);
     const Window block(operands.block(slot, item.window), kLanes * (sizeof(Value) + sizeof(Column)));
-    const Source s(
-        step.s + item.token * step.s_stride + sizeof(Value) * operands.basis_of[slot] * static_cast<size_t>(operands.rank),
-        operands.rank, buffer);
+    Source s[kTokens];
+    for (int t = 0; t < kTokens; t++)
+      s[t].read(step.s + (item.token + t) * step.s_stride +
+                    sizeof(Value) * operands.basis_of[slot] * static_cast<size_t>(operands.rank),
+                operands.rank, buffer);
     term = next_term(operands, route, segment, term + 1, item.window);
     const bool is_last = term == segment.last_term;
     const uint8_t* later_block = operands.block(route.slots[later_term], later.window);
     if (later_term + 1 < later.segment->last_term) later_term++;
-    multiply<Column>(block, (num_rows + kLanes - 1) / kLanes, s, later_block ? later_block : block.steps, sums);
-    add_rows(y, num_rows, block.places, sums, weight, is_first, is_last, totals);
+    multiply<kTokens, Column>(block, (num_rows + kLanes - 1) / kLanes, s, later_block ? later_block : block.steps, sums);
+    const auto add = [&](auto is_first_term, auto is_last_term) __attribute__((always_inline)) {
+      add_rows<is_first_term.value, is_last_term.value, kTokens>(to, block.places, sums, weight, totals);
+    };
+    if (is_first && is_last)
+      add(std::true_type(), std::true_type());
+    else if (is_first)
+      add(std::true_type(), std::false_type());
+    else if (is_last)
+      add(std::false_type(), std::true_type());
+    else
+      add(std::false_type(), std::false_type());
     if (is_last) return;
   }
 }
@@ -233,12 +381,26 @@ void expand(const Operands& operands, const Route& route, const Step& step, int6
   if (first == last) return;
   Walk walk(operands, route, first), ahead(operands, route, first);
   for (int i = 0; i < kItemsAhead; i++) ++ahead;
-  for (int64_t i = first; i < last; i++, ++walk, ++ahead) expand_item<Column, Source>(operands, route, step, *walk, *ahead);
+  for (int64_t i = first; i < last;) {
+    const Item item = *walk;
+    int count = 1;
+    if (Source::kMayGroup && item.segment->stop - item.token >= kGroup && last - i >= kGroup) {
+      expand_tokens<Source::kMayGroup ? kGroup : 1, Column, Source>(operands, route, step, item, *ahead);
+      count = kGroup;
+    } else {
+      expand_tokens<1, Column, Source>(operands, route, step, item, *ahead);
+    }
+    walk.skip(count);
+    for (int n = 0; n < count; n++) ++ahead;
+    i += count;
+  }
 }
 
 inline Expand choose(const Operands& operands) {
   if (operands.dtype == Dtype::kFloat32)
-    return operands.rank <= 256 ? expand<uint8_t, FloatMemory> : expand<uint16_t, FloatMemory>;
+    return operands.rank <= 32    ? expand<uint8_t, FloatTable>
+           : operands.rank <= 256 ? expand<uint8_t, FloatMemory>
+                                  : expand<uint16_t, FloatMemory>;
   if (operands.rank <= 32) return expand<uint8_t, BfloatTable<2>>;
   if (operands.rank <= 64) return expand<uint8_t, BfloatTable<4>>;
   return operands.rank <= 256 ? expand<uint8_t, BfloatMemory> : expand<uint16_t, BfloatMemory>;
