@@ -9,11 +9,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lori.base_identity import identify_files
+from lori.base_model import load_base_model
 from lori.format import load_adapter
 from lori.kernels.native import MAX_ISA_VARIABLE
 from lori.store.store import AdapterStore
+from tests.bench.random_model import SHAPES, write_model
 from tests.bench.serve_adapters import DENSITY, adapter_name, export_adapters, write_adapters
 from tests.bench.serve_asks import Ask, distinct, make_asks, no_adapter, poisson, prompt, zipf
 from tests.bench.serve_cases import CONCURRENCY, NUM_DISTINCT, Turn, names, own_cases, peer_cases, turns
@@ -309,3 +312,20 @@ def test_others_that_end_before_the_probe_spoil_it(stage: Stage) -> None:
     short = replace(TINY, others_tokens=2)
     with stage.own() as server, pytest.raises(FailedError, match="too few"):
         probe_long(server, 2, [], short, "seed")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_of_a_larger_ones_shape_is_served(name: str, tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    write_model(name, tmp_path, **sizes)
+    base = load_base_model(str(tmp_path), torch.bfloat16, "eager", torch.device("cpu"))
+    assert base.model.config.vocab_size == SHAPES[name][1]["vocab_size"]
+    with torch.inference_mode():
+        logits = base.model(torch.tensor([[1, 2, 3]])).logits
+    assert int(logits[0, -1].argmax()) < len(base.tokenizer)
