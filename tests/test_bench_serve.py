@@ -44,7 +44,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stage(writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Real servers with and without adapters, which are both ended with the stage."""
-    setting = Setting(0, tmp_path_factory.mktemp("scratch"), writer, num_registered=40, num_cold=8)
+    setting = Setting([0], tmp_path_factory.mktemp("scratch"), writer, num_registered=40, num_cold=8)
     with staged(setting) as stage:
         yield stage
         programs = [target.program.process for target in stage.targets.values()]
@@ -265,7 +265,7 @@ def test_generate_and_peft_answer_a_batch(writer: Path, tmp_path: Path, num_adap
     store = write_adapters(tmp_path / "store", base, 2)
     export_adapters(tmp_path / "peft", store, 2)
     folders = [tmp_path / "peft" / name for name in names(num_adapters)]
-    batches = start_batches(writer, folders, 0, tmp_path / "log", dtype)
+    batches = start_batches(writer, folders, [0], tmp_path / "log", dtype)
     try:
         choose = distinct(names(2)) if num_adapters else no_adapter
         load = batches.measure(make_asks("seed", 5, 10, 4, choose), 2)
@@ -279,7 +279,7 @@ def test_generate_and_peft_answer_a_batch(writer: Path, tmp_path: Path, num_adap
 
 @pytest.mark.slow
 def test_a_program_that_does_not_start_says_why(writer: Path, tmp_path: Path) -> None:
-    setting = Setting(0, tmp_path, writer, flags=["--no-such-flag"])
+    setting = Setting([0], tmp_path, writer, flags=["--no-such-flag"])
     with pytest.raises(FailedError, match="no-such-flag"), staged(setting) as stage, stage.own():
         pytest.fail("it started")
 

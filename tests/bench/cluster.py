@@ -54,7 +54,7 @@ RATIOS = (LIMIT, (TWO, ONE), (ONE, PLAIN), (TWO, TWO_PLAIN))
 def main() -> None:
     """Run the benchmark and print the results."""
     arguments = parse()
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+    cores = sorted(os.sched_getaffinity(0))[:2]
     with tempfile.TemporaryDirectory() as scratch:
         adapters = write_adapters(Path(scratch) / "adapters", identify_files(str(embedded_model())), NUM_ADAPTERS)
         stage = Stage(
@@ -96,7 +96,7 @@ class Stage:
     """Starter of the servers and clusters to measure."""
 
     adapters: Path
-    cores: str
+    cores: Sequence[int]
     scratch: Path
     flags: Sequence[str]
     cluster_flags: Sequence[str]
@@ -107,7 +107,8 @@ class Stage:
         with ExitStack() as stack:
             servers: list[Server] = []
             for i in range(count):
-                servers.append(start_own(None, self.adapters, self.cores, self.scratch / f"plain-{i}.log", self.flags))
+                log = self.scratch / f"plain-{i}.log"
+                servers.append(start_own(None, self.adapters, self.cores, log, self.flags, num_threads=1))
                 stack.callback(servers[-1].program.end)
             yield servers
 

@@ -56,7 +56,7 @@ class Cluster:
         self.server.program.end()
 
 
-def start_cluster(adapters: Path, num_replicas: int, cores: str, log: Path, flags: Sequence[str]) -> Cluster:
+def start_cluster(adapters: Path, num_replicas: int, cores: Sequence[int], log: Path, flags: Sequence[str]) -> Cluster:
     """Start a cluster on this machine with the adapters in a folder; each replica has one thread."""
     port = free_port()
     command = [sys.executable, "-m", "server.cluster", "--port", str(port), "--replicas", str(num_replicas), "--threads", "1"]

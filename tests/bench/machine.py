@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,22 +27,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "kernel": description()} | installed
 
 
-def bandwidth_of(core: int) -> float:
-    """Return the bytes/s that one thread reads from memory on `core`. This thread runs on `core` meanwhile."""
+def bandwidth_of(cores: Sequence[int]) -> float:
+    """Return the bytes/s that a thread on each of `cores` reads from memory together. This thread runs there meanwhile."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(len(cores))
     try:
-        with pinned(core):
+        with pinned(*cores):
             return read_bandwidth(torch.device("cpu"))
     finally:
         torch.set_num_threads(threads)
 
 
 @contextmanager
-def pinned(core: int) -> Iterator[None]:
-    """Context manager: pin this thread to `core`."""
+def pinned(*cores: int) -> Iterator[None]:
+    """Context manager: pin this thread to `cores`."""
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, cores)
     try:
         yield
     finally:

@@ -202,7 +202,7 @@ def run(url: str, port: int, server: psutil.Process, seconds: float, kinds: Sequ
 def main() -> None:
     """Start the server, run the benchmark, and end the server."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server-cores", default="0")
+    parser.add_argument("--server-cores", type=int, nargs="+", default=[0])
     parser.add_argument("--client-cores", default="1")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--kinds", nargs="*", choices=[*bodies()], default=[*bodies()])

@@ -1,9 +1,9 @@
 """Throughput and latency of this server with and without adapters, and of other engines on the same machine.
 
 `python -m tests.bench.serve`: SmolLM2-135M in bf16, adapters of r = 32 on all seven projections with a tenth of B nonzero,
-requests of about 100 prompt tokens and 64 new tokens, the server on one core and the users on another. Users are clients over
-sockets in a closed loop: each sends its next request when the last one is answered. In the open loop requests arrive at random,
-at 0.8 of the closed loop's rate. No prompt is repeated.
+requests of about 100 prompt tokens and 64 new tokens, the server on one core (`--threads`) and the users on the last. Users are
+clients over sockets in a closed loop: each sends its next request when the last one is answered. In the open loop requests arrive
+at random, at 0.8 of the closed loop's rate. No prompt is repeated.
 
 The cases take turns, `--repeats` times. Figures are medians and ranges over the turns; ratios are computed within a turn. "first
 token" and "gap" (the time between two pieces of text) are percentiles over all requests of a case. Other engines are measured if
@@ -54,7 +54,7 @@ GATE = [
 ]
 """Test files that must pass before anything is printed; for a quick run, the first two."""
 QUIET_PERCENT = 5.0
-"""Maximum percentage of the servers' core that other processes may use. More than that changes the figures."""
+"""Maximum percentage of the servers' cores that other processes may use. More than that changes the figures."""
 QUICK = ("off", "unused", str(NUM_DISTINCT), "merge2", "cold")
 
 
@@ -68,7 +68,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch, pinned(cores[-1]):
         setting = Setting(
-            core=cores[0],
+            cores=cores[: arguments.threads],
             scratch=Path(scratch),
             model=arguments.model,
             peers=arguments.peers,
@@ -80,7 +80,7 @@ def main() -> None:
             results = measure(plan, setting, arguments.repeats)
         except FailedError as error:
             sys.exit(f"error: {error}")
-    report(results, num_weight_bytes(arguments.model), cores, arguments.json, arguments.plot)
+    report(results, num_weight_bytes(arguments.model), arguments.threads, arguments.json, arguments.plot)
 
 
 def parse() -> argparse.Namespace:
@@ -95,6 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--registered", type=int, default=10_000, help="adapters of the case zipf")
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
     parser.add_argument("--model", type=Path, help="another base model's folder")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine, on as many cores")
     parser.add_argument("--isa", choices=ISAS, help="limit this server and torch to an instruction set")
     parser.add_argument("--server-flags", default="", help="more flags of this server, in one string")
     parser.add_argument(
@@ -103,6 +104,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.isa:
         os.environ[MAX_ISA_VARIABLE] = arguments.isa
+    if not 1 <= arguments.threads <= len(os.sched_getaffinity(0)):
+        parser.error(f"--threads is {arguments.threads}, expected 1 to {len(os.sched_getaffinity(0))}, the CPUs that there are")
     arguments.cases = arguments.cases or (QUICK if arguments.quick else slugs)
     arguments.repeats = arguments.repeats or (2 if arguments.quick else 5)
     return arguments
@@ -149,14 +152,14 @@ def num_weight_bytes(model: Path | None) -> int:
     return 2 * sum(parameter.numel() for parameter in loaded.parameters())
 
 
-def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file: Path | None, plot_file: Path | None) -> None:
+def report(results: Results, weight_bytes: int, num_threads: int, json_file: Path | None, plot_file: Path | None) -> None:
     """Print all results, and write the files that were asked for."""
     host, software, rows = machine(), versions(), results.rows()
     bandwidth = Spread.of(bandwidth / 1e9 for bandwidth in results.bandwidths)
-    print(f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; one reads {bandwidth} GB/s from memory")
+    print(f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; {num_threads} read {bandwidth} GB/s from memory")
     print(", ".join(f"{name} {version}" for name, version in software.items()))
-    print(f"servers on core {cores[0]}, users on core {cores[-1]}; {len(results.bandwidths)} repeats; medians (ranges)")
-    print(f"of the servers' core others used {describe_disturbances(results.disturbances)}")
+    print(f"servers with {num_threads} threads, users on the last core; {len(results.bandwidths)} repeats; medians (ranges)")
+    print(f"of the servers' cores others used {describe_disturbances(results.disturbances)}")
     print_table(COLUMNS, [cells(row) for row in rows])
     for name, values in results.figures.items():
         print(f"{name}: {Spread.of(values)}")
@@ -180,7 +183,7 @@ def report(results: Results, weight_bytes: int, cores: Sequence[int], json_file:
 
 
 def describe_disturbances(disturbances: Sequence[float]) -> str:
-    """Return how much of the servers' core other processes used, with a warning if it was too much."""
+    """Return how much of the servers' cores other processes used, with a warning if it was too much."""
     spread = Spread.of(100 * share for share in disturbances or [0.0])
     return f"{spread} %; far above 1 % the figures say little" if spread.high > QUIET_PERCENT else f"{spread} %"
 

@@ -1,7 +1,8 @@
 """Time of transformers' `generate` for a batch, with PEFT's mixed batches if there are adapters.
 
-A program for `tests.bench.serve_targets`: `python -m tests.bench.serve_batches DTYPE MODEL [ADAPTER …]` reads one batch a line,
-JSON {"prompts", "adapters", "num_tokens"}, and writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs there is no PEFT.
+A program for `tests.bench.serve_targets`: `python -m tests.bench.serve_batches DTYPE THREADS MODEL [ADAPTER …]` reads one batch a
+line, JSON {"prompts", "adapters", "num_tokens"}, and writes {"seconds", "num_prompt", "num_tokens"}. Without ADAPTERs there is no
+PEFT.
 """
 
 import json
@@ -58,8 +59,8 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]
 def main() -> None:
     """Answer batches until the end of standard input."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dtype, folder, *adapters = sys.argv[1:]
+    dtype, num_threads, folder, *adapters = sys.argv[1:]
+    torch.set_num_threads(int(num_threads))
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = load(getattr(torch, dtype), folder, adapters)

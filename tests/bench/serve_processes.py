@@ -1,4 +1,4 @@
-"""Programs of a benchmark, each on the measured core. Programs that are not being measured are stopped."""
+"""Programs of a benchmark, each on the measured cores. Programs that are not being measured are stopped."""
 
 import os
 import signal
@@ -26,17 +26,22 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Program:
-    """A running program with all of its children, in a session of its own, on one core or several (`0,1`). It writes to `log`."""
+    """A running program with all of its children, in a session of its own, on `cores`. It writes to `log`."""
 
     def __init__(
-        self, command: Sequence[str], core: int | str, log: Path, environment: Mapping[str, str], stdin: int | None = None
+        self,
+        command: Sequence[str],
+        cores: Sequence[int],
+        log: Path,
+        environment: Mapping[str, str],
+        stdin: int | None = None,
     ) -> None:
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                ["taskset", "-c", str(core), *command],
+                ["taskset", "-c", ",".join(map(str, cores)), *command],
                 cwd=REPOSITORY,
-                env=_environment() | dict(environment),
+                env=_environment(len(cores)) | dict(environment),
                 stdin=subprocess.DEVNULL if stdin is None else stdin,
                 stdout=subprocess.PIPE if stdin else file,
                 stderr=file,
@@ -45,7 +50,7 @@ class Program:
             )
 
     def pause(self) -> None:
-        """Stop the program with SIGSTOP, since an idle vLLM polls in a loop on the measured core."""
+        """Stop the program with SIGSTOP, since an idle vLLM polls in a loop on the measured cores."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -81,12 +86,14 @@ def answers(port: int, path: str) -> bool:
         return False
 
 
-def busy_s(core: int) -> float:
-    """Return the seconds for which `core` has been busy, with any process."""
-    lines = Path("/proc/stat").read_text().splitlines()
-    ticks = next(line.split()[1:] for line in lines if line.startswith(f"cpu{core} "))
-    user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, ticks)
-    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+def busy_s(cores: Sequence[int]) -> float:
+    """Return the seconds for which `cores` have been busy, with any process, summed over them."""
+    names, ticks = {f"cpu{core}" for core in cores}, 0
+    for name, *counts in (line.split() for line in Path("/proc/stat").read_text().splitlines()):
+        if name in names:
+            user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, counts)
+            ticks += user + nice + system + irq + soft_irq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _stats() -> Iterator[list[str]]:
@@ -100,10 +107,13 @@ def _cpu_s(stat: list[str]) -> float:
     return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _environment() -> dict[str, str]:
+def _environment(num_threads: int) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("LORI_", "VLLM_"))}
     lori_variables = {key: value for key, value in os.environ.items() if key in ("LORI_CACHE", MAX_ISA_VARIABLE)}
     limits = TORCH_LIMITS.get(lori_variables.get(MAX_ISA_VARIABLE, ""), {})
     return (
-        inherited | lori_variables | limits | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        inherited
+        | lori_variables
+        | limits
+        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(num_threads), "TOKENIZERS_PARALLELISM": "false"}
     )

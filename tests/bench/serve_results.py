@@ -12,9 +12,9 @@ from tests.bench.serve_load import Load
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The loads of each turn and the figures of each probe, one for each repeat; and the core's memory bandwidth in bytes/s.
+    """The loads of each turn and the figures of each probe, one for each repeat; and the cores' memory bandwidth in bytes/s.
 
-    `disturbances`: for each load, the fraction of its time for which the core was busy with other processes than the target.
+    `disturbances`: for each load, the fraction of its time for which the cores were busy with other processes than the target.
     """
 
     loads: dict[Turn, list[Load]] = field(default_factory=lambda: defaultdict(list))

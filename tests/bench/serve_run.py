@@ -38,7 +38,7 @@ class Plan:
         results = Results()
         self._warm(stage)
         for repeat in range(repeats):
-            results.bandwidths.append(bandwidth_of(stage.setting.core))
+            results.bandwidths.append(bandwidth_of(stage.setting.cores))
             for turn in self.turns:
                 self._load(stage, turn, results, f"{repeat} {turn.case.slug} {turn.concurrency}")
                 tick(f"{turn.case.engine}, {turn.case.title}, {turn.concurrency} users")
@@ -59,11 +59,11 @@ class Plan:
         words, tokens = self.sizes.prompt_words, self.sizes.num_tokens
         asks = make_asks(seed, turn.num_requests, words, tokens, turn.case.choose(seed))
         with stage.on(turn.case.engine, turn.case.target) as target:
-            before = busy_s(stage.setting.core) - target.program.cpu_s()
+            before = busy_s(stage.setting.cores) - target.program.cpu_s()
             load = target.measure(asks, turn.concurrency)
-            others = busy_s(stage.setting.core) - target.program.cpu_s() - before
+            others = busy_s(stage.setting.cores) - target.program.cpu_s() - before
         results.loads[turn].append(load)
-        results.disturbances.append(others / load.seconds)
+        results.disturbances.append(others / load.seconds / len(stage.setting.cores))
 
     def _probe(self, stage: Stage, name: str, results: Results, seed: str) -> None:
         popular = names(NUM_DISTINCT)

