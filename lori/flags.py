@@ -17,8 +17,8 @@ from lori.names import MISSPELT, near_names
 REFUSED, UNKNOWN = "error parsing CLI: ", "unrecognized arguments: "
 """Prefix that pydantic-settings puts before argparse's message, and argparse's message for unknown arguments."""
 FLAG = re.compile(r"--?[A-Za-z]")
-JOINED_HELP = re.compile(r"argument -h/--help: ignored explicit argument '(\w*)'")
-"""argparse's message for flags such as `-hf`, which it reads as `-h` with a value."""
+JOINED_HELP = re.compile(r"-h[A-Za-z]+")
+"""Flags such as `-hf`, which argparse reads as `-h` with something behind it: it prints the help, or complains of that."""
 STRAY = ""
 """Key of the hint for a value without a flag."""
 
@@ -59,6 +59,8 @@ def refusing_flags(
     For a setting from one of `files` the line names the key in that file. `hints` maps flags of other programs to advice.
     """
     try:
+        if joined := [word for word in sys.argv[1:] if JOINED_HELP.fullmatch(word)]:
+            raise SettingsError(UNKNOWN + " ".join(joined))
         yield
     except ValidationError as error:
         print(f"error: {flag_faults(error, files())}", file=sys.stderr)
@@ -99,8 +101,6 @@ def refused_arguments(error: Exception, fields: Iterable[str], hints: Mapping[st
     For an unknown flag the line gives its hint in `hints`, or else the most similar flag of `fields`.
     """
     message, hints = str(error).removeprefix(REFUSED), hints or {}
-    if joined := JOINED_HELP.fullmatch(message):
-        message = f"{UNKNOWN}-h{joined[1]}"
     if not message.startswith(UNKNOWN):
         return message
     known_flags = [flag_of(field).removeprefix("--") for field in fields]

@@ -137,6 +137,7 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
     return Service(
         settings=settings,
         base_model=base.name,
+        fingerprint=fingerprint(base.model.dtype, base.model.device, settings.quantization),
         base_aliases=base_aliases(settings.model),
         registry=registry,
         admission=Admission(
@@ -155,7 +156,6 @@ def load_service(settings: Settings, num_ingresses: int = 0) -> Service:
         num_ingresses=num_ingresses,
         required=lambda: [name for tenant in keys.keys.tenants.values() for name, _ in tenant.policy] if keys else [],
         files=files,
-        fingerprint=_fingerprint(base, settings.quantization),
         outline=f"{_outline(base)}, {_capacity(base, registry, pool, settings)}",
     )
 
@@ -311,14 +311,16 @@ def _outline(base: BaseModel) -> str:
     return f"{base.name} in {_name(dtype)} on {device_name(device)}{code}"
 
 
-def _fingerprint(base: BaseModel, quantization: Quantization | None) -> str:
-    # All that the numbers of an answer depend on, beside the model, the adapters and the request.
-    dtype, device = base.model.dtype, base.model.device
+def fingerprint(dtype: torch.dtype, device: torch.device, quantization: Quantization | None) -> str:
+    """Return the name of what computes answers: version, instruction set or GPU, dtype, quantization, torch if it computes."""
     if device.type == "cuda":
         code = "sm{}{}".format(*torch.cuda.get_device_capability(device))
     else:
-        code = choose() if MODULE else f"torch-{torch.backends.cpu.get_cpu_capability().lower()}"
-    return "-".join(filter(None, (f"lori-{package_version()}", code, _name(dtype), quantization)))
+        code = choose() if MODULE else "portable"
+    parts = [f"lori-{package_version()}", code, _name(dtype), quantization or ""]
+    if not has_native(dtype, device):
+        parts.append(f"torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability().lower()}")
+    return "-".join(filter(None, parts))
 
 
 def _capacity(base: BaseModel, registry: Registry, pool: AdapterPool, settings: Settings) -> str:

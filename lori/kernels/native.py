@@ -81,11 +81,16 @@ def choose(isa: str | None = None) -> str:
     return isa or names[0]
 
 
+def is_limited() -> bool:
+    """Return whether this processor has a better instruction set than `max_isa` allows."""
+    return bool(MODULE) and choose() != MODULE.instruction_sets()[0]
+
+
 def description() -> str:
     """Return a description of the code that `add_delta` runs on a CPU, for a log."""
     if not MODULE:
         return "torch alone"
-    limit = "" if choose() == MODULE.instruction_sets()[0] else f" by {MAX_ISA_VARIABLE}"
+    limit = f" by {MAX_ISA_VARIABLE}" if is_limited() else ""
     return f"C++ ({choose()}{limit}, {MODULE.COMPILER}{'' if MODULE.HAS_THREADS else ', one thread: no OpenMP'})"
 
 

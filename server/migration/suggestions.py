@@ -15,6 +15,8 @@ MAX_NAME = 64
 """Maximum number of characters of a field name that is looked up. A longer name is no typo."""
 MAX_PATH = 200
 """Maximum number of characters of a path that are shown and looked up."""
+MAX_INNER = 10
+"""Maximum number of fields inside an unknown field for which suggestions are given."""
 MAX_LISTED = 8
 """A body with at most this many fields has all of them listed."""
 NAMED_ROUTE = re.compile(r"\b(GET|POST|PUT|DELETE) (/[^\s,;]*)")
@@ -50,12 +52,13 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 def unknown_field(name: str, fields: frozenset[str], value: object = None) -> str:
     """Return the fault of an unknown field `name` where `fields` are allowed, with a suggestion.
 
-    If `value` is an object whose fields belong beside the prompt, those of them that have another name here are listed, too.
+    If `value` is an object whose fields belong beside the prompt, the suggestions for these follow, for `MAX_INNER` of them.
     """
     hint = _field_hint(name, fields)
     if hint == IN_BODY and isinstance(value, dict):
-        inner = [key for key in value if key not in fields][:MAX_LISTED]
-        hint = "; ".join([hint, *(f"for {key!r} {_field_hint(key, fields)}" for key in inner if len(key) <= MAX_NAME)])
+        unknown = [key for key in value if key not in fields and len(key) <= MAX_NAME]
+        more = [f"and {len(unknown) - MAX_INNER} more"] if len(unknown) > MAX_INNER else []
+        hint = "; ".join([hint, *(f"{key!r}: {_field_hint(key, fields)}" for key in unknown[:MAX_INNER]), *more])
     return f"unknown field{_separated(hint)}"
 
 

@@ -103,7 +103,7 @@ def _to_prompt(body: GenerateBody) -> Prompt:
     return prompt
 
 
-def to_reply(request: EngineRequest, answers: Sequence[Answer], fingerprint: str | None) -> GenerateReply:
+def to_reply(request: EngineRequest, answers: Sequence[Answer], fingerprint: str) -> GenerateReply:
     """Return the whole reply."""
     choices = [
         ChoiceReply(
@@ -150,7 +150,7 @@ def sse(name: str, data: BaseModel) -> bytes:
     return format_sse_event(event=name, data_str=data.model_dump_json())
 
 
-def to_done(request: EngineRequest, event: DoneEvent, fingerprint: str | None) -> DoneData:
+def to_done(request: EngineRequest, event: DoneEvent, fingerprint: str) -> DoneData:
     """Return the data of a `done` event."""
     return DoneData(
         id=request.id,

@@ -14,7 +14,7 @@ from pydantic import (
 
 from lori.template import Message, Template, Text
 from server.engine.request import SamplingParams
-from server.schemas.fields import MAX_INT, Body, Reply, forms, one_or_many
+from server.schemas.fields import MAX_INT, Body, Fingerprint, Reply, forms, one_or_many
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
 MAX_PARTS = 256
@@ -160,8 +160,7 @@ class ChatReply(Reply):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    system_fingerprint: str | None = None
-    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
+    system_fingerprint: Fingerprint
     choices: list[ChatChoice]
     usage: OpenAIUsage
     lori: LoriReply
@@ -194,8 +193,7 @@ class ChatChunk(Reply):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    system_fingerprint: str | None = None
-    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
+    system_fingerprint: Fingerprint
     choices: list[ChatChunkChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None

@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, Tag, model_validator
 
 from lori.template import Text
 from server.engine.request import SamplingParams
-from server.schemas.fields import Count, Reply, TokenIds, forms
+from server.schemas.fields import Count, Fingerprint, Reply, TokenIds, forms
 from server.schemas.generation import Logprobs
 from server.schemas.openai import FinishReason, LoriReply, OpenAIBody, OpenAIUsage, TopLogprobs
 
@@ -82,8 +82,7 @@ class CompletionReply(Reply):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    system_fingerprint: str | None = None
-    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
+    system_fingerprint: Fingerprint
     choices: list[CompletionChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None

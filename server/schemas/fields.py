@@ -53,6 +53,12 @@ class Body(BaseModel):
         return check_num_fields(value)
 
 
+Fingerprint = Annotated[
+    str, Field(description="What computed the answer. Servers with other fingerprints may give different answers.")
+]
+"""A name made of the version, the instruction set or GPU, the dtype and the quantization."""
+
+
 class Reply(BaseModel):
     """A reply, or a part of one."""
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from lori.merge_options import MergeMethod
 from lori.template import Message, Template
 from server.engine.request import FinishReason, SamplingParams
-from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Count, Prompt, Reply, check_num_fields
+from server.schemas.fields import MAX_LOGPROBS, PROMPT_OR_MESSAGES, Count, Fingerprint, Prompt, Reply, check_num_fields
 from server.schemas.sampling import Adapters, MergeFields, SamplingFields
 
 CheckedMessage = Annotated[Message, BeforeValidator(check_num_fields)]
@@ -149,8 +149,7 @@ class DoneData(Reply):
     usage: Usage
     timings: TimingsReply
     seed: int
-    system_fingerprint: str | None = None
-    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
+    system_fingerprint: Fingerprint
 
 
 class ChoiceReply(Reply):
@@ -175,8 +174,7 @@ class GenerateReply(Reply):
     usage: Usage
     timings: TimingsReply
     seed: int
-    system_fingerprint: str | None = None
-    """What computed the answer: version, instruction set or GPU, dtype. Servers with other fingerprints may answer otherwise."""
+    system_fingerprint: Fingerprint
     logprobs: Logprobs | None = None
     choices: list[ChoiceReply] | None = None
     """All answers, if the request asks for more than one."""

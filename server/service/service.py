@@ -47,7 +47,7 @@ class Service:
     """Source of adapters that come while the server runs; None if none can come."""
     required: Callable[[], Collection[str]] = tuple
     """Function that returns the references of adapters that tenants' policies need."""
-    fingerprint: str | None = None
+    fingerprint: str = ""
     """Name of what computes answers, for replies."""
     outline: str = ""
     """Summary of the model and the capacity, for the log."""

@@ -1,4 +1,4 @@
-"""Models of the shapes of larger ones, with random weights: speed does not depend on the values.
+"""Models of the shapes of larger ones, with random weights, for benchmarks at temperature 0.
 
     python -m tests.bench.random_model Llama-3.2-1B FOLDER
     python -m tests.bench.serve --model FOLDER
@@ -8,6 +8,7 @@ the rows of the others are zero, so that greedy answers do not contain them.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the family, and what its config has beside `SHARED`."""
 
 
-def write_model(name: str, folder: Path, **changes: int) -> None:
+def write_model(name: str, folder: Path, changes: Mapping[str, int] | None = None) -> None:
     """Write a model of the shape `name` in bf16, with its tokenizer, into `folder`. `changes` replaces values of its config."""
     family, shape = SHAPES[name]
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(family, max_position_embeddings=8192, **SHARED | shape | special | changes)
+    config = AutoConfig.for_model(family, max_position_embeddings=8192, **SHARED | shape | special | (changes or {}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -1,19 +1,20 @@
-"""Whether a request has the same answer, bit for bit, whatever runs beside it: on the embedded model with the demo adapters.
+"""Check that a request has the same answer, bit for bit, whatever runs beside it: on the embedded model with the demo adapters.
 
     python -m tests.bench.same_answers --data data [--num-requests 500]
 
 Requests are drawn from the tasks' test rows: for the base, adapters and merges (sums and `ties`, several weights), as plain
 prompts and as messages, greedy and seeded. Each runs alone on an engine in bf16; then all run in the ways of the table. A line
-for each way: how many requests have other tokens or log-probabilities than alone, and how many of them other tokens.
-`LORI_MAX_CPU_ISA` limits the instruction set.
+for each way: how many requests have other tokens or log-probabilities than alone, how many of them other tokens, how many tokens
+of prompts were found in the prefix cache, and how many sequences were preempted. `LORI_MAX_CPU_ISA` limits the instruction set.
 """
 
 import argparse
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,12 +33,26 @@ ADAPTERS = Path(__file__).parents[2] / "server" / "adapters"
 NAMES = ("intent", "math", "nlu", "safety")
 WEIGHTS = (0.5, 0.8, 1.0, -0.25)
 MAX_TOKENS = 24
-MOST = 32
-"""Requests at once."""
-TIGHT = 144
-"""Blocks of KV memory that are too few for 32 requests, so that some are preempted."""
+MAX_BATCH = 32
+NUM_BLOCKS, NUM_TIGHT_BLOCKS = 8192, 144
+"""Blocks of KV memory: for all prompts of 500 requests, and too few for 32 requests at once."""
 
 Answer = tuple[list[int], list[float | None], list[dict[str, float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The answers of an engine to all requests."""
+
+    answers: list[Answer]
+    num_cached_tokens: int
+    num_preemptions: int
+
+    def row(self, way: str, alone: "Run") -> tuple[str, ...]:
+        """Return the cells of the table."""
+        pairs = list(zip(alone.answers, self.answers, strict=True))
+        counts = (sum(a != b for a, b in pairs), sum(a[0] != b[0] for a, b in pairs))
+        return way, *map(str, (*counts, self.num_cached_tokens, self.num_preemptions))
 
 
 def main() -> int:
@@ -49,33 +64,44 @@ def main() -> int:
     torch.set_num_threads(1)
     first = make_rig()
     requests = draw_requests(first, arguments.data, arguments.num_requests)
-    alone = answers(first, requests, 1)
-    rows = []
-    for way, run in tqdm(ways(first, requests).items(), unit="way", disable=None):
-        torch.set_num_threads(2 if way == "two threads" else 1)
-        rows.append((way, *map(str, differing(alone, run()))))
+    alone = run(first, requests, 1)
+    rows = [result.row(way, alone) for way, result in tqdm(run_ways(first, requests), total=NUM_WAYS, unit="way", disable=None)]
     print(f"{len(requests)} requests in bf16, {description()}")
-    print_table(["way", "other answers", "other tokens"], rows)
-    return int(any(count != "0" for _, count, _ in rows))
+    print_table(["way", "other answers", "other tokens", "cached tokens", "preempted"], rows)
+    return int(any(count != "0" for _, count, *_ in rows))
 
 
-def make_rig(*, max_step_tokens: int = 512, num_blocks: int = 4096) -> Rig:
+NUM_WAYS = 7
+
+
+def run_ways(first: Rig, requests: Sequence[GenerateRequest]) -> Iterator[tuple[str, Run]]:
+    """Yield each way with its run. `first` has run `requests` already. Leaves torch with two threads."""
+    yield "alone, from the prefix cache", run(first, requests, 1)
+    yield "32 at once, from the prefix cache", run(first, requests)
+    yield "32 at once", run(make_rig(), requests)
+    yield "chunks of 16", run(make_rig(max_step_tokens=16 + MAX_BATCH), requests)
+    yield "preempted", run(make_rig(num_blocks=NUM_TIGHT_BLOCKS), requests)
+    backwards = run(make_rig(), requests[::-1])
+    yield "in another order", replace(backwards, answers=backwards.answers[::-1])
+    torch.set_num_threads(2)
+    yield "two threads", run(make_rig(), requests)
+
+
+def make_rig(*, max_step_tokens: int = 512, num_blocks: int = NUM_BLOCKS) -> Rig:
     """Return an engine in bf16."""
-    sizes = {"max_batch": MOST, "max_step_tokens": max_step_tokens, "num_blocks": num_blocks, "num_slots": 200}
+    sizes = {"max_batch": MAX_BATCH, "max_step_tokens": max_step_tokens, "num_blocks": num_blocks, "num_slots": 200}
     return build(embedded_model(), ADAPTERS, dtype=torch.bfloat16, **sizes)
 
 
-def ways(first: Rig, requests: Sequence[GenerateRequest]) -> dict[str, Callable[[], list[Answer]]]:
-    """Return the ways to run `requests`. `first` has run them already."""
-    return {
-        "alone, from the prefix cache": lambda: answers(first, requests, 1),
-        "32 at once, from the prefix cache": lambda: answers(first, requests),
-        "32 at once": lambda: answers(make_rig(), requests),
-        "chunks of 16": lambda: answers(make_rig(max_step_tokens=16 + MOST), requests),
-        "preempted": lambda: preempted(make_rig(num_blocks=TIGHT), requests),
-        "in another order": lambda: answers(make_rig(), requests[::-1])[::-1],
-        "two threads": lambda: answers(make_rig(), requests),
-    }
+def run(rig: Rig, requests: Sequence[GenerateRequest], at_once: int | None = None) -> Run:
+    """Run requests, `at_once` at a time, by default all."""
+    size = at_once or len(requests)
+    outputs = [output for start in range(0, len(requests), size) for output in rig.run(requests[start : start + size])]
+    answers = [
+        (output.tokens, [token.value for token in output.logprobs], [token.top for token in output.logprobs])
+        for output in outputs
+    ]
+    return Run(answers, sum(output.done.num_cached_tokens for output in outputs), rig.scheduler.num_preemptions)
 
 
 def draw_requests(rig: Rig, data: Path, count: int) -> list[GenerateRequest]:
@@ -86,7 +112,7 @@ def draw_requests(rig: Rig, data: Path, count: int) -> list[GenerateRequest]:
     while len(requests) < count:
         adapters = tuple(rng.sample(NAMES, rng.choice([0, 1, 1, 2, 3])))
         request = GenerateRequest(
-            prompt=in_some_form(rng, rng.choice(prompts)),
+            prompt=draw_prompt(rng, rng.choice(prompts)),
             adapters=adapters,
             weights=tuple(rng.choice(WEIGHTS) for _ in adapters) or None,
             merge=MergeOptions("ties") if len(adapters) > 1 and rng.random() < 0.2 else MergeOptions(),
@@ -99,30 +125,10 @@ def draw_requests(rig: Rig, data: Path, count: int) -> list[GenerateRequest]:
     return requests
 
 
-def in_some_form(rng: random.Random, text: str) -> Prompt:
+def draw_prompt(rng: random.Random, text: str) -> Prompt:
     """Return `text` as it is, as a message, or as a message after a system prompt."""
     message = Message(role="user", content=text)
     return rng.choice([text, text, [message], [Message(role="system", content="Be brief."), message]])
-
-
-def answers(rig: Rig, requests: Sequence[GenerateRequest], at_once: int = 10**6) -> list[Answer]:
-    """Run requests, `at_once` at a time. Return their tokens and log-probabilities."""
-    heard = [one for start in range(0, len(requests), at_once) for one in rig.run(requests[start : start + at_once])]
-    return [(one.tokens, [token.value for token in one.logprobs], [token.top for token in one.logprobs]) for one in heard]
-
-
-def preempted(rig: Rig, requests: Sequence[GenerateRequest]) -> list[Answer]:
-    """Run requests on an engine whose memory is too small for them. Ends the program if none was preempted."""
-    found = answers(rig, requests)
-    if not rig.scheduler.num_preemptions:
-        sys.exit("error: no request was preempted, so nothing is shown")
-    return found
-
-
-def differing(alone: Sequence[Answer], found: Sequence[Answer]) -> tuple[int, int]:
-    """Return how many answers differ, and how many of these in their tokens."""
-    pairs = list(zip(alone, found, strict=True))
-    return sum(a != b for a, b in pairs), sum(a[0] != b[0] for a, b in pairs)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Throughput and latency of this server with and without adapters, and of other engines on the same machine.
 
 `python -m tests.bench.serve`: SmolLM2-135M in bf16, adapters of r = 32 on all seven projections with a tenth of B nonzero,
-requests of about 100 prompt tokens and 64 new tokens, the server on one core (`--threads`) and the users on the last. Users are
-clients over sockets in a closed loop: each sends its next request when the last one is answered. In the open loop requests arrive
-at random, at 0.8 of the closed loop's rate. No prompt is repeated.
+requests of about 100 prompt tokens and 64 new tokens. Each engine has one thread on one core, or `--threads`; the users run on
+the last core, which is one of the engines' if there is no other. Users are clients over sockets in a closed loop: each sends
+its next request when the last one is answered. In the open loop requests arrive at random, at 0.8 of the closed loop's rate. No
+prompt is repeated.
 
 The cases take turns, `--repeats` times. Figures are medians and ranges over the turns; ratios are computed within a turn. "first
 token" and "gap" (the time between two pieces of text) are percentiles over all requests of a case. Other engines are measured if
@@ -113,7 +114,7 @@ def parse() -> argparse.Namespace:
 
 def planned(arguments: argparse.Namespace) -> Plan:
     """Return the plan of the run. Prints which other engines are left out."""
-    missing = missing_peers(arguments.peers)
+    missing = missing_peers(arguments.peers, arguments.model is not None)
     cases = [case for case in [*own_cases(arguments.registered), *peer_cases()] if case.group in arguments.cases]
     for engine in dict.fromkeys(case.engine for case in cases if case.engine in missing):
         print(f"{engine} is left out: {missing[engine]}", file=sys.stderr)
@@ -158,7 +159,7 @@ def report(results: Results, weight_bytes: int, num_threads: int, json_file: Pat
     bandwidth = Spread.of(bandwidth / 1e9 for bandwidth in results.bandwidths)
     print(f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB; {num_threads} read {bandwidth} GB/s from memory")
     print(", ".join(f"{name} {version}" for name, version in software.items()))
-    print(f"servers with {num_threads} threads, users on the last core; {len(results.bandwidths)} repeats; medians (ranges)")
+    print(f"threads of each engine: {num_threads}; users on the last core; {len(results.bandwidths)} repeats; medians (ranges)")
     print(f"of the servers' cores others used {describe_disturbances(results.disturbances)}")
     print_table(COLUMNS, [cells(row) for row in rows])
     for name, values in results.figures.items():
@@ -169,7 +170,7 @@ def report(results: Results, weight_bytes: int, num_threads: int, json_file: Pat
         print(goal)
     if json_file:
         document = {
-            "machine": host | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes},
+            "machine": host | {"bandwidth_gb_per_s": bandwidth.median, "weight_bytes": weight_bytes, "threads": num_threads},
             "versions": software,
             "disturbances": results.disturbances,
             "rows": [asdict(row) for row in rows],

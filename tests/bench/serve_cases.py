@@ -78,14 +78,14 @@ def peer_cases() -> list[Case]:
         _case("vllm-unused", "LoRA on, unused", VLLM, "on", 0, 0),
         _case(f"vllm-{NUM_DISTINCT}", _count(NUM_DISTINCT), VLLM, "on", NUM_DISTINCT, 1),
         _case("llama.cpp-off", "base", LLAMA, "off", 0, 0),
-        _case("peft-off", "transformers' generate", PEFT, "off", 0, 0),
-        _case("transformers-off", "generate in float32", TRANSFORMERS, "off", 0, 0),
+        _case("peft-off", "transformers' generate, bfloat16", PEFT, "off", 0, 0),
+        _case("transformers-off", "generate, float32", TRANSFORMERS, "off", 0, 0),
         *(_case(f"peft-{n}", _count(n), PEFT, "on", n, 1) for n in (1, 8, NUM_DISTINCT)),
     ]
 
 
 def turns(cases: Iterable[Case], concurrency: Sequence[int]) -> list[Turn]:
-    """Return the turns of a repeat. Slow cases (other engines with adapters, and `generate`) have 32 users only."""
+    """Return the turns of a repeat. Slow cases (PEFT, and vLLM with adapters) have 32 users only."""
     chosen = []
     for case in cases:
         is_slow = case.engine == PEFT or (case.engine == VLLM and case.target == "on")

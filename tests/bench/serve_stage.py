@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lori.base_identity import identify_files
 from lori.embedded import embedded_model
+from lori.kernels.native import is_limited
 from tests.bench.serve_adapters import adapter_name, export_adapters, write_adapters
 from tests.bench.serve_asks import distinct, make_asks, no_adapter
 from tests.bench.serve_cases import LLAMA, NUM_DISTINCT, OWN, PEFT, TRANSFORMERS, VLLM
@@ -112,15 +113,19 @@ def staged(setting: Setting) -> Iterator[Stage]:
         shutil.rmtree(adapters)
 
 
-def missing_peers(peers: Path | None) -> dict[str, str]:
-    """Return the reason for each engine that cannot be measured."""
+def missing_peers(peers: Path | None, has_model: bool = False) -> dict[str, str]:
+    """Return the reason for each engine that cannot be measured. `has_model`: the model is not the embedded one."""
     missing = {} if _has_peft() else {PEFT: "it is not installed"}
-    files = {VLLM: "vllm/preload", LLAMA: f"llama.cpp/{llama_build()}/bin/llama-server"}
-    for engine, file in files.items():
+    needed = {VLLM: ["vllm/preload"], LLAMA: [f"llama.cpp/{llama_build()}/bin/llama-server", "llama.cpp/model.gguf"]}
+    for engine, files in needed.items():
         if peers is None:
             missing[engine] = "there is no --peers"
-        elif not (peers / file).exists():
-            missing[engine] = f"tests/bench/peers.sh has not put {file} into {peers}"
+        elif absent := [file for file in files if not (peers / file).exists()]:
+            missing[engine] = f"tests/bench/peers.sh has not put {absent[0]} into {peers}"
+    if has_model:
+        missing[LLAMA] = "it has the embedded model alone"
+    if is_limited():
+        missing[VLLM] = "its kernels take the best instruction set, whatever --isa says"
     return missing
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lori.kernels.native import MAX_ISA_VARIABLE
+from lori.kernels.native import is_limited, max_isa
 from server.transport.sockets import free_port
 from tests.bench.serve_adapters import RANK
 from tests.bench.serve_asks import Ask
@@ -149,9 +148,8 @@ def start_llama_cpp(peers: Path, cores: Sequence[int], log: Path) -> Server:
 
 
 def llama_build() -> str:
-    """Return the folder of llama.cpp's build: one of its own for each instruction set that is forced."""
-    isa = os.environ.get(MAX_ISA_VARIABLE)
-    return f"build-{isa}" if isa else "build"
+    """Return the folder of llama.cpp's build for the instruction set that this process is limited to, if it is limited."""
+    return f"build-{max_isa()}" if is_limited() else "build"
 
 
 def start_batches(model: Path, adapters: Sequence[Path], cores: Sequence[int], log: Path, dtype: str = "bfloat16") -> Batches:

@@ -140,8 +140,8 @@ def test_a_body_of_tgi_is_answered_field_by_field(live: Live) -> None:
     assert error["message"] == (
         "inputs: unknown field: use 'prompt'; "
         "parameters: unknown field: its fields stand beside the prompt, in the request itself; "
-        "for 'max_new_tokens' use 'max_tokens'; "
-        """for 'adapter_id' use 'adapter': "math", which the server knows by name: GET /adapters lists them"""
+        "'max_new_tokens': use 'max_tokens'; "
+        """'adapter_id': use 'adapter': "math", which the server knows by name: GET /adapters lists them"""
     )  # fmt: skip
 
 

@@ -16,9 +16,12 @@ from pydantic import ValidationError
 
 from lori.config import seal_config
 from lori.errors import LoriError
+from lori.flags import package_version
 from lori.format import read_config
+from lori.kernels.native import MODULE, choose
+from lori.projection import Quantization
 from server import loading
-from server.loading import load_service
+from server.loading import fingerprint, load_service
 from server.settings import Settings
 from tests.server.forked import run_forked, start_forked
 from tests.server.live import LIMIT_S, RunProgram, events, run_main, start
@@ -235,3 +238,15 @@ def test_a_step_waits_for_an_adapter_where_it_would_take_the_reader_s_core(
 def test_the_usage_names_the_program_as_it_is_started(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"usage: python -m {module} ")
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_fingerprint_names_what_computes(quantization: Quantization | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, name = torch.device("cpu"), f"lori-{package_version()}-{choose() if MODULE else 'portable'}"
+    by_torch = f"-torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability().lower()}"
+    suffix = f"-{quantization}" if quantization else ""
+    assert fingerprint(torch.bfloat16, cpu, quantization) == f"{name}-bfloat16{suffix}" + ("" if MODULE else by_torch)
+    assert fingerprint(torch.float32, cpu, quantization) == f"{name}-float32{suffix}{by_torch}"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    on_gpu = fingerprint(torch.bfloat16, torch.device("cuda"), quantization)
+    assert on_gpu.startswith(f"lori-{package_version()}-sm90-bfloat16{suffix}-torch-")

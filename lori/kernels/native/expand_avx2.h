@@ -1,7 +1,7 @@
 // The kernel in AVX2. s is looked up by permutations: in bfloat16 up to rank 64, in fp32 up to 32; beyond that by gathers.
 //
-// A window's sums go to memory, in the order of the places, from which each row picks its own. Picking takes about as long as the
-// products; so four tokens with the same terms are computed at a time, and their sums lie side by side: one load picks four.
+// A window's sums go to memory, in the order of the places, from which each row picks its own. Four tokens with the same terms are
+// computed together: their sums lie side by side, and one load picks all four.
 #pragma once
 
 #include <immintrin.h>
@@ -14,7 +14,8 @@
 namespace lori {
 namespace {
 
-constexpr int kItemsAhead = 3, kLinesAhead = 3;  // as expand_avx512.h asks the memory ahead
+constexpr int kGroup = 4;                             // tokens with the same terms for which a window is read once
+constexpr int kItemsAhead = kGroup, kLinesAhead = 3;  // the memory is asked ahead for the block after a group
 
 LORI_INLINE __m256i load_256(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 LORI_INLINE __m128i load_128(const void* at) { return _mm_loadu_si128(static_cast<const __m128i*>(at)); }
@@ -58,13 +59,13 @@ struct BfloatTable {
   // The bytes of a plane at 32 columns.
   static LORI_INLINE __m256i look_up(const __m256i* plane, __m256i columns) {
     const __m256i is_16 = _mm256_slli_epi16(columns, 3);  // bit 4 of a byte becomes its highest
-    const auto of_two = [&](int i) {
+    const auto select = [&](int i) {
       return _mm256_blendv_epi8(_mm256_shuffle_epi8(plane[i], columns), _mm256_shuffle_epi8(plane[i + 1], columns), is_16);
     };
     if constexpr (kTables == 2) {
-      return of_two(0);
+      return select(0);
     } else {
-      return _mm256_blendv_epi8(of_two(0), of_two(2), _mm256_slli_epi16(columns, 2));
+      return _mm256_blendv_epi8(select(0), select(2), _mm256_slli_epi16(columns, 2));
     }
   }
   // Adds two entries of each row.
@@ -140,10 +141,10 @@ struct FloatTable {
     for (int i = 0; i < 2; i++) {
       const __m256i at = load_columns(columns + 8 * i);
       const __m256 is_8 = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)), is_16 = _mm256_castsi256_ps(_mm256_slli_epi32(at, 27));
-      const auto of_two = [&](int first) {
+      const auto select = [&](int first) {
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(s[first], at), _mm256_permutevar8x32_ps(s[first + 1], at), is_8);
       };
-      const __m256 found = _mm256_blendv_ps(of_two(0), of_two(2), is_16);
+      const __m256 found = _mm256_blendv_ps(select(0), select(2), is_16);
       sums.part[i] = _mm256_fmadd_ps(_mm256_loadu_ps(values + 8 * i), found, sums.part[i]);
     }
   }
@@ -164,8 +165,6 @@ struct FloatMemory {
   }
 };
 
-constexpr int kGroup = 4;  // tokens with the same terms for which a window is read once
-
 // The same four values of four vectors side by side: in each half, to[i] = {from[0][i], from[1][i], from[2][i], from[3][i]}.
 LORI_INLINE void transpose(const __m256* from, __m256* to) {
   const __m256 low = _mm256_unpacklo_ps(from[0], from[1]), high = _mm256_unpackhi_ps(from[0], from[1]);
@@ -179,9 +178,10 @@ LORI_INLINE void transpose(const __m256* from, __m256* to) {
 }
 
 // Stores the sums of a slice of a group: sums[4 place + token].
-LORI_INLINE void store_slice(const Sums* of_tokens, int slice, float* sums) {
+LORI_INLINE void store_slice(const Sums* sums_of_tokens, int slice, float* sums) {
   for (int i = 0; i < 2; i++) {
-    const __m256 tokens[] = {of_tokens[0].part[i], of_tokens[1].part[i], of_tokens[2].part[i], of_tokens[3].part[i]};
+    const __m256 tokens[] = {sums_of_tokens[0].part[i], sums_of_tokens[1].part[i], sums_of_tokens[2].part[i],
+                             sums_of_tokens[3].part[i]};
     __m256 rows[4];
     transpose(tokens, rows);
     float* to = sums + kGroup * place_of(slice * kLanes + 8 * i);
@@ -237,8 +237,8 @@ LORI_INLINE void multiply(const Window& window, int num_slices, const Source* s,
   }
 }
 
-// 16 rows as fp32. Those of bfloat16 as they lie in words: the even ones, and the odd ones. Those of fp32: the first 8 and the
-// others.
+// 16 rows of y in fp32. Of bfloat16 the even rows, then the odd rows, as the halves of words have them; of fp32 rows 0 to 7, then
+// 8 to 15.
 struct Rows {
   __m256 part[2];
 };
@@ -269,7 +269,7 @@ LORI_INLINE void store_rows(float* y, const Rows& rows) {
   for (int i = 0; i < 2; i++) _mm256_storeu_ps(y + 8 * i, rows.part[i]);
 }
 
-// The places of 16 rows, a byte each: taken from words, which is fewer loads.
+// The places of 16 rows, a byte each: two loads of words instead of 16 of bytes.
 struct Places {
   uint64_t words[2];
   LORI_INLINE explicit Places(const uint8_t* at) { std::memcpy(words, at, sizeof(words)); }
@@ -304,7 +304,7 @@ struct Target {
 
 // Adds weight * sums to 16 rows from `row` on: the first term reads y, the last writes it, `totals` are kept between them.
 template <bool kIsFirst, bool kIsLast, int kTokens, typename Value>
-LORI_INLINE void add_some(Value* y, ptrdiff_t y_stride, const Places& places, const float* sums, __m256 weight, Rows* totals) {
+LORI_INLINE void add_slice(Value* y, ptrdiff_t y_stride, const Places& places, const float* sums, __m256 weight, Rows* totals) {
   Rows picked[kTokens];
   pick<Value>(sums, places, picked);
   for (int t = 0; t < kTokens; t++) {
@@ -322,15 +322,16 @@ LORI_INLINE void add_rows(const Target<Value>& to, const uint8_t* places, const 
                           Rows (*totals)[kTokens]) {
   int row = 0;
   for (; row + kLanes <= to.num_rows; row += kLanes)
-    add_some<kIsFirst, kIsLast, kTokens>(to.y + row, to.y_stride, Places(places + row), sums, weight, totals[row / kLanes]);
+    add_slice<kIsFirst, kIsLast, kTokens>(to.y + row, to.y_stride, Places(places + row), sums, weight, totals[row / kLanes]);
   if (row == to.num_rows) return;
   const size_t left = to.num_rows - row;
-  Value some[kTokens * kLanes] = {};
-  uint8_t places_of_some[kLanes] = {};
-  std::memcpy(places_of_some, places + row, left);
-  for (int t = 0; t < kTokens; t++) std::memcpy(some + t * kLanes, to.y + t * to.y_stride + row, sizeof(Value) * left);
-  add_some<kIsFirst, kIsLast, kTokens>(some, kLanes, Places(places_of_some), sums, weight, totals[row / kLanes]);
-  for (int t = 0; t < kTokens; t++) std::memcpy(to.y + t * to.y_stride + row, some + t * kLanes, sizeof(Value) * left);
+  Value tail[kTokens * kLanes] = {};
+  uint8_t tail_places[kLanes] = {};
+  std::memcpy(tail_places, places + row, left);
+  for (int t = 0; kIsFirst && t < kTokens; t++)
+    std::memcpy(tail + t * kLanes, to.y + t * to.y_stride + row, sizeof(Value) * left);
+  add_slice<kIsFirst, kIsLast, kTokens>(tail, kLanes, Places(tail_places), sums, weight, totals[row / kLanes]);
+  for (int t = 0; kIsLast && t < kTokens; t++) std::memcpy(to.y + t * to.y_stride + row, tail + t * kLanes, sizeof(Value) * left);
 }
 
 // Adds one window of all terms of a segment to one token, or to a group of tokens that follow one another.

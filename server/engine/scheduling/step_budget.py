@@ -61,13 +61,15 @@ class StepCost:
         return product_seconds + (self.per_key + self.per_pair * count) * (start + count / 2)
 
     def short_step_seconds(self) -> float:
-        """Return a limit on steps with short prompts that leaves room for enough tokens to be worth reading the weights."""
-        return max(MIN_SHORT_STEP_S, self.prompt(SHORT_STEP_TOKENS))
+        """Return the default limit on a step with short prompts, in seconds. It has room for enough tokens to be worth a step."""
+        return max(MIN_SHORT_STEP_S, min(self.prompt(SHORT_STEP_TOKENS), MAX_SHORT_STALL * self.decoding(1)))
 
 
-MIN_SHORT_STEP_S, SHORT_STEP_TOKENS = 0.035, 64
-"""A step with short prompts may take this many seconds, or as long as a step of this many prompt tokens takes, if that is more.
-On a slow CPU 35 ms would hold a few tokens only."""
+MIN_SHORT_STEP_S = 0.035
+"""Minimum default of the limit on a step with short prompts, in seconds."""
+SHORT_STEP_TOKENS, MAX_SHORT_STALL = 64, 4
+"""Where a step of this many prompt tokens takes longer than `MIN_SHORT_STEP_S`, that is the default, up to this many times the
+step in which one sequence decodes."""
 MIN_CHUNK_TOKENS = 4
 """Minimum chunk of a prompt, in tokens. A smaller chunk is not worth reading all keys before it, so none is computed."""
 CHUNK_MULTIPLE = 2

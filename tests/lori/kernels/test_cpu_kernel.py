@@ -16,7 +16,7 @@ import torch
 from lori.kernels import Operands, Route, Term, cpu, native, reference
 from lori.kernels.cpu import add_delta
 from tests.cases import all_pairs
-from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put
+from tests.lori.operands import POPULARITY, SIZES, Case, assert_close, by_hand, make_case, put, random_b
 from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_portable, run_program
 
 ROOT = Path(__file__).parents[3]
@@ -71,6 +71,23 @@ def test_threads_give_the_same_bits(popularity: str, dtype: torch.dtype) -> None
     torch.set_num_threads(1)
     add_delta(one.y, one.s, one.operands, one.route)
     assert torch.equal(many.y, one.y)
+
+
+@pytest.mark.parametrize("instruction_set", native.instruction_sets())
+@pytest.mark.parametrize("rank", [16, 48, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_of_one_adapter_have_the_same_bits_alone_and_together(dtype: torch.dtype, rank: int, instruction_set: str) -> None:
+    g = torch.Generator().manual_seed(rank)
+    operands = Operands(2, rank, 273, dtype, "cpu")
+    for slot in range(2):
+        put(operands, slot, random_b(273, rank, 0.2, g))
+    s, before = torch.randn(9, 1, rank, generator=g).to(dtype), torch.randn(9, 273, generator=g).to(dtype)
+    together, alone = before.clone(), before.clone()
+    add_delta(together, s, operands, Route.from_terms([Term(0, 9, 0, 0.7), Term(0, 9, 1, -1.3)], 9), instruction_set)
+    for token in range(9):
+        terms = [Term(0, 1, 0, 0.7), Term(0, 1, 1, -1.3)]
+        add_delta(alone[token : token + 1], s[token : token + 1], operands, Route.from_terms(terms, 1), instruction_set)
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

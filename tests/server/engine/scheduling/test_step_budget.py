@@ -40,9 +40,13 @@ def test_a_chunk_is_the_longest_whose_step_takes_no_longer_than_it_may(num_decod
     )
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(0.01, 0.035), (0.08, 0.08)], ids=["fast", "slow"])
-def test_steps_with_short_prompts_are_longer_on_a_slow_cpu(seconds: float, expected: float) -> None:
-    cost = StepCost(prompt=Curve((1, 64), (0.005, seconds)), decoding=Curve((1,), (0.005,)), per_key=0.0, per_pair=0.0)
+@pytest.mark.parametrize(
+    ("prompt", "decoding", "expected"),
+    [(0.01, 0.005, 0.035), (0.08, 0.025, 0.08), (3.0, 0.5, 2.0)],
+    ids=["fast", "slow", "slow and large"],
+)
+def test_steps_with_short_prompts_are_longer_on_a_slow_cpu(prompt: float, decoding: float, expected: float) -> None:
+    cost = StepCost(prompt=Curve((1, 64), (decoding, prompt)), decoding=Curve((1,), (decoding,)), per_key=0.0, per_pair=0.0)
     assert cost.short_step_seconds() == pytest.approx(expected)
 
 
