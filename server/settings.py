@@ -114,8 +114,7 @@ class Settings(BaseSettings):
     short_step_ms: float | None = Field(default=None, ge=0, le=60_000)
     """Maximum time of a step with short prompts, in milliseconds, if that is more than --max-stall allows. Prompts are short if
     they would fill at most four such steps. A higher value brings their first tokens sooner; a lower value keeps other requests'
-    tokens more even. Absent: 35, or if that is more, the time of a step of 64 prompt tokens, up to four times that of a step
-    in which one sequence decodes; both are measured at start."""
+    tokens more even. Absent: the time of a step of 64 prompt tokens, measured at start, but at least 35 and at most 100."""
     max_step_s: float = Field(default=300, ge=0, le=86400)
     """Maximum time of a step, in seconds, before the server counts as stuck. It then writes its threads' stacks to standard error
     and ends with exit code 1, to be started again. Loading does not count. 0 is no limit."""

@@ -160,7 +160,7 @@ class ChatReply(Reply):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    system_fingerprint: Fingerprint
+    system_fingerprint: Fingerprint | None = None
     choices: list[ChatChoice]
     usage: OpenAIUsage
     lori: LoriReply
@@ -193,7 +193,7 @@ class ChatChunk(Reply):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    system_fingerprint: Fingerprint
+    system_fingerprint: Fingerprint | None = None
     choices: list[ChatChunkChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None

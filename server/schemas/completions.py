@@ -82,7 +82,7 @@ class CompletionReply(Reply):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    system_fingerprint: Fingerprint
+    system_fingerprint: Fingerprint | None = None
     choices: list[CompletionChoice]
     usage: OpenAIUsage | None = None
     lori: LoriReply | None = None

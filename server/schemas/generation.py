@@ -149,7 +149,7 @@ class DoneData(Reply):
     usage: Usage
     timings: TimingsReply
     seed: int
-    system_fingerprint: Fingerprint
+    system_fingerprint: Fingerprint | None = None
 
 
 class ChoiceReply(Reply):
@@ -174,7 +174,7 @@ class GenerateReply(Reply):
     usage: Usage
     timings: TimingsReply
     seed: int
-    system_fingerprint: Fingerprint
+    system_fingerprint: Fingerprint | None = None
     logprobs: Logprobs | None = None
     choices: list[ChoiceReply] | None = None
     """All answers, if the request asks for more than one."""

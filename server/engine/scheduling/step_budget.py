@@ -62,14 +62,13 @@ class StepCost:
 
     def short_step_seconds(self) -> float:
         """Return the default limit on a step with short prompts, in seconds. It has room for enough tokens to be worth a step."""
-        return max(MIN_SHORT_STEP_S, min(self.prompt(SHORT_STEP_TOKENS), MAX_SHORT_STALL * self.decoding(1)))
+        return min(max(MIN_SHORT_STEP_S, self.prompt(SHORT_STEP_TOKENS)), MAX_SHORT_STEP_S)
 
 
-MIN_SHORT_STEP_S = 0.035
-"""Minimum default of the limit on a step with short prompts, in seconds."""
-SHORT_STEP_TOKENS, MAX_SHORT_STALL = 64, 4
-"""Where a step of this many prompt tokens takes longer than `MIN_SHORT_STEP_S`, that is the default, up to this many times the
-step in which one sequence decodes."""
+SHORT_STEP_TOKENS = 64
+"""By default a step with short prompts may take as long as one of this many prompt tokens, within the next two limits."""
+MIN_SHORT_STEP_S, MAX_SHORT_STEP_S = 0.035, 0.1
+"""The maximum is for large models, and for a server that starts while the CPU is busy with other things."""
 MIN_CHUNK_TOKENS = 4
 """Minimum chunk of a prompt, in tokens. A smaller chunk is not worth reading all keys before it, so none is computed."""
 CHUNK_MULTIPLE = 2
