@@ -80,7 +80,7 @@ def run_ways(first: Rig, requests: Sequence[GenerateRequest]) -> Iterator[tuple[
     yield "32 at once, from the prefix cache", run(first, requests)
     yield "32 at once", run(make_rig(), requests)
     yield "chunks of 16", run(make_rig(max_step_tokens=16 + MAX_BATCH), requests)
-    yield "preempted", run(make_rig(num_blocks=NUM_TIGHT_BLOCKS), requests)
+    yield "32 at once, with little KV memory", run(make_rig(num_blocks=NUM_TIGHT_BLOCKS), requests)
     backwards = run(make_rig(), requests[::-1])
     yield "in another order", replace(backwards, answers=backwards.answers[::-1])
     torch.set_num_threads(2)
