@@ -25,6 +25,11 @@ AS_WRITTEN = f"{SANITIZE} -O0 --param asan-instrumentation-with-call-threshold=0
 """Every access as it is written, checked by a call: the kernels unroll so much that a file took half a minute with -O1."""
 
 
+def sets_with(stem: str) -> list[str]:
+    """Return this processor's instruction sets that have a file of their own for `stem`: "expand", "layers" or "product"."""
+    return [name for name in native.instruction_sets() if (SOURCES / f"{stem}_{name}.cpp").exists()]
+
+
 def compile_portable(source: Path) -> Path:
     """Return the object file of `source` for any processor."""
     return _compile(source, OPTIMIZED)

@@ -125,8 +125,7 @@ class BoundLayers {
     // Here an error can be told. Not cleared: all of it is written before it is read.
     const std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(size * num_parts(count, num_threads, 4))]);
     share(count, num_threads, 4, [&](int64_t first, int64_t last, int number) {
-      for (int64_t i = first; i < last; i++)
-        functions_.attend(heads, attention, pieces[i], pieces[std::min(i + 1, last - 1)], scratch.get() + size * number);
+      functions_.attend(heads, attention, pieces.data(), first, last, scratch.get() + size * number);
     });
   }
 

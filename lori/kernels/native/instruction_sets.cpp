@@ -38,7 +38,7 @@ const std::vector<Row>& table() {
 #endif
   static const std::vector<Row> rows = {
 #if defined(LORI_AMX) && defined(LORI_AVX512_BF16)
-      {{"amx", choose_avx512_bf16, layers_avx512_bf16, multiply_amx},
+      {{"amx", choose_avx512_bf16, layers_amx, multiply_amx},
        has_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles()},
 #endif
 #if defined(LORI_AVX512_BF16)

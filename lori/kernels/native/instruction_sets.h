@@ -34,6 +34,7 @@ LORI_DECLARE(avx2)
 LORI_DECLARE(avx512)
 LORI_DECLARE(avx512_bf16)
 #undef LORI_DECLARE
+LayerFunctions layers_amx(Dtype);
 void multiply_amx(const Part&, const Tokens&, int first_row, int last_row, int first_panel, int last_panel, Ahead&, float* sums);
 
 }  // namespace lori

@@ -74,13 +74,12 @@ struct Piece {
   int32_t span, first_token, num_tokens, kv_head;
 };
 
-// The functions of one instruction set, for one dtype. `first` and `last` count rows.
+// The functions of one instruction set, for one dtype. `first` and `last` count rows, of `attend` pieces.
 struct LayerFunctions {
   void (*norm)(const Norm&, int64_t first, int64_t last);
   void (*gate)(const Gate&, int64_t first, int64_t last);
   void (*write)(const Heads&, const Attention&, const Span&, int64_t first, int64_t last);
-  void (*attend)(const Heads&, const Attention&, const Piece&, const Piece& next,
-                 float* scratch);  // asks for what the next reads
+  void (*attend)(const Heads&, const Attention&, const Piece* pieces, int64_t first, int64_t last, float* scratch);
 };
 
 LayerFunctions layers_portable(Dtype);

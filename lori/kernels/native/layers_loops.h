@@ -191,13 +191,12 @@ LORI_INLINE void score_block(const Value* keys, const Value* ahead, const typena
   if constexpr (kFirst + kCount < kRows) score_block<Value, kRows, kFirst + kCount>(keys, ahead, queries, words, scores, stride);
 }
 
-// The b-th block of keys that the next piece reads, or its last: a place in memory to ask for.
+// The b-th block that the next piece reads, or its last: a place in memory to ask for.
 template <typename Value>
-LORI_INLINE const Value* next_keys(const Heads& heads, const Attention& attention, const Piece& next, int b) {
+LORI_INLINE Block<Value> next_block(const Heads& heads, const Attention& attention, const Piece& next, int b) {
   const Span& span = attention.spans[next.span];
   const int last = (span.position + next.first_token) / kBlockTokens;
-  const Block<Value> block(heads, attention.memory, attention.table[span.blocks + (b < last ? b : last)]);
-  return block.head(block.keys, heads, next.kv_head);
+  return {heads, attention.memory, attention.table[span.blocks + (b < last ? b : last)]};
 }
 
 // out[r][0 .. 16 kVectors] += the values of one block times their weights, for kRows queries.
@@ -211,7 +210,7 @@ LORI_INLINE void weigh_blocks(const Heads& heads, const Attention& attention, co
   for (int b = 0; b < num_blocks; b++) {
     const Block<Value> block(heads, attention.memory, table[first_block + b]);
     const Value* values = block.head(block.values, heads, piece.kv_head) + column * kV;
-    const Value* ahead = next_keys<Value>(heads, attention, next, b) + column * kV;
+    const Value* ahead = block.head(next_block<Value>(heads, attention, next, b).keys, heads, next.kv_head) + column * kV;
     for (int w = 0; w < kBlockTokens / kV; w++) {
       const Value* lanes = values + w * heads.head_size * kV;
       for (int v = 0; v < kVectors; v++) __builtin_prefetch(ahead + w * heads.head_size * kV + v * kLanes * kV, 0, 2);
@@ -335,9 +334,17 @@ void attend_piece(const Heads& heads, const Attention& attention, const Piece& p
     }
 }
 
+// Each piece asks for what the next one reads.
+template <typename Value>
+void attend_pieces(const Heads& heads, const Attention& attention, const Piece* pieces, int64_t first, int64_t last,
+                   float* scratch) {
+  for (int64_t i = first; i < last; i++)
+    attend_piece<Value>(heads, attention, pieces[i], pieces[i + 1 < last ? i + 1 : i], scratch);
+}
+
 template <typename Value>
 LayerFunctions functions() {
-  return {norm_rows<Value>, gate_any<Value>, write_rows<Value>, attend_piece<Value>};
+  return {norm_rows<Value>, gate_any<Value>, write_rows<Value>, attend_pieces<Value>};
 }
 
 inline LayerFunctions choose_layers(Dtype dtype) {

@@ -2,7 +2,9 @@
 //
 // A tile of weights, 32 inputs of 16 outputs, is 16 rows of a panel as it lies. An output's sum takes its inputs 32 at a time in
 // ascending order; of these the even and the odd ones are added apart, as the instruction does, whatever the number of tokens.
+#include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "instruction_sets.h"
 #include "product_loops.h"
@@ -11,163 +13,235 @@
 namespace lori {
 namespace {
 
+constexpr int kTileTokens = kMaxTileRows;
 constexpr int kLineBytes = 64;
+constexpr int kTilesAhead = 4;  // of weights: as far as a pass of two tiles may read beyond those before them
+constexpr int kX = 4, kWeights = 7;  // tiles, of tokens two; 0 .. 3 are sums
+constexpr int kPanelTiles = kPanelOutputs / kLanes;  // as many as a pass over the inputs takes at most
+constexpr int kMaxLines = 16;                        // of deltas that are asked for at a time
 
-// The tokens of a block in groups of one size, at most 16; the last overlap where they must.
+// The tokens of a block in groups of one size, at most 16; the last overlap where they must. A pass takes two of them.
 struct Groups {
   int count, size, num_rows;
   explicit Groups(int num_rows)
       : count((num_rows + kTileTokens - 1) / kTileTokens), size((num_rows + count - 1) / count), num_rows(num_rows) {}
   LORI_INLINE int first(int group) const { return least(group * size, num_rows - size); }
+  LORI_INLINE int num_pairs() const { return (count + 1) / 2; }
+  // Tiles of weights in a pass: a whole panel for one group, and for two what leaves each tile loaded once. Where another program
+  // runs on the same core, loads and products of tiles take turns.
+  LORI_INLINE int num_tiles() const { return count == 1 ? kPanelTiles : 2; }
 };
 
-// A piece of a panel's inputs: those in whole tiles, and the last ones, with zeros after them.
-struct Weights {
+// Some inputs of a group of tokens, or of 16 outputs: those in whole tiles, and the last ones with zeros after them, in rows of 64
+// bytes.
+struct Strip {
   const uint16_t* whole;
-  const uint16_t* rest;      // null where there are none
-  int num_whole;             // tiles
-  const uint8_t* following;  // what is wanted next where the weights came from, or null
-  int value_bytes;           // there
+  const uint16_t* rest;  // null where there are none
+  int64_t stride, step;  // from a tile's row to the next, in bytes; from a tile to the next, in values
 };
 
-// The x of a group likewise; the rows of the rest lie kTileInputs apart.
-struct GroupInputs {
-  const uint16_t* whole;
-  const uint16_t* rest;
-  int64_t stride;
+// Sixteen outputs of a panel.
+struct TileWeights {
+  Strip strip;
+  Panel panel;
+  int output;  // of the panel
 };
 
-template <int kFirst, int kVectors>
-LORI_INLINE void multiply_group(const uint16_t* x, int64_t x_stride, const uint16_t* weights) {
-  constexpr int64_t kStride = 4 * kLanes * kVectors;  // bytes from two inputs to the next
-  load_tile<kX>(x, 2 * x_stride);
-  load_tile<kWeights>(weights, kStride);
-  multiply_tiles<kFirst>();
-  if constexpr (kVectors > 1) {
-    load_tile<kWeights>(weights + 2 * kLanes, kStride);
-    multiply_tiles<kFirst + 1>();
+// What a pass asks the memory for with each tile of inputs: weights that are wanted next, and deltas.
+struct Following {
+  const uint8_t* at;
+  int num_bytes, num_lines;
+};
+
+// The tokens of a block, and the memory of a product.
+struct Block {
+  const Part& part;
+  const Tokens& tokens;
+  Ahead& ahead;
+  const uint16_t* rest_of_x;
+  float* sums;
+  int first_row;
+  Groups groups;
+
+  LORI_INLINE float* partial(int group, const TileWeights& tile) const {
+    return sums + int64_t{kTileTokens} * group * kPanelOutputs + tile.output;
   }
-  if constexpr (kVectors > 2) {
-    load_tile<kWeights>(weights + 4 * kLanes, kStride);
-    multiply_tiles<kFirst + 2>();
+  LORI_INLINE Strip strip(int group, int first_input) const {
+    const int row = groups.first(group);
+    return {tokens.x + (first_row + row) * tokens.x_stride + first_input, rest_of_x + row * kTileInputs,
+            int64_t{sizeof(uint16_t)} * tokens.x_stride, kTileInputs};
   }
-}
-
-// Calls run(tile) for the sums of a group.
-template <int kFirst, int kVectors, typename Run>
-LORI_INLINE void each_tile(Run run) {
-  run(std::integral_constant<int, kFirst>(), 0);
-  if constexpr (kVectors > 1) run(std::integral_constant<int, kFirst + 1>(), 1);
-  if constexpr (kVectors > 2) run(std::integral_constant<int, kFirst + 2>(), 2);
-}
-
-template <int kFirst, int kVectors>
-LORI_INLINE void begin_group(bool is_first, const float* partial) {
-  each_tile<kFirst, kVectors>([&](auto tile, int v) __attribute__((always_inline)) {
-    if (is_first)
-      zero_tile<tile.value>();
-    else
-      load_tile<tile.value>(partial + v * kLanes, sizeof(float) * kPanelOutputs);
-  });
-}
-
-template <int kFirst, int kVectors>
-LORI_INLINE void end_group(const Target& to, int size) {
-  each_tile<kFirst, kVectors>([&](auto tile, int v) __attribute__((always_inline)) {
-    store_tile<tile.value>(to.partial + v * kLanes, sizeof(float) * kPanelOutputs);
-  });
-  if (!to.panel.is_last) return;
-  for (int row = 0; row < size; row++)
-    for (int v = 0; v < kVectors; v++) {
-      Vector sums[kParts];
-      std::memcpy(sums, to.partial + row * kPanelOutputs + v * kLanes, sizeof(sums));
-      finish(to, row, v * kLanes, sums);
+  LORI_INLINE void finish_group(int group, const TileWeights& tile) const {
+    float* from = partial(group, tile);
+    uint16_t* y = tokens.y + (first_row + groups.first(group)) * tokens.y_stride + tile.panel.first_output;
+    const Target to{part, tile.panel, y, tokens.y_stride, from};
+    for (int row = 0; row < groups.size; row++) {
+      Vector values[kParts];
+      std::memcpy(values, from + row * kPanelOutputs, sizeof(values));
+      finish(to, row, tile.output, values);
     }
+  }
+};
+
+template <typename Run, int... kIndices>
+LORI_INLINE void each_of(std::integer_sequence<int, kIndices...>, Run run) {
+  (run(std::integral_constant<int, kIndices>()), ...);
 }
 
-// One or two groups with a piece of a panel.
-template <int kVectors>
-void multiply_groups(int num_groups, int size, const GroupInputs* x, const Weights& weights, Ahead& ahead, const Target* to) {
-  constexpr int kTileWeights = kTileInputs * kLanes * kVectors;
+// Calls run(0) .. run(kCount - 1), each number as a type.
+template <int kCount, typename Run>
+LORI_INLINE void each(Run run) {
+  each_of(std::make_integer_sequence<int, kCount>(), run);
+}
+
+#define LORI_EACH(name) [&](auto name) __attribute__((always_inline))
+
+template <int kTile, bool kIsRest>
+LORI_INLINE void load_strip(const Strip& strip, int i) {
+  if constexpr (kIsRest)
+    load_tile<kTile>(strip.rest, kLineBytes);
+  else
+    load_tile<kTile>(strip.whole + i * strip.step, strip.stride);
+}
+
+// Adds the products of one tile of inputs. Each tile is loaded once for all that it is multiplied with.
+template <int kGroups, int kTiles, bool kIsRest>
+LORI_INLINE void multiply_inputs(const Strip* x, const Strip* weights, int i) {
+  static_assert(kGroups * kTiles <= kX);
+  each<kGroups>(LORI_EACH(g) { load_strip<kX + g.value, kIsRest>(x[g.value], i); });
+  each<kTiles>(LORI_EACH(t) {
+    load_strip<kWeights, kIsRest>(weights[t.value], i);
+    each<kGroups>(LORI_EACH(g) { multiply_tiles<g.value * kTiles + t.value, kX + g.value, kWeights>(); });
+  });
+}
+
+// A pass over some inputs: kGroups groups of tokens with kTiles tiles of weights.
+template <int kGroups, int kTiles>
+void multiply_strips(const Block& block, int first_group, const TileWeights* tiles, int first_input, int num_whole,
+                     Following following) {
+  Strip x[kGroups], weights[kTiles];
+  for (int g = 0; g < kGroups; g++) x[g] = block.strip(first_group + g, first_input);
+  for (int t = 0; t < kTiles; t++) weights[t] = tiles[t].strip;
+  constexpr int64_t kStride = sizeof(float) * kPanelOutputs;
+  const auto partial = [&](int sum) { return block.partial(first_group + sum / kTiles, tiles[sum % kTiles]); };
   written_to_memory();
-  begin_group<0, kVectors>(to[0].panel.is_first, to[0].partial);
-  if (num_groups == 2) begin_group<3, kVectors>(to[1].panel.is_first, to[1].partial);
-  for (int i = 0; i < weights.num_whole; i++) {
-    const uint16_t* at = weights.whole + i * kTileWeights;
-    if (weights.following)
-      for (int byte = 0; byte < weights.value_bytes * kTileWeights; byte += kLineBytes)
-        prefetch(weights.following + i * weights.value_bytes * kTileWeights + byte);
-    for (int line = 0; line < 4; line++) ask(ahead);
-    multiply_group<0, kVectors>(x[0].whole + i * kTileInputs, x[0].stride, at);
-    if (num_groups == 2) multiply_group<3, kVectors>(x[1].whole + i * kTileInputs, x[1].stride, at);
+  each<kGroups * kTiles>(LORI_EACH(sum) {
+    if (tiles->panel.is_first)
+      zero_tile<sum.value>();
+    else
+      load_tile<sum.value>(partial(sum.value), kStride);
+  });
+  for (int i = 0; i < num_whole; i++) {
+    for (int byte = 0; byte < following.num_bytes; byte += kLineBytes) prefetch(following.at + byte);
+    following.at += following.num_bytes;
+    for (int line = 0; line < following.num_lines; line++) ask(block.ahead);
+    multiply_inputs<kGroups, kTiles, false>(x, weights, i);
   }
-  if (weights.rest) {
-    multiply_group<0, kVectors>(x[0].rest, kTileInputs, weights.rest);
-    if (num_groups == 2) multiply_group<3, kVectors>(x[1].rest, kTileInputs, weights.rest);
-  }
-  end_group<0, kVectors>(to[0], size);
-  if (num_groups == 2) end_group<3, kVectors>(to[1], size);
+  if (weights->rest) multiply_inputs<kGroups, kTiles, true>(x, weights, 0);
+  each<kGroups * kTiles>(LORI_EACH(sum) { store_tile<sum.value>(partial(sum.value), kStride); });
+  if (!tiles->panel.is_last) return;
+  for (int g = 0; g < kGroups; g++)
+    for (int t = 0; t < kTiles; t++) block.finish_group(first_group + g, tiles[t]);
 }
 
-// All tokens of a block with one panel. Weights in int8 are made bfloat16 some inputs at a time.
-void multiply_tiled_panel(const Part& part, const Tokens& tokens, int first_row, const Groups& groups, int panel,
-                          const uint16_t* rest_of_x, Ahead& ahead, float* sums) {
-  alignas(64) uint16_t widened[kWidened * kPanelOutputs];
-  alignas(64) uint16_t rest[kTileInputs * kPanelOutputs];
-  const int outputs = part.panel_outputs(panel), first_output = panel * kPanelOutputs;
-  const int most = part.narrow ? kWidened : part.num_inputs;
-  for (int input = 0; input < part.num_inputs; input += most) {
-    const int num_inputs = least(most, part.num_inputs - input), num_rest = num_inputs % kTileInputs;
-    const int64_t at = part.panel_at(panel) + int64_t{outputs} * input;
-    if (part.narrow) widen(part.narrow + at, int64_t{outputs} * num_inputs, widened);
-    Weights weights{part.narrow ? widened : part.panels + at, nullptr, num_inputs / kTileInputs, nullptr, part.narrow ? 1 : 2};
-    if (groups.count <= 2)
-      weights.following = part.narrow ? reinterpret_cast<const uint8_t*>(part.narrow + at) + outputs * num_inputs
-                                      : reinterpret_cast<const uint8_t*>(weights.whole) + kFarAhead;
-    if (num_rest) {
-      std::memset(rest, 0, sizeof(rest));
-      std::memcpy(rest, weights.whole + int64_t{outputs} * (num_inputs - num_rest), sizeof(uint16_t) * outputs * num_rest);
-      weights.rest = rest;
+// All tokens of a block with tiles of weights for the inputs from `first_input` on.
+void multiply_tokens(const Block& block, const TileWeights* tiles, int num_tiles, int first_input, int num_inputs,
+                     Following following) {
+  const int num_whole = num_inputs / kTileInputs;
+  for (int group = 0; group < block.groups.count; group += 2) {
+    switch (10 * least(2, block.groups.count - group) + num_tiles) {
+#define LORI_STRIPS(g, t)                                                              \
+  case 10 * g + t:                                                                     \
+    multiply_strips<g, t>(block, group, tiles, first_input, num_whole, following); \
+    break;
+      LORI_STRIPS(1, 1) LORI_STRIPS(1, 2) LORI_STRIPS(1, 3) LORI_STRIPS(2, 1) LORI_STRIPS(2, 2)
+#undef LORI_STRIPS
     }
-    const Panel of{first_output, least(part.num_outputs - first_output, outputs), input == 0,
-                   input + num_inputs == part.num_inputs};
-    for (int group = 0; group < groups.count; group += 2) {
-      const int num_groups = least(2, groups.count - group);
-      GroupInputs x[2];
-      const auto target = [&](int number) {
-        const int row = groups.first(group + number);
-        x[number] = {tokens.x + (first_row + row) * tokens.x_stride + input, rest_of_x + row * kTileInputs, tokens.x_stride};
-        return Target{part, of, tokens.y + (first_row + row) * tokens.y_stride + first_output, tokens.y_stride,
-                      sums + int64_t{kTileTokens} * (group + number) * kPanelOutputs};
-      };
-      const Target to[] = {target(0), target(num_groups - 1)};
-      if (outputs == 48)
-        multiply_groups<3>(num_groups, groups.size, x, weights, ahead, to);
-      else if (outputs == 32)
-        multiply_groups<2>(num_groups, groups.size, x, weights, ahead, to);
-      else
-        multiply_groups<1>(num_groups, groups.size, x, weights, ahead, to);
+    following.at += int64_t{num_whole} * following.num_bytes;
+  }
+}
+
+// The panels first_panel .. last_panel with some inputs, as many tiles at a time as a pass takes, of two panels where it must.
+// `weights_of(panel)` are a panel's for these inputs.
+template <typename WeightsOf>
+void multiply_panels(const Block& block, int first_panel, int last_panel, int first_input, int num_inputs, WeightsOf weights_of,
+                     Following following) {
+  alignas(64) uint16_t rest[kPanelTiles][kTileInputs * kLanes];
+  TileWeights tiles[kPanelTiles];
+  const Part& part = block.part;
+  const int num_rest = num_inputs % kTileInputs;
+  int num_tiles = 0;
+  for (int panel = first_panel; panel < last_panel; panel++) {
+    const int outputs = part.panel_outputs(panel), first_output = panel * kPanelOutputs;
+    for (int output = 0; output < outputs; output += kLanes) {
+      const uint16_t* at = weights_of(panel) + 2 * output;
+      TileWeights& tile = tiles[num_tiles];
+      tile = {{at, nullptr, int64_t{2 * sizeof(uint16_t)} * outputs, int64_t{kTileInputs} * outputs},
+              {first_output, least(part.num_outputs - first_output, outputs), first_input == 0,
+               first_input + num_inputs == part.num_inputs},
+              output};
+      if (num_rest) {
+        uint16_t* to = rest[num_tiles];
+        std::memset(to, 0, sizeof(rest[0]));
+        for (int pair = 0; pair < num_rest / 2; pair++)
+          std::memcpy(to + 2 * kLanes * pair, at + int64_t{outputs} * (num_inputs - num_rest + 2 * pair), kLineBytes);
+        tile.strip.rest = to;
+      }
+      num_tiles++;
+      const bool is_last = output + kLanes >= outputs && (panel + 1 == last_panel || block.groups.num_tiles() == kPanelTiles);
+      if (num_tiles < block.groups.num_tiles() && !is_last) continue;
+      multiply_tokens(block, tiles, num_tiles, first_input, num_inputs, following);
+      following.at += int64_t{block.groups.num_pairs()} * (num_inputs / kTileInputs) * following.num_bytes;
+      num_tiles = 0;
     }
   }
+}
+
+// How many lines of the deltas are asked for with each tile of inputs, so that all are when the product ends.
+int lines_ahead(const Ahead& ahead, const Groups& groups, int num_panels, int num_inputs) {
+  int64_t num_bytes = ahead.end - ahead.at;
+  for (const Ahead::Range* range = ahead.next; range != ahead.last; range++) num_bytes += range->end - range->begin;
+  const int num_passes = (num_panels * kPanelTiles + groups.num_tiles() - 1) / groups.num_tiles() * groups.num_pairs();
+  const int num_steps = num_passes * (num_inputs / kTileInputs);
+  const int64_t num_lines = (num_bytes / kLineBytes + num_steps - 1) / std::max(1, num_steps);
+  return static_cast<int>(std::min<int64_t>(kMaxLines, num_lines));
 }
 
 }  // namespace
 
 void multiply_amx(const Part& part, const Tokens& tokens, int first_row, int last_row, int first_panel, int last_panel,
                   Ahead& ahead, float* sums) {
-  alignas(64) uint16_t rest[kRowBlock * kTileInputs];
-  const int num_rest = part.num_inputs % kTileInputs;
+  alignas(64) uint16_t rest[kRowBlock * kTileInputs], widened[kWidened * kPanelOutputs];
+  const int num_inputs = part.num_inputs, num_rest = num_inputs % kTileInputs;
   for (int row = first_row; row < last_row; row += kRowBlock) {
-    const Groups groups(least(last_row - row, kRowBlock));
-    if (num_rest)
-      for (int r = 0; r < groups.num_rows; r++) {
-        uint16_t* to = rest + r * kTileInputs;
-        std::memset(to, 0, sizeof(uint16_t) * kTileInputs);
-        std::memcpy(to, tokens.x + (row + r) * tokens.x_stride + part.num_inputs - num_rest, sizeof(uint16_t) * num_rest);
-      }
-    configure_tiles(groups.size);
+    const Block block{part, tokens, ahead, rest, sums, row, Groups(least(last_row - row, kRowBlock))};
+    const Groups& groups = block.groups;
+    for (int r = 0; num_rest && r < groups.num_rows; r++) {
+      uint16_t* to = rest + r * kTileInputs;
+      std::memset(to, 0, sizeof(uint16_t) * kTileInputs);
+      std::memcpy(to, tokens.x + (row + r) * tokens.x_stride + num_inputs - num_rest, sizeof(uint16_t) * num_rest);
+    }
+    const TileShape of_tokens{groups.size, kTileBytes};
+    configure_tiles({of_tokens, of_tokens, of_tokens, of_tokens, of_tokens, of_tokens, {}, {kMaxTileRows, kTileBytes}});
+    const int num_lines = lines_ahead(ahead, groups, last_panel - first_panel, num_inputs);
+    const bool reads_as_it_lies = groups.num_tiles() == kPanelTiles;
+    if (!part.narrow) {
+      const auto* begin = reinterpret_cast<const uint8_t*>(part.panels + part.panel_at(first_panel));
+      const int64_t far = reads_as_it_lies ? kFarAhead : int64_t{kTilesAhead * sizeof(uint16_t)} * kLanes * num_inputs + kFarAhead / 2;
+      const int num_bytes = groups.num_tiles() * kTileBytes * kMaxTileRows / groups.num_pairs();
+      multiply_panels(block, first_panel, last_panel, 0, num_inputs, [&](int panel) { return part.panels + part.panel_at(panel); },
+                      {begin + far, (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes, num_lines});
+      continue;
+    }
     for (int panel = first_panel; panel < last_panel; panel++)
-      multiply_tiled_panel(part, tokens, row, groups, panel, rest, ahead, sums);
+      for (int input = 0; input < num_inputs; input += kWidened) {
+        const int count = least(kWidened, num_inputs - input), outputs = part.panel_outputs(panel);
+        const int8_t* narrow = part.narrow + part.panel_at(panel) + int64_t{outputs} * input;
+        widen(narrow, int64_t{outputs} * count, widened);
+        const auto* next = reinterpret_cast<const uint8_t*>(narrow + int64_t{outputs} * count);
+        multiply_panels(block, panel, panel + 1, input, count, [&](int) { return widened; },
+                        {next, reads_as_it_lies ? kTileInputs * outputs : 0, num_lines});
+      }
   }
   release_tiles();
 }

@@ -181,8 +181,9 @@ class Checked {
           pieces.push_back({static_cast<int32_t>(i), token, std::min(at_once, spans[i].num_tokens - token), head});
     }
     Values<float> scratch(scratch_size(last));
-    for (size_t i = 0; i < pieces.size(); i++)
-      functions_.attend(heads_, attention, pieces[i], pieces[std::min(i + 1, pieces.size() - 1)], scratch.at.get());
+    const auto cut = draw(0, static_cast<int>(pieces.size()));
+    functions_.attend(heads_, attention, pieces.data(), cut, static_cast<int64_t>(pieces.size()), scratch.at.get());
+    functions_.attend(heads_, attention, pieces.data(), 0, cut, scratch.at.get());
   }
 
   std::vector<double> turned(const Values<Value>& qkv, size_t at, const float* norm, const float* cosine,

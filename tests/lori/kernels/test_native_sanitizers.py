@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from lori.kernels import native
-from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_portable, run_program
+from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_portable, run_program, sets_with
 
 pytestmark = [pytest.mark.sanitizer, pytest.mark.needs("compiler")]
 
 
-@pytest.mark.parametrize("instruction_set", [name for name in native.instruction_sets() if name != "amx"])  # it has no layers
+@pytest.mark.parametrize("instruction_set", sets_with("layers"))
 def test_layers_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
     layers = compile_kernel("layers", "layers", instruction_set)
     assert run_program(tmp_path, layers, compile_portable(PROGRAMS / "sanitize_layers.cpp")).startswith("checked ")
