@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
 import faulthandler
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not any(item.get_closest_marker(name) for name in NOT_FAST):
             item.add_marker("fast")
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from what has been imported: each of its many runs looked at all of that."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Let the collector see again what the end of the process has to free."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ def test_the_files_are_there(files: list[str]) -> None:
     assert all(path.is_file() for path in paths)
 
 
+@pytest.mark.slow
 def test_what_passed_is_not_run_again(tmp_path: Path) -> None:
     test, runs = counting(tmp_path, passes=True)
     check_tests([str(test)])
@@ -36,6 +37,7 @@ def test_what_passed_is_not_run_again(tmp_path: Path) -> None:
     assert runs.read_text() == "run\nrun\n", "other tests than those that passed"
 
 
+@pytest.mark.slow
 def test_what_failed_ends_the_benchmark_each_time(tmp_path: Path) -> None:
     test, runs = counting(tmp_path, passes=False)
     for _ in range(2):
