@@ -87,11 +87,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Return the command-line arguments, with defaults that depend on other arguments filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    slugs = [*dict.fromkeys(case.group for case in [*own_cases(1), *peer_cases()]), *PROBES]
+    cases = [*own_cases(1), *peer_cases()]
+    slugs = [*dict.fromkeys(case.group for case in cases), *PROBES]
+    names = dict.fromkeys([*slugs, *(case.slug for case in cases)])
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--plot", type=Path, help="where to draw them")
     parser.add_argument("--quick", action="store_true", help=f"two repeats of {', '.join(QUICK)}: within three minutes")
-    parser.add_argument("--cases", nargs="+", choices=slugs, metavar="CASE", help=f"of {', '.join(slugs)}; all if absent")
+    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=f"of {', '.join(names)}; all if absent")
     parser.add_argument("--repeats", type=int, help="turns of each case; 5 if absent")
     parser.add_argument("--registered", type=int, default=10_000, help="adapters of the case zipf")
     parser.add_argument("--peers", type=Path, help="the folder that peers.sh filled")
@@ -115,7 +117,7 @@ def parse() -> argparse.Namespace:
 def planned(arguments: argparse.Namespace) -> Plan:
     """Return the plan of the run. Prints which other engines are left out."""
     missing = missing_peers(arguments.peers, arguments.model is not None)
-    cases = [case for case in [*own_cases(arguments.registered), *peer_cases()] if case.group in arguments.cases]
+    cases = [case for case in [*own_cases(arguments.registered), *peer_cases()] if {case.group, case.slug} & {*arguments.cases}]
     for engine in dict.fromkeys(case.engine for case in cases if case.engine in missing):
         print(f"{engine} is left out: {missing[engine]}", file=sys.stderr)
     present = [case for case in cases if case.engine not in missing]

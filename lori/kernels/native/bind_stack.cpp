@@ -76,10 +76,13 @@ struct Pass {
                    num_threads);
   }
 
-  void project(const Projection& product, const uint16_t* x, uint16_t* y) {
+  // `following` is the product after this one, or null.
+  void project(const Projection& product, const Projection* following, const uint16_t* x, uint16_t* y) {
     const Tokens tokens{x, y, product.num_inputs(), product.num_outputs()};
-    if (!route) return product.multiply(tokens, num_tokens, num_threads);
-    product.project(tokens, {x, reduced, product.num_inputs(), product.num_reduced()}, num_tokens, operands, *route, num_threads);
+    const void* next = following ? following->first_weights(route) : nullptr;
+    if (!route) return product.multiply(tokens, num_tokens, num_threads, next);
+    product.project(tokens, {x, reduced, product.num_inputs(), product.num_reduced()}, num_tokens, operands, *route, num_threads,
+                    next);
     operands += product.num_layers();
   }
 
@@ -156,16 +159,17 @@ class Stack {
               operands.data(),
               second + num_tokens * num_between_};
     auto *x = reinterpret_cast<uint16_t*>(stream), *out = reinterpret_cast<uint16_t*>(added);
-    for (const Layer* layer : layers_) {
-      pass.norm(x, layer == layers_[0] ? nullptr : out, first, layer->attention_norm, layer->epsilon);
-      pass.project(layer->qkv, first, second);
+    for (size_t i = 0; i < layers_.size(); i++) {
+      const Layer* layer = layers_[i];
+      pass.norm(x, i == 0 ? nullptr : out, first, layer->attention_norm, layer->epsilon);
+      pass.project(layer->qkv, &layer->output, first, second);
       pass.attend(*layer, second, first);
-      pass.project(layer->output, first, out);
+      pass.project(layer->output, &layer->gate_up, first, out);
       if (layer->attention_output_norm) pass.norm(out, nullptr, out, *layer->attention_output_norm, layer->epsilon);
       pass.norm(x, out, first, layer->mlp_norm, layer->epsilon);
-      pass.project(layer->gate_up, first, second);
+      pass.project(layer->gate_up, &layer->down, first, second);
       pass.gate(*layer, second, first);
-      pass.project(layer->down, first, out);
+      pass.project(layer->down, i + 1 < layers_.size() ? &layers_[i + 1]->qkv : nullptr, first, out);
       if (layer->mlp_output_norm) pass.norm(out, nullptr, out, *layer->mlp_output_norm, layer->epsilon);
     }
   }

@@ -66,22 +66,27 @@ class Projection {
   int num_reduced() const { return num_reduced_; }
   size_t num_layers() const { return parts_.size(); }
 
-  // y (T, sum of D) = W x + bias.
-  void multiply(const Tokens& tokens, int num_tokens, int num_threads) const {
+  // What is read first: with deltas the rows of A.
+  const void* first_weights(bool has_deltas) const { return weights_of(has_deltas ? shrink_ : parts_[0]); }
+
+  // y (T, sum of D) = W x + bias. `next` is what is read afterwards, or null.
+  void multiply(const Tokens& tokens, int num_tokens, int num_threads, const void* next = nullptr) const {
     run(num_threads, [&](const Share& share) {
       Tokens part = tokens;
-      for (const Part& of : parts_) {
-        one(of, part, num_tokens, share);
-        part.y += of.num_outputs;
+      for (size_t i = 0; i < parts_.size(); i++) {
+        one(followed(i, next), part, num_tokens, share);
+        part.y += parts_[i].num_outputs;
       }
     });
   }
 
   // y and s as above, and the deltas of the route added to y; `operands` and the route have been checked.
   void project(const Tokens& tokens, const Tokens& reduced, int num_tokens, const BoundOperands* const* operands,
-               const BoundRoute& route, int num_threads) const {
+               const BoundRoute& route, int num_threads, const void* next = nullptr) const {
     run(num_threads, [&](const Share& share) {
-      one(shrink_, reduced, num_tokens, share);
+      Part shrink = shrink_;
+      shrink.next = first_weights(false);
+      one(shrink, reduced, num_tokens, share);
       int64_t output = 0, column = 0;
       for (size_t i = 0; i < parts_.size(); i++) {
         Tokens part = tokens;
@@ -89,9 +94,9 @@ class Projection {
         const Step step{reinterpret_cast<uint8_t*>(part.y), reinterpret_cast<const uint8_t*>(reduced.y + column),
                         tokens.y_stride * 2, reduced.y_stride * 2};
         if (share.num_parts == 1)
-          windows(parts_[i], part, num_tokens, *operands[i], route, step);
+          windows(followed(i, next), part, num_tokens, *operands[i], route, step);
         else
-          shared(parts_[i], part, num_tokens, *operands[i], route, step, share);
+          shared(followed(i, next), part, num_tokens, *operands[i], route, step, share);
         output += parts_[i].num_outputs;
         column += reduced_[i];
       }
@@ -125,6 +130,17 @@ class Projection {
 #else
     run(Share{0, 1});
 #endif
+  }
+
+  static const void* weights_of(const Part& part) {
+    return part.narrow ? static_cast<const void*>(part.narrow) : static_cast<const void*>(part.panels);
+  }
+
+  // A part with what is read after it: the next one, or `next`.
+  Part followed(size_t i, const void* next) const {
+    Part part = parts_[i];
+    part.next = i + 1 < parts_.size() ? weights_of(parts_[i + 1]) : next;
+    return part;
   }
 
   // A layer window by window: as soon as a window's outputs are there its deltas follow, and meanwhile the memory is asked for

@@ -47,11 +47,25 @@ struct TileWeights {
   int output;  // of the panel
 };
 
-// What a pass asks the memory for with each tile of inputs: weights that are wanted next, and deltas.
+// What a pass asks the memory for with each tile of inputs: bytes of weights that are wanted next, and lines of deltas. After the
+// part's end come those of the part that is multiplied next.
 struct Following {
-  const uint8_t* at;
+  const uint8_t *at, *end, *next;
   int num_bytes, num_lines;
+  LORI_INLINE void ask_on() {
+    const uint8_t* from = at < end ? at : next + (at - end);
+    for (int byte = 0; byte < num_bytes; byte += kLineBytes) prefetch(from + byte);
+    at += num_bytes;
+  }
 };
+
+Following following_of(const Part& part, int64_t panel_at, int64_t ahead, int num_bytes, int num_lines) {
+  const auto* begin = part.narrow ? reinterpret_cast<const uint8_t*>(part.narrow) : reinterpret_cast<const uint8_t*>(part.panels);
+  const int64_t weight_bytes = part.narrow ? sizeof(int8_t) : sizeof(uint16_t);
+  const uint8_t* end = begin + weight_bytes * part_size(part.num_outputs, part.num_inputs);
+  const auto* next = part.next ? static_cast<const uint8_t*>(part.next) : end;
+  return {begin + weight_bytes * panel_at + ahead, end, next, num_bytes, num_lines};
+}
 
 // The tokens of a block, and the memory of a product.
 struct Block {
@@ -132,8 +146,7 @@ void multiply_strips(const Block& block, int first_group, const TileWeights* til
       load_tile<sum.value>(partial(sum.value), kStride);
   });
   for (int i = 0; i < num_whole; i++) {
-    for (int byte = 0; byte < following.num_bytes; byte += kLineBytes) prefetch(following.at + byte);
-    following.at += following.num_bytes;
+    following.ask_on();
     for (int line = 0; line < following.num_lines; line++) ask(block.ahead);
     multiply_inputs<kGroups, kTiles, false>(x, weights, i);
   }
@@ -226,21 +239,20 @@ void multiply_amx(const Part& part, const Tokens& tokens, int first_row, int las
     const int num_lines = lines_ahead(ahead, groups, last_panel - first_panel, num_inputs);
     const bool reads_as_it_lies = groups.num_tiles() == kPanelTiles;
     if (!part.narrow) {
-      const auto* begin = reinterpret_cast<const uint8_t*>(part.panels + part.panel_at(first_panel));
       const int64_t far = reads_as_it_lies ? kFarAhead : int64_t{kTilesAhead * sizeof(uint16_t)} * kLanes * num_inputs + kFarAhead / 2;
       const int num_bytes = groups.num_tiles() * kTileBytes * kMaxTileRows / groups.num_pairs();
       multiply_panels(block, first_panel, last_panel, 0, num_inputs, [&](int panel) { return part.panels + part.panel_at(panel); },
-                      {begin + far, (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes, num_lines});
+                      following_of(part, part.panel_at(first_panel), far, (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes,
+                                   num_lines));
       continue;
     }
     for (int panel = first_panel; panel < last_panel; panel++)
       for (int input = 0; input < num_inputs; input += kWidened) {
         const int count = least(kWidened, num_inputs - input), outputs = part.panel_outputs(panel);
-        const int8_t* narrow = part.narrow + part.panel_at(panel) + int64_t{outputs} * input;
-        widen(narrow, int64_t{outputs} * count, widened);
-        const auto* next = reinterpret_cast<const uint8_t*>(narrow + int64_t{outputs} * count);
+        const int64_t at = part.panel_at(panel) + int64_t{outputs} * input, size = int64_t{outputs} * count;
+        widen(part.narrow + at, size, widened);
         multiply_panels(block, panel, panel + 1, input, count, [&](int) { return widened; },
-                        {next, reads_as_it_lies ? kTileInputs * outputs : 0, num_lines});
+                        following_of(part, at, size, reads_as_it_lies ? kTileInputs * outputs : 0, num_lines));
       }
   }
   release_tiles();
