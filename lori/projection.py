@@ -107,6 +107,7 @@ class NativeProjection:
     """A projection in C++, bf16. The weights are packed in panels; the adapters' bytes are prefetched during the product.
 
     `quantization` applies to the weights, not to the rows of A. `bound` is the C++ object; `operands` are those of the layers.
+    `instruction_set` is by default the fastest that this process may use.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class NativeProjection:
         blocks: Blocks,
         operands: Sequence[Operands],
         quantization: Quantization | None = None,
+        instruction_set: str | None = None,
     ) -> None:
         self._outputs = [linear.out_features for linear in linears]
         self._reduced = [sum(len(a) for a in layer) for layer in blocks]
@@ -138,7 +140,7 @@ class NativeProjection:
             None if bias is None else bias.float().numpy(),
             int8_panels,
             scales,
-            choose(),
+            choose(instruction_set),
         )
 
     def __call__(self, x: torch.Tensor, route: Route | None) -> torch.Tensor:

@@ -1,7 +1,7 @@
 // The layers of layers_loops.h, with attention in AMX's tiles.
 //
-// A tile of keys, 32 values of 16 tokens, and one of values, 16 values of 16 tokens, are rows of a block as it lies. A row's score
-// and what it attends to take their sums in the order of values and blocks, whatever rows are computed with it.
+// A tile of keys, 32 values of 16 tokens, and one of values, 16 values of 16 tokens, are rows of a block as it lies. A row's
+// score and what it attends to take their sums in the order of values and blocks, whatever rows are computed with it.
 #include "instruction_sets.h"
 #include "layers_loops.h"
 #include "tiles.h"
@@ -15,8 +15,7 @@ constexpr int kRowTile = 4, kHalfRow = 5, kBlockTile = 6, kHalfBlock = 7;  // 0 
 // Tiles of `num_rows` queries: sums, 32 values, 16 values; a block's 32 values, and 16.
 void configure_attention(int num_rows) {
   const TileShape whole{num_rows, kTileBytes}, half{num_rows, kTileBytes / 2};
-  configure_tiles(
-      {whole, whole, whole, whole, whole, half, {kMaxTileRows, kTileBytes}, {kMaxTileRows / 2, kTileBytes}});
+  configure_tiles({whole, whole, whole, whole, whole, half, {kMaxTileRows, kTileBytes}, {kMaxTileRows / 2, kTileBytes}});
 }
 
 // The scores of the queries (num_rows, E) with the keys of a block.
@@ -77,7 +76,7 @@ void weigh_tiles(const Heads& heads, const Attention& attention, const Piece& pi
 }
 
 void attend_tile_rows(const Heads& heads, const Attention& attention, const Piece& piece, const Piece& next, int first_row,
-                       int num_rows, float* scratch) {
+                      int num_rows, float* scratch) {
   const Span& span = attention.spans[piece.span];
   const int size = heads.head_size, group = heads.num_heads / heads.num_kv_heads;
   const int32_t* table = attention.table + span.blocks;
@@ -109,14 +108,14 @@ void attend_tile_rows(const Heads& heads, const Attention& attention, const Piec
   }
   written_to_memory();
   for (int column = 0; column < size; column += kColumns) switch ((size - column) / kLanes) {
-#define LORI_COLUMNS(n)                                                                                                      \
-  case n:                                                                                                                    \
+#define LORI_COLUMNS(n)                                                                                            \
+  case n:                                                                                                          \
     weigh_tiles<n>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, column, out); \
     break;
-      LORI_COLUMNS(1) LORI_COLUMNS(2) LORI_COLUMNS(3)
+      LORI_COLUMNS(1)
+      LORI_COLUMNS(2) LORI_COLUMNS(3)
 #undef LORI_COLUMNS
-      default:
-        weigh_tiles<4>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, column, out);
+          default : weigh_tiles<4>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, column, out);
     }
   for (int r = 0; r < num_rows; r++)
     for (int e = 0; e < size; e += kLanes) store(of_row[r] + e, load(out + r * size + e));

@@ -1,8 +1,9 @@
 // The product of bfloat16 tokens with frozen weights, y = W x.
 //
 // The weights of a part, (D, N), are cut in panels of 48 outputs; the last has as many as are left, rounded up to 16 and filled
-// with zeros. A panel is (N / 2, outputs, 2): two inputs of an output lie together, as one instruction of AVX-512 takes them; other
-// sets widen them to fp32 in registers. Weights in int8 have a scale for each output. Shapes: T tokens, D outputs, N inputs (even).
+// with zeros. A panel is (N / 2, outputs, 2): two inputs of an output lie together, as one instruction of AVX-512 takes them;
+// other sets widen them to fp32 in registers. Weights in int8 have a scale for each output. Shapes: T tokens, D outputs, N inputs
+// (even).
 #pragma once
 
 #include "layout.h"

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kTileTokens = kMaxTileRows;
 constexpr int kLineBytes = 64;
-constexpr int kTilesAhead = 4;  // of weights: as far as a pass of two tiles may read beyond those before them
+constexpr int kTilesAhead = 4;       // of weights: as far as a pass of two tiles may read beyond those before them
 constexpr int kX = 4, kWeights = 7;  // tiles, of tokens two; 0 .. 3 are sums
 constexpr int kPanelTiles = kPanelOutputs / kLanes;  // as many as a pass over the inputs takes at most
 constexpr int kMaxLines = 16;                        // of deltas that are asked for at a time
@@ -32,8 +32,8 @@ struct Groups {
   LORI_INLINE int num_tiles() const { return count == 1 ? kPanelTiles : 2; }
 };
 
-// Some inputs of a group of tokens, or of 16 outputs: those in whole tiles, and the last ones with zeros after them, in rows of 64
-// bytes.
+// Some inputs of a group of tokens, or of 16 outputs: those in whole tiles, and the last ones with zeros after them, in rows of
+// 64 bytes.
 struct Strip {
   const uint16_t* whole;
   const uint16_t* rest;  // null where there are none
@@ -163,8 +163,8 @@ void multiply_tokens(const Block& block, const TileWeights* tiles, int num_tiles
   const int num_whole = num_inputs / kTileInputs;
   for (int group = 0; group < block.groups.count; group += 2) {
     switch (10 * least(2, block.groups.count - group) + num_tiles) {
-#define LORI_STRIPS(g, t)                                                              \
-  case 10 * g + t:                                                                     \
+#define LORI_STRIPS(g, t)                                                          \
+  case 10 * g + t:                                                                 \
     multiply_strips<g, t>(block, group, tiles, first_input, num_whole, following); \
     break;
       LORI_STRIPS(1, 1) LORI_STRIPS(1, 2) LORI_STRIPS(1, 3) LORI_STRIPS(2, 1) LORI_STRIPS(2, 2)
@@ -239,11 +239,12 @@ void multiply_amx(const Part& part, const Tokens& tokens, int first_row, int las
     const int num_lines = lines_ahead(ahead, groups, last_panel - first_panel, num_inputs);
     const bool reads_as_it_lies = groups.num_tiles() == kPanelTiles;
     if (!part.narrow) {
-      const int64_t far = reads_as_it_lies ? kFarAhead : int64_t{kTilesAhead * sizeof(uint16_t)} * kLanes * num_inputs + kFarAhead / 2;
+      const int64_t far =
+          reads_as_it_lies ? kFarAhead : int64_t{kTilesAhead * sizeof(uint16_t)} * kLanes * num_inputs + kFarAhead / 2;
       const int num_bytes = groups.num_tiles() * kTileBytes * kMaxTileRows / groups.num_pairs();
-      multiply_panels(block, first_panel, last_panel, 0, num_inputs, [&](int panel) { return part.panels + part.panel_at(panel); },
-                      following_of(part, part.panel_at(first_panel), far, (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes,
-                                   num_lines));
+      multiply_panels(
+          block, first_panel, last_panel, 0, num_inputs, [&](int panel) { return part.panels + part.panel_at(panel); },
+          following_of(part, part.panel_at(first_panel), far, (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes, num_lines));
       continue;
     }
     for (int panel = first_panel; panel < last_panel; panel++)
@@ -251,8 +252,9 @@ void multiply_amx(const Part& part, const Tokens& tokens, int first_row, int las
         const int count = least(kWidened, num_inputs - input), outputs = part.panel_outputs(panel);
         const int64_t at = part.panel_at(panel) + int64_t{outputs} * input, size = int64_t{outputs} * count;
         widen(part.narrow + at, size, widened);
-        multiply_panels(block, panel, panel + 1, input, count, [&](int) { return widened; },
-                        following_of(part, at, size, reads_as_it_lies ? kTileInputs * outputs : 0, num_lines));
+        multiply_panels(
+            block, panel, panel + 1, input, count, [&](int) { return widened; },
+            following_of(part, at, size, reads_as_it_lies ? kTileInputs * outputs : 0, num_lines));
       }
   }
   release_tiles();

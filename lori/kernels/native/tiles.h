@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kTiles = 8;
 constexpr int kMaxTileRows = 16;  // at most
-constexpr int kTileBytes = 64;   // of a row, at most
-constexpr int kTileInputs = 32;  // bfloat16 of a row, at most
+constexpr int kTileBytes = 64;    // of a row, at most
+constexpr int kTileInputs = 32;   // bfloat16 of a row, at most
 
 struct TileShape {
   int rows, row_bytes;

@@ -10,17 +10,17 @@ from tests.lori.sanitized import PROGRAMS, SOURCES, compile_kernel, compile_port
 pytestmark = [pytest.mark.sanitizer, pytest.mark.needs("compiler")]
 
 
-@pytest.mark.parametrize("instruction_set", sets_with("layers"))
+# Tiles are emulated: then every access of theirs is checked too, and the processor need not have them.
+EMULATED = ["amx"] if "avx512_bf16" in native.instruction_sets() else []
+
+
+@pytest.mark.parametrize("instruction_set", dict.fromkeys([*sets_with("layers"), *EMULATED]))
 def test_layers_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
     layers = compile_kernel("layers", "layers", instruction_set)
     assert run_program(tmp_path, layers, compile_portable(PROGRAMS / "sanitize_layers.cpp")).startswith("checked ")
 
 
-# Tiles are emulated: then every access of theirs is checked too, and the processor need not have them.
-PRODUCTS = dict.fromkeys((*native.instruction_sets(), *(["amx"] if "avx512_bf16" in native.instruction_sets() else [])))
-
-
-@pytest.mark.parametrize("instruction_set", PRODUCTS)
+@pytest.mark.parametrize("instruction_set", dict.fromkeys([*sets_with("product"), *EMULATED]))
 def test_products_read_and_write_nothing_but_their_arrays(tmp_path: Path, instruction_set: str) -> None:
     product = compile_kernel("product", "multiply", instruction_set)
     rest = compile_portable(SOURCES / "product.cpp"), compile_portable(PROGRAMS / "sanitize_product.cpp")
