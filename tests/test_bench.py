@@ -1,11 +1,14 @@
 """The benchmark of the kernels measures, judges and draws; what it finds is no matter here."""
 
 from dataclasses import asdict, replace
+from itertools import product as all_of
 from pathlib import Path
 
 import pytest
 import torch
 
+from lori.kernels import native
+from tests.bench import product
 from tests.bench.kernel import COLUMNS, Plan, Row, cells, verdicts
 from tests.bench.kernel_plot import plot
 from tests.bench.kernel_steps import POPULARITY, Shape
@@ -45,3 +48,16 @@ def test_every_goal_is_judged_by_its_own_rows(rows: list[Row]) -> None:
 def test_it_is_drawn(rows: list[Row], tmp_path: Path) -> None:
     plot([asdict(row) for row in rows], tmp_path / "kernel.png")
     assert (tmp_path / "kernel.png").stat().st_size > 10_000
+
+
+@torch.inference_mode()
+def test_products_of_each_set_are_measured() -> None:
+    rows = list(product.measure(0.0, (40, 24), 4 * 40 * 24 * 2))
+    names = (*native.instruction_sets(), product.TORCH)
+    assert [(row.cache, row.num_tokens, row.name) for row in rows] == [*all_of(("hot", "cold"), product.TOKENS, names)]
+    assert all(0 < row.low <= row.median <= row.high for row in rows)
+
+
+def test_a_speed_is_of_two_operations_for_each_weight_and_token() -> None:
+    row = product.Row.of("amx", "hot", 32, (1536, 576), product.Times(median=100.0, low=80.0, high=160.0))
+    assert (row.low, row.median, row.high) == pytest.approx((353.9, 566.2, 707.8), abs=0.1)

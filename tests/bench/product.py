@@ -46,27 +46,28 @@ class Row:
     high: float
 
     @staticmethod
-    def of(name: str, cache: str, num_tokens: int, times: Times) -> "Row":
-        """Return the row of a product that takes `times` in us."""
-        operations = 2 * num_tokens * SHAPE[0] * SHAPE[1]
+    def of(name: str, cache: str, num_tokens: int, shape: tuple[int, int], times: Times) -> "Row":
+        """Return the row of a product with weights of `shape` that takes `times` in us."""
+        operations = 2 * num_tokens * shape[0] * shape[1]
         speeds = (operations / us / 1e3 for us in (times.median, times.high, times.low))
         return Row(name, cache, num_tokens, *speeds)
 
 
-def measure(budget_s: float) -> Iterator[Row]:
+def measure(budget_s: float, shape: tuple[int, int] = SHAPE, cold_bytes: int = COLD_BYTES) -> Iterator[Row]:
     """Yield the rows: hot and cold, for each number of tokens and each set."""
-    for cache, count in (("hot", 1), ("cold", COLD_BYTES // (2 * SHAPE[0] * SHAPE[1]))):
-        linears = [nn.Linear(SHAPE[1], SHAPE[0], bias=False, dtype=torch.bfloat16) for _ in range(count)]
+    num_outputs, num_inputs = shape
+    for cache, count in (("hot", 1), ("cold", cold_bytes // (2 * num_outputs * num_inputs))):
+        linears = [nn.Linear(num_inputs, num_outputs, bias=False, dtype=torch.bfloat16) for _ in range(count)]
         products: dict[str, Sequence[Product]] = {
             name: [partial(NativeProjection([linear], [], [], instruction_set=name), route=None) for linear in linears]
             for name in instruction_sets()
         }
         products[TORCH] = [partial(F.linear, weight=linear.weight) for linear in linears]
         for num_tokens in TOKENS:
-            x = torch.randn(num_tokens, SHAPE[1], dtype=torch.bfloat16)
+            x = torch.randn(num_tokens, num_inputs, dtype=torch.bfloat16)
             calls = {name: _in_turn(of_layers, x) for name, of_layers in products.items()}
             for name, times in timed(calls, budget_s).items():
-                yield Row.of(name, cache, num_tokens, times)
+                yield Row.of(name, cache, num_tokens, shape, times)
 
 
 def _in_turn(products: Sequence[Product], x: torch.Tensor) -> Callable[[], torch.Tensor]:
