@@ -381,7 +381,7 @@ class Scheduler:
             elif stop > sequence.num_computed:
                 prompts.append(sequence)
         multi_token: list[Chunk] = []
-        budget = StepBudget(self.limits, [chunk.start for chunk in single])
+        budget = StepBudget(self.limits, [chunk.start for chunk in single], len(prompts))
         ordered = self._prefill_order.next_order(prompts)
         for sequence in ordered:
             start = sequence.num_computed

@@ -86,7 +86,7 @@ class StepLimits:
     max_stall: float
     """Maximum duration of a step with prompts, as a multiple of decoding alone; infinity is no limit."""
     short_step_s: float
-    """Seconds that a step with short prompts may take, if that is more than `max_stall` allows."""
+    """Seconds that a step with short prompts may take beside many decoding sequences, if that is more than `max_stall` allows."""
     cost: StepCost
 
     def __post_init__(self) -> None:
@@ -95,17 +95,22 @@ class StepLimits:
 
 
 class StepBudget:
-    """The room that a step has beside the sequences that decode at `positions`. Without decoding sequences there is no time
-    limit."""
+    """The room that a step has beside the sequences that decode at `positions`, for `num_prompts` prompts.
 
-    def __init__(self, limits: StepLimits, positions: Items[int]) -> None:
+    Without decoding sequences there is no time limit. A longer step delays the sequences that decode, but brings first tokens
+    sooner, since fewer steps read the weights. So the limit for short prompts grows with the number of prompts for each sequence
+    that decodes.
+    """
+
+    def __init__(self, limits: StepLimits, positions: Items[int], num_prompts: int) -> None:
         self._limits, self._num_tokens = limits, len(positions)
         self._spent_seconds, self._has_prompt = 0.0, False
         self._seconds_for_long = self._seconds_for_short = inf
         if positions:
             decode_seconds = limits.cost.decode_seconds(positions)
             self._seconds_for_long = (limits.max_stall - 1) * decode_seconds
-            self._seconds_for_short = max(limits.short_step_s - decode_seconds, self._seconds_for_long)
+            short_step_s = limits.short_step_s * (1 + num_prompts / len(positions))
+            self._seconds_for_short = max(short_step_s - decode_seconds, self._seconds_for_long)
 
     def take(self, start: int, stop: int, *, prefill_start: int, may_exceed: bool = True) -> int:
         """Take room for the tokens from `start` to `stop` of a prompt. Return how many of them fit, from `start` on.

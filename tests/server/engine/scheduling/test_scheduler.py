@@ -159,7 +159,8 @@ def test_a_long_prompt_has_every_other_step_though_shorter_ones_never_cease() ->
 
 
 def test_short_prompts_may_make_a_step_take_longer_than_the_greatest_stall() -> None:
-    it = scheduler(max_tokens=64, max_stall=1.5, short_step_s=50.0, cost=step_cost(free_tokens=20))
+    """With two prompts beside one decoding request thrice as long as `short_step_s`."""
+    it = scheduler(max_tokens=64, max_stall=1.5, short_step_s=50 / 3, cost=step_cost(free_tokens=20))
     one = added(it, request(2, 50))
     run_step(it)
     first, second = added(it, request(20, 1, text=1)), added(it, request(20, 1, text=2))

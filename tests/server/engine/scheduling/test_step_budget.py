@@ -15,10 +15,12 @@ from server.engine.scheduling.step_budget import (
 from tests.server.plans import MEASURED, step_limits
 
 
-def room(max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8) -> StepBudget:
+def room(
+    max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8, num_prompts: int = 0
+) -> StepBudget:
     """Returns the room beside sequences that decode at position 150."""
     limits = step_limits(max_tokens - 1, max_tokens, max_stall, short_step_s, MEASURED)
-    return StepBudget(limits, [150] * num_decoding)
+    return StepBudget(limits, [150] * num_decoding, num_prompts)
 
 
 def take(of: StepBudget, start: int, num_tokens: int, *, first: int = 0, may_exceed: bool = True) -> int:
@@ -108,6 +110,15 @@ def test_the_end_of_a_long_prompt_is_not_short() -> None:
     assert take(room(short_step_s=40.0), longest - 30, 30) == 30
     assert take(room(short_step_s=40.0), longest - 30, 31) == limited < 30
     assert take(room(short_step_s=40.0), longest - 30, 31, first=2) > limited, "what was found in the cache is not computed"
+
+
+@pytest.mark.parametrize(("num_prompts", "factor"), [(0, 1), (8, 2), (24, 4)])
+def test_a_step_with_many_short_prompts_is_longer(num_prompts: int, factor: float) -> None:
+    several = room(short_step_s=40.0, num_prompts=num_prompts)
+    equivalent = room(short_step_s=40.0 * factor)
+    counts = [take(several, 0, 40) for _ in range(20)]
+    assert counts == [take(equivalent, 0, 40) for _ in range(20)]
+    assert 0 < sum(counts) < 512 - 8
 
 
 @pytest.mark.parametrize("short_step_s", [12.0, 20.0])
