@@ -292,7 +292,7 @@ def _log(
         runner.num_kv_bytes / 2**20,
     )
     logger.info(
-        "a step in which one sequence decodes takes %.1f ms; one with short prompts may take %.0f ms",
+        "a step in which one sequence decodes takes %.1f ms; one with a few short prompts may take %.0f ms",
         1e3 * limits.cost.decoding(1),
         1e3 * limits.short_step_s,
     )

@@ -112,10 +112,10 @@ class Settings(BaseSettings):
     at start. Below 2, a long prompt rarely makes other requests wait twice as long for a token; above 2, its own first token
     comes sooner."""
     short_step_ms: float | None = Field(default=None, ge=0, le=60_000)
-    """Maximum time of a step with short prompts, in milliseconds, if that is more than --max-stall allows. Prompts are short if
-    they would fill at most four such steps. A higher value brings their first tokens sooner; a lower value keeps other requests'
-    tokens more even. Where prompts are many beside the requests that decode, it is longer: twice as long for as many. Absent: the
-    time of a step of 64 prompt tokens, measured at start, but at least 35 and at most 100."""
+    """Time of a step with short prompts, in milliseconds, if that is more than --max-stall allows. Prompts are short if they
+    would fill at most four such steps. The time is multiplied by 1 + short prompts / requests that decode, at most by 4. A higher
+    value brings first tokens sooner; a lower value keeps other requests' tokens more even. Absent: the time of a step of 64
+    prompt tokens, measured at start, but at least 35 and at most 100."""
     max_step_s: float = Field(default=300, ge=0, le=86400)
     """Maximum time of a step, in seconds, before the server counts as stuck. It then writes its threads' stacks to standard error
     and ends with exit code 1, to be started again. Loading does not count. 0 is no limit."""

@@ -59,5 +59,5 @@ def test_products_of_each_set_are_measured() -> None:
 
 
 def test_a_speed_is_of_two_operations_for_each_weight_and_token() -> None:
-    row = product.Row.of("amx", "hot", 32, (1536, 576), product.Times(median=100.0, low=80.0, high=160.0))
+    row = product.Row.of_times("amx", "hot", 32, (1536, 576), product.Times(median=100.0, low=80.0, high=160.0))
     assert (row.low, row.median, row.high) == pytest.approx((353.9, 566.2, 707.8), abs=0.1)

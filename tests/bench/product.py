@@ -3,8 +3,9 @@
     python -m tests.bench.product [--json FILE]
 
 "hot" multiplies one layer's weights again and again, so that they stay in the second cache; "cold" reads those of many layers
-from memory, in turn. GFLOP/s are those of the median turn, quartiles in parentheses; the sets take turns. On a machine that is
-shared with others the quartiles may lie far apart: AMX's tiles take twice as long while another program runs on the same core.
+from memory, in turn: 256 MiB for each set, which a large third cache may hold. GFLOP/s are those of the median turn, quartiles in
+parentheses; the sets take turns. On a machine that is shared with others the quartiles may lie far apart: AMX's tiles take twice
+as long while another program runs on the same core.
 """
 
 import argparse
@@ -46,7 +47,7 @@ class Row:
     high: float
 
     @staticmethod
-    def of(name: str, cache: str, num_tokens: int, shape: tuple[int, int], times: Times) -> "Row":
+    def of_times(name: str, cache: str, num_tokens: int, shape: tuple[int, int], times: Times) -> "Row":
         """Return the row of a product with weights of `shape` that takes `times` in us."""
         operations = 2 * num_tokens * shape[0] * shape[1]
         speeds = (operations / us / 1e3 for us in (times.median, times.high, times.low))
@@ -67,7 +68,7 @@ def measure(budget_s: float, shape: tuple[int, int] = SHAPE, cold_bytes: int = C
             x = torch.randn(num_tokens, num_inputs, dtype=torch.bfloat16)
             calls = {name: _in_turn(of_layers, x) for name, of_layers in products.items()}
             for name, times in timed(calls, budget_s).items():
-                yield Row.of(name, cache, num_tokens, shape, times)
+                yield Row.of_times(name, cache, num_tokens, shape, times)
 
 
 def _in_turn(products: Sequence[Product], x: torch.Tensor) -> Callable[[], torch.Tensor]:

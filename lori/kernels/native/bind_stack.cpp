@@ -79,7 +79,7 @@ struct Pass {
   // `following` is the product after this one, or null.
   void project(const Projection& product, const Projection* following, const uint16_t* x, uint16_t* y) {
     const Tokens tokens{x, y, product.num_inputs(), product.num_outputs()};
-    const void* next = following ? following->first_weights(route) : nullptr;
+    const void* next = following ? following->first_weights(route != nullptr) : nullptr;
     if (!route) return product.multiply(tokens, num_tokens, num_threads, next);
     product.project(tokens, {x, reduced, product.num_inputs(), product.num_reduced()}, num_tokens, operands, *route, num_threads,
                     next);

@@ -40,6 +40,7 @@ class Projection {
         reduced_(reduced),
         num_inputs_(num_inputs) {
     if (num_inputs < 2 || num_inputs % 2) throw nb::value_error("an even number of inputs expected");
+    if (sizes.empty()) throw nb::value_error("at least one layer expected");
     if (!reduced.empty() && reduced.size() != sizes.size())
       throw nb::value_error("rows of A for each layer, or for none, expected");
     if (narrow.has_value() != scales.has_value())

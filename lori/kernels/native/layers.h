@@ -74,7 +74,8 @@ struct Piece {
   int32_t span, first_token, num_tokens, kv_head;
 };
 
-// The functions of one instruction set, for one dtype. `first` and `last` count rows, of `attend` pieces.
+// The functions of one instruction set, for one dtype. `first` and `last` count rows; those of `attend` count
+// pieces.
 struct LayerFunctions {
   void (*norm)(const Norm&, int64_t first, int64_t last);
   void (*gate)(const Gate&, int64_t first, int64_t last);

@@ -9,7 +9,7 @@
 namespace lori {
 namespace {
 
-constexpr int kColumns = 64;  // of the values that are weighed at a time, in four tiles
+constexpr int kColumns = 4 * kLanes;  // of the values that are weighed at a time, a tile for each 16
 constexpr int kRowTile = 4, kHalfRow = 5, kBlockTile = 6, kHalfBlock = 7;  // 0 .. 3 are sums
 
 // Tiles of `num_rows` queries: sums, 32 values, 16 values; a block's 32 values, and 16.
@@ -42,10 +42,7 @@ template <int kCount>
 void weigh_tiles(const Heads& heads, const Attention& attention, const Piece& piece, const Piece& next, const int32_t* table,
                  int first_block, int num_blocks, const uint16_t* weights, int64_t stride, int column, float* out) {
   const int64_t row_bytes = int64_t{2} * sizeof(uint16_t) * heads.head_size;
-  zero_tile<0>();
-  if constexpr (kCount > 1) zero_tile<1>();
-  if constexpr (kCount > 2) zero_tile<2>();
-  if constexpr (kCount > 3) zero_tile<3>();
+  for_each_index<kCount>(LORI_EACH(tile) { zero_tile<tile.value>(); });
   for (int b = 0; b < num_blocks; b++) {
     const Block<uint16_t> block(heads, attention.memory, table[first_block + b]);
     const uint16_t* values = block.head(block.values, heads, piece.kv_head) + 2 * column;
@@ -53,26 +50,13 @@ void weigh_tiles(const Heads& heads, const Attention& attention, const Piece& pi
     for (int pair = 0; pair < kBlockTokens / 2; pair++)
       for (int c = 0; c < kCount; c++) __builtin_prefetch(ahead + 2 * pair * heads.head_size + 2 * kLanes * c, 0, 2);
     load_tile<kHalfRow>(weights + b * kBlockTokens, sizeof(uint16_t) * stride);
-    load_tile<kHalfBlock>(values, row_bytes);
-    multiply_tiles<0, kHalfRow, kHalfBlock>();
-    if constexpr (kCount > 1) {
-      load_tile<kHalfBlock>(values + 2 * kLanes, row_bytes);
-      multiply_tiles<1, kHalfRow, kHalfBlock>();
-    }
-    if constexpr (kCount > 2) {
-      load_tile<kHalfBlock>(values + 4 * kLanes, row_bytes);
-      multiply_tiles<2, kHalfRow, kHalfBlock>();
-    }
-    if constexpr (kCount > 3) {
-      load_tile<kHalfBlock>(values + 6 * kLanes, row_bytes);
-      multiply_tiles<3, kHalfRow, kHalfBlock>();
-    }
+    for_each_index<kCount>(LORI_EACH(tile) {
+      load_tile<kHalfBlock>(values + 2 * kLanes * tile.value, row_bytes);
+      multiply_tiles<tile.value, kHalfRow, kHalfBlock>();
+    });
   }
-  const int64_t out_bytes = sizeof(float) * heads.head_size;
-  store_tile<0>(out + column, out_bytes);
-  if constexpr (kCount > 1) store_tile<1>(out + column + kLanes, out_bytes);
-  if constexpr (kCount > 2) store_tile<2>(out + column + 2 * kLanes, out_bytes);
-  if constexpr (kCount > 3) store_tile<3>(out + column + 3 * kLanes, out_bytes);
+  for_each_index<kCount>(
+      LORI_EACH(tile) { store_tile<tile.value>(out + column + kLanes * tile.value, sizeof(float) * heads.head_size); });
 }
 
 void attend_tile_rows(const Heads& heads, const Attention& attention, const Piece& piece, const Piece& next, int first_row,
@@ -81,18 +65,17 @@ void attend_tile_rows(const Heads& heads, const Attention& attention, const Piec
   const int size = heads.head_size, group = heads.num_heads / heads.num_kv_heads;
   const int32_t* table = attention.table + span.blocks;
   const auto token_of = [&](int row) { return piece.first_token + (first_row + row) / group; };
-  const int first_seen = heads.window ? span.position + token_of(0) - heads.window + 1 : 0;
-  const int first_block = first_seen > 0 ? first_seen / kBlockTokens : 0;
+  const int first_block = first_block_of(heads, span.position + token_of(0));
   const int num_blocks = (span.position + token_of(num_rows - 1)) / kBlockTokens + 1 - first_block;
   const int num_keys = num_blocks * kBlockTokens;
   float* scores = scratch;
   auto* weights = reinterpret_cast<uint16_t*>(scratch + int64_t{num_rows} * num_keys);
   alignas(64) uint16_t queries[kMaxRows * 512];
   alignas(64) float out[kMaxRows * 512];
-  uint16_t* of_row[kMaxRows];
+  uint16_t* out_rows[kMaxRows];
   for (int r = 0; r < num_rows; r++) {
     const int token = span.row + token_of(r), head = piece.kv_head * group + (first_row + r) % group;
-    of_row[r] = attention.out.as<uint16_t>().row(token) + head * size;
+    out_rows[r] = attention.out.as<uint16_t>().row(token) + head * size;
     std::memcpy(queries + r * size, attention.qkv.as<uint16_t>().row(token) + head * size, sizeof(uint16_t) * size);
   }
   written_to_memory();
@@ -113,12 +96,13 @@ void attend_tile_rows(const Heads& heads, const Attention& attention, const Piec
     weigh_tiles<n>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, column, out); \
     break;
       LORI_COLUMNS(1)
-      LORI_COLUMNS(2) LORI_COLUMNS(3)
+      LORI_COLUMNS(2)
+      LORI_COLUMNS(3)
 #undef LORI_COLUMNS
           default : weigh_tiles<4>(heads, attention, piece, next, table, first_block, num_blocks, weights, num_keys, column, out);
     }
   for (int r = 0; r < num_rows; r++)
-    for (int e = 0; e < size; e += kLanes) store(of_row[r] + e, load(out + r * size + e));
+    for (int e = 0; e < size; e += kLanes) store(out_rows[r] + e, load(out + r * size + e));
 }
 
 void attend_in_tiles(const Heads& heads, const Attention& attention, const Piece* pieces, int64_t first, int64_t last,

@@ -191,12 +191,18 @@ LORI_INLINE void score_block(const Value* keys, const Value* ahead, const typena
   if constexpr (kFirst + kCount < kRows) score_block<Value, kRows, kFirst + kCount>(keys, ahead, queries, words, scores, stride);
 }
 
+// The first block with a key that a token at `position` sees.
+LORI_INLINE int first_block_of(const Heads& heads, int position) {
+  return heads.window && position >= heads.window ? (position - heads.window + 1) / kBlockTokens : 0;
+}
+
 // The b-th block that the next piece reads, or its last: a place in memory to ask for.
 template <typename Value>
 LORI_INLINE Block<Value> next_block(const Heads& heads, const Attention& attention, const Piece& next, int b) {
   const Span& span = attention.spans[next.span];
-  const int last = (span.position + next.first_token) / kBlockTokens;
-  return {heads, attention.memory, attention.table[span.blocks + (b < last ? b : last)]};
+  const int position = span.position + next.first_token, last = position / kBlockTokens;
+  const int block = first_block_of(heads, position) + b;
+  return {heads, attention.memory, attention.table[span.blocks + (block < last ? block : last)]};
 }
 
 // out[r][0 .. 16 kVectors] += the values of one block times their weights, for kRows queries.
@@ -288,8 +294,7 @@ void attend_rows(const Heads& heads, const Attention& attention, const Piece& pi
   const int32_t* table = attention.table + span.blocks;
   const int first_position = span.position + piece.first_token + first_row / group;
   const int last_position = span.position + piece.first_token + (first_row + kRows - 1) / group;
-  const int first_block =
-      heads.window ? (first_position - heads.window + 1 > 0 ? (first_position - heads.window + 1) / kBlockTokens : 0) : 0;
+  const int first_block = first_block_of(heads, first_position);
   const int num_blocks = last_position / kBlockTokens + 1 - first_block, num_keys = num_blocks * kBlockTokens;
   float* scores = scratch;
   Value* weights = reinterpret_cast<Value*>(scratch + static_cast<int64_t>(kRows) * num_keys);

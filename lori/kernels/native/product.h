@@ -22,7 +22,7 @@ struct Part {
   int num_outputs, num_inputs;
   const int8_t* narrow = nullptr;
   const float* scales = nullptr;  // (D,), of `narrow`
-  const void* next = nullptr;     // what is read after these weights, so that it can be asked for; null if nobody knows
+  const void* next = nullptr;     // what one thread reads after these weights, which AMX asks for; null: nothing
 
   LORI_INLINE int num_panels() const { return (num_outputs + kPanelOutputs - 1) / kPanelOutputs; }
   LORI_INLINE int panel_outputs(int panel) const {  // rounded up

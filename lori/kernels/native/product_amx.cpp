@@ -2,10 +2,6 @@
 //
 // A tile of weights, 32 inputs of 16 outputs, is 16 rows of a panel as it lies. An output's sum takes its inputs 32 at a time in
 // ascending order; of these the even and the odd ones are added apart, as the instruction does, whatever the number of tokens.
-#include <algorithm>
-#include <type_traits>
-#include <utility>
-
 #include "instruction_sets.h"
 #include "product_loops.h"
 #include "tiles.h"
@@ -15,8 +11,8 @@ namespace {
 
 constexpr int kTileTokens = kMaxTileRows;
 constexpr int kLineBytes = 64;
-constexpr int kTilesAhead = 4;       // of weights: as far as a pass of two tiles may read beyond those before them
-constexpr int kX = 4, kWeights = 7;  // tiles, of tokens two; 0 .. 3 are sums
+constexpr int kTilesAhead = 4;  // a pass of two tiles reads lines all over its panels, so weights are asked for that far ahead
+constexpr int kX = 4, kWeights = 7;                  // tiles, of tokens two; 0 .. 3 are sums
 constexpr int kPanelTiles = kPanelOutputs / kLanes;  // as many as a pass over the inputs takes at most
 constexpr int kMaxLines = 16;                        // of deltas that are asked for at a time
 
@@ -47,10 +43,11 @@ struct TileWeights {
   int output;  // of the panel
 };
 
-// What a pass asks the memory for with each tile of inputs: bytes of weights that are wanted next, and lines of deltas. After the
-// part's end come those of the part that is multiplied next.
+// What passes ask the memory for: with each tile of inputs `num_bytes` of the weights that are wanted next and `num_lines` of the
+// deltas. After the part's end come the weights of the part that is multiplied next.
 struct Following {
   const uint8_t *at, *end, *next;
+  int64_t tile_bytes;  // of 16 outputs
   int num_bytes, num_lines;
   LORI_INLINE void ask_on() {
     const uint8_t* from = at < end ? at : next + (at - end);
@@ -59,16 +56,23 @@ struct Following {
   }
 };
 
-Following following_of(const Part& part, int64_t panel_at, int64_t ahead, int num_bytes, int num_lines) {
+// `first` is what is read now, and `num_ahead` how far ahead it is asked for; both count weights.
+Following following_of(const Part& part, const Groups& groups, int num_inputs, int64_t first, int64_t num_ahead, int num_lines) {
   const auto* begin = part.narrow ? reinterpret_cast<const uint8_t*>(part.narrow) : reinterpret_cast<const uint8_t*>(part.panels);
-  const int64_t weight_bytes = part.narrow ? sizeof(int8_t) : sizeof(uint16_t);
+  const int weight_bytes = part.narrow ? sizeof(int8_t) : sizeof(uint16_t);
   const uint8_t* end = begin + weight_bytes * part_size(part.num_outputs, part.num_inputs);
   const auto* next = part.next ? static_cast<const uint8_t*>(part.next) : end;
-  return {begin + weight_bytes * panel_at + ahead, end, next, num_bytes, num_lines};
+  const int num_bytes = groups.num_tiles() * weight_bytes * kLanes * kTileInputs / groups.num_pairs();
+  return {begin + weight_bytes * (first + num_ahead),
+          end,
+          next,
+          int64_t{weight_bytes} * kLanes * num_inputs,
+          (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes,
+          num_lines};
 }
 
 // The tokens of a block, and the memory of a product.
-struct Block {
+struct TokenBlock {
   const Part& part;
   const Tokens& tokens;
   Ahead& ahead;
@@ -97,19 +101,6 @@ struct Block {
   }
 };
 
-template <typename Run, int... kIndices>
-LORI_INLINE void each_of(std::integer_sequence<int, kIndices...>, Run run) {
-  (run(std::integral_constant<int, kIndices>()), ...);
-}
-
-// Calls run(0) .. run(kCount - 1), each number as a type.
-template <int kCount, typename Run>
-LORI_INLINE void each(Run run) {
-  each_of(std::make_integer_sequence<int, kCount>(), run);
-}
-
-#define LORI_EACH(name) [&](auto name) __attribute__((always_inline))
-
 template <int kTile, bool kIsRest>
 LORI_INLINE void load_strip(const Strip& strip, int i) {
   if constexpr (kIsRest)
@@ -119,28 +110,28 @@ LORI_INLINE void load_strip(const Strip& strip, int i) {
 }
 
 // Adds the products of one tile of inputs. Each tile is loaded once for all that it is multiplied with.
-template <int kGroups, int kTiles, bool kIsRest>
+template <int kGroups, int kNumTiles, bool kIsRest>
 LORI_INLINE void multiply_inputs(const Strip* x, const Strip* weights, int i) {
-  static_assert(kGroups * kTiles <= kX);
-  each<kGroups>(LORI_EACH(g) { load_strip<kX + g.value, kIsRest>(x[g.value], i); });
-  each<kTiles>(LORI_EACH(t) {
+  static_assert(kGroups * kNumTiles <= kX);
+  for_each_index<kGroups>(LORI_EACH(g) { load_strip<kX + g.value, kIsRest>(x[g.value], i); });
+  for_each_index<kNumTiles>(LORI_EACH(t) {
     load_strip<kWeights, kIsRest>(weights[t.value], i);
-    each<kGroups>(LORI_EACH(g) { multiply_tiles<g.value * kTiles + t.value, kX + g.value, kWeights>(); });
+    for_each_index<kGroups>(LORI_EACH(g) { multiply_tiles<g.value * kNumTiles + t.value, kX + g.value, kWeights>(); });
   });
 }
 
-// A pass over some inputs: kGroups groups of tokens with kTiles tiles of weights.
-template <int kGroups, int kTiles>
-void multiply_strips(const Block& block, int first_group, const TileWeights* tiles, int first_input, int num_whole,
+// A pass over some inputs: kGroups groups of tokens with kNumTiles tiles of weights.
+template <int kGroups, int kNumTiles>
+void multiply_strips(const TokenBlock& block, int first_group, const TileWeights* tiles, int first_input, int num_whole,
                      Following following) {
-  Strip x[kGroups], weights[kTiles];
+  Strip x[kGroups], weights[kNumTiles];
   for (int g = 0; g < kGroups; g++) x[g] = block.strip(first_group + g, first_input);
-  for (int t = 0; t < kTiles; t++) weights[t] = tiles[t].strip;
+  for (int t = 0; t < kNumTiles; t++) weights[t] = tiles[t].strip;
   constexpr int64_t kStride = sizeof(float) * kPanelOutputs;
-  const auto partial = [&](int sum) { return block.partial(first_group + sum / kTiles, tiles[sum % kTiles]); };
+  const auto partial = [&](int sum) { return block.partial(first_group + sum / kNumTiles, tiles[sum % kNumTiles]); };
   written_to_memory();
-  each<kGroups * kTiles>(LORI_EACH(sum) {
-    if (tiles->panel.is_first)
+  for_each_index<kGroups * kNumTiles>(LORI_EACH(sum) {
+    if (tiles[0].panel.is_first)
       zero_tile<sum.value>();
     else
       load_tile<sum.value>(partial(sum.value), kStride);
@@ -148,17 +139,17 @@ void multiply_strips(const Block& block, int first_group, const TileWeights* til
   for (int i = 0; i < num_whole; i++) {
     following.ask_on();
     for (int line = 0; line < following.num_lines; line++) ask(block.ahead);
-    multiply_inputs<kGroups, kTiles, false>(x, weights, i);
+    multiply_inputs<kGroups, kNumTiles, false>(x, weights, i);
   }
-  if (weights->rest) multiply_inputs<kGroups, kTiles, true>(x, weights, 0);
-  each<kGroups * kTiles>(LORI_EACH(sum) { store_tile<sum.value>(partial(sum.value), kStride); });
-  if (!tiles->panel.is_last) return;
+  if (weights->rest) multiply_inputs<kGroups, kNumTiles, true>(x, weights, 0);
+  for_each_index<kGroups * kNumTiles>(LORI_EACH(sum) { store_tile<sum.value>(partial(sum.value), kStride); });
+  if (!tiles[0].panel.is_last) return;
   for (int g = 0; g < kGroups; g++)
-    for (int t = 0; t < kTiles; t++) block.finish_group(first_group + g, tiles[t]);
+    for (int t = 0; t < kNumTiles; t++) block.finish_group(first_group + g, tiles[t]);
 }
 
 // All tokens of a block with tiles of weights for the inputs from `first_input` on.
-void multiply_tokens(const Block& block, const TileWeights* tiles, int num_tiles, int first_input, int num_inputs,
+void multiply_tokens(const TokenBlock& block, const TileWeights* tiles, int num_tiles, int first_input, int num_inputs,
                      Following following) {
   const int num_whole = num_inputs / kTileInputs;
   for (int group = 0; group < block.groups.count; group += 2) {
@@ -177,8 +168,8 @@ void multiply_tokens(const Block& block, const TileWeights* tiles, int num_tiles
 // The panels first_panel .. last_panel with some inputs, as many tiles at a time as a pass takes, of two panels where it must.
 // `weights_of(panel)` are a panel's for these inputs.
 template <typename WeightsOf>
-void multiply_panels(const Block& block, int first_panel, int last_panel, int first_input, int num_inputs, WeightsOf weights_of,
-                     Following following) {
+void multiply_panels(const TokenBlock& block, int first_panel, int last_panel, int first_input, int num_inputs,
+                     WeightsOf weights_of, Following following) {
   alignas(64) uint16_t rest[kPanelTiles][kTileInputs * kLanes];
   TileWeights tiles[kPanelTiles];
   const Part& part = block.part;
@@ -204,7 +195,7 @@ void multiply_panels(const Block& block, int first_panel, int last_panel, int fi
       const bool is_last = output + kLanes >= outputs && (panel + 1 == last_panel || block.groups.num_tiles() == kPanelTiles);
       if (num_tiles < block.groups.num_tiles() && !is_last) continue;
       multiply_tokens(block, tiles, num_tiles, first_input, num_inputs, following);
-      following.at += int64_t{block.groups.num_pairs()} * (num_inputs / kTileInputs) * following.num_bytes;
+      following.at += num_tiles * following.tile_bytes;
       num_tiles = 0;
     }
   }
@@ -215,9 +206,8 @@ int lines_ahead(const Ahead& ahead, const Groups& groups, int num_panels, int nu
   int64_t num_bytes = ahead.end - ahead.at;
   for (const Ahead::Range* range = ahead.next; range != ahead.last; range++) num_bytes += range->end - range->begin;
   const int num_passes = (num_panels * kPanelTiles + groups.num_tiles() - 1) / groups.num_tiles() * groups.num_pairs();
-  const int num_steps = num_passes * (num_inputs / kTileInputs);
-  const int64_t num_lines = (num_bytes / kLineBytes + num_steps - 1) / std::max(1, num_steps);
-  return static_cast<int>(std::min<int64_t>(kMaxLines, num_lines));
+  const int num_steps = num_passes * (num_inputs / kTileInputs), num_lines = static_cast<int>(num_bytes / kLineBytes);
+  return num_steps ? least(kMaxLines, (num_lines + num_steps - 1) / num_steps) : 0;
 }
 
 }  // namespace
@@ -227,34 +217,32 @@ void multiply_amx(const Part& part, const Tokens& tokens, int first_row, int las
   alignas(64) uint16_t rest[kRowBlock * kTileInputs], widened[kWidened * kPanelOutputs];
   const int num_inputs = part.num_inputs, num_rest = num_inputs % kTileInputs;
   for (int row = first_row; row < last_row; row += kRowBlock) {
-    const Block block{part, tokens, ahead, rest, sums, row, Groups(least(last_row - row, kRowBlock))};
+    const TokenBlock block{part, tokens, ahead, rest, sums, row, Groups(least(last_row - row, kRowBlock))};
     const Groups& groups = block.groups;
     for (int r = 0; num_rest && r < groups.num_rows; r++) {
       uint16_t* to = rest + r * kTileInputs;
       std::memset(to, 0, sizeof(uint16_t) * kTileInputs);
       std::memcpy(to, tokens.x + (row + r) * tokens.x_stride + num_inputs - num_rest, sizeof(uint16_t) * num_rest);
     }
-    const TileShape of_tokens{groups.size, kTileBytes};
-    configure_tiles({of_tokens, of_tokens, of_tokens, of_tokens, of_tokens, of_tokens, {}, {kMaxTileRows, kTileBytes}});
+    const TileShape rows{groups.size, kTileBytes};
+    configure_tiles({rows, rows, rows, rows, rows, rows, {}, {kMaxTileRows, kTileBytes}});
     const int num_lines = lines_ahead(ahead, groups, last_panel - first_panel, num_inputs);
-    const bool reads_as_it_lies = groups.num_tiles() == kPanelTiles;
     if (!part.narrow) {
-      const int64_t far =
-          reads_as_it_lies ? kFarAhead : int64_t{kTilesAhead * sizeof(uint16_t)} * kLanes * num_inputs + kFarAhead / 2;
-      const int num_bytes = groups.num_tiles() * kTileBytes * kMaxTileRows / groups.num_pairs();
+      constexpr int kFar = kFarAhead / sizeof(uint16_t);
+      const int num_ahead = groups.count == 1 ? kFar : kTilesAhead * kLanes * num_inputs + kFar / 2;
       multiply_panels(
           block, first_panel, last_panel, 0, num_inputs, [&](int panel) { return part.panels + part.panel_at(panel); },
-          following_of(part, part.panel_at(first_panel), far, (num_bytes + kLineBytes - 1) / kLineBytes * kLineBytes, num_lines));
+          following_of(part, groups, num_inputs, part.panel_at(first_panel), num_ahead, num_lines));
       continue;
     }
     for (int panel = first_panel; panel < last_panel; panel++)
       for (int input = 0; input < num_inputs; input += kWidened) {
-        const int count = least(kWidened, num_inputs - input), outputs = part.panel_outputs(panel);
-        const int64_t at = part.panel_at(panel) + int64_t{outputs} * input, size = int64_t{outputs} * count;
-        widen(part.narrow + at, size, widened);
+        const int count = least(kWidened, num_inputs - input), outputs = part.panel_outputs(panel), size = outputs * count;
+        const int64_t first = part.panel_at(panel) + int64_t{outputs} * input;
+        widen(part.narrow + first, size, widened);
         multiply_panels(
             block, panel, panel + 1, input, count, [&](int) { return widened; },
-            following_of(part, at, size, reads_as_it_lies ? kTileInputs * outputs : 0, num_lines));
+            following_of(part, groups, count, first, size, num_lines));
       }
   }
   release_tiles();

@@ -4,10 +4,14 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "layout.h"
 
-#ifndef LORI_EMULATED_TILES
+#ifdef LORI_EMULATED_TILES
+#include <cassert>
+#else
 #include <immintrin.h>
 #endif
 
@@ -15,13 +19,25 @@ namespace lori {
 namespace {
 
 constexpr int kTiles = 8;
-constexpr int kMaxTileRows = 16;  // at most
-constexpr int kTileBytes = 64;    // of a row, at most
-constexpr int kTileInputs = 32;   // bfloat16 of a row, at most
+constexpr int kMaxTileRows = 16;
+constexpr int kTileBytes = 64;   // of a row, at most
+constexpr int kTileInputs = 32;  // bfloat16 of a row, at most
 
 struct TileShape {
   int rows, row_bytes;
 };
+
+template <typename Run, int... kIndices>
+LORI_INLINE void for_indices(std::integer_sequence<int, kIndices...>, Run run) {
+  (run(std::integral_constant<int, kIndices>()), ...);
+}
+
+// Calls run(0) .. run(kCount - 1), each number as a type: the number of a tile is part of an instruction.
+template <int kCount, typename Run>
+LORI_INLINE void for_each_index(Run run) {
+  for_indices(std::make_integer_sequence<int, kCount>(), run);
+}
+#define LORI_EACH(name) [&](auto name) __attribute__((always_inline))
 
 // Has the compiler write what tiles are loaded from next: it does not know that these instructions read memory.
 LORI_INLINE void written_to_memory() { __asm__ volatile("" ::: "memory"); }
@@ -40,15 +56,18 @@ LORI_INLINE void configure_tiles(const TileShape (&shapes)[kTiles]) {
 LORI_INLINE void release_tiles() {}
 template <int kTile>
 LORI_INLINE void zero_tile() {
+  assert(emulated[kTile].shape.rows > 0);
   std::memset(emulated[kTile].bytes, 0, sizeof(emulated[kTile].bytes));
 }
 template <int kTile>
 LORI_INLINE void load_tile(const void* at, int64_t stride) {
+  assert(emulated[kTile].shape.rows > 0);
   for (int row = 0; row < emulated[kTile].shape.rows; row++)
     std::memcpy(emulated[kTile].bytes[row], static_cast<const uint8_t*>(at) + row * stride, emulated[kTile].shape.row_bytes);
 }
 template <int kTile>
 LORI_INLINE void store_tile(void* at, int64_t stride) {
+  assert(emulated[kTile].shape.rows > 0);
   for (int row = 0; row < emulated[kTile].shape.rows; row++)
     std::memcpy(static_cast<uint8_t*>(at) + row * stride, emulated[kTile].bytes[row], emulated[kTile].shape.row_bytes);
 }
@@ -61,6 +80,9 @@ LORI_INLINE void multiply_tiles() {
     return wide;
   };
   EmulatedTile &sums = emulated[kSum], &left = emulated[kLeft], &right = emulated[kRight];
+  // A processor would stop here.
+  assert(sums.shape.rows > 0 && left.shape.rows == sums.shape.rows && right.shape.row_bytes == sums.shape.row_bytes &&
+         left.shape.row_bytes == 4 * right.shape.rows);
   for (int row = 0; row < sums.shape.rows; row++) {
     for (int column = 0; column < sums.shape.row_bytes / 4; column++) {
       float parts[2] = {}, sum;

@@ -381,11 +381,13 @@ class Scheduler:
             elif stop > sequence.num_computed:
                 prompts.append(sequence)
         multi_token: list[Chunk] = []
-        budget = StepBudget(self.limits, [chunk.start for chunk in single], len(prompts))
         ordered = self._prefill_order.next_order(prompts)
+        # A prompt of lower priority than the first one must not stall the others for longer.
+        top = [sequence for sequence in ordered if sequence.priority == ordered[0].priority]
+        num_short = sum(self.limits.is_short(sequence.num_prefix_tokens, sequence.num_tokens) for sequence in top)
+        budget = StepBudget(self.limits, [chunk.start for chunk in single], num_short)
         for sequence in ordered:
             start = sequence.num_computed
-            # A prompt of lower priority than the first one must not stall the others for longer.
             is_top = sequence.priority == ordered[0].priority
             if count := budget.take(start, sequence.num_tokens, prefill_start=sequence.num_prefix_tokens, may_exceed=is_top):
                 (multi_token if count > 1 else single).append(Chunk(sequence, start, start + count))

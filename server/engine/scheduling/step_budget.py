@@ -73,6 +73,8 @@ MIN_CHUNK_TOKENS = 4
 """Minimum chunk of a prompt, in tokens. A smaller chunk is not worth reading all keys before it, so none is computed."""
 CHUNK_MULTIPLE = 2
 """Step sizes are rounded to a multiple of this many tokens: an odd size costs as much as the next even one."""
+MAX_LONGER = 4
+"""Maximum factor of a short step's time where many prompts are to be computed."""
 MAX_SHORT_STEPS = 4
 """A prompt is long if computing it in one step costs more than this many short steps."""
 
@@ -86,30 +88,35 @@ class StepLimits:
     max_stall: float
     """Maximum duration of a step with prompts, as a multiple of decoding alone; infinity is no limit."""
     short_step_s: float
-    """Seconds that a step with short prompts may take beside many decoding sequences, if that is more than `max_stall` allows."""
+    """Seconds that a step with short prompts may take, if that is more than `max_stall` allows; see `StepBudget`."""
     cost: StepCost
 
     def __post_init__(self) -> None:
         assert self.max_tokens > self.max_sequences, "a step must have room for prompts beside decoding"
         assert self.max_stall >= 1
 
+    def is_short(self, start: int, stop: int) -> bool:
+        """Return whether a prompt is short whose tokens from `start` to `stop` have to be computed."""
+        return self.cost.chunk_seconds(0, start, stop - start) <= MAX_SHORT_STEPS * self.short_step_s
+
 
 class StepBudget:
-    """The room that a step has beside the sequences that decode at `positions`, for `num_prompts` prompts.
+    """The room that a step has beside the sequences that decode at `positions`. Without decoding sequences there is no time
+    limit.
 
-    Without decoding sequences there is no time limit. A longer step delays the sequences that decode, but brings first tokens
-    sooner, since fewer steps read the weights. So the limit for short prompts grows with the number of prompts for each sequence
-    that decodes.
+    A longer step delays those that decode, but brings first tokens sooner, since fewer steps read the weights. So the limit for
+    short prompts is multiplied by 1 + `num_short` / number of decoding sequences, at most by `MAX_LONGER`. `num_short` is the
+    number of prompts that may use it.
     """
 
-    def __init__(self, limits: StepLimits, positions: Items[int], num_prompts: int) -> None:
+    def __init__(self, limits: StepLimits, positions: Items[int], num_short: int) -> None:
         self._limits, self._num_tokens = limits, len(positions)
         self._spent_seconds, self._has_prompt = 0.0, False
         self._seconds_for_long = self._seconds_for_short = inf
         if positions:
             decode_seconds = limits.cost.decode_seconds(positions)
             self._seconds_for_long = (limits.max_stall - 1) * decode_seconds
-            short_step_s = limits.short_step_s * (1 + num_prompts / len(positions))
+            short_step_s = limits.short_step_s * min(1 + num_short / len(positions), MAX_LONGER)
             self._seconds_for_short = max(short_step_s - decode_seconds, self._seconds_for_long)
 
     def take(self, start: int, stop: int, *, prefill_start: int, may_exceed: bool = True) -> int:
@@ -122,7 +129,7 @@ class StepBudget:
         max_count = min(stop - start, self._limits.max_tokens - self._num_tokens)
         if max_count <= 0 or (self._has_prompt and self._spent_seconds >= self._seconds_for_short):
             return 0
-        is_short = may_exceed and self._is_short(prefill_start, stop)
+        is_short = may_exceed and self._limits.is_short(prefill_start, stop)
         seconds_left = (self._seconds_for_short if is_short else self._seconds_for_long) - self._spent_seconds
         min_count = min(max_count, MIN_CHUNK_TOKENS + (self._num_tokens + MIN_CHUNK_TOKENS) % CHUNK_MULTIPLE)
         if self._chunk_seconds(start, max_count) <= seconds_left:
@@ -139,11 +146,6 @@ class StepBudget:
             if is_short:  # a long prompt must not delay a short one for longer than others
                 self._seconds_for_long = min(self._seconds_for_long, self._limits.short_step_s)
         return count
-
-    def _is_short(self, prefill_start: int, stop: int) -> bool:
-        return (
-            self._limits.cost.chunk_seconds(0, prefill_start, stop - prefill_start) <= MAX_SHORT_STEPS * self._limits.short_step_s
-        )
 
     def _chunk_seconds(self, start: int, count: int) -> float:
         return self._limits.cost.chunk_seconds(self._num_tokens, start, count)

@@ -169,7 +169,13 @@ class Run:
         assert len({c.sequence for c in chunks}) == len(chunks)
         if decoding:
             prompts = [c for c in chunks if c.sequence not in decoding]
-            num_prompts = len(self.it.running) - len(decoding)
+            starts = [s for s in self.it.running if s not in decoding]
+            num_short = sum(
+                limits.cost.chunk_seconds(0, s.num_prefix_tokens, s.num_tokens - s.num_prefix_tokens)
+                <= MAX_SHORT_STEPS * limits.short_step_s
+                for s in starts
+                if s.priority == min(s.priority for s in starts)
+            )
             usual = limits.cost.decode_seconds([s.num_computed for s in decoding])
             seconds, num_tokens = usual, len(decoding)
             most = longest = limits.max_stall * usual
@@ -183,7 +189,7 @@ class Run:
                     limits.cost.chunk_seconds(0, found, chunk.sequence.num_tokens - found)
                     <= MAX_SHORT_STEPS * limits.short_step_s
                 ):
-                    longest = max(most, limits.short_step_s * (1 + num_prompts / len(decoding)))
+                    longest = max(most, limits.short_step_s * min(1 + num_short / len(decoding), 4))
                 else:
                     of_long += added
             is_least = len(prompts) <= 1 and num_tokens - len(decoding) <= MIN_CHUNK_TOKENS + 1

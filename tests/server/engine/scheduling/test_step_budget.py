@@ -16,11 +16,11 @@ from tests.server.plans import MEASURED, step_limits
 
 
 def room(
-    max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8, num_prompts: int = 0
+    max_tokens: int = 512, max_stall: float = 1.8, short_step_s: float = 0.0, num_decoding: int = 8, num_short: int = 0
 ) -> StepBudget:
     """Returns the room beside sequences that decode at position 150."""
     limits = step_limits(max_tokens - 1, max_tokens, max_stall, short_step_s, MEASURED)
-    return StepBudget(limits, [150] * num_decoding, num_prompts)
+    return StepBudget(limits, [150] * num_decoding, num_short)
 
 
 def take(of: StepBudget, start: int, num_tokens: int, *, first: int = 0, may_exceed: bool = True) -> int:
@@ -112,9 +112,9 @@ def test_the_end_of_a_long_prompt_is_not_short() -> None:
     assert take(room(short_step_s=40.0), longest - 30, 31, first=2) > limited, "what was found in the cache is not computed"
 
 
-@pytest.mark.parametrize(("num_prompts", "factor"), [(0, 1), (8, 2), (24, 4)])
-def test_a_step_with_many_short_prompts_is_longer(num_prompts: int, factor: float) -> None:
-    several = room(short_step_s=40.0, num_prompts=num_prompts)
+@pytest.mark.parametrize(("num_short", "factor"), [(0, 1), (8, 2), (24, 4), (80, 4)])
+def test_a_step_with_many_short_prompts_is_longer(num_short: int, factor: float) -> None:
+    several = room(short_step_s=40.0, num_short=num_short)
     equivalent = room(short_step_s=40.0 * factor)
     counts = [take(several, 0, 40) for _ in range(20)]
     assert counts == [take(equivalent, 0, 40) for _ in range(20)]
