@@ -108,7 +108,7 @@ def test_the_last_line_says_where_what_and_how_much(live: Live) -> None:
     lines = live.log.read_text().splitlines()
     [ready] = [line for line in lines if "ready on" in line]
     assert re.fullmatch(
-        rf"INFO server\.http_server: ready on {live.url}: tiny-writer in float32 on cpu with (portable|avx\w+|torch alone), "
+        rf"INFO server\.http_server: ready on {live.url}: tiny-writer in float32 on cpu with (portable|avx\w+|amx|torch alone), "
         r"3 adapters; 1\.0 GiB for adapters holds (about \d+|the 1024 of --max-resident) of these",
         ready,
     )
