@@ -229,6 +229,7 @@ def test_the_matrix_follows_what_is_picked(visit: Visit) -> None:
     visit.page.locator("#compare").scroll_into_view_if_needed()
     expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety"])
     visit.pick("intent")
+    visit.page.locator("#compare").scroll_into_view_if_needed()  # picking may scroll it out of sight
     expect(visit.page.get_by_role("columnheader")).to_have_text(["math", "safety", "intent"])
 
 
