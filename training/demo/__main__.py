@@ -43,7 +43,7 @@ ALTERNATIVES = re.compile(r"\{([^{}]*)\}")
 MARK = "\N{REPLACEMENT CHARACTER}"
 """Placeholder for a message, to find the text that the chat template puts before it."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "intent": {"mix_fraction": 0.35, "calibration_steps": 90, "steps": 390, "max_length": 256},
+    "intent": {"mix_fraction": 0.35, "calibration_steps": 90, "steps": 650, "max_length": 256},
     "math": {"mix_fraction": 0.4, "calibration_steps": 60, "steps": 270},
     "nlu": {"mix_fraction": 0.35, "calibration_steps": 70, "steps": 280, "max_length": 256},
     "safety": {"mix_fraction": 0.65, "calibration_steps": 70, "steps": 290, "max_length": 384, "weight_range": [0.3, 1.0]},

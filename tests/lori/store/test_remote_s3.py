@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -12,6 +13,12 @@ from lori.store.remote import RemoteStore
 from lori.store.remote_folder import RemoteFolder
 from tests.lori.adapters import make_adapter
 from tests.lori.remotes import LIMIT_S
+
+
+@pytest.fixture(autouse=True)
+def _new_file_system() -> None:
+    """Forgets the file systems of earlier tests: fsspec keeps one by its address, and that one keeps its credentials."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture
