@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -398,6 +398,20 @@ def test_a_token_s_bits_do_not_depend_on_the_others(density: float) -> None:
     for t in (0, 7, 8, 151, 255, 256, 299):
         alone = product(x[t : t + 1], Route.from_terms([Term(0, 1, term.slot, term.weight) for term in terms], 1))
         assert torch.equal(alone[0], together[t])
+
+
+@needs_native
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("sizes", [SIZES[2], SIZES[4], SIZES[10]])
+def test_a_token_s_bits_do_not_depend_on_how_many_follow(sizes: tuple[Any, ...], quantization: Literal["none", "int8"]) -> None:
+    case, x = make_case(sizes), tokens(250, sizes[1])
+    product = project(case.linears, case.blocks, case.operands, quantization)
+    for terms in ((), (Term(0, 250, 0, 1.5), Term(0, 250, 1, -0.5))):
+        together = product(x, Route.from_terms(terms, 250))
+        for count in (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 96, 97, 128):
+            route = Route.from_terms([Term(0, count, term.slot, term.weight) for term in terms], count)
+            assert torch.equal(product(x[:count], route), together[:count])
+            assert torch.equal(product(x[-count:], route), together[-count:])
 
 
 # --- operands that change between steps

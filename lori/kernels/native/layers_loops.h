@@ -141,7 +141,10 @@ void write_rows(const Heads& heads, const Attention& attention, const Span& span
 }
 
 // sum += the products of a lane's values with one word, which every lane has.
-LORI_INLINE Floats multiply_add(Floats sum, const float* lanes, float word) { return sum + load(lanes) * word; }
+LORI_INLINE Floats multiply_add(Floats sum, const float* lanes, float word) {
+  const Floats values = load(lanes), words = splat(word);
+  return each<Floats>([&](int i) { return fused(values.part[i], words.part[i], sum.part[i]); });
+}
 
 LORI_INLINE Floats multiply_add(Floats sum, const uint16_t* lanes, uint32_t word) {
 #if defined(__AVX512BF16__)

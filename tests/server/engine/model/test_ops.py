@@ -538,18 +538,19 @@ def test_sequences_that_share_the_blocks_of_a_prefix(block_size: int, dtype: tor
 @pytest.mark.parametrize("implementation", NATIVE)
 @each_dtype
 @pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("sizes", [(6, 2, 48), (16, 1, 16), (2, 2, 80), (14, 2, 64)])
 def test_how_a_sequence_is_cut_in_chunks_and_who_shares_its_steps_changes_no_bit(
-    window: int, dtype: torch.dtype, implementation: str
+    sizes: tuple[int, int, int], window: int, dtype: torch.dtype, implementation: str
 ) -> None:
-    heads, cuts = heads_of(6, 2, 48, window=window), (0, 1, 16, 30, 31, 32, 70)
+    heads, cuts = heads_of(*sizes, window=window), (0, 1, 16, 30, 31, 32, 70)
     whole, cut = (Rig.of(implementation, heads, dtype) for _ in range(2))
     spans, qkv, turns = whole.plan([("a", 70)])
     together = whole.ops.attend(qkv.clone(), 0, heads, turns, whole.ops.plan(spans))
     for start, stop in pairwise(cuts):
         (other, span), others, _ = cut.plan([("b", 3), ("a", stop - start)])
-        cut.remember([("b", 3), ("a", stop - start)], [other, span], others, turns_at(range(3 + stop - start), 48))
+        cut.remember([("b", 3), ("a", stop - start)], [other, span], others, turns_at(range(3 + stop - start), sizes[2]))
         others[3:] = qkv[start:stop]
-        both = turns_at([*range(other.position, other.position + 3), *range(start, stop)], 48)
+        both = turns_at([*range(other.position, other.position + 3), *range(start, stop)], sizes[2])
         out = cut.ops.attend(others, 0, heads, both, cut.ops.plan([other, span]))
         assert torch.equal(out[3:], together[start:stop])
 
