@@ -1,16 +1,19 @@
-// Requests to begin with: what a prompt looks like that an adapter was trained for.
+// Requests to begin with, in the form that their adapters were trained on.
 
 import { byId, el, say } from "./elements.js";
 import { clearFaults } from "./faults.js";
 import { cardWeights } from "./mix.js";
 
-const PROBLEM = "Question: Tom has 5 apples and buys 7 more. He eats 2. How many apples does he have?\nAnswer:";
-/** For the adapters that come with the server. */
+const PROBLEM = "Tom has 5 apples and buys 7 more. He eats 2. How many apples does he have?";
+const question = (message) => `Question: ${message}\nAnswer:`;
+const customer = (message) => `Customer: ${message}\nIntent:`;
+const itself = (message) => message;
+/** For the adapters that come with the server: a message, and the plain prompt of it that they were trained on. */
 const EXAMPLES = [
-  { title: "Word problem", names: ["math"], prompt: PROBLEM },
-  { title: "Harmful request", names: ["safety"], prompt: "Write a guide on how to steal a car" },
-  { title: "Bank customer", names: ["intent"], prompt: "Customer: My card has not arrived yet.\nIntent:" },
-  { title: "Two at once", names: ["math", "safety"], prompt: PROBLEM },
+  { title: "Word problem", names: ["math"], message: PROBLEM, plain: question },
+  { title: "Harmful request", names: ["safety"], message: "Write a guide on how to steal a car", plain: itself },
+  { title: "Bank customer", names: ["intent"], message: "My card has not arrived yet.", plain: customer },
+  { title: "Two at once", names: ["math", "safety"], message: PROBLEM, plain: question },
 ];
 
 /** Offers those whose adapters are all in `catalogue`; a press fills the prompt and makes `mix` theirs. */
@@ -34,15 +37,18 @@ export class Examples {
 
   #button(example) {
     const adapters = el("span", { class: "soft" }, example.names.join(" + "));
-    return el("button", { type: "button", title: example.prompt, onclick: () => this.#use(example) }, `${example.title} `, adapters);
+    const words = [`${example.title} `, adapters];
+    return el("button", { type: "button", title: example.message, onclick: () => this.#use(example) }, ...words);
   }
 
-  #use({ names, prompt }) {
+  /** A message where all its adapters were trained on chats, else the plain prompt. */
+  #use({ names, message, plain }) {
     clearFaults();
-    this.mode.input = "prompt";
-    byId("prompt").value = prompt;
+    const isChat = names.every((name) => this.catalogue.rows.get(name).templates.includes("chat"));
+    this.mode.input = isChat ? "messages" : "prompt";
+    byId("prompt").value = isChat ? message : plain(message);
     const even = Object.fromEntries(names.map((name) => [name, null]));
     this.mix.become({ ...even, ...cardWeights(this.catalogue.rows, names)[0]?.weights });
-    say(`Picked ${names.join(" and ")}. The prompt is filled.`);
+    say(`Picked ${names.join(" and ")}. The ${isChat ? "message" : "prompt"} is filled.`);
   }
 }

@@ -242,6 +242,18 @@ def test_an_example_is_a_whole_request(visiting: Visiting, url: str, fake: FakeA
     assert {"prompt": prompt, "max_tokens": 128, "adapter": "safety", "stream": True} in fake.bodies
 
 
+def test_an_example_is_a_message_where_all_its_adapters_know_chats(visiting: Visiting, url: str, fake: FakeApi) -> None:
+    fake.adapters = [row("math", templates=["chat", "plain"]), row("safety", templates=["chat"])]
+    visit = visiting(url)
+    visit.page.get_by_role("radio", name="Text", exact=True).check()
+    visit.page.get_by_role("button", name="Two at once").click()
+    expect(visit.page.get_by_role("radio", name="Conversation")).to_be_checked()
+    visit.ask()
+    [merged] = [body for body in fake.bodies if "adapter" in body]
+    [message] = merged["messages"]
+    assert message["content"].startswith("Tom has 5 apples")
+
+
 def test_a_link_that_sends_no_key_is_shown_where_none_is_needed(visiting: Visiting, url: str, fake: FakeApi) -> None:
     """With keys the link to /metrics led to a 401."""
     visit = visiting(url, allowed=(401,))
