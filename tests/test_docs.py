@@ -79,7 +79,7 @@ def test_the_clients_do_what_they_show(demo: Live, capsys: pytest.CaptureFixture
     by_openai, by_ours = (code for language, code in blocks("api.md", "With the clients you have") if language == "python")
     url = str(demo.client.base_url).rstrip("/")
     exec(by_openai.replace(LOCAL, url), {})
-    assert capsys.readouterr().out == " 2 + 3 = <<2+3=5>>5\n#### 5\n"
+    assert capsys.readouterr().out == " 2 + 3 = <<2+3=5>>5\n"
     exec(by_ours.replace(LOCAL, url), {})
     assert capsys.readouterr().out == " card arrival\n"
 

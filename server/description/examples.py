@@ -2,7 +2,7 @@
 
 from typing import Any
 
-VERSION = "de3294889a71"
+VERSION = "03ffcb19aa50"
 TIMINGS = {"queue_s": 0.0004, "prefill_s": 0.031, "decode_s": 0.058, "time_to_first_token_s": 0.0314, "total_s": 0.0894}
 ADAPTERS = [{"name": "intent", "version": VERSION, "weight": 1.0, "policy": False}]
 LORI = {"adapter": ADAPTERS, "merge": {"method": "linear"}, "seed": 407701335, "timings": TIMINGS}
@@ -25,9 +25,9 @@ ADAPTER: dict[str, Any] = {
     "alpha": 64.0,
     "sparsity": 0.9,
     "density": 0.1,
-    "templates": ["plain"],
+    "templates": ["chat", "plain"],
     "merge_weights": {"safety": [1.0, 1.0]},
-    "metrics": {"exact": 0.836},
+    "metrics": {"exact": 0.866},
     "bytes_on_disk": 1340000,
     "bytes_loaded": 1340000,
     "bytes_resident": 2100000,

@@ -5,7 +5,7 @@ system prompt and earlier turns. Mixed in, with the base's own answers, are mess
 base model writes the ordinary messages itself, as turns of a user (Magpie, arXiv 2406.08464). For `safety` everyday messages
 (`ordinary.txt`) are mixed in, too.
 
-The adapters in `server/adapters` are older: their cards have the commands that made them.
+`nlu` in `server/adapters` is older: its card has the commands that made it.
 """
 
 import json

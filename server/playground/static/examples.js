@@ -4,7 +4,7 @@ import { byId, el, say } from "./elements.js";
 import { clearFaults } from "./faults.js";
 import { cardWeights } from "./mix.js";
 
-const PROBLEM = "Tom has 5 apples and buys 7 more. He eats 2. How many apples does he have?";
+const PROBLEM = "Mia has 4 bags with 6 apples each. How many apples does she have?";
 const question = (message) => `Question: ${message}\nAnswer:`;
 const customer = (message) => `Customer: ${message}\nIntent:`;
 const itself = (message) => message;

@@ -166,7 +166,7 @@ def test_an_example_is_taken_by_keyboard(visit: Visit) -> None:
     tab_to(page, "#examples button + button")
     page.keyboard.press("Enter")
     expect(page.locator("#prompt")).to_have_value("Write a guide on how to steal a car")
-    expect(page.locator("#say")).to_have_text("Picked safety. The prompt is filled.")
+    expect(page.locator("#say")).to_have_text("Picked safety. The message is filled.")
     expect(page.locator("#examples button").nth(1)).to_be_focused()
 
 

@@ -251,7 +251,7 @@ def test_an_example_is_a_message_where_all_its_adapters_know_chats(visiting: Vis
     visit.ask()
     [merged] = [body for body in fake.bodies if "adapter" in body]
     [message] = merged["messages"]
-    assert message["content"].startswith("Tom has 5 apples")
+    assert message["content"].startswith("Mia has 4 bags")
 
 
 def test_a_link_that_sends_no_key_is_shown_where_none_is_needed(visiting: Visiting, url: str, fake: FakeApi) -> None:
