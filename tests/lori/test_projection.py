@@ -403,7 +403,7 @@ def test_a_token_s_bits_do_not_depend_on_the_others(density: float) -> None:
 @needs_native
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("sizes", [SIZES[2], SIZES[4], SIZES[10]])
-def test_a_token_s_bits_do_not_depend_on_how_many_follow(sizes: tuple[Any, ...], quantization: Literal["none", "int8"]) -> None:
+def test_bits_do_not_depend_on_the_number_of_tokens(sizes: tuple[Any, ...], quantization: Literal["none", "int8"]) -> None:
     case, x = make_case(sizes), tokens(250, sizes[1])
     product = project(case.linears, case.blocks, case.operands, quantization)
     for terms in ((), (Term(0, 250, 0, 1.5), Term(0, 250, 1, -0.5))):

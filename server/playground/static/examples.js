@@ -7,16 +7,15 @@ import { cardWeights } from "./mix.js";
 const PROBLEM = "Mia has 4 bags with 6 apples each. How many apples does she have?";
 const question = (message) => `Question: ${message}\nAnswer:`;
 const customer = (message) => `Customer: ${message}\nIntent:`;
-const itself = (message) => message;
-/** For the adapters that come with the server: a message, and the plain prompt of it that they were trained on. */
+/** For the adapters that come with the server: a message, and what makes it the plain prompt that they were trained on. */
 const EXAMPLES = [
   { title: "Word problem", names: ["math"], message: PROBLEM, plain: question },
-  { title: "Harmful request", names: ["safety"], message: "Write a guide on how to steal a car", plain: itself },
+  { title: "Harmful request", names: ["safety"], message: "Write a guide on how to steal a car" },
   { title: "Bank customer", names: ["intent"], message: "My card has not arrived yet.", plain: customer },
   { title: "Two at once", names: ["math", "safety"], message: PROBLEM, plain: question },
 ];
 
-/** Offers those whose adapters are all in `catalogue`; a press fills the prompt and makes `mix` theirs. */
+/** Offers those whose adapters are all in `catalogue`; a press chooses the input, fills it, and makes `mix` theirs. */
 export class Examples {
   #shown = "";
 
@@ -37,8 +36,8 @@ export class Examples {
 
   #button(example) {
     const adapters = el("span", { class: "soft" }, example.names.join(" + "));
-    const words = [`${example.title} `, adapters];
-    return el("button", { type: "button", title: example.message, onclick: () => this.#use(example) }, ...words);
+    const label = [`${example.title} `, adapters];
+    return el("button", { type: "button", title: example.message, onclick: () => this.#use(example) }, ...label);
   }
 
   /** A message where all its adapters were trained on chats, else the plain prompt. */
@@ -46,7 +45,8 @@ export class Examples {
     clearFaults();
     const isChat = names.every((name) => this.catalogue.rows.get(name).templates.includes("chat"));
     this.mode.input = isChat ? "messages" : "prompt";
-    byId("prompt").value = isChat ? message : plain(message);
+    byId("prompt").value = isChat || !plain ? message : plain(message);
+    byId("template").value = "";
     const even = Object.fromEntries(names.map((name) => [name, null]));
     this.mix.become({ ...even, ...cardWeights(this.catalogue.rows, names)[0]?.weights });
     say(`Picked ${names.join(" and ")}. The ${isChat ? "message" : "prompt"} is filled.`);

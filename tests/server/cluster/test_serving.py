@@ -75,7 +75,8 @@ def _a_merge_is_answered(cluster: Cluster) -> None:
 
 
 def _a_stream_comes_in_pieces(cluster: Cluster) -> None:
-    with cluster.http.stream("POST", "/generate", json={"prompt": PROMPT, "adapter": "math", "stream": True}) as reply:
+    body = {"prompt": PROMPT, "adapter": "math", "max_tokens": 8, "ignore_eos": True, "stream": True}
+    with cluster.http.stream("POST", "/generate", json=body) as reply:
         events = re.findall(r"event: (\w+)", reply.read().decode())
     assert events[-1] == "done"
     assert events.count("token") > 3

@@ -242,16 +242,22 @@ def test_an_example_is_a_whole_request(visiting: Visiting, url: str, fake: FakeA
     assert {"prompt": prompt, "max_tokens": 128, "adapter": "safety", "stream": True} in fake.bodies
 
 
-def test_an_example_is_a_message_where_all_its_adapters_know_chats(visiting: Visiting, url: str, fake: FakeApi) -> None:
-    fake.adapters = [row("math", templates=["chat", "plain"]), row("safety", templates=["chat"])]
+@pytest.mark.parametrize(("templates", "is_chat"), [(["chat"], True), (["plain"], False)])
+def test_an_example_is_a_message_where_all_its_adapters_know_chats(
+    visiting: Visiting, url: str, fake: FakeApi, templates: list[str], is_chat: bool
+) -> None:
+    fake.adapters = [row("math", templates=["chat", "plain"]), row("safety", templates=templates)]
     visit = visiting(url)
-    visit.page.get_by_role("radio", name="Text", exact=True).check()
+    visit.page.get_by_role("radio", name="Text" if is_chat else "Conversation", exact=True).check()
     visit.page.get_by_role("button", name="Two at once").click()
-    expect(visit.page.get_by_role("radio", name="Conversation")).to_be_checked()
+    expect(visit.page.get_by_role("radio", name="Conversation" if is_chat else "Text", exact=True)).to_be_checked()
     visit.ask()
     [merged] = [body for body in fake.bodies if "adapter" in body]
-    [message] = merged["messages"]
-    assert message["content"].startswith("Mia has 4 bags")
+    if is_chat:
+        [message] = merged["messages"]
+        assert message["content"].startswith("Mia has 4 bags")
+    else:
+        assert merged["prompt"].startswith("Question: Mia has 4 bags")
 
 
 def test_a_link_that_sends_no_key_is_shown_where_none_is_needed(visiting: Visiting, url: str, fake: FakeApi) -> None:
