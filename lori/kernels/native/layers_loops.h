@@ -143,7 +143,7 @@ void write_rows(const Heads& heads, const Attention& attention, const Span& span
 // sum += the products of a lane's values with one word, which every lane has.
 LORI_INLINE Floats multiply_add(Floats sum, const float* lanes, float word) {
   const Floats values = load(lanes), words = splat(word);
-  return each<Floats>([&](int i) { return fused(values.part[i], words.part[i], sum.part[i]); });
+  return each<Floats>([&](int i) { return fused_multiply_add(values.part[i], words.part[i], sum.part[i]); });
 }
 
 LORI_INLINE Floats multiply_add(Floats sum, const uint16_t* lanes, uint32_t word) {

@@ -7,7 +7,7 @@
 
 #include "layout.h"
 
-#if defined(__FMA__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #include <immintrin.h>
 #endif
 
@@ -57,10 +57,10 @@ LORI_INLINE Floats splat(float value) {
 
 // a b + sum, rounded once where the set has an instruction for that. Left to the compiler, the same sum over another number of
 // rows may be rounded in another way.
-LORI_INLINE Vector fused(Vector a, Vector b, Vector sum) {
+LORI_INLINE Vector fused_multiply_add(Vector a, Vector b, Vector sum) {
 #if defined(__AVX512F__)
   return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#elif defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
   return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
 #elif defined(__ARM_FEATURE_FMA)
   for (int i = 0; i < kWidth; i++) sum[i] = __builtin_fmaf(a[i], b[i], sum[i]);

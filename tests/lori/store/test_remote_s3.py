@@ -17,7 +17,7 @@ from tests.lori.remotes import LIMIT_S
 
 @pytest.fixture(autouse=True)
 def _new_file_system() -> None:
-    """Forgets the file systems of earlier tests: fsspec keeps one by its address, and that one keeps its credentials."""
+    """Forgets the file systems of earlier tests: fsspec caches each by its address, with its credentials."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
