@@ -2,7 +2,7 @@
 
 import re
 import sys
-from argparse import Action, ArgumentParser
+from argparse import Action, HelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +24,14 @@ STRAY = ""
 
 
 PACKAGE = "lori-server"
+NUM_COLUMNS = 80
+"""Width of `--help`."""
+LIST = re.compile(r"list\[(?P<type>.*)\]")
+"""pydantic-settings' name for the value of a flag that may be repeated."""
+REQUIRED = " (required)"
+REPEATED = " May be given several times."
+UNSET = (" (default: null)", " (default: False)", " (default: [])", " (default: )")
+"""Defaults that say only that a flag is absent, and are left out of `--help`."""
 
 
 def package_version() -> str:
@@ -41,9 +49,25 @@ def show_version(is_asked: bool) -> None:
         raise SystemExit(0)
 
 
-def add_argument(parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
-    """Add an argument to `parser`, and `--version` after `--help`. pydantic-settings calls this for every argument."""
-    action = parser.add_argument(*names, **kwargs)
+def help_formatter(prog: str) -> HelpFormatter:
+    """Return argparse's formatter of `--help`."""
+    return HelpFormatter(prog, width=NUM_COLUMNS)
+
+
+def add_argument(parser: Any, *names: str, **kwargs: Any) -> Action:
+    """Add an argument to `parser`, or to a group of one, and `--version` after `--help`.
+
+    pydantic-settings calls this for every argument.
+    """
+    for unset in UNSET:
+        kwargs["help"] = kwargs["help"].removesuffix(unset)
+    if item := LIST.fullmatch(kwargs.get("metavar") or ""):
+        text, mark, default = kwargs["help"].partition(" (default: ")
+        kwargs |= {
+            "metavar": item["type"],
+            "help": f"{text.removesuffix(REQUIRED)}{REPEATED}{REQUIRED * text.endswith(REQUIRED)}{mark}{default}",
+        }
+    action: Action = parser.add_argument(*names, **kwargs)
     if "--help" in names:
         text = f"{PACKAGE} {package_version()}"
         parser.add_argument("--version", action="version", version=text, help="show the version and exit")

@@ -1,13 +1,13 @@
 """Command lines of the server's programs, and the groups of flags in `--help`."""
 
-from argparse import Action, ArgumentParser, HelpFormatter
+from argparse import Action, ArgumentParser
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from lori.flags import add_argument, refusing_flags
+from lori.flags import add_argument, help_formatter, refusing_flags
 from server.migration.flags import FLAGS
 from server.settings import Settings
 
@@ -81,9 +81,6 @@ GROUPS: Mapping[str, Sequence[str]] = {
 
 
 Config = TypeVar("Config", bound=BaseSettings)
-NUM_COLUMNS = 80
-UNSET = (" (default: null)", " (default: False)", " (default: [])")
-"""Defaults that say only that a flag is absent, and are left out of `--help`."""
 
 
 def read_arguments(settings: type[Config], groups: Mapping[str, Sequence[str]] | None = None) -> Config:
@@ -99,7 +96,7 @@ def read_arguments(settings: type[Config], groups: Mapping[str, Sequence[str]] |
             cli_exit_on_error=False,
             cli_hide_none_type=True,
             add_argument_method=partial(_add, _Headings(groups or {})),
-            formatter_class=partial(HelpFormatter, width=NUM_COLUMNS),
+            formatter_class=help_formatter,
         )
         if groups:  # otherwise the usage line would list all flags, and fill a page
             flags.root_parser.usage = "%(prog)s [--FLAG VALUE ...]"
@@ -121,6 +118,4 @@ class _Headings:
 
 
 def _add(headings: _Headings, parser: ArgumentParser, *names: str, **kwargs: Any) -> Action:
-    for unset in UNSET:
-        kwargs["help"] = kwargs["help"].removesuffix(unset)
     return add_argument(headings.group(parser, kwargs.get("dest", "")), *names, **kwargs)

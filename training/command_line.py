@@ -17,7 +17,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSetti
 from safetensors import SafetensorError
 
 from lori.errors import LoriError
-from lori.flags import add_argument, refusing_flags
+from lori.flags import add_argument, help_formatter, refusing_flags
 
 SHIPPED_RECIPES = Path(__file__).parent / "recipes"
 
@@ -134,8 +134,15 @@ class CommandLine(BaseSettings):
         """Parse the command line. A wrong flag is named on stderr and ends the program with exit code 2."""
         try:
             with refusing_flags(cls.model_fields, lambda: cls._recipe_files(flags())):
-                flags = _FlagSource(cls, cli_parse_args=True, add_argument_method=add_argument)
-                return cls(_cli_settings_source=flags)
+                flags = _FlagSource(
+                    cls,
+                    cli_prog_name=_program_name(),
+                    cli_hide_none_type=True,
+                    add_argument_method=add_argument,
+                    formatter_class=help_formatter,
+                )
+                flags.root_parser.usage = "%(prog)s [--FLAG VALUE ...]"  # all flags would fill a page
+                return cls(_cli_settings_source=flags(args=True))
         except RecipeError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -146,6 +153,12 @@ class CommandLine(BaseSettings):
         if not (name := given.get("recipe")):
             return {}
         return {option: file for option, file in recipe_files(name, cls.model_fields).items() if option not in given}
+
+
+def _program_name() -> str:
+    """Return the command that started this program, such as `python -m training.fit`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 class _RecipeSource(PydanticBaseSettingsSource):

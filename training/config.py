@@ -58,7 +58,8 @@ class FitConfig(CommandLine):
     model: str | None = None
     """The base model: a local folder or a hub id; the embedded model if absent."""
     template: list[Template] = Field(default=["chat"], min_length=1)
-    """Templates that format the prompts. With both, each row is learned in both. The server prefers the first for `messages`."""
+    """Templates that format the prompts. With both, each row is learned in both. The server answers `messages` in `chat` if
+    all adapters of the request know it, otherwise in `plain`."""
     about: str = ""
     """A sentence for the adapter's card: the task, the data and the data's licence."""
     prepare: list[str] = Field(default=[])

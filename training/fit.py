@@ -20,6 +20,7 @@ from lori.base_model import BaseModel
 from lori.errors import LoriError
 from lori.format import check_replaceable, write_record
 from lori.identity import BaseIdentity
+from lori.names import EMBEDDED_NAME
 from lori.store.store import AdapterStore
 from training.base import load_base
 from training.command_line import run_program
@@ -102,8 +103,11 @@ def fit(config: FitConfig, command: str) -> Path:
         check_tensorboard()
     rows = read_all(config)  # before the model is loaded, so that bad rows are reported at once
     create_run_folder(config)
+    logger.info("loading the base model: %s", config.model or EMBEDDED_NAME)
     base = load_base(config.model, config.dtype, config.threads, ATTENTION, config.fsdp)
     run = Run(config, tokenize_rows(rows, base, config), started)
+    if processes().is_main_process:
+        logger.info("examples: %s", run.examples)
     method = create_method(config, base)
     run.train(method)
     run_facts = {"command": command, "seconds": round(run.seconds), "skipped": rows.faults.counts}
@@ -160,9 +164,16 @@ def main() -> int:
     config = FitConfig.from_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     command = command_of(sys.argv[1:], os.environ)
-    interrupted = "interrupted: the same command with --resume goes on from the last checkpoint"
+    interrupted = "interrupted: the same command with --resume goes on from the last checkpoint, if there is one"
     exists = config.resume and is_finished(config)
-    return run_program(lambda: f"{'found' if exists else 'saved'} {fit(config, command)}", interrupted)
+
+    def program() -> str:
+        folder = fit(config, command)
+        if processes().is_main_process:
+            logger.info("to serve it: python -m server --adapters %s", shlex.quote(str(folder.parent)))
+        return f"{'found' if exists else 'saved'} {folder}"
+
+    return run_program(program, interrupted)
 
 
 if __name__ == "__main__":

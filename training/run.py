@@ -53,6 +53,10 @@ class Examples:
     mix: Sequence[Item] = ()
     held_out: Sequence[Item] = ()
 
+    def __str__(self) -> str:
+        counts = (("of the task", self.data), ("mixed in", self.mix), ("held out", self.held_out))
+        return ", ".join(f"{len(items)} {role}" for role, items in counts if items)
+
     @property
     def digest(self) -> str:
         """sha256 (hex) of all examples. A run is resumed only with the same examples."""
@@ -70,9 +74,18 @@ def is_finished(config: FitConfig) -> bool:
 
 
 def create_run_folder(config: FitConfig) -> None:
-    """Create the run's folder. Call this before anything slow, so that an older adapter is not taken for the run's result."""
+    """Create the run's folder. Call this before anything slow, so that an older adapter is not taken for the run's result.
+
+    Raises `DataError` if another run has not ended there and is not to be resumed.
+    """
     if processes().is_main_process:
+        _check_no_other_run(config)
         config.checkpoints.mkdir(parents=True, exist_ok=True)
+
+
+def _check_no_other_run(config: FitConfig) -> None:
+    if not config.resume and (config.checkpoints / RUN_FILE).is_file():
+        raise DataError(f"{config.checkpoints} is of a run that did not end: --resume goes on with it; to start anew, remove it")
 
 
 class Run:
@@ -146,8 +159,7 @@ class Run:
             return
         if self.config.resume:
             logger.warning("%s has nothing to go on from: starting from the beginning", self.folder)
-        elif file.is_file():
-            raise DataError(f"{self.folder} is of a run that did not end: --resume goes on with it; to start anew, remove it")
+        _check_no_other_run(self.config)
         for path in self.folder.iterdir():
             if path.name != LOCK_FILE:
                 discard(path)

@@ -1,4 +1,4 @@
-"""`python -m server` as a process: how it ends, and what it says where it cannot start."""
+"""`python -m server` as a process: its exit codes, and its errors if it cannot start."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ from tests.server.rig import rig_of
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The exit code of a server that cannot start, and the lines that it printed, without those of a start that goes well."""
+    """The exit code of a server that cannot start, and the lines that it printed, without the INFO lines."""
 
     code: int
     lines: list[str]
@@ -38,7 +38,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Servers with wrong flags, by what is wrong. Of each exit code one is started as a person does."""
+    """Return the ends of servers with wrong flags, by the fault. One per exit code is started by `run_main`, as a user does."""
     place = tmp_path_factory.mktemp("main")
     flags = {
         "bad flags": ["--port", "99999", "--max-batch", "none", "--device", "tpu"],
@@ -56,13 +56,13 @@ def cannot_start(writer_model: Path, adapters: Path, tmp_path_factory: pytest.Te
             process.wait()
 
 
-def without_progress(said: str) -> list[str]:
-    """Returns the lines of a log that are no information."""
-    return [line for line in said.splitlines() if not line.startswith("INFO ")]
+def without_progress(log: str) -> list[str]:
+    """Return the lines of a log without its INFO lines."""
+    return [line for line in log.splitlines() if not line.startswith("INFO ")]
 
 
 def unsound(adapters: Path, place: Path) -> Path:
-    """Copies `adapters`, math for another base, and spoils the configs of two more, and the weights of intent."""
+    """Copy `adapters` and spoil them: math is for another base, two configs are invalid, and intent's weights are damaged."""
     shutil.copytree(adapters, place)
     config = read_config(place / "math")
     section = config.lori.model_copy(update={"base_digest": "1" * 64})
@@ -97,11 +97,11 @@ def test_unsound_adapters_are_reported_whole(cannot_start: dict[str, Ended]) -> 
     ended = cannot_start["unsound adapters"]
     assert ended.code == 1
     assert any(line.startswith("error: ") for line in ended.lines)
-    said = "\n".join(ended.lines)
+    text = "\n".join(ended.lines)
     config = "adapter_config.json"
     for part in ("math: trained on the base", f"changed: {config}: its digest is", f"safety: {config}: r: ", "lora_alpha: Field"):
-        assert part in said
-    assert "intent: adapter_model.safetensors has 19 bytes, which end within its header" in said
+        assert part in text
+    assert "intent: adapter_model.safetensors has 19 bytes, which end within its header" in text
     assert "Traceback (most recent call last):" not in ended.lines
 
 
@@ -117,7 +117,7 @@ def test_bad_weights_fail_only_the_requests_that_name_them(writer_model: Path, a
             message = reply.json()["error"]["message"]
             assert message.startswith("adapter 'safety' cannot be served: ")
             assert "adapter_model.safetensors is not" in message
-            assert str(place) not in message, "a client is told the faults, not where the file lies"
+            assert str(place) not in message, "a client gets the faults, but not the file's path"
         assert live.metric("lori:adapter_load_failures_total") >= 2
         for fine in (None, "math"):
             assert len(live.generate(prompt="a", max_tokens=3, adapter=fine)["text"]) == 3
@@ -179,8 +179,8 @@ def test_an_unknown_flag_is_named_in_a_line() -> None:
         pytest.param({"kv_cache_gib": 1e9}, "kv.cache.gib", id="more memory than there is"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_name(writer_model: Path, flags: dict[str, Any], named: str) -> None:
-    """Whichever flag a person gets wrong, `main` can only say so if it is one of these two errors."""
+def test_impossible_settings_are_refused_by_name(writer_model: Path, flags: dict[str, Any], named: str) -> None:
+    """Check that the error is one of the two types that `main` reports in a line."""
     with pytest.raises((ValidationError, LoriError), match=named):
         load_service(Settings(model=str(writer_model), dtype="float32", **flags))
 
@@ -200,12 +200,12 @@ def test_the_limits_of_steps_are_those_of_the_settings(writer_model: Path) -> No
 
 
 @pytest.mark.needs("kernels")
-def test_no_memory_in_the_container_for_keys_and_values_is_said_as_that(
+def test_too_little_container_memory_for_keys_and_values_is_reported(
     writer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The machine had it, and the system killed the server as it was taken."""
-    for name, said in {"memory.max": 3 << 29, "memory.current": 1 << 30, "memory.stat": "inactive_file 0\nactive_file 0"}.items():
-        (tmp_path / name).write_text(str(said))
+    """Regression: the machine had the memory, but the container did not, and the system killed the server as it took it."""
+    for name, text in {"memory.max": 3 << 29, "memory.current": 1 << 30, "memory.stat": "inactive_file 0\nactive_file 0"}.items():
+        (tmp_path / name).write_text(str(text))
     (tmp_path / "own").write_text("0::/\n")
     monkeypatch.setattr("lori.resources.CGROUPS", tmp_path)
     monkeypatch.setattr("lori.resources.MEMBERSHIP", tmp_path / "own")
@@ -214,7 +214,7 @@ def test_no_memory_in_the_container_for_keys_and_values_is_said_as_that(
 
 
 @pytest.mark.parametrize("error", [MemoryError("none left"), torch.OutOfMemoryError("none left")])
-def test_no_memory_for_the_steps_that_are_timed_is_said_as_that(
+def test_too_little_memory_for_the_timed_steps_is_reported(
     writer_model: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -226,7 +226,7 @@ def test_no_memory_for_the_steps_that_are_timed_is_said_as_that(
 
 
 @pytest.mark.parametrize(("device", "num_threads", "waits"), [("cpu", 1000, True), ("cpu", 1, False), ("cuda", 1000, False)])
-def test_a_step_waits_for_an_adapter_where_it_would_take_the_reader_s_core(
+def test_a_step_waits_for_an_adapter_if_it_would_take_the_reader_s_core(
     device: str, num_threads: int, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
@@ -234,14 +234,14 @@ def test_a_step_waits_for_an_adapter_where_it_would_take_the_reader_s_core(
     assert (loading._patience_s(torch.device(device)) > 0) is waits
 
 
-@pytest.mark.parametrize("module", ["server", "server.cluster"])
+@pytest.mark.parametrize("module", ["server", "server.cluster", pytest.param("training.fit", marks=pytest.mark.slow)])
 def test_the_usage_names_the_program_as_it_is_started(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"usage: python -m {module} ")
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_a_fingerprint_names_what_computes(quantization: Quantization | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_names_kernels_and_types(quantization: Quantization | None, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, name = torch.device("cpu"), f"lori-{package_version()}-{choose() if MODULE else 'portable'}"
     by_torch = f"-torch-{torch.__version__}-{torch.backends.cpu.get_cpu_capability().lower()}"
     suffix = f"-{quantization}" if quantization else ""

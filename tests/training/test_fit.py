@@ -35,7 +35,7 @@ from training.data import DataError
 from training.evaluation.local_adapters import apply_adapter
 from training.fit import command_of, fit, main
 from training.methods import Lori
-from training.phase import Phase
+from training.phase import Phase, recent_loss
 from training.run import Run
 from training.trainable import DenseB, MaskedB
 from training.trainer import PhaseTrainer
@@ -88,7 +88,7 @@ def modules_of(folder: Path) -> Mapping[str, SparseB]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Returns the digest of an adapter that is trained at one go, with that dtype and the other options of `FIELDS`."""
+    """Return a function from a dtype to the digest of an adapter trained without interruption, with the options of `FIELDS`."""
     folder = tmp_path_factory.mktemp("whole")
 
     @cache
@@ -100,13 +100,13 @@ def uninterrupted(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def apart(tiny_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two adapters, of ranks 2 and 4. The second avoids the first."""
+    """Return two adapters, of ranks 2 and 4. The second avoids the first."""
     folder = tmp_path_factory.mktemp("apart")
     first = fit(config_for(tiny_model, data, folder / "first", rank=2, alpha=4), "")
     return first, fit(config_for(tiny_model, data, folder / "second", avoid=[first]), "")
 
 
-def test_the_adapter_is_as_the_method_says(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_the_adapter_has_the_properties_of_its_method(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     folder = fit(config_for(tiny_model, data, tmp_path / "colours"), "command")
     base = load_base_model(str(tiny_model), torch.float32)
     adapter = load_adapter(folder, base.identity)
@@ -175,7 +175,7 @@ def test_dpo_makes_chosen_answers_likelier_than_rejected_ones(tiny_model: Path, 
     assert all(losses[0] == pytest.approx(0.693, abs=1e-3) and sum(losses[-5:]) / 5 < 0.4 for losses in losses_by_phase.values())
 
 
-def test_what_outgrows_a_window_is_named_before_anything_is_trained(data: Path, tmp_path: Path) -> None:
+def test_rows_longer_than_the_window_are_named_before_training(data: Path, tmp_path: Path) -> None:
     shape = tiny_llama_config(257).to_dict() | {"sliding_window": 12, "model_type": "mistral"}
     base = save_tiny_model(tmp_path / "base", MistralConfig(**shape))
     with pytest.raises(DataError, match="15 tokens under 'plain', the limit is 12"):
@@ -185,7 +185,7 @@ def test_what_outgrows_a_window_is_named_before_anything_is_trained(data: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lori", "lora"])
-def test_what_is_mixed_in_keeps_the_base(tiny_model: Path, data: Path, tmp_path: Path, method: str) -> None:
+def test_mixed_in_rows_keep_the_base(tiny_model: Path, data: Path, tmp_path: Path, method: str) -> None:
     """Regression: the reference of LoRA's KL loss was the adapted model instead of the base."""
     other_data = tmp_path / "other.jsonl"
     other_data.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i}"}) + "\n" for i in range(20)))
@@ -246,7 +246,7 @@ def test_a_report_has_no_answers_to_prompts_that_leave_no_room_for_one(tiny_mode
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_again(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_is_reproducible(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first, repeated, with_other_seed = (
         fit(config_for(tiny_model, data, tmp_path / name, seed=seed), "command")
         for name, seed in [("first", 3), ("again", 3), ("other", 4)]
@@ -272,7 +272,7 @@ def test_a_range_of_weights_has_two_ends(tiny_model: Path, data: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_parts_of_a_step_add_up_to_it(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_micro_batches_add_up_to_their_step(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     at_once, *others = (
         modules_of(fit(config_for(tiny_model, data, tmp_path / str(parts), values="float32", accumulation=parts), ""))
         for parts in (1, 2, 4)
@@ -306,7 +306,7 @@ def cut_before_the_end(config: FitConfig, at_step: int) -> None:
 @pytest.mark.parametrize(
     ("die_at", "dtype"), [(1, "float32"), (3, "float32"), (6, "float32"), (9, "float32"), (4, "bfloat16"), (9, "bfloat16")]
 )
-def test_a_cut_run_resumes_to_the_same_bytes(
+def test_an_interrupted_run_resumes_to_the_same_bytes(
     tiny_model: Path, data: Path, tmp_path: Path, uninterrupted: Callable[[str], str], die_at: int, dtype: str
 ) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut", dtype=dtype), die_at)
@@ -330,7 +330,7 @@ def test_a_card_s_seconds_are_those_of_all_parts_of_a_run(tiny_model: Path, data
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_not_discarded(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     config = config_for(tiny_model, data, tmp_path / "cut")
     cut_before_the_end(config, 6)
     with pytest.raises(LoriError, match="did not end: --resume goes on with it; to start anew, remove it"):
@@ -340,7 +340,7 @@ def test_a_run_that_was_cut_off_is_not_thrown_away(tiny_model: Path, data: Path,
 
 
 @pytest.mark.slow
-def test_what_has_ended_is_not_done_again_by_resume(
+def test_resuming_a_finished_run_trains_nothing(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = fit(config_for(tiny_model, data, tmp_path / "a"), "command")
@@ -354,7 +354,7 @@ def test_what_has_ended_is_not_done_again_by_resume(
 
 
 @pytest.mark.slow
-def test_an_adapter_from_before_is_not_the_result_of_a_run_that_was_cut_off_at_its_start(
+def test_an_older_adapter_is_not_the_result_of_a_run_interrupted_at_its_start(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
     before = digest(fit(config_for(tiny_model, data, tmp_path / "a"), "command"))
@@ -370,7 +370,7 @@ def test_an_adapter_from_before_is_not_the_result_of_a_run_that_was_cut_off_at_i
     assert not (tmp_path / "a.checkpoint").exists()
 
 
-def test_a_resumed_run_is_saved_as_often_as_is_said_now(
+def test_a_resumed_run_uses_the_new_checkpoint_interval(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
@@ -399,7 +399,7 @@ def test_each_method_has_a_rate_of_its_own(tiny_model: Path, data: Path, tmp_pat
     assert config_for(tiny_model, data, tmp_path / "a", **changes, lr=0.5).peak_lr == 0.5
 
 
-def test_an_extra_that_is_not_there_is_said_before_anything_is_begun(
+def test_a_missing_extra_is_reported_before_the_run_begins(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -420,7 +420,7 @@ def newest_step(folder: Path) -> int:
 def test_a_killed_run_resumes_to_the_same_bytes(
     tiny_model: Path, data: Path, tmp_path: Path, dtype: str, steps: int, marks: list[str]
 ) -> None:
-    """SIGKILL at any point, then the same again, with as many threads as the tests have."""
+    """SIGKILL ends the run at any point, and the same command resumes it, with the tests' number of threads."""
     changes = {"steps": steps, "held_out_fraction": 0.2, "eval_every": 3, "dtype": dtype, "threads": 1}
     whole = fit(config_for(tiny_model, data, tmp_path / "whole", **changes), "command")
     config = config_for(tiny_model, data, tmp_path / "cut", **changes, resume=True)
@@ -442,10 +442,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "resumed"), [({}, 2), ({"threads": 3}, 3)])
-def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
+def test_a_resumed_run_uses_its_original_number_of_threads(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, int], resumed: int
 ) -> None:
-    """Another number of threads changes the order of sums, and so the bytes. It must not depend on how busy the CPUs are."""
+    """The number of threads determines the order of sums, and so the bytes. It must not depend on the load of the CPUs."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     before = torch.get_num_threads()
     try:
@@ -460,8 +460,8 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """Both with DDP, and with the base sharded by FSDP."""
+def test_two_processes_train_the_same_adapter_as_one(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """The test covers DDP, and FSDP with a sharded base."""
     changes = {"steps": 3, "threads": 1}
     one_process = fit(config_for(tiny_model, data, tmp_path / "alone", accumulation=2, **changes), "command")
     flags = flags_for(tiny_model, data, tmp_path / "both", **changes)
@@ -482,9 +482,7 @@ def test_two_processes_train_what_one_does(tiny_model: Path, data: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_best_held_out_step_is_what_is_saved(
-    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_held_out_step_is_saved(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: dict[str, object] = {}
     monkeypatch.setattr(Run, "close", lambda self: outcomes.update(self.outcomes))
     changes = {"steps": 60, "held_out": [str(data)], "eval_every": 2, "patience": 2, "mix": [], "method": "lori-d"}
@@ -496,7 +494,9 @@ def test_the_best_held_out_step_is_what_is_saved(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_over", [False, True])
-def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data: Path, tmp_path: Path, is_over: bool) -> None:
+def test_a_resumed_run_stops_early_at_the_same_step_as_an_uninterrupted_one(
+    tiny_model: Path, data: Path, tmp_path: Path, is_over: bool
+) -> None:
     """Regression: a resumed run counted the evaluations from zero again, and trained on after it should have stopped."""
     changes = {
         "steps": 60, "held_out": [str(data)], "eval_every": 1, "patience": 2, "mix": [], "method": "lori-d", "calibration_lr": 1.0
@@ -521,7 +521,7 @@ def test_a_resumed_run_ends_early_where_an_uncut_one_does(tiny_model: Path, data
 
 
 @pytest.mark.slow
-def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_training_on_from_an_adapter_keeps_entries_outside_the_new_mask(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first"), "")
     other_data = tmp_path / "other.jsonl"
     other_data.write_text("".join(json.dumps({"prompt": f"Count {i}:", "completion": f" {i + 1}"}) + "\n" for i in range(20)))
@@ -549,7 +549,7 @@ def test_going_on_from_an_adapter_leaves_what_the_new_mask_leaves_out(tiny_model
         ("bfloat16", "float32", None),
     ],
 )
-def test_what_stays_is_not_rounded_again(
+def test_unchanged_values_are_not_rounded_again(
     tiny_model: Path, data: Path, tmp_path: Path, stored: str, values: str, expected: str | None
 ) -> None:
     """Regression: all values of a float32 adapter were rounded again, and those of each int8 row with a new largest value."""
@@ -566,9 +566,7 @@ def test_what_stays_is_not_rounded_again(
 
 
 @pytest.mark.slow
-def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_replaced(
-    tiny_model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_an_unused_basis_is_removed_with_the_replaced_adapter(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     def bases() -> int:
         return len(list((tmp_path / ".bases").iterdir()))
 
@@ -576,7 +574,7 @@ def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_repla
     fit(first_config, "")
     shutil.copytree(tmp_path / "a", tmp_path / "twin")
     fit(config_for(tiny_model, data, tmp_path / "a", method="lora", steps=1, seed=1), "")
-    assert bases() == 2, "the twin needs the first one"
+    assert bases() == 2, "a basis was removed that the twin needs"
     shutil.rmtree(tmp_path / "twin")
     fit(first_config, "")
     assert bases() == 1
@@ -584,7 +582,7 @@ def test_an_a_that_no_adapter_is_on_any_more_goes_with_the_adapter_that_is_repla
     (tmp_path / "No name").mkdir()
     shutil.copy(tmp_path / "a" / "adapter_config.json", tmp_path / "No name")
     fit(config_for(tiny_model, data, tmp_path / "a", method="lori-d", steps=1), "")
-    assert bases() == 1, "what cannot be read may need it"
+    assert bases() == 1, "a basis was removed that an unreadable adapter may need"
     shutil.rmtree(tmp_path / "No name")
 
 
@@ -672,7 +670,9 @@ def test_an_avoided_adapter_of_another_scale_is_refused(
     assert fit(config_for(tiny_model, data, tmp_path / "v", steps=1, alpha=10, target_modules=["v_proj"], avoid=[elsewhere]), "")
 
 
-def test_what_cannot_be_built_on_is_said_whole(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_adapters_that_training_cannot_build_on_are_refused_with_every_fault(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
     first = fit(config_for(tiny_model, data, tmp_path / "first", stream=3, steps=1), "")
     changes = {"init_from": first, "rank": 2, "target_modules": ["q_proj"]}
     with pytest.raises(
@@ -711,7 +711,7 @@ def test_a_held_out_fraction_that_leaves_nothing_is_refused(tiny_model: Path, da
         fit(config_for(tiny_model, data, tmp_path / "a", held_out_fraction=0.99), "command")
 
 
-def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_options_without_effect_are_refused_at_once(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--sparsity is for --method lori; --beta is for .*; --patience is for"):
         config_for(tiny_model, data, tmp_path / "a", method="lora", sparsity=0.5, beta=1.0, patience=2)
 
@@ -727,7 +727,7 @@ def test_what_would_do_nothing_is_refused_at_once(tiny_model: Path, data: Path, 
         ("--batch-tokens is for --batch-size 0", {"batch_size": 8, "batch_tokens": 4096}),
     ],
 )
-def test_a_flag_that_another_leaves_nothing_to_do_is_refused(message: str, changes: dict[str, object]) -> None:
+def test_a_flag_without_effect_beside_another_is_refused(message: str, changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=message):
         FitConfig.model_validate({"data": ["d"], "output": "a", **changes})
     for name in changes:
@@ -735,14 +735,14 @@ def test_a_flag_that_another_leaves_nothing_to_do_is_refused(message: str, chang
         assert FitConfig.model_validate({"data": ["d"], "output": "a", **remaining})
 
 
-def test_a_mask_is_drawn_from_all_of_a_b(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_mask_from_needs_an_adapter_with_a_dense_b(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     sparse = fit(config_for(tiny_model, data, tmp_path / "s", steps=1), "")
     with pytest.raises(LoriError, match=r"--mask-from .* keeps a part of B alone"):
         fit(config_for(tiny_model, data, tmp_path / "a", mask_from=sparse), "")
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_not_gone_on_with(
+def test_a_damaged_checkpoint_is_not_resumed(
     tiny_model: Path, data: Path, tmp_path: Path, uninterrupted: Callable[[str], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=5)
@@ -759,7 +759,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_is_written_anew_is_whole(
+def test_a_rewritten_checkpoint_is_complete(
     tiny_model: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Regression: the marker of the damaged checkpoint was counted as one of the checkpoint's files."""
@@ -773,14 +773,14 @@ def test_a_checkpoint_that_is_written_anew_is_whole(
     assert "is damaged" not in caplog.text
 
 
-def test_what_a_run_is_of_and_is_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_run_file_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=2)
     (tmp_path / "cut.checkpoint" / "run.json").write_text("{")
     with pytest.raises(LoriError, match=r"run.json is damaged .*: remove .*cut.checkpoint"):
         fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
 
 
-def test_a_phase_that_is_over_and_damaged_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_damaged_finished_phase_is_named(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), at_step=8)
     file = tmp_path / "cut.checkpoint" / "lori-d" / "trained.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -788,7 +788,7 @@ def test_a_phase_that_is_over_and_damaged_is_named(tiny_model: Path, data: Path,
         fit(config_for(tiny_model, data, tmp_path / "cut", resume=True), "command")
 
 
-def test_another_base_under_the_same_name_is_not_gone_on_with(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_on_another_base_of_the_same_name(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     cut_before_the_end(config_for(model, data, tmp_path / "cut"), at_step=5)
     save_tiny_model(model, seed=1)
@@ -804,7 +804,7 @@ def test_a_folder_that_is_not_a_run_s_is_left_alone(tiny_model: Path, data: Path
     assert (tmp_path / "a.checkpoint" / "mine").read_text() == "precious"
 
 
-def test_a_start_that_was_cut_off_is_made_anew(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_start_is_repeated(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """The folder has only the files that a start writes before `run.json`."""
     folder = tmp_path / "a.checkpoint"
     folder.mkdir()
@@ -825,7 +825,7 @@ def test_a_damaged_note_of_threads_is_named(tiny_model: Path, data: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_more_processes_do_not_take_each_as_many_threads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_ignores_the_saved_threads(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     """The saved number of threads is for a run with the same number of processes."""
     cut_before_the_end(config_for(tiny_model, data, tmp_path / "cut"), 6)
     (tmp_path / "cut.checkpoint" / "threads.json").write_text('{"processes": 2, "threads": 7}')
@@ -846,13 +846,13 @@ def test_a_phase_of_one_step_trains(tiny_model: Path, data: Path, tmp_path: Path
     assert all(b.values.any() for b in modules.values())
 
 
-def test_a_mask_of_what_was_not_changed_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_mask_of_unchanged_deltas_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     calibrated = fit(config_for(tiny_model, data, tmp_path / "d", method="lori-d", steps=1, calibration_lr=1e-45), "")
     with pytest.raises(LoriError, match="would have to choose among entries that LoRI-D did not change: 307"):
         fit(config_for(tiny_model, data, tmp_path / "a", mask_from=calibrated), "")
 
 
-def test_a_recipe_s_options_may_be_of_no_use_to_another_method(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_recipes_options_may_have_no_effect_for_another_method(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("sparsity: 0.8\ncalibration_lr: 0.001\n")
     assert config_for(tiny_model, data, tmp_path / "a", recipe=str(recipe), method="lora").sparsity == 0.8
@@ -872,7 +872,7 @@ def test_a_command_is_given_with_its_processes() -> None:
     assert command_of([], two_by_four) == "torchrun --nnodes 2 --nproc-per-node 4 -m training.fit"
 
 
-def test_one_process_spreads_nothing(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+def test_one_process_cannot_shard_the_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(LoriError, match="--fsdp spreads the base over processes, and there is one: torchrun"):
         fit(config_for(tiny_model, data, tmp_path / "a", fsdp=True), "command")
 
@@ -891,13 +891,13 @@ def test_logs_do_not_go_into_the_adapter_s_own_folder(folder: str) -> None:
 
 
 @pytest.mark.parametrize("report", ["a/report.html", "a.checkpoint/report.html"])
-def test_a_report_does_not_go_where_the_next_training_removes_it(report: str) -> None:
+def test_a_report_is_not_written_into_a_folder_that_training_replaces(report: str) -> None:
     with pytest.raises(ValueError, match="--report is in the adapter's own folder or that of its checkpoints"):
         FitConfig.model_validate({"data": ["d"], "output": "a", "report": report})
 
 
 @pytest.mark.slow
-def test_the_command_shows_how_far_it_is(
+def test_the_command_shows_its_progress(
     tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = flags_for(tiny_model, data, tmp_path / "a", mix=[], steps=3)
@@ -910,7 +910,7 @@ def test_the_command_shows_how_far_it_is(
     assert capsys.readouterr().out == f"found {tmp_path / 'a'}\n"
 
 
-def test_the_command_says_what_is_wrong(
+def test_the_command_reports_errors(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(*flags: str) -> tuple[int, str]:
@@ -923,14 +923,20 @@ def test_the_command_says_what_is_wrong(
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p"}\n')
     flags = ["--data", str(bad), "--model", str(tiny_model), "--output", str(tmp_path / "x")]
-    code, said = wrong(*flags)
+    code, message = wrong(*flags)
     assert code == 1
-    assert f"  no completion: 1\n    {bad} line 1" in said
-    code, said = wrong("--sparsity", "1.5", *flags)
+    assert f"  no completion: 1\n    {bad} line 1" in message
+    code, message = wrong("--sparsity", "1.5", *flags)
     assert code == 2
-    assert "--sparsity: Input should be less than 1" in said
+    assert "--sparsity: Input should be less than 1" in message
     assert wrong("--target-modules", "c_attn", *flags)[0] == 1
     assert wrong("--stpes", "3") == (2, "error: there is no flag --stpes: did you mean --steps?\n")
-    code, said = wrong("--method", "lora", "--avoid", "x", *flags)
+    code, message = wrong("--method", "lora", "--avoid", "x", *flags)
     assert code == 2
-    assert "--avoid is for --method lori" in said
+    assert "--avoid is for --method lori" in message
+
+
+@pytest.mark.parametrize(("num_steps", "num_recent"), [(1, 1), (7, 1), (8, 2), (14, 3), (79, 19), (80, 20), (500, 20)])
+def test_the_loss_at_the_end_leaves_out_the_start_of_a_short_phase(num_steps: int, num_recent: int) -> None:
+    losses = [float(step) for step in range(num_steps)]
+    assert recent_loss(losses) == sum(losses[-num_recent:]) / num_recent
